@@ -35,7 +35,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
-from lorakeet.quant.gptq_solve import Layout
+from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
 
 RUN_FILE = Path(__file__).parents[1] / "examples" / "drug_reviews.yaml"
@@ -76,7 +76,7 @@ def loaded(path: str) -> TextModel:
     return load_text_model(ModelSpec(path=path, dtype="float32", products="float32"), say=lambda line: None)
 
 
-def ours(path: str, rows: Sequence[Example], layout: Layout, console: Console) -> dict[str, torch.Tensor]:
+def ours(path: str, rows: Sequence[Example], layout: GptqLayout, console: Console) -> dict[str, torch.Tensor]:
     """Every layer as Lorakeet's GPTQ leaves it."""
     found: dict[str, torch.Tensor] = {}
     for block in quantise_blocks(loaded(path), rows, layout):
@@ -85,7 +85,7 @@ def ours(path: str, rows: Sequence[Example], layout: Layout, console: Console) -
     return found
 
 
-def nearest(path: str, layout: Layout) -> dict[str, torch.Tensor]:
+def nearest(path: str, layout: GptqLayout) -> dict[str, torch.Tensor]:
     """Every layer rounded to the nearest."""
     text = loaded(path)
     found: dict[str, torch.Tensor] = {}
@@ -106,7 +106,7 @@ def differing(text: TextModel, dense: Path) -> tuple[int, int]:
     return wrong, len(names)
 
 
-def file_differences(source: str, rows: Sequence[Row], layout: Layout, python: str, folder: Path) -> tuple[int, int]:
+def file_differences(source: str, rows: Sequence[Row], layout: GptqLayout, python: str, folder: Path) -> tuple[int, int]:
     """How many layers of a folder that `lorakeet quantize` made gptqmodel unpacks to other numbers than we, of how many."""
     texts, made = folder / "texts.jsonl", folder / "made"
     words = [max((turn.free_text for turn in row.turns), key=len) for row in rows[:FILE_ROWS]]
@@ -133,7 +133,7 @@ def measured(given: argparse.Namespace, work: Path, console: Console) -> dict[st
     data, dense = load_dataset(config.data), loaded(config.model.path)
     rows = examples(dense, data.train, given.rows, given.tokens)
     judged = examples(dense, data.test, given.judged, given.tokens)
-    layout, source = Layout(given.bits, given.group_size, given.desc_act), str(dense.source)
+    layout, source = GptqLayout(given.bits, given.group_size, given.desc_act), str(dense.source)
     python = os.path.abspath(given.gptqmodel_python)  # not resolved: a link is what makes it a virtual environment's
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 

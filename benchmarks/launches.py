@@ -36,10 +36,10 @@ from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.batch_shape import Shape
+from lorakeet.models.text.batch_shape import BatchShape
 from lorakeet.models.text.cuda_graphs import ReplayedPasses
 from lorakeet.models.text.outline import config_from, outline
-from lorakeet.workflows.planning.rehearse_text import Rows, training_on
+from lorakeet.workflows.planning.rehearse_text import RowShape, training_on
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
 TOKENS, LENGTH = (512, 2048, 8192), 512
@@ -129,11 +129,11 @@ def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, in
     with Ledger(shape["vocab_size"]) as ledger, standing_for(CARD):
         text = outline(config_from(shape), name="made-up", dtype=precision.dtype, products=precision.products)
         begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
-        task = training_on(text, config.train, Rows(LENGTH, max(1, tokens // LENGTH), prompt=LENGTH // 2), 1).task
+        task = training_on(text, config.train, RowShape(LENGTH, max(1, tokens // LENGTH), prompt=LENGTH // 2), 1).task
         (batch,) = task.batches(0)
         launches = Launches()
         if kernels == "graphs":
-            parameters, room = task.parameters(), Shape.largest(LENGTH, tokens, len(batch.lengths))
+            parameters, room = task.parameters(), BatchShape.largest(LENGTH, tokens, len(batch.lengths))
             task.replayed = Unproved(text, parameters, launches, room)
             task.loss(batch)  # what is recorded once is not counted
         with ledger.phase("passes"), passes_by(kernels), launches:

@@ -34,7 +34,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.memory.spill import Aside
-from lorakeet.memory.store import Store
+from lorakeet.memory.store import WeightStore
 from lorakeet.models.families import family_of
 from lorakeet.models.files.gguf_copy import cache_folder
 from lorakeet.models.files.quantized import skeleton
@@ -165,7 +165,7 @@ def model_over(claim: Claim, config: Any, stores: Path, slots: int) -> TextModel
         subprocess.run(make, check=True)
     family, device = family_of(config), torch.device("cpu")
     model, blocks = open_streamed(
-        Store(path), config, torch.bfloat16, family, residence=Residence(slots or config.num_hidden_layers)
+        WeightStore(path), config, torch.bfloat16, family, residence=Residence(slots or config.num_hidden_layers)
     )
     set_attention(model, "varlen")
     products = products_for(run_config(claim).model, torch.bfloat16, device)

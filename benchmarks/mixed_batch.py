@@ -22,7 +22,7 @@ from harness.machine import origin, warn_if_busy, write_result
 from harness.processes import summary
 
 from lorakeet.formats.peft import peft
-from lorakeet.models.generate.kv_cache import KeyValues, Row, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
@@ -44,11 +44,12 @@ def measured(source: Path, folders: Sequence[Path], dtype: Literal["float32", "b
     laws: dict[str, Law] = {"base": lambda _: {}, "mixed": lambda row: {f"a{row}": 1.0}}
 
     def prompts(law: Law) -> None:
-        step(text, cache, [Row(row, 0, tuple(range(row + 5, row + 5 + PROMPT)), law(row)) for row in range(ROWS)], live.selection)
+        rows = [CacheRow(row, 0, tuple(range(row + 5, row + 5 + PROMPT)), law(row)) for row in range(ROWS)]
+        step(text, cache, rows, live.selection)
 
     def tokens(law: Law) -> None:
         for place in range(WRITTEN):
-            step(text, cache, [Row(row, PROMPT + place, (row + 7,), law(row)) for row in range(ROWS)], live.selection)
+            step(text, cache, [CacheRow(row, PROMPT + place, (row + 7,), law(row)) for row in range(ROWS)], live.selection)
 
     found: dict[str, Any] = {"products": str(text.products).removeprefix("torch.")}
     for what, act, steps in (("prompts", prompts, 1), ("tokens", tokens, WRITTEN)):

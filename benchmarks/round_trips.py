@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.formats.compare import LIMIT, compare
+from lorakeet.formats.compare import LIMIT, compare_adapters
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
@@ -84,7 +84,7 @@ def matrix(adapter: Adapter, formats: tuple[str, ...], folder: Path) -> dict[str
         for second in formats:
             back = folder / f"{first}-{second}{SUFFIX.get(second, '')}"
             convert(there, back, to=second, base=config if second == "gguf" else None, console=QUIET)  # type: ignore[arg-type]
-            difference = compare(adapter, with_components(read_adapter(back)))
+            difference = compare_adapters(adapter, with_components(read_adapter(back)))
             assert not difference.problems, difference.problems
             found[f"{first} to {second}"] = difference.worst
     return found

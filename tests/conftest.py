@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,27 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny.pipelines import save_tiny_flux
 
     return save_tiny_flux(tmp_path_factory.mktemp("tiny") / "flux")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run and what went in."""
+
+    result: Any  # FinetuneResult
+    path: Path
+    model: Path
+    data: Path
+    test: Path
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One finished run over labelled rows, with a test file. Do not write into it."""
+    from tiny.runs import reviews, run, write_rows
+
+    folder = tmp_path_factory.mktemp("finished")
+    records = reviews(60)
+    test = [*reviews(12, seed=1), records[0]]  # the last row stands in both files
+    data, judged = write_rows(folder / "rows.jsonl", records), write_rows(folder / "judged.jsonl", test)
+    result = run(tiny_llama_folder, data, folder / "run", {"data.test": judged})
+    return Finished(result, folder / "run", tiny_llama_folder, data, judged)

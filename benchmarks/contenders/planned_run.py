@@ -25,11 +25,11 @@ from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.best import Best
-from lorakeet.train.log import Metrics
+from lorakeet.train.log import MetricsLog
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
 from lorakeet.workflows.planning.forecast_choices import decomposes, reads_weights
-from lorakeet.workflows.planning.forecast_text_run import LOAD, Precision, judging_of, rows_of, runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import LOAD, Precision, judging_of, largest_rows, text_runtime_bytes
 from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
 
 STEPS = 2
@@ -54,7 +54,7 @@ def read_settings(asked: Mapping[str, Any]) -> tuple[RunConfig, Precision]:
 
 def _runtime(asked: Mapping[str, Any]) -> dict[str, int]:
     config, precision = read_settings(asked)
-    return {"runtime": runtime_bytes(precision, counts=1, decomposing=decomposes(config))}  # these rows are all alike
+    return {"runtime": text_runtime_bytes(precision, counts=1, decomposing=decomposes(config))}  # these rows are all alike
 
 
 def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
@@ -74,10 +74,10 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
             begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
         if reads_weights(config):
             give_back_free_memory()  # as a run does then
-        rows = rows_of(config)
+        rows = largest_rows(config)
         training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
         training.run = RunFolder.create(Path(folder) / "run")
-        training.metrics = Metrics(training.run.metrics)
+        training.metrics = MetricsLog(training.run.metrics)
         if asked["returning"]:  # as a run under a budget
             training.best = Best(training.run.best)
         training.task.held_out_rows = training_on(text, config.train, judging_of(config).rows).task.train

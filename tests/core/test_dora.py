@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.layers.linear import LoraConv2d, base_of, new_pair
+from lorakeet.core.layers.linear import LoraConv2d, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 
 
@@ -43,7 +43,7 @@ def test_forward_and_fold_are_the_literal_formula(kind: str) -> None:
     pair, x = pair_on(module, kind), torch.randn(5, 6)
     rows = module.weight.detach() if kind == "linear" else module.weight.detach().t()
     wanted = literal(rows, pair)
-    got = pair(x, base_of(module, kind), module.bias)
+    got = pair(x, dense_base_of(module, kind), module.bias)
     assert torch.allclose(got.double(), x.double() @ wanted.T + module.bias.double(), atol=1e-5)
     folded = pair.fold(module.weight)
     assert folded.is_contiguous() and not folded.requires_grad
@@ -69,7 +69,7 @@ def test_the_start_changes_nothing(start: str) -> None:
     module, x = nn.Linear(6, 9), torch.randn(5, 6)
     entry = PlanEntry("q", "linear", (9, 6), 4, 12.0, variant="dora", start=start)  # type: ignore[arg-type]
     pair = new_pair(entry, weight=module.weight.detach, seed=0)
-    assert torch.allclose(pair(x, base_of(module, "linear"), module.bias), module(x), atol=1e-5)
+    assert torch.allclose(pair(x, dense_base_of(module, "linear"), module.bias), module(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
@@ -80,7 +80,7 @@ def test_the_gain_is_not_rounded_to_bf16(products: torch.dtype) -> None:
     pair = pair_on(module, "linear", random=False)
     with torch.no_grad():
         pair.magnitude.mul_(0.994)
-    got = pair(x, base_of(module, "linear"), None, products)
+    got = pair(x, dense_base_of(module, "linear"), None, products)
     wanted = x.double() @ literal(module.weight.detach(), pair).T
     assert got.dtype == torch.bfloat16
     assert abs((got.double() * wanted).sum() / (wanted * wanted).sum() - 1) < 5e-4  # numbers are rounded, each for itself
@@ -104,7 +104,7 @@ def test_gradients_with_the_norm_held_constant() -> None:
     module, x = nn.Linear(6, 9), torch.randn(5, 6)
     pair = pair_on(module, "linear")
     target = torch.randn(5, 9)
-    (pair(x, base_of(module, "linear"), module.bias) * target).sum().backward()
+    (pair(x, dense_base_of(module, "linear"), module.bias) * target).sum().backward()
     A, B, m = (p.detach().clone().requires_grad_() for p in (pair.A, pair.B, pair.magnitude))
     full = module.weight.detach() + 3 * B @ A
     dense = full * (m / full.detach().norm(dim=1))[:, None]
@@ -126,7 +126,7 @@ def test_output_and_gradients_equal_pefts_layer() -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, (pair.A, pair.B, pair.magnitude), strict=True):
             parameter.copy_(value)
-    ours, peers = pair(x, base_of(module, "linear"), module.bias), theirs(x)
+    ours, peers = pair(x, dense_base_of(module, "linear"), module.bias), theirs(x)
     assert torch.allclose(ours, peers, atol=1e-5)
     ours.pow(2).sum().backward()
     peers.pow(2).sum().backward()
@@ -138,7 +138,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
     module = nn.Linear(6, 9)
     nn.init.zeros_(module.weight)
     pair = pair_on(module, "linear", random=False)
-    assert pair(torch.randn(5, 6), base_of(module, "linear")).isfinite().all()
+    assert pair(torch.randn(5, 6), dense_base_of(module, "linear")).isfinite().all()
     assert pair.fold(module.weight.detach()).isfinite().all()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.core.selection import FEW, PATIENCE, Arrangement, Selection, Share
+from lorakeet.core.selection import FEW, PATIENCE, BatchAssignment, Selection, Share
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_a_unit_may_be_several_tokens() -> None:
         selection.shares_over(13)
 
 
-def arranged(shares: list[Share], *, units: int, selection: Selection | None = None) -> Arrangement:
+def arranged(shares: list[Share], *, units: int, selection: Selection | None = None) -> BatchAssignment:
     selection = selection or Selection()
     selection.divide(shares, units=units)
     return selection.arranged(units, CPU)

@@ -9,7 +9,7 @@ from lorakeet.data.chat import Encoder, encode_rows, show_example
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import Record, RowProblems
+from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import ConfigError, DataError
 
 LABELS = ("yes", "no", "not at all")
@@ -21,7 +21,7 @@ def spec(**settings_):
 
 def labelled(spec_, *texts, label="no"):
     problems = RowProblems("bad")
-    records = (Record(f"f:{n}", {"text": text, "label": label}) for n, text in enumerate(texts, start=1))
+    records = (FileRecord(f"f:{n}", {"text": text, "label": label}) for n, text in enumerate(texts, start=1))
     return list(shape_rows(records, "f", spec_, problems))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import micro_batches, pack, sent
+from lorakeet.data.pack import micro_batches, pack_examples, sent
 
 
 @st.composite
@@ -33,7 +33,7 @@ def expected(rows):
 @settings(max_examples=60, deadline=None)
 @given(examples())
 def test_pack_keeps_every_token_and_target(rows):
-    batch = pack(rows)
+    batch = pack_examples(rows)
     assert batch.ids.tolist() == [token for row in rows for token in row.ids.tolist()]
     assert batch.tokens == sum(batch.lengths) == len(batch.ids) and batch.targets == sum(
         int(row.supervised.sum()) for row in rows
@@ -67,7 +67,7 @@ def test_micro_batches_are_few_and_alike():
 
 
 def test_types_and_device():
-    batch = pack([Example(np.arange(4), np.array([False, True, False, True]), "k", 0, False)]).to("cpu")
+    batch = pack_examples([Example(np.arange(4), np.array([False, True, False, True]), "k", 0, False)]).to("cpu")
     assert {batch.ids.dtype, batch.target_ids.dtype, batch.target_positions.dtype, batch.positions.dtype} == {torch.int64}
     assert batch.target_positions.tolist() == [0, 2] and batch.target_ids.tolist() == [1, 3]
 
@@ -95,6 +95,6 @@ def test_nobody_waits_for_what_goes_from_the_host_to_a_card_and_for_that_alone()
 
 def test_what_cannot_be_packed():
     with pytest.raises(ValueError, match="at least one"):
-        pack([])
+        pack_examples([])
     with pytest.raises(ValueError, match="first token of row k"):
-        pack([Example(np.arange(2), np.array([True, False]), "k", None, False)])
+        pack_examples([Example(np.arange(2), np.array([True, False]), "k", None, False)])

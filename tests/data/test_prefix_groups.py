@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import shared_once
-from lorakeet.data.prefix_groups import DEPTH, PASS, Limits, sharing_batches
+from lorakeet.data.prefix_groups import DEPTH, PASS, BatchLimits, sharing_batches
 
 
 def row(name: str, ids: list[int], learnt: int = 1) -> Example:
@@ -46,7 +46,7 @@ def steps(draw: st.DrawFn) -> list[Example]:
 
 
 def shared_alike(examples: list[Example], tokens: int, *, times: int = 8, a_pass: int = PASS) -> list[Batch]:
-    return sharing_batches(examples, Limits(tokens, times, a_pass))
+    return sharing_batches(examples, BatchLimits(tokens, times, a_pass))
 
 
 @settings(max_examples=300, deadline=None)
@@ -139,13 +139,13 @@ def test_thousands_of_rows_in_pairs_take_no_time_with_the_square_of_their_number
     """Held-out rows, two of each document: every pair leaves the others, and nobody looks at all others again for that."""
     from lorakeet.data import prefix_groups
 
-    counted, usual = [0], prefix_groups._Rows._filling
+    counted, usual = [0], prefix_groups._SortedRows._filling
 
     def filling(self: Any, places: list[int], shared: int) -> Any:
         counted[0] += len(places)
         return usual(self, places, shared)
 
-    monkeypatch.setattr(prefix_groups._Rows, "_filling", filling)
+    monkeypatch.setattr(prefix_groups._SortedRows, "_filling", filling)
     pairs = [rows_after([number, *prompt(200)], 2, 30, name=f"{number}/") for number in range(1000)]
     batches = shared_alike([each for pair in pairs for each in pair], 2048)
     assert sum(len(batch.lengths) for batch in batches) == 2000

@@ -4,13 +4,13 @@ import pytest
 
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import Record, RowProblems
+from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError
 
 
 def shape(*values, **settings):
     problems = RowProblems("bad")
-    records = (Record(f"f:{number}", value) for number, value in enumerate(values, start=1))
+    records = (FileRecord(f"f:{number}", value) for number, value in enumerate(values, start=1))
     rows = list(shape_rows(records, "f.jsonl", DataSpec(train="f", **settings), problems))
     problems.raise_if_any()
     return rows

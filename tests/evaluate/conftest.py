@@ -12,7 +12,7 @@ from lorakeet.evaluate.baselines import majority_class
 from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.evaluate.intervals import mean
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.report.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
+from lorakeet.evaluate.report.report import ChartPoint, Command, Curves, Drift, Leak, MemoryUse, Report
 from lorakeet.evaluate.report.sections import classification_report, language_report
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -47,9 +47,9 @@ def example_curves() -> Curves:
     train = 1.15 * np.exp(-steps / 18) + 0.32 + generator.normal(size=len(steps)) * 0.06
     held = [(step, 0.52 + 0.6 * np.exp(-step / 12) + 0.0022 * max(0, step - 46)) for step in range(0, 77, 8)]
     return Curves(
-        train=tuple(Point(int(step), float(value)) for step, value in zip(steps, train, strict=True)),
-        held_out=tuple(Point(step, value, value - 0.05, value + 0.06) for step, value in held),
-        learning_rate=tuple(Point(int(step), float(1e-3 * min(step / 4, (77 - step) / 73))) for step in steps),
+        train=tuple(ChartPoint(int(step), float(value)) for step, value in zip(steps, train, strict=True)),
+        held_out=tuple(ChartPoint(step, value, value - 0.05, value + 0.06) for step, value in held),
+        learning_rate=tuple(ChartPoint(int(step), float(1e-3 * min(step / 4, (77 - step) / 73))) for step in steps),
         best_step=48,
         ended="Stopped after 3 evaluations without improvement",
     )

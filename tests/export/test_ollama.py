@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.export.ollama import OllamaModel, describe
+from lorakeet.export.ollama import OllamaModel, describe_template
 from tiny.models import tiny_tokenizer
 
 
 def test_the_modelfile_of_a_known_family() -> None:
     said: list[str] = []
-    model = describe(tiny_tokenizer(), system="Be brief.", adapter=True, say=said.append)
+    model = describe_template(tiny_tokenizer(), system="Be brief.", adapter=True, say=said.append)
     assert not said and model.family == "ChatML"
     lines = model.modelfile().splitlines()
     assert lines[:2] == ["FROM ./model.gguf", "ADAPTER ./adapter.gguf"]
@@ -26,7 +26,7 @@ def test_the_modelfile_of_a_known_family() -> None:
 def test_an_unknown_template_is_said_and_left_to_the_file() -> None:
     tokenizer, said = tiny_tokenizer(), []
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    model = describe(tokenizer, system="", adapter=False, say=said.append)
+    model = describe_template(tokenizer, system="", adapter=False, say=said.append)
     assert len(said) == 1 and "no TEMPLATE" in said[0]
     assert model.modelfile() == 'FROM ./model.gguf\nPARAMETER stop """<|im_end|>"""\n'
 

@@ -15,21 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.packed_model import Part, write_model
+from lorakeet.export.packed_model import TensorGroup, write_model
 from lorakeet.memory.spill import Aside
 
 
-def parts_of(count: int, made: list[str]) -> list[Part]:
+def parts_of(count: int, made: list[str]) -> list[TensorGroup]:
     """Parts of two tensors, 400 and 10 bytes."""
 
-    def part(number: int) -> Part:
+    def part(number: int) -> TensorGroup:
         tensors = {f"w{number}": torch.full((100,), float(number)), f"w{number}.code": torch.full((10,), number).byte()}
 
         def make() -> dict[str, Tensor]:
             made.append(f"w{number}")
             return tensors
 
-        return Part({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, make)
+        return TensorGroup({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, make)
 
     return [part(number) for number in range(count)]
 
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_nothing_behind(when: str, tmp_path: Path, monkeypatc
         def refused() -> dict[str, Tensor]:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        parts[1] = Part(parts[1].shapes, refused)
+        parts[1] = TensorGroup(parts[1].shapes, refused)
     with pytest.raises(EnvironmentProblem, match=r"needs [\d,]+ bytes"):
         write_model(tmp_path / "out", parts, config={})
     assert list(tmp_path.iterdir()) == []
@@ -97,5 +97,5 @@ def test_what_goes_wrong_in_a_part_is_passed_on(tmp_path: Path) -> None:
 
     make: Callable[[], dict[str, Tensor]] = broken
     with pytest.raises(RuntimeError, match="no numbers"):
-        write_model(tmp_path / "out", [Part({"w": (torch.float32, (1,))}, make)], config={})
+        write_model(tmp_path / "out", [TensorGroup({"w": (torch.float32, (1,))}, make)], config={})
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from lorakeet.export.repacked import write_repacked
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.gguf import read_gguf
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.regrid import fitted
+from lorakeet.quant.regrid import refit
 from lorakeet.workflows.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import quiet, reviews, write_rows
@@ -40,7 +40,7 @@ def made(kind: str, dense: Path, folder: Path) -> Path:
 def changed(layout: PackedLayout) -> dict[str, PackedBase]:
     """Every layer as it is but one, which is turned round."""
     bases = {path: read() for path, read in layout.layers.items()}
-    return {**bases, CHANGED: fitted(bases[CHANGED], -bases[CHANGED].dense())}
+    return {**bases, CHANGED: refit(bases[CHANGED], -bases[CHANGED].dense())}
 
 
 @pytest.mark.parametrize("kind", ["gptq", "nf4", "gguf"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
-from lorakeet.formats.compare import compare, relative_difference
+from lorakeet.formats.compare import compare_adapters, relative_difference
 from tiny.adapters import random_pair
 from tiny.portable import text_adapter
 
@@ -47,11 +47,11 @@ def test_what_else_differs_is_named() -> None:
     changed[rest[0]] = random_pair("linear", torch.ones(3, 3))
     rows = TokenRows((1,), torch.ones(1, 2))
     two = dataclasses.replace(one, pairs=changed, extras={"a": torch.ones(1)}, token_rows={"e": rows})
-    found = compare(one, two)
+    found = compare_adapters(one, two)
     assert not found.equal and len(found.problems) == 5
     named = (f"{first} is in one", f"{second} has another magnitude", f"{rest[0]} is for a weight")
     for words in (*named, "parameter a", "token rows e"):
         assert any(words in problem for problem in found.problems)
-    assert compare(one, one).equal
+    assert compare_adapters(one, one).equal
     off = dataclasses.replace(one.pairs[first], alpha=one.pairs[first].alpha * 1.00001)
-    assert not compare(Adapter({first: one.pairs[first]}), Adapter({first: off})).equal
+    assert not compare_adapters(Adapter({first: one.pairs[first]}), Adapter({first: off})).equal

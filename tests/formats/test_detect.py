@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakeet.errors import DataError
 from lorakeet.formats import mlx
-from lorakeet.formats.compare import compare
+from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
@@ -58,7 +58,7 @@ def test_reads_what_peft_wrote() -> None:
 def test_a_folder_with_one_adapter_file_means_that_file(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "x.safetensors").write_bytes((GOLDEN / "kohya.safetensors").read_bytes())
-    assert compare(read_adapter(tmp_path / "one"), read_adapter(GOLDEN / "kohya.safetensors")).equal
+    assert compare_adapters(read_adapter(tmp_path / "one"), read_adapter(GOLDEN / "kohya.safetensors")).equal
 
 
 def two_files(path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import gguf
-from lorakeet.formats.compare import compare
+from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.base_model import BaseModel, open_base
 from lorakeet.formats.sd_names import table
@@ -86,14 +86,14 @@ def test_every_family_goes_there_and_back(family: str, tmp_path: Path) -> None:
     adapter = random_adapter(model)
     gguf.write(adapter, tmp_path / "a.gguf", base=base_of(model))
     back = gguf.read(tmp_path / "a.gguf")
-    assert compare(adapter, back).equal
+    assert compare_adapters(adapter, back).equal
     assert {pair.kind for pair in back.pairs.values()} == {pair.kind for pair in adapter.pairs.values()}
-    assert compare(adapter, gguf.read(tmp_path / "a.gguf", base=base_of(model))).equal
+    assert compare_adapters(adapter, gguf.read(tmp_path / "a.gguf", base=base_of(model))).equal
 
 
 @pytest.mark.parametrize("model_type", table("gguf")["architectures"])
 def test_every_listed_architecture_has_names(model_type: str) -> None:
-    layout = gguf.Layout(model_type, 2, 4, 2)
+    layout = gguf.GgufLayout(model_type, 2, 4, 2)
     names = layout.names()
     assert len(names) >= 5 and len(set(names.values())) == len(names)
     assert any(name.startswith("blk.1.") for name in names)

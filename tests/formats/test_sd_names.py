@@ -92,15 +92,16 @@ def test_a_diffusion_transformer_alone_does_too_and_a_language_model_does_not() 
 
 def test_the_family_is_told_by_base_note_names_and_widths() -> None:
     shared = Adapter({"unet.mid_block.resnets.0.conv1": random_pair("conv2d", torch.ones(4, 4, 3, 3))}).pairs
-    assert sd_names.family_of(dict(shared), {}, {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}) == "sdxl"
-    assert sd_names.family_of(dict(shared), {}, {"cross_attention_dim": 768}) == "sd1"
-    assert sd_names.family_of(dict(shared), {"ss_base_model_version": "sdxl_base_v1-0"}) == "sdxl"
-    assert sd_names.family_of(dict(shared), {"sd_family": "sd1"}) == "sd1"
+    sdxl = {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}
+    assert sd_names.diffusion_family(dict(shared), {}, sdxl) == "sdxl"
+    assert sd_names.diffusion_family(dict(shared), {}, {"cross_attention_dim": 768}) == "sd1"
+    assert sd_names.diffusion_family(dict(shared), {"ss_base_model_version": "sdxl_base_v1-0"}) == "sdxl"
+    assert sd_names.diffusion_family(dict(shared), {"sd_family": "sd1"}) == "sd1"
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     for width, family in ((768, "sd1"), (2048, "sdxl")):
-        assert sd_names.family_of({key: random_pair("linear", torch.ones(4, width))}) == family
+        assert sd_names.diffusion_family({key: random_pair("linear", torch.ones(4, width))}) == family
     with pytest.raises(ConfigError, match="Nothing says whether"):
-        sd_names.family_of(dict(shared))
+        sd_names.diffusion_family(dict(shared))
 
 
 def test_modules_whose_flat_keys_coincide_are_refused() -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.formats.compare import compare
+from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.peft import peft
@@ -55,7 +55,7 @@ def test_it_is_said_once_at_every_reading_and_the_remedy_cuts_without_loss(tmp_p
     merge([str(tmp_path / "wide")], out=tmp_path / "cut", to="adapter", rank=8, console=Console(quiet=True))
     cut = read_adapter(tmp_path / "cut", say=heard.append)
     assert len(heard) == 2 and {name: held.rank for name, held in cut.pairs.items()} == {path: 4, "model.layers.0.mlp.up_proj": 8}
-    assert compare(adapter, cut).worst < 1e-6
+    assert compare_adapters(adapter, cut).worst < 1e-6
     peft.write(Adapter({path: pair(4, 4, 16)}, base="some/base"), tmp_path / "fits")
     read_adapter(tmp_path / "fits", say=heard.append)
     assert len(heard) == 2

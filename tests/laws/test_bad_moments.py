@@ -58,8 +58,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
     assert f"Step {step + 1}: the loss is" in said and "The step was not taken." in said
     assert "Start a new run with a lower train.learning_rate (now 1)" in said
     (newest,) = checkpoint.found(run / "checkpoints")[-1:]
-    assert newest.name == checkpoint.name_of(step) and f"Kept: the checkpoint {newest}" in said
-    assert checkpoint.load(newest).position.step == step
+    assert newest.name == checkpoint.step_name(step) and f"Kept: the checkpoint {newest}" in said
+    assert checkpoint.load_checkpoint(newest).position.step == step
     held_out = {r["step"]: r["held_out_loss"] for r in read_metrics(run / "metrics.jsonl") if "held_out_loss" in r}
     best = min(held_out, key=held_out.__getitem__)
     assert f"{run / 'adapter'} (held-out loss {held_out[best]:.4f} at step {best})" in said
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(
     assert "The previous checkpoint step-000005 is intact" in said
     assert f"Free some space, then go on with: lorakeet finetune --resume {run}" in said
     assert [path.name for path in checkpoint.found(run / "checkpoints")] == ["step-000005"]
-    assert checkpoint.load(run / "checkpoints" / "step-000005").position.step == 5
+    assert checkpoint.load_checkpoint(run / "checkpoints" / "step-000005").position.step == 5
     assert list((run / "checkpoints").glob(".*")) == []
     assert main(["finetune", "--resume", str(run)]) == 0
     assert adapter_bytes(run) == adapter_bytes(whole)
@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_for_the_tokenizer_keeps_the_adapter_before(
     assert said.count("Error:") == 1 and "Traceback" not in said
     assert f"The adapter could not be written in {run}: the disk (or the quota) is full" in said
     assert "The previous checkpoint step-000002 is intact. Free some space" in said and f"finetune --resume {run}" in said
-    assert checkpoint.load(run / "checkpoints" / "step-000002").position.step == 2
+    assert checkpoint.load_checkpoint(run / "checkpoints" / "step-000002").position.step == 2
     assert len(transformers.AutoTokenizer.from_pretrained(run / "adapter")) == 321 and list(run.glob(".adapter*")) == []
     monkeypatch.undo()
     assert main(["finetune", "--resume", str(run)]) == 0
@@ -177,7 +177,7 @@ def test_a_disk_that_is_full_for_one_file_of_the_report_keeps_the_one_before(
     said = " ".join(capsys.readouterr().err.split())
     assert f"The report in {run} could not be written: the disk (or the quota) is full" in said and "The adapter is whole" in said
     assert (run / name).read_bytes() == before and list(run.glob(f".{name}*")) == []
-    assert checkpoint.load(checkpoint.found(run / "checkpoints")[-1]).position.step == 6
+    assert checkpoint.load_checkpoint(checkpoint.found(run / "checkpoints")[-1]).position.step == 6
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
     words = " ".join(said.split())
     assert f"Error: Ctrl-C: stopped after step {step} of {STEPS}, with the checkpoint" in words and "Traceback" not in said
     assert f"Go on with: lorakeet finetune --resume {run}" in words
-    assert checkpoint.load(run / "checkpoints" / checkpoint.name_of(step)).position.step == step
+    assert checkpoint.load_checkpoint(run / "checkpoints" / checkpoint.step_name(step)).position.step == step
     capsys.readouterr()
     assert main(["finetune", "--resume", str(run), "--json"]) == 0
     answer = capsys.readouterr().out

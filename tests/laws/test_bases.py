@@ -23,7 +23,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.quant.gguf import BLOCK_TYPES
-from lorakeet.quant.gguf_codes import fitted
+from lorakeet.quant.gguf_codes import fit_gguf_scales
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_pack import ZeroFormat
 from lorakeet.quant.int8 import Int8Base
@@ -78,7 +78,7 @@ BASES: dict[str, Callable[[Tensor], PackedBase]] = {
     "nf4, blocks of 128": lambda weight: Nf4Base.of(weight, block_size=128),
     "int8": Int8Base.of,
     **gptq_bases(),
-    **{f"gguf, {kind}": partial(fitted, kind=kind) for kind in BLOCK_TYPES},
+    **{f"gguf, {kind}": partial(fit_gguf_scales, kind=kind) for kind in BLOCK_TYPES},
 }
 every_base = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

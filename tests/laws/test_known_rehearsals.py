@@ -22,7 +22,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.rehearse_image import Pictures, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import Judging, Rows, Streaming, rehearse
+from lorakeet.workflows.planning.rehearse_text import Judging, RowShape, Streaming, rehearse
 from tiny.models import FAMILIES
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
@@ -37,8 +37,8 @@ def text(family: str, streaming: Streaming | None = None, *, method: str = "none
         quantize=QuantSpec(method=method),  # type: ignore[arg-type]
     )  # fmt: skip
     return rehearse(
-        Build(make, config), LoraSpec(**{"rank": 2, "alpha": 4, **lora}), TrainSpec(), rows=Rows(16, 2),
-        judging=Judging(Rows(24, 1), 2, 4), streaming=streaming,
+        Build(make, config), LoraSpec(**{"rank": 2, "alpha": 4, **lora}), TrainSpec(), rows=RowShape(16, 2),
+        judging=Judging(RowShape(24, 1), 2, 4), streaming=streaming,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.models.generate.kv_cache import KeyValues, Row, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
@@ -45,9 +45,9 @@ def calls(live: LiveModel, adapters: int) -> Counter[str]:
     cache = KeyValues(slots=ROWS, capacity=8)
     wanted = [{f"a{row % adapters}": 1.0} if adapters else {} for row in range(ROWS)]
     for start in range(2):
-        step(live.text, cache, [Row(row, start, (5 + row,), wanted[row]) for row in range(ROWS)], live.selection)
+        step(live.text, cache, [CacheRow(row, start, (5 + row,), wanted[row]) for row in range(ROWS)], live.selection)
     with Counting() as counting:
-        step(live.text, cache, [Row(row, 2, (7 + row,), wanted[row]) for row in range(ROWS)], live.selection)
+        step(live.text, cache, [CacheRow(row, 2, (7 + row,), wanted[row]) for row in range(ROWS)], live.selection)
     return counting.calls
 
 

@@ -53,7 +53,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 def results(run: Path) -> dict[str, Any]:
     """Every byte that must be equal, and the metrics without times."""
-    folders = [run / "adapter", run / "checkpoints" / checkpoint.name_of(SPEC.steps or 0)]
+    folders = [run / "adapter", run / "checkpoints" / checkpoint.step_name(SPEC.steps or 0)]
     files = {
         str(path.relative_to(run)): path.read_bytes()
         for folder in folders
@@ -100,7 +100,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole
     assert ended["code"] == 4
     assert f"stopped after step {done} of 40" in ended["said"]
     assert f"lorakeet finetune --resume {run}" in ended["said"]
-    assert checkpoint.load(RunFolder(run).checkpoints / checkpoint.name_of(done)).position.step == done
+    assert checkpoint.load_checkpoint(RunFolder(run).checkpoints / checkpoint.step_name(done)).position.step == done
     workers.start(run=str(run))
     assert workers.end() == {"code": 0, "said": ""}
     assert_equal(run, whole)
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(workers: Workers, whole: Path,
     assert f"The previous checkpoint {before[-1].name} is intact" in ended["said"]
     assert f"--resume {run}" in ended["said"]
     assert checkpoint.found(run / "checkpoints") == before
-    assert checkpoint.load(before[-1]).position.step == int(before[-1].name[-6:])
+    assert checkpoint.load_checkpoint(before[-1]).position.step == int(before[-1].name[-6:])
     assert list((run / "checkpoints").glob(".*")) == []
     workers.start(run=str(run))
     assert workers.end() == {"code": 0, "said": ""}

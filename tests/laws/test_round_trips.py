@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.formats.compare import LIMIT, compare
+from lorakeet.formats.compare import LIMIT, compare_adapters
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
@@ -55,7 +55,7 @@ def test_every_route_keeps_every_change_of_a_weight(name: str, first: str, secon
     there = converted(tmp_path / "start", first, tmp_path, "one")
     back = converted(there, second, tmp_path, "two")
     end = with_components(read_adapter(back))
-    difference = compare(adapter, end)
+    difference = compare_adapters(adapter, end)
     assert difference.equal, difference
     assert difference.worst <= LIMIT and len({pair.rank for pair in adapter.pairs.values()}) in (1, 3)
     if name.startswith("sd1"):

@@ -107,7 +107,7 @@ def test_a_checkpoint_goes_on_with_another_number(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(one if before == 1 else two, run)
-    shutil.rmtree(run / "checkpoints" / checkpoint.name_of(STEPS))
+    shutil.rmtree(run / "checkpoints" / checkpoint.step_name(STEPS))
     assert [path.name for path in checkpoint.found(run / "checkpoints")] == ["step-000008"]
     ended = forked.run(["finetune", "--resume", run], count=after)
     assert [process.code for process in ended] == [0] * after, ended[0].said
@@ -157,7 +157,7 @@ def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     newest = checkpoint.found(run / "checkpoints")[-1]
-    step = checkpoint.load(newest).position.step  # whole, by its own hashes
+    step = checkpoint.load_checkpoint(newest).position.step  # whole, by its own hashes
     found = re.search(r"Error: After step (\d+): process 1 of 2 died\. Kept: the checkpoint (\S+)\. Go on with: (.*)", said)
     assert found is not None, said
     assert int(found[1]) in (step, step + 1) and found[2] == str(newest)
@@ -236,7 +236,7 @@ def test_one_that_is_killed_while_a_parted_run_is_judged_is_named(
     kept = rf"Kept: the checkpoint (\S+) and {run}/adapter \(held-out loss [\d.]+ at step \d\)\. {command}"
     judging = r"After step 2, before the run was judged to the end: process {} of 2 died\. "
     newest = ended_at(forked, "workflows.judge:row_losses", 1, begin, f"Error: {judging.format(1)}{kept}")
-    assert newest == checkpoint.found(run / "checkpoints")[-1] and checkpoint.load(newest).position.step == 2  # whole
+    assert newest == checkpoint.found(run / "checkpoints")[-1] and checkpoint.load_checkpoint(newest).position.step == 2  # whole
     adapter = adapter_bytes(run)
     said = f"Error: process 1: {judging.format(0)}{kept}"
     assert ended_at(forked, "workflows.certify_run:frozen_digests", 0, go_on, said) == newest

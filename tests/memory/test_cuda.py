@@ -47,7 +47,7 @@ def test_a_phase_has_its_tensors_the_context_and_room_around_them() -> None:
     assert phase.kinds["runtime"] == CONTEXT and phase.kinds["base"] == 2 << 20
     around = SEGMENTS + WORKSPACES + (2 << 20) // 32 + (1 << 20) // 8
     assert phase.kinds["allocator"] == around and phase.bytes == (3 << 20) + CONTEXT + around
-    assert [cuda.rounded(size) for size in (1, 10 << 20, (10 << 20) + 1)] == [2 << 20, 10 << 20, 12 << 20]
+    assert [cuda.allocated_bytes(size) for size in (1, 10 << 20, (10 << 20) + 1)] == [2 << 20, 10 << 20, 12 << 20]
 
 
 def test_the_device_is_that_of_the_tensors() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.meta_disk import OutlinedAside, OutlinedStore
-from lorakeet.memory.store import Store, new_store
+from lorakeet.memory.store import WeightStore, new_store
 
 RECORDS = {
     "b.0": {"w": torch.zeros(10, 3), "codes": torch.zeros(7, dtype=torch.uint8)},
@@ -21,7 +21,7 @@ def test_its_records_are_as_long_as_those_of_a_file(tmp_path: Path) -> None:
     with new_store(tmp_path / "s", identity={}, tensors=4) as writer:
         for name, tensors in RECORDS.items():
             writer.add(name, tensors)
-    real, outlined = Store(tmp_path / "s"), OutlinedStore(RECORDS, {"packed": "{}"})
+    real, outlined = WeightStore(tmp_path / "s"), OutlinedStore(RECORDS, {"packed": "{}"})
     for name, tensors in RECORDS.items():
         assert outlined.record(name).bytes == real.record(name).bytes
         assert set(outlined.record(name).tensors) == set(tensors)

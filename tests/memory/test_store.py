@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem
-from lorakeet.memory.store import LINE, PAGE, Store, StoredRows, StoreWriter, new_store
+from lorakeet.memory.store import LINE, PAGE, StoredRows, StoreWriter, WeightStore, new_store
 
 IDENTITY = {"model": "a" * 64, "dtype": "float32"}
 
@@ -35,7 +35,7 @@ def written(path: Path, blocks: int = 3) -> Path:
 
 
 def test_records_come_back_aligned_and_exact(tmp_path: Path) -> None:
-    store = Store.open(written(tmp_path / "s.safetensors"), IDENTITY)
+    store = WeightStore.open(written(tmp_path / "s.safetensors"), IDENTITY)
     for number in range(3):
         record = store.record(f"layers.{number}")
         assert record.begin % PAGE == 0 and all(place.begin % LINE == 0 for place in record.tensors.values())
@@ -52,7 +52,7 @@ def test_records_come_back_aligned_and_exact(tmp_path: Path) -> None:
 
 
 def test_layers_1_is_not_layers_10(tmp_path: Path) -> None:
-    store = Store(written(tmp_path / "s.safetensors", blocks=11))
+    store = WeightStore(written(tmp_path / "s.safetensors", blocks=11))
     assert store.record("layers.1").end < store.record("layers.10").begin
     store.close()
 
@@ -67,7 +67,7 @@ def test_rows_are_read_alone_and_in_parts(tmp_path: Path) -> None:
     weight, stack = torch.randn(9, 4).bfloat16(), torch.randn(5, 3, 2)
     with new_store(tmp_path / "s", identity=IDENTITY, tensors=3) as writer:
         writer.add("embed", {"weight": weight, "stack": stack, "norm": stack[0, 0]})
-    store = Store(tmp_path / "s")
+    store = WeightStore(tmp_path / "s")
     rows = StoredRows(store, "embed.weight")
     assert rows.shape == (9, 4) and rows.dtype == torch.bfloat16
     assert torch.equal(rows[2:5], weight[2:5]) and torch.equal(rows[6:100], weight[6:])
@@ -81,7 +81,7 @@ def test_rows_are_read_alone_and_in_parts(tmp_path: Path) -> None:
 def test_another_models_store_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "s.safetensors")
     with pytest.raises(DataError, match=r"holds another model.*model is aaaa.*not bbbb"):
-        Store.open(path, {**IDENTITY, "model": "b" * 64})
+        WeightStore.open(path, {**IDENTITY, "model": "b" * 64})
 
 
 @pytest.mark.parametrize("keep", [4, 100, 0.5, 0.999])
@@ -90,12 +90,12 @@ def test_a_truncated_store_is_refused(tmp_path: Path, keep: float) -> None:
     size = path.stat().st_size
     os.truncate(path, int(keep if keep > 1 else size * keep))
     with pytest.raises(DataError, match=r"cut off|damaged"):
-        Store(path)
+        WeightStore(path)
 
 
 def test_a_store_that_is_cut_off_while_it_is_open_is_noticed(tmp_path: Path) -> None:
     path = written(tmp_path / "s.safetensors")
-    store = Store(path)
+    store = WeightStore(path)
     record = store.record("layers.2")
     os.truncate(path, record.begin + 8)
     with pytest.raises(DataError, match="ends at byte"):
@@ -109,7 +109,7 @@ def test_a_header_that_is_no_json_is_refused(tmp_path: Path) -> None:
     data[8] = ord("[")
     path.write_bytes(data)
     with pytest.raises(DataError, match="damaged"):
-        Store(path)
+        WeightStore(path)
 
 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path) -> None:

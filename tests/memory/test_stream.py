@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakeet.errors import DataError
-from lorakeet.memory.store import Store, new_store
+from lorakeet.memory.store import WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
 
 
@@ -17,7 +17,7 @@ def stream(folder: Path, count: int = 5, slots: int = 2) -> RecordStream:
     with new_store(folder / "s", identity={}, tensors=count) as writer:
         for number in range(count):
             writer.add(f"b.{number}", {"w": torch.full((10 + number,), float(number))})
-    return RecordStream(Store(folder / "s"), [f"b.{number}" for number in range(count)], slots=slots)
+    return RecordStream(WeightStore(folder / "s"), [f"b.{number}" for number in range(count)], slots=slots)
 
 
 def test_there_and_back_reads_twice_what_was_not_still_there_at_the_turn(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorakeet.errors import DataError
-from lorakeet.memory.store import Store, new_store
+from lorakeet.memory.store import WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.memory.transfer import STAGINGS, CudaTransfer, HostTransfer
 from tiny.cards import Device, Event, Stream, pinned
@@ -34,12 +34,12 @@ def by_chance(seed: int) -> Callable[[list[Stream]], list[Stream]]:
     return lambda streams: chance.sample(streams, len(streams))
 
 
-def stored(folder: Path) -> Store:
+def stored(folder: Path) -> WeightStore:
     if not (folder / "s").exists():
         with new_store(folder / "s", identity={}, tensors=RECORDS) as writer:
             for number in range(RECORDS):
                 writer.add(f"b.{number}", {"w": torch.full((10 + number,), float(number))})
-    return Store(folder / "s")
+    return WeightStore(folder / "s")
 
 
 def wrong(device: Device, folder: Path, *, slots: int = 2, keep: bool = False, turns: int = 3) -> int:

@@ -14,7 +14,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError
 from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.extract import Extracted, extract
+from lorakeet.merge.extract import Extracted, extract_adapter
 from lorakeet.merge.fold import merge_into
 from tiny.adapters import random_adapter
 from tiny.dense import change, fold_into
@@ -47,7 +47,7 @@ def extracted(tmp_path: Path, rank: int = RANK, **more: Any) -> Extracted:
     tuned, base = open_checkpoint(tmp_path / "tuned"), open_checkpoint(tmp_path / "base")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "base"))
-    return extract(tuned, base, model, rank=rank, **more)
+    return extract_adapter(tuned, base, model, rank=rank, **more)
 
 
 def merges_to_the_tuned(tmp_path: Path, found: Extracted) -> None:

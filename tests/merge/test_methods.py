@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from lorakeet.merge.methods import METHODS, Part, dropped, dropped_by_magnitude, largest, one_of
+from lorakeet.merge.methods import METHODS, Contribution, dropped, dropped_by_magnitude, largest, one_of
 
 
-def parts(*changes: Any, weights: tuple[float, ...] = (), seed: int = 0) -> list[Part]:
+def parts(*changes: Any, weights: tuple[float, ...] = (), seed: int = 0) -> list[Contribution]:
     weights = weights or (1 / len(changes),) * len(changes)
     return [
-        Part(lambda change=change: torch.tensor(change).float().clone(), weight, seed + number)
+        Contribution(lambda change=change: torch.tensor(change).float().clone(), weight, seed + number)
         for number, (change, weight) in enumerate(zip(changes, weights, strict=True))
     ]
 
 
-def random_parts(count: int, weights: tuple[float, ...], seed: int = 0) -> list[Part]:
+def random_parts(count: int, weights: tuple[float, ...], seed: int = 0) -> list[Contribution]:
     torch.manual_seed(1)
     return parts(*(torch.randn(40, 60).tolist() for _ in range(count)), weights=weights, seed=seed)
 

@@ -36,7 +36,7 @@ def packed(kind: str) -> PackedBase:
     if kind == "gptq":
         codes, grid = nearest_codes(weight, 4, True, groups_in_order(IN, 64), IN // 64)
         return GptqBase.of(codes, grid, bits=4, sym=True)
-    return Nf4Base.of(weight) if kind == "nf4" else gguf_codes.fitted(weight, kind)
+    return Nf4Base.of(weight) if kind == "nf4" else gguf_codes.fit_gguf_scales(weight, kind)
 
 
 KINDS = ("gptq", "nf4", "Q4_0", "Q4_K")

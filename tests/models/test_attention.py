@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.models.attention import VARLEN, register, row_attention
+from lorakeet.models.attention import VARLEN, packed_attention, register
 
 HEADS, KV, WIDTH = 6, 2, 8
 ROWS = (5, 1, 9, 3)
@@ -39,7 +39,7 @@ def both(dtype: torch.dtype, **settings: object) -> list[tuple[Tensor, Tensor]]:
     for ours in (True, False):
         q, k, v = states(dtype)
         if ours:
-            out, extra = row_attention(nn.Module(), q, k, v, row_lengths=ROWS, scaling=WIDTH**-0.5, **settings)
+            out, extra = packed_attention(nn.Module(), q, k, v, row_lengths=ROWS, scaling=WIDTH**-0.5, **settings)
             assert extra is None
         else:
             out = literal(q.double(), k.double(), v.double(), settings.get("sliding_window"), settings.get("softcap"))  # type: ignore[arg-type]
@@ -67,10 +67,10 @@ def test_bf16_keeps_its_dtype_and_rounds_little() -> None:
 
 def test_a_row_does_not_see_its_neighbours() -> None:
     q, k, v = (x.detach() for x in states())
-    before = row_attention(nn.Module(), q, k, v, row_lengths=ROWS)[0]
+    before = packed_attention(nn.Module(), q, k, v, row_lengths=ROWS)[0]
     v = v.clone()
     v[:, :, 5] += 1  # the only token of the second row
-    after = row_attention(nn.Module(), q, k, v, row_lengths=ROWS)[0]
+    after = packed_attention(nn.Module(), q, k, v, row_lengths=ROWS)[0]
     changed = (before != after).flatten(2).any(-1)[0].nonzero().flatten().tolist()
     assert changed == [5]
 
@@ -88,7 +88,7 @@ def test_a_row_does_not_see_its_neighbours() -> None:
 def test_refuses_what_it_does_not_compute(settings: dict[str, object], word: str) -> None:
     q, k, v = states()
     with pytest.raises(EnvironmentProblem, match=word) as caught:
-        row_attention(nn.Module(), q, k, v, **{"row_lengths": ROWS, **settings})  # type: ignore[arg-type]
+        packed_attention(nn.Module(), q, k, v, **{"row_lengths": ROWS, **settings})  # type: ignore[arg-type]
     assert "attention: sdpa" in str(caught.value)
 
 
@@ -97,13 +97,13 @@ def test_a_window_that_only_the_mask_knows_is_refused() -> None:
     module.config = type("Config", (), {"sliding_window": 8})()
     q, k, v = states()
     with pytest.raises(EnvironmentProblem, match="window of 8 tokens that only its mask knows, for a row of 9"):
-        row_attention(module, q, k, v, row_lengths=ROWS)
-    row_attention(module, q, k, v, row_lengths=ROWS, sliding_window=None)  # this layer says that it has none
+        packed_attention(module, q, k, v, row_lengths=ROWS)
+    packed_attention(module, q, k, v, row_lengths=ROWS, sliding_window=None)  # this layer says that it has none
 
 
 def test_values_may_be_narrower_than_keys() -> None:
     q, k, v = states()
-    out = row_attention(nn.Module(), q, k, v[..., :4], row_lengths=ROWS, scaling=WIDTH**-0.5)[0]
+    out = packed_attention(nn.Module(), q, k, v[..., :4], row_lengths=ROWS, scaling=WIDTH**-0.5)[0]
     torch.testing.assert_close(out, literal(q, k, v)[..., :4], rtol=1e-4, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_register_twice_is_register_once() -> None:
 
     register()
     register()
-    assert AttentionInterface()[VARLEN] is row_attention
+    assert AttentionInterface()[VARLEN] is packed_attention
 
 
 def test_a_temperature_by_place_is_refused_where_it_is_not_one() -> None:
@@ -120,9 +120,9 @@ def test_a_temperature_by_place_is_refused_where_it_is_not_one() -> None:
     module = nn.Module()
     module.attn_temperature_tuning, module.floor_scale, module.use_rope = True, sum(ROWS) + 1, False
     q, k, v = states()
-    row_attention(module, q, k, v, row_lengths=ROWS)
+    packed_attention(module, q, k, v, row_lengths=ROWS)
     module.floor_scale -= 1
     with pytest.raises(EnvironmentProblem, match="a temperature by place among 18 tokens, constant up to 18"):
-        row_attention(module, q, k, v, row_lengths=ROWS)
+        packed_attention(module, q, k, v, row_lengths=ROWS)
     module.use_rope = True
-    row_attention(module, q, k, v, row_lengths=ROWS)
+    packed_attention(module, q, k, v, row_lengths=ROWS)

@@ -20,10 +20,10 @@ from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.models import kernels
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
-    bases_of,
     check_kernels,
     check_loss,
     check_passes,
+    kernel_bases,
     kernels_for,
     proved_products,
     where_possible,
@@ -59,7 +59,7 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     adapter = random_adapter(load_text_model(spec(tiny_llama_folder, kernels="torch")).model)
     fused, plain = load_text_model(asked), load_text_model(replace(asked, kernels="torch"))
     assert fused.kernels == Kernels(64) and plain.kernels is None
-    assert all(base.kernels is None for base in bases_of(plain.model))
+    assert all(base.kernels is None for base in kernel_bases(plain.model))
     ids = torch.arange(6)
     batch = Batch(ids, (6,), ids, ids, ("row",)).to(DEVICE)
     for text in (fused, plain):
@@ -69,7 +69,7 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     monkeypatch.setattr("lorakeet.core.lowrank.low_rank_product", lambda *given: calls.append(1) or launch(*given))
     found, expected = (text.head(text.hidden(batch)) for text in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert calls and list(bases_of(fused.model)) and all(base.kernels == Kernels(64) for base in bases_of(fused.model))
+    assert calls and list(kernel_bases(fused.model)) and all(base.kernels == Kernels(64) for base in kernel_bases(fused.model))
 
 
 @needs_triton
@@ -174,7 +174,7 @@ def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch
 
 
 @needs_triton
-@pytest.mark.parametrize(("module", "name"), [("triton_tiles", "product"), ("triton_loss", "loss_in_place")])
+@pytest.mark.parametrize(("module", "name"), [("tiles", "product"), ("loss", "loss_in_place")])
 def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfResources(Exception):
         """As Triton's own, which derive from nothing else."""
@@ -182,10 +182,10 @@ def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str
     def failing(*given: Any, **more: Any) -> Any:
         raise OutOfResources("out of resource:\nshared memory")
 
-    monkeypatch.setattr(f"lorakeet.core.{module}.{name}", failing)
+    monkeypatch.setattr(f"lorakeet.kernels.triton.{module}.{name}", failing)
     said = r"do not run on this device, for .* \(OutOfResources: out of resource: shared memory\)\. Set model\.kernels to torch"
     with pytest.raises(EnvironmentProblem, match=said):
-        if module == "triton_loss":
+        if module == "loss":
             check_loss(50, DEVICE)
         else:
             check_kernels([packed_layer()], Kernels(1), torch.float32)

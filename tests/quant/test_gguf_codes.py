@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
-from lorakeet.quant.gguf_codes import HIGHEST, K_TYPES, fitted, inverted, nearest, steps, with_codes
+from lorakeet.quant.gguf_codes import HIGHEST, K_TYPES, fit_gguf_scales, inverted, nearest_codes, steps, with_codes
 
 
 def weight(rows: int = 6, columns: int = 512, seed: int = 0) -> Tensor:
@@ -22,7 +22,7 @@ def wide(base: GgufBase) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_any_codes_are_read_back_as_step_times_code_less_offset(kind: str) -> None:
-    base = fitted(weight(), kind)
+    base = fit_gguf_scales(weight(), kind)
     codes = torch.randint(0, HIGHEST[kind] + 1, base.shape, generator=torch.Generator().manual_seed(1))
     step, offset = wide(base)
     changed = with_codes(base, codes.to(torch.uint8))
@@ -32,9 +32,9 @@ def test_any_codes_are_read_back_as_step_times_code_less_offset(kind: str) -> No
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_the_nearest_codes_of_what_a_block_means_are_its_own(kind: str) -> None:
-    base = fitted(weight(), kind)
+    base = fit_gguf_scales(weight(), kind)
     step, offset = wide(base)
-    codes = nearest(base.dense(), inverted(step), offset, HIGHEST[kind])
+    codes = nearest_codes(base.dense(), inverted(step), offset, HIGHEST[kind])
     assert torch.equal(with_codes(base, codes.to(torch.uint8)).packed, base.packed)
 
 
@@ -46,7 +46,7 @@ def test_fitted_k_blocks_are_as_near_as_their_bits_allow(kind: str) -> None:
     exact = weight()
     exact[0] = exact[0].abs() + 0.1  # a range that does not hold 0 by itself
     exact[1] = 0
-    base = fitted(exact, kind)
+    base = fit_gguf_scales(exact, kind)
     off = (base.dense() - exact).abs()
     step, _ = wide(base)
     assert float((off - 0.5 * step.abs()).max()) < {"Q4_K": 6e-3, "Q5_K": 6e-3, "Q6_K": 1e-3}[kind]

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant import packed
-from lorakeet.quant.gptq import GptqBase, buffer_shapes
-from lorakeet.quant.gptq_grid import Grid, groups_in_order
+from lorakeet.quant.gptq import GptqBase, gptq_buffer_shapes
+from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order
 from lorakeet.quant.gptq_pack import ZeroFormat
 from lorakeet.quant.replace import empty_base
 
 OUT, IN, GROUPS = 64, 96, 3
 
 
-def parts(bits: int, *, in_order: bool = False) -> tuple[Tensor, Grid]:
+def parts(bits: int, *, in_order: bool = False) -> tuple[Tensor, GptqGrid]:
     chance = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (OUT, IN), generator=chance, dtype=torch.uint8)
     scales = (torch.rand(GROUPS, OUT, generator=chance) + 0.1).half()
     zeros = torch.randint(0, 2**bits, (GROUPS, OUT), generator=chance, dtype=torch.uint8)
     g_idx = torch.randint(0, GROUPS, (IN,), generator=chance, dtype=torch.int32)
-    return codes, Grid(scales, zeros, groups_in_order(IN, IN // GROUPS) if in_order else g_idx)
+    return codes, GptqGrid(scales, zeros, groups_in_order(IN, IN // GROUPS) if in_order else g_idx)
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -66,6 +66,6 @@ def test_an_empty_base_takes_over_the_numbers() -> None:
 
 def test_shapes_that_do_not_fit_the_format_are_refused() -> None:
     with pytest.raises(ValueError, match="bits is 5; expected one of 2, 3, 4, 8"):
-        buffer_shapes((32, 32), bits=5, groups=1)
+        gptq_buffer_shapes((32, 32), bits=5, groups=1)
     with pytest.raises(ValueError, match="30×32 does not fill whole words"):
-        buffer_shapes((30, 32), bits=4, groups=1)
+        gptq_buffer_shapes((30, 32), bits=4, groups=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.quant.gptq import PARTS, GptqBase
-from lorakeet.quant.gptq_config import GptqConfig, base_from, layer_problems, parse, to_mapping
+from lorakeet.quant.gptq_config import GptqConfig, base_from, gptq_mapping, layer_problems, parse
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 
 STORED: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
@@ -33,7 +33,7 @@ def test_the_settings_of_every_writer_are_read() -> None:
     autogptq = {"bits": 3, "group_size": -1, "damp_percent": 0.01, "desc_act": True, "static_groups": False, "sym": True,
                 "true_sequential": True, "model_name_or_path": None, "model_file_base_name": None}  # fmt: skip
     assert parse(autogptq, "x") == GptqConfig(3, -1, True)
-    ours = to_mapping(GptqConfig(8, 128, True, False, "gptq_v2"), damping=0.01, version="1")
+    ours = gptq_mapping(GptqConfig(8, 128, True, False, "gptq_v2"), damping=0.01, version="1")
     assert parse(ours, "x") == GptqConfig(8, 128, True, False, "gptq_v2")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant import gptq_pack
-from lorakeet.quant.gptq_pack import BITS, ZeroFormat, pack, pack_zeros, unpack, unpack_rows, unpack_zeros, words_for
+from lorakeet.quant.gptq_pack import BITS, ZeroFormat, pack_words, pack_zeros, unpack_rows, unpack_words, unpack_zeros, words_for
 
 every_width = pytest.mark.parametrize("bits", BITS)
 
@@ -25,19 +25,19 @@ def naive(words: Tensor, bits: int) -> Tensor:
 def test_words_hold_the_stream(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (64, 5), generator=torch.Generator().manual_seed(bits))
     codes[0], codes[-1] = 2**bits - 1, 2**bits - 1  # the top bit of the last word makes it negative
-    words = pack(codes, bits)
+    words = pack_words(codes, bits)
     assert words.dtype == torch.int32 and words.shape == (64 * bits // 32, 5) and bool((words < 0).any())
     assert torch.equal(naive(words, bits), codes)
-    assert torch.equal(unpack(words, bits).long(), codes)
+    assert torch.equal(unpack_words(words, bits).long(), codes)
     assert torch.equal(unpack_rows(words.t().contiguous(), bits).long(), codes.t())
 
 
 @every_width
 def test_many_columns_are_packed_a_few_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, 2**bits, (64, 37), generator=torch.Generator().manual_seed(bits))
-    whole = pack(codes, bits)
+    whole = pack_words(codes, bits)
     monkeypatch.setattr(gptq_pack, "TILE", 640)
-    assert torch.equal(pack(codes, bits), whole)
+    assert torch.equal(pack_words(codes, bits), whole)
 
 
 @every_width
@@ -58,4 +58,4 @@ def test_format_gptq_keeps_one_less(bits: int) -> None:
 def test_three_bits_fill_whole_words_only_by_the_32() -> None:
     assert words_for(32, 3) == 3 and words_for(16, 3) is None and words_for(16, 4) == 2
     with pytest.raises(ValueError, match="16 codes of 3 bits"):
-        pack(torch.zeros(16, 2, dtype=torch.uint8), 3)
+        pack_words(torch.zeros(16, 2, dtype=torch.uint8), 3)

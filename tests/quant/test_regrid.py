@@ -14,7 +14,7 @@ from lorakeet.quant.gptq_grid import nearest_codes
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.regrid import fitted, grid_of
+from lorakeet.quant.regrid import grid_of, refit
 
 
 def weight(seed: int = 0) -> Tensor:
@@ -33,9 +33,9 @@ BASES: dict[str, Callable[[Tensor], PackedBase]] = {
     "gptq asymmetric": lambda exact: gptq(exact, sym=False),
     "nf4": Nf4Base.of,
     "nf4 in blocks over rows": lambda exact: Nf4Base.of(exact[:, :-16], block_size=128, double_quant=False),
-    "Q4_0": lambda exact: gguf_codes.fitted(exact, "Q4_0"),
-    "Q4_K": lambda exact: gguf_codes.fitted(exact, "Q4_K"),
-    "Q6_K": lambda exact: gguf_codes.fitted(exact, "Q6_K"),
+    "Q4_0": lambda exact: gguf_codes.fit_gguf_scales(exact, "Q4_0"),
+    "Q4_K": lambda exact: gguf_codes.fit_gguf_scales(exact, "Q4_K"),
+    "Q6_K": lambda exact: gguf_codes.fit_gguf_scales(exact, "Q6_K"),
 }
 
 
@@ -75,7 +75,7 @@ def test_no_other_value_of_the_grid_is_nearer(name: str) -> None:
 def test_a_fitted_weight_has_the_layout_of_its_model(name: str) -> None:
     base = BASES[name](weight())
     other = 3 * weight(1)[:, : base.shape[1]]
-    found = fitted(base, other)
+    found = refit(base, other)
     assert found.settings == base.settings
     assert float((found.dense() - other).norm()) < 0.7 * float((grid_of(base).values(other) - other).norm())
     if isinstance(base, GptqBase) and isinstance(found, GptqBase):
@@ -83,6 +83,6 @@ def test_a_fitted_weight_has_the_layout_of_its_model(name: str) -> None:
 
 
 def test_other_bases_are_refused() -> None:
-    for call in (grid_of, lambda base: fitted(base, weight())):
+    for call in (grid_of, lambda base: refit(base, weight())):
         with pytest.raises(ValueError, match="Int8Base has no grid here"):
             call(Int8Base.of(weight()))

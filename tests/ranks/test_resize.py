@@ -22,8 +22,8 @@ from lorakeet.ranks.resize import (
     DAMPING,
     Moments,
     check_pairs,
-    cut,
     cut_to_budget,
+    cut_to_ranks,
     spectra,
     spectrum,
     target,
@@ -66,7 +66,7 @@ def test_the_cut_is_the_best_of_its_rank_in_the_weighted_norm(weighting: Any, ra
     values = torch.linalg.svdvals(weighted)
     found = spectrum(pair, moments, weighting)
     torch.testing.assert_close(found.values, values[:RANK], rtol=1e-6, atol=1e-9)
-    short = cut(Adapter({"a": pair}), {"a": found}, {"a": rank}).pairs["a"]
+    short = cut_to_ranks(Adapter({"a": pair}), {"a": found}, {"a": rank}).pairs["a"]
     error = left @ (pair.delta() - short.delta()).double() @ root(C)
     assert short.rank == rank and short.scale == pytest.approx(pair.scale)
     assert float(error.square().sum()) == pytest.approx(float(values[rank:].square().sum()), rel=1e-4)
@@ -75,7 +75,7 @@ def test_the_cut_is_the_best_of_its_rank_in_the_weighted_norm(weighting: Any, ra
 def test_without_weights_it_is_the_cut_of_eckart_and_young() -> None:
     pair = pair_of(0)
     found = spectrum(pair, Moments(torch.zeros(RANK, RANK), torch.zeros(RANK, RANK)), "none")
-    short = cut(Adapter({"a": pair}), {"a": found}, {"a": 2}).pairs["a"]
+    short = cut_to_ranks(Adapter({"a": pair}), {"a": found}, {"a": 2}).pairs["a"]
     plain = best_of_factors(pair.A, pair.B, 2)
     torch.testing.assert_close(short.B @ short.A, plain.B @ plain.A, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(short.A.norm(dim=1), short.B.norm(dim=0), rtol=1e-4, atol=1e-5)  # neither factor far larger
@@ -87,7 +87,7 @@ def test_at_its_own_rank_a_pair_is_what_it_was_also_where_nothing_was_seen_of_it
     moments, _, _ = seen(pair, 3)
     one_row = Moments(moments.inputs, torch.zeros(RANK, RANK).double(), moments.input_trace, 1.0)
     for given in (moments, one_row):
-        same = cut(Adapter({"a": pair}), {"a": spectrum(pair, given, weighting)}, {"a": 9}).pairs["a"]
+        same = cut_to_ranks(Adapter({"a": pair}), {"a": spectrum(pair, given, weighting)}, {"a": 9}).pairs["a"]
         torch.testing.assert_close(same.delta(), pair.delta(), rtol=1e-4, atol=1e-4)
         assert same.rank == RANK and same.bias is pair.bias
 
@@ -95,7 +95,7 @@ def test_at_its_own_rank_a_pair_is_what_it_was_also_where_nothing_was_seen_of_it
 def test_a_pair_that_is_still_at_its_start_is_cut_too() -> None:
     pair = replace(pair_of(0), B=torch.zeros(OUT, RANK))
     moments, _, _ = seen(pair, 1)
-    short = cut(Adapter({"a": pair}), {"a": spectrum(pair, moments)}, {"a": 1}).pairs["a"]
+    short = cut_to_ranks(Adapter({"a": pair}), {"a": spectrum(pair, moments)}, {"a": 1}).pairs["a"]
     assert short.A.isfinite().all() and short.B.isfinite().all() and not short.delta().any()
 
 

@@ -15,11 +15,11 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.access import Access
-from lorakeet.serve.engine import Engine, Event, Job, Request
+from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.sampling import Sampling
-from lorakeet.serve.service import Limits, Service
-from lorakeet.serve.store import Store
+from lorakeet.serve.service import RequestLimits, Service
+from lorakeet.serve.store import AdapterStore
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 from tiny.site import Site
@@ -68,12 +68,12 @@ class Asking:
 
     def begin(
         self, ids: tuple[int, ...], adapters: Mapping[str, float] | None = None, *, timeout: float | None = None, **sampling: Any
-    ) -> tuple[Job, queue.SimpleQueue[Event]]:
+    ) -> tuple[EngineRequest, queue.SimpleQueue[Event]]:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         settings = Sampling(**{"temperature": 0.0, "max_tokens": 12, **sampling})
         return self.engine.submit(Request(ids, settings, adapters or {}, timeout), events.put), events
 
-    def end(self, begun: tuple[Job, queue.SimpleQueue[Event]]) -> Answer:
+    def end(self, begun: tuple[EngineRequest, queue.SimpleQueue[Event]]) -> Answer:
         events: list[Event] = []
         while not events or events[-1].reason is None:
             events.append(begun[1].get(timeout=30))
@@ -107,12 +107,12 @@ def site(live: LiveModel, saved: Callable[..., Path]) -> Iterator[Callable[..., 
     made: list[Site] = []
 
     def build(
-        *, access: Access | None = None, store: Path | None = None, limits: Limits | None = None, budget: int | None = None,
-        names: tuple[str, ...] = ("a", "b"), **settings: Any,
+        *, access: Access | None = None, store: Path | None = None, limits: RequestLimits | None = None,
+        budget: int | None = None, names: tuple[str, ...] = ("a", "b"), **settings: Any,
     ) -> Site:  # fmt: skip
         engine = Engine(live.text, live.selection, **{"slots": 4, "context": 128, "chunk": 32, **settings})
         engine.start()
-        kept = None if store is None else Store(store)
+        kept = None if store is None else AdapterStore(store)
         registry = Registry(live, engine, base="tiny", budget=budget, changed=lambda: kept and kept.remember(registry))
         if kept is not None:
             kept.restore(registry, lambda _: None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lorakeet.serve.metrics import MOST_LABELS, Metrics
+from lorakeet.serve.metrics import MOST_LABELS, ServerMetrics
 
 
 def test_the_page() -> None:
-    metrics = Metrics()
+    metrics = ServerMetrics()
     metrics.add("requests", adapter="a", outcome="done")
     metrics.add("requests", 2, adapter="a", outcome="done")
     metrics.add("written", 5, adapter='say "b"\\')
@@ -24,7 +24,7 @@ def test_the_page() -> None:
 
 
 def test_labels_are_bounded() -> None:
-    metrics = Metrics()
+    metrics = ServerMetrics()
     for number in range(MOST_LABELS + 50):
         metrics.add("requests", adapter=f"a{number}")
     page = metrics.text({})
@@ -33,7 +33,7 @@ def test_labels_are_bounded() -> None:
 
 
 def test_large_counts_are_told_to_the_last_digit() -> None:
-    metrics = Metrics()
+    metrics = ServerMetrics()
     metrics.add("written", 12_345_678, adapter="a")
     lines = metrics.text({"adapters_resident_bytes": 1_234_567_890, "share": 0.25}).splitlines()
     assert 'lorakeet_generated_tokens_total{adapter="a"} 12345678' in lines
@@ -41,7 +41,7 @@ def test_large_counts_are_told_to_the_last_digit() -> None:
 
 
 def test_only_what_may_be_seen_is_told() -> None:
-    metrics = Metrics()
+    metrics = ServerMetrics()
     for adapter in ("a", "b", "a+b"):
         metrics.add("requests", adapter=adapter)
         metrics.observe("first", 1.0, adapter=adapter)

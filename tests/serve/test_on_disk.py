@@ -18,7 +18,7 @@ from lorakeet.formats.peft import peft, peft_config
 from lorakeet.formats.peft.peft_config import CONFIG_NAME
 from lorakeet.models.text.live import LiveModel
 from lorakeet.serve import on_disk
-from lorakeet.serve.on_disk import inspect, read
+from lorakeet.serve.on_disk import inspect, read_stored_adapter
 
 
 def test_headers_say_ranks_scales_and_size(live: LiveModel, saved: Callable[..., Path]) -> None:
@@ -30,22 +30,22 @@ def test_headers_say_ranks_scales_and_size(live: LiveModel, saved: Callable[...,
 
 def test_content_is_known_again(live: LiveModel, saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved("a", seed=1)
-    adapter, source = read(inspect(folder, live), "a", live)
+    adapter, source = read_stored_adapter(inspect(folder, live), "a", live)
     assert adapter.parameters == peft.read(folder).parameters and len(source.digest) == 64
     os.utime(folder / peft.MODEL_NAME)
-    touched = read(source, "a", live)[1]
+    touched = read_stored_adapter(source, "a", live)[1]
     assert touched.digest == source.digest and touched.stamp != source.stamp, "touched, with the same content"
     early = inspect(folder, live)
     config = folder / "adapter_config.json"
     kept = config.read_text()
     config.write_text(json.dumps({**json.loads(kept), "lora_alpha": 2 * json.loads(kept)["lora_alpha"]}))
-    assert read(early, "a", live)[1].scales == (2 * early.scales[0],), "what is said is what was read"
+    assert read_stored_adapter(early, "a", live)[1].scales == (2 * early.scales[0],), "what is said is what was read"
     config.write_text(kept)
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert read(inspect(copy, live), "a", live)[1].digest == source.digest
+    assert read_stored_adapter(inspect(copy, live), "a", live)[1].digest == source.digest
     shutil.copy(saved("b", seed=2) / peft.MODEL_NAME, folder / peft.MODEL_NAME)
     with pytest.raises(DataError, match=r"'a' at .* have changed since they were checked"):
-        read(source, "a", live)
+        read_stored_adapter(source, "a", live)
 
 
 def test_what_does_not_fit_is_refused_by_its_header(live: LiveModel, saved: Callable[..., Path]) -> None:
@@ -70,7 +70,7 @@ def test_a_second_adapter_of_a_recipe_is_not_parsed(
     live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, private: bool
 ) -> None:
     folders = [saved(name, seed=seed) for seed, name in enumerate("abc")]
-    first = read(inspect(folders[0], live, private=private), "a", live)
+    first = read_stored_adapter(inspect(folders[0], live, private=private), "a", live)
 
     def parsed(*_: object) -> None:
         raise AssertionError("it was parsed")
@@ -78,7 +78,7 @@ def test_a_second_adapter_of_a_recipe_is_not_parsed(
     with monkeypatch.context() as patched:
         for place, name in ((slab, "check_header"), (peft_config, "parse_config"), (peft, "_read"), (live, "_entry")):
             patched.setattr(place, name, parsed)
-        others = [read(inspect(folder, live, private=private), folder.name, live) for folder in folders[1:]]
+        others = [read_stored_adapter(inspect(folder, live, private=private), folder.name, live) for folder in folders[1:]]
         for folder, (adapter, _) in zip(folders[1:], others, strict=True):
             live.attach(folder.name, adapter)
     for folder, (adapter, source) in zip(folders, (first, *others), strict=True):
@@ -96,10 +96,10 @@ def test_a_digest_is_that_of_earlier_versions(live: LiveModel, saved: Callable[.
     expected = hashlib.sha256((folder / CONFIG_NAME).read_bytes())
     expected.update(slab.open_slab(folder / peft.MODEL_NAME).digest.encode())
     for _ in range(2):
-        assert read(inspect(folder, live, private=private), "a", live)[1].digest == expected.hexdigest()
-    assert read(inspect(folder, live, expected.hexdigest()), "a", live)[1].stamp
+        assert read_stored_adapter(inspect(folder, live, private=private), "a", live)[1].digest == expected.hexdigest()
+    assert read_stored_adapter(inspect(folder, live, expected.hexdigest()), "a", live)[1].stamp
     with pytest.raises(DataError, match="have changed since they were checked"):
-        read(inspect(folder, live, "0" * 64), "a", live)
+        read_stored_adapter(inspect(folder, live, "0" * 64), "a", live)
 
 
 def test_the_digest_is_of_the_configuration_that_was_read(
@@ -107,7 +107,7 @@ def test_the_digest_is_of_the_configuration_that_was_read(
 ) -> None:
     """Also if it is written to meanwhile."""
     folder = saved("a")
-    known = read(inspect(folder, live), "a", live)[1].digest
+    known = read_stored_adapter(inspect(folder, live), "a", live)[1].digest
 
     def open_then_change(path: Path, **given: bool) -> slab.Slab:
         found = slab.open_slab(path, **given)
@@ -115,23 +115,23 @@ def test_the_digest_is_of_the_configuration_that_was_read(
         return found
 
     monkeypatch.setattr(on_disk, "open_slab", open_then_change)
-    adapter, source = read(inspect(folder, live), "a", live)
+    adapter, source = read_stored_adapter(inspect(folder, live), "a", live)
     assert source.digest == known and {pair.alpha for pair in adapter.pairs.values()} == {12.0}
 
 
 def test_what_is_wrong_with_a_second_adapter_of_a_recipe_is_said(live: LiveModel, saved: Callable[..., Path]) -> None:
-    read(inspect(saved("a"), live), "a", live)
+    read_stored_adapter(inspect(saved("a"), live), "a", live)
     source = inspect(saved("b", seed=1), live)
     file = source.path / peft.MODEL_NAME
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"\x00\x00\xc0\x7f")  # NaN, in the file's last number
     with pytest.raises(DataError, match=r"lora_B\.weight has NaN or infinite values"):
-        read(source, "b", live)
+        read_stored_adapter(source, "b", live)
     file.write_bytes(whole[:-4])
     with pytest.raises(DataError, match="it was cut off"):
-        read(source, "b", live)
+        read_stored_adapter(source, "b", live)
     file.write_bytes(whole)
-    assert len(read(source, "b", live)[1].digest) == 64
+    assert len(read_stored_adapter(source, "b", live)[1].digest) == 64
 
 
 def test_a_surplus_rank_is_logged_for_each_adapter_of_a_recipe(

@@ -21,7 +21,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.probe import Probe, extend_certificate
-from lorakeet.serve.registry import NoRoom, Registry
+from lorakeet.serve.registry import AdapterMemoryFull, Registry
 
 IDS = (30, 51, 77, 80)
 
@@ -124,7 +124,7 @@ def test_thousands_known_few_in_memory(live: LiveModel, server: Any, saved: Call
         write(server, registry, f"a{number}")
     assert registry.get("a17").loaded
     leases = [registry.lease(name) for name in ("a1", "a2")]
-    with pytest.raises(NoRoom, match="in use or pinned"):
+    with pytest.raises(AdapterMemoryFull, match="in use or pinned"):
         registry.lease("a3")
     for lease in leases:
         registry.release(lease)
@@ -139,7 +139,8 @@ def test_copies_count_in_the_memory_of_adapters(live: LiveModel, server: Any, sa
         registry.register(f"a{number}", saved("a"))
     leases = [registry.lease(f"a{number}") for number in range(9)]
     assert registry.resident == 9, "no more copies than texts are written at once"
-    with pytest.raises(NoRoom, match=f"takes {size:,} bytes, and copies for the texts that are written {slots * size:,}"):
+    said = f"takes {size:,} bytes, and copies for the texts that are written {slots * size:,}"
+    with pytest.raises(AdapterMemoryFull, match=said):
         registry.lease("a9")
     for lease in leases:
         registry.release(lease)
@@ -170,7 +171,8 @@ def test_a_mix_needs_room_for_its_copy(live: LiveModel, server: Any, saved: Call
     for name in ("a", "b"):
         registry.register(name, saved(name))
     leases = [registry.lease(f"a*0.{number}+b") for number in range(1, slots)]
-    with pytest.raises(NoRoom, match=f"The mix has copies for the texts that are written {2 * slots * size:,}; {2 * size:,} of"):
+    said = f"The mix has copies for the texts that are written {2 * slots * size:,}; {2 * size:,} of"
+    with pytest.raises(AdapterMemoryFull, match=said):
         registry.lease("a+b*0.5")
     leases.append(registry.lease("a*0.1+b"))  # a copy that is there already
     registry.release(leases.pop(1))

@@ -17,7 +17,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import Registry
-from lorakeet.serve.store import LIST, Store
+from lorakeet.serve.store import LIST, AdapterStore
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def registry(live: LiveModel, asking: Callable[..., Any]) -> Registry:
     return Registry(live, asking().engine, base="base")
 
 
-def upload(store: Store, name: str, folder: Path) -> None:
+def upload(store: AdapterStore, name: str, folder: Path) -> None:
     for file in ("adapter_config.json", peft.MODEL_NAME):
         with store.incoming(name, file) as part:
             shutil.copy(folder / file, part)
 
 
 def test_a_restart_finds_everything_again(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     elsewhere = saved("elsewhere", seed=1)
     registry.register("known", elsewhere)
     registry.load("loaded", elsewhere, pinned=True)
@@ -43,7 +43,7 @@ def test_a_restart_finds_everything_again(registry: Registry, saved: Callable[..
     shutil.copytree(saved("dropped", seed=3), tmp_path / "s" / "dropped")
     (tmp_path / "s" / "broken").mkdir()
     again, said = Registry(registry.live, registry.engine, base="base"), list[str]()
-    restarted = Store(tmp_path / "s")
+    restarted = AdapterStore(tmp_path / "s")
     restarted.restore(again, said.append)
     assert again.names == ("known", "loaded", "sent", "dropped")
     assert len(said) == 1 and "broken is not served" in said[0]
@@ -60,7 +60,7 @@ def test_a_restart_finds_everything_again(registry: Registry, saved: Callable[..
 
 
 def test_a_changed_upload_is_refused_after_a_restart(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     upload(store, "a", saved("a", seed=1))
     store.accept("a", registry, replace=False)
     store.remember(registry)
@@ -68,13 +68,13 @@ def test_a_changed_upload_is_refused_after_a_restart(registry: Registry, saved: 
     shutil.copy(other / peft.MODEL_NAME, registry.get("a").source.path / peft.MODEL_NAME)
     registry.unload("a")
     again = Registry(registry.live, registry.engine, base="base")
-    Store(tmp_path / "s").restore(again, print)
+    AdapterStore(tmp_path / "s").restore(again, print)
     with pytest.raises(DataError, match="have changed since they were checked"):
         again.lease("a")
 
 
 def test_uploads_are_kept_only_when_they_pass(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     with pytest.raises(DataError, match="is not whole"):
         store.accept("a", registry, replace=False)
     upload(store, "a", saved("a", seed=1))
@@ -99,7 +99,7 @@ def test_the_same_name_sent_by_many_at_once_ends_in_one_whole_version(
     registry: Registry, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Ranks differ, so that a configuration beside another's numbers would be refused; alphas differ too."""
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     folders = [saved(f"v{number}", seed=number, rank=2 + number) for number in range(4)]
     errors: list[BaseException] = []
     begun = threading.Barrier(len(folders) + 1)
@@ -137,7 +137,7 @@ def test_the_same_name_sent_by_many_at_once_ends_in_one_whole_version(
 
 
 def test_a_file_that_is_sent_twice_at_once_is_one_of_the_two(tmp_path: Path) -> None:
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     with store.incoming("a", peft.MODEL_NAME) as first, store.incoming("a", peft.MODEL_NAME) as second:
         assert first != second
         with first.open("wb") as one:
@@ -155,7 +155,7 @@ def test_what_cannot_be_served_at_a_start_stays_in_the_list(
     registry: Registry, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Its disk may be away, or the base may be another this time."""
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     folder = saved("away", seed=1)
     registry.register("here", saved("here"))
     registry.load("away", folder, pinned=True)
@@ -164,24 +164,24 @@ def test_what_cannot_be_served_at_a_start_stays_in_the_list(
     before = json.loads((tmp_path / "s" / LIST).read_text())["adapters"]
     folder.rename(tmp_path / "elsewhere")
     again, said = Registry(registry.live, registry.engine, base="base"), list[str]()
-    restarted = Store(tmp_path / "s")
+    restarted = AdapterStore(tmp_path / "s")
     restarted.restore(again, said.append)
     assert again.names == ("here",) and len(said) == 2 and "'away' is not served" in said[0] and LIST in said[0]
     assert json.loads((tmp_path / "s" / LIST).read_text())["adapters"].items() >= {k: before[k] for k in ("away", "gone")}.items()
     assert restarted.forget("gone", again) and not restarted.forget("gone", again)
     (tmp_path / "elsewhere").rename(folder)
     third = Registry(registry.live, registry.engine, base="base")
-    Store(tmp_path / "s").restore(third, said.append)
+    AdapterStore(tmp_path / "s").restore(third, said.append)
     assert set(third.names) == {"here", "away"} and third.get("away").pinned and third.get("away").probe is not None
     (tmp_path / "s" / LIST).write_text('{"adapters": []}')
     with pytest.raises(DataError, match="has no object of adapters by name"):
-        Store(tmp_path / "s").restore(third, said.append)
+        AdapterStore(tmp_path / "s").restore(third, said.append)
 
 
 def test_a_disk_too_full_for_the_list_changes_nothing(
     live: LiveModel, asking: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     registry = Registry(live, asking().engine, base="base", changed=lambda: store.remember(registry))
     upload(store, "a", saved("a", seed=1))
     store.accept("a", registry, replace=False)
@@ -210,12 +210,12 @@ def test_a_disk_too_full_for_the_list_changes_nothing(
 
 def test_what_a_start_is_given_besides_leaves_the_list(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
     """`serve` registers what --adapter names before the list is restored."""
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     upload(store, "sent", saved("sent"))
     store.accept("sent", registry, replace=False)
     registry.pin("sent", True)
     store.remember(registry)
-    restarted = Store(tmp_path / "s")
+    restarted = AdapterStore(tmp_path / "s")
     again = Registry(registry.live, registry.engine, base="base", changed=lambda: restarted.remember(again))
     again.register("given", saved("given"))
     restarted.restore(again, print)
@@ -226,12 +226,12 @@ def test_what_a_start_is_given_besides_leaves_the_list(registry: Registry, saved
 def test_an_upload_that_another_start_may_serve_is_not_overwritten(
     registry: Registry, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     upload(store, "sent", saved("sent"))
     store.accept("sent", registry, replace=False)
     store.remember(registry)
     other = Registry(registry.live, registry.engine, base="sent")  # which leaves the adapter out, for its name
-    store = Store(tmp_path / "s")
+    store = AdapterStore(tmp_path / "s")
     store.restore(other, print)
     other.base = "other"
     upload(store, "sent", saved("new", seed=2))

@@ -1,4 +1,4 @@
-"""Sizes and names: 400 lines a file, 60 a function, no drawers."""
+"""Sizes and names: 600 lines a file, 60 a function, no drawers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from structure.tree import ROOT, committed_files, named, parsed, source_files
 
-FILE_LINES = 400
+FILE_LINES = 600
 TEST_FILE_LINES = 600
 FUNCTION_LINES = 60
 DRAWERS = re.compile(r"((utils?|common|misc|helpers?|other|stuff)|.*_(v\d+|old|legacy|new|extended))(\..*)?", re.IGNORECASE)

@@ -24,7 +24,7 @@ from lorakeet.kernels.tiled_weight import InTiles
 from lorakeet.kernels.triton import elementwise, loss
 from lorakeet.kernels.triton import tiles as triton_tiles
 from lorakeet.kernels.triton.loss import loss_in_place
-from lorakeet.kernels.triton.tiles import Pair, dense, product, unpack
+from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, product, unpack
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
@@ -129,13 +129,13 @@ def launched(name: str, dtype: torch.dtype, tokens: int) -> tuple[Any, tuple[Any
         if name == "loss":
             loss_in_place(torch.empty(4, 32000), torch.empty(4, dtype=torch.int64), wants_grad=True)
             return calls[0]
-        tiles = dense(torch.empty(SHAPE, dtype=dtype)) if name == "dense" else weights()[name]
+        tiles = dense_tiles(torch.empty(SHAPE, dtype=dtype)) if name == "dense" else weights()[name]
         if tokens == 0:
             unpack(tiles, torch.empty(SHAPE, dtype=dtype))
             return calls[0]
         many = tokens > 16
         rank, (depth, width) = RANK if many else 16, SHAPE if many else SHAPE[::-1]
-        pair = Pair(torch.empty(rank, depth, dtype=dtype), torch.empty(rank, width, dtype=dtype), 1.0, 2.0)
+        pair = TilePair(torch.empty(rank, depth, dtype=dtype), torch.empty(rank, width, dtype=dtype), 1.0, 2.0)
         product(tiles, torch.empty(tokens, depth, dtype=dtype), pair, transposed=many)
     return calls[0]
 

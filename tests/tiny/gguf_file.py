@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorakeet.quant.gguf_codes import fitted
+from lorakeet.quant.gguf_codes import fit_gguf_scales
 from tiny.models import tiny_model, tiny_tokenizer
 
 _NAMES = {
@@ -65,7 +65,7 @@ def _blocks(weight: np.ndarray, kind: Any) -> np.ndarray:
 
     if not kind.name.endswith("_K"):
         return gguf.quants.quantize(weight, kind)
-    return fitted(torch.from_numpy(np.ascontiguousarray(weight)), kind.name).packed.numpy()
+    return fit_gguf_scales(torch.from_numpy(np.ascontiguousarray(weight)), kind.name).packed.numpy()
 
 
 def add_tokenizer(writer: Any, tokenizer: Any) -> None:

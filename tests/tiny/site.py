@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 
-from lorakeet.serve.routes.http import _Server, build_app
+from lorakeet.serve.routes.http import _UvicornServer, build_app
 from lorakeet.serve.service import Service
 
 
@@ -20,7 +20,7 @@ class Site:
         self._server: Any = None
         ready: queue.SimpleQueue[int] = queue.SimpleQueue()
         config = uvicorn.Config(build_app(service), host="127.0.0.1", port=0, log_level="warning", access_log=False)
-        self._server = _Server(config, ready.put)
+        self._server = _UvicornServer(config, ready.put)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         self.url = f"http://127.0.0.1:{ready.get(timeout=30)}"

@@ -28,7 +28,7 @@ def test_all_comes_back(tmp_path: Path) -> None:
     saved = snapshot(7)
     path = checkpoint.save(tmp_path, saved, keep=2)
     assert path.name == "step-000007"
-    read = checkpoint.load(path)
+    read = checkpoint.load_checkpoint(path)
     assert (read.position, read.identity) == (saved.position, saved.identity)
     for name in ("trained", "moments", "random", "best"):
         before, after = getattr(saved, name), getattr(read, name)
@@ -88,12 +88,12 @@ def test_of_several_hashes_one_must_be_the_same() -> None:
 
 def test_other_settings_are_named_all_at_once() -> None:
     shapes = {"a.A": torch.zeros(2, 3)}
-    saved = checkpoint.identity_of(TrainSpec(), {"data": "abc"}, parameters=shapes, learning_rate=1e-3)
-    same = checkpoint.identity_of(
+    saved = checkpoint.run_identity(TrainSpec(), {"data": "abc"}, parameters=shapes, learning_rate=1e-3)
+    same = checkpoint.run_identity(
         TrainSpec(keep_checkpoints=5, log_to="wandb"), {"data": "abc"}, parameters=shapes, learning_rate=1e-3
     )
     checkpoint.require_same(json.loads(json.dumps(saved)), same, run=Path("run"))
-    other = checkpoint.identity_of(TrainSpec(seed=1), {"data": "abd"}, parameters={"a.A": torch.zeros(2, 4)}, learning_rate=2e-3)
+    other = checkpoint.run_identity(TrainSpec(seed=1), {"data": "abd"}, parameters={"a.A": torch.zeros(2, 4)}, learning_rate=2e-3)
     with pytest.raises(ConfigError) as error:
         checkpoint.require_same(saved, other, run=Path("run"))
     words = ("4 problems", "train.seed was 0", "is 1 now", "The data changed since run began", "train.learning_rate was 0.001")

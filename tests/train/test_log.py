@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import DataError, EnvironmentProblem
-from lorakeet.train.log import Metrics, read_metrics, sink_for
+from lorakeet.train.log import MetricsLog, read_metrics, sink_for
 
 
 def test_records_are_there_at_once_and_cut_on_going_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path)
+    metrics = MetricsLog(path)
     metrics.write({"step": 1, "loss": 2.5})
     kept = metrics.offset
     metrics.write({"step": 2, "loss": float("nan")})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
     metrics.close()
-    again = Metrics(path, keep=kept)
+    again = MetricsLog(path, keep=kept)
     again.write({"step": 2, "loss": 2.0})
     again.close()
     assert read_metrics(path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
@@ -39,7 +39,7 @@ def test_a_shortened_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("{}\n")
     with pytest.raises(DataError, match="has 3 bytes, but the checkpoint was written after 40"):
-        Metrics(path, keep=40)
+        MetricsLog(path, keep=40)
     assert path.read_text() == "{}\n"
 
 

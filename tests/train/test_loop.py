@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lorakeet.data.pack import Batch, pack
+from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFailed
 from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint
@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(tmp_path: Path) -> No
     """Against the literal definition: one batch, one mean over its supervised tokens, torch's own cross-entropy."""
     spec = dataclasses.replace(SPEC, batch_size=SPEC.batch_size - 1, steps=1)
     task = TinyTask(spec, dropout=0.0)
-    batch = pack([task.rows[row] for row in task.order.indices(0)])
+    batch = pack_examples([task.rows[row] for row in task.order.indices(0)])
     logits = task.text.head(task.text.hidden(batch))
     loss = torch.nn.functional.cross_entropy(logits, batch.target_ids)
     grads = torch.autograd.grad(loss, list(task.parameters().values()))
@@ -236,7 +236,7 @@ def test_nan_stops_before_the_step_and_keeps_what_was_good(tmp_path: Path, gradi
     assert "step 6)" in said
     assert "lower train.learning_rate (now 0.02)" in said
     assert all(torch.equal(parameter, task.before[name]) for name, parameter in task.parameters().items())
-    kept = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-000006")
+    kept = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000006")
     assert all(torch.isfinite(tensor).all() for tensor in kept.trained.values())
     assert torch.isfinite(peft.read(tmp_path / "run" / "adapter").pairs["first"].B).all()
     assert steps_of(tmp_path / "run")[-1]["step"] == 7
@@ -342,7 +342,7 @@ def test_other_settings_cannot_go_on(tmp_path: Path) -> None:
 def test_another_environment_is_said_once(tmp_path: Path) -> None:
     stopped(tmp_path / "run", 2)
     path = tmp_path / "run" / "checkpoints" / "step-000002"
-    snapshot = checkpoint.load(path)
+    snapshot = checkpoint.load_checkpoint(path)
     snapshot.identity["environment"]["torch"] = "1.0"  # type: ignore[index]
     checkpoint.save(path.parent, snapshot, keep=2)
     report = StopAt(99)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorakeet.data.pack import Batch
 from lorakeet.errors import RunStopped
 from lorakeet.train import loss_scale
-from lorakeet.train.checkpoint import load
+from lorakeet.train.checkpoint import load_checkpoint
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loss_scale import START, LossScale
 from lorakeet.train.task import HeldOut
@@ -87,7 +87,7 @@ def test_it_grows_after_so_many_good_steps_and_resumes_to_the_bit(tmp_path: Path
     go(tmp_path / "whole", task=narrow(5, 6))
     for step, done in ((5, False), (8, True)):
         stopped(tmp_path / "run", step, task=narrow(5, 6), resume=done)
-    assert load(tmp_path / "run" / "checkpoints" / "step-000008").position.scale == LossScale(START / 2, True, 2, 2)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000008").position.scale == LossScale(START / 2, True, 2, 2)
     go(tmp_path / "run", task=narrow(5, 6), resume=True)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")

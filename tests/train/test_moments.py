@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lorakeet.train.moments import BLOCK, SMALLEST, AdamW8bit, grid, kept_moments, restored, rounded
+from lorakeet.train.moments import BLOCK, SMALLEST, AdamW8bit, grid, kept_moments, quantise_moments, restored
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 
@@ -25,7 +25,7 @@ def test_the_grid_is_the_published_one(signed: bool) -> None:
 def test_rounding_takes_the_nearest_value(signed: bool, count: int) -> None:
     values = torch.randn(count, generator=torch.Generator().manual_seed(count)) * torch.logspace(-3, 0, count)
     values = values if signed else values.abs()
-    codes, scales = rounded(values, signed=signed)
+    codes, scales = quantise_moments(values, signed=signed)
     assert codes.dtype == torch.uint8 and codes.shape == (count,) and len(scales) == -(-count // BLOCK)
     found = restored(codes, scales, signed=signed)
     for at in range(0, count, BLOCK):
@@ -36,7 +36,7 @@ def test_rounding_takes_the_nearest_value(signed: bool, count: int) -> None:
 
 
 def test_what_is_above_zero_stays_above_zero() -> None:
-    codes, scales = rounded(torch.tensor([1.0, 1e-12, 0.0]), signed=False)
+    codes, scales = quantise_moments(torch.tensor([1.0, 1e-12, 0.0]), signed=False)
     found = restored(codes, scales, signed=False)
     assert found[0] == 1 and found[1] > 0 and found[2] == 0
 
@@ -115,7 +115,7 @@ def test_cut_moments_are_the_kept_ones_rounded_once_more(shape: tuple[int, int],
     for name, signed in (("first", True), ("second", False)):
         whole = restored(before[name], scales[name], signed=signed).view(shape).index_select(dim, kept).view(-1)
         found = restored(state[f"{name}_codes"], state[f"{name}_scales"], signed=signed)
-        codes, again = rounded(whole, signed=signed)
+        codes, again = quantise_moments(whole, signed=signed)
         assert torch.equal(state[f"{name}_codes"], codes) and torch.equal(state[f"{name}_scales"], again)
         assert found.shape == whole.shape and (not len(whole) or (found - whole).abs().max() <= 0.02 * whole.abs().max())
     parameter.data = parameter.data.index_select(dim, kept)

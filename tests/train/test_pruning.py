@@ -81,7 +81,7 @@ def test_rows_columns_and_moments_go_and_the_budget_is_kept(tmp_path: Path) -> N
     assert sum(ranks_of(task).values()) == 3
     shapes = {}
     for step in (3, 4, 6, 7, 12):
-        folder = tmp_path / "run" / "checkpoints" / checkpoint.name_of(step)
+        folder = tmp_path / "run" / "checkpoints" / checkpoint.step_name(step)
         tensors, moments = load_file(folder / "trained.safetensors"), load_file(folder / "moments.safetensors")
         ranks = {name: tensors[f"{name}.A"].shape[0] for name in ("first", "second")}
         for name, rank in ranks.items():
@@ -214,7 +214,7 @@ def test_an_adapter_of_a_later_state_is_not_left_as_that_of_an_earlier_one(tmp_p
         go(tmp_path / "run", dataclasses.replace(SPEC, keep_checkpoints=12), stop=9)
     assert (tmp_path / "run" / "adapter").is_dir()
     for path in checkpoint.found(tmp_path / "run" / "checkpoints"):
-        if path.name > checkpoint.name_of(left):
+        if path.name > checkpoint.step_name(left):
             shutil.rmtree(path)
     if left:
         with pytest.raises(ConfigError, match=r"train\.weight_decay was 0\.0"):

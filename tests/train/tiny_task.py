@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.layers.linear import LoraLinear, base_of, new_pair
+from lorakeet.core.layers.linear import LoraLinear, dense_base_of, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.data.batches import StepOrder
@@ -53,7 +53,7 @@ class TinyText(nn.Module):
         for name in ("first", "second"):
             linear = nn.Linear(HIDDEN, HIDDEN, bias=False).requires_grad_(False)
             linear.weight.copy_(torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5)
-            layer = LoraLinear(linear, base_of(linear, "linear"))
+            layer = LoraLinear(linear, dense_base_of(linear, "linear"))
             entry = PlanEntry(name, "linear", (HIDDEN, HIDDEN), 4, 12.0, dropout=dropout, start=start)  # type: ignore[arg-type]
             layer.attach("default", new_pair(entry, weight=lambda linear=linear: linear.weight, seed=0))
             layer.active = "default"

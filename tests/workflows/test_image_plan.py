@@ -22,7 +22,7 @@ from tiny.image_runs import image_config
 @pytest.fixture
 def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process holds beside tensors is a number, and not measured by running a small model."""
-    monkeypatch.setattr(image_run, "runtime_bytes", lambda config, dtype: 10**9)
+    monkeypatch.setattr(image_run, "image_runtime_bytes", lambda config, dtype: 10**9)
 
 
 @pytest.fixture

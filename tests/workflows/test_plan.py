@@ -22,7 +22,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows import plan as plan_module
 from lorakeet.workflows.plan import PlanResult, plan
 from lorakeet.workflows.planning.forecast_text_run import Precision
-from lorakeet.workflows.planning.rehearse_text import Rows
+from lorakeet.workflows.planning.rehearse_text import RowShape
 from tiny.gguf_file import write_tiny_gguf
 
 SMALL = {
@@ -115,7 +115,7 @@ def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said(
     """Settings are tried until one fits: with weights in memory none of them could."""
     config = read_run(None, {"model.path": "none", "data.train": "none", "memory.budget": "1MB", "lora.rank": "8"})
     precision = Precision(torch.float32, torch.float32, QuantSpec())
-    planned: Any = SimpleNamespace(base=2_000_000, rows=Rows(512))
+    planned: Any = SimpleNamespace(base=2_000_000, rows=RowShape(512))
     tried: list[RunConfig] = []
 
     def least(other: RunConfig) -> int:

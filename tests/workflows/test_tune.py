@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from lorakeet.config import read_run
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.models import modules
@@ -132,7 +132,7 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     setup, said, passed = assemble(settings(tiny_llama_folder, rows, tmp_path / "run", TOP), quiet()), io.StringIO(), list[int]()
     block: Any = modules.find(setup.text.model, "model.layers.0")
     block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
-    tried = setup.text.laid(pack(tuning._rows(setup).search))
+    tried = setup.text.laid(pack_examples(tuning._rows(setup).search))
     found = searched(setup, True, monkeypatch, said)
     once = sum(passed)
     plain = searched(setup, False, monkeypatch, io.StringIO())

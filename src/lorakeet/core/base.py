@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakeet.kernels.cpu import dense, operators
 from lorakeet.kernels.cpu.int8_rows import MOST
-from lorakeet.kernels.cpu.stored import CODED, DENSE, Stored
+from lorakeet.kernels.cpu.stored import CODED, DENSE, StoredWeight
 from lorakeet.kernels.tiled_weight import InTiles, Kernels
 
 
@@ -93,7 +93,7 @@ class AddingBase(Protocol):
 class StoredBase(Protocol):
     """A base that C may read as it is stored."""
 
-    def stored(self) -> Stored | None:
+    def stored(self) -> StoredWeight | None:
         """What C is told of it; None where it cannot read it."""
 
     def tensors(self) -> Sequence[Tensor]:
@@ -114,7 +114,7 @@ def coding(base: FrozenBase, x: Tensor) -> bool:
     return _is(base, CodingBase) and cast(CodingBase, base).takes_codes(x)
 
 
-def stored(base: FrozenBase, x: Tensor) -> Stored | None:
+def stored(base: FrozenBase, x: Tensor) -> StoredWeight | None:
     """What C is told of a base that it may multiply bf16 rows such as x with; None where the base's own code is to."""
     if not _is(base, StoredBase):
         return None
@@ -200,13 +200,13 @@ class DenseBase:
     def dense(self) -> Tensor:
         return self.weight.detach()
 
-    def stored(self) -> Stored | None:
+    def stored(self) -> StoredWeight | None:
         """As native/stored has it; None of one that is trained, in another dtype, turned, elsewhere, or for Triton's kernels."""
         weight = self.weight
         if self.turned or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
             return None
         read = type(weight) in operators.READ and operators.serves(torch.bfloat16, weight)
-        return Stored(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
+        return StoredWeight(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
 
     def tensors(self) -> Sequence[Tensor]:
         """Those in which it is stored."""
@@ -214,7 +214,7 @@ class DenseBase:
 
     def in_tiles(self) -> InTiles | None:
         """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""
-        from lorakeet.kernels.triton.tiles import dense as tiled
+        from lorakeet.kernels.triton.tiles import dense_tiles as tiled
 
         held = self.dense()
         return tiled(held) if 1 in held.stride() else None

@@ -118,10 +118,10 @@ def low_rank_product(base: FrozenBase, x: Tensor, A: Tensor, B: Tensor, scale: f
     tiles = _tiles(base, (x, A, B)) if len(A) <= RANK else None
     if tiles is None:
         return None
-    from lorakeet.kernels.triton.tiles import Pair
+    from lorakeet.kernels.triton.tiles import TilePair
     from lorakeet.kernels.triton.tiles import product as launch
 
-    y, shrunk = launch(tiles, x, Pair(A, B.t(), before=1.0, after=scale))
+    y, shrunk = launch(tiles, x, TilePair(A, B.t(), before=1.0, after=scale))
     assert shrunk is not None
     return y, shrunk
 
@@ -135,10 +135,10 @@ def low_rank_product_t(base: FrozenBase, grad: Tensor, A: Tensor, B: Tensor, sca
     tiles = _tiles(base, (grad, A, B)) if len(A) <= RANK else None
     if tiles is None:
         return None
-    from lorakeet.kernels.triton.tiles import Pair
+    from lorakeet.kernels.triton.tiles import TilePair
     from lorakeet.kernels.triton.tiles import product as launch
 
-    grad_x, u = launch(tiles, grad, Pair(B.t(), A, before=scale, after=1.0), transposed=True)
+    grad_x, u = launch(tiles, grad, TilePair(B.t(), A, before=scale, after=1.0), transposed=True)
     assert u is not None
     return grad_x, u
 

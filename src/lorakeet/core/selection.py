@@ -34,7 +34,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class BatchAssignment:
     """A divided batch as layers compute it: each mix has a place where its pairs stand.
 
     `places` are the mixes by place, some of which nobody may use now; `used` are the others. `long` are the tokens that use one
@@ -72,7 +72,7 @@ class Selection:
         self._numbers = itertools.count(1)
         self._places: tuple[Mix, ...] = ()
         self._runs: tuple[Run, ...] | None = None  # of the shares; worked out when a layer asks for them
-        self._arranged: dict[tuple[int, torch.device], Arrangement] = {}
+        self._arranged: dict[tuple[int, torch.device], BatchAssignment] = {}
         self._roomy = 0  # divisions in a row that used less than half of the places
         self._tables: list[weakref.ref[Tables]] = []
         self.copies: Tables | None = None  # of mixes on all layers, where these are made at once (core/batched/mix_copies)
@@ -134,7 +134,7 @@ class Selection:
                 tables.release()
         self.changes = next(self._numbers)  # layers look again at what they hold
 
-    def standing(self, to: Arrangement) -> dict[int, Standing]:
+    def standing(self, to: BatchAssignment) -> dict[int, Standing]:
         """What must stand at each place of `to` that is used, as of now."""
         changes = self.changes
         known = cast("tuple[int, dict[int, Standing]] | None", to.picked.get(_STANDING))
@@ -158,7 +158,7 @@ class Selection:
             return self.shares_over(tokens)
         return () if self.active is None else _whole(tokens, self.active)
 
-    def arranged(self, tokens: int, device: torch.device) -> Arrangement:
+    def arranged(self, tokens: int, device: torch.device) -> BatchAssignment:
         """How layers that see `tokens` tokens compute the divided batch; worked out once for all of them.
 
         A mix keeps its place from one batch to the next, so that its pairs need not be copied again. The tuple of places is the
@@ -173,7 +173,7 @@ class Selection:
                 self._roomy = self._roomy + 1 if len(self._places) > 2 * len(mixes) else 0
                 self._places = tuple(mixes) if self._roomy >= PATIENCE else _placed(self._places, mixes)
             spans = [(slice(start * each, stop * each), mix) for start, stop, mix in self._runs]
-            found = self._arranged[tokens, device] = _arrangement(spans, self._places, tokens, device)
+            found = self._arranged[tokens, device] = _assignment(spans, self._places, tokens, device)
         return found
 
     def _each(self, tokens: int) -> int:
@@ -223,7 +223,9 @@ def _placed(places: tuple[Mix, ...], mixes: Collection[Mix]) -> tuple[Mix, ...]:
     return tuple(held)
 
 
-def _arrangement(spans: Sequence[tuple[slice, Mix]], places: tuple[Mix, ...], tokens: int, device: torch.device) -> Arrangement:
+def _assignment(
+    spans: Sequence[tuple[slice, Mix]], places: tuple[Mix, ...], tokens: int, device: torch.device
+) -> BatchAssignment:
     place_of = {mix: place for place, mix in enumerate(places)}
     own: dict[int, list[slice]] = {}
     for span, mix in spans:
@@ -238,7 +240,7 @@ def _arrangement(spans: Sequence[tuple[slice, Mix]], places: tuple[Mix, ...], to
             long.append((numbers if len(parts) > 1 else range(parts[0].start, parts[0].stop), place))
     at.sort()
     some = None if len(at) == tokens else _indices([token for token, _ in at], device)
-    return Arrangement(places, frozenset(own), tuple(long), tuple(at), some)
+    return BatchAssignment(places, frozenset(own), tuple(long), tuple(at), some)
 
 
 def _indices(numbers: Sequence[int], device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ TILE = 8192  # rows: of a Llama-2 7B's head 67 MB in bf16
 PART = 1 << 22  # numbers of two tensors that are compared at once
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """A matrix whose rows can be had in parts: a tensor, or one that lies in a store."""
 
     @property
@@ -31,10 +31,10 @@ class Rows(Protocol):
         """Some of the rows."""
 
 
-class Stack(Rows, Protocol):
+class StackedRows(RowSource, Protocol):
     """Rows that may have more than two dimensions, such as a tensor in a file."""
 
-    def as_matrix(self) -> Rows:
+    def as_matrix(self) -> RowSource:
         """The same numbers with all dimensions but the last laid end to end as rows."""
 
 
@@ -49,7 +49,7 @@ def parts(shape: tuple[int, ...], numbers: int = PART) -> Iterator[slice]:
     yield from tiles(shape[0], max(1, numbers // max(math.prod(shape[1:]), 1)))
 
 
-def as_matrix(rows: Rows) -> Rows:
+def as_matrix(rows: RowSource) -> RowSource:
     """The same numbers with all dimensions but the last laid end to end as rows.
 
     What a part of a stack of matrices holds is then no more than that of a matrix. Vectors and matrices are left as they are.
@@ -57,7 +57,7 @@ def as_matrix(rows: Rows) -> Rows:
     shape = tuple(rows.shape)
     if len(shape) < 3:
         return rows
-    return rows.reshape(matrix_shape(shape)) if isinstance(rows, Tensor) else cast(Stack, rows).as_matrix()
+    return rows.reshape(matrix_shape(shape)) if isinstance(rows, Tensor) else cast(StackedRows, rows).as_matrix()
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class _TiledProduct(torch.autograd.Function):
     """y = x·Wᵀ and ∂x = ∂y·W, both by tiles of W; ∂x is summed in fp32. Nothing is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Rows) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: RowSource) -> Tensor:
         ctx.weight = weight
         return torch.cat([frozen_product(x, weight[part]) for part in tiles(weight.shape[0])], dim=-1)
 
@@ -79,12 +79,12 @@ class _TiledProduct(torch.autograd.Function):
         return back_product(grad, ctx.weight, grad.dtype).to(grad.dtype), None
 
 
-def tiled_product(x: Tensor, weight: Rows) -> Tensor:
+def tiled_product(x: Tensor, weight: RowSource) -> Tensor:
     """x (n, columns) to x·Wᵀ (n, rows) in the dtype of x, differentiable in x."""
     return cast(Tensor, _TiledProduct.apply(x, weight))  # type: ignore[no-untyped-call]
 
 
-def back_product(grad: Tensor, weight: Rows, products: torch.dtype) -> Tensor:
+def back_product(grad: Tensor, weight: RowSource, products: torch.dtype) -> Tensor:
     """grad (n, rows) to grad·W (n, columns): each tile's product in `products`, their sum in fp32 (fp64 for fp64)."""
     exact = torch.promote_types(products, torch.float32)
     total = torch.zeros((grad.shape[0], weight.shape[1]), dtype=exact, device=grad.device)
@@ -92,7 +92,7 @@ def back_product(grad: Tensor, weight: Rows, products: torch.dtype) -> Tensor:
     return total
 
 
-def add_back_products(total: Tensor, grads: Iterable[tuple[slice, Tensor]], weight: Rows) -> None:
+def add_back_products(total: Tensor, grads: Iterable[tuple[slice, Tensor]], weight: RowSource) -> None:
     """Adds that to `total` (n, columns), in place, tile by tile, from the gradient (n, ·) of each tile's rows."""
     for part, grad in grads:
         total += frozen_product(grad, weight[part], across=True)

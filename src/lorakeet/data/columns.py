@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.data.locate import Location, open_binary
-from lorakeet.data.tables import Record
+from lorakeet.data.tables import FileRecord
 from lorakeet.errors import DataError, EnvironmentProblem, nearest
 
 HUB = "hub:"
@@ -16,7 +16,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
 
 
-def parquet_records(location: Location) -> Iterator[Record]:
+def parquet_records(location: Location) -> Iterator[FileRecord]:
     """The rows of a Parquet file, read batch by batch."""
     try:
         import pyarrow
@@ -32,7 +32,7 @@ def parquet_records(location: Location) -> Iterator[Record]:
             for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Record(f"{name}:{number}", values)
+                    yield FileRecord(f"{name}:{number}", values)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{location.path} cannot be read as Parquet ({error}); check that the file is whole.") from error
 
@@ -45,7 +45,7 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(bare)) and not _FILE.search(bare) and not Path(bare.partition("/")[0]).exists()
 
 
-def hub_records(name: str) -> Iterator[Record]:
+def hub_records(name: str) -> Iterator[FileRecord]:
     """The rows of a hub data set "owner/name#split" (split "train" if none is named)."""
     identity, _, split = name.removeprefix(HUB).partition("#")
     datasets = _datasets(name)
@@ -59,7 +59,7 @@ def hub_records(name: str) -> Iterator[Record]:
     yield from _dataset_records(loaded, identity)
 
 
-def folder_records(path: Path, split: str) -> Iterator[Record]:
+def folder_records(path: Path, split: str) -> Iterator[FileRecord]:
     """The rows of a folder written by `save_to_disk`; `split` picks one where the folder holds several."""
     if not any((path / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json", "state.json")):
         raise DataError(
@@ -91,11 +91,11 @@ def _datasets(name: str) -> Any:
     return datasets
 
 
-def _dataset_records(loaded: Any, name: str) -> Iterator[Record]:
+def _dataset_records(loaded: Any, name: str) -> Iterator[FileRecord]:
     # A ClassLabel column stores numbers; its names are what a reader of the report wants to see.
     named = {column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
     for number, values in enumerate(loaded, start=1):
         for column, feature in named.items():
             if isinstance(values[column], int) and values[column] >= 0:
                 values[column] = feature.int2str(values[column])
-        yield Record(f"{name}:{number}", values)
+        yield FileRecord(f"{name}:{number}", values)

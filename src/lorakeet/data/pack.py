@@ -62,7 +62,7 @@ def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def pack(examples: Sequence[Example]) -> Batch:
+def pack_examples(examples: Sequence[Example]) -> Batch:
     """One batch of the examples, in their order; ValueError without any, or where a first token is a target."""
     if not examples:
         raise ValueError("pack() needs at least one example")
@@ -91,7 +91,7 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
     takes. The same batches for the same examples.
     """
     bins = alike_bins([len(example.ids) for example in examples], max_tokens)
-    return [pack([examples[number] for number in sorted(chosen)]) for chosen in bins]
+    return [pack_examples([examples[number] for number in sorted(chosen)]) for chosen in bins]
 
 
 def alike_bins(lengths: Sequence[int], most: int, grain: int = 0) -> list[list[int]]:

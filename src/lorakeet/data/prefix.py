@@ -15,7 +15,7 @@ from lorakeet.data.pack import Batch
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PrefixLayout:
     """A batch as a model sees it: `prefix` tokens that belong to every row, then the `lengths` tokens that are a row's own."""
 
     ids: Tensor  # (tokens,) int64
@@ -25,12 +25,12 @@ class Layout:
     target_positions: Tensor  # (targets,) int64: where a target is to be predicted
 
 
-def as_laid(batch: Batch) -> Layout:
+def as_laid(batch: Batch) -> PrefixLayout:
     """The batch as it is, nothing shared."""
-    return Layout(batch.ids, batch.positions, batch.lengths, 0, batch.target_positions)
+    return PrefixLayout(batch.ids, batch.positions, batch.lengths, 0, batch.target_positions)
 
 
-def shared_once(batch: Batch) -> Layout:
+def shared_once(batch: Batch) -> PrefixLayout:
     """The batch with the tokens that all its rows begin with laid out once; each row keeps at least its last token."""
     prefix = _shared(batch)
     if not prefix:
@@ -43,7 +43,7 @@ def shared_once(batch: Batch) -> Layout:
     positions = batch.positions.cpu()
     places = torch.where(positions < prefix, positions, places)  # a token of the prefix stands where the first row's stands
     kept, places = kept.to(batch.ids.device), places.to(batch.ids.device)
-    return Layout(
+    return PrefixLayout(
         ids=batch.ids[kept],
         positions=batch.positions[kept],
         lengths=tuple(length - prefix for length in batch.lengths),

@@ -18,7 +18,7 @@ from itertools import groupby, pairwise
 import numpy as np
 
 from lorakeet.data.chat import Example, Ids
-from lorakeet.data.pack import Batch, alike_bins, pack
+from lorakeet.data.pack import Batch, alike_bins, pack_examples
 
 PASS = 128  # tokens that take about as long as what a pass takes beside its tokens, where weights lie in memory
 UNIT = 1 << 40  # of a batch: what fills it, whichever of the limits that is
@@ -26,7 +26,7 @@ DEPTH = 16  # prompts within prompts
 
 
 @dataclass(frozen=True)
-class Limits:
+class BatchLimits:
     """What a batch may have: tokens that are computed, and learnt ones; `times` as many in all. A pass costs `a_pass` tokens."""
 
     tokens: int
@@ -34,19 +34,19 @@ class Limits:
     a_pass: int = PASS
 
 
-def sharing_batches(examples: Sequence[Example], limits: Limits) -> list[Batch]:
+def sharing_batches(examples: Sequence[Example], limits: BatchLimits) -> list[Batch]:
     """The examples of one step in batches within the limits, what all rows of a batch begin with counted once; a longer row
     stands alone. The same batches for the same examples."""
-    rows = _Rows(examples, limits)
+    rows = _SortedRows(examples, limits)
     plain = alike_bins([len(example.ids) for example in examples], limits.tokens)
     apart = [[rows.numbers[place] for place in chosen] for group in rows.groups() for chosen in rows.cut(group)]
-    return [pack([examples[number] for number in sorted(chosen)]) for chosen in min((plain, apart), key=rows.computed)]
+    return [pack_examples([examples[number] for number in sorted(chosen)]) for chosen in min((plain, apart), key=rows.computed)]
 
 
-class _Rows:
+class _SortedRows:
     """The examples by their place in the order of their tokens; places of a group ascend."""
 
-    def __init__(self, examples: Sequence[Example], limits: Limits) -> None:
+    def __init__(self, examples: Sequence[Example], limits: BatchLimits) -> None:
         keys = [example.ids.astype(">u8").tobytes() for example in examples]  # bytes in the order of the numbers
         self.numbers = sorted(range(len(examples)), key=lambda number: (keys[number], number))
         self.places = {number: place for place, number in enumerate(self.numbers)}

@@ -11,7 +11,7 @@ from lorakeet.data.locate import PACKAGE, locate_data
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import READERS, Record, RowProblems, text_records
+from lorakeet.data.tables import READERS, FileRecord, RowProblems, text_records
 from lorakeet.errors import DataError, nearest
 
 
@@ -28,7 +28,7 @@ def read_rows(name: str, spec: DataSpec) -> list[Row]:
     return rows
 
 
-def read_records(name: str, problems: RowProblems) -> Iterator[Record]:
+def read_records(name: str, problems: RowProblems) -> Iterator[FileRecord]:
     """The records of one file, folder or hub data set, in order, as they stand there."""
     base, mark, split = name.partition("#")
     if mark and Path(base).expanduser().is_dir():

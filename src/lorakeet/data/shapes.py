@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
-from lorakeet.data.tables import Record, RowProblems
+from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant")
@@ -23,7 +23,7 @@ class _Unusable(Exception):
     """Why one record cannot become a row; never leaves this file."""
 
 
-def shape_rows(records: Iterator[Record], name: str, spec: DataSpec, problems: RowProblems) -> Iterator[Row]:
+def shape_rows(records: Iterator[FileRecord], name: str, spec: DataSpec, problems: RowProblems) -> Iterator[Row]:
     """The rows of the records; the first record decides the shape if the spec leaves it open.
 
     A missing column raises at once; what is wrong with single records is added to `problems`.
@@ -39,7 +39,7 @@ def shape_rows(records: Iterator[Record], name: str, spec: DataSpec, problems: R
             problems.add(record.source, str(error))
 
 
-def _find_shape(record: Record, name: str, spec: DataSpec) -> str:
+def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:
     columns = record.values
     if spec.format != "auto":
         return spec.format
@@ -60,7 +60,7 @@ def _find_shape(record: Record, name: str, spec: DataSpec) -> str:
     )
 
 
-def _require_columns(record: Record, shape: str, name: str, spec: DataSpec) -> None:
+def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) -> None:
     columns = record.values
     needed: dict[str, str] = {}
     if shape == "chat" and not any(column in columns for column in _CHAT_COLUMNS):
@@ -87,7 +87,7 @@ def _require_columns(record: Record, shape: str, name: str, spec: DataSpec) -> N
         raise DataError("\n".join(missing))
 
 
-def _shape(record: Record, shape: str, spec: DataSpec) -> Row:
+def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     values = record.values
     label = None
     if shape == "chat":

@@ -16,7 +16,7 @@ _START = 60  # characters of a broken line that are shown
 _MEND = "mend or remove the line."
 
 
-class Record(NamedTuple):
+class FileRecord(NamedTuple):
     """One record of a file: `source` is "file.tsv:17", `values` its columns or keys."""
 
     source: str
@@ -43,14 +43,14 @@ class RowProblems:
         self._problems.raise_if_any()
 
 
-def text_records(location: Location, problems: RowProblems) -> Iterator[Record]:
+def text_records(location: Location, problems: RowProblems) -> Iterator[FileRecord]:
     """The records of a text file one by one; rows that cannot be read are added to `problems` and left out."""
     reader = READERS[location.kind]
     with open_text(location) as stream:
         yield from reader(stream, location.name.rsplit("/", 1)[-1], problems)
 
 
-def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -61,12 +61,12 @@ def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[R
             problems.add(source, f"broken JSON{_where(error)}: {_start_of(line)}; {_MEND}")
             continue
         if isinstance(values, dict):
-            yield Record(source, values)
+            yield FileRecord(source, values)
         else:
             problems.add(source, f"expected an object in braces, got {_start_of(line)}; {_MEND}")
 
 
-def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
     text = stream.read()
     try:
         rows = json.loads(text)
@@ -81,7 +81,7 @@ def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[R
         return
     for number, values in enumerate(rows, start=1):
         if isinstance(values, dict):
-            yield Record(f"{name}[{number}]", values)
+            yield FileRecord(f"{name}[{number}]", values)
         else:
             problems.add(f"{name}[{number}]", f"expected an object in braces, got {_start_of(json.dumps(values))}.")
 
@@ -93,8 +93,8 @@ def _where(error: Exception) -> str:
     return " (brackets within brackets too deep)" if isinstance(error, RecursionError) else f" ({error})"
 
 
-def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator[Record]]:
-    def read(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator[FileRecord]]:
+    def read(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
         with _long_fields():
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(_checked(reader, name), None)
@@ -117,7 +117,7 @@ def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator
             if len(row) != len(header):
                 problems.add(source, f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}); {_MEND}")
                 continue
-            yield Record(source, dict(zip(header, row, strict=True)))
+            yield FileRecord(source, dict(zip(header, row, strict=True)))
 
     return read
 
@@ -141,10 +141,10 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+def _lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
-            yield Record(f"{name}:{number}", {"text": line.rstrip("\r\n")})
+            yield FileRecord(f"{name}:{number}", {"text": line.rstrip("\r\n")})
 
 
 def _start_of(line: str) -> str:
@@ -152,7 +152,7 @@ def _start_of(line: str) -> str:
     return repr(start if len(start) <= _START else start[:_START] + "…")
 
 
-READERS: dict[str, Callable[[IO[str], str, RowProblems], Iterator[Record]]] = {
+READERS: dict[str, Callable[[IO[str], str, RowProblems], Iterator[FileRecord]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,

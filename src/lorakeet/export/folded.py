@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiled_product import PART, Rows, as_matrix, parts
+from lorakeet.core.tiled_product import PART, RowSource, as_matrix, parts
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.edits import Edits, edits_for
 
@@ -53,7 +53,7 @@ class Folded:
         return tensor
 
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RowSource:
         """The tensor with the adapter folded in, in fp32: read in parts where the adapter leaves it alone, else whole."""
         if self.changes(name):
             return self.fetch(name)
@@ -66,7 +66,7 @@ class Folded:
 class InFp32:
     """Rows in another dtype, read as fp32."""
 
-    stored: Rows
+    stored: RowSource
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ class InFp32:
         return torch.float32
 
     def as_matrix(self) -> InFp32:
-        """With all dimensions but the last laid end to end as rows (core/tiled_product.Stack)."""
+        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
         return InFp32(as_matrix(self.stored))
 
     def __getitem__(self, part: slice) -> Tensor:
@@ -94,7 +94,7 @@ class Expected(Protocol):
 
     def fetch(self, name: str, *, folded: bool = True) -> Tensor: ...
 
-    def rows(self, name: str) -> Rows: ...
+    def rows(self, name: str) -> RowSource: ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class StoredTensor:
     noise: float = 0.0
 
 
-def compare_stored(expected: Expected, stored: Iterable[tuple[str, Rows]]) -> dict[str, StoredTensor]:
+def compare_stored(expected: Expected, stored: Iterable[tuple[str, RowSource]]) -> dict[str, StoredTensor]:
     """Every tensor of `expected` against the stored one of its name; infinite differences where one is missing or misshapen.
 
     What the adapter changes is made whole, with and without the change; all else is read in parts.
@@ -130,7 +130,7 @@ def compare_stored(expected: Expected, stored: Iterable[tuple[str, Rows]]) -> di
     return found
 
 
-def _compare(base: Rows | None, wanted: Rows, stored: Rows) -> StoredTensor:
+def _compare(base: RowSource | None, wanted: RowSource, stored: RowSource) -> StoredTensor:
     """In parts, in fp64; `base` is None where the adapter changes nothing."""
     shape = tuple(wanted.shape)
     if tuple(stored.shape) != shape:
@@ -153,7 +153,7 @@ def _compare(base: Rows | None, wanted: Rows, stored: Rows) -> StoredTensor:
     return StoredTensor(both / change, noise / math.sqrt(math.prod(shape)), rounding, math.sqrt(moved / change), noise)
 
 
-def _equal(one: Rows, other: Rows) -> bool:
+def _equal(one: RowSource, other: RowSource) -> bool:
     """Whether both are in memory, and the same."""
     return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
 

@@ -83,7 +83,7 @@ class ModelLayout:
         return None
 
 
-def layout_of(config: Mapping[str, Any], folder: object) -> ModelLayout:
+def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
     """The layout of the model whose config.json is `config`. ConfigError with everything that llama.cpp could not compute."""
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else dict(config)
     kind = str(text.get("model_type", ""))

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiled_product import Rows, as_matrix, parts
+from lorakeet.core.tiled_product import RowSource, as_matrix, parts
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.export.folded import Folded
-from lorakeet.export.gguf_layout import ModelLayout, layout_of
+from lorakeet.export.gguf_layout import ModelLayout, model_layout
 from lorakeet.export.vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
 from lorakeet.formats.files.gguf_header import check_gguf, gguf_package
 from lorakeet.quant.gguf import read_gguf
@@ -53,7 +53,7 @@ class _Item:
     name: str  # in the GGUF file
     shape: tuple[int, ...]
     type: str
-    rows: Callable[[], Rows]
+    rows: Callable[[], RowSource]
 
 
 class _Stored:
@@ -80,7 +80,7 @@ class GgufTensors:
         """ConfigError lists what does not fit, or has no place in llama.cpp's architecture."""
         self.folded = Folded(source, adapter)
         self.own = {**self.folded.checkpoint.config, **self.folded.edits.config}
-        self.layout: ModelLayout = layout_of(self.own, source)
+        self.layout: ModelLayout = model_layout(self.own, source)
         self.notes = [*self.folded.edits.notes, *self.layout.notes]
         self.home = self._named()
 
@@ -128,7 +128,7 @@ class GgufTensors:
         change = self._change(name)
         return tensor if change is None else change(tensor)
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RowSource:
         """As `fetch`, to be had some rows at a time: not whole in memory where nothing is changed in it."""
         return self.folded.rows(self.home[name]) if self._change(name) is None else self.fetch(name)
 
@@ -300,7 +300,7 @@ class GgufFile:
                 counts[str(tensor.tensor_type.name)] += int(tensor.n_elements)
         return counts
 
-    def tensors(self) -> Iterator[tuple[str, Rows]]:
+    def tensors(self) -> Iterator[tuple[str, RowSource]]:
         """(name, fp32 values) of every tensor, some rows of which are read and unpacked at a time."""
         for tensor in read_gguf(self.path)[1]:
             yield tensor.name, tensor

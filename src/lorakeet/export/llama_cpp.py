@@ -29,7 +29,7 @@ PASS = 256  # tokens that are computed at once: logits, and scores of every head
 _ERRORS = 4  # ggml_log_level from which llama.cpp's lines are kept for a message
 
 
-class Refused(ConfigError):
+class ModelRefused(ConfigError):
     """llama.cpp does not load a file."""
 
 
@@ -125,7 +125,7 @@ class LlamaCpp:
         params.n_gpu_layers, params.use_extra_bufts = 0, repack
         self._model = self._lib.llama_model_load_from_file(str(model).encode(), params)
         if self._model == self._ffi.NULL:
-            raise Refused(f"llama.cpp cannot load {model}: {self._library.reason()}.")
+            raise ModelRefused(f"llama.cpp cannot load {model}: {self._library.reason()}.")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._start(context, threads)
         if adapter is not None:
@@ -151,7 +151,7 @@ class LlamaCpp:
         if lora == self._ffi.NULL:
             reason = self._library.reason()
             self.close()
-            raise Refused(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
+            raise ModelRefused(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
         held, scales = self._ffi.new("struct llama_adapter_lora *[1]", [lora]), self._ffi.new("float[1]", [1.0])
         self._lib.llama_set_adapters_lora(self._context, held, 1, scales)
 

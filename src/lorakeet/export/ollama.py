@@ -55,7 +55,7 @@ class OllamaModel:
         return body
 
 
-def describe(tokenizer: Any, *, system: str, adapter: bool, say: Callable[[str], None]) -> OllamaModel:
+def describe_template(tokenizer: Any, *, system: str, adapter: bool, say: Callable[[str], None]) -> OllamaModel:
     """What Ollama is told of a model with this tokenizer; `system` is the run's own system prompt, if it has one.
 
     `say` hears where the chat template is of no family that is known here: Ollama then reads the one in the GGUF file.

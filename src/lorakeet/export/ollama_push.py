@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]  # file name, bytes sent, bytes in al
 
 def require_address(host: str) -> None:
     """Raises ConfigError unless `host` is an http address; nothing is sent."""
-    _Server(host)
+    _PushServer(host)
 
 
 def push(
@@ -44,7 +44,7 @@ def push(
 
     ConfigError for a host that is no http address; EnvironmentProblem where the server cannot be reached or refuses.
     """
-    server = _Server(host)
+    server = _PushServer(host)
     digests: dict[str, str] = {}
     for file in filter(None, (model.model, model.adapter)):
         path = folder / file
@@ -58,7 +58,7 @@ def push(
         say(f"Ollama: {status}")
 
 
-class _Server:
+class _PushServer:
     def __init__(self, host: str) -> None:
         parts = urlsplit(host)
         if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]  # parts done, parts in all, a tensor
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorGroup:
     """Tensors that are made together, such as those of one packed weight; their dtypes and shapes are known before."""
 
     shapes: Shapes
@@ -40,7 +40,7 @@ class Part:
 
 def write_model(
     out: Path,
-    parts: Sequence[Part],
+    parts: Sequence[TensorGroup],
     *,
     config: Mapping[str, Any],
     along: Sequence[Path] = (),
@@ -95,10 +95,10 @@ class _Maker:
         self.total = total
         self.on_progress = on_progress
         self.done = 0
-        self.home: dict[str, Part] = {}
+        self.home: dict[str, TensorGroup] = {}
         self.waiting = waiting
 
-    def begin(self, shard: Sequence[Part]) -> None:
+    def begin(self, shard: Sequence[TensorGroup]) -> None:
         self.home = {name: part for part in shard for name in part.shapes}
 
     def fetch(self, name: str) -> Tensor:
@@ -114,9 +114,9 @@ class _Maker:
         return wanted
 
 
-def _shards(parts: Sequence[Part], most: int) -> dict[str, list[Part]]:
+def _shards(parts: Sequence[TensorGroup], most: int) -> dict[str, list[TensorGroup]]:
     """The parts of each file, in order, each file of at most `most` bytes unless a single part is larger."""
-    files: list[list[Part]] = [[]]
+    files: list[list[TensorGroup]] = [[]]
     for part in parts:
         if files[-1] and sum(held.bytes for held in files[-1]) + part.bytes > most:
             files.append([])
@@ -126,11 +126,11 @@ def _shards(parts: Sequence[Part], most: int) -> dict[str, list[Part]]:
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": shard for number, shard in enumerate(files, 1)}
 
 
-def _shapes(shard: Sequence[Part]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _shapes(shard: Sequence[TensorGroup]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {name: stored for part in shard for name, stored in part.shapes.items()}
 
 
-def _index(shards: Mapping[str, Sequence[Part]]) -> str:
+def _index(shards: Mapping[str, Sequence[TensorGroup]]) -> str:
     total = sum(part.bytes for shard in shards.values() for part in shard)
     home = {name: file for file, shard in shards.items() for part in shard for name in part.shapes}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": home}, indent=2, sort_keys=True) + "\n"

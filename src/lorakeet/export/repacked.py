@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.packed_model import Part, write_model
+from lorakeet.export.packed_model import TensorGroup, write_model
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.spill import Aside
@@ -49,7 +49,7 @@ def write_repacked(
     parts = [_part(layout.names[path], partial(bases.__getitem__, path), files) for path in bases]
     taken = {name for path in bases for name in _names(layout.names[path], layout.method)}
     parts += [
-        Part({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file, name))
+        TensorGroup({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file, name))
         for name, file in files.items()
         if name not in taken
     ]
@@ -69,18 +69,18 @@ def _names(name: str, method: str) -> list[str]:
     return [name + part for part in on_disk.NF4_PARTS]
 
 
-def _part(name: str, read: Callable[[], PackedBase], files: Mapping[str, SafeFile]) -> Part:
+def _part(name: str, read: Callable[[], PackedBase], files: Mapping[str, SafeFile]) -> TensorGroup:
     """The tensors of one packed weight, which is read for their shapes, and once more when they are written."""
 
     def made() -> Mapping[str, Tensor]:
         return _tensors(name, read(), files)
 
-    return Part({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in made().items()}, made)
+    return TensorGroup({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in made().items()}, made)
 
 
 def _tensors(name: str, base: PackedBase, files: Mapping[str, SafeFile]) -> dict[str, Tensor]:
     if isinstance(base, GptqBase):
-        shapes = gptq.buffer_shapes(base.shape, bits=base.bits, groups=base.groups)
+        shapes = gptq.gptq_buffer_shapes(base.shape, bits=base.bits, groups=base.groups)
         own = name.removesuffix(".weight")
         return {f"{own}.{part}": base.get_buffer(part).cpu() for part in shapes}
     if isinstance(base, Nf4Base):

@@ -14,7 +14,7 @@ LIMIT = 1e-6  # relative; fp32 products in another order differ by about 1e-7
 
 
 @dataclass(frozen=True)
-class Difference:
+class AdapterDifference:
     """How far two adapters are apart: the largest relative difference of an effective ΔW, where, and what else differs."""
 
     worst: float
@@ -26,7 +26,7 @@ class Difference:
         return not self.problems and self.worst <= LIMIT
 
 
-def compare(one: Adapter, two: Adapter) -> Difference:
+def compare_adapters(one: Adapter, two: Adapter) -> AdapterDifference:
     """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ (Frobenius, float64) over the pairs; magnitudes, biases and extras must be equal bit by bit.
 
     A pair may be missing in one where it changes nothing in the other.
@@ -49,7 +49,7 @@ def compare(one: Adapter, two: Adapter) -> Difference:
         for path in sorted(left.keys() | right.keys()):
             if path not in left or path not in right or not _same(left[path], right[path]):
                 problems.append(f"the {what} {path} differ")
-    return Difference(worst, where, tuple(problems))
+    return AdapterDifference(worst, where, tuple(problems))
 
 
 def _changes(pair: Pair) -> bool:

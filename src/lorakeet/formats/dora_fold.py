@@ -9,7 +9,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import ConfigError
-from lorakeet.formats.diffusion.dense import Compression, compress
+from lorakeet.formats.diffusion.dense import Compression, fit_pair
 from lorakeet.formats.files.base_model import BaseModel
 
 
@@ -32,7 +32,7 @@ def fold_dora(adapter: Adapter, base: BaseModel | None, compression: Compression
         module = DoraPair(PlanEntry(path, pair.kind, shape, pair.rank, pair.alpha, pair.scale_rule, "dora"))
         module.load(pair)
         change = module.fold(weight).detach() - weight
-        plain, error = compress(change.t() if pair.kind == "conv1d" else change, compression)
+        plain, error = fit_pair(change.t() if pair.kind == "conv1d" else change, compression)
         folded[path] = dataclasses.replace(plain, kind=pair.kind)
         say(f"{path}: DoRA folded into a plain pair of rank {plain.rank}, relative error {error:.2g}")
     return dataclasses.replace(adapter, pairs={**adapter.pairs, **folded})

@@ -40,7 +40,7 @@ _MOST_PARTS = 200_000  # keys, tensors and array elements in an adapter's header
 
 
 @dataclass(frozen=True)
-class Layout:
+class GgufLayout:
     """What decides names and row orders: transformers' model type, its blocks, and its heads."""
 
     model_type: str
@@ -73,7 +73,7 @@ class Layout:
         return found
 
 
-def layout_of(config: Mapping[str, Any], where: object) -> Layout:
+def gguf_layout_of(config: Mapping[str, Any], where: object) -> GgufLayout:
     """The layout that a config.json describes. ConfigError for a model type that is not known here, or missing numbers."""
     model_type = str(config.get("model_type", ""))
     known = table("gguf")["architectures"]
@@ -93,7 +93,7 @@ def layout_of(config: Mapping[str, Any], where: object) -> Layout:
             f"{where}: {names} are {numbers}; expected whole numbers of 1 or more, at most {_MOST_BLOCKS:,} layers and "
             f"{_MOST_HEADS:,} heads. Name the base that the adapter belongs to: --base."
         )
-    return Layout(model_type, int(blocks), int(heads), int(kv_heads))
+    return GgufLayout(model_type, int(blocks), int(heads), int(kv_heads))
 
 
 def permute(B: Tensor, heads: int) -> Tensor:
@@ -145,10 +145,10 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
     writer.close()
 
 
-def _layout(adapter: Adapter, base: BaseModel | None) -> Layout:
+def _layout(adapter: Adapter, base: BaseModel | None) -> GgufLayout:
     if base is None:
         raise ConfigError("A GGUF adapter has its base's names and head counts; name the base: --base FOLDER or its config.json.")
-    return layout_of(base.config(), base.path)
+    return gguf_layout_of(base.config(), base.path)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -156,7 +156,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return array
 
 
-def _note(adapter: Adapter, layout: Layout) -> str:
+def _note(adapter: Adapter, layout: GgufLayout) -> str:
     metadata = {key: value for key, value in adapter.metadata.items() if key not in ("task_type", "revision", "lora_dropout")}
     note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata}
     return json.dumps(note, sort_keys=True, ensure_ascii=False)
@@ -194,7 +194,7 @@ def read(path: Path, *, base: BaseModel | None = None) -> Adapter:
 
 
 def _pairs(
-    path: Path, groups: Mapping[str, Mapping[str, Tensor]], layout: Layout, alpha: float | None, problems: Problems
+    path: Path, groups: Mapping[str, Mapping[str, Tensor]], layout: GgufLayout, alpha: float | None, problems: Problems
 ) -> dict[str, Pair]:
     names = layout.names()
     pairs: dict[str, Pair] = {}
@@ -249,13 +249,13 @@ def _parsed_note(path: Path, text: str) -> dict[str, Any]:
     return note
 
 
-def _layout_for(path: Path, architecture: str, note: Mapping[str, Any], base: BaseModel | None) -> Layout:
+def _layout_for(path: Path, architecture: str, note: Mapping[str, Any], base: BaseModel | None) -> GgufLayout:
     """The layout from the base, else from our own note."""
     if base is not None:
-        layout = layout_of(base.config(), base.path)
+        layout = gguf_layout_of(base.config(), base.path)
     elif isinstance(note.get("layout"), dict):
         own = note["layout"]
-        layout = layout_of(
+        layout = gguf_layout_of(
             {
                 "model_type": own.get("model_type"),
                 "num_hidden_layers": own.get("blocks"),

@@ -193,7 +193,7 @@ def _prefixes(component: str) -> tuple[str, ...]:
     return {**known, "text_encoder_2": ("lora_te2",)}.get(component, ())
 
 
-def family_of(pairs: dict[str, Pair], metadata: Any = None, config: Any = None) -> Family:
+def diffusion_family(pairs: dict[str, Pair], metadata: Any = None, config: Any = None) -> Family:
     """SD 1.x or SDXL: what the base's UNet configuration says, else the file's own note, else names and widths.
 
     ConfigError where none of them tells.

@@ -27,7 +27,7 @@ MOVING_SHARE = 1 / 8  # of what comes and goes: pieces of segments that nothing 
 _ROUND = 2 << 20
 
 
-def rounded(size: int) -> int:
+def allocated_bytes(size: int) -> int:
     """What the allocator takes for a tensor of `size` bytes, 10 MiB or more."""
     return size + -size % _ROUND
 

@@ -40,7 +40,7 @@ def extended(few: Sequence[Stretch], more: Sequence[Stretch], blocks: int, *, wa
     return peaks
 
 
-def line(one: int, other: int, further: int) -> int:
+def extrapolated(one: int, other: int, further: int) -> int:
     """What is `one`, and with one block more `other`, with `further` blocks more."""
     return one + further * (other - one)
 

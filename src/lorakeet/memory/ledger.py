@@ -32,11 +32,11 @@ from lorakeet.kernels.cpu import dense, int8_rows, stored, trained_pairs
 from lorakeet.kernels.cpu import operators as native
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.lapack import WORKSPACES as LAPACK
-from lorakeet.memory.operator_cache import Known, Mode, call_of, known_of
+from lorakeet.memory.operator_cache import KnownResult, Mode, call_of, known_of
 from lorakeet.memory.usage import KEPT, OUTSIDE, Held, Stretch
 
 MOST_KNOWN = 1 << 13  # calls, of 1.4 KiB each; beyond these all are forgotten
-_KNOWN: dict[tuple[Any, ...], Known] = {}  # what calls have made, by all ledgers of this process
+_KNOWN: dict[tuple[Any, ...], KnownResult] = {}  # what calls have made, by all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.tiled_product import Rows
+from lorakeet.core.tiled_product import RowSource
 from lorakeet.memory.spill import Aside
-from lorakeet.memory.store import CPU, LINE, Place, Store, StoredRows
+from lorakeet.memory.store import CPU, LINE, Place, StoredRows, WeightStore
 
 
-class OutlinedStore(Store):
+class OutlinedStore(WeightStore):
     """Records of the given tensors, by the record's name and the tensor's, laid out as a file of them would be."""
 
     def __init__(self, records: Mapping[str, Mapping[str, Tensor]], identity: Mapping[str, str]) -> None:
@@ -48,7 +48,7 @@ class OutlinedRows(StoredRows):
 
 @dataclass(frozen=True)
 class _OutlinedMatrix:
-    """Some rows at a time of a matrix without numbers (core/tiled_product.Rows)."""
+    """Some rows at a time of a matrix without numbers (core/tiled_product.RowSource)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ class OutlinedAside(Aside):
     def drop(self, key: Hashable) -> None:
         del self._shapes[key]
 
-    def rows(self, key: Hashable) -> Rows:
+    def rows(self, key: Hashable) -> RowSource:
         return _OutlinedMatrix(*self._shapes[key])
 
     def look(self, key: Hashable) -> Tensor:

@@ -42,14 +42,14 @@ class Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return found
 
 
-class Call(NamedTuple):
+class OperatorCall(NamedTuple):
     """An operator with its arguments: all that its result hangs on, and the tensors among the arguments, in their order."""
 
     key: tuple[Any, ...]
     tensors: list[FakeTensor]
 
 
-class Known(NamedTuple):
+class KnownResult(NamedTuple):
     """What a call makes, and the FLOPs of its products."""
 
     results: tuple[_One | None, ...]
@@ -87,7 +87,7 @@ class _Untold(Exception):
     """There is more to an argument, or to a result, than is told here."""
 
 
-def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OperatorCall | None:
     """The call; None where one of its tensors has numbers or is no plain one, or where what it makes would have numbers.
 
     The latter is so without tensors while torch's mode for fake ones is left for a moment (`unset_fake_temporarily`).
@@ -100,7 +100,7 @@ def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call |
         return None
     if not tensors and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
         return None
-    return Call((func, torch.get_default_dtype(), told, named), tensors)
+    return OperatorCall((func, torch.get_default_dtype(), told, named), tensors)
 
 
 def _told(value: Any, tensors: list[FakeTensor]) -> Any:
@@ -121,7 +121,7 @@ def _shape_of(tensor: FakeTensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device, tensor.requires_grad
 
 
-def known_of(call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, flops: int) -> Known | None:
+def known_of(call: OperatorCall, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, flops: int) -> KnownResult | None:
     """What there is to remember of `call` once it has made `result`; None where the same call might make another one."""
     after = call_of(call.key[0], args, kwargs)
     if after is None or after.key != call.key or torch.Tag.inplace_view in call.key[0].tags:
@@ -134,7 +134,7 @@ def known_of(call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result:
         return None
     new = [item for item, one in zip(found, results, strict=True) if one is not None and one.argument is None]
     apart = len({item.untyped_storage()._cdata for item in new}) == len(new)
-    return Known(results, kind, flops) if apart else None
+    return KnownResult(results, kind, flops) if apart else None
 
 
 def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiled_product import Rows
+from lorakeet.core.tiled_product import RowSource
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory.store import raw_bytes
 
@@ -77,7 +77,7 @@ class Aside:
             return self._held[key]
         return self._read(*self._places[key])
 
-    def rows(self, key: Hashable) -> Rows:
+    def rows(self, key: Hashable) -> RowSource:
         """The matrix kept under `key`, some of whose rows are read at a time where it is in a file; not after it was dropped."""
         return self._held[key] if self._file is None else _KeptRows(self._read, *self._places[key])
 
@@ -102,7 +102,7 @@ class Aside:
 
 @dataclass(frozen=True)
 class _KeptRows:
-    """A matrix in a scratch file (core/tiled_product.Rows)."""
+    """A matrix in a scratch file (core/tiled_product.RowSource)."""
 
     read: Callable[[int, torch.dtype, tuple[int, ...]], Tensor]
     begin: int

@@ -61,7 +61,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Record:
+class StoreRecord:
     """Tensors that lie together: where, and each by its name without the record's."""
 
     begin: int
@@ -173,7 +173,7 @@ def _disk(path: Path) -> Iterator[None]:
         raise StoreRefused(f"The store {path} cannot be written: {why}. {first} another folder with memory.store.") from error
 
 
-class Store:
+class WeightStore:
     """An open store. Reads go around the process's memory map, so that only the buffers they fill are resident."""
 
     def __init__(self, path: Path) -> None:
@@ -183,7 +183,7 @@ class Store:
         self._closing = weakref.finalize(self, os.close, self._descriptor)  # also where nobody calls `close`
 
     @classmethod
-    def open(cls, path: Path, identity: Mapping[str, str]) -> Store:
+    def open(cls, path: Path, identity: Mapping[str, str]) -> WeightStore:
         """The store at `path`; DataError where it is damaged or holds another model than `identity` says."""
         store = cls(path)
         wrong = [name for name, value in identity.items() if store.identity.get(name) != value]
@@ -196,12 +196,12 @@ class Store:
             )
         return store
 
-    def record(self, name: str) -> Record:
+    def record(self, name: str) -> StoreRecord:
         """The record of that name; KeyError where the store has none."""
         tensors = {key[len(name) + 1 :]: place for key, place in self.tensors.items() if key.startswith(f"{name}.")}
         if not tensors:
             raise KeyError(name)
-        return Record(min(place.begin for place in tensors.values()), max(place.end for place in tensors.values()), tensors)
+        return StoreRecord(min(place.begin for place in tensors.values()), max(place.end for place in tensors.values()), tensors)
 
     def read(self, begin: int, into: Tensor) -> None:
         """Fills the contiguous `into` with the bytes from `begin` on; DataError where the file ends before."""
@@ -232,7 +232,7 @@ class Store:
 class StoredRows:
     """A tensor in the store of which some rows at a time are read: an embedding, the weight of a head, a stack of experts."""
 
-    def __init__(self, store: Store, name: str, device: torch.device = CPU) -> None:
+    def __init__(self, store: WeightStore, name: str, device: torch.device = CPU) -> None:
         self._store, self._place, self.device = store, store.tensors[name], device
 
     @property

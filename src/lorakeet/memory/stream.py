@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakeet.memory.store import Record, Store
+from lorakeet.memory.store import StoreRecord, WeightStore
 from lorakeet.memory.transfer import HostTransfer, Transfer
 
 
 @dataclass(eq=False)
-class _Slot:
+class _Buffer:
     """A buffer, the mark of its last use, the record in it or on its way, the fetching, and the record's tensors there."""
 
     buffer: Tensor
@@ -33,11 +33,11 @@ class RecordStream:
     are and how they are filled is the `transfer`'s to say; left out, they are in the CPU's memory.
     """
 
-    def __init__(self, store: Store, names: Sequence[str], *, slots: int = 2, transfer: Transfer | None = None) -> None:
+    def __init__(self, store: WeightStore, names: Sequence[str], *, slots: int = 2, transfer: Transfer | None = None) -> None:
         self.store, self.slots, self.transfer = store, slots, transfer or HostTransfer(store)
-        self.records: list[Record] = [store.record(name) for name in names]
-        self._slots: list[_Slot] = []
-        self._in_use: _Slot | None = None
+        self.records: list[StoreRecord] = [store.record(name) for name in names]
+        self._slots: list[_Buffer] = []
+        self._in_use: _Buffer | None = None
         self.bytes_read = 0
 
     @property
@@ -80,24 +80,24 @@ class RecordStream:
         self._slots, self._in_use = [], None
         self.store.close()
 
-    def _new_slot(self) -> _Slot:
-        return _Slot(self.transfer.buffer(self.slot_bytes), self.transfer.mark())
+    def _new_slot(self) -> _Buffer:
+        return _Buffer(self.transfer.buffer(self.slot_bytes), self.transfer.mark())
 
-    def _await(self, slot: _Slot) -> None:
+    def _await(self, slot: _Buffer) -> None:
         """What is computed from now on finds in `slot` what was being fetched into it."""
         if slot.fetching is not None:
             self.transfer.wait_for(slot.fetching)
             slot.fetching = None
 
-    def _used(self, slot: _Slot) -> None:
+    def _used(self, slot: _Buffer) -> None:
         """Puts `slot` last: slots stand in the order of their use."""
         self._slots.remove(slot)
         self._slots.append(slot)
 
-    def _holding(self, index: int) -> _Slot | None:
+    def _holding(self, index: int) -> _Buffer | None:
         return next((slot for slot in self._slots if slot.index == index), None)
 
-    def _fill(self, index: int, *, keep: _Slot | None) -> _Slot:
+    def _fill(self, index: int, *, keep: _Buffer | None) -> _Buffer:
         """Begins to bring record `index` into a buffer other than `keep`: an empty one, else the one used longest ago."""
         slot = next((slot for slot in self._slots if slot.index is None), None)
         if slot is None and len(self._slots) < self.slots:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lorakeet.memory.store import Record, Store
+from lorakeet.memory.store import StoreRecord, WeightStore
 
 STAGINGS = 2  # pinned buffers: one is read into while the other is copied from
 
@@ -29,7 +29,7 @@ class Transfer(Protocol):
         """A mark of all that is asked for until now."""
         ...
 
-    def fetch(self, record: Record, into: Tensor, free: Any) -> Future[Any]:
+    def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
         """Begins to fill the beginning of `into` with `record`, once what the mark `free` stands for is computed."""
         ...
 
@@ -45,7 +45,7 @@ class Transfer(Protocol):
 class HostTransfer:
     """Records of `store` read straight into buffers of the CPU's memory, by a thread of its own."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: WeightStore) -> None:
         self._store = store
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
 
@@ -56,7 +56,7 @@ class HostTransfer:
     def mark(self) -> None:
         """Nothing: the CPU has computed what it was asked for."""
 
-    def fetch(self, record: Record, into: Tensor, free: None) -> Future[None]:
+    def fetch(self, record: StoreRecord, into: Tensor, free: None) -> Future[None]:
         """Begins to read."""
         return self._reader.submit(self._store.read, record.begin, into[: record.bytes])
 
@@ -87,7 +87,7 @@ class CudaTransfer:
 
     def __init__(
         self,
-        store: Store,
+        store: WeightStore,
         device: torch.device,
         *,
         keep: bool = False,
@@ -108,7 +108,7 @@ class CudaTransfer:
         """An event behind everything that the computing stream was given."""
         return self._cuda.current_stream(self.device).record_event()
 
-    def fetch(self, record: Record, into: Tensor, free: Any) -> Future[Any]:
+    def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
         """Begins to read and then to copy; the result is the event of the copy."""
         return self._reader.submit(self._bring, record, into, free)
 
@@ -123,7 +123,7 @@ class CudaTransfer:
         self._kept.clear()
         self._staging.clear()
 
-    def _bring(self, record: Record, into: Tensor, free: Any) -> Any:
+    def _bring(self, record: StoreRecord, into: Tensor, free: Any) -> Any:
         source = self._read_kept(record) if self.keep else self._read_staged(record, len(into))
         with self._cuda.stream(self._copying):
             self._copying.wait_event(free)
@@ -135,7 +135,7 @@ class CudaTransfer:
             self._staging.append((source, over))
         return over
 
-    def _read_kept(self, record: Record) -> Tensor:
+    def _read_kept(self, record: StoreRecord) -> Tensor:
         kept = self._kept.get(record.begin)
         if kept is None:
             kept = self._pinned(record.bytes)
@@ -143,7 +143,7 @@ class CudaTransfer:
             self._kept[record.begin] = kept
         return kept
 
-    def _read_staged(self, record: Record, size: int) -> Tensor:
+    def _read_staged(self, record: StoreRecord, size: int) -> Tensor:
         """The record in a pinned buffer of `size` bytes whose last copy is over."""
         if len(self._staging) < STAGINGS:
             source = self._pinned(size)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.formats.files.safetensors_file import SafeFile, Stored, open_safetensors, read_index
+from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry, open_safetensors, read_index
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -35,7 +35,7 @@ class Checkpoint:
     home: Mapping[str, str]  # tensor name to file name
     config: Mapping[str, Any]
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> TensorEntry:
         return self.shards[self.home[name]].tensors[name]
 
     def find(self, wanted: str) -> str | None:

@@ -14,7 +14,7 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.core.math import Kind, delta
 from lorakeet.errors import Problems, nearest
 from lorakeet.merge.factors import LowRank, best_of_factors, best_of_matrix, stacked
-from lorakeet.merge.methods import METHODS, Method, Part, one_of
+from lorakeet.merge.methods import METHODS, Contribution, Method, one_of
 
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, path of the last
 
@@ -90,7 +90,7 @@ class Combination:
         for pair, weight, number in self._parts(path):
             A, B = _flat(pair)
             make = _maker(A[expert], B[expert], pair.scale)
-            parts.append(Part(make, weight, seed_for(self.spec.seed, f"{number}/{path}/{expert}")))
+            parts.append(Contribution(make, weight, seed_for(self.spec.seed, f"{number}/{path}/{expert}")))
         return one_of(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
 
     def outline(self) -> Adapter:
@@ -245,7 +245,7 @@ def _outline(pair: Pair) -> tuple[int, ...]:
     return pair.B.shape[0], *pair.A.shape[1:]
 
 
-def dense(pair: Pair, expert: int = 0) -> Tensor:
+def dense_delta(pair: Pair, expert: int = 0) -> Tensor:
     """ΔW of one matrix of a pair, fp32, as (out, in): convolutions flattened."""
     A, B = _flat(pair)
     return delta(A[expert], B[expert], pair.scale)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiled_product import Rows
+from lorakeet.core.tiled_product import RowSource
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.formats.files.safetensors_file import SafeFile, Stored
+from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry
 from lorakeet.merge.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
 from lorakeet.models.files.quantized import owners, packable, skeleton
@@ -55,7 +55,7 @@ class _Unpacked(SafeFile):
     def read(self, name: str) -> Tensor:
         return self.made[name]() if name in self.made else super().read(name)
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RowSource:
         return self.made[name]() if name in self.made else super().rows(name)
 
 
@@ -78,13 +78,13 @@ def open_dequantised(folder: Path) -> Checkpoint:
     if strange:
         raise DataError(f"{folder} has {len(strange)} packed weights that no layer of the model takes, such as {strange[0]}.")
     dtype = _usual_dtype(config, stock, files)
-    tensors: dict[str, dict[str, Stored]] = {file.path.name: {} for file in files.values()}
+    tensors: dict[str, dict[str, TensorEntry]] = {file.path.name: {} for file in files.values()}
     for name in stock.dense:
         tensors[files[name].path.name][name] = files[name].tensors[name]
     made: dict[str, Callable[[], Tensor]] = {}
     for name, path in places.items():
         module = plain.get_submodule(path)
-        tensors[_home(name, files).path.name][name] = Stored(dtype, tuple(module.weight.shape), 0, 0)
+        tensors[_home(name, files).path.name][name] = TensorEntry(dtype, tuple(module.weight.shape), 0, 0)
         made[name] = _dense(stock, name, modules.kind_of(module) == "conv1d")
     shards = {file.path.name: file for file in files.values()}
     unpacked = {name: _Unpacked(file.path, tensors[name], file.metadata, made=made) for name, file in shards.items()}

@@ -71,7 +71,7 @@ def edits_for(
     """
     trained_on = f" ({adapter.base})" if adapter.base else ""
     advice = f"If this is not the model that the adapter was trained on, name that one{trained_on} with --base."
-    planner = _Planner(checkpoint, Problems(f"The adapter does not fit {checkpoint.folder}", remedy=advice), change)
+    planner = _EditPlanner(checkpoint, Problems(f"The adapter does not fit {checkpoint.folder}", remedy=advice), change)
     planner.untie(adapter)
     for path, tensor in adapter.extras.items():
         planner.replace(path, tensor)
@@ -88,7 +88,7 @@ def edits_for(
     return Edits(planner.edits, planner.config, tuple(planner.notes))
 
 
-class _Planner:
+class _EditPlanner:
     def __init__(self, checkpoint: Checkpoint, problems: Problems, change: Change | None = None) -> None:
         self.checkpoint = checkpoint
         self.change = change

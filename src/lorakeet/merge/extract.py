@@ -49,14 +49,14 @@ class Extracted:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ParameterChange:
     """One parameter of the model and what may become of its change."""
 
     path: str  # of the parameter
     kind: Kind | Literal["bias", "whole"]
 
 
-def extract(
+def extract_adapter(
     tuned: Checkpoint,
     base: Checkpoint,
     model: nn.Module,
@@ -85,7 +85,7 @@ def extract(
     return work.result([place.path for place in places])
 
 
-def _places(model: nn.Module) -> list[_Place]:
+def _places(model: nn.Module) -> list[_ParameterChange]:
     """Every parameter of the model, in its order."""
     found = []
     for path, module in modules.original_modules(model):
@@ -95,9 +95,9 @@ def _places(model: nn.Module) -> list[_Place]:
         for leaf, _ in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}" if path else leaf
             if pairs and kind is not None:
-                found.append(_Place(full, kind if leaf == "weight" else "bias"))
+                found.append(_ParameterChange(full, kind if leaf == "weight" else "bias"))
             else:
-                found.append(_Place(full, "experts" if leaf in stacks else "whole"))
+                found.append(_ParameterChange(full, "experts" if leaf in stacks else "whole"))
     return found
 
 
@@ -119,7 +119,7 @@ class _Extraction:
         names = _names(self.tuned, path)
         return self.tuned.home[names[0][0]] if names else ""
 
-    def compare_shapes(self, places: Sequence[_Place]) -> None:
+    def compare_shapes(self, places: Sequence[_ParameterChange]) -> None:
         """Raises ConfigError listing every parameter that one of the models lacks or has in another shape."""
         for place in places:
             mine, theirs = _names(self.tuned, place.path), _names(self.base, place.path)
@@ -134,7 +134,7 @@ class _Extraction:
                 self.problems.add(f"{place.path} is {shapes[0][0]} tuned and {shapes[1][0]} in the base.{advice}")
         self.problems.raise_if_any()
 
-    def take(self, place: _Place) -> None:
+    def take(self, place: _ParameterChange) -> None:
         """Compares one parameter and keeps what changed."""
         names, others = _names(self.tuned, place.path), _names(self.base, place.path)
         if place.kind == "whole":
@@ -160,7 +160,7 @@ class _Extraction:
         else:
             self.extras[path] = self._finite(path, _tensor(self.tuned, names[0][0]))
 
-    def _take_pair(self, place: _Place, changes: Iterator[Tensor]) -> None:
+    def _take_pair(self, place: _ParameterChange, changes: Iterator[Tensor]) -> None:
         path = place.path if place.kind == "experts" else place.path.rpartition(".")[0]
         found: list[LowRank] = []
         for expert, change in enumerate(changes):

@@ -76,7 +76,7 @@ def dropped_by_magnitude(change: Tensor, density: float, generator: torch.Genera
 
 
 @dataclass(frozen=True)
-class Part:
+class Contribution:
     """What one adapter brings to a matrix: its ΔW, made when its turn comes, its weight, and a seed of its own."""
 
     change: Callable[[], Tensor]  # a fresh fp32 (out, in)
@@ -106,7 +106,7 @@ METHODS = {
 
 
 def one_of(
-    method: Method, parts: Sequence[Part], *, density: float, total: float | None = None
+    method: Method, parts: Sequence[Contribution], *, density: float, total: float | None = None
 ) -> Tensor:
     """One ΔW (out, in) from those of the adapters that change this matrix.
 

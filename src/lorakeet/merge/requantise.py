@@ -14,10 +14,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from lorakeet.core.tiled_product import Rows
+from lorakeet.core.tiled_product import RowSource
 from lorakeet.quant.gptq_solve import PACKING, Sensitivity, Walk, output_error
 from lorakeet.quant.packed import PART_BYTES, TILE, PackedBase
-from lorakeet.quant.regrid import Grid, fitted, grid_of
+from lorakeet.quant.regrid import FixedGrid, grid_of, refit
 
 Scales = Literal["kept", "fitted"]
 
@@ -26,7 +26,7 @@ Scales = Literal["kept", "fitted"]
 class Latent:
     """What can be trained on: a grid, and the numbers that were rounded to it. Both are as large as the weight in fp32."""
 
-    grid: Grid
+    grid: FixedGrid
     numbers: Tensor  # (out, in) fp32: what each one was when it was rounded, its share of the others' errors included
 
 
@@ -54,11 +54,11 @@ def bytes_of_rounding(numbers: int, method: str, packed: int) -> int:
 
 def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
     """`weight` (out, in) in the layout of `like`, as a quantiser without data makes it: scales fitted, numbers rounded."""
-    return fitted(like, weight.detach().float())
+    return refit(like, weight.detach().float())
 
 
 def round_with_feedback(
-    like: PackedBase, weight: Tensor, inputs: Sensitivity, hessian: Rows, *, latent: bool = False
+    like: PackedBase, weight: Tensor, inputs: Sensitivity, hessian: RowSource, *, latent: bool = False
 ) -> Requantised:
     """`weight` (out, in) in the layout of `like`, such that the outputs on the inputs of H (in, in) change least.
 
@@ -66,11 +66,11 @@ def round_with_feedback(
     """
     wide = weight.detach().float()
     kept = _on(grid_of(like), "kept", wide, inputs, hessian, latent)
-    other = _on(grid_of(fitted(like, wide)), "fitted", wide, inputs, hessian, latent)
+    other = _on(grid_of(refit(like, wide)), "fitted", wide, inputs, hessian, latent)
     return min((kept, other), key=lambda found: found.error)
 
 
-def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: Rows, latent: bool) -> Requantised:
+def _on(grid: FixedGrid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: RowSource, latent: bool) -> Requantised:
     walk = Walk(weight, inputs)
     walk.run(_nearest(grid, inputs.order.tolist()))
     numbers = Latent(grid, walk.in_order(walk.columns)) if latent else None
@@ -79,5 +79,5 @@ def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian
     return Requantised(base, numbers, scales, output_error(weight, base, hessian))
 
 
-def _nearest(grid: Grid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+def _nearest(grid: FixedGrid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     return lambda numbers, place: grid.column(numbers, columns[place])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Pair
 from lorakeet.core.math import delta, grad_of_b, scale_of, shrink_grad
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.regrid import Grid
+from lorakeet.quant.regrid import FixedGrid
 
 
 class StraightThroughLinear(nn.Module):
@@ -28,7 +28,7 @@ class StraightThroughLinear(nn.Module):
     """
 
     def __init__(
-        self, latent: Tensor, pair: Pair, grid: Grid, bias: Tensor | None, *, products: torch.dtype = torch.float32
+        self, latent: Tensor, pair: Pair, grid: FixedGrid, bias: Tensor | None, *, products: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.scale = scale_of(pair.alpha, pair.rank, pair.scale_rule)

@@ -28,7 +28,7 @@ VARLEN = "lorakeet_varlen"
 
 def register() -> None:
     """Makes the attention known to transformers under the name VARLEN; calling it again changes nothing."""
-    AttentionInterface.register(VARLEN, row_attention)
+    AttentionInterface.register(VARLEN, packed_attention)
     AttentionMaskInterface.register(VARLEN, _no_mask)
 
 
@@ -36,7 +36,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-def row_attention(
+def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **settings: Any
 ) -> tuple[Tensor, None]:
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.

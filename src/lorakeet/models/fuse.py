@@ -15,7 +15,7 @@ from lorakeet.core.fused.attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.fused.decode_block import DecodeBlock
 from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS, MLP, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused.trained_block import TrainedBlock
-from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, StandIn, base_of, new_pair
+from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, StandIn, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.cpu import operators as native
@@ -196,7 +196,7 @@ def _small_attention(module: nn.Module) -> nn.Module:
             linear.bias = _random(generator, torch.float32, shape[0])
         pair = new_pair(PlanEntry(name, "linear", shape, 2, 2.0), weight=lambda: torch.empty(0), seed=0)
         nn.init.normal_(pair.B, generator=generator)
-        layer = LoraLinear(linear, base_of(linear, "linear"))
+        layer = LoraLinear(linear, dense_base_of(linear, "linear"))
         layer.attach("probe", pair.eval())
         layer.active = "probe"
         small._modules[name] = layer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.layers.experts import ExpertPairs, LoraExperts
-from lorakeet.core.layers.extras import Rows, TokenRowsLayer, TrainedModule
+from lorakeet.core.layers.extras import TokenRowsLayer, TrainedModule, TrainedRows
 from lorakeet.core.layers.linear import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
@@ -143,7 +143,7 @@ def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Ad
         if isinstance(held, LoraPair):
             if held.rank:
                 pairs[path] = held.value()
-        elif isinstance(held, Rows):
+        elif isinstance(held, TrainedRows):
             ids = tuple(int(number) for number in held.ids.tolist())
             token_rows[path] = TokenRows(ids, _copy(held.values), held.tokens, held.tied)
         else:
@@ -208,7 +208,7 @@ def _held(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
         held = layer.adapters[name]
         if isinstance(held, ExpertPairs):
             found += [(f"{path}.{leaf}", pair) for leaf, pair in held.items()]
-        elif not (isinstance(held, Rows) and held.tied == path):
+        elif not (isinstance(held, TrainedRows) and held.tied == path):
             found.append((path, held))
     return found
 

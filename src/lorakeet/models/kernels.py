@@ -58,14 +58,14 @@ def where_possible(spec: ModelSpec) -> ModelSpec:
 def use_kernels(model: nn.Module, kernels: Kernels | None) -> None:
     """Lets every packed weight, every weight that carries pairs, and every norm that stands for a frozen one (once models/fuse
     has put them in) use the kernels; None: none of them. Gates and rotations ask their weights."""
-    for base in bases_of(model):
+    for base in kernel_bases(model):
         base.kernels = kernels
     for module in model.modules():
         if isinstance(module, FrozenRmsNorm):
             module.kernels = kernels
 
 
-def bases_of(model: nn.Module) -> Iterator[Any]:
+def kernel_bases(model: nn.Module) -> Iterator[Any]:
     """The frozen weights of `model` that could: each a PackedBase or a DenseBase."""
     for _, layer in modules.adapted_layers(model):
         if isinstance(layer, LoraLinear) and isinstance(layer.base, (PackedBase, DenseBase)):

@@ -119,7 +119,7 @@ def expert_stacks(module: nn.Module) -> list[str]:
     return [name for name in EXPERT_PARAMETERS if name in own and own[name].dim() == 3]
 
 
-def why_not(module: nn.Module) -> str:
+def why_no_pair(module: nn.Module) -> str:
     """In words, why no pair can be put on `module`."""
     name = type(module).__name__
     if isinstance(module, nn.Conv2d):

@@ -72,7 +72,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             continue
         kind = modules.kind_of(module)
         if kind is None:
-            yield Site(path, None, (), modules.why_not(module))
+            yield Site(path, None, (), modules.why_no_pair(module))
         else:
             linear = kind in ("linear", "conv1d")
             common = linear and not modules.is_head(model, path, module) and not modules.is_router(model, path)

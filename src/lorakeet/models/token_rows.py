@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.extras import Rows, TokenRowsEmbedding, TokenRowsHead, TokenRowsLayer
+from lorakeet.core.layers.extras import TokenRowsEmbedding, TokenRowsHead, TokenRowsLayer, TrainedRows
 from lorakeet.core.plan import ExtraEntry
 from lorakeet.models import modules
 
@@ -24,7 +24,7 @@ def put_rows(model: nn.Module, entry: ExtraEntry, name: str, ids: tuple[int, ...
     _grow([layer] if tied is None else [layer, tied], max(ids) + 1, mean)
     _note_vocabulary(model, layer.weight.shape[0])
     start = mean.expand(len(ids), -1) if values is None else values.to(mean.device)
-    rows = Rows(ids, start, tokens=entry.tokens, tied=entry.tied)
+    rows = TrainedRows(ids, start, tokens=entry.tokens, tied=entry.tied)
     layer.attach(name, rows)
     if tied is not None:
         tied.attach(name, rows)

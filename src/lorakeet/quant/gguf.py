@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorakeet.core.tiled_product import matrix_shape
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.cpu.stored import GGUF, Stored, at
+from lorakeet.kernels.cpu.stored import GGUF, StoredWeight, at
 from lorakeet.quant.packed import PackedBase, tile_of
 
 
@@ -160,13 +160,13 @@ class FileTensor:
         return torch.float32
 
     def as_matrix(self) -> FileTensor:
-        """With all dimensions but the last laid end to end as rows (core/tiled_product.Stack)."""
+        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
         dtype, stored = self.layout
         return replace(self, shape=matrix_shape(self.shape), layout=(dtype, matrix_shape(stored)))
 
     def __getitem__(self, part: slice) -> Tensor:
         """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts
-        (core/tiled_product.Rows).
+        (core/tiled_product.RowSource).
 
         A vector is read whole: its bytes may be no row for each number.
         """
@@ -230,8 +230,8 @@ class GgufBase(PackedBase):
     def settings(self) -> dict[str, Any]:
         return {"method": "gguf", "shape": list(self.shape), "type": self.kind}
 
-    def _told(self) -> Stored | None:
-        return Stored(GGUF[self.kind], *self.shape, at(self.packed))
+    def _told(self) -> StoredWeight | None:
+        return StoredWeight(GGUF[self.kind], *self.shape, at(self.packed))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         block, width, packed = BLOCK_TYPES[self.kind], self.shape[1], self.packed[first : first + len(out)]

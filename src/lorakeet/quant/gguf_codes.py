@@ -76,7 +76,7 @@ def _bits(flags: Tensor) -> Tensor:
     return (flags * weights).sum(-1, dtype=torch.uint8)
 
 
-def fitted(weight: Tensor, kind: str) -> GgufBase:
+def fit_gguf_scales(weight: Tensor, kind: str) -> GgufBase:
     """`weight` (out, in) rounded to the nearest in blocks of type `kind`, with scales fitted to it.
 
     Simple types as the gguf package writes them. K types: each group's range, from 0 or its least number to 0 or its largest
@@ -93,11 +93,11 @@ def fitted(weight: Tensor, kind: str) -> GgufBase:
         _fit_k(base, wide.reshape(-1, 8, 32))
     step, offset = steps(base)
     grouped = wide.view(len(wide), step.shape[1], -1)
-    codes = nearest(grouped, inverted(step)[:, :, None], offset[:, :, None], HIGHEST[kind])
+    codes = nearest_codes(grouped, inverted(step)[:, :, None], offset[:, :, None], HIGHEST[kind])
     return with_codes(base, codes.to(torch.uint8).view(weight.shape))
 
 
-def nearest(numbers: Tensor, inverse: Tensor, offset: Tensor, highest: int) -> Tensor:
+def nearest_codes(numbers: Tensor, inverse: Tensor, offset: Tensor, highest: int) -> Tensor:
     """The nearest codes as whole fp32 numbers; `inverse` is 1/step (`inverted`)."""
     return torch.add(numbers, offset).mul_(inverse).round_().clamp_(0, highest)
 

@@ -17,11 +17,21 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels
-from lorakeet.kernels.cpu.stored import GPTQ, Stored, at
+from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, at
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.tiled_weight import InTiles
-from lorakeet.quant.gptq_grid import Grid, groups_in_order, nearest_codes
-from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, one_less, pack, pack_zeros, unpack_rows, unpack_zeros, words_for
+from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order, nearest_codes
+from lorakeet.quant.gptq_pack import (
+    BITS,
+    WORD,
+    ZeroFormat,
+    one_less,
+    pack_words,
+    pack_zeros,
+    unpack_rows,
+    unpack_zeros,
+    words_for,
+)
 from lorakeet.quant.packed import PackedBase, tile_of
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -49,12 +59,12 @@ class GptqBase(PackedBase):
         super().__init__(shape)
         self.bits, self.groups, self.sym, self.zero_format = bits, groups, sym, zero_format
         self._seen, self._there = (0, 0), False  # the groups of columns that were looked at last, and what was seen
-        for name, (dtype, size) in buffer_shapes(shape, bits=bits, groups=groups).items():
+        for name, (dtype, size) in gptq_buffer_shapes(shape, bits=bits, groups=groups).items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
         self.g_idx.copy_(groups_in_order(shape[1], math.ceil(shape[1] / groups)))
 
     @classmethod
-    def of(cls, codes: Tensor, grid: Grid, *, bits: int, sym: bool, zero_format: ZeroFormat = "gptq") -> GptqBase:
+    def of(cls, codes: Tensor, grid: GptqGrid, *, bits: int, sym: bool, zero_format: ZeroFormat = "gptq") -> GptqBase:
         """The base with these codes (out, in) and this grid; `sym` says how `store` fits another weight."""
         shape = (codes.shape[0], codes.shape[1])
         groups = grid.scales.shape[0]
@@ -74,13 +84,13 @@ class GptqBase(PackedBase):
         }
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> GptqGrid:
         """Scales, zero points and groups, to quantise another weight with them (quant/gptq_solve)."""
-        return Grid(self.scales, unpack_zeros(self.qzeros, self.bits, self.zero_format), self.g_idx)
+        return GptqGrid(self.scales, unpack_zeros(self.qzeros, self.bits, self.zero_format), self.g_idx)
 
-    def fill(self, codes: Tensor, grid: Grid) -> None:
+    def fill(self, codes: Tensor, grid: GptqGrid) -> None:
         """Takes over codes (out, in) and a grid."""
-        self.qweight.copy_(pack(codes.t(), self.bits))
+        self.qweight.copy_(pack_words(codes.t(), self.bits))
         self.qzeros.copy_(pack_zeros(grid.zeros, self.bits, self.zero_format))
         self.scales.copy_(grid.scales)
         self.g_idx.copy_(grid.g_idx)
@@ -99,18 +109,18 @@ class GptqBase(PackedBase):
         return WORD  # whose zero points fill whole words
 
     def in_tiles(self) -> InTiles:
-        from lorakeet.kernels.triton.gptq import in_tiles
+        from lorakeet.kernels.triton.gptq import gptq_tiles
 
         buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
-        return in_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
+        return gptq_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
 
-    def _told(self) -> Stored | None:
+    def _told(self) -> StoredWeight | None:
         if self.bits != 4 or not self._groups_are_there():
             return None
         added = one_less(self.bits) if self.zero_format == "gptq" else 0
         zeros, groups = at(self.qzeros), at(self.g_idx)
         scales, count = at(self.scales), self.groups
-        return Stored(GPTQ, *self.shape, at(self.qweight), scales, outer=zeros, more=groups, size=added, groups=count)
+        return StoredWeight(GPTQ, *self.shape, at(self.qweight), scales, outer=zeros, more=groups, size=added, groups=count)
 
     def _groups_are_there(self) -> bool:
         """Whether every column's group is one that there is, else torch says so; looked at once for what stands there."""
@@ -151,7 +161,7 @@ class GptqBase(PackedBase):
         return torch.equal(self.g_idx, groups_in_order(columns, columns // self.groups))
 
 
-def buffer_shapes(shape: tuple[int, int], *, bits: int, groups: int) -> Shapes:
+def gptq_buffer_shapes(shape: tuple[int, int], *, bits: int, groups: int) -> Shapes:
     """Dtype and shape of each tensor of a weight (out, in); ValueError where `bits` or a size do not fit the format."""
     rows, columns = shape
     if bits not in BITS:

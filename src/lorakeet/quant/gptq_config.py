@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
-from lorakeet.quant.gptq import PARTS, GptqBase, buffer_shapes
+from lorakeet.quant.gptq import PARTS, GptqBase, gptq_buffer_shapes
 from lorakeet.quant.gptq_grid import groups_in_order
 from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat
 
@@ -86,7 +86,7 @@ def parse(stored: Mapping[str, Any], where: str) -> GptqConfig:
     return GptqConfig(**values, zero_format=zero_format, dynamic=tuple(dynamic))  # type: ignore[arg-type]
 
 
-def to_mapping(config: GptqConfig, *, damping: float, version: str) -> dict[str, Any]:
+def gptq_mapping(config: GptqConfig, *, damping: float, version: str) -> dict[str, Any]:
     """The quantization_config of a folder that Lorakeet made, as transformers with gptqmodel reads it."""
     return {
         "quant_method": METHOD,
@@ -117,7 +117,7 @@ def layer_problems(name: str, stored: Mapping[str, tuple[torch.dtype, tuple[int,
         return [f"'{name}.{part}' is missing{why.get(part, '')}." for part in missing]
     shape = _shape(stored, config.bits)
     try:
-        expected = buffer_shapes(shape, bits=config.bits, groups=config.groups(shape[1]))
+        expected = gptq_buffer_shapes(shape, bits=config.bits, groups=config.groups(shape[1]))
     except ValueError as error:
         return [f"'{name}.scales' {stored['scales'][1]} and '{name}.qweight' {stored['qweight'][1]} do not fit: {error}."]
     needs = f"{config.bits} bits in groups of {config.group_size} need"

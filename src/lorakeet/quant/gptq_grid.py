@@ -16,7 +16,7 @@ _SMALLEST = 2.0**-24  # the smallest scale that fp16 holds
 
 
 @dataclass(frozen=True)
-class Grid:
+class GptqGrid:
     """Scales and zero points of a weight (out, in), and which group each of its columns belongs to."""
 
     scales: Tensor  # (groups, out) fp16
@@ -54,7 +54,7 @@ def codes_for(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (weight / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
 
 
-def nearest_codes(weight: Tensor, bits: int, sym: bool, g_idx: Tensor, groups: int) -> tuple[Tensor, Grid]:
+def nearest_codes(weight: Tensor, bits: int, sym: bool, g_idx: Tensor, groups: int) -> tuple[Tensor, GptqGrid]:
     """Round-to-nearest: codes (out, in) uint8 and the grid, fitted group by group, of weight (out, in)."""
     rows, columns = weight.shape
     scales = torch.ones(groups, rows, dtype=torch.float16, device=weight.device)
@@ -67,4 +67,4 @@ def nearest_codes(weight: Tensor, bits: int, sym: bool, g_idx: Tensor, groups: i
             scales[group], zeros[group] = fit(part, bits, sym)
             scale, zero = scales[group].float()[:, None], zeros[group].float()[:, None]
             codes[:, members] = codes_for(part, scale, zero, bits).to(torch.uint8)
-    return codes, Grid(scales, zeros, g_idx)
+    return codes, GptqGrid(scales, zeros, g_idx)

@@ -28,7 +28,7 @@ def words_for(codes: int, bits: int) -> int | None:
     return None if rest else words
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes (n, columns) of any integer dtype, each below 2^bits, to int32 words (n·bits/32, columns)."""
     count, columns = codes.shape
     words = words_for(count, bits)
@@ -44,7 +44,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int, words: int) -> Tensor:
-    """As `pack`, all columns at once: some 30 bytes a code are held meanwhile."""
+    """As `pack_words`, all columns at once: some 30 bytes a code are held meanwhile."""
     count, columns = codes.shape
     wide = torch.zeros(words + 1, columns, dtype=torch.int64, device=codes.device)  # one more, for codes over a border
     places = torch.arange(count, device=codes.device) * bits
@@ -56,7 +56,7 @@ def _pack(codes: Tensor, bits: int, words: int) -> Tensor:
     return torch.where(wide >= 1 << 31, wide - (1 << 32), wide).to(torch.int32)
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
+def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 words (w, columns) to codes (w·32/bits, columns), uint8."""
     mask = (1 << bits) - 1
     if WORD % bits == 0:
@@ -81,7 +81,7 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     A byte of two or four codes is spread over as many bytes, in place of a shift for each code.
     """
     if bits == 3:
-        return unpack(words.t(), bits).t().contiguous()
+        return unpack_words(words.t(), bits).t().contiguous()
     packed = words.view(torch.uint8)
     if bits == 8:
         return packed
@@ -96,19 +96,19 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 def pack_zeros(zeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
     """Zero points (groups, out) to qzeros (groups, out·bits/32), int32."""
     if zero_format == "gptq_v2":
-        return pack(zeros.t(), bits).t().contiguous()
+        return pack_words(zeros.t(), bits).t().contiguous()
     if WORD % bits:
-        return pack(((zeros.to(torch.int32) - 1) & ((1 << bits) - 1)).t(), bits).t().contiguous()
-    return pack(zeros.t(), bits).t().contiguous() - one_less(bits)
+        return pack_words(((zeros.to(torch.int32) - 1) & ((1 << bits) - 1)).t(), bits).t().contiguous()
+    return pack_words(zeros.t(), bits).t().contiguous() - one_less(bits)
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
     """qzeros (groups, out·bits/32) to zero points (groups, out), uint8."""
     if zero_format == "gptq_v2":
-        return unpack(qzeros.t().contiguous(), bits).t()
+        return unpack_words(qzeros.t().contiguous(), bits).t()
     if WORD % bits:
-        return ((unpack(qzeros.t().contiguous(), bits) + 1) & ((1 << bits) - 1)).t()
-    return unpack((qzeros + one_less(bits)).t().contiguous(), bits).t()
+        return ((unpack_words(qzeros.t().contiguous(), bits) + 1) & ((1 << bits) - 1)).t()
+    return unpack_words((qzeros + one_less(bits)).t().contiguous(), bits).t()
 
 
 def one_less(bits: int) -> int:

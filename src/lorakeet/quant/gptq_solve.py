@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiled_product import Rows, tiles
+from lorakeet.core.tiled_product import RowSource, tiles
 from lorakeet.errors import DataError
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import Grid, codes_for, fit, groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import GptqGrid, codes_for, fit, groups_in_order, nearest_codes
 from lorakeet.quant.gptq_pack import ZeroFormat
 from lorakeet.quant.packed import TILE, PackedBase
 
@@ -33,7 +33,7 @@ PACKING = 18  # bytes of each code of those that are put into words at once (qua
 
 
 @dataclass(frozen=True)
-class Layout:
+class GptqLayout:
     """How a weight is to be kept: `group_size` −1 is one group for the whole row.
 
     Without `desc_act`, groups are neighbours, and their scales are fitted to the weight as it is given. With it, groups are made
@@ -70,7 +70,7 @@ class Sensitivity:
     factor: Tensor  # (in, in) U, in that order
 
 
-def sensitivity(hessian: Rows, *, damping: float = 0.01) -> Sensitivity:
+def sensitivity(hessian: RowSource, *, damping: float = 0.01) -> Sensitivity:
     """The order of the columns and U of (H + λ·I)⁻¹ = Uᵀ·U, from H (in, in), some of whose rows are looked at at a time.
 
     λ is `damping` times the mean diagonal of H, ten times more as long as that fails. Inputs that are always 0 count as if
@@ -97,7 +97,7 @@ def sensitivity(hessian: Rows, *, damping: float = 0.01) -> Sensitivity:
     )
 
 
-def _put_in_order(hessian: Rows, order: Tensor, out: Tensor) -> None:
+def _put_in_order(hessian: RowSource, order: Tensor, out: Tensor) -> None:
     """Writes H with its rows and columns in `order` to `out`."""
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     for part in tiles(len(order), ROWS):
@@ -115,7 +115,7 @@ def _inverted_root(matrix: Tensor) -> bool:
     return bool(found == 0)
 
 
-def output_error(weight: Tensor, other: PackedBase, hessian: Rows) -> float:
+def output_error(weight: Tensor, other: PackedBase, hessian: RowSource) -> float:
     """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′.
 
     By parts of W and rows of H, which is symmetric; where H lies changes nothing.
@@ -131,7 +131,7 @@ def output_error(weight: Tensor, other: PackedBase, hessian: Rows) -> float:
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | None = None) -> GptqBase:
+def solve(weight: Tensor, inputs: Sensitivity, layout: GptqLayout, *, grid: GptqGrid | None = None) -> GptqBase:
     """weight (out, in) as a GptqBase, rounded so that the outputs on `inputs` change least.
 
     With `grid`, its scales, zero points and groups are kept and only codes are chosen: so a changed weight goes back into the
@@ -149,12 +149,12 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | N
     del given
     groups = _Groups(walk, g_idx[inputs.order].long(), layout, grid)
     walk.run(groups.nearest)
-    kept, codes = Grid(groups.scales, groups.zeros, g_idx), walk.taken_codes()
+    kept, codes = GptqGrid(groups.scales, groups.zeros, g_idx), walk.taken_codes()
     del walk, groups
     return GptqBase.of(codes, kept, bits=layout.bits, sym=layout.sym, zero_format=layout.zero_format)
 
 
-def bytes_of_solving(shape: tuple[int, int], layout: Layout, dtype: torch.dtype) -> int:
+def bytes_of_solving(shape: tuple[int, int], layout: GptqLayout, dtype: torch.dtype) -> int:
     """About the most that `solve` holds at a time beside a weight (out, in) of `dtype` and its inputs; its result is among it.
 
     A walk holds columns and codes; at its end the codes are held twice more, in the weight's order and laid out anew.
@@ -222,7 +222,7 @@ class Walk:
 class _Groups:
     """The scales and zero points of `solve`; without a grid, each group's are fitted when the first of its columns comes."""
 
-    def __init__(self, walk: Walk, group_of: Tensor, layout: Layout, grid: Grid | None) -> None:
+    def __init__(self, walk: Walk, group_of: Tensor, layout: GptqLayout, grid: GptqGrid | None) -> None:
         rows, groups, device = walk.columns.shape[1], int(group_of.max()) + 1, walk.columns.device
         self.walk, self.group_of, self.names = walk, group_of, group_of.tolist()
         self.bits, self.sym = layout.bits, layout.sym

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import Coded
 from lorakeet.kernels.cpu import int8_rows as native
-from lorakeet.kernels.cpu.stored import INT8, Stored, at
+from lorakeet.kernels.cpu.stored import INT8, StoredWeight, at
 from lorakeet.quant.packed import PackedBase, tile_of
 
 STEPS = 127
@@ -64,8 +64,8 @@ class Int8Base(PackedBase):
             self.packed[rows] = steps.clamp_(-STEPS, STEPS).to(torch.int8)
             self.scale[rows] = scale[:, 0]
 
-    def _told(self) -> Stored | None:
-        return Stored(INT8, *self.shape, at(self.packed), at(self.scale))
+    def _told(self) -> StoredWeight | None:
+        return StoredWeight(INT8, *self.shape, at(self.packed), at(self.scale))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         packed, scale = self.packed[first : first + len(out)], self.scale[first : first + len(out)]

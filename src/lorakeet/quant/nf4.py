@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels
-from lorakeet.kernels.cpu.stored import NF4, Stored, at
+from lorakeet.kernels.cpu.stored import NF4, StoredWeight, at
 from lorakeet.kernels.tiled_weight import InTiles
 from lorakeet.quant.packed import PackedBase, tile_of
 
@@ -71,7 +71,7 @@ class Nf4Base(PackedBase):
             raise ValueError(f"block_size is {block_size}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
         self.block_size = block_size
         self.double_quant = double_quant
-        for name, (dtype, size) in buffer_shapes(shape, block_size=block_size, double_quant=double_quant).items():
+        for name, (dtype, size) in nf4_buffer_shapes(shape, block_size=block_size, double_quant=double_quant).items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
         if not double_quant:
             self.register_buffer("scales", None)
@@ -97,7 +97,7 @@ class Nf4Base(PackedBase):
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"the weight is {tuple(weight.shape)}, but this base is {self.shape}")
         flat = weight.detach().cpu().contiguous().view(-1)
-        packed, absmax = pack(flat, self.block_size)
+        packed, absmax = nf4_codes(flat, self.block_size)
         self.packed.copy_(packed)
         if self.scales is None or self.mean is None:
             self.absmax.copy_(absmax)
@@ -127,16 +127,16 @@ class Nf4Base(PackedBase):
 
     def _in_tiles(self, shape: tuple[int, int]) -> InTiles:
         """The numbers, row after row, as a matrix of `shape`, whose last row may end before its width."""
-        from lorakeet.kernels.triton.nf4 import in_tiles
+        from lorakeet.kernels.triton.nf4 import nf4_tiles
 
         buffers = (self.packed, self.absmax, *(held for held in (self.scales, self.mean) if held is not None))
         tables = _levels(self.packed), _dynamic(self.packed)
-        return in_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
+        return nf4_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
 
-    def _told(self) -> Stored | None:
+    def _told(self) -> StoredWeight | None:
         outer, mean = (0 if held is None else at(held) for held in (self.scales, self.mean))
         tables = at(_levels(self.packed)), at(_dynamic(self.packed))
-        return Stored(NF4, *self.shape, at(self.packed), at(self.absmax), outer, mean, *tables, self.block_size)
+        return StoredWeight(NF4, *self.shape, at(self.packed), at(self.absmax), outer, mean, *tables, self.block_size)
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         if kernels.unpacks(self, out, self._held()):
@@ -171,7 +171,7 @@ class Nf4Base(PackedBase):
         return torch.cat([found, tail.to(target)])
 
 
-def buffer_shapes(
+def nf4_buffer_shapes(
     shape: tuple[int, int], *, block_size: int, double_quant: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each buffer of a weight (out, in)."""
@@ -184,7 +184,7 @@ def buffer_shapes(
     return {**found, "absmax": (torch.uint8, (blocks,)), **scales}
 
 
-def pack(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def nf4_codes(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Numbers (n,) to their 4-bit codes, two to a byte (⌈n/2⌉,), and the largest absolute value of each block, fp32."""
     levels = torch.tensor(LEVELS)
     bounds = ((levels[:-1] + levels[1:]) / 2).tolist()

@@ -33,7 +33,7 @@ from torch import Tensor
 from lorakeet.errors import DataError
 from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
 from lorakeet.quant.int8 import Int8Base
-from lorakeet.quant.nf4 import BLOCK_SIZES, LEVELS, SCALE_BLOCK, Nf4Base, buffer_shapes, dynamic_levels
+from lorakeet.quant.nf4 import BLOCK_SIZES, LEVELS, SCALE_BLOCK, Nf4Base, dynamic_levels, nf4_buffer_shapes
 from lorakeet.quant.packed import PackedBase
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
@@ -49,7 +49,7 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def nf4_shapes(shape: tuple[int, int], *, block_size: int, double_quant: bool) -> Shapes:
     """Dtype and shape of each tensor of an NF4 weight, by what follows the weight's name."""
-    own = buffer_shapes(shape, block_size=block_size, double_quant=double_quant)
+    own = nf4_buffer_shapes(shape, block_size=block_size, double_quant=double_quant)
     found: Shapes = {
         "": (torch.uint8, (*own["packed"][1], 1)),
         ".absmax": own["absmax"],

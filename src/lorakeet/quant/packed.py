@@ -14,7 +14,7 @@ from lorakeet.core.kernels import product
 from lorakeet.core.lowrank import frozen_linear
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.cpu import stored as native
-from lorakeet.kernels.cpu.stored import Stored
+from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.tiled_weight import InTiles, Kernels
 
@@ -87,11 +87,11 @@ class PackedBase(nn.Module):
         """W as Triton kernels read it; None where there is no kernel for it."""
         return None
 
-    def _told(self) -> Stored | None:
+    def _told(self) -> StoredWeight | None:
         """What C is told of the buffers; None for settings, or numbers, that it does not know."""
         return None
 
-    def stored(self) -> Stored | None:
+    def stored(self) -> StoredWeight | None:
         """W as C reads it (kernels/cpu/stored); None where it cannot."""
         held = self.tensors()
         plain = self.kernels is None and not self._parameters
@@ -144,7 +144,7 @@ class PackedBase(nn.Module):
         else:
             add_frozen_product(to, grad, self._rows(parts[0], grad.dtype), across=True)
 
-    def _multiplied(self, x: Tensor) -> Stored | None:
+    def _multiplied(self, x: Tensor) -> StoredWeight | None:
         """What C is told where it multiplies x by the packed buffers; None where W is brought back."""
         return self.stored() if native.multiplies(x) else None
 

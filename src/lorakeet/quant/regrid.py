@@ -19,7 +19,7 @@ from lorakeet.quant.nf4 import LEVELS, Nf4Base, nibbles
 from lorakeet.quant.packed import PackedBase
 
 
-class Grid(Protocol):
+class FixedGrid(Protocol):
     """Values under fixed scales."""
 
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class EvenGrid:
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
         group = self.group_of[at]
         offset = self.offset[group]
-        codes = gguf_codes.nearest(numbers, self.inverse[group], offset, self.highest)
+        codes = gguf_codes.nearest_codes(numbers, self.inverse[group], offset, self.highest)
         return codes, torch.mul(self.step[group], codes).sub_(offset)
 
     def values(self, weight: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class EvenGrid:
 
     def _codes(self, weight: Tensor) -> Tensor:
         inverse, offset = self.inverse[self.group_of].t(), self.offset[self.group_of].t()
-        return gguf_codes.nearest(weight, inverse, offset, self.highest)
+        return gguf_codes.nearest_codes(weight, inverse, offset, self.highest)
 
     def filled(self, codes: Tensor) -> PackedBase:
         return self.fill(codes)
@@ -96,7 +96,7 @@ class LevelGrid:
         return self.fill(codes)
 
 
-def grid_of(base: PackedBase) -> Grid:
+def grid_of(base: PackedBase) -> FixedGrid:
     """The grid that the scales of `base` span. ValueError for a base that is none of GPTQ, NF4 and GGUF."""
     if isinstance(base, GptqBase):
         return _gptq(base)
@@ -109,10 +109,10 @@ def grid_of(base: PackedBase) -> Grid:
     raise ValueError(f"{type(base).__name__} has no grid here; expected GptqBase, Nf4Base or GgufBase")
 
 
-def fitted(like: PackedBase, weight: Tensor) -> PackedBase:
+def refit(like: PackedBase, weight: Tensor) -> PackedBase:
     """`weight` (out, in) rounded to the nearest, in the layout of `like` (bits, groups, blocks), with scales fitted to it."""
     if isinstance(like, GgufBase):
-        return gguf_codes.fitted(weight, like.kind)
+        return gguf_codes.fit_gguf_scales(weight, like.kind)
     if isinstance(like, Nf4Base):
         return Nf4Base.of(weight, block_size=like.block_size, double_quant=like.double_quant)
     if isinstance(like, GptqBase):

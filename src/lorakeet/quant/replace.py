@@ -21,7 +21,7 @@ from lorakeet.quant.spec import QuantSpec
 
 def base_of(module: nn.Module, kind: str) -> FrozenBase:
     """The FrozenBase over a linear module of that kind, packed or dense."""
-    return module.base if isinstance(module, PackedLinear) else linear.base_of(module, kind)
+    return module.base if isinstance(module, PackedLinear) else linear.dense_base_of(module, kind)
 
 
 def quantised(weight: Tensor, spec: QuantSpec) -> PackedBase:

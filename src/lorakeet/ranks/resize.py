@@ -151,10 +151,10 @@ def cut_to_budget(adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum], b
     """
     gains = {path: falling.values.square().tolist() for path, falling in found.items()}
     chosen = allocate(plan, gains, budget)
-    return cut(adapter, found, {entry.path: entry.rank for entry in chosen.entries})
+    return cut_to_ranks(adapter, found, {entry.path: entry.rank for entry in chosen.entries})
 
 
-def cut(adapter: Adapter, found: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> Adapter:
+def cut_to_ranks(adapter: Adapter, found: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> Adapter:
     """`adapter` with its pairs at `ranks` (or at their own, where that is lower), of the same scale; extras as they were."""
     pairs = {path: _first(pair, found[path], ranks[path]) for path, pair in adapter.pairs.items()}
     return replace(adapter, pairs=pairs)
@@ -175,4 +175,4 @@ def target(text: str, adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum
     highest = max(pair.rank for pair in adapter.pairs.values())
     if not number.isdigit() or not 1 <= int(number) < highest:
         raise ConfigError(f"--to is {text!r}; expected parameters such as 0.5M, or 'rank N' with N from 1 to {highest - 1}.")
-    return cut(adapter, found, dict.fromkeys(adapter.pairs, int(number)))
+    return cut_to_ranks(adapter, found, dict.fromkeys(adapter.pairs, int(number)))

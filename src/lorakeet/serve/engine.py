@@ -24,7 +24,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.formats.files.slab import give_back_spare_memory
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.allocator import give_back_free_memory
-from lorakeet.models.generate.kv_cache import KeyValues, Row, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.grammar import Grammar, GrammarFailed
@@ -80,7 +80,7 @@ class Timing:
     ended: float = 0.0
 
 
-class Job:
+class EngineRequest:
     """A request in the engine. `listener` hears its events from the engine's thread and must return at once."""
 
     def __init__(self, request: Request, listener: Callable[[Event], None], stream: TextStream) -> None:
@@ -126,8 +126,8 @@ class Engine:
         self.most_copies: int | None = None  # bytes that the copies of adapters may take between two steps
         self._ends = end_ids(text)
         self._known = int(text.model.get_input_embeddings().weight.shape[0])  # tokens that the model has numbers for
-        self._queue: deque[Job] = deque()
-        self._running: list[Job] = []
+        self._queue: deque[EngineRequest] = deque()
+        self._running: list[EngineRequest] = []
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Condition()
         self._state: Literal["new", "running", "draining", "stopped"] = "new"
@@ -150,7 +150,7 @@ class Engine:
         self._state = "running"
         self._thread.start()
 
-    def submit(self, request: Request, listener: Callable[[Event], None]) -> Job:
+    def submit(self, request: Request, listener: Callable[[Event], None]) -> EngineRequest:
         """Queues `request`. ConfigError for what cannot be served, QueueFull where too many wait, Draining at the end."""
         request.sampling.check()
         if not request.ids:
@@ -166,7 +166,7 @@ class Engine:
                 f"The prompt has the token {wrong}, but the model knows 0 … {self._known - 1} only. Leave it out; if the prompt "
                 "is a text, the tokenizer has tokens that the model was not trained with, which a merged model may bring."
             )
-        job = Job(request, listener, TextStream(self.text.tokenizer, request.sampling.stop))
+        job = EngineRequest(request, listener, TextStream(self.text.tokenizer, request.sampling.stop))
         with self._wake:
             if self._state != "running":
                 raise Draining(self.failure or "The server is shutting down.")
@@ -288,7 +288,7 @@ class Engine:
         self.steps += 1
         self._take(jobs, rows, logits.cpu())
 
-    def _rows(self) -> tuple[list[Job], list[Row]]:
+    def _rows(self) -> tuple[list[EngineRequest], list[CacheRow]]:
         """Whose tokens are computed next: everyone who writes, in the order of slots, then prompts up to a chunk, by length."""
         room, chosen = self.chunk, []
         for job in self._running:  # in the order of arrival
@@ -300,10 +300,10 @@ class Engine:
                 room -= count
                 chosen.append((job, count))
         chosen.sort(key=lambda pair: (pair[1], pair[0].slot))
-        rows = [Row(job.slot, job.done, job.pending[:count], job.request.adapters) for job, count in chosen]
+        rows = [CacheRow(job.slot, job.done, job.pending[:count], job.request.adapters) for job, count in chosen]
         return [job for job, _ in chosen], rows
 
-    def _take(self, jobs: list[Job], rows: list[Row], logits: Tensor) -> None:
+    def _take(self, jobs: list[EngineRequest], rows: list[CacheRow], logits: Tensor) -> None:
         for job, row, found, finite in zip(jobs, rows, logits, all_finite(logits), strict=True):
             if not finite:
                 self.slots.wipe(job.slot)
@@ -315,7 +315,7 @@ class Engine:
             if not job.pending:
                 self._next(job, found)
 
-    def _next(self, job: Job, logits: Tensor) -> None:
+    def _next(self, job: EngineRequest, logits: Tensor) -> None:
         """The next token of a text: told to its listener, and the text goes on or ends."""
         try:
             chosen = job.chooser.choose(logits)
@@ -337,7 +337,7 @@ class Engine:
         else:
             job.pending = (chosen.token,)
 
-    def _finish(self, job: Job, reason: Reason, error: str = "") -> None:
+    def _finish(self, job: EngineRequest, reason: Reason, error: str = "") -> None:
         if job.slot >= 0:
             self._running.remove(job)
             self.slots.release(job.slot)

@@ -23,7 +23,7 @@ _FAMILIES = {
 }
 
 
-class Metrics:
+class ServerMetrics:
     """Collects from any thread."""
 
     def __init__(self) -> None:

@@ -80,7 +80,7 @@ def _seen(outline: Adapter) -> _Seen:
     return _Seen(tuple(sorted(ranks)), tuple(sorted(scales)), bool(surplus_rank(outline, "")))
 
 
-def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
+def read_stored_adapter(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
     """The adapter with its numbers, and its source with what they were.
 
     DataError where the content is not the one that was known: by the files' stamps, or, where these differ, by the digest.

@@ -20,7 +20,7 @@ from lorakeet.core.selection import Selection
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
-from lorakeet.models.generate.kv_cache import KeyValues, Row, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
@@ -111,7 +111,7 @@ class Prober:
         return self.tolerance if self.tolerance == TOLERANCE["float32"] else max(self.tolerance, _OF_EFFECT * effect)
 
     def _served(self, adapters: dict[str, float]) -> Tensor:
-        rows = [Row(slot, 0, ids, adapters) for slot, ids in enumerate(self._beginnings)]
+        rows = [CacheRow(slot, 0, ids, adapters) for slot, ids in enumerate(self._beginnings)]
         return _spread(step(self.text, self._cache, rows, self.selection))
 
 

@@ -20,14 +20,14 @@ from lorakeet.formats.files.slab import give_back_spare_memory
 from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import UnknownModel, check_name, wanted
-from lorakeet.serve.on_disk import Source, inspect, read
+from lorakeet.serve.on_disk import Source, inspect, read_stored_adapter
 from lorakeet.serve.probe import Probe, Prober, compare_record, find_certificate, read_record
 from lorakeet.serve.slots import Key, key_of
 
 log = logging.getLogger("lorakeet.serve")
 
 
-class NoRoom(EnvironmentProblem):
+class AdapterMemoryFull(EnvironmentProblem):
     """The adapters in use fill the memory that adapters may take."""
 
 
@@ -292,7 +292,7 @@ class Registry:
         Without a record a probe would show nothing, and the texts of others would wait for its steps.
         """
         began = time.perf_counter()
-        adapter, version.source = read(version.source, version.name, self.live)
+        adapter, version.source = read_stored_adapter(version.source, version.name, self.live)
         self._make_room(version.source.bytes, copied=version.source.filled)
         if not version.key:
             self._serial += 1
@@ -363,9 +363,9 @@ class Registry:
             else:
                 self._put_out(oldest)
 
-    def _no_room(self, needed: int, copies: int, held: int) -> NoRoom:
+    def _no_room(self, needed: int, copies: int, held: int) -> AdapterMemoryFull:
         what = f"The adapter takes {needed:,} bytes, and" if needed else "The mix has"
-        return NoRoom(
+        return AdapterMemoryFull(
             f"{what} copies for the texts that are written {copies:,}; {held:,} of {self.budget:,} are taken by adapters that "
             "are in use or pinned. Try again, unpin one, or start the server with more --memory."
         )

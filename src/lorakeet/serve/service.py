@@ -16,14 +16,14 @@ from jinja2 import TemplateError
 from lorakeet.errors import ConfigError
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.access import Access, Caller
-from lorakeet.serve.engine import Engine, Event, Job, Request
+from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.grammar import Grammars
-from lorakeet.serve.metrics import Metrics
+from lorakeet.serve.metrics import ServerMetrics
 from lorakeet.serve.naming import LARGEST, UnknownModel, wanted
 from lorakeet.serve.registry import Lease, Registry, Version
 from lorakeet.serve.sampling import Sampling
-from lorakeet.serve.store import Store
+from lorakeet.serve.store import AdapterStore
 
 MOST_TEXTS = 16  # that one request may ask for after a prompt
 log = logging.getLogger("lorakeet.serve")
@@ -34,7 +34,7 @@ class Text:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.job: Job | None = None
+        self.job: EngineRequest | None = None
         self.ended = asyncio.Event()
         self.reason = ""  # once it has ended
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -89,7 +89,7 @@ def _outcome(writing: Writing) -> str:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request may take."""
 
     timeout: float = 600.0  # seconds
@@ -108,12 +108,12 @@ class Service:
         registry: Registry,
         *,
         access: Access | None = None,
-        store: Store | None = None,
-        limits: Limits | None = None,
+        store: AdapterStore | None = None,
+        limits: RequestLimits | None = None,
     ) -> None:
         self.text, self.engine, self.registry = text, engine, registry
-        self.access, self.store, self.limits = access or Access(), store, limits or Limits()
-        self.metrics, self.grammars = Metrics(), Grammars(text)
+        self.access, self.store, self.limits = access or Access(), store, limits or RequestLimits()
+        self.metrics, self.grammars = ServerMetrics(), Grammars(text)
         registry.loaded = self._loaded
         self.began = int(time.time())
         self._tokenizing = threading.Lock()  # one prompt at a time, beside the loop that sends what is written
@@ -250,7 +250,7 @@ class Service:
         self.metrics.add("loads", adapter=version.name)
         self.metrics.observe("load", version.load_seconds, adapter=version.name)
 
-    def _measure(self, label: str, began: float, job: Job) -> None:
+    def _measure(self, label: str, began: float, job: EngineRequest) -> None:
         timing = job.timing
         self.metrics.add("prompt", len(job.request.ids), adapter=label)
         self.metrics.add("cached", job.cached, adapter=label)

@@ -21,7 +21,7 @@ def key_of(adapters: Mapping[str, float]) -> Key:
 
 
 @dataclass
-class _Slot:
+class _SlotState:
     number: int
     key: Key = ()
     ids: list[int] = field(default_factory=list)  # the tokens whose keys and values it holds
@@ -34,7 +34,7 @@ class Slots:
 
     def __init__(self, cache: KeyValues) -> None:
         self.cache = cache
-        self._slots = [_Slot(number) for number in range(cache.slots)]
+        self._slots = [_SlotState(number) for number in range(cache.slots)]
         self._clock = 0
 
     @property

@@ -32,7 +32,7 @@ _INCOMING = ".incoming"
 ACCEPTED = (CONFIG_NAME, MODEL_NAME, CERTIFICATE)  # the files of an upload; no pickle, no code
 
 
-class Store:
+class AdapterStore:
     """Uploads and the list of names of one registry."""
 
     def __init__(self, folder: Path) -> None:

@@ -100,7 +100,7 @@ class Damaged(Exception):
     """A checkpoint folder that is not what was written."""
 
 
-def name_of(step: int) -> str:
+def step_name(step: int) -> str:
     """ "step-000040"."""
     return f"step-{step:06d}"
 
@@ -113,7 +113,7 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     if snapshot.importance:
         tensors["importance"] = snapshot.importance
     state = {**dataclasses.asdict(snapshot.position), "identity": dict(snapshot.identity)}
-    target = folder / name_of(snapshot.position.step)
+    target = folder / step_name(snapshot.position.step)
     with durable.new_folder(target) as new:
         hashes = {}
         for name, mapping in tensors.items():
@@ -131,7 +131,7 @@ def found(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load(path: Path) -> Snapshot:
+def load_checkpoint(path: Path) -> Snapshot:
     """The checkpoint at `path`, its tensors read one at a time as they are asked for; Damaged if any byte is not as written."""
     try:
         hashes = json.loads((path / MANIFEST).read_bytes())
@@ -154,7 +154,7 @@ def load_newest(folder: Path, *, say: Callable[[str], None]) -> Snapshot | None:
     """The newest whole checkpoint, or None where there is none; damaged ones are named and set aside as step-NNNNNN.damaged."""
     for path in reversed(found(folder)):
         try:
-            return load(path)
+            return load_checkpoint(path)
         except Damaged as damage:
             aside = path.with_name(path.name + ".damaged")
             if aside.exists():
@@ -171,7 +171,7 @@ def copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
-def identity_of(
+def run_identity(
     spec: TrainSpec, more: Mapping[str, str | list[str]], *, parameters: Mapping[str, Tensor], learning_rate: float
 ) -> dict[str, Any]:
     """What must be the same when a run goes on: settings, data and model (`more`, by name), and the trained tensors."""

@@ -16,7 +16,7 @@ from lorakeet.errors import DataError, EnvironmentProblem
 Record = Mapping[str, float | int | None]
 
 
-class Metrics:
+class MetricsLog:
     """metrics.jsonl: one JSON object a line, appended and handed to the system at once, in the order of the run."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:

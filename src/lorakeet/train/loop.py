@@ -31,7 +31,7 @@ from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.best import Best
 from lorakeet.train.checkpoint import Position, Snapshot
 from lorakeet.train.interrupt import Interrupt
-from lorakeet.train.log import Metrics, Sink, sink_for
+from lorakeet.train.log import MetricsLog, Sink, sink_for
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.outcome import Outcome, kept_text
@@ -85,7 +85,7 @@ class Training(Generic[BatchT]):
     """One run in progress."""
 
     memory: PeakMemory
-    metrics: Metrics | None = None  # in the first process alone, as is the sink
+    metrics: MetricsLog | None = None  # in the first process alone, as is the sink
     sink: Sink | None = None
     budget: int | None = None  # bytes of memory that the process should keep; forgotten once it was found broken
     card: torch.device | None = None  # the CUDA device whose memory the budget bounds, where the parameters are on one
@@ -108,7 +108,7 @@ class Training(Generic[BatchT]):
 
     def open(self, identity: Mapping[str, str | list[str]], *, resume: bool) -> None:
         """Begins at step 0, or where the newest whole checkpoint stands."""
-        self.identity = checkpoint.identity_of(self.spec, identity, parameters=self.parameters, learning_rate=self.learning_rate)
+        self.identity = checkpoint.run_identity(self.spec, identity, parameters=self.parameters, learning_rate=self.learning_rate)
         self.processes.require_equal(self.identity)
         rng.seed_all(self.spec.seed)
         self.processes.from_first(lambda: self._begin(resume))
@@ -124,7 +124,7 @@ class Training(Generic[BatchT]):
             self.report.say(f"{self.run.path} has no whole checkpoint yet; it begins again at step 0.")
         if resume and (snapshot is None or snapshot.best is None):
             self.run.forget_adapter()  # it is of a later state, which this run has not reached again
-        self.metrics = Metrics(self.run.metrics, keep=self.at.metrics_bytes)
+        self.metrics = MetricsLog(self.run.metrics, keep=self.at.metrics_bytes)
         self.sink = sink_for(self.spec.log_to, self.run.path, step=self.at.step)
 
     def _take_over(self) -> None:
@@ -355,7 +355,7 @@ class Training(Generic[BatchT]):
         self.optimizer.load(snapshot.moments)
         rng.restore(snapshot.random)
         self.at = snapshot.position
-        self.last_checkpoint = self.run.checkpoints / checkpoint.name_of(self.at.step)
+        self.last_checkpoint = self.run.checkpoints / checkpoint.step_name(self.at.step)
 
     def _publish(self) -> None:
         with self._writing("The adapter"), durable.new_folder(self.run.adapter) as folder:

@@ -54,8 +54,8 @@ class AdamW8bit(torch.optim.Optimizer):
             first = restored(state["first_codes"][piece], state["first_scales"][blocks], signed=True)
             second = restored(state["second_codes"][piece], state["second_scales"][blocks], signed=False).square_()
             _advance(flat[piece], gradient[piece], first, second, state["step"], group)
-            state["first_codes"][piece], state["first_scales"][blocks] = rounded(first, signed=True)
-            state["second_codes"][piece], state["second_scales"][blocks] = rounded(second.sqrt_(), signed=False)
+            state["first_codes"][piece], state["first_scales"][blocks] = quantise_moments(first, signed=True)
+            state["second_codes"][piece], state["second_scales"][blocks] = quantise_moments(second.sqrt_(), signed=False)
 
 
 def _first_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ def kept_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, places: 
         if f"{name}_codes" in state:
             whole = restored(state.pop(f"{name}_codes"), state.pop(f"{name}_scales"), signed=signed)
             kept = whole.view(shape).index_select(dim, places).view(-1)
-            found[f"{name}_codes"], found[f"{name}_scales"] = rounded(kept, signed=signed)
+            found[f"{name}_codes"], found[f"{name}_scales"] = quantise_moments(kept, signed=signed)
     return found
 
 
@@ -116,7 +116,7 @@ def grid(*, signed: bool) -> Tensor:
     return torch.tensor(_values(signed))
 
 
-def rounded(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """`values` (n,) as codes (n,) uint8 of the nearest values of the grid, and scales (n/256,). Unsigned, no number becomes 0."""
     count = values.numel()
     short = -count % BLOCK

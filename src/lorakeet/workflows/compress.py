@@ -51,7 +51,7 @@ from lorakeet.workflows.finetuning.assemble_text import within_context
 from lorakeet.workflows.finetuning.evaluate_text import BASE, Judge
 from lorakeet.workflows.finetuning.report import rank_map
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
-from lorakeet.workflows.planning.forecast_text_run import rows_of
+from lorakeet.workflows.planning.forecast_text_run import largest_rows
 from lorakeet.workflows.planning.measuring import arrange_cutting
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
 from lorakeet.workflows.planning.text_run import Arrangement, Loaded
@@ -130,7 +130,7 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
 def _arranged(opened: Opened, dataset: Dataset, console: Console) -> Arrangement:
     """How memory.budget is kept; refused where there is no room."""
     config = opened.config
-    most, parts = rows_of(config), (*dataset.train, *dataset.held_out, *dataset.test)
+    most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
     loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in parts))
     made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on gradients are there to be added to
     return arrange_cutting(

@@ -16,7 +16,7 @@ from rich.console import Console
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.formats import gguf, mlx
-from lorakeet.formats.compare import LIMIT, Difference, compare
+from lorakeet.formats.compare import LIMIT, AdapterDifference, compare_adapters
 from lorakeet.formats.detect import Found, detect, read_found
 from lorakeet.formats.diffusion import diffusers, kohya
 from lorakeet.formats.diffusion.dense import Compression
@@ -40,7 +40,7 @@ class Converted:
     target: Target
     out: Path
     adapter: Adapter
-    difference: Difference
+    difference: AdapterDifference
     notes: tuple[str, ...]
 
     def to_mapping(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def convert(
     with writing(str(out), "Free some space or choose another place for OUT."), _in_place(out) as partial:
         _write(adapter, partial, to, known, say)
         back = with_components(_read_back(partial, to, known))
-        difference = compare(adapter, back)
+        difference = compare_adapters(adapter, back)
         if not difference.equal:
             _fail(difference, out)
     if gone := sorted(adapter.pairs.keys() - back.pairs.keys()):
@@ -157,7 +157,7 @@ def _read_back(path: Path, to: Target, base: BaseModel | None) -> Adapter:
     return read_found(found, base=base, say=lambda _: None)
 
 
-def _fail(difference: Difference, out: Path) -> None:
+def _fail(difference: AdapterDifference, out: Path) -> None:
     why = list(difference.problems[:5])
     if difference.worst > LIMIT:
         by = f"{difference.worst:.2g} relative (allowed {LIMIT:g})"

@@ -135,7 +135,7 @@ def _torch() -> list[Finding]:
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
     from lorakeet.core.precision import fastest_products
-    from lorakeet.kernels.cpu.compile import fits, why_not
+    from lorakeet.kernels.cpu.compile import suits_machine, why_not
     from lorakeet.models.placement import device_for, dtype_for
 
     processor = torch.device("cpu")
@@ -146,7 +146,7 @@ def _torch() -> list[Finding]:
     return [
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
         Finding("processor", True, f"{name}: {dtypes}"),
-        _native(fits(), why_not()),
+        _native(suits_machine(), why_not()),
         Finding("GPU", True, _accelerator(torch, device_for("auto"))),
     ]
 

@@ -45,7 +45,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _EvaluationRows:
     """The rows to judge, what to call them, their labels, and the rows that a floor may learn from."""
 
     rows: tuple[Row, ...]
@@ -102,16 +102,16 @@ def evaluate(
     return Evaluated(report)
 
 
-def _rows_of_run(opened: Opened) -> _Rows:
+def _rows_of_run(opened: Opened) -> _EvaluationRows:
     if not opened.config.data.train:
         raise ConfigError("A bare adapter brings no rows; name a file with --data, or a run file with --config.")
     dataset = load_dataset(opened.config.data)
     if dataset.test:
-        return _Rows(dataset.test, "the test file", dataset.labels, (*dataset.train, *dataset.held_out))
-    return _Rows(dataset.held_out, "the held-out rows", dataset.labels, dataset.train)
+        return _EvaluationRows(dataset.test, "the test file", dataset.labels, (*dataset.train, *dataset.held_out))
+    return _EvaluationRows(dataset.held_out, "the held-out rows", dataset.labels, dataset.train)
 
 
-def _rows_of_file(opened: Opened, data: str) -> _Rows:
+def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     """The rows of `data`, read as the run's rows are; labels are the run's where it has a run, else those of the file.
 
     The run's own rows are needed for the leak check and for the floors alone: where they cannot be read, that is said.
@@ -119,7 +119,7 @@ def _rows_of_file(opened: Opened, data: str) -> _Rows:
     settings: RunConfig = opened.config
     rows = tuple(read_rows(data, dataclasses.replace(settings.data, limit=None)))
     if not settings.data.train:
-        return _Rows(rows, Path(data).name, find_labels(rows, settings.data), ())
+        return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), ())
     try:
         dataset = load_dataset(settings.data)
     except (DataError, EnvironmentProblem) as error:
@@ -130,10 +130,10 @@ def _rows_of_file(opened: Opened, data: str) -> _Rows:
     seen = len(rows) - len(left)
     fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not about unseen rows"
     said = (f"{seen or len(found.across)} of {len(rows)} rows also stand in the training or held-out rows ({fate}).",)
-    return _Rows(left, Path(data).name, dataset.labels, learnt, found, said if found.across else ())
+    return _EvaluationRows(left, Path(data).name, dataset.labels, learnt, found, said if found.across else ())
 
 
-def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, why: LorakeetError) -> _Rows:
+def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, why: LorakeetError) -> _EvaluationRows:
     """The rows of a file where the run's are gone: labels and hashes of the held-out rows stand in its split.json."""
     policy = opened.config.data.on_leak
     if opened.run is None or policy == "refuse":
@@ -150,7 +150,7 @@ def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, wh
     said = [f"The run's own rows cannot be read ({why}) So copies of training rows were not looked for, and no floor was learnt."]
     if len(left) < len(rows):
         said.append(f"{len(rows) - len(left)} of {len(rows)} rows are held-out rows of the run (left out).")
-    return _Rows(left, named, tuple(map(str, labels)), (), None, tuple(said))
+    return _EvaluationRows(left, named, tuple(map(str, labels)), (), None, tuple(said))
 
 
 def _without_seen(rows: tuple[Row, ...], learnt: tuple[Row, ...], spec: DataSpec) -> tuple[tuple[Row, ...], LeakReport]:

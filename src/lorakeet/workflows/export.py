@@ -21,7 +21,7 @@ from lorakeet.export.card import CardFacts, card, licence_of
 from lorakeet.export.deployment import features_of_adapter, limits_of
 from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel, write_gguf
-from lorakeet.export.llama_cpp import Refused, is_installed, quantise
+from lorakeet.export.llama_cpp import ModelRefused, is_installed, quantise
 from lorakeet.export.ollama_push import require_address
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
@@ -31,7 +31,7 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.terminal import show_certificate
-from lorakeet.workflows.planning.check import FP32, stores, tensor_bytes
+from lorakeet.workflows.planning.check import FP32, stores, tensor_peak
 from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
@@ -185,7 +185,7 @@ def _require_separable(opened: Opened) -> None:
 
 def _ollama_model(job: _Job) -> ollama.OllamaModel:
     system = job.opened.config.data.system or ""
-    return ollama.describe(job.tokenizer, system=system, adapter=job.separate, say=job.console.print)
+    return ollama.describe_template(job.tokenizer, system=system, adapter=job.separate, say=job.console.print)
 
 
 def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
@@ -234,7 +234,7 @@ def _taken(source: Path, opened: Opened, quant: str) -> tuple[int, int]:
     changed = max((size for name, size in sizes.items() if folded.changes(name)), default=0)
     wide = FP32 if quant == "f32" or (quant not in DIRECT and _wide(source) == "f32") else FP32 // 2
     numbers = sum(sizes.values())
-    return tensor_bytes(FP32 * changed, max(sizes.values())), numbers * (wide + (0 if quant in DIRECT else 1))
+    return tensor_peak(FP32 * changed, max(sizes.values())), numbers * (wide + (0 if quant in DIRECT else 1))
 
 
 def _types(written: GgufModel) -> str:
@@ -265,7 +265,7 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
     try:
         with stores(job.opened, f"{out} itself is written, but not checked: remove it and export again."):
             found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=job.subject, console=job.console)
-    except Refused as error:
+    except ModelRefused as error:
         check = judge(
             f"{out.name}: loads in llama.cpp",
             {"refusals": 1.0},

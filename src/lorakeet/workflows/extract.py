@@ -23,13 +23,12 @@ from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import number
 from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.extract import Extracted, Whole
-from lorakeet.merge.extract import extract as extract_adapter
+from lorakeet.merge.extract import Extracted, Whole, extract_adapter
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapted import put_adapter
-from lorakeet.models.text.compare import compare, first_tokens
+from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.durable import new_folder
@@ -133,9 +132,9 @@ def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], 
     specs = (ModelSpec(path=name, dtype="float32", products="float32") for name in (tuned, base))
     theirs, mine = (load_text_model(model, say=console.print) for model in specs)
     batches = micro_batches(_examples(*data, theirs), MICRO_TOKENS)
-    before = compare((theirs, None), (mine, None), batches, spec=spec)
+    before = compare_outputs((theirs, None), (mine, None), batches, spec=spec)
     put_adapter(mine, peft.read(out), NAME)
-    after = compare((theirs, None), (mine, NAME), batches, spec=spec)
+    after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)
     distance = before.mean_kl.value
     measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}
     check = judge(

@@ -42,13 +42,13 @@ from lorakeet.workflows.finetuning.certify_text import certify_run
 from lorakeet.workflows.finetuning.cuda_graphs import record_passes, require_recordable
 from lorakeet.workflows.finetuning.evaluate_text import Judge
 from lorakeet.workflows.finetuning.finish import conclude, judging
-from lorakeet.workflows.finetuning.terminal import show_plan
+from lorakeet.workflows.finetuning.terminal import show_run_plan
 from lorakeet.workflows.finetuning.train_image import ImageResult, finetune_images
 from lorakeet.workflows.runs.multi_process import begun_together, judged_together, require_combinable
 from lorakeet.workflows.runs.output_paths import require_place
 from lorakeet.workflows.runs.peak_memory import say_peak
 from lorakeet.workflows.runs.pruning import pruned_plan
-from lorakeet.workflows.runs.run_folder import begin_run, identity_of, rates_of
+from lorakeet.workflows.runs.run_folder import begin_run, hashes_of_parts, rates_of
 from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
 
 
@@ -120,7 +120,7 @@ def finetune(
             if config.kind == "image":
                 return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
             setup = dataclasses.replace(assemble(config, console, processes), memory=memory)
-            show_plan(setup, console)
+            show_run_plan(setup, console)
             if dry_run:
                 return FinetuneResult(setup, run)
             return _trained(setup, run, resume=resume is not None, quick=quick, console=console)
@@ -233,7 +233,7 @@ def _identity(setup: Assembly) -> dict[str, str | list[str]]:
     if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
         parts["cuts of the ranks"] = cuts
     alone = config.model if setup.processes.count == 1 else None  # earlier versions refused several CUDA devices
-    return {**identity_of(parts, alone), "files of the base model": fingerprint(setup.text.source)}
+    return {**hashes_of_parts(parts, alone), "files of the base model": fingerprint(setup.text.source)}
 
 
 def _prove(

@@ -22,12 +22,12 @@ from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems, nea
 from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
-from lorakeet.models.image.sample import Mix, Sampler, draw_latents, require_finite, why_not_mixed
+from lorakeet.models.image.sample import Mix, Sampler, draw_latents, require_finite_latents, why_not_mixed
 from lorakeet.models.inject import activate, adapter_names, eject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train import durable
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.evaluate_image import scaled
+from lorakeet.workflows.finetuning.evaluate_image import scaled_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 
 BASE = "base"
@@ -108,7 +108,8 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     sampler = Sampler(steps, guidance, negative, _size(size, held))
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{len(asked)} pictures", total=len(asked))
-        latents = require_finite(held, _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task)))
+        drawn = _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task))
+        latents = require_finite_latents(held, drawn)
     pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(asked))
     with writing(f"The pictures in {out}", "Free some space, or choose another --out."), durable.new_folder(out) as folder:
         for picture, one in zip(pictures, latents, strict=True):
@@ -284,7 +285,7 @@ def _use(model: ImageModel, adapters: Mapping[str, Adapter], mix: Mix) -> None:
         activate(model.parts, next(iter(mix)))
     elif len(mix) == 1:
         [(name, weight)] = mix.items()
-        put_image_adapter(model, scaled(adapters[name], weight), _MIXED)
+        put_image_adapter(model, scaled_adapter(adapters[name], weight), _MIXED)
     else:
         spec = CombineSpec(method="cat", weights=tuple(mix.values()))
         summed = combination({name: adapters[name] for name in mix}, spec).combined()

@@ -34,17 +34,17 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapted import put_adapter
-from lorakeet.models.text.compare import compare, first_tokens
+from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
-from lorakeet.workflows.packing.base_choice import AT_LOAD, Choice, bases_of, choose_base
+from lorakeet.workflows.packing.base_choice import AT_LOAD, BaseChoice, both_bases, choose_base
 from lorakeet.workflows.packing.base_choice import Into as DenseInto
 from lorakeet.workflows.packing.merge import PackedMerge, merge_packed
 from lorakeet.workflows.planning.check import CheckSize, plan_check, stores
-from lorakeet.workflows.planning.forecast_text_run import filled
+from lorakeet.workflows.planning.forecast_text_run import filling_rows
 from lorakeet.workflows.planning.rehearse_text import Judging
 from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
@@ -70,7 +70,7 @@ class Merged:
     certificate: Certificate
     result: MergeResult | None = None
     combined: Combined | None = None
-    choice: Choice | None = None
+    choice: BaseChoice | None = None
     notes: tuple[str, ...] = ()
     surviving: Mapping[str, Estimate] = field(default_factory=dict)  # share of the held-out gain, by way
 
@@ -155,7 +155,7 @@ def size_of_merge(longest: int, writing: int, texts: tuple[int, int] = (0, 0)) -
 
     `writing` is what writing the model takes, in bytes.
     """
-    judging = Judging(filled(longest, max(longest, MICRO_TOKENS)), *texts)
+    judging = Judging(filling_rows(longest, max(longest, MICRO_TOKENS)), *texts)
     return CheckSize("the check of a merged model", judging, writing=writing)
 
 
@@ -226,7 +226,7 @@ class _ModelMerge:
         first, plan, console = self.opened[0], self.plan, self.console
         judged = next((item for item in self.opened if item.run is not None), first)
         dataset = load_dataset(judged.config.data) if judged.run else None  # missing rows are found before anything is written
-        bases = bases_of(first)
+        bases = both_bases(first)
         choice = choose_base(self.into, self.opened, bases, dataset, console)
         base = bases.of(choice.base)
         packed = choice.base == "dequantised" and bases.kind != "gguf"  # a .gguf file's numbers are had as a dense copy
@@ -305,7 +305,7 @@ class _ModelMerge:
         if whole is None:
             activate(live.model, NAME)
             return (live, NAME), rows, None, merged
-        effect = compare((merged, None), (live, None), micro_batches(rows, MICRO_TOKENS), spec=opened.config.evaluate)
+        effect = compare_outputs((merged, None), (live, None), micro_batches(rows, MICRO_TOKENS), spec=opened.config.evaluate)
         live = _with_changes(live, whole, opened, console)
         rest = Adapter({}, whole.extras, whole.token_rows)
         if not rest.parameters:

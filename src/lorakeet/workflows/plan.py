@@ -28,9 +28,9 @@ from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has i
 from lorakeet.workflows.finetuning.terminal import memory_table
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from lorakeet.workflows.planning.forecast_choices import decomposes
-from lorakeet.workflows.planning.forecast_text_run import Planned, Precision, forecast_run, runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import Planned, Precision, forecast_run, text_runtime_bytes
 from lorakeet.workflows.planning.later_verbs import later_phases, with_later
-from lorakeet.workflows.planning.streaming import Choice, choose_streaming, least_streamed
+from lorakeet.workflows.planning.streaming import StreamingChoice, choose_streaming, least_streamed
 from lorakeet.workflows.planning.text_run import (
     Loaded,
     batches_of,
@@ -72,7 +72,7 @@ class PlanResult:
     speed: Speed | None  # None for a CUDA device, whose speed is not estimated
     budget: int | None
     beside_card: str = ""  # what a streamed run on a CUDA device takes of the host's memory, in words
-    streamed: Choice | None = None  # how `lorakeet finetune` keeps a budget that is too small for weights in memory
+    streamed: StreamingChoice | None = None  # how `lorakeet finetune` keeps a budget that is too small for weights in memory
     least: int | None = None  # the smallest budget that streaming keeps; of the same runs
     advice: tuple[Advice, ...] = ()
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or at the least that they take
@@ -148,7 +148,7 @@ def plan(
         return_freed_memory()  # as a run under a budget does
     model_config, files = config_of(config.model, console.print), local_files(config.model.path)
     speed = None if precision.on_card else _speed(precision.products)
-    runtime = runtime_bytes(precision, decomposing=decomposes(config))
+    runtime = text_runtime_bytes(precision, decomposing=decomposes(config))
     forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
     planned = forecast(config, precision=precision)
     later: tuple[Phase, ...] = ()
@@ -172,7 +172,7 @@ def plan(
             plans = partial(streamed_plans, model_config=model_config, files=files, loaded=Loaded())
             advice = _advice(config, precision, planned, forecast, lambda other: least_streamed(plans(other)))
             result = dataclasses.replace(result, least=least_streamed(rehearsed), advice=advice)
-    show_plan(result, console)
+    show_memory_plan(result, console)
     return result
 
 
@@ -185,7 +185,7 @@ def _unpacked_first(planned: Planned, config: RunConfig, precision: Precision) -
     return dataclasses.replace(planned, forecast=Forecast((unpacking, *planned.forecast.phases)))
 
 
-def show_plan(result: PlanResult, console: Console) -> None:
+def show_memory_plan(result: PlanResult, console: Console) -> None:
     """The table of phases and kinds, the peak against the budget, what would help, and the bound of speed."""
     planned = result.planned
     rows, work = planned.rows, planned.work
@@ -259,7 +259,7 @@ def _against(result: PlanResult) -> str:
     return f" with its weights in memory, {said} the budget of {bytes_text(result.budget)}"
 
 
-def _streamed_mapping(choice: Choice) -> dict[str, Any]:
+def _streamed_mapping(choice: StreamingChoice) -> dict[str, Any]:
     how = {"slots": choice.slots, "together": choice.together, "aside": choice.aside, "moved": choice.moved}
     return {"planned": choice.planned.peak, **how, "phases": choice.planned.to_mapping()["phases"]}
 

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from lorakeet.errors import ConfigError
-from lorakeet.export.packed_model import Part, write_model
+from lorakeet.export.packed_model import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.budget import parse_budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
@@ -30,12 +30,12 @@ from lorakeet.models.placement import dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import read_config
 from lorakeet.quant import on_disk
-from lorakeet.quant.gptq_solve import Layout as GptqLayout
+from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
 from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
-from lorakeet.workflows.planning.quantizing import Job, keep_budget
+from lorakeet.workflows.planning.quantizing import QuantizeJob, keep_budget
 from lorakeet.workflows.runs.output_paths import require_place
 
 Method = Literal["nf4", "int8", "gptq"]
@@ -44,7 +44,7 @@ TILE_COPIES = 20  # bytes of each number of those that are packed at once (quant
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedFormat:
     """How a method packs one weight and what it writes; the names of tensors follow the weight's own."""
 
     pack: Callable[[Tensor], PackedBase]
@@ -54,15 +54,15 @@ class Layout:
     note: str  # who reads it
 
 
-LAYOUTS: dict[str, Layout] = {
-    "nf4": Layout(
+LAYOUTS: dict[str, PackedFormat] = {
+    "nf4": PackedFormat(
         pack=Nf4Base.of,
         shapes=lambda shape: on_disk.nf4_shapes(shape, block_size=64, double_quant=True),
         tensors=on_disk.nf4_tensors,
         config=lambda kept, dtype: on_disk.nf4_config(block_size=64, double_quant=True, dense=kept, dtype=dtype),
         note="transformers loads it where bitsandbytes is installed, and so does Lorakeet.",
     ),
-    "int8": Layout(
+    "int8": PackedFormat(
         pack=Int8Base.of,
         shapes=on_disk.int8_shapes,
         tensors=lambda base, dtype: on_disk.int8_tensors(base),
@@ -158,7 +158,7 @@ def _pack(
     in_files = stored_dtype(config)
     words = layout.config(kept_dense, str(in_files).removeprefix("torch."))
     largest = max(module.get_parameter("weight").numel() for module in chosen.values())
-    job = Job(
+    job = QuantizeJob(
         model, config, with_quantisation(config, words), dtype_for("auto", torch.device("cpu")),
         packing=bytes_of_packing(largest, in_files),
     )  # fmt: skip
@@ -191,11 +191,11 @@ def bytes_of_packing(numbers: int, stored: torch.dtype) -> int:
     return numbers * (stored.itemsize + COPIES) + TILE_COPIES * min(TILE, numbers)
 
 
-def _part(name: str, file: SafeFile, module: nn.Module | None, layout: Layout, error: dict[str, float]) -> Part:
+def _part(name: str, file: SafeFile, module: nn.Module | None, layout: PackedFormat, error: dict[str, float]) -> TensorGroup:
     """The tensor as it is, or, where it is the weight of `module`, packed; `error` takes down what packing did to it."""
     stored = file.tensors[name]
     if module is None:
-        return Part({name: (stored.dtype, stored.shape)}, lambda: {name: file.read(name)})
+        return TensorGroup({name: (stored.dtype, stored.shape)}, lambda: {name: file.read(name)})
     transposed = kind_of(module) == "conv1d"
     out, width = weight_shape(module, "conv1d" if transposed else "linear")
 
@@ -207,4 +207,4 @@ def _part(name: str, file: SafeFile, module: nn.Module | None, layout: Layout, e
         error[name] = float(packed.sub_(exact.t() if transposed else exact).norm() / norm)
         return {name + part: tensor for part, tensor in layout.tensors(base, weight.dtype).items()}
 
-    return Part({name + part: found for part, found in layout.shapes((out, width)).items()}, make)
+    return TensorGroup({name + part: found for part, found in layout.shapes((out, width)).items()}, make)

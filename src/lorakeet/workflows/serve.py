@@ -36,8 +36,8 @@ from lorakeet.serve.cores import FreeCores
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import check_name
 from lorakeet.serve.registry import Registry
-from lorakeet.serve.service import Limits, Service
-from lorakeet.serve.store import Store
+from lorakeet.serve.service import RequestLimits, Service
+from lorakeet.serve.store import AdapterStore
 from lorakeet.workflows.runs.output_paths import writing
 
 CONTEXT = 2048  # tokens of a text with its prompt, unless asked for or the model has fewer
@@ -86,7 +86,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     adapters = named_paths(adapter)
     if engine == "vllm":
         return _for_vllm(model, adapters, out, _vllm_options(locals()), console)
-    limits = Limits(timeout=timeout, upload=parse_budget(upload_limit))
+    limits = RequestLimits(timeout=timeout, upload=parse_budget(upload_limit))
     budget = None if memory is None else parse_budget(memory)
     _check({"slots": slots, "queue": queue, "timeout": timeout}, out, "" if keys else host, budget, console)
     run_server, build_app = _http()
@@ -96,7 +96,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     text = load_text_model(spec, say=console.print)
     live = LiveModel(text)
     runner = Engine(text, live.selection, slots=slots, context=_context(text, context), waiting=queue, cores=_cores())
-    store = None if adapters_dir is None else Store(adapters_dir)
+    store = None if adapters_dir is None else AdapterStore(adapters_dir)
 
     def changed() -> None:
         if store is not None:

@@ -37,7 +37,7 @@ from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
 from lorakeet.workflows.options import RANKS, RATES, TARGETS
 from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
-from lorakeet.workflows.runs.search_space import QUICK_FACTORS, Point, plan_of_point, space_for
+from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
 from lorakeet.workflows.tuning.trials import START, Budget, SearchRows, Trial, Trials
 
@@ -118,8 +118,8 @@ def _searched(search: Trials, sampler: Any, difference: float, seeds: int, toget
     power = search.power(difference)
     search.console.print(power, markup=False, soft_wrap=True)
     if sampler is None:
-        others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
-        search.generation([Trial(START, Point()), *others], rungs=())
+        others = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in QUICK_FACTORS if factor != 1.0]
+        search.generation([Trial(START, SearchPoint()), *others], rungs=())
     else:
         search.budget.kept = 2 * seeds * search.setup.tokens_of_run if seeds > 1 else 0
         search.run(sampler, together)

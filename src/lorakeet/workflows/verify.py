@@ -36,8 +36,8 @@ from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.serve.probe import FACT, record
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
-from lorakeet.workflows.planning.check import FP32, CheckSize, NoRoom, plan_check, stores
-from lorakeet.workflows.planning.rehearse_text import Judging, Rows
+from lorakeet.workflows.planning.check import FP32, BudgetTooSmall, CheckSize, plan_check, stores
+from lorakeet.workflows.planning.rehearse_text import Judging, RowShape
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.peak_memory import held_at_most
@@ -189,7 +189,7 @@ def plan_rows(opened: Opened, size_of: Callable[..., CheckSize], place: Path, co
         size = size_of(most=most)
         try:
             planned = plan_check(opened, size, place, console)
-        except NoRoom:
+        except BudgetTooSmall:
             length = size.judging.rows.length - GREEDY_TOKENS
             if opened.run is None or length <= FEWEST_TOKENS:
                 raise
@@ -217,7 +217,7 @@ def size_of_check(
     llama, text = len(files) > len(folders), read_config(source).get_text_config()
     return CheckSize(
         what,
-        Judging(Rows(longest), 1 if opened.run else SAMPLED_TEXTS, longest if opened.run else SAMPLED_TOKENS),
+        Judging(RowShape(longest), 1 if opened.run else SAMPLED_TEXTS, longest if opened.run else SAMPLED_TOKENS),
         models=2 if folders else 1,
         row=min(longest, PASS) if len(files) == len(targets) else longest,
         tensors=bool(files),

@@ -19,7 +19,7 @@ from lorakeet.core.layers.linear import LoraLinear, SharedInput
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import PATIENCE, Selection, Share
-from lorakeet.kernels.cpu.inference_pairs import Layout
+from lorakeet.kernels.cpu.inference_pairs import PairLayout
 from lorakeet.kernels.cpu.operators import without
 from tiny.native import needs_native
 
@@ -92,8 +92,8 @@ def near(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def copyings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of pairs of each copying."""
     found: list[int] = []
-    run = Layout.copy
-    monkeypatch.setattr(Layout, "copy", lambda self, pairs, memory: (found.append(len(pairs)), run(self, pairs, memory)))
+    run = PairLayout.copy
+    monkeypatch.setattr(PairLayout, "copy", lambda self, pairs, memory: (found.append(len(pairs)), run(self, pairs, memory)))
     return found
 
 
@@ -206,15 +206,15 @@ def test_copies_take_what_one_batch_needed_at_most(copyings: list[int]) -> None:
 
 
 def test_a_copying_that_fails_leaves_nothing_that_looks_like_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, run = Model(), Layout.copy
+    model, run = Model(), PairLayout.copy
     model.step(*texts("ab"))
 
-    def failing(self: Layout, *given: Any) -> None:
+    def failing(self: PairLayout, *given: Any) -> None:
         run(self, *given)
         raise MemoryError
 
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(Layout, "copy", failing)
+        patched.setattr(PairLayout, "copy", failing)
         model.step(*texts("dc"))
     assert model.copies.bytes == sum(copy.bytes for copy in model.copies._copies.values())
     near(model.step(*texts("dc")), model.by_torch())

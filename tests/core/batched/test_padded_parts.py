@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.batched.padded_parts import FILLED, MOST, PaddedParts, Part, padded
+from lorakeet.core.batched.padded_parts import FILLED, MOST, PaddedPart, PaddedParts, padded
 
 IN, OUTS = 12, (10, 4)
 CPU = torch.device("cpu")
@@ -27,12 +27,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def parts_of(tokens: Sequence[Sequence[int]], ranks: Sequence[tuple[int, int]], gap: int = 0) -> list[Part]:
+def parts_of(tokens: Sequence[Sequence[int]], ranks: Sequence[tuple[int, int]], gap: int = 0) -> list[PaddedPart]:
     """Parts whose rows stand one below the other, with `gap` rows of nobody between them."""
     found, above, below = [], 0, [0, 0]
     for own, (first, second) in zip(tokens, ranks, strict=True):
         of_b = (slice(below[0], below[0] + first), slice(below[1], below[1] + second))
-        found.append(Part(own, slice(above, above + first + second), of_b))
+        found.append(PaddedPart(own, slice(above, above + first + second), of_b))
         above += first + second + gap
         below = [below[0] + first + gap, below[1] + second + gap]
     return found
@@ -51,7 +51,7 @@ def numbers(count: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     )
 
 
-def one_at_a_time(parts: Sequence[Part], x: Tensor, A: Tensor, Bs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+def one_at_a_time(parts: Sequence[PaddedPart], x: Tensor, A: Tensor, Bs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     found = [y.clone() for y in ys]
     for part in parts:
         first = part.of_a.start

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.batched.stack import Stack, shared_low_rank
+from lorakeet.core.batched.stack import PairStack, shared_low_rank
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share
+from lorakeet.core.selection import PATIENCE, BatchAssignment, Selection, Share
 
 IN, OUT, TOKENS = 12, 10, 9
 RANKS = {"a": 4, "b": 2, "c": 6}
@@ -83,21 +83,21 @@ def test_equals_one_token_at_a_time_with_gradients(layer: nn.Linear, pairs: dict
 CPU = torch.device("cpu")
 
 
-def arrangement(*shares: Share, units: int = TOKENS, selection: Selection | None = None) -> Arrangement:
+def arrangement(*shares: Share, units: int = TOKENS, selection: Selection | None = None) -> BatchAssignment:
     selection = selection or Selection()
     selection.divide(shares or SHARES, units=units)
     return selection.arranged(units, CPU)
 
 
 def stack_of(
-    pairs: dict[str, LoraPair], to: Arrangement, dtype: torch.dtype = torch.float32, selection: Selection | None = None
-) -> Stack:
-    stack = Stack([(OUT, IN)], dtype, CPU)
+    pairs: dict[str, LoraPair], to: BatchAssignment, dtype: torch.dtype = torch.float32, selection: Selection | None = None
+) -> PairStack:
+    stack = PairStack([(OUT, IN)], dtype, CPU)
     stack.hold(to, [pairs], selection or Selection())
     return stack
 
 
-def stacked(x: Tensor, layer: nn.Linear, stack: Stack, to: Arrangement) -> Tensor:
+def stacked(x: Tensor, layer: nn.Linear, stack: PairStack, to: BatchAssignment) -> Tensor:
     y = DenseBase(layer).matmul(x) + layer.bias
     stack.add([y], x, to)
     return y
@@ -142,14 +142,14 @@ def test_layers_that_see_the_same_x_share_a_stack(outs: tuple[int, ...], pairs: 
     layers = [pairs if out == OUT else others if 6 in outs[:place] else short for place, out in enumerate(outs)]
     if outs[1] == OUT:
         layers[1] = {}  # and nobody has one there
-    together = Stack([(out, IN) for out in outs], torch.float32, CPU)
+    together = PairStack([(out, IN) for out in outs], torch.float32, CPU)
     assert len(together._Bs) == len({*outs}) + (outs[0] == outs[2] != outs[1])
     together.hold(to, layers, Selection())
     found = [torch.zeros(TOKENS, out) for out in outs]
     together.add(found, x, to)
     for y, held, out in zip(found, layers, outs, strict=True):
         alone = torch.zeros(TOKENS, out)
-        stack = Stack([(out, IN)], torch.float32, CPU)
+        stack = PairStack([(out, IN)], torch.float32, CPU)
         stack.hold(to, [held], Selection())
         stack.add([alone], x, to)
         torch.testing.assert_close(y, alone)
@@ -158,7 +158,8 @@ def test_layers_that_see_the_same_x_share_a_stack(outs: tuple[int, ...], pairs: 
 
 def test_picked_rows_are_those_of_stacks_whose_tables_are_divided_alike(pairs: dict[str, LoraPair]) -> None:
     to, short = arrangement(), {name: pair(name, out=6) for name in pairs}
-    first, alike, other = (Stack([(out, IN) for out in outs], torch.float32, CPU) for outs in [(OUT, OUT), (OUT, OUT), (OUT, 6)])
+    sizes = [(OUT, OUT), (OUT, OUT), (OUT, 6)]
+    first, alike, other = (PairStack([(out, IN) for out in outs], torch.float32, CPU) for outs in sizes)
     for stack, below in ((first, pairs), (alike, pairs), (other, short)):
         stack.hold(to, [pairs, below], Selection())
     assert alike._picks(to) is first._picks(to)
@@ -175,7 +176,7 @@ def test_a_b_that_is_kept_in_bf16_is_not_rounded_again_where_products_are_in_fp3
     torch.testing.assert_close(y[0], 0.3 * held["a"].scale * x[0] @ A.T @ B.T, rtol=1e-5, atol=1e-5)
 
 
-def copies(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def copies(stack: PairStack, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The places that are copied to from now on."""
     found: list[int] = []
     copy = stack._copy
@@ -189,7 +190,7 @@ def test_a_stack_copies_what_is_new(pairs: dict[str, LoraPair], monkeypatch: pyt
     for name in held:
         selection.changed(name)
 
-    def at(names: str) -> Arrangement:
+    def at(names: str) -> BatchAssignment:
         return arrangement(*(Share(i, i + 1, name) for i, name in enumerate(names)), selection=selection)
 
     to = at("abc")
@@ -258,7 +259,7 @@ def test_tables_have_the_rows_that_are_needed_and_no_more() -> None:
     RANKS["wide"] = 64
     held = {"wide": pair("wide"), **{f"n{number}": pair("b") for number in range(15)}}
     del RANKS["wide"]
-    stack, selection = Stack([(OUT, IN)], torch.bfloat16, CPU), Selection()
+    stack, selection = PairStack([(OUT, IN)], torch.bfloat16, CPU), Selection()
     row = 2 * (IN + OUT)  # bytes
 
     def hold(shares: list[Share]) -> int:
@@ -276,7 +277,7 @@ def test_places_of_unequal_ranks_come_and_go_and_all_rows_are_right(
     seed: int, layer: nn.Linear, pairs: dict[str, LoraPair]
 ) -> None:
     random = Random(seed)
-    selection, stack, x, most = Selection(), Stack([(OUT, IN), (OUT, IN)], torch.float32, CPU), inputs(), 0
+    selection, stack, x, most = Selection(), PairStack([(OUT, IN), (OUT, IN)], torch.float32, CPU), inputs(), 0
     others = {name: held for name, held in pairs.items() if name != "b"}
     for _ in range(150):
         shares = [
@@ -301,7 +302,7 @@ def test_places_of_unequal_ranks_come_and_go_and_all_rows_are_right(
 def test_a_stack_shrinks_when_many_batches_needed_less_and_not_for_one(
     pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    selection, stack = Selection(), Stack([(OUT, IN)], torch.float32, CPU)
+    selection, stack = Selection(), PairStack([(OUT, IN)], torch.float32, CPU)
     selection.holds(stack)
     many = {**{f"n{number}": pair("b") for number in range(8)}, "probed": pair("b")}
     texts, alone = rows_of(*(f"n{number}" for number in range(8))), rows_of("probed")

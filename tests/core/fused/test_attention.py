@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakeet.core.fused.attention import INPUTS, RotaryAttention
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.core.fused.packed_attention import causal_rows
-from lorakeet.core.layers.linear import LoraLinear, base_of, new_pair
+from lorakeet.core.layers.linear import LoraLinear, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 
 HIDDEN, HEAD, HEADS, KV = 12, 6, 4, 2
@@ -69,7 +69,7 @@ def adapted(
     attention = Attention(biased, normed).to(dtype).requires_grad_(False)
     for name in names:
         child = getattr(attention, name)
-        layer = LoraLinear(child, base_of(child, "linear"))
+        layer = LoraLinear(child, dense_base_of(child, "linear"))
         entry = PlanEntry(name, "linear", tuple(child.weight.shape), 4, 12.0, dropout=dropout)
         pair = new_pair(entry, weight=lambda child=child: child.weight, seed=0)
         nn.init.normal_(pair.B, std=0.3)

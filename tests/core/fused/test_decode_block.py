@@ -16,7 +16,7 @@ from lorakeet.core.fused.decode_block import DecodeBlock
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.block import Block
 from lorakeet.models import fuse, modules
-from lorakeet.models.generate.kv_cache import KeyValues, Row, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import selection_of, use_products
 from lorakeet.models.modules import adapted_layers
 from lorakeet.models.spec import ModelSpec
@@ -43,9 +43,9 @@ def blocks(text: TextModel) -> list[Any]:
 def written(text: TextModel, adapters: list[dict[str, float]], selection: Any, capacity: int = 16) -> list[Tensor]:
     """The logits after three prompts and after each of two more tokens."""
     cache = KeyValues(slots=3, capacity=capacity)
-    found = [step(text, cache, [Row(i, 0, ids, adapters[i]) for i, ids in enumerate(PROMPTS)], selection)]
+    found = [step(text, cache, [CacheRow(i, 0, ids, adapters[i]) for i, ids in enumerate(PROMPTS)], selection)]
     for turn in range(2):
-        rows = [Row(i, len(ids) + turn, (WRITTEN[i][turn],), adapters[i]) for i, ids in enumerate(PROMPTS)]
+        rows = [CacheRow(i, len(ids) + turn, (WRITTEN[i][turn],), adapters[i]) for i, ids in enumerate(PROMPTS)]
         found.append(step(text, cache, rows, selection))
     return found
 
@@ -223,9 +223,9 @@ def test_a_step_asks_for_fewer_operations(tmp_path: Path) -> None:
 
     def operations() -> int:
         cache = KeyValues(slots=3, capacity=16)
-        step(text, cache, [Row(i, 0, ids, {}) for i, ids in enumerate(PROMPTS)])
+        step(text, cache, [CacheRow(i, 0, ids, {}) for i, ids in enumerate(PROMPTS)])
         with Counting() as counting:
-            step(text, cache, [Row(i, len(ids), (5,), {}) for i, ids in enumerate(PROMPTS)])
+            step(text, cache, [CacheRow(i, len(ids), (5,), {}) for i, ids in enumerate(PROMPTS)])
         return counting.calls
 
     before = operations()

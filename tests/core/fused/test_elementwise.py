@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakeet.core.fused import elementwise
 from lorakeet.core.fused.elementwise import IN_C, WIDEST, passes_over
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, GatedMlp
-from lorakeet.core.layers.linear import LoraLinear, base_of, new_pair
+from lorakeet.core.layers.linear import LoraLinear, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.tiled_weight import Kernels
@@ -59,7 +59,7 @@ class Mlp(nn.Module):
         super().__init__()
         for name, shape in (("gate_proj", (12, 40)), ("up_proj", (12, 40)), ("down_proj", (40, 12))):
             layer = nn.Linear(*shape, bias=False).requires_grad_(False)
-            standing = LoraLinear(layer, base_of(layer, "linear"))
+            standing = LoraLinear(layer, dense_base_of(layer, "linear"))
             pair = new_pair(PlanEntry(name, "linear", (shape[1], shape[0]), 4, 8.0), weight=lambda own=layer: own.weight, seed=0)
             nn.init.normal_(pair.B, std=0.3)
             standing.attach("a", pair)

@@ -15,10 +15,10 @@ from lorakeet.core.fused.attention import RotaryAttention
 from lorakeet.core.fused.flash_varlen import CardRows
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
-from lorakeet.models.attention import row_attention
+from lorakeet.models.attention import packed_attention
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
@@ -54,7 +54,7 @@ def attended(given: tuple[Tensor, ...], rows: tuple[int, ...], prefix: int, wind
     grad[:, :, real:] = 0
     leaves = [each.detach().requires_grad_() for each in qkv]
     laid = {"row_lengths": rows, "row_prefix": prefix, "sliding_window": window, "scaling": WIDTH**-0.5}
-    out, _ = row_attention(nn.Module(), *leaves, **laid)
+    out, _ = packed_attention(nn.Module(), *leaves, **laid)
     return out.detach()[:, :real], *torch.autograd.grad(out, leaves, grad.transpose(1, 2))
 
 
@@ -96,7 +96,8 @@ def trained(folder: Path, dtype: str) -> tuple[TextModel, float, dict[str, Tenso
                 parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
     text.model.train()
     ids = [np.concatenate([np.arange(4, 14), np.arange(20 + n, 40 + 2 * n)]) for n in range(3)]
-    loss, _ = text_loss(text, pack([Example(one, np.arange(len(one)) >= 12, str(n), None, False) for n, one in enumerate(ids)]))
+    rows = [Example(one, np.arange(len(one)) >= 12, str(n), None, False) for n, one in enumerate(ids)]
+    loss, _ = text_loss(text, pack_examples(rows))
     loss.backward()  # type: ignore[no-untyped-call]
     return text, loss.item(), {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
@@ -144,12 +145,12 @@ def test_a_prefix_gets_the_gradient_of_every_row_summed_in_fp32(flash: Flash) ->
 def test_states_that_the_kernel_does_not_take_go_row_by_row(flash: Flash) -> None:
     q, k, v, _ = states(18)
     for settings in ({"softcap": 2.0}, {"dropout": 0.5}):
-        row_attention(nn.Module(), q, k, v, row_lengths=(18,), **settings)
-    row_attention(nn.Module(), q[..., :4], k[..., :4], v[..., :4], row_lengths=(18,))  # heads of 4
-    row_attention(nn.Module(), q, k, v[..., :4], row_lengths=(18,))
+        packed_attention(nn.Module(), q, k, v, row_lengths=(18,), **settings)
+    packed_attention(nn.Module(), q[..., :4], k[..., :4], v[..., :4], row_lengths=(18,))  # heads of 4
+    packed_attention(nn.Module(), q, k, v[..., :4], row_lengths=(18,))
     assert flash.calls == 0
     wide = [torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)] * 3
-    row_attention(nn.Module(), *wide, row_lengths=(2,))
+    packed_attention(nn.Module(), *wide, row_lengths=(2,))
     assert flash.calls == 0 and flash_varlen.serves(q, HEADS, KV, WIDTH)
 
 
@@ -182,7 +183,7 @@ def test_a_rehearsal_counts_what_the_kernel_computes_and_holds() -> None:
         q, k, v = (torch.empty(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2) for heads in (HEADS, KV, KV))
         leaves = [each.requires_grad_() for each in (q, k, v)]
         with ledger.phase("forward"):
-            out, _ = row_attention(nn.Module(), *leaves, row_lengths=rows, row_prefix=prefix)
+            out, _ = packed_attention(nn.Module(), *leaves, row_lengths=rows, row_prefix=prefix)
         with ledger.phase("backward"):
             out.sum().backward()
     scores = 36 * 37 // 2 + 20 * 21 // 2 + 20 * 6

@@ -11,12 +11,12 @@ from lorakeet.core.fused.flash_varlen_recorded import (
     PLACED_ROWS,
     PLACED_ROWS_BACKWARD,
     PlacedRows,
-    Places,
+    RowOffsets,
     placed_rows,
     placed_rows_backward,
 )
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.models.attention import row_attention
+from lorakeet.models.attention import packed_attention
 from tiny.flash import Flash
 from tiny.tape import Tape
 
@@ -41,7 +41,7 @@ def test_rows_at_places_are_what_attention_is_defined_to_be(
     starts = torch.tensor([0, *rows, *[0] * empty]).cumsum(0).int()
     leaves = [each.detach().requires_grad_() for each in qkv]
     settings = {"sliding_window": window, "scaling": WIDTH**-0.5}
-    out, _ = row_attention(nn.Module(), *leaves, row_lengths=(LONGEST,), row_places=Places(starts, LONGEST), **settings)
+    out, _ = packed_attention(nn.Module(), *leaves, row_lengths=(LONGEST,), row_places=RowOffsets(starts, LONGEST), **settings)
     found = out.detach(), *torch.autograd.grad(out, leaves, grad.transpose(1, 2))
     assert flash.calls == 1
     laid = list(rows), 0, WIDTH**-0.5, -1 if window is None else window
@@ -53,11 +53,11 @@ def test_they_move_with_the_numbers_in_the_tensor(flash: Flash) -> None:
     flash.exact = False
     q, k, v, _ = states(10)
     starts = torch.tensor([0, 4, 10], dtype=torch.int32)
-    kernel = PlacedRows(Places(starts, LONGEST), WIDTH**-0.5)
+    kernel = PlacedRows(RowOffsets(starts, LONGEST), WIDTH**-0.5)
     before, _ = kernel.forward(q, k, v)
     starts[1] = 6
     after, _ = kernel.forward(q, k, v)
-    expected, _ = PlacedRows(Places(torch.tensor([0, 6, 10], dtype=torch.int32), LONGEST), WIDTH**-0.5).forward(q, k, v)
+    expected, _ = PlacedRows(RowOffsets(torch.tensor([0, 6, 10], dtype=torch.int32), LONGEST), WIDTH**-0.5).forward(q, k, v)
     assert torch.equal(after, expected) and not torch.equal(after, before)
 
 
@@ -85,9 +85,9 @@ def test_nothing_within_the_operators_is_read_by_the_host(flash: Flash) -> None:
 
 def test_attention_that_the_kernel_does_not_have_is_refused_where_a_tensor_tells_of_rows(flash: Flash) -> None:
     q, k, v, _ = states(10)
-    places = Places(torch.tensor([0, 4, 10], dtype=torch.int32), LONGEST)
+    places = RowOffsets(torch.tensor([0, 4, 10], dtype=torch.int32), LONGEST)
     for settings in ({"softcap": 2.0}, {"dropout": 0.5}):
         with pytest.raises(EnvironmentProblem, match="attends in a way that torch's flash kernel does not have"):
-            row_attention(nn.Module(), q, k, v, row_lengths=(10,), row_places=places, **settings)
+            packed_attention(nn.Module(), q, k, v, row_lengths=(10,), row_places=places, **settings)
     with pytest.raises(EnvironmentProblem, match="flash kernel does not have"):
-        row_attention(nn.Module(), *(each.float() for each in (q, k, v)), row_lengths=(10,), row_places=places)
+        packed_attention(nn.Module(), *(each.float() for each in (q, k, v)), row_lengths=(10,), row_places=places)

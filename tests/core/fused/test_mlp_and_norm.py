@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS, FrozenRmsNorm, GatedMlp
-from lorakeet.core.layers.linear import LoraLinear, base_of, new_pair
+from lorakeet.core.layers.linear import LoraLinear, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 
 RANK, ALPHA = 4, 12.0
@@ -41,7 +41,7 @@ def adapted(activation: str, dtype: torch.dtype, dropout: float = 0.0) -> Mlp:
     mlp = Mlp(activation).to(dtype).requires_grad_(False)
     for name, child in list(mlp.named_children()):
         entry = PlanEntry(name, "linear", tuple(child.weight.shape), RANK, ALPHA, dropout=dropout)
-        layer = LoraLinear(child, base_of(child, "linear"))
+        layer = LoraLinear(child, dense_base_of(child, "linear"))
         pair = new_pair(entry, weight=lambda child=child: child.weight, seed=0)
         nn.init.normal_(pair.B, std=0.3)
         layer.attach("a", pair.to(torch.float64 if dtype == torch.float64 else torch.float32))

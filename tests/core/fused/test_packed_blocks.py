@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from lorakeet.core.fused.packed_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
+from lorakeet.core.fused.packed_blocks import Indexed, QueryBlocks, blocks_of_queries, token_indices, whole_row_blocks
 
 ROWS, PREFIX = (5, 1, 40, 3, 70), 4
 TOKENS = PREFIX + sum(ROWS)
 
 
-def laid(blocks: tuple[Blocks, ...]) -> list[Indexed]:
-    return [indexed(each, torch.device("cpu"))[0] for each in blocks]
+def laid(blocks: tuple[QueryBlocks, ...]) -> list[Indexed]:
+    return [token_indices(each, torch.device("cpu"))[0] for each in blocks]
 
 
 @pytest.mark.parametrize("prefix", [0, PREFIX])
 def test_every_query_belongs_to_one_block_alone(prefix: int) -> None:
-    for found in (whole_rows(ROWS, prefix, 64), blocks_of_queries(ROWS, prefix, 2, 16, 4096)):
+    for found in (whole_row_blocks(ROWS, prefix, 64), blocks_of_queries(ROWS, prefix, 2, 16, 4096)):
         own = np.concatenate([blocks.queries.tokens[blocks.queries.own] for blocks in found])
         assert sorted(own) == list(range(prefix + sum(ROWS)))
 
 
 def test_rows_of_nearly_equal_length_go_together_up_to_a_number_of_tokens() -> None:
-    assert [blocks.queries.tokens.shape for blocks in whole_rows((30, 29, 31, 70), 0, 1000)] == [(1, 70), (3, 31)]
-    assert [blocks.queries.tokens.shape for blocks in whole_rows((30, 29, 31), 0, 64)] == [(2, 31), (1, 29)]
-    assert [blocks.queries.tokens.shape for blocks in whole_rows((500,), 0, 64)] == [(1, 500)], "a longer row stands alone"
-    assert len(whole_rows((30, 90), 0, 1000)) == 2
+    assert [blocks.queries.tokens.shape for blocks in whole_row_blocks((30, 29, 31, 70), 0, 1000)] == [(1, 70), (3, 31)]
+    assert [blocks.queries.tokens.shape for blocks in whole_row_blocks((30, 29, 31), 0, 64)] == [(2, 31), (1, 29)]
+    assert [blocks.queries.tokens.shape for blocks in whole_row_blocks((500,), 0, 64)] == [(1, 500)], "a longer row stands alone"
+    assert len(whole_row_blocks((30, 90), 0, 1000)) == 2
 
 
 def test_queries_meet_the_keys_up_to_their_last_one() -> None:
@@ -40,14 +40,14 @@ def test_queries_meet_the_keys_up_to_their_last_one() -> None:
 def test_what_is_read_and_put_back_is_what_was_there() -> None:
     states = torch.randn(1, 3, TOKENS, 2)
     target = torch.zeros(TOKENS, 3, 2)
-    for places in laid(whole_rows(ROWS, PREFIX, 64)):
+    for places in laid(whole_row_blocks(ROWS, PREFIX, 64)):
         places.put(target, places.of(states, torch.float32))
     assert torch.equal(target, states[0].transpose(0, 1))
 
 
 def test_a_shared_prefix_gets_the_sum_over_the_rows_and_a_rows_own_tokens_what_is_theirs() -> None:
     target = torch.zeros(TOKENS, 1, 1)
-    for places in laid(whole_rows(ROWS, PREFIX, 64)):
+    for places in laid(whole_row_blocks(ROWS, PREFIX, 64)):
         places.add(target, torch.ones(*places.shape, 1, 1))
     assert target[:PREFIX].flatten().tolist() == [len(ROWS)] * PREFIX
     assert target[PREFIX:].flatten().tolist() == [1] * sum(ROWS)
@@ -55,17 +55,17 @@ def test_a_shared_prefix_gets_the_sum_over_the_rows_and_a_rows_own_tokens_what_i
 
 def test_what_is_not_a_blocks_own_is_blank_where_asked() -> None:
     states = torch.ones(1, 1, TOKENS, 1)
-    own = sum(float(places.of(states, torch.float32, blank=True).sum()) for places in laid(whole_rows(ROWS, PREFIX, 64)))
+    own = sum(float(places.of(states, torch.float32, blank=True).sum()) for places in laid(whole_row_blocks(ROWS, PREFIX, 64)))
     assert own == TOKENS
 
 
 @pytest.mark.parametrize("rows", [(33,) * 40 + (64,) * 11, (17, 32) * 42, (5,) * 95 + (32,), (33,) * 20 + (64,)])
 def test_filling_up_takes_no_more_places_than_there_are_tokens(rows: tuple[int, ...]) -> None:
-    found = whole_rows(rows, 0, 4096)
+    found = whole_row_blocks(rows, 0, 4096)
     assert max(blocks.queries.tokens.size for blocks in found) <= sum(rows)
 
 
 def test_a_block_is_filled_up_from_its_own_row() -> None:
-    for blocks in (*whole_rows((30, 20), 0, 64), *blocks_of_queries((30, 20), 0, 2, 64, 1 << 20)):
+    for blocks in (*whole_row_blocks((30, 20), 0, 64), *blocks_of_queries((30, 20), 0, 2, 64, 1 << 20)):
         for tokens in blocks.keys.tokens:
             assert set(tokens) <= set(range(30)) or set(tokens) <= set(range(30, 50))

@@ -20,9 +20,9 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.selection import Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.cpu import dense, int8_rows
-from lorakeet.kernels.cpu.trained_block import Call
+from lorakeet.kernels.cpu.trained_block import BlockCall
 from lorakeet.kernels.cpu.workspace import ROOMS, Rooms
 from lorakeet.models import modules
 from lorakeet.models.fuse import unfuse
@@ -76,7 +76,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each call of a block, whether the function computed it."""
     found: list[bool] = []
     calls: list[object] = []
-    usual, computes = TrainedBlock.forward, Call.forward
+    usual, computes = TrainedBlock.forward, BlockCall.forward
 
     def forward(self: TrainedBlock, *args: Any, **settings: Any) -> Any:
         before = len(calls)
@@ -84,12 +84,12 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(len(calls) > before)
         return y
 
-    def computed(self: Call, *args: Any, **settings: Any) -> Any:
+    def computed(self: BlockCall, *args: Any, **settings: Any) -> Any:
         calls.append(self)
         return computes(self, *args, **settings)
 
     monkeypatch.setattr(TrainedBlock, "forward", forward)
-    monkeypatch.setattr(Call, "forward", computed)
+    monkeypatch.setattr(BlockCall, "forward", computed)
     return found
 
 
@@ -98,7 +98,7 @@ def step(text: TextModel, examples: list[Example], *names: str) -> dict[str, Ten
     parameters = {f"{name}/{key}": each for name in names for key, each in trained_parameters(text.model, name).items()}
     for each in parameters.values():
         each.grad = None
-    loss, _ = text_loss(text, pack(examples))
+    loss, _ = text_loss(text, pack_examples(examples))
     loss.backward()
     return {"loss": loss.detach(), **{key: each.grad for key, each in parameters.items() if each.grad is not None}}
 
@@ -227,7 +227,7 @@ def test_what_takes_a_weight_s_place_between_the_passes_changes_no_gradient(fold
     parameters = trained_parameters(text.model, "default")
     for each in parameters.values():
         each.grad = None
-    loss, _ = text_loss(text, pack(examples))
+    loss, _ = text_loss(text, pack_examples(examples))
     trained = {id(each) for each in parameters.values()}
     for path, module in text.model.named_modules():
         for name, buffer in module._buffers.items():
@@ -251,13 +251,13 @@ def test_blocks_below_the_lowest_pair_take_nothing_from_those_above(
     step(text, examples, "default")
     assert used == [False, True, True] * 2 and not any(given_back)
     with torch.no_grad():
-        text.hidden(pack(examples))
+        text.hidden(pack_examples(examples))
     assert any(given_back), "by its parts, without gradients, the first block wants the pages"
 
 
 def test_a_second_backward_pass_is_refused(folder: Path) -> None:
     text = load(folder)
-    loss, _ = text_loss(text, pack(rows(2)))
+    loss, _ = text_loss(text, pack_examples(rows(2)))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -265,7 +265,7 @@ def test_a_second_backward_pass_is_refused(folder: Path) -> None:
 
 def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) -> None:
     text = load(folder)
-    loss, _ = text_loss(text, pack(rows(2)))
+    loss, _ = text_loss(text, pack_examples(rows(2)))
     assert ROOMS.taken == 3 and used == [True] * 3
     del loss
     assert ROOMS.taken == 0
@@ -275,7 +275,7 @@ def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) 
 def test_without_gradients_it_computes_the_same_and_keeps_nothing(
     folder: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, batch = load(folder, kind=kind), pack(rows(5, prefix=9))
+    text, batch = load(folder, kind=kind), pack_examples(rows(5, prefix=9))
     text.model.eval()
 
     def states() -> dict[str, Tensor]:
@@ -352,7 +352,7 @@ def test_a_norm_of_heads_that_is_no_plain_one_is_the_model_s_own(
 ) -> None:
     text = load(save_tiny_llama(tmp_path, family="qwen3", **SHAPE))
     change(text)
-    loss, _ = text_loss(text, pack(rows(2)))
+    loss, _ = text_loss(text, pack_examples(rows(2)))
     loss.backward()
     assert torch.isfinite(loss) and used == [False] * 3
     assert all(part(text, number, "self_attn").head_norms() is None for number in range(3))
@@ -373,7 +373,7 @@ LEFT = [_dora, _some_layers, _listened, _listened_block, _bare, _wide_products, 
 def test_what_it_does_not_know_is_left_to_the_parts(folder: Path, change: Callable[[TextModel], None], used: list[bool]) -> None:
     text = load(folder)
     change(text)
-    loss, _ = text_loss(text, pack(rows(2)))
+    loss, _ = text_loss(text, pack_examples(rows(2)))
     if loss.requires_grad:
         loss.backward()
     assert torch.isfinite(loss) and used == [False] * 3
@@ -391,7 +391,7 @@ def test_what_its_parts_do_not_know_either_is_not_asked_of_c(folder: Path, chang
 
 def test_a_pair_that_is_written_to_between_the_passes_is_an_error(folder: Path) -> None:
     text = load(folder)
-    loss, _ = text_loss(text, pack(rows(2)))
+    loss, _ = text_loss(text, pack_examples(rows(2)))
     with torch.no_grad():
         list(trained_parameters(text.model, "default").values())[-1].mul_(2)
     with pytest.raises(RuntimeError, match="written to between the two passes"):
@@ -412,7 +412,7 @@ def test_above_kept_states_blocks_compute_what_they_compute_in_a_whole_pass(fold
         text = load(folder, replace(LORA, layers="top:2"))
         with prefix_states(text, own, folder=None, micro_tokens=1000) if kept else nullcontext():
             used.clear()
-            loss, _ = text_loss(text, pack(own))
+            loss, _ = text_loss(text, pack_examples(own))
             loss.backward()
             held = trained_parameters(text.model, "default").items()
             values = {name: each.grad for name, each in held if each.grad is not None}
@@ -435,7 +435,7 @@ def test_adapters_that_train_together_become_what_they_become_alone_to_the_last_
 
 def test_short_rows_are_for_another_attention(folder: Path, used: list[bool]) -> None:
     text = load(folder)
-    text_loss(text, pack(rows(6, least=6, most=9)))
+    text_loss(text, pack_examples(rows(6, least=6, most=9)))
     assert used == [False] * 3
 
 
@@ -446,7 +446,7 @@ def test_who_counts_operations_sees_the_parts(folder: Path, used: list[bool]) ->
 
     text = load(folder)
     with Counting():
-        text_loss(text, pack(rows(2)))
+        text_loss(text, pack_examples(rows(2)))
     assert used == [False] * 3
 
 

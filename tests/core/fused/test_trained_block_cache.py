@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS
 from lorakeet.core.fused.trained_block import TrainedBlock
-from lorakeet.core.fused.trained_block_cache import look
+from lorakeet.core.fused.trained_block_cache import cached_arguments
 from lorakeet.core.selection import Selection, Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.models import modules
 from lorakeet.models.inject import eject, selection_of, trained_parameters
@@ -64,7 +64,7 @@ def step(text: TextModel, *lengths: int, names: tuple[str, ...] = ("default",)) 
     parameters = {f"{name}/{key}": each for name in names for key, each in trained_parameters(text.model, name).items()}
     for each in parameters.values():
         each.grad = None
-    loss, _ = text_loss(text, pack(rows(*lengths)))
+    loss, _ = text_loss(text, pack_examples(rows(*lengths)))
     loss.backward()
     return {"loss": loss.detach(), **{key: each.grad for key, each in parameters.items() if each.grad is not None}}
 
@@ -111,7 +111,7 @@ def test_pairs_that_stand_for_a_difference_are_asked_for_in_every_pass(
     for lengths in ((50, 70), (50, 70), (40,)):
         require_same(step(text, *lengths), by_parts(text, *lengths))
         with torch.no_grad():
-            batch = pack(rows(*lengths))
+            batch = pack_examples(rows(*lengths))
             hidden = text.hidden(batch)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(TrainedBlock, "_suits", lambda *_: False)
@@ -449,6 +449,6 @@ def test_copies_remember_nothing(folder: Path) -> None:
 def test_a_block_of_other_parts_has_no_look(folder: Path) -> None:
     text, x = load(folder), torch.zeros(1, 8, 96, dtype=torch.bfloat16)
     block = block_of(text).original
-    assert look(block, ["default"], x) is not None
-    assert look(block, ["nobody"], x) is None
-    assert look(block.mlp, ["default"], x) is None
+    assert cached_arguments(block, ["default"], x) is not None
+    assert cached_arguments(block, ["nobody"], x) is None
+    assert cached_arguments(block.mlp, ["default"], x) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakeet.core.layers.extras import Rows, TokenRowsEmbedding, TokenRowsHead, TrainedModule
+from lorakeet.core.layers.extras import TokenRowsEmbedding, TokenRowsHead, TrainedModule, TrainedRows
 from lorakeet.core.selection import Share
 
 
@@ -42,14 +42,14 @@ def test_a_whole_embedding_answers_in_the_dtype_of_the_original() -> None:
 
 
 def test_slots() -> None:
-    rows = Rows((7, 3), torch.zeros(2, 4), tokens=("<a>", "<b>"), tied="head")
+    rows = TrainedRows((7, 3), torch.zeros(2, 4), tokens=("<a>", "<b>"), tied="head")
     assert rows.slots(torch.tensor([[3, 0], [7, 3]])).tolist() == [[1, -1], [0, 1]]
     assert (rows.tokens, rows.tied) == (("<a>", "<b>"), "head")
 
 
 def test_rows_replace_lookups_and_logits_of_their_ids_alone() -> None:
     embedding, head = nn.Embedding(10, 4).requires_grad_(False), nn.Linear(4, 10, bias=False).requires_grad_(False)
-    rows = Rows((7, 3), torch.randn(2, 4))
+    rows = TrainedRows((7, 3), torch.randn(2, 4))
     lookup, logits = TokenRowsEmbedding(embedding), TokenRowsHead(head)
     for layer in (lookup, logits):
         assert layer.rows_before == 10
@@ -76,7 +76,7 @@ def test_a_divided_batch_is_refused_and_not_answered_by_the_base() -> None:
     logits = TokenRowsHead(nn.Linear(4, 10))
     whole.attach("a", whole.new_copy())
     for layer in (lookup, logits):
-        layer.attach("a", Rows((7,), torch.zeros(1, 4)))
+        layer.attach("a", TrainedRows((7,), torch.zeros(1, 4)))
     for layer, x in ((whole, torch.randn(2, 4)), (lookup, torch.tensor([7, 1])), (logits, torch.randn(2, 4))):
         layer.selection.divide([Share(0, 1, "a")], units=2)
         with pytest.raises(ValueError, match="cannot differ within a batch"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lorakeet.core.layers.linear import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, base_of, embed_scale, new_pair
+from lorakeet.core.layers.linear import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, dense_base_of, embed_scale, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 
@@ -30,7 +30,7 @@ def seeded() -> None:
 
 def test_without_an_active_adapter_the_original_runs_bit_for_bit() -> None:
     linear, x = nn.Linear(6, 9), torch.randn(4, 6)
-    layer = LoraLinear(linear, base_of(linear, "linear"))
+    layer = LoraLinear(linear, dense_base_of(linear, "linear"))
     filled(layer, "a", PlanEntry("q", "linear", (9, 6), 4, 12.0))
     adapted = layer(x)
     for active in (None, "unknown"):
@@ -44,7 +44,7 @@ def test_without_an_active_adapter_the_original_runs_bit_for_bit() -> None:
 
 def test_detaching_the_active_adapter_brings_the_base_back() -> None:
     linear, x = nn.Linear(6, 9), torch.randn(4, 6)
-    layer = LoraLinear(linear, base_of(linear, "linear"))
+    layer = LoraLinear(linear, dense_base_of(linear, "linear"))
     first = filled(layer, "a", PlanEntry("q", "linear", (9, 6), 4, 12.0))
     filled(layer, "b", PlanEntry("q", "linear", (9, 6), 2, 12.0))
     layer.active = "a"
@@ -59,7 +59,7 @@ def test_detaching_the_active_adapter_brings_the_base_back() -> None:
 
 def test_the_bias_of_a_pair_is_scaled_with_it() -> None:
     linear, x = nn.Linear(6, 9), torch.randn(4, 6)
-    layer = LoraLinear(linear, base_of(linear, "linear"))
+    layer = LoraLinear(linear, dense_base_of(linear, "linear"))
     pair = filled(layer, "a", PlanEntry("q", "linear", (9, 6), 4, 12.0), bias=True)
     expected = linear(x) + 3 * (x @ pair.A.t() @ pair.B.t() + pair.bias)
     assert torch.allclose(layer(x), expected, atol=1e-5)

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from lorakeet.data.images.folder import bucket_of, bucket_sizes, cut, fit_remarks, looks_of, open_pixels, png_of, read_album
+from lorakeet.data.images.folder import (
+    bucket_of,
+    bucket_sizes,
+    crop_to_cover,
+    fit_remarks,
+    looks_of,
+    open_pixels,
+    png_of,
+    read_album,
+)
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.errors import DataError
 from tiny.pictures import album, drawn
@@ -159,13 +168,13 @@ def test_keys_are_those_of_pixels_and_caption(tmp_path: Path) -> None:
 def test_cut_covers_and_keeps_the_middle() -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
-    piece, place = cut(pixels, (20, 20))
+    piece, place = crop_to_cover(pixels, (20, 20))
     assert place == (0, 20) and (piece == 255).all()
-    enlarged, place = cut(pixels, (40, 40))
+    enlarged, place = crop_to_cover(pixels, (40, 40))
     assert enlarged.shape == (40, 40, 3) and place == (0, 40)
-    others = {cut(pixels, (20, 20), crop=number, key="k")[1] for number in range(1, 6)}
+    others = {crop_to_cover(pixels, (20, 20), crop=number, key="k")[1] for number in range(1, 6)}
     assert len(others) > 1 and all(top == 0 and 0 <= left <= 40 for top, left in others)
-    assert cut(pixels, (20, 20), crop=3, key="k")[1] == cut(pixels, (20, 20), crop=3, key="k")[1]
+    assert crop_to_cover(pixels, (20, 20), crop=3, key="k")[1] == crop_to_cover(pixels, (20, 20), crop=3, key="k")[1]
 
 
 def test_buckets_have_no_more_pixels_than_the_square_and_fit_the_shape(tmp_path: Path) -> None:

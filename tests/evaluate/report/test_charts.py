@@ -8,7 +8,7 @@ import pytest
 from lorakeet.evaluate.compare import Paired
 from lorakeet.evaluate.intervals import proportion
 from lorakeet.evaluate.report import charts
-from lorakeet.evaluate.report.report import Curves, Point
+from lorakeet.evaluate.report.report import ChartPoint, Curves
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ def test_one_square_a_row_and_few_for_many_rows() -> None:
 
 
 def test_the_kept_checkpoint_is_marked_and_a_lone_point_survives() -> None:
-    points = tuple(Point(step, 1 / (step + 1), 0.0, 1.0) for step in range(0, 50, 10))
+    points = tuple(ChartPoint(step, 1 / (step + 1), 0.0, 1.0) for step in range(0, 50, 10))
     drawing = charts.learning_curves(Curves(train=points, held_out=points, learning_rate=points, best_step=20))
     assert drawing.count("kept") == 1 and drawing.count('class="best"') == 1
-    assert "polyline" not in charts.learning_curves(Curves(held_out=(Point(1, math.nan),)))
+    assert "polyline" not in charts.learning_curves(Curves(held_out=(ChartPoint(1, math.nan),)))
 
 
 def test_no_coordinate_is_nan() -> None:
-    points = (Point(0, math.nan), Point(1, math.inf), Point(2, 1.0), Point(3, 0.5))
+    points = (ChartPoint(0, math.nan), ChartPoint(1, math.inf), ChartPoint(2, 1.0), ChartPoint(3, 0.5))
     drawing = charts.learning_curves(Curves(train=points, held_out=points))
     assert not re.search(r"nan|inf", drawing)

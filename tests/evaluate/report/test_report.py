@@ -12,12 +12,12 @@ import pytest
 from lorakeet.errors import DataError
 from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.evaluate.report.report import (
+    ChartPoint,
     Command,
     Curves,
     Leak,
-    Point,
-    Reply,
     Report,
+    ScoredAnswer,
     SideBySide,
     read_report,
     render_html,
@@ -130,7 +130,7 @@ def test_filters_have_what_they_filter(report: Report) -> None:
 
 
 def test_hostile_data_stays_text(report: Report) -> None:
-    row = SideBySide(EVIL, EVIL, Reply(EVIL, 0.5, True), Reply(EVIL, 0.5, False), EVIL)
+    row = SideBySide(EVIL, EVIL, ScoredAnswer(EVIL, 0.5, True), ScoredAnswer(EVIL, 0.5, False), EVIL)
     renamed = tuple(replace(system, name=EVIL, note=EVIL) for system in report.systems)
     hostile = replace(
         report,
@@ -194,7 +194,7 @@ def test_nothing_at_all_still_is_a_page() -> None:
 
 
 def test_odd_values_are_drawn() -> None:
-    odd = Curves(train=(Point(1, math.nan), Point(2, 3.0)), held_out=(Point(2, math.inf, 1.0, 2.0),), best_step=7)
+    odd = Curves(train=(ChartPoint(1, math.nan), ChartPoint(2, 3.0)), held_out=(ChartPoint(2, math.inf, 1.0, 2.0),), best_step=7)
     failed = Certificate("merged", (judge("x", {"logit": math.nan}, tolerance={"logit": 1.0}, between=("a", "b")),))
     page = Page(render_html(replace(Report("odd"), curves=odd, certificate=failed, leaks=())))
     assert (

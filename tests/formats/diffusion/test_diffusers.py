@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.compare import compare
+from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.diffusion import diffusers, kohya
 from tiny.images import fold_images, load_into, noise_of, sd_adapter, states_of, tiny_clip, tiny_unet
 from tiny.portable import image_adapter, text_adapter
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 Writer = Callable[[Adapter, Path], None]
 
 
@@ -144,4 +144,4 @@ def test_written_files_need_no_header_for_their_scale(tmp_path: Path) -> None:
     adapter = image_adapter()
     diffusers.write(adapter, tmp_path / "a.safetensors")
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
-    assert compare(adapter, diffusers.read(tmp_path / "b.safetensors")).equal
+    assert compare_adapters(adapter, diffusers.read(tmp_path / "b.safetensors")).equal

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorakeet.core.adapter import Pair
-from lorakeet.formats.diffusion.fused import join, rows_of, split, swapped
+from lorakeet.formats.diffusion.fused import join_pairs, rows_of_parts, split, swapped
 from tiny.adapters import random_pair
 
 ROWS = [6, 6, 10]
@@ -22,7 +22,7 @@ def pairs(*ranks: int, alphas: tuple[float, ...] = (12.0, 20.0, 3.0)) -> list[Pa
 
 def test_mixed_ranks_and_alphas_join_block_by_block_and_come_back() -> None:
     parts = pairs(2, 4, 3)
-    whole = join(parts, ROWS)
+    whole = join_pairs(parts, ROWS)
     assert (whole.rank, whole.scale) == (9, 1.0)
     torch.testing.assert_close(whole.delta(), torch.cat([part.delta() for part in parts]))
     assert int((whole.B != 0).sum()) == 6 * 2 + 6 * 4 + 10 * 3
@@ -34,7 +34,7 @@ def test_mixed_ranks_and_alphas_join_block_by_block_and_come_back() -> None:
 
 def test_one_scale_for_all_stays_the_scale_and_the_factors_their_bits() -> None:
     parts = pairs(2, 4, 3, alphas=(6.0, 12.0, 9.0))
-    whole = join(parts, ROWS)
+    whole = join_pairs(parts, ROWS)
     assert whole.scale == 3.0
     for part, found in zip(parts, split(whole, ROWS), strict=True):
         assert found is not None and found.scale == 3.0 and torch.equal(found.A, part.A) and torch.equal(found.B, part.B)
@@ -42,7 +42,7 @@ def test_one_scale_for_all_stays_the_scale_and_the_factors_their_bits() -> None:
 
 def test_a_part_without_a_pair_has_no_rows_and_none_comes_back() -> None:
     first, _, last = pairs(2, 4, 3)
-    whole = join([first, None, last], ROWS)
+    whole = join_pairs([first, None, last], ROWS)
     assert whole.rank == 5 and not bool(whole.B[6:12].any())
     found = split(whole, ROWS)
     assert found[1] is None and [pair.rank for pair in found if pair] == [2, 3]
@@ -53,7 +53,7 @@ def test_one_A_for_all_is_kept_once() -> None:
     dense = random_pair("linear", torch.randn(22, 6), rank=4, alpha=2.0)
     parts = split(dense, ROWS)
     assert all(part is not None and torch.equal(part.A, dense.A) and part.scale == 0.5 for part in parts)
-    whole = join(parts, ROWS)
+    whole = join_pairs(parts, ROWS)
     assert (whole.rank, whole.alpha) == (4, 2.0) and torch.equal(whole.A, dense.A) and torch.equal(whole.B, dense.B)
 
 
@@ -66,14 +66,14 @@ def test_a_pair_that_changes_nothing_is_given_to_every_part() -> None:
 def test_dora_lengths_go_by_rows_and_must_be_on_all() -> None:
     torch.manual_seed(3)
     parts = [random_pair("linear", torch.randn(rows, 6), rank=2, dora=True) for rows in ROWS]
-    whole = join(parts, ROWS)
+    whole = join_pairs(parts, ROWS)
     for part, found in zip(parts, split(whole, ROWS), strict=True):
         assert found is not None and part.magnitude is not None and found.magnitude is not None
         assert torch.equal(found.magnitude, part.magnitude)
     still = dataclasses.replace(parts[1], B=torch.zeros_like(parts[1].B))  # rescales its rows although B is 0
-    assert split(join([parts[0], still, parts[2]], ROWS), ROWS)[1] is not None
+    assert split(join_pairs([parts[0], still, parts[2]], ROWS), ROWS)[1] is not None
     with pytest.raises(ValueError, match="some parts only"):
-        join([parts[0], None, parts[2]], ROWS)
+        join_pairs([parts[0], None, parts[2]], ROWS)
 
 
 def test_halves_of_rows_are_exchanged_with_their_lengths() -> None:
@@ -93,4 +93,4 @@ def test_halves_of_rows_are_exchanged_with_their_lengths() -> None:
     ],
 )  # fmt: skip
 def test_rows_of_parts(parts: int, width: int, total: int, expected: list[int] | None) -> None:
-    assert rows_of(parts, width, total) == expected
+    assert rows_of_parts(parts, width, total) == expected

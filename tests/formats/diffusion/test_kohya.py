@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.compare import compare
+from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.diffusion.dense import Compression
 from lorakeet.formats.files.base_model import check_fits, open_base
@@ -223,7 +223,7 @@ def test_a_base_of_another_shape_brings_its_own_modules(tmp_path: Path) -> None:
     adapter = Adapter({"unet.my_blocks.0.to_q": random_pair("linear", torch.ones(8, 8))})
     kohya.write(adapter, tmp_path / "a.safetensors", base=base)
     assert "lora_unet_my_blocks_0_to_q.alpha" in load_file(tmp_path / "a.safetensors")
-    assert compare(adapter, kohya.read(tmp_path / "a.safetensors", base=base)).equal
+    assert compare_adapters(adapter, kohya.read(tmp_path / "a.safetensors", base=base)).equal
     with pytest.raises(DataError, match="name its folder with --base"):
         kohya.read(tmp_path / "a.safetensors")
 
@@ -234,7 +234,7 @@ def test_alphas_that_differ_are_written_as_one(tmp_path: Path) -> None:
     assert len({pair.alpha for pair in adapter.pairs.values()}) == 2
     kohya.write(adapter, tmp_path / "a.safetensors")
     back = kohya.read(tmp_path / "a.safetensors")
-    assert {pair.alpha for pair in back.pairs.values()} == {12.0} and compare(adapter, back).equal
+    assert {pair.alpha for pair in back.pairs.values()} == {12.0} and compare_adapters(adapter, back).equal
     silent = Adapter({path: dataclasses.replace(pair, alpha=0.0) for path, pair in adapter.pairs.items()})
     kohya.write(silent, tmp_path / "b.safetensors")
     assert {pair.alpha for pair in kohya.read(tmp_path / "b.safetensors").pairs.values()} == {0.0}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.compare import compare, relative_difference
+from lorakeet.formats.compare import compare_adapters, relative_difference
 from lorakeet.formats.detect import detect
 from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.diffusion.dense import Compression
@@ -70,7 +70,7 @@ def test_a_flux_file_comes_back_with_its_ranks_scales_and_notes(tmp_path: Path) 
     adapter = flux_adapter()
     kohya.write(adapter, tmp_path / "a.safetensors")
     back = kohya.read(tmp_path / "a.safetensors")
-    assert compare(adapter, back).equal
+    assert compare_adapters(adapter, back).equal
     assert {path: pair.rank for path, pair in back.pairs.items()} == {path: pair.rank for path, pair in adapter.pairs.items()}
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         notes = file.metadata()
@@ -162,7 +162,7 @@ def test_what_diffusers_leaves_out_is_said(tmp_path: Path) -> None:
             "transformer.single_transformer_blocks.0.proj_out": random_pair("linear", torch.zeros(16, 80))}  # fmt: skip
     kohya.write(Adapter(flux), tmp_path / "flux.safetensors", say=said.append)
     assert len(said) == 1 and "outside its blocks, 1 here (lora_unet_final_layer_adaLN_modulation_1)" in said[0]
-    assert compare(Adapter(flux), kohya.read(tmp_path / "flux.safetensors")).equal
+    assert compare_adapters(Adapter(flux), kohya.read(tmp_path / "flux.safetensors")).equal
     sd3 = {"transformer.pos_embed.proj": random_pair("conv2d", torch.zeros(16, 4, 2, 2)),
            "transformer.transformer_blocks.0.attn2.to_k": random_pair("linear", torch.zeros(16, 16)),
            "text_encoder_2.text_model.encoder.layers.1.self_attn.k_proj": random_pair("linear", torch.zeros(8, 8))}  # fmt: skip
@@ -171,7 +171,7 @@ def test_what_diffusers_leaves_out_is_said(tmp_path: Path) -> None:
     names = load_file(tmp_path / "sd3.safetensors")
     assert "lora_unet_x_embedder_proj.alpha" in names
     assert "lora_te2_text_model_encoder_layers_1_self_attn_k_proj.alpha" in names
-    assert compare(Adapter(sd3), kohya.read(tmp_path / "sd3.safetensors")).equal
+    assert compare_adapters(Adapter(sd3), kohya.read(tmp_path / "sd3.safetensors")).equal
 
 
 def test_dora_is_joined_where_every_part_has_it(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_dora_is_joined_where_every_part_has_it(tmp_path: Path) -> None:
     whole = Adapter({**parts, f"{SINGLE}.proj_mlp": random_pair("linear", torch.randn(64, 16), dora=True)})
     kohya.write(whole, tmp_path / "b.safetensors")
     assert load_file(tmp_path / "b.safetensors")["lora_unet_single_blocks_7_linear1.dora_scale"].shape == (112, 1)
-    assert compare(whole, kohya.read(tmp_path / "b.safetensors")).equal
+    assert compare_adapters(whole, kohya.read(tmp_path / "b.safetensors")).equal
 
 
 def test_lokr_of_a_joined_matrix_is_compressed_part_by_part(tmp_path: Path) -> None:

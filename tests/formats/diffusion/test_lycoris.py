@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.formats.diffusion.lycoris import algorithm, delta, is_dense, not_understood
+from lorakeet.formats.diffusion.lycoris import algorithm, is_dense, lycoris_delta, not_understood
 
 
 def randoms(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -15,7 +15,7 @@ def randoms(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 def test_loha_is_the_product_of_two_products_entry_by_entry() -> None:
     slots = randoms(hada_w1_a=(5, 2), hada_w1_b=(2, 7), hada_w2_a=(5, 2), hada_w2_b=(2, 7))
-    found = delta(slots, 6.0)
+    found = lycoris_delta(slots, 6.0)
     for row in range(5):
         for column in range(7):
             first = sum(slots["hada_w1_a"][row, k] * slots["hada_w1_b"][k, column] for k in range(2))
@@ -27,7 +27,7 @@ def test_loha_is_the_product_of_two_products_entry_by_entry() -> None:
 def test_loha_of_a_convolution_in_tucker_form() -> None:
     factors = {"hada_w1_a": (2, 5), "hada_w1_b": (2, 4), "hada_w2_a": (2, 5), "hada_w2_b": (2, 4)}
     slots = randoms(hada_t1=(2, 2, 3, 3), hada_t2=(2, 2, 3, 3), **factors)
-    found = delta(slots, None)
+    found = lycoris_delta(slots, None)
     entry = 1.0
     for number in ("1", "2"):
         core, a, b = slots[f"hada_t{number}"], slots[f"hada_w{number}_a"], slots[f"hada_w{number}_b"]
@@ -47,7 +47,7 @@ def test_loha_of_a_convolution_in_tucker_form() -> None:
 )
 def test_lokr_is_a_kronecker_product(shapes: dict[str, tuple[int, ...]], scale: float) -> None:
     slots = randoms(**shapes)
-    found = delta(slots, 6.0)
+    found = lycoris_delta(slots, 6.0)
     w1 = slots["lokr_w1"] if "lokr_w1" in slots else slots["lokr_w1_a"] @ slots["lokr_w1_b"]
     if "lokr_t2" in slots:
         w2 = torch.einsum("ijkl,io,jn->onkl", slots["lokr_t2"], slots["lokr_w2_a"], slots["lokr_w2_b"])
@@ -62,9 +62,9 @@ def test_lokr_is_a_kronecker_product(shapes: dict[str, tuple[int, ...]], scale: 
 
 
 def test_incomplete_and_crooked_tensors_are_described() -> None:
-    assert "without hada_w2_b" in str(delta(randoms(hada_w1_a=(5, 2), hada_w1_b=(2, 7), hada_w2_a=(5, 2)), 1.0))
+    assert "without hada_w2_b" in str(lycoris_delta(randoms(hada_w1_a=(5, 2), hada_w1_b=(2, 7), hada_w2_a=(5, 2)), 1.0))
     crooked = randoms(hada_w1_a=(5, 2), hada_w1_b=(3, 7), hada_w2_a=(5, 2), hada_w2_b=(2, 7))
-    assert "shapes do not go together: hada_w1_a (5, 2)" in str(delta(crooked, 1.0))
+    assert "shapes do not go together: hada_w1_a (5, 2)" in str(lycoris_delta(crooked, 1.0))
     assert not is_dense(randoms(lora_down=(2, 3)))
 
 

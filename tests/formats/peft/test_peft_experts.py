@@ -41,11 +41,11 @@ def test_a_single_parameter_is_not_nested(parameter: str, tmp_path: Path) -> Non
 
 def test_pack_undoes_unpack() -> None:
     A, B = torch.randn(12, 8), torch.randn(6, 12)  # 3 experts of rank 4
-    unpacked = peft_experts.unpack(A, B, 4)
+    unpacked = peft_experts.unpack_experts(A, B, 4)
     assert not isinstance(unpacked, str)
     assert unpacked[0].shape == (3, 4, 8) and unpacked[1].shape == (3, 6, 4)
     assert torch.equal(unpacked[1][2, :, 1], B[:, 1 * 3 + 2])
-    assert all(torch.equal(a, b) for a, b in zip(peft_experts.pack(*unpacked), (A, B), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(peft_experts.pack_experts(*unpacked), (A, B), strict=True))
 
 
 def test_nesting_that_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:

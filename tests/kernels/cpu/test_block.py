@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
-from lorakeet.kernels.cpu.inference_pairs import Layout, Shares
+from lorakeet.kernels.cpu.inference_pairs import PairLayout, Shares
 from lorakeet.kernels.cpu.panels import Panels
 from tiny.native import needs_native
 
@@ -119,7 +119,7 @@ def test_each_token_has_its_own_pairs(shape: tuple[int, int, int, int, int]) -> 
     on, rank, scale = (0, 2, 3, 5, 6), 3, 1.5
     pairs = {layer: (random(rank, shapes[layer][1], seed=60 + layer, size=shapes[layer][1] ** -0.5),
                      random(shapes[layer][0], rank, seed=70 + layer)) for layer in on}  # fmt: skip
-    layout = Layout([(layer, rank, torch.bfloat16, torch.bfloat16) for layer in on], shapes)
+    layout = PairLayout([(layer, rank, torch.bfloat16, torch.bfloat16) for layer in on], shapes)
     memory = torch.empty(layout.bytes, dtype=torch.uint8)
     layout.copy([(*pairs[layer], scale) for layer in on], memory)
     with_pairs, filler = [0, 1, 2, 4, 5, 7, 8], 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu.inference_pairs import LayerRows, Layout, Shares, fits, readable
+from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairLayout, Shares, fits_shapes, readable
 from lorakeet.kernels.cpu.operators import without
 from tiny.native import needs_native
 
@@ -31,7 +31,7 @@ def pairs_of(*ranks: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Pai
 def copied(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """The copy, and where its layers are."""
     kinds = [(layer, len(A), A.dtype, B.dtype) for layer, A, B, _ in pairs]
-    layout = Layout(kinds, [(out, WIDTH) for out in OUTS])
+    layout = PairLayout(kinds, [(out, WIDTH) for out in OUTS])
     memory = torch.full((layout.bytes,), 255, dtype=torch.uint8)  # NaN
     layout.copy([(A, B, scale) for _, A, B, scale in pairs], memory)
     return memory, layout.at(memory)
@@ -114,11 +114,11 @@ def test_rows_that_c_cannot_read_are_refused() -> None:
 @needs_native
 def test_which_layers_it_is_for() -> None:
     cpu, shapes = torch.device("cpu"), [(16, 32), (48, 32)]
-    assert fits(torch.bfloat16, cpu, shapes)
-    assert not fits(torch.float32, cpu, shapes) and not fits(torch.bfloat16, torch.device("cuda"), shapes)
-    assert not fits(torch.bfloat16, cpu, [(8, 32)]) and not fits(torch.bfloat16, cpu, [(16, 48)])
+    assert fits_shapes(torch.bfloat16, cpu, shapes)
+    assert not fits_shapes(torch.float32, cpu, shapes) and not fits_shapes(torch.bfloat16, torch.device("cuda"), shapes)
+    assert not fits_shapes(torch.bfloat16, cpu, [(8, 32)]) and not fits_shapes(torch.bfloat16, cpu, [(16, 48)])
     with without():
-        assert not fits(torch.bfloat16, cpu, shapes)
+        assert not fits_shapes(torch.bfloat16, cpu, shapes)
 
 
 def test_what_can_be_copied_from_is_not_copied_first() -> None:

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.cpu import dense, operators
-from lorakeet.kernels.cpu.stored import GGUF, STORED_PRODUCT, STORED_PRODUCT_ADD, Stored, add_product, bring_back, product
+from lorakeet.kernels.cpu.stored import GGUF, STORED_PRODUCT, STORED_PRODUCT_ADD, StoredWeight, add_product, bring_back, product
 from lorakeet.memory.ledger import Ledger
 from lorakeet.quant.gguf import BLOCK_TYPES
-from lorakeet.quant.gguf_codes import fitted
+from lorakeet.quant.gguf_codes import fit_gguf_scales
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import nearest_codes
 from lorakeet.quant.int8 import Int8Base
@@ -51,7 +51,7 @@ MADE: dict[str, Callable[[], PackedBase]] = {
         f"{form} {sym} {order}": lambda sym=sym, form=form, order=order: gptq(sym=sym == "sym", form=form, order=order)  # type: ignore[misc]
         for form in ("gptq", "gptq_v2") for sym in ("sym", "asym") for order in ("in order", "any")
     },
-    **{f"gguf {kind}": lambda kind=kind: fitted(weight(WHOLE), kind) for kind in GGUF},  # type: ignore[misc]
+    **{f"gguf {kind}": lambda kind=kind: fit_gguf_scales(weight(WHOLE), kind) for kind in GGUF},  # type: ignore[misc]
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def large(kind: str, shape: tuple[int, int]) -> PackedBase:
         return GptqBase.of(codes, grid, bits=4, sym=False)
     if kind == "int8":
         return Int8Base.of(numbers)
-    return Nf4Base.of(numbers) if kind == "nf4" else fitted(numbers, kind)
+    return Nf4Base.of(numbers) if kind == "nf4" else fit_gguf_scales(numbers, kind)
 
 
 @pytest.mark.parametrize("shape", [(2096, 2304), (48, 2304)])
@@ -199,7 +199,7 @@ def test_shapes_alone_hold_what_numbers_hold(monkeypatch: pytest.MonkeyPatch) ->
     with ledger, ledger.phase("product"):
         base, x = Nf4Base(SHAPE), torch.empty(3, SHAPE[1], dtype=torch.bfloat16)
         y = base.matmul(x)
-        assert isinstance(base.stored(), Stored)
+        assert isinstance(base.stored(), StoredWeight)
     SCRATCH.clear()
     assert ledger.peaks["product"].bytes == base.bytes + 2 * (x.numel() + y.numel()) + dense.scratch(SHAPE[1], SHAPE[0])
     assert ledger.work["product"].flops == 2 * len(x) * SHAPE[0] * SHAPE[1]

@@ -9,7 +9,7 @@ import torch
 
 from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import Grid, groups_in_order
+from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order
 from lorakeet.quant.gptq_pack import ZeroFormat
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
@@ -37,7 +37,7 @@ def base_of(
     g_idx = groups_in_order(width, size)
     if not in_order:
         g_idx = g_idx[torch.randperm(width, generator=chance)]
-    base = GptqBase.of(codes, Grid(scales, zeros, g_idx), bits=bits, sym=False, zero_format=zero_format)
+    base = GptqBase.of(codes, GptqGrid(scales, zeros, g_idx), bits=bits, sym=False, zero_format=zero_format)
     return base.to(DEVICE)
 
 
@@ -75,7 +75,7 @@ def test_fewer_rows_than_a_tile(bits: int, in_order: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("bits", "in_order"), [(4, True), (4, False), (8, True), (3, False), (2, True)])
 def test_a_product_multiplies_with_these_bits(bits: int, in_order: bool, dtype: torch.dtype, transposed: bool) -> None:
-    from lorakeet.kernels.triton.tiles import Pair, dense, product
+    from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, product
 
     base = base_of(bits, in_order=in_order)
     weight = base.unpack(torch.empty(base.shape, dtype=dtype, device=DEVICE))
@@ -83,10 +83,10 @@ def test_a_product_multiplies_with_these_bits(bits: int, in_order: bool, dtype: 
     chance = torch.Generator().manual_seed(1)
     sizes = (9, depth), (4, depth), (4, width)
     x, shrink, expand = (torch.randn(size, generator=chance).to(dtype).to(DEVICE) for size in sizes)
-    pair = Pair(shrink, expand, before=1.0, after=3.0)
+    pair = TilePair(shrink, expand, before=1.0, after=3.0)
     for found, expected in zip(
         product(base.in_tiles(), x, pair, transposed=transposed),
-        product(dense(weight), x, pair, transposed=transposed),
+        product(dense_tiles(weight), x, pair, transposed=transposed),
         strict=True,
     ):
         assert found is not None and expected is not None and torch.equal(found, expected)

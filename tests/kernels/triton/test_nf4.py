@@ -67,7 +67,7 @@ def test_from_a_row_on() -> None:
 def test_a_product_multiplies_with_these_bits(
     shape: tuple[int, int], block_size: int, dtype: torch.dtype, transposed: bool
 ) -> None:
-    from lorakeet.kernels.triton.tiles import Pair, dense, product
+    from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, product
 
     base = base_of(shape, block_size=block_size)
     weight = base.unpack(torch.empty(shape, dtype=dtype, device=DEVICE))
@@ -75,11 +75,11 @@ def test_a_product_multiplies_with_these_bits(
     chance = torch.Generator().manual_seed(1)
     sizes = (9, depth), (4, depth), (4, width)
     x, shrink, expand = (torch.randn(size, generator=chance).to(dtype).to(DEVICE) for size in sizes)
-    pair = Pair(shrink, expand, before=1.0, after=3.0)
+    pair = TilePair(shrink, expand, before=1.0, after=3.0)
     tiles = base.in_tiles()
     assert tiles is not None
     for found, expected in zip(
-        product(tiles, x, pair, transposed=transposed), product(dense(weight), x, pair, transposed=transposed), strict=True
+        product(tiles, x, pair, transposed=transposed), product(dense_tiles(weight), x, pair, transposed=transposed), strict=True
     ):
         assert found is not None and expected is not None and torch.equal(found, expected)
 

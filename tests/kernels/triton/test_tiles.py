@@ -39,7 +39,7 @@ def within(found: Tensor, exact: Tensor, terms: Tensor, depth: int, inner: Tenso
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (3, 16), (17, 20), (70, 64), (5, 0)])
 def test_product_and_pair(tokens: int, rank: int, dtype: torch.dtype, transposed: bool) -> None:
-    from lorakeet.kernels.triton.tiles import Pair, dense, product
+    from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, product
 
     weight = numbers(OUT, IN, dtype=dtype, seed=0)
     depth, width = (OUT, IN) if transposed else (IN, OUT)
@@ -47,12 +47,12 @@ def test_product_and_pair(tokens: int, rank: int, dtype: torch.dtype, transposed
     W = weight.double() if transposed else weight.double().t()
     exact, terms = x.double() @ W, x.double().abs() @ W.abs()
     if not rank:
-        y, shrunk = product(dense(weight), x, transposed=transposed)
+        y, shrunk = product(dense_tiles(weight), x, transposed=transposed)
         assert shrunk is None
         within(y, exact, terms, depth)
         return
     shrink, expand = numbers(rank, depth, dtype=dtype, seed=2), numbers(width, rank, dtype=dtype, seed=3).t()
-    y, shrunk = product(dense(weight), x, Pair(shrink, expand, before=0.5, after=3.0), transposed=transposed)
+    y, shrunk = product(dense_tiles(weight), x, TilePair(shrink, expand, before=0.5, after=3.0), transposed=transposed)
     assert shrunk is not None and y.dtype == shrunk.dtype == dtype and shrunk.shape == (tokens, rank)
     exact_shrunk = 0.5 * x.double() @ shrink.double().t()
     within(shrunk, exact_shrunk, 0.5 * x.double().abs() @ shrink.double().abs().t(), depth)
@@ -62,33 +62,33 @@ def test_product_and_pair(tokens: int, rank: int, dtype: torch.dtype, transposed
 
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_weight_may_lie_column_by_column_and_x_in_any_order(contiguous: bool) -> None:
-    from lorakeet.kernels.triton.tiles import dense, product
+    from lorakeet.kernels.triton.tiles import dense_tiles, product
 
     weight = numbers(IN, OUT, dtype=torch.float32, seed=0).t()
     x = numbers(4, IN, dtype=torch.float32, seed=1)
     given = x if contiguous else x.t().contiguous().t()
-    y, _ = product(dense(weight), given)
-    assert torch.equal(y, product(dense(weight.contiguous()), x)[0])
+    y, _ = product(dense_tiles(weight), given)
+    assert torch.equal(y, product(dense_tiles(weight.contiguous()), x)[0])
     torch.testing.assert_close(y, x @ weight.t())
 
 
 def test_unpacking_a_plain_weight_copies_it_from_any_row_on() -> None:
-    from lorakeet.kernels.triton.tiles import dense, unpack
+    from lorakeet.kernels.triton.tiles import dense_tiles, unpack
 
     weight = numbers(OUT, IN, dtype=torch.float32, seed=0)
-    assert torch.equal(unpack(dense(weight), torch.empty_like(weight)), weight)
-    part = unpack(dense(weight), torch.empty((5, IN), dtype=torch.bfloat16, device=DEVICE), 7)
+    assert torch.equal(unpack(dense_tiles(weight), torch.empty_like(weight)), weight)
+    part = unpack(dense_tiles(weight), torch.empty((5, IN), dtype=torch.bfloat16, device=DEVICE), 7)
     assert torch.equal(part, weight[7:12].bfloat16())
     guarded = torch.full((6, IN), 9.0, device=DEVICE)
-    unpack(dense(weight), guarded[:3], OUT - 3)
+    unpack(dense_tiles(weight), guarded[:3], OUT - 3)
     assert torch.equal(guarded[:3], weight[-3:]) and bool((guarded[3:] == 9.0).all())
 
 
 def test_x_of_another_width_is_refused() -> None:
-    from lorakeet.kernels.triton.tiles import dense, product
+    from lorakeet.kernels.triton.tiles import dense_tiles, product
 
     with pytest.raises(ValueError, match=r"x is \(2, 5\), but the weight wants \(tokens, 100\)"):
-        product(dense(numbers(OUT, IN, dtype=torch.float32, seed=0)), numbers(2, 5, dtype=torch.float32, seed=1))
+        product(dense_tiles(numbers(OUT, IN, dtype=torch.float32, seed=0)), numbers(2, 5, dtype=torch.float32, seed=1))
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError
-from lorakeet.models.generate.kv_cache import KeyValues, Row, shares_of, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, shares_of, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapted import put_adapter
@@ -51,12 +51,12 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_steps_equal_whole_sequences(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     text = load(tmp_path, family, **changes)
     cache = KeyValues(slots=4, capacity=16)
-    prompts = [Row(slot, 0, ids[:-2], {}) for slot, ids in zip((2, 0, 3), SEQUENCES, strict=True)]
+    prompts = [CacheRow(slot, 0, ids[:-2], {}) for slot, ids in zip((2, 0, 3), SEQUENCES, strict=True)]
     first = step(text, cache, prompts)
     for row, ids in enumerate(SEQUENCES):
         close(first[row], whole(text, ids[:-2]))
     for back in (2, 1):
-        rows = [Row(slot, len(ids) - back, (ids[-back],), {}) for slot, ids in zip((2, 0, 3), SEQUENCES, strict=True)]
+        rows = [CacheRow(slot, len(ids) - back, (ids[-back],), {}) for slot, ids in zip((2, 0, 3), SEQUENCES, strict=True)]
         logits = step(text, cache, rows)
         for row, ids in enumerate(SEQUENCES):
             close(logits[row], whole(text, ids[: len(ids) - back + 1]))
@@ -65,8 +65,9 @@ def test_steps_equal_whole_sequences(family: str, changes: dict[str, Any], tmp_p
 def test_prompts_and_single_tokens_in_one_step(text: TextModel) -> None:
     cache = KeyValues(slots=3, capacity=16)
     first, second, third = SEQUENCES
-    step(text, cache, [Row(0, 0, first[:-1], {}), Row(1, 0, second[:-1], {})])
-    logits = step(text, cache, [Row(0, len(first) - 1, first[-1:], {}), Row(2, 0, third, {}), Row(1, 2, second[-1:], {})])
+    step(text, cache, [CacheRow(0, 0, first[:-1], {}), CacheRow(1, 0, second[:-1], {})])
+    rows = [CacheRow(0, len(first) - 1, first[-1:], {}), CacheRow(2, 0, third, {}), CacheRow(1, 2, second[-1:], {})]
+    logits = step(text, cache, rows)
     for found, ids in zip(logits, (first, third, second), strict=True):
         close(found, whole(text, ids))
 
@@ -74,9 +75,9 @@ def test_prompts_and_single_tokens_in_one_step(text: TextModel) -> None:
 def test_a_cached_beginning_is_copied(text: TextModel) -> None:
     cache = KeyValues(slots=2, capacity=16)
     ids = SEQUENCES[0]
-    step(text, cache, [Row(0, 0, ids, {})])
+    step(text, cache, [CacheRow(0, 0, ids, {})])
     cache.copy_prefix(0, 1, 4)
-    close(step(text, cache, [Row(1, 4, ids[4:], {})])[0], whole(text, ids))
+    close(step(text, cache, [CacheRow(1, 4, ids[4:], {})])[0], whole(text, ids))
     assert cache.bytes == 2 * text.model.config.num_hidden_layers * 2 * 16 * text.model.config.num_key_value_heads * (
         text.model.config.hidden_size // text.model.config.num_attention_heads
     ) * 4  # fmt: skip
@@ -92,8 +93,8 @@ def test_rows_use_adapters_of_their_own(text: TextModel) -> None:
     for ids, adapters in zip(SEQUENCES, wanted, strict=True):
         selection.use(next(iter(adapters), None))
         expected.append(whole(text, ids))
-    step(text, cache, [Row(i, 0, ids[:-1], wanted[i]) for i, ids in enumerate(SEQUENCES)], selection)
-    rows = [Row(i, len(ids) - 1, ids[-1:], wanted[i]) for i, ids in enumerate(SEQUENCES)]
+    step(text, cache, [CacheRow(i, 0, ids[:-1], wanted[i]) for i, ids in enumerate(SEQUENCES)], selection)
+    rows = [CacheRow(i, len(ids) - 1, ids[-1:], wanted[i]) for i, ids in enumerate(SEQUENCES)]
     for found, theirs in zip(step(text, cache, rows, selection), expected, strict=True):
         close(found, theirs)
     assert (expected[0] - expected[1]).abs().max() > 0.05
@@ -101,7 +102,7 @@ def test_rows_use_adapters_of_their_own(text: TextModel) -> None:
 
 def test_each_row_has_shares_of_its_own() -> None:
     alone, mix = {"a": 1.0}, {"a": 1.0, "b": 0.5}
-    rows = [Row(0, 0, (1, 2), alone), Row(1, 0, (1,), alone), Row(2, 0, (1,), {}), Row(3, 0, (1,), mix)]
+    rows = [CacheRow(0, 0, (1, 2), alone), CacheRow(1, 0, (1,), alone), CacheRow(2, 0, (1,), {}), CacheRow(3, 0, (1,), mix)]
     assert [(s.start, s.stop, s.name, s.weight) for s in shares_of(rows)] == [
         (0, 2, "a", 1.0), (2, 3, "a", 1.0), (4, 5, "a", 1.0), (4, 5, "b", 0.5),
     ]  # fmt: skip
@@ -109,7 +110,7 @@ def test_each_row_has_shares_of_its_own() -> None:
 
 def test_what_does_not_fit_is_refused(text: TextModel) -> None:
     cache = KeyValues(slots=1, capacity=4)
-    for row in (Row(0, 2, (1, 2, 3), {}), Row(1, 0, (1,), {}), Row(0, 0, (), {})):
+    for row in (CacheRow(0, 2, (1, 2, 3), {}), CacheRow(1, 0, (1,), {}), CacheRow(0, 0, (), {})):
         with pytest.raises(ValueError, match="do not fit the cache"):
             step(text, cache, [row])
 
@@ -118,7 +119,7 @@ def test_other_attention_is_refused(tmp_path: Path) -> None:
     path = str(save_tiny_llama(tmp_path / "m"))
     text = load_text_model(ModelSpec(path=path, dtype="float32", attention="sdpa"))
     with pytest.raises(ConfigError, match=r"needs model\.attention varlen; this model runs with sdpa"):
-        step(text, KeyValues(slots=1, capacity=4), [Row(0, 0, (1,), {})])
+        step(text, KeyValues(slots=1, capacity=4), [CacheRow(0, 0, (1,), {})])
 
 
 def test_a_short_row_beside_a_long_one_meets_zeros_past_its_end_whatever_memory_held(text: TextModel) -> None:
@@ -128,7 +129,7 @@ def test_a_short_row_beside_a_long_one_meets_zeros_past_its_end_whatever_memory_
     del dirty
     cache = KeyValues(slots=2, capacity=16)
     long, short = SEQUENCES[0], SEQUENCES[1]
-    step(text, cache, [Row(0, 0, long[:-1], {}), Row(1, 0, short[:-1], {})])
-    logits = step(text, cache, [Row(0, len(long) - 1, long[-1:], {}), Row(1, len(short) - 1, short[-1:], {})])
+    step(text, cache, [CacheRow(0, 0, long[:-1], {}), CacheRow(1, 0, short[:-1], {})])
+    logits = step(text, cache, [CacheRow(0, len(long) - 1, long[-1:], {}), CacheRow(1, len(short) - 1, short[-1:], {})])
     close(logits[1], whole(text, short))
     assert all(bool(states[1, :, len(short) :].eq(0).all()) for layer in cache._layers.values() for states in layer)

@@ -6,7 +6,7 @@ import inspect
 
 import torch
 
-from lorakeet.models.image.kinds import KINDS, PIPELINES, packed, unpacked
+from lorakeet.models.image.kinds import KINDS, PIPELINES, packed, unpacked_latents
 from tiny.images import diffusers
 
 
@@ -27,4 +27,4 @@ def test_flux_lays_latents_out_as_its_pipeline_does() -> None:
     latents = torch.randn(2, 4, 6, 10)
     pipeline = diffusers().FluxPipeline
     assert torch.equal(packed(latents), pipeline._pack_latents(latents, 2, 4, 6, 10))
-    assert torch.equal(unpacked(packed(latents), 6, 10), latents)
+    assert torch.equal(unpacked_latents(packed(latents), 6, 10), latents)

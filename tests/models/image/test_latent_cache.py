@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakeet.data.images.folder import cut, open_pixels, read_album
+from lorakeet.data.images.folder import crop_to_cover, open_pixels, read_album
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.image.latent_cache import Captions, Sizes, as_pixels, encode_images
@@ -50,7 +50,7 @@ def test_sdxl_is_told_where_a_mirrored_cut_lies_in_the_mirrored_picture(
     squares = replace(spec, crops=4, buckets=False, smallest=8)
     [row] = read_album(album(tmp_path / "photos", 1, size=size), squares).rows
     [found] = encode_images(model, [row], squares, say=print)
-    whole, _ = cut(open_pixels(row.path)[0], scaled)
+    whole, _ = crop_to_cover(open_pixels(row.path)[0], scaled)
     for variant, told in enumerate(found.sizes.int().tolist()):
         side = whole[:, ::-1] if variant % 2 else whole
         piece = side[told[2] : told[2] + 16, told[3] : told[3] + 16].copy()

@@ -18,7 +18,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.image.denoiser import variant_in
 from lorakeet.models.image.kinds import ENCODERS
-from lorakeet.models.image.model import ImageModel, fitted, image_plan, load_image_model, put_image_adapter, stack
+from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter, stack, with_model_paths
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_of, eject, inject
 from lorakeet.models.modules import find
@@ -151,7 +151,7 @@ def test_an_adapter_comes_back_through_the_names_of_disk(model: ImageModel) -> N
     wanted = prediction(model, "ab")
     on_disk = with_components(adapter_of(model.parts, "first"))
     assert any(path.startswith("text_encoder.text_model.encoder") for path in on_disk.pairs)
-    assert all(find(model.parts, path) is not None for path in fitted(model, on_disk).pairs)
+    assert all(find(model.parts, path) is not None for path in with_model_paths(model, on_disk).pairs)
     eject(model.parts)
     put_image_adapter(model, on_disk, "second")
     assert torch.equal(prediction(model, "ab"), wanted)

@@ -13,7 +13,7 @@ from lorakeet.models.image.diffusers_import import quiet_diffusers
 from lorakeet.models.image.kinds import KINDS
 from lorakeet.models.image.model import ImageModel, load_image_model
 from lorakeet.models.image.sample import Sampler, draw_latents
-from lorakeet.models.image.scaling import scaled, scaling_note, unscaled
+from lorakeet.models.image.scaling import scaled_latents, scaling_note, unscaled
 from lorakeet.models.spec import ModelSpec
 from tiny.images import diffusers
 from tiny.pipelines import VAE
@@ -66,7 +66,7 @@ def test_latents_of_other_means_are_not_taken_from_the_cache(standardised: Path,
 def test_only_sdxl_looks_at_means(kind: str) -> None:
     config = diffusers().AutoencoderKL(**VAE, latents_mean=MEAN, latents_std=STD, shift_factor=0.1).config
     latents = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
-    found = scaled(latents, config, KINDS[kind])
+    found = scaled_latents(latents, config, KINDS[kind])
     assert torch.allclose(unscaled(found, config, KINDS[kind]), latents, atol=1e-5)
     assert torch.allclose(found, (latents - 0.1) * 0.18215, atol=1e-6) == (kind != "sdxl")
     assert (str(MEAN) in scaling_note(config, KINDS[kind])) == (kind == "sdxl")

@@ -8,7 +8,7 @@ import torch
 from lorakeet.errors import ConfigError
 from lorakeet.models.image.kinds import KINDS
 from lorakeet.models.image.noise import check_betas, noising_of
-from lorakeet.models.image.schedule import filled, scheduler_for
+from lorakeet.models.image.schedule import scheduler_for, with_defaults
 from tiny.images import diffusers
 from tiny.pipelines import SCHEDULE
 
@@ -54,7 +54,7 @@ def test_a_flow_keeps_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
 def test_what_a_file_leaves_out_is_its_class_s(name: str) -> None:
-    found = filled({"_class_name": name, "prediction_type": "v_prediction"})
+    found = with_defaults({"_class_name": name, "prediction_type": "v_prediction"})
     own = getattr(diffusers(), name)().config
     assert found["prediction_type"] == "v_prediction" and own["beta_start"] == found["beta_start"]
     check_betas(found)
@@ -65,5 +65,5 @@ def test_what_a_file_leaves_out_is_its_class_s(name: str) -> None:
 
 def test_edms_class_brings_no_betas_and_an_unknown_one_nothing() -> None:
     with pytest.raises(ConfigError, match="EDMEulerScheduler, has no betas"):
-        check_betas(filled({"_class_name": "EDMEulerScheduler"}))
-    assert filled({"_class_name": "MineScheduler", "x": 1}) == {"_class_name": "MineScheduler", "x": 1}
+        check_betas(with_defaults({"_class_name": "EDMEulerScheduler"}))
+    assert with_defaults({"_class_name": "MineScheduler", "x": 1}) == {"_class_name": "MineScheduler", "x": 1}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.memory.store import Store
+from lorakeet.memory.store import WeightStore
 from lorakeet.memory.transfer import HostTransfer
 from lorakeet.models.families import GENERIC, family_of
 from lorakeet.models.spec import ModelSpec
@@ -110,7 +110,7 @@ def test_the_store_names_packed_layers_and_holds_every_tensor_once(tmp_path: Pat
     quantize = QuantSpec(method="nf4")
     same = identity(folder, torch.float32, quantize)
     write_store(path, same, source=folder, config=config, dtype=torch.float32, quantize=quantize, family=family_of(config))
-    store = Store.open(path, same)
+    store = WeightStore.open(path, same)
     assert len(json.loads(store.identity["packed"])) == 14
     assert sum("embed_tokens" in name for name in store.tensors) == 1 and not any("lm_head" in name for name in store.tensors)
     model, streamed = open_streamed(store, config, torch.float32, family_of(config))
@@ -152,7 +152,7 @@ def test_what_stays_is_on_the_device_and_what_streams_goes_there(tmp_path: Path)
     config, path = AutoConfig.from_pretrained(folder), tmp_path / "s"
     same = identity(folder, torch.float32, QuantSpec())
     write_store(path, same, source=folder, config=config, dtype=torch.float32, quantize=QuantSpec(), family=family_of(config))
-    store = Store.open(path, same)
+    store = WeightStore.open(path, same)
     model, streamed = open_streamed(store, config, torch.float32, family_of(config), residence=Residence(device=there))
     assert model.model.norm.weight.device == model.model.rotary_emb.inv_freq.device == there
     assert model.get_input_embeddings().rows.device == model.get_output_embeddings().rows.device == there

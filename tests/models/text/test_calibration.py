@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, pack
+from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.memory.spill import Aside
 from lorakeet.models.modules import block_prefix, find
 from lorakeet.models.spec import ModelSpec
@@ -27,7 +27,7 @@ def batches() -> list[Batch]:
     def row(number: int, length: int) -> Example:
         return Example(chance.integers(4, 90, length), np.arange(length) > 0, str(number), None, False)
 
-    return [pack([row(0, 9), row(1, 5)]), pack([row(2, 12)])]
+    return [pack_examples([row(0, 9), row(1, 5)]), pack_examples([row(2, 12)])]
 
 
 def model(folder: Path, family: str) -> tuple[TextModel, nn.ModuleList]:

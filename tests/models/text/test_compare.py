@@ -15,7 +15,7 @@ from lorakeet.memory.stream import RecordStream
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import compare as compare_models
-from lorakeet.models.text.compare import compare, compare_on, first_tokens
+from lorakeet.models.text.compare import compare_on, compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, set_attention
 from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
@@ -34,7 +34,7 @@ def test_a_model_equals_itself_and_differs_from_its_base_as_computed_by_hand(
     assert len(batches) > 1
     same = compare_on(text, batches, left=NAME, right=NAME, spec=SPEC)
     assert same.max_logit_difference == 0 and same.mean_kl.value == 0 and same.texts == len(rows)
-    found = compare((text, None), (text, NAME), batches, spec=SPEC)
+    found = compare_outputs((text, None), (text, NAME), batches, spec=SPEC)
     set_attention(text.model, "sdpa")
     kl, largest, loss = [], 0.0, []
     for row in rows:
@@ -60,10 +60,10 @@ def test_two_models_are_compared_each_with_its_own_head(finished: Any) -> None:
     text = open_adapter(finished.path).text_model(quiet(), dtype="float32")
     base = load_text_model(ModelSpec(str(finished.model), dtype="float32"))
     batches = micro_batches(finished.result.setup.held_out.examples, 2048)
-    assert compare((text, None), (base, None), batches, spec=SPEC).max_logit_difference < 1e-5
+    assert compare_outputs((text, None), (base, None), batches, spec=SPEC).max_logit_difference < 1e-5
     with torch.no_grad():
         base.model.model.norm.weight.mul_(2)
-    assert compare((text, None), (base, None), batches, spec=SPEC).max_logit_difference > 0.1
+    assert compare_outputs((text, None), (base, None), batches, spec=SPEC).max_logit_difference > 0.1
 
 
 def test_rows_up_to_a_number_of_tokens(finished: Any) -> None:
@@ -85,9 +85,10 @@ def test_two_streamed_models_run_one_after_the_other_and_give_the_same_numbers(f
     both: list[bool] = []
     for text, other in ((left, right), (right, left)):
         text.streamed.stream.bring = watched(text.streamed.stream, other.streamed.stream, both)  # type: ignore[union-attr]
-    found = compare((left, NAME), (right, None), batches, spec=SPEC)
+    found = compare_outputs((left, NAME), (right, None), batches, spec=SPEC)
     assert both and not any(both), "blocks of one of them at a time"
-    whole = compare((opened.text_model(quiet(), dtype="float32"), NAME), (load_text_model(spec), None), batches, spec=SPEC)
+    sides = (opened.text_model(quiet(), dtype="float32"), NAME), (load_text_model(spec), None)
+    whole = compare_outputs(*sides, batches, spec=SPEC)
     assert found == whole and found.max_logit_difference > 0
     assert left.streamed.stream._slots == right.streamed.stream._slots == []
 

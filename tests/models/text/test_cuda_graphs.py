@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core.fused.flash_varlen_recorded import Places
+from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import Batch
@@ -22,7 +22,7 @@ from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.batch_shape import Shape
+from lorakeet.models.text.batch_shape import BatchShape
 from lorakeet.models.text.cuda_graphs import ReplayedPasses
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -32,7 +32,7 @@ from tiny.flash import Flash
 from tiny.models import save_tiny_llama
 from tiny.tape import Tape
 
-ROOM = Shape(256, 16, 64)
+ROOM = BatchShape(256, 16, 64)
 Made = tuple[TextModel, dict[str, Any], Tape, ReplayedPasses]
 
 
@@ -96,8 +96,8 @@ def test_what_is_replayed_is_what_the_model_computes(made: Callable[..., Made], 
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.mul_(1.1)
-    shapes = {Shape.of(lengths, 64) for lengths in ((20, 9, 30), (31, 8, 18), (7, 25), (11, 29, 17))}
-    assert shapes == {Shape(64, 4, 64), Shape(32, 2, 64)}
+    shapes = {BatchShape.of(lengths, 64) for lengths in ((20, 9, 30), (31, 8, 18), (7, 25), (11, 29, 17))}
+    assert shapes == {BatchShape(64, 4, 64), BatchShape(32, 2, 64)}
     assert tape.recordings == 2 * len(shapes) and set(passes.recorded) == shapes
     assert tape.replays == 2 * (len(shapes) + 4)  # once for each proof
 
@@ -245,7 +245,7 @@ def test_a_later_shape_that_is_far_from_the_model_is_said_once_and_computed_by_t
     for other, others in found:
         assert other == loss and all(torch.equal(others[name], grads[name]) for name in grads)
     tape.broken = False
-    assert passes.recorded[Shape.of((40, 50), 64)] is None and passes.recorded[Shape.of((20, 9, 30), 64)] is not None
+    assert passes.recorded[BatchShape.of((40, 50), 64)] is None and passes.recorded[BatchShape.of((20, 9, 30), 64)] is not None
 
 
 def test_gradients_alone_that_differ_are_found(made: Callable[..., Made], rows: Any) -> None:
@@ -260,7 +260,7 @@ def test_a_short_row_among_many_that_differs_is_found(made: Callable[..., Made],
     text, _, _, passes = made()
     placed = text.placed_states
 
-    def second_row_otherwise(ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+    def second_row_otherwise(ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
         found = placed(ids, positions, places)
         wrong = (torch.arange(len(ids)) >= places.starts[1]) & (torch.arange(len(ids)) < places.starts[2])
         return torch.where(wrong[:, None], 1.5 * found, found)
@@ -276,7 +276,7 @@ def test_what_was_read_of_the_rows_that_were_recorded_is_found(made: Callable[..
     text, _, _, passes = made()
     placed, kept = text.placed_states, []
 
-    def with_kept_positions(ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+    def with_kept_positions(ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
         kept.append(positions.clone())
         return placed(ids, kept[0], places)
 
@@ -291,9 +291,9 @@ def test_kept_places_are_found_wherever_others_may_come(made: Callable[..., Made
     text, _, _, passes = made()
     placed, kept = text.placed_states, []
 
-    def with_kept_places(ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+    def with_kept_places(ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
         kept.append(places.starts.clone())
-        return placed(ids, positions, Places(kept[0], places.longest))
+        return placed(ids, positions, RowOffsets(kept[0], places.longest))
 
     text.placed_states = with_kept_places  # type: ignore[method-assign]
     batch = rows(lengths)
@@ -336,7 +336,7 @@ def test_what_lies_outside_of_a_recording_is_held_with_it(made: Callable[..., Ma
     batch = rows([20, 9, 30])
     SCRATCH.matrix((3, 5), torch.float32, torch.device("cpu"))
     passes.record_first(batch)
-    recorded = passes.recorded[Shape.of(batch.lengths, 64)]
+    recorded = passes.recorded[BatchShape.of(batch.lengths, 64)]
     assert recorded is not None and {id(each) for each in recorded.scratch} == {id(each) for each in SCRATCH.held()} != set()
 
 

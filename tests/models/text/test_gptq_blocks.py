@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.spill import Aside
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.gptq_blocks import quantise_blocks
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.gptq_solve import Layout
+from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.quant.packed import PackedLinear
 from tiny.models import save_tiny_llama
 
-LAYOUT = Layout(4, 16)
+LAYOUT = GptqLayout(4, 16)
 
 
 def rows(count: int = 12, length: int = 40) -> list[Example]:
@@ -55,7 +55,7 @@ def test_each_block_sees_what_the_quantised_ones_before_it_make(family: str, att
         finished.model.set_submodule(path, layer)
     with torch.no_grad(), finished.every_token():
         for row in rows():
-            finished.hidden(pack([row]))
+            finished.hidden(pack_examples([row]))
     for path, base in bases.items():
         weight = dense.model.get_submodule(path).weight
         weight = weight.t() if family == "gpt2" else weight
@@ -88,7 +88,7 @@ def test_nothing_is_put_aside_for_a_block_that_does_not_come(tiny_llama_folder: 
 
 def test_layers_that_do_not_fit_are_all_named(tiny_llama_folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        next(quantise_blocks(loaded(tiny_llama_folder), rows(), Layout(4, 32)))
+        next(quantise_blocks(loaded(tiny_llama_folder), rows(), GptqLayout(4, 32)))
     said = str(caught.value)
     assert said.count("down_proj' has 48 inputs, no multiple of the group size 32") == 2 and "q_proj" not in said
 

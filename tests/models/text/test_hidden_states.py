@@ -15,7 +15,7 @@ import torch
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject, modules
@@ -166,7 +166,7 @@ def test_rows_that_come_later_pass_the_blocks_below_once(tiny_llama_folder: Path
         assert prefix.bytes == sum(len(row.ids) for row in rows()) * 32 * 4 > first > 0
         filled = counted[0]
         keep_states(text, rows(), micro_tokens=40)
-        batch = pack(rows())
+        batch = pack_examples(rows())
         with text.every_token(but_kept=True):
             above = text.hidden(batch)
         assert counted[0] == filled, "nothing below has computed again"

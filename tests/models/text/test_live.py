@@ -17,7 +17,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.formats.files.slab import open_outline, open_slab
 from lorakeet.formats.peft import peft
 from lorakeet.models import modules
-from lorakeet.models.generate.kv_cache import KeyValues, Row, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapted import put_adapter
@@ -106,7 +106,7 @@ def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, t
         cache, found = KeyValues(slots=4, capacity=32), []
         starts = dict.fromkeys(chosen, 0)
         for ids in ([rows[row][1] for row in chosen], [(5,)] * len(chosen), [(8,)] * len(chosen)):
-            asked = [Row(row, starts[row], given, rows[row][0]) for row, given in zip(chosen, ids, strict=True)]
+            asked = [CacheRow(row, starts[row], given, rows[row][0]) for row, given in zip(chosen, ids, strict=True)]
             starts.update({row: starts[row] + len(given) for row, given in zip(chosen, ids, strict=True)})
             found.append(step(text, cache, asked, live.selection))
         return torch.stack(found, dim=1)  # (rows, steps, vocabulary)
@@ -134,7 +134,7 @@ def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any)
     live, cache = LiveModel(text), KeyValues(slots=3, capacity=8)
 
     def written() -> torch.Tensor:
-        return step(text, cache, [Row(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")], live.selection)
+        return step(text, cache, [CacheRow(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")], live.selection)
 
     live.attach("b", random_adapter(bare, seed=2))
     for seed in (1, 3):
@@ -143,7 +143,7 @@ def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any)
         fresh = LiveModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
         fresh.attach("a", random_adapter(bare, seed=seed))
         fresh.attach("b", random_adapter(bare, seed=2))
-        rows = [Row(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")]
+        rows = [CacheRow(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")]
         expected = step(fresh.text, KeyValues(slots=3, capacity=8), rows, fresh.selection)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         live.detach("a")

@@ -115,13 +115,13 @@ def _save(folder: Path, family: str, settings: dict[str, Any]) -> None:
 def test_attention_that_gives_other_logits_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorakeet.models import attention
 
-    right = attention.row_attention
+    right = attention.packed_attention
 
     def wrong(*arguments: Any, **settings: Any) -> Any:
         output, weights = right(*arguments, **settings)
         return output.flip(1), weights
 
-    monkeypatch.setattr(attention, "row_attention", wrong)
+    monkeypatch.setattr(attention, "packed_attention", wrong)
     said: list[str] = []
     try:
         assert load_text_model(spec(folder), say=said.append).attention == "sdpa"

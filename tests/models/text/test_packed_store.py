@@ -21,7 +21,7 @@ from lorakeet.models.text.packed_store import StoredBases, open_packed, write_pa
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.rehearse_text import Rows, made_up_batch
+from lorakeet.workflows.planning.rehearse_text import RowShape, made_up_batch
 from tiny.models import save_tiny_llama
 
 SPEC: dict[str, Any] = {"dtype": "float32", "products": "float32", "device": "cpu"}
@@ -34,7 +34,7 @@ def loaded(folder: Path, store: Path | None, method: str = "none") -> TextModel:
 
 def logits(text: TextModel) -> torch.Tensor:
     with torch.no_grad():
-        return text.head(text.hidden(made_up_batch(Rows(12, 2))))
+        return text.head(text.hidden(made_up_batch(RowShape(12, 2))))
 
 
 def blocks(text: TextModel, bases: dict[str, PackedBase]) -> Iterator[dict[str, PackedBase]]:

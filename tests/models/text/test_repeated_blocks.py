@@ -19,7 +19,7 @@ from lorakeet.models.text.streamed_outline import streamed_outline
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning import rehearse_text
-from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, STEP, Judging, Rehearsal, Rows, Streaming, rehearse
+from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, STEP, Judging, Rehearsal, RowShape, Streaming, rehearse
 from tiny.models import FAMILIES, tiny_model
 
 BLOCKS = 6
@@ -40,8 +40,8 @@ def rehearsed(config: Any, lora: LoraSpec = LORA, streaming: Streaming | None = 
     )  # fmt: skip
     together = 1 if streaming is None else streaming.together
     return rehearse(
-        Build(make, config), lora, TrainSpec(**settings), rows=Rows(32, 2), micro_batches=max(2, together),
-        judging=Judging(Rows(48, 1), 4, 8), streaming=streaming,
+        Build(make, config), lora, TrainSpec(**settings), rows=RowShape(32, 2), micro_batches=max(2, together),
+        judging=Judging(RowShape(48, 1), 4, 8), streaming=streaming,
     )  # fmt: skip
 
 

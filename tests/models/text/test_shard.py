@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, pack
+from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.cpu.trained_block import Call
+from lorakeet.kernels.cpu.trained_block import BlockCall
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
@@ -48,7 +48,7 @@ def forked() -> Iterator[Together]:
 def batch() -> Batch:
     """Rows of so many tokens on average that the C library's attention is the faster one (core/fused/packed_attention.TILED)."""
     rows = [Example(np.arange(4 + n, 34 + 2 * n), np.arange(30 + n) >= 8, str(n), None, False) for n in range(3)]
-    return pack(rows)
+    return pack_examples(rows)
 
 
 def computed(text: TextModel) -> tuple[float, dict[str, torch.Tensor], list[list[int]]]:
@@ -77,7 +77,7 @@ def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32
             for name, parameter in trained_parameters(text.model).items():
                 if name.endswith(".B"):
                     parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-        counted = mock.patch.object(Call, "forward", autospec=True, side_effect=Call.forward)
+        counted = mock.patch.object(BlockCall, "forward", autospec=True, side_effect=BlockCall.forward)
         with counted as blocks:
             digests, before = frozen_digests(text.model), computed(text)
         sizes = {name: p.numel() for name, p in text.model.named_parameters()}
@@ -102,7 +102,7 @@ def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32
 @pytest.mark.parametrize("method", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("layers", ["all", "top:1"])
 def test_a_parted_model_computes_the_same_bits(forked: Together, tiny_llama_folder: Path, method: str, layers: str) -> None:
-    for found in forked.call("models.test_shard:in_this_process", str(tiny_llama_folder), method, layers):
+    for found in forked.call("models.text.test_shard:in_this_process", str(tiny_llama_folder), method, layers):
         assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
         assert 0.45 <= found["kept"] <= 0.55, found
         assert (found["codes"] > 0) == (method != "none")
@@ -114,7 +114,7 @@ def test_so_it_does_in_bf16_for_which_a_whole_model_has_kernels(forked: Together
     """Heads of 64 numbers, so that the C library would compute whole blocks: of parted ones it sees no weights."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
     folder = save_tiny_llama(tmp_path / "model", **sizes)
-    for found in forked.call("models.test_shard:in_this_process", str(folder), method, "all", "bfloat16"):
+    for found in forked.call("models.text.test_shard:in_this_process", str(folder), method, "all", "bfloat16"):
         assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
         assert 0.45 <= found["kept"] <= 0.55 and (found["codes"] > 0) == (method != "none"), found
         assert (found["in C"][0] > 0) == operators.serves(torch.bfloat16) and found["in C"][1] == 0, found
@@ -124,7 +124,7 @@ def test_so_it_does_in_bf16_for_which_a_whole_model_has_kernels(forked: Together
 def test_so_it_does_over_a_gptq_folder(forked: Together, tmp_path: Path, dtype: str) -> None:
     """Of every number of bits and every group size, with columns in their order and out of it."""
     save_mixed_gptq(tmp_path / "model", "gptq")
-    answers = forked.call("models.test_shard:in_this_process", str(tmp_path / "model"), "none", "all", dtype)
+    answers = forked.call("models.text.test_shard:in_this_process", str(tmp_path / "model"), "none", "all", dtype)
     assert sum(found["kept"] for found in answers) == pytest.approx(1)
     for found in answers:
         assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
@@ -135,14 +135,14 @@ def test_so_it_does_over_a_gptq_folder(forked: Together, tmp_path: Path, dtype: 
 def test_so_it_does_over_a_gguf_file_in_its_own_blocks(forked: Together, tmp_path: Path, dtype: str) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512}
     write_tiny_gguf(tmp_path / "model.gguf", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"], **sizes)
-    for found in forked.call("models.test_shard:in_this_process", str(tmp_path / "model.gguf"), "gguf", "all", dtype):
+    for found in forked.call("models.text.test_shard:in_this_process", str(tmp_path / "model.gguf"), "gguf", "all", dtype):
         assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
         assert 0.4 <= found["kept"] <= 0.6 and found["codes"] > 0, found
 
 
 def test_three_processes_have_uneven_parts(forked: Together, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", hidden_size=40, intermediate_size=56)
-    answers = forked.call("models.test_shard:in_this_process", str(folder), "none", "all", count=3)
+    answers = forked.call("models.text.test_shard:in_this_process", str(folder), "none", "all", count=3)
     assert all(found["loss"] and found["gradients"] and found["digests"] for found in answers), answers
     assert sum(found["kept"] for found in answers) == pytest.approx(1)
 
@@ -171,7 +171,7 @@ def passing_until_one_dies(folder: str) -> str:
 
 
 def test_one_that_dies_within_a_pass_is_named(forked: Together, tiny_llama_folder: Path) -> None:
-    forked.start({"count": 2, "call": "models.test_shard:passing_until_one_dies", "with": [str(tiny_llama_folder)]})
+    forked.start({"count": 2, "call": "models.text.test_shard:passing_until_one_dies", "with": [str(tiny_llama_folder)]})
     survivor, victim = forked.end()
     assert victim.code == -signal.SIGKILL
     assert survivor.answered.strip() == '"process 1 of 2 died"', survivor.said
@@ -200,5 +200,5 @@ def _told(processes: module.Processes) -> str:
 
 
 def test_an_error_of_its_own_within_a_pass_stays_what_it_is(forked: Together) -> None:
-    told = forked.call("models.test_shard:failing_by_itself")
+    told = forked.call("models.text.test_shard:failing_by_itself")
     assert told == ["no memory", "process 0 of 2 gave up (RuntimeError: no memory)"]

@@ -17,7 +17,7 @@ from lorakeet.models.text.repeated_blocks import Build
 from lorakeet.models.text.streamed_outline import streamed_outline
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, Rows, Streaming, rehearse
+from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, RowShape, Streaming, rehearse
 from tiny.models import FAMILIES, save_tiny_llama, tiny_model
 from tiny.streams import loaded
 
@@ -26,14 +26,14 @@ DTYPES = {"dtype": torch.float32, "products": torch.float32}
 
 def rehearsed(config: object, streaming: Streaming, batches: int = 2, **changes: object) -> Rehearsal:
     build = Build(partial(streamed_outline, name="made-up", **{**DTYPES, **changes}), config)
-    return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=Rows(32, 2), micro_batches=batches, streaming=streaming)
+    return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2), micro_batches=batches, streaming=streaming)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_rehearsed_and_holds_less_than_resident(family: str) -> None:
     config = tiny_model(family).config
     resident = rehearse(
-        partial(outline, config, name="made-up", **DTYPES), LoraSpec(rank=2), TrainSpec(), rows=Rows(32, 2)
+        partial(outline, config, name="made-up", **DTYPES), LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2)
     )
     streamed = rehearsed(config, Streaming(together=1, aside=True))
     assert streamed.plan == resident.plan

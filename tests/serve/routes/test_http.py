@@ -20,7 +20,7 @@ from lorakeet.serve.access import Access, Caller, hashed
 from lorakeet.serve.engine import Draining
 from lorakeet.serve.routes import lifecycle
 from lorakeet.serve.routes.http import build_app, run_server
-from lorakeet.serve.service import Limits
+from lorakeet.serve.service import RequestLimits
 
 FILES = 1500  # that a process may have open where there are 500 connections
 BODY = {"model": "a", "prompt": "This drug", "temperature": 0, "max_tokens": 5}
@@ -61,7 +61,7 @@ def idle(served: Any) -> bool:
     ],
 )
 def test_broken_bodies(content: bytes, status: int, message: str, site: Callable[..., Any]) -> None:
-    answer = post(site(limits=Limits(body=1 << 16)), content=content)
+    answer = post(site(limits=RequestLimits(body=1 << 16)), content=content)
     assert answer.status_code == status and message in answer.json()["error"]["message"]
     assert "access-control-allow-origin" not in answer.headers
 
@@ -113,7 +113,7 @@ def test_clients_that_leave_free_their_slots(site: Callable[..., Any]) -> None:
 
 
 def test_a_request_that_takes_too_long_is_cut(site: Callable[..., Any]) -> None:
-    served = site(limits=Limits(timeout=0.0))
+    served = site(limits=RequestLimits(timeout=0.0))
     answer = post(served, json=BODY).json()["choices"][0]
     assert answer == {"index": 0, "text": "", "finish_reason": "length", "logprobs": None}
 
@@ -283,7 +283,7 @@ def test_a_bug_is_said_as_an_error_of_the_api(both: Any, monkeypatch: pytest.Mon
 
 
 def test_half_a_body_holds_nobody_up(site: Callable[..., Any]) -> None:
-    served = site(limits=Limits(pause=0.2))
+    served = site(limits=RequestLimits(pause=0.2))
     with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=30) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
         served.stop()  # which would never return

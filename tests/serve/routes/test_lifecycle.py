@@ -15,7 +15,7 @@ import pytest
 from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
 from lorakeet.formats.peft import peft
 from lorakeet.serve import store
-from lorakeet.serve.service import Limits
+from lorakeet.serve.service import RequestLimits
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_two_uploads_of_one_name_keep_their_files_apart(http: Any, saved: Callab
 
 
 def test_an_upload_has_a_limit(site: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path) -> None:
-    served = site(store=tmp_path / "small", limits=Limits(upload=1000))
+    served = site(store=tmp_path / "small", limits=RequestLimits(upload=1000))
     answer = httpx.put(f"{served.url}/v1/adapters/up/adapter_model.safetensors", content=bytes(2000))
     assert answer.status_code == 413 and "larger than the 1,000 bytes" in answer.json()["error"]["message"]
     assert not list((tmp_path / "small").rglob("*.safetensors"))

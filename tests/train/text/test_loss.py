@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.cpu import dense, operators
 from lorakeet.train.text import loss as module
 from lorakeet.train.text.loss import any_head_losses, frozen_head_losses, text_loss
@@ -117,7 +117,7 @@ def test_no_tensor_of_all_targets_by_vocabulary(monkeypatch: pytest.MonkeyPatch,
 
 def test_text_loss_counts_supervised_tokens_only() -> None:
     text = TinyText()
-    batch = pack(examples(4, seed=1))
+    batch = pack_examples(examples(4, seed=1))
     loss, count = text_loss(text, batch, chunk=3)
     assert count == batch.targets < batch.tokens
     hidden = text.hidden(batch)

@@ -25,8 +25,8 @@ from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.device import standing_for
 from lorakeet.models.placement import device_for
-from lorakeet.models.text.batch_shape import Shape
-from lorakeet.train.checkpoint import identity_of
+from lorakeet.models.text.batch_shape import BatchShape
+from lorakeet.train.checkpoint import run_identity
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
@@ -90,7 +90,7 @@ def test_the_largest_micro_batch_comes_first_and_has_room_for_all(
     (first,) = passes.recorded
     assert "Recording the passes of a micro-batch of " in said.getvalue()
     batches = [batch for step in range(2 * task.steps_per_epoch) for batch in task.batches(step)]
-    shapes = [Shape.of(batch.lengths, passes.room.longest) for batch in batches]
+    shapes = [BatchShape.of(batch.lengths, passes.room.longest) for batch in batches]
     assert first.tokens == passes.room.tokens >= max(shape.tokens for shape in shapes)
     assert all(shape.tokens <= passes.room.tokens and shape.rows <= passes.room.rows for shape in shapes)
     assert passes.room.longest == max(len(row.ids) for row in task.train)
@@ -228,7 +228,7 @@ def test_a_run_may_go_on_without(tiny_llama_folder: Path, data: Path, tmp_path: 
     """As the refusal says: the setting is changed in the run's config.yaml, and the run is the same one."""
     spec = settings(tiny_llama_folder, data, tmp_path / "run").train
     recorded = dataclasses.replace(spec, cuda_graphs=True)
-    one, other = (identity_of(each, {}, parameters={}, learning_rate=1e-3) for each in (spec, recorded))
+    one, other = (run_identity(each, {}, parameters={}, learning_rate=1e-3) for each in (spec, recorded))
     assert json.dumps(one) == json.dumps(other)
 
 

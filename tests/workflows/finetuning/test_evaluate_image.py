@@ -15,7 +15,7 @@ from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, trained_parameters
 from lorakeet.workflows.finetuning.assemble_image import assemble_images, ready_to_train
-from lorakeet.workflows.finetuning.evaluate_image import Drawn, ImageJudge, features_of, places_of, scaled
+from lorakeet.workflows.finetuning.evaluate_image import Drawn, ImageJudge, features_of, places_of, scaled_adapter
 from tiny.image_runs import image_config
 from tiny.pipelines import save_tiny_scorer
 
@@ -73,7 +73,7 @@ def test_a_training_picture_drawn_again_is_suspicious(judge: ImageJudge) -> None
 
 def test_scaling_an_adapter_scales_its_change(judge: ImageJudge) -> None:
     adapter = adapter_of(judge.model.parts)
-    half = scaled(adapter, 0.5)
+    half = scaled_adapter(adapter, 0.5)
     path = next(iter(adapter.pairs))
     assert torch.allclose(half.pairs[path].delta(), adapter.pairs[path].delta() / 2)
     attach(judge.model.parts, half, "at-half")

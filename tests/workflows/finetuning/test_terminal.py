@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lorakeet.evaluate.certificate import Certificate, Unchecked, judge
 from lorakeet.workflows.finetuning.assemble_text import assemble
-from lorakeet.workflows.finetuning.terminal import show_certificate, show_plan, show_results
+from lorakeet.workflows.finetuning.terminal import show_certificate, show_results, show_run_plan
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, settings, write_rows
 
@@ -23,12 +23,12 @@ def printed(show: Any, what: Any, **console: Any) -> str:
 
 
 def test_the_plan_shows_rows_leaks_learnt_tokens_and_matrices(finished: Any) -> None:
-    text = printed(show_plan, finished.result.setup)
+    text = printed(show_run_plan, finished.result.setup)
     assert "53 training, 6 held-out, 13 test" in text
     assert "1 row stands on both sides of a split (1 dropped)" in text and "judged.jsonl:13" in text
     assert "model.layers.[0-1].self_attn.q_proj" in text and "14 pairs, 0 extras, 3,712 trained parameters" in text
     assert "6 steps of 8 rows" in text and "float32 weights" in text and "tokens a pass" in text
-    coloured = printed(show_plan, finished.result.setup, force_terminal=True, color_system="standard")
+    coloured = printed(show_run_plan, finished.result.setup, force_terminal=True, color_system="standard")
     example = finished.result.setup.train.examples[0]
     learnt = finished.result.setup.text.tokenizer.decode(example.ids[example.supervised].tolist())
     assert f"\x1b[1;32m{learnt}\x1b[0m" in coloured
@@ -37,13 +37,13 @@ def test_the_plan_shows_rows_leaks_learnt_tokens_and_matrices(finished: Any) -> 
 def test_rows_that_were_cut_are_counted(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [*reviews(30), {"text": "long " * 60, "label": "good"}])
     setup = assemble(settings(finished.model, data, tmp_path / "run"), quiet())
-    assert "1 training rows shortened to 120 tokens, 0 left out" in printed(show_plan, setup)
+    assert "1 training rows shortened to 120 tokens, 0 left out" in printed(show_run_plan, setup)
 
 
 def test_brackets_in_rows_and_names_are_no_markup(finished: Any) -> None:
     setup = finished.result.setup
     odd = replace(setup, text=replace(setup.text, name="[bold]odd[/nothing]"))
-    assert "14 pairs" in printed(show_plan, odd)
+    assert "14 pairs" in printed(show_run_plan, odd)
     report = replace(finished.result.report, subtitle="[/x] on [red]rows.jsonl")
     assert "[/x] on [red]rows.jsonl" in printed(show_results, report)
 
@@ -70,9 +70,9 @@ def test_a_missing_chat_template_is_said(finished: Any, tmp_path: Path) -> None:
     (model / "chat_template.jinja").unlink()
     said = "The tokenizer has no chat template, so turns are joined as raw text"
     setup = assemble(settings(model, finished.data, tmp_path / "run"), quiet())
-    assert said in printed(show_plan, setup) and said not in printed(show_plan, finished.result.setup)
+    assert said in printed(show_run_plan, setup) and said not in printed(show_run_plan, finished.result.setup)
     chosen = assemble(settings(model, finished.data, tmp_path / "run", {"data.chat_template": "off"}), quiet())
-    assert said not in printed(show_plan, chosen)
+    assert said not in printed(show_run_plan, chosen)
 
 
 def test_what_became_of_an_adapter_is_shown_beside_its_own_verdict() -> None:

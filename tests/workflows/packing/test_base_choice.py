@@ -18,7 +18,7 @@ from lorakeet.models.modules import original_modules
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.packing import base_choice as workflow
-from lorakeet.workflows.packing.base_choice import Choice, bases_of, choose_base
+from lorakeet.workflows.packing.base_choice import BaseChoice, both_bases, choose_base
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from tiny.dense import folded
@@ -35,8 +35,8 @@ def on_nf4(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "run"
 
 
-def choose(into: Any, opened: list[Opened], dataset: Any = None) -> Choice:
-    return choose_base(into, opened, bases_of(opened[0]), dataset, quiet())
+def choose(into: Any, opened: list[Opened], dataset: Any = None) -> BaseChoice:
+    return choose_base(into, opened, both_bases(opened[0]), dataset, quiet())
 
 
 def heard() -> tuple[Console, io.StringIO]:
@@ -107,7 +107,7 @@ def test_several_adapters_go_into_the_original_unmeasured(on_nf4: Path) -> None:
 
 def test_a_dense_run_has_no_dequantised_base(finished: Any) -> None:
     opened = open_adapter(finished.path)
-    assert choose("auto", [opened]) == Choice("original")
+    assert choose("auto", [opened]) == BaseChoice("original")
     with pytest.raises(ConfigError, match=r"the base of .*adapter was not quantised, so there is only one"):
         choose("dequantised", [opened])
 
@@ -187,7 +187,7 @@ def test_without_a_known_original_the_quantised_base_is_taken_and_it_is_said(on_
     opened = open_adapter(path)
     card = packed / "README.md"
     if card.is_file():  # lorakeet quantize leaves its record, which is enough
-        asked = bases_of(opened)
+        asked = both_bases(opened)
         assert asked.original is not None and asked.original.config.model.path == str(dense)
         record = card.read_text()
         card.write_text(record.replace(str(dense), "someone/elsewhere"))
@@ -211,7 +211,7 @@ def test_a_base_that_is_not_at_its_place_is_looked_for_where_base_says(tiny_llam
     data = write_rows(tmp_path / "rows.jsonl", reviews(40))
     run(tmp_path / "packed", data, tmp_path / "run", {"train.steps": 2})
     moved = (tmp_path / "packed").rename(tmp_path / "moved")
-    bases = bases_of(open_adapter(tmp_path / "run", base=str(moved)))
+    bases = both_bases(open_adapter(tmp_path / "run", base=str(moved)))
     assert bases.kind == "nf4" and bases.of("dequantised").config.model.path == str(moved)
     assert bases.of("original").config.model.path == str(tiny_llama_folder)
     elsewhere = open_adapter(tmp_path / "run", base=str(tiny_llama_folder))

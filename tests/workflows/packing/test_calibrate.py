@@ -16,7 +16,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_solve import Layout
+from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
 from lorakeet.workflows.quantize import quantize
 from tiny.models import save_tiny_llama
@@ -76,14 +76,14 @@ def test_a_budget_changes_nothing_of_it_and_is_told(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, 16, True, True),
-        Layout(3, -1, False, False, "gptq_v2"),
-        Layout(8, 16, True, False, "gptq_v2"),
-        Layout(4, 16, False, False, "gptq"),
+        GptqLayout(2, 16, True, True),
+        GptqLayout(3, -1, False, False, "gptq_v2"),
+        GptqLayout(8, 16, True, False, "gptq_v2"),
+        GptqLayout(4, 16, False, False, "gptq"),
     ],
     ids=str,
 )
-def test_every_layout_is_read_back(layout: Layout, data: Path, tmp_path: Path) -> None:
+def test_every_layout_is_read_back(layout: GptqLayout, data: Path, tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source", intermediate_size=64, num_key_value_heads=4)
     rows = Calibration(str(data), 40)
     _, errors = write_gptq(str(source), out=tmp_path / "out", layout=layout, calibration=rows, console=quiet())

@@ -22,16 +22,16 @@ from lorakeet.workflows.planning.check import (
     logits_bytes,
     plan_check,
     stores,
-    tensor_bytes,
+    tensor_peak,
 )
-from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, Rows
+from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, RowShape
 from lorakeet.workflows.planning.streaming import ALONE
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
 from tiny.runs import quiet
 
-SIZE = CheckSize("a check", Judging(Rows(32, 2), 0))
+SIZE = CheckSize("a check", Judging(RowShape(32, 2), 0))
 BLOCK = 4 * 512 * 512 - 2 * 512 * 256 + 3 * 512 * 2048 + 2 * 512  # numbers: q, k, v, o, the mlp, and two norms
 BASE = 8 * BLOCK
 
@@ -84,7 +84,7 @@ def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: O
 
 def test_keys_and_values_of_a_long_text_count_by_one_block(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all blocks' have no room they go to disk, in the rehearsal as in the run; a few blocks stand for all eight."""
-    long = Judging(Rows(32, 2), 1, 3000)
+    long = Judging(RowShape(32, 2), 1, 3000)
     held = 2 * FP32 * 3000 * 256  # of one block: keys and values of two heads of 128
     whole = peak(opened, True, judging=long)
     monkeypatch.setattr("lorakeet.models.generate.sample.STREAMED_CACHE", 4 * held)
@@ -127,8 +127,8 @@ def test_where_two_blocks_have_no_room_one_may(opened: Opened, tmp_path: Path) -
 
 @pytest.mark.parametrize("changed", [0, 10])
 def test_a_tensor_counts_by_whether_it_is_changed(changed: int) -> None:
-    assert tensor_bytes(changed, 100) == 3 * 4 * 100 and tensor_bytes(400, 100) == 6 * 400
-    assert tensor_bytes(changed, 1 << 30) == PART_BYTES, "a large one is read in parts"
+    assert tensor_peak(changed, 100) == 3 * 4 * 100 and tensor_peak(400, 100) == 6 * 400
+    assert tensor_peak(changed, 1 << 30) == PART_BYTES, "a large one is read in parts"
 
 
 def test_logits_count_by_their_tables_and_what_compares_a_part_of_two() -> None:
@@ -152,7 +152,7 @@ def test_a_disk_without_room_is_refused_before_the_work(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Stores count, what waits, and keys and values that have no room in memory."""
-    size = replace(SIZE, judging=Judging(Rows(32, 2), 1, 300))
+    size = replace(SIZE, judging=Judging(RowShape(32, 2), 1, 300))
     budget = opened.within(f"{planner(opened, size).forecast(streamed=True).peak // 1000 + 20_000}KB")
     free = SimpleNamespace(free=2 * FP32 * planner(opened, size).weights)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)

@@ -30,7 +30,7 @@ from lorakeet.workflows.planning.forecast_choices import (
     with_largest_ranks,
 )
 from lorakeet.workflows.planning.forecast_text_run import SCORE, SEARCH, Precision, forecast_run
-from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, Rows, rehearse
+from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, RowShape, rehearse
 
 SMALL = config_from(
     {
@@ -38,7 +38,7 @@ SMALL = config_from(
         "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "float32",
     }
 )  # fmt: skip
-ROWS = Rows(32, 2)
+ROWS = RowShape(32, 2)
 FP32 = Precision(torch.float32, torch.float32, QuantSpec())
 
 

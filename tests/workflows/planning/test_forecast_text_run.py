@@ -31,10 +31,10 @@ from lorakeet.workflows.planning.forecast_text_run import (
     Precision,
     forecast_run,
     judging_of,
-    rows_of,
-    runtime_bytes,
+    largest_rows,
+    text_runtime_bytes,
 )
-from lorakeet.workflows.planning.rehearse_text import BEGIN, Rows
+from lorakeet.workflows.planning.rehearse_text import BEGIN, RowShape
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -55,16 +55,16 @@ def planned(precision: Precision = FP32, **changes: str) -> Planned:
 
 @pytest.mark.parametrize(
     ("max_tokens", "micro_tokens", "batch", "expected"),
-    [("32", "100", "16", Rows(25, 4)), ("32", "100", "2", Rows(32, 2)), ("64", "32", "16", Rows(64, 1))],
+    [("32", "100", "16", RowShape(25, 4)), ("32", "100", "2", RowShape(32, 2)), ("64", "32", "16", RowShape(64, 1))],
 )
-def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str, expected: Rows) -> None:
-    found = rows_of(settings(data__max_tokens=max_tokens, train__micro_tokens=micro_tokens, train__batch_size=batch))
+def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str, expected: RowShape) -> None:
+    found = largest_rows(settings(data__max_tokens=max_tokens, train__micro_tokens=micro_tokens, train__batch_size=batch))
     assert found == expected
 
 
 def test_judged_are_as_many_rows_as_fit_whatever_a_step_has() -> None:
-    assert judging_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == Rows(32, 128)
-    assert judging_of(settings(train__micro_tokens="64")).rows == Rows(32, 32), "the certificate reads 1,024 tokens at once"
+    assert judging_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == RowShape(32, 128)
+    assert judging_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 tokens at once"
 
 
 def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
@@ -152,8 +152,8 @@ def test_gguf_blocks_need_a_file_that_has_them() -> None:
 
 
 def test_the_runtime_is_that_of_this_process() -> None:
-    found = runtime_bytes(FP32, counts=1)
-    assert abs(runtime_bytes(FP32) - found) < 16 << 20, "only narrow products have code that stays"
+    found = text_runtime_bytes(FP32, counts=1)
+    assert abs(text_runtime_bytes(FP32) - found) < 16 << 20, "only narrow products have code that stays"
     assert 100 << 20 < found < 8 << 30
 
 
@@ -167,7 +167,7 @@ def test_on_a_cuda_device_only_what_is_there_counts() -> None:
     assert all(phase.kinds["runtime"] == CONTEXT for phase in card.forecast.phases), "neither tokenizer nor floors"
     assert card.base == host.base and card.forecast.phase(LOAD).kinds["base"] == card.base
     assert "scratch" not in card.forecast.phase(LOAD).kinds
-    assert runtime_bytes(replace(FP32, device=torch.device("cuda"))) == CONTEXT
+    assert text_runtime_bytes(replace(FP32, device=torch.device("cuda"))) == CONTEXT
 
 
 def test_packed_weights_are_unpacked_on_a_cuda_device_as_they_are_there() -> None:

@@ -38,7 +38,7 @@ def test_a_budget_is_kept_reported_and_certified_with_one_base(tiny_sd_folder: P
 
 def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = image_config(tiny_sd_folder, tmp_path, memory__budget="1GiB")
-    monkeypatch.setattr(image_forecast, "runtime_bytes", lambda config, dtype: 0)
+    monkeypatch.setattr(image_forecast, "image_runtime_bytes", lambda config, dtype: 0)
     monkeypatch.setattr(image_forecast, "INTERVALS", 0)
     machine, shapes = machine_of(config, returning=True), shapes_of_images(config.model, print)
     peaks = [forecast_images(other, shapes, machine).peak for _, other in ways(config)]

@@ -22,7 +22,7 @@ from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.budget import BETWEEN_PROCESSES
 from lorakeet.memory.forecast import Phase
-from lorakeet.memory.store import Store
+from lorakeet.memory.store import WeightStore
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models.files.gguf_dense import bytes_of_unpacking
 from lorakeet.models.modules import find
@@ -32,7 +32,7 @@ from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.packing import merge as merge_packed
 from lorakeet.workflows.planning import packed_merge, text_run
-from lorakeet.workflows.planning.packed_merge import FP32, Job, keep_room, require_planned
+from lorakeet.workflows.planning.packed_merge import FP32, PackedMergeJob, keep_room, require_planned
 from lorakeet.workflows.planning.quantizing import RESIDENT, SPILLED, STREAMED, Way
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 from lorakeet.workflows.planning.text_run import Arrangement
@@ -86,7 +86,7 @@ def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
     """Makes all other ways too large; what is planned for this one is in the list afterwards."""
-    real = packed_merge._Planner.forecast
+    real = packed_merge._MergePlanner.forecast
 
     def going(wanted: Way) -> list[int]:
         planned: list[int] = []
@@ -97,7 +97,7 @@ def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
             planned.append((found := real(planner, way)).peak)
             return found
 
-        monkeypatch.setattr(packed_merge._Planner, "forecast", forecast)
+        monkeypatch.setattr(packed_merge._MergePlanner, "forecast", forecast)
         return planned
 
     return going
@@ -186,7 +186,7 @@ def test_layers_that_become_larger_are_planned(
 ) -> None:
     source, like = into_larger
     of_block = (4 * 256 * 256 + 3 * 256 * 704) * 34 // 32
-    forecast = packed_merge._Planner(job(open_adapter(source), like)).forecast
+    forecast = packed_merge._MergePlanner(job(open_adapter(source), like)).forecast
     file = check_gguf(like)
     assert forecast(RESIDENT).peak > bytes_of_unpacking(file, packed=True), "what was written is laid out to be loaded"
     assert forecast(RESIDENT).comparing > 12 * of_block and forecast(STREAMED).block_bytes >= of_block
@@ -204,7 +204,7 @@ def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: P
         source = save_tiny_llama(tmp_path / f"of{blocks}", **{**WIDE, "num_hidden_layers": blocks})
         run(source, runs / "rows.jsonl", tmp_path / f"run{blocks}", {"train.steps": 1, "evaluate.drift_texts": 0})
         quantize(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}", console=quiet())
-        planner = packed_merge._Planner(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"))
+        planner = packed_merge._MergePlanner(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"))
         peaks[blocks] = [planner.forecast(way).peak for way in (RESIDENT, STREAMED)]
     six_blocks = FP32 * 6 * (4 * 256 * 256 + 3 * 256 * 704)
     pairs = FP32 * 6 * 4 * (4 * 2 * 256 + 3 * (256 + 704))  # which stay in memory
@@ -217,13 +217,13 @@ def test_what_a_finish_holds_is_what_is_planned(
     like: str, wide: Path, held: HeldBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole merge with its steps; the numbers before rounding of all layers are most of it."""
-    planned, real = [], packed_merge._Planner.forecast
+    planned, real = [], packed_merge._MergePlanner.forecast
 
     def noted(planner: Any, way: Way) -> Any:
         planned.append(found := real(planner, way))
         return found
 
-    monkeypatch.setattr(packed_merge._Planner, "forecast", noted)
+    monkeypatch.setattr(packed_merge._MergePlanner, "forecast", noted)
     words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / like), "console": quiet()}
     with suppress(VerificationFailed):
         merge([str(wide / "on_dense")], out=tmp_path / "out", memory="8GiB", finish_steps=3, calibration_rows=26, **words)
@@ -231,9 +231,9 @@ def test_what_a_finish_holds_is_what_is_planned(
     assert held.peak <= planned[0].peak <= 1.3 * held.peak
 
 
-def job(opened: Opened, like: Path, *, finishes: bool = False, rows: int = 8) -> Job:
+def job(opened: Opened, like: Path, *, finishes: bool = False, rows: int = 8) -> PackedMergeJob:
     layout = read_layout(str(like), lambda line: None)
-    return Job(opened, load_dataset(opened.config.data), layout, rows, finishes, 4096)
+    return PackedMergeJob(opened, load_dataset(opened.config.data), layout, rows, finishes, 4096)
 
 
 def room(opened: Opened, like: Path, **more: Any) -> str:
@@ -291,14 +291,14 @@ def test_a_model_that_cannot_be_planned_counts_as_whole(runs: Path, monkeypatch:
 
 
 def test_a_model_that_cannot_be_streamed_is_refused_with_the_reason(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = packed_merge._Planner.forecast
+    real = packed_merge._MergePlanner.forecast
 
     def forecast(planner: Any, way: Way) -> Any:
         if way.streamed:
             raise NotStreamed("It has no list of blocks.")
         return real(planner, way)
 
-    monkeypatch.setattr(packed_merge._Planner, "forecast", forecast)
+    monkeypatch.setattr(packed_merge._MergePlanner, "forecast", forecast)
     opened, like = open_adapter(runs / "on_nf4").within("100MiB"), runs / "nf4"
     with pytest.raises(ConfigError, match=r"It has no list of blocks\. Fewer --calibration-rows"):
         room(opened, like)
@@ -319,11 +319,11 @@ def test_another_attention_than_the_planned_one_is_refused_under_a_budget(runs: 
 def test_every_store_is_closed_and_gone(
     full: bool, runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[Store] = []
+    begun: list[WeightStore] = []
     real = RecordStream.__init__
 
     def begin(stream: RecordStream, store: Any, *given: Any, **more: Any) -> None:
-        begun.extend([store] if type(store) is Store else [])  # and none of a rehearsal
+        begun.extend([store] if type(store) is WeightStore else [])  # and none of a rehearsal
         real(stream, store, *given, **more)
 
     monkeypatch.setattr(RecordStream, "__init__", begin)

@@ -16,14 +16,14 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export import packed_model
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Phase
-from lorakeet.memory.store import Store
+from lorakeet.memory.store import WeightStore
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models.streaming import load as streamed_load
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text import load
 from lorakeet.workflows.packing import calibrate
 from lorakeet.workflows.planning import quantizing
-from lorakeet.workflows.planning.quantizing import RESIDENT, SPILLED, STREAMED, Job, Kept, Way
+from lorakeet.workflows.planning.quantizing import RESIDENT, SPILLED, STREAMED, Kept, QuantizeJob, Way
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 from lorakeet.workflows.quantize import quantize
 from tiny.held import HeldBytes
@@ -43,7 +43,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only tensors are planned."""
     monkeypatch.setattr(quantizing, "runtime_bytes", lambda precision: -slack(0))
-    monkeypatch.setattr(Job, "beside", 0)
+    monkeypatch.setattr(QuantizeJob, "beside", 0)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
     def going(wanted: Way) -> list[int]:
         planned: list[int] = []
 
-        def forecast(job: Job, way: Way) -> Phase:
+        def forecast(job: QuantizeJob, way: Way) -> Phase:
             if way != wanted:
                 return Phase("too large", {"base": 1 << 60})
             found = real(job, way)
@@ -140,7 +140,7 @@ def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Pa
     """One in memory takes more by all of them, and by what they become: their pages stay while the packed layers wait."""
     planned: dict[Way, list[int]] = {RESIDENT: [], STREAMED: []}
 
-    def forecast(job: Job, way: Way) -> Phase:
+    def forecast(job: QuantizeJob, way: Way) -> Phase:
         planned.setdefault(way, []).append(real(job, way).bytes)
         return Phase("too large", {"base": 1 << 60})
 
@@ -193,7 +193,7 @@ def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_o
 ) -> None:
     real = quantizing.forecast
 
-    def forecast(job: Job, way: Way) -> Phase:
+    def forecast(job: QuantizeJob, way: Way) -> Phase:
         if way.streamed:
             raise NotStreamed("It has no blocks.")
         return real(job, way)
@@ -241,7 +241,7 @@ def test_every_store_is_closed(
 
     def begun(stream: RecordStream, store: Any, *given: Any, **more: Any) -> None:
         begin(stream, store, *given, **more)
-        if type(store) is Store:  # not a rehearsal's
+        if type(store) is WeightStore:  # not a rehearsal's
             opened.append(stream)
 
     monkeypatch.setattr(RecordStream, "__init__", begun)

@@ -19,17 +19,17 @@ from lorakeet.quant import gguf_codes
 from lorakeet.quant.gguf_codes import HIGHEST
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.regrid import EvenGrid, Grid, LevelGrid, grid_of
+from lorakeet.quant.regrid import EvenGrid, FixedGrid, LevelGrid, grid_of
 from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.rehearse_packed_merge import outlined_grid, rehearse_rounding
-from lorakeet.workflows.planning.rehearse_text import Rows, made_up_rows
+from lorakeet.workflows.planning.rehearse_text import RowShape, made_up_rows
 from tiny.models import tiny_model
 
 WEIGHT = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
 
 
-def shapes(grid: Grid) -> list[Any]:
+def shapes(grid: FixedGrid) -> list[Any]:
     if isinstance(grid, LevelGrid):
         return [grid.largest.shape]
     assert isinstance(grid, EvenGrid)
@@ -49,7 +49,7 @@ def test_a_grid_of_shapes_is_as_large_as_the_real_one(base: PackedBase) -> None:
 
 @pytest.mark.parametrize("kind", list(HIGHEST))
 def test_so_is_that_of_each_type_of_gguf(kind: str) -> None:
-    base = gguf_codes.fitted(WEIGHT, kind)
+    base = gguf_codes.fit_gguf_scales(WEIGHT, kind)
     assert shapes(outlined_grid(base)) == shapes(grid_of(base))
 
 
@@ -61,11 +61,11 @@ def test_rounding_holds_what_its_rows_and_its_blocks_take() -> None:
     plan = plan_for(empty, LoraSpec(rank=4), outline(config, name="m", dtype=torch.float32, products=torch.float32).family)
     packing = packing_of(empty, config, QuantSpec(method="nf4"))
 
-    def held(make: Any, rows: Rows) -> int:
+    def held(make: Any, rows: RowShape) -> int:
         build = partial(make, config, name="m", dtype=torch.float32, products=torch.float32)
         return rehearse_rounding(build, plan, made_up_rows(rows), packing, Aside).bytes
 
-    few, many = (held(outline, Rows(60, count)) for count in (4, 12))
+    few, many = (held(outline, RowShape(60, count)) for count in (4, 12))
     assert many - few >= 4 * 8 * 60 * 128, "the states of eight rows more"
     block = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
-    assert 2 * block < few - held(streamed_outline, Rows(60, 4)) < 5 * block
+    assert 2 * block < few - held(streamed_outline, RowShape(60, 4)) < 5 * block

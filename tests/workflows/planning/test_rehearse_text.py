@@ -13,17 +13,17 @@ from lorakeet.models.text.adapted import begin_adapter
 from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, EVALUATE, STEP, Rehearsal, Rows, rehearse, training_on
+from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, EVALUATE, STEP, Rehearsal, RowShape, rehearse, training_on
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 LORA = LoraSpec(rank=4, alpha=12)
-ROWS = Rows(32, 2)
+ROWS = RowShape(32, 2)
 
 
-def rehearsed(rows: Rows = ROWS, quantize: str = "none", lora: LoraSpec = LORA, **changes: int) -> Rehearsal:
+def rehearsed(rows: RowShape = ROWS, quantize: str = "none", lora: LoraSpec = LORA, **changes: int) -> Rehearsal:
     build = partial(
         outline, config_from({**SMALL, **changes}), name="small", dtype=torch.float32, products=torch.float32,
         quantize=QuantSpec(method=quantize),  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def test_the_saved_activations_are_those_that_autograd_saves() -> None:
 def test_more_layers_rows_and_rank_take_more_and_attention_alone_takes_less() -> None:
     plain = rehearsed().peaks[STEP].bytes
     assert rehearsed(num_hidden_layers=3).peaks[STEP].bytes > plain
-    assert rehearsed(rows=Rows(32, 4)).peaks[STEP].bytes > plain
+    assert rehearsed(rows=RowShape(32, 4)).peaks[STEP].bytes > plain
     assert rehearsed(lora=LoraSpec(rank=8, alpha=12)).peaks[STEP].bytes > plain
     assert rehearsed(lora=LoraSpec(rank=4, alpha=12, target_modules=("attention",))).peaks[STEP].bytes < plain
 
@@ -93,5 +93,5 @@ def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() 
         torch.manual_seed(seed)
         text = outline(config_from(SMALL), name="small", dtype=torch.bfloat16, products=torch.float32)
         begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
-        training = training_on(text, TrainSpec(), Rows(64, 2))
+        training = training_on(text, TrainSpec(), RowShape(64, 2))
         training.step()  # which raises where a gradient did not arrive

@@ -8,8 +8,8 @@ import pytest
 
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.workflows.planning.forecast_text_run import JUDGE, Planned
-from lorakeet.workflows.planning.rehearse_text import STEP, Rows, Streaming
-from lorakeet.workflows.planning.streaming import HELD_STATES, Batches, Choice, choose_streaming, least_streamed
+from lorakeet.workflows.planning.rehearse_text import STEP, RowShape, Streaming
+from lorakeet.workflows.planning.streaming import HELD_STATES, Batches, StreamingChoice, choose_streaming, least_streamed
 
 BLOCKS, BLOCK, STATE = 10, 1000, 30
 BATCHES = Batches(4, STATE)
@@ -28,10 +28,10 @@ def states(streaming: Streaming, held: int) -> int:
 def made_up(activations: int) -> Planned:
     phases = (Phase(STEP, {"runtime": 2000, "base": 2000, "saved activations": activations}), Phase(JUDGE, {"runtime": 4000}))
     unknown: Any = None
-    return Planned(Forecast(phases), unknown, Rows(1), unknown, 2000, blocks=BLOCKS, block_bytes=BLOCK)
+    return Planned(Forecast(phases), unknown, RowShape(1), unknown, 2000, blocks=BLOCKS, block_bytes=BLOCK)
 
 
-def chosen(budget: int) -> Choice:
+def chosen(budget: int) -> StreamingChoice:
     found = choose_streaming(plan, BATCHES, budget)
     assert found is not None
     return found
@@ -89,7 +89,7 @@ def test_the_judge_may_be_what_decides() -> None:
     def judged(streaming: Streaming) -> Planned:
         unknown: Any = None
         phases = (Phase(STEP, {"base": 2000}), Phase(JUDGE, {"runtime": 9000}))
-        return Planned(Forecast(phases), unknown, Rows(1), unknown, 2000, blocks=BLOCKS, block_bytes=BLOCK)
+        return Planned(Forecast(phases), unknown, RowShape(1), unknown, 2000, blocks=BLOCKS, block_bytes=BLOCK)
 
     assert least_streamed(judged) == 9000
     found = choose_streaming(judged, BATCHES, 10_000)

@@ -61,14 +61,14 @@ def device_and_dtypes(device: str, dtype: str) -> list[str]:
 
 def test_all_take_the_precision_of_the_first(forked: Together) -> None:
     assert on_own_device(config(), ALONE) == config()
-    first, second = forked.call("workflows.test_together:device_and_dtypes", "cpu", "auto")
+    first, second = forked.call("workflows.runs.test_multi_process:device_and_dtypes", "cpu", "auto")
     assert first == second and first[0] == "cpu" and "auto" not in first
-    assert forked.call("workflows.test_together:device_and_dtypes", "cpu", "float32")[1][1] == "float32"
+    assert forked.call("workflows.runs.test_multi_process:device_and_dtypes", "cpu", "float32")[1][1] == "float32"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are CUDA devices here")
 def test_more_processes_than_devices_are_refused(forked: Together) -> None:
-    forked.start({"count": 2, "call": "workflows.test_together:device_and_dtypes", "with": ["cuda", "auto"]})
+    forked.start({"count": 2, "call": "workflows.runs.test_multi_process:device_and_dtypes", "with": ["cuda", "auto"]})
     first, second = forked.end()
     assert EnvironmentProblem.__name__ in first.said
     assert "2 processes were started on a machine where torch sees 0 CUDA devices" in first.said

@@ -28,17 +28,17 @@ def test_settings_and_split_are_written_and_compared(tmp_path: Path) -> None:
 
 
 def test_an_identity_changes_with_its_part_alone() -> None:
-    first, other = (run_folder.identity_of({"a": {"x": 1, "y": 2}, "b": value}) for value in ([1], [2]))
-    assert first["a"] == other["a"] == run_folder.identity_of({"a": {"y": 2, "x": 1}})["a"]
+    first, other = (run_folder.hashes_of_parts({"a": {"x": 1, "y": 2}, "b": value}) for value in ([1], [2]))
+    assert first["a"] == other["a"] == run_folder.hashes_of_parts({"a": {"y": 2, "x": 1}})["a"]
     assert first["b"] != other["b"]
 
 
 def test_a_run_that_an_earlier_version_began_on_the_second_card_goes_on_there() -> None:
     model = ModelSpec(path="m", device="cuda:1")
-    before = run_folder.identity_of({"model settings": {**model.identity(), "device": "cuda:1"}})
-    require_same(before, run_folder.identity_of({"model settings": model.identity()}, model), run=Path("run"))
+    before = run_folder.hashes_of_parts({"model settings": {**model.identity(), "device": "cuda:1"}})
+    require_same(before, run_folder.hashes_of_parts({"model settings": model.identity()}, model), run=Path("run"))
     first = ModelSpec(path="m", device="cuda:0")
-    one, other = (run_folder.identity_of({"model settings": spec.identity()}, spec) for spec in (model, first))
+    one, other = (run_folder.hashes_of_parts({"model settings": spec.identity()}, spec) for spec in (model, first))
     require_same(one, other, run=Path("run"))
     assert isinstance(other["model settings"], str), "as it always was"
 

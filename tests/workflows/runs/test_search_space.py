@@ -9,7 +9,7 @@ import pytest
 
 from lorakeet.errors import ConfigError
 from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
-from lorakeet.workflows.runs.search_space import Point, plan_of_point, space_for
+from lorakeet.workflows.runs.search_space import SearchPoint, plan_of_point, space_for
 from tiny.runs import quiet, settings
 
 WIDE: dict[str, Any] = {"rate_factors": (0.25, 4.0), "rank_choices": (2, 4), "target_choices": ("attention", "mlp")}
@@ -23,11 +23,11 @@ def setup(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
 def test_a_point_is_the_run_file_with_other_settings(setup: Assembly) -> None:
     space = space_for(setup.config, setup.text, **WIDE)
     point = space.draw(lambda name, low, high: (low * high) ** 0.5 * 2, lambda name, choices: choices[-1])
-    assert point == Point(2.0, 4, "mlp") and point.words(space.rate) == "learning rate 4.00e-02 (×2), rank 4, targets mlp"
+    assert point == SearchPoint(2.0, 4, "mlp") and point.words(space.rate) == "learning rate 4.00e-02 (×2), rank 4, targets mlp"
     config = space.resolved(point)
     assert (config.train.learning_rate, config.lora.rank, config.lora.target_modules) == (0.04, 4, ("mlp",))
     assert {entry.path.split(".")[-2] for entry in plan_of_point(setup.text, space, point).entries} == {"mlp"}
-    assert space.lora(Point()) == setup.config.lora and Point().words(0.02) == "learning rate 2.00e-02 (×1)"
+    assert space.lora(SearchPoint()) == setup.config.lora and SearchPoint().words(0.02) == "learning rate 2.00e-02 (×1)"
 
 
 def test_without_a_rate_in_the_run_file_the_factors_are_of_the_rule(finished: Any, setup: Assembly, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_what_has_one_value_is_not_drawn(setup: Assembly) -> None:
         raise AssertionError(arguments)
 
     space = space_for(setup.config, setup.text, rate_factors=(1.0, 2.0), rank_choices=(2,), target_choices=())
-    assert space.draw(lambda name, low, high: 1.5, never) == Point(1.5, 2, None)
+    assert space.draw(lambda name, low, high: 1.5, never) == SearchPoint(1.5, 2, None)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.models.inject import adapter_names
 from lorakeet.workflows.finetuning.assemble_text import Assembly
-from lorakeet.workflows.runs.search_space import Point
+from lorakeet.workflows.runs.search_space import SearchPoint
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
 from lorakeet.workflows.tuning.trials import SPENT, START, Trial
 from tiny.searches import HOT, assembled, trials_of
@@ -23,7 +23,7 @@ def setup(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_where_the_run_files_settings_diverge_the_best_is_unconfirmed(setup: Assembly) -> None:
     trials = trials_of(setup)
-    trials.generation([Trial(START, Point(HOT)), Trial("mild", Point())], rungs=())
+    trials.generation([Trial(START, SearchPoint(HOT)), Trial("mild", SearchPoint())], rungs=())
     best = trials.best()
     confirmed = confirm(trials, best, 1)
     assert best.name == "mild" and confirmed.found is None and confirmed.chosen is best
@@ -32,7 +32,7 @@ def test_where_the_run_files_settings_diverge_the_best_is_unconfirmed(setup: Ass
 
 def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(setup: Assembly) -> None:
     trials = trials_of(setup)
-    trials.generation([Trial(START, Point()), Trial("other", Point(2.0, 2, "mlp"))], rungs=())
+    trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0, 2, "mlp"))], rungs=())
     winner, trained = trials.all[1], []
     usual = trials.member
     trials.member = lambda name, trial, rows, seed=0: trained.append((trial.name, seed)) or usual(name, trial, rows, seed)  # type: ignore[method-assign,func-returns-value]
@@ -50,8 +50,8 @@ def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(se
 
 def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: Assembly) -> None:
     trials = trials_of(setup)
-    trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
-    trials.all[1].point = Point(HOT)
+    trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
+    trials.all[1].point = SearchPoint(HOT)
     trained, usual = [], trials.member
     trials.member = lambda name, *rest: trained.append(name) or usual(name, *rest)  # type: ignore[method-assign,func-returns-value]
     confirmed = confirm(trials, trials.all[1], 4, together=4)
@@ -63,7 +63,7 @@ def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: Assem
 
 def test_new_seeds_trained_to_their_end_are_shown_also_where_the_budget_ended_the_search_early(setup: Assembly) -> None:
     trials = trials_of(setup, seconds=0.0)
-    trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
+    trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
     start, winner = trials.all
     assert winner.at is not None and winner.at.done == SPENT
     better = replace(compare_losses(winner.losses, start.losses, setup.config.evaluate), verdict="better")  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def test_new_seeds_trained_to_their_end_are_shown_also_where_the_budget_ended_th
 def test_where_nothing_differs_that_is_what_is_said(setup: Assembly) -> None:
     """At rates of next to nothing all trials are the base."""
     trials = trials_of(setup)
-    trials.generation([Trial(START, Point(1e-28)), Trial("other", Point(2e-28))], rungs=())
+    trials.generation([Trial(START, SearchPoint(1e-28)), Trial("other", SearchPoint(2e-28))], rungs=())
     trials.all[1].adapter = trials.all[0].adapter  # let go, since it is not better
     confirmed = confirm(trials, trials.all[1], 1)
     assert confirmed.found is not None and confirmed.found.verdict == "no difference shown"

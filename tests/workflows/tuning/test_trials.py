@@ -17,7 +17,7 @@ from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import Assembly
-from lorakeet.workflows.runs.search_space import Point, plan_of_point
+from lorakeet.workflows.runs.search_space import SearchPoint, plan_of_point
 from lorakeet.workflows.tuning.confirm import confirm
 from lorakeet.workflows.tuning.trials import HALVED, RUNGS, SPENT, START, Budget, Trial, loss_of
 from tiny.searches import HOT, assembled, trials_of
@@ -30,8 +30,8 @@ def setup(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_trial_is_what_its_single_run_would_be_and_leaves_the_model_bare(setup: Assembly, tmp_path: Path) -> None:
     trials = trials_of(setup)
-    point = Point(2.0, 2, "mlp")
-    trials.generation([Trial(START, Point()), Trial("other", point)], rungs=())
+    point = SearchPoint(2.0, 2, "mlp")
+    trials.generation([Trial(START, SearchPoint()), Trial("other", point)], rungs=())
     assert adapter_names(setup.text.model) == [] and [trial.at.step for trial in trials.all if trial.at] == [8, 8]
     alone = trials.space.resolved(point).train
     begin_adapter(setup.text, plan_of_point(setup.text, trials.space, point), seed=alone.seed)
@@ -45,7 +45,7 @@ def test_a_trial_is_what_its_single_run_would_be_and_leaves_the_model_bare(setup
 
 def test_the_worse_half_is_given_up_twice(setup: Assembly) -> None:
     trials = trials_of(setup)
-    trials.generation([Trial(f"×{factor}", Point(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=(0.25, 0.5))
+    trials.generation([Trial(f"×{factor}", SearchPoint(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=(0.25, 0.5))
     ended = {trial.name: (trial.at.step, trial.at.done) for trial in trials.all if trial.at is not None}
     assert ended["×0.01"] == (2, HALVED) and ended["×0.1"] == (2, HALVED)
     assert ended["×1.0"][1] == HALVED and ended["×1.0"][0] == 4 and ended["×2.0"] == (8, "all steps done")
@@ -61,7 +61,7 @@ def test_a_rung_waits_for_a_measurement_at_it_and_one_measurement_is_no_two_rung
     seldom = replace(setup.config.train, evaluate_every=5)
     trials.setup = replace(setup, config=replace(setup.config, train=seldom))
     trials.space = replace(trials.space, config=trials.setup.config)
-    trials.generation([Trial(f"×{factor}", Point(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=RUNGS)
+    trials.generation([Trial(f"×{factor}", SearchPoint(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=RUNGS)
     ended = {trial.name: (trial.at.step, trial.at.done) for trial in trials.all if trial.at is not None}
     assert ended == {
         "×0.01": (5, HALVED), "×0.1": (5, HALVED), "×1.0": (8, "all steps done"), "×2.0": (8, "all steps done")
@@ -99,7 +99,7 @@ def test_a_sampler_learns_that_a_rate_diverged(setup: Assembly) -> None:
 def test_a_trial_whose_last_step_blew_up_has_diverged(setup: Assembly) -> None:
     trials = trials_of(setup)
     trials.base_loss = -100.0  # 10 nats above that every loss is
-    trials.generation([Trial(START, Point())], rungs=(), steps=1)
+    trials.generation([Trial(START, SearchPoint())], rungs=(), steps=1)
     at = trials.all[0].at
     assert at is not None and at.diverged and at.done.startswith("step 1: the held-out loss is") and trials.all[0].losses is None
 
@@ -107,7 +107,8 @@ def test_a_trial_whose_last_step_blew_up_has_diverged(setup: Assembly) -> None:
 def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(setup: Assembly) -> None:
     """Else a fast starter would be better than a run file of a quarter of its steps."""
     trials = trials_of(setup)
-    trials.generation([Trial(START, Point(0.01)), *(Trial(f"×{f}", Point(f)) for f in (0.1, 1.0, 2.0))], rungs=(0.25, 0.5))
+    points = [Trial(START, SearchPoint(0.01)), *(Trial(f"×{f}", SearchPoint(f)) for f in (0.1, 1.0, 2.0))]
+    trials.generation(points, rungs=(0.25, 0.5))
     assert [(trial.at.step, trial.at.done) for trial in trials.all if trial.at is not None] == [
         (8, "all steps done"), (2, HALVED), (8, "all steps done"), (8, "all steps done")
     ]  # fmt: skip
@@ -116,7 +117,7 @@ def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(
 
 def test_those_given_up_count_among_the_comparisons(setup: Assembly) -> None:
     trials = trials_of(setup)
-    trials.generation([Trial(START, Point()), *(Trial(f"×{f}", Point(f)) for f in (0.01, 0.1, 2.0))], rungs=(0.25,))
+    trials.generation([Trial(START, SearchPoint()), *(Trial(f"×{f}", SearchPoint(f)) for f in (0.01, 0.1, 2.0))], rungs=(0.25,))
     against = [line.against_start for line in trials.result(trials.all[3], "", "").trials]
     assert [one is None for one in against] == [True, True, True, False]
     assert against[3] is not None and against[3].test.endswith("Holm over 3")
@@ -124,7 +125,7 @@ def test_those_given_up_count_among_the_comparisons(setup: Assembly) -> None:
 
 def test_trials_that_diverge_are_marked_and_the_others_go_on(setup: Assembly) -> None:
     trials = trials_of(setup)
-    trials.generation([Trial(START, Point()), Trial("hot", Point(HOT))], rungs=())
+    trials.generation([Trial(START, SearchPoint()), Trial("hot", SearchPoint(HOT))], rungs=())
     start, hot = trials.all
     assert start.at is not None and start.at.done == "all steps done" and start.losses is not None
     assert hot.at is not None and hot.at.diverged and hot.losses is None and trials.best() is start
@@ -139,7 +140,7 @@ def test_trials_that_diverge_are_marked_and_the_others_go_on(setup: Assembly) ->
 @pytest.mark.parametrize("limit", [{"tokens": 2500}, {"seconds": 0.0}])
 def test_the_budget_ends_the_search(setup: Assembly, limit: dict[str, Any]) -> None:
     trials = trials_of(setup, **limit)
-    trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
+    trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
     assert {trial.at.done for trial in trials.all if trial.at is not None} == {SPENT} and trials.budget.spent()
     assert all(trial.losses is not None and not trial.whole for trial in trials.all)
     best = trials.best()
@@ -157,7 +158,7 @@ def test_the_budget_holds_what_the_confirmation_takes(setup: Assembly) -> None:
     assert Budget(100.0, None, began=time.monotonic() - 51, used=1, kept=10**9).spent()
     assert Budget(None, None, used=10**9, kept=10**9).spent() is False and Budget(None, None).times(1) is None
     trials = trials_of(setup, tokens=20_000)
-    trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
+    trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
     trials.budget.used = 19_000
     confirmed = confirm(trials, trials.all[1], 3)
     assert confirmed.found is not None and confirmed.found.test == "paired randomisation" and confirmed.seeds == 1
@@ -170,6 +171,6 @@ def test_losses_that_are_no_numbers_are_a_divergence(setup: Assembly, monkeypatc
         raise DataError("no numbers")
 
     monkeypatch.setattr(trials, "losses", broken)
-    trials.generation([Trial(START, Point())], rungs=())
+    trials.generation([Trial(START, SearchPoint())], rungs=())
     assert trials.all[0].at is not None and trials.all[0].at.diverged and trials.all[0].losses is None
     assert adapter_names(setup.text.model) == []

@@ -23,9 +23,9 @@ from lorakeet.workflows.verification import artefact as artefacts
 from lorakeet.workflows.verification.artefact import (
     InLlamaCpp,
     InTorch,
+    artefact_name,
     is_there,
     live_side,
-    name_of,
     open_artefact,
     render_template,
 )
@@ -122,10 +122,11 @@ def test_names_tell_files_apart_and_lead_back_to_them(tmp_path: Path, monkeypatc
     for folder in (runs / "a", away):
         folder.mkdir(parents=True)
         (folder / "model.gguf").touch()
-    names = [name_of(folder / "model.gguf", runs) for folder in (runs / "a", away)]
+    names = [artefact_name(folder / "model.gguf", runs) for folder in (runs / "a", away)]
     assert names == ["a/model.gguf", (away / "model.gguf").as_posix()]
     monkeypatch.chdir(away)
-    assert name_of(Path("../runs/a/model.gguf"), runs) == names[0] and name_of(Path("model.gguf"), None) == "model.gguf"
+    assert artefact_name(Path("../runs/a/model.gguf"), runs) == names[0]
+    assert artefact_name(Path("model.gguf"), None) == "model.gguf"
     assert all(is_there(name, runs) for name in (*names, " + ".join(names), "http://127.0.0.1:1#x", "a/"))
     (away / "model.gguf").unlink()
     assert not is_there(names[1], runs) and not is_there(" + ".join(names), runs)

@@ -20,8 +20,8 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.verification.merged_model import (
-    Difference,
     StoredAs,
+    WeightDifference,
     certify_merge,
     check_weights,
     difference,
@@ -84,7 +84,7 @@ def test_equal_weights_under_other_settings_are_told_apart(finished: Any, live: 
 def test_a_weight_of_another_shape_or_with_a_hole_is_the_worst(finished: Any, live: TextModel, tmp_path: Path) -> None:
     whole = merged(finished, tmp_path / "merged")
     whole.model.model.norm.weight = torch.nn.Parameter(torch.ones(3))
-    assert weight_differences(live, NAME, whole)["model.norm.weight"] == Difference(math.inf, math.inf)
+    assert weight_differences(live, NAME, whole)["model.norm.weight"] == WeightDifference(math.inf, math.inf)
     whole.model.model.norm.weight = live.model.get_parameter("model.norm.weight")
     with torch.no_grad():
         whole.model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = math.nan
@@ -128,7 +128,7 @@ def test_sums_in_another_order_pass(dtype: torch.dtype, width: int) -> None:
 def test_rows_of_zeros_are_no_difference() -> None:
     weight = torch.zeros(3, 4)
     weight[0] = 1.0
-    assert difference(weight, weight, torch.float32) == Difference(0.0, 0.0)
+    assert difference(weight, weight, torch.float32) == WeightDifference(0.0, 0.0)
 
 
 def test_a_model_in_several_shards_of_mixed_dtype_is_compared_as_it_is_stored(finished: Any, tmp_path: Path) -> None:

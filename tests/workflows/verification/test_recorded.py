@@ -25,7 +25,7 @@ from lorakeet.workflows.verification.checks import (
     check_prompts,
     positions_of_answer,
 )
-from lorakeet.workflows.verification.recorded import Recorded, ask_all
+from lorakeet.workflows.verification.recorded import RecordedArtefact, ask_all
 from tiny.exports import loud_run
 from tiny.runs import quiet
 
@@ -80,7 +80,7 @@ def test_nothing_is_asked_twice_and_nothing_is_made_up(live: InTorch, aside: Asi
             Counted.asked += 1
             return super()._hidden(ids, last)
 
-    recorded = Recorded(Counted(live.text, None, "base"), aside)
+    recorded = RecordedArtefact(Counted(live.text, None, "base"), aside)
     row = ROW.tolist()
     first = recorded.logits(row, 2)
     assert torch.equal(recorded.logits(row, 2), first) and Counted.asked == 1

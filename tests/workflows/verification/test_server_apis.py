@@ -10,7 +10,7 @@ import pytest
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.workflows.verification.server_apis import Refused, Token, ask, find_api
+from lorakeet.workflows.verification.server_apis import CallRefused, Token, ask, find_api
 from tiny.exports import write_model
 from tiny.servers import KINDS, MODEL, Fake, serving
 
@@ -72,7 +72,7 @@ def test_a_server_with_several_models_is_told_which(
         with pytest.raises(ConfigError, match=r"serves one, two; say which of them is meant: --against .*#NAME"):
             find_api(url, "")
         assert find_api(url, "two").model == "two"
-        with pytest.raises(Refused, match=r"/nowhere refuses \(404"):
+        with pytest.raises(CallRefused, match=r"/nowhere refuses \(404"):
             ask(url, "/nowhere")
 
 

@@ -4,7 +4,7 @@
         copy of mix 2:   A B of layer 0 │ …                            tokens of one mix read it together
 
 A mix that comes is copied for all layers at once: one look at its pairs, one call. Layer by layer, that took 20 ms of a step
-(docs/log.md). Machines for which there is no pairs.c have a core/batched/stack.Stack for each group of layers.
+(docs/log.md). Machines for which there is no pairs.c have a core/batched/stack.PairStack for each group of layers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.batched.mixture import Copied, Factors, Held, Mixture, factors_of, mixtures
-from lorakeet.core.selection import PATIENCE, Arrangement, Mix, Selection, Standing
-from lorakeet.kernels.cpu.inference_pairs import LayerRows, Layout, PairKind, Shares, readable
+from lorakeet.core.selection import PATIENCE, BatchAssignment, Mix, Selection, Standing
+from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairKind, PairLayout, Shares, readable
 
 LAYOUTS = 8  # of mixes, that are remembered
 
 
-class _Layer(NamedTuple):
+class _LayerPairs(NamedTuple):
     """A layer's pairs by adapter, for as long as the layer is there, and the shape (out, in) of its weight."""
 
     adapters: weakref.ref[nn.ModuleDict]
@@ -35,7 +35,7 @@ class _Part(NamedTuple):
 
     mixtures: list[Mixture]
     factors: list[Factors]
-    layout: Layout
+    layout: PairLayout
     special: int
 
 
@@ -73,7 +73,7 @@ class _Copy:
 class _InUse:
     """What an arrangement asks of the copies that it uses, by their addresses: MixCopies alone holds them."""
 
-    def __init__(self, to: Arrangement, copies: Mapping[Mix, _Copy], stage: tuple[int, int]) -> None:
+    def __init__(self, to: BatchAssignment, copies: Mapping[Mix, _Copy], stage: tuple[int, int]) -> None:
         self.stage = stage  # after which change of adapters and of copies
         tokens: dict[int, list[int]] = {}
         for token, place in to.at:
@@ -97,10 +97,10 @@ class MixCopies:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._layers: list[_Layer] = []
+        self._layers: list[_LayerPairs] = []
         self._numbers: weakref.WeakKeyDictionary[nn.ModuleDict, int] = weakref.WeakKeyDictionary()
         self._copies: dict[Mix, _Copy] = {}  # the last ones used last
-        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], Layout] = {}  # by which layers, and their pairs
+        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], PairLayout] = {}  # by which layers, and their pairs
         self._version = 0  # rises when a copy is made, or a layer comes
         self._most = 0  # bytes that a batch needed
         self._roomy = 0  # batches in a row that needed less than half of what is held
@@ -118,7 +118,7 @@ class MixCopies:
         found = self._numbers.get(adapters)
         if found is None:
             found = self._numbers[adapters] = len(self._layers)
-            self._layers.append(_Layer(weakref.ref(adapters), shape))
+            self._layers.append(_LayerPairs(weakref.ref(adapters), shape))
             self._version += 1
         return found
 
@@ -128,7 +128,7 @@ class MixCopies:
         self._version += 1
         self.bytes = self._most = self._roomy = 0
 
-    def hold(self, to: Arrangement, selection: Selection) -> _InUse:
+    def hold(self, to: BatchAssignment, selection: Selection) -> _InUse:
         """Has each mix that is used copied; an adapter without a pair on a layer adds nothing there.
 
         Copies what is not there, or was copied before an adapter came or left, or was trained since.
@@ -194,13 +194,13 @@ class MixCopies:
                 kinds.append((number, a.size(0), a.dtype, b.dtype))
         return _Part(own_of, factors, self._layout(copy.layers, kinds), special)
 
-    def _layout(self, first: int, kinds: Sequence[PairKind]) -> Layout:
+    def _layout(self, first: int, kinds: Sequence[PairKind]) -> PairLayout:
         """On the layers from `first` on; made once for mixes that are alike, while it is among the last few."""
         key = first, len(self._layers), tuple(kinds)
         if key not in self._layouts:
             while len(self._layouts) >= LAYOUTS:
                 del self._layouts[next(iter(self._layouts))]
-            self._layouts[key] = Layout(kinds, [layer.shape for layer in self._layers[first:]])
+            self._layouts[key] = PairLayout(kinds, [layer.shape for layer in self._layers[first:]])
         return self._layouts[key]
 
 
@@ -217,16 +217,16 @@ class MixRows:
         self._bits = sum(1 << number for number in self.numbers)
         self._special = False
 
-    def hold(self, to: Arrangement, selection: Selection) -> None:
+    def hold(self, to: BatchAssignment, selection: Selection) -> None:
         """Has what the arrangement uses copied, if nobody had yet."""
         held = self._copies.hold(to, selection)
         self.empty, self._special, self.shares = not held.held & self._bits, bool(held.special & self._bits), held.shares
 
-    def meets_special(self, to: Arrangement) -> bool:
+    def meets_special(self, to: BatchAssignment) -> bool:
         """Whether a mix of the arrangement, which is the one that was held last, has a pair here that is more than A and B."""
         return self._special
 
-    def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
+    def add(self, ys: Sequence[Tensor], x: Tensor, to: BatchAssignment) -> None:
         """Adds to each layer's y (tokens, out), in place, what the mixes give the tokens of `x` (tokens, in)."""
         if not self.empty and self.shares is not None:
             self._rows.add(ys, x, self.shares)

@@ -24,7 +24,7 @@ Chosen = slice | Tensor  # rows of a tensor: neighbours, or by number
 
 
 @dataclass(frozen=True)
-class Part:
+class PaddedPart:
     """Tokens of a batch, by number, and the rows of their factors: of all A's of the layers, and of each layer's B's."""
 
     tokens: Sequence[int]
@@ -66,9 +66,9 @@ class PaddedParts:
                 y.index_add_(0, self.targets, found.to(y.dtype))
 
 
-def padded(parts: Sequence[Part], device: torch.device) -> tuple[PaddedParts, ...]:
+def padded(parts: Sequence[PaddedPart], device: torch.device) -> tuple[PaddedParts, ...]:
     """All `parts` that have a rank, in as few groups as their ranks and lengths allow."""
-    groups: list[list[Part]] = []
+    groups: list[list[PaddedPart]] = []
     for part in sorted(parts, key=lambda part: (part.ranks, -len(part.tokens))):
         if not any(part.ranks):
             continue
@@ -82,7 +82,7 @@ def padded(parts: Sequence[Part], device: torch.device) -> tuple[PaddedParts, ..
     return tuple(_together(sorted(group, key=lambda part: part.tokens[0]), device) for group in groups)
 
 
-def _together(parts: Sequence[Part], device: torch.device) -> PaddedParts:
+def _together(parts: Sequence[PaddedPart], device: torch.device) -> PaddedParts:
     first = parts[0]
     if len(parts) == 1 and isinstance(first.tokens, range):  # of any length: nothing to look at one by one
         whole = slice(first.tokens.start, first.tokens.stop)

@@ -26,11 +26,11 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.batched.gathered import row_dots, row_sums
 from lorakeet.core.batched.mixture import Copied, Factors, Held, factors_of, mixtures, plain
-from lorakeet.core.batched.padded_parts import PaddedParts, Part, padded
+from lorakeet.core.batched.padded_parts import PaddedPart, PaddedParts, padded
 from lorakeet.core.batched.row_table import RowTable
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.pair_products import PairProducts, Placed, by_turns
-from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share, Standing
+from lorakeet.core.selection import PATIENCE, BatchAssignment, Selection, Share, Standing
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _Picks:
     long: tuple[PaddedParts, ...]
 
     @classmethod
-    def of(cls, to: Arrangement, seats: Mapping[int, _Seat], tables: Sequence[int], device: torch.device) -> _Picks:
+    def of(cls, to: BatchAssignment, seats: Mapping[int, _PairRows], tables: Sequence[int], device: torch.device) -> _Picks:
         """`tables` are the tables of B's by layer."""
         tokens: list[int] = []
         rows: list[int] = []
@@ -134,12 +134,12 @@ class _Picks:
             if layers:
                 part = slice(begin, len(rows))
                 sums.append(_Sums(tuple(layers), part, _numbers(own, device), _numbers(firsts, device)))
-        long = [Part(part, seats[place].all_of_a, seats[place].of_b) for part, place in to.long]
+        long = [PaddedPart(part, seats[place].all_of_a, seats[place].of_b) for part, place in to.long]
         return cls(_numbers(tokens, device), _numbers(rows, device), tuple(sums), padded(long, device))
 
 
 @dataclass(frozen=True)
-class _Seat:
+class _PairRows:
     """The rows of a place in the tables: of each layer's A's among all A's, one layer below the other, and of its B's."""
 
     of_a: tuple[slice, ...]
@@ -154,7 +154,7 @@ class _Seat:
         return tuple(end for rows in (*self.of_a, *self.of_b) for end in (rows.start, rows.stop))
 
 
-class Stack:
+class PairStack:
     """The pairs of several adapters on layers that see the same x, by the places of an Arrangement; for inference.
 
     All A's are one table (rows, in), the B's of layers of one width, side by side, one of (rows, out), since what is asked of a
@@ -179,8 +179,8 @@ class Stack:
         self._Bs = [RowTable(out, products, device) for out, _ in itertools.groupby(outs)]
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
         self._copies: dict[int, Copied] = {}  # by place
-        self._seats: dict[int, _Seat] = {}  # by place
-        self._picked: tuple[Arrangement, _Picks] | None = None  # the last ones
+        self._seats: dict[int, _PairRows] = {}  # by place
+        self._picked: tuple[BatchAssignment, _Picks] | None = None  # the last ones
         self._roomy = 0  # batches in a row that needed less than half of the rows
 
     @property
@@ -193,7 +193,7 @@ class Stack:
             self._drop(place)
         self._remake((), fit=True)
 
-    def hold(self, to: Arrangement, pairs: Held, selection: Selection) -> None:
+    def hold(self, to: BatchAssignment, pairs: Held, selection: Selection) -> None:
         """Makes each place that is used hold its mix of `pairs`; an adapter without a pair here adds nothing.
 
         Copies what is not there, or was copied before an adapter came or left, or was trained since.
@@ -214,7 +214,7 @@ class Stack:
         if self._roomy >= PATIENCE:
             self._remake(wanted, fit=True)
 
-    def meets_special(self, to: Arrangement) -> bool:
+    def meets_special(self, to: BatchAssignment) -> bool:
         """Whether a mix of the arrangement, which is held, has a pair here that is more than A and B."""
         return not self.special.isdisjoint(to.used)
 
@@ -222,7 +222,7 @@ class Stack:
         known = self._copies.get(place)
         return known is not None and known.stands_for(what)
 
-    def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
+    def add(self, ys: Sequence[Tensor], x: Tensor, to: BatchAssignment) -> None:
         """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
         wide = x.to(self.products)
         picks = self._picks(to)
@@ -239,7 +239,7 @@ class Stack:
                 y = ys[layer]
                 y.add_(added) if to.tokens is None else y.index_add_(0, to.tokens, added.to(y.dtype))
 
-    def _picks(self, to: Arrangement) -> _Picks:
+    def _picks(self, to: BatchAssignment) -> _Picks:
         """Worked out once for all stacks whose places have the same rows of tables that are divided alike."""
         if self._picked is None or self._picked[0] is not to:
             key = self._table, tuple((place, self._seats[place].key) for place in sorted(to.used))
@@ -279,7 +279,7 @@ class Stack:
                 table.free(place)
             return False
         of_b = itertools.chain(*map(_below, (B.spans[place].start for B in self._Bs), self._by_table(ranks)))
-        self._seats[place] = _Seat(tuple(_below(self._A.spans[place].start, ranks)), tuple(of_b))
+        self._seats[place] = _PairRows(tuple(_below(self._A.spans[place].start, ranks)), tuple(of_b))
         return True
 
     def _by_table(self, ranks: Sequence[int]) -> list[list[int]]:

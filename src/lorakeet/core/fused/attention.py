@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
 from lorakeet.core.fused import flash_varlen
 from lorakeet.core.fused.elementwise import passes_over
-from lorakeet.core.fused.flash_varlen_recorded import Places, card_kernel
+from lorakeet.core.fused.flash_varlen_recorded import RowOffsets, card_kernel
 from lorakeet.core.fused.mlp_and_norm import (
     FrozenRmsNorm,
     Normed,
@@ -216,7 +216,7 @@ class RotaryAttention(StandIn):
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         heads, kv = (base.shape[0] // head for base in bases[:2])
         on_card = flash_varlen.serves(x, heads, kv, head)
-        places = cast("Places | None", settings.get("row_places"))
+        places = cast("RowOffsets | None", settings.get("row_places"))
         if not on_card and (places is not None or not is_cpu(x.device)):
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype

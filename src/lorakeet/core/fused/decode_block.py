@@ -18,7 +18,7 @@ from lorakeet.core.batched.mix_copies import MixRows
 from lorakeet.core.fused.attention import INPUTS, turned
 from lorakeet.core.layers.linear import BLOCK_PARTS, BlockStandIn, HeldPairs, LoraLinear, SharedInput
 from lorakeet.core.reordered import Order, ReorderedBase
-from lorakeet.core.selection import Arrangement
+from lorakeet.core.selection import BatchAssignment
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
 from lorakeet.kernels.cpu.panels import Panels
@@ -147,7 +147,7 @@ class DecodeBlock(BlockStandIn):
 class _Lookup:
     """The pairs of a division of the batch, after so many changes of adapters."""
 
-    def __init__(self, pairs: BlockPairs | None = None, to: Arrangement | None = None, changes: int = -1) -> None:
+    def __init__(self, pairs: BlockPairs | None = None, to: BatchAssignment | None = None, changes: int = -1) -> None:
         self.pairs, self.to, self.changes = pairs, to, changes
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Lookup:
@@ -163,7 +163,7 @@ class _SameInput:
         self._adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self._shared = SharedInput() if len(self._adapted) == len(layers) else None
 
-    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[Arrangement, HeldPairs]:
+    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[BatchAssignment, HeldPairs]:
         """As SharedInput.prepared; all of the layers can be adapted."""
         return cast(SharedInput, self._shared).prepared(self._adapted, tokens, products, device)
 

@@ -21,7 +21,7 @@ from lorakeet.kernels.cpu.operators import attention_backward_shapes, attention_
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class RowOffsets:
     """Where rows lie among the tokens: row i from starts[i] to starts[i + 1], int32, the last of which is how many tokens there
     are; none has more than `longest`."""
 
@@ -32,7 +32,7 @@ class Places:
 class PlacedRows(CardRows):
     """Attention of rows at `places`, for core/fused/packed_attention.CausalRows; `window` as in CardRows."""
 
-    def __init__(self, places: Places, scale: float, window: int | None = None) -> None:
+    def __init__(self, places: RowOffsets, scale: float, window: int | None = None) -> None:
         self.laid = places.starts, places.longest, scale, EVERYTHING if window is None else window
 
     @property
@@ -41,7 +41,7 @@ class PlacedRows(CardRows):
 
 
 def card_kernel(
-    places: Places | None, rows: tuple[int, ...], scale: float, prefix: int, window: int | None = None
+    places: RowOffsets | None, rows: tuple[int, ...], scale: float, prefix: int, window: int | None = None
 ) -> CardRows:
     """The kernel for rows of those lengths, or of those places where there are any."""
     return CardRows(rows, scale, prefix, window) if places is None else PlacedRows(places, scale, window)

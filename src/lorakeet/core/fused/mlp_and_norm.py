@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase, matmul_each, sum_of_matmul_t
 from lorakeet.core.fused.elementwise import passes_over
-from lorakeet.core.layers.linear import LoraLinear, StandIn, base_of
+from lorakeet.core.layers.linear import LoraLinear, StandIn, dense_base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.pair_products import PairProducts, Placed, by_turns
 from lorakeet.core.selection import Share
@@ -262,7 +262,7 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
     if any(getattr(layer, "products", None) not in (None, x.dtype) for layer in layers):
         return []  # whose own code rounds between two products, without gradients and so in a streamed forward pass too
     if all(type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.dtype == x.dtype for layer in layers):
-        return [base_of(layer, "linear") for layer in layers]
+        return [dense_base_of(layer, "linear") for layer in layers]
     packed = [None if isinstance(layer, LoraLinear) else getattr(layer, "base", None) for layer in layers]
     return [] if None in packed else cast("list[FrozenBase]", packed)
 

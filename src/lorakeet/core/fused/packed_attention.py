@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.fused.flash_varlen import CardRows
-from lorakeet.core.fused.packed_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
+from lorakeet.core.fused.packed_blocks import Indexed, QueryBlocks, blocks_of_queries, token_indices, whole_row_blocks
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.device import is_cpu
 
@@ -152,9 +152,9 @@ class ProductRows:
 class _Laid:
     """Blocks of equal shape as batched products take them: a block's queries as (·, G·width, d), its keys as (·, keys, d)."""
 
-    def __init__(self, blocks: Blocks, kv: int, device: torch.device) -> None:
+    def __init__(self, blocks: QueryBlocks, kv: int, device: torch.device) -> None:
         self.offset, self.kv = blocks.offset, kv
-        self.queries, self.keys = indexed(blocks, device)
+        self.queries, self.keys = token_indices(blocks, device)
         self.keeps_weights = self.keys.shape[1] <= KEPT_KEYS
 
     def queries_of(self, states: Tensor, *, blank: bool = False) -> Tensor:
@@ -209,7 +209,7 @@ class FlashRows:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result, and what `backward` needs beside Q, K and V."""
         result = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        self.places = [indexed(blocks, query.device)[0] for blocks in whole_rows(self.rows, self.prefix, TOKENS)]
+        self.places = [token_indices(blocks, query.device)[0] for blocks in whole_row_blocks(self.rows, self.prefix, TOKENS)]
         logsumexps = []
         for places in self.places:
             q, k, v = self._inputs(places, query, key, value)

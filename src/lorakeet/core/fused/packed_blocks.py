@@ -22,7 +22,7 @@ PIECE = 32  # of a length: products see whole ones, since oneDNN keeps code for 
 
 
 @dataclass(frozen=True)
-class Places:
+class BlockTokens:
     """The tokens of some blocks (blocks, width), filled up with the row's last; where each is `own`: what is found belongs to it.
 
     A prefix stands in the first row as its own; the other rows look at it and answer nothing for it.
@@ -34,11 +34,11 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class QueryBlocks:
     """Blocks of queries of equal shape, each with the keys up to its last one: `offset` keys come before its first query."""
 
-    queries: Places
-    keys: Places
+    queries: BlockTokens
+    keys: BlockTokens
     offset: int
     prefix: int
 
@@ -52,7 +52,7 @@ class _Row:
 
 
 @lru_cache(maxsize=8)
-def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: int, scores: int) -> tuple[Blocks, ...]:
+def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: int, scores: int) -> tuple[QueryBlocks, ...]:
     """All rows in blocks of up to `queries` queries, rounded up to whole pieces; as many together as have `scores` scores."""
     shapes: dict[tuple[int, int], list[tuple[_Row, int]]] = {}  # (queries, offset): rows, and where the block stops
     for row in _rows(rows, prefix):
@@ -66,12 +66,12 @@ def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: i
         for chosen in _parted(blocks, scores // (heads * width * (offset + width))):
             asked = _places(chosen, offset, width)
             keys = asked if offset == 0 else _places(chosen, 0, offset + width)
-            found.append(Blocks(asked, keys, offset, prefix))
+            found.append(QueryBlocks(asked, keys, offset, prefix))
     return tuple(found)
 
 
 @lru_cache(maxsize=8)
-def whole_rows(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Blocks, ...]:
+def whole_row_blocks(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[QueryBlocks, ...]:
     """Each row as one block, rows of nearly equal length together, the longest first, but those with the row that has the prefix
     as its own before all others.
 
@@ -89,7 +89,7 @@ def whole_rows(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Blocks,
     found = []
     for alike in together:
         places = _places([(row, len(row.tokens)) for row in alike], 0, len(alike[0].tokens))
-        found.append(Blocks(places, places, 0, prefix))
+        found.append(QueryBlocks(places, places, 0, prefix))
     return tuple(found)
 
 
@@ -108,7 +108,7 @@ def _rows(rows: tuple[int, ...], prefix: int) -> Iterator[_Row]:
         yield _Row(own, 0) if number == 0 else _Row(np.concatenate([np.arange(prefix), own]), prefix)
 
 
-def _places(blocks: list[tuple[_Row, int]], start: int, width: int) -> Places:
+def _places(blocks: list[tuple[_Row, int]], start: int, width: int) -> BlockTokens:
     """The tokens of each row from `start` to where its block stops, filled up to `width` with the last one."""
     tokens = np.zeros((len(blocks), width), dtype=np.int64)
     own = np.zeros((len(blocks), width), dtype=np.bool_)
@@ -116,13 +116,13 @@ def _places(blocks: list[tuple[_Row, int]], start: int, width: int) -> Places:
         tokens[number, : stop - start] = row.tokens[start:stop]
         tokens[number, stop - start :] = row.tokens[stop - 1]
         own[number, max(0, row.shared - start) : stop - start] = True
-    return Places(tokens, own, np.array([row.shared > start for row, _ in blocks]))
+    return BlockTokens(tokens, own, np.array([row.shared > start for row, _ in blocks]))
 
 
 class Indexed:
     """The places of some blocks as tensors, to read states from and to write into tensors (tokens, heads, d)."""
 
-    def __init__(self, places: Places, prefix: int, device: torch.device) -> None:
+    def __init__(self, places: BlockTokens, prefix: int, device: torch.device) -> None:
         self.shape = places.tokens.shape
         tokens = places.tokens.reshape(-1)  # of each place of the blocks
         whole = bool(places.own.all())
@@ -170,7 +170,7 @@ class Indexed:
         return flat if self.own is None else flat.index_select(0, self.own)
 
 
-def indexed(blocks: Blocks, device: torch.device) -> tuple[Indexed, Indexed]:
+def token_indices(blocks: QueryBlocks, device: torch.device) -> tuple[Indexed, Indexed]:
     """The places of the queries and of the keys of some blocks; one and the same where these are."""
     queries = Indexed(blocks.queries, blocks.prefix, device)
     return queries, queries if blocks.keys is blocks.queries else Indexed(blocks.keys, blocks.prefix, device)

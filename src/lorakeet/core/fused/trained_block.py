@@ -22,24 +22,25 @@ from lorakeet.core.base import stored
 from lorakeet.core.fused.attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.fused.mlp_and_norm import MLP, FrozenRmsNorm, GatedMlp, shared_uses
 from lorakeet.core.fused.packed_attention import NativeRows, kernel_for
-from lorakeet.core.fused.trained_block_cache import HOOKS, Look, Noted, look, selection_in
+from lorakeet.core.fused.trained_block_cache import HOOKS, Look, Noted, cached_arguments, selection_in
 from lorakeet.core.layers.linear import BLOCK_PARTS, BlockStandIn, LoraLinear
 from lorakeet.core.selection import Share
 from lorakeet.kernels.cpu import dense, operators, trained_pairs
-from lorakeet.kernels.cpu.stored import Stored
-from lorakeet.kernels.cpu.trained_block import Call, Pairs, Weights
+from lorakeet.kernels.cpu.stored import StoredWeight
+from lorakeet.kernels.cpu.trained_block import BlockCall, Pairs, Weights
 from lorakeet.kernels.cpu.workspace import ROOMS
 
 
 class TrainedBlockFunction(torch.autograd.Function):
     """y of a block of x (1, tokens, hidden); in the backward pass ∂x and, for each pair, ∂A and ∂B, by the formulas of the parts.
 
-    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as kernels/cpu/trained_block.Call has them, and
+    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as kernels/cpu/trained_block.BlockCall has them,
+    and
     holds them: torch would take a twentieth of a millisecond to note fourteen of them down, and as long to look for them again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Call, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: BlockCall, *factors: Tensor) -> Tensor:
         y, kept = call.forward(x[0], cos, sin)
         ctx.save_for_backward(x, cos, sin, kept)
         ctx.call, ctx.versions = call, [factor._version for factor in factors]
@@ -131,7 +132,7 @@ class TrainedBlock(BlockStandIn):
         whole = all(part.shape == (1, x.shape[1], head) for part in turn)
         return kernel is NativeRows and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
 
-    def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+    def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
         """What `_asked` would answer, where all that it depends on is as it was when it was last asked; else None."""
         before, tokens, block = self.memory.before, x.shape[1], self._modules["original"]
         selection = None if before is None else selection_in(block)
@@ -140,22 +141,22 @@ class TrainedBlock(BlockStandIn):
         shares = selection.all_shares(tokens)
         if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
             return None
-        seen = look(block, before.names, x)
+        seen = cached_arguments(block, before.names, x)
         if seen is None or not before.noted.same(seen) or seen.attention.looks_back_less(prefix + max(rows)):
             return None
         if shares != before.shares or tokens != before.tokens:
             self.memory.before = before = before.of(seen, shares, tokens)
         shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
-        return Call(before.weights, shape, before.pairs, seen.factors, seen.held), seen.factors
+        return BlockCall(before.weights, shape, before.pairs, seen.factors, seen.held), seen.factors
 
-    def _noted(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+    def _noted(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
         """What `_asked` answers, which is remembered if it depends on nothing but what a look sees.
 
         The look is taken first: what changes behind it, in another thread, is seen by the next one.
         """
         selection, tokens = selection_in(self._modules["original"]), x.shape[1]
         shares = () if selection is None else selection.all_shares(tokens)
-        seen = look(self._modules["original"], [share.name for share in shares], x)
+        seen = cached_arguments(self._modules["original"], [share.name for share in shares], x)
         asked = self._asked(x, rows, prefix)
         if asked is None or seen is None or len(seen.factors) != len(asked[1]):  # where some shares have no pair here
             return asked
@@ -164,7 +165,7 @@ class TrainedBlock(BlockStandIn):
             self.memory.before = Before(Noted(seen), call.weights, (shape.heads, shape.kv, shape.d), shares, tokens, call.pairs)
         return asked
 
-    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
         """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
         parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
         if parts is None:
@@ -191,7 +192,7 @@ class TrainedBlock(BlockStandIn):
         heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
         held = [*weights.held(), *(factor.detach() for factor in factors)]
-        return Call(weights.told(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
+        return BlockCall(weights.told(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
@@ -237,12 +238,12 @@ def _weights_of(
     return Weights(stored_of, kept, *([(gain.detach(), epsilon) for gain, epsilon in of] for of in (by_head, by_norm)))
 
 
-def _is_bias(bias: Tensor, weight: Stored) -> bool:
+def _is_bias(bias: Tensor, weight: StoredWeight) -> bool:
     """Whether C can add it to what the weight gives; one that is trained is for autograd."""
     return not bias.requires_grad and bias.shape == (weight.out,) and _readable(bias)
 
 
-def _stored(layer: nn.Module, x: Tensor) -> Stored | None:
+def _stored(layer: nn.Module, x: Tensor) -> StoredWeight | None:
     """What C is told of its frozen weight, if that is to be multiplied in bf16 and by the library alone."""
     if type(layer) is not LoraLinear or layer.products not in (None, torch.bfloat16):
         return None

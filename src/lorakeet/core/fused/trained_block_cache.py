@@ -61,7 +61,7 @@ def selection_in(block: Any) -> Selection | None:
     return found if isinstance(found, Selection) else None
 
 
-def look(block: Any, names: Sequence[str], x: Tensor) -> Look | None:
+def cached_arguments(block: Any, names: Sequence[str], x: Tensor) -> Look | None:
     """At a decoder block and the pairs of these names on its seven layers, for states like x.
 
     None where it has other parts or somebody listens to them, and for pairs with an anchor, whose factors are made for each pass.

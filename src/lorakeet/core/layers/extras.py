@@ -43,7 +43,7 @@ class TrainedModule(AdaptedLayer):
         return y.to(dtype) if isinstance(y, Tensor) else y
 
 
-class Rows(nn.Module):
+class TrainedRows(nn.Module):
     """Trained rows of an embedding, for the token ids `ids` (rows,): values (rows, hidden).
 
     `tokens` are their texts and `tied` the path of the head that shares them, kept for the adapter on disk.
@@ -79,7 +79,7 @@ class TokenRowsEmbedding(TokenRowsLayer):
         y = cast(Tensor, self.original(ids))
         if self.active is None:
             return y
-        rows = cast(Rows, self.adapters[self.active])
+        rows = cast(TrainedRows, self.adapters[self.active])
         slots = rows.slots(ids)
         trained = (rows.values[slots.clamp_min(0)] * embed_scale(self.original)).to(y.dtype)
         return torch.where((slots >= 0).unsqueeze(-1), trained, y)
@@ -93,6 +93,6 @@ class TokenRowsHead(TokenRowsLayer):
         logits = cast(Tensor, self.original(hidden))
         if self.active is None:
             return logits
-        rows = cast(Rows, self.adapters[self.active])
+        rows = cast(TrainedRows, self.adapters[self.active])
         own = hidden @ rows.values.t().to(hidden.dtype)  # (…, rows)
         return logits.index_copy(-1, rows.ids, own.to(logits.dtype))

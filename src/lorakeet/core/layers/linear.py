@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
 from lorakeet.core.batched.mix_copies import MixRows
-from lorakeet.core.batched.stack import Stack, shared_low_rank
+from lorakeet.core.batched.stack import PairStack, shared_low_rank
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.initialise import begin
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, Together
-from lorakeet.core.selection import Arrangement, Selection, Share
+from lorakeet.core.selection import BatchAssignment, Selection, Share
 from lorakeet.core.spec import ANCHORED
-from lorakeet.kernels.cpu.inference_pairs import fits
+from lorakeet.kernels.cpu.inference_pairs import fits_shapes
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
 
@@ -200,7 +200,7 @@ def require_unmixed(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Shar
     return found
 
 
-HeldPairs = Stack | MixRows  # pairs of layers that see the same x
+HeldPairs = PairStack | MixRows  # pairs of layers that see the same x
 
 
 class SharedInput:
@@ -212,7 +212,7 @@ class SharedInput:
     def __init__(self) -> None:
         self._stack: HeldPairs | None = None
         self._selection: Selection | None = None  # whose mixes the stack holds
-        self._to: Arrangement | None = None  # what the stack is made for, after which change of adapters
+        self._to: BatchAssignment | None = None  # what the stack is made for, after which change of adapters
         self._changes = -1
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
@@ -246,7 +246,7 @@ class SharedInput:
 
     def prepared(
         self, layers: Sequence[LoraLinear], tokens: int, products: torch.dtype, device: torch.device
-    ) -> tuple[Arrangement, HeldPairs]:
+    ) -> tuple[BatchAssignment, HeldPairs]:
         """How the divided batch is computed by layers that see so many tokens, and what holds the pairs that it uses."""
         selection, stack = layers[0].selection, self._stack
         to = selection.arranged(tokens, device)
@@ -260,7 +260,9 @@ class SharedInput:
             self._together = Together(bases)
         return self._together
 
-    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> HeldPairs:
+    def _holding(
+        self, layers: Sequence[LoraLinear], to: BatchAssignment, products: torch.dtype, device: torch.device
+    ) -> HeldPairs:
         """The stack, with the mixes of `to` in it."""
         selection, stack = layers[0].selection, self._stack
         changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
@@ -281,9 +283,9 @@ class SharedInput:
 def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> HeldPairs:
     """What holds pairs of layers that see the same x; nothing yet."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
-    if fits(products, device, shapes):
+    if fits_shapes(products, device, shapes):
         return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
-    stack = Stack(shapes, products, device)
+    stack = PairStack(shapes, products, device)
     selection.holds(stack)
     return stack
 
@@ -361,6 +363,6 @@ def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, devic
     return pair
 
 
-def base_of(module: Any, kind: str) -> FrozenBase:
+def dense_base_of(module: Any, kind: str) -> FrozenBase:
     """The FrozenBase over a dense linear module; quantised ones come from `quant/replace`."""
     return TransposedBase(module) if kind == "conv1d" else DenseBase(module)

@@ -154,7 +154,7 @@ def scaled_to_cover(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int,
     return max(size[0], round(sides[0] * scale)), max(size[1], round(sides[1] * scale))
 
 
-def cut(pixels: Pixels, size: tuple[int, int], *, crop: int = 0, key: str = "") -> tuple[Pixels, tuple[int, int]]:
+def crop_to_cover(pixels: Pixels, size: tuple[int, int], *, crop: int = 0, key: str = "") -> tuple[Pixels, tuple[int, int]]:
     """`pixels` scaled to cover `size` (height, width) and cut to it, with the cut's (top, left) in the scaled picture.
 
     Crop 0 is the middle; further ones lie where a hash of `key` and the number says.

@@ -123,7 +123,7 @@ def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools
 
 
 @dataclass(frozen=True)
-class _Fit:
+class _Registration:
     """Pictures fitted to their targets (n, side, side): what is `left`, `over` which places, where clipping leaves it `free`.
 
     `fitted` is the picture in another tone: tone (n, 2, 1) is its gain and its offset.
@@ -140,7 +140,7 @@ class _Fit:
     told: Bools  # (n,): whether another tone was tried
 
 
-def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> _Fit:
+def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> _Registration:
     """The better of the pictures as they lie and registered, both in the best tone, as far as their detail allows either."""
     target = others.light
     warp = np.where(cut[:, None], _registered(ones.light, target, warp), np.float32(0))
@@ -152,7 +152,7 @@ def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools)
         as_it_is = ~tone[:, None, None]
         left, fitted = np.where(as_it_is, (target - seen) * over, left), np.where(as_it_is, seen, fitted)
         gain, touched = np.where(as_it_is, np.array([[1], [0]], np.float32), gain), clipped.max(1) > _TOUCHED
-        fits.append(_Fit(target, fitted, left, over, free & ~as_it_is, touched & ~as_it_is, gain, each, tone))
+        fits.append(_Registration(target, fitted, left, over, free & ~as_it_is, touched & ~as_it_is, gain, each, tone))
     share = [_sum(fit.left, fit.left) / fit.over.sum((1, 2)) for fit in fits]
     return _chosen(share[1] < share[0], fits[1], fits[0])
 
@@ -265,16 +265,16 @@ def _tone(seen: Floats, target: Floats, weight: Floats) -> Floats:
     return np.asarray(np.stack([gain, offset], 1)[..., None], np.float32)
 
 
-def _chosen(which: Bools, one: _Fit, other: _Fit) -> _Fit:
+def _chosen(which: Bools, one: _Registration, other: _Registration) -> _Registration:
     """Of each pair `one` where `which` says so, else the `other`."""
 
     def of(mine: Any, theirs: Any) -> Any:
         return np.where(which.reshape(-1, *(1,) * (mine.ndim - 1)), mine, theirs)
 
-    return _Fit(*(of(getattr(one, part.name), getattr(other, part.name)) for part in fields(_Fit)))
+    return _Registration(*(of(getattr(one, part.name), getattr(other, part.name)) for part in fields(_Registration)))
 
 
-def _coloured(ones: Prints, others: Prints, found: _Fit) -> tuple[Floats, Bools]:
+def _coloured(ones: Prints, others: Prints, found: _Registration) -> tuple[Floats, Bools]:
     """What is left of luminance once clipped colours are known, and (n,) whether the colours are the same but for one gain.
 
     It is 1 where the pictures are compared as they lie. Tried besides the best one is the gain of the luminance, which is that of
@@ -300,7 +300,7 @@ def _coloured(ones: Prints, others: Prints, found: _Fit) -> tuple[Floats, Bools]
     return np.where(np.abs(left) < np.abs(left_too), left, left_too), alike
 
 
-def _unclipped_left(found: _Fit, seen: Floats, target: Floats, gain: Reals, free: Bools) -> tuple[Floats, Floats]:
+def _unclipped_left(found: _Registration, seen: Floats, target: Floats, gain: Reals, free: Bools) -> tuple[Floats, Floats]:
     """What is left of luminance (signed) and of colours (not), in `free` places what clipping explains neither way."""
     tone, offset = found.tone[:, :1], found.tone[:, 1:]
     plain, back = ((light - offset) / tone for light in (found.fitted, found.target))

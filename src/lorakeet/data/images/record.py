@@ -23,7 +23,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Known:
+class RecordedImage:
     """A picture as split.json has it."""
 
     file: str
@@ -38,7 +38,7 @@ class Known:
 def image_record(dataset: ImageDataset, data: DataSpec) -> dict[str, object]:
     """The content of split.json: the hashes of every split, the pictures of each part in their order, and what was found."""
     pictures = {
-        part: [asdict(Known(row.source, row.pixels_key, row.caption)) for row in getattr(dataset, part)] for part in PARTS
+        part: [asdict(RecordedImage(row.source, row.pixels_key, row.caption)) for row in getattr(dataset, part)] for part in PARTS
     }
     return {
         **dataset.split_record(),
@@ -61,7 +61,7 @@ def recorded_images(
     if "pictures" not in record:
         return None
     try:
-        known = {part: [Known(**entry) for entry in record["pictures"][part]] for part in PARTS}
+        known = {part: [RecordedImage(**entry) for entry in record["pictures"][part]] for part in PARTS}
         groups = record["judged_groups"]
         alike = tuple(Alike(**entry) for entry in record["alike"])
         remarks, split_by = tuple(record["remarks"]), dict(record["split_by"])
@@ -96,7 +96,7 @@ def recorded_images(
     )  # fmt: skip
 
 
-def _again(folder: Path, known: Sequence[Known], spec: ImageSpec, problems: Problems) -> tuple[ImageRow, ...]:
+def _again(folder: Path, known: Sequence[RecordedImage], spec: ImageSpec, problems: Problems) -> tuple[ImageRow, ...]:
     """The known pictures in their order: under their names, else under another name in the same folder, else a problem."""
     rows = list(read_named(folder, [one.file for one in known], spec))
     right = {one.file for one, row in zip(known, rows, strict=True) if _is(one, row)}
@@ -111,11 +111,11 @@ def _again(folder: Path, known: Sequence[Known], spec: ImageSpec, problems: Prob
     return tuple(row for row in rows if row is not None)
 
 
-def _is(one: Known, row: ImageRow | None) -> bool:
+def _is(one: RecordedImage, row: ImageRow | None) -> bool:
     return row is not None and (row.pixels_key, row.caption) == one.content
 
 
-def _difference(folder: Path, one: Known, now: ImageRow | None) -> str:
+def _difference(folder: Path, one: RecordedImage, now: ImageRow | None) -> str:
     path = folder / one.file
     if now is None:
         return f"{path} {'cannot be used any more: its picture or its caption cannot be read' if path.is_file() else 'is gone'}."

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorakeet.data.images.folder import ImageRow, read_album
 from lorakeet.data.images.near_duplicates import Copy, Likeness, alike_groups, copies, likeness
 from lorakeet.data.images.spec import ImageSpec
-from lorakeet.data.images.tables import is_table, unpacked
+from lorakeet.data.images.tables import is_table, unpack_pictures
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import split_record, split_rows
@@ -90,7 +90,7 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
 
 def album_folder(name: str, tables: Path, limit: int | None = None) -> Path:
     """The folder of the pictures that a setting names; those of a table are unpacked below `tables`."""
-    return unpacked(name, tables, limit=limit) if is_table(name) else Path(name).expanduser()
+    return unpack_pictures(name, tables, limit=limit) if is_table(name) else Path(name).expanduser()
 
 
 def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[str], setting: str) -> tuple[ImageRow, ...]:

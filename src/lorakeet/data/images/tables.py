@@ -31,7 +31,7 @@ def is_table(name: str) -> bool:
     return name.lower().endswith(".parquet") or name.startswith(HUB) or is_hub_id(name)
 
 
-def unpacked(name: str, into: Path, *, limit: int | None = None) -> Path:
+def unpack_pictures(name: str, into: Path, *, limit: int | None = None) -> Path:
     """A folder below `into` with the pictures of the table `name`, byte for byte, and their captions in metadata.jsonl.
 
     The picture is the first column that holds one (datasets' image feature, or plain bytes), the caption stands in text, caption

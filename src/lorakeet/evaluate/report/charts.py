@@ -21,7 +21,7 @@ _SQUARES = 1000  # squares drawn at most; each then stands for several rows
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     """A value after `step` optimizer steps, with its interval where it has one."""
 
     step: int
@@ -34,9 +34,9 @@ class Point:
 class Curves:
     """Train and held-out loss and learning rate by step; `best_step` is the checkpoint kept, `ended` says why training did."""
 
-    train: tuple[Point, ...] = ()
-    held_out: tuple[Point, ...] = ()
-    learning_rate: tuple[Point, ...] = ()
+    train: tuple[ChartPoint, ...] = ()
+    held_out: tuple[ChartPoint, ...] = ()
+    learning_rate: tuple[ChartPoint, ...] = ()
     best_step: int | None = None
     ended: str = ""
 
@@ -81,9 +81,9 @@ def interval_axis(estimates: Sequence[Estimate], *, zero: bool = False) -> Axis:
 
 def interval_bar(estimate: Estimate, scale: Axis, role: str, *, zero: bool = False) -> Markup:
     """A dot at the value with a line over its interval, on light tick lines; the number itself stands in the page's text."""
-    parts = [line(scale.at(tick), 0, scale.at(tick), 100, "zero" if zero and tick == 0 else "tick") for tick in scale.ticks]
+    parts = [svg_line(scale.at(tick), 0, scale.at(tick), 100, "zero" if zero and tick == 0 else "tick") for tick in scale.ticks]
     low, high, middle = scale.at(estimate.low), scale.at(estimate.high), scale.at(estimate.value)
-    parts.append(line(low, 50, high, 50, f"bar {role}"))
+    parts.append(svg_line(low, 50, high, 50, f"bar {role}"))
     parts.append(Markup('<circle cx="{}%" cy="50%" r="5.5" class="dot {}"/>').format(middle, role))
     return Markup('<svg class="track" aria-hidden="true">{}</svg>').format(Markup("").join(parts))
 
@@ -115,16 +115,16 @@ def learning_curves(curves: Curves) -> Markup:
     steps = Axis(0, steps.high, tuple(tick for tick in steps.ticks if 0 <= tick <= last and tick == int(tick)))
     edges = [edge for point in points for edge in (point.value, point.low, point.high) if edge is not None]
     values = axis(_without_extremes(edges))
-    shapes = [line(0, 100 - values.at(tick), 100, 100 - values.at(tick), "tick") for tick in values.ticks]
+    shapes = [svg_line(0, 100 - values.at(tick), 100, 100 - values.at(tick), "tick") for tick in values.ticks]
     shapes += [polyline(curves.train, steps, values, "train raw"), polyline(_running_mean(curves.train), steps, values, "train")]
     shapes.append(polyline(curves.held_out, steps, values, "held"))
     best = next((point for point in curves.held_out if point.step == curves.best_step), None)
     if best is not None:
-        shapes.append(line(steps.at(best.step), 0, steps.at(best.step), 100, "best"))
+        shapes.append(svg_line(steps.at(best.step), 0, steps.at(best.step), 100, "best"))
     for point in curves.held_out:
         x, y = steps.at(point.step), 100 - values.at(point.value)
         if point.low is not None and point.high is not None:
-            shapes.append(line(x, 100 - values.at(point.low), x, 100 - values.at(point.high), "whisker held"))
+            shapes.append(svg_line(x, 100 - values.at(point.low), x, 100 - values.at(point.high), "whisker held"))
         mark = "dot held kept" if point is best else "dot held"
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, 6.5 if point is best else 3.5, mark))
     return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}{}</div>').format(
@@ -138,7 +138,7 @@ def learning_curves(curves: Curves) -> Markup:
     )
 
 
-def _rate_strip(rates: Sequence[Point], steps: Axis) -> Markup:
+def _rate_strip(rates: Sequence[ChartPoint], steps: Axis) -> Markup:
     top = max((point.value for point in rates), default=0.0)
     if top <= 0:
         return Markup("")
@@ -150,11 +150,11 @@ def _rate_strip(rates: Sequence[Point], steps: Axis) -> Markup:
 def reliability_plot(bins: Sequence[ReliabilityBin], role: str) -> Markup:
     """Accuracy against confidence, one dot a bin with its interval; a perfectly calibrated system lies on the diagonal."""
     unit = Axis(0, 1, (0.0, 0.25, 0.5, 0.75, 1.0))
-    shapes = [line(0, 100 - unit.at(tick), 100, 100 - unit.at(tick), "tick") for tick in unit.ticks]
-    shapes.append(line(0, 100, 100, 0, "diagonal"))
+    shapes = [svg_line(0, 100 - unit.at(tick), 100, 100 - unit.at(tick), "tick") for tick in unit.ticks]
+    shapes.append(svg_line(0, 100, 100, 0, "diagonal"))
     for entry in bins:
         x, estimate = unit.at(entry.confidence), entry.accuracy
-        shapes.append(line(x, 100 - unit.at(estimate.low), x, 100 - unit.at(estimate.high), f"whisker {role}"))
+        shapes.append(svg_line(x, 100 - unit.at(estimate.low), x, 100 - unit.at(estimate.high), f"whisker {role}"))
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="5" class="dot {}"/>').format(x, 100 - unit.at(estimate.value), role))
     marks = Markup("").join(Markup('<span style="top:{}%">{}</span>').format(100 - unit.at(t), f"{t:g}") for t in unit.ticks)
     return Markup('<div class="plot square"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}</div>').format(
@@ -162,13 +162,13 @@ def reliability_plot(bins: Sequence[ReliabilityBin], role: str) -> Markup:
     )
 
 
-def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+def svg_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     """A straight line between two places in percent."""
     place = (round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2))
     return Markup('<line x1="{}%" y1="{}%" x2="{}%" y2="{}%" class="{}"/>').format(*place, kind)
 
 
-def polyline(points: Sequence[Point], steps: Axis, values: Axis, kind: str) -> Markup:
+def polyline(points: Sequence[ChartPoint], steps: Axis, values: Axis, kind: str) -> Markup:
     """A line through `points`, in a box of 100 by 100 that is stretched while its stroke is not."""
     usable = [point for point in points if math.isfinite(point.value)]
     if len(usable) < 2:
@@ -180,13 +180,13 @@ def polyline(points: Sequence[Point], steps: Axis, values: Axis, kind: str) -> M
     ).format(places, kind)
 
 
-def _running_mean(points: Sequence[Point]) -> list[Point]:
+def _running_mean(points: Sequence[ChartPoint]) -> list[ChartPoint]:
     reach = len(points) // 40
-    result: list[Point] = []
+    result: list[ChartPoint] = []
     for index, point in enumerate(points):
         window = [near.value for near in points[max(0, index - reach) : index + reach + 1] if math.isfinite(near.value)]
         if window:
-            result.append(Point(point.step, sum(window) / len(window)))
+            result.append(ChartPoint(point.step, sum(window) / len(window)))
     return result
 
 

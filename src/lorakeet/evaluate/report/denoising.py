@@ -9,7 +9,7 @@ import numpy as np
 
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
-from lorakeet.evaluate.report.report import Reply, Report, Role, SideBySide, SystemResult
+from lorakeet.evaluate.report.report import Report, Role, ScoredAnswer, SideBySide, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.verdict import verdict_of
 
@@ -38,7 +38,10 @@ def denoising_report(
         comparisons=(comparison,),
         verdict=verdict_of((comparison,)),
         rows=tuple(
-            SideBySide(captions[row], sources[row], Reply(loss=float(other[row])), Reply(loss=float(mine[row])), sources[row])
+            SideBySide(
+                captions[row], sources[row], ScoredAnswer(loss=float(other[row])), ScoredAnswer(loss=float(mine[row])),
+                sources[row],
+            )
             for row in order
         ),
         rows_of=len(captions),

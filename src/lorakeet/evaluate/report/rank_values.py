@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.report.charts import Axis, Point, axis, axis_labels, line, polyline
+from lorakeet.evaluate.report.charts import Axis, ChartPoint, axis, axis_labels, polyline, svg_line
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,17 @@ class Search:
 
 def curve_plot(curve: RankCurve) -> Markup:
     """Gain against parameters, with intervals; the marked point is larger."""
-    points = [Point(point.parameters, point.gain.value, point.gain.low, point.gain.high) for point in curve.points]
+    points = [ChartPoint(point.parameters, point.gain.value, point.gain.low, point.gain.high) for point in curve.points]
     last = max(point.step for point in points)
     ticks = tuple(tick for tick in axis([0, last], count=4).ticks if 0 <= tick <= last)
     across = Axis(0, last * 1.04, ticks)
     values = axis([edge for point in points for edge in (point.low, point.value, point.high) if edge is not None], zero=True)
     heights = [(100 - values.at(tick), "zero" if tick == 0 else "tick") for tick in values.ticks]
-    shapes = [line(0, height, 100, height, kind) for height, kind in heights]
+    shapes = [svg_line(0, height, 100, height, kind) for height, kind in heights]
     shapes.append(polyline(points, across, values, "held"))
     for point, named in zip(points, curve.points, strict=True):
         x, y = across.at(point.step), 100 - values.at(point.value)
-        shapes.append(line(x, 100 - values.at(point.low or 0.0), x, 100 - values.at(point.high or 0.0), "whisker held"))
+        shapes.append(svg_line(x, 100 - values.at(point.low or 0.0), x, 100 - values.at(point.high or 0.0), "whisker held"))
         mark = named.name == curve.marked
         kind, radius = ("dot held kept", 6.5) if mark else ("dot held", 3.5)
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, radius, kind))

@@ -19,7 +19,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import charts
-from lorakeet.evaluate.report.charts import Curves, Point
+from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
 from lorakeet.evaluate.report.samples import Memorisation, SampleGrid
 from lorakeet.evaluate.values import from_text, put_text, to_text
@@ -28,16 +28,16 @@ from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, com
 
 __all__ = [
     "OUTCOMES",
+    "ChartPoint",
     "Command",
     "Curves",
     "Drift",
     "Leak",
     "MemoryUse",
-    "Point",
     "Reliability",
-    "Reply",
     "Report",
     "Role",
+    "ScoredAnswer",
     "SideBySide",
     "SystemResult",
     "read_report",
@@ -74,7 +74,7 @@ class Reliability:
 
 
 @dataclass(frozen=True)
-class Reply:
+class ScoredAnswer:
     """What one system said to a row: the text, its probability, whether it is right, and its loss in nats a token."""
 
     text: str = ""
@@ -89,8 +89,8 @@ class SideBySide:
 
     text: str
     truth: str
-    base: Reply
-    adapter: Reply
+    base: ScoredAnswer
+    adapter: ScoredAnswer
     source: str = ""
 
     @property
@@ -192,7 +192,7 @@ def read_report(path: Path) -> Report:
 
 
 def _asset(name: str) -> str:
-    return (files("lorakeet.evaluate") / name).read_text(encoding="utf-8")
+    return (files("lorakeet.evaluate.report") / name).read_text(encoding="utf-8")
 
 
 @cache

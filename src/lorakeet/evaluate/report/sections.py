@@ -11,7 +11,7 @@ from lorakeet.evaluate.answers import Answers, confusion, measure
 from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import compare_answers, compare_losses
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
-from lorakeet.evaluate.report.report import Reliability, Reply, Report, Role, SideBySide, SystemResult
+from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.verdict import verdict_of
 
@@ -95,8 +95,8 @@ def language_report(
             SideBySide(
                 texts[row],
                 truths[row],
-                Reply(loss=float(other[row])),
-                Reply(loss=float(mine[row])),
+                ScoredAnswer(loss=float(other[row])),
+                ScoredAnswer(loss=float(mine[row])),
                 sources[row] if sources else "",
             )
             for row in chosen
@@ -117,9 +117,9 @@ def _rows_to_show(outcome: np.ndarray[tuple[int, ...], np.dtype[np.int64]], spec
     return chosen
 
 
-def _reply(answers: Answers, row: int) -> Reply:
+def _reply(answers: Answers, row: int) -> ScoredAnswer:
     label = int(answers.predicted[row])
-    return Reply(answers.labels[label], float(answers.confidence[row]), bool(answers.correct[row]))
+    return ScoredAnswer(answers.labels[label], float(answers.confidence[row]), bool(answers.correct[row]))
 
 
 def _same_length(n: int, texts: Sequence[str], sources: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ class Compression:
         return self.rank is not None or self.error is not None
 
 
-def compress(change: Tensor, compression: Compression) -> tuple[Pair, float]:
+def fit_pair(change: Tensor, compression: Compression) -> tuple[Pair, float]:
     """The pair of scale 1 nearest to `change`, (out, in) or (out, in, k, k), and ‖change − B·A‖ / ‖change‖ (Frobenius).
 
     Eckart-Young: the leading singular vectors, √σ on either side. Where both are set, the rank is a limit.

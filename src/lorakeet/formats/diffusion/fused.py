@@ -45,7 +45,7 @@ def parted(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
     return [tensor[end - height : end] for end, height in zip(itertools.accumulate(rows), rows, strict=True)]
 
 
-def join(pairs: Sequence[Pair | None], rows: Sequence[int]) -> Pair:
+def join_pairs(pairs: Sequence[Pair | None], rows: Sequence[int]) -> Pair:
     """One pair for the parts below each other; `rows` says how many each has, None stands for one without a pair.
 
     The scale is that of all parts, or 1 where they differ and it is multiplied into B. ValueError: only some have DoRA's lengths.
@@ -78,7 +78,7 @@ def swapped(pair: Pair) -> Pair:
     return dataclasses.replace(pair, B=pair.B.roll(half, 0), magnitude=magnitude)
 
 
-def rows_of(parts: int, width: int, total: int) -> list[int] | None:
+def rows_of_parts(parts: int, width: int, total: int) -> list[int] | None:
     """How many of `total` rows each part has: queries, keys and values alike; a fourth, FLUX's MLP, what three of `width` leave.
 
     None where they do not come out.

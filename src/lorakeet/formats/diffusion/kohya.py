@@ -28,7 +28,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.diffusion import lycoris
-from lorakeet.formats.diffusion.dense import Compression, compress
+from lorakeet.formats.diffusion.dense import Compression, fit_pair
 from lorakeet.formats.diffusion.kohya_metadata import HASH, hash_of, network_metadata
 from lorakeet.formats.diffusion.kohya_transformer import changes_of_module, keyed, of_module, unread_by_diffusers
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
@@ -39,7 +39,7 @@ from lorakeet.formats.files.tensors import factor_problem, read_tensors
 from lorakeet.formats.sd_names import (
     FAMILY_KEY,
     Family,
-    family_of,
+    diffusion_family,
     flat,
     flat_keys,
     in_transformer,
@@ -223,7 +223,7 @@ def _compressed(
     pairs: dict[str, Pair] = {}
     flat_ones: list[str] = []
     for key, (modules, slots) in dense.items():
-        change = lycoris.delta(slots, _alpha(slots))
+        change = lycoris.lycoris_delta(slots, _alpha(slots))
         parts = change if isinstance(change, str) else changes_of_module(key, modules, change)
         if isinstance(parts, str):
             problems.add(f"{path}: {modules[0] if len(modules) == 1 else key} {parts}.")
@@ -233,7 +233,7 @@ def _compressed(
             if shape is None and part.dim() == 2 and lycoris.may_be_convolution(module, linear=linear):
                 flat_ones.append(f"{module} {tuple(part.shape)}")
                 continue
-            pairs[module], error = compress(lycoris.unflattened(part, shape), compression)
+            pairs[module], error = fit_pair(lycoris.unflattened(part, shape), compression)
             say(f"{module}: {lycoris.algorithm(slots)} compressed to rank {pairs[module].rank}, relative error {error:.2g}")
     if flat_ones:
         problems.add(
@@ -253,7 +253,7 @@ def _linear_projections(groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
         return True
     for key, slots in groups.items():
         if key.endswith(("attn2_to_k", "attn2_to_v")):
-            change = lycoris.delta(slots, None) if lycoris.is_dense(slots) else slots[_DOWN]
+            change = lycoris.lycoris_delta(slots, None) if lycoris.is_dense(slots) else slots[_DOWN]
             return not isinstance(change, str) and change.shape[-1] in _LINEAR_TEXTS
     return False
 
@@ -279,7 +279,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
         family = transformer_family(adapter.pairs, adapter.metadata, config)
         pairs = keyed(adapter.pairs, family, base, problems)
     else:
-        family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
+        family = diffusion_family(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
         pairs = _keyed(adapter, family, base, problems)
     problems.raise_if_any()
     alphas = Counter(_alpha_of(pair) for pair in pairs.values())

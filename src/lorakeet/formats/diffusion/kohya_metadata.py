@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Pair
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily
-from lorakeet.formats.files.safetensors_file import in_order, tensor_bytes
+from lorakeet.formats.files.safetensors_file import bytes_of_tensor, in_order
 from lorakeet.formats.sd_names import Family, component_of
 
 HASH = "sshs_model_hash"
@@ -66,7 +66,7 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the tensors' bytes in the order in which they lie in the file, which is what A1111 computes of one."""
     total = hashlib.sha256()
     for name in in_order({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}):
-        total.update(tensor_bytes(tensors[name]))
+        total.update(bytes_of_tensor(tensors[name]))
     return total.hexdigest()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Pair
 from lorakeet.errors import Problems, nearest
-from lorakeet.formats.diffusion.fused import join, parted, rows_of, split, swapped
+from lorakeet.formats.diffusion.fused import join_pairs, parted, rows_of_parts, split, swapped
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily, transformer_modules, written_keys
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.sd_names import Family, in_transformer, kohya_key
@@ -26,7 +26,7 @@ def of_module(key: str, parts: Sequence[str], pair: Pair) -> dict[str, Pair] | s
     pair = _in_other_order(key, pair)
     if len(parts) == 1:
         return {parts[0]: pair}
-    rows = rows_of(len(parts), pair.A.shape[1], pair.B.shape[0])
+    rows = rows_of_parts(len(parts), pair.A.shape[1], pair.B.shape[0])
     if rows is None or pair.kind != "linear":
         names = ", ".join(path.rpartition(".")[2] for path in parts)
         return f"{key} has B {tuple(pair.B.shape)} and A {tuple(pair.A.shape)}, which cannot be parted into {names}."
@@ -38,7 +38,7 @@ def changes_of_module(key: str, parts: Sequence[str], change: Tensor) -> dict[st
     """As `of_module`, of a dense change (out, in) or of a convolution."""
     if _is_modulation(key, change.shape[0], change.shape[1]):
         change = change.roll(change.shape[0] // 2, 0)
-    rows = [change.shape[0]] if len(parts) == 1 else rows_of(len(parts), change.shape[1], change.shape[0])
+    rows = [change.shape[0]] if len(parts) == 1 else rows_of_parts(len(parts), change.shape[1], change.shape[0])
     if rows is None:
         return f"has a change {tuple(change.shape)}, which cannot be parted into {len(parts)} matrices"
     return dict(zip(parts, parted(change, rows), strict=True))
@@ -98,7 +98,7 @@ def _joined(parts: Sequence[str], pairs: Sequence[Pair | None], base: BaseModel 
     if lengths and len(lengths) < len(parts):
         without = ", ".join(sorted(set(parts) - set(lengths)))
         return f"{lengths[0]} is DoRA, but {without} is not, and one matrix in kohya's format is all of them."
-    return join(pairs, rows)
+    return join_pairs(pairs, rows)
 
 
 def _mlp(path: str, pair: Pair | None, width: int, base: BaseModel | None) -> int:

@@ -49,7 +49,9 @@ def unflattened(change: Tensor, shape: tuple[int, ...] | None) -> Tensor:
 
 
 def not_understood(slots: Mapping[str, Tensor]) -> list[str]:
-    """The tensors of one module that `delta` has no use for, sorted; such as DoRA's lengths, or a pair beside the products."""
+    """The tensors of one module that `lycoris_delta` has no use for, sorted; such as DoRA's lengths, or a pair beside the
+    products.
+    """
     if algorithm(slots) == "LoHa":
         used = set(LOHA)
     else:
@@ -58,7 +60,7 @@ def not_understood(slots: Mapping[str, Tensor]) -> list[str]:
     return sorted(set(slots) - used - {"alpha"})
 
 
-def delta(slots: Mapping[str, Tensor], alpha: float | None) -> Tensor | str:
+def lycoris_delta(slots: Mapping[str, Tensor], alpha: float | None) -> Tensor | str:
     """ΔW in fp32, or what is wrong with the tensors of this module. Without alpha the scale is 1."""
     try:
         return _loha(slots, alpha) if algorithm(slots) == "LoHa" else _lokr(slots, alpha)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiled_product import Rows, matrix_shape
+from lorakeet.core.tiled_product import RowSource, matrix_shape
 from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.files.json_object import read_object
 
@@ -45,7 +45,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorEntry:
     """Where a tensor lies in a file, and what it is."""
 
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class Header:
     Nobody may change it. One is another only if it is the same object.
     """
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     start: int  # where in the file the tensors begin, end to end
     size: int  # of the file
@@ -98,7 +98,7 @@ class SafeFile:
     """An open book on a checked file: its tensors by name, read one at a time."""
 
     path: Path
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     finite: bool = False  # whether it is known already that no number is NaN or infinite
     header: Header | None = None  # where it is remembered for files that begin alike (formats/files/slab)
@@ -114,7 +114,7 @@ class SafeFile:
         """Those of all tensors in fp32, end to end in the order of the file; None where tensors have to be read one by one."""
         return None
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RowSource:
         """The tensor `name`, to be read some rows at a time; one without rows, such as a vector, as it is."""
         stored = self.tensors[name]
         return self.read(name) if len(stored.shape) < 2 else _FileRows(self, name, stored.shape)
@@ -140,7 +140,7 @@ class SafeFile:
 
 @dataclass(frozen=True)
 class _FileRows:
-    """A tensor of a file of which some rows at a time are read, each time anew (core/tiled_product.Rows)."""
+    """A tensor of a file of which some rows at a time are read, each time anew (core/tiled_product.RowSource)."""
 
     file: SafeFile
     name: str
@@ -151,7 +151,7 @@ class _FileRows:
         return self.file.tensors[self.name].dtype
 
     def as_matrix(self) -> _FileRows:
-        """With all dimensions but the last laid end to end as rows (core/tiled_product.Stack)."""
+        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
         return _FileRows(self.file, self.name, matrix_shape(self.shape))
 
     def __getitem__(self, part: slice) -> Tensor:
@@ -200,7 +200,7 @@ def check_header(path: Path, raw: bytes, size: int) -> Header:
         problems.add(f"{path}: __metadata__ is not a table of texts.")
         metadata = {}
     start = 8 + len(raw)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorEntry] = {}
     for name, entry in header.items():
         found = _entry(entry, start)
         if isinstance(found, str):
@@ -241,7 +241,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(entry: Any, start: int) -> Stored | str:
+def _entry(entry: Any, start: int) -> TensorEntry | str:
     """The parsed entry, or what is wrong with it."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "has an entry without exactly dtype, shape and data_offsets."
@@ -260,14 +260,14 @@ def _entry(entry: Any, start: int) -> Stored | str:
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
         return f"has {end - begin:,} bytes; shape {shape} in {dtype} needs {expected:,}."
-    return Stored(DTYPES[dtype], tuple(shape), start + begin, start + end)
+    return TensorEntry(DTYPES[dtype], tuple(shape), start + begin, start + end)
 
 
 def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
 
 
-def _check_ranges(path: Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
+def _check_ranges(path: Path, tensors: Mapping[str, TensorEntry], start: int, size: int) -> None:
     """Raises unless the byte ranges lie end to end and fill the file."""
     position = start
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -301,7 +301,7 @@ def stream_safetensors(
             tensor = fetch(name)
             if (tensor.dtype, tuple(tensor.shape)) != shapes[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {shapes[name]}")
-            file.write(tensor_bytes(tensor))
+            file.write(bytes_of_tensor(tensor))
             del tensor
         file.flush()
         os.fsync(file.fileno())
@@ -336,7 +336,7 @@ def save_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def bytes_of_tensor(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)

@@ -38,7 +38,7 @@ from lorakeet.formats.peft.peft_config import (
     check_writable,
     config_bytes,
     config_text,
-    read_config,
+    read_peft_config,
 )
 from lorakeet.formats.peft.peft_recipe import RECIPES, Names, recipe_of
 
@@ -62,7 +62,7 @@ def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors,
     read.
     """
     configured = config_bytes(folder) if configured is None else configured
-    config = read_config(folder, configured)
+    config = read_peft_config(folder, configured)
     model = folder / MODEL_NAME
     if not model.exists() and (folder / PICKLE_NAME).exists():
         raise DataError(
@@ -176,7 +176,7 @@ def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs:
         return
     A, B, rank = slots[first], slots[second], config.rank_of(path)
     if kind == "experts":
-        unpacked = peft_experts.unpack(A, B, rank)
+        unpacked = peft_experts.unpack_experts(A, B, rank)
         if isinstance(unpacked, str):
             problems.add(f"{path} {unpacked}.")
             return
@@ -281,7 +281,7 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
     for path, pair in adapter.pairs.items():
         A, B, where = pair.A, pair.B, _PREFIX + path
         if pair.kind == "experts":
-            A, B = peft_experts.pack(A, B)
+            A, B = peft_experts.pack_experts(A, B)
             where = _PREFIX + path.rpartition(".")[0] + peft_experts.NESTED * nesting[path]
         first, second = _factor_slots(pair.kind)
         tensors[f"{where}.{first}"], tensors[f"{where}.{second}"] = A.float(), B.float()

@@ -111,7 +111,7 @@ LONGEST = 1 << 20  # bytes of a configuration that is remembered
 _KNOWN: Remembered[bytes, PeftConfig] = Remembered(8)
 
 
-def read_config(folder: Path, raw: bytes | None = None) -> PeftConfig:
+def read_peft_config(folder: Path, raw: bytes | None = None) -> PeftConfig:
     """The configuration in `folder`, whose bytes may have been read already (`raw`). Nobody may change it: it is remembered.
 
     DataError for a file that is not one, ConfigError listing every key that is refused.

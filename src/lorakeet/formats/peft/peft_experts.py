@@ -58,7 +58,7 @@ def order_on_disk(parameters: Iterable[str]) -> dict[str, int]:
     return {name: len(names) - 1 - index for index, name in enumerate(names)}
 
 
-def unpack(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor] | str:
+def unpack_experts(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor] | str:
     """(E·rank, in) and (out, rank·E) as A (E, rank, in) and B (E, out, rank), or what is wrong."""
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] % rank or A.shape[0] != B.shape[1]:
         return f"has A {tuple(A.shape)} and B {tuple(B.shape)}; expected (experts·{rank}, in) and (out, {rank}·experts)"
@@ -69,7 +69,7 @@ def unpack(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor] | str:
     )
 
 
-def pack(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A (E, rank, in) and B (E, out, rank) as (E·rank, in) and (out, rank·E); the inverse of `unpack`."""
+def pack_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (E, rank, in) and B (E, out, rank) as (E·rank, in) and (out, rank·E); the inverse of `unpack_experts`."""
     experts, rank, width = A.shape
     return A.reshape(experts * rank, width), B.permute(1, 2, 0).reshape(B.shape[1], rank * experts)

@@ -21,7 +21,7 @@ class _Heads(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_int64) for name in ("heads", "kv", "d")), ("scale", ctypes.c_float))
 
 
-class _Block(ctypes.Structure):
+class _BlockArguments(ctypes.Structure):
     _fields_ = (
         *(("inward", Product * 3), ("outward", Product), ("apart", Product * 2), ("down", Product)),
         *(("norms", ctypes.c_void_p * 2), ("epsilons", ctypes.c_float * 2)),
@@ -128,7 +128,7 @@ class Block:
         norms, epsilons = (ctypes.c_void_p * 2)(*(norm.data_ptr() for norm in parts.norms)), (ctypes.c_float * 2)(*parts.epsilons)
         heads = _Heads(q // parts.head, k // parts.head, parts.head, parts.scale)
         inward, apart = (Product * 3)(*products[:3]), (Product * 2)(*products[4:6])
-        self._shape = _Block(inward, products[3], apart, products[6], norms, epsilons, down, gate, heads)
+        self._shape = _BlockArguments(inward, products[3], apart, products[6], norms, epsilons, down, gate, heads)
         self.hidden, self.cached = down, (k // parts.head, parts.head)
         given = [*parts.norms, *(bias for bias in parts.biases if bias is not None)]
         self._given = [(each, each.detach(), each.data_ptr()) for each in given]  # whose numbers stay, even if these get others

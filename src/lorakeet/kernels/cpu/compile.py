@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
     return None if why_not() else _library()
 
 
-def fits() -> bool:
+def suits_machine() -> bool:
     """Whether the library is for this machine, were there a compiler."""
     return not _lacks()
 

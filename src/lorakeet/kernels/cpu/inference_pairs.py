@@ -30,7 +30,7 @@ def even(rank: int) -> int:
     return rank + rank % 2
 
 
-class _Layer(ctypes.Structure):
+class _LayerLayout(ctypes.Structure):
     _fields_ = (("number", ctypes.c_int64), ("outputs", ctypes.c_int64), ("y", ctypes.c_void_p), ("stride", ctypes.c_int64))
 
 
@@ -50,9 +50,9 @@ class LayerRows:
     """Layers that see the same x, with the numbers that copies know them by."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], numbers: Sequence[int]) -> None:
-        """For weights of `shapes` (out, in) for which there are `fits`."""
+        """For weights of `shapes` (out, in) for which there are `fits_shapes`."""
         self.width = shapes[0][1]
-        self._layers = (_Layer * len(shapes))()
+        self._layers = (_LayerLayout * len(shapes))()
         for layer, number, (outputs, _) in zip(self._layers, numbers, shapes, strict=True):
             layer.number, layer.outputs = number, outputs
         self._all, self._at = list(self._layers), ctypes.addressof(self._layers)
@@ -75,12 +75,12 @@ def _row(x: Tensor, width: int) -> int:
     return row
 
 
-def fits(products: torch.dtype, device: torch.device, shapes: Iterable[tuple[int, int]]) -> bool:
+def fits_shapes(products: torch.dtype, device: torch.device, shapes: Iterable[tuple[int, int]]) -> bool:
     """Whether layers with weights of `shapes` (out, in) are for this."""
     return is_cpu(device) and all(not out % OUTPUTS and not width % WIDTH for out, width in shapes) and serves(products)
 
 
-class Layout:
+class PairLayout:
     """Where the pairs of a mix go in its copy, layer below layer, each with an even rank.
 
     Alike for many mixes, of which each then costs a few operations.

@@ -32,7 +32,7 @@ _DEFINED = torch.library.Library("lorakeet", "FRAGMENT")  # type: ignore[no-unty
 _used: ContextVar[bool] = ContextVar("used", default=True)  # of a thread: others may compute meanwhile
 
 
-class Shape(ctypes.Structure):
+class AttentionShape(ctypes.Structure):
     """As attention.h has it; `held` are the numbers that it points to."""
 
     _fields_ = (
@@ -74,7 +74,7 @@ def _laid(rows: Sequence[int], prefix: int) -> tuple[list[int], list[int], int]:
     return starts, lengths, max(lengths[0], prefix + max(rows))
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], prefix: int, scale: float) -> tuple[Shape, int]:
+def _shape(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], prefix: int, scale: float) -> tuple[AttentionShape, int]:
     """What attention.c is told, and the bytes of scratch that each thread needs."""
     (tokens, heads, d), kv = q.shape, k.shape[1]
     if k.shape != (tokens, kv, d) or v.shape != k.shape:
@@ -83,7 +83,7 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], prefix: int, sc
     return shape_of(rows, prefix, scale, (tokens, heads, kv, d)), _scratch_of_thread(_laid(rows, prefix)[2], d)
 
 
-def shape_of(rows: Sequence[int], prefix: int, scale: float, states: tuple[int, int, int, int]) -> Shape:
+def shape_of(rows: Sequence[int], prefix: int, scale: float, states: tuple[int, int, int, int]) -> AttentionShape:
     """What attention.c is told of rows of `states`: so many tokens, query heads, key heads, numbers of a head."""
     starts, lengths, _ = _laid(rows, prefix)
     tokens, heads, kv, d = states
@@ -95,7 +95,8 @@ def shape_of(rows: Sequence[int], prefix: int, scale: float, states: tuple[int, 
     array = ctypes.c_int64 * len(rows)
     held = array(*starts), array(*lengths)
     addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)
-    shape = Shape(*addresses, len(rows), prefix, tokens, heads, kv, d, _parts(heads, kv, rows), _groups(rows, prefix, kv), scale)
+    parts, groups = _parts(heads, kv, rows), _groups(rows, prefix, kv)
+    shape = AttentionShape(*addresses, len(rows), prefix, tokens, heads, kv, d, parts, groups, scale)
     shape.held = held
     return shape
 

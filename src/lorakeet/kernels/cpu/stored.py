@@ -25,7 +25,7 @@ NUMBERS = 11  # of a Stored, before what it holds
 _CODES = 3  # of these, the address of the codes
 
 
-class Stored(NamedTuple):
+class StoredWeight(NamedTuple):
     """A weight (out, width): its kind, and addresses and numbers as stored.h explains them, valid as long as this is kept."""
 
     kind: int
@@ -60,7 +60,7 @@ def at(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) in operators.READ else 0
 
 
-def bring_back(weight: Stored, out: Tensor) -> Tensor:
+def bring_back(weight: StoredWeight, out: Tensor) -> Tensor:
     """Writes the weight to `out` (out, in), bf16, which it returns; a shape alone is left as it is."""
     if type(out) not in operators.READ:
         return out
@@ -77,12 +77,12 @@ def multiplies(x: Tensor) -> bool:
     return plain and dense.multiplies() and operators.serves(x.dtype, x)
 
 
-def product(x: Tensor, weight: Stored, across: bool = False) -> Tensor:
+def product(x: Tensor, weight: StoredWeight, across: bool = False) -> Tensor:
     """x·Wᵀ, or, `across`, x·W, of x (tokens, ·), bf16: each sum in fp32, rounded once."""
     return cast(Tensor, STORED_PRODUCT(x, weight.held, weight.numbers, across))
 
 
-def add_product(to: Tensor, x: Tensor, weight: Stored, across: bool = False) -> None:
+def add_product(to: Tensor, x: Tensor, weight: StoredWeight, across: bool = False) -> None:
     """Adds that to `to` (tokens, ·), in place, and rounds it with the sum."""
     STORED_PRODUCT_ADD(to, x, weight.held, weight.numbers, across)
     torch.autograd.graph.increment_version(to)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu import trained_pairs
-from lorakeet.kernels.cpu.operators import Shape, loaded, pointers
-from lorakeet.kernels.cpu.stored import NUMBERS, Stored
+from lorakeet.kernels.cpu.operators import AttentionShape, loaded, pointers
+from lorakeet.kernels.cpu.stored import NUMBERS, StoredWeight
 from lorakeet.kernels.cpu.workspace import ROOMS, address, room
 
 LAYERS = 7  # q, k, v, o, gate, up, down
@@ -59,7 +59,7 @@ class Weights:
     They are those of a moment: what takes a tensor's place in its module afterwards is nothing to a pass that has begun.
     """
 
-    layers: Sequence[Stored]
+    layers: Sequence[StoredWeight]
     biases: Sequence[Tensor | None]
     heads: Sequence[tuple[Tensor, float]]  # none, or both
     norms: Sequence[tuple[Tensor, float]]
@@ -144,14 +144,14 @@ def _places(shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ..
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """A block over the tokens of a batch: what C is told of its weights, how their rows lie, and the pairs.
 
     `held` are tensors that hold all numbers that C is told of, those of the `factors` too, whatever takes their place.
     """
 
     weights: Any
-    shape: Shape
+    shape: AttentionShape
     pairs: Pairs
     factors: Sequence[Tensor]
     held: Sequence[Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorakeet.kernels.tiled_weight import InTiles
 
 
-def in_tiles(buffers: tuple[Tensor, ...], shape: tuple[int, int], bits: int, zero_less_one: bool) -> InTiles:
+def gptq_tiles(buffers: tuple[Tensor, ...], shape: tuple[int, int], bits: int, zero_less_one: bool) -> InTiles:
     """W (out, in) out of qweight, qzeros, scales and g_idx; `zero_less_one` for checkpoints of format "gptq"."""
     return InTiles(gptq_tile, buffers, shape, (bits, int(zero_less_one)))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakeet.kernels.tiled_weight import InTiles
 
 
-def in_tiles(
+def nf4_tiles(
     buffers: tuple[Tensor, ...], tables: tuple[Tensor, Tensor], shape: tuple[int, int], *, count: int, block: int
 ) -> InTiles:
     """W (out, in), of an even width, out of packed, absmax, and with double quantisation scales and mean; `tables` are the 16

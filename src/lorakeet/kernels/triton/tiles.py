@@ -25,7 +25,7 @@ EXACT = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
-class Pair:
+class TilePair:
     """What a product adds: after · round(before · x·shrinkᵀ) · expand, shrink (rank, depth), expand (rank, width)."""
 
     shrink: Tensor
@@ -35,7 +35,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TileSizes:
     """How a product is cut: tokens, rows and columns of W in a tile, tiles under way at once, and warps of a program."""
 
     tokens: int
@@ -45,18 +45,18 @@ class Blocks:
     warps: int
 
 
-def blocks_for(tokens: int, itemsize: int, *, transposed: bool) -> Blocks:
+def blocks_for(tokens: int, itemsize: int, *, transposed: bool) -> TileSizes:
     """Narrow tiles for few tokens, so that there are programs for all processors of a card. Reasoned, not measured.
 
     What is on the chip at once (x, A and W of every stage) is below 99 KB, the least of the cards since 2020. fp32 has no tensor
     cores without loss, and its products are written out number by number: its tiles are small.
     """
     if itemsize == 4:
-        return Blocks(16, 32, 32, stages=2, warps=4)
+        return TileSizes(16, 32, 32, stages=2, warps=4)
     height = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     across, warps = (32, 4) if tokens <= 16 else (64, 8)  # across: of the side of W along which programs are parted
     rows, columns = (64, across) if transposed else (across, 64)
-    return Blocks(height, rows, columns, stages=3, warps=warps)
+    return TileSizes(height, rows, columns, stages=3, warps=warps)
 
 
 def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:
@@ -72,7 +72,7 @@ def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:
     return out
 
 
-def product(tiles: InTiles, x: Tensor, pair: Pair | None = None, *, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
+def product(tiles: InTiles, x: Tensor, pair: TilePair | None = None, *, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
     """x (tokens, depth) to x·Wᵀ, or x·W if `transposed`, (tokens, width), with what `pair` adds; and before · x·shrinkᵀ."""
     out, inner = tiles.shape
     depth, width = (out, inner) if transposed else (inner, out)
@@ -103,7 +103,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def dense(weight: Tensor) -> InTiles:
+def dense_tiles(weight: Tensor) -> InTiles:
     """A plain matrix (out, in), its rows or its columns contiguous."""
     held = weight.detach() if isinstance(weight, nn.Parameter) else weight
     return InTiles(dense_tile, (held,), (held.shape[0], held.shape[1]), held.stride())

@@ -247,14 +247,14 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return param_name in self.quantization_config.targets
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Place(self.quantization_config.misfits)
+        return _LinearSlot(self.quantization_config.misfits)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)  # to transformers it is a plain model again
         return model
 
 
-class _Place(ConversionOps):  # type: ignore[misc]
+class _LinearSlot(ConversionOps):  # type: ignore[misc]
     """Puts a PackedLinear where the linear layer of the skeleton is."""
 
     def __init__(self, misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -59,12 +59,12 @@ def method_of(stored: Mapping[str, Any]) -> str:
 def tensor_files(folder: Path) -> dict[str, SafeFile]:
     """The file of each tensor of a model folder, headers checked; nothing is read."""
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # of both, transformers takes the single file
-        return indexed(folder / INDEX)
+        return indexed_tensors(folder / INDEX)
     shards = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     return {name: file for file in map(open_safetensors, shards) for name in file.tensors}
 
 
-def indexed(index: Path) -> dict[str, SafeFile]:
+def indexed_tensors(index: Path) -> dict[str, SafeFile]:
     """The file of each tensor that an index beside several files lists, headers checked; nothing is read."""
     home = read_index(index)
     files = {file: open_safetensors(index.parent / file) for file in sorted(set(home.values()))}

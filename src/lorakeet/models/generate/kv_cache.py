@@ -27,7 +27,7 @@ WHOLE_KEYS, WHOLE_TOKENS = 32, 8  # what their numbers are filled up to a multip
 
 
 @dataclass(frozen=True)
-class Row:
+class CacheRow:
     """What a step adds to one sequence: `ids` follow the `start` tokens that its `slot` of the cache holds.
 
     `adapters` are the adapters that these tokens use, with weights; empty for the bare base.
@@ -70,10 +70,10 @@ class KeyValues:
         return sum(states.numel() * states.element_size() for layer in self._layers.values() for states in layer)
 
 
-class Pass:
+class CacheStep:
     """The attention of one step over the cache; what `row_attention` and decode blocks are handed as `row_cache`."""
 
-    def __init__(self, cache: KeyValues, rows: Sequence[Row], device: torch.device) -> None:
+    def __init__(self, cache: KeyValues, rows: Sequence[CacheRow], device: torch.device) -> None:
         self.cache, self.capacity = cache, cache.capacity
         places, place = [], 0
         for row in rows:
@@ -88,7 +88,7 @@ class Pass:
         return NewTokens(slots, [row.start + place for row in self._rows for place in range(len(row.ids))], self.capacity)
 
     @cached_property
-    def _prompts(self) -> list[tuple[Row, int]]:
+    def _prompts(self) -> list[tuple[CacheRow, int]]:
         return [(row, at) for row, at in zip(self._rows, self._places, strict=True) if len(row.ids) > 1]
 
     @cached_property
@@ -123,7 +123,7 @@ Rule = tuple[float, int | None, float | None]  # scale, window and cap of an att
 class _Singles:
     """The rows of a step that have one new token, together."""
 
-    def __init__(self, rows: Sequence[Row], at: Sequence[int], capacity: int, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[CacheRow], at: Sequence[int], capacity: int, device: torch.device) -> None:
         slots = [row.slot for row in rows]
         self.at = torch.tensor(at, dtype=torch.int64, device=device)
         self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
@@ -167,7 +167,7 @@ class _Singles:
         return self._biases[window]
 
 
-def _of_prompt(row: Row, q: Tensor, new: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], rule: Rule) -> Tensor:
+def _of_prompt(row: CacheRow, q: Tensor, new: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], rule: Rule) -> Tensor:
     """q (n, heads, d) of one row with n new tokens, whose keys and values (n, kv heads, d) are `new`, to (n, heads, d)."""
     scale, window, cap = rule
     count, end = len(q), row.start + len(q)
@@ -225,7 +225,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, c
     return torch.matmul(shares.to(v.dtype), v)
 
 
-def step(text: TextModel, cache: KeyValues, rows: Sequence[Row], selection: Selection | None = None) -> Tensor:
+def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection: Selection | None = None) -> Tensor:
     """Adds the new tokens of `rows` to the cache and returns the logits after each row's last one, (rows, vocabulary) in fp32.
 
     `selection` is the model's (models/inject.selection_of), needed where rows use adapters. Raises ConfigError where the model
@@ -246,13 +246,13 @@ def step(text: TextModel, cache: KeyValues, rows: Sequence[Row], selection: Sele
     with torch.no_grad():
         output: Any = text.model.get_decoder()(
             input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], position_ids=positions[None], use_cache=False,
-            row_lengths=lengths, row_products=text.products, row_cache=Pass(cache, rows, text.device),
+            row_lengths=lengths, row_products=text.products, row_cache=CacheStep(cache, rows, text.device),
         )  # fmt: skip
         last = torch.tensor(lengths).cumsum(0).sub(1).to(text.device)
         return text.head(output.last_hidden_state[0, last]).float()
 
 
-def shares_of(rows: Sequence[Row]) -> list[Share]:
+def shares_of(rows: Sequence[CacheRow]) -> list[Share]:
     """The adapters of each row's tokens."""
     shares: list[Share] = []
     place = 0

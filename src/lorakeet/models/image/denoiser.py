@@ -15,7 +15,7 @@ from lorakeet.errors import DataError, Problems
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors
 from lorakeet.models.files.packing import Packing
-from lorakeet.models.files.stored_tensors import indexed
+from lorakeet.models.files.stored_tensors import indexed_tensors
 from lorakeet.quant.nf4 import missing_kernels
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.replace import quantised, weights_in
@@ -117,7 +117,7 @@ def denoiser_files(folder: Path, variant: str | None = None) -> DenoiserFiles:
         places.insert(0, (_NAME.replace(".", f".{variant}."), f"{_NAME}.index.{variant}.json"))
     for name, index in places:
         if (folder / index).is_file():
-            return DenoiserFiles(folder, config, {key: (file, key) for key, file in indexed(folder / index).items()})
+            return DenoiserFiles(folder, config, {key: (file, key) for key, file in indexed_tensors(folder / index).items()})
         if (folder / name).is_file():
             break
     file = open_safetensors(folder / name)

@@ -87,7 +87,7 @@ def _flux(denoiser: Any, noisy: Tensor, times: Tensor, told: Conditioning) -> Te
         encoder_hidden_states=told.states, txt_ids=torch.zeros(told.states.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
         img_ids=places.flatten(0, 1), return_dict=False,
     )[0]  # fmt: skip
-    return unpacked(found, height, width)
+    return unpacked_latents(found, height, width)
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def packed(latents: Tensor) -> Tensor:
     return patches.reshape(count, height // 2 * (width // 2), 4 * channels)
 
 
-def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+def unpacked_latents(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `packed` for latents of h × w places."""
     count, _, channels = tokens.shape
     patches = tokens.view(count, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakeet.data.images.folder import ImageRow, Pixels, bucket_of, bucket_sizes, cut, open_pixels, scaled_to_cover
+from lorakeet.data.images.folder import ImageRow, Pixels, bucket_of, bucket_sizes, crop_to_cover, open_pixels, scaled_to_cover
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
@@ -116,7 +116,7 @@ def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: Ima
         raise DataError(f"{row.path} could be read when the run began and cannot be read now: {error}.") from error
     pictures, sizes = [], []
     for crop in range(spec.crops):
-        piece, (top, left) = cut(pixels, size, crop=crop, key=row.pixels_key)
+        piece, (top, left) = crop_to_cover(pixels, size, crop=crop, key=row.pixels_key)
         pictures.append(piece)
         sizes.append([row.height, row.width, top, left, *size])
         if spec.flip:

@@ -24,7 +24,7 @@ from lorakeet.models.image.denoiser import METHODS, denoiser_files, load_denoise
 from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image.kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
 from lorakeet.models.image.noise import Noising, noising_of
-from lorakeet.models.image.scaling import scaled, scaling_note, unscaled
+from lorakeet.models.image.scaling import scaled_latents, scaling_note, unscaled
 from lorakeet.models.image.schedule import scheduler_for
 from lorakeet.models.image.single_file import load_single, open_single, single_denoiser_files
 from lorakeet.models.inject import attach
@@ -164,7 +164,7 @@ class ImageModel:
         with torch.no_grad():
             wide = pixels.to(self.device, torch.float32)
             mean = torch.cat([self.vae.encode(wide[place : place + 1]).latent_dist.mean for place in range(len(wide))])
-        return scaled(mean, self.vae.config, self.kind)
+        return scaled_latents(mean, self.vae.config, self.kind)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures (n, height, width, 3), uint8 on the CPU."""
@@ -306,10 +306,10 @@ def _unused(model: ImageModel, path: str) -> bool:
 
 def put_image_adapter(model: ImageModel, adapter: Adapter, name: str = "default") -> None:
     """Puts a finished adapter of any format on the model under `name`, active; ConfigError where it does not fit."""
-    attach(model.parts, fitted(model, adapter), name)
+    attach(model.parts, with_model_paths(model, adapter), name)
 
 
-def fitted(model: ImageModel, adapter: Adapter) -> Adapter:
+def with_model_paths(model: ImageModel, adapter: Adapter) -> Adapter:
     """The adapter with the paths that its modules have in `model`: newer text encoders have no part `text_model`."""
 
     def own(path: str) -> str:

@@ -20,7 +20,7 @@ from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quie
 from lorakeet.models.image.kinds import ENCODERS, PIPELINES, Conditioning
 from lorakeet.models.image.model import ImageModel
 from lorakeet.models.image.noise import check_betas
-from lorakeet.models.image.schedule import filled
+from lorakeet.models.image.schedule import with_defaults
 from lorakeet.models.image.shapes import Shapes, shapes_in
 from lorakeet.models.image.single_file import open_single
 from lorakeet.models.spec import ModelSpec
@@ -81,7 +81,7 @@ def outline_image(
             if name_of_part in shapes:
                 parts[name_of_part] = _in(dtype, partial(_encoder, shapes[name_of_part]))
         vae = _in(torch.float32, lambda: package.AutoencoderKL.from_config(dict(shapes["vae"])))
-        steps = dict(shapes["scheduler"]) if kind.flow else filled(shapes["scheduler"])
+        steps = dict(shapes["scheduler"]) if kind.flow else with_defaults(shapes["scheduler"])
         if not kind.flow:
             check_betas(steps)
         scheduler = SimpleNamespace(config=steps) if kind.flow else package.DDPMScheduler.from_config(steps)

@@ -13,7 +13,7 @@ from lorakeet.data.images.folder import ImageRow
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.models.image.latent_cache import EncodedImage, cache_in, kept
 from lorakeet.models.image.model import ImageModel
-from lorakeet.models.image.sample import Sampler, draw_latents, require_finite
+from lorakeet.models.image.sample import Sampler, draw_latents, require_finite_latents
 
 
 def drawn_prior(
@@ -36,7 +36,7 @@ def drawn_prior(
     def make() -> dict[str, Tensor]:
         say(f"The base draws {count} pictures of '{caption}'; they are kept for other runs.")
         latents = draw_latents(model, [caption] * count, list(range(count)), sampler, progress=progress)
-        return {"latents": require_finite(model, latents).cpu()}
+        return {"latents": require_finite_latents(model, latents).cpu()}
 
     latents = kept(cache_in(spec, "prior"), key, make, say)["latents"]
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)

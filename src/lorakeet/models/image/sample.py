@@ -14,7 +14,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.selection import Share
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.image.diffusers_import import quiet_diffusers
-from lorakeet.models.image.kinds import Conditioning, packed, unpacked
+from lorakeet.models.image.kinds import Conditioning, packed, unpacked_latents
 from lorakeet.models.image.model import ImageModel
 from lorakeet.models.inject import adapter_names, has_adapter, selection_of
 from lorakeet.models.modules import adapted_layers
@@ -81,7 +81,7 @@ def draw_latents(
     return torch.cat(found)
 
 
-def require_finite(model: ImageModel, latents: Tensor) -> Tensor:
+def require_finite_latents(model: ImageModel, latents: Tensor) -> Tensor:
     """The latents (n, …) of pictures to keep; DataError where one holds no numbers, which a decoder makes black."""
     broken = int((~latents.isfinite().flatten(1).all(1)).sum())
     if broken:
@@ -141,7 +141,7 @@ def _batch(
             width=width,
             output_type="latent",
         ).images
-    return (unpacked(found, *places[1:]) if flux else cast(Tensor, found)).float()
+    return (unpacked_latents(found, *places[1:]) if flux else cast(Tensor, found)).float()
 
 
 def _texts(told: Conditioning, other: Conditioning | None) -> dict[str, Any]:

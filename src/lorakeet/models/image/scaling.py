@@ -14,20 +14,20 @@ from torch import Tensor
 from lorakeet.models.image.kinds import ImageKind
 
 
-def scaled(latents: Tensor, config: Any, kind: ImageKind) -> Tensor:
+def scaled_latents(latents: Tensor, config: Any, kind: ImageKind) -> Tensor:
     """What the autoencoder gave, (n, channels, h, w), as the denoiser's latents."""
     shift, factor = _terms(latents, config, kind)
     return (latents - shift) * factor
 
 
 def unscaled(latents: Tensor, config: Any, kind: ImageKind) -> Tensor:
-    """The inverse of `scaled`."""
+    """The inverse of `scaled_latents`."""
     shift, factor = _terms(latents, config, kind)
     return latents / factor + shift
 
 
 def scaling_note(config: Any, kind: ImageKind) -> str:
-    """All that `scaled` depends on, in words; latents are the same where it and the autoencoder's numbers are."""
+    """All that `scaled_latents` depends on, in words; latents are the same where it and the autoencoder's numbers are."""
     note = f"{config.scaling_factor} {getattr(config, 'shift_factor', None)}"
     return f"{note} {list(config.latents_mean)} {list(config.latents_std)}" if _standardised(config, kind) else note
 

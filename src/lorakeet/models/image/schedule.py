@@ -13,7 +13,7 @@ from lorakeet.models.image.kinds import ImageKind
 PREDICTIONS = ("epsilon", "v_prediction")  # of models that predict no flow
 
 
-def filled(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's configuration with what its file leaves out, as the class that it names has it: betas too, but not EDM's.
 
     So it is what a pipeline has; nothing is built. As it stands where diffusers does not know the class.

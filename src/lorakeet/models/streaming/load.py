@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorakeet.memory.store import CPU, Store, StoreWriter, new_store
+from lorakeet.memory.store import CPU, StoreWriter, WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.memory.transfer import CudaTransfer, Transfer
 from lorakeet.models import modules
@@ -49,7 +49,7 @@ class Residence:
     device: torch.device = CPU
     pinned: bool = False  # whether blocks stay in pinned memory of the host once they were read, for a CUDA device
 
-    def transfer(self, store: Store) -> Transfer | None:
+    def transfer(self, store: WeightStore) -> Transfer | None:
         """How records get from `store` to the device; None for the CPU's own way."""
         return CudaTransfer(store, self.device, keep=self.pinned) if self.device.type == "cuda" else None
 
@@ -81,7 +81,7 @@ def streamed_model(
         write_store(
             path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family, changes=changes
         )
-    model, streamed = open_streamed(Store.open(path, same), config, dtype, family, residence=residence)
+    model, streamed = open_streamed(WeightStore.open(path, same), config, dtype, family, residence=residence)
     if quantize.method != "none" or stored_quantisation(config):
         for line in limits_of_packing(model):
             say(line)
@@ -123,7 +123,7 @@ def _empty_on_meta(settings: Mapping[str, Any]) -> PackedBase:
 
 
 def open_streamed(
-    store: Store,
+    store: WeightStore,
     config: Any,
     dtype: torch.dtype,
     family: Family,
@@ -332,7 +332,7 @@ def _make_small_ones_real(model: Any, device: torch.device) -> None:
                     module._buffers[name] = cast(Tensor, module._buffers[name]).to(device)
 
 
-def _stream_ends(model: Any, store: Store, device: torch.device) -> None:
+def _stream_ends(model: Any, store: WeightStore, device: torch.device) -> None:
     """Lets stand-ins read the embedding and a plain head row by row."""
     embedding, head = modules.input_layer(model), modules.output_layer(model)
     path = modules.path_of(model, embedding)
@@ -344,7 +344,7 @@ def _stream_ends(model: Any, store: Store, device: torch.device) -> None:
             modules.replace(model, modules.path_of(model, head), StreamedHead(head, store.rows(stored, device)))
 
 
-def _make_resident(model: Any, store: Store, name: str, device: torch.device) -> None:
+def _make_resident(model: Any, store: WeightStore, name: str, device: torch.device) -> None:
     """Reads one tensor into its place on `device`, unless it is streamed."""
     path, _, leaf = name.rpartition(".")
     module = modules.find(model, path)

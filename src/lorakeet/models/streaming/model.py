@@ -43,7 +43,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class _Seat:
+class _TensorSlot:
     """Where a stored tensor belongs in a block."""
 
     module: nn.Module
@@ -58,7 +58,7 @@ class Streamed:
     def __init__(self, stream: RecordStream) -> None:
         self.stream = stream
         self.blocks: list[StreamedBlock] = []
-        self._seats: list[list[_Seat]] = []
+        self._seats: list[list[_TensorSlot]] = []
         self._record: Passage | None = None
         self._replay: Tensor | None = None
 
@@ -211,7 +211,7 @@ def hold(model: nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def _whole(module: nn.Module, rows: StoredRows) -> Iterator[nn.Module]:
-    seat = _Seat(module, "weight", "weight", cast(Tensor, module.weight))
+    seat = _TensorSlot(module, "weight", "weight", cast(Tensor, module.weight))
     try:
         _sit(seat, rows[:])
         yield module
@@ -219,16 +219,16 @@ def _whole(module: nn.Module, rows: StoredRows) -> Iterator[nn.Module]:
         _sit(seat, seat.empty)
 
 
-def _seat(block: nn.Module, name: str) -> _Seat:
+def _seat(block: nn.Module, name: str) -> _TensorSlot:
     path, _, leaf = name.rpartition(".")
     module = cast(nn.Module, modules.find(block, path))
     module = modules.bare(module)
     held = module._parameters.get(leaf)
     empty = cast(Tensor, held if held is not None else module._buffers[leaf])
-    return _Seat(module, leaf, name, empty)
+    return _TensorSlot(module, leaf, name, empty)
 
 
-def _sit(seat: _Seat, tensor: Tensor) -> None:
+def _sit(seat: _TensorSlot, tensor: Tensor) -> None:
     if seat.leaf in seat.module._parameters:
         is_parameter = isinstance(tensor, nn.Parameter)
         seat.module._parameters[seat.leaf] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]

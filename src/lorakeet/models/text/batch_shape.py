@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakeet.models.text.model import COUNTS, WHOLE, filled
+from lorakeet.models.text.model import COUNTS, WHOLE, padded_count
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """What micro-batches have in common that are replayed by one recording."""
 
     tokens: int  # filler included
@@ -17,15 +17,15 @@ class Shape:
     longest: int  # row that may be among them
 
     @classmethod
-    def of(cls, lengths: Sequence[int], longest: int) -> Shape:
+    def of(cls, lengths: Sequence[int], longest: int) -> BatchShape:
         """That of rows of so many tokens, none of them more than `longest`."""
-        tokens = filled(sum(lengths), few_counts=True)
+        tokens = padded_count(sum(lengths), few_counts=True)
         return cls(tokens, _power_of_two(len(lengths) + -(-(tokens - sum(lengths)) // longest)), longest)
 
     @classmethod
-    def largest(cls, longest: int, micro_tokens: int, rows: int) -> Shape:
+    def largest(cls, longest: int, micro_tokens: int, rows: int) -> BatchShape:
         """One that has room for any micro-batch of at most `rows` rows and `micro_tokens` tokens, or of one longer row."""
-        tokens = filled(max(longest, micro_tokens), few_counts=True)
+        tokens = padded_count(max(longest, micro_tokens), few_counts=True)
         return cls(tokens, _power_of_two(rows + -(-max(WHOLE, tokens // COUNTS) // longest)), longest)
 
     def rows_of(self, lengths: Sequence[int]) -> list[int]:

@@ -22,7 +22,7 @@ from lorakeet.models.text.model import TextModel
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ArgumentStub:
     """Stands for a tensor among the arguments of a call."""
 
     batch: int
@@ -44,7 +44,7 @@ class Passages:
 
     def run(self, block: nn.Module, number: int, batch: int) -> Tensor:
         """What `block`, the one of that number, gives for a batch."""
-        args, kwargs = tree_map_only(_Place, self._shared.look, self._calls[batch][number])
+        args, kwargs = tree_map_only(_ArgumentStub, self._shared.look, self._calls[batch][number])
         found = block(self.states(batch), *args, **kwargs)
         return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
@@ -76,11 +76,11 @@ class Passages:
 
     def _keep(self, batch: int, recorders: Sequence[_Recorder]) -> None:
         """Puts aside what the blocks were called with; a tensor that several of them get is kept once."""
-        places: dict[int, _Place] = {}
+        places: dict[int, _ArgumentStub] = {}
 
-        def aside(tensor: Tensor) -> _Place:
+        def aside(tensor: Tensor) -> _ArgumentStub:
             if id(tensor) not in places:
-                places[id(tensor)] = _Place(batch, len(places))
+                places[id(tensor)] = _ArgumentStub(batch, len(places))
                 self._shared.put(places[id(tensor)], tensor)
             return places[id(tensor)]
 

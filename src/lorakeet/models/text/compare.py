@@ -24,7 +24,7 @@ CHUNK = 256  # positions whose logits are held at once
 Side = tuple[TextModel, str | None]  # a model, and the adapter that is on (None for the bare base)
 
 
-def compare(left: Side, right: Side, batches: Sequence[Batch], *, spec: EvaluateSpec) -> Parity:
+def compare_outputs(left: Side, right: Side, batches: Sequence[Batch], *, spec: EvaluateSpec) -> Parity:
     """How far `right` is from `left` on the targets of `batches`; the two may be one model with different adapters on."""
     meter = ParityMeter()
     with torch.no_grad():
@@ -42,8 +42,8 @@ def compare(left: Side, right: Side, batches: Sequence[Batch], *, spec: Evaluate
 
 
 def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, right: str | None, spec: EvaluateSpec) -> Parity:
-    """`compare` for two adapters of one model."""
-    return compare((text, left), (text, right), batches, spec=spec)
+    """`compare_outputs` for two adapters of one model."""
+    return compare_outputs((text, left), (text, right), batches, spec=spec)
 
 
 def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:

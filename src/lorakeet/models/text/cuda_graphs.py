@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from lorakeet.core.fused.flash_varlen_recorded import Places
+from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
 from lorakeet.core.scratch import SCRATCH
-from lorakeet.core.tiled_product import Rows
+from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.pack import Batch, sent
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.tiled_weight import Kernels
-from lorakeet.models.text.batch_shape import Shape
+from lorakeet.models.text.batch_shape import BatchShape
 from lorakeet.models.text.model import TextModel
 
 SETTING = "train.cuda_graphs"
@@ -87,7 +87,7 @@ class CudaGraphs:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedGraphs:
     """A shape's two passes: what replays them."""
 
     tokens: int
@@ -104,10 +104,10 @@ class ReplayedPasses:
     autograd that is left, the stream of that one.
     """
 
-    def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, room: Shape) -> None:
+    def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, room: BatchShape) -> None:
         self.text, self.recorder, self.room = text, recorder, room
         self.names, self.parameters = list(parameters), list(parameters.values())
-        self.recorded: dict[Shape, Recorded | None] = {}  # None: the model computes micro-batches of this shape
+        self.recorded: dict[BatchShape, RecordedGraphs | None] = {}  # None: the model computes micro-batches of this shape
         self.ids, self.positions = (torch.zeros(room.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
         self.starts = torch.zeros(room.rows + 1, dtype=torch.int32, device=text.device)
         self.sums: list[Tensor | None] = []  # of gradients, the parameters' own; None where nothing recorded depends on one
@@ -116,7 +116,7 @@ class ReplayedPasses:
         self.anchor = torch.zeros((), requires_grad=True)
 
     @property
-    def head_weight(self) -> Rows | None:
+    def head_weight(self) -> RowSource | None:
         return self.text.head_weight
 
     @property
@@ -132,7 +132,7 @@ class ReplayedPasses:
 
         They stand until the next micro-batch, which may come after their backward pass.
         """
-        shape = Shape.of(batch.lengths, self.room.longest)
+        shape = BatchShape.of(batch.lengths, self.room.longest)
         if shape not in self.recorded:
             self.recorded[shape] = self._proved(shape, batch)
         recorded = self.recorded[shape]
@@ -143,12 +143,12 @@ class ReplayedPasses:
 
         Raises EnvironmentProblem where it cannot be recorded or is not proved.
         """
-        shape = Shape.of(batch.lengths, self.room.longest)
+        shape = BatchShape.of(batch.lengths, self.room.longest)
         self.recorded[shape], said = self._recorded_and_compared(shape, batch)
         if said:
             raise EnvironmentProblem(f"{SETTING} is true, but {said}. {REMEDY}")
 
-    def _proved(self, shape: Shape, batch: Batch) -> Recorded | None:
+    def _proved(self, shape: BatchShape, batch: Batch) -> RecordedGraphs | None:
         """The passes of a shape that first comes in training; None where they are not proved, which is said."""
         recorded, said = self._recorded_and_compared(shape, batch)
         if said:
@@ -158,7 +158,7 @@ class ReplayedPasses:
             return None
         return recorded
 
-    def _recorded_and_compared(self, shape: Shape, batch: Batch) -> tuple[Recorded, str]:
+    def _recorded_and_compared(self, shape: BatchShape, batch: Batch) -> tuple[RecordedGraphs, str]:
         """The passes, and in words how they differ from the model's. EnvironmentProblem where they cannot be recorded."""
         if shape.tokens > self.room.tokens or shape.rows > self.room.rows:
             raise ValueError(f"there is room for {self.room}, and {shape} came")
@@ -166,16 +166,16 @@ class ReplayedPasses:
             recorded = self._record(shape, batch.lengths)
             return recorded, self._difference(shape, recorded, batch)
 
-    def _record(self, shape: Shape, lengths: Sequence[int]) -> Recorded:
+    def _record(self, shape: BatchShape, lengths: Sequence[int]) -> RecordedGraphs:
         """Both passes of `shape`, recorded on other numbers than those that come: what is kept of them shows in the proof."""
         self._fill(shape.unlike(lengths), self.ids.new_zeros(shape.tokens))
         self.positions.zero_()
-        places = Places(self.starts[: shape.rows + 1], min(shape.longest, shape.tokens))
+        places = RowOffsets(self.starts[: shape.rows + 1], min(shape.longest, shape.tokens))
         self.text.learn()
         with torch.enable_grad():
             return self._warmed_and_recorded(self.ids[: shape.tokens], self.positions[: shape.tokens], places)
 
-    def _warmed_and_recorded(self, *given: Any) -> Recorded:
+    def _warmed_and_recorded(self, *given: Any) -> RecordedGraphs:
         """Both passes over tokens, positions and places that lie where they are `given`."""
         decoded, parameters, tokens = self.text.placed_states, self.parameters, len(given[0])
 
@@ -206,7 +206,7 @@ class ReplayedPasses:
             torch._foreach_add_([total for total, _ in pairs], [grad for _, grad in pairs])
 
         replay_backward, _ = self.recorder.record(backward)
-        return Recorded(tokens, replay_forward, replay_backward, SCRATCH.held())
+        return RecordedGraphs(tokens, replay_forward, replay_backward, SCRATCH.held())
 
     def _fill(self, rows: Sequence[int], ids: Tensor) -> None:
         """Lays tokens, positions and places where the recorded passes look for them. `rows`: tokens of every place."""
@@ -217,7 +217,7 @@ class ReplayedPasses:
         for places, numbers in ((self.positions, positions), (self.starts, starts)):
             places[: len(numbers)].copy_(sent(torch.from_numpy(numbers), places.device))
 
-    def _replayed(self, recorded: Recorded, shape: Shape, batch: Batch) -> Tensor:
+    def _replayed(self, recorded: RecordedGraphs, shape: BatchShape, batch: Batch) -> Tensor:
         self._fill(shape.rows_of(batch.lengths), batch.ids)
         states: Tensor = _Replay.apply(self.anchor, self, recorded)  # type: ignore[no-untyped-call]
         return states.index_select(0, batch.target_positions.to(states.device))
@@ -239,7 +239,7 @@ class ReplayedPasses:
         if others:
             torch._foreach_copy_([total for total, _ in others], [own for _, own in others])
 
-    def _difference(self, shape: Shape, recorded: Recorded, batch: Batch) -> str:
+    def _difference(self, shape: BatchShape, recorded: RecordedGraphs, batch: Batch) -> str:
         """In words, how the recorded passes differ from the model's by more than rounding; empty where they do not."""
         batch = batch.to(self.text.device)
         with torch.enable_grad(), _moved(self.parameters):
@@ -264,7 +264,7 @@ class _Replay(torch.autograd.Function):
     because autograd asks for a backward pass only where something that was given wants a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, passes: ReplayedPasses, recorded: Recorded) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, passes: ReplayedPasses, recorded: RecordedGraphs) -> Tensor:
         passes.turn += 1
         ctx.passes, ctx.recorded, ctx.turn = passes, recorded, passes.turn
         recorded.forward()

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.layers.experts import ExpertPairs
-from lorakeet.core.layers.extras import Rows, TrainedModule
+from lorakeet.core.layers.extras import TrainedModule, TrainedRows
 from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import delta, fold
 from lorakeet.core.reordered import ReorderedLinear
-from lorakeet.core.tiled_product import Rows as RowsOf
+from lorakeet.core.tiled_product import RowSource as RowsOf
 from lorakeet.errors import ConfigError
-from lorakeet.memory.store import Store
+from lorakeet.memory.store import WeightStore
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.modules import adapted_layers, at_hand, bare, find, kind_of, original_modules, replace
 from lorakeet.models.streaming.model import StreamedEmbedding, StreamedHead
 from lorakeet.quant.packed import PackedLinear
 
 
-def frozen_weights(model: nn.Module, store: Store | None = None) -> Iterator[tuple[str, RowsOf]]:
+def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterator[tuple[str, RowsOf]]:
     """(path of the parameter, its numbers as they are without adapters) for every parameter; packed ones in fp32.
 
     With `store`, that of a streamed model, what is out is read from there when rows of it are asked for. What is unpacked is
@@ -50,7 +50,7 @@ def frozen_weights(model: nn.Module, store: Store | None = None) -> Iterator[tup
                 yield full, _rows(parameter.detach())
 
 
-def folded_weights(model: nn.Module, name: str | None, store: Store | None = None) -> Iterator[tuple[str, RowsOf]]:
+def folded_weights(model: nn.Module, name: str | None, store: WeightStore | None = None) -> Iterator[tuple[str, RowsOf]]:
     """(path of the parameter, W with adapter `name` folded in) for every parameter, as `frozen_weights` gives them.
 
     One that the adapter changes is made whole, in memory; of a stack of experts only those that are asked for.
@@ -103,7 +103,7 @@ def _expected(frozen: RowsOf, held: nn.Module, leaf: str) -> RowsOf:
         return fold(frozen[:], held.scale * held.bias.detach())
     if isinstance(held, LoraPair):
         return held.fold(frozen[:])
-    if isinstance(held, Rows):
+    if isinstance(held, TrainedRows):
         return frozen[:].float().index_copy(0, held.ids, held.values.detach())
     return _rows(held.get_parameter(leaf).detach())
 

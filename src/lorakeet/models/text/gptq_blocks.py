@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.core.tiled_product import Rows
+from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, micro_batches, pack
+from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.memory.spill import Aside
 from lorakeet.models import modules
@@ -27,11 +27,11 @@ from lorakeet.models.families import family_of
 from lorakeet.models.files.quantized import packable
 from lorakeet.models.text.calibration import Passages
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.gptq import buffer_shapes
-from lorakeet.quant.gptq_solve import Hessian, Layout, Sensitivity, output_error, sensitivity, solve
+from lorakeet.quant.gptq import gptq_buffer_shapes
+from lorakeet.quant.gptq_solve import GptqLayout, Hessian, Sensitivity, output_error, sensitivity, solve
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
-Pack = Callable[[str, Tensor, Sensitivity, Rows], PackedBase]  # path, weight (out, in), its inputs, their H
+Pack = Callable[[str, Tensor, Sensitivity, RowSource], PackedBase]  # path, weight (out, in), its inputs, their H
 _STAGE = "H"  # under which that of a stage is kept
 
 
@@ -64,7 +64,7 @@ def layers_in_blocks(model: Any, name: str) -> dict[str, nn.Module]:
     return layers
 
 
-def check_layers(layers: dict[str, nn.Module], layout: Layout) -> None:
+def check_layers(layers: dict[str, nn.Module], layout: GptqLayout) -> None:
     """Raises ConfigError that names every layer whose shape does not fit the format."""
     problems = Problems(f"The layers do not fit {layout.bits} bits in groups of {layout.group_size}")
     for path, module in layers.items():
@@ -76,7 +76,7 @@ def check_layers(layers: dict[str, nn.Module], layout: Layout) -> None:
             problems.add(f"'{path}' has {columns} inputs, no multiple of the group size {size}; {advice}.")
             continue
         try:
-            buffer_shapes((out, columns), bits=layout.bits, groups=columns // size)
+            gptq_buffer_shapes((out, columns), bits=layout.bits, groups=columns // size)
         except ValueError as error:
             problems.add(f"'{path}': {error}.")
     problems.raise_if_any()
@@ -105,7 +105,7 @@ def inputs_of_widest(layers: dict[str, nn.Module]) -> int:
 def quantise_blocks(
     text: TextModel,
     rows: Sequence[Example],
-    layout: Layout,
+    layout: GptqLayout,
     *,
     damping: float = 0.01,
     micro_tokens: int = 2048,
@@ -155,7 +155,7 @@ def pack_blocks(
             with torch.no_grad(), _present(text, blocks, number) as module:
                 own = {path.removeprefix(start): layer for path, layer in layers.of(f"{prefix}.{number}").items()}
                 standing = {} if text.streamed is None else dict(own)
-                block = _Block(module, number, passages, start)
+                block = _QuantizedBlock(module, number, passages, start)
                 bases, errors = _quantise(block, own, pack, layers.dense, damping, kept)
                 if number + 1 < count:  # nobody reads what the last one gives
                     passages.advance(module, number)
@@ -202,14 +202,14 @@ def _batches(text: TextModel, rows: Sequence[Example], micro_tokens: int) -> lis
     """Rows laid end to end where the attention keeps them apart, else one by one: padding would count as inputs."""
     if text.attention == "varlen":
         return micro_batches(rows, micro_tokens)
-    return [pack([row]) for row in rows]
+    return [pack_examples([row]) for row in rows]
 
 
 class _Enough(Exception):
     """Ends the pass through a block once the stage's inputs are known."""
 
 
-class _Block:
+class _QuantizedBlock:
     """A block with what goes into it, batch by batch; `start` is what paths in the model have before those in the block."""
 
     def __init__(self, module: nn.Module, number: int, passages: Passages, start: str) -> None:
@@ -272,7 +272,7 @@ class _Block:
 
 
 def _quantise(
-    block: _Block,
+    block: _QuantizedBlock,
     layers: dict[str, nn.Module],
     pack: Pack,
     dense_of: Callable[[str], nn.Module] | None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, pack
+from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.spill import Aside
 from lorakeet.models import modules
@@ -129,7 +129,7 @@ def keep_states(text: TextModel, rows: Sequence[Example], *, micro_tokens: int) 
 
 def _kept(text: TextModel, prefix: FrozenPrefix, rows: Sequence[Example]) -> Batch:
     """Keeps the states of `rows`, which pass through the lowest blocks at once."""
-    batch = pack(rows)
+    batch = pack_examples(rows)
     prefix.keep(batch.ids, batch.lengths, _recorded(text, prefix, batch))
     return batch
 

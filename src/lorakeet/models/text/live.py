@@ -36,7 +36,7 @@ MOST_FITS = 8  # outlines of adapters whose look at the model is remembered
 
 
 @dataclass(frozen=True)
-class _Place:
+class _LinearTarget:
     """A frozen linear weight that pairs can be put on."""
 
     layer: LoraLinear
@@ -44,7 +44,7 @@ class _Place:
     shape: tuple[int, ...]  # (out, in)
 
 
-class _Seat(NamedTuple):
+class _PairSlot(NamedTuple):
     """Where a pair goes, and what it is."""
 
     layer: LoraLinear
@@ -54,11 +54,11 @@ class _Seat(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Fit:
+class _FittedAdapter:
     """An adapter that fits this model, without its numbers: the entries and seats of its pairs, in one order."""
 
     entries: Mapping[str, PlanEntry]
-    seats: tuple[_Seat, ...]
+    seats: tuple[_PairSlot, ...]
     bytes: int
 
 
@@ -71,9 +71,9 @@ class LiveModel:
 
     def __init__(self, text: TextModel) -> None:
         self.text = text
-        self._places: dict[str, _Place] = {}
-        self._held: dict[str, _Fit] = {}
-        self._fits: Remembered[PairsOutline, _Fit] = Remembered(MOST_FITS)
+        self._places: dict[str, _LinearTarget] = {}
+        self._held: dict[str, _FittedAdapter] = {}
+        self._fits: Remembered[PairsOutline, _FittedAdapter] = Remembered(MOST_FITS)
         model = text.model
         head = modules.output_layer(model)
         for path, module in list(modules.original_modules(model)):
@@ -86,7 +86,7 @@ class LiveModel:
             layer = standing if isinstance(standing, LoraLinear) else LoraLinear(module, base_of(module, kind))
             if layer is not standing:
                 modules.replace(model, path, layer)
-            self._places[path] = _Place(layer, kind, modules.weight_shape(module, kind))
+            self._places[path] = _LinearTarget(layer, kind, modules.weight_shape(module, kind))
         self.selection = selection_of(model)
         use_products(model, text.products)
         fuse(model)
@@ -117,13 +117,13 @@ class LiveModel:
         """
         return self._fit(adapter).entries
 
-    def _fit(self, adapter: Adapter) -> _Fit:
+    def _fit(self, adapter: Adapter) -> _FittedAdapter:
         """Where the pairs of `adapter` go; looked at once for all adapters of one outline, while it is among the last few."""
         if not isinstance(adapter.pairs, AlikePairs) or adapter.extras or adapter.token_rows:
             return self._checked(adapter)
         return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
 
-    def _checked(self, adapter: Adapter) -> _Fit:
+    def _checked(self, adapter: Adapter) -> _FittedAdapter:
         problems = Problems("The adapter cannot be served on this base")
         entries = {path: entry for path, pair in adapter.pairs.items() if (entry := self._entry(path, pair, problems))}
         advice = "Merge the adapter into its base (lorakeet merge) and serve that."
@@ -135,9 +135,9 @@ class LiveModel:
         problems.raise_if_any()
         layers = {path: self._places[path].layer for path in entries}
         seats = tuple(
-            _Seat(layers[path], layers[path].adapters._modules, entry, entry.scale) for path, entry in entries.items()
+            _PairSlot(layers[path], layers[path].adapters._modules, entry, entry.scale) for path, entry in entries.items()
         )
-        return _Fit(MappingProxyType(entries), seats, 4 * adapter.parameters)
+        return _FittedAdapter(MappingProxyType(entries), seats, 4 * adapter.parameters)
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Puts `adapter` on the model under `name`; its tensors are taken as they are, without a copy.
@@ -197,7 +197,7 @@ def _parts(pairs: Mapping[str, Pair]) -> Iterable[_Parts]:
     return ((pair.A, pair.B, pair.magnitude, pair.bias) for pair in pairs.values())
 
 
-def _pair(seat: _Seat, parts: _Parts, device: torch.device) -> LoraPair:
+def _pair(seat: _PairSlot, parts: _Parts, device: torch.device) -> LoraPair:
     (A, B, magnitude, bias), (entry, scale) = parts, seat[2:]
     if magnitude is None and bias is None:
         if not A.device == device == B.device:

@@ -94,7 +94,7 @@ def load_text_model(
         _require_numbers(text, reference)
         check_head(text, reference)
         _choose_attention(text, spec.attention, reference, tell)
-    if device.type == "cpu" and text.products == torch.bfloat16 and native.fits() and (reason := native.why_not()):
+    if device.type == "cpu" and text.products == torch.bfloat16 and native.suits_machine() and (reason := native.why_not()):
         tell(f"Attention and the passes between products run by torch's own operations, which is slower: {reason}.")
     if kernels is not None:
         _prove(text, kernels, reference.shape[1])

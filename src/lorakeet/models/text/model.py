@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.fused.attention import RotaryAttention
-from lorakeet.core.fused.flash_varlen_recorded import Places
+from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
 from lorakeet.core.fused.mlp_and_norm import GatedMlp
 from lorakeet.core.fused.packed_attention import TILED, native_serves
 from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.reordered import ReorderedLinear
-from lorakeet.core.tiled_product import Rows, tiled_product
+from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.data.prefix import Layout, as_laid, shared_once
-from lorakeet.data.prefix_groups import PASS, Limits, sharing_batches
+from lorakeet.data.prefix import PrefixLayout, as_laid, shared_once
+from lorakeet.data.prefix_groups import PASS, BatchLimits, sharing_batches
 from lorakeet.kernels.tiled_weight import Kernels
-from lorakeet.memory.store import Store
+from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
@@ -44,7 +44,7 @@ READ = 1 << 30  # tokens that a pass costs which reads or gathers all weights: m
 COUNTS = 8  # of tokens between a power of two and the next: narrow products leave code behind for every one (memory/onednn_code)
 
 
-def filled(tokens: int, *, few_counts: bool) -> int:
+def padded_count(tokens: int, *, few_counts: bool) -> int:
     """The whole number that `tokens` are filled up to; with `few_counts` one of COUNTS between two powers of two, at most."""
     below = 1 << max(tokens - 1, 1).bit_length() - 1
     return tokens + -tokens % max(WHOLE, below // COUNTS if few_counts else 0)
@@ -111,7 +111,7 @@ class TextModel:
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
 
-    def placed_states(self, ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+    def placed_states(self, ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
         """The decoder's last hidden states of every token (tokens, hidden), with gradient if enabled; ids, positions (tokens,).
 
         What it does depends on numbers at the addresses of the three and of what the model holds alone: it can be recorded.
@@ -124,9 +124,9 @@ class TextModel:
         """How many tokens pass through the model together, filler included, where `tokens` of them, end to end, count."""
         if self.sees_every_token and not self.fills_every_token:
             return tokens
-        return filled(tokens, few_counts=self.products != torch.float32)
+        return padded_count(tokens, few_counts=self.products != torch.float32)
 
-    def _from_kept_states(self, batch: Batch, laid: Layout, filler: int) -> AbstractContextManager[None]:
+    def _from_kept_states(self, batch: Batch, laid: PrefixLayout, filler: int) -> AbstractContextManager[None]:
         """A context in which the blocks below the lowest trained one hand on what is kept, where all rows of the batch are."""
         if self.prefix is None or not self.begins_kept:
             return nullcontext()
@@ -139,8 +139,8 @@ class TextModel:
     @contextmanager
     def every_token(self, *, but_kept: bool = False, filled: bool = False) -> Iterator[None]:
         """A context in which every token of a batch passes through every part of the model, and no other, but for filler behind
-        them if `filled`: for whoever watches or divides what passes through it. With `but_kept`, rows whose states are kept pass
-        through the parts above alone."""
+        them if `padded_count`: for whoever watches or divides what passes through it. With `but_kept`, rows whose states are
+        kept pass through the parts above alone."""
         before = self.sees_every_token, self.begins_kept, self.fills_every_token
         self.sees_every_token, self.begins_kept, self.fills_every_token = True, but_kept, filled
         try:
@@ -148,7 +148,7 @@ class TextModel:
         finally:
             self.sees_every_token, self.begins_kept, self.fills_every_token = before
 
-    def laid(self, batch: Batch) -> Layout:
+    def laid(self, batch: Batch) -> PrefixLayout:
         """The batch as the model sees it where rows lie end to end."""
         return shared_once(batch) if self._begins_once else as_laid(batch)
 
@@ -166,7 +166,7 @@ class TextModel:
             return micro_batches(rows, max_tokens)
         times = TIMES if self._copies_nothing([len(row.ids) for row in rows]) else 1
         a_pass = READ if self.gathers or self.streamed is not None else PASS
-        return sharing_batches(rows, Limits(max_tokens, times, a_pass))
+        return sharing_batches(rows, BatchLimits(max_tokens, times, a_pass))
 
     def _copies_nothing(self, lengths: Sequence[int]) -> bool:
         """Whether attention of any rows of so many tokens is Lorakeet's own kernel (core/fused/packed_attention.NativeRows)."""
@@ -176,7 +176,7 @@ class TextModel:
         return native_serves(self.dtype, cast(Any, attention.original).head_dim, self.products, self.device)
 
     @contextmanager
-    def last_block_at(self, laid: Layout) -> Iterator[None]:
+    def last_block_at(self, laid: PrefixLayout) -> Iterator[None]:
         """A context in which the fused parts of the last block compute only what is read of it: the tokens that predict a target.
 
         Everything before it needs every token, for the keys and values of those that follow.
@@ -224,14 +224,14 @@ class TextModel:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
-    def head_weight(self) -> Rows | None:
+    def head_weight(self) -> RowSource | None:
         """The frozen (vocabulary, hidden) weight when logits are exactly hidden·Wᵀ, without bias, cap or adapter; else None."""
         shaped = self.family.logit_factor or self.family.logit_divisor
         cap = self.family.soft_cap and getattr(self.model.config.get_text_config(), self.family.soft_cap, None) is not None
         return None if shaped or cap else self._plain_head_weight
 
     @property
-    def _plain_head_weight(self) -> Rows | None:
+    def _plain_head_weight(self) -> RowSource | None:
         """The frozen weight of a head that is an nn.Linear without bias and without active adapter; else None."""
         layer = self.model.get_output_embeddings()
         if isinstance(layer, StreamedHead):
@@ -244,7 +244,7 @@ class TextModel:
         return layer.weight.detach() if plain else None
 
     @property
-    def store(self) -> Store | None:
+    def store(self) -> WeightStore | None:
         """Where the frozen weights of a streamed model lie."""
         return None if self.streamed is None else self.streamed.stream.store
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, nearest
-from lorakeet.kernels.cpu.stored import Stored
+from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.families import family_of
 from lorakeet.models.files.gguf_validate import config_of_gguf
@@ -141,7 +141,9 @@ class OutlinedBase(PackedBase):
         super().__init__(base.shape)
         self._settings, self._row_step = base.settings, base.row_step
         told = base.stored()
-        self._stands_for = None if told is None else Stored(told.kind, *told[1:3], codes=0, size=told.size, groups=told.groups)
+        self._stands_for = (
+            None if told is None else StoredWeight(told.kind, *told[1:3], codes=0, size=told.size, groups=told.groups)
+        )
         for name, buffer in base.named_buffers():
             self.register_buffer(name, buffer)
 
@@ -153,7 +155,7 @@ class OutlinedBase(PackedBase):
     def row_step(self) -> int:
         return self._row_step
 
-    def _told(self) -> Stored | None:
+    def _told(self) -> StoredWeight | None:
         return self._stands_for
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lorakeet.memory.store import Store, new_store
+from lorakeet.memory.store import WeightStore, new_store
 from lorakeet.models import modules
 from lorakeet.models.streaming.load import Residence, open_streamed
 from lorakeet.models.streaming.model import Streamed
@@ -30,7 +30,7 @@ _PACKED = "packed"  # of a store's identity: the settings of its packed layers, 
 class StoredBases(Mapping[str, PackedBase]):
     """The packed weights of a store by the path of their layer, each read when it is asked for."""
 
-    def __init__(self, store: Store, paths: Iterable[str]) -> None:
+    def __init__(self, store: WeightStore, paths: Iterable[str]) -> None:
         self._store, self._settings = store, json.loads(store.identity[_PACKED])
         self._paths = dict.fromkeys(paths)
 
@@ -54,7 +54,7 @@ def write_packed(text: TextModel, blocks: Iterable[Mapping[str, PackedBase]], pa
     Returns the paths of these layers. The packed layers of one block are in memory at a time, or one tensor of what lies outside
     the blocks. Raises StoreRefused where the disk takes no store.
     """
-    source = cast(Store, text.store)
+    source = cast(WeightStore, text.store)
     prefix, _ = modules.block_prefix(text.model, text.family)
     settings: dict[str, Any] = json.loads(source.identity[_PACKED])
     identity: dict[str, str] = {}
@@ -77,13 +77,13 @@ def open_packed(text: TextModel, path: Path) -> TextModel:
     """The model in the store at `path`, which `write_packed` made of the streamed `text`: no adapter, the same attention."""
     before = cast(Streamed, text.streamed).stream
     model, streamed = open_streamed(
-        Store.open(path, {}), read_config(text.source), text.dtype, text.family, residence=Residence(before.slots)
+        WeightStore.open(path, {}), read_config(text.source), text.dtype, text.family, residence=Residence(before.slots)
     )
     set_attention(model, text.attention)
     return dataclasses.replace(text, model=model, streamed=streamed)
 
 
-def _record(source: Store, block: str, layers: Mapping[str, PackedBase]) -> dict[str, Tensor]:
+def _record(source: WeightStore, block: str, layers: Mapping[str, PackedBase]) -> dict[str, Tensor]:
     """The tensors of a block by their names in it: the packed ones of `layers`, and all else as it is in `source`."""
     found = {
         f"{path.removeprefix(f'{block}.')}.base.{leaf}": tensor

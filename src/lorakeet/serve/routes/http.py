@@ -27,10 +27,10 @@ from lorakeet.kernels.threads import compute_alone
 from lorakeet.serve.access import Caller, NotAllowed, QuotaSpent
 from lorakeet.serve.engine import Draining, QueueFull
 from lorakeet.serve.naming import UnknownModel
-from lorakeet.serve.registry import NoRoom
+from lorakeet.serve.registry import AdapterMemoryFull
 from lorakeet.serve.routes import lifecycle, ollama, openai
 from lorakeet.serve.routes.lifecycle import TooLarge
-from lorakeet.serve.routes.reply import Reply, Stalled, pieces
+from lorakeet.serve.routes.reply import HttpReply, Stalled, pieces
 from lorakeet.serve.service import Service
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
@@ -39,7 +39,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that fits
     (QueueFull, 429, "rate_limit_error"),
     (QuotaSpent, 429, "rate_limit_error"),
     (Draining, 503, "unavailable"),
-    (NoRoom, 503, "unavailable"),
+    (AdapterMemoryFull, 503, "unavailable"),
     (Stalled, 408, "invalid_request_error"),
     (TooLarge, 413, "invalid_request_error"),
     (VerificationFailed, 422, "verification_failed"),
@@ -69,7 +69,7 @@ def build_app(service: Service) -> Starlette:
         Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
         Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
         Route("/tokenize", _of_body(service, openai.tokenize), methods=["POST"]),
-        Route("/v1/load_lora_adapter", _of_body(service, lifecycle.load), methods=["POST"]),
+        Route("/v1/load_lora_adapter", _of_body(service, lifecycle.load_adapter), methods=["POST"]),
         Route("/v1/unload_lora_adapter", _of_body(service, lifecycle.unload), methods=["POST"]),
         Route("/lora-adapters", _of_caller(service, lambda caller: lifecycle.scales(service, caller)), methods=["GET"]),
         Route("/lora-adapters", _of_body(service, lifecycle.set_scales), methods=["POST"]),
@@ -77,7 +77,7 @@ def build_app(service: Service) -> Starlette:
         Route("/api/ps", _of_caller(service, lambda caller: ollama.tags(service, caller, loaded=True))),
         Route("/api/version", _of_caller(service, lambda caller: ollama.version(service, caller))),
         Route("/api/chat", _of_body(service, ollama.chat), methods=["POST"]),
-        Route("/api/generate", _of_body(service, ollama.generate), methods=["POST"]),
+        Route("/api/generate", _of_body(service, ollama.ollama_generate), methods=["POST"]),
         *_adapter_routes(service),
     ]
 
@@ -142,10 +142,10 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], N
         ) from error
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     config.timeout_graceful_shutdown = max(1, math.ceil(patience))
-    _Server(config, ready).run([listening])
+    _UvicornServer(config, ready).run([listening])
 
 
-class _Server(uvicorn.Server):
+class _UvicornServer(uvicorn.Server):
     """uvicorn's server, which says when it listens."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[int], None]) -> None:
@@ -165,13 +165,13 @@ def _plain(answer: Callable[[], Response]) -> Handler:
     return handle
 
 
-def _sent(reply: Reply) -> Response:
+def _sent(reply: HttpReply) -> Response:
     if isinstance(reply.body, str):
         return Response(reply.body, reply.status, media_type=reply.media)
     return StreamingResponse(reply.body, reply.status, media_type=reply.media)
 
 
-def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[Reply]]) -> Handler:
+def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[HttpReply]]) -> Handler:
     """A route that reads nothing but who asks."""
 
     async def handle(request: HttpRequest) -> Response:
@@ -180,7 +180,7 @@ def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[Reply]]) -
     return _guarded(handle)
 
 
-def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, Any], Awaitable[Reply]]) -> Handler:
+def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, Any], Awaitable[HttpReply]]) -> Handler:
     """A route that reads a JSON body."""
 
     async def handle(request: HttpRequest) -> Response:
@@ -232,7 +232,7 @@ async def _unforeseen(request: HttpRequest, error: Exception) -> Response:
 
 
 def _retry(error: Exception) -> dict[str, str]:
-    seconds = getattr(error, "retry_after", _NO_ROOM_SECONDS if isinstance(error, NoRoom) else None)
+    seconds = getattr(error, "retry_after", _NO_ROOM_SECONDS if isinstance(error, AdapterMemoryFull) else None)
     return {} if seconds is None else {"Retry-After": str(seconds)}
 
 
@@ -286,7 +286,7 @@ def _ready(service: Service) -> Response:
     return PlainTextResponse(service.engine.failure or "not ready", 503)
 
 
-async def _metrics(service: Service, caller: Caller) -> Reply:
+async def _metrics(service: Service, caller: Caller) -> HttpReply:
     caller.require_admin()
     running, waiting = service.engine.load
     registry = service.registry
@@ -300,4 +300,4 @@ async def _metrics(service: Service, caller: Caller) -> Reply:
         "kv_cache_bytes": service.engine.cache.bytes,
     }
     page = service.metrics.text(gauges, lambda name: name == service.base or caller.sees(name))
-    return Reply(page, "text/plain; version=0.0.4")
+    return HttpReply(page, "text/plain; version=0.0.4")

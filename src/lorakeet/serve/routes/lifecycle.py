@@ -11,16 +11,16 @@ from lorakeet.serve.access import Caller
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.probe import extend_certificate
 from lorakeet.serve.registry import Version
-from lorakeet.serve.routes.reply import Incoming, Reply, as_json, pieces
+from lorakeet.serve.routes.reply import HttpReply, Incoming, as_json, pieces
 from lorakeet.serve.service import Service
-from lorakeet.serve.store import Store
+from lorakeet.serve.store import AdapterStore
 
 
 class TooLarge(DataError):
     """A body or a file is larger than the server takes."""
 
 
-async def load(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def load_adapter(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /v1/load_lora_adapter {"lora_name", "lora_path", "load_inplace", "pinned"}, as vLLM and SGLang have it."""
     caller.require_admin()
     fields = Fields(data)
@@ -29,19 +29,19 @@ async def load(service: Service, caller: Caller, request: Incoming, data: Any) -
     caller.require_admin(name)
     load_in_place, pinned = fields.flag("load_inplace"), fields.flag("pinned")
     await asyncio.to_thread(service.registry.load, name, path, replace=load_in_place, pinned=pinned)
-    return Reply(f"Success: LoRA adapter '{name}' added successfully.")
+    return HttpReply(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-async def unload(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def unload(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /v1/unload_lora_adapter {"lora_name"}."""
     caller.require_admin()
     name = Fields(data).text("lora_name")
     caller.require_admin(name)
     await asyncio.to_thread(_drop, service, caller, name)
-    return Reply(f"Success: LoRA adapter '{name}' removed successfully.")
+    return HttpReply(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-async def scales(service: Service, caller: Caller) -> Reply:
+async def scales(service: Service, caller: Caller) -> HttpReply:
     """GET /lora-adapters: every adapter with the scale of requests that name none."""
     found = [
         {
@@ -54,7 +54,7 @@ async def scales(service: Service, caller: Caller) -> Reply:
     return as_json(found)
 
 
-async def set_scales(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def set_scales(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /lora-adapters [{"id", "scale"}]: what requests for the base use from now on; adapters that are not named get 0, but
     for those that the caller may not see."""
     caller.require_admin()
@@ -63,12 +63,12 @@ async def set_scales(service: Service, caller: Caller, request: Incoming, data: 
     return as_json({"success": True})
 
 
-async def look(service: Service, caller: Caller, name: str) -> Reply:
+async def look(service: Service, caller: Caller, name: str) -> HttpReply:
     """GET /v1/adapters/NAME."""
     return as_json(_about(_seen(service, caller, name)))
 
 
-async def pin(service: Service, caller: Caller, name: str, data: Any) -> Reply:
+async def pin(service: Service, caller: Caller, name: str, data: Any) -> HttpReply:
     """POST /v1/adapters/NAME/pin {"pinned": true}: a pinned adapter is in memory and stays there."""
     caller.require_admin()
     _seen(service, caller, name)
@@ -76,7 +76,7 @@ async def pin(service: Service, caller: Caller, name: str, data: Any) -> Reply:
     return as_json(_about(service.registry.get(name)))
 
 
-async def certify(service: Service, caller: Caller, name: str) -> Reply:
+async def certify(service: Service, caller: Caller, name: str) -> HttpReply:
     """POST /v1/adapters/NAME/certificate: adds to the certificate beside the adapter that it is served as it was verified."""
     caller.require_admin()
     version = _seen(service, caller, name)
@@ -89,7 +89,7 @@ async def certify(service: Service, caller: Caller, name: str) -> Reply:
     return as_json({"path": str(version.certificate), **told})
 
 
-async def receive(service: Service, caller: Caller, request: Incoming, name: str, file: str, upload: str) -> Reply:
+async def receive(service: Service, caller: Caller, request: Incoming, name: str, file: str, upload: str) -> HttpReply:
     """PUT /v1/adapters/NAME/FILE[?upload=ID]: one file of an upload, in pieces; nothing is visible before it is accepted.
 
     Files of one key and one `upload` belong together.
@@ -105,7 +105,7 @@ async def receive(service: Service, caller: Caller, request: Incoming, name: str
     return as_json({"name": name, "file": file, "bytes": size})
 
 
-async def accept(service: Service, caller: Caller, name: str, data: Any, upload: str) -> Reply:
+async def accept(service: Service, caller: Caller, name: str, data: Any, upload: str) -> HttpReply:
     """POST /v1/adapters/NAME[?upload=ID] {"replace": false}: checks an upload whole, and only then serves it."""
     caller.require_admin(name)
     store, replace = _store(service), Fields(data).flag("replace")
@@ -113,7 +113,7 @@ async def accept(service: Service, caller: Caller, name: str, data: Any, upload:
     return as_json(_about(service.registry.get(name)))
 
 
-async def remove(service: Service, caller: Caller, name: str) -> Reply:
+async def remove(service: Service, caller: Caller, name: str) -> HttpReply:
     """DELETE /v1/adapters/NAME: no longer served, and what was uploaded of it is deleted."""
     caller.require_admin(name)
     await asyncio.to_thread(_drop, service, caller, name)
@@ -163,7 +163,7 @@ def _uploader(caller: Caller, upload: str) -> str:
     return f"{caller.owner}\n{upload}"
 
 
-def _store(service: Service) -> Store:
+def _store(service: Service) -> AdapterStore:
     if service.store is None:
         raise ConfigError("Uploads need a folder to keep them in; start the server with --adapters-dir DIR.")
     return service.store

@@ -15,7 +15,7 @@ from lorakeet.serve.fields import Fields
 from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.routes.multiplex import answered, merged
 from lorakeet.serve.routes.openai import messages
-from lorakeet.serve.routes.reply import NOBODY, Incoming, Reply, as_json
+from lorakeet.serve.routes.reply import NOBODY, HttpReply, Incoming, as_json
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import Service, Writing
 
@@ -33,7 +33,7 @@ _NEUTRAL_OPTIONS: dict[str, Any] = {
 _UNTIL_FULL = (-1, -2)  # Ollama's num_predict for "until the end" and "until the context is full"
 
 
-async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /api/chat; the model is the name of an adapter, with or without ":latest"."""
     fields = Fields(data)
     fields.refuse(_CHAT, (), _NEUTRAL)
@@ -41,7 +41,7 @@ async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -
     return await _answer(service, caller, request, fields, ids, chat=True)
 
 
-async def generate(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def ollama_generate(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /api/generate; the prompt goes through the chat template, if there is one, unless `raw` is set."""
     fields = Fields(data)
     fields.refuse(_GENERATE, (), _NEUTRAL)
@@ -58,7 +58,7 @@ async def generate(service: Service, caller: Caller, request: Incoming, data: An
 
 async def _answer(
     service: Service, caller: Caller, request: Incoming, fields: Fields, ids: tuple[int, ...], *, chat: bool
-) -> Reply:
+) -> HttpReply:
     options = fields.inner("options")
     options.refuse(_OPTIONS, _NO_EFFECT, _NEUTRAL_OPTIONS)
     most = options.whole("num_predict", -1)
@@ -73,7 +73,7 @@ async def _answer(
     model = fields.text("model")
     writing = await service.write(caller, service.weigh(caller, model, fields), [ids], sampling, schema=_schema(fields))
     if fields.flag("stream", True):
-        return Reply(_stream(service, writing, model, chat), "application/x-ndjson")
+        return HttpReply(_stream(service, writing, model, chat), "application/x-ndjson")
     found = await answered(service, request, writing)
     if found is None:
         return NOBODY
@@ -128,7 +128,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
-async def tags(service: Service, caller: Caller, *, loaded: bool = False) -> Reply:
+async def tags(service: Service, caller: Caller, *, loaded: bool = False) -> HttpReply:
     """GET /api/tags: the base and the adapters, as models. GET /api/ps: those in memory."""
     details = {"format": "safetensors", "family": service.text.family.name, "parent_model": service.base}
     found = [{"name": service.base, "model": service.base, "modified_at": _now(), "size": 0, "digest": "", "details": details}]
@@ -139,6 +139,6 @@ async def tags(service: Service, caller: Caller, *, loaded: bool = False) -> Rep
     return as_json({"models": found})
 
 
-async def version(service: Service, caller: Caller) -> Reply:
+async def version(service: Service, caller: Caller) -> HttpReply:
     """GET /api/version."""
     return as_json({"version": __version__})

@@ -18,7 +18,7 @@ from lorakeet.serve.engine import Event
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.routes.multiplex import answered, merged
-from lorakeet.serve.routes.reply import NOBODY, Incoming, Reply, as_json
+from lorakeet.serve.routes.reply import NOBODY, HttpReply, Incoming, as_json
 from lorakeet.serve.sampling import Chosen, Sampling
 from lorakeet.serve.service import Service, Writing
 from lorakeet.serve.text_stream import token_bytes
@@ -57,7 +57,7 @@ class _Asked:
     schema: Mapping[str, Any] | None  # of JSON that is written
 
 
-async def chat_completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def chat_completions(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /v1/chat/completions."""
     fields = Fields(data)
     fields.refuse(_CHAT, _WITHOUT_EFFECT, _NEUTRAL)
@@ -71,7 +71,7 @@ async def chat_completions(service: Service, caller: Caller, request: Incoming, 
     return await _answer(service, caller, request, asked, fields)
 
 
-async def completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def completions(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /v1/completions; the prompt is a text, a list of token ids, or a list of these."""
     fields = Fields(data)
     fields.refuse(_COMPLETION, _WITHOUT_EFFECT, _NEUTRAL)
@@ -98,7 +98,7 @@ async def _prompt(service: Service, given: Any) -> tuple[int, ...]:
     return await service.prompt_ids(Fields({"prompt": given}).text("prompt"))
 
 
-async def tokenize(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+async def tokenize(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /tokenize, as vLLM has it: the ids of a raw prompt or of a conversation, before anything is written."""
     fields = Fields(data)
     chat = "messages" in fields.data
@@ -163,7 +163,7 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
     return ANY_OBJECT if kind == "json_object" else None
 
 
-async def _answer(service: Service, caller: Caller, request: Incoming, asked: _Asked, fields: Fields) -> Reply:
+async def _answer(service: Service, caller: Caller, request: Incoming, asked: _Asked, fields: Fields) -> HttpReply:
     meant = service.weigh(caller, asked.model, fields)
     writing = await service.write(caller, meant, asked.prompts, asked.sampling, texts=asked.n, schema=asked.schema)
     head = {
@@ -172,7 +172,7 @@ async def _answer(service: Service, caller: Caller, request: Incoming, asked: _A
         "model": asked.model,
     }
     if asked.stream:
-        return Reply(_stream(service, writing, asked, head), "text/event-stream")
+        return HttpReply(_stream(service, writing, asked, head), "text/event-stream")
     found = await answered(service, request, writing)
     if found is None:
         return NOBODY
@@ -267,7 +267,7 @@ def _sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def models(service: Service, caller: Caller) -> Reply:
+async def models(service: Service, caller: Caller) -> HttpReply:
     """GET /v1/models: the base, and the adapters that the caller may use, each with `parent` and `root`."""
     listed = [{"id": service.base, "object": "model", "created": service.began, "owned_by": "lorakeet", "parent": None}]
     for version in service.registry.versions:
@@ -277,7 +277,7 @@ async def models(service: Service, caller: Caller) -> Reply:
     return as_json({"object": "list", "data": listed})
 
 
-async def model(service: Service, caller: Caller, name: str) -> Reply:
+async def model(service: Service, caller: Caller, name: str) -> HttpReply:
     """GET /v1/models/NAME: the base, an adapter, or a mix, as it can be asked for."""
     about = {"id": name, "object": "model", "created": service.began, "owned_by": "lorakeet"}
     return as_json({**about, "parent": service.base if service.meant(caller, name) else None})

@@ -23,7 +23,7 @@ class Incoming(Protocol):
 
 
 @dataclass(frozen=True)
-class Reply:
+class HttpReply:
     """A text, or pieces of text that are sent as they come."""
 
     body: str | AsyncIterator[str] = ""
@@ -48,9 +48,9 @@ async def pieces(request: Incoming, pause: float) -> AsyncIterator[bytes]:
         yield piece
 
 
-NOBODY = Reply(status=499)  # the client is gone; nobody reads this
+NOBODY = HttpReply(status=499)  # the client is gone; nobody reads this
 
 
-def as_json(data: Any) -> Reply:
+def as_json(data: Any) -> HttpReply:
     """`data` as JSON."""
-    return Reply(json.dumps(data, ensure_ascii=False, separators=(",", ":")), "application/json")
+    return HttpReply(json.dumps(data, ensure_ascii=False, separators=(",", ":")), "application/json")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakeet.core.base import frozen_product, write_frozen_product
 from lorakeet.core.kernels import runs_on
-from lorakeet.core.tiled_product import TILE, Rows, add_back_products, back_product, tiles
+from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back_product, tiles
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.cpu import head as native
 from lorakeet.kernels.tiled_weight import Kernels
@@ -28,7 +28,7 @@ class TextHead(Protocol):
     """The part of a TextModel that the loss needs (see models/text/model)."""
 
     @property
-    def head_weight(self) -> Rows | None: ...
+    def head_weight(self) -> RowSource | None: ...
 
     @property
     def kernels(self) -> Kernels | None: ...
@@ -68,7 +68,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - apply() takes positional arguments only
-        ctx: Any, hidden: Tensor, weight: Rows, targets: Tensor, chunk: int, wants_grad: bool, kernels: Kernels | None
+        ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool, kernels: Kernels | None
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
@@ -99,7 +99,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None, None
 
 
-def _by_native(hidden: Tensor, weight: Rows, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _by_native(hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Losses (n,) and, if wanted, ∂L/∂h (n, hidden) in fp32."""
     logits = hidden.new_empty(len(hidden), weight.shape[0])
     of_tiles = native.blocks(logits, TILE)
@@ -130,7 +130,7 @@ def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: K
 
 
 def frozen_head_losses(
-    hidden: Tensor, weight: Rows, targets: Tensor, *, chunk: int = CHUNK, kernels: Kernels | None = None
+    hidden: Tensor, weight: RowSource, targets: Tensor, *, chunk: int = CHUNK, kernels: Kernels | None = None
 ) -> Tensor:
     """−log softmax(hidden·Wᵀ)[target] (n,); hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:

@@ -43,7 +43,7 @@ from lorakeet.train.stopping import Watch
 from lorakeet.train.task import HeldOut, batch_seeds
 from lorakeet.train.text.layer_major import batches_by_block
 from lorakeet.train.text.loss import head_losses
-from lorakeet.train.text.shared_passes import SMALL, Pass, as_one, groups_of
+from lorakeet.train.text.shared_passes import SMALL, SharedPass, as_one, groups_of
 from lorakeet.train.text.task import learning_rate_of, order_of
 
 
@@ -148,7 +148,7 @@ class Many:
         learner = next(learner for learner in self._members if learner.at.member.name == name)
         learner.at.done = learner.at.done or reason
 
-    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[Pass]) -> None:
+    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[SharedPass]) -> None:
         """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
         batches = [one.batch.to(self.text.device) for one in passes]
 
@@ -338,7 +338,7 @@ def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
         )
 
 
-def _shares(learning: Sequence[_Learner], one: Pass) -> list[Share]:
+def _shares(learning: Sequence[_Learner], one: SharedPass) -> list[Share]:
     """Whose adapter the tokens of a pass use."""
     shares, place = [], 0
     for index, batch in one.parts:

@@ -20,7 +20,7 @@ SMALL = 512  # tokens of a step, up to which it is computed beside others
 
 
 @dataclass(frozen=True)
-class Pass:
+class SharedPass:
     """Rows that go through the base together: (number of the member, its rows)."""
 
     parts: tuple[tuple[int, Batch], ...]
@@ -33,7 +33,7 @@ class Pass:
     @property
     def batch(self) -> Batch:
         """All rows; those of one member as they are."""
-        return self.parts[0][1] if len(self.parts) == 1 else join([batch for _, batch in self.parts])
+        return self.parts[0][1] if len(self.parts) == 1 else join_batches([batch for _, batch in self.parts])
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Group:
     """Members whose gradients are all there after these passes."""
 
     members: tuple[int, ...]
-    passes: tuple[Pass, ...]
+    passes: tuple[SharedPass, ...]
 
 
 def groups_of(steps: Sequence[Sequence[Batch]], tokens: int) -> list[Group]:
@@ -52,9 +52,9 @@ def groups_of(steps: Sequence[Sequence[Batch]], tokens: int) -> list[Group]:
     filled = [(index, [batch for batch in step if batch.targets]) for index, step in enumerate(steps)]
     small = [(index, batches[0]) for index, batches in filled if len(batches) == 1 and batches[0].tokens <= SMALL]
     shared = {index for index, _ in small}
-    found = [Group(tuple(index for index, _ in parts), (Pass(tuple(parts)),)) for parts in _dealt(small, tokens)]
+    found = [Group(tuple(index for index, _ in parts), (SharedPass(tuple(parts)),)) for parts in _dealt(small, tokens)]
     others = ((index, batches) for index, batches in filled if index not in shared)
-    return found + [Group((index,), tuple(Pass(((index, batch),)) for batch in batches)) for index, batches in others]
+    return found + [Group((index,), tuple(SharedPass(((index, batch),)) for batch in batches)) for index, batches in others]
 
 
 def as_one(groups: Sequence[Group]) -> Group:
@@ -79,7 +79,7 @@ def _dealt(small: Sequence[tuple[int, Batch]], tokens: int) -> list[list[tuple[i
     return found
 
 
-def join(batches: Sequence[Batch]) -> Batch:
+def join_batches(batches: Sequence[Batch]) -> Batch:
     """Several batches as one, end to end; the targets stay in the batches' order."""
     starts = [0]
     for batch in batches:

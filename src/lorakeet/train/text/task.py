@@ -16,7 +16,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.batches import StepOrder, dealt
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, micro_batches, pack
+from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.formats.peft import peft
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
@@ -111,7 +111,7 @@ class TextTask:
             with self._passing():
                 total = by_batch(self.loss, batches, targets)
                 if idle:
-                    by_batch(lambda batch: 0 * self.loss(batch), [pack([self._shortest])] * idle, targets)
+                    by_batch(lambda batch: 0 * self.loss(batch), [pack_examples([self._shortest])] * idle, targets)
         return total
 
     def _passing(self) -> AbstractContextManager[None]:

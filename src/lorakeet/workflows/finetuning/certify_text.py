@@ -22,7 +22,7 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.models.inject import activate, attach, eject, use_products
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapted import put_adapter
-from lorakeet.models.text.compare import compare, first_tokens
+from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.digests import changed_tensors, frozen_digests
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -49,14 +49,14 @@ def certify_run(
     base is loaded once more; None, where memory has no room for a second one, puts the adapter from disk on the live base and
     leaves the base to the digests.
     """
-    batches = micro_batches(whole_rows(rows), MICRO_TOKENS)
+    batches = micro_batches(first_rows(rows), MICRO_TOKENS)
     checks = [check_frozen(before, frozen_digests(live.model))] if before else []
     if model is None:
         checks.insert(0, _within(live, adapter, batches, name=name, spec=spec))
     else:
         fresh = _read_again(live, adapter, model, name)
-        disk = compare((live, name), (fresh, name), batches, spec=spec)
-        base = compare((live, None), (fresh, None), batches, spec=spec)
+        disk = compare_outputs((live, name), (fresh, name), batches, spec=spec)
+        base = compare_outputs((live, None), (fresh, None), batches, spec=spec)
         sides = ("live adapter", f"{adapter.name}/ on the base, both read again")
         checks = [
             disk.check("adapter on disk", TOLERANCES["fp32"], between=sides),
@@ -86,7 +86,7 @@ def _within(live: TextModel, adapter: Path, batches: Sequence[Batch], *, name: s
     attach(live.model, read_adapter(adapter), REREAD)
     use_products(live.model, live.products)
     try:
-        parity = compare((live, name), (live, REREAD), batches, spec=spec)
+        parity = compare_outputs((live, name), (live, REREAD), batches, spec=spec)
     finally:
         eject(live.model, REREAD)
     return parity.check("adapter on disk", TOLERANCES["fp32"], between=("live adapter", f"{adapter.name}/ read again"))
@@ -106,6 +106,6 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
     )
 
 
-def whole_rows(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:
+def first_rows(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:
     """The first rows up to so many tokens, one at least, with every token but a row's first a target."""
     return [replace(row, supervised=np.arange(len(row.ids)) > 0) for row in first_tokens(rows, tokens)]

@@ -12,11 +12,11 @@ from torch import nn
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, pack
+from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import EnvironmentProblem, Problems
 from lorakeet.models.placement import device_for
 from lorakeet.models.text.adapted import drop_rates
-from lorakeet.models.text.batch_shape import Shape
+from lorakeet.models.text.batch_shape import BatchShape
 from lorakeet.models.text.cuda_graphs import SETTING, TURN_OFF, CudaGraphs, Recorder, ReplayedPasses
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.spec import TrainSpec
@@ -72,7 +72,7 @@ def record_passes(text: TextModel, task: TextTask, console: Console, recorder: R
         return
     if why := next(_why_not(text), ""):
         raise EnvironmentProblem(f"{SETTING} is true, but {why}. {TURN_OFF}.")
-    room = Shape.largest(max(len(row.ids) for row in task.train), spec.micro_tokens, min(spec.batch_size, len(task.train)))
+    room = BatchShape.largest(max(len(row.ids) for row in task.train), spec.micro_tokens, min(spec.batch_size, len(task.train)))
     passes = ReplayedPasses(text, task.parameters(), recorder or CudaGraphs(text.device), room)
     largest = largest_batch(task.train, spec)
     console.print(f"Recording the passes of a micro-batch of {largest.tokens} tokens, and comparing them with the model's.")
@@ -90,7 +90,7 @@ def largest_batch(rows: Sequence[Example], spec: TrainSpec) -> Batch:
     ids = np.resize(np.concatenate([row.ids for row in rows[: spec.batch_size]]), sum(lengths))
     parts = np.split(ids, np.cumsum(lengths)[:-1])
     filled = [part for part in parts if len(part)]
-    return pack([Example(part, np.arange(len(part)) > 0, f"made up {n}", None, False) for n, part in enumerate(filled)])
+    return pack_examples([Example(part, np.arange(len(part)) > 0, f"made up {n}", None, False) for n, part in enumerate(filled)])
 
 
 def _why_not(text: TextModel) -> Iterator[str]:

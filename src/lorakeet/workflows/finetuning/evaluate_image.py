@@ -123,7 +123,7 @@ class ImageJudge:
             for weight in (0.0, *WEIGHTS):
                 column = f"{ADAPTER} × {weight:g}" if weight else BASE
                 if weight:
-                    attach(self.model.parts, scaled(held, weight), "sampled")
+                    attach(self.model.parts, scaled_adapter(held, weight), "sampled")
                 else:
                     activate(self.model.parts, None)
                 try:
@@ -185,7 +185,7 @@ class ImageJudge:
                     durable.write_plain(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[place]))
 
 
-def scaled(adapter: Adapter, weight: float) -> Adapter:
+def scaled_adapter(adapter: Adapter, weight: float) -> Adapter:
     """The adapter with its scale times `weight`."""
     pairs = {path: dataclasses.replace(pair, alpha=pair.alpha * weight) for path, pair in adapter.pairs.items()}
     return dataclasses.replace(adapter, pairs=pairs)

@@ -15,7 +15,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
-from lorakeet.evaluate.report.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
+from lorakeet.evaluate.report.report import ChartPoint, Command, Curves, Drift, Leak, MemoryUse, Report
 from lorakeet.kernels.cpu import operators
 from lorakeet.memory.cuda import CONTEXT, beside_torch, card_peak
 from lorakeet.memory.measure import peak_bytes
@@ -63,9 +63,9 @@ def curves(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> Curves:
     steps = [record for record in metrics if record.get("loss") is not None]
     held_out = [record for record in metrics if record.get("held_out_loss") is not None]
     return Curves(
-        train=tuple(Point(record["step"], record["loss"]) for record in steps),
-        held_out=tuple(Point(r["step"], r["held_out_loss"], r["low"], r["high"]) for r in held_out),
-        learning_rate=tuple(Point(record["step"], record["lr"]) for record in steps),
+        train=tuple(ChartPoint(record["step"], record["loss"]) for record in steps),
+        held_out=tuple(ChartPoint(r["step"], r["held_out_loss"], r["low"], r["high"]) for r in held_out),
+        learning_rate=tuple(ChartPoint(record["step"], record["lr"]) for record in steps),
         best_step=outcome.best_step,
         ended=outcome.reason,
     )

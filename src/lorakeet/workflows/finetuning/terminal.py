@@ -19,7 +19,7 @@ from lorakeet.workflows.runs.pruning import cuts_text
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
 
 
-def show_plan(setup: Assembly, console: Console) -> None:
+def show_run_plan(setup: Assembly, console: Console) -> None:
     """The rows, the leaks, one example in colour, and which matrices get which rank."""
     data = setup.dataset
     counts = f": {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"

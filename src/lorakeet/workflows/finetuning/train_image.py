@@ -36,7 +36,7 @@ from lorakeet.workflows.finetuning.finish import conclude, judging
 from lorakeet.workflows.finetuning.image_terminal import show_forecast, show_image_plan
 from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import writing
-from lorakeet.workflows.runs.run_folder import begin_run, identity_of
+from lorakeet.workflows.runs.run_folder import begin_run, hashes_of_parts
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str | 
         "latents and conditioning": [setup.model.autoencoder_digest, setup.model.encoders_digest],
         "image arithmetic (this version of Lorakeet computes pictures otherwise)": _ARITHMETIC,
     }
-    return identity_of(parts, model)
+    return hashes_of_parts(parts, model)
 
 
 def _watch(setup: ImageAssembly, run: RunFolder, console: Console, step: int) -> None:

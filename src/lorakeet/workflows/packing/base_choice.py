@@ -32,7 +32,7 @@ AT_LOAD = ("nf4", "int8")  # ways of packing a dense model as it is loaded
 
 
 @dataclass(frozen=True)
-class Choice:
+class BaseChoice:
     """The base that is merged into, why, and the comparison that decided; the first comparison's metric did."""
 
     base: Base
@@ -62,7 +62,7 @@ class Bases:
         return found
 
 
-def bases_of(opened: Opened) -> Bases:
+def both_bases(opened: Opened) -> Bases:
     """Both bases. Of one that is quantised on disk, the original is what --base names, or else what its own record says."""
     kind, trained, given = opened.trained_on, opened.trained_model, opened.config.model
     dense = opened.dense_spec
@@ -80,7 +80,7 @@ def bases_of(opened: Opened) -> Bases:
     return Bases(kind, opened.over(origin), packed)
 
 
-def choose_base(into: Into, opened: Sequence[Opened], bases: Bases, dataset: Dataset | None, console: Console) -> Choice:
+def choose_base(into: Into, opened: Sequence[Opened], bases: Bases, dataset: Dataset | None, console: Console) -> BaseChoice:
     """What `into` comes to for these adapters, the first one's bases being `bases`. "auto" measures one run that has both.
 
     Raises ConfigError where a base is asked for that there is not, or that is not known.
@@ -92,17 +92,18 @@ def choose_base(into: Into, opened: Sequence[Opened], bases: Bases, dataset: Dat
             "Leave --into out."
         )
     if not bases.kind:
-        return Choice("original", _unseen(first))
+        return BaseChoice("original", _unseen(first))
     if bases.original is None and into == "original":
         raise ConfigError(f"--into original: {_no_original(first, bases)}. Name it with --base, or leave --into out.")
     if bases.original is None or into == "dequantised":
         alone = f" {_no_original(first, bases)}, so nothing was compared; name it with --base." if into == "auto" else ""
         why = f"Merged into the weights that {bases.kind} stands for, on which the run was trained."
-        return Choice("dequantised", why + alone)
+        return BaseChoice("dequantised", why + alone)
     if into == "original":
-        return Choice("original", _trained_elsewhere(bases))
+        return BaseChoice("original", _trained_elsewhere(bases))
     if len(opened) > 1 or dataset is None:
-        return Choice("original", f"{_unmeasured(opened)}, so the original base is taken unmeasured. {_trained_elsewhere(bases)}")
+        why = f"{_unmeasured(opened)}, so the original base is taken unmeasured. {_trained_elsewhere(bases)}"
+        return BaseChoice("original", why)
     return _measured(bases, dataset, console)
 
 
@@ -133,7 +134,7 @@ def _trained_elsewhere(bases: Bases) -> str:
     )
 
 
-def _measured(bases: Bases, dataset: Dataset, console: Console) -> Choice:
+def _measured(bases: Bases, dataset: Dataset, console: Console) -> BaseChoice:
     """Base + adapter on the held-out rows, over the original weights and over the quantised ones, which are the dequantised."""
     found = {name: _scores(bases.of(name), dataset, name, console) for name in BASES}
     gc.collect()  # … and before those that are merged and checked
@@ -160,7 +161,7 @@ def _measured(bases: Bases, dataset: Dataset, console: Console) -> Choice:
         f"Merged into the {best} base: on {deciding.difference.n} held-out rows its {metric} is {gap:.4f} lower than the other's "
         f"({shown})."
     )
-    return Choice(best, why, systems, (deciding, *(item for item in comparisons if item is not deciding)))
+    return BaseChoice(best, why, systems, (deciding, *(item for item in comparisons if item is not deciding)))
 
 
 def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> Answers | RowLosses:

@@ -17,7 +17,7 @@ from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.export.packed_model import Part, write_model
+from lorakeet.export.packed_model import TensorGroup, write_model
 from lorakeet.memory.budget import parse_budget
 from lorakeet.memory.spill import Aside
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
@@ -37,11 +37,11 @@ from lorakeet.models.text.gptq_blocks import (
 )
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.gptq import PARTS, buffer_shapes
-from lorakeet.quant.gptq_config import GptqConfig, to_mapping
+from lorakeet.quant.gptq import PARTS, gptq_buffer_shapes
+from lorakeet.quant.gptq_config import GptqConfig, gptq_mapping
 from lorakeet.quant.gptq_pack import BITS
-from lorakeet.quant.gptq_solve import Layout
-from lorakeet.workflows.planning.quantizing import Job, Kept, keep_budget, stream_closed
+from lorakeet.quant.gptq_solve import GptqLayout
+from lorakeet.workflows.planning.quantizing import Kept, QuantizeJob, keep_budget, stream_closed
 from lorakeet.workflows.runs.output_paths import require_place
 
 DAMPING = 0.01  # the paper's
@@ -62,7 +62,7 @@ def write_gptq(
     *,
     out: Path,
     head: Literal["keep", "quantize"] = "keep",
-    layout: Layout,
+    layout: GptqLayout,
     calibration: Calibration,
     memory: str | None = None,
     console: Console,
@@ -87,8 +87,8 @@ def write_gptq(
     layers = layers_in_blocks(plain, model)
     check_layers(layers, layout)
     check_tokens(examples, inputs_of_widest(layers))
-    words = to_mapping(_settings(layout), damping=DAMPING, version=__version__)
-    job = Job(
+    words = gptq_mapping(_settings(layout), damping=DAMPING, version=__version__)
+    job = QuantizeJob(
         model, config, with_quantisation(config, words), getattr(torch, spec.dtype), layout=layout, rows=examples,
         micro_tokens=MICRO_TOKENS,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def write_gptq(
 
 
 def _quantised(
-    job: Job, spec: ModelSpec, kept: Kept, layout: Layout, out: Path, console: Console
+    job: QuantizeJob, spec: ModelSpec, kept: Kept, layout: GptqLayout, out: Path, console: Console
 ) -> tuple[int, dict[str, float]]:
     """Loads the model, writes the folder, and loads that again."""
     text = load_text_model(spec, say=console.print, store=kept.store)
@@ -134,7 +134,7 @@ def _quantised(
     return written, errors
 
 
-def _check(out: Path, head: str, layout: Layout, calibration: Calibration) -> None:
+def _check(out: Path, head: str, layout: GptqLayout, calibration: Calibration) -> None:
     """Raises ConfigError with everything that is wrong with the settings."""
     problems = Problems("The GPTQ settings cannot be used")
     if out.exists():
@@ -166,11 +166,13 @@ def _as_stored(model: str, console: Console) -> ModelSpec:
     return ModelSpec(path=str(source), dtype="bfloat16" if narrow else "float32", products="bfloat16" if narrow else "float32")
 
 
-def _settings(layout: Layout) -> GptqConfig:
+def _settings(layout: GptqLayout) -> GptqConfig:
     return GptqConfig(layout.bits, layout.group_size, layout.desc_act, layout.sym, layout.zero_format)
 
 
-def _write(job: Job, text: TextModel, kept: Kept, layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]) -> int:
+def _write(
+    job: QuantizeJob, text: TextModel, kept: Kept, layout: GptqLayout, out: Path, done: Callable[[QuantisedBlock], None]
+) -> int:
     """Writes the folder, block by block as they are quantised; returns its bytes."""
     plain = skeleton(job.config)
     shapes = {path: weight_of(module).shape for path, module in layers_in_blocks(plain, job.name).items()}
@@ -182,10 +184,10 @@ def _write(job: Job, text: TextModel, kept: Kept, layout: Layout, out: Path, don
     parts = [
         _packed(name, places[name], shapes[places[name]], layout, solved)
         if name in places
-        else Part({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file.read, name))
+        else TensorGroup({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file.read, name))
         for name, file in files.items()
     ]
-    words = to_mapping(_settings(layout), damping=DAMPING, version=__version__)
+    words = gptq_mapping(_settings(layout), damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
     card, along = packed_card(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
     return write_model(out, parts, config=config, along=along, card=card, waiting=kept.waiting())
@@ -212,7 +214,7 @@ class _Solved:
         return {part: self.waiting.take((path, part)) for part in PARTS}
 
 
-def _packed(name: str, path: str, shape: Sequence[int], layout: Layout, solved: _Solved) -> Part:
+def _packed(name: str, path: str, shape: Sequence[int], layout: GptqLayout, solved: _Solved) -> TensorGroup:
     """The four tensors that stand for the weight `name` of the layer at `path`."""
     groups = 1 if layout.group_size == -1 else shape[1] // layout.group_size
     own = name.removesuffix(".weight")
@@ -220,8 +222,8 @@ def _packed(name: str, path: str, shape: Sequence[int], layout: Layout, solved: 
     def make() -> Mapping[str, Tensor]:
         return {f"{own}.{part}": tensor for part, tensor in solved.take(path).items()}
 
-    stored = buffer_shapes((shape[0], shape[1]), bits=layout.bits, groups=groups)
-    return Part({f"{own}.{part}": kind for part, kind in stored.items()}, make)
+    stored = gptq_buffer_shapes((shape[0], shape[1]), bits=layout.bits, groups=groups)
+    return TensorGroup({f"{own}.{part}": kind for part, kind in stored.items()}, make)
 
 
 def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Mapping[str, Tensor]]:

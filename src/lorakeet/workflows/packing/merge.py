@@ -44,7 +44,7 @@ from lorakeet.train.text.through_quantiser import finish
 from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, Judge
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.planning.packed_merge import (
-    Job,
+    PackedMergeJob,
     calibration,
     check_layout_room,
     keep_room,
@@ -97,7 +97,7 @@ def merge_packed(
     if dataset is None:
         raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
     _check(opened, layout, out, spec)
-    job = Job(opened, dataset, layout, spec.calibration_rows, spec.finish_steps > 0, MICRO_TOKENS)
+    job = PackedMergeJob(opened, dataset, layout, spec.calibration_rows, spec.finish_steps > 0, MICRO_TOKENS)
     opened = keep_room(job, out, console)
     with within_room(opened, out, console):
         solved, shares = _written(Merging(opened, dataset, layout, spec, console, Measured()), out)

@@ -44,7 +44,7 @@ from lorakeet.models.text.load import read_config
 from lorakeet.models.text.outline import outline
 from lorakeet.models.text.repeated_blocks import Build
 from lorakeet.models.text.streamed_outline import streamed_outline
-from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, text_runtime_bytes
 from lorakeet.workflows.planning.rehearse_text import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
 from lorakeet.workflows.planning.streaming import ALONE, FEWEST
 from lorakeet.workflows.planning.text_run import Arrangement, require_room_to_unpack
@@ -58,7 +58,7 @@ ROW_LOGITS = 3  # tables of logits (tokens, vocabulary) at once: live, base and 
 COMPARED = 10 * 8  # bytes for each of the CELLS logits that are compared at once, in fp64 (evaluate/parity)
 
 
-class NoRoom(ConfigError):
+class BudgetTooSmall(ConfigError):
     """A budget that is smaller than the least of a check."""
 
 
@@ -124,7 +124,7 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
         say(f"Memory: {bytes_text(whole.peak)} planned of {bytes_text(budget)} for {check.what}; its models stay in memory.")
         return replace(opened, kept=Arrangement(budget, whole.peak))
     if found.peak > budget:
-        raise NoRoom(
+        raise BudgetTooSmall(
             f"The budget is {budget >> 20} MiB, but {check.what} takes at least {enough_for(min(found.peak, whole.peak))}, with "
             f"its models streamed from disk block by block ({enough_for(whole.peak)} with them in memory). Give that with "
             "--memory, or do it on a larger machine."
@@ -159,7 +159,7 @@ def adapted_bytes(plan: Plan, largest: int) -> int:
     return FP32 * max([*sizes, *(largest for _ in plan.extras)], default=0)
 
 
-def tensor_bytes(changed: int, largest: int) -> int:
+def tensor_peak(changed: int, largest: int) -> int:
     """What is held of one stored tensor while it is made and written, or read and compared: in fp32 the largest that an adapter
     changes has `changed` bytes, and the largest of all `largest` numbers, of which a part is read at a time."""
     return max(CHANGED * changed, min(UNCHANGED * FP32 * largest, PART_BYTES))
@@ -181,7 +181,7 @@ class CheckPlanner:
         self.precision = Precision(torch.float32, torch.float32, spec.quantize)
         self.empty = empty_model(config, torch.float32)
         self.weights = sum(parameter.numel() for parameter in self.empty.parameters())
-        self.runtime = runtime_bytes(self.precision)
+        self.runtime = text_runtime_bytes(self.precision)
 
     @classmethod
     def of(cls, check: CheckSize, spec: ModelSpec, source: Path, adapter: Adapter) -> CheckPlanner:
@@ -231,7 +231,7 @@ class CheckPlanner:
     def _looking(self, found: Rehearsal) -> int:
         """Beside what is in memory all along, while weights are compared: blocks have left, and llama.cpp has not begun."""
         changed = adapted_bytes(self.plan, found.largest)
-        return tensor_bytes(changed, found.largest) if self.check.tensors else COPIES * changed
+        return tensor_peak(changed, found.largest) if self.check.tensors else COPIES * changed
 
     def _reading(self, found: Rehearsal) -> int:
         """Beside the models, while one is read: a block on its way into the store, or some tensors in a file's other dtype."""

@@ -12,12 +12,12 @@ from lorakeet.core.spec import ANCHORED, MEASURED, LoraSpec
 from lorakeet.kernels.cpu.operators import LANES
 from lorakeet.memory.lapack import eigh_bytes, svd_bytes
 from lorakeet.memory.usage import Held, larger, with_more
-from lorakeet.models.text.model import filled
+from lorakeet.models.text.model import padded_count
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
 from lorakeet.ranks.prune import final_budget
 from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count
-from lorakeet.workflows.planning.rehearse_text import BEGIN, EVALUATE, STEP, Rehearsal, Rows
+from lorakeet.workflows.planning.rehearse_text import BEGIN, EVALUATE, STEP, Rehearsal, RowShape
 from lorakeet.workflows.runs.pruning import cuts_of
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS
 
@@ -149,7 +149,7 @@ def finished_plan(config: RunConfig, plan: Plan) -> Plan:
 
 
 def while_trying(
-    config: RunConfig, found: Rehearsal, rows: Rows, members: int = len(QUICK_FACTORS), *, searching: bool = False
+    config: RunConfig, found: Rehearsal, rows: RowShape, members: int = len(QUICK_FACTORS), *, searching: bool = False
 ) -> Held:
     """The most held while `members` adapters are trained together, each with gradients and moments, in passes of micro_tokens or
     one row. `searching` (workflows/tune) their best values are kept too, as where no disk takes them, and those of two others.
@@ -159,7 +159,7 @@ def while_trying(
     copies = 2 if found.best_in_memory else 1  # a run keeps its best values too, a trial none
     tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
     moments = step.kinds.get("moments", 2 * own)  # a quarter of that in 8 bits
-    more = max(0.0, filled(tokens, few_counts=True) / filled(rows.tokens, few_counts=False) - 1)
+    more = max(0.0, padded_count(tokens, few_counts=True) / padded_count(rows.tokens, few_counts=False) - 1)
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
     passing["scratch"] += (members - 1) * _laid_out(found.plan)
     anchors = VALUE * (finished_plan(config, found.plan).parameters - found.plan.parameters)

@@ -16,7 +16,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.kernels.device import standing_for
-from lorakeet.memory.cuda import CONTEXT, phases_on_card, rounded
+from lorakeet.memory.cuda import CONTEXT, allocated_bytes, phases_on_card
 from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
@@ -48,7 +48,7 @@ from lorakeet.workflows.planning.rehearse_text import (
     STEP,
     Judging,
     Rehearsal,
-    Rows,
+    RowShape,
     Streaming,
     made_up_batch,
     rehearse,
@@ -92,7 +92,7 @@ class Planned:
 
     forecast: Forecast
     plan: Plan
-    rows: Rows
+    rows: RowShape
     work: Work  # of one micro-batch in training
     base: int  # bytes
     rate_trial: int = 0  # bytes of three adapters in training (tuning/learning_rate), tried only where that is not the peak
@@ -122,7 +122,7 @@ class Planned:
         return {"peak": self.peak, "phases": [phase.to_mapping() for phase in self.forecast.phases]}
 
 
-def runtime_bytes(precision: Precision, counts: int = COUNTS, *, decomposing: bool = False) -> int:
+def text_runtime_bytes(precision: Precision, counts: int = COUNTS, *, decomposing: bool = False) -> int:
     """What this process holds beside the tensors of a model, once it has done everything that a run does; with `decomposing`
     also what pairs begin with that are no random numbers, and what ranks are measured by.
 
@@ -150,7 +150,7 @@ def _do_everything(precision: Precision) -> None:
             config_from(_SMALL), name="probe", dtype=precision.dtype, products=precision.products, quantize=quantize
         )
         begin_adapter(text, plan_for(text.model, LoraSpec(), text.family), seed=0)
-        rows = Rows(64, 2)
+        rows = RowShape(64, 2)
         training = training_on(text, TrainSpec(), rows)
         token_logprobs(text, made_up_batch(rows))
         for parameter in training.parameters.values():  # made-up weights: what counts is that every kernel runs
@@ -171,23 +171,23 @@ def decompose() -> None:
         torch.linalg.eigh(matrix @ matrix.t())
 
 
-def rows_of(config: RunConfig) -> Rows:
+def largest_rows(config: RunConfig) -> RowShape:
     """The largest micro-batch that a run with these settings can meet, every token of it learnt."""
     length, train = config.data.max_tokens, config.train
-    return filled(length, min(max(length, train.micro_tokens), length * train.batch_size))
+    return filling_rows(length, min(max(length, train.micro_tokens), length * train.batch_size))
 
 
 def judging_of(config: RunConfig) -> Judging:
     """The largest micro-batch of held-out rows, of those of the judgement and of the certificate, and the texts of the drift."""
     length, spec = config.data.max_tokens, config.evaluate
     at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
-    return Judging(filled(length, at_once), spec.drift_texts, spec.drift_tokens)
+    return Judging(filling_rows(length, at_once), spec.drift_texts, spec.drift_tokens)
 
 
-def filled(length: int, tokens: int) -> Rows:
+def filling_rows(length: int, tokens: int) -> RowShape:
     """Equal rows of at most `length` tokens that fill `tokens`, as few as there can be."""
     count = math.ceil(tokens / length)
-    return Rows(math.ceil(tokens / count), count)
+    return RowShape(math.ceil(tokens / count), count)
 
 
 def forecast_run(
@@ -209,7 +209,7 @@ def forecast_run(
     """
     on_card = precision.on_card
     words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
-    rows = rows_of(config)
+    rows = largest_rows(config)
     build = build_of(outline if streaming is None else streamed_outline, config, model_config, precision, files)
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
     rehearsed = _standing_for(precision.device, partial(
@@ -241,7 +241,7 @@ def forecast_run(
         return phases({SEARCH: held}, runtime + words, returning=returning)[0]
 
     if streaming is not None:
-        block_bytes = rounded(found.block_bytes) if on_card else found.block_bytes
+        block_bytes = allocated_bytes(found.block_bytes) if on_card else found.block_bytes
         return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes, together)
     models = {} if on_card else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
     later = [phases_of({name: peak}, runtime + words)[0] for name, peak in models.items()]

@@ -18,7 +18,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.formats.files.safetensors_file import Stored, open_safetensors
+from lorakeet.formats.files.safetensors_file import TensorEntry, open_safetensors
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, larger_than_machine
@@ -193,7 +193,7 @@ def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
     dtype = dtype_for(config.model.dtype, device)
     if device.type == "cuda":
         return Machine(dtype, CONTEXT, returning=returning, card=device)
-    return Machine(dtype, runtime_bytes(config, dtype), _mapped_bytes(config.model, dtype), returning)
+    return Machine(dtype, image_runtime_bytes(config, dtype), _mapped_bytes(config.model, dtype), returning)
 
 
 def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImagePlanned:
@@ -245,7 +245,7 @@ def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
     return Pictures(example, micro_batch, several, (side, side), min(spec.at_once, drawn))
 
 
-def runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+def image_runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     """What this process holds beside the tensors of a model, once it has done everything that a run does, on a very small one."""
     with torch.random.fork_rng(devices=[]):
         model = outline_image(_SMALL, name="probe", dtype=dtype, quantize=config.model.quantize)
@@ -280,7 +280,7 @@ def _mapped_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     )
 
 
-def _rounded(tensors: Sequence[Stored], dtype: torch.dtype) -> int:
+def _rounded(tensors: Sequence[TensorEntry], dtype: torch.dtype) -> int:
     return sum(one.end - one.begin for one in tensors if one.dtype != dtype)
 
 

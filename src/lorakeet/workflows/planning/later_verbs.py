@@ -19,10 +19,10 @@ from lorakeet.merge.fold import FP32_COPIES
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.merge import size_of_merge
-from lorakeet.workflows.planning.check import FP32, CheckPlanner, CheckSize, adapted_bytes, tensor_bytes
+from lorakeet.workflows.planning.check import FP32, CheckPlanner, CheckSize, adapted_bytes, tensor_peak
 from lorakeet.workflows.planning.forecast_choices import finished_plan
 from lorakeet.workflows.planning.forecast_text_run import EXPORT, MERGE
-from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, Rows
+from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, RowShape
 from lorakeet.workflows.planning.streaming import ALONE
 from lorakeet.workflows.verification.checks import GREEDY_TOKENS
 from lorakeet.workflows.verify import FEWEST_TOKENS, MARGIN
@@ -74,8 +74,8 @@ def _size_of_export(length: int, text: Any, plan: Plan) -> CheckSize:
     table, exported = int(text.vocab_size) * int(text.hidden_size), length + GREEDY_TOKENS
     changed = adapted_bytes(plan, table)
     return CheckSize(
-        "the check of an export", Judging(Rows(exported), 1, exported), models=1, row=min(exported, PASS), tensors=True,
-        beside=context_bytes(text, exported + MARGIN), writing=tensor_bytes(changed, table),
+        "the check of an export", Judging(RowShape(exported), 1, exported), models=1, row=min(exported, PASS), tensors=True,
+        beside=context_bytes(text, exported + MARGIN), writing=tensor_peak(changed, table),
     )  # fmt: skip
 
 

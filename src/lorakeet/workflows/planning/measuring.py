@@ -22,7 +22,7 @@ from lorakeet.kernels.cache import cache_folder
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, gib_text, larger_than_machine, machine_bytes
-from lorakeet.memory.cuda import card_warning, limit_to, phases_on_card, rounded
+from lorakeet.memory.cuda import allocated_bytes, card_warning, limit_to, phases_on_card
 from lorakeet.memory.forecast import phases_of
 from lorakeet.memory.usage import Held, larger, with_more
 from lorakeet.models.files.source import find_source
@@ -43,7 +43,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     build_of,
     judging_of,
     load_peak,
-    runtime_bytes,
+    text_runtime_bytes,
 )
 from lorakeet.workflows.planning.rehearse_text import BEGIN, JUDGE, STEP, NotPlanned, Rehearsal, rehearse_judging
 from lorakeet.workflows.planning.streaming import ALONE, FEWEST
@@ -158,12 +158,12 @@ class _Room:
             JUDGE: with_more(larger(found.peaks[JUDGE], with_more(kept, scratch=intervals)), adapter=cut, runtime=floors),
         }
         if precision.on_card:
-            phases = phases_on_card(held, runtime_bytes(precision))
-            block_bytes = rounded(found.block_bytes) if found.blocks else 0
+            phases = phases_on_card(held, text_runtime_bytes(precision))
+            block_bytes = allocated_bytes(found.block_bytes) if found.blocks else 0
         else:
             words = TOKENIZER_ENTRY * int(self.model_config.get_text_config().vocab_size) + ROW_BYTES * self.loaded.characters
             held = {name: with_more(peak, adapter=read) for name, peak in held.items()}
-            phases = phases_of(held, runtime_bytes(precision, decomposing=self.weigh is not None) + words, returning=True)
+            phases = phases_of(held, text_runtime_bytes(precision, decomposing=self.weigh is not None) + words, returning=True)
             block_bytes = found.block_bytes
         return _Found(max(phase.bytes for phase in phases), found.blocks, block_bytes)
 

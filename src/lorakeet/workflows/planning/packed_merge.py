@@ -52,7 +52,7 @@ from lorakeet.models.text.repeated_blocks import Build
 from lorakeet.models.text.streamed_outline import streamed_outline
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.check import stores
-from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, filled, runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, filling_rows, text_runtime_bytes
 from lorakeet.workflows.planning.quantizing import PLANNED, RESIDENT, SPILLED, STREAMED, Way, stream_closed
 from lorakeet.workflows.planning.rehearse_packed_merge import rehearse_finish, rehearse_rounding
 from lorakeet.workflows.planning.rehearse_text import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
@@ -69,7 +69,7 @@ WHAT = "a merge into packed weights"
 
 
 @dataclass(frozen=True)
-class Job:
+class PackedMergeJob:
     """What is merged, as far as it decides what is held."""
 
     opened: Opened
@@ -102,7 +102,7 @@ def calibration(
     return [examples[number] for number in sorted(chosen)], others
 
 
-def keep_room(job: Job, out: Path, console: Console) -> Opened:
+def keep_room(job: PackedMergeJob, out: Path, console: Console) -> Opened:
     """The adapter of `job` with how its models keep the run's memory.budget, which is said; as it was where it has none.
 
     Raises ConfigError with the least that works, EnvironmentProblem where the disk lacks room for what lies there meanwhile.
@@ -116,7 +116,7 @@ def keep_room(job: Job, out: Path, console: Console) -> Opened:
     return_freed_memory()
     require_room_to_unpack(opened.config.model, budget)
     try:
-        found, why_no_more = _ways(_Planner(job), budget)
+        found, why_no_more = _ways(_MergePlanner(job), budget)
     except NotPlanned as error:
         say(str(error))
         opened.require_room(1 + (FINISH if job.finishes else 0), WHAT, console)
@@ -195,7 +195,7 @@ def _words(way: Way, slots: int) -> str:
     return f"blocks are streamed from disk, {slots} in memory, the calibration rows' states {states}"
 
 
-def _too_little(job: Job, budget: int, found: Mapping[Way, _Forecast], why_no_more: str) -> str:
+def _too_little(job: PackedMergeJob, budget: int, found: Mapping[Way, _Forecast], why_no_more: str) -> str:
     """Why it is refused, with the least that works."""
     least = min(found.values(), key=lambda forecast: forecast.peak)
     enough = enough_for(least.peak)
@@ -235,7 +235,7 @@ class _Forecast:
         return slots, max(self.peak, self.comparing + (slots - self.slots) * self.block_bytes)
 
 
-def _ways(planner: _Planner, budget: int) -> tuple[dict[Way, _Forecast], str]:
+def _ways(planner: _MergePlanner, budget: int) -> tuple[dict[Way, _Forecast], str]:
     """What each way holds, up to the first that keeps the budget; and why the model cannot be streamed, where it cannot."""
     found: dict[Way, _Forecast] = {}
     try:
@@ -248,10 +248,10 @@ def _ways(planner: _Planner, budget: int) -> tuple[dict[Way, _Forecast], str]:
     return found, ""
 
 
-class _Planner:
+class _MergePlanner:
     """The forecasts of one merge."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PackedMergeJob) -> None:
         self.job, self.spec = job, job.opened.config.model
         self.config = read_config(job.source)
         self.empty = empty_model(self.config, torch.float32)
@@ -262,9 +262,9 @@ class _Planner:
         named = self.spec.products
         self.products = torch.float32 if named == "auto" else getattr(torch, named)
         longest = job.opened.config.data.max_tokens
-        self.judging = Judging(filled(longest, max(longest, job.micro_tokens)), 0, 0)
+        self.judging = Judging(filling_rows(longest, max(longest, job.micro_tokens)), 0, 0)
         words = TOKENIZER_ENTRY * int(self.config.get_text_config().vocab_size)
-        self.runtime = runtime_bytes(Precision(torch.float32, self.products, self.spec.quantize)) + words
+        self.runtime = text_runtime_bytes(Precision(torch.float32, self.products, self.spec.quantize)) + words
         self._judged: dict[tuple[bool, int], tuple[Rehearsal, Rehearsal]] = {}
 
     def forecast(self, way: Way) -> _Forecast:
@@ -354,7 +354,7 @@ class _Planner:
         return found.being_cast(stored, torch.float32)
 
 
-def _require_disk(folder: Path, out: Path, job: Job, way: Way) -> None:
+def _require_disk(folder: Path, out: Path, job: PackedMergeJob, way: Way) -> None:
     """Raises EnvironmentProblem where a disk has no room for the stores and the rows' states in `folder`, or for the result."""
     config = read_config(job.source)
     packed = _stored_bytes(read_config(job.layout.folder), QuantSpec(), job.layout.folder)

@@ -44,17 +44,17 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import OutlinedBase, outline
 from lorakeet.models.text.repeated_blocks import pass_first_of_each_kind
 from lorakeet.models.text.streamed_outline import streamed_outline
-from lorakeet.quant.gptq_solve import Layout, bytes_of_solving
+from lorakeet.quant.gptq_solve import GptqLayout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.forecast_text_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, runtime_bytes
-from lorakeet.workflows.planning.rehearse_text import NotPlanned, Rows, made_up_batch, matrix_sizes, on_shapes
+from lorakeet.workflows.planning.forecast_text_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, text_runtime_bytes
+from lorakeet.workflows.planning.rehearse_text import NotPlanned, RowShape, made_up_batch, matrix_sizes, on_shapes
 from lorakeet.workflows.runs.output_paths import folder_above, temporary_folder
 from lorakeet.workflows.runs.peak_memory import say_peak
 
 CHECK, BLOCKS = "check", "blocks"
-CHECKED = Rows(8)  # tokens of the check of a model that is loaded (models/text/load)
+CHECKED = RowShape(8)  # tokens of the check of a model that is loaded (models/text/load)
 PLANNED = "varlen"  # the attention of an outline
 PRODUCTS = 3  # the forward pass has one in so many of the shapes of products of a training step
 TOKEN_BYTES = 128  # of a calibration token: its id and mask as they were read, encoded, and in a batch
@@ -74,7 +74,7 @@ RESIDENT, STREAMED, SPILLED = Way(), Way(streamed=True), Way(streamed=True, on_d
 
 
 @dataclass(frozen=True)
-class Job:
+class QuantizeJob:
     """What is to be quantised, by its configuration: `config` as it is, `packed` as it will be written."""
 
     name: str  # as the user named it
@@ -82,7 +82,7 @@ class Job:
     packed: Any
     dtype: torch.dtype
     packing: int = 0  # bytes held while one weight is packed by itself
-    layout: Layout | None = None  # of gptq, which rows are for
+    layout: GptqLayout | None = None  # of gptq, which rows are for
     rows: Sequence[Example] = ()
     micro_tokens: int = 1
 
@@ -140,7 +140,7 @@ class Kept:
                 f"{PLANNED}, over rows laid end to end. Leave --memory out."
             )
 
-    def check(self, out: Path, job: Job, say: Callable[[str], None]) -> None:
+    def check(self, out: Path, job: QuantizeJob, say: Callable[[str], None]) -> None:
         """Loads what was written as a check: under a budget in the dtype that was planned."""
         spec = ModelSpec(path=str(out))
         if self.budget is not None:
@@ -173,7 +173,7 @@ def stream_closed(text: TextModel) -> Iterator[None]:
             text.streamed.stream.close()
 
 
-def keep_budget(budget: int | None, job: Job, out: Path, console: Console) -> Kept:
+def keep_budget(budget: int | None, job: QuantizeJob, out: Path, console: Console) -> Kept:
     """How `job` keeps the budget, which is said; Kept() where there is none.
 
     Raises ConfigError with the least that works, EnvironmentProblem where the disk of `out` lacks room for what lies there
@@ -201,7 +201,7 @@ def keep_budget(budget: int | None, job: Job, out: Path, console: Console) -> Ke
     return Kept(budget, planned, way, folder)
 
 
-def _ways(job: Job, budget: int) -> tuple[dict[Way, int], str]:
+def _ways(job: QuantizeJob, budget: int) -> tuple[dict[Way, int], str]:
     """What each way holds, up to the first that keeps the budget; and why the model cannot be streamed, where it cannot."""
     found: dict[Way, int] = {}
     try:
@@ -219,7 +219,7 @@ def _ways(job: Job, budget: int) -> tuple[dict[Way, int], str]:
     return found, ""
 
 
-def forecast(job: Job, way: Way) -> Phase:
+def forecast(job: QuantizeJob, way: Way) -> Phase:
     """The phase of the work that holds most, that way. Raises NotPlanned where the model's arithmetic cannot be followed."""
     stored = stored_dtype(job.config)
     written = _rehearsed(replace(job, config=job.packed, layout=None), way)
@@ -241,7 +241,7 @@ def forecast(job: Job, way: Way) -> Phase:
             BLOCKS: with_more(dense.peaks[BLOCKS], scratch=packed),
             "write": with_more(Held(), base=dense.base, scratch=states + packed + one),
         }
-    runtime = runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
+    runtime = text_runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
     return max(phases_of(phases, runtime, returning=True), key=lambda phase: phase.bytes)
 
 
@@ -261,7 +261,7 @@ class _Rehearsed:
     block: int
 
 
-def _rehearsed(job: Job, way: Way) -> _Rehearsed:
+def _rehearsed(job: QuantizeJob, way: Way) -> _Rehearsed:
     """The check of the model of `job.config`, and where it is quantised, the first blocks of each kind."""
     make = streamed_outline if way.streamed else outline
     with on_shapes() as ledger:
@@ -280,7 +280,7 @@ def _rehearsed(job: Job, way: Way) -> _Rehearsed:
         return _Rehearsed(ledger.peaks, base, largest, 0 if text.streamed is None else text.streamed.stream.slot_bytes)
 
 
-def _rehearse_blocks(job: Job, layout: Layout, text: TextModel, aside: Callable[[], Aside]) -> None:
+def _rehearse_blocks(job: QuantizeJob, layout: GptqLayout, text: TextModel, aside: Callable[[], Aside]) -> None:
     """The real passes through blocks, with what stands for the rounding of a layer; of a model in memory nothing leaves."""
     stays = [] if text.streamed is not None else [*text.model.parameters()]
     layers = layers_in_blocks(text.model, text.name)
@@ -297,7 +297,7 @@ def _rehearse_blocks(job: Job, layout: Layout, text: TextModel, aside: Callable[
     stays.clear()
 
 
-def _require_disk(folder: Path, job: Job) -> None:
+def _require_disk(folder: Path, job: QuantizeJob) -> None:
     """Raises EnvironmentProblem where the disk has no room for stores, waiting tensors and states, and the result."""
     dense, packed = (_stored_bytes(config, job.dtype) for config in (job.config, job.packed))
     needed = 3 * packed + (dense + 2 * job.state_bytes if job.layout is not None else 0)

@@ -25,7 +25,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import OutlinedBase
 from lorakeet.models.text.repeated_blocks import pass_first_of_each_kind
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.regrid import EvenGrid, Grid, LevelGrid
+from lorakeet.quant.regrid import EvenGrid, FixedGrid, LevelGrid
 from lorakeet.quant.replace import empty_base
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.through_quantiser import finish
@@ -108,7 +108,7 @@ def rehearse_finish(
         return ledger.peaks[FINISHING]
 
 
-def outlined_grid(base: PackedBase) -> Grid:
+def outlined_grid(base: PackedBase) -> FixedGrid:
     """The grid of a base that has shapes alone, as large as `quant/regrid.grid_of` makes it."""
     settings, (out, width) = base.settings, base.shape
     if settings["method"] == "nf4":

@@ -28,10 +28,10 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, pack
+from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.parity import CELLS, differences
-from lorakeet.memory.extrapolate import Uneven, extended, line
+from lorakeet.memory.extrapolate import Uneven, extended, extrapolated
 from lorakeet.memory.ledger import Ledger, Work
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.meta_disk import OutlinedAside
@@ -46,7 +46,7 @@ from lorakeet.models.text.model import TextModel, token_logprobs
 from lorakeet.models.text.repeated_blocks import alike_blocks, blocks_of, first_blocks_of_plan
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.replace import weights_in
-from lorakeet.train.log import Metrics, Record
+from lorakeet.train.log import MetricsLog, Record
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
@@ -60,7 +60,7 @@ MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients ar
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowShape:
     """The rows of a micro-batch: `count` of `length` tokens, the first `prompt` of which are not learnt."""
 
     length: int
@@ -109,7 +109,7 @@ class Streaming:
 class Judging:
     """What a run judges by: texts that the base writes, and the rows that go through models at once."""
 
-    rows: Rows
+    rows: RowShape
     texts: int = 64
     text_tokens: int = 32
 
@@ -119,7 +119,7 @@ def rehearse(
     lora: LoraSpec,
     spec: TrainSpec,
     *,
-    rows: Rows,
+    rows: RowShape,
     micro_batches: int = MICRO_BATCHES,
     judging: Judging | None = None,
     streaming: Streaming | None = None,
@@ -205,7 +205,7 @@ def _of_all(plan: Plan, blocks: int, parts: Sequence[tuple[Rehearsal, list[Stret
     (one, moments), (other, more_moments) = parts
 
     def all_along(left: int, right: int) -> int:
-        return line(left, right, blocks - FEW)
+        return extrapolated(left, right, blocks - FEW)
 
     peaks = extended(moments, more_moments, FEW, wanted=blocks)
     work = Work(all_along(one.work.flops, other.work.flops), all_along(one.work.written, other.work.written))
@@ -250,7 +250,7 @@ class _Rehearsing:
         self.ledger.name("adapter", [*pair.parameters(), *pair.buffers()])
 
     def go(
-        self, spec: TrainSpec, rows: Rows, micro_batches: int, judging: Judging, streaming: Streaming, best_in_memory: bool
+        self, spec: TrainSpec, rows: RowShape, micro_batches: int, judging: Judging, streaming: Streaming, best_in_memory: bool
     ) -> Rehearsal:
         training = training_on(self.text, spec, rows, micro_batches, streaming)
         best = step_in_account(training, self.ledger, best_in_memory)
@@ -331,7 +331,7 @@ def copy_for_checkpoint(training: Training[Any]) -> None:
 
 
 def training_on(
-    text: TextModel, spec: TrainSpec, rows: Rows, micro_batches: int = MICRO_BATCHES, streaming: Streaming | None = None
+    text: TextModel, spec: TrainSpec, rows: RowShape, micro_batches: int = MICRO_BATCHES, streaming: Streaming | None = None
 ) -> Training[Any]:
     """A Training of the adapter in `text` on made-up rows, ready to `step`, that writes nothing."""
     streaming = streaming or Streaming()
@@ -351,17 +351,17 @@ def silent_training(task: Task[Any], spec: TrainSpec) -> Training[Any]:
     return training
 
 
-def made_up_batch(rows: Rows) -> Batch:
+def made_up_batch(rows: RowShape) -> Batch:
     """One micro-batch of such rows."""
-    return pack(made_up_rows(rows))
+    return pack_examples(made_up_rows(rows))
 
 
-def made_up_rows(rows: Rows) -> list[Example]:
+def made_up_rows(rows: RowShape) -> list[Example]:
     """Such rows."""
     return [_row(rows, number) for number in range(rows.count)]
 
 
-class Nowhere(Metrics):
+class Nowhere(MetricsLog):
     """Metrics that are not written."""
 
     def __init__(self) -> None:
@@ -371,7 +371,7 @@ class Nowhere(Metrics):
         return None
 
 
-def _row(rows: Rows, number: int) -> Example:
+def _row(rows: RowShape, number: int) -> Example:
     """A row whose tokens differ, also from its neighbours': equal ones leave queries and keys without a gradient."""
     places = np.arange(rows.length)
     return Example(3 + (7 * places + number) % 13, places >= max(1, rows.prompt), str(number), None, False)

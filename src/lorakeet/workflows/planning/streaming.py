@@ -34,7 +34,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StreamingChoice:
     """A way to stream, with what the run then holds."""
 
     planned: Planned
@@ -49,7 +49,7 @@ class Choice:
         return self.slots >= self.planned.blocks
 
 
-def choose_streaming(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Choice | None:
+def choose_streaming(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> StreamingChoice | None:
     """The way that moves the fewest bytes within `budget`; None where there is none. `plan` rehearses a way (memory/ledger).
 
     Ways are ordered by an estimate from the rehearsals of one micro-batch at a time; the one that is taken has been rehearsed.
@@ -66,7 +66,7 @@ def least_streamed(plan: Callable[[Streaming], Planned]) -> int:
     return plan(Streaming(together=1, aside=True)).peak
 
 
-def _estimated(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Iterator[Choice]:
+def _estimated(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Iterator[StreamingChoice]:
     """The ways that seem to fit; inputs go to disk only where something moves with all of them in memory."""
     for aside in (False, True):
         one = plan(Streaming(1, aside))
@@ -79,14 +79,14 @@ def _estimated(plan: Callable[[Streaming], Planned], batches: Batches, budget: i
                 return
 
 
-def _filled(planned: Planned, together: int, aside: bool, batches: Batches, budget: int) -> Choice:
+def _filled(planned: Planned, together: int, aside: bool, batches: Batches, budget: int) -> StreamingChoice:
     """`planned`, which holds as few blocks as can be, with as many as fit into `budget`."""
     fewest = min(FEWEST, planned.blocks)
     room = max(0, budget - planned.peak) // planned.block_bytes
     slots = min(planned.blocks, fewest + room)
     moved = math.ceil(batches.count / together) * 2 * (planned.blocks - slots) * planned.block_bytes
     moved += batches.count * 2 * planned.blocks * batches.state_bytes if aside else 0
-    return Choice(_with(planned, (slots - fewest) * planned.block_bytes, 0), slots, together, aside, moved)
+    return StreamingChoice(_with(planned, (slots - fewest) * planned.block_bytes, 0), slots, together, aside, moved)
 
 
 def _with(planned: Planned, blocks: int, states: int) -> Planned:

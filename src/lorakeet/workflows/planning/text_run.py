@@ -26,9 +26,16 @@ from lorakeet.models.placement import device_for, dtype_for, planned_on, product
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import read_config
 from lorakeet.workflows.planning.forecast_choices import decomposes, measures_rows
-from lorakeet.workflows.planning.forecast_text_run import ROW_BYTES, Planned, Precision, forecast_run, rows_of, runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import (
+    ROW_BYTES,
+    Planned,
+    Precision,
+    forecast_run,
+    largest_rows,
+    text_runtime_bytes,
+)
 from lorakeet.workflows.planning.rehearse_text import NotPlanned, Streaming
-from lorakeet.workflows.planning.streaming import Batches, Choice, choose_streaming, least_streamed
+from lorakeet.workflows.planning.streaming import Batches, StreamingChoice, choose_streaming, least_streamed
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,8 @@ def _forecast(
 
 def _runtime(config: RunConfig, precision: Precision, loaded: Loaded) -> int:
     """What is held beside the tensors where the model is: on a CUDA device no row is."""
-    return runtime_bytes(precision, decomposing=decomposes(config)) + (0 if precision.on_card else ROW_BYTES * loaded.characters)
+    rows = 0 if precision.on_card else ROW_BYTES * loaded.characters
+    return text_runtime_bytes(precision, decomposing=decomposes(config)) + rows
 
 
 def precision_of(config: RunConfig) -> Precision:
@@ -173,7 +181,7 @@ def _streamed(
         several = f" and {loaded.members} adapters of rank {config.lora.rank} in training at once" if more else ""
         raise ConfigError(
             f"memory.budget is {budget >> 20} MiB, but {what} takes at least {enough_for(lowest)}, streamed or not, with "
-            f"micro-batches of {rows_of(config).tokens:,} tokens{several}. Raise the budget, or lower {more}lora.rank, "
+            f"micro-batches of {largest_rows(config).tokens:,} tokens{several}. Raise the budget, or lower {more}lora.rank, "
             "data.max_tokens or train.micro_tokens."
         )
     how = streaming_text(choice, precision, config.memory.keep)
@@ -196,7 +204,7 @@ def _streamed(
     return replace(found, scratch=None, card=precision.device, pinned=pinned, away=choice.aside)
 
 
-def streaming_text(choice: Choice, precision: Precision, keep: str = "disk") -> str:
+def streaming_text(choice: StreamingChoice, precision: Precision, keep: str = "disk") -> str:
     """The choice in words, on the device of `precision`, with blocks that come from where `keep` says."""
     memory = f"on {precision.device}" if precision.on_card else "in memory"
     away = "in the host's memory" if precision.on_card else "on disk"
@@ -210,7 +218,7 @@ def streaming_text(choice: Choice, precision: Precision, keep: str = "disk") -> 
     )
 
 
-def beside_card(choice: Choice, batches: Batches, keep: str) -> tuple[int, str]:
+def beside_card(choice: StreamingChoice, batches: Batches, keep: str) -> tuple[int, str]:
     """What streaming to a CUDA device pins of the host's memory, in bytes and in words: torch takes powers of two for it."""
     pinned = keep == "host" and not choice.all_stay
     inputs = choice.together * choice.planned.blocks if choice.aside else 0
@@ -246,7 +254,7 @@ def streamed_plans(
 
 def batches_of(config: RunConfig, model_config: Any) -> Batches:
     """The micro-batches of a step of rows as long as data.max_tokens allows."""
-    rows, text = rows_of(config), model_config.get_text_config()
+    rows, text = largest_rows(config), model_config.get_text_config()
     state = rows.tokens * int(text.hidden_size) * precision_of(config).dtype.itemsize
     return Batches(math.ceil(config.train.batch_size / rows.count), state)
 

@@ -90,7 +90,7 @@ def judged_together(processes: Processes, run: RunFolder, outcome: Outcome) -> I
         with processes.terminable(), processes.gathering():
             yield
     except ProcessLost as lost:
-        last = run.checkpoints / checkpoint.name_of(outcome.steps)
+        last = run.checkpoints / checkpoint.step_name(outcome.steps)
         kept = kept_text(last, run.adapter, outcome.best_loss, outcome.best_step)
         raise RunStopped(
             f"After step {outcome.steps}, before the run was judged to the end: {lost}. {kept} Go on with: {run.resume_command}"

@@ -17,7 +17,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows.runs.output_paths import writing
 
 
-def identity_of(parts: Mapping[str, Any], model: ModelSpec | None = None) -> dict[str, str | list[str]]:
+def hashes_of_parts(parts: Mapping[str, Any], model: ModelSpec | None = None) -> dict[str, str | list[str]]:
     """The SHA-256 of each part (values that JSON can hold) of what must be equal for a run to be resumed.
 
     With the `model` of a run of one process its settings come with a second hash, where earlier versions had another.

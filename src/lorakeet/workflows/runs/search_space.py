@@ -18,7 +18,7 @@ QUICK_FACTORS = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
-class Point:
+class SearchPoint:
     """One choice of settings: the rate as a factor of the run file's, and rank and targets, None for the run file's own."""
 
     rate_factor: float = 1.0
@@ -47,30 +47,30 @@ class Space:
     targets: tuple[str, ...]
 
     @property
-    def points(self) -> list[Point]:
+    def points(self) -> list[SearchPoint]:
         """Every choice of rank and targets, that of the run file among them."""
         chosen = itertools.product(self.ranks or (None,), self.targets or (None,))
-        return list(dict.fromkeys([Point(), *(Point(1.0, rank, target) for rank, target in chosen)]))
+        return list(dict.fromkeys([SearchPoint(), *(SearchPoint(1.0, rank, target) for rank, target in chosen)]))
 
-    def lora(self, point: Point) -> LoraSpec:
+    def lora(self, point: SearchPoint) -> LoraSpec:
         """The pairs that `point` means."""
         lora = self.config.lora
         if point.rank is not None:
             lora = replace(lora, rank=point.rank, rank_pattern={})
         return lora if point.targets is None else replace(lora, target_modules=(point.targets,))
 
-    def resolved(self, point: Point) -> RunConfig:
+    def resolved(self, point: SearchPoint) -> RunConfig:
         """The run file with the settings of `point`."""
         train = replace(self.config.train, learning_rate=self.rate * point.rate_factor)
         return replace(self.config, lora=self.lora(point), train=train)
 
-    def draw(self, number: Callable[[str, float, float], float], choice: Callable[[str, tuple[str, ...]], str]) -> Point:
+    def draw(self, number: Callable[[str, float, float], float], choice: Callable[[str, tuple[str, ...]], str]) -> SearchPoint:
         """A point, each of its settings from one of the two functions (of a sampler): a number on a log scale, or a choice."""
         factor = number("rate_factor", self.low, self.high) if self.low < self.high else self.low
         ranks = tuple(map(str, self.ranks))
         rank = int(choice("rank", ranks)) if len(ranks) > 1 else next(iter(self.ranks), None)
         targets = choice("targets", self.targets) if len(self.targets) > 1 else next(iter(self.targets), None)
-        return Point(factor, rank, targets)
+        return SearchPoint(factor, rank, targets)
 
 
 def space_for(
@@ -103,6 +103,6 @@ def space_for(
     return space
 
 
-def plan_of_point(text: TextModel, space: Space, point: Point) -> Plan:
+def plan_of_point(text: TextModel, space: Space, point: SearchPoint) -> Plan:
     """Which matrices get which pair under `point`."""
     return plan_for(text.model, space.lora(point), text.family)

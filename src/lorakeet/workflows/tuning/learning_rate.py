@@ -18,7 +18,7 @@ from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.train import schedule
 from lorakeet.train.text.many_adapters import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import Assembly
-from lorakeet.workflows.runs.search_space import QUICK_FACTORS, Point, space_for
+from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
 from lorakeet.workflows.tuning.trials import RISE, Budget, SearchRows, Trial, Trials
 
 MOST_OF_A_RUN = 6  # a trial has at most this part of the run's steps, so that three of them cost half a run at most
@@ -46,7 +46,8 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
     trials = Trials(setup, space, rows, Budget(None, None), console)
     rates = ", ".join(f"{space.rate * factor:.2e}" for factor in QUICK_FACTORS)
     _say(console, f"Learning rates {rates} are tried for {steps} steps each. {trials.power(DIFFERENCE)}")
-    points = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)]
+    factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)
+    points = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in factors]
     trials.generation(points, rungs=(), steps=steps)
     give_back_free_memory()  # what three adapters took is not held beside the run's own
     chosen, found = _decided(trials, steps)

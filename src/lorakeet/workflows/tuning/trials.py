@@ -27,7 +27,7 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
 from lorakeet.train.text.many_adapters import Many, Member, Progress, train_many
 from lorakeet.workflows.finetuning.assemble_text import Assembly, begin_pairs
-from lorakeet.workflows.runs.search_space import Point, Space, plan_of_point
+from lorakeet.workflows.runs.search_space import SearchPoint, Space, plan_of_point
 
 RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
 START = "run file"  # the trial with the run file's own settings, which all others are compared with
@@ -40,7 +40,7 @@ class Trial:
     """One choice of settings and what became of it."""
 
     name: str
-    point: Point
+    point: SearchPoint
     at: Progress | None = None
     losses: RowLosses | None = None
     adapter: Adapter | None = None
@@ -136,7 +136,7 @@ class Trials:
     def run(self, study: Any, together: int) -> None:
         """Generations until the budget is spent; the run file's own settings are in the first one, to their end."""
         while not self.all or not self.budget.spent():
-            fresh = [] if self.all else [Trial(START, Point())]
+            fresh = [] if self.all else [Trial(START, SearchPoint())]
             fresh += [self._ask(study, len(self.all) + number) for number in range(len(fresh), together)]
             self.generation(fresh, rungs=RUNGS)
             for trial in fresh:

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError
 from lorakeet.export.folded import Folded, StoredTensor, compare_stored
 from lorakeet.export.gguf_model import GgufFile, GgufTensors
@@ -100,7 +100,7 @@ class InTorch:
         self.text.model.eval()
         array = np.array([*ids, ids[0]], np.int64)
         supervised = np.arange(len(array)) > len(ids) - last
-        return self.text.hidden(pack([Example(array, supervised, "row", None, False)]))
+        return self.text.hidden(pack_examples([Example(array, supervised, "row", None, False)]))
 
     def _parts(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
         for part in torch.split(self._hidden(ids, last), PASS):
@@ -217,7 +217,7 @@ _JOINED = " + "  # between a base and an adapter that is applied as it runs
 SERVERS = ("http://", "https://")
 
 
-def name_of(path: Path, beside: Path | None) -> str:
+def artefact_name(path: Path, beside: Path | None) -> str:
     """How checks call what is at `path`: from `beside` on where it is within, in full elsewhere; the last part without one."""
     if beside is None:
         return path.name
@@ -226,7 +226,7 @@ def name_of(path: Path, beside: Path | None) -> str:
 
 
 def is_there(name: str, beside: Path) -> bool:
-    """Whether what `name_of` named is still on disk; true of a server, which need not answer now."""
+    """Whether what `artefact_name` named is still on disk; true of a server, which need not answer now."""
     if name.startswith(SERVERS) or (beside / name).exists():
         return True
     return all((beside / part).exists() for part in name.split(_JOINED))
@@ -245,15 +245,15 @@ def open_artefact(
 ) -> Iterator[Artefact]:
     """The artefact at `target`: a merged folder, a GGUF model, or a GGUF adapter together with the GGUF model `base`.
 
-    `precision` names the row of tolerances, auto takes it from what is stored; `beside` as in `name_of`. A model in torch keeps
-    the budget as `opened` does. ConfigError for what is none of these.
+    `precision` names the row of tolerances, auto takes it from what is stored; `beside` as in `artefact_name`. A model in torch
+    keeps the budget as `opened` does. ConfigError for what is none of these.
     """
     path = Path(target)
     if path.is_dir() and (path / "model.gguf").is_file():
         adapter = path / "adapter.gguf"
         base, path = (path / "model.gguf", adapter) if adapter.is_file() else (base, path / "model.gguf")
     if path.is_dir():
-        name = f"{target if beside is None else name_of(path, beside)}/"
+        name = f"{target if beside is None else artefact_name(path, beside)}/"
         with _merged(path, opened, console) as text:
             yield InTorch(text, None, name, _row(precision, _folder_types(path)))
         return
@@ -268,7 +268,7 @@ def open_artefact(
             def start() -> LlamaCpp:
                 return stack.enter_context(_begun(path, None, context, opened))
 
-            yield InLlamaCpp(start, file, name_of(path, beside), _row(precision, file.types))
+            yield InLlamaCpp(start, file, artefact_name(path, beside), _row(precision, file.types))
         return
     if base is None:
         raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
@@ -279,7 +279,7 @@ def open_artefact(
             return stack.enter_context(_begun(base, path, context, opened))
 
         allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
-        yield InLlamaCpp(start_both, model, _JOINED.join(name_of(file, beside) for file in (base, path)), allowed, path)
+        yield InLlamaCpp(start_both, model, _JOINED.join(artefact_name(file, beside) for file in (base, path)), allowed, path)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiled_product import Rows, parts
+from lorakeet.core.tiled_product import RowSource, parts
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError
@@ -21,11 +21,11 @@ from lorakeet.evaluate.certificate import Certificate, Check, judge, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Parity, Precision
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
-from lorakeet.merge.combine import Combination, Combined, dense
+from lorakeet.merge.combine import Combination, Combined, dense_delta
 from lorakeet.merge.edits import find_shared, fold_change
 from lorakeet.models.modules import bare, find, kind_of
 from lorakeet.models.streaming.load import Changes
-from lorakeet.models.text.compare import Side, compare
+from lorakeet.models.text.compare import Side, compare_outputs
 from lorakeet.models.text.folded import folded_weights, frozen_weights
 from lorakeet.models.text.model import TextModel
 
@@ -55,8 +55,8 @@ def certify_merge(
     batches = micro_batches(rows, MICRO_TOKENS)
     text, name = live
     stored = StoredAs.of(merged)
-    moved = effect or compare((text, name), (text, None), batches, spec=spec)
-    parity = compare(live, (merged, None), batches, spec=spec)
+    moved = effect or compare_outputs((text, name), (text, None), batches, spec=spec)
+    parity = compare_outputs(live, (merged, None), batches, spec=spec)
     between = ("base + adapter", f"{out.name}/, loaded again")
     check = parity.check("merged model", TOLERANCES[PRECISIONS[stored.usual]], between=between, base=moved)
     weights = check_weights(weight_differences(text, name, merged), between=(between[0], f"{out.name}/"))
@@ -77,7 +77,7 @@ def certify_combined(plan: Combination, stated: Combined, written: Adapter, *, o
         lost = whole = 0.0
         for expert in range(plan.experts(path)):
             wanted = plan.change(path, expert)
-            given = dense(written.pairs[path], expert) if path in written.pairs else torch.zeros_like(wanted)
+            given = dense_delta(written.pairs[path], expert) if path in written.pairs else torch.zeros_like(wanted)
             lost += float((given - wanted).double().square().sum())
             whole += float(wanted.double().square().sum())
         beyond[path] = max(0.0, math.sqrt(lost / whole) - stated.errors[path]) if whole > 0 else math.sqrt(lost)
@@ -116,14 +116,14 @@ def fold_in_place(text: TextModel, plan: Combination) -> None:
 
 
 @dataclass(frozen=True)
-class Difference:
+class WeightDifference:
     """How far one stored weight is from the one it should be, as shares of its mean size: over all of it, and its worst row."""
 
     mean: float
     row: float = 0.0
 
 
-def check_weights(differences: Mapping[str, Difference], *, between: tuple[str, str]) -> Check:
+def check_weights(differences: Mapping[str, WeightDifference], *, between: tuple[str, str]) -> Check:
     """The check that every weight of a merged model is the folded one; its detail names the worst one where it fails.
 
     The mean shows a wrong scale or a missed layer, the worst row a single output that went wrong in a large matrix.
@@ -165,13 +165,13 @@ class StoredAs:
         return self.checkpoint.stored(name).dtype if name else getattr(torch, self.usual)
 
 
-def weight_differences(live: TextModel, name: str | None, merged: TextModel) -> dict[str, Difference]:
+def weight_differences(live: TextModel, name: str | None, merged: TextModel) -> dict[str, WeightDifference]:
     """For each weight, mean |merged − expected| / mean |expected|; expected is W, or W with the pair folded in.
 
     `expected` is rounded to the dtype in which the merged model stores that weight, so that a faithful merge gives 0 or nearly 0.
     Of streamed models one matrix is in memory at a time, of experts and of what the adapter leaves alone a part of one.
     """
-    found: dict[str, Difference] = {}
+    found: dict[str, WeightDifference] = {}
     stored = StoredAs.of(merged)
     theirs = dict(frozen_weights(merged.model, merged.store))
     for path, expected in folded_weights(live.model, name, live.store):
@@ -179,12 +179,12 @@ def weight_differences(live: TextModel, name: str | None, merged: TextModel) -> 
         if given is not None and tuple(given.shape) == tuple(expected.shape):
             found[path] = difference(given, expected, stored.dtype(path))
         else:
-            found[path] = Difference(math.inf, math.inf)
+            found[path] = WeightDifference(math.inf, math.inf)
     return found
 
 
 @torch.no_grad()
-def difference(given: Rows, wanted: Rows, dtype: torch.dtype) -> Difference:
+def difference(given: RowSource, wanted: RowSource, dtype: torch.dtype) -> WeightDifference:
     """How far `given` is from `wanted` as it is once it is stored as `dtype`; both are read in parts.
 
     Sums in another order fall on the other side of a rounding here and there, which a row of few numbers feels. So
@@ -205,4 +205,4 @@ def difference(given: Rows, wanted: Rows, dtype: torch.dtype) -> Difference:
     whole = max(total_size / count, 1e-12)
     beyond, sizes = torch.cat(rows, dim=1)
     worst = float((beyond / sizes.clamp_min(whole * 1e-3)).max())
-    return Difference(total_off / count / whole, worst if math.isnan(worst) else max(worst, 0.0))
+    return WeightDifference(total_off / count / whole, worst if math.isnan(worst) else max(worst, 0.0))

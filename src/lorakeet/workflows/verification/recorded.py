@@ -25,7 +25,7 @@ from lorakeet.workflows.verification.checks import GREEDY_TOKENS, Probes, answer
 Answer = TypeVar("Answer")
 
 
-class Recorded:
+class RecordedArtefact:
     """An artefact's answers, as an `Artefact`: what was asked once is known, and only that once the artefact has gone."""
 
     def __init__(self, artefact: Artefact, aside: Aside) -> None:
@@ -79,9 +79,9 @@ class Recorded:
         return found
 
 
-def ask_all(artefact: Artefact, probes: Probes, live: InTorch, aside: Aside) -> Recorded:
+def ask_all(artefact: Artefact, probes: Probes, live: InTorch, aside: Aside) -> RecordedArtefact:
     """Asks `artefact` all that the checks of `probes` will ask it. Of `live` only the tokenizer is used: no block comes in."""
-    found = Recorded(artefact, aside)
+    found = RecordedArtefact(artefact, aside)
     for messages, _ in probes.conversations:
         found.prompt(messages)
     for text in probes.texts:

@@ -138,7 +138,7 @@ class _Comparison:
         logits = self.live.logits(ids)
         tokenizer = self.live.text.tokenizer
         within = {place: top for place, top in told.items() if place < len(ids) - 1}
-        known = {place: _Place(tokenizer, logits[place], ids[place]).told(top) for place, top in within.items()}
+        known = {place: _TextPosition(tokenizer, logits[place], ids[place]).told(top) for place, top in within.items()}
         return {place: found for place, found in known.items() if found}
 
     def check_answers(self) -> None:
@@ -270,7 +270,7 @@ def _read(live: InTorch, prompt: list[int], written: Written, most: float) -> _R
     for number, step in enumerate(steps):
         if step is None and not rest:
             break
-        place = _Place(tokenizer, live.logits(ids)[-1].log_softmax(-1), ids[-1])
+        place = _TextPosition(tokenizer, live.logits(ids)[-1].log_softmax(-1), ids[-1])
         if step is None and place.begins_a_piece:
             break
         ours, (theirs, text) = int(place.after.argmax()), place.next(rest) if step is None else place.find(step.token)
@@ -297,7 +297,7 @@ def _read(live: InTorch, prompt: list[int], written: Written, most: float) -> _R
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TextPosition:
     """A place of a text as the live model sees it, where tokens that a server tells by their text are looked up."""
 
     tokenizer: Any

@@ -52,7 +52,7 @@ class Written:
     steps: tuple[Step, ...] = ()
 
 
-class Refused(EnvironmentProblem):
+class CallRefused(EnvironmentProblem):
     """The server answered, but not this call."""
 
 
@@ -65,7 +65,8 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str,
             found = json.loads(response.read())
     except urllib.error.HTTPError as error:
         said = error.read(500).decode("utf-8", "replace")
-        raise Refused(f"{url}{path} refuses ({error.code} {error.reason}): {said} Correct --against, or the server.") from error
+        why = f"({error.code} {error.reason}): {said} Correct --against, or the server."
+        raise CallRefused(f"{url}{path} refuses {why}") from error
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise EnvironmentProblem(
             f"{url}{path} gives no answer that can be used ({error}). Start the server, or correct --against."
@@ -100,7 +101,7 @@ class Api:
         asked = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
         try:
             count = (ask(self.url, "/v1/chat/completions", asked).get("usage") or {}).get("prompt_tokens")
-        except Refused:
+        except CallRefused:
             return None
         return None if count is None else int(count)
 
@@ -132,7 +133,7 @@ class Api:
     def _tokens(self, body: Mapping[str, Any]) -> list[int] | None:
         try:
             found = ask(self.url, "/tokenize", body).get("tokens")
-        except Refused:
+        except CallRefused:
             return None
         return None if found is None else [int(number) for number in found]
 
@@ -173,7 +174,7 @@ class LlamaCppApi(Api):
     def prompt(self, messages: Messages) -> list[int] | None:
         try:
             return self.tokenise(str(ask(self.url, "/apply-template", {"messages": list(messages)})["prompt"]))
-        except Refused:
+        except CallRefused:
             return None
 
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
