@@ -46,7 +46,7 @@ from lorakeet.models.text.adapted import begin_adapter
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import config_of
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import train
 from lorakeet.train.outcome import Outcome

@@ -32,12 +32,12 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
-from lorakeet.serve.cores import FreeCores
+from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
-from lorakeet.serve.naming import check_name
+from lorakeet.serve.free_cores import FreeCores
+from lorakeet.serve.model_names import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
-from lorakeet.serve.store import AdapterStore
 from lorakeet.workflows.runs.output_paths import writing
 
 CONTEXT = 2048  # tokens of a text with its prompt, unless asked for or the model has fewer

@@ -16,8 +16,8 @@ from lorakeet.kernels.cpu.int8_rows import apart_of
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.outline import OutlinedBase, config_from, config_of, outline, published
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import weights_in
 from lorakeet.quant.spec import QuantSpec
 from tiny.native import needs_native
 
