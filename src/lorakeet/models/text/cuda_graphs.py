@@ -31,7 +31,7 @@ from torch.nn import Parameter
 from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
-from lorakeet.data.pack import Batch, sent
+from lorakeet.data.pack import Batch, to_device
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.models.text.model import COUNTS, MULTIPLE, TextModel, padded_count
@@ -134,7 +134,8 @@ class GraphedModel:
     """A TextModel for train/text/loss whose decoder runs as CUDA graphs; they add to the gradients of `parameters`.
 
     `capacity` is a shape that fits every micro-batch. `record_first` records before training starts. The caller frees the loss
-    of a micro-batch before the next one (train/task.by_batch): a live autograd graph would bring its stream into a recording.
+    of a micro-batch before the next one (train/task.gradients_by_batch): a live autograd graph would bring its stream into a
+    recording.
     """
 
     def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, capacity: BatchShape) -> None:
@@ -248,7 +249,7 @@ class GraphedModel:
         self.ids[: len(ids)].copy_(ids)
         self.ids[len(ids) : len(positions)].zero_()
         for buffer, numbers in ((self.positions, positions), (self.starts, starts)):
-            buffer[: len(numbers)].copy_(sent(torch.from_numpy(numbers), buffer.device))
+            buffer[: len(numbers)].copy_(to_device(torch.from_numpy(numbers), buffer.device))
 
     def _replayed(self, graphs: RecordedGraphs, shape: BatchShape, batch: Batch) -> Tensor:
         self._fill(shape.rows_of(batch.lengths), batch.ids)

@@ -27,8 +27,7 @@ from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.data.prefix import PrefixLayout, as_laid, shared_once
-from lorakeet.data.prefix_groups import PASS, BatchLimits, sharing_batches
+from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
 from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
@@ -158,7 +157,7 @@ class TextModel:
 
     def layout(self, batch: Batch) -> PrefixLayout:
         """The packed batch as the model gets it."""
-        return shared_once(batch) if self.options.share_prefix else as_laid(batch)
+        return shared_layout(batch) if self.options.share_prefix else unshared_layout(batch)
 
     def micro_batches(self, rows: Sequence[Example], max_tokens: int) -> list[Batch]:
         """Cuts the rows of a step into batches of at most `max_tokens` computed tokens; a longer row is a batch of its own.
@@ -170,7 +169,7 @@ class TextModel:
             return micro_batches(rows, max_tokens)
         times = TIMES if self._copies_nothing([len(row.ids) for row in rows]) else 1
         a_pass = READ if self.sharded or self.streamed is not None else PASS
-        return sharing_batches(rows, BatchLimits(max_tokens, times, a_pass))
+        return prefix_batches(rows, BatchLimits(max_tokens, times, a_pass))
 
     def _copies_nothing(self, lengths: Sequence[int]) -> bool:
         """True if Lorakeet's own kernel attends to rows of these lengths (core/fused/packed_attention.NativeRows)."""
