@@ -18,13 +18,13 @@ from lorakeet.memory.allocator import give_back_free_memory, return_freed_memory
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
 from lorakeet.memory.onednn_code import keep_little_code
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
-from lorakeet.train.best import Best
+from lorakeet.train.checkpoint import BestTensors
 from lorakeet.train.log import MetricsLog
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
@@ -71,7 +71,7 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         text = random_model(asked["shape"], config, precision)
     with TemporaryDirectory() as folder:
         with _peak(peaks, BEGIN) if reads_weights(config) else nullcontext():
-            begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+            initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
         if reads_weights(config):
             give_back_free_memory()  # as a run does then
         rows = largest_rows(config)
@@ -79,7 +79,7 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         training.run = RunFolder.create(Path(folder) / "run")
         training.metrics = MetricsLog(training.run.metrics)
         if asked["returning"]:  # as a run under a budget
-            training.best = Best(training.run.best)
+            training.best = BestTensors(training.run.best)
         training.task.held_out_rows = training_on(text, config.train, judging_of(config).rows).task.train
         with _peak(peaks, STEP):
             for _ in range(STEPS):

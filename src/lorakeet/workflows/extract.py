@@ -17,7 +17,7 @@ from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import number
@@ -27,7 +27,7 @@ from lorakeet.merge.extract import Extracted, Whole, extract_adapter
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
@@ -133,11 +133,11 @@ def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], 
     theirs, mine = (load_text_model(model, say=console.print) for model in specs)
     batches = micro_batches(_examples(*data, theirs), MICRO_TOKENS)
     before = compare_outputs((theirs, None), (mine, None), batches, spec=spec)
-    put_adapter(mine, peft.read(out), NAME)
+    add_adapter(mine, peft.read(out), NAME)
     after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)
     distance = before.mean_kl.value
     measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}
-    check = judge(
+    check = tolerance_check(
         "extracted adapter",
         measured,
         tolerance={"mean_kl": distance, "non_finite": 0.0},

@@ -16,7 +16,7 @@ from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.streaming.model import NotStreamed, StreamedBlock, StreamedEmbedding, StreamedHead, hold, plain_output
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama
@@ -59,7 +59,7 @@ def test_one_block_at_a_time_has_numbers(twins: tuple[TextModel, TextModel]) -> 
 
 def test_gradients_through_a_block_that_leaves_are_refused(twins: tuple[TextModel, TextModel]) -> None:
     _, text = twins
-    with pytest.raises(RuntimeError, match="layer_major"):
+    with pytest.raises(RuntimeError, match="streamed_gradients"):
         text.model(input_ids=torch.arange(5, 9)[None])
 
 
@@ -102,7 +102,7 @@ def test_adapters_begin_and_come_back_as_on_the_resident_model(
     lora = LoraSpec(rank=4, alpha=12.0, **settings)  # type: ignore[arg-type]
     begun = []
     for text in twins:
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=0)
+        initialise_adapter(text, plan_for(text.model, lora, text.family), seed=0)
         inject.attach(text.model, inject.adapter_of(text.model), "again")
         begun.append(inject.trained_parameters(text.model, "again"))
         assert all(not layer.weight.is_meta for _, layer in modules.adapted_layers(text.model)) == (text is twins[0])

@@ -1,7 +1,7 @@
 """Several adapters trained in one pass over one frozen base, each to what it would become alone.
 
     each round   every member that is still learning takes one step of its own:
-                 small steps laid end to end, others by themselves (train/text/shared_passes) → forward and back → gradients of
+                 small steps laid end to end, others by themselves (train/text/joint_batches) → forward and back → gradients of
                  each member → its own checks, clipping, learning rate and AdamW
     now and then its held-out loss → its best values; a member that is done, or diverges, leaves the round
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,16 +33,16 @@ from lorakeet.memory.spill import Aside
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
-from lorakeet.models.text.hidden_states import keep_states
+from lorakeet.models.text.cached_states import cache_states
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.stopping import Watch
+from lorakeet.train.stopping import EarlyStopping
 from lorakeet.train.task import HeldOut, batch_seeds
-from lorakeet.train.text.layer_major import batches_by_block
+from lorakeet.train.text.joint_batches import SMALL, JointBatch, groups_of, merge_groups
 from lorakeet.train.text.loss import head_losses
-from lorakeet.train.text.shared_passes import SMALL, SharedPass, as_one, groups_of
+from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
 from lorakeet.train.text.task import learning_rate_of, order_of
 
 
@@ -67,7 +66,7 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)  # of each step, nats a supervised token
     held_out: list[tuple[int, Estimate]] = field(default_factory=list)  # (step, loss)
-    watch: Watch = field(default_factory=Watch)
+    watch: EarlyStopping = field(default_factory=EarlyStopping)
     done: str = ""  # why it learns no more; empty while it does
     diverged: bool = False
     tokens: int = 0
@@ -78,7 +77,7 @@ class Progress:
         return next((loss for step, loss in self.held_out if step == self.watch.best_step), None)
 
 
-class Many:
+class MultiAdapterTraining:
     """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
 
     def __init__(
@@ -104,6 +103,7 @@ class Many:
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
         self.text, self.aside, self.together = text, aside or Aside(), together
         _require_sharable(text, names)
+        self._divided = text.with_every_token(cached=True, pad=True)  # for passes whose tokens have different adapters
         self.selection: Selection = selection_of(text.model)
         self._members = [_Learner(text, member, folder) for member in members]
         self._rounds = 0
@@ -123,14 +123,14 @@ class Many:
         if not learning:
             return
         for learner in learning:
-            keep_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
-        self.text.learn()
+            cache_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
+        self.text.train()
         tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
         groups = groups_of([learner.begin(self.text) for learner in learning], tokens)
         if self.text.streamed is not None:
-            groups = [as_one(groups)]
+            groups = [merge_groups(groups)]
         self._rounds += 1
-        with torch.random.fork_rng(devices=rng.cards(self.text.device)):
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
             torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
             for group in groups:
                 self._gradients(learning, group.passes)
@@ -148,23 +148,23 @@ class Many:
         learner = next(learner for learner in self._members if learner.at.member.name == name)
         learner.at.done = learner.at.done or reason
 
-    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[SharedPass]) -> None:
+    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[JointBatch]) -> None:
         """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
         batches = [one.batch.to(self.text.device) for one in passes]
+        texts = [self._divided if one.alone is None else self.text for one in passes]
 
-        def prepare(number: int) -> None:
-            """What passes next uses its members' adapters; a member by itself is computed as in its single run."""
-            one = passes[number]
-            seeing.close()
+        def prepare(number: int) -> TextModel:
+            """Selects the members' adapters for a pass; a member by itself is computed as in its single run."""
+            one, text = passes[number], texts[number]
             if one.alone is not None:
                 self.selection.use(learning[one.alone].at.member.name)
             else:
-                seeing.enter_context(self.text.every_token(but_kept=True, filled=True))
-                self.selection.divide(_shares(learning, one), units=self.text.filled(batches[number].tokens))
+                self.selection.divide(_shares(learning, one), units=text.computed_tokens(batches[number].tokens))
+            return text
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
             """Σ of the members' means, to be differentiated, and Σ of their losses."""
-            hidden, parts = self.text.hidden(batches[number]), passes[number].parts
+            hidden, parts = texts[number].hidden(batches[number]), passes[number].parts
             chunk = min(learning[index].at.member.spec.head_chunk for index, _ in parts)
             losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
             means = []
@@ -174,17 +174,16 @@ class Many:
                 learning[index].summed += summed.item()
             return torch.stack(means).sum(), losses.detach().sum()
 
-        with ExitStack() as seeing:
-            if self.text.streamed is not None:
-                batches_by_block(
-                    self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
-                )
-                return
-            for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
-                with torch.random.fork_rng(devices=rng.cards(self.text.device)):
-                    torch.manual_seed(seed)
-                    prepare(number)
-                    loss(number)[0].backward()  # type: ignore[no-untyped-call]
+        if self.text.streamed is not None:
+            loss_gradients_by_block(
+                self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
+            )
+            return
+        for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
+            with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
+                torch.manual_seed(seed)
+                prepare(number)
+                loss(number)[0].backward()  # type: ignore[no-untyped-call]
 
     def _step(self, learner: _Learner) -> None:
         """The step of a member whose gradients are all there, and what follows it."""
@@ -201,7 +200,7 @@ class Many:
         self.selection.use(member.name)
         spec = member.spec
         found = HeldOut(*row_losses(self.text, member.held_out, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
-        self.text.learn()
+        self.text.train()
         learner.see(found.mean(seed=spec.seed))
 
 
@@ -338,7 +337,7 @@ def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
         )
 
 
-def _shares(learning: Sequence[_Learner], one: SharedPass) -> list[Share]:
+def _shares(learning: Sequence[_Learner], one: JointBatch) -> list[Share]:
     """Whose adapter the tokens of a pass use."""
     shares, place = [], 0
     for index, batch in one.parts:
@@ -351,7 +350,7 @@ def train_many(
     text: TextModel,
     members: Sequence[Member],
     *,
-    watch: Callable[[Many], None] | None = None,
+    watch: Callable[[MultiAdapterTraining], None] | None = None,
     aside: Aside | None = None,
     together: int = 0,
     budget: int | None = None,
@@ -359,11 +358,11 @@ def train_many(
 ) -> list[Progress]:
     """Trains all members to their ends and leaves the best values of each in the model, no adapter active; `folder` as in Many.
 
-    `watch` is called after every round and may stop members (`Many.stop`). Without a `budget` in bytes for the process it keeps
-    the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
+    `watch` is called after every round and may stop members (`MultiAdapterTraining.stop`). Without a `budget` in bytes for the
+    process it keeps the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
-    many = Many(text, members, aside=aside, together=together, folder=folder)
+    many = MultiAdapterTraining(text, members, aside=aside, together=together, folder=folder)
     give_back_free_memory()  # as train/loop does
     if budget is None:
         keep_freed_memory()
