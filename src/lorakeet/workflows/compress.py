@@ -35,7 +35,7 @@ from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.formats.peft import peft
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
@@ -130,7 +130,7 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
         raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
     budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)
     of_process = None if kept.card is not None else budget
-    with promised(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
+    with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
         text = opened.text_model(console)
         chosen, curve, judged = _chosen(opened, text, dataset, (to, share, rows, weighting), console)
         return _write(opened, chosen, curve, judged, dataset, out)

@@ -21,8 +21,8 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.values import encode
-from lorakeet.memory.allocator import give_back_free_memory
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.allocator import release_free_memory
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.text.cached_states import cached_states, frozen_depth
@@ -115,7 +115,7 @@ def finetune(
             processes.from_first(lambda: _require_run(run, resume=resume is not None))
         require_sink(config.train.log_to)
         _check_quick(config, quick, resume)
-        with promised(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
+        with enforcing_gpu_budget(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
             if config.kind == "image":
                 return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
             setup = dataclasses.replace(assemble(config, console, processes), memory=memory)
@@ -164,7 +164,7 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
             processes.disband()
             if not processes.first:
                 return FinetuneResult(setup, run, outcome)
-        give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
+        release_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
         return FinetuneResult(setup, run, outcome, _prove(setup, outcome, run, before, rates, console))
 
 

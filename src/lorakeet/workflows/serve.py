@@ -25,11 +25,11 @@ from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_budget
-from lorakeet.memory.onednn_code import SERVED, keep_little_code
+from lorakeet.memory.onednn_code import SERVED, limit_code_cache
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
 from lorakeet.serve.cores import FreeCores
@@ -92,9 +92,9 @@ def serve(  # noqa: PLR0913 - one argument for each option
     run_server, build_app = _http()
     access = None if keys is None else read_keys(keys)
     spec = ModelSpec(path=model, dtype=dtype, quantize=QuantSpec(method=quantize), kernels=kernels)
-    keep_little_code(SERVED)
+    limit_code_cache(SERVED)
     text = load_text_model(spec, say=console.print)
-    live = LiveModel(text)
+    live = ServingModel(text)
     runner = Engine(text, live.selection, slots=slots, context=_context(text, context), waiting=queue, cores=_cores())
     store = None if adapters_dir is None else AdapterStore(adapters_dir)
 
