@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lorakeet.errors import ConfigError
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
@@ -265,7 +265,7 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
             check_options = VerifyOptions(job.options.run_or_adapter, against=(str(out),), rows=CHECK_ROWS)
             found = certify_artefacts(job.opened, check_options, job.console)
     except ModelRefused as error:
-        check = judge(
+        check = tolerance_check(
             f"{out.name}: loads in llama.cpp",
             {"refusals": 1.0},
             tolerance={"refusals": 0.0},
