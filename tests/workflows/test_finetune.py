@@ -285,7 +285,7 @@ def test_a_run_that_cannot_be_injected_writes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("no")
 
-    monkeypatch.setattr(assembling, "begin_adapter", refuse)
+    monkeypatch.setattr(assembling, "initialise_adapter", refuse)
     with pytest.raises(ConfigError):
         run(tiny_llama_folder, rows, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -320,7 +320,7 @@ def test_states_below_the_lowest_pair_are_kept_and_change_nothing_but_rounding(r
     top["train.keep_prefix_states"] = "true"
     kept = settings(model, rows, tmp_path / "kept", top)
     finetune(kept, console=Console(file=said, width=300))
-    assert re.search(r"lowest 1 blocks hold nothing that is trained: what they make of \d+ rows is kept", said.getvalue())
+    assert re.search(r"lowest 1 blocks train nothing: their output for \d+ rows is cached", said.getvalue())
     plain = run(model, rows, tmp_path / "plain", {**top, "train.keep_prefix_states": "false"})
     assert plain.outcome is not None
     losses = [

@@ -25,9 +25,9 @@ from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.memory.cuda import promised
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.files.fingerprint import fingerprint
+from lorakeet.models.text.cached_states import cached_states, frozen_depth
 from lorakeet.models.text.digests import frozen_digests
-from lorakeet.models.text.hidden_states import frozen_depth, prefix_states
-from lorakeet.models.text.shard import part_blocks
+from lorakeet.models.text.shard import shard_blocks
 from lorakeet.train.launch import launched
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
@@ -126,6 +126,7 @@ def _trained(setup: Assembly, run: RunFolder, options: FinetuneOptions, console:
     setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=options.quick)
     setup = _with_rate(setup, processes.from_first(lambda: setup.config.train.learning_rate))
     task = ready_to_train(setup)
+    setup = dataclasses.replace(setup, text=task.text)
     if setup.config.train.keep_prefix_states:
         frozen_depth(setup.text)  # refused before anything is written
     record_passes(setup.text, task, console)
@@ -134,7 +135,8 @@ def _trained(setup: Assembly, run: RunFolder, options: FinetuneOptions, console:
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
     if setup.parted:
         with processes.gathering():
-            part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
+            task.text = shard_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
+        setup = dataclasses.replace(setup, text=task.text)
     elif setup.config.train.shard:
         console.print("train.shard parts the base over several processes. This is one, which holds it whole.", soft_wrap=True)
     try:
@@ -177,7 +179,7 @@ def _kept_states(setup: Assembly, task: TextTask, run: RunFolder, console: Conso
     several = spec.total_steps(task.steps_per_epoch) >= 2 * task.steps_per_epoch
     rows = (*task.held_out_rows, *(task.train if several else ()))
     say = partial(console.print, markup=False, soft_wrap=True)
-    with prefix_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
+    with cached_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
         yield
 
 
