@@ -48,7 +48,7 @@ def test_a_streamed_model_writes_the_same_and_spills_what_has_no_room(tmp_path: 
             super().__init__(folder)
             made.append((folder, self))
 
-    monkeypatch.setattr(sampling, "Aside", Noted)
+    monkeypatch.setattr(sampling, "Spill", Noted)
     whole = sample(text, PROMPTS, max_tokens=12, temperature=0)
     drawn = sample(text, PROMPTS, max_tokens=12, seed=3)
     assert not made

@@ -59,7 +59,7 @@ def both(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **settings: Any) -> t
     monkeypatch.setattr(rehearse_text, "_of_all", lambda plan, blocks, parts: ran.append(blocks) or few(plan, blocks, parts))
     found = rehearsed(*arguments, **settings)
     assert ran == [BLOCKS]
-    monkeypatch.setattr(rehearse_text, "alike_blocks", lambda *_: 0)
+    monkeypatch.setattr(rehearse_text, "count_repeated_blocks", lambda *_: 0)
     return found, rehearsed(*arguments, **settings)
 
 

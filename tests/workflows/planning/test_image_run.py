@@ -57,8 +57,8 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     found: list[tuple[torch.device, int]] = []
     monkeypatch.setattr(image_forecast, "device_for", torch.device)
     monkeypatch.setattr(image_forecast, "planned_on", torch.device)
-    monkeypatch.setattr(image_forecast, "card_warning", lambda device, budget: "")
-    monkeypatch.setattr(image_forecast, "limit_to", lambda device, budget: found.append((device, budget)))
+    monkeypatch.setattr(image_forecast, "gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(image_forecast, "limit_gpu_memory", lambda device, budget: found.append((device, budget)))
     return found
 
 

@@ -132,8 +132,10 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     """As if there were a CUDA device; the limits that torch is held to."""
     found: list[tuple[torch.device, int]] = []
     monkeypatch.setattr("lorakeet.workflows.planning.text_run.device_for", torch.device)
-    monkeypatch.setattr("lorakeet.workflows.planning.text_run.card_warning", lambda device, budget: "")
-    monkeypatch.setattr("lorakeet.workflows.planning.text_run.limit_to", lambda device, budget: found.append((device, budget)))
+    monkeypatch.setattr("lorakeet.workflows.planning.text_run.gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(
+        "lorakeet.workflows.planning.text_run.limit_gpu_memory", lambda device, budget: found.append((device, budget))
+    )
     return found
 
 

@@ -84,7 +84,7 @@ def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
             yield
 
     monkeypatch.setattr(artefacts, "LlamaCpp", Counted)
-    monkeypatch.setattr(artefacts, "giving_back", noted)
+    monkeypatch.setattr(artefacts, "releasing_pages", noted)
     found = []
     for kept in (None, Arrangement(1 << 40)):
         asked = {"base": None, "precision": "auto", "console": quiet(), "context": 64}
