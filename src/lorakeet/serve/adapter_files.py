@@ -18,7 +18,7 @@ from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.peft import peft
 from lorakeet.formats.peft.peft_config import CONFIG_NAME, config_bytes
 from lorakeet.kernels.cpu.inference_pairs import even
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 
 log = logging.getLogger("lorakeet.serve")
 Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, time of change) of each file
@@ -57,7 +57,7 @@ class _Seen(NamedTuple):
 _SEEN: LruCache[PairsOutline, _Seen] = LruCache(8)
 
 
-def inspect_adapter(path: Path, live: LiveModel, digest: str = "", *, private: bool = False) -> AdapterSource:
+def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private: bool = False) -> AdapterSource:
     """Looks at the adapter at `path`, of any format, and checks its names, shapes and scale against the model.
 
     PEFT folders by their headers alone; other formats are read. `digest` is what the content is known to be.
@@ -79,7 +79,7 @@ def _seen(outline: Adapter) -> _Seen:
     return _Seen(tuple(sorted(ranks)), tuple(sorted(scales)), bool(surplus_rank(outline, "")))
 
 
-def read_stored_adapter(source: AdapterSource, name: str, live: LiveModel) -> tuple[Adapter, AdapterSource]:
+def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) -> tuple[Adapter, AdapterSource]:
     """The adapter with its numbers, and its source with what they were.
 
     DataError where the content is not the one that was known: by the files' stamps, or, where these differ, by the digest.
@@ -141,7 +141,7 @@ def _stamp(found: Found) -> Stamp:
     return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
-def _converted(found: Found, live: LiveModel) -> Adapter:
+def _converted(found: Found, live: ServingModel) -> Adapter:
     """An adapter in another format than PEFT's, by the names of the base."""
     return read_found(found, base=open_base(live.text.source), say=_unheard)
 

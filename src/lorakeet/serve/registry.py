@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
 from lorakeet.formats.files.loaded_file import free_spare_memory
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.adapter_files import AdapterSource, inspect_adapter, read_stored_adapter
 from lorakeet.serve.cache_slots import Key, prefix_key
 from lorakeet.serve.engine import Engine
@@ -67,7 +67,7 @@ class Registry:
 
     def __init__(
         self,
-        live: LiveModel,
+        live: ServingModel,
         engine: Engine,
         *,
         base: str,

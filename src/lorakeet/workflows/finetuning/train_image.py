@@ -19,7 +19,7 @@ from lorakeet.data.images.record import image_record
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
-from lorakeet.memory.cuda import card_peak
+from lorakeet.memory.cuda import gpu_peak_bytes
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.spec import ModelSpec
@@ -186,7 +186,7 @@ def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     planned, budget, card = kept.planned, kept.budget, kept.card
     if planned is None:
         return (MemoryUse("training, whole process", None, outcome.peak_bytes),)
-    whole = peak_bytes() if card is None else card_peak(card)
+    whole = peak_bytes() if card is None else gpu_peak_bytes(card)
     found = (
         MemoryUse(f"training, {'whole process' if card is None else f'on {card}'}", planned.training_peak, outcome.peak_bytes),
         MemoryUse("training, judging and certificate", planned.peak, whole),
