@@ -23,7 +23,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import promised
 from lorakeet.models.placement import device_for
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.planning.text_run import Loaded
@@ -81,7 +81,7 @@ def evaluate(
         text = opened.text_model(console, within_budget=loaded)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        judge = Judge(settings, text, encoder, rows.rows, console, NAME)
+        judge = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
         report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
         drift = judge.drift()
     report = dataclasses.replace(

@@ -37,10 +37,10 @@ from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning import report as page
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
-from lorakeet.workflows.finetuning.certify_text import certify_run
-from lorakeet.workflows.finetuning.cuda_graphs import record_passes, require_recordable
-from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
+from lorakeet.workflows.finetuning.certify_text import certify_text
+from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.finish import conclude, judging
 from lorakeet.workflows.finetuning.terminal import show_run_plan
 from lorakeet.workflows.finetuning.train_image import ImageResult, finetune_images
@@ -56,7 +56,7 @@ from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
 class FinetuneResult:
     """What a run gave; a dry run has no outcome."""
 
-    setup: Assembly
+    setup: TextAssembly
     run: RunFolder
     outcome: Outcome | None = None
     report: Report | None = None
@@ -111,7 +111,7 @@ def finetune(
     run = RunFolder(resume or Path(config.out), launch.command)
     with joined(launch) as processes, begun_together(run):
         require_combinable(config, launch)
-        require_recordable(config, launch.count)
+        require_graphable(config, launch.count)
         if not dry_run:
             processes.from_first(lambda: _require_run(run, resume=resume is not None))
         require_sink(config.train.log_to)
@@ -119,26 +119,26 @@ def finetune(
         with promised(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
             if config.kind == "image":
                 return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
-            setup = dataclasses.replace(assemble(config, console, processes), memory=memory)
+            setup = dataclasses.replace(assemble_text(config, console, processes), memory=memory)
             show_run_plan(setup, console)
             if dry_run:
                 return FinetuneResult(setup, run)
             return _trained(setup, run, resume=resume is not None, quick=quick, console=console)
 
 
-def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, console: Console) -> FinetuneResult:
+def _trained(setup: TextAssembly, run: RunFolder, *, resume: bool, quick: bool, console: Console) -> FinetuneResult:
     """Trained by all processes; judged and certified by the first one, or by all where each has a part of the base only."""
     processes = setup.processes
     setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=quick)
     setup = _with_rate(setup, processes.from_first(lambda: setup.config.train.learning_rate))
-    task = ready_to_train(setup)
+    task = text_task(setup)
     if setup.config.train.keep_prefix_states:
         frozen_depth(setup.text)  # refused before anything is written
-    record_passes(setup.text, task, console)
+    record_graphs(setup.text, task, console)
     record = setup.dataset.split_record()
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=rates))
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
-    if setup.parted:
+    if setup.sharded:
         with processes.gathering():
             part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
     elif setup.config.train.shard:
@@ -157,9 +157,9 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
     finally:
         task.replayed = None  # what recorded passes hold of a card is free, for the certificate's second model too
     if task.pruning is not None:
-        setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), begun=setup.plan)
+        setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
     with judging(run), judged_together(processes, run, outcome):
-        if not setup.parted:
+        if not setup.sharded:
             processes.part()
             if not processes.first:
                 return FinetuneResult(setup, run, outcome)
@@ -167,14 +167,14 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
         return FinetuneResult(setup, run, outcome, _prove(setup, outcome, run, before, rates, console))
 
 
-def _with_rate(setup: Assembly, rate: float | None) -> Assembly:
+def _with_rate(setup: TextAssembly, rate: float | None) -> TextAssembly:
     """The assembly with that learning rate, so that every process trains with the one that the first has chosen."""
     train = dataclasses.replace(setup.config.train, learning_rate=rate)
     return dataclasses.replace(setup, config=dataclasses.replace(setup.config, train=train))
 
 
 @contextmanager
-def _kept_states(setup: Assembly, task: TextTask, run: RunFolder, console: Console) -> Iterator[None]:
+def _kept_states(setup: TextAssembly, task: TextTask, run: RunFolder, console: Console) -> Iterator[None]:
     """A context in which held-out rows, and training rows of several epochs, pass the lowest, untrained blocks once."""
     spec = setup.config.train
     if not spec.keep_prefix_states:
@@ -221,7 +221,7 @@ def _require_run(run: RunFolder, *, resume: bool) -> None:
     require_place(run.path)
 
 
-def _identity(setup: Assembly) -> dict[str, str | list[str]]:
+def _identity(setup: TextAssembly) -> dict[str, str | list[str]]:
     """What must be equal for a run to be resumed, besides the training settings."""
     config = setup.config
     examples = (*setup.train.examples, *setup.held_out.examples)
@@ -237,20 +237,20 @@ def _identity(setup: Assembly) -> dict[str, str | list[str]]:
 
 
 def _prove(
-    setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], rates: Search | None, console: Console
+    setup: TextAssembly, outcome: Outcome, run: RunFolder, before: dict[str, str], rates: Search | None, console: Console
 ) -> Report | None:
     """Judges, certifies and reports, the last in the first process alone (else: None); VerificationFailed when a check fails."""
-    part, rows = setup.judged
-    judge = Judge(setup.config, setup.text, setup.encoder, rows, console)
+    part, rows = setup.evaluated
+    judge = TextEvaluator(setup.config, setup.text, setup.encoder, rows, console)
     learnt_from = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
     measured = judge.report(f"Fine-tuning {setup.text.name}", learnt_from=learnt_from)
     drift = judge.drift()
-    certificate = certify_run(
+    certificate = certify_text(
         setup.text,
         run.adapter,
         setup.held_out.examples,
         before=before,
-        model=None if setup.parted or setup.arrangement.budget is not None else setup.config.model,  # there is room for one base
+        model=None if setup.sharded or setup.arrangement.budget is not None else setup.config.model,  # there is room for one base
         spec=setup.config.evaluate,
     )
 

@@ -18,7 +18,7 @@ from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, inject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.finetuning import certify_image
-from lorakeet.workflows.finetuning.certify_image import certify_images, image_digests, latent_check
+from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests, latent_check
 from lorakeet.workflows.finetuning.train_image import ImageResult
 from tiny.image_runs import image_run
 
@@ -34,7 +34,7 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
     result = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     setup, run = result.setup, result.run
     model, spec = setup.model, setup.config.model
-    before = image_digests(model)
+    before = frozen_image_digests(model)
 
     def names(**changes: object) -> list[str]:
         given = {"before": before, "spec": spec, "sampler": Sampler(guidance=3.0), **changes}
@@ -63,7 +63,7 @@ def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: ImageResu
     peft.write(without_component(other), tmp_path / "adapter")
     for spec in (setup.config.model, None):
         found = certify_images(
-            setup.model, tmp_path / "adapter", ["red box"], before=image_digests(setup.model), spec=spec,
+            setup.model, tmp_path / "adapter", ["red box"], before=frozen_image_digests(setup.model), spec=spec,
             sampler=Sampler(guidance=3.0),
         )  # fmt: skip
         assert [check.name for check in found.checks if not check.passed] == ["adapter on disk"]
@@ -92,7 +92,7 @@ def strong(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Im
 def _certified(result: ImageResult, adapter: Path, *, alone: bool = False) -> Certificate:
     model, spec = result.setup.model, None if alone else result.setup.config.model
     return certify_images(
-        model, adapter, ["red box"], before=image_digests(model), spec=spec, sampler=Sampler(guidance=3.0)
+        model, adapter, ["red box"], before=frozen_image_digests(model), spec=spec, sampler=Sampler(guidance=3.0)
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_the_weak_adapter_itself_passes(weak: ImageResult) -> None:
 
 def test_an_adapter_without_effect_is_named(tiny_sd_folder: Path, tmp_path: Path) -> None:
     model = load_image_model(ModelSpec(path=str(tiny_sd_folder), dtype="float32", device="cpu"), say=lambda _: None)
-    before = image_digests(model)
+    before = frozen_image_digests(model)
     inject(model.parts, image_plan(model, LoraSpec(rank=4, target_modules=("attention",)), text_encoder=False))  # B is 0
     adapter = with_components(adapter_of(model.parts))
     for factor, passes in ((0.0, True), (1.0, False)):

@@ -15,7 +15,7 @@ from lorakeet.errors import DataError
 from lorakeet.models.inject import activate
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.finetuning.evaluate_text import Judge, sampled_texts
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, sampled_texts
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import chats, quiet, run, write_rows
 
@@ -25,13 +25,13 @@ def text(finished: Any) -> TextModel:
     return open_adapter(finished.path).text_model(quiet(), dtype="float32")
 
 
-def judge_of(finished: Any, text: TextModel, rows: Any, **data: Any) -> Judge:
+def judge_of(finished: Any, text: TextModel, rows: Any, **data: Any) -> TextEvaluator:
     setup = finished.result.setup
     config = replace(setup.config, data=replace(setup.config.data, **data))
-    return Judge(config, text, Encoder(text.tokenizer, config.data, setup.dataset.labels), rows, quiet(), NAME)
+    return TextEvaluator(config, text, Encoder(text.tokenizer, config.data, setup.dataset.labels), rows, quiet(), NAME)
 
 
-def by_hand(text: TextModel, judge: Judge, name: str | None) -> np.ndarray:
+def by_hand(text: TextModel, judge: TextEvaluator, name: str | None) -> np.ndarray:
     """log p(label | prompt) of each row, end of turn included, one forward a label: (rows, labels), normalised."""
     activate(text.model, name)
     before = text.attention

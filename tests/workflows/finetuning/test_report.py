@@ -17,7 +17,7 @@ from lorakeet.memory.cuda import CONTEXT
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning import report as page
-from lorakeet.workflows.finetuning.assemble_text import assemble
+from lorakeet.workflows.finetuning.assemble_text import assemble_text
 from lorakeet.workflows.finetuning.report import _memory, complete, curves, leaks
 from tiny.runs import quiet, reviews, settings, write_rows
 
@@ -41,7 +41,7 @@ def test_every_leak_is_named_with_its_fate(finished: Any, tmp_path: Path) -> Non
     assert leak.held_out == "judged.jsonl:13" and leak.train == "rows.jsonl:1" and leak.action == "dropped from training"
     assert leak.similarity == 1 and leak.text.endswith("GOOD")
     config = settings(finished.model, finished.data, tmp_path / "run", {"data.test": finished.test, "data.on_leak": "keep"})
-    (kept,) = leaks(assemble(config, quiet()).dataset.leaks)
+    (kept,) = leaks(assemble_text(config, quiet()).dataset.leaks)
     assert kept.action == "kept"
 
 
@@ -51,7 +51,7 @@ def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: P
     test = write_rows(tmp_path / "test.jsonl", [*reviews(5, seed=2), {"text": "far " * 60, "label": "bad"}])
     for too_long, said in (("truncate", "were shortened."), ("drop", "left out.")):
         config = settings(finished.model, data, tmp_path / "run", {"data.test": test, "data.too_long": too_long})
-        result, setup = finished.result, assemble(config, quiet())
+        result, setup = finished.result, assemble_text(config, quiet())
         run, certificate = RunFolder(finished.path), result.report.certificate
         report = complete(result.report, setup, result.outcome, run=run, metrics=[], certificate=certificate, drift=None)
         parts = {warning.split()[1]: warning for warning in report.warnings}

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.evaluate.certificate import Certificate, Unchecked, judge
-from lorakeet.workflows.finetuning.assemble_text import assemble
+from lorakeet.workflows.finetuning.assemble_text import assemble_text
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results, show_run_plan
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, settings, write_rows
@@ -36,7 +36,7 @@ def test_the_plan_shows_rows_leaks_learnt_tokens_and_matrices(finished: Any) -> 
 
 def test_rows_that_were_cut_are_counted(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [*reviews(30), {"text": "long " * 60, "label": "good"}])
-    setup = assemble(settings(finished.model, data, tmp_path / "run"), quiet())
+    setup = assemble_text(settings(finished.model, data, tmp_path / "run"), quiet())
     assert "1 training rows shortened to 120 tokens, 0 left out" in printed(show_run_plan, setup)
 
 
@@ -69,9 +69,9 @@ def test_a_missing_chat_template_is_said(finished: Any, tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model")
     (model / "chat_template.jinja").unlink()
     said = "The tokenizer has no chat template, so turns are joined as raw text"
-    setup = assemble(settings(model, finished.data, tmp_path / "run"), quiet())
+    setup = assemble_text(settings(model, finished.data, tmp_path / "run"), quiet())
     assert said in printed(show_run_plan, setup) and said not in printed(show_run_plan, finished.result.setup)
-    chosen = assemble(settings(model, finished.data, tmp_path / "run", {"data.chat_template": "off"}), quiet())
+    chosen = assemble_text(settings(model, finished.data, tmp_path / "run", {"data.chat_template": "off"}), quiet())
     assert said not in printed(show_run_plan, chosen)
 
 

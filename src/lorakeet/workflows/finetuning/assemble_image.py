@@ -50,7 +50,7 @@ class ImageAssembly:
     arrangement: ImageArrangement
 
     @property
-    def judged(self) -> tuple[str, list[EncodedImage]]:
+    def evaluated(self) -> tuple[str, list[EncodedImage]]:
         """The pictures that the verdict is about, and what they are called."""
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 
@@ -118,7 +118,7 @@ def _recorded(config: RunConfig, resumed: RunFolder | None, say: Callable[[str],
     return found
 
 
-def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:
+def image_task(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:
     """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed. `watch` as in ImageTask."""
     trained = setup.config.diffusion.text_encoder
     rows = (*setup.train, *setup.held_out, *setup.test, *setup.prior)

@@ -34,7 +34,7 @@ from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
 
 
 @dataclass(frozen=True)
-class Assembly:
+class TextAssembly:
     """What a run works with. `config` is resolved: nothing in it is "auto" where this machine decided."""
 
     config: RunConfig
@@ -49,20 +49,20 @@ class Assembly:
     arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
     memory: PeakMemory | None = None  # what the process holds from before the model is loaded on
-    begun: Plan | None = None  # once ranks were pruned: the Plan with which training began
+    initial_plan: Plan | None = None  # once ranks were pruned: the Plan with which training began
 
     @property
     def cuts(self) -> dict[int, int]:
         """Under ranks.choose prune: after which steps pairs are cut, and to how many parameters; else empty."""
-        return cuts_of(self.config, self.begun or self.plan, self.steps)
+        return cuts_of(self.config, self.initial_plan or self.plan, self.steps)
 
     @property
-    def parted(self) -> bool:
+    def sharded(self) -> bool:
         """Whether the processes part the frozen blocks among themselves."""
         return self.config.train.shard and self.processes.count > 1
 
     @property
-    def judged(self) -> tuple[str, tuple[Row, ...]]:
+    def evaluated(self) -> tuple[str, tuple[Row, ...]]:
         """The rows that the verdict is about, and what they are called: the test rows, or else the held-out ones."""
         return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
 
@@ -87,14 +87,14 @@ class Assembly:
         return self.config.train.total_steps(order.steps_per_epoch)
 
 
-def assemble(
+def assemble_text(
     config: RunConfig,
     console: Console,
     processes: Processes = ALONE,
     *,
     members: int = 1,
     largest: LoraSpec | None = None,
-) -> Assembly:
+) -> TextAssembly:
     """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise.
 
     A search says how many adapters it has in training at once, and which pairs the largest of them has.
@@ -128,18 +128,18 @@ def assemble(
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
     if config.ranks.choose == "auto":
         config, plan = choose_ranks(config, text, plan, train.examples, console)
-    setup = Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement, processes)
+    setup = TextAssembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement, processes)
     _ = setup.cuts  # that cannot be made are refused now
     return setup
 
 
-def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
+def text_task(setup: TextAssembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
     """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed.
 
     `held_out` are the rows to choose the best adapter by: the run's, unless others (or none) are named.
     """
     spec = setup.config.train
-    begin_pairs(setup, setup.plan, seed=spec.seed)
+    add_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     task = TextTask(
@@ -150,7 +150,7 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     return task
 
 
-def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default") -> None:
+def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "default") -> None:
     """Puts the pairs of `plan` into the model as the run's settings begin them: lora.start may want a look at training rows."""
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     begin_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)

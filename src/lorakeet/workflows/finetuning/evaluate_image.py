@@ -48,7 +48,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class ImageJudge:
+class ImageEvaluator:
     """Measures `model` on the judged pictures with the adapter `name` on and off, and its samples where there is a `scorer`."""
 
     config: RunConfig
@@ -139,7 +139,7 @@ class ImageJudge:
         """Each sample's nearest training picture, as any of its cut-outs, against how near the judged pictures come."""
         learnt = [(picture, latents) for picture in (*self.train, *self.prior) for latents in picture.latents]
         own, given = [latents for _, latents in learnt], [picture.latents[0] for picture in self.judged]
-        side = places_of([*own, *given, *(latents for one in drawn for latents in one.latents)])
+        side = pooled_side([*own, *given, *(latents for one in drawn for latents in one.latents)])
         training = features_of(own, side)
         judged, _ = nearest_distances(features_of(given, side), training)
         floor = float(judged.min())
@@ -191,7 +191,7 @@ def scaled_adapter(adapter: Adapter, weight: float) -> Adapter:
     return dataclasses.replace(adapter, pairs=pairs)
 
 
-def places_of(latents: Sequence[Tensor]) -> int:
+def pooled_side(latents: Sequence[Tensor]) -> int:
     """How many places to a side all of these latents (channels, h, w) can be averaged to: at most POOLED."""
     return min(POOLED, *(min(one.shape[1:]) for one in latents))
 

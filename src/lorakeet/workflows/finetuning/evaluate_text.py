@@ -30,7 +30,7 @@ BASE, ADAPTER = "base", "adapter"
 
 
 @dataclass(frozen=True)
-class Judge:
+class TextEvaluator:
     """Measures `text` on `rows` with the adapter `name` on and off."""
 
     config: RunConfig

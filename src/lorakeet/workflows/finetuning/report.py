@@ -23,13 +23,13 @@ from lorakeet.models.files.origin import packed_folder
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.train.outcome import Outcome
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_text import Assembly
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs import facts
 
 
 def complete(
     measured: Report,
-    setup: Assembly,
+    setup: TextAssembly,
     outcome: Outcome,
     *,
     run: RunFolder,
@@ -39,14 +39,14 @@ def complete(
     rates: Search | None = None,
 ) -> Report:
     """`measured` with everything else that the page shows; `rates` is the trial that chose the learning rate."""
-    part, _ = setup.judged
+    part, _ = setup.evaluated
     return replace(
         measured,
         subtitle=f"{setup.text.name} on {Path(setup.config.data.train).name}, judged on {measured.rows_of} {part} rows",
         created=facts.now(),
         facts=_facts(setup, run),
         curves=curves(metrics, outcome),
-        ranks=rank_map(setup.plan) if setup.begun is None else pruned_map(setup.begun, setup.plan, metrics),
+        ranks=rank_map(setup.plan) if setup.initial_plan is None else pruned_map(setup.initial_plan, setup.plan, metrics),
         search=rates,
         leaks=leaks(setup.dataset.leaks),
         drift=drift,
@@ -110,16 +110,16 @@ def leaks(found: LeakReport) -> tuple[Leak, ...]:
     )
 
 
-def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
+def _facts(setup: TextAssembly, run: RunFolder) -> dict[str, str]:
     data, model = setup.dataset, setup.config.model
     native = setup.text.device.type == "cpu" and operators.serves(setup.text.products)
     about = f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
     about += ", native kernels" if native else ""
     rows = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
-    if setup.begun is not None:
-        rows["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.begun.summary()}"
+    if setup.initial_plan is not None:
+        rows["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
     if (count := setup.processes.count) > 1:
-        base = f"1/{count} of every frozen block" if setup.parted else "the whole base"
+        base = f"1/{count} of every frozen block" if setup.sharded else "the whole base"
         rows["Processes"] = f"{count}, each with {base} and its part of the rows of a step"
     return run_facts(setup.config, setup.plan, run, setup.text.device, model=about, about=rows)
 
@@ -140,7 +140,7 @@ def run_facts(
     }
 
 
-def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
+def _memory(setup: TextAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     """Planned and used bytes: of training, then of all from loading up to the certificate; and the latter against a budget.
 
     Under a budget on a CUDA device they are the device's since training began, with the context as planned, and beside them what
@@ -191,7 +191,7 @@ def speed(
     return found
 
 
-def _warnings(setup: Assembly) -> tuple[str, ...]:
+def _warnings(setup: TextAssembly) -> tuple[str, ...]:
     found = []
     for name, encoded in setup.encoded.items():
         longer = f"{name} rows were longer than {setup.config.data.max_tokens} tokens and"

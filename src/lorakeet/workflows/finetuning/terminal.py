@@ -13,13 +13,13 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
 from lorakeet.memory.forecast import KINDS, Forecast
-from lorakeet.workflows.finetuning.assemble_text import Assembly
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.pruning import cuts_text
 
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
 
 
-def show_run_plan(setup: Assembly, console: Console) -> None:
+def show_run_plan(setup: TextAssembly, console: Console) -> None:
     """The rows, the leaks, one example in colour, and which matrices get which rank."""
     data = setup.dataset
     counts = f": {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
@@ -53,7 +53,7 @@ def show_run_plan(setup: Assembly, console: Console) -> None:
         console.print(f"Memory: at most {bytes_text(planned.peak)} {place} planned, in the phase: {most.name}")
 
 
-def _lacks_template(setup: Assembly) -> bool:
+def _lacks_template(setup: TextAssembly) -> bool:
     """Whether turns with roles go without the template that they would otherwise get."""
     data, row = setup.config.data, setup.dataset.train[0]
     return data.chat_template == "auto" and bool(row.turns[0].role) and not uses_template(setup.text.tokenizer, data)

@@ -29,9 +29,9 @@ from lorakeet.train.outcome import Outcome
 from lorakeet.train.progress import PICTURES, reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning import report as page
-from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble_images, ready_to_train
-from lorakeet.workflows.finetuning.certify_image import certify_images, image_digests
-from lorakeet.workflows.finetuning.evaluate_image import ImageJudge
+from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble_images, image_task
+from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests
+from lorakeet.workflows.finetuning.evaluate_image import ImageEvaluator
 from lorakeet.workflows.finetuning.finish import conclude, judging
 from lorakeet.workflows.finetuning.image_terminal import show_forecast, show_image_plan
 from lorakeet.workflows.runs import facts
@@ -77,8 +77,8 @@ def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run:
         if setup.arrangement.planned is not None:
             show_forecast(setup.arrangement.planned, console)
         return ImageResult(setup, run)
-    before = image_digests(setup.model)
-    task = ready_to_train(setup, partial(_watch, setup, run, console) if setup.config.diffusion.progress else None)
+    before = frozen_image_digests(setup.model)
+    task = image_task(setup, partial(_watch, setup, run, console) if setup.config.diffusion.progress else None)
     begin_run(run, setup.config, image_record(setup.dataset, setup.config.data), resume=resume)
     outcome = train(
         task, setup.config.train, run=run, identity=_identity(setup, before), resume=resume,
@@ -114,17 +114,17 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str | 
 
 def _watch(setup: ImageAssembly, run: RunFolder, console: Console, step: int) -> None:
     """Draws the run's prompts as the adapter is after `step` steps, into RUN/progress."""
-    judge = ImageJudge(setup.config, setup.model, setup.captions, setup.judged[1], setup.train, console)
+    judge = ImageEvaluator(setup.config, setup.model, setup.captions, setup.evaluated[1], setup.train, console)
     with writing(f"The samples in {run.path}", f"Free some space, then: {run.resume_command}"):
         judge.draw_progress(run.path / "progress" / f"step-{step:06}")
 
 
 def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[str, str], console: Console) -> Report:
     """Judges, certifies and reports; VerificationFailed when the certificate fails."""
-    _, pictures = setup.judged
+    _, pictures = setup.evaluated
     named = setup.config.diffusion.scorer
     scorer = load_scorer(named) if named and setup.config.diffusion.seeds else None
-    judge = ImageJudge(
+    judge = ImageEvaluator(
         setup.config, setup.model, setup.captions, pictures, setup.train, console, scorer=scorer, groups=setup.dataset.groups,
         prior=setup.prior if setup.config.images.prior else (),  # the base's own drawings it may repeat
     )  # fmt: skip
@@ -147,7 +147,7 @@ def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[
 def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: RunFolder, certificate: Certificate) -> Report:
     """`measured` with everything else that the page shows."""
     config, data, metrics = setup.config, setup.dataset, read_metrics(run.metrics)
-    part, pictures = setup.judged
+    part, pictures = setup.evaluated
     alike = tuple(Leak(one.judged, one.train, 1 - one.apart, one.action, one.caption) for one in data.alike)
     warnings = [*measured.warnings, *data.remarks]
     if not data.test:
@@ -220,7 +220,7 @@ def _weights(spec: ModelSpec) -> str:
 
 
 def _next(setup: ImageAssembly, run: RunFolder) -> tuple[Command, ...]:
-    prompt, folder = quote(setup.judged[1][0].row.caption), quote(str(run.path))
+    prompt, folder = quote(setup.evaluated[1][0].row.caption), quote(str(run.path))
     pictures = quote(f"{run.path.name}-pictures")
     to, where = ("diffusers", "for diffusers and ComfyUI") if setup.model.kind.flow else ("kohya", "for ComfyUI and A1111")
     return (
