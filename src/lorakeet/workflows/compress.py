@@ -327,7 +327,7 @@ def _report(judged: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple[st
     learnt = (*dataset.train, *(dataset.held_out if part == "test" else ()))
     attach(judged.text.model, item.adapter, CUT)
     try:
-        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", learnt_from=learnt)
+        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", baseline_rows=learnt)
     finally:
         eject(judged.text.model, CUT)
     return replace(

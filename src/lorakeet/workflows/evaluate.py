@@ -51,7 +51,7 @@ class _EvaluationRows:
     rows: tuple[Row, ...]
     named: str
     labels: tuple[str, ...]
-    learnt_from: tuple[Row, ...]
+    baseline_rows: tuple[Row, ...]
     leaks: LeakReport | None = None
     warnings: tuple[str, ...] = ()
 
@@ -82,7 +82,7 @@ def evaluate(
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
         judge = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
-        report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
+        report = judge.report(f"{run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = judge.drift()
     report = dataclasses.replace(
         report,

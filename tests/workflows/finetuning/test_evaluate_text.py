@@ -54,7 +54,7 @@ def by_hand(text: TextModel, judge: TextEvaluator, name: str | None) -> np.ndarr
 
 def test_accuracy_and_log_loss_are_those_of_a_plain_computation(finished: Any, text: TextModel) -> None:
     judge = judge_of(finished, text, finished.result.setup.dataset.test)
-    report = judge.report("t", learnt_from=finished.result.setup.dataset.train)
+    report = judge.report("t", baseline_rows=finished.result.setup.dataset.train)
     labels = judge.encoder.labels
     truth = np.array([labels.index(row.label or "") for row in judge.rows])
     for system, name in (("base", None), ("adapter", NAME)):
@@ -72,22 +72,22 @@ def test_accuracy_and_log_loss_are_those_of_a_plain_computation(finished: Any, t
 def test_the_floors_learn_from_the_rows_that_are_named(finished: Any, text: TextModel) -> None:
     dataset = finished.result.setup.dataset
     judge = judge_of(finished, text, dataset.test)
-    with_floors = judge.report("t", learnt_from=dataset.train[:30])
+    with_floors = judge.report("t", baseline_rows=dataset.train[:30])
     assert next(system.note for system in with_floors.systems if system.role == "floor") == "learnt from 30 rows"
-    assert [system.role for system in judge.report("t", learnt_from=()).systems] == ["adapter", "base"]
+    assert [system.role for system in judge.report("t", baseline_rows=()).systems] == ["adapter", "base"]
     without = replace(judge, config=replace(judge.config, evaluate=replace(judge.config.evaluate, baselines=False)))
-    assert [system.role for system in without.report("t", learnt_from=dataset.train).systems] == ["adapter", "base"]
+    assert [system.role for system in without.report("t", baseline_rows=dataset.train).systems] == ["adapter", "base"]
 
 
 def test_rows_that_do_not_fit_are_left_out_of_every_system(finished: Any, text: TextModel) -> None:
     rows = finished.result.setup.dataset.test
     lengths = sorted(len(example.ids) for example in finished.result.setup.test.examples)
     judge = judge_of(finished, text, rows, max_tokens=lengths[6], too_long="drop")
-    report = judge.report("t", learnt_from=finished.result.setup.dataset.train)
+    report = judge.report("t", baseline_rows=finished.result.setup.dataset.train)
     assert 0 < report.rows_of < len(rows)
     assert {system.metrics["accuracy"].n for system in report.systems} == {report.rows_of}
     with pytest.raises(DataError, match="no row to judge by"):
-        judge_of(finished, text, rows, max_tokens=8, too_long="drop").report("t", learnt_from=())
+        judge_of(finished, text, rows, max_tokens=8, too_long="drop").report("t", baseline_rows=())
 
 
 def test_loss_of_rows_without_labels_is_that_of_transformers(tiny_llama_folder: Path, tmp_path: Path) -> None:

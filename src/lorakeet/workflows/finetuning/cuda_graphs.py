@@ -30,7 +30,7 @@ OF_OTHERS = ("classifier", "summary")  # what names of chances begin with where 
 
 def require_graphable(config: RunConfig, processes: int = 1) -> None:
     """ConfigError that names every setting with which no passes are recorded; EnvironmentProblem without a CUDA card."""
-    if not config.train.cuda_graphs or config.kind == "image":  # of which workflows/finetuning/assemble_image tells
+    if not config.train.cuda_graphs:
         return
     problems = Problems(f"{SETTING} cannot be used")
     leave = f"Leave it, or {SETTING}, out."
