@@ -61,7 +61,7 @@ the same ([log](../log/training-speed.md)).
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
 - **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template, a system prompt or examples, are
 computed once for all of them, with exact gradients (`data/prefix`). A step's rows are put together so that as much as can be is
-computed once, and what is computed once counts once among `train.micro_tokens` (`data/prefix_groups`): behind a prompt of 1,500
+computed once, and what is computed once counts once among `train.micro_tokens` (`data/prefix`): behind a prompt of 1,500
 tokens
 five rows of 100 pass together, not one by one. Rows with different prompts pass apart where that saves more than a pass costs.
 This needs no setting; dropout turns it off. Where another attention than Lorakeet's own computes (on a card, in fp32), only who

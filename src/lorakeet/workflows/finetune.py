@@ -27,8 +27,7 @@ from lorakeet.memory.cuda import promised
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.launch import launched
 from lorakeet.train.log import require_sink
-from lorakeet.train.loop import train
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.loop import Outcome, train
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
@@ -125,7 +124,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
     setup = kind.trained(setup, task)
     with _evaluating(run), judged_together(processes, run, outcome):
         if not setup.sharded:
-            processes.part()
+            processes.disband()
             if not processes.first:
                 return FinetuneResult(setup, run, outcome)
         give_back_free_memory()  # for the second model of the certificate
@@ -153,7 +152,7 @@ def _reported(
     if kept.budget is not None and kept.card is None:
         setup.memory.now()
         say_peak(setup.memory, kept.budget, setup.planned[1], console)
-    setup.processes.part()  # no collective operation from here on
+    setup.processes.disband()  # no collective operation from here on
     if not setup.processes.first:
         return None
     report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, search=search)

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from lorakeet.workflows.finetuning.train_image import ImageResult
 from PIL import Image
 from rich.console import Console
 
@@ -25,7 +26,6 @@ from lorakeet.train.checkpoint import require_same
 from lorakeet.train.progress import Record, Silent
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import assemble_image, train_image
-from lorakeet.workflows.finetuning.train_image import ImageResult
 from tiny.image_runs import image_config, image_run
 from tiny.pictures import album, drawn
 from tiny.pipelines import save_tiny_scorer
@@ -239,7 +239,7 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     with monkeypatch.context() as patched, pytest.raises(RunStopped):
         patched.setattr(train_image, "reporter_for", lambda *_, **__: _AfterThree())
         image_run(tiny_sd_folder, tmp_path, **few)
-    monkeypatch.setattr(split, "alike_groups", lambda rows, bits: [0] * len(rows))
+    monkeypatch.setattr(split, "duplicate_groups", lambda rows, bits: [0] * len(rows))
     Image.fromarray(drawn(90)[0]).save(tmp_path / "photos" / "000-came.png")
     console = Console(record=True, width=300, file=io.StringIO())
     resumed = finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)

@@ -93,7 +93,7 @@ class ImageKind(RunKind[ImageAssembly]):
             warnings.append(
                 "There are no test pictures: the checkpoint was chosen on the same held-out pictures that it is evaluated on."
             )
-        found = tuple(Leak(one.judged, one.train, 1 - one.apart, one.action, one.caption) for one in data.alike)
+        found = tuple(Leak(one.evaluated, one.train, 1 - one.apart, one.action, one.caption) for one in data.alike)
         return replace(report, leaks=found, warnings=tuple(warnings))
 
     def certify(self, setup: ImageAssembly, run: RunFolder, before: Digests) -> Certificate:

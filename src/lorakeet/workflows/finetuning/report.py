@@ -16,7 +16,7 @@ from lorakeet.memory.cuda import CONTEXT, beside_torch, card_peak
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.train.log import read_metrics
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.loop import Outcome
 from lorakeet.train.progress import TEXT
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.kind import Assembly, AssemblyT, RunKind
@@ -39,7 +39,7 @@ def complete(
     count = measured.rows_of or len(rows)
     return replace(
         measured,
-        subtitle=f"{setup.name} on {Path(setup.config.data.train).name}, evaluated on {count} {part} {kind.words.judged}",
+        subtitle=f"{setup.name} on {Path(setup.config.data.train).name}, evaluated on {count} {part} {kind.words.evaluated}",
         created=facts.now(),
         facts=_facts(kind, setup, run),
         curves=curves(metrics, outcome),
