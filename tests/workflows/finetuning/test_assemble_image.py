@@ -37,7 +37,7 @@ def test_settings_of_text_models_are_refused_together(tiny_sd_folder: Path, tmp_
         ("data.text_column", "caption_de", "metadata.jsonl"), ("data.label_column", "kind", "Leave it out"),
         ("data.group_column", "author", r"data\.held_out"), ("data.near_duplicates", "0", r"images\.near_duplicates"),
         ("data.supervise", "all", r"caption_dropout"), ("train.keep_prefix_states", "true", r"images\.cache"),
-        ("train.cuda_graphs", "true", "text models alone"), ("train.shard", "true", r"memory\.budget"),
+        ("train.cuda_graphs", "true", "only text models"), ("train.shard", "true", r"memory\.budget"),
         ("model.products", "float32", r"model\.dtype"),
         ("model.attention", "eager", "Leave it out"), ("model.kernels", "triton", "set it to torch"),
     ],

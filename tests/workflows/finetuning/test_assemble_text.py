@@ -21,11 +21,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(30))
 
 
-def test_the_judged_rows_are_the_test_rows_or_else_the_held_out_ones(finished: Any, rows: Path, tmp_path: Path) -> None:
+def test_the_evaluated_rows_are_the_test_rows_or_else_the_held_out_ones(finished: Any, rows: Path, tmp_path: Path) -> None:
     setup = finished.result.setup
     assert setup.evaluated == ("test", setup.dataset.test) and len(setup.test.examples) == 13
     other = assemble_text(settings(finished.model, rows, tmp_path), quiet())
-    assert other.judged == ("held-out", other.dataset.held_out) and other.test.examples == ()
+    assert other.evaluated == ("held-out", other.dataset.held_out) and other.test.examples == ()
     assert other.tokens_per_epoch == sum(len(example.ids) for example in other.train.examples)
     assert other.steps == 6
 
@@ -96,5 +96,5 @@ def test_new_tokens_are_known_before_rows_are_encoded(finished: Any, tmp_path: P
 
 def test_float16_is_refused_for_text_with_the_reason(finished: Any, rows: Path, tmp_path: Path) -> None:
     narrow = {"model.dtype": "float16", "model.products": "float32"}
-    with pytest.raises(ConfigError, match=r"float16, in which models of pictures alone are .*Train with bfloat16 or float32"):
+    with pytest.raises(ConfigError, match=r"float16, in which only image models are trained.*Train with bfloat16 or float32"):
         assemble_text(settings(finished.model, rows, tmp_path, narrow), quiet())

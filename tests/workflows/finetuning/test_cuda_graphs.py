@@ -35,6 +35,7 @@ from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import cuda_graphs as workflow
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.cuda_graphs import largest_micro_batch, record_graphs, require_graphable
+from lorakeet.workflows.options import FinetuneOptions, TuneOptions
 from lorakeet.workflows.tune import tune
 from tiny.flash import Flash
 from tiny.models import save_tiny_llama
@@ -149,7 +150,7 @@ def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_fold
         finetune(config_with(data, tmp_path, tiny_llama_folder, model__device="gpu"), console=quiet())
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="a search trains several"):
-        tune(config, quick=True, console=quiet())
+        tune(config, TuneOptions(quick=True), console=quiet())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
@@ -237,6 +238,6 @@ def test_a_run_whose_config_is_edited_resumes(finished: Any, tmp_path: Path) -> 
     file = folder / "config.yaml"
     file.write_text(file.read_text().replace("cuda_graphs: false", "cuda_graphs: true"))
     with pytest.raises(EnvironmentProblem, match=r"Set train\.cuda_graphs to false"):
-        finetune(read_run(file, {}), resume=folder, console=quiet())
+        finetune(read_run(file, {}), FinetuneOptions(resume=folder), console=quiet())
     file.write_text(file.read_text().replace("cuda_graphs: true", "cuda_graphs: false"))
-    assert finetune(read_run(file, {}), resume=folder, console=quiet()).exit_code == 0
+    assert finetune(read_run(file, {}), FinetuneOptions(resume=folder), console=quiet()).exit_code == 0

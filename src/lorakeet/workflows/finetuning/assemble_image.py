@@ -162,7 +162,7 @@ def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None =
         problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
     if config.diffusion.scorer and config.memory.bytes is not None:
         problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
-    for name, instead in _OF_TEXT.items():
+    for name, instead in TEXT_SETTINGS.items():
         part, key = name.split(".")
         given = getattr(getattr(config, part), key)
         if given != getattr(getattr(RunConfig(), part), key):
@@ -173,7 +173,7 @@ def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None =
     problems.raise_if_any()
 
 
-_OF_TEXT = {
+TEXT_SETTINGS = {
     "data.text_column": "Give captions in NAME.txt, or as text, caption or prompt in metadata.jsonl or the table.",
     "data.label_column": "Leave it out.",
     "data.group_column": "Give the held-out pictures as a folder of their own (data.held_out).",

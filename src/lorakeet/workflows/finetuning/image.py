@@ -29,7 +29,7 @@ from lorakeet.workflows.runs.run_folder import hashes_of_parts
 
 # The version of how latents and conditioning are computed. 2: SDXL's latents are standardised by latents_mean and latents_std,
 # mirrored cut-outs know their own offset, and T5 has no dropout while other encoders train.
-_ARITHMETIC = 2
+ARITHMETIC = 2
 
 
 class ImageKind(RunKind[ImageAssembly]):
@@ -72,7 +72,7 @@ class ImageKind(RunKind[ImageAssembly]):
             "pictures": [picture.row.key for picture in (*setup.train, *setup.held_out, *setup.prior)],
             "base model": digests,
             "latents and conditioning": [setup.model.autoencoder_digest, setup.model.encoders_digest],
-            "image arithmetic (this version of Lorakeet computes pictures otherwise)": _ARITHMETIC,
+            "image arithmetic (this version of Lorakeet computes pictures otherwise)": ARITHMETIC,
         }
         return hashes_of_parts(parts, model)
 

@@ -11,7 +11,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from lorakeet.workflows.finetuning.train_image import ImageResult
 from PIL import Image
 from rich.console import Console
 
@@ -24,36 +23,38 @@ from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.peft import peft
 from lorakeet.train.checkpoint import require_same
 from lorakeet.train.progress import Record, Silent
-from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.finetuning import assemble_image, train_image
+from lorakeet.workflows import finetune as workflow
+from lorakeet.workflows.finetune import FinetuneResult, finetune
+from lorakeet.workflows.finetuning import assemble_image, image
+from lorakeet.workflows.options import FinetuneOptions
 from tiny.image_runs import image_config, image_run
 from tiny.pictures import album, drawn
 from tiny.pipelines import save_tiny_scorer
 
 
 @pytest.fixture(scope="module")
-def result(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageResult:
+def result(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
     return image_run(tiny_sd_folder, tmp_path_factory.mktemp("run"))
 
 
-def test_the_run_folder_holds_what_it_should(result: ImageResult) -> None:
+def test_the_run_folder_holds_what_it_should(result: FinetuneResult) -> None:
     run = result.run
     assert read_run(run.config).diffusion.prediction == "epsilon" and len(json.loads(run.split.read_text())["held_out"]) == 8
     assert (run.adapter / "adapter_config.json").is_file() and len(list((run.path / "samples").iterdir())) == 4
     assert read_certificate(run.certificate).passed
 
 
-def test_the_report_tells_base_from_adapter(result: ImageResult) -> None:
+def test_the_report_tells_base_from_adapter(result: FinetuneResult) -> None:
     report = read_report(result.run.report)
     assert report == result.report and report.task == "image" and report.comparisons[0].verdict == "better"
     assert report.samples is not None and report.samples.columns[0] == "base" and report.memorisation is not None
-    assert "Not run" in report.facts and any("held-out pictures that it is judged on" in warning for warning in report.warnings)
+    assert "Not run" in report.facts and any("that it is evaluated on" in warning for warning in report.warnings)
     assert [command.command.split()[1] for command in report.next_commands] == ["generate", "convert"]
     mapping = result.to_mapping()
     assert mapping["pictures"] == {"train": 12, "held_out": 8, "test": 0} and mapping["outcome"]["steps"] == 8
 
 
-def test_the_commands_that_are_printed_work(result: ImageResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_that_are_printed_work(result: FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.report is not None
     monkeypatch.chdir(tmp_path)
     for command in result.report.next_commands:
@@ -69,7 +70,7 @@ def test_photos_of_several_shapes_are_compared_with_samples(tiny_sd_folder: Path
     for file in album(tmp_path / "square", 12, first=20).iterdir():
         shutil.copy(file, tmp_path / "photos")
     found = finetune(config, console=Console(quiet=True))
-    assert isinstance(found, ImageResult) and found.report is not None and found.report.memorisation is not None
+    assert found.report is not None and found.report.memorisation is not None
     assert len({tuple(picture.latents.shape) for picture in found.setup.train}) > 1
 
 
@@ -77,8 +78,8 @@ def test_a_finished_run_is_judged_again_with_a_scorer(tiny_sd_folder: Path, tmp_
     first = image_run(tiny_sd_folder, tmp_path)
     scorer = save_tiny_scorer(tmp_path / "clip")
     config = image_config(tiny_sd_folder, tmp_path, diffusion__scorer=scorer, out=first.run.path)
-    found = finetune(config, resume=first.run.path, console=Console(quiet=True))
-    assert isinstance(found, ImageResult) and found.report is not None and "Not run" not in found.report.facts
+    found = finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
+    assert found.report is not None and "Not run" not in found.report.facts
     assert str(scorer) in found.report.facts["Samples scored by"]
     metrics = [comparison.metric for comparison in read_report(found.run.report).comparisons]
     assert metrics == ["denoising_loss", "prompt_distance", "style_distance"]
@@ -110,14 +111,14 @@ def test_settings_of_diffusion_do_not_go_with_a_flow(
         image_run(tiny_sd3_folder, tmp_path, images__resolution=16, **{flag.replace(".", "__"): value})
 
 
-def test_a_finished_run_is_judged_again_to_the_same_numbers(result: ImageResult) -> None:
+def test_a_finished_run_is_evaluated_again_to_the_same_numbers(result: FinetuneResult) -> None:
     config = read_run(result.run.config)
-    again = finetune(config, resume=result.run.path, console=Console(quiet=True))
-    assert isinstance(again, ImageResult) and again.report is not None and result.report is not None
+    again = finetune(config, FinetuneOptions(resume=result.run.path), console=Console(quiet=True))
+    assert again.report is not None and result.report is not None
     assert again.report.comparisons == result.report.comparisons and again.report.samples == result.report.samples
 
 
-def test_other_verbs_say_what_to_do_with_it(result: ImageResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_verbs_say_what_to_do_with_it(result: FinetuneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(result.run.path), "--out", str(tmp_path / "x")]) == 2
     assert "is a run on images" in capsys.readouterr().err
     assert main(["plan", str(result.run.config)]) == 0
@@ -128,7 +129,7 @@ def test_other_verbs_say_what_to_do_with_it(result: ImageResult, tmp_path: Path,
 
 
 def test_a_dry_run_writes_nothing_but_the_cache(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
-    found = finetune(image_config(tiny_sdxl_folder, tmp_path), dry_run=True, console=Console(quiet=True))
+    found = finetune(image_config(tiny_sdxl_folder, tmp_path), FinetuneOptions(dry_run=True), console=Console(quiet=True))
     assert found.to_mapping()["dry_run"] and not (tmp_path / "run").exists()
 
 
@@ -136,13 +137,13 @@ def test_a_subject_with_its_kind_beside_it_and_samples_on_the_way(tiny_sd_folder
     kind = {"images__prior_caption": "a box", "images__prior_count": 3, "diffusion__prior_weight": 0.5}
     found = image_run(tiny_sd_folder, tmp_path, **kind, diffusion__progress=True, train__steps=2, train__evaluate_every=2)
     assert found.report is not None
-    assert "3 of the subject's kind (drawn by the base of 'a box'), weight 0.5" in found.report.facts["Pictures"]
+    assert "3 of the subject's class (drawn by the base of 'a box'), weight 0.5" in found.report.facts["Pictures"]
     assert sorted(path.name for path in (found.run.path / "progress").iterdir()) == ["step-000000", "step-000002"]
     pictures = [next(folder.iterdir()).read_bytes() for folder in sorted((found.run.path / "progress").iterdir())]
     assert pictures[0] != pictures[1]
     samples = {path.name: path.read_bytes() for path in (found.run.path / "samples").iterdir()}
     assert samples["0-seed0-base.png"] == pictures[0]
-    resumed = finetune(read_run(found.run.config), resume=found.run.path, console=Console(quiet=True))
+    resumed = finetune(read_run(found.run.config), FinetuneOptions(resume=found.run.path), console=Console(quiet=True))
     assert resumed.report is not None and resumed.report.comparisons == found.report.comparisons
 
 
@@ -171,12 +172,14 @@ def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     moved = shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere")
     again = finetune(
-        image_config(moved, tmp_path, diffusion__seeds=0, out=first.run.path), resume=first.run.path, console=Console(quiet=True)
+        image_config(moved, tmp_path, diffusion__seeds=0, out=first.run.path),
+        FinetuneOptions(resume=first.run.path),
+        console=Console(quiet=True),
     )
-    assert isinstance(again, ImageResult) and again.outcome is not None and again.outcome.steps == 8
+    assert again.outcome is not None and again.outcome.steps == 8
 
 
-def test_a_run_that_was_begun_with_other_arithmetic_is_not_resumed(
+def test_a_run_started_with_other_arithmetic_is_not_resumed(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From before it was in the identity, with an older number, or with an autoencoder that scales otherwise."""
@@ -186,13 +189,13 @@ def test_a_run_that_was_begun_with_other_arithmetic_is_not_resumed(
     (model / "vae" / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.5}))
     other = image_config(model, tmp_path, diffusion__seeds=0, train__steps=2)
     with pytest.raises(ConfigError, match="latents and conditioning changed"):
-        finetune(other, resume=first.run.path, console=Console(quiet=True))
+        finetune(other, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
     config = read_run(first.run.config)
-    monkeypatch.setattr(train_image, "_ARITHMETIC", train_image._ARITHMETIC + 1)
+    monkeypatch.setattr(image, "ARITHMETIC", image.ARITHMETIC + 1)
     with pytest.raises(ConfigError, match="this version of Lorakeet computes pictures otherwise"):
-        finetune(config, resume=first.run.path, console=Console(quiet=True))
+        finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
     monkeypatch.undo()
-    now = train_image._identity(first.setup, {})
+    now = image.KIND.identity(first.setup, {})
     before = {key: value for key, value in now.items() if not key.startswith(("image arithmetic", "latents"))}
     require_same(now, now, run=first.run.path)
     assert len(before) == len(now) - 2
@@ -200,21 +203,21 @@ def test_a_run_that_was_begun_with_other_arithmetic_is_not_resumed(
         require_same(before, now, run=first.run.path)
 
 
-def test_a_run_that_was_begun_with_settings_of_text_models_goes_on(
+def test_a_run_started_with_settings_of_text_models_goes_on(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Earlier versions took them and did nothing with them. A new run is refused with them."""
-    monkeypatch.setattr(assemble_image, "_OF_TEXT", {})
+    monkeypatch.setattr(assemble_image, "TEXT_SETTINGS", {})
     given = {"model__attention": "eager", "train__keep_prefix_states": True, "data__text_column": "words", "train__shard": True}
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2, **given)
     monkeypatch.undo()
     config, console = read_run(first.run.config), Console(record=True, width=300, file=io.StringIO())
-    again = finetune(config, resume=first.run.path, console=console)
-    assert isinstance(again, ImageResult) and again.outcome is not None and again.outcome.steps == 2
+    again = finetune(config, FinetuneOptions(resume=first.run.path), console=console)
+    assert again.outcome is not None and again.outcome.steps == 2
     said = console.export_text()
     names = ("model.attention is eager", "train.keep_prefix_states is True", "data.text_column is words", "train.shard is True")
     for name in names:
-        assert f"{name}, which is for text models and does nothing here" in said
+        assert f"{name}, which is for text models and has no effect here" in said
     with pytest.raises(ConfigError, match="These settings do not go with kind: image"):
         finetune(dataclasses.replace(config, out=str(tmp_path / "new")), console=console)
 
@@ -223,7 +226,7 @@ def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     other = image_config(tiny_sd_folder, tmp_path, diffusion__seeds=0, diffusion__min_snr_gamma=5)
     with pytest.raises(ConfigError, match="diffusion settings"):
-        finetune(other, resume=first.run.path, console=Console(quiet=True))
+        finetune(other, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
 
 
 class _AfterThree(Silent):
@@ -237,21 +240,21 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     few = {"diffusion__seeds": 0, "train__steps": 6}
     whole = image_run(tiny_sd_folder, tmp_path, **few, out=tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(RunStopped):
-        patched.setattr(train_image, "reporter_for", lambda *_, **__: _AfterThree())
+        patched.setattr(workflow, "reporter_for", lambda *_, **__: _AfterThree())
         image_run(tiny_sd_folder, tmp_path, **few)
     monkeypatch.setattr(split, "duplicate_groups", lambda rows, bits: [0] * len(rows))
     Image.fromarray(drawn(90)[0]).save(tmp_path / "photos" / "000-came.png")
     console = Console(record=True, width=300, file=io.StringIO())
-    resumed = finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)
-    assert "others that came to their folders since are not part of this run" in console.export_text()
-    assert isinstance(resumed, ImageResult) and resumed.report is not None and whole.report is not None
+    resumed = finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
+    assert "pictures added to their folders since are not part of this run" in console.export_text()
+    assert resumed.report is not None and whole.report is not None
     file = Path("adapter") / "adapter_model.safetensors"
     assert (whole.run.path / file).read_bytes() == (resumed.run.path / file).read_bytes()
     assert resumed.report.comparisons == whole.report.comparisons and resumed.report.warnings == whole.report.warnings
     gone = resumed.setup.dataset.train[0].path
     gone.unlink()
     with pytest.raises(DataError, match=rf"{gone.name} is gone\. Bring back what was there, or start a new run"):
-        finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)
+        finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
 
 
 def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(tiny_sd_folder: Path, tmp_path: Path) -> None:
@@ -259,10 +262,10 @@ def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(t
     record = json.loads(first.run.split.read_text())
     first.run.split.write_text(json.dumps({key: record[key] for key in first.setup.dataset.split_record()}))
     config = read_run(first.run.config)
-    again = finetune(config, resume=first.run.path, console=Console(quiet=True))
-    assert isinstance(again, ImageResult) and again.setup.train[0].row == first.setup.train[0].row
+    again = finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
+    assert again.setup.train[0].row == first.setup.train[0].row
     album(tmp_path / "more", 6, first=60)
     for file in (tmp_path / "more").iterdir():
         shutil.copy(file, tmp_path / "photos")
     with pytest.raises(DataError, match="The data is not what this run started with"):
-        finetune(config, resume=first.run.path, console=Console(quiet=True))
+        finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
