@@ -77,7 +77,7 @@ def test_the_report_is_filled_and_self_contained(finished: Any) -> None:
     assert report == finished.result.report
     assert [system.role for system in report.systems] == ["adapter", "base", "floor", "floor"]
     assert all({"accuracy", "macro_f1", "log_loss"} <= system.metrics.keys() for system in report.systems)
-    assert "learnt from 59 rows" in report.systems[2].note  # training and held-out rows
+    assert "fitted to 59 rows" in report.systems[2].note  # training and held-out rows
     assert report.drift is not None and report.drift.texts == 4 and report.drift.mean_kl.value > 0
     assert report.curves is not None and len(report.curves.train) == 6 and report.curves.held_out[0].step == 0
     assert report.leaks is not None and [leak.action for leak in report.leaks] == ["dropped from training"]
@@ -311,7 +311,7 @@ def test_a_run_that_cannot_be_injected_writes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("no")
 
-    monkeypatch.setattr(assembling, "begin_adapter", refuse)
+    monkeypatch.setattr(assembling, "initialise_adapter", refuse)
     with pytest.raises(ConfigError):
         run(tiny_llama_folder, rows, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -346,7 +346,7 @@ def test_states_below_the_lowest_pair_are_kept_and_change_nothing_but_rounding(r
     top["train.keep_prefix_states"] = "true"
     kept = settings(model, rows, tmp_path / "kept", top)
     finetune(kept, console=Console(file=said, width=300))
-    assert re.search(r"lowest 1 blocks hold nothing that is trained: what they make of \d+ rows is kept", said.getvalue())
+    assert re.search(r"lowest 1 blocks train nothing: their output for \d+ rows is cached", said.getvalue())
     plain = run(model, rows, tmp_path / "plain", {**top, "train.keep_prefix_states": "false"})
     assert plain.outcome is not None
     losses = [

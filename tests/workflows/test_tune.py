@@ -134,7 +134,7 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     said, passed = io.StringIO(), list[int]()
     block: Any = modules.find(setup.text.model, "model.layers.0")
     block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
-    tried = setup.text.laid(pack_examples(tuning._rows(setup).search))
+    tried = setup.text.layout(pack_examples(tuning._rows(setup).search))
     found = searched(setup, True, monkeypatch, said)
     once = sum(passed)
     plain = searched(setup, False, monkeypatch, io.StringIO())
@@ -146,8 +146,8 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     assert found.search.best == plain.search.best != "run file"
     assert found.confirmed is not None and plain.confirmed is not None
     assert found.confirmed.difference.value == pytest.approx(plain.confirmed.difference.value, abs=1e-5)
-    kept = re.search(r"lowest 1 blocks hold nothing that is trained: what they .* \(([\d,]+) bytes at most\)", said.getvalue())
-    assert kept is not None and setup.text.prefix is None
+    kept = re.search(r"lowest 1 blocks train nothing: their output .* \(([\d,]+) bytes at most\)", said.getvalue())
+    assert kept is not None and setup.text.frozen_prefix is None
     looked = sum(tried.lengths)  # the rows of the search once more, to see that a pass that begins above ends as a whole one
     assert once == int(kept[1].replace(",", "")) // (32 * 4) + looked < (sum(passed) - once) / 5
     assert {path.name for path in tmp_path.iterdir()} == {"run-True-tune", "run-False-tune"}

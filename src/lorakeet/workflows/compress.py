@@ -188,9 +188,9 @@ def _seen(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str
     unfuse(text.model)  # so that every pair is called by itself
     activate(text.model, name)
     spec = config.train
-    task = TextTask(text, rows, held_out=(), spec=spec, name=name)
+    task = TextTask(text.with_every_token(), rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
-    with text.every_token(), collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
+    with collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
         task.gradients(batches, 1)
     for parameter in task.parameters().values():
         parameter.grad = None

@@ -27,7 +27,7 @@ from lorakeet.merge.extract import Extracted, extract_adapter
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
@@ -133,7 +133,7 @@ def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], 
     theirs, mine = (load_text_model(model, say=console.print) for model in specs)
     batches = micro_batches(_examples(*data, theirs), MICRO_TOKENS)
     before = compare_outputs((theirs, None), (mine, None), batches, spec=spec)
-    put_adapter(mine, peft.read(out), NAME)
+    add_adapter(mine, peft.read(out), NAME)
     after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)
     distance = before.mean_kl.value
     measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}

@@ -33,7 +33,7 @@ from lorakeet.merge.fold import Dtype, MergeResult, merge_into, needs_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -295,7 +295,7 @@ class _ModelMerge:
             return (live, None), rows, effect, merged
         for token_rows in rest.token_rows.values():
             live.add_tokens(token_rows.tokens)
-        put_adapter(live, rest, NAME)
+        add_adapter(live, rest, NAME)
         return (live, NAME), rows, effect, merged
 
 

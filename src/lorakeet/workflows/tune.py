@@ -30,7 +30,7 @@ from lorakeet.evaluate.report.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.memory.cuda import promised
-from lorakeet.models.text.hidden_states import prefix_states
+from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.train.text.task import order_of
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
@@ -130,7 +130,7 @@ def _kept_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
     plans = [plan_of_point(setup.text, search.space, point) for point in search.space.points]
     later = [*_trained_on(setup, seeds), *search.rows.confirm]
     say, folder = partial(search.console.print, markup=False, soft_wrap=True), folder_above(out)
-    with prefix_states(
+    with cached_states(
         setup.text, search.rows.search, folder=folder, micro_tokens=spec.micro_tokens, plans=plans, later=later, say=say
     ):
         yield

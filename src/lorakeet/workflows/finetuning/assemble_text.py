@@ -19,7 +19,7 @@ from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.processes import ALONE, Processes
@@ -143,23 +143,24 @@ def text_task(setup: TextAssembly, *, held_out: Sequence[Example] | None = None)
     `held_out` are the rows that choose the best adapter; by default the run's own.
     """
     spec = setup.config.train
-    add_pairs(setup, setup.plan, seed=spec.seed)
+    text = add_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     task = TextTask(
-        setup.text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
+        text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
         processes=setup.processes,
     )  # fmt: skip
-    task.pruning = pruning_of(setup.config, setup.text, setup.plan, setup.steps)
+    task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)
     return task
 
 
-def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "default") -> None:
-    """Adds the pairs of `plan` to the model, initialised as lora.start says, if need be from training rows."""
+def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "default") -> TextModel:
+    """Adds the pairs of `plan`, initialised as lora.start says, if need be from training rows. Returns the model to train."""
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
-    begin_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
+    text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
     if directions or reads_weights(setup.config):
         give_back_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
+    return text
 
 
 def _say(console: Console) -> Callable[[str], None]:

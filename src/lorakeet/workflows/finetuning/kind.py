@@ -130,7 +130,7 @@ class RunKind(ABC, Generic[AssemblyT]):
         return nullcontext()
 
     def trained(self, setup: AssemblyT, task: Any) -> AssemblyT:
-        """The assembly after training, where that changed the plan."""
+        """The assembly after training, with the trained model, and the plan that pruning left."""
         return setup
 
     @abstractmethod

@@ -20,9 +20,9 @@ from lorakeet.evaluate.report.report import Command, Report
 from lorakeet.kernels.cpu import operators
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.origin import packed_folder
+from lorakeet.models.text.cached_states import cached_states, frozen_depth
 from lorakeet.models.text.digests import frozen_digests
-from lorakeet.models.text.hidden_states import frozen_depth, prefix_states
-from lorakeet.models.text.shard import part_blocks
+from lorakeet.models.text.shard import shard_blocks
 from lorakeet.train.processes import Processes
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
@@ -67,8 +67,8 @@ class TextKind(RunKind[TextAssembly]):
     def task(self, setup: TextAssembly, run: RunFolder, console: Console) -> TextTask:
         task = text_task(setup)
         if setup.config.train.keep_prefix_states:
-            frozen_depth(setup.text)  # raises before anything is written
-        record_graphs(setup.text, task, console)
+            frozen_depth(task.text)  # raises before anything is written
+        record_graphs(task.text, task, console)
         return task
 
     def split_record(self, setup: TextAssembly) -> dict[str, object]:
@@ -96,7 +96,7 @@ class TextKind(RunKind[TextAssembly]):
         processes = setup.processes
         if setup.sharded:
             with processes.gathering():
-                part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
+                task.text = shard_blocks(task.text, processes.count, torch.device(setup.config.model.device))
         elif setup.config.train.shard:
             console.print("train.shard has no effect with one process.", soft_wrap=True)
         try:
@@ -106,6 +106,7 @@ class TextKind(RunKind[TextAssembly]):
             task.replayed = None
 
     def trained(self, setup: TextAssembly, task: TextTask) -> TextAssembly:
+        setup = dataclasses.replace(setup, text=task.text)
         if task.pruning is None:
             return setup
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
@@ -189,7 +190,7 @@ def _cached_states(setup: TextAssembly, task: TextTask, run: RunFolder, console:
     several = spec.total_steps(task.steps_per_epoch) >= 2 * task.steps_per_epoch
     rows = (*task.held_out_rows, *(task.train if several else ()))
     say = partial(console.print, markup=False, soft_wrap=True)
-    with prefix_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
+    with cached_states(task.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
         yield
 
 
