@@ -1,4 +1,4 @@
-"""`workflows.certify_run`: a run's certificate sees another adapter on disk, and a base that training changed by one bit."""
+"""A run's certificate fails for another adapter on disk, and for a base that training changed by one bit."""
 
 from __future__ import annotations
 

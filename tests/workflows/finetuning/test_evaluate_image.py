@@ -105,7 +105,7 @@ def test_every_cut_out_and_the_album_of_the_kind_were_learnt(evaluator: ImageEva
 
 
 def test_copies_among_the_evaluated_pictures_count_once(evaluator: ImageEvaluator) -> None:
-    rows = [replace(evaluator.judged[0].row, pixels_key=f"copy {number}", source=f"{number}.png") for number in range(8)]
+    rows = [replace(evaluator.pictures[0].row, pixels_key=f"copy {number}", source=f"{number}.png") for number in range(8)]
     groups = evaluation_groups(rows, evaluator.config.images)
     copied = replace(evaluator, pictures=[replace(evaluator.pictures[0], row=row) for row in rows], groups=groups)
     losses = copied.losses("base")

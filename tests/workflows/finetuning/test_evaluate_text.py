@@ -86,7 +86,7 @@ def test_rows_that_do_not_fit_are_left_out_of_every_system(finished: Any, text: 
     report = evaluator.report("t", baseline_rows=finished.result.setup.dataset.train)
     assert 0 < report.rows_of < len(rows)
     assert {system.metrics["accuracy"].n for system in report.systems} == {report.rows_of}
-    with pytest.raises(DataError, match="no row to evaluator by"):
+    with pytest.raises(DataError, match="no rows to evaluate on"):
         judge_of(finished, text, rows, max_tokens=8, too_long="drop").report("t", baseline_rows=())
 
 
