@@ -44,7 +44,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.prune import START_OVER_END
 from lorakeet.ranks.resize import cut_to_budget

@@ -22,7 +22,7 @@ with without_triton():  # as a command, which is within it all the time
     from rich.console import Console
 
     from lorakeet.config import read_run
-    from lorakeet.models.text.adapted import initialise_adapter
+    from lorakeet.models.text.adapters import initialise_adapter
     from lorakeet.train.log import read_metrics
     from lorakeet.train.loop import train
     from lorakeet.train.run import RunFolder

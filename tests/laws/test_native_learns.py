@@ -20,7 +20,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.kernels.cpu import dense, int8_rows, operators, stored, trained_pairs
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec

@@ -18,7 +18,7 @@ from lorakeet.models import fuse, inject
 from lorakeet.models.families import family_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from tiny.models import save_tiny_llama
 

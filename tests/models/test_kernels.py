@@ -20,16 +20,16 @@ from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.models import kernels
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
+    check_elementwise,
     check_kernels,
     check_loss,
-    check_passes,
     kernel_bases,
     kernels_for,
     proved_products,
-    where_possible,
+    with_runnable_kernels,
 )
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
@@ -197,9 +197,9 @@ def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch:
         kernels_for(spec(Path("model"), device="cpu"), torch.device("cpu"))
     assert kernels_for(ModelSpec(path="model"), torch.device("cpu")) is None
     made_elsewhere = spec(Path("model"), device="cpu")
-    assert where_possible(made_elsewhere) == replace(made_elsewhere, kernels="torch")
+    assert with_runnable_kernels(made_elsewhere) == replace(made_elsewhere, kernels="torch")
     monkeypatch.setattr(dispatch, "_interpreted", dispatch.has_triton)
-    assert where_possible(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
+    assert with_runnable_kernels(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
 
 
 def test_image_models_refuse_them() -> None:
@@ -213,7 +213,7 @@ def test_image_models_refuse_them() -> None:
     [("norm", "compute a norm otherwise"), ("gated", "compute a gate otherwise"), ("turn_", "compute a rotation otherwise")],
 )
 def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
+    check_elementwise([48, 15], Kernels(), [torch.float32], DEVICE)
     right = getattr(elementwise, kernel)
 
     def wrong(first: Tensor, *given: Any) -> Any:
@@ -224,7 +224,7 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
 
     monkeypatch.setattr(elementwise, kernel, wrong)
     with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
-        check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
+        check_elementwise([48, 15], Kernels(), [torch.float32], DEVICE)
 
 
 @needs_triton

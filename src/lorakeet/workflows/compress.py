@@ -35,7 +35,7 @@ from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.formats.peft import peft
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
@@ -119,7 +119,7 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
         raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
     budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)
     of_process = None if kept.card is not None else budget
-    with promised(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
+    with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
         text = opened.text_model(console)
         chosen, curve, judged = _chosen(opened, text, dataset, options, share, console)
         return _write(opened, chosen, curve, judged, dataset, options.out)

@@ -22,8 +22,8 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.memory.allocator import give_back_free_memory
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.allocator import release_free_memory
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.launch import launched
 from lorakeet.train.log import require_sink
@@ -88,7 +88,7 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
             processes.from_first(lambda: _require_run(run, resume=resume))
         require_sink(config.train.log_to)
         _check_quick(config, options, kind)
-        with promised(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
+        with enforcing_gpu_budget(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
             setup = kind.assemble(
                 config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run
             )
@@ -127,7 +127,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
             processes.disband()
             if not processes.first:
                 return FinetuneResult(setup, run, outcome)
-        give_back_free_memory()  # for the second model of the certificate
+        release_free_memory()  # for the second model of the certificate
         report = _reported(kind, setup, outcome, run, before=before, search=search, console=console)
         return FinetuneResult(setup, run, outcome, report)
 

@@ -33,7 +33,7 @@ from lorakeet.merge.fold import Dtype, MergeResult, merge_into, needs_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel

@@ -29,7 +29,7 @@ from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.train.text.task import order_of
@@ -82,7 +82,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         raise ConfigError(f"--quick compares half, once and twice the learning rate alone; leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
-    with promised(config.memory.bytes, "Raise the budget, or lower --together."):
+    with enforcing_gpu_budget(config.memory.bytes, "Raise the budget, or lower --together."):
         if quick:
             options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
         ranks, targets = options.rank_choices, options.target_choices

@@ -28,7 +28,7 @@ from lorakeet.models import modules
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import multiply_in_int8
@@ -161,7 +161,7 @@ def test_with_norms_of_heads(tmp_path: Path, count: int, kind: str, used: list[b
     generator = torch.Generator().manual_seed(1)
     for number in range(3):
         for name in ("q_norm", "k_norm"):
-            modules.bare(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3, generator=generator)
+            modules.unwrapped(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3, generator=generator)
     found = step(text, examples, "default")
     assert used == [True] * 3
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
@@ -295,18 +295,20 @@ def part(text: TextModel, number: int, path: str) -> Any:
 
 def _listened_block(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "mlp")).register_forward_hook(lambda *_: None)  # which the parts never call
+        modules.unwrapped(part(text, number, "mlp")).register_forward_hook(lambda *_: None)  # which the parts never call
         part(text, number, "self_attn.o_proj").register_forward_hook(lambda *_: None)
 
 
 def _checkpointed(text: TextModel) -> None:
     for number in range(3):
-        vars(modules.bare(cast(nn.Module, modules.find(text.model, f"model.layers.{number}"))))["gradient_checkpointing"] = True
+        vars(modules.unwrapped(cast(nn.Module, modules.find(text.model, f"model.layers.{number}"))))["gradient_checkpointing"] = (
+            True
+        )
 
 
 def _windowed(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "self_attn")).sliding_window = 40
+        modules.unwrapped(part(text, number, "self_attn")).sliding_window = 40
 
 
 def _cut_away(text: TextModel) -> None:
@@ -318,7 +320,7 @@ def _cut_away(text: TextModel) -> None:
 def _half_turned(text: TextModel) -> None:
     """Rotary positions on half of each head; nobody's model, but C would read behind them."""
     for number in range(3):
-        modules.bare(part(text, number, "self_attn")).head_dim = 128
+        modules.unwrapped(part(text, number, "self_attn")).head_dim = 128
 
 
 def _dora(text: TextModel) -> None:
@@ -340,12 +342,12 @@ def _listened(text: TextModel) -> None:
 
 def _listened_norm(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "self_attn.q_norm")).register_forward_hook(lambda *_: None)
+        modules.unwrapped(part(text, number, "self_attn.q_norm")).register_forward_hook(lambda *_: None)
 
 
 def _trained_norm(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "self_attn.q_norm")).weight.requires_grad_(True)
+        modules.unwrapped(part(text, number, "self_attn.q_norm")).weight.requires_grad_(True)
 
 
 @pytest.mark.parametrize("change", [_listened_norm, _trained_norm])

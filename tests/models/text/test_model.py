@@ -20,7 +20,7 @@ from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model, set_attention
 from lorakeet.models.text.model import TextModel, target_logits, token_logprobs
 from tiny.models import FAMILIES, save_tiny_llama

@@ -12,7 +12,7 @@ import pytest
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.models.inject import adapter_names, eject
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask

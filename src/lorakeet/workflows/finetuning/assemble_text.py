@@ -17,9 +17,9 @@ from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.processes import ALONE, Processes
@@ -147,7 +147,7 @@ def text_task(setup: TextAssembly, *, held_out: Sequence[Example] | None = None)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     task = TextTask(
-        text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
+        text, setup.train.examples, held_out=rows, spec=spec, spill=kept.spill(), together=kept.together,
         processes=setup.processes,
     )  # fmt: skip
     task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)
@@ -159,7 +159,7 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
     if directions or reads_weights(setup.config):
-        give_back_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
+        release_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
     return text
 
 

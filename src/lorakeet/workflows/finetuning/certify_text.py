@@ -21,7 +21,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.inject import activate, attach, eject, use_products
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.digests import changed_tensors, frozen_digests
 from lorakeet.models.text.load import load_text_model

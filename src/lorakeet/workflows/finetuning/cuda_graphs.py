@@ -15,7 +15,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import EnvironmentProblem, Problems
 from lorakeet.models.placement import device_for
-from lorakeet.models.text.adapted import drop_rates
+from lorakeet.models.text.adapters import drop_rates
 from lorakeet.models.text.cuda_graphs import SETTING, TURN_OFF, BatchShape, CudaGraphs, GraphedModel, Recorder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.spec import TrainSpec

@@ -12,7 +12,7 @@ from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
 from lorakeet.evaluate.report.report import ChartPoint, Curves, Leak, MemoryUse, Report
-from lorakeet.memory.cuda import CONTEXT, beside_torch, card_peak
+from lorakeet.memory.cuda import CONTEXT, bytes_beside_torch, gpu_peak_bytes
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.train.log import read_metrics
@@ -126,7 +126,7 @@ def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     """
     budget, device = setup.arrangement.budget, setup.arrangement.card
     process = peak_bytes() if setup.memory is None else setup.memory.now()
-    whole = process if device is None else card_peak(device)
+    whole = process if device is None else gpu_peak_bytes(device)
     training, planned = setup.planned
     what = "loading, training, evaluation and certificate" if device is None else "training, evaluation and certificate"
     used = [
@@ -137,7 +137,7 @@ def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
         what = "the whole run" if device is None else "training and evaluation"
         used.append(MemoryUse(f"{what}, against memory.budget", budget, whole))
     if budget is not None and device is not None:
-        used.append(MemoryUse(f"CUDA context on {device}, and other processes there", CONTEXT, beside_torch(device)))
+        used.append(MemoryUse(f"CUDA context on {device}, and other processes there", CONTEXT, bytes_beside_torch(device)))
         used.append(MemoryUse("the process's own memory on the host", None, peak_bytes()))
     return tuple(used)
 

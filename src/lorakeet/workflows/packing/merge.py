@@ -32,9 +32,9 @@ from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import use_products
 from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
 from lorakeet.models.modules import replace as put
-from lorakeet.models.streaming.model import Streamed
-from lorakeet.models.text.folded import fold_layers
-from lorakeet.models.text.gptq_blocks import Layers, check_tokens, pack_blocks, weight_of
+from lorakeet.models.streaming.model import StreamedBlocks
+from lorakeet.models.text.folded_weights import fold_layers
+from lorakeet.models.text.gptq_blocks import LayerSource, check_tokens, pack_blocks, weight_of
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
@@ -218,7 +218,7 @@ class Merging:
             put(text.model, path, PackedLinear(round_to_nearest(read(), weight_of(layer)), layer.bias))  # type: ignore[arg-type]
         return text
 
-    def _nearest(self, text: TextModel, streamed: Streamed) -> Iterator[dict[str, PackedBase]]:
+    def _nearest(self, text: TextModel, streamed: StreamedBlocks) -> Iterator[dict[str, PackedBase]]:
         """The layers of each block, rounded to the nearest while it is in memory."""
         _require_in_blocks(text, self.layout)
         prefix, count = block_prefix(text.model, text.family)
@@ -269,8 +269,8 @@ class Merging:
             return {path: cast(nn.Module, find(text.model, path)) for path in self._of_block(block)}
 
         def packed() -> Iterator[dict[str, PackedBase]]:
-            layers = Layers(layers_of, partial(self._folded, text))
-            for block in pack_blocks(text, rows, pack, layers, keep=True, aside=self.kept.aside):
+            layers = LayerSource(layers_of, partial(self._folded, text))
+            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.kept.spill):
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 

@@ -14,7 +14,7 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.errors import DataError
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.wording import bytes_text, signed
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
@@ -49,7 +49,7 @@ def choose_rate(setup: TextAssembly, console: Console, *, asked: bool = False) -
     factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)
     points = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in factors]
     trials.generation(points, rungs=(), steps=steps)
-    give_back_free_memory()  # what three adapters took is not held beside the run's own
+    release_free_memory()  # what three adapters took is not held beside the run's own
     chosen, found = _decided(trials, steps)
     _say(console, found.conclusion)
     rate = space.resolved(chosen.point).train.learning_rate

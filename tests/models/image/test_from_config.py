@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError
+from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
 from lorakeet.models.image.model import load_image_model
-from lorakeet.models.image.outline import outline_image, shapes_of_images
 from lorakeet.models.image.shapes import published_images
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
@@ -25,7 +25,7 @@ SD, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-di
 )
 def test_the_published_shapes_have_as_many_numbers_as_is_known(name: str, unet: int, encoders: int) -> None:
     with torch.device("meta"):
-        model = outline_image(shapes_of_images(ModelSpec(path=name), print), name=name, dtype=torch.bfloat16)
+        model = image_model_from_config(shapes_of_images(ModelSpec(path=name), print), name=name, dtype=torch.bfloat16)
     counts = {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in model.parts.items()}
     assert counts.pop("unet") == unet and sum(counts.values()) == encoders and name in published_images()
     assert model.denoiser.dtype == torch.bfloat16 and model.vae.dtype == torch.float32 and model.factor == 8
@@ -36,7 +36,7 @@ def test_an_outline_has_the_parts_and_shapes_of_the_loaded_model(kind: str, requ
     folder: Path = request.getfixturevalue(f"tiny_{kind}_folder")
     spec = ModelSpec(path=str(folder), dtype="float32", device="cpu", quantize=QuantSpec(method="int8"))
     real = load_image_model(spec, say=lambda _: None)
-    model = outline_image(shapes_of_images(spec, print), name="x", dtype=torch.float32, quantize=spec.quantize)
+    model = image_model_from_config(shapes_of_images(spec, print), name="x", dtype=torch.float32, quantize=spec.quantize)
     assert {name: tuple(tensor.shape) for name, tensor in model.parts.state_dict().items()} == {
         name: tuple(tensor.shape) for name, tensor in real.parts.state_dict().items()
     }
@@ -53,12 +53,12 @@ def test_betas_that_a_file_leaves_to_its_class_are_there(tiny_sd_folder: Path, t
     for said, name in (({"_class_name": "PNDMScheduler"}, "LCMScheduler"), ({}, "DDIMScheduler")):
         (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(said))
-        model = outline_image(shapes_of_images(spec, print), name="x", dtype=torch.float32)
+        model = image_model_from_config(shapes_of_images(spec, print), name="x", dtype=torch.float32)
         real = load_image_model(spec, say=lambda _: None)
         assert torch.equal(model.noising.signal, real.noising.signal) and type(real.pipeline.scheduler).__name__ == name
     (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]}))
     with pytest.raises(ConfigError, match="EDMEulerScheduler, has no betas"):
-        outline_image(shapes_of_images(spec, print), name="x", dtype=torch.float32)
+        image_model_from_config(shapes_of_images(spec, print), name="x", dtype=torch.float32)
 
 
 def test_what_has_no_configurations(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.models.inject import activate, adapter_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import add_adapter, as_trained, initialise_adapter
+from lorakeet.models.text.adapters import add_adapter, as_trained, initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 

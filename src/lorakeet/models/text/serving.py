@@ -23,7 +23,7 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedLinear, can_reorder
 from lorakeet.errors import ConfigError, Problems, nearest
 from lorakeet.formats.files.memo import Remembered
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import selection_of, use_products
@@ -62,7 +62,7 @@ class _FittedAdapter:
     bytes: int
 
 
-class LiveModel:
+class ServingModel:
     """A text model whose linear layers (the head and routers left out) hold any number of adapters by name.
 
     `attach` and `detach` may be called while another thread runs the model with other adapters. Adapters whose pairs lie
@@ -93,7 +93,7 @@ class LiveModel:
         use_kernels(model, text.kernels)
         fuse_blocks(model, text.family)
         _reorder(text, [place.layer for place in self._places.values()])
-        give_back_free_memory()  # where the plain weights were: 200 MB of SmolLM2's
+        release_free_memory()  # where the plain weights were: 200 MB of SmolLM2's
         model.eval()
 
     @property

@@ -15,7 +15,7 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, fuse_blocks, unfuse
 from lorakeet.models.inject import adapter_names, attach, inject, trained_parameters, use_products
 from lorakeet.models.kernels import use_kernels
-from lorakeet.models.streaming.model import hold
+from lorakeet.models.streaming.model import make_resident
 from lorakeet.models.text.model import TextModel
 
 
@@ -35,8 +35,8 @@ def initialise_adapter(
     by path the A (rank, in) of pairs whose start is measured (core/initialise.MEASURED); `on_pair` is called with each new pair.
     Raises ConfigError if the plan does not fit the model.
     """
-    hold(text.model, plan)
-    inject(text.model, plan, name, seed=seed, token_ids=token_ids, begun=on_pair)
+    make_resident(text.model, plan)
+    inject(text.model, plan, name, seed=seed, token_ids=token_ids, on_pair=on_pair)
     parameters = trained_parameters(text.model, name) if directions else {}
     with torch.no_grad():
         for path, A in (directions or {}).items():
@@ -54,7 +54,7 @@ def drop_rates(text: TextModel) -> dict[str, float]:
 
 def add_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:
     """Adds a finished `adapter` and fuses modules as training does; ConfigError if it does not fit."""
-    hold(text.model, plan_of(text.model, adapter))
+    make_resident(text.model, plan_of(text.model, adapter))
     attach(text.model, adapter, name)
     _fuse_blocks(text)
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.store import LINE
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.repeated_blocks import Build
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, RowShape, Streaming, rehearse
@@ -25,7 +25,7 @@ DTYPES = {"dtype": torch.float32, "products": torch.float32}
 
 
 def rehearsed(config: object, streaming: Streaming, batches: int = 2, **changes: object) -> Rehearsal:
-    build = Build(partial(streamed_outline, name="made-up", **{**DTYPES, **changes}), config)
+    build = ModelBuilder(partial(streamed_model_from_config, name="made-up", **{**DTYPES, **changes}), config)
     return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2), micro_batches=batches, streaming=streaming)
 
 
@@ -33,9 +33,9 @@ def rehearsed(config: object, streaming: Streaming, batches: int = 2, **changes:
 def test_every_family_is_rehearsed_and_holds_less_than_resident(family: str) -> None:
     config = tiny_model(family).config
     resident = rehearse(
-        partial(outline, config, name="made-up", **DTYPES), LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2)
+        partial(model_from_config, config, name="made-up", **DTYPES), LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2)
     )
-    streamed = rehearsed(config, Streaming(together=1, aside=True))
+    streamed = rehearsed(config, Streaming(together=1, spill=True))
     assert streamed.plan == resident.plan
     assert streamed.peaks[STEP].bytes < resident.peaks[STEP].bytes
     assert resident.blocks == 0 and streamed.blocks == config.get_text_config().num_hidden_layers
@@ -47,7 +47,7 @@ def test_its_places_are_as_large_as_those_of_the_loaded_model(method: str, tmp_p
     real = loaded(folder, tmp_path / "store", method=method)
     assert real.streamed is not None
     with Ledger() as ledger:
-        text = streamed_outline(
+        text = streamed_model_from_config(
             AutoConfig.from_pretrained(folder), name="x", quantize=QuantSpec(method=method), **DTYPES  # type: ignore[arg-type]
         )
         assert text.streamed is not None
@@ -79,5 +79,5 @@ def test_inputs_on_disk_and_fewer_batches_together_hold_less() -> None:
     config.num_hidden_layers = 6
     kept = rehearsed(config, Streaming(together=2)).peaks[STEP].bytes
     one = rehearsed(config, Streaming(together=1)).peaks[STEP].bytes
-    aside = rehearsed(config, Streaming(together=1, aside=True)).peaks[STEP].bytes
-    assert aside < one < kept
+    spill = rehearsed(config, Streaming(together=1, spill=True)).peaks[STEP].bytes
+    assert spill < one < kept

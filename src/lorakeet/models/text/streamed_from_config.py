@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes  # torch offers no public name
 
-from lorakeet.memory.meta_disk import OutlinedStore
+from lorakeet.memory.shape_only import ShapeStore
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.modules import block_of
 from lorakeet.models.streaming.load import Residence, empty_packed, open_streamed, records_of
+from lorakeet.models.text.from_config import ShapeBase
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
-from lorakeet.models.text.outline import OutlinedBase
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 
 
-def streamed_outline(
+def streamed_model_from_config(
     config: Any,
     *,
     name: str,
@@ -47,7 +47,7 @@ def streamed_outline(
     family, device = family_of(config.get_text_config()), torch.device("cpu")
     quantize = quantize or QuantSpec()
     with _disable_current_modes():  # what is not read yet is in no account
-        store = store_of(empty_packed(config, dtype, quantize, files), family)
+        store = shape_store(empty_packed(config, dtype, quantize, files), family)
     base_of = partial(empty_base, device="meta") if quantize.int8_products else _outlined
     model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
     if quantize.int8_products:
@@ -59,7 +59,7 @@ def streamed_outline(
     )  # fmt: skip
 
 
-def store_of(model: Any, family: Family) -> OutlinedStore:
+def shape_store(model: Any, family: Family) -> ShapeStore:
     """What the store of `model`, empty and packed as it will be, holds: a record for each block and for each tensor elsewhere."""
     records: dict[str, dict[str, Tensor]] = {record: {} for record in records_of(model, family)}
     prefix = next(iter(records)).rpartition(".")[0]
@@ -72,8 +72,8 @@ def store_of(model: Any, family: Family) -> OutlinedStore:
             path, _, leaf = name.rpartition(".")
             records.setdefault(path, {})[leaf] = tensor
     packed = {path: module.base.settings for path, module in model.named_modules() if isinstance(module, PackedLinear)}
-    return OutlinedStore(records, {"packed": json.dumps(packed)})
+    return ShapeStore(records, {"packed": json.dumps(packed)})
 
 
 def _outlined(settings: Mapping[str, Any]) -> PackedBase:
-    return OutlinedBase(empty_base(settings, device="meta"))
+    return ShapeBase(empty_base(settings, device="meta"))

@@ -20,11 +20,11 @@ from lorakeet.models import modules
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import add_adapter
-from lorakeet.models.text.folded import frozen_weights
-from lorakeet.models.text.live import MOST_FITS, LiveModel
+from lorakeet.models.text.adapters import add_adapter
+from lorakeet.models.text.folded_weights import frozen_weights
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import MOST_FITS, ServingModel
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -56,7 +56,7 @@ def logits(text: TextModel) -> torch.Tensor:
 def test_computes_what_an_attached_adapter_computes(text: TextModel, bare: Any, dora: bool, tiny_llama_folder: Path) -> None:
     adapter = random_adapter(bare, dora=dora)
     plain = logits(text)
-    live = LiveModel(text)
+    live = ServingModel(text)
     assert torch.equal(logits(text), plain), "places without adapters change nothing"
     live.attach("a@1", adapter)
     assert torch.equal(logits(text), plain), "attaching is not activating"
@@ -90,7 +90,7 @@ def packed(text: TextModel, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq", "Q4_0"])
 def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, text: TextModel, bare: Any) -> None:
     packed(text, kind)
-    live = LiveModel(text)
+    live = ServingModel(text)
     before = {name: buffer.clone() for name, buffer in text.model.named_buffers()}
     live.attach("a@1", random_adapter(bare, seed=1))
     live.attach("b@1", random_adapter(bare, "q_proj", "down_proj", seed=2, rank=2, alpha=6.0))
@@ -121,7 +121,7 @@ def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, t
 
 
 def test_detaching_leaves_the_step_of_another_thread_alone(text: TextModel, bare: Any) -> None:
-    live = LiveModel(text)
+    live = ServingModel(text)
     for name in "ab":
         live.attach(name, random_adapter(bare))
     live.selection.use("a")
@@ -131,7 +131,7 @@ def test_detaching_leaves_the_step_of_another_thread_alone(text: TextModel, bare
 
 
 def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any) -> None:
-    live, cache = LiveModel(text), KeyValues(slots=3, capacity=8)
+    live, cache = ServingModel(text), KeyValues(slots=3, capacity=8)
 
     def written() -> torch.Tensor:
         return step(text, cache, [CacheRow(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")], live.selection)
@@ -140,7 +140,7 @@ def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any)
     for seed in (1, 3):
         live.attach("a", random_adapter(bare, seed=seed))
         found = written()
-        fresh = LiveModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
+        fresh = ServingModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
         fresh.attach("a", random_adapter(bare, seed=seed))
         fresh.attach("b", random_adapter(bare, seed=2))
         rows = [CacheRow(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")]
@@ -153,11 +153,11 @@ def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any)
 def test_weights_lie_in_the_order_of_their_products(
     tied: bool, twice: int, ordered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakeet.models.text.live.TWICE", twice)  # bytes of an embedding that may be there once more
+    monkeypatch.setattr("lorakeet.models.text.serving.TWICE", twice)  # bytes of an embedding that may be there once more
     folder = save_tiny_llama(tmp_path / "m", tie_word_embeddings=tied)
     text = load_text_model(ModelSpec(path=str(folder), dtype="float32"))
     before = {path: rows[:].clone() for path, rows in frozen_weights(text.model)}
-    LiveModel(text)
+    ServingModel(text)
     head = text.model.get_output_embeddings()
     assert isinstance(head, ReorderedLinear) is ordered
     plain = [path for path, _ in text.model.named_parameters()]
@@ -170,7 +170,7 @@ def test_loading_walks_nothing_and_leaves_nothing(
     text: TextModel, bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peft.write(random_adapter(bare), tmp_path / "a")
-    live = LiveModel(text)
+    live = ServingModel(text)
 
     def walked(*_: Any) -> None:
         raise AssertionError("the model was walked")
@@ -198,12 +198,12 @@ def test_loading_walks_nothing_and_leaves_nothing(
 def test_an_outline_is_checked_without_its_numbers(text: TextModel, bare: Any, tmp_path: Path) -> None:
     adapter = random_adapter(bare)
     peft.write(adapter, tmp_path / "a")
-    entries = LiveModel(text).check(peft.read(tmp_path / "a", opened=open_outline))
+    entries = ServingModel(text).check(peft.read(tmp_path / "a", opened=open_outline))
     assert {path: (entry.rank, entry.scale) for path, entry in entries.items()} == dict.fromkeys(adapter.pairs, (4, 3.0))
 
 
 def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> None:
-    live = LiveModel(text)
+    live = ServingModel(text)
     fits = random_adapter(bare, "q_proj", "k_proj").pairs
     q, k = (next(pair for path, pair in fits.items() if name in path) for name in ("q_proj", "k_proj"))
     wrong = Adapter(
@@ -227,7 +227,7 @@ def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> No
 def test_adapters_of_one_outline_are_checked_once_and_compute_their_own(
     text: TextModel, bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live = LiveModel(text)
+    live = ServingModel(text)
     checked: list[str] = []
     entry = live._entry
     monkeypatch.setattr(live, "_entry", lambda path, *given: [checked.append(path), entry(path, *given)][1])
@@ -237,7 +237,7 @@ def test_adapters_of_one_outline_are_checked_once_and_compute_their_own(
         live.check(peft.read(tmp_path / name, opened=open_outline))
         live.attach(name, peft.read(tmp_path / name, opened=open_slab))
     assert checked == sorted(adapters["a0@1"].pairs)
-    other = LiveModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
+    other = ServingModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
     for name, adapter in adapters.items():
         live.selection.use(name)
         other.attach(name, adapter)
@@ -247,7 +247,7 @@ def test_adapters_of_one_outline_are_checked_once_and_compute_their_own(
 
 
 def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextModel, bare: Any, tmp_path: Path) -> None:
-    live = LiveModel(text)
+    live = ServingModel(text)
     for seed in range(2):
         peft.write(random_adapter(bare, "embed_tokens", "q_proj", seed=seed), tmp_path / str(seed))
         for opened in (open_outline, open_slab):
@@ -257,7 +257,7 @@ def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextMod
 
 
 def test_few_outlines_are_remembered(text: TextModel, bare: Any, tmp_path: Path) -> None:
-    live = LiveModel(text)
+    live = ServingModel(text)
     for rank in range(1, MOST_FITS + 4):
         peft.write(random_adapter(bare, "q_proj", rank=rank), tmp_path / str(rank))
         live.attach(f"r{rank}", peft.read(tmp_path / str(rank), opened=open_slab))
@@ -268,7 +268,7 @@ def test_few_outlines_are_remembered(text: TextModel, bare: Any, tmp_path: Path)
 
 
 def test_a_name_that_torch_has_no_place_for_leaves_nothing(text: TextModel, bare: Any) -> None:
-    live = LiveModel(text)
+    live = ServingModel(text)
     with pytest.raises(KeyError):
         live.attach("a.b", random_adapter(bare))
     assert live.names == () and not any(place.layer.adapters for place in live._places.values())
@@ -278,7 +278,7 @@ def test_a_name_that_torch_has_no_place_for_leaves_nothing(text: TextModel, bare
 def test_biases_and_lengths_are_served(text: TextModel, bare: Any, dora: bool, tiny_llama_folder: Path) -> None:
     plain = random_adapter(bare, "q_proj", dora=dora)
     biased = Adapter({path: replace(pair, bias=torch.randn(len(pair.B))) for path, pair in plain.pairs.items()})
-    live = LiveModel(text)
+    live = ServingModel(text)
     live.attach("a", biased)
     live.selection.use("a")
     other = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32"))

@@ -22,7 +22,7 @@ from lorakeet.core.tiled_product import RowSource as RowsOf
 from lorakeet.errors import ConfigError
 from lorakeet.memory.store import WeightStore
 from lorakeet.models.fuse import unfuse
-from lorakeet.models.modules import adapted_layers, at_hand, bare, find, kind_of, original_modules, replace
+from lorakeet.models.modules import adapted_layers, find, kind_of, original_modules, replace, unwrapped, weights_loaded
 from lorakeet.models.streaming.model import StreamedEmbedding, StreamedHead
 from lorakeet.quant.packed import PackedLinear
 
@@ -35,7 +35,7 @@ def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterat
     """
     for path, module in original_modules(model):
         if isinstance(module, PackedLinear):
-            with at_hand(model, path), torch.no_grad():
+            with weights_loaded(model, path), torch.no_grad():
                 yield f"{path}.weight", module.weight
         if isinstance(module, ReorderedLinear):
             yield f"{path}.weight", module.weight
@@ -77,7 +77,7 @@ def fold_layers(model: nn.Module, name: str, paths: Collection[str]) -> None:
         module = find(model, path)
         if module is None:
             raise ConfigError(f"The model has no layer '{path}', which is packed in the quantised file.")
-        original = bare(module)
+        original = unwrapped(module)
         held = module.adapters[name] if isinstance(module, AdaptedLayer) and name in module.adapters else None
         with torch.no_grad():
             weight = cast(Tensor, original.weight).detach().float()

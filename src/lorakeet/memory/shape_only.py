@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.tiled_product import RowSource
-from lorakeet.memory.spill import Aside
-from lorakeet.memory.store import CPU, LINE, Place, StoredRows, WeightStore
+from lorakeet.memory.spill import Spill
+from lorakeet.memory.store import CPU, LINE, StoredRows, TensorLocation, WeightStore
 
 
-class OutlinedStore(WeightStore):
+class ShapeStore(WeightStore):
     """Records of the given tensors, by the record's name and the tensor's, laid out as a file of them would be."""
 
     def __init__(self, records: Mapping[str, Mapping[str, Tensor]], identity: Mapping[str, str]) -> None:
@@ -25,11 +25,11 @@ class OutlinedStore(WeightStore):
         for record, tensors in records.items():
             for name, tensor in tensors.items():
                 at += -at % LINE
-                self.tensors[f"{record}.{name}"] = Place(tensor.dtype, tuple(tensor.shape), at, at + tensor.nbytes)
+                self.tensors[f"{record}.{name}"] = TensorLocation(tensor.dtype, tuple(tensor.shape), at, at + tensor.nbytes)
                 at += tensor.nbytes
 
     def rows(self, name: str, device: torch.device = CPU) -> StoredRows:
-        return OutlinedRows(self, name, device)
+        return ShapeRows(self, name, device)
 
     def read(self, begin: int, into: Tensor) -> None:
         """Leaves `into` as it is."""
@@ -38,7 +38,7 @@ class OutlinedStore(WeightStore):
         """Closes nothing."""
 
 
-class OutlinedRows(StoredRows):
+class ShapeRows(StoredRows):
     """Rows without numbers. Which of them ids name is not known, so that all of them are taken to differ."""
 
     def look_up(self, ids: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _OutlinedMatrix:
         return torch.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype)
 
 
-class OutlinedAside(Aside):
+class ShapeSpill(Spill):
     """Tensors put aside in a file that does not exist."""
 
     def __init__(self) -> None:

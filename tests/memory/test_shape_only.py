@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lorakeet.memory.ledger import Ledger
-from lorakeet.memory.meta_disk import OutlinedAside, OutlinedStore
+from lorakeet.memory.shape_only import ShapeSpill, ShapeStore
 from lorakeet.memory.store import WeightStore, new_store
 
 RECORDS = {
@@ -21,7 +21,7 @@ def test_its_records_are_as_long_as_those_of_a_file(tmp_path: Path) -> None:
     with new_store(tmp_path / "s", identity={}, tensors=4) as writer:
         for name, tensors in RECORDS.items():
             writer.add(name, tensors)
-    real, outlined = WeightStore(tmp_path / "s"), OutlinedStore(RECORDS, {"packed": "{}"})
+    real, outlined = WeightStore(tmp_path / "s"), ShapeStore(RECORDS, {"packed": "{}"})
     for name, tensors in RECORDS.items():
         assert outlined.record(name).bytes == real.record(name).bytes
         assert set(outlined.record(name).tensors) == set(tensors)
@@ -32,7 +32,7 @@ def test_its_records_are_as_long_as_those_of_a_file(tmp_path: Path) -> None:
 
 def test_rows_that_are_looked_up_are_held_with_those_that_were_read() -> None:
     with Ledger() as ledger:
-        rows = OutlinedStore(RECORDS, {}).rows("embed.weight")
+        rows = ShapeStore(RECORDS, {}).rows("embed.weight")
         ids = torch.zeros(2, 6, dtype=torch.long)
         before = ledger.bytes
         with ledger.phase("look up"):
@@ -45,10 +45,10 @@ def test_rows_that_are_looked_up_are_held_with_those_that_were_read() -> None:
 
 def test_what_is_put_aside_is_held_again_when_it_is_taken() -> None:
     with Ledger() as ledger:
-        aside, states = OutlinedAside(), torch.empty(5, 8)
+        spill, states = ShapeSpill(), torch.empty(5, 8)
         whole = ledger.bytes
-        aside.put("a", states)
+        spill.put("a", states)
         del states
-        assert "a" in aside and ledger.bytes == whole - 160
-        assert aside.look("a").shape == (5, 8) and aside.take("a").dtype == torch.float32
-        assert "a" not in aside
+        assert "a" in spill and ledger.bytes == whole - 160
+        assert spill.look("a").shape == (5, 8) and spill.take("a").dtype == torch.float32
+        assert "a" not in spill

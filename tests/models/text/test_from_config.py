@@ -15,7 +15,7 @@ from lorakeet.kernels.cpu import dense
 from lorakeet.kernels.cpu.int8_rows import apart_of
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.outline import OutlinedBase, config_from, config_of, outline, published
+from lorakeet.models.text.from_config import ShapeBase, config_from_settings, config_of, model_from_config, published_configs
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.replace import weights_in
 from lorakeet.quant.spec import QuantSpec
@@ -44,11 +44,11 @@ def quiet(_: str) -> None:
 
 
 def test_every_published_shape_has_its_published_size() -> None:
-    assert set(published()) == set(PARAMETERS)
+    assert set(published_configs()) == set(PARAMETERS)
     for name, expected in PARAMETERS.items():
         config = config_of(ModelSpec(path=name.upper()), quiet)  # hub ids do not heed case
         with Ledger():
-            text = outline(config, name=name, dtype=torch.bfloat16, products=torch.float32)
+            text = model_from_config(config, name=name, dtype=torch.bfloat16, products=torch.float32)
             assert weights_in(text.model) == expected, name
 
 
@@ -68,9 +68,9 @@ def test_what_has_no_configuration_is_refused_with_the_nearest_name(tmp_path: Pa
 def test_packed_layers_have_the_bytes_of_the_real_ones(method: str) -> None:
     spec = QuantSpec(method=method)  # type: ignore[arg-type]
     settings = {"name": "small", "dtype": torch.float32, "products": torch.float32, "quantize": spec}
-    real = outline(config_from(SMALL), **settings)  # type: ignore[arg-type]
+    real = model_from_config(config_from_settings(SMALL), **settings)  # type: ignore[arg-type]
     with Ledger():
-        planned = outline(config_from(SMALL), **settings)  # type: ignore[arg-type]
+        planned = model_from_config(config_from_settings(SMALL), **settings)  # type: ignore[arg-type]
         found = {path: base.bytes for path, base in planned.model.named_modules() if isinstance(base, PackedBase)}
     expected = {path: base.bytes for path, base in real.model.named_modules() if isinstance(base, PackedBase)}
     assert found == expected and len(found) == 14
@@ -83,7 +83,7 @@ def test_what_a_product_in_int8_holds_is_in_the_account(in_int8: bool) -> None:
     dtypes: dict[str, Any] = {"dtype": torch.float32, "products": torch.float32}
     tokens = 4096
     with Ledger() as ledger:
-        text = outline(config_from(SMALL), name="small", quantize=spec, **dtypes)
+        text = model_from_config(config_from_settings(SMALL), name="small", quantize=spec, **dtypes)
         base = next(module for module in text.model.train().modules() if isinstance(module, PackedBase))
         x = torch.zeros(tokens, base.shape[1])
         with ledger.phase("product"):
@@ -98,8 +98,10 @@ def test_what_a_product_in_int8_holds_is_in_the_account(in_int8: bool) -> None:
 def test_one_tile_of_an_outlined_base_is_worked_through() -> None:
     spec = QuantSpec(method="nf4")
     with Ledger() as ledger:
-        text = outline(config_from(SMALL), name="small", dtype=torch.float32, products=torch.float32, quantize=spec)
-        base = next(module for module in text.model.modules() if isinstance(module, OutlinedBase))
+        text = model_from_config(
+            config_from_settings(SMALL), name="small", dtype=torch.float32, products=torch.float32, quantize=spec
+        )
+        base = next(module for module in text.model.modules() if isinstance(module, ShapeBase))
         x = torch.zeros(3, base.shape[1])
         with ledger.phase("product"):
             assert base.matmul(x).shape == (3, base.shape[0])
@@ -113,8 +115,10 @@ def test_an_outlined_base_is_multiplied_as_it_is_where_a_run_s_is(method: Any, m
     spec = QuantSpec(method=method)
     SCRATCH.clear()
     with Ledger() as ledger:
-        text = outline(config_from(SMALL), name="small", dtype=torch.bfloat16, products=torch.bfloat16, quantize=spec)
-        base = next(module for module in text.model.modules() if isinstance(module, OutlinedBase))
+        text = model_from_config(
+            config_from_settings(SMALL), name="small", dtype=torch.bfloat16, products=torch.bfloat16, quantize=spec
+        )
+        base = next(module for module in text.model.modules() if isinstance(module, ShapeBase))
         x = torch.zeros(3, base.shape[1], dtype=torch.bfloat16)
         with ledger.phase("product"):
             base.matmul(x)

@@ -24,7 +24,7 @@ from lorakeet.models.image.schedule import with_defaults
 from lorakeet.models.image.shapes import Shapes, shapes_in
 from lorakeet.models.image.single_file import open_single
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.outline import put_packed
+from lorakeet.models.text.from_config import put_packed
 from lorakeet.quant.spec import QuantSpec
 
 _CLIP = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
@@ -40,7 +40,7 @@ def shapes_of_images(spec: ModelSpec, say: Callable[[str], None]) -> Shapes:
 
 
 @dataclass(frozen=True)
-class OutlinedImage(ImageModel):
+class ShapeImageModel(ImageModel):
     """An ImageModel without tokenizers: captions are made-up ids, as many as the text encoders read."""
 
     def describe(self, captions: Sequence[str]) -> Conditioning:
@@ -67,9 +67,9 @@ class OutlinedImage(ImageModel):
         return encoder(ids, output_hidden_states=self.kind.name in ("sdxl", "sd3"))
 
 
-def outline_image(
+def image_model_from_config(
     shapes: Shapes, *, name: str, dtype: torch.dtype, quantize: QuantSpec | None = None, card: bool = False
-) -> OutlinedImage:
+) -> ShapeImageModel:
     """The frozen model of `shapes`, on the CPU, in eval mode; the linear layers of its denoiser are packed as `quantize` asks.
 
     For a `card`, the CPU stands for it, and what waits aside is not there at all.
@@ -91,7 +91,7 @@ def outline_image(
         part.requires_grad_(False).eval()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pipeline = SimpleNamespace(scheduler=scheduler, vae=vae, vae_scale_factor=factor)
-    return OutlinedImage(name, kind, pipeline, parts, torch.device("cpu"), dtype, torch.device("meta") if card else None)
+    return ShapeImageModel(name, kind, pipeline, parts, torch.device("cpu"), dtype, torch.device("meta") if card else None)
 
 
 def _encoder(shape: Mapping[str, Any]) -> Any:

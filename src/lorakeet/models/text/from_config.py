@@ -41,7 +41,7 @@ from lorakeet.quant.spec import QuantSpec
 
 
 @cache
-def published() -> dict[str, Traversable]:
+def published_configs() -> dict[str, Traversable]:
     """The config.json of well-known models that ships with Lorakeet, by hub id."""
     folder = files("lorakeet.models") / "shapes"
     shapes = [entry for entry in folder.iterdir() if entry.name.endswith(".json")]
@@ -55,9 +55,9 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
     a hub id. Raises ConfigError where there is none.
     """
     name = spec.path
-    found = {known.lower(): known for known in published()}.get(name.lower())
+    found = {known.lower(): known for known in published_configs()}.get(name.lower())
     if found is not None:
-        return config_from(json.loads(published()[found].read_text(encoding="utf-8")))
+        return config_from_settings(json.loads(published_configs()[found].read_text(encoding="utf-8")))
     local = local_files(name)
     try:
         with quiet_transformers():
@@ -71,18 +71,18 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model.path '{name}' has no configuration that could be read: {first}. Name a folder with config.json, "
-            f"a .gguf file, package:NAME, a hub id, or one of the shapes that need no network: {', '.join(published())}."
-            f"{nearest(name, list(published()))}"
+            f"a .gguf file, package:NAME, a hub id, or one of the shapes that need no network: {', '.join(published_configs())}."
+            f"{nearest(name, list(published_configs()))}"
         ) from error
 
 
-def config_from(settings: dict[str, Any]) -> Any:
+def config_from_settings(settings: dict[str, Any]) -> Any:
     """A transformers configuration from the content of a config.json."""
     kind = settings["model_type"]
     return AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key != "model_type"})
 
 
-def outline(
+def model_from_config(
     config: Any,
     *,
     name: str,
@@ -128,13 +128,13 @@ def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_i
         bias: Any = module.bias
         base = empty_base(settings, device=device)
         if isinstance(weight, FakeTensor) and not in_int8:
-            base = OutlinedBase(base)
+            base = ShapeBase(base)
         model.set_submodule(path, PackedLinear(base, bias, transposed=not isinstance(module, nn.Linear)))
     if in_int8:
         multiply_in_int8(model)
 
 
-class OutlinedBase(PackedBase):
+class ShapeBase(PackedBase):
     """Stands in an outline for a packed base with the same buffers. Unpacked, it only holds for a moment what unpacking holds."""
 
     def __init__(self, base: PackedBase) -> None:

@@ -14,8 +14,8 @@ from lorakeet.core.math import delta, scale_of
 from lorakeet.errors import ConfigError
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, attach
-from lorakeet.models.text.adapted import add_adapter
-from lorakeet.models.text.folded import fold_layers, folded_weights
+from lorakeet.models.text.adapters import add_adapter
+from lorakeet.models.text.folded_weights import fold_layers, folded_weights
 from tiny.adapters import random_adapter, random_pair
 from tiny.models import save_tiny_llama
 from tiny.streams import loaded
