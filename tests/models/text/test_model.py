@@ -190,7 +190,7 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
     assert batches() == batches(**half, attention="sdpa") == 4
     assert batches(lambda text: setattr(text, "device", torch.device("cuda")), **half) == 4
     assert batches(lambda text: setattr(text.model.config, "sliding_window", 45), **half) == 4
-    with operators.without():
+    with operators.torch_only():
         assert batches(**half) == 4
 
 

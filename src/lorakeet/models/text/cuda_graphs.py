@@ -34,7 +34,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.pack import Batch, sent
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.text.batch_shape import BatchShape
 from lorakeet.models.text.model import TextModel
 
@@ -120,7 +120,7 @@ class ReplayedPasses:
         return self.text.head_weight
 
     @property
-    def kernels(self) -> Kernels | None:
+    def kernels(self) -> TritonRequest | None:
         return self.text.kernels
 
     def head(self, hidden: Tensor) -> Tensor:

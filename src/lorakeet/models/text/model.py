@@ -29,7 +29,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import PrefixLayout, as_laid, shared_once
 from lorakeet.data.prefix_groups import PASS, BatchLimits, sharing_batches
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
@@ -62,7 +62,7 @@ class TextModel:
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
-    kernels: Kernels | None = None  # Triton's over the frozen weights, where they are asked for (core/kernels)
+    kernels: TritonRequest | None = None  # Triton's over the frozen weights, where they are asked for (core/kernels)
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
     gathers: bool = False  # whether every pass gathers the blocks from several processes
