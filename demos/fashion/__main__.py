@@ -30,7 +30,7 @@ from demos.fashion.photos import KINDS, UNSEEN, Photos, caption, drawn_photos, i
 from demos.fashion.pretrain import Budget, pretrained
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images.folder import read_album
-from lorakeet.data.images.split import judged_groups
+from lorakeet.data.images.split import evaluation_groups
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
@@ -44,6 +44,7 @@ from lorakeet.models.inject import activate
 from lorakeet.train.image.task import denoising_errors
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.generate import generate
+from lorakeet.workflows.options import GenerateOptions
 from lorakeet.workflows.runs.output_paths import require_empty
 
 LOOK = "negative"
@@ -150,7 +151,7 @@ def cross_table(
     found: dict[str, dict[str, Any]] = {}
     for place in ("kind-held-out", "look-held-out", "both-held-out"):
         rows = encode_images(model, read_album(albums[place], config.images).rows, config.images, say=console.print)
-        losses, groups = {}, judged_groups([picture.row for picture in rows], config.images)
+        losses, groups = {}, evaluation_groups([picture.row for picture in rows], config.images)
         for name in (None, *adapters):
             activate(model.parts, name)
             sums, counts = denoising_errors(model, rows, captions, config.diffusion)
@@ -181,9 +182,19 @@ def draw(base: Path, runs: dict[str, Path], out: Path, console: Console, *, quic
     each = ("base", "kind", "look", "kind=1+look=1")
     prompts = (caption(KIND), caption(KIND), caption("coat", look=LOOK), caption(KIND, look=LOOK))
     generate(
-        prompt=prompts, out=out, model=str(base), adapter=tuple(f"{name}={run}" for name, run in runs.items()), each=each,
-        count=PER_PROMPT, steps=2 if quick else 30, guidance=3.0, dtype="float32", console=console,
-    )  # fmt: skip
+        GenerateOptions(
+            prompt=prompts,
+            out=out,
+            model=str(base),
+            adapter=tuple(f"{name}={run}" for name, run in runs.items()),
+            each=each,
+            count=PER_PROMPT,
+            steps=2 if quick else 30,
+            guidance=3.0,
+            dtype="float32",
+        ),
+        console=console,
+    )
     files = sorted(out.glob("*.png"))
     rows = [files[start : start + PER_PROMPT] for start in range(0, len(files), PER_PROMPT)]
     return save_sheet([f"{mix}: {prompt}" for mix, prompt in zip(each, prompts, strict=True)], rows, out.with_suffix(".png"))

@@ -23,7 +23,7 @@ from lorakeet.models.files.quantized import packable
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, adapter_of, attach, eject, inject, trained_parameters, use_products
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.folded import folded_weights
+from lorakeet.models.text.folded_weights import folded_weights
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base

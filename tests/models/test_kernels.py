@@ -20,16 +20,16 @@ from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models import kernels
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
+    check_elementwise,
     check_kernels,
     check_loss,
-    check_passes,
     kernel_bases,
     kernels_for,
     proved_products,
-    where_possible,
+    with_runnable_kernels,
 )
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
@@ -63,7 +63,7 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     ids = torch.arange(6)
     batch = Batch(ids, (6,), ids, ids, ("row",)).to(DEVICE)
     for text in (fused, plain):
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
     calls: list[int] = []
     launch = dispatch.low_rank_product
     monkeypatch.setattr("lorakeet.core.lowrank.low_rank_product", lambda *given: calls.append(1) or launch(*given))
@@ -124,14 +124,14 @@ SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how
 @needs_triton
 @pytest.mark.parametrize("wrong", SAID_OF_PRODUCTS, ids=str)
 def test_one_wrong_program_of_the_products_is_refused(wrong: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_tiles.fused_product
+    right = triton_tiles.product
 
     def launch(tiles: Any, x: Any, pair: Any = None, *, transposed: bool = False) -> Any:
         y, shrunk = right(tiles, x, pair, transposed=transposed)
         off = (len(x), 0 if pair is None else len(pair.shrink), transposed) == wrong
         return (y * 1.01 if off else y), shrunk
 
-    monkeypatch.setattr(triton_tiles, "fused_product", launch)
+    monkeypatch.setattr(triton_tiles, "product", launch)
     with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} otherwise than torch"):
         check_kernels([packed_layer()], TritonRequest(4 if wrong[0] == 4 else 64), torch.float32)
 
@@ -143,14 +143,14 @@ def packed_layer() -> PackedLinear:
 
 @needs_triton
 def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, layer = triton_tiles.unpack_tiles, packed_layer()
+    right, layer = triton_tiles.unpack, packed_layer()
 
     def launch(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first)
         return out.mul_(1 + 2e-7) if out.dtype == torch.float32 else out
 
     check_kernels([layer], TritonRequest(1), torch.bfloat16)
-    monkeypatch.setattr(triton_tiles, "unpack_tiles", launch)
+    monkeypatch.setattr(triton_tiles, "unpack", launch)
     with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
         check_kernels([layer], TritonRequest(1), torch.bfloat16)
 
@@ -198,9 +198,9 @@ def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch:
         kernels_for(spec(Path("model"), device="cpu"), torch.device("cpu"))
     assert kernels_for(ModelSpec(path="model"), torch.device("cpu")) is None
     made_elsewhere = spec(Path("model"), device="cpu")
-    assert where_possible(made_elsewhere) == replace(made_elsewhere, kernels="torch")
+    assert with_runnable_kernels(made_elsewhere) == replace(made_elsewhere, kernels="torch")
     monkeypatch.setattr(dispatch, "_interpreted", dispatch.has_triton)
-    assert where_possible(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
+    assert with_runnable_kernels(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
 
 
 def test_image_models_refuse_them() -> None:
@@ -214,7 +214,7 @@ def test_image_models_refuse_them() -> None:
     [("norm", "compute a norm otherwise"), ("gated", "compute a gate otherwise"), ("turn_", "compute a rotation otherwise")],
 )
 def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_passes([48, 15], TritonRequest(), [torch.float32], DEVICE)
+    check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
     right = getattr(elementwise, kernel)
 
     def wrong(first: Tensor, *given: Any) -> Any:
@@ -225,13 +225,13 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
 
     monkeypatch.setattr(elementwise, kernel, wrong)
     with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
-        check_passes([48, 15], TritonRequest(), [torch.float32], DEVICE)
+        check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
 
 
 @needs_triton
 def test_an_adapted_model_makes_its_passes_by_them(tiny_llama_folder: Path) -> None:
     for asked, expected in (("triton", TritonRequest(64)), ("torch", None)):
         text = load_text_model(spec(tiny_llama_folder, kernels=asked))
-        put_adapter(text, random_adapter(text.model))
+        add_adapter(text, random_adapter(text.model))
         norms = [module for module in text.model.modules() if isinstance(module, FrozenRmsNorm)]
         assert norms and all(norm.kernels == expected for norm in norms)

@@ -51,7 +51,7 @@ def keep_freed_memory() -> bool:
     return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) for name, value in wanted.items())
 
 
-def give_back_free_memory() -> bool:
+def release_free_memory() -> bool:
     """Has what the heap keeps of freed tensors go back to the system now, if the C library can (glibc), and what blocks no longer
     keep; whether it could.
 

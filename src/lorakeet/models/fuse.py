@@ -201,7 +201,7 @@ def _small_attention(module: nn.Module) -> nn.Module:
         layer.active = "probe"
         small._modules[name] = layer
     for name in set(HEAD_NORMS) & set(small._modules):
-        norm = copy.copy(modules.bare(cast(nn.Module, small._modules[name])))
+        norm = copy.copy(modules.unwrapped(cast(nn.Module, small._modules[name])))
         norm._forward_hooks, norm._forward_pre_hooks = OrderedDict(), OrderedDict()
         norm._parameters = {key: _random(generator, torch.float32, head) for key in norm._parameters}
         small._modules[name] = FrozenRmsNorm(norm)

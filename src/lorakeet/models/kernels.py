@@ -50,7 +50,7 @@ def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
     return TritonRequest(spec.fused_tokens)
 
 
-def where_possible(spec: ModelSpec) -> ModelSpec:
+def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:
     """`spec` with torch's own kernels where those that it asks for cannot run: for settings that were made on another machine."""
     return spec if spec.kernels == "torch" or not why_not(device_for(spec.device)) else replace(spec, kernels="torch")
 
@@ -129,7 +129,7 @@ def check_loss(vocabulary: int, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def check_passes(widths: Iterable[int], kernels: TritonRequest, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
+def check_elementwise(widths: Iterable[int], kernels: TritonRequest, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
     """EnvironmentProblem unless the kernels make the passes between products as torch's operations do, over rows of these widths
     in these dtypes."""
     for width, dtype in itertools.product(widths, dtypes):

@@ -130,10 +130,10 @@ def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:
     seen = torch.einsum("...ik,...ij,...kj->...k", U, other, Vh)
     energy = S * seen
     total = energy.flatten(0, -2).sum(0) if energy.dim() > 1 else energy
-    return falling(total.tolist()[:largest])
+    return non_increasing(total.tolist()[:largest])
 
 
-def falling(values: list[float]) -> list[float]:
+def non_increasing(values: list[float]) -> list[float]:
     """The nearest sequence (least squares) that never rises: a rank is spent only after the ones before it."""
     blocks: list[tuple[float, int]] = []  # (mean, length); pool adjacent violators
     for value in values:
@@ -182,7 +182,7 @@ def sketch_states(
         width = entry.shape[1] if of == "input" else entry.shape[0]
         sketch = sketches[entry.path] = Sketch(width, min(largest + OVERSAMPLING, width), generator)
         module = cast(nn.Module, modules.find(model, entry.path))  # or what holds other adapters' pairs in its place
-        handles.append(module.register_forward_hook(_watch(sketch, of, modules.bare(module))))
+        handles.append(module.register_forward_hook(_watch(sketch, of, modules.unwrapped(module))))
     try:
         with torch.no_grad():
             forward()

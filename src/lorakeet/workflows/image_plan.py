@@ -11,7 +11,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.models.image.outline import shapes_of_images
+from lorakeet.models.image.from_config import shapes_of_images
 from lorakeet.models.placement import planned_on
 from lorakeet.workflows.finetuning import train_image as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.finetuning.assemble_image import check_settings

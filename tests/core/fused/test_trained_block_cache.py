@@ -153,7 +153,7 @@ def block_of(text: TextModel) -> Any:
 
 
 def bare(text: TextModel, path: str) -> Any:
-    return modules.bare(part(text, path))
+    return modules.unwrapped(part(text, path))
 
 
 def _another_weight(text: TextModel) -> None:

@@ -90,8 +90,8 @@ def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> 
 def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is_beside_it(
     finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakeet.workflows.finetuning.report.card_peak", lambda _: 900)
-    monkeypatch.setattr("lorakeet.workflows.finetuning.report.beside_torch", lambda _: 77)
+    monkeypatch.setattr("lorakeet.workflows.finetuning.report.gpu_peak_bytes", lambda _: 900)
+    monkeypatch.setattr("lorakeet.workflows.finetuning.report.bytes_beside_torch", lambda _: 77)
     kept = replace(finished.result.setup.arrangement, budget=1000, card=torch.device("cuda", 0))
     found = _memory(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
     assert [use.used for use in found[:4]] == [800, 900, 900, 77] and found[2].planned == 1000 and found[3].planned == CONTEXT

@@ -39,7 +39,7 @@ class Replacement(nn.Module):
         super().__init__()
         self.original = original
 
-    def at_hand(self) -> AbstractContextManager[object]:
+    def weights_loaded(self) -> AbstractContextManager[object]:
         """A context in which the frozen weights within have numbers; they always do, unless they are streamed."""
         return nullcontext()
 

@@ -14,22 +14,22 @@ from torch.nn import Parameter
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.data.batches import StepOrder, dealt
+from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.formats.peft import peft
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
 from lorakeet.models.generate.score import row_losses
-from lorakeet.models.text.cuda_graphs import ReplayedPasses
+from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import durable
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec, learning_rate_for
-from lorakeet.train.task import HeldOut, Size, by_batch
-from lorakeet.train.text.layer_major import by_block
+from lorakeet.train.task import HeldOut, Size, gradients_by_batch
 from lorakeet.train.text.loss import text_loss
+from lorakeet.train.text.streamed_gradients import gradients_by_block
 
 
 class TextTask:
@@ -42,7 +42,7 @@ class TextTask:
     """
 
     pruning: Pruning | None = None
-    replayed: ReplayedPasses | None = None  # where the passes of micro-batches are recorded
+    replayed: GraphedModel | None = None  # where the passes of micro-batches are recorded
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class TextTask:
         held_out: Sequence[Example],
         spec: TrainSpec,
         name: str = "default",
-        aside: Aside | None = None,
+        spill: Spill | None = None,
         together: int = 0,
         processes: Processes = ALONE,
     ) -> None:
@@ -60,7 +60,7 @@ class TextTask:
         self.processes, self.in_step = processes, spec.shard and processes.count > 1
         self.order = order_of(self.train, spec)
         self.held_out_rows = list(held_out)
-        self.aside, self.together = aside or Aside(), together
+        self.spill, self.together = spill or Spill(), together
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,7 +94,7 @@ class TextTask:
         """The numbers of those rows that this process computes with."""
         if self.processes.count == 1:
             return range(len(rows))
-        return dealt([len(row.ids) for row in rows], self.processes.count)[self.processes.rank]
+        return distribute_rows([len(row.ids) for row in rows], self.processes.count)[self.processes.rank]
 
     def size(self, batch: Batch) -> Size:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
@@ -102,16 +102,16 @@ class TextTask:
     def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
         streamed = self.text.streamed
         if streamed is not None:
-            self.text.learn()
-            return by_block(
-                self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
+            self.text.train()
+            return gradients_by_block(
+                self.text, streamed, batches, targets, spill=self.spill, chunk=self.spec.head_chunk, together=self.together
             )
         with self.processes.own_random():
-            idle = self.processes.most(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
+            idle = self.processes.maximum(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
             with self._passing():
-                total = by_batch(self.loss, batches, targets)
+                total = gradients_by_batch(self.loss, batches, targets)
                 if idle:
-                    by_batch(lambda batch: 0 * self.loss(batch), [pack_examples([self._shortest])] * idle, targets)
+                    gradients_by_batch(lambda batch: 0 * self.loss(batch), [pack_examples([self._shortest])] * idle, targets)
         return total
 
     def _passing(self) -> AbstractContextManager[None]:
@@ -124,7 +124,7 @@ class TextTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
-        self.text.learn()
+        self.text.train()
         return text_loss(self.replayed or self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:
@@ -139,7 +139,7 @@ class TextTask:
             return HeldOut(*found)
         if self.in_step:  # all have all rows, but another machine may round otherwise, and all must decide alike
             same = torch.from_numpy(np.stack(found))
-            self.processes.same([same])
+            self.processes.broadcast([same])
             return HeldOut(*same.numpy())
         whole = np.zeros((2, len(self.held_out_rows)))
         whole[:, own] = found

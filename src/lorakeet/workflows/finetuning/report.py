@@ -17,11 +17,11 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
 from lorakeet.evaluate.report.report import ChartPoint, Command, Curves, Drift, Leak, MemoryUse, Report
 from lorakeet.kernels.cpu import operators
-from lorakeet.memory.cuda import CONTEXT, beside_torch, card_peak
+from lorakeet.memory.cuda import CONTEXT, bytes_beside_torch, gpu_peak_bytes
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.ranks.allocate import pair_parameters
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.loop import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.assemble_text import Assembly
 from lorakeet.workflows.runs import facts
@@ -148,7 +148,7 @@ def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     """
     kept = setup.arrangement
     process = peak_bytes() if setup.memory is None else setup.memory.now()
-    whole = process if kept.card is None else card_peak(kept.card)
+    whole = process if kept.card is None else gpu_peak_bytes(kept.card)
     planned = None if kept.forecast is None else kept.forecast.peak
     place = "whole process" if kept.card is None else f"on {kept.card}"
     used = (
@@ -167,7 +167,7 @@ def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
 def beside_a_card(card: torch.device) -> tuple[MemoryUse, ...]:
     """What was not planned, or is not torch's, where a budget bounds the memory of a CUDA device."""
     return (
-        MemoryUse(f"CUDA context on {card}, and other processes there", CONTEXT, beside_torch(card)),
+        MemoryUse(f"CUDA context on {card}, and other processes there", CONTEXT, bytes_beside_torch(card)),
         MemoryUse("the process's own memory on the host", None, peak_bytes()),
     )
 

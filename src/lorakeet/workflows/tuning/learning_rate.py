@@ -1,6 +1,6 @@
 """A rate for a run that names none: half, once and twice the rule's are trained for a few steps, and held-out rows decide.
 
-The three are members of one pass over the base (train/text/many_adapters). Their values are thrown away: the run begins anew
+The three are members of one pass over the base (train/text/multi_adapter). Their values are thrown away: the run begins anew
 with the rate that was chosen, which stands in its saved run file, so that it can be resumed and run again without another trial.
 """
 
@@ -14,9 +14,9 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.errors import DataError
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.wording import bytes_text, signed
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.train import schedule
-from lorakeet.train.text.many_adapters import why_not_together
+from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import Assembly
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
 from lorakeet.workflows.tuning.trials import RISE, Budget, SearchRows, Trial, Trials
@@ -49,7 +49,7 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
     factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)
     points = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in factors]
     trials.generation(points, rungs=(), steps=steps)
-    give_back_free_memory()  # what three adapters took is not held beside the run's own
+    release_free_memory()  # what three adapters took is not held beside the run's own
     chosen, found = _decided(trials, steps)
     _say(console, found.conclusion)
     rate = space.resolved(chosen.point).train.learning_rate

@@ -20,12 +20,12 @@ from lorakeet.evaluate.power import paired_power
 from lorakeet.evaluate.report.rank_values import Search, TrialResult
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate, adapter_names, adapter_of, eject
-from lorakeet.models.text.hidden_states import keep_states
+from lorakeet.models.text.cached_states import cache_states
 from lorakeet.train import schedule
 from lorakeet.train.progress import counted
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
-from lorakeet.train.text.many_adapters import Many, Member, Progress, train_many
+from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, Progress, train_many
 from lorakeet.workflows.finetuning.assemble_text import Assembly, begin_pairs
 from lorakeet.workflows.runs.search_space import SearchPoint, Space, plan_of_point
 
@@ -128,7 +128,7 @@ class Trials:
         """The losses of the adapter `name` on the model, None for the bare base."""
         text, spec = self.setup.text, self.setup.config.train
         activate(text.model, name)
-        keep_states(text, rows, micro_tokens=spec.micro_tokens)
+        cache_states(text, rows, micro_tokens=spec.micro_tokens)
         sums, counts = row_losses(text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
         groups = tuple(self.rows.groups.get(row.key, row.key) for row in rows) if self.rows.groups else None
         return RowLosses(system, sums, counts.astype(np.int64), groups)
@@ -166,7 +166,7 @@ class Trials:
 
             measure = [name for name, trial in names.items() if trial.name == START]
 
-            def watch(many: Many) -> None:
+            def watch(many: MultiAdapterTraining) -> None:
                 _halve(many, left, keep=measure)
                 for at in many.progress:
                     if at.watch.base_loss is None:  # of members that look at no held-out rows
@@ -188,14 +188,14 @@ class Trials:
         for trial in trials:
             self._say(trial)
 
-    def train(self, members: Sequence[Member], watch: Callable[[Many], None] | None = None) -> list[Progress]:
+    def train(self, members: Sequence[Member], watch: Callable[[MultiAdapterTraining], None] | None = None) -> list[Progress]:
         """Trains `members`, which are on the model, to their ends, within the run's memory."""
         kept = self.setup.arrangement
-        about: dict[str, Any] = {"aside": kept.aside(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
+        about: dict[str, Any] = {"spill": kept.spill(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
         with counted(self.console, what, steps) as advance:
 
-            def after_round(many: Many) -> None:
+            def after_round(many: MultiAdapterTraining) -> None:
                 advance(1)
                 if watch is not None:
                     watch(many)
@@ -240,7 +240,7 @@ class Trials:
         plan = plan_of_point(setup.text, self.space, trial.point)
         spec = self._train_spec(self.space.resolved(trial.point).train, seed)
         spec = spec if steps is None else _first_steps(spec, steps)
-        begin_pairs(setup, plan, seed=spec.seed, name=name)
+        self.setup = replace(setup, text=begin_pairs(setup, plan, seed=spec.seed, name=name))
         return Member(name, spec, setup.train.examples, held_out)
 
     def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:
@@ -303,7 +303,7 @@ def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:
     return replace(spec, steps=steps, schedule="constant", warmup_fraction=max(0.0, (rise - 0.5) / steps))  # rounded up again
 
 
-def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
+def _halve(many: MultiAdapterTraining, left: list[float], *, keep: Sequence[str]) -> None:
     """Gives up the worse half by held-out loss once every trial has been measured at the next rung, or after several at once.
 
     Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.

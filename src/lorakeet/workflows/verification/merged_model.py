@@ -17,16 +17,16 @@ from lorakeet.core.tiled_product import RowSource, parts
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError
-from lorakeet.evaluate.certificate import Certificate, Check, judge, worst_layer
+from lorakeet.evaluate.certificate import Certificate, Check, tolerance_check, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Parity, Precision
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.combine import Combination, Combined, dense_delta
 from lorakeet.merge.edits import find_shared, fold_change
-from lorakeet.models.modules import bare, find, kind_of
+from lorakeet.models.modules import find, kind_of, unwrapped
 from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.compare import Side, compare_outputs
-from lorakeet.models.text.folded import folded_weights, frozen_weights
+from lorakeet.models.text.folded_weights import folded_weights, frozen_weights
 from lorakeet.models.text.model import TextModel
 
 MICRO_TOKENS = 2048
@@ -81,7 +81,7 @@ def certify_combined(plan: Combination, stated: Combined, written: Adapter, *, o
             lost += float((given - wanted).double().square().sum())
             whole += float(wanted.double().square().sum())
         beyond[path] = max(0.0, math.sqrt(lost / whole) - stated.errors[path]) if whole > 0 else math.sqrt(lost)
-    check = judge(
+    check = tolerance_check(
         "combined changes",
         {"error_beyond_stated": _worst(beyond)},
         tolerance={"error_beyond_stated": COMBINED_TOLERANCE},
@@ -102,7 +102,7 @@ def changes_of(model: torch.nn.Module, plan: Combination) -> Changes:
         module = find(model, owner)
         if module is None or not hasattr(module, leaf):
             raise ConfigError(f"The base has no {owner}.{leaf}, which the combined adapters change.")
-        kind = "experts" if experts else kind_of(bare(module)) or plan.kind(path)
+        kind = "experts" if experts else kind_of(unwrapped(module)) or plan.kind(path)
         found[f"{owner}.{leaf}"] = partial(fold_change, kind=kind, change=partial(plan.change, path))
     return found
 
@@ -132,7 +132,7 @@ def check_weights(differences: Mapping[str, WeightDifference], *, between: tuple
     rows = {path: found.row for path, found in differences.items()}
     found = {"mean_difference": _worst(means), "row_difference": _worst(rows)}
     allowed = {"mean_difference": WEIGHT_TOLERANCE, "row_difference": ROW_TOLERANCE}
-    check = judge("merged weights", found, tolerance=allowed, between=between, n=len(differences))
+    check = tolerance_check("merged weights", found, tolerance=allowed, between=between, n=len(differences))
     if check.passed:
         return check
     detail = worst_layer(means) if "mean_difference" in check.exceeded() else f"In one row of it: {worst_layer(rows)}"

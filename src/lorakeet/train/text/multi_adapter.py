@@ -1,0 +1,374 @@
+"""Several adapters trained in one pass over one frozen base, each to what it would become alone.
+
+    each round   every member that is still learning takes one step of its own:
+                 small steps laid end to end, others by themselves (train/text/joint_batches) → forward and back → gradients of
+                 each member → its own checks, clipping, learning rate and AdamW
+    now and then its held-out loss → its best values; a member that is done, or diverges, leaves the round
+
+The base stands in memory once, and where steps are small its weights are read once for all members' tokens. Rows attend to
+themselves alone and each token uses its own member's pairs (core/batched/stack), so a member's gradients are those of its single
+run, to rounding; dropout alone draws other numbers than there, from the first member's seed and the round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.initialise import seed_for
+from lorakeet.core.layers.linear import LoraEmbedding, LoraLinear
+from lorakeet.core.plan import Plan
+from lorakeet.core.selection import Selection, Share
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
+from lorakeet.memory.spill import Spill
+from lorakeet.models.generate.score import row_losses
+from lorakeet.models.inject import selection_of, trained_parameters
+from lorakeet.models.modules import adapted_layers, find, output_layer
+from lorakeet.models.text.cached_states import cache_states
+from lorakeet.models.text.model import TextModel
+from lorakeet.train import gradients, rng, schedule
+from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.stopping import EarlyStopping
+from lorakeet.train.task import HeldOut, batch_seeds
+from lorakeet.train.text.joint_batches import SMALL, JointBatch, groups_of, merge_groups
+from lorakeet.train.text.loss import head_losses
+from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
+from lorakeet.train.text.task import learning_rate_of, order_of
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter, injected into the model under `name`: its settings, its training rows, the rows that choose its best step."""
+
+    name: str
+    spec: TrainSpec
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+@dataclass
+class Progress:
+    """Where a member stands; what it learnt is in the model, at its last or (when it is done) its best step."""
+
+    member: Member
+    total: int
+    learning_rate: float
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # of each step, nats a supervised token
+    held_out: list[tuple[int, Estimate]] = field(default_factory=list)  # (step, loss)
+    watch: EarlyStopping = field(default_factory=EarlyStopping)
+    done: str = ""  # why it learns no more; empty while it does
+    diverged: bool = False
+    tokens: int = 0
+
+    @property
+    def best(self) -> Estimate | None:
+        """The held-out loss at the step whose values it keeps."""
+        return next((loss for step, loss in self.held_out if step == self.watch.best_step), None)
+
+
+class MultiAdapterTraining:
+    """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
+
+    def __init__(
+        self,
+        text: TextModel,
+        members: Sequence[Member],
+        *,
+        spill: Spill | None = None,
+        together: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        """Best values are kept in scratch files in `folder`, or in memory where it is left out or will not take them.
+
+        Raises ConfigError for no members, equal names, or adapters that cannot share a batch.
+
+        Of a streamed model, `together` passes (0: all of a step) go through a block while it is in, and the inputs of blocks are
+        kept in `aside`; left out, where they are.
+        """
+        names = [member.name for member in members]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"Adapters that are trained together need different names, one or more; given: {names}.")
+        if text.attention != "varlen":
+            raise ConfigError("Training several adapters at once needs model.attention varlen.")
+        self.text, self.spill, self.together = text, spill or Spill(), together
+        _require_sharable(text, names)
+        self._divided = text.with_every_token(cached=True, pad=True)  # for passes whose tokens have different adapters
+        self.selection: Selection = selection_of(text.model)
+        self._members = [_Learner(text, member, folder) for member in members]
+        self._rounds = 0
+
+    @property
+    def progress(self) -> list[Progress]:
+        """Where each member stands, in the order in which they were given."""
+        return [learner.at for learner in self._members]
+
+    def round(self) -> None:
+        """One optimizer step of every member that still learns."""
+        learning = [learner for learner in self._members if not learner.at.done]
+        for learner in learning:
+            if learner.at.step == 0:
+                self._evaluate(learner)
+        learning = [learner for learner in learning if not learner.at.done]
+        if not learning:
+            return
+        for learner in learning:
+            cache_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
+        self.text.train()
+        tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
+        groups = groups_of([learner.begin(self.text) for learner in learning], tokens)
+        if self.text.streamed is not None:
+            groups = [merge_groups(groups)]
+        self._rounds += 1
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
+            torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
+            for group in groups:
+                self._gradients(learning, group.passes)
+                for index in group.members:
+                    self._step(learning[index])  # and its gradients are forgotten
+
+    def finish(self) -> None:
+        """Every member's best values in the model; members that had not finished stay where they are."""
+        for learner in self._members:
+            learner.restore()
+        self.selection.use(None)
+
+    def stop(self, name: str, reason: str) -> None:
+        """Member `name` learns no more (a search has given it up); its best values stay."""
+        learner = next(learner for learner in self._members if learner.at.member.name == name)
+        learner.at.done = learner.at.done or reason
+
+    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[JointBatch]) -> None:
+        """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
+        batches = [one.batch.to(self.text.device) for one in passes]
+        texts = [self._divided if one.alone is None else self.text for one in passes]
+
+        def prepare(number: int) -> TextModel:
+            """Selects the members' adapters for a pass; a member by itself is computed as in its single run."""
+            one, text = passes[number], texts[number]
+            if one.alone is not None:
+                self.selection.use(learning[one.alone].at.member.name)
+            else:
+                self.selection.divide(_shares(learning, one), units=text.computed_tokens(batches[number].tokens))
+            return text
+
+        def loss(number: int) -> tuple[Tensor, Tensor]:
+            """Σ of the members' means, to be differentiated, and Σ of their losses."""
+            hidden, parts = texts[number].hidden(batches[number]), passes[number].parts
+            chunk = min(learning[index].at.member.spec.head_chunk for index, _ in parts)
+            losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
+            means = []
+            for (index, _), own in zip(parts, torch.split(losses, [batch.targets for _, batch in parts]), strict=True):
+                summed = own.sum()
+                means.append(summed / learning[index].targets)
+                learning[index].summed += summed.item()
+            return torch.stack(means).sum(), losses.detach().sum()
+
+        if self.text.streamed is not None:
+            loss_gradients_by_block(
+                self.text, self.text.streamed, batches, loss, spill=self.spill, together=self.together, prepare=prepare
+            )
+            return
+        for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
+            with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
+                torch.manual_seed(seed)
+                prepare(number)
+                loss(number)[0].backward()  # type: ignore[no-untyped-call]
+
+    def _step(self, learner: _Learner) -> None:
+        """The step of a member whose gradients are all there, and what follows it."""
+        learner.step()
+        if not learner.at.done and learner.wants_evaluation:
+            self._evaluate(learner)
+        if not learner.at.done and learner.at.step == learner.at.total:
+            learner.at.done = "all steps done"
+
+    def _evaluate(self, learner: _Learner) -> None:
+        member = learner.at.member
+        if not member.held_out:
+            return
+        self.selection.use(member.name)
+        spec = member.spec
+        found = HeldOut(*row_losses(self.text, member.held_out, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
+        self.text.train()
+        learner.see(found.mean(seed=spec.seed))
+
+
+class _Learner:
+    """One member with its optimizer and its place; its best values in a scratch file in `folder`, or in memory."""
+
+    def __init__(self, text: TextModel, member: Member, folder: Path | None) -> None:
+        spec = member.spec
+        self.order = order_of(member.train, spec)
+        self.parameters = trained_parameters(text.model, member.name)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)  # injecting the next adapter had frozen this one
+        self.optimizer = Optimizer(self.parameters, spec)
+        rate = spec.learning_rate if spec.learning_rate is not None else learning_rate_of(text)
+        self.at = Progress(member, spec.total_steps(self.order.steps_per_epoch), rate)
+        self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
+        self.every = spec.evaluation_interval(self.order.steps_per_epoch)
+        self.targets, self.summed = 0, 0.0  # of this step: supervised tokens, and their losses
+        self._best: Spill | None = None
+        self._folder = folder
+
+    def begin(self, text: TextModel) -> list[Batch]:
+        """This step's rows in micro-batches; none of their losses is summed yet."""
+        rows, most = self.rows, self.at.member.spec.micro_tokens
+        small = sum(len(row.ids) for row in rows) <= SMALL  # is computed beside others' rows, if it is one batch
+        found = micro_batches(rows, most) if small else text.micro_batches(rows, most)
+        self.targets, self.summed = sum(batch.targets for batch in found), 0.0
+        return found
+
+    @property
+    def rows(self) -> list[Example]:
+        """This step's rows."""
+        return [self.at.member.train[row] for row in self.order.indices(self.at.step)]
+
+    def step(self) -> None:
+        """Takes the step whose gradients are there, unless they or the loss are no numbers."""
+        at, spec = self.at, self.at.member.spec
+        norm = gradients.gradient_norm(self.parameters)
+        mean = self.summed / max(self.targets, 1)
+        if not (math.isfinite(mean) and bool(torch.isfinite(norm))):
+            self.optimizer.adamw.zero_grad(set_to_none=True)
+            at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}, the gradient's norm {norm.item():.4g}", True
+            return
+        if at.watch.diverged(mean):
+            self.optimizer.adamw.zero_grad(set_to_none=True)
+            at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g} nats a token", True
+            return
+        if at.step < 2 and not self._all_arrived(mean):
+            return
+        gradients.clip(self.parameters, spec.clip_norm, norm=norm)
+        at.step += 1
+        at.tokens += sum(len(at.member.train[row].ids) for row in self.order.indices(at.step - 1))
+        at.losses.append(mean)
+        self.optimizer.step(at.learning_rate * schedule.factor(at.step, at.total, warmup=self.warmup, shape=spec.schedule))
+
+    def _all_arrived(self, mean: float) -> bool:
+        """Whether the gradient reached every trained tensor. One that is lost after a first step is that step's doing: then this
+        member has diverged, and the others go on."""
+        at = self.at
+        try:
+            gradients.require_gradients(self.parameters, at.step + 1)
+        except VerificationFailed:
+            if at.step == 0 or mean <= at.losses[0]:
+                raise
+            self.optimizer.adamw.zero_grad(set_to_none=True)
+            at.done = f"step {at.step + 1}: the loss is {mean:.4g} nats a token, with gradients that are only zeros"
+            at.diverged = True
+        return not at.diverged
+
+    @property
+    def wants_evaluation(self) -> bool:
+        return self.at.step == self.at.total or self.at.step % self.every == 0
+
+    def see(self, loss: Estimate) -> None:
+        """Takes in a held-out loss: keeps the values if it is the best, ends the member where it diverged or learns no more."""
+        at, watch, spec = self.at, self.at.watch, self.at.member.spec
+        at.held_out.append((at.step, loss))
+        if not math.isfinite(loss.value) or watch.diverged(loss.value):
+            at.done, at.diverged = f"step {at.step}: the held-out loss is {loss.value:.4g} nats a token", True
+            return
+        if watch.see(at.step, loss.value, min_improvement=spec.min_improvement):
+            self._best = self._kept()
+        if watch.exhausted(spec.patience):
+            at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
+
+    def _kept(self) -> Spill:
+        """The values of now. A disk that is full, or may not be written, ends no training: a plan has room for them in memory."""
+        if self._folder is not None:
+            try:
+                kept = Spill(self._folder)
+                for name, parameter in self.parameters.items():
+                    kept.put(name, parameter.detach().cpu())
+            except EnvironmentProblem:
+                self._folder = None
+            else:
+                return kept
+        kept = Spill()
+        for name, parameter in self.parameters.items():
+            kept.put(name, parameter.detach().cpu().clone())
+        return kept
+
+    def restore(self) -> None:
+        """The best values, where held-out rows have chosen some."""
+        if self._best is not None:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self._best.look(name))
+
+
+def why_not_together(text: TextModel, plan: Plan) -> str:
+    """Why adapters of this plan cannot be trained together on this model, in words; empty where they can."""
+    if text.attention != "varlen":
+        return "several adapters at once need model.attention varlen"
+    head = output_layer(text.model)
+    kinds = ("experts", "conv2d")
+    wrong = [entry.path for entry in plan.entries if entry.kind in kinds or find(text.model, entry.path) is head]
+    wrong += [extra.path for extra in plan.extras]
+    return f"an adapter on {wrong[0]} cannot share a batch with others" if wrong else ""
+
+
+def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
+    """Raises ConfigError that lists what of the adapters cannot differ within a batch."""
+    head = text.model.get_output_embeddings()
+    wrong = [
+        path
+        for path, layer in adapted_layers(text.model)
+        if (layer is head or not isinstance(layer, (LoraLinear, LoraEmbedding))) and any(name in layer.adapters for name in names)
+    ]
+    if wrong:
+        shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise ConfigError(
+            f"Adapters on the output head, on experts and convolutions, whole trained modules and token rows cannot be trained "
+            f"together in one batch: {shown}. Leave these out, or train one adapter at a time."
+        )
+
+
+def _shares(learning: Sequence[_Learner], one: JointBatch) -> list[Share]:
+    """Whose adapter the tokens of a pass use."""
+    shares, place = [], 0
+    for index, batch in one.parts:
+        shares.append(Share(place, place + batch.tokens, learning[index].at.member.name))
+        place += batch.tokens
+    return shares
+
+
+def train_many(
+    text: TextModel,
+    members: Sequence[Member],
+    *,
+    watch: Callable[[MultiAdapterTraining], None] | None = None,
+    spill: Spill | None = None,
+    together: int = 0,
+    budget: int | None = None,
+    folder: Path | None = None,
+) -> list[Progress]:
+    """Trains all members to their ends and leaves the best values of each in the model, no adapter active; `folder` as in Many.
+
+    `watch` is called after every round and may stop members (`MultiAdapterTraining.stop`). Without a `budget` in bytes for the
+    process it keeps the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
+    without it a member ends where its single run ends, to rounding.
+    """
+    many = MultiAdapterTraining(text, members, spill=spill, together=together, folder=folder)
+    release_free_memory()  # as train/loop does
+    if budget is None:
+        keep_freed_memory()
+    while any(not at.done for at in many.progress):
+        many.round()
+        if watch is not None:
+            watch(many)
+    many.finish()
+    return many.progress

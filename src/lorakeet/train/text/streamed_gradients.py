@@ -1,0 +1,219 @@
+"""Gradients of a streamed text model: every micro-batch of a step passes through a block before the block leaves.
+
+    forward   block 0 … n−1    of each batch only the block's input is kept
+    head      the loss of each batch, and ∂loss/∂(output of block n−1)
+    backward  block n−1 … 0    the block is computed again with gradients, then differentiated; its weights come in once
+
+The operations are those of a resident model, and each parameter's gradients are added up batch after batch as there: the sums
+are the same to the last bit. Only the order among blocks differs, which no sum sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.data.pack import Batch
+from lorakeet.memory.spill import Spill
+from lorakeet.models.streaming.model import BlockInputs, StreamedBlocks, plain_output
+from lorakeet.models.text.model import TextModel
+from lorakeet.train import rng
+from lorakeet.train.task import batch_seeds
+from lorakeet.train.text.loss import text_loss
+
+Given = TypeVar("Given")
+
+
+def gradients_by_block(
+    text: TextModel,
+    streamed: StreamedBlocks,
+    batches: Sequence[Batch],
+    targets: float,
+    *,
+    spill: Spill,
+    chunk: int,
+    together: int = 0,
+) -> Tensor:
+    """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
+
+    `aside` keeps the inputs of the blocks until the backward pass; `chunk` supervised tokens go through the head at once.
+    At most `together` micro-batches (0: all) pass through a block while it is in; more of them cost more memory.
+    """
+
+    def loss(number: int) -> tuple[Tensor, Tensor]:
+        found, _ = text_loss(text, here[number], chunk=chunk)
+        return found / targets, found.detach()
+
+    here = [batch.to(text.device) for batch in batches]
+    return loss_gradients_by_block(text, streamed, here, loss, spill=spill, together=together)
+
+
+def loss_gradients_by_block(
+    text: TextModel,
+    streamed: StreamedBlocks,
+    batches: Sequence[Batch],
+    loss: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    spill: Spill,
+    together: int = 0,
+    prepare: Callable[[int], TextModel] | None = None,
+) -> Tensor:
+    """The same for any loss of each batch: `loss(number)` is what is differentiated and what is summed of batch `number`.
+
+    `prepare(number)` is called before each use of the batch; it selects the adapters of its tokens and returns the model with
+    the batch's options (`text` if left out).
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    seeds, size = batch_seeds(len(batches)), together or max(1, len(batches))
+    for start in range(0, len(batches), size):
+        part = slice(start, start + size)
+        step = _Step(text, streamed, list(batches[part]), seeds[part], spill)
+        step.prepare, step.loss = _from(start, prepare or (lambda _: text)), _from(start, loss)
+        step.enter()
+        step.forward()
+        total = step.head(total)
+        step.backward()
+    return total
+
+
+def _from(start: int, of: Callable[[int], Given]) -> Callable[[int], Given]:
+    """`of`, counted from `start`."""
+    return lambda number: of(start + number)
+
+
+class _Step:
+    """One optimizer step's micro-batches on their way."""
+
+    prepare: Callable[[int], TextModel]
+    loss: Callable[[int], tuple[Tensor, Tensor]]
+
+    def __init__(self, text: TextModel, streamed: StreamedBlocks, batches: list[Batch], seeds: list[int], spill: Spill) -> None:
+        self.text, self.streamed, self.batches, self.spill = text, streamed, batches, spill
+        self.random = [_Random(seed, text.device) for seed in seeds]
+        self.passages: list[BlockInputs] = []
+        self.states: list[Tensor] = []  # outputs of the last block so far; in the backward pass their gradients
+        self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients of what lies outside the blocks, from the head
+        self.parameters = [parameter for parameter in text.model.parameters() if parameter.requires_grad]
+        self.lowest = next((block.index for block in streamed.blocks if _is_trained(block)), len(streamed.blocks))
+
+    def enter(self) -> None:
+        """The embeddings of each batch, and what the decoder hands to its blocks."""
+        for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
+            text = self.prepare(number)
+            with random.drawing(), self.streamed.recording() as passage:
+                text.hidden(batch)
+            self.passages.append(passage)
+            self.states.append(cast(Tensor, passage.entry).detach())
+        if self._trains_entry:
+            self.lowest = 0
+
+    @property
+    def _trains_entry(self) -> bool:
+        return any(cast(Tensor, passage.entry).requires_grad for passage in self.passages)
+
+    def forward(self) -> None:
+        """All batches through all blocks, without gradients."""
+        last = len(self.streamed.blocks) - 1
+        for index in range(last + 1):
+            with self.streamed.present(index, min(index + 1, last)) as block, torch.no_grad():
+                for number, random in enumerate(self.random):
+                    text = self.prepare(number)
+                    if index >= self.lowest:
+                        self.spill.put((index, number), self.states[number])
+                    with random.drawing(keep_for=index), self._narrowed(text, index, number):
+                        args, kwargs = self.passages[number].arguments[index]
+                        self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
+
+    def head(self, total: Tensor) -> Tensor:
+        """`total` with the losses added, and in `states` their gradients with respect to the last block's outputs."""
+        before = self._taken_gradients() if self._trains_entry else {}
+        for number, random in enumerate(self.random):
+            self.prepare(number)
+            leaf = self.states[number].requires_grad_(self.lowest < len(self.streamed.blocks))
+            with random.drawing(), self.streamed.replaying(leaf):
+                loss, summed = self.loss(number)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total.to(summed.device) + summed.double()
+            self.states[number] = cast(Tensor, leaf.grad)
+            del leaf, loss
+            if self._trains_entry:
+                self.outer.append(self._taken_gradients())
+        for parameter, grad in before.items():
+            parameter.grad = grad
+        return total
+
+    def backward(self) -> None:
+        """All batches back through the blocks that train something, and into the embeddings where these do."""
+        for index in reversed(range(self.lowest, len(self.streamed.blocks))):
+            with self.streamed.present(index, max(index - 1, 0)) as block:
+                for number, random in enumerate(self.random):
+                    text = self.prepare(number)
+                    states = self.spill.take((index, number)).detach()
+                    states.requires_grad_(index > self.lowest or self._trains_entry)
+                    with random.again(index), torch.enable_grad(), self._narrowed(text, index, number):
+                        args, kwargs = self.passages[number].arguments[index]
+                        output = plain_output(block(states, *args, **kwargs))
+                    torch.autograd.backward(output, self.states[number])
+                    self.states[number] = cast(Tensor, states.grad)
+                    del states, output
+        if self._trains_entry:
+            self._into_entry()
+
+    def _narrowed(self, text: TextModel, index: int, number: int) -> AbstractContextManager[None]:
+        """A context in which the last block computes only what the loss of batch `number` reads, as in a resident model."""
+        last = index == len(self.streamed.blocks) - 1 and text.attention == "varlen"
+        return text.narrowing_last_block(text.layout(self.batches[number])) if last else nullcontext()
+
+    def _into_entry(self) -> None:
+        """Gradients of trained embeddings. What head and embedding share is summed within a batch first, as autograd does."""
+        held = self._taken_gradients()  # of the blocks, and of batches before these
+        for passage, grad, from_head in zip(self.passages, self.states, self.outer, strict=True):
+            torch.autograd.backward(cast(Tensor, passage.entry), grad)
+            found = self._taken_gradients()
+            for parameter in {**from_head, **found}:
+                parts = [part[parameter] for part in (from_head, found) if parameter in part]
+                of_batch = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+                held[parameter] = of_batch if parameter not in held else held[parameter] + of_batch
+        for parameter, total in held.items():
+            parameter.grad = total
+
+    def _taken_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients that are there now, taken off the parameters."""
+        found = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
+        for parameter in found:
+            parameter.grad = None
+        return found
+
+
+class _Random:
+    """The random numbers of one micro-batch, of the CPU and of the device: they go on from block to block, and come again in the
+    backward pass."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device, self._state = device, rng.seeded(seed, device)
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
+
+    @contextmanager
+    def drawing(self, keep_for: int | None = None) -> Iterator[None]:
+        """torch draws from this micro-batch's numbers; where they stand at block `keep_for` is kept."""
+        if keep_for is not None:
+            self._kept[keep_for] = self._state
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
+            rng.draw_from(self._state, self.device)
+            yield
+            self._state = rng.drawn(self.device)
+
+    @contextmanager
+    def again(self, index: int) -> Iterator[None]:
+        """torch draws once more what block `index` drew."""
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
+            rng.draw_from(self._kept.pop(index), self.device)
+            yield
+
+
+def _is_trained(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())

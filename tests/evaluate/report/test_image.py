@@ -1,0 +1,80 @@
+"""The report on pictures: paired losses, verdict, samples and memorisation, on the page and in JSON."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report.image import METRIC, PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, too_few, with_distances
+from lorakeet.evaluate.report.report import Report, read_report, render_html, write_report
+from lorakeet.evaluate.report.samples import Memorisation, Near, Sample, SampleGrid, SampleRow
+from lorakeet.evaluate.spec import EvaluateSpec
+
+SPEC = EvaluateSpec(resamples=500, show_rows=4)
+
+
+def report(gain: float, pictures: int = 12) -> Report:
+    generator = np.random.default_rng(0)
+    counts = np.full(pictures, 8)
+    base = generator.uniform(4, 12, pictures)
+    mine = base - 8 * gain + generator.normal(0, 0.04, pictures)
+    return denoising_report(
+        "Title", adapter=RowLosses("adapter", mine, counts), base=RowLosses("base", base, counts),
+        captions=[f"caption {n}" for n in range(pictures)], sources=[f"{n}.png" for n in range(pictures)], spec=SPEC,
+    )  # fmt: skip
+
+
+def test_a_paired_gain_is_shown_though_pictures_differ_much() -> None:
+    found = report(0.1)
+    [comparison] = found.comparisons
+    assert comparison.metric == METRIC and comparison.verdict == "better" and not comparison.higher_is_better
+    assert -0.12 < comparison.difference.value < -0.08
+    assert found.verdict is not None and "beats its base: −0.1" in found.verdict.sentence
+    assert "mean squared error" in found.verdict.sentence
+    by_role = {system.role: system.metrics[METRIC] for system in found.systems}
+    assert by_role["adapter"].high - by_role["adapter"].low > 10 * (comparison.difference.high - comparison.difference.low)
+    assert len(found.rows) == 4 and found.rows_of == 12 and found.warnings == ()
+
+
+def test_no_gain_is_no_difference() -> None:
+    assert report(0.0).comparisons[0].verdict == "no difference shown"
+
+
+def test_distances_of_samples_stand_beside_the_loss_and_leave_the_verdict_alone() -> None:
+    generator = np.random.default_rng(0)
+    plain = report(0.1)
+    base = generator.uniform(0.6, 0.9, 20)
+    prompts, ones = tuple(f"p{number // 2}" for number in range(20)), np.ones(20, np.int64)
+    nearer, further = (RowLosses("adapter", base + change, ones, prompts) for change in (-0.1, 0.1))
+    other = RowLosses("base", base, ones, prompts)
+    found = with_distances(plain, {PROMPT_DISTANCE: (nearer, other), STYLE_DISTANCE: (further, other)}, SPEC)
+    assert [one.verdict for one in found.comparisons[1:]] == ["better", "worse"] and found.verdict == plain.verdict
+    assert list(found.systems[0].metrics) == ["denoising_loss", PROMPT_DISTANCE, STYLE_DISTANCE]
+    assert abs(found.comparisons[1].difference.value + 0.1) < 1e-9
+    page = render_html(found)
+    assert "Prompt distance" in page and "Style distance" in page
+
+
+def test_too_few_pictures_are_said() -> None:
+    found = report(0.1, pictures=4)
+    assert found.comparisons[0].verdict == "no difference shown"
+    assert "Only 4 pictures" in found.warnings[0] and "below 0.125" in found.warnings[0]
+    assert too_few(6) == () and too_few(5) != ()
+
+
+def test_the_page_shows_samples_and_memorisation(tmp_path: Path) -> None:
+    cells = Sample("base", "AAAA"), Sample("adapter × 1", "BBBB")
+    grid = SampleGrid(("base", "adapter × 1"), (SampleRow("a <b>", 3, cells),), "Euler")
+    near = (Near("a <b>", 3, "adapter × 1", "7.png", 0.01, True), Near("a <b>", 3, "base", "8.png", 0.6, False))
+    whole = replace(report(0.1), samples=grid, memorisation=Memorisation(near, 0.2, 0.5, 12, "cosine"))
+    write_report(whole, tmp_path)
+    assert read_report(tmp_path / "report.json") == whole
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = "data:image/png;base64,BBBB", "a &lt;b&gt;", "1 of 2 samples are nearer", "7.png", "img-src data:", "Denoising loss"
+    assert [text for text in shown if text not in page] == []
+    assert " nats" not in page
+    write_report(report(0.1), tmp_path)
+    assert "What it draws" not in (tmp_path / "report.html").read_text(encoding="utf-8")
