@@ -1,17 +1,17 @@
-/* What pairs of adapters add to the outputs of layers, each token with pairs of its own: bf16 in memory, sums in fp32.
+/* Adds the low-rank pairs of adapters to the outputs of layers, each token with its own pairs: bf16 in memory, sums in fp32.
 
-   A copy holds the A and B of a layer in the order in which they are read, 64 bytes at a time: A as (width/32, rank, 32), behind it
-   B as (outputs/16, rank/2, 16, 2); an odd rank is filled up with zeros. Widths are multiples of 32, outputs of 16. A token's
-   sums are added up in one order, whichever tokens are beside it. */
+   A copy has the A and B of a layer in the order in which they are read, 64 bytes at a time: A as (width/32, rank, 32), then B as
+   (outputs/16, rank/2, 16, 2); an odd rank is padded with zeros. Widths are multiples of 32, outputs of 16. A token is summed in a
+   fixed order, whatever the other tokens are. */
 
 #include "pairs.h"
 
 #define LINE (2 * LANES) /* numbers */
-#define TOKENS 4 /* of one share that are multiplied together: each number of A and B is read once for them */
+#define TOKENS 4 /* of one share that are multiplied together: A and B are read once for them */
 
 static inline bf16 rounded(float x) { return (bf16)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x))); }
 
-/* The dot products of `rows` rows of A, from the one at which A points on, with `count` tokens, rounded, into h (count, rank). */
+/* Dot products of `rows` rows of A with `count` tokens, rounded, into h (count, rank). */
 static inline __attribute__((always_inline)) void dots(const bf16 *const *x, int count, const bf16 *A, int rows, int64_t width,
                                                        bf16 *h, int64_t rank) {
     __m512 sums[8][TOKENS];
@@ -81,7 +81,7 @@ void add_pairs(const Share *shares, int64_t count, const Layer *layers, int64_t 
     for (int64_t part = 0; part < parts; part++) {
         const Share *of = shares;
         const Layer *to = layers + part % layer_count;
-        int64_t first = part / layer_count; /* of all parts, then of those of the share */
+        int64_t first = part / layer_count; /* among all parts, then within the share */
         for (; first >= (of->count + TOKENS - 1) / TOKENS; of++) first -= (of->count + TOKENS - 1) / TOKENS;
         int64_t left = of->count - first * TOKENS;
         const Copy *from = of->copies + to->number;
@@ -102,8 +102,8 @@ static inline __m512 numbers(const void *from, int64_t first, int64_t count, int
 typedef struct {
     const void *A, *B; /* (rank, width) and (outputs, rank) */
     int64_t kind_a, kind_b, rank, width, outputs;
-    int64_t total;     /* the rank of the copy, of which these have a part */
-    bf16 *to_a, *to_b; /* where their part begins */
+    int64_t total;     /* the rank of the whole copy */
+    bf16 *to_a, *to_b; /* where this pair's part starts */
 } Factors;
 
 static void copy_a(const Factors *of) {
@@ -130,7 +130,7 @@ static void copy_b(const Factors *of, float scale) {
     }
 }
 
-/* Copies A's, and B's with their scales, to where they are read from. */
+/* Copies every A, and every B times its scale, into the layout above. */
 void copy_pairs(const Factors *all, const float *scales, int64_t count, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < count; i++) {

@@ -1,5 +1,5 @@
-/* Blocks of ggml's types brought back to bf16: the numbers of lorakeet/quant/gguf, to the last bit, where the layouts stand;
-   results below 1.2e-38 are zeros. */
+/* Dequantises blocks of ggml's types to bf16, bit for bit as lorakeet/quant/gguf, which documents the layouts, except that results
+   below 1.2e-38 are zeros. */
 
 #include "stored.h"
 
@@ -19,23 +19,23 @@ static inline __m512i high_halves(const uint8_t *bytes) {
     return _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes)), 4);
 }
 
-/* Sixteen numbers step·code. */
+/* Writes sixteen numbers step·code. */
 static inline void times(bf16 *to, __m512i codes, float step) {
     put(to, _mm512_mul_ps(_mm512_set1_ps(step), _mm512_cvtepi32_ps(codes)));
 }
 
-/* Sixteen numbers step·code + offset, rounded in between. */
+/* Writes sixteen numbers step·code + offset, with the product rounded first. */
 static inline void and_offset(bf16 *to, __m512i codes, float step, float offset) {
     __m512 product = _mm512_mul_ps(_mm512_set1_ps(step), _mm512_cvtepi32_ps(codes));
-    __asm__("" : "+v"(product)); /* or the compiler makes one operation of both */
+    __asm__("" : "+v"(product)); /* keeps the compiler from fusing both */
     put(to, _mm512_add_ps(product, _mm512_set1_ps(offset)));
 }
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* What follows writes the sixteens `first` … `last` − 1 of a block. */
+/* The functions below write the sixteens `first` … `last` − 1 of a block. */
 
-/* 32 numbers: d·(q − z), or d·q + m; of five bits the fifth ones stand by themselves. */
+/* 32 numbers: d·(q − z), or d·q + m; the fifth bits of 5-bit types are stored separately. */
 INLINE void simple(int64_t kind, const uint8_t *block, int first, int last, bf16 *to) {
     int five = kind == Q5_0 || kind == Q5_1, offset = kind == Q4_1 || kind == Q5_1;
     const uint8_t *codes = block + 2 + 2 * offset + 4 * five;
@@ -74,7 +74,7 @@ INLINE void k_block(int64_t kind, const uint8_t *block, int first, int last, bf1
     }
 }
 
-/* 256 numbers: (d·s)·(q − 32), s for each 16; of each code four bits and two. */
+/* 256 numbers: (d·s)·(q − 32), s for each 16; each code is stored as four bits and two. */
 INLINE void six(const uint8_t *block, int first, int last, bf16 *to) {
     const int8_t *scales = (const int8_t *)block + 192;
     float d = half_at(block + 208);
@@ -108,7 +108,7 @@ void gguf_row(const Stored *w, int64_t row, int64_t first, int64_t last, bf16 *t
     for (int64_t c = first; c < last;) {
         int64_t begin = c / size * size, stop = begin + size < last ? begin + size : last;
         const uint8_t *block = blocks + c / size * own;
-        if (stop - c == 256) sixteens(w->kind, block, 0, 16, to); /* of all of a block there are faster loops */
+        if (stop - c == 256) sixteens(w->kind, block, 0, 16, to); /* whole blocks have faster loops */
         else sixteens(w->kind, block, (int)((c - begin) / LANES), (int)((stop - begin) / LANES), to);
         to += stop - c, c = stop;
     }

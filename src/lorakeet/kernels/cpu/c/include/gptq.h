@@ -4,7 +4,7 @@
 
 #include "stored.h"
 
-/* A group's grid for sixteen rows: the one that the last column had. */
+/* Scale and zero point of a group for sixteen rows, cached from the column before. */
 typedef struct {
     int64_t group;
     __m512 scale;
@@ -13,14 +13,14 @@ typedef struct {
 
 static const Grid NO_GRID = {.group = INT64_MIN};
 
-/* Eight fields of four bits of two words, one behind the other. */
+/* The eight 4-bit fields of each of two words, in order. */
 static inline __m512i fields(const uint32_t *words, uint32_t added) {
     const __m512i shifts = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
     __m512i two = _mm512_inserti64x4(_mm512_set1_epi32((int)(words[0] + added)), _mm256_set1_epi32((int)(words[1] + added)), 1);
     return _mm512_and_si512(_mm512_srlv_epi32(two, shifts), _mm512_set1_epi32(15));
 }
 
-/* The rows from `row` on, a multiple of 16. A group that is not there is the last one. */
+/* Sixteen rows from `row`, a multiple of 16. A group number out of range means the last group. */
 static inline __attribute__((always_inline)) __m512 gptq_column(const Stored *w, int64_t row, int64_t column, Grid *grid) {
     const uint32_t *codes = (const uint32_t *)w->codes + column / 8 * w->out + row;
     int64_t group = ((const int32_t *)w->more)[column];

@@ -1,14 +1,13 @@
 /* Products of bf16 rows and a frozen weight in int8 (out, in), with sums in int32, which are exact up to 2¹⁷ terms.
 
-   A row is coded as the whole steps q in [−127, 127] that come nearest to it. The processor multiplies bytes without a sign by
-   bytes with one, four at a time, so a row is kept as q + 128, and each sum begins at −128 times the weight's own sum.
+   A row is quantised to the nearest whole steps q in [−127, 127]. The processor multiplies unsigned bytes by signed bytes, four at a
+   time, so a row is stored as q + 128, and each sum starts at −128 times the weight's own sum.
 
-   A few columns of x may be large in every row (of what a norm gives, say), and would leave the others few steps. Such columns are
-   kept apart in bf16, count as zeros in the codes, and are multiplied with the weight's columns when the sums are brought back.
+   A few outlier columns of x may be large in every row (after a norm, say), and would leave the others few steps. They stay in bf16,
+   count as zeros in the codes, and are multiplied with the weight's columns when the sums are dequantised.
 
-   The weight stays as it is. For some tokens at a time and PANEL columns of the result, its numbers are laid out as the product
-   takes them, four of each column side by side, in memory that stays in the processor's second cache (98 KB for 1,536 terms; not
-   measured for wider weights). */
+   The stored weight is not changed. For some tokens and PANEL columns of the result at a time it is packed, four numbers of each
+   column side by side, in memory that stays in the L2 cache (98 KB for 1,536 terms; not measured for wider weights). */
 
 #include "int8_rows.h"
 
@@ -16,18 +15,18 @@
 #include <omp.h>
 #include <string.h>
 
-#define WIDE 4              /* registers of sums beside each other */
+#define WIDE 4              /* registers of sums side by side */
 #define PANEL (WIDE * LANES) /* columns of the result at once */
 #define ROWS 6              /* tokens at once: with WIDE, 24 of the 32 registers */
-#define TOKENS 240          /* for which a panel is laid out once: a fortieth of the product's time */
+#define TOKENS 240          /* for which a panel is packed once: 1/40 of the product's time */
 #define STEPS 127.0f
 
-void loud_columns(const bf16 *x, uint16_t *peaks, int64_t *columns, bf16 *apart, int64_t tokens, int64_t width, int64_t count,
+void outlier_columns(const bf16 *x, uint16_t *peaks, int64_t *columns, bf16 *apart, int64_t tokens, int64_t width, int64_t count,
                   int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < width; c += LANES) {
         __m256i most = _mm256_setzero_si256(), sign = _mm256_set1_epi16(0x7fff);
-        for (int64_t t = 0; t < tokens; t++) /* as whole numbers NaN is larger than infinity, and that than all others */
+        for (int64_t t = 0; t < tokens; t++) /* as integers NaN > infinity > all others */
             most = _mm256_max_epu16(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(x + t * width + c)), sign));
         _mm256_storeu_si256((__m256i *)(peaks + c), most);
     }
@@ -49,16 +48,16 @@ static inline __m512 scaled(const bf16 *x, const float *by, const uint16_t *keep
     return by ? _mm512_mul_ps(at, _mm512_loadu_ps(by + c)) : at;
 }
 
-void code_rows(const bf16 *x, const float *by, const int64_t *columns, int64_t count, uint8_t *codes, float *steps, int64_t tokens,
+void quantise_rows(const bf16 *x, const float *by, const int64_t *columns, int64_t count, uint8_t *codes, float *steps, int64_t tokens,
                int64_t width, int threads) {
-    uint16_t keep[width / LANES]; /* a bit for each column that is not apart */
+    uint16_t keep[width / LANES]; /* a bit for each column that is no outlier */
     memset(keep, 0xff, sizeof keep);
     for (int64_t i = 0; i < count; i++) keep[columns[i] / LANES] &= (uint16_t)~(1u << columns[i] % LANES);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
         const bf16 *row = x + t * width;
         __m512i largest = _mm512_setzero_si512(), sign = _mm512_set1_epi32(0x7fffffff);
-        for (int64_t c = 0; c < width; c += LANES) /* as whole numbers NaN is larger than infinity, and that than all others */
+        for (int64_t c = 0; c < width; c += LANES) /* as integers NaN > infinity > all others */
             largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(scaled(row, by, keep, c)), sign));
         union { uint32_t bits; float value; } most = {_mm512_reduce_max_epu32(largest)};
         float step = most.value / STEPS, inverse = 1.0f / step;
@@ -74,8 +73,8 @@ void code_rows(const bf16 *x, const float *by, const int64_t *columns, int64_t c
     }
 }
 
-/* Rows of the weight (out, in) from `first` on, as columns of x·Wᵀ: panel[in / 4][WIDE][16 rows][4]; rows that are not there, 0. */
-static void lay_rows(const int8_t *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
+/* Packs rows of the weight (out, in) from `first` as columns of x·Wᵀ: panel[in / 4][WIDE][16 rows][4]; rows beyond it are zeros. */
+static void pack_rows(const int8_t *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
     for (int64_t w = 0; w < WIDE; w++)
         for (int64_t c = 0; c < in; c += 64) {
             int64_t quads = in - c < 64 ? (in - c) / 4 : 16;
@@ -90,8 +89,8 @@ static void lay_rows(const int8_t *weight, int64_t first, int64_t out, int64_t i
         }
 }
 
-/* Columns of the weight (out, in) from `first` on, as columns of g·W: panel[out / 4][WIDE][16 columns][4 rows]. */
-static void lay_columns(const int8_t *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
+/* Packs columns of the weight (out, in) from `first` as columns of g·W: panel[out / 4][WIDE][16 columns][4 rows]. */
+static void pack_columns(const int8_t *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
     __mmask64 there = in - first < 64 ? ((__mmask64)1 << (in - first)) - 1 : ~(__mmask64)0;
     for (int64_t k = 0; k < out / 4; k++) {
         const int8_t *at = weight + 4 * k * in + first;
@@ -99,7 +98,7 @@ static void lay_columns(const int8_t *weight, int64_t first, int64_t out, int64_
         __m512i three = _mm512_maskz_loadu_epi8(there, at + 2 * in), four = _mm512_maskz_loadu_epi8(there, at + 3 * in);
         __m512i a = _mm512_unpacklo_epi8(one, two), b = _mm512_unpackhi_epi8(one, two);
         __m512i c = _mm512_unpacklo_epi8(three, four), d = _mm512_unpackhi_epi8(three, four);
-        __m512i e = _mm512_unpacklo_epi16(a, c), f = _mm512_unpackhi_epi16(a, c); /* of each 16 columns the first 4, the next 4 */
+        __m512i e = _mm512_unpacklo_epi16(a, c), f = _mm512_unpackhi_epi16(a, c); /* the first 4 of each 16 columns, the next 4 */
         __m512i g = _mm512_unpacklo_epi16(b, d), h = _mm512_unpackhi_epi16(b, d);
         __m512i p = _mm512_shuffle_i32x4(e, f, 0x44), q = _mm512_shuffle_i32x4(g, h, 0x44);
         __m512i r = _mm512_shuffle_i32x4(e, f, 0xee), s = _mm512_shuffle_i32x4(g, h, 0xee);
@@ -109,18 +108,18 @@ static void lay_columns(const int8_t *weight, int64_t first, int64_t out, int64_
     }
 }
 
-/* What the product of `rows` tokens has to be told. */
+/* Arguments of the product of `rows` tokens. */
 typedef struct {
     const uint8_t *codes; /* (tokens, depth) */
     const float *steps;   /* (tokens,) */
     const __m512i *panel;
     __m512i begin[WIDE]; /* −128 · the sum of each column */
-    const float *scale;  /* of the panel's columns, or null */
+    const float *scale;  /* of the panel's columns; may be null */
     int64_t depth, width;
-    int64_t columns; /* of the panel that the result has */
-    const bf16 *apart; /* (tokens, count), columns of x, and two at a time the panel's numbers for them */
+    int64_t columns; /* of the panel that are within the result */
+    const bf16 *apart; /* outlier columns of x (tokens, count); `words`: the panel's numbers for them, in twos */
     int64_t count;
-    __m512bh words[LOUD / 2][WIDE];
+    __m512bh words[OUTLIERS / 2][WIDE];
 } Piece;
 
 static inline __attribute__((always_inline)) void multiply(const Piece *p, int64_t token, bf16 *y, const int rows) {
@@ -132,14 +131,14 @@ static inline __attribute__((always_inline)) void multiply(const Piece *p, int64
 #pragma GCC unroll 4
         for (int w = 0; w < WIDE; w++) sums[r][w] = p->begin[w];
     for (int64_t k = 0; k < p->depth; k += 4, panel += WIDE) {
-        __m512i held[WIDE];
+        __m512i right[WIDE];
 #pragma GCC unroll 4
-        for (int w = 0; w < WIDE; w++) held[w] = panel[w];
+        for (int w = 0; w < WIDE; w++) right[w] = panel[w];
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             __m512i four = _mm512_set1_epi32(*(const int32_t *)(codes + r * p->depth + k));
 #pragma GCC unroll 4
-            for (int w = 0; w < WIDE; w++) sums[r][w] = _mm512_dpbusd_epi32(sums[r][w], four, held[w]);
+            for (int w = 0; w < WIDE; w++) sums[r][w] = _mm512_dpbusd_epi32(sums[r][w], four, right[w]);
         }
     }
 #pragma GCC unroll 6
@@ -159,25 +158,25 @@ static inline __attribute__((always_inline)) void multiply(const Piece *p, int64
     }
 }
 
-/* The numbers of a weight (out, in) in the columns that are apart, of the rows of a panel. */
-static void lay_apart(const int8_t *weight, const int64_t *columns, int64_t first, int64_t out, int64_t in, Piece *piece) {
+/* Packs the outlier columns of a weight (out, in), for the rows of a panel. */
+static void pack_outliers(const int8_t *weight, const int64_t *columns, int64_t first, int64_t out, int64_t in, Piece *piece) {
     for (int64_t i = 0; i < piece->count; i++)
         for (int64_t w = 0; w < WIDE; w++)
             for (int64_t l = 0; l < LANES; l++) {
                 int64_t row = first + w * LANES + l;
                 union { float value; uint32_t bits; } one = {row < out ? (float)weight[row * in + columns[i]] : 0.0f};
-                ((bf16 *)&piece->words[i / 2][w])[2 * l + i % 2] = (bf16)(one.bits >> 16); /* whole numbers below 256 are exact */
+                ((bf16 *)&piece->words[i / 2][w])[2 * l + i % 2] = (bf16)(one.bits >> 16); /* integers below 256 are exact */
             }
 }
 
-int64_t coded_scratch(int64_t depth) { return PANEL * depth; }
+int64_t int8_scratch(int64_t depth) { return PANEL * depth; }
 
-int coded_threads(int64_t tokens, int64_t width, int threads) {
+int int8_threads(int64_t tokens, int64_t width, int threads) {
     int64_t pieces = (tokens + TOKENS - 1) / TOKENS * ((width + PANEL - 1) / PANEL);
     return pieces < threads ? (int)(pieces < 1 ? 1 : pieces) : threads;
 }
 
-void coded_product(const uint8_t *codes, const float *steps, const int8_t *weight, const float *scale, const int64_t *columns,
+void int8_product(const uint8_t *codes, const float *steps, const int8_t *weight, const float *scale, const int64_t *columns,
                    const bf16 *apart, int64_t count, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
                    int across, int threads) {
     int64_t panels = (width + PANEL - 1) / PANEL, parts = (tokens + TOKENS - 1) / TOKENS;
@@ -187,9 +186,9 @@ void coded_product(const uint8_t *codes, const float *steps, const int8_t *weigh
             __m512i *panel = (__m512i *)(scratch + omp_get_thread_num() * PANEL * depth);
             int64_t first = number * PANEL, token = part * TOKENS, end = token + TOKENS < tokens ? token + TOKENS : tokens;
             Piece piece = {codes, steps, panel, {{0}}, scale ? scale + first : 0, depth, width, width - first, apart, count};
-            if (across) lay_columns(weight, first, depth, width, panel);
-            else lay_rows(weight, first, width, depth, panel);
-            lay_apart(weight, columns, first, width, depth, &piece);
+            if (across) pack_columns(weight, first, depth, width, panel);
+            else pack_rows(weight, first, width, depth, panel);
+            pack_outliers(weight, columns, first, width, depth, &piece);
             __m512i sums[WIDE] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
             for (int64_t k = 0; k < depth / 4; k++)
                 for (int w = 0; w < WIDE; w++)

@@ -1,18 +1,18 @@
-/* Frozen weights brought back from their codes to bf16: the numbers of lorakeet/quant (nf4, gptq, int8, gguf), to the last bit, but
-   that results below 1.2e-38 are zeros. */
+/* Dequantises frozen weights to bf16, bit for bit as lorakeet/quant (nf4, gptq, int8, gguf), except that results below 1.2e-38 are
+   zeros. */
 
 #include "gptq.h"
 
-#define LINE 64   /* bytes that come into a cache together */
+#define LINE 64   /* bytes of a cache line */
 #define OUTER 256 /* blocks of NF4 that share one outer scale */
 
-/* A product that is rounded before anything is added to it; without this the compiler makes one operation of both. */
+/* Keeps the compiler from fusing a product with the sum after it. */
 static inline float apart(float x) {
     __asm__("" : "+x"(x));
     return x;
 }
 
-/* The numbers first … last − 1, multiples of 16; LEVELS[code]·scale of the block. */
+/* Numbers first … last − 1, multiples of 16: levels[code] · scale of the block. */
 static void nf4(const Stored *w, int64_t first, int64_t last, bf16 *to) {
     const uint8_t *codes = w->codes;
     const __m512 levels = _mm512_loadu_ps(w->levels);
@@ -70,7 +70,7 @@ void stored_fetch(const Stored *w, int64_t row, int64_t first, int64_t last) {
         for (int64_t c = first; c < last; c += 8) _mm_prefetch(codes + (c / 8 * w->out + row) * 4, _MM_HINT_T0);
         return;
     }
-    int64_t size = 1, bytes = 1; /* of numbers that are written together */
+    int64_t size = 1, bytes = 1; /* numbers and bytes of the smallest unit */
     if (w->kind == DENSE) bytes = 2;
     else if (w->kind == NF4) size = 2;
     else if (w->kind >= Q4_0) size = gguf_block(w->kind, &bytes);
@@ -80,7 +80,7 @@ void stored_fetch(const Stored *w, int64_t row, int64_t first, int64_t last) {
     }
 }
 
-void stored_back(const Stored *w, bf16 *to, int threads) {
+void stored_unpack(const Stored *w, bf16 *to, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < w->out; row += LANES) stored_part(w, row, 0, w->in, to + row * w->in, w->in);
 }

@@ -1,9 +1,9 @@
-/* Products of bf16 rows with a frozen weight (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
+/* Products of bf16 rows with a frozen weight (out, in): x·Wᵀ, or g·W if `across`, with fp32 sums that are rounded once.
 
-   The weight stays as it is. PANEL columns of the result at a time, its numbers are laid out as the product takes them (unpack_panels.c),
-   and read again for every ROWS tokens, from the processor's second cache. Whoever multiplies a panel lays it out, for itself. Where
-   there are too few of them for the threads, or where sums are longer than DEPTH, and added up in parts, and tokens many, threads lay
-   out a group together, as many as fit in ROOM. Every row of the result is added up in the same order, whatever stands beside it. */
+   The stored weight is not changed. A panel, PANEL columns of the result, is packed at a time (unpack_panels.c) and read again for
+   every ROWS tokens, from the L2 cache. Usually each thread packs the panels that it multiplies. Where there are too few panels for
+   the threads, or sums longer than DEPTH (which are added in parts) and many tokens, the threads pack a group of panels together, as
+   many as fit into PACKED_BYTES. Every row is summed in the same order, whatever the other rows are. */
 
 #include "dense.h"
 
@@ -12,25 +12,25 @@
 #include <omp.h>
 
 #define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
-#define TOKENS 384           /* of a piece of tokens, at most; towards the end a piece is a quarter of */
-#define FEWEST 192           /* what is left, but no fewer as long as there are so many, so that threads end together */
-#define DEPTH 2048           /* terms of a part of a sum */
-#define ROOM (7 << 17)       /* bytes of sums and of panels laid out at once, but at least one panel for each thread: below 1 MiB, from
-                                which on a process with a budget has the system map memory (memory/allocator) */
+#define TOKENS 384           /* of a piece of tokens, at most; a piece is a quarter of the rest, */
+#define FEWEST 192           /* but at least so many, so that threads finish together */
+#define DEPTH 2048           /* terms in a part of a sum */
+#define PACKED_BYTES (7 << 17) /* of sums and packed panels at once, but at least one panel for each thread; below 1 MiB,
+                                   from which a process with a budget maps memory (memory/allocator) */
 
-/* What the product of some tokens with a part of a panel has to be told. */
+/* Arguments of the product of some tokens with a part of a panel. */
 typedef struct {
-    int64_t stride, depth; /* of x: numbers from row to row, and how many of them the part multiplies */
+    int64_t stride, depth; /* of x: stride of rows, and terms of this part */
     const __m512i *panel;
-    int64_t width, columns; /* of y: from row to row, and those that the panel has */
-    int first, last, add;   /* whether the part begins and ends the sums, and whether these are added to what y holds */
-    int64_t column;         /* of y: the panel's first */
-    const Added *added;     /* to what the last part leaves, or nothing */
+    int64_t width, columns; /* of y: stride of rows, and columns in the panel */
+    int first, last, add;   /* whether the part is the first and the last of the sums, and whether they are added to y */
+    int64_t column;         /* of y: the panel's first column */
+    const Added *added;     /* to the finished sums; may be null */
 } Part;
 
 static inline __m512 rounded(__m512 x) { return widened(narrow(x)); }
 
-/* What is added to the row of that number, and to how many of the `rows` from it on. */
+/* What is added to the row `token`; reduces `rows` to those from it on with the same addition. */
 static inline const Wide *wide_at(const Added *added, int64_t token, int64_t *rows) {
     const Wide *found = 0;
     for (const Wide *wide = added->wide; wide < added->wide + added->count; wide++) {
@@ -42,53 +42,53 @@ static inline const Wide *wide_at(const Added *added, int64_t token, int64_t *ro
     return found;
 }
 
-/* y, in registers, is rounded as it would be in memory, with the bias, and gets h·Bᵀ; `wide` is none where that is nothing. */
-static inline __attribute__((always_inline)) void add_held(const Part *p, const Wide *of, int64_t token, const int rows,
-                                                           __m512 held[ROWS][WIDE]) {
+/* Rounds y in registers as it would be in memory, adds the bias, and h·Bᵀ unless `of` is null. */
+static inline __attribute__((always_inline)) void add_in_registers(const Part *p, const Wide *of, int64_t token, const int rows,
+                                                           __m512 acc[ROWS][WIDE]) {
     const bf16 *bias = p->added->bias;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int w = 0; w < WIDE; w++) {
-            held[r][w] = rounded(held[r][w]);
-            if (bias && w * LANES < p->columns) held[r][w] = rounded(_mm512_add_ps(held[r][w], wide(bias + p->column + w * LANES)));
+            acc[r][w] = rounded(acc[r][w]);
+            if (bias && w * LANES < p->columns) acc[r][w] = rounded(_mm512_add_ps(acc[r][w], wide(bias + p->column + w * LANES)));
         }
     if (!of) return;
-    const bf16 *h = of->h + (token - of->start) * of->columns, *laid[WIDE];
+    const bf16 *h = of->h + (token - of->start) * of->columns, *packed[WIDE];
 #pragma GCC unroll 3
-    for (int w = 0; w < WIDE; w++) /* for columns that are not there, of which nothing is stored, those of others */
-        laid[w] = of->laid + 2 * LANES * of->words * (p->column / LANES + (w * LANES < p->columns ? w : 0));
+    for (int w = 0; w < WIDE; w++) /* columns beyond the result, which are not stored, read others */
+        packed[w] = of->packed + 2 * LANES * of->words * (p->column / LANES + (w * LANES < p->columns ? w : 0));
     for (int64_t k = 0; k < of->words; k++) {
         __m512bh right[WIDE];
 #pragma GCC unroll 3
-        for (int w = 0; w < WIDE; w++) right[w] = both(laid[w] + 2 * LANES * k);
+        for (int w = 0; w < WIDE; w++) right[w] = both(packed[w] + 2 * LANES * k);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             __m512bh two = two_of(h + r * of->columns + 2 * k);
 #pragma GCC unroll 3
-            for (int w = 0; w < WIDE; w++) held[r][w] = _mm512_dpbf16_ps(held[r][w], two, right[w]);
+            for (int w = 0; w < WIDE; w++) acc[r][w] = _mm512_dpbf16_ps(acc[r][w], two, right[w]);
         }
     }
 }
 
-/* `sums` (tokens, PANEL) are what earlier parts of the panel gave, and then, but for the last part, what they give with this one. */
+/* `sums` (tokens, PANEL) hold the sums of earlier parts, and unless this part is the last, receive the new ones. */
 static inline __attribute__((always_inline)) void multiply(const Part *p, const bf16 *x, bf16 *y, float *sums, const Wide *of,
                                                            int64_t token, const int rows) {
-    __m512 held[ROWS][WIDE];
+    __m512 acc[ROWS][WIDE];
     const __m512i *panel = p->panel;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
-        for (int w = 0; w < WIDE; w++) held[r][w] = p->first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * PANEL + w * LANES);
+        for (int w = 0; w < WIDE; w++) acc[r][w] = p->first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * PANEL + w * LANES);
     for (int64_t k = 0; k < p->depth; k += 2, panel += WIDE) {
-        __m512bh laid[WIDE];
+        __m512bh packed[WIDE];
 #pragma GCC unroll 3
-        for (int w = 0; w < WIDE; w++) laid[w] = (__m512bh)panel[w];
+        for (int w = 0; w < WIDE; w++) packed[w] = (__m512bh)panel[w];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             __m512bh two = two_of(x + r * p->stride + k);
 #pragma GCC unroll 3
-            for (int w = 0; w < WIDE; w++) held[r][w] = _mm512_dpbf16_ps(held[r][w], two, laid[w]);
+            for (int w = 0; w < WIDE; w++) acc[r][w] = _mm512_dpbf16_ps(acc[r][w], two, packed[w]);
         }
     }
     if (p->last && p->add)
@@ -96,34 +96,34 @@ static inline __attribute__((always_inline)) void multiply(const Part *p, const 
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
             for (int w = 0; w < WIDE; w++)
-                if (w * LANES < p->columns) held[r][w] = _mm512_add_ps(wide(y + r * p->width + w * LANES), held[r][w]);
-    if (p->last && p->added) add_held(p, of, token, rows, held);
+                if (w * LANES < p->columns) acc[r][w] = _mm512_add_ps(wide(y + r * p->width + w * LANES), acc[r][w]);
+    if (p->last && p->added) add_in_registers(p, of, token, rows, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int w = 0; w < WIDE; w++) {
-            if (!p->last) _mm512_storeu_ps(sums + r * PANEL + w * LANES, held[r][w]);
-            else if (w * LANES < p->columns) put(y + r * p->width + w * LANES, held[r][w]);
+            if (!p->last) _mm512_storeu_ps(sums + r * PANEL + w * LANES, acc[r][w]);
+            else if (w * LANES < p->columns) put(y + r * p->width + w * LANES, acc[r][w]);
         }
 }
 
-/* Bytes of the sums of pieces that are added up in parts. */
+/* Bytes for sums that are added in parts. */
 static int64_t sums_of(int64_t depth, int threads) { return depth > DEPTH ? threads * TOKENS * PANEL * (int64_t)sizeof(float) : 0; }
 
 static int64_t panels_of(int64_t width) { return (width + PANEL - 1) / PANEL; }
 
-/* Panels that a thread lays out for itself at once: two, which fill whole lines of y's rows, if there are as many for all threads and
-   ROOM for them; of longer sums than DEPTH one, as there is room for one's sums. */
+/* Panels that a thread packs for itself at once: two, which fill whole lines of y's rows, if all threads get two and they fit into
+   PACKED_BYTES; one for sums longer than DEPTH, since there is memory for one panel's sums. */
 static int64_t together_of(int64_t depth, int64_t width, int threads) {
-    return depth <= DEPTH && 2 * threads * 2 * depth * PANEL <= ROOM && panels_of(width) >= 2 * threads ? 2 : 1;
+    return depth <= DEPTH && 2 * threads * 2 * depth * PANEL <= PACKED_BYTES && panels_of(width) >= 2 * threads ? 2 : 1;
 }
 
-/* How many panels are laid out at once. */
+/* How many panels are packed at once. */
 static int64_t group_of(int64_t depth, int64_t width, int threads) {
-    int64_t panels = panels_of(width), fit = (ROOM - sums_of(depth, threads)) / (2 * depth * PANEL);
+    int64_t panels = panels_of(width), fit = (PACKED_BYTES - sums_of(depth, threads)) / (2 * depth * PANEL);
     if (fit < threads) fit = threads;
     int64_t groups = (panels + fit - 1) / fit;
-    return (panels + groups - 1) / groups; /* about as many in each */
+    return (panels + groups - 1) / groups; /* of about equal size */
 }
 
 int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
@@ -132,12 +132,12 @@ int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
     return 2 * (together > apart ? together : apart) * PANEL + sums_of(depth, threads);
 }
 
-/* What stored_product is told, and its scratch. */
+/* Arguments of stored_product, and its workspace. */
 typedef struct {
     const bf16 *x;
     const Stored *weight;
     bf16 *y;
-    __m512i *laid;
+    __m512i *packed;
     float *sums;
     int64_t depth, width;
     int across, add;
@@ -145,20 +145,20 @@ typedef struct {
     int threads;
 } Product;
 
-/* Of `count` panels from the n-th on the terms `from` … `to` − 1, each `size` registers behind the other. */
-static void lay(const Product *o, int64_t n, int64_t count, int64_t from, int64_t to, __m512i *panels, int64_t size) {
+/* Packs terms `from` … `to` − 1 of `count` panels from the n-th, `size` registers apart. */
+static void pack(const Product *o, int64_t n, int64_t count, int64_t from, int64_t to, __m512i *panels, int64_t size) {
     if (o->across)
         for (int64_t row = from; row < to; row += LANES)
-            lay_columns(o->weight, row, n * PANEL, count, size, panels + (row - from) / 2 * WIDE);
+            pack_columns(o->weight, row, n * PANEL, count, size, panels + (row - from) / 2 * WIDE);
     else
         for (int64_t w = 0; w < count * WIDE; w++)
-            lay_rows(o->weight, n * PANEL + w * LANES, from, to, w % WIDE, panels + w / WIDE * size);
+            pack_rows(o->weight, n * PANEL + w * LANES, from, to, w % WIDE, panels + w / WIDE * size);
 }
 
-/* The rows `token` … `end` − 1 of y's n-th panel, as far as they come of the terms from k on, DEPTH at most, which are `laid`. */
-static void multiply_rows(const Product *o, int64_t n, int64_t k, const __m512i *laid, int64_t token, int64_t end) {
+/* Rows `token` … `end` − 1 of y's n-th panel, over the packed terms from k, DEPTH at most. */
+static void multiply_rows(const Product *o, int64_t n, int64_t k, const __m512i *packed, int64_t token, int64_t end) {
     int64_t depth = o->depth, width = o->width, terms = k + DEPTH < depth ? DEPTH : depth - k;
-    Part p = {depth, terms, laid, width, width - n * PANEL, k == 0, k + terms == depth, o->add, n * PANEL, o->added};
+    Part p = {depth, terms, packed, width, width - n * PANEL, k == 0, k + terms == depth, o->add, n * PANEL, o->added};
     const bf16 *from = o->x + token * depth + k;
     bf16 *to = o->y + token * width + n * PANEL;
     float *at = o->sums + (depth > DEPTH ? omp_get_thread_num() * TOKENS * PANEL : 0);
@@ -184,28 +184,27 @@ static int64_t units_of(const Product *o) {
     return (panels_of(o->width) + together - 1) / together;
 }
 
-/* How many units, the last ones, are divided by pieces of tokens: one for each thread that may still have one in hand when there are no
-   others left. */
+/* How many of the last units are divided by pieces of tokens: one for each thread that may still be working when no others are left. */
 static int64_t divided_of(const Product *o) {
     int64_t units = units_of(o);
     return o->threads - 1 < units ? o->threads - 1 : units;
 }
 
-/* Whether threads that lay out what they multiply lay out no more units again than there are. */
+/* True if threads that pack what they multiply repeat no more units than there are. */
 static int each_for_itself(const Product *o, int64_t parts) {
     int64_t again = (parts < o->threads ? parts : o->threads) - 1;
     return o->depth <= DEPTH && divided_of(o) * again <= units_of(o);
 }
 
-/* Panels are laid out by whoever multiplies them, in a cache of its own: for all tokens, and the units that are divided, by several, for
-   pieces of the tokens. There is one piece where sums are longer than DEPTH. */
+/* Each thread packs the panels that it multiplies, in its own cache: for all tokens, or, for divided units, for pieces of the tokens.
+   There is one piece where sums are longer than DEPTH. */
 static void by_panels(const Product *o, const int64_t *begins, int64_t parts) {
     int64_t depth = o->depth, panels = panels_of(o->width), together = together_of(depth, o->width, o->threads);
     int64_t divided = divided_of(o), others = units_of(o) - divided, size = (depth < DEPTH ? depth : DEPTH) / 2 * WIDE;
 #pragma omp parallel num_threads(o->threads)
     {
-        __m512i *own = o->laid + omp_get_thread_num() * together * size;
-        int64_t laid = -1;
+        __m512i *own = o->packed + omp_get_thread_num() * together * size;
+        int64_t packed = -1;
 #pragma omp for schedule(dynamic)
         for (int64_t u = 0; u < others + divided * parts; u++) {
             int64_t unit = u, token = 0, end = begins[parts];
@@ -215,15 +214,15 @@ static void by_panels(const Product *o, const int64_t *begins, int64_t parts) {
             }
             int64_t n = unit * together, count = n + together < panels ? together : panels - n;
             for (int64_t k = 0; k < depth; k += DEPTH) {
-                if (laid != unit || depth > DEPTH) lay(o, n, count, k, k + DEPTH < depth ? k + DEPTH : depth, own, size);
+                if (packed != unit || depth > DEPTH) pack(o, n, count, k, k + DEPTH < depth ? k + DEPTH : depth, own, size);
                 for (int64_t i = 0; i < count; i++) multiply_rows(o, n + i, k, own + i * size, token, end);
-                laid = unit;
+                packed = unit;
             }
         }
     }
 }
 
-/* Panels that are laid out together, and multiplied by pieces of the tokens. */
+/* Threads pack panels together, and multiply them by pieces of the tokens. */
 static void by_groups(const Product *o, const int64_t *begins, int64_t parts) {
     int64_t depth = o->depth, panels = panels_of(o->width), group = group_of(depth, o->width, o->threads);
     int64_t size = depth / 2 * WIDE;
@@ -233,22 +232,22 @@ static void by_groups(const Product *o, const int64_t *begins, int64_t parts) {
         if (o->across) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < depth; row += LANES)
-                lay_columns(o->weight, row, begin * PANEL, stop - begin, size, o->laid + row / 2 * WIDE);
+                pack_columns(o->weight, row, begin * PANEL, stop - begin, size, o->packed + row / 2 * WIDE);
         } else {
 #pragma omp for collapse(2) schedule(static)
             for (int64_t n = begin; n < stop; n++)
                 for (int64_t w = 0; w < WIDE; w++)
-                    lay_rows(o->weight, n * PANEL + w * LANES, 0, depth, w, o->laid + (n - begin) * size);
+                    pack_rows(o->weight, n * PANEL + w * LANES, 0, depth, w, o->packed + (n - begin) * size);
         }
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t part = 0; part < parts; part++)
             for (int64_t n = begin; n < stop; n++)
                 for (int64_t k = 0; k < depth; k += DEPTH)
-                    multiply_rows(o, n, k, o->laid + (n - begin) * size + k / 2 * WIDE, begins[part], begins[part + 1]);
+                    multiply_rows(o, n, k, o->packed + (n - begin) * size + k / 2 * WIDE, begins[part], begins[part + 1]);
     }
 }
 
-/* Where the pieces of so many tokens begin, and where the last one ends; there are tokens / FEWEST + 1 at most. */
+/* Starts of the pieces of so many tokens, and the end of the last; at most tokens / FEWEST + 1 pieces. */
 static int64_t pieces_of(int64_t tokens, int64_t *begin) {
     int64_t count = 0;
     for (int64_t at = 0; at < tokens; count++) {
@@ -261,7 +260,7 @@ static int64_t pieces_of(int64_t tokens, int64_t *begin) {
     return count;
 }
 
-/* y (tokens, width) = x (tokens, depth)·Wᵀ, or, `across`, x·W, or that added to y. Depth and width are multiples of 16; `scratch`
+/* y (tokens, width) = x (tokens, depth)·Wᵀ, or x·W if `across`; with `add`, added to y. Depth and width are multiples of 16; `scratch`
    has dense_scratch bytes. */
 void dense_product(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
                    int across, int add, int threads) {

@@ -17,34 +17,34 @@ static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); 
 
 static inline void put(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, narrow(x)); }
 
-/* Two of these side by side, `two` behind `one`. */
+/* Rounds both to bf16: `one` in the lower half, `two` in the upper. */
 static inline __m512i narrow_two(__m512 one, __m512 two) { return (__m512i)_mm512_cvtne2ps_pbh(two, one); }
 
-/* Of two sixteens side by side the first number of each, then the second of each, and so on. */
-static inline __m512i by_turns(__m512i x) {
+/* Interleaves the two halves: their first numbers, then their second ones, and so on. */
+static inline __m512i interleaved(__m512i x) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
                                            19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, x);
 }
 
-static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); } /* two numbers for each of sixteen sums */
+static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); } /* two factors for each of sixteen sums */
 
-static inline __m512bh two_of(const bf16 *x) { /* the same two for all of them */
+static inline __m512bh two_of(const bf16 *x) { /* the same two factors for all sums */
     int32_t two;
     __builtin_memcpy(&two, x, sizeof two);
     return (__m512bh)_mm512_set1_epi32(two);
 }
 
-static inline __m512bh four_of(const bf16 *x) { /* two and two of the same four, by turns */
+static inline __m512bh four_of(const bf16 *x) { /* the same four: the first two and the last two alternate */
     int64_t four;
     __builtin_memcpy(&four, x, sizeof four);
     return (__m512bh)_mm512_set1_epi64(four);
 }
 
-/* 2ˣ to about 2e-7 of itself: 1 and a polynomial in f, |f| <= 1/2, of least relative error. Below 2⁻¹⁵⁰ it stays there, which
-   is 0. */
+/* 2ˣ with a relative error of about 2e-7, by a minimax polynomial in the fraction f, |f| <= 1/2. x is clamped at −150, where the
+   result is 0. */
 static inline __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x); /* in this order NaN stays NaN */
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x); /* this order of arguments keeps NaN */
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_set1_ps(1.3264735462144017e-3f);
@@ -56,19 +56,19 @@ static inline __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
-/* Four rows of words of four bytes, turned over within each four columns: s[i] has the i-th of every four. */
-static inline void fours_turned(const __m512i r[4], __m512i s[4]) {
+/* Transposes 4×4 words of four bytes within each four columns: s[i] has the i-th of every four. */
+static inline void fours_transposed(const __m512i r[4], __m512i s[4]) {
     __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
     __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
     s[0] = _mm512_unpacklo_epi64(a, c), s[1] = _mm512_unpackhi_epi64(a, c);
     s[2] = _mm512_unpacklo_epi64(b, d), s[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-/* Sixteen rows of sixteen words of four bytes, turned over. */
+/* Transposes sixteen rows of sixteen words of four bytes. */
 static inline void transposed(__m512i r[16]) {
     __m512i s[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4) fours_turned(r + i, s + i);
+    for (int i = 0; i < 16; i += 4) fours_transposed(r + i, s + i);
 #pragma GCC unroll 16
     for (int i = 0; i < 4; i++) { /* s[i], s[4 + i], …: column 4·lane + i of four rows each */
         __m512i a = _mm512_shuffle_i32x4(s[i], s[4 + i], 0x44), b = _mm512_shuffle_i32x4(s[i], s[4 + i], 0xee);

@@ -1,13 +1,13 @@
 /* Losses of a head's logits, and their gradients in place: L = log Σ exp z − z_t, ∂L/∂z = softmax(z) − onehot(t), in fp32.
 
-   Logits are bf16 and lie as the products with a head's tiles leave them: for each `tile` columns of the vocabulary, the last one
-   may be narrower, one block (tokens, columns) behind the other. A row is read three times, from the processor's second cache. */
+   Logits are bf16, in the layout that the products with a head's tiles give: one block (tokens, columns) after another, each of
+   `tile` columns of the vocabulary; the last may be narrower. A row is read three times, from the L2 cache. */
 
 #include "lanes.h"
 
 #include <math.h>
 
-/* Sixteen logits from a place of a row, −∞ behind its end. */
+/* Sixteen logits from column `at` of a row, −∞ beyond its end. */
 static inline __m512 some_of(const bf16 *row, int64_t at, int64_t columns) {
     if (at + LANES <= columns) return wide(row + at);
     __mmask16 there = (__mmask16)((1u << (columns - at)) - 1);
@@ -19,7 +19,7 @@ typedef struct {
     int64_t tokens, vocabulary, tile;
 } Logits;
 
-/* A token's logits in the tile that begins at `start`, and how many they are. */
+/* A token's logits in the tile that starts at `start`, and their number. */
 static inline bf16 *row_of(const Logits *z, int64_t token, int64_t start, int64_t *columns) {
     *columns = start + z->tile < z->vocabulary ? z->tile : z->vocabulary - start;
     return z->logits + z->tokens * start + token * *columns;
@@ -33,7 +33,7 @@ static float loss_of(const Logits *z, int64_t token, int64_t target, int wants_g
         for (int64_t c = 0; c < columns; c += LANES) high = _mm512_max_ps(high, some_of(row, c, columns));
     }
     float top = _mm512_reduce_max_ps(high);
-    __m512 factor = _mm512_set1_ps(LOG2E), less = _mm512_set1_ps(top); /* taken off first: e⁰ of the largest is 1 */
+    __m512 factor = _mm512_set1_ps(LOG2E), less = _mm512_set1_ps(top); /* subtracted first: e⁰ of the largest is 1 */
     for (int64_t start = 0; start < z->vocabulary; start += z->tile) {
         const bf16 *row = row_of(z, token, start, &columns);
         for (int64_t c = 0; c < columns; c += LANES)
@@ -66,7 +66,7 @@ static float loss_of(const Logits *z, int64_t token, int64_t target, int wants_g
     return logf(sum) + top - chosen.value;
 }
 
-/* `targets` are within the vocabulary; with `wants_grad` the logits are used up. */
+/* `targets` are within the vocabulary; `wants_grad` overwrites the logits with their gradient. */
 void head_losses(bf16 *logits, const int64_t *targets, float *losses, int64_t tokens, int64_t vocabulary, int64_t tile,
                  int wants_grad, int threads) {
     Logits z = {logits, tokens, vocabulary, tile};

@@ -1,6 +1,6 @@
-/* What lies between a block's matrix products, each in one pass over memory: bf16 in and out, fp32 inside.
+/* Elementwise ops of a block, each one pass over memory: bf16 in and out, fp32 inside.
 
-   `tokens` rows of `width` numbers, a multiple of 16, one after the other. */
+   States are `tokens` contiguous rows of `width` numbers, a multiple of 16. */
 
 #include "elementwise.h"
 
@@ -34,7 +34,7 @@ void norm(const bf16 *x, const bf16 *weight, float epsilon, bf16 *y, float *rho,
     }
 }
 
-/* The same of a + b, rounded, which comes where b was. */
+/* The norm of a + b; the rounded sum is written to b. */
 void add_norm(const bf16 *a, bf16 *b, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width,
               int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -46,13 +46,13 @@ void add_norm(const bf16 *a, bf16 *b, const bf16 *weight, float epsilon, bf16 *y
     }
 }
 
-/* The same y from the ρ that was found before. */
+/* Recomputes y from a saved ρ. */
 void norm_again(const bf16 *x, const float *rho, const bf16 *weight, bf16 *y, int64_t tokens, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) normed(x + t * width, weight, rho[t], y + t * width, width);
 }
 
-/* ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ, rounded, and added to `beside` if there is one. May be written over x, or over ∂y. */
+/* ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ, rounded, and added to `beside` unless that is null. `found` may be x or ∂y. */
 void norm_backward_beside(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, const bf16 *beside, bf16 *found,
                           int64_t tokens, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -87,20 +87,20 @@ static inline void gated_lanes(const bf16 *gate, const bf16 *up, bf16 *inner) {
     put(inner, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), wide(up)));
 }
 
-/* Of `count` numbers, a multiple of 16. */
+/* `count` is a multiple of 16. */
 void gated(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) gated_lanes(gate + i, up + i, inner + i);
 }
 
-/* Of `tokens` rows of gates and of ups, `width` numbers each, whose rows lie `step` numbers apart. */
+/* Rows of gate and up have `width` numbers and a stride of `step`. */
 void gated_apart(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t tokens, int64_t width, int64_t step, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t c = 0; c < width; c += LANES) gated_lanes(gate + t * step + c, up + t * step + c, inner + t * width + c);
 }
 
-/* With ∂h given: ∂g = ∂h·u·σ·(1 + g·(1 − σ)) in the place of g, ∂u = ∂h·g·σ in that of u, and h in that of ∂h. */
+/* Given ∂h: overwrites g with ∂g = ∂h·u·σ·(1 + g·(1 − σ)), u with ∂u = ∂h·g·σ, and ∂h with h. */
 void gated_backward(bf16 *gate, bf16 *up, bf16 *grad, int64_t count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {
@@ -112,12 +112,12 @@ void gated_backward(bf16 *gate, bf16 *up, bf16 *grad, int64_t count, int threads
     }
 }
 
-/* Turns the heads of each token, (tokens, heads, 2·half), in place; `half` is a multiple of 16, cos and sin are (tokens, 2·half). */
-void turn(bf16 *states, const bf16 *cos, const bf16 *sin, int64_t tokens, int64_t heads, int64_t half, int back, int threads) {
+/* Rotates the heads of each token, (tokens, heads, 2·half), in place; `half` is a multiple of 16, cos and sin are (tokens, 2·half). */
+void rotate(bf16 *states, const bf16 *cos, const bf16 *sin, int64_t tokens, int64_t heads, int64_t half, int back, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < heads; h++) {
             bf16 *at = states + (t * heads + h) * 2 * half;
-            turned(at, cos + t * 2 * half, sin + t * 2 * half, half, back, at);
+            rotated(at, cos + t * 2 * half, sin + t * 2 * half, half, back, at);
         }
 }

@@ -1,12 +1,12 @@
-/* What whole blocks take of elementwise.c. */
-#ifndef LORAKEET_PASSES_H
-#define LORAKEET_PASSES_H
+/* Elementwise ops of a block: RMSNorm, gated SiLU, rotary positions (elementwise.c). */
+#ifndef LORAKEET_ELEMENTWISE_H
+#define LORAKEET_ELEMENTWISE_H
 
 #include "lanes.h"
 
-/* Turns a head's halves (a, b), of `half` numbers each, to (a·c₁ − b·s₁, b·c₂ + a·s₂), or `back` to (a·c₁ + b·s₂, b·c₂ − a·s₁).
-   May be written over x. */
-static inline void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, int64_t half, int back, bf16 *to) {
+/* Rotates a head's halves (a, b), `half` numbers each, to (a·c₁ − b·s₁, b·c₂ + a·s₂), or, with `back`, to (a·c₁ + b·s₂, b·c₂ − a·s₁).
+   `to` may be x. */
+static inline void rotated(const bf16 *x, const bf16 *cos, const bf16 *sin, int64_t half, int back, bf16 *to) {
     for (int64_t c = 0; c < half; c += LANES) {
         __m512 a = wide(x + c), b = wide(x + half + c), s1 = wide(sin + c), s2 = wide(sin + half + c);
         __m512 first = _mm512_mul_ps(a, wide(cos + c)), second = _mm512_mul_ps(b, wide(cos + half + c));
@@ -18,25 +18,25 @@ static inline void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, int64
 /* y = w ∘ (x·ρ) with ρ = 1/√(mean(x²) + ε) of each token. */
 void norm(const bf16 *x, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width, int threads);
 
-/* The same of a + b, rounded, which comes where b was. */
+/* The norm of a + b; the rounded sum is written to b. */
 void add_norm(const bf16 *a, bf16 *b, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width,
               int threads);
 
-/* The same y from the ρ that was found before, and ∂x from ∂y; rounded, and added to what passes `beside` the norm. */
+/* Recomputes y from a saved ρ; ∂x from ∂y; and ∂x rounded and added to `beside`, the gradient of the residual. */
 void norm_again(const bf16 *x, const float *rho, const bf16 *weight, bf16 *y, int64_t tokens, int64_t width, int threads);
 void norm_backward(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, bf16 *found, int64_t tokens,
                    int64_t width, int threads);
 void norm_backward_beside(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, const bf16 *beside, bf16 *found,
                           int64_t tokens, int64_t width, int threads);
 
-/* silu(gate) ∘ up; and with its gradient ∂gate and ∂up in their places, and what it was in that of the gradient. */
+/* silu(gate) ∘ up. Backward overwrites gate and up with ∂gate and ∂up, and the gradient with silu(gate) ∘ up. */
 void gated(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t count, int threads);
 void gated_backward(bf16 *gate, bf16 *up, bf16 *grad, int64_t count, int threads);
 
-/* Turns the heads of each token, (tokens, heads, 2·half), in place. */
-void turn(bf16 *states, const bf16 *cos, const bf16 *sin, int64_t tokens, int64_t heads, int64_t half, int back, int threads);
+/* Rotates the heads of each token, (tokens, heads, 2·half), in place. */
+void rotate(bf16 *states, const bf16 *cos, const bf16 *sin, int64_t tokens, int64_t heads, int64_t half, int back, int threads);
 
-/* silu(gate) ∘ up of rows that lie `step` numbers apart. */
+/* silu(gate) ∘ up of rows with a stride of `step` numbers. */
 void gated_apart(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t tokens, int64_t width, int64_t step, int threads);
 
 #endif

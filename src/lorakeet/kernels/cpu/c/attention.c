@@ -1,15 +1,15 @@
-/* Causal attention of rows laid end to end, forward and backward, in bf16 products with sums in fp32 (FlashAttention-2, Dao 2023).
+/* Causal attention of packed rows, forward and backward, in bf16 products with sums in fp32 (FlashAttention-2, Dao 2023).
 
-   A row's queries go through in tiles of T, its keys in tiles of T; scores exist for one tile at a time. Scores are kept
-   transposed, keys down and queries along the lanes, so that a softmax runs over lanes side by side and needs no sums across them.
+   A row's queries and keys are processed in tiles of T; scores exist for one tile at a time. Scores are transposed, rows are keys
+   and lanes are queries, so that a softmax needs no sums across lanes.
 
    With Sᵀ = s·K·Qᵀ, P = exp(S − L), L the log of each query's sum, and D = rowsum(∂O ∘ O):
 
        ∂V = Pᵀ·∂O      ∂Pᵀ = V·∂Oᵀ      ∂Sᵀ = Pᵀ ∘ (∂Pᵀ − D)      ∂K = s·∂Sᵀ·Q      ∂Q = s·∂S·K
 
-   Work is parted by heads and by groups of rows, and where that gives few parts, each into the later and the earlier queries of its
-   rows, which are less work. Each part writes ∂K and ∂V of its own heads and group to places of its own, the later queries' first;
-   they are added afterwards in one order, so that the result does not depend on the number of threads. */
+   The work is split by heads and by groups of rows. Few parts are halved again, into the later and the (cheaper) earlier queries of
+   their rows. Each part sums ∂K and ∂V in memory of its own, the later queries first; the sums are then added in a fixed order, so
+   that the result does not depend on the number of threads. */
 
 #include "attention.h"
 #include "tiles.h"
@@ -20,19 +20,19 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define FEW_PARTS 16 /* which are halved, so that some threads have about as much to do as others */
-#define SPINS 1000   /* of one that waits, until it leaves its core to others */
+#define FEW_PARTS 16 /* below so many parts each is halved, to balance the threads */
+#define SPINS 1000   /* of a waiting thread before it yields its core */
 
 static inline int64_t whole(int64_t count) { return (count + T - 1) / T * T; }
 
-/* Copies `count` tokens of one head, from `first`, to (·, d) one below the other. */
+/* Copies `count` tokens of one head, from `first`, to contiguous rows (·, d). */
 static void gather(const bf16 *x, int64_t first, int64_t count, int64_t step, int64_t d, bf16 *out) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t c = 0; c < d; c += 2 * LANES)
             _mm512_storeu_si512(out + i * d + c, _mm512_loadu_si512(x + (first + i) * step + c));
 }
 
-/* The keys that the first `own` tokens of a row see, the prefix's first, filled up with zeros to whole tiles. */
+/* The keys that the first `own` tokens of a row see, the prefix first, padded with zeros to whole tiles. */
 static void keys_of(const Shape *s, const bf16 *x, int64_t head, int64_t row, int64_t own, bf16 *out) {
     int64_t step = s->kv * s->d, shared = row ? s->prefix : 0, count = shared + own;
     const bf16 *from = x + head * s->d;
@@ -41,7 +41,7 @@ static void keys_of(const Shape *s, const bf16 *x, int64_t head, int64_t row, in
     memset(out + count * s->d, 0, (whole(count) - count) * s->d * sizeof(bf16));
 }
 
-/* A tile of queries (T, d) filled up with zeros; how many of them are there. */
+/* Copies a tile of queries (T, d), padded with zeros; returns how many are real. */
 static int64_t tile_of(const bf16 *x, int64_t first, int64_t left, int64_t step, int64_t d, bf16 *out) {
     int64_t count = left < T ? left : T;
     gather(x, first, count, step, d, out);
@@ -49,10 +49,10 @@ static int64_t tile_of(const bf16 *x, int64_t first, int64_t left, int64_t step,
     return count;
 }
 
-typedef struct { char *at; } Room;
-static void *take(Room *room, int64_t bytes) {
-    void *found = room->at;
-    room->at += (bytes + 63) / 64 * 64;
+typedef struct { char *at; } Workspace;
+static void *take(Workspace *space, int64_t bytes) {
+    void *found = space->at;
+    space->at += (bytes + 63) / 64 * 64;
     return found;
 }
 
@@ -71,14 +71,14 @@ int64_t attention_scratch(int64_t longest_row, int64_t d) {
     return 3 * keys * d * 2 + 6 * T * d * 4 + 5 * T * T * 4 + 8 * T * 4 + 64 * 32;
 }
 
-int64_t attention_room(const Shape *s) { return attention_scratch(longest(s), s->d); }
+int64_t attention_workspace(const Shape *s) { return attention_scratch(longest(s), s->d); }
 
-/* Twice the scores of a row and a head, about. */
+/* About twice the number of scores of a row and a head. */
 static int64_t scores_in(const Shape *s, int64_t row) {
     return s->lengths[row] * (2 * (row ? s->prefix : 0) + s->lengths[row]);
 }
 
-/* The first row of a group, of about as many scores each. */
+/* The first row of a group; groups have about equally many scores. */
 static int64_t first_of(const Shape *s, int64_t group) {
     if (group >= s->groups) return s->rows;
     int64_t all = 0, before = 0, row = 0;
@@ -92,7 +92,7 @@ typedef struct {
     int64_t from, stop;
 } Queries;
 
-/* Those of a row of `n` that a part of the work is about: of `halves` 2 the later or the earlier ones, else all. */
+/* The queries of a row of `n` that a part covers: with 2 `halves` the later or the earlier ones, else all. */
 static Queries queries_of(int64_t n, int halves, int earlier) {
     int64_t middle = whole(n) / T / 2 * T;
     if (halves == 1) return (Queries){0, n};
@@ -101,14 +101,14 @@ static Queries queries_of(int64_t n, int halves, int earlier) {
 
 static int halves_of(int64_t parts) { return parts < FEW_PARTS ? 2 : 1; }
 
-/* Sixteen numbers for a key, and the other sixteen for the next one. */
+/* Stores the lower sixteen for a key, the upper sixteen for the next. */
 static inline void put_two(bf16 *to, __m512i x) {
     _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(x));
     _mm256_storeu_si256((__m256i *)(to + T), _mm512_extracti64x4_epi64(x, 1));
 }
 
-/* P of a tile, two keys of a query in one word, and for each query its highest score, the sum of P, and by what earlier sums shrink.
-   A tile that is not `cut` has no key that comes after its first query. */
+/* P of a tile, two keys of a query in one word; updates each query's highest score and sum of P, and gives the factor for its earlier
+   sums. A tile that is not `cut` has no key after its first query. */
 static inline __attribute__((always_inline)) void softmax_of(const Seen *seen, const int cut, const float *scores, __m512 factor,
                                                              __m512 *highest, __m512 *total, uint32_t *weights, float *shrink) {
     for (int l = 0; l < seen->sixteens; l++) {
@@ -133,7 +133,7 @@ static inline __attribute__((always_inline)) void softmax_of(const Seen *seen, c
                 two = _mm512_maskz_mov_ps(sees(c + 1, seen->last + l * LANES), two);
             }
             added = _mm512_add_ps(added, _mm512_add_ps(one, two));
-            _mm512_storeu_si512(to + c / 2 * T, by_turns(narrow_two(one, two)));
+            _mm512_storeu_si512(to + c / 2 * T, interleaved(narrow_two(one, two)));
         }
         total[l] = _mm512_fmadd_ps(total[l], less, added);
         highest[l] = high;
@@ -142,14 +142,14 @@ static inline __attribute__((always_inline)) void softmax_of(const Seen *seen, c
 }
 
 static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, int64_t head,
-                        int64_t row, Queries of, Room room) {
+                        int64_t row, Queries of, Workspace space) {
     int64_t d = s->d, step = s->heads * d, kv = head / (s->heads / s->kv), shared = row ? s->prefix : 0;
     int64_t most = whole(shared + of.stop);
-    bf16 *keys = take(&room, most * d * 2), *plain = take(&room, most * d * 2);
-    uint32_t *values = take(&room, most * d * 2);
-    bf16 *tile = take(&room, T * d * 2);
-    uint32_t *queries = take(&room, T * d * 2), *weights = take(&room, T * T * 2);
-    float *scores = take(&room, T * T * 4), *sum = take(&room, T * d * 4), *shrink = take(&room, T * 4);
+    bf16 *keys = take(&space, most * d * 2), *plain = take(&space, most * d * 2);
+    uint32_t *values = take(&space, most * d * 2);
+    bf16 *tile = take(&space, T * d * 2);
+    uint32_t *queries = take(&space, T * d * 2), *weights = take(&space, T * T * 2);
+    float *scores = take(&space, T * T * 4), *sum = take(&space, T * d * 4), *shrink = take(&space, T * 4);
     if (of.from == of.stop) return;
     keys_of(s, k, kv, row, of.stop, keys);
     keys_of(s, v, kv, row, of.stop, plain);
@@ -157,7 +157,7 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
     __m512 factor = _mm512_set1_ps(s->scale * LOG2E);
     for (int64_t i = of.from; i < of.stop; i += T) {
         int64_t count = tile_of(q + head * d, s->starts[row] + i, of.stop - i, step, d, tile);
-        turned(tile, d, queries);
+        transposed_words(tile, d, queries);
         __m512 highest[SIXTEENS], total[SIXTEENS];
         for (int l = 0; l < SIXTEENS; l++) highest[l] = _mm512_set1_ps(-INFINITY), total[l] = _mm512_setzero_ps();
         for (int64_t j = 0; j < shared + i + count; j += T) {
@@ -183,7 +183,7 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
     }
 }
 
-/* P and ∂S of a tile, and ∂S in words of two keys of a query too. */
+/* P and ∂S of a tile, and ∂S also as words of two keys of a query. */
 static inline __attribute__((always_inline)) void slopes_of(const Seen *seen, const int cut, const float *scores, const float *onto,
                                                             __m512 factor, const float *log_of, const float *share, bf16 *weights,
                                                             bf16 *slopes, uint32_t *slope_pairs) {
@@ -203,37 +203,37 @@ static inline __attribute__((always_inline)) void slopes_of(const Seen *seen, co
             __m512i weight = narrow_two(p[0], p[1]), slope = narrow_two(ds[0], ds[1]);
             put_two(weights + at, weight);
             put_two(slopes + at, slope);
-            _mm512_storeu_si512(slope_pairs + c / 2 * T + l * LANES, by_turns(slope));
+            _mm512_storeu_si512(slope_pairs + c / 2 * T + l * LANES, interleaved(slope));
         }
     }
 }
 
 static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logsums,
                          const bf16 *grad, bf16 *grad_q, float *own_k, float *own_v, float *of_prefix_k, float *of_prefix_v,
-                         int64_t part_of_heads, int64_t row, Queries of, Room room) {
+                         int64_t part_of_heads, int64_t row, Queries of, Workspace space) {
     int64_t d = s->d, step = s->heads * d, together = s->heads / s->parts, shared = row ? s->prefix : 0;
     int64_t most = whole(shared + of.stop), kv = part_of_heads * s->kv / s->parts;
-    bf16 *keys = take(&room, most * d * 2), *values = take(&room, most * d * 2), *tile = take(&room, T * d * 2);
-    uint32_t *key_pairs = take(&room, most * d * 2);
-    uint32_t *queries = take(&room, T * d * 2), *query_pairs = take(&room, T * d * 2);
-    uint32_t *grads = take(&room, T * d * 2), *grad_pairs = take(&room, T * d * 2);
-    bf16 *weights = take(&room, T * T * 2), *slopes = take(&room, T * T * 2);
-    uint32_t *slope_pairs = take(&room, T * T * 2);
-    float *scores = take(&room, T * T * 4), *onto = take(&room, T * T * 4), *sum = take(&room, T * d * 4);
-    float *log_of = take(&room, T * 4), *share = take(&room, T * 4), *part = take(&room, T * d * 4);
+    bf16 *keys = take(&space, most * d * 2), *values = take(&space, most * d * 2), *tile = take(&space, T * d * 2);
+    uint32_t *key_pairs = take(&space, most * d * 2);
+    uint32_t *queries = take(&space, T * d * 2), *query_pairs = take(&space, T * d * 2);
+    uint32_t *grads = take(&space, T * d * 2), *grad_pairs = take(&space, T * d * 2);
+    bf16 *weights = take(&space, T * T * 2), *slopes = take(&space, T * T * 2);
+    uint32_t *slope_pairs = take(&space, T * T * 2);
+    float *scores = take(&space, T * T * 4), *onto = take(&space, T * T * 4), *sum = take(&space, T * d * 4);
+    float *log_of = take(&space, T * 4), *share = take(&space, T * 4), *part = take(&space, T * d * 4);
     if (of.from == of.stop) return;
     keys_of(s, k, kv, row, of.stop, keys);
     keys_of(s, v, kv, row, of.stop, values);
     pairs_of_rows(keys, most, d, key_pairs);
     __m512 factor = _mm512_set1_ps(s->scale * LOG2E);
     int64_t each = whole(of.stop - of.from);
-    for (int64_t asked = 0; asked < together * each; asked += T) { /* tiles of queries, head by head */
-        int64_t head = part_of_heads * together + asked / each, i = of.from + asked % each;
+    for (int64_t query = 0; query < together * each; query += T) { /* tiles of queries, head by head */
+        int64_t head = part_of_heads * together + query / each, i = of.from + query % each;
         int64_t first = s->starts[row] + i, count = tile_of(q + head * d, first, of.stop - i, step, d, tile);
-        turned(tile, d, queries);
+        transposed_words(tile, d, queries);
         pairs_of_rows(tile, T, d, query_pairs);
         tile_of(grad + head * d, first, of.stop - i, step, d, tile);
-        turned(tile, d, grads);
+        transposed_words(tile, d, grads);
         pairs_of_rows(tile, T, d, grad_pairs);
         for (int64_t r = 0; r < T; r++) {
             __m512 dot = _mm512_setzero_ps();
@@ -241,7 +241,7 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
                 for (int64_t c = 0; c < d; c += LANES)
                     dot = _mm512_fmadd_ps(wide(tile + r * d + c), wide(out + (first + r) * step + head * d + c), dot);
             share[r] = _mm512_reduce_add_ps(dot);
-            log_of[r] = r < count ? logsums[head * s->tokens + first + r] : INFINITY; /* of a query that only fills up: P is 0 */
+            log_of[r] = r < count ? logsums[head * s->tokens + first + r] : INFINITY; /* a padding query: P is 0 */
         }
         for (int64_t j = 0; j < shared + i + count; j += T) {
             Seen seen = seen_of(shared + i - j, count);
@@ -271,32 +271,31 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
 
 void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, char *scratch,
                        int threads) {
-    int64_t room = attention_room(s);
+    int64_t space = attention_workspace(s);
     int halves = halves_of(s->rows * s->heads);
 #pragma omp parallel for collapse(3) schedule(monotonic : dynamic, 1) num_threads(threads)
     for (int half = 0; half < halves; half++)
         for (int64_t row = 0; row < s->rows; row++)
             for (int64_t head = 0; head < s->heads; head++)
                 forward_row(s, q, k, v, out, logsums, head, row, queries_of(s->lengths[row], halves, half),
-                            (Room){scratch + omp_get_thread_num() * room});
+                            (Workspace){scratch + omp_get_thread_num() * space});
 }
 
-/* `sums`: room for (2, parts, tokens, d), and `of_prefix` for (2, parts, groups − 1, prefix, d), of ∂K and ∂V: the first group, which
-   has the prefix as its first row's own, adds to that. A part clears its own just before it adds to them, while they are in the
-   processor's cache. */
+/* The first group owns the prefix as part of its first row and sums into `sums`; the other groups sum the prefix into `of_prefix`.
+   A part clears its sums just before it adds to them, while they are in the processor's cache. */
 void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logsums,
                         const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, float *sums, float *of_prefix, char *scratch,
                         int threads) {
-    int64_t d = s->d, room = attention_room(s), all = s->parts * s->tokens * d;
+    int64_t d = s->d, space = attention_workspace(s), all = s->parts * s->tokens * d;
     int64_t apart = s->groups - 1, shared = apart * s->prefix * d, together = s->parts / s->kv;
-    int64_t last = s->starts[s->rows - 1] + s->lengths[s->rows - 1]; /* behind it is filler, whose gradients are zeros */
+    int64_t last = s->starts[s->rows - 1] + s->lengths[s->rows - 1]; /* padding follows, with zero gradients */
     int halves = halves_of(s->groups * s->parts);
-    atomic_int done[FEW_PARTS] = {0}; /* of the parts that are halved: the later queries */
+    atomic_int done[FEW_PARTS] = {0}; /* of the halved parts: the later queries */
 #pragma omp parallel for collapse(3) schedule(monotonic : dynamic, 1) num_threads(threads)
     for (int half = 0; half < halves; half++)
         for (int64_t group = 0; group < s->groups; group++)
             for (int64_t part = 0; part < s->parts; part++) {
-                /* GNU OpenMP hands parts out in this order, so that whoever is waited for has begun. */
+                /* GNU OpenMP assigns parts in this order, so the awaited part has started. */
                 for (int spins = 0; half && !atomic_load(done + group * s->parts + part); spins++)
                     if (spins < SPINS) _mm_pause();
                     else sched_yield();
@@ -311,7 +310,7 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
                     for (int which = 0; !half && which < 2; which++)
                         memset(sums + which * all + own, 0, s->lengths[row] * d * sizeof(float));
                     backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of[0], of[1], part, row,
-                                 queries_of(s->lengths[row], halves, half), (Room){scratch + omp_get_thread_num() * room});
+                                 queries_of(s->lengths[row], halves, half), (Workspace){scratch + omp_get_thread_num() * space});
                 }
                 if (halves > 1) atomic_store(done + group * s->parts + part, 1);
             }

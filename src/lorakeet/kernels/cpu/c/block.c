@@ -1,4 +1,4 @@
-/* A decoder block over new tokens, whole: two norms, attention over a cache, a gated MLP; each token with pairs of its own. */
+/* A whole decoder block over new tokens: two norms, attention over a KV cache, a gated MLP; each token with its own pairs. */
 
 #include "cached.h"
 #include "panels.h"
@@ -10,7 +10,7 @@
 enum { Q, K, V, O, GATE, UP, DOWN, LAYERS };
 
 typedef struct {
-    Product inward[3], outward, apart[2], down; /* queries, keys and values; gate and up */
+    Product qkv[3], o, gate_up[2], down; /* the layers by shared input */
     const bf16 *norms[2];
     float epsilons[2];
     int64_t hidden, inner; /* the widths of x and of the MLP, multiples of 16 */
@@ -20,12 +20,12 @@ typedef struct {
 typedef struct {
     const Share *shares;
     int64_t count;
-    int64_t numbers[LAYERS]; /* that copies know the layers by; −1 for those that nobody has a pair on */
+    int64_t numbers[LAYERS]; /* of the layers, in the copies; −1 for layers without pairs */
 } Pairs;
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Numbers of each token in the two places between which results go to and fro, beside x and y. */
+/* Numbers of each token in the two buffers that hold intermediate results. */
 static int64_t first_width(const Block *of) {
     return larger(of->hidden, larger((of->heads.heads + 2 * of->heads.kv) * of->heads.d, 2 * of->inner));
 }
@@ -42,7 +42,7 @@ static void add(const bf16 *a, const bf16 *b, bf16 *y, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) put(y + i, _mm512_add_ps(wide(a + i), wide(b + i)));
 }
 
-/* Adds to y (tokens, columns) what pairs on `count` layers from `first` on give x (tokens, width). */
+/* Adds the pairs of `count` layers from `first` to y (tokens, columns), for inputs x (tokens, width). */
 static void adapt(const Pairs *pairs, int first, const Product *products, int count, const bf16 *x, int64_t width, bf16 *y,
                   int64_t columns, int threads) {
     Layer layers[LAYERS];
@@ -53,7 +53,7 @@ static void adapt(const Pairs *pairs, int first, const Product *products, int co
     if (found) add_pairs(pairs->shares, pairs->count, layers, found, x, width, width, threads);
 }
 
-/* x (tokens, hidden) to y; tokens behind the `new` ones see nothing. */
+/* x (tokens, hidden) to y; tokens after the `new` ones attend to nothing. */
 void block(const Block *of, const Pairs *pairs, const NewTokens *new, const bf16 *x, bf16 *y, bf16 *keys, bf16 *values,
            int64_t tokens, uint8_t *scratch, int threads) {
     const Heads *heads = &of->heads;
@@ -62,16 +62,16 @@ void block(const Block *of, const Pairs *pairs, const NewTokens *new, const bf16
     bf16 *second = first + tokens * first_width(of);
     float *rho = (float *)(second + tokens * second_width(of));
     norm(x, of->norms[0], of->epsilons[0], second, rho, tokens, hidden, threads);
-    linear(second, of->inward, 3, first, tokens, hidden, q + 2 * kv, threads);
-    adapt(pairs, Q, of->inward, 3, second, hidden, first, q + 2 * kv, threads);
+    linear(second, of->qkv, 3, first, tokens, hidden, q + 2 * kv, threads);
+    adapt(pairs, Q, of->qkv, 3, second, hidden, first, q + 2 * kv, threads);
     memset(second + new->count * q, 0, (tokens - new->count) * q * sizeof(bf16));
     cached_attention(heads, new, first, keys, values, second, scratch, threads);
-    linear(second, &of->outward, 1, first, tokens, q, hidden, threads);
-    adapt(pairs, O, &of->outward, 1, second, q, first, hidden, threads);
+    linear(second, &of->o, 1, first, tokens, q, hidden, threads);
+    adapt(pairs, O, &of->o, 1, second, q, first, hidden, threads);
     add(x, first, y, tokens * hidden);
     norm(y, of->norms[1], of->epsilons[1], second, rho, tokens, hidden, threads);
-    linear(second, of->apart, 2, first, tokens, hidden, 2 * inner, threads);
-    adapt(pairs, GATE, of->apart, 2, second, hidden, first, 2 * inner, threads);
+    linear(second, of->gate_up, 2, first, tokens, hidden, 2 * inner, threads);
+    adapt(pairs, GATE, of->gate_up, 2, second, hidden, first, 2 * inner, threads);
     gated_apart(first, first + inner, second, tokens, inner, 2 * inner, threads);
     linear(second, &of->down, 1, first, tokens, inner, hidden, threads);
     adapt(pairs, DOWN, &of->down, 1, second, inner, first, hidden, threads);

@@ -4,14 +4,14 @@
 
 #include "dense.h"
 
-/* As kernels/cpu/trained_pairs lays it out, in whole numbers of 64 bits. */
+/* Laid out as in kernels/cpu/trained_pairs: 64-bit integers. */
 typedef struct {
     const void *A, *B; /* (rank, width), (outputs, rank) */
     int64_t kind_a, kind_b, rank, start, stop;
-    int64_t layer;   /* which y, or g, it belongs to */
-    int64_t from;    /* where the part's h begins */
-    int64_t columns; /* of the part's h */
-    int64_t column;  /* the pair's first one */
+    int64_t layer;   /* index of its y, or g */
+    int64_t from;    /* start of the part's h */
+    int64_t columns; /* columns of the part's h */
+    int64_t column;  /* the pair's first column */
 } Pair;
 
 typedef struct {
@@ -19,11 +19,11 @@ typedef struct {
     int64_t outputs;
 } Layer;
 
-/* Adds what is `added` to the rows `token` … `end` − 1 of y (·, width). */
+/* Adds `added` to the rows `token` … `end` − 1 of y (·, width). */
 void add_to_rows(const Added *added, bf16 *y, int64_t width, int64_t token, int64_t end);
 
-/* `trained_pairs` and `trained_pairs_backward` without what they add to y and to ∂x, which is told in `wide`: forward for each pair,
-   backward for each part, whose number is given back, or for none where `wide` is none. It points into h, or u, and scratch. */
+/* `trained_pairs` and `trained_pairs_backward` without adding to y and to ∂x: what is to be added is described in `wide`, one for each
+   pair (forward) or for each part (backward, which returns their number), unless `wide` is null. They point into h, or u, and scratch. */
 void trained_pairs_shrink(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
                           bf16 *h, bf16 *scratch, Wide *wide, int threads);
 int64_t trained_pairs_shrink_back(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, int64_t width,

@@ -1,8 +1,8 @@
-/* Products of tiles of attention (attention.c): keys down and queries along, or queries down and numbers of a head along.
+/* Products of attention tiles (attention.c): (keys, queries), or (queries, numbers of a head).
 
-   Every product here is C (M, N) = A (M, K) · B (K, N), or that added to C, with two neighbours along K in one 32-bit word, as
-   VDPBF16PS multiplies: B is packed (K/2, N) in words; A's words are read one at a time, at any distances. Of a tile that the
-   causal mask or a row's end cuts, only what is seen is multiplied, by fours of keys and sixteens of queries (Seen). */
+   Every product is C (M, N) = A (M, K) · B (K, N), optionally added to C. Two neighbours along K share a 32-bit word, as VDPBF16PS
+   wants: B is packed as (K/2, N) words; A's words are read one by one with any stride. Where the causal mask or a row's end cuts a
+   tile, only visible parts are multiplied, in fours of keys and sixteens of queries (Seen). */
 #ifndef LORAKEET_TILES_H
 #define LORAKEET_TILES_H
 
@@ -12,14 +12,14 @@
 #define SIXTEENS 4 /* of queries, in a tile */
 #define ROWS 4     /* of C at once */
 
-/* Words of two neighbouring rows: (count, d) to (count/2, d). `count` is even. */
+/* Packs two neighbouring rows into words: (count, d) to (count/2, d). `count` is even. */
 static void pairs_of_rows(const bf16 *x, int64_t count, int64_t d, uint32_t *out) {
     for (int64_t i = 0; i < count / 2; i++)
         for (int64_t c = 0; c < d; c++) out[i * d + c] = (uint32_t)x[2 * i * d + c] | (uint32_t)x[(2 * i + 1) * d + c] << 16;
 }
 
-/* A tile's words of two neighbouring numbers, the other way round: (T, d/2) to (d/2, T). */
-static void turned(const bf16 *x, int64_t d, uint32_t *out) {
+/* Transposes a tile's words of two neighbouring numbers: (T, d/2) to (d/2, T). */
+static void transposed_words(const bf16 *x, int64_t d, uint32_t *out) {
     for (int64_t i = 0; i < T; i += LANES)
         for (int64_t c = 0; c < d / 2; c += LANES) {
             __m512i words[LANES];
@@ -29,9 +29,9 @@ static void turned(const bf16 *x, int64_t d, uint32_t *out) {
         }
 }
 
-enum { ANEW, ADDED, SCALED }; /* what becomes of C's own numbers: SCALED, each row by a factor of its own, they are added to */
+enum { ANEW, ADDED, SCALED }; /* what happens to C: overwritten, added to, or each row scaled and then added to */
 
-/* C (rows, 16·vectors) = A·B, or that added to C; all sums stay in registers. */
+/* C (rows, 16·vectors) = A·B, optionally added to C; all sums stay in registers. */
 static inline __attribute__((always_inline)) void block(const int rows, const int vectors, const int add, const uint32_t *a,
                                                         int64_t row, int64_t pair, const uint32_t *b, int64_t wide, float *c,
                                                         int64_t out, int64_t pairs, const float *by) {
@@ -60,8 +60,7 @@ static inline __attribute__((always_inline)) void block(const int rows, const in
         for (int n = 0; n < vectors; n++) _mm512_storeu_ps(c + r * out + n * LANES, sum[r * vectors + n]);
 }
 
-/* C (ROWS, N) = A (ROWS, 2·pairs) · B (2·pairs, N), or with `add` that added to C, or to C's rows times those of `by`; N a multiple
-   of 64. */
+/* C (ROWS, N) = A (ROWS, 2·pairs) · B (2·pairs, N). With `add`, added to C, or to C's rows scaled by `by`. N is a multiple of 64. */
 static inline void strip(const uint32_t *a, int64_t row, int64_t pair, const uint32_t *b, float *c, int64_t n, int64_t pairs, int add,
                          const float *by) {
     for (int64_t j = 0; j < n; j += 4 * LANES)
@@ -70,9 +69,9 @@ static inline void strip(const uint32_t *a, int64_t row, int64_t pair, const uin
         else block(ROWS, 4, ANEW, a, row, pair, b + j, n, c + j, n, pairs, 0);
 }
 
-/* Of a tile of keys, which of a tile of queries see what: query r sees the keys up to `last` + r, there are `count` queries. */
+/* Which keys of a tile the `count` queries of a tile see: query r sees keys up to `last` + r. */
 typedef struct {
-    int64_t last, count, sixteens, keys[SIXTEENS], all; /* of queries; how many keys any of each sixteen sees, by fours; the most */
+    int64_t last, count, sixteens, keys[SIXTEENS], all; /* of queries; keys that any query of each sixteen sees, in fours; their maximum */
 } Seen;
 
 static Seen seen_of(int64_t last, int64_t count) {
@@ -85,20 +84,20 @@ static Seen seen_of(int64_t last, int64_t count) {
     return seen;
 }
 
-/* The first sixteen of queries, one of which sees the key. */
+/* The first sixteen of queries of which any sees the key. */
 static inline int64_t first_that_sees(const Seen *seen, int64_t key) {
     int64_t l = 0;
     while (key >= seen->keys[l]) l++;
     return l;
 }
 
-/* Which of sixteen queries, the first of which sees keys up to `last`, see the key. */
+/* Mask of the sixteen queries that see the key; the first of them sees keys up to `last`. */
 static inline __mmask16 sees(int64_t key, int64_t last) {
     int64_t hidden = key - last;
     return hidden <= 0 ? 0xffff : hidden >= LANES ? 0 : (__mmask16)(0xffff << hidden);
 }
 
-/* What is seen of C (T, T) = A (T, d) · B (d, T): keys down, of d/2 words each, and queries along. */
+/* The visible part of C (T, T) = A (T, d) · B (d, T): rows are keys, of d/2 words each, columns are queries. */
 static void scores_of(const Seen *seen, const bf16 *keys, const uint32_t *queries, float *scores, int64_t d) {
     const uint32_t *a = (const uint32_t *)keys;
     int64_t row = d / 2;
@@ -121,14 +120,13 @@ static void scores_of(const Seen *seen, const bf16 *keys, const uint32_t *querie
     }
 }
 
-/* C (T, d) = or += A (T, T) · B (T, d) of what is seen, where A is of queries down and keys along: (keys/2, queries) in words; `by`
-   are factors of C's rows. */
+/* C (T, d) = or += A (T, T) · B (T, d) over the visible part. A has queries as rows, as (keys/2, queries) words; `by` scales C's rows. */
 static void by_queries(const Seen *seen, const uint32_t *a, const uint32_t *b, float *c, int64_t d, int add, const float *by) {
     for (int64_t r = 0; r < seen->count; r += ROWS)
         strip(a + r, 1, T, b, c + r * d, d, seen->keys[r / LANES] / 2, add, add == SCALED ? by + r : 0);
 }
 
-/* The same of keys down and queries along: (keys, queries/2) in words; the keys that are seen. */
+/* The same where A has keys as rows, as (keys, queries/2) words; only visible keys. */
 static void by_keys(const Seen *seen, const bf16 *weights, const uint32_t *b, float *c, int64_t d, int add) {
     const uint32_t *a = (const uint32_t *)weights;
     for (int64_t key = 0; key < seen->all; key += ROWS) {

@@ -1,16 +1,16 @@
 /* Products of a few tokens with frozen weights, which cost as much as reading the weights: y = x·Wᵀ in bf16, sums in fp32.
 
-   A weight (n, k) lies in panels of 16 outputs, one after the other, each (k/2, 16) words of two neighbouring numbers along k, as
-   VDPBF16PS multiplies: what a product reads is in one piece. Outputs that fill up the last panel are zeros.
+   A weight (n, k) is stored in panels of 16 outputs, each (k/2, 16) words of two neighbouring numbers along k, as VDPBF16PS wants:
+   a product reads contiguous memory. The last panel is padded with zeros.
 
-   The sum of each output runs along k in one register, whatever the number of tokens: a token's result does not depend on the
-   tokens beside it. */
+   Each output is summed along k in one register, whatever the number of tokens, so that a token's result does not depend on the
+   other tokens. */
 
 #include "panels.h"
 
-#define TOKENS 16   /* at most, that share a pass over a panel: as many sums as registers hold */
+#define TOKENS 16   /* at most, that share one read of a panel: as many sums as there are registers for */
 #define PANELS 2    /* that a thread takes at once */
-#define AHEAD 2048  /* bytes that are asked for before they are needed: the processor itself stops at the end of each page */
+#define AHEAD 2048  /* bytes to prefetch: the processor's own prefetcher stops at the end of each page */
 
 /* Sums of `tokens` times `panels` times 16 outputs, at most 16 registers of them. */
 static inline __attribute__((always_inline)) void sums(const int tokens, const int panels, const uint32_t *x, int64_t words,
@@ -33,7 +33,7 @@ static inline __attribute__((always_inline)) void sums(const int tokens, const i
     for (int i = 0; i < tokens * panels; i++) found[i] = sum[i];
 }
 
-/* The same for any number of `tokens` up to 16 and one or two `panels`, as many panels at once as there are registers for. */
+/* The same for up to 16 `tokens` and one or two `panels`, both at once if there are registers for them. */
 static void any_sums(int tokens, int panels, const uint32_t *x, int64_t words, const uint32_t *weight, __m512 *found) {
 #define ONE_BY_ONE(t) \
     for (int p = 0; p < panels; p++) sums(t, 1, x, words, weight + p * words * LANES, found + p * t)
