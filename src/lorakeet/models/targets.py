@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lorakeet.core.layers.experts import supports
+from lorakeet.core.layers.experts import why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry, path_range
 from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
@@ -63,7 +63,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
         if not path:
             continue
         if stacks := modules.expert_stacks(module):
-            refusal = supports(module)
+            refusal = why_not_experts(module)
             why = f"part of a {type(module).__name__} whose experts cannot be adapted: {refusal}" if refusal else ""
             yield Site(path, None, (), f"a {type(module).__name__}, which holds {', '.join(stacks)}; name these instead")
             for name in stacks:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lorakeet.core.adapter import Adapter, AlikePairs, PairsOutline
+from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout
 from lorakeet.errors import DataError
 from lorakeet.formats.detect import Found, detect, read_found, surplus_rank
 from lorakeet.formats.files.base_model import open_base
@@ -54,7 +54,7 @@ class _Seen(NamedTuple):
     surplus: bool  # whether a rank is larger than its layer
 
 
-_SEEN: LruCache[PairsOutline, _Seen] = LruCache(8)
+_SEEN: LruCache[FlatPairsLayout, _Seen] = LruCache(8)
 
 
 def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private: bool = False) -> AdapterSource:
@@ -65,7 +65,7 @@ def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private
     found = detect(path)
     stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
     outline = peft.read(found.path, opened=open_header) if found.format == "peft" else _converted(found, live)
-    alike = outline.pairs.outline if isinstance(outline.pairs, AlikePairs) else None
+    alike = outline.pairs.outline if isinstance(outline.pairs, FlatPairs) else None
     seen = _seen(outline) if alike is None else _SEEN.of(alike, lambda: _seen(outline))
     if seen.surplus:
         log.warning("%s", surplus_rank(outline, str(found.path)))

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.linear import BlockStandIn, StandIn
+from lorakeet.core.layers.linear import BlockReplacement, Replacement
 from lorakeet.core.plan import Plan
 from lorakeet.core.tiled_product import tiled_product
 from lorakeet.errors import ConfigError, DataError
@@ -117,7 +117,7 @@ class StreamedBlocks:
         return cast(Tensor, self._replay) if last else states
 
 
-class StreamedBlock(BlockStandIn):
+class StreamedBlock(BlockReplacement):
     """Stands for a decoder block whose weights come and go."""
 
     def __init__(self, original: nn.Module, index: int, streamed: StreamedBlocks) -> None:
@@ -138,7 +138,7 @@ class StreamedBlock(BlockStandIn):
             return plain_output(block(states, *args, **kwargs))
 
 
-class StreamedEmbedding(StandIn):
+class StreamedEmbedding(Replacement):
     """Stands for an nn.Embedding of which only the rows that are asked for are read."""
 
     def __init__(self, original: nn.Embedding, rows: StoredRows) -> None:
@@ -160,7 +160,7 @@ class StreamedEmbedding(StandIn):
         return found if scale is None else found * scale.to(found.dtype)
 
 
-class StreamedHead(StandIn):
+class StreamedHead(Replacement):
     """Stands for a head without bias, whose weight is read tile by tile."""
 
     def __init__(self, original: nn.Linear, rows: StoredRows) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.kernels.cpu import compile as native
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
 from lorakeet.models.files.dense import load_dense, take_generation_settings
@@ -101,7 +101,7 @@ def load_text_model(
     return text
 
 
-def _prove(text: TextModel, kernels: Kernels, words: int) -> None:
+def _prove(text: TextModel, kernels: TritonRequest, words: int) -> None:
     """Lets the model use the kernels; EnvironmentProblem where they compute otherwise than torch."""
     check_kernels(_modules(text), kernels, text.products)
     check_loss(words, text.device)

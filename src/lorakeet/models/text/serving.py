@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.adapter import Adapter, AlikePairs, Pair, PairsOutline
+from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair
 from lorakeet.core.batched.frozen_pair import FrozenPair
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.layers.linear import AdaptedLayer, LoraLinear
@@ -73,7 +73,7 @@ class ServingModel:
         self.text = text
         self._places: dict[str, _LinearTarget] = {}
         self._held: dict[str, _FittedAdapter] = {}
-        self._fits: LruCache[PairsOutline, _FittedAdapter] = LruCache(MOST_FITS)
+        self._fits: LruCache[FlatPairsLayout, _FittedAdapter] = LruCache(MOST_FITS)
         model = text.model
         head = modules.output_layer(model)
         for path, module in list(modules.original_modules(model)):
@@ -119,7 +119,7 @@ class ServingModel:
 
     def _fit(self, adapter: Adapter) -> _FittedAdapter:
         """Where the pairs of `adapter` go; looked at once for all adapters of one outline, while it is among the last few."""
-        if not isinstance(adapter.pairs, AlikePairs) or adapter.extras or adapter.token_rows:
+        if not isinstance(adapter.pairs, FlatPairs) or adapter.extras or adapter.token_rows:
             return self._checked(adapter)
         return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
 
@@ -192,7 +192,7 @@ _Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # A, B, magnitude,
 
 
 def _parts(pairs: Mapping[str, Pair]) -> Iterable[_Parts]:
-    if isinstance(pairs, AlikePairs):
+    if isinstance(pairs, FlatPairs):
         return pairs.parts()
     return ((pair.A, pair.B, pair.magnitude, pair.bias) for pair in pairs.values())
 

@@ -41,7 +41,7 @@ from lorakeet.models.text.packed_store import StoredBases, open_packed, write_pa
 from lorakeet.quant.construct import meta_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, Judge
+from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, TextEvaluator
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.planning.packed_merge import (
@@ -193,7 +193,7 @@ class Merging:
         encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
         judged = self.dataset.test or self.dataset.held_out
         config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
-        judge_ = Judge(config, text, encoder, judged, self.console, NAME)
+        judge_ = TextEvaluator(config, text, encoder, judged, self.console, NAME)
         rows = judge_.fitting()
         return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
 
