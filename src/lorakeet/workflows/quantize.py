@@ -150,7 +150,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
                 parts,
                 config={**checkpoint.config, "quantization_config": words},
                 along=files_along(source, None),
-                card=packed_card(model, method),
+                readme=packed_card(model, method),
                 waiting=kept.waiting(),
                 on_progress=lambda done, total, name: bar.update(
                     task, completed=done, total=total, description=f"packing {name}"

@@ -121,7 +121,7 @@ class ServingModel:
         """Where the pairs of `adapter` go; looked at once for all adapters of one outline, while it is among the last few."""
         if not isinstance(adapter.pairs, FlatPairs) or adapter.extras or adapter.token_rows:
             return self._checked(adapter)
-        return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
+        return self._fits.get_or_make(adapter.pairs.outline, lambda: self._checked(adapter))
 
     def _checked(self, adapter: Adapter) -> _FittedAdapter:
         problems = Problems("The adapter cannot be served on this base")

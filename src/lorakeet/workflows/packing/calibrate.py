@@ -174,7 +174,7 @@ def _write(
     words = gptq_mapping(_settings(layout), damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
     card, along = packed_card(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
-    return write_model(out, parts, config=config, along=along, card=card, waiting=kept.waiting())
+    return write_model(out, parts, config=config, along=along, readme=card, waiting=kept.waiting())
 
 
 class _Solved:
