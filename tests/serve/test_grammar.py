@@ -70,7 +70,7 @@ def test_an_engine_keeps_to_it_beside_free_texts(asking: Callable[..., Any], tex
 
 def test_a_token_that_may_not_come_ends_the_text(text: Any) -> None:
     guide = Grammars(text).of_schema(ANY_OBJECT).begin()
-    with pytest.raises(GrammarFailed, match="cannot be gone on with under its schema"):
+    with pytest.raises(GrammarFailed, match="cannot be continued under its schema"):
         guide.take(text.tokenizer.encode("x", add_special_tokens=False)[0])
 
 
@@ -83,7 +83,7 @@ def test_a_token_that_may_not_come_ends_the_text(text: Any) -> None:
     ],
 )
 def test_wrong_schemas_are_refused(text: Any, schema: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="cannot be kept to"):
+    with pytest.raises(ConfigError, match="cannot be used"):
         Grammars(text).of_schema(schema)
 
 

@@ -101,7 +101,7 @@ class Prober:
         allowed = self.allowed(effect)
         if not apart <= allowed:  # NaN is apart
             raise VerificationFailed(
-                f"'{name}' gives other log-probabilities in a batch than alone: they differ by {apart:.3g} (allowed {allowed:.3g}). "
+                f"'{name}' gives other log-probabilities in a batch than alone: {apart:.3g} apart (allowed {allowed:.3g}). "
                 "It is not served. Please report this."
             )
         return Probe(self.base, self.precision, _numbers(served), effect, apart)

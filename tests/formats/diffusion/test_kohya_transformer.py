@@ -161,7 +161,7 @@ def test_what_diffusers_leaves_out_is_said(tmp_path: Path) -> None:
     flux = {"transformer.norm_out.linear": random_pair("linear", torch.zeros(32, 16)),
             "transformer.single_transformer_blocks.0.proj_out": random_pair("linear", torch.zeros(16, 80))}  # fmt: skip
     kohya.write(Adapter(flux), tmp_path / "flux.safetensors", say=said.append)
-    assert len(said) == 1 and "outside its blocks, 1 here (lora_unet_final_layer_adaLN_modulation_1)" in said[0]
+    assert len(said) == 1 and "1 layers outside the blocks of a kohya file of FLUX (lora_unet_final_layer_adaLN_modulation_1)" in said[0]
     assert compare_adapters(Adapter(flux), kohya.read(tmp_path / "flux.safetensors")).equal
     sd3 = {"transformer.pos_embed.proj": random_pair("conv2d", torch.zeros(16, 4, 2, 2)),
            "transformer.transformer_blocks.0.attn2.to_k": random_pair("linear", torch.zeros(16, 16)),
@@ -203,8 +203,8 @@ def test_lokr_of_a_joined_matrix_is_compressed_part_by_part(tmp_path: Path) -> N
     ("key", "rows", "message"),
     [
         ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 16, r"is a pair of T5, .* never adapted here"),
-        ("lora_unet_double_blocks_0_img_attn_qkv", 47, r"B \(47, 4\) and A \(4, 16\), .* parted into to_q, to_k, to_v"),
-        ("lora_unet_single_blocks_0_linear1", 48, r"which cannot be parted into to_q, to_k, to_v, proj_mlp"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", 47, r"B \(47, 4\) and A \(4, 16\), .* split into to_q, to_k, to_v"),
+        ("lora_unet_single_blocks_0_linear1", 48, r"which cannot be split into to_q, to_k, to_v, proj_mlp"),
         ("lora_unet_double_blocks_0_img_attn_qkw", 48, r"is no module of .* SD3 or FLUX\. Did you mean '.*qkv'"),
     ],
 )
