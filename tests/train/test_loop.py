@@ -425,6 +425,6 @@ def test_an_outcome_is_read_back_as_it_was_written() -> None:
 
 def test_what_is_left_is_named_as_far_as_it_is_there() -> None:
     last, adapter = Path("run/checkpoints/step-000004"), Path("run/adapter")
-    assert kept_text(None, adapter, None, None) == "No checkpoint was written before."
+    assert kept_text(None, adapter, None, None) == "No checkpoint was written yet."
     assert kept_text(last, adapter, None, None) == f"Kept: the checkpoint {last}."
     assert kept_text(last, adapter, 1.5, 2) == f"Kept: the checkpoint {last} and {adapter} (held-out loss 1.5000 at step 2)."

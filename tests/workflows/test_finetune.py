@@ -154,7 +154,7 @@ def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_pat
     before = tree(out)
     shutil.rmtree(model)
     save_tiny_llama(model, seed=1)
-    with pytest.raises(ConfigError, match=r"files of the base model changed since .* began \(sha256 .*; bring the old ones back"):
+    with pytest.raises(ConfigError, match=r"files of the base model changed since .* started \(sha256 .*; restore the old ones"):
         finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
     assert tree(out) == before
 

@@ -264,5 +264,5 @@ def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(t
     album(tmp_path / "more", 6, first=60)
     for file in (tmp_path / "more").iterdir():
         shutil.copy(file, tmp_path / "photos")
-    with pytest.raises(DataError, match="The data is not what this run started with"):
+    with pytest.raises(DataError, match="The data has changed since this run started"):
         finetune(config, resume=first.run.path, console=Console(quiet=True))

@@ -144,7 +144,7 @@ def test_the_budget_is_two_thirds_where_none_is_given(finished: Any, tmp_path: P
     [
         ({"train.steps": "5"}, "1000", ["A run of 5 steps would be pruned after step 1", "--ranks auto"]),
         ({}, "20", ["budget of 20 parameters is below one rank of the smallest target"]),
-        ({}, "9M", ["9,000,000 parameters is not below those at first", "raise lora.rank"]),
+        ({}, "9M", ["9,000,000 parameters is not below the initial", "raise lora.rank"]),
         ({"lora.variant": "dora"}, "1000", ["lora.variant is dora", "Use lora"]),
         ({"lora.start": "pissa"}, "1000", ["lora.start is pissa", "kaiming"]),
     ],

@@ -133,7 +133,7 @@ class MultiAdapterTraining:
         with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
             torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
             for group in groups:
-                self._gradients(learning, group.passes)
+                self._gradients(learning, group.batches)
                 for index in group.members:
                     self._step(learning[index])  # and its gradients are forgotten
 
