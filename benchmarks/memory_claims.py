@@ -42,7 +42,7 @@ from lorakeet.models.placement import products_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Residence, open_streamed
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import config_of
@@ -114,7 +114,7 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
     slots = claim.slots if claim.slots is not None else 2 if choice is None else choice.slots
     text = model_over(claim, config, stores, slots)
     assert text.streamed is not None
-    begin_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
     clock = Clock()
     with TemporaryDirectory(dir=stores) as folder:
         examples = rows(claim)

@@ -44,7 +44,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.prune import START_OVER_END
 from lorakeet.ranks.resize import cut_to_budget
@@ -219,7 +219,7 @@ def _compressed(setup: Assembly, name: str, adapter: Adapter, at: Progress) -> l
     for arm, rank in COMPRESSED.items():
         budget = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=rank) for entry in plan.entries)))
         cut = cut_to_budget(adapter, plan, spectra, budget)
-        put_adapter(text, cut, "cut")
+        add_adapter(text, cut, "cut")
         found.append(_record(setup, "cut", arm, cut.parameters, _ended(at)))
         eject(text.model, "cut")
     return found

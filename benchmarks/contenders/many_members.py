@@ -22,7 +22,7 @@ with without_triton():  # as a command, which is within it all the time
     from rich.console import Console
 
     from lorakeet.config import read_run
-    from lorakeet.models.text.adapted import begin_adapter
+    from lorakeet.models.text.adapted import initialise_adapter
     from lorakeet.train.log import read_metrics
     from lorakeet.train.loop import train
     from lorakeet.train.run import RunFolder
@@ -72,7 +72,7 @@ def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
     for number in range(given.members):
         rate = float(setup.config.train.learning_rate or 1e-3) * 2.0 ** (number % 4 - 2)
         spec = replace(setup.config.train, learning_rate=rate, seed=given.seed + number)
-        begin_adapter(setup.text, setup.plan, seed=spec.seed, name=f"member_{number}")
+        initialise_adapter(setup.text, setup.plan, seed=spec.seed, name=f"member_{number}")
         members.append(Member(f"member_{number}", spec, setup.train.examples, _held_out(setup, given)))
     seconds, tokens, last = [], [], time.perf_counter()
 
@@ -94,7 +94,7 @@ def _held_out(setup: Assembly, given: argparse.Namespace) -> Sequence[Any]:
 
 def _loop(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
     spec = replace(setup.config.train, seed=given.seed)
-    begin_adapter(setup.text, setup.plan, seed=spec.seed)
+    initialise_adapter(setup.text, setup.plan, seed=spec.seed)
     run = RunFolder.create(Path(setup.config.out))
     train(TextTask(setup.text, setup.train.examples, held_out=_held_out(setup, given), spec=spec), spec, run=run)
     steps = [record for record in read_metrics(run.metrics) if "loss" in record]

@@ -18,7 +18,7 @@ from lorakeet.memory.allocator import give_back_free_memory, return_freed_memory
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
 from lorakeet.memory.onednn_code import keep_little_code
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import config_from, outline
@@ -71,7 +71,7 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         text = random_model(asked["shape"], config, precision)
     with TemporaryDirectory() as folder:
         with _peak(peaks, BEGIN) if reads_weights(config) else nullcontext():
-            begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+            initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
         if reads_weights(config):
             give_back_free_memory()  # as a run does then
         rows = largest_rows(config)

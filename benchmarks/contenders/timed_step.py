@@ -32,7 +32,7 @@ from lorakeet.memory.ledger import FLOPS
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.memory.onednn_code import keep_little_code
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
@@ -103,7 +103,11 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def one_adapter(text: TextModel, config: RunConfig, rows: list[Example]) -> StepOf:
     """Steps of one adapter over all rows: seconds by phase."""
-    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+    return step_of(initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0), config, rows)
+
+
+def step_of(text: TextModel, config: RunConfig, rows: list[Example]) -> StepOf:
+    """The same over a model that has the adapter already."""
     training = silent_training(TextTask(text, rows, held_out=(), spec=config.train), config.train)
     loss: torch.Tensor | None = None
 
@@ -131,7 +135,7 @@ def _together(text: TextModel, config: RunConfig, rows: list[Example], members: 
     spec = replace(config.train, batch_size=len(rows) // members, steps=1 << 20, learning_rate=RATE)
     plan, found = plan_for(text.model, config.lora, text.family), []
     for number in range(members):
-        begin_adapter(text, plan, seed=number, name=f"member_{number}")
+        initialise_adapter(text, plan, seed=number, name=f"member_{number}")
         found.append(Member(f"member_{number}", spec, rows[number::members], ()))
     many = MultiAdapterTraining(text, found)
 

@@ -18,7 +18,7 @@ from harness.steps import PACKAGES, installed, peak_bytes
 from rich.console import Console
 
 from lorakeet.config import read_run
-from lorakeet.models.text.hidden_states import prefix_states
+from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             if given.kept:
                 rows = (*task.train, *task.held_out_rows)
-                states = prefix_states(setup.text, rows, folder=Path(folder), micro_tokens=spec.micro_tokens)
+                states = cached_states(setup.text, rows, folder=Path(folder), micro_tokens=spec.micro_tokens)
                 kept, filled = stack.enter_context(states).bytes, time.perf_counter() - began
             outcome = train(task, spec, run=RunFolder.create(Path(folder) / "run"))
     found = {

@@ -19,7 +19,7 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.data.chat import Example
     from lorakeet.formats.peft import peft
     from lorakeet.models.inject import adapter_of
-    from lorakeet.models.text.hidden_states import prefix_states
+    from lorakeet.models.text.cached_states import cached_states
     from lorakeet.train.loop import train
     from lorakeet.train.progress import Record, Silent
     from lorakeet.train.run import RunFolder
@@ -81,7 +81,8 @@ def train_lorakeet(
         raise SystemExit(f"{len(beside)} rows are left beside those of the training, and {rows_beside} are wanted.")
     task = ready_to_train(setup, held_out=())  # so that only training is timed
     require_same_rows(task, workload)
-    setup.text.shares_prefix = setup.text.shares_prefix and shares_prefix
+    if not shares_prefix:
+        task.text = task.text.with_options(share_prefix=False)
     log = StepLog(
         notes={
             "weights": str(setup.text.dtype).removeprefix("torch."),
@@ -94,7 +95,7 @@ def train_lorakeet(
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         if layers != "all" and steps >= 2 * task.steps_per_epoch:  # as workflows/finetune decides
-            kept = prefix_states(setup.text, task.train, folder=folder, micro_tokens=setup.config.train.micro_tokens)
+            kept = cached_states(setup.text, task.train, folder=folder, micro_tokens=setup.config.train.micro_tokens)
             log.notes["bytes of kept states"] = stack.enter_context(kept).bytes
             log.before = time.perf_counter() - log.last
         train(task, setup.config.train, run=RunFolder.create(folder / "run"), report=recorder(log, workload, setup, task, beside))

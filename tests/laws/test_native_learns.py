@@ -20,7 +20,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.kernels.cpu import dense, int8_rows, operators, stored, trained_pairs
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
@@ -68,7 +68,7 @@ def rounded_model(folder: Path, family: str) -> Path:
 def test_a_second_backward_pass_is_refused(tmp_path: Path) -> None:
     """The first one overwrites what was saved."""
     text = load_text_model(ModelSpec(path=str(rounded_model(tmp_path, "llama")), dtype="bfloat16", products="bfloat16"))
-    put_adapter(text, random_adapter(text.model))
+    add_adapter(text, random_adapter(text.model))
     ids = torch.arange(40) % 90
     loss, _ = text_loss(text, Batch(ids, (40,), torch.arange(40), ids.roll(1), ("one",)))
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ def test_products_in_int8_learn_to_the_bit_what_torch_s_do(tmp_path: Path) -> No
     found, calls = [], []
     for used in (True, False):
         text = load_text_model(spec)
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
         text.model.train()
         with pytest.MonkeyPatch.context() as patch, Counted() as counted:
             if not used:
@@ -120,7 +120,7 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
         (exact, nullcontext()),
     ):
         text = load_text_model(spec)
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
         with Counted() as counted, context:
             found.append(learnt(text, batch))
         calls.append(counted.calls)
@@ -155,13 +155,14 @@ def test_adapters_that_share_a_batch_learn_the_same_in_one_call(family: str, tmp
     for spec, context in ((narrow, nullcontext()), (narrow, operators.without()), (exact, nullcontext())):
         text = load_text_model(spec)
         for name in names:
-            put_adapter(text, adapter, name)
+            add_adapter(text, adapter, name)
         trained = {f"{name}/{key}": each for name in names for key, each in trained_parameters(text.model, name).items()}
         for parameter in trained.values():
             parameter.requires_grad_(True)
         text.model.train()
-        with Counted() as counted, context, text.every_token(filled=True):
-            selection_of(text.model).divide(shares, units=text.filled(100))
+        text = text.with_every_token(pad=True)
+        with Counted() as counted, context:
+            selection_of(text.model).divide(shares, units=text.computed_tokens(100))
             loss, _ = text_loss(text, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():

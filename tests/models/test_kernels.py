@@ -29,7 +29,7 @@ from lorakeet.models.kernels import (
     where_possible,
 )
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
@@ -63,7 +63,7 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     ids = torch.arange(6)
     batch = Batch(ids, (6,), ids, ids, ("row",)).to(DEVICE)
     for text in (fused, plain):
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
     calls: list[int] = []
     launch = dispatch.low_rank_product
     monkeypatch.setattr("lorakeet.core.lowrank.low_rank_product", lambda *given: calls.append(1) or launch(*given))
@@ -231,6 +231,6 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
 def test_an_adapted_model_makes_its_passes_by_them(tiny_llama_folder: Path) -> None:
     for asked, expected in (("triton", Kernels(64)), ("torch", None)):
         text = load_text_model(spec(tiny_llama_folder, kernels=asked))
-        put_adapter(text, random_adapter(text.model))
+        add_adapter(text, random_adapter(text.model))
         norms = [module for module in text.model.modules() if isinstance(module, FrozenRmsNorm)]
         assert norms and all(norm.kernels == expected for norm in norms)

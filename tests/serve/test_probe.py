@@ -11,7 +11,7 @@ from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.spec import QuantSpec
@@ -57,7 +57,7 @@ def test_the_record_of_training_is_what_a_server_finds(tiny_llama_folder: Path, 
     for method, dtype in (("none", "float32"), ("nf4", "float32"), ("none", "bfloat16")):
         spec = ModelSpec(path=str(tiny_llama_folder), dtype=dtype, products="float32", quantize=QuantSpec(method=method))  # type: ignore[arg-type]
         trained, served = (load_text_model(spec, say=lambda _: None) for _ in range(2))
-        put_adapter(trained, peft.read(folder), "default")
+        add_adapter(trained, peft.read(folder), "default")
         live = LiveModel(served)
         prober = Prober(served, live.selection)
         live.attach("a@1", peft.read(folder))

@@ -28,6 +28,7 @@ from lorakeet.train.log import read_metrics
 from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import assemble_text as assembling
+from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import into_peft
@@ -104,7 +105,7 @@ def test_what_the_loop_says_reaches_the_person(finished: Any, tmp_path: Path) ->
     copy, said = tmp_path / "copy", io.StringIO()
     shutil.copytree(finished.path, copy)
     (copy / "checkpoints" / "step-000006" / "trained.safetensors").write_bytes(b"x")
-    finetune(read_run(copy / "config.yaml"), resume=copy, console=Console(file=said, width=200))
+    finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=Console(file=said, width=200))
     assert "The checkpoint step-000006 is damaged" in said.getvalue()
     assert "step 6/6 · loss " in said.getvalue() and "step 6: held-out loss " in said.getvalue()
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
@@ -115,7 +116,7 @@ def test_resuming_a_finished_run_judges_it_again_and_changes_no_adapter(finished
     shutil.copytree(finished.path, copy)
     (copy / "report.json").unlink()
     config = read_run(copy / "config.yaml")
-    result = finetune(config, resume=copy, console=quiet())
+    result = finetune(config, FinetuneOptions(resume=copy), console=quiet())
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
     assert result.report is not None and result.report.systems == finished.result.report.systems
     assert read_report(copy / "report.json").systems == finished.result.report.systems
@@ -129,7 +130,7 @@ def test_a_run_without_its_last_steps_is_resumed_to_the_same_bytes(finished: Any
         (copy / name).unlink()
     shutil.rmtree(copy / "checkpoints" / "step-000006")
     shutil.rmtree(copy / "adapter")
-    finetune(read_run(copy / "config.yaml"), resume=copy, console=quiet())
+    finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=quiet())
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
     steps = [[record["step"] for record in read_metrics(path / "metrics.jsonl")] for path in (copy, finished.path)]
     assert steps[0] == steps[1]
@@ -142,7 +143,7 @@ def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path
     write_rows(data, reviews(61, seed=9))
     config = read_run(copy / "config.yaml", {"data.train": str(data)})
     with pytest.raises(DataError, match="not what this run started with"):
-        finetune(config, resume=copy, console=quiet())
+        finetune(config, FinetuneOptions(resume=copy), console=quiet())
     assert tree(copy) == before
 
 
@@ -155,7 +156,7 @@ def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_pat
     shutil.rmtree(model)
     save_tiny_llama(model, seed=1)
     with pytest.raises(ConfigError, match=r"files of the base model changed since .* started \(sha256 .*; restore the old ones"):
-        finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+        finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert tree(out) == before
 
 
@@ -164,7 +165,7 @@ def test_a_resumed_run_finds_its_model_at_another_place(finished: Any, tmp_path:
     shutil.copytree(finished.path, out)
     shutil.copytree(finished.model, moved)
     config = read_run(out / "config.yaml", {"model.path": str(moved)})
-    result = finetune(config, resume=out, console=quiet())
+    result = finetune(config, FinetuneOptions(resume=out), console=quiet())
     assert result.outcome is not None and result.outcome.steps == 6
     weights = "adapter_model.safetensors"  # the other file names the model's new place
     assert adapter_bytes(out)[weights] == adapter_bytes(finished.path)[weights]
@@ -172,7 +173,7 @@ def test_a_resumed_run_finds_its_model_at_another_place(finished: Any, tmp_path:
 
 def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = finetune(settings(tiny_llama_folder, rows, out), dry_run=True, console=quiet())
+    result = finetune(settings(tiny_llama_folder, rows, out), FinetuneOptions(dry_run=True), console=quiet())
     mapping = result.to_mapping()
     assert mapping["dry_run"] is True and mapping["steps"] == 6 and mapping["pairs"] == len(mapping["plan"]["entries"]) == 14
     assert mapping["trained_parameters"] == 3712 and mapping["tokens_per_epoch"] > 0
@@ -181,7 +182,9 @@ def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path:
 
 def test_a_dry_run_of_a_run_to_go_on_with_writes_nothing(finished: Any) -> None:
     before = tree(finished.path)
-    result = finetune(read_run(finished.path / "config.yaml"), resume=finished.path, dry_run=True, console=quiet())
+    result = finetune(
+        read_run(finished.path / "config.yaml"), FinetuneOptions(resume=finished.path, dry_run=True), console=quiet()
+    )
     assert result.to_mapping()["dry_run"] is True and tree(finished.path) == before
 
 
@@ -200,7 +203,7 @@ def test_rows_without_labels_are_judged_by_their_loss(tiny_llama_folder: Path, t
 
 def test_every_turn_of_the_assistant_is_learnt_through_the_template(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
-    setup = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), dry_run=True, console=quiet()).setup
+    setup = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), FinetuneOptions(dry_run=True), console=quiet()).setup
     example = setup.train.examples[0]
     row = next(row for row in setup.dataset.train if row.key == example.key)
     learnt = setup.text.tokenizer.decode(example.ids[example.supervised].tolist())
@@ -272,7 +275,7 @@ def test_ctrl_c_while_judging_says_how_to_go_on(
     assert f"lorakeet finetune --resume {out}" in str(stopped.value) and stopped.value.__cause__ is None
     monkeypatch.undo()
     adapter = adapter_bytes(out)
-    finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+    finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert adapter_bytes(out) == adapter and (out / "report.html").is_file()
 
 
@@ -282,7 +285,7 @@ def test_a_run_that_cannot_be_injected_writes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("no")
 
-    monkeypatch.setattr(assembling, "begin_adapter", refuse)
+    monkeypatch.setattr(assembling, "initialise_adapter", refuse)
     with pytest.raises(ConfigError):
         run(tiny_llama_folder, rows, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -317,7 +320,7 @@ def test_states_below_the_lowest_pair_are_kept_and_change_nothing_but_rounding(r
     top["train.keep_prefix_states"] = "true"
     kept = settings(model, rows, tmp_path / "kept", top)
     finetune(kept, console=Console(file=said, width=300))
-    assert re.search(r"lowest 1 blocks hold nothing that is trained: what they make of \d+ rows is kept", said.getvalue())
+    assert re.search(r"lowest 1 blocks train nothing: their output for \d+ rows is cached", said.getvalue())
     plain = run(model, rows, tmp_path / "plain", {**top, "train.keep_prefix_states": "false"})
     assert plain.outcome is not None
     losses = [
@@ -328,5 +331,5 @@ def test_states_below_the_lowest_pair_are_kept_and_change_nothing_but_rounding(r
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "kept", copy)
     shutil.rmtree(copy / "checkpoints" / "step-000016")
-    finetune(read_run(copy / "config.yaml"), resume=copy, console=quiet())
+    finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=quiet())
     assert adapter_bytes(copy) == adapter_bytes(tmp_path / "kept")

@@ -246,7 +246,7 @@ def surviving_share(base: Scores, adapter: Scores, other: Scores, spec: Evaluate
     whole, kept = rows[0] - rows[1], rows[0] - rows[2]
     if whole.sum() <= 0:
         raise DataError(
-            f"The adapter gained nothing over its base on these {len(whole)} held-out rows ({whole.mean():+.4f} nats per row), so "
-            "it has no gain to retain. Train it further first."
+            f"The adapter gained nothing over its base on these {len(whole)} held-out rows ({whole.mean():+.4f} nats per row), "
+            "so it has no gain to retain. Train it further first."
         )
     return ratio(kept, whole, spec=spec, groups=base.groups)

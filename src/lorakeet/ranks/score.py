@@ -96,8 +96,8 @@ def gradient_directions(halves: Halves, ranks: Mapping[str, int]) -> dict[str, T
 def _require_finite(path: str, numbers: Tensor) -> None:
     if not numbers.isfinite().all():
         raise DataError(
-            f"The states at '{path}' are not finite on these rows, so lora.start has no direction there. Try model.dtype float32, "
-            "or lora.start kaiming."
+            f"The states at '{path}' are not finite on these rows, so lora.start has no direction there. Try model.dtype "
+            "float32, or lora.start kaiming."
         )
 
 

@@ -83,7 +83,8 @@ def train(
     if budget is None:
         keep_freed_memory()
     else:
-        training.budget, training.best, training.cuda_device = budget, BestTensors(run.best), card_of(training.parameters.values())
+        training.budget, training.best = budget, BestTensors(run.best)
+        training.cuda_device = card_of(training.parameters.values())
     alone = run.locked() if task.processes.first else nullcontext()  # no other process trains in this folder
     with alone, PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory

@@ -25,9 +25,9 @@ from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.memory.cuda import promised
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.files.fingerprint import fingerprint
+from lorakeet.models.text.cached_states import cached_states, frozen_depth
 from lorakeet.models.text.digests import frozen_digests
-from lorakeet.models.text.hidden_states import frozen_depth, prefix_states
-from lorakeet.models.text.shard import part_blocks
+from lorakeet.models.text.shard import shard_blocks
 from lorakeet.train.launch import launched
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
@@ -43,6 +43,7 @@ from lorakeet.workflows.finetuning.evaluate_text import Judge
 from lorakeet.workflows.finetuning.finish import conclude, judging
 from lorakeet.workflows.finetuning.terminal import show_run_plan
 from lorakeet.workflows.finetuning.train_image import ImageResult, finetune_images
+from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.multi_process import begun_together, judged_together, require_combinable
 from lorakeet.workflows.runs.output_paths import require_place
 from lorakeet.workflows.runs.peak_memory import say_peak
@@ -89,48 +90,43 @@ class FinetuneResult:
 
 
 def finetune(
-    config: RunConfig,
-    *,
-    resume: Path | None = None,
-    dry_run: bool = False,
-    budget: str | None = None,
-    quick: bool = False,
-    console: Console,
+    config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *, console: Console
 ) -> FinetuneResult | ImageResult:
-    """Trains, judges and certifies; everything is in the run folder `config.out`, or in `resume`.
+    """Trains, judges and certifies; everything is in the run folder `config.out`, or in `options.resume`.
 
-    A run whose settings name no learning rate, or one that is asked to by `quick`, tries three first
+    A run whose settings name no learning rate, or one that is asked to by `options.quick`, tries three first
     (workflows/tuning/learning_rate).
     Started by torchrun, all its processes train it together, and the first one does everything else (train/processes).
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then holds it).
     """
-    config = _with_budget(config, budget)
-    launch = launched()
-    run = RunFolder(resume or Path(config.out), launch.command)
+    config = _with_budget(config, options.budget)
+    launch, resume = launched(), options.resume is not None
+    run = RunFolder(options.resume or Path(config.out), launch.command)
     with joined(launch) as processes, begun_together(run):
         require_combinable(config, launch)
         require_recordable(config, launch.count)
-        if not dry_run:
-            processes.from_first(lambda: _require_run(run, resume=resume is not None))
+        if not options.dry_run:
+            processes.from_first(lambda: _require_run(run, resume=resume))
         require_sink(config.train.log_to)
-        _check_quick(config, quick, resume)
+        _check_quick(config, options)
         with promised(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
             if config.kind == "image":
-                return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
+                return finetune_images(config, run, resume=resume, dry_run=options.dry_run, console=console)
             setup = dataclasses.replace(assemble(config, console, processes), memory=memory)
             show_run_plan(setup, console)
-            if dry_run:
+            if options.dry_run:
                 return FinetuneResult(setup, run)
-            return _trained(setup, run, resume=resume is not None, quick=quick, console=console)
+            return _trained(setup, run, options, console)
 
 
-def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, console: Console) -> FinetuneResult:
+def _trained(setup: Assembly, run: RunFolder, options: FinetuneOptions, console: Console) -> FinetuneResult:
     """Trained by all processes; judged and certified by the first one, or by all where each has a part of the base only."""
-    processes = setup.processes
-    setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=quick)
+    processes, resume = setup.processes, options.resume is not None
+    setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=options.quick)
     setup = _with_rate(setup, processes.from_first(lambda: setup.config.train.learning_rate))
     task = ready_to_train(setup)
+    setup = dataclasses.replace(setup, text=task.text)
     if setup.config.train.keep_prefix_states:
         frozen_depth(setup.text)  # refused before anything is written
     record_passes(setup.text, task, console)
@@ -139,7 +135,8 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
     if setup.parted:
         with processes.gathering():
-            part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
+            task.text = shard_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
+        setup = dataclasses.replace(setup, text=task.text)
     elif setup.config.train.shard:
         console.print("train.shard parts the base over several processes. This is one, which holds it whole.", soft_wrap=True)
     try:
@@ -182,7 +179,7 @@ def _kept_states(setup: Assembly, task: TextTask, run: RunFolder, console: Conso
     several = spec.total_steps(task.steps_per_epoch) >= 2 * task.steps_per_epoch
     rows = (*task.held_out_rows, *(task.train if several else ()))
     say = partial(console.print, markup=False, soft_wrap=True)
-    with prefix_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
+    with cached_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
         yield
 
 
@@ -196,13 +193,13 @@ def _with_budget(config: RunConfig, budget: str | None) -> RunConfig:
     return dataclasses.replace(config, ranks=ranks)
 
 
-def _check_quick(config: RunConfig, quick: bool, resume: Path | None) -> None:
+def _check_quick(config: RunConfig, options: FinetuneOptions) -> None:
     """Raises ConfigError where --quick cannot mean anything."""
-    if not quick:
+    if not options.quick:
         return
     problems = Problems("--quick cannot be used")
-    if resume is not None:
-        problems.add(f"{resume} has its learning rate already, and a resumed run keeps it. Leave --quick out.")
+    if options.resume is not None:
+        problems.add(f"{options.resume} has its learning rate already, and a resumed run keeps it. Leave --quick out.")
     if config.kind == "image":
         problems.add("Learning rates are tried for text models only. Leave --quick out, and compare whole runs.")
     if config.train.rate_trial_steps < FEWEST_STEPS:

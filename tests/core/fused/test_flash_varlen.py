@@ -22,7 +22,7 @@ from lorakeet.models.attention import packed_attention
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.text.loss import text_loss
@@ -88,7 +88,7 @@ def test_the_definition_that_proves_the_kernel_is_that_of_attention(
 def trained(folder: Path, dtype: str) -> tuple[TextModel, float, dict[str, Tensor]]:
     """A model with pairs that are not zero, the loss of rows that begin alike, and its gradients."""
     text = load_text_model(ModelSpec(path=str(folder), dtype=dtype, products=dtype, device="cpu"))  # type: ignore[arg-type]
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
     parameters = trained_parameters(text.model)
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -28,8 +28,8 @@ from lorakeet.models import modules
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.hidden_states import prefix_states
+from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.cached_states import cached_states
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.train.spec import TrainSpec
@@ -201,9 +201,10 @@ def test_several_adapters_in_one_pass(folder: Path, used: list[bool], monkeypatc
     half = sum(len(row.ids) for row in examples[:2])
 
     def divided() -> dict[str, Tensor]:
-        with text.every_token(filled=True):
-            selection_of(text.model).divide([Share(0, half, "a"), Share(half, tokens, "b", 0.5)], units=text.filled(tokens))
-            return step(text, examples, "a", "b")
+        seen = text.with_every_token(pad=True)
+        shares = [Share(0, half, "a"), Share(half, tokens, "b", 0.5)]
+        selection_of(text.model).divide(shares, units=seen.computed_tokens(tokens))
+        return step(seen, examples, "a", "b")
 
     found = divided()
     assert used == [True] * 3
@@ -321,12 +322,13 @@ def _half_turned(text: TextModel) -> None:
 
 
 def _dora(text: TextModel) -> None:
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, variant="dora"), text.family), seed=1, name="dora")
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2, variant="dora"), text.family), seed=1, name="dora")
     selection_of(text.model).use("dora")
 
 
 def _some_layers(text: TextModel) -> None:
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, target_modules=("attention",)), text.family), seed=1, name="some")
+    lora = LoraSpec(rank=2, target_modules=("attention",))
+    initialise_adapter(text, plan_for(text.model, lora, text.family), seed=1, name="some")
     selection_of(text.model).use("some")
 
 
@@ -362,17 +364,19 @@ def _bare(text: TextModel) -> None:
     selection_of(text.model).use(None)
 
 
-def _wide_products(text: TextModel) -> None:
-    text.products = torch.float32
+def _wide_products(text: TextModel) -> TextModel:
+    return replace(text, products=torch.float32)
 
 
 LEFT = [_dora, _some_layers, _listened, _listened_block, _bare, _wide_products, _windowed, _cut_away]
 
 
 @pytest.mark.parametrize("change", LEFT)
-def test_what_it_does_not_know_is_left_to_the_parts(folder: Path, change: Callable[[TextModel], None], used: list[bool]) -> None:
+def test_what_it_does_not_know_is_left_to_the_parts(
+    folder: Path, change: Callable[[TextModel], TextModel | None], used: list[bool]
+) -> None:
     text = load(folder)
-    change(text)
+    text = change(text) or text
     loss, _ = text_loss(text, pack_examples(rows(2)))
     if loss.requires_grad:
         loss.backward()
@@ -410,7 +414,7 @@ def test_above_kept_states_blocks_compute_what_they_compute_in_a_whole_pass(fold
     own, found = rows(4), []
     for kept in (False, True):
         text = load(folder, replace(LORA, layers="top:2"))
-        with prefix_states(text, own, folder=None, micro_tokens=1000) if kept else nullcontext():
+        with cached_states(text, own, folder=None, micro_tokens=1000) if kept else nullcontext():
             used.clear()
             loss, _ = text_loss(text, pack_examples(own))
             loss.backward()

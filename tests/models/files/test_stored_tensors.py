@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models.files.stored_tensors import READERS, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.quantize import quantize
 from tiny.runs import quiet
 
@@ -43,7 +44,7 @@ def test_a_packed_folder_promises_its_layers_and_reads_none(
     method: str, folder: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tmp_path / "packed"
-    quantize(str(tiny_llama_folder), method=method, out=packed, console=quiet())  # type: ignore[arg-type]
+    quantize(QuantizeOptions(str(tiny_llama_folder), method=method, out=packed), console=quiet())  # type: ignore[arg-type]
     stored = stored_quantisation(AutoConfig.from_pretrained(packed))
     assert stored is not None and method_of(stored) == method
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.streaming.model import NotStreamed, StreamedBlock, StreamedEmbedding, StreamedHead, hold, plain_output
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama
@@ -102,7 +102,7 @@ def test_adapters_begin_and_come_back_as_on_the_resident_model(
     lora = LoraSpec(rank=4, alpha=12.0, **settings)  # type: ignore[arg-type]
     begun = []
     for text in twins:
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=0)
+        initialise_adapter(text, plan_for(text.model, lora, text.family), seed=0)
         inject.attach(text.model, inject.adapter_of(text.model), "again")
         begun.append(inject.trained_parameters(text.model, "again"))
         assert all(not layer.weight.is_meta for _, layer in modules.adapted_layers(text.model)) == (text is twins[0])

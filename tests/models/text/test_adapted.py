@@ -13,7 +13,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.models.inject import activate, adapter_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import as_trained, begin_adapter, put_adapter
+from lorakeet.models.text.adapted import add_adapter, as_trained, initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 
@@ -31,12 +31,12 @@ def kinds(text: TextModel) -> tuple[int, int, set[torch.dtype | None]]:
 
 def test_an_adapter_that_was_put_in_again_computes_what_the_trained_one_does(tiny_llama_folder: Path) -> None:
     live, again = loaded(tiny_llama_folder), loaded(tiny_llama_folder)
-    begin_adapter(live, plan_for(live.model, LoraSpec(rank=4, alpha=12), live.family), seed=3)
+    initialise_adapter(live, plan_for(live.model, LoraSpec(rank=4, alpha=12), live.family), seed=3)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trained_parameters(live.model).values():
             parameter.normal_(std=0.1)
-    put_adapter(again, adapter_of(live.model), "second")
+    add_adapter(again, adapter_of(live.model), "second")
     assert kinds(live) == kinds(again)
     pairs, fused, products = kinds(live)
     assert pairs == 14 and fused == 7 and products == {torch.float32}  # 2 MLPs, 5 norms
@@ -48,7 +48,7 @@ def test_an_adapter_that_was_put_in_again_computes_what_the_trained_one_does(tin
 
 def test_a_bare_model_computes_as_trained_within_a_context(tiny_llama_folder: Path) -> None:
     bare, live = loaded(tiny_llama_folder), loaded(tiny_llama_folder)
-    begin_adapter(live, plan_for(live.model, LoraSpec(rank=4, alpha=12), live.family), seed=3)
+    initialise_adapter(live, plan_for(live.model, LoraSpec(rank=4, alpha=12), live.family), seed=3)
     activate(live.model, None)
     with as_trained(bare), as_trained(live):
         assert kinds(bare) == (0, 7, set()) and kinds(live)[1] == 7

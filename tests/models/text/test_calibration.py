@@ -45,9 +45,10 @@ def test_blocks_get_and_give_what_they_do_in_the_model(family: str, on_disk: boo
         block.register_forward_pre_hook(lambda module, args, number=number: seen[number].append(args[0].clone()))
         for number, block in enumerate(blocks)
     ]
-    with torch.no_grad(), text.every_token():
+    watched = text.with_every_token()
+    with torch.no_grad():
         for batch in batches():
-            text.hidden(batch)
+            watched.hidden(batch)
     for handle in handles:
         handle.remove()
     scratch = tmp_path / "scratch"

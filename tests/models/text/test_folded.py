@@ -14,7 +14,7 @@ from lorakeet.core.math import delta, scale_of
 from lorakeet.errors import ConfigError
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, attach
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.folded import fold_layers, folded_weights
 from tiny.adapters import random_adapter, random_pair
 from tiny.models import save_tiny_llama
@@ -90,7 +90,7 @@ def test_a_streamed_models_weights_are_read_from_its_store(
     resident, streamed = loaded(folder, method=method), loaded(folder, tmp_path / "store", method=method)
     adapter = random_adapter(loaded(folder).model, *leaves, dora=method == "nf4")
     for text in (resident, streamed):
-        put_adapter(text, adapter, "mine")
+        add_adapter(text, adapter, "mine")
         text.release()
     assert streamed.streamed is not None and not streamed.streamed.stream._slots
     for name in ("mine", None):

@@ -53,9 +53,10 @@ def test_each_block_sees_what_the_quantised_ones_before_it_make(family: str, att
         layer = PackedLinear(base, module.bias, transposed=type(module).__name__ == "Conv1D")
         layer.register_forward_pre_hook(lambda module, args, path=path: seen[path].append(args[0].flatten(0, -2)))
         finished.model.set_submodule(path, layer)
-    with torch.no_grad(), finished.every_token():
+    watched = finished.with_every_token()
+    with torch.no_grad():
         for row in rows():
-            finished.hidden(pack_examples([row]))
+            watched.hidden(pack_examples([row]))
     for path, base in bases.items():
         weight = dense.model.get_submodule(path).weight
         weight = weight.t() if family == "gpt2" else weight

@@ -20,7 +20,7 @@ from lorakeet.models import modules
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.folded import frozen_weights
 from lorakeet.models.text.live import MOST_FITS, LiveModel
 from lorakeet.models.text.load import load_text_model
@@ -62,7 +62,7 @@ def test_computes_what_an_attached_adapter_computes(text: TextModel, bare: Any, 
     assert torch.equal(logits(text), plain), "attaching is not activating"
     live.selection.use("a@1")
     other = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32"))
-    put_adapter(other, adapter, "a")
+    add_adapter(other, adapter, "a")
     activate(other.model, "a")
     torch.testing.assert_close(logits(text), logits(other), rtol=1e-4, atol=1e-4)
     assert live.mixes("a@1") is not dora
@@ -282,7 +282,7 @@ def test_biases_and_lengths_are_served(text: TextModel, bare: Any, dora: bool, t
     live.attach("a", biased)
     live.selection.use("a")
     other = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32"))
-    put_adapter(other, biased, "a")
+    add_adapter(other, biased, "a")
     activate(other.model, "a")
     torch.testing.assert_close(logits(text), logits(other), rtol=1e-4, atol=1e-4)
     assert not live.mixes("a") and not any(parameter.requires_grad for parameter in text.model.parameters())

@@ -22,8 +22,8 @@ from lorakeet.models.fuse import fuse
 from lorakeet.models.modules import find
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.hidden_states import prefix_states
+from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.cached_states import cached_states
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
@@ -196,7 +196,7 @@ def streamed_or_not(folder: Path, store: Path | None, names: str) -> tuple[TextM
         lora, spec, seed = WANTED[name]
         spec = dataclasses.replace(spec, steps=3, micro_tokens=60)
         lora = dataclasses.replace(lora, dropout=0.2 if name == "b" else 0.0)
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=spec.seed, name=name)
+        initialise_adapter(text, plan_for(text.model, lora, text.family), seed=spec.seed, name=name)
         members.append(Member(name, spec, rows(14, seed), rows(6, 2)))
     return text, members
 
@@ -249,11 +249,11 @@ def test_rows_whose_states_are_kept_begin_above_and_members_become_the_same(tiny
         plan = plan_for(text.model, lora, text.family)
         block: Any = find(text.model, "model.layers.0")
         block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
-        states = prefix_states(text, rows(6, 2), folder=None, micro_tokens=200, plans=[plan], later=rows(14, 1))
+        states = cached_states(text, rows(6, 2), folder=None, micro_tokens=200, plans=[plan], later=rows(14, 1))
         with states if kept else nullcontext():
             passed.clear()
             for name in "ab":
-                begin_adapter(text, plan, seed=3, name=name)
+                initialise_adapter(text, plan, seed=3, name=name)
             specs = [dataclasses.replace(SPEC, steps=8, seed=number) for number in range(2)]
             members = [Member(name, spec, rows(14, 1), rows(6, 2)) for name, spec in zip("ab", specs, strict=True)]
             ended = train_many(text, members)

@@ -13,7 +13,7 @@ from lorakeet.memory.spill import Aside, HostAside
 from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.streamed_gradients import _Random, gradients_by_block
 from lorakeet.train.text.task import TextTask
@@ -27,7 +27,7 @@ LORA = LoraSpec(rank=4, alpha=12.0, dropout=0.1)
 
 def task_on(folder: Path, store: Path | None, **streaming: Any) -> TextTask:
     text = loaded(folder, store)
-    begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
     with torch.no_grad():
         for number, parameter in enumerate(trained_parameters(text.model).values()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))

@@ -25,7 +25,8 @@ from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.device import standing_for
 from lorakeet.models.placement import device_for
-from lorakeet.models.text.batch_shape import BatchShape
+from lorakeet.models.text.cuda_graphs import BatchShape
+from lorakeet.models.text.model import TextModel
 from lorakeet.train.checkpoint import run_identity
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
@@ -35,6 +36,7 @@ from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import cuda_graphs as workflow
 from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
 from lorakeet.workflows.finetuning.cuda_graphs import largest_batch, record_passes, require_recordable
+from lorakeet.workflows.options import FinetuneOptions, TuneOptions
 from lorakeet.workflows.tune import tune
 from tiny.flash import Flash
 from tiny.models import save_tiny_llama
@@ -87,13 +89,13 @@ def test_the_largest_micro_batch_comes_first_and_has_room_for_all(
     record_passes(setup.text, task, Console(file=said), Tape())
     passes = task.replayed
     assert passes is not None
-    (first,) = passes.recorded
+    (first,) = passes.graphs
     assert "Recording the passes of a micro-batch of " in said.getvalue()
     batches = [batch for step in range(2 * task.steps_per_epoch) for batch in task.batches(step)]
-    shapes = [BatchShape.of(batch.lengths, passes.room.longest) for batch in batches]
-    assert first.tokens == passes.room.tokens >= max(shape.tokens for shape in shapes)
-    assert all(shape.tokens <= passes.room.tokens and shape.rows <= passes.room.rows for shape in shapes)
-    assert passes.room.longest == max(len(row.ids) for row in task.train)
+    shapes = [BatchShape.of(batch.lengths, passes.capacity.longest) for batch in batches]
+    assert first.tokens == passes.capacity.tokens >= max(shape.tokens for shape in shapes)
+    assert all(shape.tokens <= passes.capacity.tokens and shape.rows <= passes.capacity.rows for shape in shapes)
+    assert passes.capacity.longest == max(len(row.ids) for row in task.train)
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 400), st.integers(1, 12))
@@ -117,7 +119,7 @@ def test_rows_that_begin_alike_are_cut_as_rows_that_share_nothing(
     task = ready_to_train(setup)
     record_passes(setup.text, task, quiet(), Tape())
     assert all(batch.tokens <= 200 for batch in task.batches(0))
-    monkeypatch.setattr(setup.text, "micro_batches", None)  # which looks for what rows share
+    monkeypatch.setattr(TextModel, "micro_batches", None)  # which looks for what rows share
     plain = micro_batches([task.train[row] for row in task.order.indices(0)], 200)
     assert [batch.keys for batch in task.batches(0)] == [batch.keys for batch in plain]
     task.replayed = None
@@ -149,7 +151,7 @@ def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_fold
         finetune(config_with(data, tmp_path, tiny_llama_folder, model__device="gpu"), console=quiet())
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="a search trains several"):
-        tune(config, quick=True, console=quiet())
+        tune(config, TuneOptions(quick=True), console=quiet())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
@@ -237,6 +239,6 @@ def test_a_run_whose_config_is_edited_resumes(finished: Any, tmp_path: Path) -> 
     file = folder / "config.yaml"
     file.write_text(file.read_text().replace("cuda_graphs: false", "cuda_graphs: true"))
     with pytest.raises(EnvironmentProblem, match=r"Set train\.cuda_graphs to false"):
-        finetune(read_run(file, {}), resume=folder, console=quiet())
+        finetune(read_run(file, {}), FinetuneOptions(resume=folder), console=quiet())
     file.write_text(file.read_text().replace("cuda_graphs: true", "cuda_graphs: false"))
-    assert finetune(read_run(file, {}), resume=folder, console=quiet()).exit_code == 0
+    assert finetune(read_run(file, {}), FinetuneOptions(resume=folder), console=quiet()).exit_code == 0

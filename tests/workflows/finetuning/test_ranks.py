@@ -22,6 +22,7 @@ from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import ranks as choosing
 from lorakeet.workflows.finetuning.assemble_text import assemble, begin_pairs, ready_to_train
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
+from lorakeet.workflows.options import FinetuneOptions
 from tiny.runs import QUICK, adapter_bytes, quiet, settings
 
 AUTO = {"ranks": "auto", "ranks.max_rank": 12}
@@ -30,7 +31,7 @@ AUTO = {"ranks": "auto", "ranks.max_rank": 12}
 @pytest.fixture(scope="module")
 def chosen(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("chosen") / "run"
-    return finetune(settings(finished.model, finished.data, out, AUTO), budget="3000", console=quiet())
+    return finetune(settings(finished.model, finished.data, out, AUTO), FinetuneOptions(budget="3000"), console=quiet())
 
 
 def test_the_saved_run_file_says_the_ranks_and_gives_the_same_run(chosen: Any, tmp_path: Path) -> None:
@@ -38,18 +39,18 @@ def test_the_saved_run_file_says_the_ranks_and_gives_the_same_run(chosen: Any, t
     assert 2900 < pair_parameters(plan) <= 3000 and len({entry.rank for entry in plan.entries}) > 2
     saved = read_run(run.config, {"out": str(tmp_path / "again")})
     assert saved.ranks.choose == "given" and saved.ranks.budget is None
-    assert finetune(saved, dry_run=True, console=quiet()).setup.plan == plan
+    assert finetune(saved, FinetuneOptions(dry_run=True), console=quiet()).setup.plan == plan
     finetune(saved, console=quiet())
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(run.path)
 
 
 def test_a_dry_run_and_a_resumed_run_agree(chosen: Any, finished: Any, tmp_path: Path) -> None:
     again = settings(finished.model, finished.data, tmp_path / "dry", {**AUTO, "ranks.budget": "3k"})
-    dry = finetune(again, dry_run=True, console=quiet())
+    dry = finetune(again, FinetuneOptions(dry_run=True), console=quiet())
     assert dry.setup.plan == chosen.setup.plan and not (tmp_path / "dry").exists()
     assert dry.to_mapping()["rank_pattern"] == chosen.setup.config.lora.rank_pattern, "which can be edited and given"
     before = adapter_bytes(chosen.run.path)
-    finetune(read_run(chosen.run.config), resume=chosen.run.path, console=quiet())
+    finetune(read_run(chosen.run.config), FinetuneOptions(resume=chosen.run.path), console=quiet())
     assert adapter_bytes(chosen.run.path) == before
 
 
@@ -110,7 +111,7 @@ def test_budgets_that_cannot_be_spent(
 ) -> None:
     config = settings(finished.model, finished.data, tmp_path / "run", {**AUTO, **changes})
     with pytest.raises(ConfigError) as caught:
-        finetune(config, budget=budget, console=quiet())
+        finetune(config, FinetuneOptions(budget=budget), console=quiet())
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run").exists()
 
 
@@ -170,7 +171,7 @@ def test_pairs_begin_along_what_was_measured_and_resume_to_the_same_bytes(finish
         for path in done.run.checkpoints.iterdir():
             if kept is None or path.name == kept:
                 shutil.rmtree(path)
-        finetune(read_run(done.run.config), resume=done.run.path, console=quiet())
+        finetune(read_run(done.run.config), FinetuneOptions(resume=done.run.path), console=quiet())
         assert adapter_bytes(done.run.path) == before
 
 

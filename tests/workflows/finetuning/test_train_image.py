@@ -26,6 +26,7 @@ from lorakeet.train.progress import Record, Silent
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import assemble_image, train_image
 from lorakeet.workflows.finetuning.train_image import ImageResult
+from lorakeet.workflows.options import FinetuneOptions
 from tiny.image_runs import image_config, image_run
 from tiny.pictures import album, drawn
 from tiny.pipelines import save_tiny_scorer
@@ -77,7 +78,7 @@ def test_a_finished_run_is_judged_again_with_a_scorer(tiny_sd_folder: Path, tmp_
     first = image_run(tiny_sd_folder, tmp_path)
     scorer = save_tiny_scorer(tmp_path / "clip")
     config = image_config(tiny_sd_folder, tmp_path, diffusion__scorer=scorer, out=first.run.path)
-    found = finetune(config, resume=first.run.path, console=Console(quiet=True))
+    found = finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
     assert isinstance(found, ImageResult) and found.report is not None and "Not run" not in found.report.facts
     assert str(scorer) in found.report.facts["Samples scored by"]
     metrics = [comparison.metric for comparison in read_report(found.run.report).comparisons]
@@ -112,7 +113,7 @@ def test_settings_of_diffusion_do_not_go_with_a_flow(
 
 def test_a_finished_run_is_judged_again_to_the_same_numbers(result: ImageResult) -> None:
     config = read_run(result.run.config)
-    again = finetune(config, resume=result.run.path, console=Console(quiet=True))
+    again = finetune(config, FinetuneOptions(resume=result.run.path), console=Console(quiet=True))
     assert isinstance(again, ImageResult) and again.report is not None and result.report is not None
     assert again.report.comparisons == result.report.comparisons and again.report.samples == result.report.samples
 
@@ -128,7 +129,7 @@ def test_other_verbs_say_what_to_do_with_it(result: ImageResult, tmp_path: Path,
 
 
 def test_a_dry_run_writes_nothing_but_the_cache(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
-    found = finetune(image_config(tiny_sdxl_folder, tmp_path), dry_run=True, console=Console(quiet=True))
+    found = finetune(image_config(tiny_sdxl_folder, tmp_path), FinetuneOptions(dry_run=True), console=Console(quiet=True))
     assert found.to_mapping()["dry_run"] and not (tmp_path / "run").exists()
 
 
@@ -142,7 +143,7 @@ def test_a_subject_with_its_kind_beside_it_and_samples_on_the_way(tiny_sd_folder
     assert pictures[0] != pictures[1]
     samples = {path.name: path.read_bytes() for path in (found.run.path / "samples").iterdir()}
     assert samples["0-seed0-base.png"] == pictures[0]
-    resumed = finetune(read_run(found.run.config), resume=found.run.path, console=Console(quiet=True))
+    resumed = finetune(read_run(found.run.config), FinetuneOptions(resume=found.run.path), console=Console(quiet=True))
     assert resumed.report is not None and resumed.report.comparisons == found.report.comparisons
 
 
@@ -171,7 +172,9 @@ def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     moved = shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere")
     again = finetune(
-        image_config(moved, tmp_path, diffusion__seeds=0, out=first.run.path), resume=first.run.path, console=Console(quiet=True)
+        image_config(moved, tmp_path, diffusion__seeds=0, out=first.run.path),
+        FinetuneOptions(resume=first.run.path),
+        console=Console(quiet=True),
     )
     assert isinstance(again, ImageResult) and again.outcome is not None and again.outcome.steps == 8
 
@@ -186,11 +189,11 @@ def test_a_run_that_was_begun_with_other_arithmetic_is_not_resumed(
     (model / "vae" / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.5}))
     other = image_config(model, tmp_path, diffusion__seeds=0, train__steps=2)
     with pytest.raises(ConfigError, match="latents and conditioning changed"):
-        finetune(other, resume=first.run.path, console=Console(quiet=True))
+        finetune(other, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
     config = read_run(first.run.config)
     monkeypatch.setattr(train_image, "_ARITHMETIC", train_image._ARITHMETIC + 1)
     with pytest.raises(ConfigError, match="this version of Lorakeet computes pictures otherwise"):
-        finetune(config, resume=first.run.path, console=Console(quiet=True))
+        finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
     monkeypatch.undo()
     now = train_image._identity(first.setup, {})
     before = {key: value for key, value in now.items() if not key.startswith(("image arithmetic", "latents"))}
@@ -209,7 +212,7 @@ def test_a_run_that_was_begun_with_settings_of_text_models_goes_on(
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2, **given)
     monkeypatch.undo()
     config, console = read_run(first.run.config), Console(record=True, width=300, file=io.StringIO())
-    again = finetune(config, resume=first.run.path, console=console)
+    again = finetune(config, FinetuneOptions(resume=first.run.path), console=console)
     assert isinstance(again, ImageResult) and again.outcome is not None and again.outcome.steps == 2
     said = console.export_text()
     names = ("model.attention is eager", "train.keep_prefix_states is True", "data.text_column is words", "train.shard is True")
@@ -223,7 +226,7 @@ def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     other = image_config(tiny_sd_folder, tmp_path, diffusion__seeds=0, diffusion__min_snr_gamma=5)
     with pytest.raises(ConfigError, match="diffusion settings"):
-        finetune(other, resume=first.run.path, console=Console(quiet=True))
+        finetune(other, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
 
 
 class _AfterThree(Silent):
@@ -242,7 +245,7 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     monkeypatch.setattr(split, "duplicate_groups", lambda rows, bits: [0] * len(rows))
     Image.fromarray(drawn(90)[0]).save(tmp_path / "photos" / "000-came.png")
     console = Console(record=True, width=300, file=io.StringIO())
-    resumed = finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)
+    resumed = finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
     assert "others that came to their folders since are not part of this run" in console.export_text()
     assert isinstance(resumed, ImageResult) and resumed.report is not None and whole.report is not None
     file = Path("adapter") / "adapter_model.safetensors"
@@ -251,7 +254,7 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     gone = resumed.setup.dataset.train[0].path
     gone.unlink()
     with pytest.raises(DataError, match=rf"{gone.name} is gone\. Bring back what was there, or start a new run"):
-        finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)
+        finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
 
 
 def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(tiny_sd_folder: Path, tmp_path: Path) -> None:
@@ -259,10 +262,10 @@ def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(t
     record = json.loads(first.run.split.read_text())
     first.run.split.write_text(json.dumps({key: record[key] for key in first.setup.dataset.split_record()}))
     config = read_run(first.run.config)
-    again = finetune(config, resume=first.run.path, console=Console(quiet=True))
+    again = finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
     assert isinstance(again, ImageResult) and again.setup.train[0].row == first.setup.train[0].row
     album(tmp_path / "more", 6, first=60)
     for file in (tmp_path / "more").iterdir():
         shutil.copy(file, tmp_path / "photos")
     with pytest.raises(DataError, match="The data has changed since this run started"):
-        finetune(config, resume=first.run.path, console=Console(quiet=True))
+        finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))

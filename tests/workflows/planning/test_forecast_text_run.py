@@ -15,7 +15,7 @@ from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
 from lorakeet.memory.usage import Held, with_more
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.forecast_text_run import (
@@ -118,10 +118,11 @@ def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
     config = settings(lora__start="olora", lora__target_modules="up_proj,down_proj", train__batch_size="1")
     phase = forecast_run(config, config_from(shape), narrow, runtime=0, returning=True).forecast.phase(BEGIN)
     text = outline(config_from(shape), name="random", dtype=torch.bfloat16, products=torch.bfloat16)
-    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="before")  # code and buffers are there now
+    plan = plan_for(text.model, config.lora, text.family)
+    initialise_adapter(text, plan, seed=0, name="before")  # code and buffers are there now
     assert reset_peak()
     before = resident_bytes()
-    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="again")
+    initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="again")
     used = peak_bytes() - before
     copy = 4 * 2048 * 5632
     assert copy <= used + (4 << 20) and used <= phase.bytes - phase.kinds["base"] - phase.kinds["runtime"]

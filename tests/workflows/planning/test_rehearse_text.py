@@ -9,7 +9,7 @@ import torch
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
@@ -46,7 +46,7 @@ def test_what_is_kept_all_along_is_counted_exactly() -> None:
 
 def test_the_saved_activations_are_those_that_autograd_saves() -> None:
     text = outline(config_from(SMALL), name="small", dtype=torch.float32, products=torch.float32)
-    begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
     training = training_on(text, TrainSpec(), ROWS)
     kept = {parameter.untyped_storage().data_ptr() for parameter in text.model.parameters()}
     kept |= {buffer.untyped_storage().data_ptr() for buffer in text.model.buffers()}
@@ -92,6 +92,6 @@ def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() 
     for seed in range(12):
         torch.manual_seed(seed)
         text = outline(config_from(SMALL), name="small", dtype=torch.bfloat16, products=torch.float32)
-        begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+        initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
         training = training_on(text, TrainSpec(), RowShape(64, 2))
         training.step()  # which raises where a gradient did not arrive

@@ -86,7 +86,7 @@ def test_the_command_line_says_it_once(forked: Together, tiny_llama_folder: Path
     for verb in ("tune", "plan"):
         refused = forked.run([verb, "--model", tiny_llama_folder, "--data", data])
         assert [one.code for one in refused] == [2, 2]
-        assert f"lorakeet {verb} is the work of one process, and 2 were started" in refused[0].said and refused[1].said == ""
+        assert f"`lorakeet {verb}` runs in one process, but torchrun started 2" in refused[0].said and refused[1].said == ""
 
 
 def test_one_that_dies_before_the_first_step_is_named_with_the_way_to_go_on(tmp_path: Path) -> None:

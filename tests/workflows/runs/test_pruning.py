@@ -21,6 +21,7 @@ from lorakeet.train import checkpoint
 from lorakeet.workflows.compress import compress
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
+from lorakeet.workflows.options import CompressOptions, FinetuneOptions, TuneOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.tune import tune
 from tiny.peft_oracle import into_peft, logits
@@ -33,7 +34,7 @@ BUDGET = 1000
 @pytest.fixture(scope="module")
 def pruned(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("pruned") / "run"
-    return finetune(settings(finished.model, finished.data, out, PRUNE), budget=str(BUDGET), console=quiet())
+    return finetune(settings(finished.model, finished.data, out, PRUNE), FinetuneOptions(budget=str(BUDGET)), console=quiet())
 
 
 def test_the_adapter_keeps_the_budget_and_nothing_that_fits_is_missing(pruned: Any) -> None:
@@ -99,16 +100,16 @@ def test_a_resumed_run_ends_in_the_same_bytes(
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(RunStopped, match="stopped by the test"):
-        finetune(config, budget=str(BUDGET), console=quiet())
+        finetune(config, FinetuneOptions(budget=str(BUDGET)), console=quiet())
     monkeypatch.setattr(checkpoint, "save", real)
-    again = finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+    again = finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert adapter_bytes(out) == adapter_bytes(pruned.run.path)
     assert again.setup.plan == pruned.setup.plan and again.report.ranks == pruned.report.ranks
 
 
 def test_a_dry_run_says_the_cuts_and_a_resumed_run_keeps_its_budget(pruned: Any, finished: Any, tmp_path: Path) -> None:
     config = settings(finished.model, finished.data, tmp_path / "dry", {**PRUNE, "ranks.budget": str(BUDGET)})
-    dry = finetune(config, dry_run=True, console=quiet())
+    dry = finetune(config, FinetuneOptions(dry_run=True), console=quiet())
     assert dry.setup.plan == pruned.setup.begun and not (tmp_path / "dry").exists()
     assert list(dry.to_mapping()["cuts"].values())[-1] == BUDGET and len(dry.to_mapping()["cuts"]) == 4
     out = tmp_path / "copy"
@@ -116,14 +117,16 @@ def test_a_dry_run_says_the_cuts_and_a_resumed_run_keeps_its_budget(pruned: Any,
     saved = read_run(out / "config.yaml")
     other = replace(saved, ranks=replace(saved.ranks, budget="900"))
     with pytest.raises(ConfigError, match="The cuts of the ranks changed since"):
-        finetune(other, resume=out, console=quiet())
+        finetune(other, FinetuneOptions(resume=out), console=quiet())
     same = replace(saved, ranks=replace(saved.ranks, budget="1k", rows=8, max_rank=3, score="activation"))
-    assert finetune(same, resume=out, console=quiet()).report.ranks == pruned.report.ranks, "none of these touches its cuts"
+    assert finetune(same, FinetuneOptions(resume=out), console=quiet()).report.ranks == pruned.report.ranks, (
+        "none of these touches its cuts"
+    )
 
 
 def test_a_compressed_run_that_trains_again_has_the_pairs_of_its_adapter_alone(pruned: Any, tmp_path: Path) -> None:
     """A matrix that lost its pair does not get one of lora.rank from the saved settings."""
-    compress(str(pruned.run.path), out=tmp_path / "cut", to="700", console=quiet())
+    compress(CompressOptions(str(pruned.run.path), out=tmp_path / "cut", to="700"), console=quiet())
     adapter = peft.read(tmp_path / "cut" / "adapter")
     setup = assemble(read_run(tmp_path / "cut" / "config.yaml"), quiet())
     assert {entry.path: entry.rank for entry in setup.plan.entries} == {path: pair.rank for path, pair in adapter.pairs.items()}
@@ -154,10 +157,10 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         config = settings(finished.model, finished.data, tmp_path / "run", {**PRUNE, **changes})
-        finetune(config, budget=budget, console=quiet())
+        finetune(config, FinetuneOptions(budget=budget), console=quiet())
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run").exists()
 
 
 def test_a_search_keeps_its_ranks(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the trials of a search keep their ranks"):
-        tune(settings(finished.model, finished.data, tmp_path / "run", PRUNE), quick=True, console=quiet())
+        tune(settings(finished.model, finished.data, tmp_path / "run", PRUNE), TuneOptions(quick=True), console=quiet())

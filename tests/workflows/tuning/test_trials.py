@@ -12,7 +12,7 @@ import pytest
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.models.inject import adapter_names, eject
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
@@ -34,7 +34,7 @@ def test_a_trial_is_what_its_single_run_would_be_and_leaves_the_model_bare(setup
     trials.generation([Trial(START, SearchPoint()), Trial("other", point)], rungs=())
     assert adapter_names(setup.text.model) == [] and [trial.at.step for trial in trials.all if trial.at] == [8, 8]
     alone = trials.space.resolved(point).train
-    begin_adapter(setup.text, plan_of_point(setup.text, trials.space, point), seed=alone.seed)
+    initialise_adapter(setup.text, plan_of_point(setup.text, trials.space, point), seed=alone.seed)
     task = TextTask(setup.text, setup.train.examples, held_out=trials.rows.search, spec=alone)
     train(task, replace(alone, evaluate_every=1), run=RunFolder.create(tmp_path / "run"))
     single = trials.losses("single", trials.rows.search, "default")

@@ -1,4 +1,4 @@
-"""An adapter in a text model, ready to compute: the pairs in their places, the products' dtype, the fused pieces."""
+"""Adds adapters to a text model, ready to compute: pairs, the products' dtype, fused modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakeet.models.streaming.model import hold
 from lorakeet.models.text.model import TextModel
 
 
-def begin_adapter(
+def initialise_adapter(
     text: TextModel,
     plan: Plan,
     *,
@@ -27,43 +27,44 @@ def begin_adapter(
     token_ids: tuple[int, ...] = (),
     name: str = "default",
     directions: Mapping[str, Tensor] | None = None,
-    begun: Callable[[nn.Module], None] | None = None,
-) -> None:
-    """Puts the new pairs of `plan` into `text` as the adapter `name`, and makes the model compute as it will be trained.
+    on_pair: Callable[[nn.Module], None] | None = None,
+) -> TextModel:
+    """Adds an adapter `name` with the new pairs of `plan`, fuses modules as training does, and returns `text` as it is trained.
 
-    `token_ids` are those of added tokens, `directions` by path the A (rank, in) of pairs whose start is measured
-    (core/initialise.MEASURED); `begun` is told each pair. Raises ConfigError where the plan does not fit the model.
+    Its `options` share no prefix where there is dropout: it differs by row. `token_ids` are those of added tokens, `directions`
+    by path the A (rank, in) of pairs whose start is measured (core/initialise.MEASURED); `on_pair` is called with each new pair.
+    Raises ConfigError if the plan does not fit the model.
     """
     hold(text.model, plan)
-    inject(text.model, plan, name, seed=seed, token_ids=token_ids, begun=begun)
-    drops = any(entry.dropout for entry in plan.entries) or bool(drop_rates(text))
-    text.shares_prefix = text.shares_prefix and not drops  # each row drops numbers of its own
+    inject(text.model, plan, name, seed=seed, token_ids=token_ids, begun=on_pair)
     parameters = trained_parameters(text.model, name) if directions else {}
     with torch.no_grad():
         for path, A in (directions or {}).items():
             parameters[f"{path}.A"].copy_(A)
-    _compute_in_blocks(text)
+    _fuse_blocks(text)
+    drops = any(entry.dropout for entry in plan.entries) or bool(drop_rates(text))
+    return text.with_options(share_prefix=False) if drops else text
 
 
 def drop_rates(text: TextModel) -> dict[str, float]:
-    """The chances in which the model leaves numbers out in training, by their names in config.json."""
+    """The model's own dropout rates above 0, by their names in config.json."""
     settings = vars(text.model.config.get_text_config())
     return {name: rate for name, rate in settings.items() if "drop" in name and isinstance(rate, float) and rate}
 
 
-def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:
-    """Puts a finished `adapter` into `text`, and makes the model compute as in training; ConfigError where it does not fit."""
+def add_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:
+    """Adds a finished `adapter` and fuses modules as training does; ConfigError if it does not fit."""
     hold(text.model, plan_of(text.model, adapter))
     attach(text.model, adapter, name)
-    _compute_in_blocks(text)
+    _fuse_blocks(text)
 
 
 @contextmanager
 def as_trained(text: TextModel) -> Iterator[None]:
-    """A context in which `text` computes as in training also while no adapter is in it."""
+    """A context in which `text` has the fused modules of training even without an adapter."""
     bare = not adapter_names(text.model)
     if bare:
-        _compute(text)
+        _fuse(text)
     try:
         yield
     finally:
@@ -71,14 +72,14 @@ def as_trained(text: TextModel) -> Iterator[None]:
             unfuse(text.model)
 
 
-def _compute_in_blocks(text: TextModel) -> None:
-    """With a whole block in one call of C, where that can be; streamed blocks come in by their parts."""
-    _compute(text)
+def _fuse_blocks(text: TextModel) -> None:
+    """Fuses modules, and whole blocks into one call of C where possible; not those of a streamed model."""
+    _fuse(text)
     if text.streamed is None:
         fuse_blocks(text.model, text.family, TrainedBlock)
 
 
-def _compute(text: TextModel) -> None:
+def _fuse(text: TextModel) -> None:
     use_products(text.model, text.products)
     fuse(text.model)
     use_kernels(text.model, text.kernels)

@@ -66,9 +66,10 @@ class Passages:
         try:
             for number, recorder in enumerate(recorders):
                 blocks[number] = recorder
-            with torch.no_grad(), text.every_token():
+            watched = text.with_every_token()
+            with torch.no_grad():
                 for number, batch in enumerate(batches):
-                    text.hidden(batch)
+                    watched.hidden(batch)
                     self._keep(number, recorders)
         finally:
             for number, block in enumerate(originals):

@@ -48,7 +48,7 @@ def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, r
 
 def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     """The hidden states of both sides at the targets of each batch, (targets, hidden)."""
-    apart = left[0] is not right[0] and left[0].streamed is not None and right[0].streamed is not None
+    apart = left[0].model is not right[0].model and left[0].streamed is not None and right[0].streamed is not None
     store = left[0].store
     if not apart or store is None:
         for batch in batches:

@@ -32,7 +32,7 @@ from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import set_attention
-from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.model import PassOptions, TextModel
 from lorakeet.quant.gptq_pack import WORD
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
@@ -116,7 +116,7 @@ def outline(
         device=device,
         dtype=dtype,
         products=products,
-        shares_prefix=False,  # which tokens rows share is not known before they are; so none: more memory, never less
+        options=PassOptions(share_prefix=False),  # what rows share is not known yet: the plan may be larger, never too small
     )
 
 

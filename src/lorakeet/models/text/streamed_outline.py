@@ -20,7 +20,7 @@ from lorakeet.models.families import Family, family_of
 from lorakeet.models.modules import block_of
 from lorakeet.models.streaming.load import Residence, empty_packed, open_streamed, records_of
 from lorakeet.models.text.load import set_attention
-from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.model import PassOptions, TextModel
 from lorakeet.models.text.outline import OutlinedBase
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -55,7 +55,7 @@ def streamed_outline(
     set_attention(model, "varlen" if attention == "auto" else attention)
     return TextModel(
         model=model, tokenizer=None, name=name, source=Path(), family=family, device=device, dtype=dtype, products=products,
-        streamed=streamed, shares_prefix=False,  # as in `outline`
+        streamed=streamed, options=PassOptions(share_prefix=False),  # as in `outline`
     )  # fmt: skip
 
 

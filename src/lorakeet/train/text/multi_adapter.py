@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from lorakeet.memory.spill import Aside
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
-from lorakeet.models.text.hidden_states import keep_states
+from lorakeet.models.text.cached_states import cache_states
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.optimizer import Optimizer
@@ -104,6 +103,7 @@ class MultiAdapterTraining:
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
         self.text, self.aside, self.together = text, aside or Aside(), together
         _require_sharable(text, names)
+        self._divided = text.with_every_token(cached=True, pad=True)  # for passes whose tokens have different adapters
         self.selection: Selection = selection_of(text.model)
         self._members = [_Learner(text, member, folder) for member in members]
         self._rounds = 0
@@ -123,8 +123,8 @@ class MultiAdapterTraining:
         if not learning:
             return
         for learner in learning:
-            keep_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
-        self.text.learn()
+            cache_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
+        self.text.train()
         tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
         groups = groups_of([learner.begin(self.text) for learner in learning], tokens)
         if self.text.streamed is not None:
@@ -151,20 +151,20 @@ class MultiAdapterTraining:
     def _gradients(self, learning: Sequence[_Learner], passes: Sequence[JointBatch]) -> None:
         """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
         batches = [one.batch.to(self.text.device) for one in passes]
+        texts = [self._divided if one.alone is None else self.text for one in passes]
 
-        def prepare(number: int) -> None:
-            """What passes next uses its members' adapters; a member by itself is computed as in its single run."""
-            one = passes[number]
-            seeing.close()
+        def prepare(number: int) -> TextModel:
+            """Selects the members' adapters for a pass; a member by itself is computed as in its single run."""
+            one, text = passes[number], texts[number]
             if one.alone is not None:
                 self.selection.use(learning[one.alone].at.member.name)
             else:
-                seeing.enter_context(self.text.every_token(but_kept=True, filled=True))
-                self.selection.divide(_shares(learning, one), units=self.text.filled(batches[number].tokens))
+                self.selection.divide(_shares(learning, one), units=text.computed_tokens(batches[number].tokens))
+            return text
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
             """Σ of the members' means, to be differentiated, and Σ of their losses."""
-            hidden, parts = self.text.hidden(batches[number]), passes[number].parts
+            hidden, parts = texts[number].hidden(batches[number]), passes[number].parts
             chunk = min(learning[index].at.member.spec.head_chunk for index, _ in parts)
             losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
             means = []
@@ -174,17 +174,16 @@ class MultiAdapterTraining:
                 learning[index].summed += summed.item()
             return torch.stack(means).sum(), losses.detach().sum()
 
-        with ExitStack() as seeing:
-            if self.text.streamed is not None:
-                loss_gradients_by_block(
-                    self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
-                )
-                return
-            for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
-                with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
-                    torch.manual_seed(seed)
-                    prepare(number)
-                    loss(number)[0].backward()  # type: ignore[no-untyped-call]
+        if self.text.streamed is not None:
+            loss_gradients_by_block(
+                self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
+            )
+            return
+        for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
+            with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
+                torch.manual_seed(seed)
+                prepare(number)
+                loss(number)[0].backward()  # type: ignore[no-untyped-call]
 
     def _step(self, learner: _Learner) -> None:
         """The step of a member whose gradients are all there, and what follows it."""
@@ -201,7 +200,7 @@ class MultiAdapterTraining:
         self.selection.use(member.name)
         spec = member.spec
         found = HeldOut(*row_losses(self.text, member.held_out, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
-        self.text.learn()
+        self.text.train()
         learner.see(found.mean(seed=spec.seed))
 
 

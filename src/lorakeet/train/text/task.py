@@ -21,7 +21,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
 from lorakeet.models.generate.score import row_losses
-from lorakeet.models.text.cuda_graphs import ReplayedPasses
+from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import durable
 from lorakeet.train.processes import ALONE, Processes
@@ -42,7 +42,7 @@ class TextTask:
     """
 
     pruning: Pruning | None = None
-    replayed: ReplayedPasses | None = None  # where the passes of micro-batches are recorded
+    replayed: GraphedModel | None = None  # where the passes of micro-batches are recorded
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class TextTask:
     def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
         streamed = self.text.streamed
         if streamed is not None:
-            self.text.learn()
+            self.text.train()
             return gradients_by_block(
                 self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
             )
@@ -124,7 +124,7 @@ class TextTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
-        self.text.learn()
+        self.text.train()
         return text_loss(self.replayed or self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:

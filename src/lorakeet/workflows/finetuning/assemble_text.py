@@ -21,7 +21,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.processes import ALONE, Processes
@@ -139,23 +139,25 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     `held_out` are the rows to choose the best adapter by: the run's, unless others (or none) are named.
     """
     spec = setup.config.train
-    begin_pairs(setup, setup.plan, seed=spec.seed)
+    text = begin_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     task = TextTask(
-        setup.text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
+        text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
         processes=setup.processes,
     )  # fmt: skip
-    task.pruning = pruning_of(setup.config, setup.text, setup.plan, setup.steps)
+    task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)
     return task
 
 
-def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default") -> None:
-    """Puts the pairs of `plan` into the model as the run's settings begin them: lora.start may want a look at training rows."""
+def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default") -> TextModel:
+    """Adds the pairs of `plan`, initialised as lora.start says, perhaps from training rows; returns the model as it is trained.
+    """
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
-    begin_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
+    text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
     if directions or reads_weights(setup.config):
         give_back_free_memory()  # what measuring, or a matrix in fp32, grew to is not held beside the steps
+    return text
 
 
 def _say(console: Console) -> Callable[[str], None]:

@@ -21,7 +21,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.inject import activate, attach, eject, use_products
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.digests import changed_tensors, frozen_digests
 from lorakeet.models.text.load import load_text_model
@@ -75,10 +75,10 @@ def certify_run(
 def _read_again(live: TextModel, adapter: Path, model: ModelSpec, name: str) -> TextModel:
     fresh = load_text_model(replace(model, path=str(live.source)))
     held = read_adapter(adapter)
+    fresh = replace(fresh, tokenizer=live.tokenizer) if held.token_rows else fresh
     for added in held.token_rows.values():
-        fresh.tokenizer = live.tokenizer
         fresh.add_tokens(added.tokens)
-    put_adapter(fresh, held, name)
+    add_adapter(fresh, held, name)
     return fresh
 
 

@@ -16,8 +16,7 @@ from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import EnvironmentProblem, Problems
 from lorakeet.models.placement import device_for
 from lorakeet.models.text.adapted import drop_rates
-from lorakeet.models.text.batch_shape import BatchShape
-from lorakeet.models.text.cuda_graphs import SETTING, TURN_OFF, CudaGraphs, Recorder, ReplayedPasses
+from lorakeet.models.text.cuda_graphs import SETTING, TURN_OFF, BatchShape, CudaGraphs, GraphedModel, Recorder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
@@ -73,7 +72,7 @@ def record_passes(text: TextModel, task: TextTask, console: Console, recorder: R
     if why := next(_why_not(text), ""):
         raise EnvironmentProblem(f"{SETTING} is true, but {why}. {TURN_OFF}.")
     room = BatchShape.largest(max(len(row.ids) for row in task.train), spec.micro_tokens, min(spec.batch_size, len(task.train)))
-    passes = ReplayedPasses(text, task.parameters(), recorder or CudaGraphs(text.device), room)
+    passes = GraphedModel(text, task.parameters(), recorder or CudaGraphs(text.device), room)
     largest = largest_batch(task.train, spec)
     console.print(f"Recording the passes of a micro-batch of {largest.tokens} tokens, and comparing them with the model's.")
     passes.record_first(largest)

@@ -24,7 +24,7 @@ from lorakeet.memory.store import CPU
 from lorakeet.memory.usage import Held, larger, with_more
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.model import COUNTS, TextModel, token_logprobs
 from lorakeet.models.text.outline import config_from, outline
 from lorakeet.models.text.repeated_blocks import Build
@@ -149,7 +149,7 @@ def _do_everything(precision: Precision) -> None:
         text = outline(
             config_from(_SMALL), name="probe", dtype=precision.dtype, products=precision.products, quantize=quantize
         )
-        begin_adapter(text, plan_for(text.model, LoraSpec(), text.family), seed=0)
+        text = initialise_adapter(text, plan_for(text.model, LoraSpec(), text.family), seed=0)
         rows = RowShape(64, 2)
         training = training_on(text, TrainSpec(), rows)
         token_logprobs(text, made_up_batch(rows))

@@ -18,7 +18,7 @@ from lorakeet.merge.requantise import Latent, Requantised, bytes_of_rounding
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.modules import find, kind_of
 from lorakeet.models.modules import replace as put
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.folded import fold_layers
 from lorakeet.models.text.gptq_blocks import Layers, pack_blocks
 from lorakeet.models.text.model import TextModel
@@ -48,7 +48,7 @@ def rehearse_rounding(
     """
     with on_shapes() as ledger:
         text = build()
-        begin_adapter(text, plan, seed=0)
+        text = initialise_adapter(text, plan, seed=0)
         unfuse(text.model)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
         stays = [] if text.streamed is not None else [*text.model.parameters(), *text.model.buffers()]

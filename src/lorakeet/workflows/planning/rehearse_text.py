@@ -41,7 +41,7 @@ from lorakeet.models.generate.sample import rows_at_once, sample
 from lorakeet.models.generate.score import HEAD_CHUNK
 from lorakeet.models.inject import activate
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapted import initialise_adapter
 from lorakeet.models.text.model import TextModel, token_logprobs
 from lorakeet.models.text.repeated_blocks import alike_blocks, blocks_of, first_blocks_of_plan
 from lorakeet.quant.packed import PackedBase
@@ -243,7 +243,7 @@ class _Rehearsing:
         if text.streamed is not None:
             ledger.name("base", text.streamed.stream.fill())
         with ledger.phase(BEGIN):
-            begin_adapter(text, plan, seed=0, token_ids=token_ids, begun=self._name_pair)
+            self.text = text = initialise_adapter(text, plan, seed=0, token_ids=token_ids, on_pair=self._name_pair)
         ledger.name("base", [parameter for parameter in text.model.parameters() if not parameter.requires_grad])  # read for pairs
 
     def _name_pair(self, pair: nn.Module) -> None:

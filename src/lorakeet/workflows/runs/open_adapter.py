@@ -24,7 +24,7 @@ from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.models.kernels import where_possible
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapted import add_adapter
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.replace import weights_in
@@ -107,11 +107,11 @@ class Opened:
             kept = arrange_judging(dataclasses.replace(self.config, model=spec), self.adapter, say, within_budget)
         text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, pinned=kept.pinned, changes=changes)
         if self.tokenizer is not None:
-            text.tokenizer = load_tokenizer(self.tokenizer)
+            text = dataclasses.replace(text, tokenizer=load_tokenizer(self.tokenizer))
         if with_adapter:
             for rows in self.adapter.token_rows.values():
                 self._check_ids(rows, text.add_tokens(rows.tokens))
-            put_adapter(text, self.adapter, NAME)
+            add_adapter(text, self.adapter, NAME)
         return text
 
     def within(self, memory: str | None) -> Opened:

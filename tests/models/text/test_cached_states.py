@@ -21,8 +21,8 @@ from lorakeet.memory.spill import Aside
 from lorakeet.models import inject, modules
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.hidden_states import frozen_depth, keep_states, prefix_states
+from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.cached_states import cache_states, cached_states, frozen_depth
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import exact_products
@@ -46,7 +46,7 @@ def rows(count: int = 6, seed: int = 0) -> list[Example]:
 def adapted(folder: Path, layers: str = "top:1", **changes: Any) -> TextModel:
     text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
     lora = LoraSpec(rank=4, alpha=12.0, layers=layers, **changes)
-    begin_adapter(text, plan_for(text.model, lora, text.family), seed=0)
+    text = initialise_adapter(text, plan_for(text.model, lora, text.family), seed=0)
     for name, parameter in inject.trained_parameters(text.model, "default").items():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def test_the_loss_and_the_gradients_are_the_same_and_the_blocks_below_do_not_com
     text = adapted(tiny_llama_folder)
     loss, expected = gradients(text)
     counted = calls(text)
-    with prefix_states(text, rows(), folder=tmp_path if on_disk else None, micro_tokens=40) as prefix:
+    with cached_states(text, rows(), folder=tmp_path if on_disk else None, micro_tokens=40) as prefix:
         assert prefix.depth == 1 and prefix.bytes == sum(len(row.ids) for row in rows()) * 32 * 4
         filling = counted.copy()
         assert filling[1] == 2 < filling[0], "the upper block computes only when a cut pass is compared with a whole one"
@@ -92,14 +92,14 @@ def test_the_loss_and_the_gradients_are_the_same_and_the_blocks_below_do_not_com
     assert set(found) == set(expected)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
-    assert text.prefix is None and gradients(text)[0] == loss, "afterwards all blocks compute as before"
+    assert text.frozen_prefix is None and gradients(text)[0] == loss, "afterwards all blocks compute as before"
 
 
 def test_a_row_that_is_not_kept_passes_through_every_block(tiny_llama_folder: Path) -> None:
     text = adapted(tiny_llama_folder)
     loss, _ = gradients(text)
     counted = calls(text)
-    with prefix_states(text, rows()[:-1], folder=None, micro_tokens=40):
+    with cached_states(text, rows()[:-1], folder=None, micro_tokens=40):
         filled = counted[0]
         assert gradients(text)[0] == pytest.approx(loss, rel=1e-6)
         assert counted[0] > filled
@@ -108,7 +108,7 @@ def test_a_row_that_is_not_kept_passes_through_every_block(tiny_llama_folder: Pa
 def test_an_adapter_below_switches_the_kept_states_off(tiny_llama_folder: Path) -> None:
     """Kept states are those of the bare blocks."""
     text = adapted(tiny_llama_folder)
-    with prefix_states(text, rows(), folder=None, micro_tokens=40):
+    with cached_states(text, rows(), folder=None, micro_tokens=40):
         other = adapted(tiny_llama_folder, layers="all")
         adapter = inject.adapter_of(other.model, "default", base="tiny")
         expected = gradients(other)[0]
@@ -158,34 +158,32 @@ def test_rows_that_come_later_pass_the_blocks_below_once(tiny_llama_folder: Path
     text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32", device="cpu"))
     counted, plan, said = calls(text), planned(text), list[str]()
     named: dict[str, Any] = {"folder": tmp_path, "micro_tokens": 40, "plans": [plan], "later": rows()[2:], "say": said.append}
-    with prefix_states(text, rows()[:2], **named) as prefix:
-        assert "of 6 rows" in said[0] and f"({sum(len(row.ids) for row in rows()) * 32 * 4:,} bytes at most)" in said[0]
+    with cached_states(text, rows()[:2], **named) as prefix:
+        assert "for 6 rows" in said[0] and f"({sum(len(row.ids) for row in rows()) * 32 * 4:,} bytes at most)" in said[0]
         first = prefix.bytes
-        begin_adapter(text, plan, seed=0)
-        keep_states(text, rows(), micro_tokens=40)
+        initialise_adapter(text, plan, seed=0)
+        cache_states(text, rows(), micro_tokens=40)
         assert prefix.bytes == sum(len(row.ids) for row in rows()) * 32 * 4 > first > 0
         filled = counted[0]
-        keep_states(text, rows(), micro_tokens=40)
+        cache_states(text, rows(), micro_tokens=40)
         batch = pack_examples(rows())
-        with text.every_token(but_kept=True):
-            above = text.hidden(batch)
+        above = text.with_every_token(cached=True).hidden(batch)
         assert counted[0] == filled, "nothing below has computed again"
-        with text.every_token():
-            torch.testing.assert_close(text.hidden(batch), above, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(text.with_every_token().hidden(batch), above, rtol=1e-4, atol=1e-5)
         assert counted[0] == filled + 1
-    keep_states(text, rows(), micro_tokens=40)
+    cache_states(text, rows(), micro_tokens=40)
     assert counted[0] == filled + 1, "nothing is kept outside the context"
 
 
 def test_rows_are_not_kept_while_an_adapter_below_is_in_use(tiny_llama_folder: Path) -> None:
     text = adapted(tiny_llama_folder)
-    with prefix_states(text, rows()[:2], folder=None, micro_tokens=40) as prefix:
-        begin_adapter(text, planned(text, "all"), seed=0, name="all")
+    with cached_states(text, rows()[:2], folder=None, micro_tokens=40) as prefix:
+        initialise_adapter(text, planned(text, "all"), seed=0, name="all")
         first = prefix.bytes
-        keep_states(text, rows(), micro_tokens=40)
+        cache_states(text, rows(), micro_tokens=40)
         assert prefix.bytes == first
         inject.activate(text.model, "default")
-        keep_states(text, rows(), micro_tokens=40)
+        cache_states(text, rows(), micro_tokens=40)
         assert prefix.bytes > first
 
 
@@ -194,30 +192,29 @@ def test_a_block_below_that_draws_random_numbers_is_found_out(tiny_llama_folder:
     prefix, _ = modules.block_prefix(text.model, text.family)
     block: Any = modules.find(text.model, f"{prefix}.0")
     block.register_forward_hook(lambda module, given, out: out + 0.1 * torch.randn_like(out) if module.training else out)
-    with pytest.raises(ConfigError, match="a pass that begins there differs by"), prefix_states(
+    with pytest.raises(ConfigError, match="a pass that starts there differs by"), cached_states(
         text, rows(), folder=None, micro_tokens=40
     ):
         pass
-    assert text.prefix is None and not text.model.training
+    assert text.frozen_prefix is None and not text.model.training
 
 
 def test_dropout_of_the_pairs_above_is_no_hindrance(tiny_llama_folder: Path) -> None:
-    with prefix_states(adapted(tiny_llama_folder, dropout=0.3), rows(), folder=None, micro_tokens=40) as prefix:
+    with cached_states(adapted(tiny_llama_folder, dropout=0.3), rows(), folder=None, micro_tokens=40) as prefix:
         assert prefix.depth == 1
 
 
 def test_products_in_int8_are_exact_below_and_are_no_hindrance(tiny_llama_folder: Path) -> None:
     quantize = QuantSpec(method="int8", int8_products=True)
     text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32", device="cpu", quantize=quantize))
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, layers="top:1"), text.family), seed=0)
-    with prefix_states(text, rows(), folder=None, micro_tokens=40) as prefix:
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, layers="top:1"), text.family), seed=0)
+    with cached_states(text, rows(), folder=None, micro_tokens=40):
         with exact_products(text.model):
             exact = gradients(text)[0]
         assert gradients(text)[0] != exact, "above they are in int8"
-        text.prefix = None
+        uncached = text.with_options(use_cached=False)
         with exact_products(text.model):
-            assert gradients(text)[0] == pytest.approx(exact, rel=1e-5)
-        text.prefix = prefix
+            assert gradients(uncached)[0] == pytest.approx(exact, rel=1e-5)
 
 
 def test_a_block_that_hands_on_more_than_its_states_is_refused(tiny_llama_folder: Path) -> None:
@@ -228,7 +225,7 @@ def test_a_block_that_hands_on_more_than_its_states_is_refused(tiny_llama_folder
     handed: dict[str, torch.Tensor] = {}
     lower.register_forward_hook(lambda module, given, out: handed.update(states=out))
     upper.register_forward_pre_hook(lambda module, given: (given[0] + handed.pop("states"),))
-    with pytest.raises(ConfigError, match=r"cannot be entered between its blocks \(KeyError"), prefix_states(
+    with pytest.raises(ConfigError, match=r"cannot be entered between its blocks \(KeyError"), cached_states(
         text, rows(), folder=None, micro_tokens=40
     ):
         pass
@@ -236,7 +233,7 @@ def test_a_block_that_hands_on_more_than_its_states_is_refused(tiny_llama_folder
 
 def test_a_disk_without_room_is_seen_beforehand(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(EnvironmentProblem, match=r"take [\d,]+ bytes .* and 100 are free.*keep_prefix_states off"), prefix_states(
+    with pytest.raises(EnvironmentProblem, match=r"take [\d,]+ bytes .* and 100 are free.*keep_prefix_states off"), cached_states(
         adapted(tiny_llama_folder), rows(), folder=tmp_path, micro_tokens=40
     ):
         pass
@@ -247,7 +244,7 @@ def test_kept_states_do_not_depend_on_the_order_of_the_rows(tiny_llama_folder: P
     found = []
     for given in (rows(), [*rows()[3:], *rows()[:3], rows()[0]]):
         text = adapted(tiny_llama_folder)
-        with prefix_states(text, given, folder=None, micro_tokens=40) as prefix:
+        with cached_states(text, given, folder=None, micro_tokens=40) as prefix:
             ids = torch.from_numpy(np.concatenate([row.ids for row in rows()]))
             states = prefix.states_of(ids, [len(row.ids) for row in rows()], 0)
             assert states is not None
@@ -263,6 +260,6 @@ def test_a_full_disk_leaves_the_model_as_it_was(tiny_llama_folder: Path, tmp_pat
         raise EnvironmentProblem("full")
 
     monkeypatch.setattr(Aside, "put", full)
-    with pytest.raises(EnvironmentProblem, match="full"), prefix_states(text, rows(), folder=tmp_path, micro_tokens=40):
+    with pytest.raises(EnvironmentProblem, match="full"), cached_states(text, rows(), folder=tmp_path, micro_tokens=40):
         pass
-    assert text.prefix is None and gradients(text)[0] == loss
+    assert text.frozen_prefix is None and gradients(text)[0] == loss
