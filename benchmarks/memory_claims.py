@@ -120,7 +120,7 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
         examples = rows(claim)
         task = TextTask(
             text, examples[claim.held_out :], held_out=examples[: claim.held_out], spec=settings.train,
-            aside=Aside(stores) if aside else None, together=together,
+            spill=Aside(stores) if aside else None, together=together,
         )  # fmt: skip
         clock.last = time.perf_counter()
         run = RunFolder.create(Path(folder) / "run")

@@ -60,7 +60,7 @@ def test_the_highest_rank_the_gains_and_a_step_of_two_are_kept_to() -> None:
 @pytest.mark.parametrize(
     ("budget", "largest", "words"),
     [
-        (56, None, ["56 parameters", "below rank 1 for each of the 3 targets", "takes 57", "Raise the budget"]),
+        (56, None, ["56 parameters", "below rank 1 for each of the 3 targets", "need 57", "Raise the budget"]),
         (5000, None, ["5,000 parameters", "above the full rank of all 3 targets", "Lower the budget"]),
         (200, 2, ["200 parameters", "highest measured rank", "114", "ranks.max_rank"]),
     ],

@@ -103,7 +103,7 @@ def test_where_every_step_overflows_the_run_ends_with_the_remedy(tmp_path: Path)
         go(tmp_path / "run", spec, task)
     said = str(error.value)
     assert said.startswith("Step 20: the loss is ") and "17 steps overflowed model.dtype float16" in said
-    assert said.endswith("Start a new run with model.dtype bfloat16, or float32 where there is no bfloat16.")
+    assert said.endswith("Start a new run with model.dtype bfloat16, or float32 without bfloat16 support.")
     assert "step-000018" in said and read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["loss_scale"] == 1
 
 

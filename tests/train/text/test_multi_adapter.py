@@ -210,7 +210,7 @@ def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(
     folder, found = save_tiny_llama(tmp_path / "model", num_hidden_layers=3), []
     for store in (None, tmp_path / "store"):
         text, members = streamed_or_not(folder, store, "abc")
-        ended = train_many(text, members, aside=Aside(store), together=together)
+        ended = train_many(text, members, spill=Aside(store), together=together)
         values = {f"{name}/{key}": value for name in "abc" for key, value in inject.trained_parameters(text.model, name).items()}
         found.append(([at.losses for at in ended], values))
     assert found[0][0] == found[1][0]
@@ -320,7 +320,7 @@ def test_a_member_whose_gradients_are_lost_in_a_jump_has_diverged(
     monkeypatch.setattr(gradients, "require_gradients", lost)
     text, members = together(tiny_llama_folder, "a", learning_rate=3.0, steps=2)
     hot = train_many(text, [dataclasses.replace(members[0], held_out=())])[0]
-    assert hot.diverged and hot.step == 1 and hot.done.endswith("with gradients that are only zeros")
+    assert hot.diverged and hot.step == 1 and hot.done.endswith("with zero gradients")
     text, members = together(tiny_llama_folder, "a", learning_rate=1e-2, steps=2, batch_size=14)
     with pytest.raises(VerificationFailed):
         train_many(text, [dataclasses.replace(members[0], held_out=())])

@@ -50,7 +50,7 @@ def test_any_grouping_gives_the_same_bits(together: int, on_disk: bool, tmp_path
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     scratch = tmp_path if on_disk else None
     resident = gradients(task_on(folder, None))
-    streamed = gradients(task_on(folder, tmp_path / "store", together=together, aside=Aside(scratch)))
+    streamed = gradients(task_on(folder, tmp_path / "store", together=together, spill=Aside(scratch)))
     assert resident[0] == streamed[0]
     assert all(torch.equal(resident[1][name], streamed[1][name]) for name in resident[1])
 
@@ -82,7 +82,7 @@ def test_nothing_stays_aside(tmp_path: Path) -> None:
     task = task_on(save_tiny_llama(tmp_path / "model"), tmp_path / "store")
     aside, batches = Aside(), task.batches(0)
     assert task.text.streamed is not None
-    gradients_by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), aside=aside, chunk=256)
+    gradients_by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), spill=aside, chunk=256)
     assert aside._held == {}
 
 
@@ -105,7 +105,7 @@ def test_blocks_that_are_copied_late_and_inputs_kept_by_the_host_give_the_same_b
     """The way of a CUDA device, with the device simulated (tiny/cards)."""
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=4)
     resident = gradients(task_on(folder, None))
-    task = task_on(folder, tmp_path / "store", aside=HostAside(), together=2)
+    task = task_on(folder, tmp_path / "store", spill=HostAside(), together=2)
     assert task.text.streamed is not None
     stream, device = task.text.streamed.stream, Prompt()
     stream.release()

@@ -143,7 +143,7 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     task = TextTask(
-        text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
+        text, setup.train.examples, held_out=rows, spec=spec, spill=kept.aside(), together=kept.together,
         processes=setup.processes,
     )  # fmt: skip
     task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)

@@ -339,7 +339,7 @@ def training_on(
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
     task = TextTask(text, examples, held_out=(), spec=spec, together=streaming.together)
     if streaming.aside:
-        task.aside = OutlinedAside()
+        task.spill = OutlinedAside()
     return silent_training(task, spec)
 
 
