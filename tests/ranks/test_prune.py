@@ -187,5 +187,5 @@ def test_budgets_that_leave_nothing_or_cut_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="below one rank of the smallest target, which needs 12"):
         final_budget(RanksSpec(choose="prune", budget="11"), PLAN)
     for budget in (at_first, 10 * at_first):
-        with pytest.raises(ConfigError, match=f"not below those at first, {at_first} in 3 pairs"):
+        with pytest.raises(ConfigError, match=f"not below the initial {at_first} in 3 pairs"):
             final_budget(RanksSpec(choose="prune", budget=str(budget)), PLAN)

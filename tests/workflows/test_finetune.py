@@ -142,7 +142,7 @@ def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path
     before = tree(copy)
     write_rows(data, reviews(61, seed=9))
     config = read_run(copy / "config.yaml", {"data.train": str(data)})
-    with pytest.raises(DataError, match="not what this run started with"):
+    with pytest.raises(DataError, match="data has changed since this run started"):
         finetune(config, FinetuneOptions(resume=copy), console=quiet())
     assert tree(copy) == before
 

@@ -113,7 +113,7 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         if rows and not kept:
             raise DataError(
                 f"Every {part} row has a copy or near-copy among the rows that evaluate it ({across[0]}). "
-                "Use other rows, or set --data.on_leak keep if equal prompts are intended."
+                "Give other rows, or set --data.on_leak keep if equal prompts are intended."
             )
         return kept
 

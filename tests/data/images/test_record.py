@@ -99,7 +99,7 @@ def test_what_is_gone_or_has_changed_is_named_with_the_remedy(tmp_path: Path) ->
         f"  - The caption of {folder / rows[2].source} was '{rows[2].caption}' and is 'other words'.",
         f"  - {folder / rows[3].source} cannot be used: its picture or its caption cannot be read.",
     ]
-    assert lines[5] == "Bring back what was there, or start a new run with another --out."
+    assert lines[5] == "Restore the old pictures, or start a new run with another --out."
     for row in (*found.train, *found.held_out):
         row.path.unlink(missing_ok=True)
     with pytest.raises(DataError, match=r"\(17 problems\):\n(  - .* is gone\.\n){12}  - and 5 more\.\nBring back"):

@@ -253,7 +253,7 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     assert resumed.report.comparisons == whole.report.comparisons and resumed.report.warnings == whole.report.warnings
     gone = resumed.setup.dataset.train[0].path
     gone.unlink()
-    with pytest.raises(DataError, match=rf"{gone.name} is gone\. Bring back what was there, or start a new run"):
+    with pytest.raises(DataError, match=rf"{gone.name} is gone\. Restore the old pictures, or start a new run"):
         finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
 
 

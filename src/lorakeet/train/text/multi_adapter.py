@@ -97,7 +97,7 @@ class MultiAdapterTraining:
         """
         names = [member.name for member in members]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"Adapters that are trained together need one or more names, all different; given: {names}.")
+            raise ConfigError(f"Adapters that are trained together need different names, at least one; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
         self.text, self.spill, self.together = text, spill or Aside(), together
