@@ -52,11 +52,9 @@ class TextKind(RunKind[TextAssembly]):
         return assemble_text(config, console, processes)
 
     def summary(self, setup: TextAssembly, *, dry_run: bool) -> dict[str, Any]:
-        data, forecast = setup.dataset, setup.arrangement.forecast
-        rows = {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)}
-        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch, "rows": rows}
-        if forecast is not None:
-            found["memory"] = forecast.to_mapping()
+        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch}
+        if setup.arrangement.forecast is not None:
+            found["memory"] = setup.arrangement.forecast.to_mapping()
         if cuts := setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         return {**found, "rank_pattern": dict(setup.config.lora.rank_pattern)} if dry_run else found
@@ -70,9 +68,6 @@ class TextKind(RunKind[TextAssembly]):
             frozen_depth(task.text)  # raises before anything is written
         record_graphs(task.text, task, console)
         return task
-
-    def split_record(self, setup: TextAssembly) -> dict[str, object]:
-        return setup.dataset.split_record()
 
     def frozen_digests(self, setup: TextAssembly) -> Digests:
         return {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
@@ -141,8 +136,7 @@ class TextKind(RunKind[TextAssembly]):
         return text + (", native kernels" if native else "")
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
-        data = setup.dataset
-        found = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
+        found = super().facts(setup)
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
         if (count := setup.processes.count) > 1:
