@@ -46,7 +46,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import Record, Silent

@@ -31,12 +31,12 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
-from lorakeet.serve.cores import FreeCores
+from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
-from lorakeet.serve.naming import check_name
+from lorakeet.serve.free_cores import FreeCores
+from lorakeet.serve.model_names import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
-from lorakeet.serve.store import AdapterStore
 from lorakeet.workflows.options import ServeOptions, non_default
 from lorakeet.workflows.runs.output_paths import writing
 

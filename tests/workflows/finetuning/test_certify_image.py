@@ -11,8 +11,8 @@ import torch
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, inject
