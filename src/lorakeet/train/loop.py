@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
-from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
-from lorakeet.memory.cuda import card_of, card_peak
+from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
+from lorakeet.memory.cuda import cuda_device_of, gpu_peak_bytes
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.checkpoint import BestTensors, Position, Snapshot
@@ -79,12 +79,12 @@ def train(
     VerificationFailed if a trained tensor gets no gradient, ConfigError if a run is resumed with other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
-    give_back_free_memory()  # freed after reading rows and weights
+    release_free_memory()  # freed after reading rows and weights
     if budget is None:
         keep_freed_memory()
     else:
         training.budget, training.best = budget, BestTensors(run.best)
-        training.cuda_device = card_of(training.parameters.values())
+        training.cuda_device = cuda_device_of(training.parameters.values())
     alone = run.locked() if task.processes.first else nullcontext()  # no other process trains in this folder
     with alone, PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
@@ -213,7 +213,7 @@ class Training(Generic[BatchT]):
 
     def _peak(self) -> int:
         """Peak bytes of the memory that the budget bounds: of the process, or on its CUDA device."""
-        return self.memory.now() if self.cuda_device is None else card_peak(self.cuda_device)
+        return self.memory.now() if self.cuda_device is None else gpu_peak_bytes(self.cuda_device)
 
     def _watch_memory(self, step: int) -> None:
         """Reports once if the peak memory exceeds the budget."""

@@ -28,8 +28,8 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
+from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
@@ -85,7 +85,7 @@ class MultiAdapterTraining:
         text: TextModel,
         members: Sequence[Member],
         *,
-        spill: Aside | None = None,
+        spill: Spill | None = None,
         together: int = 0,
         folder: Path | None = None,
     ) -> None:
@@ -100,7 +100,7 @@ class MultiAdapterTraining:
             raise ConfigError(f"Adapters that are trained together need different names, at least one; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
-        self.text, self.spill, self.together = text, spill or Aside(), together
+        self.text, self.spill, self.together = text, spill or Spill(), together
         _require_sharable(text, names)
         self._divided = text.with_every_token(cached=True, pad=True)  # for batches whose tokens have different adapters
         self.selection: Selection = selection_of(text.model)
@@ -218,7 +218,7 @@ class _Learner:
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.order.steps_per_epoch)
         self.targets, self.summed = 0, 0.0  # of this step: supervised tokens, and their losses
-        self._best: Aside | None = None
+        self._best: Spill | None = None
         self._folder = folder
 
     def start_step(self, text: TextModel) -> list[Batch]:
@@ -284,18 +284,18 @@ class _Learner:
         if watch.exhausted(spec.patience):
             at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
 
-    def _kept(self) -> Aside:
+    def _kept(self) -> Spill:
         """Copies the current values. If the disk fails, training continues with copies in memory, which the plan allows for."""
         if self._folder is not None:
             try:
-                kept = Aside(self._folder)
+                kept = Spill(self._folder)
                 for name, parameter in self.parameters.items():
                     kept.put(name, parameter.detach().cpu())
             except EnvironmentProblem:
                 self._folder = None
             else:
                 return kept
-        kept = Aside()
+        kept = Spill()
         for name, parameter in self.parameters.items():
             kept.put(name, parameter.detach().cpu().clone())
         return kept
@@ -349,7 +349,7 @@ def train_many(
     members: Sequence[Member],
     *,
     watch: Callable[[MultiAdapterTraining], None] | None = None,
-    spill: Aside | None = None,
+    spill: Spill | None = None,
     together: int = 0,
     budget: int | None = None,
     folder: Path | None = None,
@@ -361,7 +361,7 @@ def train_many(
     without it a member ends where its single run ends, to rounding.
     """
     many = MultiAdapterTraining(text, members, spill=spill, together=together, folder=folder)
-    give_back_free_memory()  # as train/loop does
+    release_free_memory()  # as train/loop does
     if budget is None:
         keep_freed_memory()
     while any(not at.done for at in many.progress):

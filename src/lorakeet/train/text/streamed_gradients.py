@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.data.pack import Batch
-from lorakeet.memory.spill import Aside
-from lorakeet.models.streaming.model import Passage, Streamed, plain_output
+from lorakeet.memory.spill import Spill
+from lorakeet.models.streaming.model import BlockInputs, StreamedBlocks, plain_output
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import rng
 from lorakeet.train.task import batch_seeds
@@ -29,7 +29,14 @@ Given = TypeVar("Given")
 
 
 def gradients_by_block(
-    text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: float, *, spill: Aside, chunk: int, together: int = 0
+    text: TextModel,
+    streamed: StreamedBlocks,
+    batches: Sequence[Batch],
+    targets: float,
+    *,
+    spill: Spill,
+    chunk: int,
+    together: int = 0,
 ) -> Tensor:
     """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; returns Σ losses, fp64, detached.
 
@@ -47,11 +54,11 @@ def gradients_by_block(
 
 def loss_gradients_by_block(
     text: TextModel,
-    streamed: Streamed,
+    streamed: StreamedBlocks,
     batches: Sequence[Batch],
     loss: Callable[[int], tuple[Tensor, Tensor]],
     *,
-    spill: Aside,
+    spill: Spill,
     together: int = 0,
     prepare: Callable[[int], TextModel] | None = None,
 ) -> Tensor:
@@ -84,10 +91,10 @@ class _Step:
     prepare: Callable[[int], TextModel]
     loss: Callable[[int], tuple[Tensor, Tensor]]
 
-    def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], seeds: list[int], spill: Aside) -> None:
+    def __init__(self, text: TextModel, streamed: StreamedBlocks, batches: list[Batch], seeds: list[int], spill: Spill) -> None:
         self.text, self.streamed, self.batches, self.spill = text, streamed, batches, spill
         self.random = [_Random(seed, text.device) for seed in seeds]
-        self.passages: list[Passage] = []
+        self.passages: list[BlockInputs] = []
         self.states: list[Tensor] = []  # outputs of the latest block; in the backward pass their gradients
         self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients outside the blocks, from the head
         self.parameters = [parameter for parameter in text.model.parameters() if parameter.requires_grad]

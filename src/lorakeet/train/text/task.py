@@ -18,7 +18,7 @@ from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.formats.peft import peft
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.cuda_graphs import GraphedModel
@@ -52,7 +52,7 @@ class TextTask:
         held_out: Sequence[Example],
         spec: TrainSpec,
         name: str = "default",
-        spill: Aside | None = None,
+        spill: Spill | None = None,
         together: int = 0,
         processes: Processes = ALONE,
     ) -> None:
@@ -60,7 +60,7 @@ class TextTask:
         self.processes, self.in_step = processes, spec.shard and processes.count > 1
         self.order = order_of(self.train, spec)
         self.held_out_rows = list(held_out)
-        self.spill, self.together = spill or Aside(), together
+        self.spill, self.together = spill or Spill(), together
 
     @property
     def steps_per_epoch(self) -> int:
