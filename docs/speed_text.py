@@ -58,7 +58,7 @@ rebuilt when the block changes.
 - **A separate addition of the pairs.** The low-rank term is added to a product with a frozen weight while that is in registers,
 rounded as if it had been in memory.
 - **Dequantised copies of weights.** NF4, 4-bit GPTQ, int8 and GGUF blocks are dequantised inside the product, some columns at a
-time (`kernels/cpu/unpack_panels.c`). No weight exists in bf16 as a whole. GPTQ's words hold neighbours of a sum, so they need
+time (`kernels/cpu/c/unpack_panels.c`). No weight exists in bf16 as a whole. GPTQ's words hold neighbours of a sum, so they need
 no transposition. A step over NF4 was a quarter slower than over dense weights, and now takes about the same
 ([log](../log/training-speed.md)).
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded (`core/precision`).

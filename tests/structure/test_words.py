@@ -55,7 +55,7 @@ KEYS = {"int8, brought back", "bytes of kept states", "a recorded pass", "in tur
 BESIDE = ("benchmarks", "demos", "docs", "examples")  # folders beside the package, whose texts are read too
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`|(?<=\])\([^)\s]+\)", re.MULTILINE | re.DOTALL)  # blocks, spans, targets of links
 # Functions that every file of a kind has: adapter formats read and write; kernels say whether they serve and what they cost.
-PROTOCOL = {"read", "write", "main"}  # and the entry point
+PROTOCOL = {"owns", "read", "write", "main"}  # and the entry point
 
 
 def words_of(path: Path) -> Iterator[tuple[int, str]]:

@@ -20,12 +20,13 @@ from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.placement import device_for
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
+from lorakeet.workflows.options import EvaluateOptions
 from lorakeet.workflows.planning.text_run import Loaded
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
@@ -51,38 +52,30 @@ class _EvaluationRows:
     rows: tuple[Row, ...]
     named: str
     labels: tuple[str, ...]
-    learnt_from: tuple[Row, ...]
+    baseline_rows: tuple[Row, ...]
     leaks: LeakReport | None = None
     warnings: tuple[str, ...] = ()
 
 
-def evaluate(
-    run_or_adapter: str,
-    *,
-    data: str | None = None,
-    config: Path | None = None,
-    base: str | None = None,
-    out: Path | None = None,
-    memory: str | None = None,
-    console: Console,
-) -> Evaluated:
+def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     """Measures base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if named.
 
-    `memory`, or else the run's memory.budget, is kept, if need be by streaming the weights.
+    Keeps to `memory`, or else to the run's memory.budget, if need be by streaming the weights.
     """
-    if out is not None:
+    if (out := options.out) is not None:
         require_empty(out)
-    opened = open_adapter(Path(run_or_adapter), base=base, config=config, say=console.print).within(memory)
-    rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
+    path = Path(options.run_or_adapter)
+    opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
     loaded = Loaded(bool(rows.labels), sum(len(row.text) for row in rows.rows))
     budget = opened.config.memory.bytes
     of_process = budget if device_for(opened.config.model.device).type == "cpu" else None
-    with promised(budget, "Raise it with --memory."), held_at_most(of_process, None, console):
+    with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, None, console):
         text = opened.text_model(console, within_budget=loaded)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        judge = Judge(settings, text, encoder, rows.rows, console, NAME)
-        report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
+        judge = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
+        report = judge.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = judge.drift()
     report = dataclasses.replace(
         report,

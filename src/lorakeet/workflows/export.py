@@ -18,19 +18,21 @@ from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
 from lorakeet.export.card import CardFacts, card, licence_of
-from lorakeet.export.deployment import features_of_adapter, limits_of
-from lorakeet.export.folded import Folded
-from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel, write_gguf
+from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufModel, write_gguf
 from lorakeet.export.llama_cpp import ModelRefused, is_installed, quantise
+from lorakeet.export.merged_tensors import MergedTensors
 from lorakeet.export.ollama_push import require_address
+from lorakeet.export.runtime_support import features_of_adapter, limits_of
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import sha256_of
+from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_text
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.options import ExportOptions, VerifyOptions
 from lorakeet.workflows.planning.check import FP32, stores, tensor_peak
 from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
@@ -69,27 +71,16 @@ class _Job:
     opened: Opened
     source: Path
     tokenizer: Any
-    quant: str
-    name: str
-    separate: bool
-    subject: str
+    options: ExportOptions
     console: Console
 
+    @property
+    def name(self) -> str:
+        """The model's name: the given one, or that of the run folder or adapter folder."""
+        return self.options.name or (self.opened.run.path.name if self.opened.run else self.opened.folder.name)
 
-def export(  # noqa: PLR0913  (the options of a verb are its parameters)
-    run_or_adapter: str,
-    *,
-    out: Path,
-    to: str = "gguf",
-    quant: str = "f16",
-    base: str | None = None,
-    separate: bool = False,
-    push: bool = False,
-    name: str | None = None,
-    host: str = "http://127.0.0.1:11434",
-    memory: str | None = None,
-    console: Console,
-) -> Exported:
+
+def export(options: ExportOptions, *, console: Console) -> Exported:
     """Writes the merged model to `out`, checks it in llama.cpp against the live adapter, and writes card and certificate.
 
     to: gguf (a file) or ollama (a folder with its Modelfile); `separate` keeps base and adapter in two files, for ollama.
@@ -99,43 +90,49 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
     Raises VerificationFailed (exit code 3) where the check fails, or llama.cpp refuses the file; what was written stays, with a
     certificate that says so.
     """
-    written = push and (out / ollama.MODELFILE).is_file()
+    out = options.out
+    written = options.push and (out / ollama.MODELFILE).is_file()
+    _check(options, written)
+    opened = open_adapter(Path(options.run_or_adapter), base=options.base, say=console.print).within(options.memory)
+    source = find_source(opened.config.model, console.print)
+    if is_installed() and not written:
+        held, disk = _taken(source, opened, options.quant)
+        what = "the check of an export"
+        size = partial(size_of_check, opened, [str(out)], source, what, rows=CHECK_ROWS, memory=held, disk=disk)
+        opened = plan_rows(opened, size, out, console)
+    job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), options, console)
+    with held_at_most(*opened.allowed, console, mapped=is_installed()):
+        found = _written_before(job) if written else _written(job)
+    if options.push:
+        checked = found.certificate is not None
+        push_folder(found.out, _ollama_model(job), job.name, host=options.host, checked=checked, console=console)
+    return found
+
+
+def _check(options: ExportOptions, written: bool) -> None:
+    """Raises ConfigError for options that contradict each other, and for an `out` that cannot be written."""
+    out, quant = options.out, options.quant
     if out.exists() and not written:
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
-    if separate and to != "ollama":
+    if options.separate and options.to != "ollama":
         raise ConfigError("--separate is for --to ollama; the adapter alone as a GGUF file: lorakeet convert … --to gguf.")
-    if push and to != "ollama":
+    if options.push and options.to != "ollama":
         raise ConfigError("--push gives a model to Ollama; it needs --to ollama.")
-    if push:
-        require_address(host)
+    if options.push:
+        require_address(options.host)
     if quant not in DIRECT and not is_installed():
         direct = ", ".join(DIRECT)
         raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
     require_place(out)
-    opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
-    source = find_source(opened.config.model, console.print)
-    if is_installed() and not written:
-        held, disk = _taken(source, opened, quant)
-        what = "the check of an export"
-        size = partial(size_of_check, opened, [str(out)], source, what, rows=CHECK_ROWS, memory=held, disk=disk)
-        opened = plan_rows(opened, size, out, console)
-    title = name or (opened.run.path.name if opened.run else opened.folder.name)
-    job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
-    with held_at_most(*opened.allowed, console, mapped=is_installed()):
-        found = _written_before(job, out) if written else _written(job, out, to)
-    if push:
-        checked = found.certificate is not None
-        push_folder(found.out, _ollama_model(job), job.name, host=host, checked=checked, console=console)
-    return found
 
 
-def _written(job: _Job, out: Path, to: str) -> Exported:
-    """Writes the model to `out`, then its certificate and card."""
-    console = job.console
+def _written(job: _Job) -> Exported:
+    """Writes the model, then its certificate and card."""
+    console, out = job.console, job.options.out
     if job.opened.config.model.quantize.method != "none":
         console.print("The adapter was trained on a quantised base; it is folded into the dense weights that were quantised.")
     with writing(f"The export {out}", "Free some space, or choose another --out."):
-        written = _to_gguf(job, out) if to == "gguf" else _to_ollama(job, out)
+        written = _to_gguf(job, out) if job.options.to == "gguf" else _to_ollama(job, out)
     for note in written.notes:
         console.print(note, soft_wrap=True)
     console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
@@ -143,15 +140,16 @@ def _written(job: _Job, out: Path, to: str) -> Exported:
     with writing_certificate(out, "export", "The certificate and the card"):
         if certificate is not None:
             certificate.write(_beside(out, CERTIFICATE))
-        _write_card(job, out, written, certificate, to)
+        _write_card(job, out, written, certificate)
     if certificate is not None:
         certificate.raise_if_failed()
     return Exported(out, written, certificate)
 
 
-def _written_before(job: _Job, out: Path) -> Exported:
-    """The export in the folder `out`, as an earlier command left it."""
-    written, certificate = exported_before(out, out / CERTIFICATE, _identity(job), separate=job.separate)
+def _written_before(job: _Job) -> Exported:
+    """Returns the export that an earlier command left in the folder `out`."""
+    out = job.options.out
+    written, certificate = exported_before(out, out / CERTIFICATE, _identity(job), separate=job.options.separate)
     job.console.print(f"{out} holds this export already, and its check passed: it is sent as it is.", soft_wrap=True)
     return Exported(out, written, certificate)
 
@@ -162,13 +160,13 @@ def _to_gguf(job: _Job, out: Path) -> GgufModel:
 
 def _to_ollama(job: _Job, out: Path) -> GgufModel:
     """The folder, whole or not at all: the Modelfile beside the GGUF files."""
-    if job.separate:
+    if job.options.separate:
         _require_separable(job.opened)
     model = _ollama_model(job)
     with new_folder(out) as folder:
         if model.adapter:
             gguf.write(job.opened.adapter, folder / model.adapter, base=open_base(job.source))
-        written = _write_model(job, folder / model.model, with_adapter=not job.separate)
+        written = _write_model(job, folder / model.model, with_adapter=not job.options.separate)
         save_text(folder / ollama.MODELFILE, model.modelfile())
     return dataclasses.replace(written, path=out / model.model)
 
@@ -185,7 +183,7 @@ def _require_separable(opened: Opened) -> None:
 
 def _ollama_model(job: _Job) -> ollama.OllamaModel:
     system = job.opened.config.data.system or ""
-    return ollama.describe_template(job.tokenizer, system=system, adapter=job.separate, say=job.console.print)
+    return ollama.describe_template(job.tokenizer, system=system, adapter=job.options.separate, say=job.console.print)
 
 
 def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
@@ -200,15 +198,16 @@ def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
         def show(done: int, total: int, tensor: str) -> None:
             bar.update(task, completed=done, total=total, description=f"writing {tensor}")
 
-        if job.quant in DIRECT:
-            return write_gguf(job.source, adapter, out, tokenizer=job.tokenizer, quant=job.quant, facts=facts, on_progress=show)
+        quant = job.options.quant
+        if quant in DIRECT:
+            return write_gguf(job.source, adapter, out, tokenizer=job.tokenizer, quant=quant, facts=facts, on_progress=show)
         wide, partial = out.with_name(f".{out.name}.wide"), out.with_name(f".{out.name}.partial")
         try:
             wide.unlink(missing_ok=True)
             kept = write_gguf(
                 job.source, adapter, wide, tokenizer=job.tokenizer, quant=_wide(job.source), facts=facts, on_progress=show
             )
-            quantise(wide, partial, job.quant)
+            quantise(wide, partial, quant)
             partial.replace(out)
         finally:
             wide.unlink(missing_ok=True)
@@ -229,7 +228,7 @@ def _wide(source: Path) -> str:
 
 def _taken(source: Path, opened: Opened, quant: str) -> tuple[int, int]:
     """Bytes of memory while the file is written, a tensor at a time, and about those of the file and of a wide one beside it."""
-    folded = Folded(source, opened.adapter)
+    folded = MergedTensors(source, opened.adapter)
     sizes = {name: math.prod(folded.shape(name)) for name in folded.names}
     changed = max((size for name, size in sizes.items() if folded.changes(name)), default=0)
     wide = FP32 if quant == "f32" or (quant not in DIRECT and _wide(source) == "f32") else FP32 // 2
@@ -248,11 +247,11 @@ def _digest(opened: Opened) -> str:
 
 def _identity(job: _Job) -> dict[str, str]:
     """The facts in a certificate by which an export is known again."""
-    form = "base and adapter apart" if job.separate else "one model"
+    form = "base and adapter apart" if job.options.separate else "one model"
     return {
         "adapter SHA-256": _digest(job.opened),
         "base": job.opened.config.model.path,
-        "quantisation": job.quant,
+        "quantisation": job.options.quant,
         "form": form,
     }
 
@@ -264,7 +263,8 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         return None
     try:
         with stores(job.opened, f"{out} itself is written, but not checked: remove it and export again."):
-            found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=job.subject, console=job.console)
+            check_options = VerifyOptions(job.options.run_or_adapter, against=(str(out),), rows=CHECK_ROWS)
+            found = certify_artefacts(job.opened, check_options, job.console)
     except ModelRefused as error:
         check = tolerance_check(
             f"{out.name}: loads in llama.cpp",
@@ -274,7 +274,7 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
             n=1,
             detail=str(error),
         )
-        found = Certificate(f"What became of {job.subject}", (check,))
+        found = Certificate(f"What became of {job.options.run_or_adapter}", (check,))
     found = dataclasses.replace(found, facts={**found.facts, **_identity(job)})
     show_certificate(found, job.console)
     return found
@@ -284,8 +284,8 @@ def _beside(out: Path, name: str) -> Path:
     return out / name if out.is_dir() else out.with_name(f"{out.stem}.{name}")
 
 
-def _write_card(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None, to: str) -> None:
-    run, config = job.opened.run, job.opened.config
+def _write_card(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None) -> None:
+    to, run, config = job.options.to, job.opened.run, job.opened.config
     report: Report | None = read_report(run.report) if run is not None and run.report.exists() else None
     files = {written.path.name: f"the model, {written.bytes:,} bytes (tensors: {_types(written)})"}
     if to == "ollama":

@@ -1,6 +1,6 @@
 """`lorakeet quantize`: writes a model with its linear layers packed, in a layout that others load.
 
-nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/on_disk), which
+nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/safetensors_layout), which
 is said. gptq is made in workflows/packing/calibrate.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from lorakeet.errors import ConfigError
-from lorakeet.export.packed_model import TensorGroup, write_model
+from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.budget import parse_budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
@@ -29,16 +29,16 @@ from lorakeet.models.modules import kind_of, weight_shape
 from lorakeet.models.placement import dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import read_config
-from lorakeet.quant import on_disk
+from lorakeet.quant import safetensors_layout
 from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
-from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
+from lorakeet.workflows.options import QuantizeOptions
+from lorakeet.workflows.packing.calibrate import write_gptq
 from lorakeet.workflows.planning.quantizing import QuantizeJob, keep_budget
 from lorakeet.workflows.runs.output_paths import require_place
 
-Method = Literal["nf4", "int8", "gptq"]
 COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
 TILE_COPIES = 20  # bytes of each number of those that are packed at once (quant/packed)
 
@@ -48,7 +48,7 @@ class PackedFormat:
     """How a method packs one weight and what it writes; the names of tensors follow the weight's own."""
 
     pack: Callable[[Tensor], PackedBase]
-    shapes: Callable[[tuple[int, int]], on_disk.Shapes]
+    shapes: Callable[[tuple[int, int]], safetensors_layout.Shapes]
     tensors: Callable[[Any, torch.dtype], Mapping[str, Tensor]]
     config: Callable[[list[str], str], dict[str, Any]]  # from the layers that are kept and the dtype of the model
     note: str  # who reads it
@@ -57,16 +57,16 @@ class PackedFormat:
 LAYOUTS: dict[str, PackedFormat] = {
     "nf4": PackedFormat(
         pack=Nf4Base.of,
-        shapes=lambda shape: on_disk.nf4_shapes(shape, block_size=64, double_quant=True),
-        tensors=on_disk.nf4_tensors,
-        config=lambda kept, dtype: on_disk.nf4_config(block_size=64, double_quant=True, dense=kept, dtype=dtype),
+        shapes=lambda shape: safetensors_layout.nf4_shapes(shape, block_size=64, double_quant=True),
+        tensors=safetensors_layout.nf4_tensors,
+        config=lambda kept, dtype: safetensors_layout.nf4_config(block_size=64, double_quant=True, dense=kept, dtype=dtype),
         note="transformers loads it where bitsandbytes is installed, and so does Lorakeet.",
     ),
     "int8": PackedFormat(
         pack=Int8Base.of,
-        shapes=on_disk.int8_shapes,
-        tensors=lambda base, dtype: on_disk.int8_tensors(base),
-        config=lambda kept, dtype: on_disk.int8_config(kept),
+        shapes=safetensors_layout.int8_shapes,
+        tensors=lambda base, dtype: safetensors_layout.int8_tensors(base),
+        config=lambda kept, dtype: safetensors_layout.int8_config(kept),
         note="int8 is a layout of Lorakeet's own, which no other program reads.",
     ),
 }
@@ -99,22 +99,7 @@ class Quantized:
         }
 
 
-def quantize(  # noqa: PLR0913 - the options of the verb
-    model: str,
-    *,
-    method: Method,
-    out: Path,
-    head: Literal["keep", "quantize"] = "keep",
-    bits: int = 4,
-    group_size: int = 128,
-    desc_act: bool = False,
-    sym: bool = True,
-    calibration: str | None = None,
-    calibration_rows: int = 128,
-    calibration_tokens: int = 2048,
-    memory: str | None = None,
-    console: Console,
-) -> Quantized:
+def quantize(options: QuantizeOptions, *, console: Console) -> Quantized:
     """Writes `model` with packed linear layers to `out`, a matrix at a time, and loads the result again as a check.
 
     From `bits` to `calibration_tokens` all counts for gptq alone (workflows/packing/calibrate). `memory`, such as "3GiB", is
@@ -122,25 +107,17 @@ def quantize(  # noqa: PLR0913 - the options of the verb
     process, with the same result. Raises ConfigError where `out` exists, the model is quantised already, nothing in it can be
     packed or the budget cannot be kept.
     """
-    if method == "gptq":
-        layout = GptqLayout(bits, group_size, desc_act, sym, "gptq" if sym else "gptq_v2")
-        rows = Calibration(calibration, calibration_rows, calibration_tokens)
-        written, error = write_gptq(model, out=out, head=head, layout=layout, calibration=rows, memory=memory, console=console)
-        return Quantized(out, method, written, error)
-    return _pack(model, method=method, out=out, head=head, memory=memory, console=console)
+    if options.method == "gptq":
+        layout = GptqLayout(options.bits, options.group_size, options.desc_act, options.sym, "gptq" if options.sym else "gptq_v2")
+        written, error = write_gptq(options, layout, console)
+        return Quantized(options.out, options.method, written, error)
+    return _pack(options, console)
 
 
-def _pack(
-    model: str,
-    *,
-    method: Literal["nf4", "int8"],
-    out: Path,
-    head: Literal["keep", "quantize"],
-    memory: str | None,
-    console: Console,
-) -> Quantized:
+def _pack(options: QuantizeOptions, console: Console) -> Quantized:
     """nf4 and int8: each weight by itself."""
-    budget = None if memory is None else parse_budget(memory)
+    model, method, out = options.model, options.method, options.out
+    budget = None if options.memory is None else parse_budget(options.memory)
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
@@ -150,7 +127,7 @@ def _pack(
         raise ConfigError(f"{model} holds quantised weights ({method_of(stored)}); name the unquantised model.")
     checkpoint = open_checkpoint(source)
     plain = skeleton(config)
-    chosen = packable(plain, head=head == "quantize")
+    chosen = packable(plain, head=options.head == "quantize")
     if not chosen:
         raise ConfigError(f"{model} has no linear layers that could be packed; its '{config.model_type}' blocks hold none.")
     layout, files = LAYOUTS[method], tensor_files(source)
