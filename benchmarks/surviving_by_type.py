@@ -29,7 +29,7 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
 from lorakeet.merge.requantise import Requantised, round_to_nearest
 from lorakeet.models.modules import find, replace
-from lorakeet.models.text.folded import fold_layers
+from lorakeet.models.text.folded_weights import fold_layers
 from lorakeet.models.text.gptq_blocks import weight_of
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.packed import PackedBase, PackedLinear

@@ -40,16 +40,16 @@ def lorakeet_copied(source: Path, folders: list[Path], counts: Sequence[int]) ->
 
 
 def _live(source: Path, folders: list[Path], counts: Sequence[int], *, mapped: bool) -> dict[str, Any]:
-    from lorakeet.formats.files.slab import open_slab
+    from lorakeet.formats.files.loaded_file import load_safetensors
     from lorakeet.formats.peft import peft
     from lorakeet.models.spec import ModelSpec
-    from lorakeet.models.text.live import LiveModel
     from lorakeet.models.text.load import load_text_model
+    from lorakeet.models.text.serving import ServingModel
 
-    live = LiveModel(load_text_model(ModelSpec(path=str(source), dtype="float32"), say=lambda _: None))
+    live = ServingModel(load_text_model(ModelSpec(path=str(source), dtype="float32"), say=lambda _: None))
 
     def load(folder: Path, name: str) -> None:
-        live.attach(name, peft.read(folder, opened=partial(open_slab, mapped=mapped)))
+        live.attach(name, peft.read(folder, opened=partial(load_safetensors, mapped=mapped)))
 
     return _measured(load, live.detach, live.selection.use, folders, counts)
 

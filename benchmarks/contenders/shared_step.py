@@ -13,7 +13,7 @@ from contenders.timed_step import UNTIMED, answer, made_up, step_of
 from lorakeet.data.chat import Example, Ids
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 
 WAYS = ("once", "each")
 

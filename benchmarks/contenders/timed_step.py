@@ -30,9 +30,9 @@ from lorakeet.data.chat import Example
 from lorakeet.memory.allocator import keep_freed_memory
 from lorakeet.memory.ledger import FLOPS
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.memory.onednn_code import keep_little_code
+from lorakeet.memory.onednn_code import limit_code_cache
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
@@ -64,7 +64,7 @@ class Counter(TorchDispatchMode):
 
 def answer(measure: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
     """Writes what `measure` finds of what the process is asked (harness/processes.answered), its memory kept as a run does."""
-    keep_little_code()
+    limit_code_cache()
     keep_freed_memory()
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(sys.argv[2]).write_text(json.dumps(measure(asked)), encoding="utf-8")

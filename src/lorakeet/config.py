@@ -22,7 +22,10 @@ from lorakeet.settings import load, override, to_mapping
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 
-__all__ = ["RunConfig", "dump_yaml", "read_run", "read_yaml"]
+__all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
+
+# The kinds of runs, and the module whose KIND carries each out (workflows/finetuning/kind.RunKind).
+KINDS = {"text": "lorakeet.workflows.finetuning.text", "image": "lorakeet.workflows.finetuning.image"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class RunConfig:
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "Evaluation."})
     images: ImageSpec = field(default_factory=ImageSpec, metadata={"help": "Image data, for kind image."})
     diffusion: DiffusionSpec = field(default_factory=DiffusionSpec, metadata={"help": "Noise, loss and samples, for kind image."})
-    kind: Literal["text", "image"] = field(
+    kind: Literal[tuple(KINDS)] = field(  # type: ignore[valid-type]  # evaluated at each reading: any kind in KINDS
         default="text", metadata={"help": "Kind of model: text (a causal language model) or image (a diffusion model)."}
     )
     out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})
@@ -51,8 +54,10 @@ class RunConfig:
             found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks. Leave one of them out.")
         if self.ranks.choose == "prune":
             found += self._prune_problems()
-        if self.kind == "text" and self.model.config:
-            found.append("model.config is for single files of image models, but kind is text. Leave it out or set kind: image.")
+        if self.kind != "image" and self.model.config:
+            found.append(
+                f"model.config is for single files of image models, but kind is {self.kind}. Leave it out or set kind: image."
+            )
         if self.kind == "image" and self.lora.start in MEASURED:
             found.append(f"lora.start {self.lora.start} needs rows of text, but kind is image. Use lora.start kaiming.")
         return found

@@ -12,12 +12,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakeet.core.spec import LoraSpec
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.diffusers_import import quiet_diffusers
-from lorakeet.models.image.kinds import packed, unpacked_latents
+from lorakeet.models.image.kinds import packed_latents, unpacked_latents
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, eject, inject, trained_parameters
@@ -84,7 +84,8 @@ def drawn(pipeline: Any) -> torch.Tensor:
     flux = type(pipeline).__name__ == "FluxPipeline"
     with torch.no_grad():
         found = pipeline(
-            "red box", latents=packed(noise) if flux else noise, num_inference_steps=4, guidance_scale=3.0, height=16, width=16,
+            "red box", latents=packed_latents(noise) if flux else noise, num_inference_steps=4, guidance_scale=3.0, height=16,
+            width=16,
             output_type="latent",
         ).images  # fmt: skip
     return unpacked_latents(found, 8, 8) if flux else found

@@ -14,7 +14,7 @@ from lorakeet.kernels.triton import loss as triton_loss
 from lorakeet.kernels.triton import tiles
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.text.loss import text_loss

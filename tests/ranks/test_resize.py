@@ -14,7 +14,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.merge.factors import best_of_factors
+from lorakeet.merge.low_rank import truncate_factors
 from lorakeet.models.families import family_of
 from lorakeet.models.inject import adapter_of, inject
 from lorakeet.models.targets import plan_for
@@ -76,7 +76,7 @@ def test_without_weights_it_is_the_cut_of_eckart_and_young() -> None:
     pair = pair_of(0)
     found = spectrum(pair, Moments(torch.zeros(RANK, RANK), torch.zeros(RANK, RANK)), "none")
     short = cut_to_ranks(Adapter({"a": pair}), {"a": found}, {"a": 2}).pairs["a"]
-    plain = best_of_factors(pair.A, pair.B, 2)
+    plain = truncate_factors(pair.A, pair.B, 2)
     torch.testing.assert_close(short.B @ short.A, plain.B @ plain.A, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(short.A.norm(dim=1), short.B.norm(dim=0), rtol=1e-4, atol=1e-5)  # neither factor far larger
 

@@ -47,7 +47,7 @@ PRIVATE_NAMES = {
 MODEL_CARD = {"export/card.py"}  # a model card is the field's own word
 ALLOWED = {"on the hardware at hand"}  # the project's motto
 # Functions that every file of a kind has: adapter formats read and write; kernels say whether they serve and what they cost.
-PROTOCOL = {"read", "write", "main"}  # and the entry point
+PROTOCOL = {"owns", "read", "write", "main"}  # and the entry point
 
 
 def words_of(path: Path) -> Iterator[tuple[int, str]]:

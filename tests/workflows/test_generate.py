@@ -18,9 +18,9 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.images.folder import open_pixels
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.diffusion import diffusers
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.model import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec

@@ -16,15 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.linear import AdaptedLayer, BlockStandIn
-from lorakeet.memory.spill import Aside
+from lorakeet.core.layers.linear import AdaptedLayer, BlockReplacement
+from lorakeet.memory.spill import Spill
 from lorakeet.models import modules
 
 
 class FrozenPrefix:
     """The lowest `depth` of a model's blocks and the cached states of rows; `paths` are those of all blocks, in order."""
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], depth: int, cache: Aside) -> None:
+    def __init__(self, model: nn.Module, paths: Sequence[str], depth: int, cache: Spill) -> None:
         self.model, self.paths, self.depth, self.cache = model, list(paths), depth, cache
         self.bytes = 0
         self._returned: Tensor | None = None  # the input of block `depth`, while it comes from the cache
@@ -96,7 +96,7 @@ class FrozenPrefix:
         return None
 
 
-class PrefixBlock(BlockStandIn):
+class PrefixBlock(BlockReplacement):
     """Wraps a decoder block that a pass may skip."""
 
     def __init__(self, original: nn.Module, number: int, prefix: FrozenPrefix) -> None:

@@ -35,7 +35,7 @@ from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.formats.peft import peft
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
@@ -57,7 +57,7 @@ from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import BASE, Judge
+from lorakeet.workflows.finetuning.evaluate_text import BASE, TextEvaluator
 from lorakeet.workflows.finetuning.report import rank_map
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import CompressOptions
@@ -119,7 +119,7 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
         raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
     budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)
     of_process = None if kept.card is not None else budget
-    with promised(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
+    with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
         text = opened.text_model(console)
         chosen, curve, judged = _chosen(opened, text, dataset, options, share, console)
         return _write(opened, chosen, curve, judged, dataset, options.out)
@@ -139,7 +139,7 @@ def _arranged(opened: Opened, dataset: Dataset, console: Console) -> Arrangement
 
 def _chosen(
     opened: Opened, text: TextModel, dataset: Dataset, options: CompressOptions, share: float, console: Console
-) -> tuple[_Cut, RankCurve, Judge]:
+) -> tuple[_Cut, RankCurve, TextEvaluator]:
     """The cut to write, the curve of all, and who measured them."""
     settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
@@ -147,7 +147,7 @@ def _chosen(
     examples = _sample(encode_rows(dataset.train, encoder).examples, options.rows, settings)
     found = weighed(opened.adapter, text, settings, examples, options.weighting)
     cuts = _cuts(opened.adapter, plan, found, options.to)
-    judged = Judge(settings, text, encoder, dataset.held_out, console, NAME)
+    judged = TextEvaluator(settings, text, encoder, dataset.held_out, console, NAME)
     curve = _curve(judged, cuts, pair_parameters(plan), share)
     name = cuts[0].name if options.to is not None else curve.marked
     _show(curve, console)
@@ -224,7 +224,7 @@ def _named(adapter: Adapter) -> _Cut:
     return _Cut(f"{parameters:,} parameters, {span}", adapter, parameters)
 
 
-def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
+def _curve(judged: TextEvaluator, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
     """Every cut and the whole adapter on the held-out rows, paired."""
     rows, spec = judged.fitting(), judged.config.evaluate
     base, full = judged.losses(rows, BASE), replace(judged.losses(rows, NAME), system=FULL)
@@ -265,7 +265,7 @@ def _good(point: CurvePoint, gain: float, share: float) -> bool:
     return found is not None and found.difference.high <= share * max(gain, 0.0)
 
 
-def _losses_of(judged: Judge, rows: Sequence[Any], item: _Cut) -> RowLosses:
+def _losses_of(judged: TextEvaluator, rows: Sequence[Any], item: _Cut) -> RowLosses:
     attach(judged.text.model, item.adapter, CUT)
     try:
         return replace(replace(judged, name=CUT).losses(rows, CUT), system=item.name)
@@ -273,7 +273,7 @@ def _losses_of(judged: Judge, rows: Sequence[Any], item: _Cut) -> RowLosses:
         eject(judged.text.model, CUT)
 
 
-def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, dataset: Dataset, out: Path) -> Compressed:
+def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: TextEvaluator, dataset: Dataset, out: Path) -> Compressed:
     """A run folder with the cut adapter, read back and measured from disk; its report has the rank curve."""
     text, console = judged.text, judged.console
     plan = plan_of(text.model, chosen.adapter)
@@ -314,7 +314,7 @@ def _certify(live: RowLosses, stored: RowLosses, out: Path) -> Certificate:
     return Certificate(f"The compressed adapter {out}", (check,))
 
 
-def _report(judged: Judge, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
+def _report(judged: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
     """The cut adapter against its base on the judged rows, with the rank curve and, in words, its loss against the whole one."""
     part, opened, dataset = about
     rows, spec = judged.fitting(), judged.config.evaluate
@@ -324,7 +324,7 @@ def _report(judged: Judge, item: _Cut, curve: RankCurve, about: tuple[str, Opene
     learnt = (*dataset.train, *(dataset.held_out if part == "test" else ()))
     attach(judged.text.model, item.adapter, CUT)
     try:
-        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", learnt_from=learnt)
+        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", baseline_rows=learnt)
     finally:
         eject(judged.text.model, CUT)
     return replace(

@@ -20,10 +20,10 @@ from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.placement import device_for
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
@@ -52,7 +52,7 @@ class _EvaluationRows:
     rows: tuple[Row, ...]
     named: str
     labels: tuple[str, ...]
-    learnt_from: tuple[Row, ...]
+    baseline_rows: tuple[Row, ...]
     leaks: LeakReport | None = None
     warnings: tuple[str, ...] = ()
 
@@ -70,12 +70,12 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     loaded = Loaded(bool(rows.labels), sum(len(row.text) for row in rows.rows))
     budget = opened.config.memory.bytes
     of_process = budget if device_for(opened.config.model.device).type == "cpu" else None
-    with promised(budget, "Raise it with --memory."), held_at_most(of_process, None, console):
+    with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, None, console):
         text = opened.text_model(console, within_budget=loaded)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        judge = Judge(settings, text, encoder, rows.rows, console, NAME)
-        report = judge.report(f"{options.run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
+        judge = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
+        report = judge.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = judge.drift()
     report = dataclasses.replace(
         report,

@@ -452,7 +452,7 @@ VERBS = (
     Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions),
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
-    Verb("verify", "Verify that a merged, exported or served model is the trained one.", VerifyOptions),
+    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions),
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True),
     Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),

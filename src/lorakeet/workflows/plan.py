@@ -20,9 +20,9 @@ from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Forecast, Phase, phase_at
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
-from lorakeet.memory.usage import Held
+from lorakeet.memory.usage import Usage
 from lorakeet.models.files.source import bytes_to_unpack
-from lorakeet.models.text.outline import config_of, local_files
+from lorakeet.models.text.from_config import config_of, local_files
 from lorakeet.ranks.prune import final_budget
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.finetuning.terminal import memory_table
@@ -175,7 +175,7 @@ def _unpacked_first(planned: Planned, config: RunConfig, precision: Precision) -
     held = 0 if precision.on_card else bytes_to_unpack(config.model)
     if not held:
         return planned
-    unpacking = phase_at(UNPACK, Held(held, {"scratch": held}), resident_bytes(), slack(0))
+    unpacking = phase_at(UNPACK, Usage(held, {"scratch": held}), resident_bytes(), slack(0))
     return dataclasses.replace(planned, forecast=Forecast((unpacking, *planned.forecast.phases)))
 
 
@@ -254,7 +254,7 @@ def _against(result: PlanResult) -> str:
 
 
 def _streamed_mapping(choice: StreamingChoice) -> dict[str, Any]:
-    how = {"slots": choice.slots, "together": choice.together, "aside": choice.aside, "moved": choice.moved}
+    how = {"slots": choice.slots, "together": choice.together, "aside": choice.spill, "moved": choice.moved}
     return {"planned": choice.planned.peak, **how, "phases": choice.planned.to_mapping()["phases"]}
 
 

@@ -24,19 +24,19 @@ from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_budget
-from lorakeet.memory.onednn_code import SERVED, keep_little_code
+from lorakeet.memory.onednn_code import SERVED, limit_code_cache
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
-from lorakeet.serve.cores import FreeCores
+from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
-from lorakeet.serve.naming import check_name
+from lorakeet.serve.free_cores import FreeCores
+from lorakeet.serve.model_names import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
-from lorakeet.serve.store import AdapterStore
 from lorakeet.workflows.options import ServeOptions, non_default
 from lorakeet.workflows.runs.output_paths import writing
 
@@ -73,9 +73,9 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     access = None if options.keys is None else read_keys(options.keys)
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
-    keep_little_code(SERVED)
+    limit_code_cache(SERVED)
     text = load_text_model(spec, say=console.print)
-    live = LiveModel(text)
+    live = ServingModel(text)
     context = _context(text, options.context)
     runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir)

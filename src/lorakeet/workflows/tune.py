@@ -29,11 +29,11 @@ from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.train.text.task import order_of
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.options import TuneOptions, non_default
 from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
@@ -82,13 +82,13 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         raise ConfigError(f"--quick compares half, once and twice the learning rate alone; leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
-    with promised(config.memory.bytes, "Raise the budget, or lower --together."):
+    with enforcing_gpu_budget(config.memory.bytes, "Raise the budget, or lower --together."):
         if quick:
             options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
         ranks, targets = options.rank_choices, options.target_choices
         largest = _largest(config, ranks, targets) if config.memory.budget else None
         members = _members(together, quick=quick, seeds=seeds)
-        setup = assemble(config, console, members=members, largest=largest)
+        setup = assemble_text(config, console, members=members, largest=largest)
         space = space_for(
             setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets
         )
@@ -136,7 +136,7 @@ def _kept_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
         yield
 
 
-def _trained_on(setup: Assembly, seeds: int) -> list[Example]:
+def _trained_on(setup: TextAssembly, seeds: int) -> list[Example]:
     """The training rows that the trials, and the seeds of a confirmation, may see: not all where they end within an epoch."""
     train, spec = setup.train.examples, setup.config.train
     found: dict[int, None] = {}
@@ -187,7 +187,7 @@ def _sampler(seed: int) -> Any:
     return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
 
 
-def _rows(setup: Assembly) -> SearchRows:
+def _rows(setup: TextAssembly) -> SearchRows:
     """Held-out rows for the search; for the confirmation the test rows, or else half of the held-out rows, chosen by content."""
     held_out = list(setup.held_out.examples)
     groups = _groups([*setup.dataset.held_out, *setup.dataset.test])
@@ -225,7 +225,7 @@ def _show(search: Search, console: Console) -> None:
     console.print(search.conclusion, markup=False, soft_wrap=True)
 
 
-def _write(out: Path, settings: RunConfig, search: Search, setup: Assembly, console: Console) -> None:
+def _write(out: Path, settings: RunConfig, search: Search, setup: TextAssembly, console: Console) -> None:
     report = Report(
         "A search for settings",
         task="language",

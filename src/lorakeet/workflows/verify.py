@@ -26,10 +26,10 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.export.folded import StoredTensor
+from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.export.tolerances import F16, PRECISIONS
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.serve.probe import FACT, record
@@ -246,9 +246,9 @@ def _compared_with(
         stored = artefact.stored(source, opened)
         if store is None:
             return _checks(live, artefact, stored, probes, opened)
-        aside = Aside(store, "Free some space, or name another folder with memory.store.")
-        with closing(aside):
-            recorded = ask_all(artefact, probes, live, aside)
+        spill = Spill(store, "Free some space, or name another folder with memory.store.")
+        with closing(spill):
+            recorded = ask_all(artefact, probes, live, spill)
             recorded.let_go()
             del artefact
             stack.close()

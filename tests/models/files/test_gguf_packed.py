@@ -12,7 +12,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.files.gguf_packed import file_blocks, packed_copy, tensors_of
 from lorakeet.models.files.gguf_validate import config_of_gguf
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.packed import PackedLinear

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import SafeFile
-from lorakeet.models.files.stored_tensors import READERS, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.models.files.stored_tensors import READERS, dense_model, method_of, stored_quantisation, tensor_files
 from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.quantize import quantize
 from tiny.runs import quiet
@@ -28,7 +28,7 @@ def folder(tiny_model: Callable[..., Any], tmp_path: Path) -> Path:
 
 def test_shards_are_found_through_their_index(folder: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 2
-    stock = dense_stock(tensor_files(folder))
+    stock = dense_model(tensor_files(folder))
     assert len(stock.dense) == 21 and not stock.packed
     name = "model.layers.1.mlp.up_proj.weight"
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -13,7 +13,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, shares_of, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from tiny.adapters import random_adapter

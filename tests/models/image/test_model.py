@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.sd_names import with_components
+from lorakeet.formats.components import with_components
 from lorakeet.models.image.denoiser import variant_in
 from lorakeet.models.image.kinds import ENCODERS
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter, stack, with_model_paths
@@ -277,7 +277,7 @@ def on_device(model: ImageModel) -> set[str]:
 def test_parts_wait_aside_while_others_compute(model: ImageModel) -> None:
     """Put aside to `meta`, where numbers are lost: what computes is there, and what does not is not."""
     denoiser, encoders = model.kind.denoiser, set(model.parts) - {model.kind.denoiser}
-    staged = replace(model, aside=torch.device("meta"))
+    staged = replace(model, idle_device=torch.device("meta"))
     assert on_device(model) == {denoiser, *encoders, "vae"}
     staged.stage()
     assert on_device(staged) == set()

@@ -17,11 +17,11 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import inject, modules
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cached_states import cache_states, cached_states, frozen_depth
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -69,7 +69,7 @@ def calls(text: TextModel) -> Counter[int]:
     prefix, count = modules.block_prefix(text.model, text.family)
     found: Counter[int] = Counter()
     for number in range(count):
-        block: Any = modules.bare(modules.find(text.model, f"{prefix}.{number}"))  # type: ignore[arg-type]
+        block: Any = modules.unwrapped(modules.find(text.model, f"{prefix}.{number}"))  # type: ignore[arg-type]
         block.register_forward_hook(lambda *_, number=number: found.update([number]))
     return found
 
@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_the_model_as_it_was(tiny_llama_folder: Path, tmp_pat
     def full(*_: Any) -> None:
         raise EnvironmentProblem("full")
 
-    monkeypatch.setattr(Aside, "put", full)
+    monkeypatch.setattr(Spill, "put", full)
     with pytest.raises(EnvironmentProblem, match="full"), cached_states(text, rows(), folder=tmp_path, micro_tokens=40):
         pass
     assert text.frozen_prefix is None and gradients(text)[0] == loss

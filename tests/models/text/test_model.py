@@ -20,7 +20,7 @@ from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model, set_attention
 from lorakeet.models.text.model import TextModel, target_logits, token_logprobs
 from tiny.models import FAMILIES, save_tiny_llama
@@ -185,7 +185,7 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
     assert batches(**half, short=TILED - 1) == 4, "few keys: torch's products keep weights for each of them"
     assert batches() == batches(**half, attention="sdpa") == 4
     assert batches(**half, device="cuda") == batches(**half, window=45) == 4
-    with operators.without():
+    with operators.torch_only():
         assert batches(**half) == 4
 
 

@@ -22,7 +22,7 @@ def plan(streaming: Streaming) -> Planned:
 
 def states(streaming: Streaming, held: int) -> int:
     """Bytes of hidden states: `held` of each micro-batch, and one more for each block whose input stays in memory."""
-    return streaming.together * STATE * (held if streaming.aside else held + BLOCKS)
+    return streaming.together * STATE * (held if streaming.spill else held + BLOCKS)
 
 
 def made_up(activations: int) -> Planned:
@@ -39,7 +39,7 @@ def chosen(budget: int) -> StreamingChoice:
 
 def test_with_room_for_every_block_nothing_moves() -> None:
     found = chosen(10**6)
-    assert (found.slots, found.moved, found.aside, found.all_stay) == (BLOCKS, 0, False, True)
+    assert (found.slots, found.moved, found.spill, found.all_stay) == (BLOCKS, 0, False, True)
     assert found.planned.forecast.phase(STEP).kinds["base"] == BLOCKS * BLOCK
 
 
@@ -47,13 +47,13 @@ def test_the_least_puts_inputs_aside_and_holds_two_blocks() -> None:
     least = least_streamed(plan)
     assert least == 5000 and choose_streaming(plan, BATCHES, least - 1) is None
     found = chosen(least)
-    assert (found.slots, found.together, found.aside) == (2, 1, True)
+    assert (found.slots, found.together, found.spill) == (2, 1, True)
     assert found.moved == 4 * 2 * 8 * BLOCK + 4 * 2 * BLOCKS * STATE
 
 
 def test_more_batches_together_are_worth_more_than_more_blocks_where_they_move_less() -> None:
     found = chosen(5000 + 3 * HELD_STATES * STATE)  # of all four, with their inputs aside
-    assert (found.together, found.aside, found.slots) == (4, True, 2)
+    assert (found.together, found.spill, found.slots) == (4, True, 2)
     assert found.planned.forecast.phase(STEP).kinds["saved activations"] == 1000 + 3 * HELD_STATES * STATE
 
 
@@ -68,7 +68,7 @@ def test_what_is_taken_has_been_rehearsed_whatever_was_estimated(held: int) -> N
     for budget in range(least_streamed(otherwise), 16000, 211):
         found = choose_streaming(otherwise, BATCHES, budget)
         assert found is not None and found.planned.peak <= budget
-        way = Streaming(found.together, found.aside)
+        way = Streaming(found.together, found.spill)
         step = found.planned.forecast.phase(STEP)
         assert way in rehearsed and step.kinds["saved activations"] == 1000 + states(way, held)
         assert step.kinds["base"] == found.slots * BLOCK

@@ -11,7 +11,7 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.cuda import CONTEXT
-from lorakeet.memory.spill import HostAside
+from lorakeet.memory.spill import HostSpill
 from lorakeet.models.text.load import read_config
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
@@ -132,8 +132,10 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     """As if there were a CUDA device; the limits that torch is held to."""
     found: list[tuple[torch.device, int]] = []
     monkeypatch.setattr("lorakeet.workflows.planning.text_run.device_for", torch.device)
-    monkeypatch.setattr("lorakeet.workflows.planning.text_run.card_warning", lambda device, budget: "")
-    monkeypatch.setattr("lorakeet.workflows.planning.text_run.limit_to", lambda device, budget: found.append((device, budget)))
+    monkeypatch.setattr("lorakeet.workflows.planning.text_run.gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(
+        "lorakeet.workflows.planning.text_run.limit_gpu_memory", lambda device, budget: found.append((device, budget))
+    )
     return found
 
 
@@ -153,7 +155,7 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
         change = {**on_card, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
         found = arrange(settings(model, tmp_path / "rows", tmp_path / "run", change), said.append, NO_LABELS)
         assert found.store == Path("there") and found.card == card and limited.pop()[1] == found.budget
-        assert found.pinned == (keep == "host") and found.scratch is None and isinstance(found.aside(), HostAside) == found.away
+        assert found.pinned == (keep == "host") and found.scratch is None and isinstance(found.spill(), HostSpill) == found.away
         assert "Pinned of the host's memory" in said[-1] and "on cuda:0" in said[-2]
     with pytest.raises(ConfigError, match=r"this run takes at least \d+ MiB"):
         arrange(settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "600MiB"}), print, NO_LABELS)

@@ -18,7 +18,7 @@ from lorakeet.models.inject import adapter_names
 from lorakeet.train import schedule, stopping
 from lorakeet.train.text.task import learning_rate_of
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.run_folder import rates_of
 from lorakeet.workflows.runs.search_space import Space
@@ -34,11 +34,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(100))
 
 
-def assembled(model: Path, rows: Path, out: Path, **changes: Any) -> Assembly:
-    return assemble(settings(model, rows, out, {**LONG, **{key.replace("__", "."): v for key, v in changes.items()}}), quiet())
+def assembled(model: Path, rows: Path, out: Path, **changes: Any) -> TextAssembly:
+    given = {**LONG, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return assemble_text(settings(model, rows, out, given), quiet())
 
 
-def tried(setup: Assembly, **options: bool) -> tuple[Assembly, Any, str]:
+def tried(setup: TextAssembly, **options: bool) -> tuple[TextAssembly, Any, str]:
     said = io.StringIO()
     chosen, found = choose_rate(setup, Console(file=said, width=400), **options)
     return chosen, found, said.getvalue()

@@ -22,8 +22,8 @@ from lorakeet.evaluate.certificate import Check, read_certificate
 from lorakeet.export.tolerances import F16
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model, load_tokenizer
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
@@ -163,7 +163,7 @@ def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: P
     run = shutil.copytree(loud, tmp_path / "run")
     (run / "certificate.json").unlink()  # its record is of the adapter before it was made loud
     text = load_text_model(ModelSpec(path=str(finished.model), dtype="float32"))
-    live = LiveModel(text)
+    live = ServingModel(text)
     engine = Engine(text, live.selection, slots=2, context=256, chunk=64)
     engine.start()
     registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)

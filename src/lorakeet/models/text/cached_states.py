@@ -14,10 +14,10 @@ from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import modules
 from lorakeet.models.frozen_prefix import FrozenPrefix
-from lorakeet.models.text.adapted import as_trained
+from lorakeet.models.text.adapters import as_trained
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import exact_products
 
@@ -99,7 +99,7 @@ def cached_states(
         )
     size = f"{needed:,} bytes" if not later else f"{needed:,} bytes at most"
     say(f"The lowest {depth} blocks train nothing: their output for {count} rows is cached ({size}).")
-    prefix = FrozenPrefix(text.model, _paths(text), depth, Aside(folder, f"Free some space, or turn {SETTING} off."))
+    prefix = FrozenPrefix(text.model, _paths(text), depth, Spill(folder, f"Free some space, or turn {SETTING} off."))
     try:
         with as_trained(text):
             text.model.eval()

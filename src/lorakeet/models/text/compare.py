@@ -15,7 +15,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch
 from lorakeet.evaluate.parity import Parity, ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 
@@ -54,7 +54,7 @@ def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple
         for batch in batches:
             yield _hidden(left, batch), _hidden(right, batch)
         return
-    first = Aside(store.path.parent, "Free some space, or name another folder with memory.store.")
+    first = Spill(store.path.parent, "Free some space, or name another folder with memory.store.")
     try:
         for number, batch in enumerate(batches):
             first.put(number, _hidden(left, batch))

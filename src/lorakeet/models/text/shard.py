@@ -38,7 +38,9 @@ def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel
         raise ConfigError(f"train.shard shards a model's blocks, but this '{kind}' model has no list of blocks. Leave it out.")
     mesh = init_device_mesh(device.type, (count,))
     for number in range(blocks):
-        block = modules.bare(cast(nn.Module, modules.find(text.model, f"{prefix}.{number}")))  # whose hooks a TrainedBlock calls
+        block = modules.unwrapped(
+            cast(nn.Module, modules.find(text.model, f"{prefix}.{number}"))
+        )  # whose hooks a TrainedBlock calls
         _codes_as_parameters(block)
         with _packed_weights_refused():
             fully_shard(block, mesh=mesh, ignored_params={each for each in block.parameters() if not _can_be_sharded(each)})

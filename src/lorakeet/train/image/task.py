@@ -16,8 +16,8 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.images.spec import ImageSpec
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models import inject
 from lorakeet.models.image.kinds import Conditioning
 from lorakeet.models.image.latent_cache import Captions, EncodedImage

@@ -28,8 +28,8 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
+from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
@@ -85,7 +85,7 @@ class MultiAdapterTraining:
         text: TextModel,
         members: Sequence[Member],
         *,
-        aside: Aside | None = None,
+        spill: Spill | None = None,
         together: int = 0,
         folder: Path | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class MultiAdapterTraining:
             raise ConfigError(f"Adapters that are trained together need different names, one or more; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
-        self.text, self.aside, self.together = text, aside or Aside(), together
+        self.text, self.spill, self.together = text, spill or Spill(), together
         _require_sharable(text, names)
         self._divided = text.with_every_token(cached=True, pad=True)  # for passes whose tokens have different adapters
         self.selection: Selection = selection_of(text.model)
@@ -176,7 +176,7 @@ class MultiAdapterTraining:
 
         if self.text.streamed is not None:
             loss_gradients_by_block(
-                self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
+                self.text, self.text.streamed, batches, loss, spill=self.spill, together=self.together, prepare=prepare
             )
             return
         for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
@@ -219,7 +219,7 @@ class _Learner:
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.order.steps_per_epoch)
         self.targets, self.summed = 0, 0.0  # of this step: supervised tokens, and their losses
-        self._best: Aside | None = None
+        self._best: Spill | None = None
         self._folder = folder
 
     def begin(self, text: TextModel) -> list[Batch]:
@@ -286,18 +286,18 @@ class _Learner:
         if watch.exhausted(spec.patience):
             at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
 
-    def _kept(self) -> Aside:
+    def _kept(self) -> Spill:
         """The values of now. A disk that is full, or may not be written, ends no training: a plan has room for them in memory."""
         if self._folder is not None:
             try:
-                kept = Aside(self._folder)
+                kept = Spill(self._folder)
                 for name, parameter in self.parameters.items():
                     kept.put(name, parameter.detach().cpu())
             except EnvironmentProblem:
                 self._folder = None
             else:
                 return kept
-        kept = Aside()
+        kept = Spill()
         for name, parameter in self.parameters.items():
             kept.put(name, parameter.detach().cpu().clone())
         return kept
@@ -351,7 +351,7 @@ def train_many(
     members: Sequence[Member],
     *,
     watch: Callable[[MultiAdapterTraining], None] | None = None,
-    aside: Aside | None = None,
+    spill: Spill | None = None,
     together: int = 0,
     budget: int | None = None,
     folder: Path | None = None,
@@ -362,8 +362,8 @@ def train_many(
     process it keeps the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
-    many = MultiAdapterTraining(text, members, aside=aside, together=together, folder=folder)
-    give_back_free_memory()  # as train/loop does
+    many = MultiAdapterTraining(text, members, spill=spill, together=together, folder=folder)
+    release_free_memory()  # as train/loop does
     if budget is None:
         keep_freed_memory()
     while any(not at.done for at in many.progress):

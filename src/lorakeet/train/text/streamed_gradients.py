@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.data.pack import Batch
-from lorakeet.memory.spill import Aside
-from lorakeet.models.streaming.model import Passage, Streamed, plain_output
+from lorakeet.memory.spill import Spill
+from lorakeet.models.streaming.model import BlockInputs, StreamedBlocks, plain_output
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import rng
 from lorakeet.train.task import batch_seeds
@@ -29,7 +29,14 @@ Given = TypeVar("Given")
 
 
 def gradients_by_block(
-    text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: float, *, aside: Aside, chunk: int, together: int = 0
+    text: TextModel,
+    streamed: StreamedBlocks,
+    batches: Sequence[Batch],
+    targets: float,
+    *,
+    spill: Spill,
+    chunk: int,
+    together: int = 0,
 ) -> Tensor:
     """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
 
@@ -42,16 +49,16 @@ def gradients_by_block(
         return found / targets, found.detach()
 
     here = [batch.to(text.device) for batch in batches]
-    return loss_gradients_by_block(text, streamed, here, loss, aside=aside, together=together)
+    return loss_gradients_by_block(text, streamed, here, loss, spill=spill, together=together)
 
 
 def loss_gradients_by_block(
     text: TextModel,
-    streamed: Streamed,
+    streamed: StreamedBlocks,
     batches: Sequence[Batch],
     loss: Callable[[int], tuple[Tensor, Tensor]],
     *,
-    aside: Aside,
+    spill: Spill,
     together: int = 0,
     prepare: Callable[[int], TextModel] | None = None,
 ) -> Tensor:
@@ -64,7 +71,7 @@ def loss_gradients_by_block(
     seeds, size = batch_seeds(len(batches)), together or max(1, len(batches))
     for start in range(0, len(batches), size):
         part = slice(start, start + size)
-        step = _Step(text, streamed, list(batches[part]), seeds[part], aside)
+        step = _Step(text, streamed, list(batches[part]), seeds[part], spill)
         step.prepare, step.loss = _from(start, prepare or (lambda _: text)), _from(start, loss)
         step.enter()
         step.forward()
@@ -84,10 +91,10 @@ class _Step:
     prepare: Callable[[int], TextModel]
     loss: Callable[[int], tuple[Tensor, Tensor]]
 
-    def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], seeds: list[int], aside: Aside) -> None:
-        self.text, self.streamed, self.batches, self.aside = text, streamed, batches, aside
+    def __init__(self, text: TextModel, streamed: StreamedBlocks, batches: list[Batch], seeds: list[int], spill: Spill) -> None:
+        self.text, self.streamed, self.batches, self.spill = text, streamed, batches, spill
         self.random = [_Random(seed, text.device) for seed in seeds]
-        self.passages: list[Passage] = []
+        self.passages: list[BlockInputs] = []
         self.states: list[Tensor] = []  # outputs of the last block so far; in the backward pass their gradients
         self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients of what lies outside the blocks, from the head
         self.parameters = [parameter for parameter in text.model.parameters() if parameter.requires_grad]
@@ -116,7 +123,7 @@ class _Step:
                 for number, random in enumerate(self.random):
                     text = self.prepare(number)
                     if index >= self.lowest:
-                        self.aside.put((index, number), self.states[number])
+                        self.spill.put((index, number), self.states[number])
                     with random.drawing(keep_for=index), self._narrowed(text, index, number):
                         args, kwargs = self.passages[number].arguments[index]
                         self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
@@ -145,7 +152,7 @@ class _Step:
             with self.streamed.present(index, max(index - 1, 0)) as block:
                 for number, random in enumerate(self.random):
                     text = self.prepare(number)
-                    states = self.aside.take((index, number)).detach()
+                    states = self.spill.take((index, number)).detach()
                     states.requires_grad_(index > self.lowest or self._trains_entry)
                     with random.again(index), torch.enable_grad(), self._narrowed(text, index, number):
                         args, kwargs = self.passages[number].arguments[index]

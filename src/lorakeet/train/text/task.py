@@ -18,7 +18,7 @@ from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.formats.peft import peft
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.cuda_graphs import GraphedModel
@@ -52,7 +52,7 @@ class TextTask:
         held_out: Sequence[Example],
         spec: TrainSpec,
         name: str = "default",
-        aside: Aside | None = None,
+        spill: Spill | None = None,
         together: int = 0,
         processes: Processes = ALONE,
     ) -> None:
@@ -60,7 +60,7 @@ class TextTask:
         self.processes, self.in_step = processes, spec.shard and processes.count > 1
         self.order = order_of(self.train, spec)
         self.held_out_rows = list(held_out)
-        self.aside, self.together = aside or Aside(), together
+        self.spill, self.together = spill or Spill(), together
 
     @property
     def steps_per_epoch(self) -> int:
@@ -104,7 +104,7 @@ class TextTask:
         if streamed is not None:
             self.text.train()
             return gradients_by_block(
-                self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
+                self.text, streamed, batches, targets, spill=self.spill, chunk=self.spec.head_chunk, together=self.together
             )
         with self.processes.own_random():
             idle = self.processes.maximum(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass

@@ -17,12 +17,12 @@ from lorakeet.core.spec import MEASURED
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import activate, eject, trained_parameters
 from lorakeet.models.modules import find, output_layer
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import initialise_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from lorakeet.ranks.allocate import Gains, allocate, pair_parameters, rank_pattern
 from lorakeet.ranks.score import (
@@ -54,7 +54,7 @@ def choose_ranks(
     budget = budget_of(config, plan)
     step = 2 if config.lora.start == "orthogonal" else 1
     gains = _gains(config, text, plan, examples)
-    give_back_free_memory()  # what scoring grew to is not held beside the run
+    release_free_memory()  # what scoring grew to is not held beside the run
     chosen = allocate(plan, gains, budget, largest=spec.max_rank, step=step)
     lora = replace(config.lora, rank_pattern=rank_pattern(chosen, config.lora))
     ranks = [entry.rank for entry in chosen.entries]

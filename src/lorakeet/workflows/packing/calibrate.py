@@ -16,9 +16,9 @@ from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.export.packed_model import TensorGroup, write_model
+from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.memory.budget import parse_budget
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.files.origin import packed_card
 from lorakeet.models.files.quantized import kept_experts, owners, skeleton, with_quantisation
@@ -162,7 +162,7 @@ def _write(
     shapes = {path: weight_of(module).shape for path, module in layers_in_blocks(plain, job.name).items()}
     checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
     places = {name: path for name, path in owners(plain, files).items() if path in shapes}
-    blocks = quantise_blocks(text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, aside=kept.aside)
+    blocks = quantise_blocks(text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, spill=kept.spill)
     solved = _Solved(blocks, kept.waiting(), done)
     solved.advance()  # what is wrong with rows or layers is said before anything is written
     parts = [
@@ -180,7 +180,7 @@ def _write(
 class _Solved:
     """The packed layers by path; the blocks are done as far as the next one asked for needs it, and wait in `waiting`."""
 
-    def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Aside, done: Callable[[QuantisedBlock], None]) -> None:
+    def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Spill, done: Callable[[QuantisedBlock], None]) -> None:
         self.blocks, self.waiting, self.done = blocks, waiting, done
 
     def advance(self) -> None:

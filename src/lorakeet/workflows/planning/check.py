@@ -28,11 +28,11 @@ from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.parity import CELLS
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.export.folded import PART_BYTES
+from lorakeet.export.compare_stored import PART_BYTES
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
-from lorakeet.memory.usage import Held, with_more
+from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.families import family_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_dtype
@@ -40,10 +40,10 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.generate.sample import spilled_bytes
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model
+from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import read_config
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.repeated_blocks import Build
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, text_runtime_bytes
 from lorakeet.workflows.planning.rehearse_text import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
 from lorakeet.workflows.planning.streaming import ALONE, FEWEST
@@ -200,23 +200,24 @@ class CheckPlanner:
         """What is held with the models streamed, `slots` blocks in memory, or with all of their weights in memory."""
         check = self.check
         make = partial(
-            partial(streamed_outline, slots=slots) if streamed else outline, name=self.spec.path, dtype=torch.float32,
+            partial(streamed_model_from_config, slots=slots) if streamed else model_from_config, name=self.spec.path,
+            dtype=torch.float32,
             products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize, files=self.source,
         )  # fmt: skip
-        found = rehearse_judging(Build(make, self.config), self.plan, check.judging, token_ids=self.ids)
+        found = rehearse_judging(ModelBuilder(make, self.config), self.plan, check.judging, token_ids=self.ids)
         there = slots * found.block_bytes
         own = (found.base - there) * check.models  # what models have in memory all along: all of it, where they are not streamed
         text, adapter = self.config.get_text_config(), FP32 * self.plan.parameters
         held = {
-            "load": with_more(Held(), base=own, adapter=adapter, scratch=self._reading(found)),
-            "weights": with_more(Held(), base=own, adapter=adapter, scratch=self._looking(found)),
-            "ask": with_more(Held(), base=own, adapter=adapter, runtime=check.beside),
-            "compare": with_more(
+            "load": add_usage(Usage(), base=own, adapter=adapter, scratch=self._reading(found)),
+            "weights": add_usage(Usage(), base=own, adapter=adapter, scratch=self._looking(found)),
+            "ask": add_usage(Usage(), base=own, adapter=adapter, runtime=check.beside),
+            "compare": add_usage(
                 found.peaks[JUDGE], base=own + there - found.base, runtime=0 if streamed else check.beside,
                 logits=logits_bytes(check.row, int(text.vocab_size)),
             ),
-            "intervals": with_more(Held(), base=own + there, adapter=adapter, scratch=INTERVALS),
-            "write": with_more(Held(), scratch=check.writing),
+            "intervals": add_usage(Usage(), base=own + there, adapter=adapter, scratch=INTERVALS),
+            "write": add_usage(Usage(), scratch=check.writing),
         }  # fmt: skip
         words = TOKENIZER_ENTRY * int(text.vocab_size) * check.models
         phases = phases_of(held, self.runtime + words, returning=True)

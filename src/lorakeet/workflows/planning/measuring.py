@@ -22,17 +22,17 @@ from lorakeet.kernels.cache import cache_folder
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, gib_text, larger_than_machine, machine_bytes
-from lorakeet.memory.cuda import allocated_bytes, card_warning, limit_to, phases_on_card
+from lorakeet.memory.cuda import allocated_bytes, gpu_warning, limit_gpu_memory, phases_on_gpu
 from lorakeet.memory.forecast import phases_of
-from lorakeet.memory.usage import Held, larger, with_more
+from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.source import find_source
 from lorakeet.models.fits import plan_of
 from lorakeet.models.placement import device_for
 from lorakeet.models.streaming.load import empty_model
+from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.workflows.planning.forecast_choices import VALUE
 from lorakeet.workflows.planning.forecast_text_run import (
     FLOORS,
@@ -134,7 +134,7 @@ class _Room:
         if device.type == "cpu":
             return_freed_memory()
             require_room_to_unpack(config.model, budget)
-        if warning := larger_than_machine(budget) if device.type == "cpu" else card_warning(device, budget):
+        if warning := larger_than_machine(budget) if device.type == "cpu" else gpu_warning(device, budget):
             say(warning)
         source = find_source(config.model, say)
         model_config = read_config(source)
@@ -146,7 +146,7 @@ class _Room:
         config, precision = self.config, precision_of(self.config)
         found = self._rehearsed(slots)
         own = VALUE * self.plan.parameters
-        kept = with_more(Held(), base=found.base, adapter=own)
+        kept = add_usage(Usage(), base=found.base, adapter=own)
         floors = FLOORS if self.loaded.labelled and config.evaluate.baselines and not precision.on_card else 0
         read = round(self.copies * own)  # as values; a card has none of them, but the cut that is measured
         cut = own if precision.on_card and self.weigh is not None else 0
@@ -154,22 +154,22 @@ class _Room:
         held = {
             LOAD: load_peak(self.model_config, found, precision),
             BEGIN: found.peaks[BEGIN],
-            STEP: found.peaks.get(STEP, Held()),
-            JUDGE: with_more(larger(found.peaks[JUDGE], with_more(kept, scratch=intervals)), adapter=cut, runtime=floors),
+            STEP: found.peaks.get(STEP, Usage()),
+            JUDGE: add_usage(larger_usage(found.peaks[JUDGE], add_usage(kept, scratch=intervals)), adapter=cut, runtime=floors),
         }
         if precision.on_card:
-            phases = phases_on_card(held, text_runtime_bytes(precision))
+            phases = phases_on_gpu(held, text_runtime_bytes(precision))
             block_bytes = allocated_bytes(found.block_bytes) if found.blocks else 0
         else:
             words = TOKENIZER_ENTRY * int(self.model_config.get_text_config().vocab_size) + ROW_BYTES * self.loaded.characters
-            held = {name: with_more(peak, adapter=read) for name, peak in held.items()}
+            held = {name: add_usage(peak, adapter=read) for name, peak in held.items()}
             phases = phases_of(held, text_runtime_bytes(precision, decomposing=self.weigh is not None) + words, returning=True)
             block_bytes = found.block_bytes
         return _Found(max(phase.bytes for phase in phases), found.blocks, block_bytes)
 
     def _rehearsed(self, slots: int | None) -> Rehearsal:
         precision = precision_of(self.config)
-        make = outline if slots is None else partial(streamed_outline, slots=slots)
+        make = model_from_config if slots is None else partial(streamed_model_from_config, slots=slots)
         build = build_of(make, self.config, self.model_config, precision, self.source)
         with standing_for(precision.device):
             return rehearse_judging(build, self.plan, judging_of(self.config), token_ids=self.ids, weigh=self.weigh)
@@ -200,5 +200,5 @@ class _Room:
             folder = Path(memory.store).expanduser() if memory.store else cache_folder() / "stores"
             result = Arrangement(budget, planned, folder, slots=slots, card=card, pinned=pinned)
         if card is not None:
-            limit_to(card, budget)
+            limit_gpu_memory(card, budget)
         return result

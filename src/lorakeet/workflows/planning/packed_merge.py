@@ -31,9 +31,9 @@ from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
 from lorakeet.memory.measure import PeakMemory
-from lorakeet.memory.meta_disk import OutlinedAside
-from lorakeet.memory.spill import Aside
-from lorakeet.memory.usage import Held, with_more
+from lorakeet.memory.shape_only import ShapeSpill
+from lorakeet.memory.spill import Spill
+from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.families import family_of
 from lorakeet.models.files.gguf_dense import bytes_of_header, bytes_of_unpacking
 from lorakeet.models.files.gguf_validate import require_gguf
@@ -44,12 +44,12 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model, empty_packed
 from lorakeet.models.streaming.model import NotStreamed
+from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import outline
 from lorakeet.models.text.packed_layout import PackedLayout
-from lorakeet.models.text.repeated_blocks import Build
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.check import stores
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, filling_rows, text_runtime_bytes
@@ -272,11 +272,11 @@ class _MergePlanner:
         base, made = self._judging(way)
         adapter = FP32 * self.plan.parameters
         held = {
-            "to load the base": with_more(Held(), base=base.base, adapter=adapter, scratch=self._reading(base)),
-            "to compare": with_more(base.peaks[JUDGE], scratch=INTERVALS),
-            "to round": with_more(self._rounding(way), base=0 if way.streamed or self.as_it_was else self._growth()),
-            "to compare what was made": with_more(made.peaks[JUDGE], scratch=INTERVALS),
-            "to load what was written": with_more(Held(), base=made.base, adapter=adapter, scratch=self._reading(made)),
+            "to load the base": add_usage(Usage(), base=base.base, adapter=adapter, scratch=self._reading(base)),
+            "to compare": add_usage(base.peaks[JUDGE], scratch=INTERVALS),
+            "to round": add_usage(self._rounding(way), base=0 if way.streamed or self.as_it_was else self._growth()),
+            "to compare what was made": add_usage(made.peaks[JUDGE], scratch=INTERVALS),
+            "to load what was written": add_usage(Usage(), base=made.base, adapter=adapter, scratch=self._reading(made)),
             **self._file(made, adapter),
         }
         if self.job.finishes:
@@ -295,7 +295,7 @@ class _MergePlanner:
             self._judged[key] = base, made
         return self._judged[key]
 
-    def _file(self, made: Rehearsal, adapter: int) -> dict[str, Held]:
+    def _file(self, made: Rehearsal, adapter: int) -> dict[str, Usage]:
         """Of a .gguf file: what is held while blocks are put into it, and while what was written is laid out, to be loaded."""
         if self.job.layout.file is None:
             return {}
@@ -304,8 +304,8 @@ class _MergePlanner:
         blocks = BLOCK_COPIES * max(_layer_bytes(after, path) for path in self.packing) + bytes_of_header(header)
         laid_out = bytes_of_unpacking(header, packed=True)
         return {
-            "to write the file": with_more(Held(), base=made.base, adapter=adapter, scratch=blocks),
-            "to lay out what was written": with_more(Held(), adapter=adapter, scratch=laid_out),
+            "to write the file": add_usage(Usage(), base=made.base, adapter=adapter, scratch=blocks),
+            "to lay out what was written": add_usage(Usage(), adapter=adapter, scratch=laid_out),
         }
 
     def _growth(self) -> int:
@@ -314,12 +314,12 @@ class _MergePlanner:
         after = empty_packed(self.made, torch.float32, QuantSpec(), self.job.layout.folder)
         return sum(max(0, _layer_bytes(after, path) - _layer_bytes(before, path)) for path in self.packing)
 
-    def _rounding(self, way: Way) -> Held:
+    def _rounding(self, way: Way) -> Usage:
         """The first blocks of each kind, as they are folded and rounded on the calibration rows."""
         build = self._build(way, torch.float32)
-        return rehearse_rounding(build, self.plan, self.job.rows, self.packing, OutlinedAside if way.on_disk else Aside)
+        return rehearse_rounding(build, self.plan, self.job.rows, self.packing, ShapeSpill if way.on_disk else Spill)
 
-    def _finishing(self) -> Held:
+    def _finishing(self) -> Usage:
         """Two steps on the longest rows that there are to train on."""
         opened, job = self.job.opened, self.job
         tokenizer = load_tokenizer(opened.tokenizer or job.source)
@@ -329,19 +329,20 @@ class _MergePlanner:
         build = self._build(RESIDENT, torch.float32)
         return rehearse_finish(build, opened.adapter, self.packing, rows, spec, self.products)
 
-    def _build(self, way: Way, products: torch.dtype | None = None) -> Build:
+    def _build(self, way: Way, products: torch.dtype | None = None) -> ModelBuilder:
         return self._outline(way, self.config, self.spec.quantize, self.job.source, products or self.products)
 
-    def _build_made(self, way: Way) -> Build:
+    def _build_made(self, way: Way) -> ModelBuilder:
         """That of the model in the layout that it is packed into."""
         return self._outline(way, self.made, QuantSpec(), self.job.layout.folder, self.products)
 
-    def _outline(self, way: Way, config: Any, quantize: QuantSpec, files: Path, products: torch.dtype) -> Build:
+    def _outline(self, way: Way, config: Any, quantize: QuantSpec, files: Path, products: torch.dtype) -> ModelBuilder:
         make = partial(
-            partial(streamed_outline, slots=way.slots) if way.streamed else outline, name=self.spec.path, dtype=torch.float32,
+            partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config, name=self.spec.path,
+            dtype=torch.float32,
             products=products, attention=self.spec.attention, quantize=quantize, files=files,
         )  # fmt: skip
-        return Build(make, config)
+        return ModelBuilder(make, config)
 
     def _reading(self, found: Rehearsal) -> int:
         """Beside the base while it is read: a block on its way into the store, a weight, or some in a file's other dtype."""

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Example
-from lorakeet.memory.spill import Aside
-from lorakeet.memory.usage import Held
+from lorakeet.memory.spill import Spill
+from lorakeet.memory.usage import Usage
 from lorakeet.merge.requantise import Latent, Requantised, bytes_of_rounding
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.modules import find, kind_of
 from lorakeet.models.modules import replace as put
-from lorakeet.models.text.adapted import initialise_adapter
-from lorakeet.models.text.folded import fold_layers
-from lorakeet.models.text.gptq_blocks import Layers, pack_blocks
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.folded_weights import fold_layers
+from lorakeet.models.text.from_config import ShapeBase
+from lorakeet.models.text.gptq_blocks import LayerSource, pack_blocks
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import OutlinedBase
-from lorakeet.models.text.repeated_blocks import pass_first_of_each_kind
+from lorakeet.models.text.repeated_blocks import run_each_kind
+from lorakeet.quant.construct import empty_base
+from lorakeet.quant.grids import FixedGrid, Nf4Grid, UniformGrid
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.regrid import EvenGrid, FixedGrid, LevelGrid
-from lorakeet.quant.replace import empty_base
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
 from lorakeet.workflows.planning.rehearse_text import on_shapes
@@ -40,8 +40,8 @@ def rehearse_rounding(
     plan: Plan,
     rows: Sequence[Example],
     packing: Mapping[str, Mapping[str, Any]],
-    aside: Callable[[], Aside] = Aside,
-) -> Held:
+    spill: Callable[[], Spill] = Spill,
+) -> Usage:
     """What is held at most while the first blocks of each kind are folded and rounded on calibration rows.
 
     `packing` tells how each layer will be packed, `aside` where the rows' states are.
@@ -62,13 +62,13 @@ def rehearse_rounding(
             return cast(nn.Module, find(text.model, path))
 
         def pack(path: str, weight: Tensor, *_: object) -> PackedBase:
-            base = OutlinedBase(empty_base(packing[path]))
+            base = ShapeBase(empty_base(packing[path]))
             torch.empty(bytes_of_rounding(weight.numel(), packing[path]["method"], base.bytes), dtype=torch.uint8)
             return base
 
-        blocks = pack_blocks(text, rows, pack, Layers(layers_of, fold), keep=True, aside=aside)
+        blocks = pack_blocks(text, rows, pack, LayerSource(layers_of, fold), keep=True, spill=spill)
         with ledger.phase(ROUND):
-            pass_first_of_each_kind(blocks, text.model, text.family)
+            run_each_kind(blocks, text.model, text.family)
         ledger.close()
         stays.clear()
         return ledger.peaks[ROUND]
@@ -81,14 +81,14 @@ def rehearse_finish(
     rows: Sequence[Example],
     spec: TrainSpec,
     products: torch.dtype,
-) -> Held:
+) -> Usage:
     """What is held at most while the pairs of `adapter` are trained through the grids of layers packed as `packing` says."""
     with on_shapes() as ledger:
         text = build()
         unfuse(text.model)
         solved: dict[str, Requantised] = {}
         for path, settings in packing.items():
-            base = OutlinedBase(empty_base(settings))
+            base = ShapeBase(empty_base(settings))
             standing = cast(Any, find(text.model, path))
             put(text.model, path, PackedLinear(base, standing.bias, transposed=kind_of(standing) == "conv1d"))
             latent = Latent(outlined_grid(base), torch.empty(base.shape)) if path in adapter.pairs else None
@@ -109,11 +109,11 @@ def rehearse_finish(
 
 
 def outlined_grid(base: PackedBase) -> FixedGrid:
-    """The grid of a base that has shapes alone, as large as `quant/regrid.grid_of` makes it."""
+    """The grid of a base that has shapes alone, as large as `quant/grids.grid_of` makes it."""
     settings, (out, width) = base.settings, base.shape
     if settings["method"] == "nf4":
-        return LevelGrid(torch.empty(base.shape), lambda codes: base)
+        return Nf4Grid(torch.empty(base.shape), lambda codes: base)
     finest = 16 if settings.get("type") == "Q6_K" else 32  # numbers under a scale of GGUF's types
     groups = int(settings["groups"]) if settings["method"] == "gptq" else width // finest
     step, inverse, offset = (torch.empty(groups, out) for _ in range(3))
-    return EvenGrid(step, inverse, offset, [column * groups // width for column in range(width)], 15, lambda codes: base)
+    return UniformGrid(step, inverse, offset, [column * groups // width for column in range(width)], 15, lambda codes: base)

@@ -40,7 +40,7 @@ class StreamingChoice:
     planned: Planned
     slots: int  # blocks in memory
     together: int  # micro-batches that pass through a block while it is in
-    aside: bool  # whether the inputs of blocks are kept on disk
+    spill: bool  # whether the inputs of blocks are kept on disk
     moved: int  # bytes from and to the disk in a step
 
     @property
@@ -55,7 +55,7 @@ def choose_streaming(plan: Callable[[Streaming], Planned], batches: Batches, bud
     Ways are ordered by an estimate from the rehearsals of one micro-batch at a time; the one that is taken has been rehearsed.
     """
     for way in sorted(_estimated(plan, batches, budget), key=lambda way: (way.moved, way.planned.peak)):
-        exact = _filled(plan(Streaming(way.together, way.aside)), way.together, way.aside, batches, budget)
+        exact = _filled(plan(Streaming(way.together, way.spill)), way.together, way.spill, batches, budget)
         if exact.planned.peak <= budget:
             return exact
     return None
@@ -63,30 +63,30 @@ def choose_streaming(plan: Callable[[Streaming], Planned], batches: Batches, bud
 
 def least_streamed(plan: Callable[[Streaming], Planned]) -> int:
     """The smallest budget that streaming keeps."""
-    return plan(Streaming(together=1, aside=True)).peak
+    return plan(Streaming(together=1, spill=True)).peak
 
 
 def _estimated(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Iterator[StreamingChoice]:
     """The ways that seem to fit; inputs go to disk only where something moves with all of them in memory."""
-    for aside in (False, True):
-        one = plan(Streaming(1, aside))
-        held = HELD_STATES + (0 if aside else one.blocks)
+    for spill in (False, True):
+        one = plan(Streaming(1, spill))
+        held = HELD_STATES + (0 if spill else one.blocks)
         for together in range(1, min(batches.count, MOST_TOGETHER) + 1):
-            way = _filled(_with(one, 0, (together - 1) * batches.state_bytes * held), together, aside, batches, budget)
+            way = _filled(_with(one, 0, (together - 1) * batches.state_bytes * held), together, spill, batches, budget)
             if way.planned.peak <= budget:
                 yield way
             if way.planned.peak <= budget and not way.moved:
                 return
 
 
-def _filled(planned: Planned, together: int, aside: bool, batches: Batches, budget: int) -> StreamingChoice:
+def _filled(planned: Planned, together: int, spill: bool, batches: Batches, budget: int) -> StreamingChoice:
     """`planned`, which holds as few blocks as can be, with as many as fit into `budget`."""
     fewest = min(FEWEST, planned.blocks)
     room = max(0, budget - planned.peak) // planned.block_bytes
     slots = min(planned.blocks, fewest + room)
     moved = math.ceil(batches.count / together) * 2 * (planned.blocks - slots) * planned.block_bytes
-    moved += batches.count * 2 * planned.blocks * batches.state_bytes if aside else 0
-    return StreamingChoice(_with(planned, (slots - fewest) * planned.block_bytes, 0), slots, together, aside, moved)
+    moved += batches.count * 2 * planned.blocks * batches.state_bytes if spill else 0
+    return StreamingChoice(_with(planned, (slots - fewest) * planned.block_bytes, 0), slots, together, spill, moved)
 
 
 def _with(planned: Planned, blocks: int, states: int) -> Planned:

@@ -17,9 +17,9 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.cache import cache_folder
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, gib_text, larger_than_machine, machine_bytes
-from lorakeet.memory.cuda import card_warning, limit_to
+from lorakeet.memory.cuda import gpu_warning, limit_gpu_memory
 from lorakeet.memory.measure import resident_bytes
-from lorakeet.memory.spill import Aside, HostAside
+from lorakeet.memory.spill import HostSpill, Spill
 from lorakeet.memory.transfer import STAGINGS
 from lorakeet.models.files.source import bytes_to_unpack, find_source
 from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
@@ -54,13 +54,13 @@ class Arrangement:
     most: int | None = None  # tokens of a row that a check compares, where longer rows have no room
     away: bool = False  # whether block inputs go from the card into the host's memory
 
-    def aside(self) -> Aside:
+    def spill(self) -> Spill:
         """A new place for the inputs of blocks."""
-        return HostAside() if self.away else Aside(self.scratch)
+        return HostSpill() if self.away else Spill(self.scratch)
 
-    def waiting(self) -> Aside:
+    def waiting(self) -> Spill:
         """A new place for tensors that wait to be written: on disk where blocks are."""
-        return Aside(self.store)
+        return Spill(self.store)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
         planned = _forecast(config, model_config, source, loaded or Loaded(), say)
         return Arrangement(planned=None if planned is None else planned.training_peak, forecast=planned)
     card = device if device.type == "cuda" else None
-    if warning := larger_than_machine(budget) if card is None else card_warning(card, budget):
+    if warning := larger_than_machine(budget) if card is None else gpu_warning(card, budget):
         say(warning)
     if card is None and config.memory.keep == "host":
         say("memory.keep host is for CUDA devices. On the CPU, whose memory the budget bounds, blocks come from disk.")
@@ -114,7 +114,7 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     else:
         found = _streamed(config, model_config, source, planned, loaded or Loaded(), say)
     if card is not None:
-        limit_to(card, budget)
+        limit_gpu_memory(card, budget)
     return found
 
 
@@ -188,7 +188,7 @@ def _streamed(
     say(f"Memory: {gib_text(choice.planned.peak)} planned of {gib_text(budget)}; {how}.")
     folder = Path(config.memory.store).expanduser() if config.memory.store else cache_folder() / "stores"
     found = Arrangement(
-        budget, choice.planned.training_peak, folder, folder if choice.aside else None, choice.together, choice.slots,
+        budget, choice.planned.training_peak, folder, folder if choice.spill else None, choice.together, choice.slots,
         choice.planned,
     )  # fmt: skip
     if not precision.on_card:
@@ -201,14 +201,14 @@ def _streamed(
             "lower train.batch_size."
         )
     pinned = config.memory.keep == "host" and not choice.all_stay
-    return replace(found, scratch=None, card=precision.device, pinned=pinned, away=choice.aside)
+    return replace(found, scratch=None, card=precision.device, pinned=pinned, away=choice.spill)
 
 
 def streaming_text(choice: StreamingChoice, precision: Precision, keep: str = "disk") -> str:
     """The choice in words, on the device of `precision`, with blocks that come from where `keep` says."""
     memory = f"on {precision.device}" if precision.on_card else "in memory"
     away = "in the host's memory" if precision.on_card else "on disk"
-    inputs = away if choice.aside else memory
+    inputs = away if choice.spill else memory
     if choice.all_stay:
         return f"every frozen block stays {memory} and is computed again in the backward pass, its inputs kept {inputs}"
     source = "the host's pinned memory" if precision.on_card and keep == "host" else "disk"
@@ -221,7 +221,7 @@ def streaming_text(choice: StreamingChoice, precision: Precision, keep: str = "d
 def beside_card(choice: StreamingChoice, batches: Batches, keep: str) -> tuple[int, str]:
     """What streaming to a CUDA device pins of the host's memory, in bytes and in words: torch takes powers of two for it."""
     pinned = keep == "host" and not choice.all_stay
-    inputs = choice.together * choice.planned.blocks if choice.aside else 0
+    inputs = choice.together * choice.planned.blocks if choice.spill else 0
     blocks = choice.planned.blocks if pinned else STAGINGS
     size = blocks * _power(choice.planned.block_bytes) + inputs * _power(batches.state_bytes)
     what = f"the {choice.planned.blocks} frozen blocks" if pinned else f"{STAGINGS} buffers of a block"

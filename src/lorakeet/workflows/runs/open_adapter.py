@@ -21,13 +21,13 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.files.origin import stored_as
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source, on_this_machine
-from lorakeet.models.kernels import where_possible
+from lorakeet.models.kernels import with_runnable_kernels
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes
-from lorakeet.models.text.adapted import add_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.planning.measuring import arrange_judging
@@ -57,7 +57,7 @@ class Opened:
         """The base as the adapter was trained on it, whatever --base says now; of a bare adapter what its file names."""
         if self.run is None:
             return ModelSpec(path=self.adapter.base or self.config.model.path)
-        return where_possible(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
+        return with_runnable_kernels(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
 
     @property
     def trained_on(self) -> str:
@@ -164,7 +164,7 @@ def open_adapter(
             f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
         )
     if not config:  # a run remembers the device that it was trained on; this machine may have another
-        settings = dataclasses.replace(settings, model=where_possible(dataclasses.replace(settings.model, device="auto")))
+        settings = dataclasses.replace(settings, model=with_runnable_kernels(dataclasses.replace(settings.model, device="auto")))
     if base is not None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
     return Opened(adapter, settings, run, run.adapter if run else path)

@@ -26,7 +26,7 @@ from lorakeet.train.progress import counted
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, Progress, train_many
-from lorakeet.workflows.finetuning.assemble_text import Assembly, begin_pairs
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, add_pairs
 from lorakeet.workflows.runs.search_space import SearchPoint, Space, plan_of_point
 
 RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
@@ -104,7 +104,7 @@ class Trials:
 
     def __init__(
         self,
-        setup: Assembly,
+        setup: TextAssembly,
         space: Space,
         rows: SearchRows,
         budget: Budget,
@@ -191,7 +191,7 @@ class Trials:
     def train(self, members: Sequence[Member], watch: Callable[[MultiAdapterTraining], None] | None = None) -> list[Progress]:
         """Trains `members`, which are on the model, to their ends, within the run's memory."""
         kept = self.setup.arrangement
-        about: dict[str, Any] = {"aside": kept.aside(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
+        about: dict[str, Any] = {"spill": kept.spill(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
         with counted(self.console, what, steps) as advance:
 
@@ -240,7 +240,7 @@ class Trials:
         plan = plan_of_point(setup.text, self.space, trial.point)
         spec = self._train_spec(self.space.resolved(trial.point).train, seed)
         spec = spec if steps is None else _first_steps(spec, steps)
-        self.setup = replace(setup, text=begin_pairs(setup, plan, seed=spec.seed, name=name))
+        self.setup = replace(setup, text=add_pairs(setup, plan, seed=spec.seed, name=name))
         return Member(name, spec, setup.train.examples, held_out)
 
     def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:
