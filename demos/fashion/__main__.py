@@ -1,8 +1,8 @@
 """From nothing to two adapters of a small image model that swap and mix: python -m demos.fashion [--quick] [--out FOLDER].
 
 1. A latent diffusion model in Stable Diffusion's own classes is pre-trained on Fashion-MNIST without two of its ten kinds.
-2. `lorakeet finetune` trains an adapter on 40 photos of a kind that it never saw, and one on 40 photos with a new look.
-3. Base, adapters and their mix are judged on photos that none of them saw, also on the new kind in the new look.
+2. `lorakeet finetune` trains an adapter on 40 photos of a kind that the model never saw, and one on 40 photos with a new look.
+3. Base, adapters and their mix are evaluated on photos that none of them saw, also on the new kind in the new look.
 4. `lorakeet generate` draws with each of them, and with both, in one batch.
 
 The model is a small stand-in, since no weights of the real one come with this package. With `model: stable-diffusion-v1-5/…` and
@@ -93,7 +93,7 @@ def show(options: argparse.Namespace, console: Console) -> None:
         sheet = draw(base, runs, options.out / "pictures", console, quick=quick)
     for name, found in (("crossed", crossed), ("seconds", seconds)):
         (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    console.print(f"Look at {sheet} and at {' and '.join(str(run / 'report.html') for run in runs.values())}.", soft_wrap=True)
+    console.print(f"Open {sheet} and {' and '.join(str(run / 'report.html') for run in runs.values())}.", soft_wrap=True)
 
 
 @contextmanager

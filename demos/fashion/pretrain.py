@@ -84,7 +84,7 @@ def new_pipeline() -> Any:
 
 
 def new_tokenizer() -> Any:
-    """CLIP's kind of tokenizer, its merges learnt from the captions; words that it never saw fall into letters."""
+    """CLIP's kind of tokenizer, its merges trained on the captions; unknown words are split into letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 

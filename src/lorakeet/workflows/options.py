@@ -1,4 +1,4 @@
-"""The verbs, and the options that each has beside the settings of the run file. Imports no torch, so that --help is quick."""
+"""The verbs and their options: each class is the parameter of its verb's function. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,151 +12,176 @@ from lorakeet.memory.import_cost import without_triton
 __all__ = ["VERBS", "Verb", "non_default"]
 
 
-_RUN = {"help": "A run folder, or a folder with an adapter in PEFT's layout.", "positional": True}
-RATES, RANKS, TARGETS = (0.25, 4.0), (4, 8, 16, 32), ("all-linear", "attention", "mlp")  # that a search chooses from
-_MEMORY = {"help": "Memory budget, such as 2GiB; weights that do not fit are streamed. Default: the run's memory.budget."}
+_RUN = {"help": "A run folder, or an adapter folder in PEFT's layout.", "positional": True}
+RATES, RANKS, TARGETS = (0.25, 4.0), (4, 8, 16, 32), ("all-linear", "attention", "mlp")  # the space of a search
+_MEMORY = {"help": "Memory budget, such as 2GiB (default: memory.budget); weights that do not fit are streamed from disk."}
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """How a run is started."""
+    """Options of `lorakeet finetune` and `quickstart`."""
 
-    resume: Path | None = field(default=None, metadata={"help": "Resume this run folder from its last checkpoint."})
+    resume: Path | None = field(default=None, metadata={"help": "Resume the run in this folder from its last checkpoint."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan, parameters, tokens and steps, then stop."})
-    budget: str | None = field(default=None, metadata={"help": "Short for --ranks.budget, for --ranks auto or prune."})
+    budget: str | None = field(
+        default=None, metadata={"help": "Same as --ranks.budget: the parameters that --ranks auto or prune may use."}
+    )
     quick: bool = field(
-        default=False, metadata={"help": "First compare 0.5, 1 and 2 times the learning rate, even if the run file names one."}
+        default=False, metadata={"help": "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one."}
     )
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Short names of the settings that memory depends on most."""
+    """Options of `lorakeet plan`: short names for settings that decide a run's memory."""
 
-    rank: int | None = field(default=None, metadata={"help": "Replaces --lora.rank."})
+    rank: int | None = field(default=None, metadata={"help": "Overrides --lora.rank."})
     tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a row and of a micro-batch; replaces --data.max_tokens and --train.micro_tokens."},
+        metadata={"help": "Tokens per row and per micro-batch; overrides --data.max_tokens and --train.micro_tokens."},
     )
-    quantize: Literal["none", "nf4", "int8"] | None = field(default=None, metadata={"help": "Replaces --model.quantize."})
+    quantize: Literal["none", "nf4", "int8"] | None = field(default=None, metadata={"help": "Overrides --model.quantize."})
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The adapter to evaluate, and the rows."""
+    """Options of `lorakeet evaluate`."""
 
     run_or_adapter: str = field(metadata=_RUN)
     data: str | None = field(
-        default=None, metadata={"help": "File of rows to evaluate on. Default: the run's test rows, else its held-out rows."}
+        default=None,
+        metadata={"help": "File of rows to evaluate on; the default is the run's test rows, else its held-out rows."},
     )
     config: Path | None = field(
-        default=None, metadata={"help": "Run file with the data and model settings. Default: the run's own."}
+        default=None, metadata={"help": "Run file with the data and model settings; the default is the run's own."}
     )
-    base: str | None = field(default=None, metadata={"help": "The base model. Default: the one that the run or adapter names."})
-    out: Path | None = field(default=None, metadata={"help": "Folder for a report. Default: none is written."})
+    base: str | None = field(
+        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
+    )
+    out: Path | None = field(default=None, metadata={"help": "Folder for a report; without it no report is written."})
     memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """The adapters to merge, the method, and the output."""
+    """Options of `lorakeet merge`."""
 
     runs_or_adapters: tuple[str, ...] = field(
-        metadata={"help": "Run folders, or folders with an adapter in PEFT's layout: one or several.", "positional": True}
+        metadata={"help": "One or more run folders, or adapter folders in PEFT's layout.", "positional": True}
     )
-    out: Path = field(metadata={"help": "Folder to write the merged model, or the combined adapter, to; it must not exist yet."})
+    out: Path = field(metadata={"help": "Folder for the merged model or the combined adapter; it must not exist yet."})
     to: Literal["auto", "model", "adapter"] = field(
-        default="auto", metadata={"help": "auto: one adapter is merged into its base, several are combined into one adapter."}
+        default="auto", metadata={"help": "auto merges one adapter into its base, and combines several into one adapter."}
     )
     method: Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"] = field(
         default="linear",
-        metadata={"help": "linear, cat: the exact weighted sum; svd: the sum, compressed; the others prune entries."},
+        metadata={"help": "linear and cat are the exact weighted sum, svd a low-rank approximation; the others prune first."},
     )
     weights: tuple[float, ...] = field(
-        default=(), metadata={"help": "One weight for each adapter, such as 0.7,0.3. Default: 1/n each."}
+        default=(), metadata={"help": "One weight per adapter, such as 0.7,0.3; the default is 1/n each."}
     )
     rank: int | None = field(
         default=None,
-        metadata={"help": "Rank of the combined pairs. Default: sums stay exact; the others take the largest rank."},
+        metadata={"help": "Rank of the combined adapter; by default exact sums stay exact, others use the largest rank given."},
     )
     density: float = field(default=0.5, metadata={"help": "Share of the entries that magnitude, ties, dare and della keep."})
     seed: int = field(default=0, metadata={"help": "Random seed for dare and della."})
     into: Literal["original", "dequantised", "auto", "packed"] = field(
         default="auto",
-        metadata={"help": "Base of a run on a quantised model: auto evaluates both on held-out rows; packed stays quantised."},
+        metadata={"help": "Base of a quantised run's merge: auto measures both on held-out rows; packed stays quantised."},
     )
     like: str | None = field(
         default=None,
-        metadata={"help": "For packed: GPTQ or NF4 folder, or .gguf file, with the layout to use. Default: the run's base."},
+        metadata={
+            "help": "For packed: the GPTQ or NF4 folder or .gguf file whose layout is used; the default is the run's base."
+        },
     )
-    calibration_rows: int = field(default=64, metadata={"help": "For packed: number of training rows for calibration."})
-    finish_steps: int = field(default=0, metadata={"help": "For packed: steps of quantisation-aware training."})
-    keep: float = field(default=0.95, metadata={"help": "For packed: smallest share of the held-out gain that must remain."})
-    base: str | None = field(default=None, metadata={"help": "The base model. Default: the one that the run or adapter names."})
+    calibration_rows: int = field(default=64, metadata={"help": "For packed: number of training rows used for calibration."})
+    finish_steps: int = field(default=0, metadata={"help": "For packed: steps of quantisation-aware training of the adapter."})
+    keep: float = field(default=0.95, metadata={"help": "For packed: smallest share of the held-out gain that must survive."})
+    base: str | None = field(
+        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
+    )
     dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
-        default="same", metadata={"help": "Dtype of the merged weights; same: that of each weight in the base."}
+        default="same", metadata={"help": "Dtype of the merged weights; same keeps the dtype of each base weight."}
     )
     memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """The fine-tuned model, its base, and the adapter to extract."""
+    """Options of `lorakeet extract`."""
 
-    tuned: str = field(metadata={"help": "The fully tuned model: a folder, package:NAME or a hub id.", "positional": True})
+    tuned: str = field(metadata={"help": "The fully fine-tuned model: a folder, package:NAME or a hub id.", "positional": True})
     base: str = field(metadata={"help": "The model that it was fine-tuned from.", "positional": True})
-    out: Path = field(metadata={"help": "Folder to write the adapter to; it must not exist yet."})
+    out: Path = field(metadata={"help": "Folder for the adapter; it must not exist yet."})
     rank: int = field(default=16, metadata={"help": "Rank of every pair."})
     whole: Literal["all", "none"] = field(
         default="all",
-        metadata={"help": "Changed tensors that cannot be a pair (embeddings, head, norms): store them whole, or none."},
+        metadata={"help": "Store changed embeddings, head and norms, which no low-rank pair can represent, whole or not at all."},
     )
     data: str | None = field(
-        default=None, metadata={"help": "File of rows to compare on. Default: texts that the tuned model samples."}
+        default=None, metadata={"help": "File of rows to compare on; by default texts are sampled from the fine-tuned model."}
     )
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """The model to quantise, the method, and the output."""
+    """Options of `lorakeet quantize`."""
 
     model: str = field(
-        metadata={"help": "A model folder, a .gguf file, package:NAME or a hub id, unquantised.", "positional": True}
+        metadata={"help": "An unquantised model: a folder, a .gguf file, package:NAME or a hub id.", "positional": True}
     )
     method: Literal["nf4", "int8", "gptq"] = field(
-        metadata={"help": "transformers loads nf4 and gptq (needs --calibration); only Lorakeet loads int8."}
+        metadata={
+            "help": "nf4 and gptq (needs --calibration) are layouts that transformers loads; int8 is read by Lorakeet only."
+        }
     )
-    out: Path = field(metadata={"help": "Folder to write the packed model to; it must not exist yet."})
+    out: Path = field(metadata={"help": "Folder for the quantised model; it must not exist yet."})
     head: Literal["keep", "quantize"] = field(
-        default="keep", metadata={"help": "Keep the output head as it is, or quantise it too."}
+        default="keep", metadata={"help": "Keep the output layer (lm_head) as it is, or quantise it too."}
     )
-    bits: int = field(default=4, metadata={"help": "Bits per weight in gptq: 2, 3, 4 or 8."})
-    group_size: int = field(default=128, metadata={"help": "Weights of a row that share a scale in gptq; -1: the whole row."})
-    desc_act: bool = field(default=False, metadata={"help": "gptq: quantise columns by decreasing activation (act-order)."})
-    sym: bool = field(default=True, metadata={"help": "gptq: symmetric quantisation; false writes gptq_v2."})
+    bits: int = field(default=4, metadata={"help": "Bits per weight for gptq: 2, 3, 4 or 8."})
+    group_size: int = field(default=128, metadata={"help": "Weights of a row that share a scale in gptq; -1 is the whole row."})
+    desc_act: bool = field(
+        default=False,
+        metadata={"help": "Whether gptq quantises and groups columns in order of decreasing activation (act-order)."},
+    )
+    sym: bool = field(
+        default=True, metadata={"help": "Whether gptq uses ranges symmetric around 0; if not, format gptq_v2 is written."}
+    )
     calibration: str | None = field(default=None, metadata={"help": "File of calibration rows for gptq."})
-    calibration_rows: int = field(default=128, metadata={"help": "Use at most this many rows, from the top."})
+    calibration_rows: int = field(default=128, metadata={"help": "Use at most this many rows."})
     calibration_tokens: int = field(default=2048, metadata={"help": "Use at most this many tokens of each row."})
-    memory: str | None = field(default=None, metadata={"help": "Memory budget, such as 3GiB; the output is the same."})
+    memory: str | None = field(
+        default=None, metadata={"help": "Memory budget of the process, such as 3GiB; the result is the same."}
+    )
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """The adapter to convert, and the format."""
+    """Options of `lorakeet convert`."""
 
-    source: Path = field(metadata={"help": "An adapter: a file or folder of any format, or a run folder.", "positional": True})
+    source: Path = field(metadata={"help": "An adapter file or folder of any format, or a run folder.", "positional": True})
     out: Path = field(
-        metadata={"help": "File (kohya, diffusers, gguf) or folder (peft, mlx) to write; it must not exist.", "positional": True}
+        metadata={
+            "help": "File (kohya, diffusers, gguf) or folder (peft, mlx) to write; it must not exist yet.",
+            "positional": True,
+        }
     )
     to: Literal["peft", "kohya", "diffusers", "gguf", "mlx"] = field(metadata={"help": "The format to write."})
     base: Path | None = field(
-        default=None, metadata={"help": "The base's folder or config.json, to check the adapter against; required for gguf."}
+        default=None,
+        metadata={"help": "The base model's folder or config.json: required for gguf, and the adapter is checked against it."},
     )
     rank: int | None = field(
-        default=None, metadata={"help": "Compress LoHa, LoKr (and DoRA for gguf) to this rank; prints the error."}
+        default=None,
+        metadata={
+            "help": "Compress changes that are not low-rank pairs (LoHa, LoKr; DoRA in gguf) to this rank; the error is printed."
+        },
     )
     error: float | None = field(
-        default=None, metadata={"help": "Compress them to the smallest rank with at most this relative error, such as 0.01."}
+        default=None, metadata={"help": "Compress them to the smallest rank whose relative error is at most this, such as 0.01."}
     )
 
 
@@ -168,100 +193,116 @@ Quant = Literal[
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The files to write, and for which program."""
+    """Options of `lorakeet export`."""
 
     run_or_adapter: str = field(metadata=_RUN)
     out: Path = field(metadata={"help": "File (gguf) or folder (ollama) to write; it must not exist yet."})
     to: Literal["gguf", "ollama"] = field(
-        default="gguf", metadata={"help": "gguf: one file for llama.cpp and its relatives; ollama: a folder with a Modelfile."}
+        default="gguf",
+        metadata={"help": "gguf: one file for llama.cpp and programs built on it; ollama: a folder with a Modelfile."},
     )
     quant: Quant = field(
-        default="f16", metadata={"help": "Type of the matrices; all but the first four need llama.cpp (lorakeet[llama])."}
+        default="f16",
+        metadata={"help": "Quantisation type of the matrices; all but the first four need llama.cpp (lorakeet[llama])."},
     )
-    base: str | None = field(default=None, metadata={"help": "The base model. Default: the one that the run or adapter names."})
-    separate: bool = field(default=False, metadata={"help": "Keep base and adapter in two files (ollama) instead of merging."})
+    base: str | None = field(
+        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
+    )
+    separate: bool = field(
+        default=False, metadata={"help": "Write base and adapter as two files instead of merging them (ollama only)."}
+    )
     push: bool = field(default=False, metadata={"help": "Also create the model on a running Ollama server."})
-    name: str | None = field(default=None, metadata={"help": "Name of the model. Default: the run folder's."})
+    name: str | None = field(default=None, metadata={"help": "Name of the model; the default is that of the run folder."})
     host: str = field(default="http://127.0.0.1:11434", metadata={"help": "Address of the Ollama server for --push."})
     memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to compare with the live adapter, or the program that is to load it."""
+    """Options of `lorakeet verify`."""
 
     run_or_adapter: str = field(metadata={**_RUN, "help": "A run folder or an adapter folder; with --deploy also a run file."})
     against: tuple[str, ...] = field(
         default=(),
-        metadata={"help": "Merged folder, .gguf model or adapter, Ollama folder, or http address (URL#NAME for one of several)."},
+        metadata={
+            "help": "Merged folder, .gguf model or adapter, Ollama folder, or http address (URL#NAME selects one of its models)."
+        },
     )
-    base: str | None = field(default=None, metadata={"help": "The base model. Default: the one that the run or adapter names."})
-    base_gguf: Path | None = field(default=None, metadata={"help": "The GGUF file of the base, for a GGUF adapter."})
+    base: str | None = field(
+        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
+    )
+    base_gguf: Path | None = field(default=None, metadata={"help": "GGUF file of the base, for a GGUF adapter."})
     precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = field(
-        default="auto", metadata={"help": "Tolerances for this precision; auto: that of the file, and float16 for a server."}
+        default="auto",
+        metadata={"help": "Which tolerances apply; auto reads the precision from the file, and assumes float16 for a server."},
     )
-    rows: int = field(default=16, metadata={"help": "Number of held-out rows to compare on."})
+    rows: int = field(default=16, metadata={"help": "Number of held-out rows to compare."})
     deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = field(
-        default=None, metadata={"help": "Compare nothing; check if this program can load the adapter."}
+        default=None, metadata={"help": "Only check whether the adapter will load in this program; nothing is compared."}
     )
     memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """The pictures to draw, and the model and adapters to draw with."""
+    """Options of `lorakeet generate`."""
 
-    prompt: tuple[str, ...] = field(metadata={"help": "The prompt of a picture; may be repeated.", "whole": True})
-    out: Path = field(metadata={"help": "Folder to write the pictures to; it must not exist yet."})
+    prompt: tuple[str, ...] = field(metadata={"help": "Prompt of a picture; may be repeated.", "whole": True})
+    out: Path = field(metadata={"help": "Folder for the pictures; it must not exist yet."})
     model: str | None = field(
         default=None,
-        metadata={"help": "A folder saved by diffusers, a .safetensors file, or a hub id. Default: the adapter's base."},
+        metadata={"help": "A folder saved by diffusers, a .safetensors file, or a hub id; the default is the adapter's base."},
     )
     config: str | None = field(
-        default=None, metadata={"help": "For a single .safetensors file: folder with its configs and tokenizer."}
+        default=None, metadata={"help": "For a single .safetensors file: the folder with its configurations and tokenizer."}
     )
     adapter: tuple[str, ...] = field(
         default=(), metadata={"help": "NAME=PATH of a run folder or an adapter of any format; may be repeated.", "whole": True}
     )
     weights: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "Weights of the adapters in all pictures, such as a=0.7,b=0.3. Default for one adapter: 1."},
+        metadata={"help": "Adapter weights of all pictures, such as a=0.7,b=0.3; a single adapter has weight 1."},
     )
     each: tuple[str, ...] = field(
-        default=(), metadata={"help": "One mix for each prompt: a name, base, or names with weights, as in a=0.7+b=0.3."}
+        default=(),
+        metadata={"help": "Adapter weights of each prompt, in order: a name, base, or names with weights such as a=0.7+b=0.3."},
     )
-    count: int = field(default=1, metadata={"help": "Number of pictures for each prompt."})
-    seed: int = field(default=0, metadata={"help": "Random seed of a prompt's first picture; each further picture adds 1."})
-    steps: int = field(default=30, metadata={"help": "Steps of the model's sampler."})
+    count: int = field(default=1, metadata={"help": "Pictures per prompt."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the first picture's noise; further pictures of a prompt count up from it."}
+    )
+    steps: int = field(default=30, metadata={"help": "Number of sampling steps."})
     guidance: float | None = field(
         default=None,
-        metadata={"help": "Classifier-free guidance scale; 1 turns it off. Default: that of the model's type."},
+        metadata={"help": "Classifier-free guidance scale; 1 turns it off; the default depends on the model family."},
     )
     negative: str = field(default="", metadata={"help": "Negative prompt."})
     size: str | None = field(
-        default=None, metadata={"help": "Width x height in pixels, such as 512x768. Default: the model's own."}
+        default=None, metadata={"help": "Width x height in pixels, such as 512x768; the default is the model's own."}
     )
     prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = field(
         default="auto",
-        metadata={"help": "What the model predicts; auto: as in the adapter's run, else as the model's scheduler says."},
+        metadata={"help": "Prediction type of the model; auto uses that of the adapter's run on it, else the scheduler's."},
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={"help": "Precision of the model."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={"help": "Dtype of the model."})
+    device: str = field(default="auto", metadata={"help": "Device: auto, cpu, cuda, cuda:1 or mps."})
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """The budget of a search, and what it chooses from."""
+    """Options of `lorakeet tune`."""
 
     results: Path | None = field(
-        default=None, metadata={"help": "Folder for the chosen settings and the report. Default: OUT-tune."}
+        default=None, metadata={"help": "Folder for the chosen settings and the report; the default is OUT-tune."}
     )
-    minutes: float | None = field(default=None, metadata={"help": "Minutes that search and confirmation may take."})
-    tokens: int | None = field(default=None, metadata={"help": "Tokens that search and confirmation may train on."})
-    quick: bool = field(
-        default=False, metadata={"help": "Compare three learning rates only: half, once and twice the run file's."}
+    minutes: float | None = field(
+        default=None, metadata={"help": "Stop the search after this many minutes, its confirmation included."}
     )
-    together: int = field(default=4, metadata={"help": "Number of trials that are trained together over one base."})
+    tokens: int | None = field(
+        default=None, metadata={"help": "Stop the search after this many training tokens, its confirmation included."}
+    )
+    quick: bool = field(default=False, metadata={"help": "Try only three learning rates: half, once and twice the run file's."})
+    together: int = field(default=4, metadata={"help": "Number of trials trained in one pass over the base."})
     rate_factors: tuple[float, ...] = field(
         default=RATES, metadata={"help": "Lowest and highest learning rate, as factors of the run file's."}
     )
@@ -271,74 +312,88 @@ class TuneOptions:
     )
     seeds: int | None = field(
         default=None,
-        metadata={"help": "New seeds for the confirmation. Default: 3; 1, as with --quick, compares the search's own adapters."},
+        metadata={
+            "help": "Number of new seeds for the confirmation (default 3); 1 reuses the trials of the search, as --quick does."
+        },
     )
-    difference: float = field(default=0.05, metadata={"help": "Smallest difference of interest, in nats per token."})
+    difference: float = field(
+        default=0.05, metadata={"help": "Difference in nats per token that the comparison of trials should detect."}
+    )
 
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """The size of the compressed adapter, and the rows that decide what is cut."""
+    """Options of `lorakeet compress`."""
 
     run: str = field(metadata=_RUN)
     out: Path = field(metadata={"help": "Run folder for the compressed adapter; it must not exist yet."})
     to: str | None = field(
-        default=None, metadata={"help": "Size: parameters such as 0.5M, or 'rank 8'. Default: the smallest within --tolerance."}
+        default=None,
+        metadata={"help": "Size: parameters such as 0.5M, or 'rank 8'; the default is the smallest size within --tolerance."},
     )
     tolerance: str = field(
-        default="1%", metadata={"help": "Largest loss, as a share of the held-out gain; the whole interval must be below it."}
+        default="1%", metadata={"help": "Share of the held-out gain that may be lost, confidence interval included."}
     )
-    rows: int = field(default=256, metadata={"help": "Number of training rows to weigh the cut by."})
+    rows: int = field(default=256, metadata={"help": "Number of training rows used to weight the truncation."})
     weighting: Literal["loss", "activation", "none"] = field(
         default="loss",
-        metadata={"help": "What a cut is weighed by: inputs and gradients (loss), inputs (activation), or nothing."},
+        metadata={"help": "What weights the truncation: inputs and gradients (loss), inputs (activation), or nothing."},
     )
-    base: str | None = field(default=None, metadata={"help": "The base model. Default: the one that the run or adapter names."})
+    base: str | None = field(
+        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
+    )
     config: Path | None = field(default=None, metadata={"help": "Run file with the data settings, for a bare adapter."})
     memory: str | None = field(
-        default=None, metadata={"help": "Memory budget, such as 2GiB; nothing is streamed. Default: the run's memory.budget."}
+        default=None, metadata={"help": "Memory budget, such as 2GiB (default: memory.budget); weights are not streamed."}
     )
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The model and adapters to serve, and the limits of the server."""
+    """Options of `lorakeet serve`."""
 
-    model: str = field(metadata={"help": "The base: a folder, a .gguf file, package:NAME or a hub id."})
-    adapter: tuple[str, ...] = field(default=(), metadata={"help": "name=PATH of an adapter of any format or a run; repeatable."})
-    adapters_dir: Path | None = field(
-        default=None, metadata={"help": "Folder for uploads and the list of names; adapters in it are served too."}
+    model: str = field(metadata={"help": "The base model: a folder, a .gguf file, package:NAME or a hub id."})
+    adapter: tuple[str, ...] = field(
+        default=(), metadata={"help": "NAME=PATH of an adapter of any format or a run folder; may be repeated."}
     )
-    memory: str | None = field(default=None, metadata={"help": "Memory budget for adapters, such as 2GiB; others stay on disk."})
-    slots: int = field(default=16, metadata={"help": "Number of texts generated at once."})
+    adapters_dir: Path | None = field(
+        default=None,
+        metadata={"help": "Folder for uploaded adapters and the list of names; adapters already in it are served too."},
+    )
+    memory: str | None = field(
+        default=None, metadata={"help": "Memory budget of the adapters, such as 2GiB; the others wait on disk."}
+    )
+    slots: int = field(default=16, metadata={"help": "Number of sequences generated at once."})
     context: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a prompt and its text. Default: 2048, or the model's limit if that is less."},
+        metadata={"help": "Longest sequence in tokens, prompt included; the default is 2048, or less if the model takes less."},
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; any but this machine's own needs --keys."})
-    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 takes a free one."})
-    keys: Path | None = field(default=None, metadata={"help": "JSON file with API keys and the adapters that each may use."})
-    queue: int = field(default=256, metadata={"help": "Number of requests that may wait; more are answered with 429."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; any but this machine's own requires --keys."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 picks a free one."})
+    keys: Path | None = field(default=None, metadata={"help": "JSON file of API keys, with the adapters that each may use."})
+    queue: int = field(
+        default=256, metadata={"help": "Number of requests that may wait; further requests are answered with 429."}
+    )
     timeout: float = field(default=600.0, metadata={"help": "Seconds that one request may take."})
-    upload_limit: str = field(default="1GiB", metadata={"help": "Largest file of an upload."})
+    upload_limit: str = field(default="1GiB", metadata={"help": "Largest file that may be uploaded."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision of the base; auto: bfloat16 if the processor supports it."}
+        default="auto", metadata={"help": "Dtype of the base; auto uses bfloat16 if the processor supports it."}
     )
     quantize: Literal["none", "nf4", "int8"] = field(default="none", metadata={"help": "Quantisation of the base in memory."})
     kernels: Literal["torch", "triton"] = field(
-        default="torch", metadata={"help": "triton: kernels for a CUDA device; not yet run on one."}
+        default="torch", metadata={"help": "triton uses Lorakeet's own kernels on a CUDA device; they were not run on one yet."}
     )
     engine: Literal["lorakeet", "vllm"] = field(
-        default="lorakeet", metadata={"help": "vllm: check the adapters for vLLM and print its command."}
+        default="lorakeet", metadata={"help": "vllm checks the adapters against vLLM's limits and prints the vLLM command."}
     )
     out: Path | None = field(
-        default=None, metadata={"help": "For --engine vllm: folder for copies of adapters that it would misread."}
+        default=None, metadata={"help": "For --engine vllm: folder for corrected copies of adapters that vLLM would misread."}
     )
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """No options."""
+    """`lorakeet doctor` has no options."""
 
 
 def non_default(options: Any) -> dict[str, Any]:
@@ -359,11 +414,11 @@ class Verb:
     name: str
     summary: str
     options: type[Any]
-    config: Literal["none", "file", "shipped"] = "none"  # where the RunConfig comes from, if the function takes one
+    config: Literal["none", "file", "shipped"] = "none"  # whether the function takes a RunConfig first, and from where
     function: str = ""
     reads_rows: bool = True  # without a run file, data.train must be named
-    together: bool = False  # can be started by torchrun
-    ends_itself: bool = False  # handles SIGTERM itself: it serves until then
+    together: bool = False  # whether torchrun may start it in several processes
+    ends_itself: bool = False  # whether it handles SIGTERM itself
 
     def run(self, options: Any, *, config: Any = None, console: Any) -> Any:
         """Returns the result of the verb's function; imports the module that does the work only now."""
@@ -373,7 +428,7 @@ class Verb:
             return function(options, console=console) if self.config == "none" else function(config, options, console=console)
 
     def shipped_config(self) -> Path:
-        """The path of this verb's run file in the package."""
+        """Returns the path of the verb's run file in the package."""
         path: Path = import_module(f"lorakeet.workflows.{self.name}").config_path()
         return path
 
@@ -387,18 +442,18 @@ VERBS = (
         "finetune:finetune",
         together=True,
     ),
-    Verb("finetune", "Train an adapter and evaluate it against its base.", FinetuneOptions, "file", together=True),
-    Verb("plan", "Forecast the memory of a run, without its weights.", PlanOptions, "file", reads_rows=False),
+    Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file", together=True),
+    Verb("plan", "Estimate the memory and time of a run, without its weights.", PlanOptions, "file", reads_rows=False),
     Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file"),
-    Verb("evaluate", "Evaluate a run or an adapter on rows of your own.", EvaluateOptions),
+    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
     Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions),
-    Verb("compress", "Cut an adapter to the smallest size that shows no loss.", CompressOptions),
+    Verb("compress", "Compress an adapter to the smallest size that shows no loss.", CompressOptions),
     Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions),
     Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions),
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
-    Verb("verify", "Prove that what was merged, exported or served is the model.", VerifyOptions),
+    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions),
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True),
-    Verb("doctor", "Check this machine: what is missing and how to install it.", DoctorOptions),
+    Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),
 )

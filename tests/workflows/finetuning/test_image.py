@@ -102,7 +102,7 @@ def test_a_transformer_is_trained_proved_and_written(kind: str, request: pytest.
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
-    [("diffusion.min_snr_gamma", "5", "weighed by how often"), ("diffusion.prediction", "epsilon", "use auto")],
+    [("diffusion.min_snr_gamma", "5", "weighted by how often"), ("diffusion.prediction", "epsilon", "use auto")],
 )
 def test_settings_of_diffusion_do_not_go_with_a_flow(
     flag: str, value: str, message: str, tiny_sd3_folder: Path, tmp_path: Path
