@@ -104,7 +104,7 @@ def test_a_size_that_was_asked_for_is_what_is_written(trained: Path, tmp_path: P
 
 
 def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"brings no rows.*--config"):
+    with pytest.raises(ConfigError, match=r"has no rows.*--config"):
         compress(CompressOptions(str(trained / "adapter"), out=tmp_path / "cut"), console=quiet())
     config = trained / "config.yaml"
     found = compress(
@@ -176,5 +176,5 @@ def test_what_there_is_to_lose(finished: Any, trained: Path, tmp_path: Path) -> 
         compress(CompressOptions(str(trained), out=tmp_path / "full"), console=quiet())
     no_rows = tmp_path / "config.yaml"
     no_rows.write_text((trained / "config.yaml").read_text().replace("held_out_fraction: 0.2", "held_out_fraction: 0.0"))
-    with pytest.raises(DataError, match=r"holds no rows out|no cut could be judged"):
+    with pytest.raises(DataError, match=r"has no held-out rows|no cut can be evaluated"):
         compress(CompressOptions(str(trained / "adapter"), out=tmp_path / "cut", config=no_rows), console=quiet())
