@@ -91,9 +91,7 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
         require_sink(config.train.log_to)
         _check_quick(config, options, kind)
         with enforcing_gpu_budget(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
-            setup = kind.assemble(
-                config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run
-            )
+            setup = kind.assemble(config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run)
             setup = dataclasses.replace(setup, memory=memory)
             kind.show(setup, console, dry_run=options.dry_run)
             if options.dry_run:
@@ -107,7 +105,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
     if resume:
         search = rates_of(run)
     elif kind.tries_rates:
-        setup, search = choose_rate(setup, console, asked=options.quick)
+        setup, search = choose_rate(setup, console, requested=options.quick)
     setup = setup.with_learning_rate(processes.from_first(lambda: setup.config.train.learning_rate))
     task = kind.task(setup, run, console)
     record = kind.split_record(setup)
