@@ -109,7 +109,7 @@ def test_a_bare_adapter_takes_rows_and_template_from_a_run_file(finished: Any) -
 
 
 def test_a_bare_adapter_without_rows_is_asked_for_some(finished: Any) -> None:
-    with pytest.raises(ConfigError, match="name a file with --data, or a run file with --config"):
+    with pytest.raises(ConfigError, match="Name a file with --data, or a run file with --config"):
         evaluate(EvaluateOptions(str(finished.path / "adapter")), console=quiet())
 
 
