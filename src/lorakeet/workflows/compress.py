@@ -51,14 +51,15 @@ from lorakeet.workflows.finetuning.assemble_text import within_context
 from lorakeet.workflows.finetuning.evaluate_text import BASE, Judge
 from lorakeet.workflows.finetuning.report import rank_map
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
+from lorakeet.workflows.planning.evaluation import fit_compression
 from lorakeet.workflows.planning.forecast_text_run import largest_rows
-from lorakeet.workflows.planning.measuring import arrange_cutting
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
-from lorakeet.workflows.planning.text_run import Arrangement, Loaded
+from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
-from lorakeet.workflows.runs.peak_memory import held_at_most
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import MemoryPlan, Residency
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, by components, every cut, that of --to, one on the model, one from disk
@@ -119,22 +120,21 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
     dataset = load_dataset(opened.config.data)
     if not dataset.held_out:
         raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
-    budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)
-    of_process = None if kept.card is not None else budget
-    with promised(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
+    residency = _residency(opened, dataset, console)
+    with promised(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = opened.text_model(console)
         chosen, curve, judged = _chosen(opened, text, dataset, (to, share, rows, weighting), console)
         return _write(opened, chosen, curve, judged, dataset, out)
 
 
-def _arranged(opened: Opened, dataset: Dataset, console: Console) -> Arrangement:
-    """How memory.budget is kept; refused where there is no room."""
+def _residency(opened: Opened, dataset: Dataset, console: Console) -> Residency[MemoryPlan]:
+    """How memory.budget is kept. Raises ConfigError if it cannot be."""
     config = opened.config
     most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
-    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in parts))
+    workload = Workload(bool(dataset.labels), sum(len(row.text) for row in parts))
     made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on gradients are there to be added to
-    return arrange_cutting(
-        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), loaded, copies=COPIES,
+    return fit_compression(
+        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload, copies=COPIES,
         weigh=lambda text: _seen(text, config, made_up, NAME),
     )  # fmt: skip
 

@@ -79,8 +79,8 @@ class FinetuneResult:
                 "test": len(self.setup.dataset.test),
             },
         }
-        if self.setup.arrangement.forecast is not None:
-            found["memory"] = self.setup.arrangement.forecast.to_mapping()
+        if self.setup.residency.plan is not None:
+            found["memory"] = self.setup.residency.plan.to_mapping()
         if cuts := self.setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         if self.outcome is None or self.report is None:
@@ -116,7 +116,7 @@ def finetune(
             processes.from_first(lambda: _require_run(run, resume=resume is not None))
         require_sink(config.train.log_to)
         _check_quick(config, quick, resume)
-        with promised(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
+        with promised(config.memory.limit, "Raise the budget."), PeakMemory() as memory:
             if config.kind == "image":
                 return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
             setup = dataclasses.replace(assemble(config, console, processes), memory=memory)
@@ -137,7 +137,7 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
     record_passes(setup.text, task, console)
     record = setup.dataset.split_record()
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=rates))
-    before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
+    before = {} if setup.residency.store else frozen_digests(setup.text.model)  # streamed weights are only read
     if setup.parted:
         with processes.gathering():
             part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
@@ -152,7 +152,7 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
                 identity=_identity(setup),
                 resume=resume,
                 report=reporter_for(console),
-                budget=setup.arrangement.budget,
+                budget=setup.residency.budget.limit,
             )
     finally:
         task.replayed = None  # what recorded passes hold of a card is free, for the certificate's second model too
@@ -250,14 +250,14 @@ def _prove(
         run.adapter,
         setup.held_out.examples,
         before=before,
-        model=None if setup.parted or setup.arrangement.budget is not None else setup.config.model,  # there is room for one base
+        model=None if setup.parted or setup.residency.budget else setup.config.model,  # there is room for one base
         spec=setup.config.evaluate,
     )
 
-    kept, held = setup.arrangement, setup.memory
-    if kept.budget is not None and kept.card is None and held is not None:
-        held.now()
-        say_peak(held, kept.budget, None if kept.forecast is None else kept.forecast.peak, console)
+    residency, memory = setup.residency, setup.memory
+    if residency.budget and residency.gpu is None and memory is not None:
+        memory.now()
+        say_peak(memory, residency, console)
     setup.processes.part()  # nothing is gathered from here on
     if not setup.processes.first:
         return None

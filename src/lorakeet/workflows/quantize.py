@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakeet.errors import ConfigError
 from lorakeet.export.packed_model import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
-from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.budget import Budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.files.origin import packed_card
 from lorakeet.models.files.quantized import linear_layers, owners, packable, skeleton, with_quantisation
@@ -35,8 +35,10 @@ from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
 from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
-from lorakeet.workflows.planning.quantizing import QuantizeJob, keep_budget
+from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing
 from lorakeet.workflows.runs.output_paths import require_place
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import temporary_stores
 
 Method = Literal["nf4", "int8", "gptq"]
 COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
@@ -140,7 +142,7 @@ def _pack(
     console: Console,
 ) -> Quantized:
     """nf4 and int8: each weight by itself."""
-    budget = None if memory is None else parse_budget(memory)
+    budget = Budget.parse(memory)
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
@@ -162,10 +164,10 @@ def _pack(
         model, config, with_quantisation(config, words), dtype_for("auto", torch.device("cpu")),
         packing=bytes_of_packing(largest, in_files),
     )  # fmt: skip
-    kept = keep_budget(budget, job, out, console)
+    residency = fit_quantizing(budget, job, out, console)
     places, error = owners(plain, files), dict[str, float]()
     parts = [_part(name, file, chosen.get(places.get(name, "")), layout, error) for name, file in files.items()]
-    with kept.measured(console):
+    with temporary_stores(residency), peak_said(residency, console):
         with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("packing")
             written = write_model(
@@ -174,7 +176,7 @@ def _pack(
                 config={**checkpoint.config, "quantization_config": words},
                 along=files_along(source, None),
                 card=packed_card(model, method),
-                waiting=kept.waiting(),
+                waiting=residency.waiting(),
                 on_progress=lambda done, total, name: bar.update(
                     task, completed=done, total=total, description=f"packing {name}"
                 ),
@@ -182,7 +184,7 @@ def _pack(
         result = Quantized(out, method, written, error)
         console.print(f"Wrote {written:,} bytes to {out}: {len(error)} weights in {method}. {layout.note}", soft_wrap=True)
         console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
-        kept.check(out, job, console.print)
+        check_written(out, job, residency, console.print)
     return result
 
 

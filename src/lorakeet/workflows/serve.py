@@ -24,7 +24,7 @@ from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
-from lorakeet.memory.budget import larger_than_machine, parse_budget
+from lorakeet.memory.budget import Budget, larger_than_machine, parse_size
 from lorakeet.memory.onednn_code import SERVED, keep_little_code
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.live import LiveModel
@@ -86,8 +86,8 @@ def serve(  # noqa: PLR0913 - one argument for each option
     adapters = named_paths(adapter)
     if engine == "vllm":
         return _for_vllm(model, adapters, out, _vllm_options(locals()), console)
-    limits = RequestLimits(timeout=timeout, upload=parse_budget(upload_limit))
-    budget = None if memory is None else parse_budget(memory)
+    limits = RequestLimits(timeout=timeout, upload=parse_size(upload_limit))
+    budget = Budget.parse(memory)
     _check({"slots": slots, "queue": queue, "timeout": timeout}, out, "" if keys else host, budget, console)
     run_server, build_app = _http()
     access = None if keys is None else read_keys(keys)
@@ -102,7 +102,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
         if store is not None:
             store.remember(registry)
 
-    registry = Registry(live, runner, base=base_name(model), budget=budget, changed=changed)
+    registry = Registry(live, runner, base=base_name(model), budget=budget.limit, changed=changed)
     for name, path in adapters.items():
         registry.register(name, path)
     if store is not None:
@@ -145,7 +145,7 @@ def base_name(model: str) -> str:
     return Path(model.rpartition(":")[2]).name or model
 
 
-def _check(numbers: Mapping[str, float], out: Path | None, host: str, budget: int | None, console: Console) -> None:
+def _check(numbers: Mapping[str, float], out: Path | None, host: str, budget: Budget, console: Console) -> None:
     """ConfigError for flags that contradict each other; `host` is empty where keys are asked for."""
     problems = Problems("The server cannot be started")
     if host and host not in LOOPBACK:
@@ -156,7 +156,7 @@ def _check(numbers: Mapping[str, float], out: Path | None, host: str, budget: in
     if out is not None:
         problems.add("--out is for --engine vllm only; --adapters-dir is where a server keeps uploads.")
     problems.raise_if_any()
-    if budget is not None and (warning := larger_than_machine(budget)):
+    if warning := larger_than_machine(budget):
         console.print(warning, soft_wrap=True)
 
 

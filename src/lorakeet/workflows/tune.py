@@ -94,7 +94,7 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
         raise ConfigError(f"--quick compares half, once and twice the learning rate alone; leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
-    with promised(config.memory.bytes, "Raise the budget, or lower --together."):
+    with promised(config.memory.limit, "Raise the budget, or lower --together."):
         if quick:
             rate_factors, rank_choices, target_choices = QUICK_FACTORS, (), ()
         largest = _largest(config, rank_choices, target_choices) if config.memory.budget else None

@@ -31,7 +31,8 @@ from lorakeet.models.image.sample import Sampler
 from lorakeet.models.inject import inject
 from lorakeet.train.image.task import ImageTask
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.planning.image_run import ImageArrangement, arrange_images
+from lorakeet.workflows.planning.image_run import ImageRunPlan, fit_images
+from lorakeet.workflows.runs.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ImageAssembly:
     held_out: list[EncodedImage]
     test: list[EncodedImage]
     prior: list[EncodedImage]  # of the subject's kind
-    arrangement: ImageArrangement
+    residency: Residency[ImageRunPlan]
 
     @property
     def judged(self) -> tuple[str, list[EncodedImage]]:
@@ -81,8 +82,7 @@ def assemble_images(
         say(warning)
     if config.diffusion.scorer:
         load_scorer(config.diffusion.scorer)  # not needed until the end, when it would be late to hear that it is not there
-    arrangement = arrange_images(config, say, asked=asked)
-    config = arrangement.config
+    config, residency = fit_images(config, say, asked=asked)
     model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
     if not model.kind.flow:
         check_betas(model.pipeline.scheduler.config)
@@ -103,7 +103,7 @@ def assemble_images(
     if config.images.prior_caption and not config.images.prior:
         prior = _drawn(model, config, console)
     captions = Captions(model, config.images, say=say)
-    return ImageAssembly(_resolved(config, model), dataset, model, plan, captions, train, held_out, test, prior, arrangement)
+    return ImageAssembly(_resolved(config, model), dataset, model, plan, captions, train, held_out, test, prior, residency)
 
 
 def _recorded(config: RunConfig, resumed: RunFolder | None, say: Callable[[str], None]) -> ImageDataset | None:
@@ -145,7 +145,7 @@ def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None =
         problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
     if config.ranks.choose != "given":
         problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
-    if config.diffusion.scorer and config.memory.bytes is not None:
+    if config.diffusion.scorer and config.memory.limit:
         problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
     for name, instead in _OF_TEXT.items():
         part, key = name.split(".")

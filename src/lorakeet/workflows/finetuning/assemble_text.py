@@ -28,9 +28,11 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.planning.forecast_choices import reads_weights
-from lorakeet.workflows.planning.text_run import Arrangement, Loaded, arrange
+from lorakeet.workflows.planning.forecast_text_run import TextRunPlan
+from lorakeet.workflows.planning.text_run import Workload, fit_text_run
 from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
+from lorakeet.workflows.runs.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Assembly:
     held_out: Encoded
     test: Encoded
     new_token_ids: tuple[int, ...]
-    arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
+    residency: Residency[TextRunPlan] = field(default_factory=Residency)  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
     memory: PeakMemory | None = None  # what the process holds from before the model is loaded on
     begun: Plan | None = None  # once ranks were pruned: the Plan with which training began
@@ -106,12 +108,12 @@ def assemble(
             "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
         )
     parts = (dataset.train, dataset.held_out, dataset.test)
-    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
-    arrangement = arrange(config, _say(console), loaded)
+    workload = Workload(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
+    residency = fit_text_run(config, _say(console), workload)
     place = config.model.device
     parted = config.train.shard and processes.count > 1  # a device has room for a part: the whole is loaded beside it
     model = dataclasses.replace(config.model, device="cpu") if parted else config.model
-    text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots, pinned=arrangement.pinned)
+    text = load_text_model(model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned)
     if text.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which models of pictures alone are trained: on text, rates and ranks are tried without a "
@@ -128,7 +130,7 @@ def assemble(
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
     if config.ranks.choose == "auto":
         config, plan = choose_ranks(config, text, plan, train.examples, console)
-    setup = Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement, processes)
+    setup = Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, residency, processes)
     _ = setup.cuts  # that cannot be made are refused now
     return setup
 
@@ -141,9 +143,9 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     spec = setup.config.train
     begin_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
-    kept = setup.arrangement
     task = TextTask(
-        setup.text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
+        setup.text, setup.train.examples, held_out=rows, spec=spec, aside=setup.residency.spilled_states(),
+        together=setup.residency.way.together,
         processes=setup.processes,
     )  # fmt: skip
     task.pruning = pruning_of(setup.config, setup.text, setup.plan, setup.steps)

@@ -10,7 +10,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.workflows.finetuning.assemble_image import ImageAssembly
 from lorakeet.workflows.finetuning.terminal import memory_table
-from lorakeet.workflows.planning.image_run import ImagePlanned
+from lorakeet.workflows.planning.image_run import ImageRunPlan
 
 
 def show_image_plan(setup: ImageAssembly, console: Console) -> None:
@@ -45,7 +45,7 @@ def _by_module(plan: Plan) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def show_forecast(planned: ImagePlanned, console: Console) -> None:
+def show_forecast(planned: ImageRunPlan, console: Console) -> None:
     """The table of phases and kinds, and what was planned."""
     console.print(memory_table(planned.forecast, None if planned.card is None else str(planned.card)))
     pictures = planned.pictures

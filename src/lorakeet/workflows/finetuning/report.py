@@ -146,22 +146,21 @@ def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     Under a budget on a CUDA device they are the device's since training began, with the context as planned, and beside them what
     was not planned.
     """
-    kept = setup.arrangement
+    kept = setup.residency
     process = peak_bytes() if setup.memory is None else setup.memory.now()
-    whole = process if kept.card is None else card_peak(kept.card)
-    planned = None if kept.forecast is None else kept.forecast.peak
-    place = "whole process" if kept.card is None else f"on {kept.card}"
+    whole = process if kept.gpu is None else card_peak(kept.gpu)
+    place = "whole process" if kept.gpu is None else f"on {kept.gpu}"
     used = (
-        MemoryUse(f"training, {place}", kept.planned, outcome.peak_bytes),
-        MemoryUse(f"{'loading, ' if kept.card is None else ''}training, judging and certificate", planned, whole),
+        MemoryUse(f"training, {place}", None if kept.plan is None else kept.plan.training_peak, outcome.peak_bytes),
+        MemoryUse(f"{'loading, ' if kept.gpu is None else ''}training, judging and certificate", kept.planned, whole),
     )
-    if kept.budget is None:
+    if not kept.budget:
         return used
-    what = "the whole run" if kept.card is None else "training and judging"
-    against = (*used, MemoryUse(f"{what}, against memory.budget", kept.budget, whole))
-    if kept.card is None:
+    what = "the whole run" if kept.gpu is None else "training and judging"
+    against = (*used, MemoryUse(f"{what}, against memory.budget", kept.budget.limit, whole))
+    if kept.gpu is None:
         return against
-    return (*against, *beside_a_card(kept.card))
+    return (*against, *beside_a_card(kept.gpu))
 
 
 def beside_a_card(card: torch.device) -> tuple[MemoryUse, ...]:

@@ -46,11 +46,10 @@ def show_run_plan(setup: Assembly, console: Console) -> None:
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens a pass; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
-    planned = setup.arrangement.forecast
+    planned = setup.residency.plan
     if planned is not None:
-        most = max((phase for phase in planned.forecast.phases if phase.bytes == planned.peak), key=lambda phase: phase.bytes)
-        place = "of this process" if setup.arrangement.card is None else f"on {setup.arrangement.card}"
-        console.print(f"Memory: at most {bytes_text(planned.peak)} {place} planned, in the phase: {most.name}")
+        place = "of this process" if setup.residency.gpu is None else f"on {setup.residency.gpu}"
+        console.print(f"Memory: at most {bytes_text(planned.peak)} {place} planned, in the phase: {planned.highest.name}")
 
 
 def _lacks_template(setup: Assembly) -> bool:
@@ -94,7 +93,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 def memory_table(forecast: Forecast, device: str | None = None) -> Table:
     """What a run will hold at the peak of each phase, by kind: the process, or of a CUDA `device`; within 80 columns."""
     shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
-    unit, size, digits = ("GB", 1e9, 2) if forecast.peak.bytes >= 1e9 else ("MB", 1e6, 1)
+    unit, size, digits = ("GiB", 1 << 30, 2) if forecast.peak.bytes >= 1 << 30 else ("MiB", 1 << 20, 1)
     place, keeper = (f"on {device}", "torch's allocator") if device else ("of the process", "the C library")
     title = f"Memory {place} at the peak of each phase, in {unit}"
     caption = f"saved: activations kept for the backward pass; alloc.: freed memory that {keeper} keeps"

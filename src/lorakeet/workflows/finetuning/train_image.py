@@ -62,8 +62,8 @@ class ImageResult:
             "steps": self.setup.steps,
             "pictures": {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)},
         }
-        if self.setup.arrangement.planned is not None:
-            found["memory"] = self.setup.arrangement.planned.to_mapping()
+        if self.setup.residency.plan is not None:
+            found["memory"] = self.setup.residency.plan.to_mapping()
         if self.outcome is None or self.report is None:
             return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
@@ -74,15 +74,15 @@ def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run:
     setup = assemble_images(config, console, asked=dry_run, resumed=run if resume else None)
     show_image_plan(setup, console)
     if dry_run:
-        if setup.arrangement.planned is not None:
-            show_forecast(setup.arrangement.planned, console)
+        if setup.residency.plan is not None:
+            show_forecast(setup.residency.plan, console)
         return ImageResult(setup, run)
     before = image_digests(setup.model)
     task = ready_to_train(setup, partial(_watch, setup, run, console) if setup.config.diffusion.progress else None)
     begin_run(run, setup.config, image_record(setup.dataset, setup.config.data), resume=resume)
     outcome = train(
         task, setup.config.train, run=run, identity=_identity(setup, before), resume=resume,
-        report=reporter_for(console, words=PICTURES), budget=setup.arrangement.budget,
+        report=reporter_for(console, words=PICTURES), budget=setup.residency.budget.limit,
     )  # fmt: skip
     with judging(run):
         report = _prove(setup, outcome, run, before, console)
@@ -133,7 +133,7 @@ def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[
     prompts = [picture.row.caption for picture in pictures[:2]]
     certificate = certify_images(
         setup.model, run.adapter, prompts, before=before, sampler=judge.sampler,
-        spec=setup.config.model if setup.arrangement.budget is None else None,  # a budget has room for one base
+        spec=setup.config.model if not setup.residency.budget else None,  # a budget has room for one base
     )  # fmt: skip
     report = _complete(measured, setup, outcome, run, certificate)
     remarks = []
@@ -183,8 +183,7 @@ def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     """Planned and used bytes since training began, where the run was planned, and against a budget: of the process, or of the
     card that it bounds.
     """
-    kept = setup.arrangement
-    planned, budget, card = kept.planned, kept.budget, kept.card
+    planned, budget, card = setup.residency.plan, setup.residency.budget, setup.residency.gpu
     if planned is None:
         return (MemoryUse("training, whole process", None, outcome.peak_bytes),)
     whole = peak_bytes() if card is None else card_peak(card)
@@ -192,7 +191,7 @@ def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
         MemoryUse(f"training, {'whole process' if card is None else f'on {card}'}", planned.training_peak, outcome.peak_bytes),
         MemoryUse("training, judging and certificate", planned.peak, whole),
     )
-    against = found if budget is None else (*found, MemoryUse("training and judging, against memory.budget", budget, whole))
+    against = (*found, MemoryUse("training and judging, against memory.budget", budget.limit, whole)) if budget else found
     return against if card is None else (*against, *page.beside_a_card(card))
 
 

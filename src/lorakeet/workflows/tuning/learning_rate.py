@@ -70,12 +70,12 @@ def _why_not(setup: Assembly, rows: SearchRows, steps: int) -> str:
         return refusal
     if setup.parted:
         return "train.shard parts the base, and adapters that are trained at once are tried on a whole one"
-    kept = setup.arrangement
-    if kept.forecast is None or kept.store is not None:
-        return "how much memory it would take is not known, and memory.budget is set" if kept.budget is not None else ""
-    planned, most = kept.forecast.rate_trial, kept.budget or kept.forecast.peak
+    kept = setup.residency
+    if kept.plan is None or kept.store is not None:
+        return "how much memory it would take is not known, and memory.budget is set" if kept.budget else ""
+    planned, most = kept.plan.rate_trial, kept.budget.limit or kept.plan.peak
     if planned > most:
-        what = "memory.budget" if kept.budget is not None else "what the run itself takes"
+        what = "memory.budget" if kept.budget else "what the run itself takes"
         return f"three adapters in training would hold {bytes_text(planned)}, more than {what} ({bytes_text(most)})"
     return ""
 

@@ -190,8 +190,10 @@ class Trials:
 
     def train(self, members: Sequence[Member], watch: Callable[[Many], None] | None = None) -> list[Progress]:
         """Trains `members`, which are on the model, to their ends, within the run's memory."""
-        kept = self.setup.arrangement
-        about: dict[str, Any] = {"aside": kept.aside(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
+        kept = self.setup.residency
+        about: dict[str, Any] = {
+            "aside": kept.spilled_states(), "together": kept.way.together, "budget": kept.budget.limit, "folder": self.folder,
+        }  # fmt: skip
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
         with counted(self.console, what, steps) as advance:
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorakeet.workflows.planning.measuring import arrange_cutting, arrange_judging
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.workflows.planning import measuring
-from lorakeet.workflows.planning.measuring import arrange_cutting, arrange_judging
 from lorakeet.workflows.planning.streaming import ALONE, FEWEST
 from lorakeet.workflows.planning.text_run import Arrangement, Loaded
 from tiny.models import save_tiny_llama
