@@ -36,6 +36,7 @@ check: install
 
 docs: install
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/generate_files.py
 	$(BIN)/python docs/draw_speed.py
 
 bench: install

@@ -48,8 +48,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import config_of
 from lorakeet.quant.replace import weights_in
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.loop import train
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import Record, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec

@@ -8,7 +8,7 @@ most frequent). Every arm is trained from the same rows by N-adapter runs, prune
 chosen on held-out rows. The work is long, so it is done in parts, which are committed as they come: each (task, seed, arm) is a
 line of --raw, with the flags and the commit that it was made with, and what is there is not done again. --summary, with the same
 flags, compares all arms with uniform-16 on the same test rows, paired, in intervals that know rows and seeds
-(evaluate/over_seeds), Holm-corrected; and once more each arm at the learning rate that held-out rows prefer: an arm NAME@F has F
+(evaluate/compare), Holm-corrected; and once more each arm at the learning rate that held-out rows prefer: an arm NAME@F has F
 times the rate. A loss of half the parameters is looked for without the correction, which would hide one the better the more arms
 there are. Accuracies and losses are no timings: a busy machine does not change them.
 """
@@ -37,10 +37,9 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.locate import locate_data, open_text
 from lorakeet.errors import RunStopped
-from lorakeet.evaluate.compare import holm
+from lorakeet.evaluate.compare import compare_over_seeds, holm
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
@@ -52,7 +51,7 @@ from lorakeet.ranks.resize import cut_to_budget
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text.many_adapters import Member, Progress, train_many
+from lorakeet.train.text.multi_adapter import Member, Progress, train_many
 from lorakeet.workflows.compress import weighed
 from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, begin_pairs, ready_to_train
 from lorakeet.workflows.finetuning.evaluate_text import Judge

@@ -56,12 +56,12 @@ it had been in memory.
 - **Packed weights brought back.** NF4, GPTQ of 4 bits, int8 and GGUF's blocks are laid out for a product as they are, some
 columns of the result at a time (`kernels/cpu/unpack_panels.c`): no weight stands in bf16 as a whole, and GPTQ's words, which hold
 neighbours of a sum, need not be turned over. A step over NF4 was a quarter slower than over dense weights, and now takes about
-the same ([log](../log.md)).
+the same ([log](../log/training-speed.md)).
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
 - **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template, a system prompt or examples, are
 computed once for all of them, with exact gradients (`data/prefix`). A step's rows are put together so that as much as can be is
-computed once, and what is computed once counts once among `train.micro_tokens` (`data/prefix_groups`): behind a prompt of 1,500
+computed once, and what is computed once counts once among `train.micro_tokens` (`data/prefix`): behind a prompt of 1,500
 tokens
 five rows of 100 pass together, not one by one. Rows with different prompts pass apart where that saves more than a pass costs.
 This needs no setting; dropout turns it off. Where another attention than Lorakeet's own computes (on a card, in fp32), only who
@@ -74,7 +74,8 @@ adapted, so this trains another model, whose quality has to be measured: it is n
 
 A product reaches the machine's rate with many tokens at once. Rows of 128 tokens share one product with every frozen weight,
 but their attention is many small products. Norms, rotary positions, SwiGLU, softmax, casts and the optimizer read and write
-memory and compute next to nothing; none of them is among the FLOPs of the floor. [The log](../log.md) says what a step was seen
+memory and compute next to nothing; none of them is among the FLOPs of the floor. [The log](../log/training-speed.md)
+says what a step was seen
 to be made of, and what was tried and not kept.
 """
 

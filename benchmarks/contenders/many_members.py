@@ -26,7 +26,7 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.train.log import read_metrics
     from lorakeet.train.loop import train
     from lorakeet.train.run import RunFolder
-    from lorakeet.train.text.many_adapters import Many, Member, train_many
+    from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
     from lorakeet.train.text.task import TextTask
     from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
     from lorakeet.workflows.quickstart import config_path
@@ -76,7 +76,7 @@ def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
         members.append(Member(f"member_{number}", spec, setup.train.examples, _held_out(setup, given)))
     seconds, tokens, last = [], [], time.perf_counter()
 
-    def watch(many: Many) -> None:
+    def watch(many: MultiAdapterTraining) -> None:
         nonlocal last
         now = time.perf_counter()
         seconds.append(now - last)

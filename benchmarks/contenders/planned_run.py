@@ -24,7 +24,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
-from lorakeet.train.best import Best
+from lorakeet.train.checkpoint import BestTensors
 from lorakeet.train.log import MetricsLog
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
@@ -79,7 +79,7 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         training.run = RunFolder.create(Path(folder) / "run")
         training.metrics = MetricsLog(training.run.metrics)
         if asked["returning"]:  # as a run under a budget
-            training.best = Best(training.run.best)
+            training.best = BestTensors(training.run.best)
         training.task.held_out_rows = training_on(text, config.train, judging_of(config).rows).task.train
         with _peak(peaks, STEP):
             for _ in range(STEPS):

@@ -35,7 +35,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapted import begin_adapter
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients
-from lorakeet.train.text.many_adapters import Many, Member
+from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.planning.rehearse_text import silent_training
 
@@ -133,7 +133,7 @@ def _together(text: TextModel, config: RunConfig, rows: list[Example], members: 
     for number in range(members):
         begin_adapter(text, plan, seed=number, name=f"member_{number}")
         found.append(Member(f"member_{number}", spec, rows[number::members], ()))
-    many = Many(text, found)
+    many = MultiAdapterTraining(text, found)
 
     def step(counted: dict[str, int] | None) -> dict[str, float]:
         spent = {"step": 0.0}

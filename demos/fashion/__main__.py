@@ -30,7 +30,7 @@ from demos.fashion.photos import KINDS, UNSEEN, Photos, caption, drawn_photos, i
 from demos.fashion.pretrain import Budget, pretrained
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images.folder import read_album
-from lorakeet.data.images.split import judged_groups
+from lorakeet.data.images.split import evaluation_groups
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
@@ -150,7 +150,7 @@ def cross_table(
     found: dict[str, dict[str, Any]] = {}
     for place in ("kind-held-out", "look-held-out", "both-held-out"):
         rows = encode_images(model, read_album(albums[place], config.images).rows, config.images, say=console.print)
-        losses, groups = {}, judged_groups([picture.row for picture in rows], config.images)
+        losses, groups = {}, evaluation_groups([picture.row for picture in rows], config.images)
         for name in (None, *adapters):
             activate(model.parts, name)
             sums, counts = denoising_errors(model, rows, captions, config.diffusion)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.batches import StepOrder, dealt
+from lorakeet.data.batches import StepOrder, distribute_rows
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,13 +70,13 @@ def test_what_makes_no_order():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 6))
 def test_dealt_rows_go_to_one_part_each_and_the_parts_are_even(lengths, parts):
-    found = dealt(lengths, parts)
+    found = distribute_rows(lengths, parts)
     assert len(found) == parts and sorted(row for part in found for row in part) == list(range(len(lengths)))
-    assert all(part == sorted(part) for part in found) and found == dealt(tuple(lengths), parts)
+    assert all(part == sorted(part) for part in found) and found == distribute_rows(tuple(lengths), parts)
     sums = [sum(lengths[row] for row in part) for part in found]
     assert max(sums) - min(sums) <= max(lengths, default=0)  # the last row dealt went to the emptiest part
 
 
 def test_deals_are_pinned():
-    assert dealt([5, 9, 1, 7], 2) == [[1, 2], [0, 3]]
-    assert dealt([3], 2) == [[0], []]
+    assert distribute_rows([5, 9, 1, 7], 2) == [[1, 2], [0, 3]]
+    assert distribute_rows([3], 2) == [[0], []]

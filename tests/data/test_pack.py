@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import micro_batches, pack_examples, sent
+from lorakeet.data.pack import micro_batches, pack_examples, to_device
 
 
 @st.composite
@@ -88,9 +88,9 @@ class Noted:
 
 
 def test_nobody_waits_for_what_goes_from_the_host_to_a_card_and_for_that_alone():
-    assert sent(Noted("cpu"), "cuda:1").said == ["pinned", ("cuda:1", {"non_blocking": True})]
-    assert sent(Noted("cuda"), torch.device("cpu")).said == [("cpu", {})]
-    assert sent(Noted("cpu"), "cpu").said == [("cpu", {})]
+    assert to_device(Noted("cpu"), "cuda:1").said == ["pinned", ("cuda:1", {"non_blocking": True})]
+    assert to_device(Noted("cuda"), torch.device("cpu")).said == [("cpu", {})]
+    assert to_device(Noted("cpu"), "cpu").said == [("cpu", {})]
 
 
 def test_what_cannot_be_packed():

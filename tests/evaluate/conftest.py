@@ -9,11 +9,11 @@ import pytest
 
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
 from lorakeet.evaluate.baselines import majority_class
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.intervals import mean
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.report import ChartPoint, Command, Curves, Drift, Leak, MemoryUse, Report
-from lorakeet.evaluate.report.sections import classification_report, language_report
+from lorakeet.evaluate.report.text import classification_report, language_report
 from lorakeet.evaluate.spec import EvaluateSpec
 
 LABELS = ("negative", "neutral", "positive")
@@ -59,7 +59,7 @@ def example_certificate() -> Certificate:
     generator = np.random.default_rng(7)
     measured = {"logit": 2.0e-5, "mean_kl": 1.4e-11, "top1_agreement": 1.0, "non_finite": 0.0, "loss": 2.4e-7}
     allowed = {"logit": 1e-4, "mean_kl": 1e-8, "top1_agreement": 0.999, "non_finite": 0.0, "loss": 1e-5}
-    check = judge(
+    check = tolerance_check(
         "Merged model in fp32",
         measured,
         tolerance=allowed,

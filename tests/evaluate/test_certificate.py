@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import DataError, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, Check, judge, read_certificate, worst_layer
+from lorakeet.evaluate.certificate import Certificate, Check, read_certificate, tolerance_check, worst_layer
 from lorakeet.evaluate.intervals import proportion
 
 
 def check(*, kl: float = 1e-9, agreement: float = 1.0) -> Check:
-    return judge(
+    return tolerance_check(
         "merged model",
         {"mean_kl": kl, "top1_agreement": agreement},
         tolerance={"mean_kl": 1e-6, "top1_agreement": 0.99},

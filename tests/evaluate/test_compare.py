@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
-from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses, holm, mcnemar, pair, randomisation
+from lorakeet.evaluate.compare import (
+    Comparison,
+    compare_answers,
+    compare_losses,
+    compare_over_seeds,
+    holm,
+    mcnemar,
+    pair,
+    per_row,
+    randomisation,
+    surviving_share,
+)
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -134,3 +147,103 @@ def test_holm_corrects_for_the_number_of_comparisons_and_keeps_their_order() -> 
     assert [one.verdict for one in found] == ["no difference shown", "better", "no difference shown", "no difference shown"]
     assert [one.left for one in found] == [one.left for one in given] and "Holm over 4" in found[0].test
     assert holm([]) == () and holm(given[:1])[0].p_value == 0.03
+
+
+SPEC = EvaluateSpec(resamples=100)
+
+
+def runs(count: int, rows: int, *, seed_noise: float, generator: np.random.Generator, gain: float = 0.0) -> list[RowLosses]:
+    """`count` seeds of one setting: each an offset of its own, and every row some noise beside what all of them share."""
+    tokens = np.arange(rows) % 5 + 3
+    shared = 2 + np.sin(np.arange(rows))
+    return [
+        RowLosses("run", tokens * (shared - gain + seed_noise * generator.normal() + 0.3 * generator.normal(size=rows)), tokens)
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("seed_noise", "seeds"), [(0.1, 3), (0.0, 3), (0.02, 5)])
+def test_settings_that_do_not_differ_are_told_apart_in_one_case_of_twenty_at_most(seed_noise: float, seeds: int) -> None:
+    """Over rows alone, seed noise of 0.1 nats is called a difference nearly always."""
+    generator, claims = np.random.default_rng(0), 0
+    for _ in range(200):
+        left, right = (runs(seeds, 60, seed_noise=seed_noise, generator=generator) for _ in range(2))
+        claims += compare_over_seeds(left, right, SPEC).verdict != "no difference shown"
+    assert claims <= 16  # 5 % of 200, and two standard deviations of such a count
+
+
+def test_a_gain_beyond_both_noises_is_shown_and_signed() -> None:
+    generator = np.random.default_rng(1)
+    good, bad = (runs(3, 60, seed_noise=0.02, generator=generator, gain=gain) for gain in (0.5, 0.0))
+    found = compare_over_seeds(good, bad, SPEC)
+    assert found.verdict == "better" and compare_over_seeds(bad, good, SPEC).verdict == "worse"
+    assert found.difference.low < -0.5 < found.difference.high < 0 and found.difference.n == 60
+    assert found.test == found.difference.method == "t over rows and 3 seeds" and found.p_value < 0.01
+
+
+def test_one_seed_is_the_comparison_of_its_rows_and_many_equal_ones_nearly_so() -> None:
+    generator = np.random.default_rng(2)
+    left, right = (runs(1, 200, seed_noise=0.1, generator=generator) for _ in range(2))
+    assert compare_over_seeds(left, right, SPEC) == compare_losses(left[0], right[0], SPEC)
+    found, tokens = compare_over_seeds(left * 4, right * 4, SPEC), left[0].tokens
+    gap = left[0].losses - right[0].losses
+    value = gap.sum() / tokens.sum()
+    reach = stats.t.ppf(0.975, 199) * np.std((gap - value * tokens) / tokens.mean(), ddof=1) / 200**0.5
+    assert found.difference.value == pytest.approx(value) and found.difference.high == pytest.approx(value + reach)
+
+
+def test_rows_of_a_group_count_as_one() -> None:
+    generator = np.random.default_rng(3)
+    left, right = (runs(3, 60, seed_noise=0.0, generator=generator) for _ in range(2))
+    groups = tuple(range(60))
+    twice = [
+        [RowLosses("run", np.tile(one.losses, 2), np.tile(one.tokens, 2), groups * 2) for one in side] for side in (left, right)
+    ]
+    assert compare_over_seeds(*twice, SPEC).p_value == pytest.approx(compare_over_seeds(left, right, SPEC).p_value)
+
+
+def test_sides_that_do_not_pair_are_refused() -> None:
+    generator = np.random.default_rng(4)
+    left, right = (runs(3, 20, seed_noise=0.0, generator=generator) for _ in range(2))
+    with pytest.raises(DataError, match="3 seeds on one side and 2 on the other"):
+        compare_over_seeds(left, right[:2], SPEC)
+    with pytest.raises(DataError, match="same rows"):
+        compare_over_seeds(left, [*right[:2], replace(right[2], tokens=right[2].tokens + 1)], SPEC)
+
+
+SPEC = EvaluateSpec(resamples=500)
+
+
+def losses(system: str, factor: float) -> RowLosses:
+    return RowLosses(system, factor * np.random.default_rng(0).uniform(1, 3, 40), np.full(40, 7))
+
+
+def test_the_share_is_of_the_fall_in_loss() -> None:
+    base, adapter = losses("base", 2.0), losses("adapter", 1.0)
+    assert surviving_share(base, adapter, adapter, SPEC).value == 1
+    assert surviving_share(base, adapter, base, SPEC).value == 0
+    share = surviving_share(base, adapter, losses("packed", 1.25), SPEC)
+    assert share.value == pytest.approx(0.75) and share.n == 40
+    assert surviving_share(base, adapter, losses("worse", 2.5), SPEC).value == pytest.approx(-0.5)
+
+
+def test_its_interval_is_wider_the_more_rows_differ() -> None:
+    base, adapter = losses("base", 2.0), losses("adapter", 1.0)
+    noisy = RowLosses("packed", adapter.losses + np.random.default_rng(1).normal(0.3, 1, 40), adapter.tokens)
+    share = surviving_share(base, adapter, noisy, SPEC)
+    assert share.low < share.value < share.high and share.high - share.low > 0.1
+
+
+def test_rows_with_labels_count_by_the_log_loss() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6]])
+    answers = Answers("packed", ("a", "b"), np.array([0, 0]), np.log(probabilities))
+    np.testing.assert_allclose(per_row(answers), -np.log([0.9, 0.4]))
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    base = losses("base", 1.0)
+    with pytest.raises(DataError, match="gained nothing over its base on these 40 held-out rows"):
+        surviving_share(base, losses("adapter", 1.5), base, SPEC)
+    short = RowLosses("packed", base.losses[:9], base.tokens[:9])
+    with pytest.raises(DataError, match="40, 40, 9 rows"):
+        surviving_share(base, losses("adapter", 0.5), short, SPEC)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.parity import TOLERANCES, ParityMeter, Tolerance, kl_of_told
+from lorakeet.evaluate.parity import TOLERANCES, ParityMeter, Tolerance, kl_lower_bound
 from lorakeet.evaluate.spec import EvaluateSpec
 
 QUICK = EvaluateSpec(resamples=300)
@@ -116,6 +116,6 @@ def test_kl_over_told_tokens_is_a_lower_bound_that_all_tokens_reach() -> None:
     p, q = (torch.randn(50, generator=generator, dtype=torch.float64).mul(3).log_softmax(0) for _ in range(2))
     whole = float((p.exp() * (p - q)).sum())
     likely = q.topk(50).indices.tolist()
-    found = [kl_of_told(p, {token: float(q[token]) for token in likely[:count]}) for count in (1, 5, 20, 50)]
+    found = [kl_lower_bound(p, {token: float(q[token]) for token in likely[:count]}) for count in (1, 5, 20, 50)]
     assert found == sorted(found) and found[-1] == pytest.approx(whole, rel=1e-9) and 0 < found[0] < whole
-    assert kl_of_told(p, {token: float(p[token]) for token in likely[:5]}) == pytest.approx(0.0, abs=1e-12)
+    assert kl_lower_bound(p, {token: float(p[token]) for token in likely[:5]}) == pytest.approx(0.0, abs=1e-12)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from lorakeet.evaluate.certificate import Certificate, Unchecked, judge
+from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.verdict import Phrase, Verdict
@@ -39,7 +39,7 @@ def front_of(text: str) -> dict[str, object]:
 
 
 def test_figures_files_and_checks() -> None:
-    check = judge("logits", {"mean_kl": 0.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"), n=9)
+    check = tolerance_check("logits", {"mean_kl": 0.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"), n=9)
     text = card(FACTS, REPORT, Certificate("x", (check,)))
     assert "**The adapter is better (+0.10, 95 % 0.02 to 0.18).**" in text
     assert "| adapter | 0.812 [0.750, 0.860] | 64 |" in text or "| adapter | 0.813 [0.750, 0.860] | 64 |" in text
@@ -56,9 +56,9 @@ def test_what_is_not_known_is_not_stated() -> None:
 
 
 def test_a_failed_check_is_said() -> None:
-    check = judge("logits", {"mean_kl": 1.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"))
+    check = tolerance_check("logits", {"mean_kl": 1.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"))
     assert "do not use it" in card(FACTS, None, Certificate("x", (check,)))
-    own = judge("x", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    own = tolerance_check("x", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
     missing = Unchecked("http://x", "the stored weights", "a server does not tell them")
     text = card(FACTS, None, Certificate("x", (own, replace(check, name="run-merged/: logits")), unchecked=(missing,)))
     assert "The own checks passed; run-merged/ failed." in text and "do not use it" not in text

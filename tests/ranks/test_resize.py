@@ -22,12 +22,12 @@ from lorakeet.ranks.resize import (
     DAMPING,
     Moments,
     check_pairs,
+    collect_moments,
     cut_to_budget,
     cut_to_ranks,
+    cut_to_target,
     spectra,
     spectrum,
-    target,
-    watching,
 )  # fmt: skip
 
 OUT, IN, RANK, ALPHA = 11, 14, 4, 12.0
@@ -118,13 +118,13 @@ def test_sizes_as_people_write_them() -> None:
     adapter, plan, moments = two()
     found = spectra(adapter, moments)
     for text in ("rank 2", "r2", "RANK2"):
-        assert [pair.rank for pair in target(text, adapter, plan, found).pairs.values()] == [2, 2]
-    assert target("0.1k", adapter, plan, found).parameters == 100
+        assert [pair.rank for pair in cut_to_target(text, adapter, plan, found).pairs.values()] == [2, 2]
+    assert cut_to_target("0.1k", adapter, plan, found).parameters == 100
     for text in ("rank 4", "rank 0", "rank", "rank two", "lots", "-3"):
         with pytest.raises(ConfigError, match="--to"):
-            target(text, adapter, plan, found)
+            cut_to_target(text, adapter, plan, found)
     with pytest.raises(ConfigError, match="49 parameters is below rank 1 for each of the 2 targets"):
-        target("49", adapter, plan, found)
+        cut_to_target("49", adapter, plan, found)
 
 
 def test_what_cannot_be_cut_is_named_all_at_once() -> None:
@@ -154,7 +154,7 @@ def test_the_moments_are_those_of_inputs_and_gradients(tiny_model: Callable[...,
         next(module for name, module in model.named_modules() if name.endswith("lm_head.adapters.default")).B.normal_()
     pair = adapter_of(model).pairs[path]
     ids = torch.arange(12).view(2, 6)
-    with watching(model, "default") as moments:
+    with collect_moments(model, "default") as moments:
         model(input_ids=ids).logits.square().sum().backward()
         states = model.model(input_ids=ids).last_hidden_state
     logits = model(input_ids=ids).logits

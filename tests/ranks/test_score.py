@@ -18,10 +18,10 @@ from lorakeet.ranks.score import (
     Halves,
     Sketch,
     activation_directions,
-    falling,
     gradient_directions,
     gradient_gains,
     gradient_halves,
+    non_increasing,
     sketch_plan,
     sketch_states,
     variance_gains,
@@ -106,7 +106,8 @@ def test_gradients_that_are_no_numbers_give_gains_that_are_none() -> None:
 
 
 def test_gains_never_rise() -> None:
-    assert falling([3.0, 1.0, 2.0, 0.0]) == [3.0, 1.5, 1.5, 0.0] and falling([1.0, 2.0, 3.0]) == [2.0] * 3 and falling([]) == []
+    assert non_increasing([3.0, 1.0, 2.0, 0.0]) == [3.0, 1.5, 1.5, 0.0]
+    assert non_increasing([1.0, 2.0, 3.0]) == [2.0] * 3 and non_increasing([]) == []
 
 
 class Two(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapted import put_adapter
@@ -82,7 +82,7 @@ def test_certificates_are_found_held_to_and_extended(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     assert find_certificate(folder) is None
     path = tmp_path / "run" / "certificate.json"
-    good = judge("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    good = tolerance_check("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
     Certificate("The run", (good,)).write(path)
     assert find_certificate(folder) == path and read_record(path) is None
     probe = Probe("base", "float32", (0.5, -1.0), 0.2)
@@ -104,8 +104,8 @@ def test_certificates_are_found_held_to_and_extended(tmp_path: Path) -> None:
 
 def test_a_wrong_file_elsewhere_does_not_keep_an_adapter_from_being_served(tmp_path: Path) -> None:
     path, probe = tmp_path / "certificate.json", Probe("base", "float32", (0.5, -1.0), 0.2)
-    good = judge("adapter on disk", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
-    wrong = judge("other.gguf: logits", {"x": 9.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    good = tolerance_check("adapter on disk", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    wrong = tolerance_check("other.gguf: logits", {"x": 9.0}, tolerance={"x": 1.0}, between=("a", "b"))
     Certificate("The run", (good, wrong), {FACT: probe.to_text()}).write(path)
     assert read_record(path) == probe
     assert [check.passed for check in extend_certificate(path, "a", probe, 1e-3).checks] == [True, False, True]

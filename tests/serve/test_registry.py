@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
@@ -253,7 +253,7 @@ def test_the_same_name_at_once_is_loaded_once(registry: Registry, saved: Callabl
 def test_a_certificate_is_held_to(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
     folder = saved("a")
     path = folder / "certificate.json"
-    check = judge("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    check = tolerance_check("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
     Certificate("The run", (check,)).write(path)
     version = registry.load("a", folder)
     assert version.probe is not None and version.probe.effect > 0.1
@@ -271,7 +271,7 @@ def test_a_record_of_another_base_is_said_not_to_compare(
     registry: Registry, saved: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = saved("a")
-    check = judge("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    check = tolerance_check("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
     elsewhere = Probe("base, nf4 block_size=64 double_quant=True", "float32", (0.0,) * 64).to_text()
     Certificate("The run", (check,), {"probe": elsewhere}).write(folder / "certificate.json")
     registry.load("a", folder)

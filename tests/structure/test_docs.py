@@ -14,6 +14,7 @@ from lorakeet.cli.main import lorakeet
 from structure.tree import ROOT, committed_files, named
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+LINK_TEXT = re.compile(r"\[([^\]]*)\]\([^)\s]+\)")
 BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 ALWAYS = {"--help", "-h", "--version"}
@@ -74,6 +75,33 @@ def test_the_readme_names_every_verb() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [name for name in commands() if not re.search(rf"\b(lorakeet|make) {name}\b", text)]
     assert not missing, f"README.md does not name {', '.join(missing)}"
+
+
+def prose(text: str) -> str:
+    """The text of a page without code blocks, tables, headings, pictures and the targets of links."""
+    text = BLOCK.sub("", text)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "!["))]
+    return LINK_TEXT.sub(r"\1", "\n".join(lines))
+
+
+def sentences(text: str) -> list[list[str]]:
+    """The sentences of a page as lists of words; list items and paragraphs end one too."""
+    parts = re.split(r"(?<=[.:;?!])\s+(?:- )?|\n- |\n\n", prose(text))
+    return [part.split() for part in parts if len(part.split()) > 2]
+
+
+def test_the_first_pages_are_short() -> None:
+    readme, changelog = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md"))
+    found = sentences(readme)
+    assert len(readme.splitlines()) <= 110 and len(changelog.splitlines()) <= 80
+    assert len(found) > 20 and sum(map(len, found)) / len(found) <= 18, "mean words of a sentence of README.md"
+    assert len((ROOT / "ARCHITECTURE.md").read_bytes()) <= 8192
+
+
+def test_words_of_sentences_are_counted() -> None:
+    assert sentences("# Head\n\nOne two [three](a/b.md). Four five six:\n- seven eight nine\n\n| a b c d |\n") == [
+        ["One", "two", "three."], ["Four", "five", "six:"], ["seven", "eight", "nine"]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

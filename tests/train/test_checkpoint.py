@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from lorakeet.errors import ConfigError
 from lorakeet.train import checkpoint, rng
-from lorakeet.train.checkpoint import Position, Snapshot
+from lorakeet.train.checkpoint import BestTensors, Position, Snapshot
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.stopping import Watch
+from lorakeet.train.stopping import EarlyStopping
 
 
 def snapshot(step: int) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     trained = {name: torch.randn(3, 4, generator=generator) for name in ("a.A", "a.B")}
     moments = {"a.A|exp_avg": torch.randn(3, 4, generator=generator), "a.A|step": torch.tensor(float(step))}
-    watch = Watch(base_loss=3.0, best_loss=0.1 + step, best_step=step, reference=0.1 + step, stale=1)
+    watch = EarlyStopping(base_loss=3.0, best_loss=0.1 + step, best_step=step, reference=0.1 + step, stale=1)
     position = Position(step=step, seconds=1.5, tokens=100, metrics_bytes=10, watch=watch)
     return Snapshot(position, trained, moments, rng.states(), {"a.A": trained["a.A"] * 2}, {"same": {"x": 1}, "environment": {}})
 
@@ -99,3 +102,47 @@ def test_other_settings_are_named_all_at_once() -> None:
     words = ("4 problems", "train.seed was 0", "is 1 now", "The data changed since run began", "train.learning_rate was 0.001")
     for word in (*words, "The trained tensors changed"):
         assert word in str(error.value)
+
+
+SHAPES = {"a.A": (4, 300), "a.B": (500, 4)}
+BYTES = 4 * sum(rows * columns for rows, columns in SHAPES.values())
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages that live tensors have, each counted once."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def parameters() -> dict[str, Parameter]:
+    return {name: Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_was_kept_stays_as_it_was(on_disk: bool, tmp_path: Path) -> None:
+    best = BestTensors(tmp_path / "best" if on_disk else None)
+    assert best.tensors is None
+    trained = parameters()
+    for _ in range(2):
+        best.keep(trained)
+        then = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.mul_(2)
+        assert best.tensors is not None and best.tensors.keys() == then.keys()
+        assert all(torch.equal(best.tensors[name], then[name]) for name in then)
+    best.close()
+    assert best.tensors is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("on_disk", "expected"), [(False, BYTES), (True, 0)])
+def test_on_disk_it_takes_no_memory(on_disk: bool, expected: int, tmp_path: Path) -> None:
+    trained, best = parameters(), BestTensors(tmp_path / "best" if on_disk else None)
+    before = tensor_bytes()
+    best.keep(trained)
+    assert tensor_bytes() - before == expected

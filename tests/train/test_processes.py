@@ -43,24 +43,24 @@ def everything() -> dict[str, Any]:
         both, one, none = (Parameter(torch.zeros(2, 3)) for _ in range(3))
         both.grad = torch.full((2, 3), 1.0 + rank)
         one.grad = torch.full((2, 3), 7.0) if rank == 1 else None
-        processes.add_up([both, one, none])
+        processes.sum_gradients([both, one, none])
         found["grads"] = [None if p.grad is None else p.grad.tolist() for p in (both, one, none)]
         tensor = torch.full((2,), float(rank + 3))
         transposed = torch.arange(6.0).view(2, 3).t() + rank
-        processes.same([tensor, transposed])
+        processes.broadcast([tensor, transposed])
         found["same"] = [tensor.tolist(), transposed.tolist()]
         found["from first"] = processes.from_first(lambda: ["made by", rank])
         torch.manual_seed(4)
         with processes.own_random():
             found["own random"] = torch.rand(1).item()
         found["common random"] = torch.rand(1).item()
-        found["most"] = processes.most(10 * rank)
+        found["most"] = processes.maximum(10 * rank)
         found["errors"] = [
             _message(lambda: processes.from_first(_fails)),
             _message(lambda: processes.require_equal({"a": 1, "b": rank})),
         ]
         processes.require_equal({"a": 1})
-        processes.part()
+        processes.disband()
         return found
 
 
@@ -101,11 +101,11 @@ def test_one_that_is_alone_exchanges_nothing() -> None:
         assert processes is ALONE and processes.first
         assert processes.total(4, 5) == (4, 5) and processes.any(True) and not processes.any(False)
         assert processes.summed(values) is values
-        processes.add_up([parameter])
-        processes.same([values])
+        processes.sum_gradients([parameter])
+        processes.broadcast([values])
         processes.require_equal({"a": 1})
         assert processes.from_first(lambda: 7) == 7
-        processes.part()
+        processes.disband()
     assert parameter.grad is None and torch.equal(torch.get_rng_state(), before)
 
 
@@ -174,7 +174,7 @@ def terminated(how: str) -> str:
         except (ProcessLost, KeyboardInterrupt) as ended:
             told = f"{type(ended).__name__}: {ended}"
         if how == "lives":
-            processes.part()
+            processes.disband()
     assert signal.getsignal(signal.SIGTERM) is before
     return told
 
@@ -219,7 +219,7 @@ def held_out_rounded_otherwise() -> list[list[float]]:
         spec = TrainSpec(shard=True)
         task = TextTask(SimpleNamespace(), [row], held_out=[row], spec=spec, processes=processes)  # type: ignore[arg-type]
         found = task.held_out()
-        processes.part()
+        processes.disband()
         assert found is not None
         return [found.sums.tolist(), found.weights.tolist()]
 

@@ -49,4 +49,4 @@ def test_the_states_of_the_cpu_and_a_device_go_together(second_generator: torch.
         again = [torch.rand(2), torch.rand(2, generator=second_generator)]
         assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
     assert torch.equal(rng.seeded(7, torch.device("cpu"))[0], torch.Generator().manual_seed(7).get_state())
-    assert rng.cards(torch.device("cpu")) == [] and rng.cards(CARD) == [CARD]
+    assert rng.cuda_devices(torch.device("cpu")) == [] and rng.cuda_devices(CARD) == [CARD]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lorakeet.train.stopping import Watch
+from lorakeet.train.stopping import EarlyStopping
 
 
-def seen(losses: list[float], *, min_improvement: float = 0.0) -> tuple[Watch, list[bool]]:
-    watch = Watch()
+def seen(losses: list[float], *, min_improvement: float = 0.0) -> tuple[EarlyStopping, list[bool]]:
+    watch = EarlyStopping()
     return watch, [watch.see(step, loss, min_improvement=min_improvement) for step, loss in enumerate(losses)]
 
 
@@ -28,7 +28,7 @@ def test_patience_counts_evaluations_since_the_last_improvement() -> None:
 def test_a_loss_far_above_the_base_is_a_divergence() -> None:
     watch, _ = seen([2.0])
     assert watch.diverged(12.1) and not watch.diverged(11.9)
-    assert not Watch().diverged(100.0)  # without held-out rows there is nothing to compare with
+    assert not EarlyStopping().diverged(100.0)  # without held-out rows there is nothing to compare with
 
 
 def test_small_gains_are_kept_but_do_not_count() -> None:

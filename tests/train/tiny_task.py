@@ -21,7 +21,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.train.processes import ALONE
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.task import HeldOut, Size, by_batch
+from lorakeet.train.task import HeldOut, Size, gradients_by_batch
 from lorakeet.train.text.loss import text_loss
 
 VOCAB, HIDDEN = 40, 16
@@ -105,7 +105,7 @@ class TinyTask:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
 
     def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
-        return by_batch(self.loss, batches, targets)
+        return gradients_by_batch(self.loss, batches, targets)
 
     def loss(self, batch: Batch) -> Tensor:
         self.text.train()

@@ -50,7 +50,7 @@ class StepOrder:
         return _grouped(self.lengths, self.batch_size, self.seed, epoch)
 
 
-def dealt(lengths: Sequence[int], parts: int) -> list[list[int]]:
+def distribute_rows(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """The numbers of rows of those `lengths`, dealt out to `parts` of about equal length, each in rising order.
 
     Longest first, equal ones in order, each to the part that has the least so far: the same parts for the same lengths.

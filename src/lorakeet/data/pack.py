@@ -50,11 +50,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on another device."""
-        ids, places, targets = (sent(each, device) for each in (self.ids, self.target_positions, self.target_ids))
+        ids, places, targets = (to_device(each, device) for each in (self.ids, self.target_positions, self.target_ids))
         return Batch(ids, self.lengths, places, targets, self.keys)
 
 
-def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """`tensor` on `device`. From the host to a CUDA card it goes by memory that the card reads by itself: the host does not wait
     until the card has computed what was asked of it before."""
     if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
@@ -90,11 +90,11 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
     As few batches as first-fit decreasing needs, and of about the same size: the largest one decides how much memory a step
     takes. The same batches for the same examples.
     """
-    bins = alike_bins([len(example.ids) for example in examples], max_tokens)
+    bins = even_bins([len(example.ids) for example in examples], max_tokens)
     return [pack_examples([examples[number] for number in sorted(chosen)]) for chosen in bins]
 
 
-def alike_bins(lengths: Sequence[int], most: int, grain: int = 0) -> list[list[int]]:
+def even_bins(lengths: Sequence[int], most: int, grain: int = 0) -> list[list[int]]:
     """The numbers of the lengths in as few bins of at most `most` as first-fit decreasing needs, of the same size but for `grain`
     and what first-fit leaves; a longer one by itself."""
     bins = _first_fit(lengths, most)

@@ -147,7 +147,7 @@ def read_certificate(path: Path) -> Certificate:
     return certificate
 
 
-def judge(
+def tolerance_check(
     name: str,
     measured: Mapping[str, float],
     *,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.certificate import Check, judge
+from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -88,7 +88,7 @@ class Parity:
         if base is not None and base.mean_kl.value > 0:
             measured["effect"], allowed["effect"] = self.mean_kl.value / base.mean_kl.value, tolerance.effect
         floors = ("top1_agreement",)
-        check = judge(name, measured, tolerance=allowed, between=between, floors=floors, n=self.tokens, detail=detail)
+        check = tolerance_check(name, measured, tolerance=allowed, between=between, floors=floors, n=self.tokens, detail=detail)
         return replace(check, estimates=estimates)
 
 
@@ -123,7 +123,7 @@ def differences(left: torch.Tensor, right: torch.Tensor, targets: torch.Tensor |
     return Differences(bad.sum(), difference.max(), largest, kl, agrees, loss)
 
 
-def kl_of_told(ours: torch.Tensor, told: Mapping[int, float]) -> float:
+def kl_lower_bound(ours: torch.Tensor, told: Mapping[int, float]) -> float:
     """KL(ours ‖ theirs) in nats where of theirs only the log-probabilities of some tokens are `told`, by id.
 
     Σ p·log(p/q) over these tokens and over all others taken as one: a lower bound of the whole KL (by the log-sum inequality).

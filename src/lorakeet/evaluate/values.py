@@ -22,7 +22,7 @@ T = TypeVar("T")
 def encode(value: Any) -> Any:
     """A copy of `value` made of JSON types only; dataclasses become objects, tuples become arrays."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {_key(field): encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -104,15 +104,21 @@ def _decode_union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
 def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(data, dict, where)
     hints = get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {_key(field): field for field in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
             raise DataError(f"{where} has an unknown key '{key}'; expected {', '.join(fields)}.{nearest(key, fields)}")
-    for name, field in fields.items():
+    for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in data:
-            raise DataError(f"{where} lacks the key '{name}'; it was cut off or written by another program.")
-    return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in data.items()})
+        if required and key not in data:
+            raise DataError(f"{where} lacks the key '{key}'; it was cut off or written by another program.")
+    names = {key: field.name for key, field in fields.items()}
+    return kind(**{names[key]: _decode(hints[names[key]], item, f"{where}.{key}") for key, item in data.items()})
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    """The JSON key of a field: its name, or the "key" of its metadata."""
+    return str(field.metadata.get("key", field.name))
 
 
 def _decode_float(data: Any, where: str) -> float:

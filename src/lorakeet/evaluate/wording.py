@@ -29,8 +29,8 @@ METRIC_WORDS = {
     "brier": MetricWords("Brier score", "Brier score", "Squared error of the probabilities", False, drawn=False),
     "loss": MetricWords("Loss", "nats a token", "Mean surprise at a token, in nats", False),
     "denoising_loss": MetricWords("Denoising loss", "mean squared error", "Squared error of the predicted noise", False, 4),
-    "prompt_distance": MetricWords("Prompt distance", "prompt distance", "1 − cosine in CLIP: sample, prompt", False, 4),
-    "style_distance": MetricWords("Style distance", "style distance", "1 − cosine in CLIP: sample, judged pictures", False, 4),
+    "prompt_distance": MetricWords("Prompt distance", "prompt distance", "1 − CLIP cosine: sample, prompt", False, 4),
+    "style_distance": MetricWords("Style distance", "style distance", "1 − CLIP cosine: sample, evaluation pictures", False, 4),
     "perplexity": MetricWords("Perplexity", "perplexity", "exp(loss): choices a token, in effect", False, 2),
 }
 

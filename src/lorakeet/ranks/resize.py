@@ -67,7 +67,7 @@ def check_pairs(adapter: Adapter) -> None:
 
 
 @contextmanager
-def watching(model: nn.Module, name: str) -> Iterator[dict[str, Moments]]:
+def collect_moments(model: nn.Module, name: str) -> Iterator[dict[str, Moments]]:
     """A context in which forward and backward passes over the active adapter `name` fill the Moments of its pairs, by path.
 
     The pairs must be called as modules: no fused MLP may stand in for them (models/fuse.unfuse).
@@ -166,7 +166,7 @@ def _first(pair: Pair, whole: Spectrum, rank: int) -> Pair:
     return replace(pair, A=A, B=B, alpha=alpha_for(pair.scale, rank, pair.scale_rule))
 
 
-def target(text: str, adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum]) -> Adapter:
+def cut_to_target(text: str, adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum]) -> Adapter:
     """The adapter that "0.5M" (parameters of its pairs) or "rank 8" asks for. Raises ConfigError for anything else."""
     word = text.strip().lower()
     if not word.startswith("r"):

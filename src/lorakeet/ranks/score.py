@@ -130,10 +130,10 @@ def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:
     seen = torch.einsum("...ik,...ij,...kj->...k", U, other, Vh)
     energy = S * seen
     total = energy.flatten(0, -2).sum(0) if energy.dim() > 1 else energy
-    return falling(total.tolist()[:largest])
+    return non_increasing(total.tolist()[:largest])
 
 
-def falling(values: list[float]) -> list[float]:
+def non_increasing(values: list[float]) -> list[float]:
     """The nearest sequence (least squares) that never rises: a rank is spent only after the ones before it."""
     blocks: list[tuple[float, int]] = []  # (mean, length); pool adjacent violators
     for value in values:

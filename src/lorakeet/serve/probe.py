@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakeet.core.selection import Selection
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
+from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.text.model import TextModel
@@ -210,7 +210,7 @@ def extend_certificate(path: Path, name: str, probe: Probe, tolerance: float) ->
             f"{path} was written for {known.base} in {known.precision}; this server runs {probe.base} in {probe.precision}, so "
             "that nothing can be compared. Start it with the --model, --dtype and --quantize of the training."
         )
-    check = judge(
+    check = tolerance_check(
         "served",
         {"logprob_difference": float(difference or 0.0)},
         tolerance={"logprob_difference": tolerance},

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.files.digest import sha256_of
-from lorakeet.formats.files.safetensors_file import open_safetensors, stream_safetensors
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, stream_safetensors
 from lorakeet.kernels.cpu.compile import why_not
 from lorakeet.kernels.cpu.dense import multiplies
 from lorakeet.train import durable
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.stopping import Watch
+from lorakeet.train.stopping import EarlyStopping
 
 MANIFEST = "manifest.json"
 # settings that do not touch, but for rounding, what is learnt or reported from the first step on
@@ -50,7 +50,7 @@ class Position:
     tokens: int = 0
     metrics_bytes: int = 0
     stopped: str = ""  # why training ended early; empty while it goes on
-    watch: Watch = field(default_factory=Watch)
+    watch: EarlyStopping = field(default_factory=EarlyStopping)
     scale: LossScale = field(default_factory=LossScale)  # which runs had not before there was float16
 
 
@@ -141,7 +141,7 @@ def load_checkpoint(path: Path) -> Snapshot:
         state = json.loads((path / "state.json").read_bytes())
         names = [name.removesuffix(".safetensors") for name in hashes if name != "state.json"]
         tensors: dict[str, Mapping[str, Tensor]] = {name: StoredTensors(path / f"{name}.safetensors") for name in names}
-        identity, watch, scale = state.pop("identity"), Watch(**state.pop("watch")), LossScale(**state.pop("scale", {}))
+        identity, watch, scale = state.pop("identity"), EarlyStopping(**state.pop("watch")), LossScale(**state.pop("scale", {}))
         best = tensors.pop("best", None)
         return Snapshot(Position(**state, watch=watch, scale=scale), best=best, identity=identity, **tensors)
     except FileNotFoundError as error:
@@ -252,3 +252,30 @@ def _write(path: Path, data: bytes) -> str:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
+
+
+class BestTensors:
+    """What `keep` was given last. With a `file`, it is there and nowhere else, until `close`."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self._tensors: Mapping[str, Tensor] | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor] | None:
+        """The kept tensors, those in a file read one at a time as they are asked for; None where there are none yet."""
+        return self._tensors
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes copies of `tensors`; OSError where the disk is full, and the ones before are then kept."""
+        if self.file is None:
+            self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            return
+        save_tensors(self.file, tensors, metadata={})
+        self._tensors = StoredTensors(self.file)
+
+    def close(self) -> None:
+        """Forgets the tensors, and deletes their file."""
+        self._tensors = None
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
@@ -28,19 +29,35 @@ from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
 from lorakeet.memory.cuda import card_of, card_peak
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
-from lorakeet.train.best import Best
-from lorakeet.train.checkpoint import Position, Snapshot
+from lorakeet.train.checkpoint import BestTensors, Position, Snapshot
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import MetricsLog, Sink, sink_for
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.outcome import Outcome, kept_text
 from lorakeet.train.processes import ProcessLost
 from lorakeet.train.progress import Record, Reporter, Silent
 from lorakeet.train.pruning import cut_text
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import BatchT, Size, Task
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. The task's parameters then hold what RUN/adapter holds: the best adapter."""
+
+    steps: int
+    planned_steps: int
+    reason: str  # "all steps done", or why it ended earlier
+    base_loss: float | None  # held-out, at step 0
+    best_loss: float | None
+    best_step: int | None
+    learning_rate: float
+    tokens: int
+    seconds: float
+    peak_bytes: int  # of the process; of its CUDA device where a budget bounds that
+    skipped_steps: int = 0  # of `steps`
+    loss_scale: float | None = None  # at the end; None where the loss is not scaled
 
 
 def train(
@@ -67,7 +84,7 @@ def train(
     if budget is None:
         keep_freed_memory()
     else:
-        training.budget, training.best, training.card = budget, Best(run.best), card_of(training.parameters.values())
+        training.budget, training.best, training.card = budget, BestTensors(run.best), card_of(training.parameters.values())
     alone = run.locked() if task.processes.first else nullcontext()  # no other run of lorakeet trains in this folder
     with alone, PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
@@ -102,7 +119,7 @@ class Training(Generic[BatchT]):
         self.checkpoint_every = spec.checkpoint_interval(task.steps_per_epoch)
         self.pruning = task.pruning
         self.at = Position(scale=LossScale.of(task.dtype))
-        self.best = Best()
+        self.best = BestTensors()
         self.identity: dict[str, Any] = {}
         self.last_checkpoint: Path | None = None
 
@@ -131,7 +148,7 @@ class Training(Generic[BatchT]):
         """Stands where the first process stands; the best values so far are that one's alone."""
         if self.processes.count == 1:
             return
-        self.processes.same({**self.parameters, **self.task.fixed()}.values())
+        self.processes.broadcast({**self.parameters, **self.task.fixed()}.values())
         at, last, moments, random = self.processes.from_first(
             lambda: (self.at, self.last_checkpoint, self.optimizer.state(), rng.states())
         )
@@ -227,7 +244,7 @@ class Training(Generic[BatchT]):
             )
         supervised = [batch for batch in batches if self.task.size(batch).targets]
         loss = self.processes.summed(self.task.gradients(supervised, whole.targets / self.at.scale.value)).item() / whole.targets
-        self.processes.add_up(self.parameters.values())
+        self.processes.sum_gradients(self.parameters.values())
         self.at.scale.take_off(self.parameters)
         return loss
 
@@ -307,7 +324,7 @@ class Training(Generic[BatchT]):
     def finish(self) -> Outcome:
         """Puts the best adapter back into the model, in every process, and into RUN/adapter."""
         self.processes.from_first(self._put_back)
-        self.processes.same(self.parameters.values())
+        self.processes.broadcast(self.parameters.values())
         watch = self.at.watch
         return Outcome(
             steps=self.at.step,
@@ -394,3 +411,11 @@ class Training(Generic[BatchT]):
             raise EnvironmentProblem(
                 f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} {remedy}"
             ) from error
+
+
+def kept_text(checkpoint: Path | None, adapter: Path, loss: float | None, step: int | None) -> str:
+    """What is left of a run: its newest checkpoint, and the best adapter with its held-out loss, where there are any."""
+    kept = [f"the checkpoint {checkpoint}"] if checkpoint else []
+    if loss is not None:
+        kept.append(f"{adapter} (held-out loss {loss:.4f} at step {step})")
+    return f"Kept: {' and '.join(kept)}." if kept else "No checkpoint was written before."

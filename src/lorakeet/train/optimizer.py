@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorakeet.errors import ConfigError
-from lorakeet.train.moments import AdamW8bit, kept_moments
+from lorakeet.train.adamw_8bit import AdamW8bit, select_moments
 from lorakeet.train.spec import TrainSpec
 
 
@@ -57,7 +57,7 @@ class Optimizer:
         """Cuts the moments of a parameter that was of `shape` and keeps these places of dimension `dim` alone."""
         state = self.adamw.state.get(self.parameters[name])
         if state:
-            state.update(kept_moments(state, shape, dim, places.to(self.parameters[name].device)))
+            state.update(select_moments(state, shape, dim, places.to(self.parameters[name].device)))
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave, bit for bit."""

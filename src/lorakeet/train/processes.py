@@ -55,7 +55,7 @@ class Processes:
         found = self.summed(torch.tensor(numbers, dtype=torch.int64))
         return tuple(int(number) for number in found)
 
-    def most(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         """The largest `number` of any process."""
         if self.count > 1:
             found = torch.tensor(number)
@@ -77,7 +77,7 @@ class Processes:
             dist.all_reduce(found)
         return found
 
-    def add_up(self, parameters: Iterable[Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Sums the gradients over all processes, in one flat buffer; a parameter without one anywhere keeps none."""
         if self.count == 1:
             return
@@ -94,7 +94,7 @@ class Processes:
         for parameter, part, count in zip(held, parts, counts.tolist(), strict=True):
             parameter.grad = part.view_as(parameter) if count else None
 
-    def same(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Makes every tensor what it is in the first process."""
         if self.count == 1:
             return
@@ -147,7 +147,7 @@ class Processes:
             torch.manual_seed(seed + self.rank)
             yield
 
-    def part(self) -> None:
+    def disband(self) -> None:
         """The processes need each other no longer: each goes on alone once all have come here."""
         if self._open:
             self.total(0)
@@ -166,7 +166,7 @@ class Processes:
             self._leave_word("gave-up", f"{type(error).__name__}: {error}")  # as _stopped reads it
         self._close()
 
-    def said_below(self, text: str) -> bool:
+    def already_reported(self, text: str) -> bool:
         """Whether a process before this one says the same; asked by each that is about to say it."""
         self._leave_word("said", text)
         deadline = time.monotonic() + 2 * ROLL_CALL  # others may have to wait for an answer first
@@ -297,7 +297,7 @@ def joined(launch: Launch) -> Iterator[Processes]:
         yield processes
     except LorakeetError as error:
         processes.give_up(error)
-        said = processes.said_below(str(error))
+        said = processes.already_reported(str(error))
         if launch.first:
             raise
         if not said:

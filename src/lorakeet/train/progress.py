@@ -20,7 +20,7 @@ class Words:
     """What a run computes, and what its held-out loss is a mean over, in the plural."""
 
     computed: str = "tokens"
-    judged: str = "rows"
+    evaluated: str = "rows"
 
 
 TEXT, PICTURES = Words(), Words("pictures", "pictures")
@@ -151,10 +151,8 @@ def numbers(record: Record, words: Words = TEXT) -> str:
 
 def held_out_line(record: Record, words: Words = TEXT) -> str:
     """ "step 40: held-out loss 1.234 (1.201 to 1.270, 64 rows)"."""
-    low, high = _loss(record["low"]), _loss(record["high"])
-    return (
-        f"step {record['step']}: held-out loss {_loss(record['held_out_loss'])} ({low} to {high}, {record['n']} {words.judged})"
-    )
+    loss, low, high = (_loss(record[key]) for key in ("held_out_loss", "low", "high"))
+    return f"step {record['step']}: held-out loss {loss} ({low} to {high}, {record['n']} {words.evaluated})"
 
 
 def _loss(value: float | int | None) -> str:

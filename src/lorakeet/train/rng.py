@@ -36,23 +36,23 @@ def states() -> dict[str, Tensor]:
 
 def seeded(seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """The states of torch's generators of the CPU and of `device`, as `torch.manual_seed(seed)` leaves them."""
-    return tuple(torch.Generator(place).manual_seed(seed).get_state() for place in (torch.device("cpu"), *cards(device)))
+    return tuple(torch.Generator(place).manual_seed(seed).get_state() for place in (torch.device("cpu"), *cuda_devices(device)))
 
 
 def drawn(device: torch.device) -> tuple[Tensor, ...]:
     """Their states now."""
-    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cards(device)))
+    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cuda_devices(device)))
 
 
 def draw_from(found: tuple[Tensor, ...], device: torch.device) -> None:
     """Puts them to what `seeded` or `drawn` gave."""
     first, *others = found
     torch.set_rng_state(first)
-    for card, state in zip(cards(device), others, strict=True):
+    for card, state in zip(cuda_devices(device), others, strict=True):
         torch.cuda.set_rng_state(state, card)
 
 
-def cards(device: torch.device) -> list[torch.device]:
+def cuda_devices(device: torch.device) -> list[torch.device]:
     """`device` where it has a generator of its own beside the CPU's: a CUDA device."""
     return [device] if device.type == "cuda" else []
 

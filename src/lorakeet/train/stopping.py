@@ -8,7 +8,7 @@ DIVERGED = 10.0  # nats a token above the base: e^10, the rows have become 22,00
 
 
 @dataclass
-class Watch:
+class EarlyStopping:
     """What held-out evaluations have shown so far; plain numbers, saved with every checkpoint.
 
     The evaluation at step 0 is the base's own loss: a comparison, not a candidate.

@@ -44,7 +44,7 @@ class HeldOut:
         return intervals.ratio(self.sums, self.weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=seed))
 
 
-def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], targets: float) -> Tensor:
+def gradients_by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], targets: float) -> Tensor:
     """Forward and backward of each micro-batch in turn. `loss` gives the sum of the loss over a batch's targets, with gradient.
 
     Each micro-batch draws its random numbers (dropout) from a seed of its own, drawn first: a task that computes the batches in
@@ -108,7 +108,7 @@ class Task(Protocol[BatchT]):
         """Adds ∂(Σ losses / targets) to the gradients of the parameters, micro-batch after micro-batch; Σ losses, fp64, detached.
 
         `targets` is how many the step has, over the loss scale where there is one (train/loss_scale). `batches` are those of one
-        step that have targets. `by_batch` is the usual way.
+        step that have targets. `gradients_by_batch` is the usual way.
         """
         ...
 

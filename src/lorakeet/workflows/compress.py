@@ -26,7 +26,7 @@ from lorakeet.data.pack import micro_batches
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.split import write_split_record
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.power import rows_below
@@ -43,7 +43,16 @@ from lorakeet.models.kernels import use_kernels
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.model import TextModel
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
-from lorakeet.ranks.resize import Moments, Spectrum, Weighting, check_pairs, cut_to_budget, spectra, target, watching
+from lorakeet.ranks.resize import (
+    Moments,
+    Spectrum,
+    Weighting,
+    check_pairs,
+    collect_moments,
+    cut_to_budget,
+    cut_to_target,
+    spectra,
+)
 from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
@@ -193,7 +202,7 @@ def _seen(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str
     spec = config.train
     task = TextTask(text, rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
-    with text.every_token(), watching(text.model, name) as moments, torch.random.fork_rng(devices=[]):
+    with text.every_token(), collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
         task.gradients(batches, 1)
     for parameter in task.parameters().values():
         parameter.grad = None
@@ -207,7 +216,7 @@ def _cuts(adapter: Adapter, plan: Plan, found: dict[str, Spectrum], to: str | No
     """The size that was asked for first, then the other sizes of the curve, the largest first."""
     full = pair_parameters(plan)
     least = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=1) for entry in plan.entries)))
-    cuts = [] if to is None else [_named(target(to, adapter, plan, found))]
+    cuts = [] if to is None else [_named(cut_to_target(to, adapter, plan, found))]
     if to is not None and cuts[0].parameters >= full:
         raise ConfigError(f"--to {to} is no less than the {full:,} parameters that the pairs have. Name a smaller size.")
     for share in SHARES:
@@ -313,7 +322,7 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, datase
 def _certify(live: RowLosses, stored: RowLosses, out: Path) -> Certificate:
     off = float(abs(live.losses - stored.losses).max())
     between = ("cut adapter", "what was written")
-    check = judge("adapter on disk", {"loss": off}, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
+    check = tolerance_check("adapter on disk", {"loss": off}, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
     return Certificate(f"The compressed adapter {out}", (check,))
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lorakeet.errors import ConfigError
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
@@ -269,7 +269,7 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         with temporary_stores(job.opened.residency, f"{out} itself is written, but not checked: remove it and export again."):
             found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=job.subject, console=job.console)
     except ModelRefused as error:
-        check = judge(
+        check = tolerance_check(
             f"{out.name}: loads in llama.cpp",
             {"refusals": 1.0},
             tolerance={"refusals": 0.0},

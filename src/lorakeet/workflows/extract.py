@@ -17,7 +17,7 @@ from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import number
@@ -137,7 +137,7 @@ def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], 
     after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)
     distance = before.mean_kl.value
     measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}
-    check = judge(
+    check = tolerance_check(
         "extracted adapter",
         measured,
         tolerance={"mean_kl": distance, "non_finite": 0.0},

@@ -30,8 +30,7 @@ from lorakeet.models.text.hidden_states import frozen_depth, prefix_states
 from lorakeet.models.text.shard import part_blocks
 from lorakeet.train.launch import launched
 from lorakeet.train.log import read_metrics, require_sink
-from lorakeet.train.loop import train
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.loop import Outcome, train
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
@@ -160,7 +159,7 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
         setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), begun=setup.plan)
     with judging(run), judged_together(processes, run, outcome):
         if not setup.parted:
-            processes.part()
+            processes.disband()
             if not processes.first:
                 return FinetuneResult(setup, run, outcome)
         give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
@@ -258,7 +257,7 @@ def _prove(
     if residency.budget and residency.gpu is None and memory is not None:
         memory.now()
         say_peak(memory, residency, console)
-    setup.processes.part()  # nothing is gathered from here on
+    setup.processes.disband()  # nothing is gathered from here on
     if not setup.processes.first:
         return None
     metrics = read_metrics(run.metrics)

@@ -1,7 +1,7 @@
 """`lorakeet tune`: learning rate, rank and targets chosen on held-out rows, and the choice confirmed on rows that it never saw.
 
 rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
-the base (train/text/many_adapters), the worse half given up twice on the way → the best trial against the run file's settings,
+the base (train/text/multi_adapter), the worse half given up twice on the way → the best trial against the run file's settings,
 on other rows and from other seeds (workflows/tuning/confirm).
 """
 

@@ -34,7 +34,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.loss import text_loss
-from lorakeet.train.text.many_adapters import Member, train_many
+from lorakeet.train.text.multi_adapter import Member, train_many
 from tiny.models import save_tiny_llama
 from tiny.native import needs_native
 from tiny.trained_blocks import LORA, load, require_same

@@ -13,8 +13,8 @@ from lorakeet.data.images.folder import (
     bucket_of,
     bucket_sizes,
     crop_to_cover,
+    difference_hash_of,
     fit_remarks,
-    looks_of,
     open_pixels,
     png_of,
     read_album,
@@ -189,8 +189,8 @@ def test_buckets_have_no_more_pixels_than_the_square_and_fit_the_shape(tmp_path:
 def test_looks_survive_small_changes_and_tell_pictures_apart() -> None:
     pixels = drawn(5, size=(64, 64))[0]
     smaller = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.LANCZOS))
-    assert (looks_of(pixels) ^ looks_of(smaller)).bit_count() <= 8
-    assert (looks_of(pixels) ^ looks_of(drawn(6, size=(64, 64))[0])).bit_count() > 40
+    assert (difference_hash_of(pixels) ^ difference_hash_of(smaller)).bit_count() <= 8
+    assert (difference_hash_of(pixels) ^ difference_hash_of(drawn(6, size=(64, 64))[0])).bit_count() > 40
 
 
 def test_png_is_the_picture(tmp_path: Path) -> None:

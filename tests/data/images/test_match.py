@@ -8,7 +8,7 @@ from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
 from lorakeet.data.images.folder import thumb_of
-from lorakeet.data.images.match import LEVELS, Floats, Prints, _fitted, _sampling, compared, level, read_prints, told
+from lorakeet.data.images.match import LEVELS, Floats, Prints, _fitted, _sampling, compared, enough_detail, level, read_prints
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 YES = np.ones(1, bool)
@@ -50,7 +50,7 @@ def test_what_is_told_by_detail() -> None:
     flat = Image.new("RGB", (256, 256), "grey")
     spot = Image.new("RGB", (256, 256), "grey")
     spot.paste("black", (120, 120, 136, 136))
-    tone, cut = told(np.concatenate([prints(image).light for image in (PHOTOS[0], flat, spot)]))
+    tone, cut = enough_detail(np.concatenate([prints(image).light for image in (PHOTOS[0], flat, spot)]))
     assert tone.tolist() == [True, False, False] and cut.tolist() == [True, False, False]
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
 
-from lorakeet.data.images.folder import ImageRow, looks_of, thumb_of
-from lorakeet.data.images.near_duplicates import Likeness, alike_groups, copies
+from lorakeet.data.images.folder import ImageRow, difference_hash_of, thumb_of
+from lorakeet.data.images.near_duplicates import DuplicatePairs, copies, duplicate_groups
 from tiny.scenes import DIFFERENT, SAME, draw_shape, garment, on_a_ramp
 
 Picture = Image.Image
@@ -28,7 +28,7 @@ def row(image: Picture) -> ImageRow:
         image.width,
         image.height,
         hashlib.sha256(pixels.tobytes()).hexdigest(),
-        looks_of(pixels),
+        difference_hash_of(pixels),
         "x",
         thumb_of(pixels),
     )
@@ -83,9 +83,9 @@ def test_a_changed_photo_is_still_the_photo(change: str) -> None:
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
 def test_products_on_a_plain_ground_are_different_pictures(share: float) -> None:
     pictures = [row(product(number, share)) for number in range(40)]
-    near = [(one.looks ^ other.looks).bit_count() <= 8 for one in pictures for other in pictures]
+    near = [(one.difference_hash ^ other.difference_hash).bit_count() <= 8 for one in pictures for other in pictures]
     assert share > 0.4 or sum(near) > 200  # which their hashes alone would call copies
-    assert len(set(alike_groups(pictures, 8))) == 40
+    assert len(set(duplicate_groups(pictures, 8))) == 40
 
 
 def test_flat_pictures_are_told_by_their_colour() -> None:
@@ -106,7 +106,7 @@ def test_a_chain_of_pictures_is_not_one_photo() -> None:
     chain = [row(PHOTOS[0].crop((6 * step, 0, 500 + 6 * step, 400))) for step in range(20)]
     near = {pair for copy in copies(chain, chain, 8) for pair in ((copy.left, copy.right), (copy.right, copy.left))}
     assert all((step, step + 1) in near for step in range(19)) and (0, 19) not in near
-    groups = alike_groups(chain, 8)
+    groups = duplicate_groups(chain, 8)
     assert len(set(groups)) > 1
     for group in set(groups):
         members = [place for place, other in enumerate(groups) if other == group]
@@ -123,12 +123,12 @@ def test_more_pictures_than_are_compared_at_once_give_the_same() -> None:
 @pytest.mark.parametrize("kind", DIFFERENT)
 def test_alike_pictures_are_different_ones(kind: str) -> None:
     pictures = [row(DIFFERENT[kind](number)) for number in range(14)]
-    assert len(set(alike_groups(pictures, 8))) == 14
+    assert len(set(duplicate_groups(pictures, 8))) == 14
 
 
 def test_parts_of_a_photo_are_different_pictures() -> None:
     parts = [row(photo.crop((x, y, x + 210, y + 210))) for photo in PHOTOS for x in (0, 215, 430) for y in (0, 215)]
-    assert len(set(alike_groups(parts, 8))) == 12
+    assert len(set(duplicate_groups(parts, 8))) == 12
 
 
 @pytest.mark.parametrize("change", SAME)
@@ -165,7 +165,7 @@ def test_a_ground_without_detail_is_compared_as_it_lies() -> None:
 
 def test_groups_of_some_pictures_are_those_they_would_have_alone() -> None:
     pairs_of = np.array([(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (4, 6)], np.int32)  # a chain, and 4 with three others
-    found = Likeness(tuple("bcadefg"), pairs_of)
+    found = DuplicatePairs(tuple("bcadefg"), pairs_of)
     album = found.groups()
     assert len({album[place] for place in (0, 1, 2)}) == 2
     assert len(set(found.groups([0, 1, 2]))) == 1

@@ -47,7 +47,7 @@ def test_the_same_pictures_come_back_in_the_same_order(tmp_path: Path, monkeypat
         Image.fromarray(drawn(number)[0]).save(folder / name)
     (folder / "broken.png").write_bytes(b"none")
     (folder / "metadata.jsonl").write_text('{"file_name": "nowhere.png", "text": "x"}\nnone\n')
-    monkeypatch.setattr(split, "alike_groups", lambda rows, bits: [0] * len(rows))
+    monkeypatch.setattr(split, "duplicate_groups", lambda rows, bits: [0] * len(rows))
     assert again(record, spec, tmp_path) == found
     with pytest.raises(DataError, match="cannot be used"):
         load_images(spec, IMAGES, tables=tmp_path)

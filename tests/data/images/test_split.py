@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from lorakeet.data.images import split
 from lorakeet.data.images.spec import ImageSpec
-from lorakeet.data.images.split import ImageDataset, judged_groups
+from lorakeet.data.images.split import ImageDataset, evaluation_groups
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
 from tiny.pictures import album, drawn
@@ -36,7 +36,7 @@ def test_pictures_of_the_kind_have_a_caption_and_are_not_judged_by(tmp_path: Pat
     Image.open(judged.path).save(kind / "judged.png")
     found = load_images(data(train), replace(IMAGES, prior=str(kind), prior_caption="a thing"))
     assert len(found.prior) == 5 and {row.caption for row in found.prior} == {"a thing"}
-    assert [(one.train, one.judged) for one in found.alike] == [("judged.png", judged.source)]
+    assert [(one.train, one.evaluated) for one in found.alike] == [("judged.png", judged.source)]
     assert load_images(data(train), IMAGES).prior == ()
 
 
@@ -99,7 +99,7 @@ def test_leaks_from_a_held_out_folder(tmp_path: Path, on_leak: str, trained: int
     (judged / "copy.txt").write_text("blue box")
     found = load_images(data(train, held_out=str(judged), on_leak=on_leak), IMAGES)
     assert len(found.train) == trained and len(found.held_out) == 5
-    assert [(one.train, one.judged) for one in found.alike] == [("002.png", "copy.png")]
+    assert [(one.train, one.evaluated) for one in found.alike] == [("002.png", "copy.png")]
     assert ("kept" in found.alike[0].action) == (on_leak == "keep")
     with pytest.raises(DataError, match=r"002\.png is nearly copy\.png"):
         load_images(data(train, held_out=str(judged), on_leak="refuse"), IMAGES)
@@ -117,7 +117,7 @@ def test_a_mirrored_copy_of_a_judged_picture_is_a_leak(tmp_path: Path) -> None:
         ImageOps.mirror(Image.open(train / f"{number:03}.png")).save(judged / f"m{number}.png")
         (judged / f"m{number}.txt").write_text("x")
     found = load_images(data(train, held_out=str(judged)), IMAGES)
-    assert [(one.train, one.judged) for one in found.alike] == [("001.png", "m1.png"), ("004.png", "m4.png")]
+    assert [(one.train, one.evaluated) for one in found.alike] == [("001.png", "m1.png"), ("004.png", "m4.png")]
     assert len(found.train) == 6 and all("mirrored" in one.words for one in found.alike)
 
 
@@ -130,7 +130,7 @@ def test_a_held_out_picture_that_is_a_test_picture_is_dropped_from_held_out(tmp_
     assert (len(found.train), len(found.held_out), len(found.test)) == (4, 3, 5)
     assert found.alike[0].action == "dropped from held-out" and found.alike[0].words == "not a pixel differs"
     assert len(load_images(replace(spec, on_leak="keep"), IMAGES).held_out) == 4
-    with pytest.raises(DataError, match=r"1 held-out pictures are also judged by \(030\.png is nearly same\.png\)"):
+    with pytest.raises(DataError, match=r"1 held-out pictures are also evaluation pictures \(030\.png is nearly same\.png\)"):
         load_images(replace(spec, on_leak="refuse"), IMAGES)
     for file in test.glob("*"):
         file.unlink()
@@ -155,8 +155,8 @@ def test_enough_are_counted_without_copies(tmp_path: Path) -> None:
         (folder / f"{number:03}b.txt").write_text("x")
     found = load_images(DataSpec(train=str(folder)), IMAGES)
     assert len({row.source[:3] for row in found.held_out}) == 6 and len(found.held_out) == 12
-    groups = judged_groups(found.held_out, IMAGES)
-    assert groups is not None and len(set(groups)) == 6 and judged_groups(found.held_out[:1], IMAGES) is None
+    groups = evaluation_groups(found.held_out, IMAGES)
+    assert groups is not None and len(set(groups)) == 6 and evaluation_groups(found.held_out[:1], IMAGES) is None
 
 
 def test_a_folder_that_is_not_there_is_named_by_its_setting(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.report.report import (
     ChartPoint,
     Command,
@@ -147,7 +147,7 @@ def test_hostile_data_stays_text(report: Report) -> None:
         confusions=tuple(replace(matrix, system=EVIL, labels=(EVIL, "b", "c")) for matrix in report.confusions),
         reliabilities=tuple(replace(curve, system=EVIL) for curve in report.reliabilities),
         certificate=Certificate(
-            EVIL, (judge(EVIL, {EVIL: 1.0}, tolerance={EVIL: 0.5}, between=(EVIL, EVIL), detail=EVIL),), {EVIL: EVIL}
+            EVIL, (tolerance_check(EVIL, {EVIL: 1.0}, tolerance={EVIL: 0.5}, between=(EVIL, EVIL), detail=EVIL),), {EVIL: EVIL}
         ),
     )
     page = Page(render_html(hostile))
@@ -195,7 +195,7 @@ def test_nothing_at_all_still_is_a_page() -> None:
 
 def test_odd_values_are_drawn() -> None:
     odd = Curves(train=(ChartPoint(1, math.nan), ChartPoint(2, 3.0)), held_out=(ChartPoint(2, math.inf, 1.0, 2.0),), best_step=7)
-    failed = Certificate("merged", (judge("x", {"logit": math.nan}, tolerance={"logit": 1.0}, between=("a", "b")),))
+    failed = Certificate("merged", (tolerance_check("x", {"logit": math.nan}, tolerance={"logit": 1.0}, between=("a", "b")),))
     page = Page(render_html(replace(Report("odd"), curves=odd, certificate=failed, leaks=())))
     assert (
         page.open == [] and "certificate failed" in page.text and "outside" in page.text and "no leaked rows found" in page.text

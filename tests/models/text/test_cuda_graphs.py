@@ -26,7 +26,7 @@ from lorakeet.models.text.batch_shape import BatchShape
 from lorakeet.models.text.cuda_graphs import ReplayedPasses
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.task import by_batch
+from lorakeet.train.task import gradients_by_batch
 from lorakeet.train.text.loss import text_loss
 from tiny.flash import Flash
 from tiny.models import save_tiny_llama
@@ -206,7 +206,7 @@ def test_a_micro_batch_lets_go_of_its_graph_before_the_next_is_recorded(made: Ca
         losses.append(weakref.ref(found))
         return found
 
-    by_batch(loss, [rows([20, 9, 30]), rows([40, 50])], 100)
+    gradients_by_batch(loss, [rows([20, 9, 30]), rows([40, 50])], 100)
     assert len(losses) == 2 and tape.recordings == 4
 
 

@@ -95,7 +95,7 @@ def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32
             "codes": sum(p.numel() for p in parted.values() if not p.is_floating_point()),
             "whole": sorted({name.rpartition(".")[2] for name in sizes.keys() - parted.keys() if "layers." in name}),
         }
-        processes.part()
+        processes.disband()
         return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
+from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.formats.peft import peft
 from lorakeet.serve import store
 from lorakeet.serve.service import RequestLimits
@@ -128,8 +128,8 @@ def test_pins(http: Any) -> None:
 def test_a_certificate_is_extended(http: Any, saved: Callable[..., Path]) -> None:
     assert http.post("/v1/adapters/a/certificate").status_code == 400, "none came with it"
     folder = saved("run", seed=7)
-    check = judge("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
-    export = judge("run-merged/: logits", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    check = tolerance_check("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    export = tolerance_check("run-merged/: logits", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"))
     Certificate("The run", (check, export)).write(folder / "certificate.json")
     assert send(http, "unrelated", saved("z")).status_code == 200
     http.post("/v1/load_lora_adapter", json={"lora_name": "run", "lora_path": str(folder)})

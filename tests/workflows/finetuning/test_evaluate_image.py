@@ -9,8 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakeet.data.images.split import judged_groups
-from lorakeet.evaluate.report.denoising import denoising_report
+from lorakeet.data.images.split import evaluation_groups
+from lorakeet.evaluate.report.image import denoising_report
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, trained_parameters
@@ -106,7 +106,7 @@ def test_every_cut_out_and_the_album_of_the_kind_were_learnt(judge: ImageJudge) 
 
 def test_copies_among_the_judged_pictures_count_once(judge: ImageJudge) -> None:
     rows = [replace(judge.judged[0].row, pixels_key=f"copy {number}", source=f"{number}.png") for number in range(8)]
-    groups = judged_groups(rows, judge.config.images)
+    groups = evaluation_groups(rows, judge.config.images)
     copied = replace(judge, judged=[replace(judge.judged[0], row=row) for row in rows], groups=groups)
     losses = copied.losses("base")
     assert losses.groups is not None and len(set(losses.groups)) == 1 and judge.losses("base").groups is None

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lorakeet.errors import RunStopped, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
+from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.finish import conclude, judging
@@ -28,7 +28,7 @@ def test_ctrl_c_while_judging_says_what_is_whole(tmp_path: Path, stop: KeyboardI
 
 def test_a_failed_check_is_raised_after_everything_is_written_and_shown(finished: Any, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
-    bad = judge("base untouched", {"logit": 2.0}, tolerance={"logit": 1.0}, between=("a", "b"), n=3)
+    bad = tolerance_check("base untouched", {"logit": 2.0}, tolerance={"logit": 1.0}, between=("a", "b"), n=3)
     certificate = Certificate("x", (bad,))
     report = dataclasses.replace(finished.result.report, certificate=certificate)
     console = Console(record=True, width=200, file=io.StringIO())

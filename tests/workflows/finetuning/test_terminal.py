@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakeet.evaluate.certificate import Certificate, Unchecked, judge
+from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
 from lorakeet.workflows.finetuning.assemble_text import assemble
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results, show_run_plan
 from tiny.models import save_tiny_llama
@@ -59,7 +59,7 @@ def test_the_results_name_every_system_and_the_verdict(finished: Any) -> None:
 
 
 def test_every_check_is_a_line(finished: Any) -> None:
-    bad = judge("merged model", {"logit": 2.0}, tolerance={"logit": 1.0}, between=("a", "b"), n=3)
+    bad = tolerance_check("merged model", {"logit": 2.0}, tolerance={"logit": 1.0}, between=("a", "b"), n=3)
     good = finished.result.report.certificate.checks
     text = printed(show_certificate, Certificate("x", (*good, bad)))
     assert text.count("pass  ") == len(good) > 0 and "FAIL  merged model: a against b" in text
@@ -76,8 +76,8 @@ def test_a_missing_chat_template_is_said(finished: Any, tmp_path: Path) -> None:
 
 
 def test_what_became_of_an_adapter_is_shown_beside_its_own_verdict() -> None:
-    own = judge("adapter on disk", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
-    other = judge("http://x: logits", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    own = tolerance_check("adapter on disk", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    other = tolerance_check("http://x: logits", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"))
     missing = Unchecked("http://x", "the stored weights", "a server does not tell them")
     text = printed(show_certificate, Certificate("run", (own, other), unchecked=(missing,)))
     assert "not checked: the stored weights of http://x, since a server does not tell them" in text

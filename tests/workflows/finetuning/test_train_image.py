@@ -239,7 +239,7 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     with monkeypatch.context() as patched, pytest.raises(RunStopped):
         patched.setattr(train_image, "reporter_for", lambda *_, **__: _AfterThree())
         image_run(tiny_sd_folder, tmp_path, **few)
-    monkeypatch.setattr(split, "alike_groups", lambda rows, bits: [0] * len(rows))
+    monkeypatch.setattr(split, "duplicate_groups", lambda rows, bits: [0] * len(rows))
     Image.fromarray(drawn(90)[0]).save(tmp_path / "photos" / "000-came.png")
     console = Console(record=True, width=300, file=io.StringIO())
     resumed = finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)

@@ -55,7 +55,7 @@ def device_and_dtypes(device: str, dtype: str) -> list[str]:
     """What the settings say in this process."""
     with joined(launched()) as processes:
         found = on_own_device(config(model__device=device, model__dtype=dtype), processes).model
-        processes.part()
+        processes.disband()
         return [found.device, found.dtype, found.products]
 
 

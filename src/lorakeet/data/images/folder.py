@@ -42,7 +42,7 @@ class ImageRow:
     width: int
     height: int
     pixels_key: str
-    looks: int  # 256-bit difference hash: alike pictures differ in few bits
+    difference_hash: int  # 256 bits; similar pictures differ in few of them
     source: str
     thumb: bytes = field(default=b"", repr=False)  # 5.5 KB by which copies are told from others (data/images/match)
 
@@ -251,10 +251,10 @@ def _row(
         problems.add(f"{name} has no caption; write {path.stem}.txt beside it, a line in metadata.jsonl, or set images.caption.")
         return None
     digest = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
-    return ImageRow(path, " ".join(caption.split()), width, height, digest, looks_of(pixels), name, thumb_of(pixels))
+    return ImageRow(path, " ".join(caption.split()), width, height, digest, difference_hash_of(pixels), name, thumb_of(pixels))
 
 
-def looks_of(pixels: Pixels) -> int:
+def difference_hash_of(pixels: Pixels) -> int:
     """The difference hash: for 16×16 places of a small grey picture, whether the next place to the right is clearly brighter.
 
     Clearly, so that noise in an even background decides no bit.

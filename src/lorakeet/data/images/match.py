@@ -83,7 +83,7 @@ def read_prints(thumbs: Sequence[bytes]) -> Prints:
     )
 
 
-def told(light: Floats) -> tuple[Bools, Bools]:
+def enough_detail(light: Floats) -> tuple[Bools, Bools]:
     """(n,) each: whether the detail of pictures is enough, in places enough, to tell another brightness, and a cut."""
     energy = _around(_fine(_around(light, _BINOMIAL[LIGHT_SIDE])) ** 2, _WINDOW[LIGHT_SIDE])
     total = _sum(energy)
@@ -137,7 +137,7 @@ class _Registration:
     clipped: Bools  # where anything is clipped, be it without effect on the luminance
     tone: Floats
     warp: Floats  # (n, 4)
-    told: Bools  # (n,): whether another tone was tried
+    tone_fitted: Bools  # (n,): True if another tone was tried
 
 
 def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> _Registration:
@@ -288,7 +288,7 @@ def _coloured(ones: Prints, others: Prints, found: _Registration) -> tuple[Float
     weight = _weighed(over[:, 0], ~free[:, 0])[:, None]
     energy = _sum(seen, seen * weight)
     best = np.clip(_sum(seen, target * weight) / np.maximum(energy, 1e-6), 1 / SATURATION, SATURATION)
-    best = np.where(found.told & (energy > _COLOURFUL * weight.sum((1, 2, 3))), best, 1)
+    best = np.where(found.tone_fitted & (energy > _COLOURFUL * weight.sum((1, 2, 3))), best, 1)
     gains: tuple[Reals, Reals] = best[:, None, None, None], found.tone[:, :1, :, None]
     (left, rest), (left_too, rest_too) = (_unclipped_left(found, seen, target, gain, free) for gain in gains)
     least, alike = np.minimum(rest, rest_too), np.zeros(len(best), bool)

@@ -16,7 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.data.images.folder import HASH_SIDE, ImageRow
-from lorakeet.data.images.match import LEVELS, Bools, Floats, Places, Prints, compared, gaussian, level, read_prints, told
+from lorakeet.data.images.match import (
+    LEVELS,
+    Bools,
+    Floats,
+    Places,
+    Prints,
+    compared,
+    enough_detail,
+    gaussian,
+    level,
+    read_prints,
+)
 
 ALIKE, EXPLAINED = 0.7, 0.75  # the correlation of fine structure as it lies, and the share explained by tangents
 DIFFERENT = 5.0  # grey levels, root mean square, between pictures of little detail
@@ -42,7 +53,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class DuplicatePairs:
     """Which pictures of an album are one photo: `pairs` (n, 2) are numbers of pictures, and `keys` the hashes of their pixels."""
 
     keys: tuple[str, ...]
@@ -70,16 +81,16 @@ class Likeness:
         return [int(name) for name in group]
 
 
-def likeness(rows: Sequence[ImageRow], bits: int) -> Likeness:
+def duplicate_pairs(rows: Sequence[ImageRow], bits: int) -> DuplicatePairs:
     """Which of `rows` are one photo."""
     found = [np.stack([left, right], 1) for left, right, _, _ in _found(rows, rows, bits)]
     pairs = np.concatenate(found) if found else np.empty((0, 2), np.int32)
-    return Likeness(tuple(row.pixels_key for row in rows), pairs[pairs[:, 0] != pairs[:, 1]])
+    return DuplicatePairs(tuple(row.pixels_key for row in rows), pairs[pairs[:, 0] != pairs[:, 1]])
 
 
-def alike_groups(rows: Sequence[ImageRow], bits: int) -> list[int]:
+def duplicate_groups(rows: Sequence[ImageRow], bits: int) -> list[int]:
     """A group number for each picture; those of a group are copies of one among them."""
-    return likeness(rows, bits).groups()
+    return duplicate_pairs(rows, bits).groups()
 
 
 def copies(left: Sequence[ImageRow], right: Sequence[ImageRow], bits: int) -> Iterator[Copy]:
@@ -105,8 +116,8 @@ def _found(left: Sequence[ImageRow], right: Sequence[ImageRow], bits: int) -> It
     yield (*equal, np.zeros(len(equal[0]), np.float32), np.zeros(len(equal[0]), bool))
     if not bits:
         return
-    ones = _Looks(left, mine)
-    others = ones if left is right else _Looks(right, theirs)
+    ones = _Features(left, mine)
+    others = ones if left is right else _Features(right, theirs)
     for start in range(0, len(left), _BLOCK):
         chunk = np.arange(start, min(start + _BLOCK, len(left)))
         for first in range(start if ones is others else 0, len(right), _BLOCK):
@@ -125,7 +136,7 @@ def _equal(mine: Places, theirs: Places) -> tuple[NDArray[np.int32], NDArray[np.
     return left.astype(np.int32), order[np.repeat(low, counts) + within].astype(np.int32)
 
 
-class _Looks:
+class _Features:
     """What pairs of pictures are sieved by. `order` numbers all pictures that are compared, by their pixels."""
 
     def __init__(self, rows: Sequence[ImageRow], order: Places) -> None:
@@ -140,9 +151,9 @@ class _Looks:
             coarsest = level(prints, _SIDE)
             self.small[start : start + _BLOCK] = coarsest.light - 128
             self.clipped[start : start + _BLOCK] = coarsest.clipped
-            self.tone[start : start + _BLOCK], self.cut[start : start + _BLOCK] = told(prints.light)
+            self.tone[start : start + _BLOCK], self.cut[start : start + _BLOCK] = enough_detail(prints.light)
         size = HASH_SIDE * HASH_SIDE // 8
-        hashes = np.frombuffer(b"".join(row.looks.to_bytes(size, "big") for row in rows), np.uint8)
+        hashes = np.frombuffer(b"".join(row.difference_hash.to_bytes(size, "big") for row in rows), np.uint8)
         self.hashes = np.unpackbits(hashes.reshape(len(rows), size), axis=1)
 
     def of(self, places: Places, *, mirrored: bool = False) -> Floats:
@@ -150,7 +161,7 @@ class _Looks:
         return self.small[places][..., ::-1] if mirrored else self.small[places]
 
 
-def _sieved(ones: _Looks, others: _Looks, chunk: Places, block: Places, bits: int, mirrored: bool) -> tuple[Places, Places]:
+def _sieved(ones: _Features, others: _Features, chunk: Places, block: Places, bits: int, mirrored: bool) -> tuple[Places, Places]:
     """The pairs of pictures `chunk` and `block` that are worth comparing."""
     mine, theirs = ones.of(chunk, mirrored=mirrored), others.of(block)
     rich, rich_too = np.flatnonzero(ones.tone[chunk]), np.flatnonzero(others.tone[block])
@@ -211,7 +222,7 @@ def _hashes_match(mine: NDArray[np.uint8], theirs: NDArray[np.uint8], bits: int)
     return np.asarray((apart <= bits) & (sums >= TELLING)[:, None] & (other_sums >= TELLING))
 
 
-def _compared(ones: _Looks, others: _Looks, pairs: tuple[Places, Places], mirrored: bool) -> _Found:
+def _compared(ones: _Features, others: _Features, pairs: tuple[Places, Places], mirrored: bool) -> _Found:
     """Those of `pairs` that are copies. Which of two is registered onto the other depends on their pixels alone."""
     left, right = pairs
     swapped = ones.order[left] > others.order[right]
@@ -231,7 +242,7 @@ def _compared(ones: _Looks, others: _Looks, pairs: tuple[Places, Places], mirror
     return left[same].astype(np.int32), right[same].astype(np.int32), apart[same], np.full(int(same.sum()), mirrored)
 
 
-def _prints(ones: _Looks, others: _Looks, left: Places, right: Places, side: int) -> tuple[Prints, Prints]:
+def _prints(ones: _Features, others: _Features, left: Places, right: Places, side: int) -> tuple[Prints, Prints]:
     """What the pictures `left` of ones and `right` of others are compared by at one level."""
     if side == _SIDE:
         nothing = np.zeros((len(left), 0), np.float32)

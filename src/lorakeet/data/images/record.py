@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakeet.data.images.folder import ImageRow, names_in, read_named, require_folder
 from lorakeet.data.images.spec import ImageSpec
-from lorakeet.data.images.split import Alike, ImageDataset, album_folder
+from lorakeet.data.images.split import ImageDataset, NearDuplicate, album_folder
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError, Problems
 
@@ -20,6 +20,8 @@ PARTS = ("train", "held_out", "test", "prior")
 _SPLITTING = ("held_out_fraction", "held_out_minimum", "split_seed", "on_leak", "limit")
 _FOLDERS = ("held_out", "test")
 _SHOWN = 12
+_KEYS = {"evaluated": "judged"}  # keys of split.json that differ from the name of the field
+_NAMES = {key: name for name, key in _KEYS.items()}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def image_record(dataset: ImageDataset, data: DataSpec) -> dict[str, object]:
         "split_by": _split_by(data),
         "pictures": pictures,
         "judged_groups": None if dataset.groups is None else list(dataset.groups),
-        "alike": [asdict(one) for one in dataset.alike],
+        "alike": [{_KEYS.get(name, name): value for name, value in asdict(one).items()} for one in dataset.alike],
         "remarks": list(dataset.remarks),
     }
 
@@ -63,7 +65,7 @@ def recorded_images(
     try:
         known = {part: [RecordedImage(**entry) for entry in record["pictures"][part]] for part in PARTS}
         groups = record["judged_groups"]
-        alike = tuple(Alike(**entry) for entry in record["alike"])
+        alike = tuple(NearDuplicate(**{_NAMES.get(key, key): value for key, value in entry.items()}) for entry in record["alike"])
         remarks, split_by = tuple(record["remarks"]), dict(record["split_by"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"split.json of {run} cannot be read ({error!r}); restore it, or start a new run.") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorakeet.data.images.folder import ImageRow, read_album
-from lorakeet.data.images.near_duplicates import Copy, Likeness, alike_groups, copies, likeness
+from lorakeet.data.images.near_duplicates import Copy, DuplicatePairs, copies, duplicate_groups, duplicate_pairs
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.images.tables import is_table, unpack_pictures
 from lorakeet.data.rows import Row, Turn
@@ -22,13 +22,13 @@ _OWN_SPLIT = DataSpec().held_out_fraction
 
 
 @dataclass(frozen=True)
-class Alike:
-    """A picture that is one photo with a picture to judge by, how they differ, and what was done with the first."""
+class NearDuplicate:
+    """A picture that shows the same photo as an evaluation picture: how they differ, and what was done with the first."""
 
-    train: str  # where it stands, as ImageRow.source
-    judged: str
+    train: str  # its ImageRow.source
+    evaluated: str  # the ImageRow.source of the other
     caption: str  # of the first
-    apart: float  # the share of the variance that differs
+    apart: float  # share of the variance that differs
     words: str
     action: str
 
@@ -40,14 +40,14 @@ class ImageDataset:
     train: tuple[ImageRow, ...]
     held_out: tuple[ImageRow, ...]
     test: tuple[ImageRow, ...]
-    alike: tuple[Alike, ...]
+    alike: tuple[NearDuplicate, ...]
     remarks: tuple[str, ...]
     prior: tuple[ImageRow, ...] = ()  # of the subject's kind
-    groups: tuple[int, ...] | None = None  # of the pictures to judge by (`judged_groups`)
+    groups: tuple[int, ...] | None = None  # of the evaluation pictures (`evaluation_groups`)
 
     @property
-    def judged(self) -> tuple[str, tuple[ImageRow, ...]]:
-        """The pictures that the verdict is about, and what they are called: the test ones, or else the held-out ones."""
+    def evaluation(self) -> tuple[str, tuple[ImageRow, ...]]:
+        """The name and the pictures that the verdict is about: the test pictures, or else the held-out ones."""
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 
     def split_record(self) -> dict[str, object]:
@@ -69,7 +69,7 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
     train = album.rows
     policy = data.on_leak
     if not data.held_out:
-        train, held_out = _parted(train, data, images, remarks)
+        train, held_out = _split_off(train, data, images, remarks)
         policy = "keep" if policy == "keep" else "drop"  # the split is ours: what its groups left is no fault of the files
     held_out, told = _without_leaks(held_out, test, images, policy=data.on_leak, part="held-out")
     if told and not held_out:
@@ -84,7 +84,7 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
         raise DataError("Every training picture is also a held-out or test one; give other pictures, or set data.on_leak keep.")
     prior = _other_album(images.prior, of_prior, tables, remarks, "images.prior")
     prior, known = _without_leaks(prior, (*held_out, *test), images, policy=data.on_leak)
-    groups = judged_groups(test or held_out, images)
+    groups = evaluation_groups(test or held_out, images)
     return ImageDataset(train, held_out, test, (*told, *alike, *known), tuple(remarks), prior, groups)
 
 
@@ -101,14 +101,14 @@ def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[
     return album.rows
 
 
-def _parted(
+def _split_off(
     rows: Sequence[ImageRow], data: DataSpec, images: ImageSpec, remarks: list[str]
 ) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
     """Training and held-out pictures. With `data.held_out_fraction` as it comes, of MANY or more at least ENOUGH are held out.
 
     Where much of an album counts as copies of one picture, a remark, or the DataError of the split, names two of them.
     """
-    alike = likeness(rows, images.near_duplicates)
+    alike = duplicate_pairs(rows, images.near_duplicates)
     said = _mostly_copies(rows, alike.groups())
     try:
         parts = _split(rows, alike, data)
@@ -132,7 +132,7 @@ def _mostly_copies(rows: Sequence[ImageRow], groups: Sequence[int]) -> str:
     )
 
 
-def _split(rows: Sequence[ImageRow], alike: Likeness, data: DataSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
+def _split(rows: Sequence[ImageRow], alike: DuplicatePairs, data: DataSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
     """Training and held-out pictures. ENOUGH are the groups that the held-out ones have by themselves, as they are judged.
 
     The album may have more: where copies of a picture are not held out with it, it may no longer stand in the middle of a group.
@@ -150,28 +150,29 @@ def _split(rows: Sequence[ImageRow], alike: Likeness, data: DataSpec) -> tuple[t
     return tuple(plain[row.source] for row in split.train), tuple(plain[row.source] for row in split.held_out)
 
 
-def judged_groups(rows: Sequence[ImageRow], images: ImageSpec) -> tuple[int, ...] | None:
+def evaluation_groups(rows: Sequence[ImageRow], images: ImageSpec) -> tuple[int, ...] | None:
     """A group number for each picture to judge by, where some are copies of others; None where all are independent."""
-    groups = alike_groups(rows, images.near_duplicates)
+    groups = duplicate_groups(rows, images.near_duplicates)
     return None if len(set(groups)) == len(groups) else tuple(groups)
 
 
 def _without_leaks(
-    rows: Sequence[ImageRow], judged: Sequence[ImageRow], images: ImageSpec, *, policy: str, part: str = "training"
-) -> tuple[tuple[ImageRow, ...], tuple[Alike, ...]]:
+    rows: Sequence[ImageRow], evaluated: Sequence[ImageRow], images: ImageSpec, *, policy: str, part: str = "training"
+) -> tuple[tuple[ImageRow, ...], tuple[NearDuplicate, ...]]:
     """The pictures of `part` that are not copies of `judged`, mirrored ones included, and the nearest of each that is."""
     nearest: dict[int, Copy] = {}
-    for copy in copies(rows, judged, images.near_duplicates):
+    for copy in copies(rows, evaluated, images.near_duplicates):
         if copy.left not in nearest or (copy.apart, copy.right) < (nearest[copy.left].apart, nearest[copy.left].right):
             nearest[copy.left] = copy
     action = "kept" if policy == "keep" else f"dropped from {part}"
     found = tuple(
-        Alike(rows[place].source, judged[copy.right].source, rows[place].caption, copy.apart, copy.words, action)
+        NearDuplicate(rows[place].source, evaluated[copy.right].source, rows[place].caption, copy.apart, copy.words, action)
         for place, copy in sorted(nearest.items())
     )
     if found and policy == "refuse":
-        named = ", ".join(f"{one.train} is nearly {one.judged}" for one in found[:5])
-        raise DataError(f"{len(found)} {part} pictures are also judged by ({named}). Remove them, or set data.on_leak drop.")
+        named = ", ".join(f"{one.train} is nearly {one.evaluated}" for one in found[:5])
+        remedy = "Remove them, or set data.on_leak drop."
+        raise DataError(f"{len(found)} {part} pictures are also evaluation pictures ({named}). {remedy}")
     return tuple(row for place, row in enumerate(rows) if policy == "keep" or place not in nearest), found
 
 

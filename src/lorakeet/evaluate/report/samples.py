@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class Memorisation:
     nearest: tuple[Near, ...]
     floor: float
     typical: float
-    judged: int
+    evaluated: int = field(metadata={"key": "judged"})
     space: str  # what the distance is measured in
 
     @property

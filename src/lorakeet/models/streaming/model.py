@@ -4,7 +4,7 @@
                                                         each brought in, computed with, and out again
 
 While a block is out, its frozen tensors are on the meta device: they have shapes, but no numbers. Without gradients the model
-runs as ever. With gradients its blocks are run one at a time by whoever drives `Streamed` (train/text/layer_major).
+runs as ever. With gradients its blocks are run one at a time by whoever drives `Streamed` (train/text/streamed_gradients).
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class StreamedBlock(BlockStandIn):
         if not self._streamed.running:
             return self._streamed.pass_through(self.index, states, (args, kwargs))
         if torch.is_grad_enabled():
-            raise RuntimeError("a streamed block is differentiated by train/text/layer_major alone: its weights leave too early")
+            raise RuntimeError("only train/text/streamed_gradients differentiates a streamed block: its weights leave too early")
         with self._streamed.present(self.index) as block:
             return plain_output(block(states, *args, **kwargs))
 

@@ -32,7 +32,7 @@ from torch.nn import Parameter
 from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
-from lorakeet.data.pack import Batch, sent
+from lorakeet.data.pack import Batch, to_device
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.models.text.batch_shape import BatchShape
@@ -100,8 +100,8 @@ class ReplayedPasses:
     """A TextModel as train/text/loss asks for it, whose decoder is replayed; gradients are added to those of `parameters`.
 
     `room`: a shape with room for any micro-batch that comes. `record_first` records before training begins. Whoever has computed
-    a micro-batch lets go of its loss before the next one comes (train/task.by_batch): a recording would meet, in a graph of
-    autograd that is left, the stream of that one.
+    a micro-batch lets go of its loss before the next one comes (train/task.gradients_by_batch): a recording would meet, in a
+    graph of autograd that is left, the stream of that one.
     """
 
     def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, room: BatchShape) -> None:
@@ -215,7 +215,7 @@ class ReplayedPasses:
         self.ids[: len(ids)].copy_(ids)
         self.ids[len(ids) : len(positions)].zero_()
         for places, numbers in ((self.positions, positions), (self.starts, starts)):
-            places[: len(numbers)].copy_(sent(torch.from_numpy(numbers), places.device))
+            places[: len(numbers)].copy_(to_device(torch.from_numpy(numbers), places.device))
 
     def _replayed(self, recorded: RecordedGraphs, shape: BatchShape, batch: Batch) -> Tensor:
         self._fill(shape.rows_of(batch.lengths), batch.ids)

@@ -27,8 +27,7 @@ from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.data.prefix import PrefixLayout, as_laid, shared_once
-from lorakeet.data.prefix_groups import PASS, BatchLimits, sharing_batches
+from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
 from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
@@ -150,7 +149,7 @@ class TextModel:
 
     def laid(self, batch: Batch) -> PrefixLayout:
         """The batch as the model sees it where rows lie end to end."""
-        return shared_once(batch) if self._begins_once else as_laid(batch)
+        return shared_layout(batch) if self._begins_once else unshared_layout(batch)
 
     @property
     def _begins_once(self) -> bool:
@@ -166,7 +165,7 @@ class TextModel:
             return micro_batches(rows, max_tokens)
         times = TIMES if self._copies_nothing([len(row.ids) for row in rows]) else 1
         a_pass = READ if self.gathers or self.streamed is not None else PASS
-        return sharing_batches(rows, BatchLimits(max_tokens, times, a_pass))
+        return prefix_batches(rows, BatchLimits(max_tokens, times, a_pass))
 
     def _copies_nothing(self, lengths: Sequence[int]) -> bool:
         """Whether attention of any rows of so many tokens is Lorakeet's own kernel (core/fused/packed_attention.NativeRows)."""

@@ -28,7 +28,7 @@ from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.processes import ALONE
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.task import HeldOut, Size, by_batch
+from lorakeet.train.task import HeldOut, Size, gradients_by_batch
 
 LEARNING_RATE = 1e-4  # what diffusers' and kohya's documentation use for LoRA on Stable Diffusion
 
@@ -135,7 +135,7 @@ class ImageTask:
         return Size(rows=len(batch.latents), tokens=len(batch.latents), targets=len(batch.latents))
 
     def gradients(self, batches: Sequence[ImageBatch], targets: float) -> Tensor:
-        return by_batch(self.loss, batches, targets)
+        return gradients_by_batch(self.loss, batches, targets)
 
     def loss(self, batch: ImageBatch) -> Tensor:
         """The sum of the weighted errors of a batch's pictures, with gradient; dropout in the pairs alone.

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.data.batches import StepOrder, dealt
+from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.formats.peft import peft
@@ -27,9 +27,9 @@ from lorakeet.train import durable
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec, learning_rate_for
-from lorakeet.train.task import HeldOut, Size, by_batch
-from lorakeet.train.text.layer_major import by_block
+from lorakeet.train.task import HeldOut, Size, gradients_by_batch
 from lorakeet.train.text.loss import text_loss
+from lorakeet.train.text.streamed_gradients import gradients_by_block
 
 
 class TextTask:
@@ -94,7 +94,7 @@ class TextTask:
         """The numbers of those rows that this process computes with."""
         if self.processes.count == 1:
             return range(len(rows))
-        return dealt([len(row.ids) for row in rows], self.processes.count)[self.processes.rank]
+        return distribute_rows([len(row.ids) for row in rows], self.processes.count)[self.processes.rank]
 
     def size(self, batch: Batch) -> Size:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
@@ -103,15 +103,15 @@ class TextTask:
         streamed = self.text.streamed
         if streamed is not None:
             self.text.learn()
-            return by_block(
+            return gradients_by_block(
                 self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
             )
         with self.processes.own_random():
-            idle = self.processes.most(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
+            idle = self.processes.maximum(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
             with self._passing():
-                total = by_batch(self.loss, batches, targets)
+                total = gradients_by_batch(self.loss, batches, targets)
                 if idle:
-                    by_batch(lambda batch: 0 * self.loss(batch), [pack_examples([self._shortest])] * idle, targets)
+                    gradients_by_batch(lambda batch: 0 * self.loss(batch), [pack_examples([self._shortest])] * idle, targets)
         return total
 
     def _passing(self) -> AbstractContextManager[None]:
@@ -139,7 +139,7 @@ class TextTask:
             return HeldOut(*found)
         if self.in_step:  # all have all rows, but another machine may round otherwise, and all must decide alike
             same = torch.from_numpy(np.stack(found))
-            self.processes.same([same])
+            self.processes.broadcast([same])
             return HeldOut(*same.numpy())
         whole = np.zeros((2, len(self.held_out_rows)))
         whole[:, own] = found

@@ -20,7 +20,7 @@ from lorakeet.data.images.record import recorded_images
 from lorakeet.data.images.split import ImageDataset, load_images
 from lorakeet.data.split import read_split_record
 from lorakeet.errors import Problems
-from lorakeet.evaluate.report.denoising import too_few
+from lorakeet.evaluate.report.image import too_few
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.kinds import ENCODERS
 from lorakeet.models.image.latent_cache import Captions, EncodedImage, Sizes, cache_in, encode_images
@@ -76,8 +76,8 @@ def assemble_images(
     for remark in dataset.remarks:
         say(remark)
     for alike in dataset.alike:
-        say(f"{alike.train} is nearly {alike.judged} ({alike.words}): {alike.action}.")
-    count = len(dataset.judged[1])
+        say(f"{alike.train} is nearly {alike.evaluated} ({alike.words}): {alike.action}.")
+    count = len(dataset.evaluation[1])
     for warning in too_few(count, len(set(dataset.groups or range(count)))):
         say(warning)
     if config.diffusion.scorer:

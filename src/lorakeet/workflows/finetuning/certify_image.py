@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, judge
+from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, tolerance_check
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
 from lorakeet.models.image.sample import Sampler, draw_latents
@@ -113,7 +113,7 @@ def latent_check(
         else:
             measured["of_effect"] = differ / effect if effect else (0.0 if differ == 0 else float("inf"))
             tolerance["of_effect"] = max(OF_EFFECT, FLOORS * floor / effect) if effect else OF_EFFECT
-    found = judge(name, measured, tolerance=tolerance, between=between, n=len(left), detail=detail)
+    found = tolerance_check(name, measured, tolerance=tolerance, between=between, n=len(left), detail=detail)
     return replace(found, passed=found.passed and bool(torch.isfinite(left).all()))
 
 

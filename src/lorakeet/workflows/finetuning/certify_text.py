@@ -15,7 +15,7 @@ import numpy as np
 
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.evaluate.certificate import Certificate, Check, judge
+from lorakeet.evaluate.certificate import Certificate, Check, tolerance_check
 from lorakeet.evaluate.parity import TOLERANCES
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
@@ -96,7 +96,7 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
     """The check that no frozen tensor changed by a bit; names those that did."""
     changed = changed_tensors(before, after)
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return judge(
+    return tolerance_check(
         "frozen weights",
         {"changed_tensors": float(len(changed))},
         tolerance={"changed_tensors": 0.0},

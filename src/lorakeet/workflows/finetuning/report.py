@@ -21,7 +21,7 @@ from lorakeet.memory.cuda import CONTEXT, beside_torch, card_peak
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.ranks.allocate import pair_parameters
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.loop import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.assemble_text import Assembly
 from lorakeet.workflows.runs import facts

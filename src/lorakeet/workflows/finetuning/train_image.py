@@ -24,8 +24,7 @@ from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train.log import read_metrics
-from lorakeet.train.loop import train
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import PICTURES, reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning import report as page
@@ -148,7 +147,7 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
     """`measured` with everything else that the page shows."""
     config, data, metrics = setup.config, setup.dataset, read_metrics(run.metrics)
     part, pictures = setup.judged
-    alike = tuple(Leak(one.judged, one.train, 1 - one.apart, one.action, one.caption) for one in data.alike)
+    alike = tuple(Leak(one.evaluated, one.train, 1 - one.apart, one.action, one.caption) for one in data.alike)
     warnings = [*measured.warnings, *data.remarks]
     if not data.test:
         warnings.append("There are no test pictures: the checkpoint was chosen on the held-out pictures that it is judged on.")

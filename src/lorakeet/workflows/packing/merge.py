@@ -22,9 +22,9 @@ from lorakeet.core.math import Kind
 from lorakeet.data.chat import Encoder, Example
 from lorakeet.data.prepare import Dataset
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
+from lorakeet.evaluate.compare import Scores, surviving_share
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.retained_gain import Scores, surviving_share
 from lorakeet.export.repacked import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.fuse import unfuse
@@ -40,7 +40,7 @@ from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.replace import without_numbers
-from lorakeet.train.text.through_quantiser import finish
+from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
 from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, Judge
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.planning.packed_merge import (
@@ -304,7 +304,7 @@ class Merging:
         before = self._loss(text, judged)
         with self._bar() as bar:
             task = bar.add_task("finishing", total=self.spec.finish_steps)
-            bases = finish(
+            bases = quantisation_aware_finish(
                 text,
                 solved,
                 self.opened.adapter,
@@ -373,7 +373,7 @@ def _certificate(
 ) -> Certificate:
     """One check: the share of the held-out gain that the written model has, against the least that was asked for."""
     written, nearest = shares[WRITTEN], shares[NEAREST]
-    check = judge(
+    check = tolerance_check(
         "held-out gain in the quantised model",
         {"surviving_share": written.value},
         tolerance={"surviving_share": spec.keep},

@@ -28,7 +28,7 @@ from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.regrid import EvenGrid, FixedGrid, LevelGrid
 from lorakeet.quant.replace import empty_base
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text.through_quantiser import finish
+from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
 from lorakeet.workflows.planning.rehearse_text import on_shapes
 from lorakeet.workflows.runs.open_adapter import NAME
 
@@ -100,7 +100,7 @@ def rehearse_finish(
         }
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
         with ledger.phase(FINISHING):
-            finish(
+            quantisation_aware_finish(
                 text, solved, replace(adapter, pairs=pairs), rows, steps=2, spec=spec, products=products,
                 on_step=lambda step, loss: None,
             )  # fmt: skip

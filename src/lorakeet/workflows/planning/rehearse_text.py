@@ -84,7 +84,7 @@ class Rehearsal:
     largest: int  # numbers in its largest matrix
     packed: bool = False  # whether any of its matrices is
     work: Work = field(default_factory=Work)
-    best_in_memory: bool = True  # whether the peaks hold the best values so far (train/best)
+    best_in_memory: bool = True  # whether the peaks hold the best values so far (train/checkpoint)
     blocks: int = 0  # that are streamed
     block_bytes: int = 0  # of each of the places that they come into
     cast_at_once: int = 0  # numbers in as many of its largest matrices as a file of another dtype is read at once

@@ -13,7 +13,7 @@ from lorakeet.errors import EnvironmentProblem, Problems, RunStopped
 from lorakeet.models.placement import device_for, dtype_for, products_for
 from lorakeet.train import checkpoint
 from lorakeet.train.launch import Launch
-from lorakeet.train.outcome import Outcome, kept_text
+from lorakeet.train.loop import Outcome, kept_text
 from lorakeet.train.processes import Processes, ProcessLost
 from lorakeet.train.run import RunFolder
 

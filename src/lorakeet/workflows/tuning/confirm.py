@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.compare import Comparison
+from lorakeet.evaluate.compare import Comparison, compare_over_seeds
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.wording import signed
 from lorakeet.models.inject import attach
-from lorakeet.train.text.many_adapters import Progress
+from lorakeet.train.text.multi_adapter import Progress
 from lorakeet.workflows.tuning.trials import SPENT, Trial, Trials
 
 CONFIRM = "confirm"

@@ -1,6 +1,6 @@
 """A rate for a run that names none: half, once and twice the rule's are trained for a few steps, and held-out rows decide.
 
-The three are members of one pass over the base (train/text/many_adapters). Their values are thrown away: the run begins anew
+The three are members of one pass over the base (train/text/multi_adapter). Their values are thrown away: the run begins anew
 with the rate that was chosen, which stands in its saved run file, so that it can be resumed and run again without another trial.
 """
 
@@ -16,7 +16,7 @@ from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.wording import bytes_text, signed
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.train import schedule
-from lorakeet.train.text.many_adapters import why_not_together
+from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import Assembly
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
 from lorakeet.workflows.tuning.trials import RISE, Budget, SearchRows, Trial, Trials

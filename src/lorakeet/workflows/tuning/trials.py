@@ -25,7 +25,7 @@ from lorakeet.train import schedule
 from lorakeet.train.progress import counted
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
-from lorakeet.train.text.many_adapters import Many, Member, Progress, train_many
+from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, Progress, train_many
 from lorakeet.workflows.finetuning.assemble_text import Assembly, begin_pairs
 from lorakeet.workflows.runs.search_space import SearchPoint, Space, plan_of_point
 
@@ -166,7 +166,7 @@ class Trials:
 
             measure = [name for name, trial in names.items() if trial.name == START]
 
-            def watch(many: Many) -> None:
+            def watch(many: MultiAdapterTraining) -> None:
                 _halve(many, left, keep=measure)
                 for at in many.progress:
                     if at.watch.base_loss is None:  # of members that look at no held-out rows
@@ -188,7 +188,7 @@ class Trials:
         for trial in trials:
             self._say(trial)
 
-    def train(self, members: Sequence[Member], watch: Callable[[Many], None] | None = None) -> list[Progress]:
+    def train(self, members: Sequence[Member], watch: Callable[[MultiAdapterTraining], None] | None = None) -> list[Progress]:
         """Trains `members`, which are on the model, to their ends, within the run's memory."""
         kept = self.setup.residency
         about: dict[str, Any] = {
@@ -197,7 +197,7 @@ class Trials:
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
         with counted(self.console, what, steps) as advance:
 
-            def after_round(many: Many) -> None:
+            def after_round(many: MultiAdapterTraining) -> None:
                 advance(1)
                 if watch is not None:
                     watch(many)
@@ -305,7 +305,7 @@ def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:
     return replace(spec, steps=steps, schedule="constant", warmup_fraction=max(0.0, (rise - 0.5) / steps))  # rounded up again
 
 
-def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
+def _halve(many: MultiAdapterTraining, left: list[float], *, keep: Sequence[str]) -> None:
     """Gives up the worse half by held-out loss once every trial has been measured at the next rung, or after several at once.
 
     Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.

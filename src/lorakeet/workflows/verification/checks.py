@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lorakeet.data.chat import Candidates, Ids
-from lorakeet.evaluate.certificate import Check, judge
+from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.evaluate.intervals import share
 from lorakeet.evaluate.parity import ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -64,7 +64,7 @@ def check_ids(live: InTorch, name: str, pairs: Sequence[tuple[list[int], list[in
         if ours != theirs:
             wrong += 1
             detail = detail or first_difference(live, ours, theirs, what)
-    return judge(
+    return tolerance_check(
         f"{name}: prompt ids",
         {"different_prompts": float(wrong)},
         tolerance={"different_prompts": 0.0},
@@ -137,7 +137,7 @@ def judge_answers(
     """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth."""
     ours, theirs = map(np.array, answers)
     truth = np.array([-2 if row.label is None else row.label for row in rows])  # which no answer is
-    check = judge(
+    check = tolerance_check(
         f"{names[1]}: answers",
         {"different_answers": float((ours != theirs).mean())},
         tolerance={"different_answers": allowed.metric},
@@ -187,7 +187,7 @@ def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
             worst = gap
             tokens = [repr(live.text.tokenizer.decode(ids[place : place + 1])) for ids in (ours, theirs)]
             detail = f"The first diverging token is number {place}: {tokens[0]} here, {tokens[1]} there, {gap:.3g} nats apart."
-    return judge(
+    return tolerance_check(
         f"{artefact.name}: greedy text",
         {"gap": worst},
         tolerance={"gap": artefact.allowed.gap},
@@ -205,7 +205,7 @@ def check_stored(name: str, stored: Mapping[str, StoredTensor], allowed: Allowed
     worst = max(errors, key=lambda tensor: errors[tensor], default="")
     roughest = max(roundings, key=lambda tensor: roundings[tensor], default="")
     measured = {"share": errors.get(worst, math.nan), "rounding": roundings.get(roughest, math.nan)}
-    check = judge(
+    check = tolerance_check(
         f"{name}: weights",
         measured,
         tolerance={"share": allowed.share, "rounding": allowed.rounding},

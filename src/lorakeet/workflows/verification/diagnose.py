@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.evaluate.parity import kl_of_told
+from lorakeet.evaluate.parity import kl_lower_bound
 from lorakeet.export.folded import StoredTensor
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.modules import adapted_layers
@@ -75,7 +75,7 @@ def cause_from_told(live: InTorch, ids: Sequence[int], told: Mapping[int, Mappin
     """As `cause_from_logits`, where of `theirs` only some log-probabilities are told: by place of `ids`, by token id."""
 
     def distance(ours: Tensor) -> float:
-        return float(np.mean([kl_of_told(ours[place].log_softmax(-1), known) for place, known in told.items()]))
+        return float(np.mean([kl_lower_bound(ours[place].log_softmax(-1), known) for place, known in told.items()]))
 
     return _likeliest(live, ids, distance)
 

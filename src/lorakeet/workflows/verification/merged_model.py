@@ -17,7 +17,7 @@ from lorakeet.core.tiled_product import RowSource, parts
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError
-from lorakeet.evaluate.certificate import Certificate, Check, judge, worst_layer
+from lorakeet.evaluate.certificate import Certificate, Check, tolerance_check, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Parity, Precision
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
@@ -81,7 +81,7 @@ def certify_combined(plan: Combination, stated: Combined, written: Adapter, *, o
             lost += float((given - wanted).double().square().sum())
             whole += float(wanted.double().square().sum())
         beyond[path] = max(0.0, math.sqrt(lost / whole) - stated.errors[path]) if whole > 0 else math.sqrt(lost)
-    check = judge(
+    check = tolerance_check(
         "combined changes",
         {"error_beyond_stated": _worst(beyond)},
         tolerance={"error_beyond_stated": COMBINED_TOLERANCE},
@@ -132,7 +132,7 @@ def check_weights(differences: Mapping[str, WeightDifference], *, between: tuple
     rows = {path: found.row for path, found in differences.items()}
     found = {"mean_difference": _worst(means), "row_difference": _worst(rows)}
     allowed = {"mean_difference": WEIGHT_TOLERANCE, "row_difference": ROW_TOLERANCE}
-    check = judge("merged weights", found, tolerance=allowed, between=between, n=len(differences))
+    check = tolerance_check("merged weights", found, tolerance=allowed, between=between, n=len(differences))
     if check.passed:
         return check
     detail = worst_layer(means) if "mean_difference" in check.exceeded() else f"In one row of it: {worst_layer(rows)}"

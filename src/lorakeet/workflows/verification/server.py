@@ -15,9 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from lorakeet.data.chat import Ids
-from lorakeet.evaluate.certificate import Check, Unchecked, judge
+from lorakeet.evaluate.certificate import Check, Unchecked, tolerance_check
 from lorakeet.evaluate.intervals import mean, share
-from lorakeet.evaluate.parity import kl_of_told
+from lorakeet.evaluate.parity import kl_lower_bound
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
@@ -92,7 +92,7 @@ class _Comparison:
 
     def _check_lengths(self, wrong: int, compared: int) -> Check:
         detail = "Likely cause: another chat template, or a begin token more or less." if wrong else ""
-        return judge(
+        return tolerance_check(
             f"{self.server.name}: prompt lengths",
             {"different_lengths": float(wrong)},
             tolerance={"different_lengths": 0.0},
@@ -178,7 +178,7 @@ class _Comparison:
         detail = worst.detail
         if not sum(reading.tokens for reading in readings):
             measured["gap"], detail = math.inf, detail or "The server wrote nothing."
-        check = judge(
+        check = tolerance_check(
             f"{self.server.name}: greedy text",
             measured,
             tolerance=dict.fromkeys(measured, self.server.allowed.gap),
@@ -218,8 +218,8 @@ class _Distances:
         base = InTorch(live.text, None, "base").logits(told.ids).log_softmax(-1)
         ours = live.logits(told.ids).log_softmax(-1)
         for place, known in told.places.items():
-            self.kl.append(kl_of_told(ours[place], known))
-            self.effect.append(kl_of_told(ours[place], {token: float(base[place][token]) for token in known}))
+            self.kl.append(kl_lower_bound(ours[place], known))
+            self.effect.append(kl_lower_bound(ours[place], {token: float(base[place][token]) for token in known}))
             self.agrees.append(int(ours[place].argmax()) == max(known, key=lambda token: known[token]))
             self.texts.append(number)
             for token, value in known.items():
@@ -238,7 +238,7 @@ class _Distances:
         limits["top1_agreement"] = allowed.parity.top1_agreement
         if math.isfinite(allowed.parity.effect) and moved > 0:
             measured["effect"], limits["effect"] = kl.value / moved, allowed.parity.effect
-        check = judge(
+        check = tolerance_check(
             f"{server.name}: log-probabilities",
             measured,
             tolerance=limits,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.report.denoising import METRIC, PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, too_few, with_distances
+from lorakeet.evaluate.report.image import METRIC, PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, too_few, with_distances
 from lorakeet.evaluate.report.report import Report, read_report, render_html, write_report
 from lorakeet.evaluate.report.samples import Memorisation, Near, Sample, SampleGrid, SampleRow
 from lorakeet.evaluate.spec import EvaluateSpec

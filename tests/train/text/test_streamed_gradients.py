@@ -15,7 +15,7 @@ from lorakeet.models.inject import trained_parameters
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapted import begin_adapter
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text.layer_major import _Random, by_block
+from lorakeet.train.text.streamed_gradients import _Random, gradients_by_block
 from lorakeet.train.text.task import TextTask
 from tiny.cards import Prompt, pinned
 from tiny.models import save_tiny_llama
@@ -82,7 +82,7 @@ def test_nothing_stays_aside(tmp_path: Path) -> None:
     task = task_on(save_tiny_llama(tmp_path / "model"), tmp_path / "store")
     aside, batches = Aside(), task.batches(0)
     assert task.text.streamed is not None
-    by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), aside=aside, chunk=256)
+    gradients_by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), aside=aside, chunk=256)
     assert aside._held == {}
 
 

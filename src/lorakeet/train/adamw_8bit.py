@@ -51,8 +51,8 @@ class AdamW8bit(torch.optim.Optimizer):
         for at in range(0, flat.numel(), _PIECE):
             piece = slice(at, at + _PIECE)
             blocks = slice(at // BLOCK, -(-min(at + _PIECE, flat.numel()) // BLOCK))
-            first = restored(state["first_codes"][piece], state["first_scales"][blocks], signed=True)
-            second = restored(state["second_codes"][piece], state["second_scales"][blocks], signed=False).square_()
+            first = dequantise_moments(state["first_codes"][piece], state["first_scales"][blocks], signed=True)
+            second = dequantise_moments(state["second_codes"][piece], state["second_scales"][blocks], signed=False).square_()
             _advance(flat[piece], gradient[piece], first, second, state["step"], group)
             state["first_codes"][piece], state["first_scales"][blocks] = quantise_moments(first, signed=True)
             state["second_codes"][piece], state["second_scales"][blocks] = quantise_moments(second.sqrt_(), signed=False)
@@ -93,7 +93,7 @@ def _values(signed: bool) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
-def kept_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, places: Tensor) -> dict[str, Tensor]:
+def select_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, places: Tensor) -> dict[str, Tensor]:
     """The moments of a parameter of `shape` once it has these places of dimension `dim` alone; `state` is empty afterwards.
 
     Those of 8 bits are brought back and rounded once more, since blocks of 256 are others then; a tensor stays at the precision
@@ -105,7 +105,7 @@ def kept_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, places: 
             found[name] = state.pop(name).index_select(dim, places)
     for name, signed in (("first", True), ("second", False)):
         if f"{name}_codes" in state:
-            whole = restored(state.pop(f"{name}_codes"), state.pop(f"{name}_scales"), signed=signed)
+            whole = dequantise_moments(state.pop(f"{name}_codes"), state.pop(f"{name}_scales"), signed=signed)
             kept = whole.view(shape).index_select(dim, places).view(-1)
             found[f"{name}_codes"], found[f"{name}_scales"] = quantise_moments(kept, signed=signed)
     return found
@@ -130,7 +130,7 @@ def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).view(-1)[:count], scales
 
 
-def restored(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+def dequantise_moments(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """The numbers (n,) in fp32 that codes and scales stand for."""
     shares = grid(signed=signed).to(codes.device)[codes.int()]
     return shares * scales.repeat_interleave(BLOCK)[: codes.numel()]

@@ -1,7 +1,7 @@
 """Several adapters trained in one pass over one frozen base, each to what it would become alone.
 
     each round   every member that is still learning takes one step of its own:
-                 small steps laid end to end, others by themselves (train/text/shared_passes) → forward and back → gradients of
+                 small steps laid end to end, others by themselves (train/text/joint_batches) → forward and back → gradients of
                  each member → its own checks, clipping, learning rate and AdamW
     now and then its held-out loss → its best values; a member that is done, or diverges, leaves the round
 
@@ -39,11 +39,11 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.stopping import Watch
+from lorakeet.train.stopping import EarlyStopping
 from lorakeet.train.task import HeldOut, batch_seeds
-from lorakeet.train.text.layer_major import batches_by_block
+from lorakeet.train.text.joint_batches import SMALL, JointBatch, groups_of, merge_groups
 from lorakeet.train.text.loss import head_losses
-from lorakeet.train.text.shared_passes import SMALL, SharedPass, as_one, groups_of
+from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
 from lorakeet.train.text.task import learning_rate_of, order_of
 
 
@@ -67,7 +67,7 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)  # of each step, nats a supervised token
     held_out: list[tuple[int, Estimate]] = field(default_factory=list)  # (step, loss)
-    watch: Watch = field(default_factory=Watch)
+    watch: EarlyStopping = field(default_factory=EarlyStopping)
     done: str = ""  # why it learns no more; empty while it does
     diverged: bool = False
     tokens: int = 0
@@ -78,7 +78,7 @@ class Progress:
         return next((loss for step, loss in self.held_out if step == self.watch.best_step), None)
 
 
-class Many:
+class MultiAdapterTraining:
     """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
 
     def __init__(
@@ -128,9 +128,9 @@ class Many:
         tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
         groups = groups_of([learner.begin(self.text) for learner in learning], tokens)
         if self.text.streamed is not None:
-            groups = [as_one(groups)]
+            groups = [merge_groups(groups)]
         self._rounds += 1
-        with torch.random.fork_rng(devices=rng.cards(self.text.device)):
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
             torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
             for group in groups:
                 self._gradients(learning, group.passes)
@@ -148,7 +148,7 @@ class Many:
         learner = next(learner for learner in self._members if learner.at.member.name == name)
         learner.at.done = learner.at.done or reason
 
-    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[SharedPass]) -> None:
+    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[JointBatch]) -> None:
         """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
         batches = [one.batch.to(self.text.device) for one in passes]
 
@@ -176,12 +176,12 @@ class Many:
 
         with ExitStack() as seeing:
             if self.text.streamed is not None:
-                batches_by_block(
+                loss_gradients_by_block(
                     self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
                 )
                 return
             for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
-                with torch.random.fork_rng(devices=rng.cards(self.text.device)):
+                with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
                     torch.manual_seed(seed)
                     prepare(number)
                     loss(number)[0].backward()  # type: ignore[no-untyped-call]
@@ -338,7 +338,7 @@ def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
         )
 
 
-def _shares(learning: Sequence[_Learner], one: SharedPass) -> list[Share]:
+def _shares(learning: Sequence[_Learner], one: JointBatch) -> list[Share]:
     """Whose adapter the tokens of a pass use."""
     shares, place = [], 0
     for index, batch in one.parts:
@@ -351,7 +351,7 @@ def train_many(
     text: TextModel,
     members: Sequence[Member],
     *,
-    watch: Callable[[Many], None] | None = None,
+    watch: Callable[[MultiAdapterTraining], None] | None = None,
     aside: Aside | None = None,
     together: int = 0,
     budget: int | None = None,
@@ -359,11 +359,11 @@ def train_many(
 ) -> list[Progress]:
     """Trains all members to their ends and leaves the best values of each in the model, no adapter active; `folder` as in Many.
 
-    `watch` is called after every round and may stop members (`Many.stop`). Without a `budget` in bytes for the process it keeps
-    the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
+    `watch` is called after every round and may stop members (`MultiAdapterTraining.stop`). Without a `budget` in bytes for the
+    process it keeps the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
-    many = Many(text, members, aside=aside, together=together, folder=folder)
+    many = MultiAdapterTraining(text, members, aside=aside, together=together, folder=folder)
     give_back_free_memory()  # as train/loop does
     if budget is None:
         keep_freed_memory()

@@ -31,7 +31,7 @@ from lorakeet.train import gradients
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text.many_adapters import Many, Member, train_many
+from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
 from lorakeet.train.text.task import TextTask
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import save_tiny_llama
@@ -118,13 +118,13 @@ def test_a_disk_that_takes_no_values_ends_no_training(tiny_llama_folder: Path, t
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many members' steps each pass holds, from now on."""
     found: list[int] = []
-    usual = Many._gradients
+    usual = MultiAdapterTraining._gradients
 
-    def watched(many: Many, learning: Any, passes: Any) -> None:
+    def watched(many: MultiAdapterTraining, learning: Any, passes: Any) -> None:
         found.extend(len(one.parts) for one in passes)
         usual(many, learning, passes)
 
-    monkeypatch.setattr(Many, "_gradients", watched)
+    monkeypatch.setattr(MultiAdapterTraining, "_gradients", watched)
     return found
 
 
@@ -152,17 +152,17 @@ def test_steps_that_are_not_small_are_those_of_single_runs_to_the_last_bit(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in several micro-batches; and no member's gradients are held while the next one's are made."""
-    monkeypatch.setattr("lorakeet.train.text.shared_passes.SMALL", 0)
+    monkeypatch.setattr("lorakeet.train.text.joint_batches.SMALL", 0)
     text, members = together(tiny_llama_folder, "abc", micro_tokens=24)
     held = []
-    usual = Many._gradients
+    usual = MultiAdapterTraining._gradients
 
-    def watched(many: Many, *given: Any) -> None:
+    def watched(many: MultiAdapterTraining, *given: Any) -> None:
         own = {name: inject.trained_parameters(text.model, name).values() for name in "abc"}
         held.append([name for name, parameters in own.items() if any(one.grad is not None for one in parameters)])
         usual(many, *given)
 
-    monkeypatch.setattr(Many, "_gradients", watched)
+    monkeypatch.setattr(MultiAdapterTraining, "_gradients", watched)
     for at in train_many(text, members):
         name = at.member.name
         expected, best = alone(tiny_llama_folder, name, tmp_path / name, micro_tokens=24)
@@ -206,7 +206,7 @@ def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(
     tmp_path: Path, together: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, and whichever steps share a pass."""
-    monkeypatch.setattr("lorakeet.train.text.shared_passes.SMALL", small)
+    monkeypatch.setattr("lorakeet.train.text.joint_batches.SMALL", small)
     folder, found = save_tiny_llama(tmp_path / "model", num_hidden_layers=3), []
     for store in (None, tmp_path / "store"):
         text, members = streamed_or_not(folder, store, "abc")
@@ -219,7 +219,7 @@ def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(
 
 def test_a_block_is_read_twice_a_round_however_many_members_there_are(tmp_path: Path) -> None:
     text, members = streamed_or_not(save_tiny_llama(tmp_path / "model", num_hidden_layers=6), tmp_path / "store", "abc")
-    many = Many(text, [dataclasses.replace(member, held_out=()) for member in members])
+    many = MultiAdapterTraining(text, [dataclasses.replace(member, held_out=()) for member in members])
     assert text.streamed is not None
     many.round()
     before, blocks = text.streamed.stream.bytes_read, sum(record.bytes for record in text.streamed.stream.records)
@@ -234,7 +234,7 @@ def test_the_base_is_multiplied_once_for_all(tiny_llama_folder: Path, monkeypatc
         calls = []
         usual = DenseBase.matmul
         monkeypatch.setattr(DenseBase, "matmul", lambda self, x, usual=usual, calls=calls: calls.append(1) or usual(self, x))
-        many = Many(text, [dataclasses.replace(member, held_out=()) for member in members])
+        many = MultiAdapterTraining(text, [dataclasses.replace(member, held_out=()) for member in members])
         many.round()
         counts.append(len(calls))
         monkeypatch.setattr(DenseBase, "matmul", usual)
@@ -267,7 +267,7 @@ def test_each_ends_on_its_own(tiny_llama_folder: Path) -> None:
     text, members = together(tiny_llama_folder, "ab")
     members[0] = dataclasses.replace(members[0], spec=dataclasses.replace(SPEC, learning_rate=1e-30, patience=1))
 
-    def give_up(many: Many) -> None:
+    def give_up(many: MultiAdapterTraining) -> None:
         if many.progress[1].step == 3:
             many.stop("b", "given up")
 
@@ -331,6 +331,6 @@ def test_what_cannot_share_a_batch_is_named(tiny_llama_folder: Path) -> None:
     lora = LoraSpec(rank=4, alpha=12.0, target_modules=("q_proj", "lm_head"))
     inject.inject(text.model, plan_for(text.model, lora, text.family), "a")
     with pytest.raises(ConfigError, match=r"cannot be trained together in one batch: .*lm_head"):
-        Many(text, [Member("a", SPEC, rows(4, 1), ())])
+        MultiAdapterTraining(text, [Member("a", SPEC, rows(4, 1), ())])
     with pytest.raises(ConfigError, match="different names"):
-        Many(text, [])
+        MultiAdapterTraining(text, [])

@@ -9,7 +9,7 @@ from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.report import Report
-from lorakeet.evaluate.report.sections import classification_report, language_report
+from lorakeet.evaluate.report.text import classification_report, language_report
 from lorakeet.evaluate.spec import EvaluateSpec
 
 QUICK = EvaluateSpec(resamples=200, show_rows=12)

@@ -1,4 +1,4 @@
-"""Tests of lorakeet.train.text.shared_passes."""
+"""Tests of lorakeet.train.text.joint_batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
-from lorakeet.train.text.shared_passes import SMALL, Group, as_one, groups_of, join_batches
+from lorakeet.train.text.joint_batches import SMALL, Group, groups_of, join_batches, merge_groups
 
 
 def rows(*lengths: int, supervised: bool = True) -> list[Example]:
@@ -55,7 +55,7 @@ def test_larger_steps_are_by_themselves_and_do_not_part_the_small_ones() -> None
     groups = groups_of(steps, 1024)
     assert [group.members for group in groups] == [(0, 2, 4), (1,), (3,)]
     assert [one.alone for one in groups[1].passes] == [1, 1] and [one.batch for one in groups[1].passes] == large
-    whole = as_one(groups)
+    whole = merge_groups(groups)
     assert whole == Group((0, 2, 4, 1, 3), tuple(one for group in groups for one in group.passes))
 
 

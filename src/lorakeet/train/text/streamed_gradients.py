@@ -28,7 +28,7 @@ from lorakeet.train.text.loss import text_loss
 Given = TypeVar("Given")
 
 
-def by_block(
+def gradients_by_block(
     text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: float, *, aside: Aside, chunk: int, together: int = 0
 ) -> Tensor:
     """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
@@ -42,10 +42,10 @@ def by_block(
         return found / targets, found.detach()
 
     here = [batch.to(text.device) for batch in batches]
-    return batches_by_block(text, streamed, here, loss, aside=aside, together=together)
+    return loss_gradients_by_block(text, streamed, here, loss, aside=aside, together=together)
 
 
-def batches_by_block(
+def loss_gradients_by_block(
     text: TextModel,
     streamed: Streamed,
     batches: Sequence[Batch],
@@ -194,7 +194,7 @@ class _Random:
         """torch draws from this micro-batch's numbers; where they stand at block `keep_for` is kept."""
         if keep_for is not None:
             self._kept[keep_for] = self._state
-        with torch.random.fork_rng(devices=rng.cards(self.device)):
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
             rng.draw_from(self._state, self.device)
             yield
             self._state = rng.drawn(self.device)
@@ -202,7 +202,7 @@ class _Random:
     @contextmanager
     def again(self, index: int) -> Iterator[None]:
         """torch draws once more what block `index` drew."""
-        with torch.random.fork_rng(devices=rng.cards(self.device)):
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
             rng.draw_from(self._kept.pop(index), self.device)
             yield
 

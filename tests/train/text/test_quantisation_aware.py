@@ -19,7 +19,7 @@ from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.regrid import grid_of
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.loss import text_loss
-from lorakeet.train.text.through_quantiser import finish
+from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
 from tiny.runs import reviews, write_rows
 
 PATHS = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj")
@@ -41,7 +41,7 @@ def test_the_loss_falls_and_only_codes_of_the_given_layers_change(tiny_llama_fol
         text.model.set_submodule(path, PackedLinear(solved[path].base))
     before = {name: tensor.clone() for name, tensor in text.model.state_dict().items() if not name.startswith(PATHS)}
     first, heard = mean_loss(text, rows), []
-    bases = finish(
+    bases = quantisation_aware_finish(
         text,
         solved,
         Adapter(pairs),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lorakeet.train.moments import BLOCK, SMALLEST, AdamW8bit, grid, kept_moments, quantise_moments, restored
+from lorakeet.train.adamw_8bit import BLOCK, SMALLEST, AdamW8bit, dequantise_moments, grid, quantise_moments, select_moments
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 
@@ -27,7 +27,7 @@ def test_rounding_takes_the_nearest_value(signed: bool, count: int) -> None:
     values = values if signed else values.abs()
     codes, scales = quantise_moments(values, signed=signed)
     assert codes.dtype == torch.uint8 and codes.shape == (count,) and len(scales) == -(-count // BLOCK)
-    found = restored(codes, scales, signed=signed)
+    found = dequantise_moments(codes, scales, signed=signed)
     for at in range(0, count, BLOCK):
         block, near = values[at : at + BLOCK], found[at : at + BLOCK]
         wanted = grid(signed=signed) * block.abs().max()
@@ -37,7 +37,7 @@ def test_rounding_takes_the_nearest_value(signed: bool, count: int) -> None:
 
 def test_what_is_above_zero_stays_above_zero() -> None:
     codes, scales = quantise_moments(torch.tensor([1.0, 1e-12, 0.0]), signed=False)
-    found = restored(codes, scales, signed=False)
+    found = dequantise_moments(codes, scales, signed=False)
     assert found[0] == 1 and found[1] > 0 and found[2] == 0
 
 
@@ -110,11 +110,11 @@ def test_cut_moments_are_the_kept_ones_rounded_once_more(shape: tuple[int, int],
     state, kept = optimizer.state[parameter], torch.tensor(places, dtype=torch.int64)
     before = {name: state[f"{name}_codes"].clone() for name in ("first", "second")}
     scales = {name: state[f"{name}_scales"].clone() for name in ("first", "second")}
-    state.update(kept_moments(state, parameter.shape, dim, kept))
+    state.update(select_moments(state, parameter.shape, dim, kept))
     assert state["step"] == 3
     for name, signed in (("first", True), ("second", False)):
-        whole = restored(before[name], scales[name], signed=signed).view(shape).index_select(dim, kept).view(-1)
-        found = restored(state[f"{name}_codes"], state[f"{name}_scales"], signed=signed)
+        whole = dequantise_moments(before[name], scales[name], signed=signed).view(shape).index_select(dim, kept).view(-1)
+        found = dequantise_moments(state[f"{name}_codes"], state[f"{name}_scales"], signed=signed)
         codes, again = quantise_moments(whole, signed=signed)
         assert torch.equal(state[f"{name}_codes"], codes) and torch.equal(state[f"{name}_scales"], again)
         assert found.shape == whole.shape and (not len(whole) or (found - whole).abs().max() <= 0.02 * whole.abs().max())

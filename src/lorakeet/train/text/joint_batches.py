@@ -20,7 +20,7 @@ SMALL = 512  # tokens of a step, up to which it is computed beside others
 
 
 @dataclass(frozen=True)
-class SharedPass:
+class JointBatch:
     """Rows that go through the base together: (number of the member, its rows)."""
 
     parts: tuple[tuple[int, Batch], ...]
@@ -41,7 +41,7 @@ class Group:
     """Members whose gradients are all there after these passes."""
 
     members: tuple[int, ...]
-    passes: tuple[SharedPass, ...]
+    passes: tuple[JointBatch, ...]
 
 
 def groups_of(steps: Sequence[Sequence[Batch]], tokens: int) -> list[Group]:
@@ -52,12 +52,12 @@ def groups_of(steps: Sequence[Sequence[Batch]], tokens: int) -> list[Group]:
     filled = [(index, [batch for batch in step if batch.targets]) for index, step in enumerate(steps)]
     small = [(index, batches[0]) for index, batches in filled if len(batches) == 1 and batches[0].tokens <= SMALL]
     shared = {index for index, _ in small}
-    found = [Group(tuple(index for index, _ in parts), (SharedPass(tuple(parts)),)) for parts in _dealt(small, tokens)]
+    found = [Group(tuple(index for index, _ in parts), (JointBatch(tuple(parts)),)) for parts in _dealt(small, tokens)]
     others = ((index, batches) for index, batches in filled if index not in shared)
-    return found + [Group((index,), tuple(SharedPass(((index, batch),)) for batch in batches)) for index, batches in others]
+    return found + [Group((index,), tuple(JointBatch(((index, batch),)) for batch in batches)) for index, batches in others]
 
 
-def as_one(groups: Sequence[Group]) -> Group:
+def merge_groups(groups: Sequence[Group]) -> Group:
     """All members and passes, for a base whose blocks come in once for all of them."""
     return Group(
         tuple(index for group in groups for index in group.members), tuple(one for group in groups for one in group.passes)

@@ -27,7 +27,7 @@ RATE = 0.1  # of the run's: at its full rate 20 steps on SmolLM2 in GPTQ undid p
 WARMUP = 0.1  # of the steps, since AdamW's first ones are as long as the rate whatever the gradient is
 
 
-def finish(
+def quantisation_aware_finish(
     text: TextModel,
     solved: MutableMapping[str, Requantised],
     adapter: Adapter,
