@@ -181,11 +181,11 @@ def _within_budget(result: PlanResult, run: TextRun, planned: TextRunPlan, conso
         streamed = Streamed(dataclasses.replace(choice, plan=whole), run.words(way, plan), bytes_moved(way, plan, run.batches))
         beside = host_memory(run, way, plan)[1] if precision.on_card else ""
         return dataclasses.replace(result, streamed=streamed, host_memory=beside)
-    config_of_model, files = run.model
-    forecast = partial(forecast_run, model_config=config_of_model, runtime=run.runtime, files=files, returning=True)
+    model, runtime = run.model, run.runtime(streamed=False)
+    forecast = partial(forecast_run, model_config=model[0], runtime=runtime, files=model[1], returning=True)
 
     def least(other: RunConfig) -> int:
-        return TextRun(other, Workload(), console.print, run.model).plan(LEAST).peak
+        return TextRun(other, Workload(), console.print, model).plan(LEAST).peak
 
     advice = _advice(config, precision, planned, forecast, least)
     return dataclasses.replace(result, least=run.plan(LEAST).peak, advice=advice)

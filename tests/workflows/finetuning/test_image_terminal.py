@@ -16,8 +16,8 @@ def test_pictures_plan_and_memory(tiny_sd_folder: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     setup = assemble_images(image_config(tiny_sd_folder, tmp_path), console, asked=True)
     show_image_plan(setup, console)
-    assert setup.arrangement.planned is not None and setup.arrangement.budget is None
-    show_forecast(setup.arrangement.planned, console)
+    assert setup.residency.plan is not None and not setup.residency.budget
+    show_forecast(setup.residency.plan, console)
     said = console.export_text()
     assert "12 training, 8 held-out" in said and "16×16 pixels" in said and "8 steps of 4 pictures" in said
     for word in ("encode", "train step", "saved: activations kept", "certify", "micro-batches of 4 × 16×16 pixels", "On a card"):

@@ -13,6 +13,7 @@ import torch
 
 from lorakeet.cli.main import main
 from lorakeet.config import read_run
+from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
@@ -92,8 +93,8 @@ def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is
 ) -> None:
     monkeypatch.setattr("lorakeet.workflows.finetuning.report.card_peak", lambda _: 900)
     monkeypatch.setattr("lorakeet.workflows.finetuning.report.beside_torch", lambda _: 77)
-    kept = replace(finished.result.setup.arrangement, budget=1000, card=torch.device("cuda", 0))
-    found = _memory(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
+    kept = replace(finished.result.setup.residency, budget=Budget(1000, "1000"), gpu=torch.device("cuda", 0))
+    found = _memory(replace(finished.result.setup, residency=kept), replace(finished.result.outcome, peak_bytes=800))
     assert [use.used for use in found[:4]] == [800, 900, 900, 77] and found[2].planned == 1000 and found[3].planned == CONTEXT
     assert found[1].what == "training, judging and certificate", "training resets the card's own peak"
     assert found[2].what == "training and judging, against memory.budget"

@@ -187,8 +187,8 @@ def refusal(situation: Situation[P], choice: Choice[P], budget: Budget) -> str:
     """The budget, the least that works and what would help."""
     least, how = choice.plan, "with all weights in memory"
     if choice.way.streamed:
-        whole = next(plan for way, plan in choice.tried if not way.streamed and way.longest == choice.way.longest)
-        how = f"with blocks streamed from disk ({enough_for(whole.peak)} with all weights in memory)"
+        whole = [plan.peak for way, plan in choice.tried if not way.streamed and way.longest == choice.way.longest]
+        how = "with blocks streamed from disk" + "".join(f" ({enough_for(peak)} with all weights in memory)" for peak in whole)
     why = f" {choice.why_no_more}" if choice.why_no_more else ""
     return (
         f"The memory budget is {budget}, but {situation.what} takes at least {enough_for(least.peak)} in phase "

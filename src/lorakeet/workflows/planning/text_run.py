@@ -71,6 +71,7 @@ class TextRun(Situation[TextRunPlan]):
         self.device = device_for(config.model.device) if model is None else planned_on(config.model.device)
         self.what = "this run" if workload.members == 1 else "this search"
         self._plans: dict[Way, TextRunPlan] = {}
+        self._runtimes: dict[bool, int] = {}
 
     @cached_property
     def model(self) -> tuple[Any, Path | None]:
@@ -78,9 +79,15 @@ class TextRun(Situation[TextRunPlan]):
         source = find_source(self.spec, self.say) if self.given is None else None
         return self.given or (read_config(source), source)  # type: ignore[arg-type]
 
-    @cached_property
-    def runtime(self) -> int:
-        """Bytes of the process beside the tensors: on a CUDA device rows do not count."""
+    def runtime(self, *, streamed: bool) -> int:
+        """Bytes of the process beside the tensors, measured when the first plan of that kind is made: planning itself leaves some
+        behind. On a CUDA device rows do not count.
+        """
+        if streamed not in self._runtimes:
+            self._runtimes[streamed] = self._measured_runtime()
+        return self._runtimes[streamed]
+
+    def _measured_runtime(self) -> int:
         precision = precision_of(self.config)
         rows = 0 if precision.on_card else ROW_BYTES * self.workload.characters
         return text_runtime_bytes(precision, decomposing=decomposes(self.config)) + rows
@@ -107,7 +114,7 @@ class TextRun(Situation[TextRunPlan]):
         if way not in self._plans:
             config, files = self.model
             found = forecast_run(
-                self.config, config, precision_of(self.config), runtime=self.runtime, files=files,
+                self.config, config, precision_of(self.config), runtime=self.runtime(streamed=way.streamed), files=files,
                 returning=bool(self.config.memory.limit), labelled=self.workload.labelled, way=way,
             )  # fmt: skip
             self._plans[way] = found.searching(self.workload.members)
