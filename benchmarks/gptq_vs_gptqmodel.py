@@ -36,7 +36,8 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.gptq_solve import GptqLayout
-from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
+from lorakeet.workflows.options import QuantizeOptions
+from lorakeet.workflows.packing.calibrate import write_gptq
 
 RUN_FILE = Path(__file__).parents[1] / "examples" / "drug_reviews.yaml"
 FILE_ROWS = 24  # with which a file is made to be read there
@@ -111,8 +112,8 @@ def file_differences(source: str, rows: Sequence[Row], layout: GptqLayout, pytho
     texts, made = folder / "texts.jsonl", folder / "made"
     words = [max((turn.free_text for turn in row.turns), key=len) for row in rows[:FILE_ROWS]]
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in words), encoding="utf-8")
-    calibration = Calibration(str(texts), FILE_ROWS, 512)
-    write_gptq(source, out=made, layout=layout, calibration=calibration, console=Console())
+    limits = {"calibration_rows": FILE_ROWS, "calibration_tokens": 512}
+    write_gptq(QuantizeOptions(source, "gptq", made, calibration=str(texts), **limits), layout, Console())
     run([python, str(THEIRS), "--dense", str(made), str(folder / "made_dense")], log=folder / "log")
     return differing(loaded(str(made)), folder / "made_dense")
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from lorakeet.core.base import DenseBase
 from lorakeet.core.kernels import why_not
 from lorakeet.core.lowrank import low_rank_linear
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
@@ -48,7 +48,7 @@ SHAPES = {  # (out, in)
 }
 BASES = ("dense", "nf4", "gptq4", "gptq8")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-WAYS: dict[str, Kernels | None] = {"torch": None, "once": Kernels(0), "fused": Kernels(1 << 30)}
+WAYS: dict[str, TritonRequest | None] = {"torch": None, "once": TritonRequest(0), "fused": TritonRequest(1 << 30)}
 RANK, SCALE, GROUP = 16, 2.0, 128
 CACHE = 256 << 20  # bytes: more than the level-two cache of any card
 PROBE = 8192
@@ -129,7 +129,7 @@ def actions(case: Case, device: torch.device, *, with_peft: bool) -> dict[str, C
     A = torch.randn(RANK, width, device=device, dtype=torch.bfloat16).requires_grad_()
     B = torch.randn(out, RANK, device=device, dtype=torch.bfloat16).requires_grad_()
 
-    def through(kernels: Kernels | None) -> Callable[[Tensor], Tensor]:
+    def through(kernels: TritonRequest | None) -> Callable[[Tensor], Tensor]:
         turn = itertools.cycle(bases)
 
         def action(x: Tensor) -> Tensor:

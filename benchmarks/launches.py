@@ -35,10 +35,9 @@ from lorakeet.core.fused.elementwise import IN_C
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.batch_shape import BatchShape
-from lorakeet.models.text.cuda_graphs import ReplayedPasses
-from lorakeet.models.text.outline import config_from, outline
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.workflows.planning.rehearse_text import RowShape, training_on
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
@@ -94,7 +93,7 @@ class Launches(TorchDispatchMode):
         self.found["a recorded pass"] += 1
 
 
-class Unproved(ReplayedPasses):
+class Unproved(GraphedModel):
     """Recorded passes of shapes: there are no numbers to compare, nor to lay into their places, which takes four operations."""
 
     def _difference(self, *_: Any) -> str:
@@ -127,8 +126,8 @@ def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, in
     }  # fmt: skip
     config, precision = read_settings({"settings": {key: str(value) for key, value in settings.items()}})
     with Ledger(shape["vocab_size"]) as ledger, standing_for(CARD):
-        text = outline(config_from(shape), name="made-up", dtype=precision.dtype, products=precision.products)
-        begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+        text = model_from_config(config_from_settings(shape), name="made-up", dtype=precision.dtype, products=precision.products)
+        initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
         task = training_on(text, config.train, RowShape(LENGTH, max(1, tokens // LENGTH), prompt=LENGTH // 2), 1).task
         (batch,) = task.batches(0)
         launches = Launches()

@@ -27,6 +27,7 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.export import export
+from lorakeet.workflows.options import ConvertOptions, ExportOptions, VerifyOptions
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.verify import certify_artefacts
 
@@ -38,9 +39,9 @@ def written(run: Path, opened: Opened, quants: Sequence[str], folder: Path, cons
     """The exported files and the adapter's, in `folder`; the base's lies beside them."""
     source = find_source(opened.config.model, console.print)
     for quant in quants:
-        export(str(run), out=folder / f"{quant}.gguf", quant=quant, console=console)
+        export(ExportOptions(str(run), out=folder / f"{quant}.gguf", quant=quant), console=console)
     write_gguf(source, None, folder / BASE, tokenizer=load_tokenizer(opened.tokenizer or source), quant="f16", facts={})
-    convert(run, folder / LORA, to="gguf", base=source, console=console)
+    convert(ConvertOptions(run, folder / LORA, to="gguf", base=source), console=console)
     return [str(folder / name) for name in (*(f"{quant}.gguf" for quant in quants), LORA)]
 
 
@@ -71,9 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as name:
         folder = Path(name)
         targets = written(given.run, opened, given.quants, folder, console)
-        certificate = certify_artefacts(
-            opened, targets, base_gguf=folder / BASE, rows=given.rows, subject=given.run.name, console=console
-        )
+        options = VerifyOptions(given.run.name, against=tuple(targets), base_gguf=folder / BASE, rows=given.rows)
+        certificate = certify_artefacts(opened, options, console)
     names = [f"{BASE} + {LORA}" if Path(target).name == LORA else Path(target).name for target in targets]
     files = table(certificate, names)
     print(f"{'file':32} {'mean KL':>10} {'top-1':>7} {'logit':>8} {'accuracy live, there':>21}")

@@ -29,6 +29,7 @@ from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
+from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.verify import certify_artefacts
 
@@ -55,7 +56,8 @@ def measure(opened: Opened, rows: int, folder: Path, console: Console) -> dict[s
     found = {}
     for name, precision, model, adapters in written(opened, folder, console):
         with llama_server(model, adapters, context=CONTEXT, scale=1.0) as (url, _):
-            asked = certify_artefacts(opened, [url], precision=precision, rows=rows, subject=name, console=console)
+            options = VerifyOptions(name, against=(url,), precision=precision, rows=rows)
+            asked = certify_artefacts(opened, options, console)
         checks = tuple(replace(check, name=check.name.replace(url, name), right=name, against="") for check in asked.checks)
         found[name] = Certificate(f"llama.cpp's server of {name}", checks)
         for check in checks:

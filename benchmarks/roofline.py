@@ -31,7 +31,7 @@ from harness.processes import answered
 from plan_accuracy import gptq, published_shape
 
 from lorakeet.core.precision import fastest_products
-from lorakeet.models.text.outline import published
+from lorakeet.models.text.from_config import published_configs
 from lorakeet.train.spec import TrainSpec
 
 SHAPE = "HuggingFaceTB/SmolLM2-135M"
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
     parser.add_argument("--lengths", nargs="+", type=int, choices=LENGTHS, default=LENGTHS)
     parser.add_argument("--whole", action="store_true", help="packed rows over every base")
-    parser.add_argument("--model", default=SHAPE, choices=sorted(published()), help="whose shape it is")
+    parser.add_argument("--model", default=SHAPE, choices=sorted(published_configs()), help="whose shape it is")
     parser.add_argument("--micro-tokens", type=int, default=TrainSpec.micro_tokens, help="tokens that pass at once")
     parser.add_argument("--steps", type=int, default=5, help="timed in each process, after two that are not")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")

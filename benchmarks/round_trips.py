@@ -29,6 +29,7 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.workflows.convert import convert
+from lorakeet.workflows.options import ConvertOptions
 
 LLAMA = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
 CLIP = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -80,10 +81,10 @@ def matrix(adapter: Adapter, formats: tuple[str, ...], folder: Path) -> dict[str
     found: dict[str, float] = {}
     for first in formats:
         there = folder / f"{first}{SUFFIX.get(first, '')}"
-        convert(folder / "start", there, to=first, base=config if first == "gguf" else None, console=QUIET)  # type: ignore[arg-type]
+        convert(ConvertOptions(folder / "start", there, to=first, base=config if first == "gguf" else None), console=QUIET)  # type: ignore[arg-type]
         for second in formats:
             back = folder / f"{first}-{second}{SUFFIX.get(second, '')}"
-            convert(there, back, to=second, base=config if second == "gguf" else None, console=QUIET)  # type: ignore[arg-type]
+            convert(ConvertOptions(there, back, to=second, base=config if second == "gguf" else None), console=QUIET)  # type: ignore[arg-type]
             difference = compare_adapters(adapter, with_components(read_adapter(back)))
             assert not difference.problems, difference.problems
             found[f"{first} to {second}"] = difference.worst

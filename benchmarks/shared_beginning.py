@@ -24,7 +24,7 @@ from harness.processes import answered, summary
 from plan_accuracy import published_shape
 
 from lorakeet.core.precision import fastest_products
-from lorakeet.models.text.outline import published
+from lorakeet.models.text.from_config import published_configs
 from lorakeet.train.spec import TrainSpec
 
 SHAPE = "HuggingFaceTB/SmolLM2-135M"
@@ -55,7 +55,7 @@ def line(prompt: int, found: Mapping[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one prompt, to see whether everything runs")
-    parser.add_argument("--model", default=SHAPE, choices=sorted(published()), help="whose shape it is")
+    parser.add_argument("--model", default=SHAPE, choices=sorted(published_configs()), help="whose shape it is")
     parser.add_argument("--steps", type=int, default=5, help="timed each way, after two that are not")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)

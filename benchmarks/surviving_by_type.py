@@ -29,11 +29,12 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
 from lorakeet.merge.requantise import Requantised, round_to_nearest
 from lorakeet.models.modules import find, replace
-from lorakeet.models.text.folded import fold_layers
+from lorakeet.models.text.folded_weights import fold_layers
 from lorakeet.models.text.gptq_blocks import weight_of
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, Measured, Merging, PackedMerge
+from lorakeet.workflows.options import MergeOptions
+from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, Measured, Merging
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 
 ASKED = 0.95
@@ -104,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = given.work or Path(name)
         work.mkdir(parents=True, exist_ok=True)
         layout = read_layout(str(target(opened, given.layout, work, console)), console.print)
-        spec = PackedMerge(calibration_rows=given.calibration_rows)
-        merging = Merging(opened, load_dataset(opened.config.data), layout, spec, console, Measured())
+        options = MergeOptions((), out=work, into="packed", calibration_rows=given.calibration_rows)
+        merging = Merging(opened, load_dataset(opened.config.data), layout, options, console, Measured())
         if not given.weights_only:
             merging.measure_live()
         text, solved = merging.with_feedback()

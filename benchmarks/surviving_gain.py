@@ -28,6 +28,7 @@ from lorakeet.export.llama_cpp import is_installed, quantise
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, WRITTEN
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
@@ -48,7 +49,7 @@ def target(opened: Opened, layout: str, work: Path, console: Console) -> Path:
         texts = work / "texts.jsonl"
         texts.write_text("".join(json.dumps({"text": max((t.free_text for t in row.turns), key=len)}) + "\n" for row in rows))
         how: Any = {"calibration": str(texts), "group_size": 64} if layout == "gptq" else {}
-        quantize(str(source), method=layout, out=path, console=console, **how)  # type: ignore[arg-type]
+        quantize(QuantizeOptions(str(source), method=layout, out=path, **how), console=console)  # type: ignore[arg-type]
         return path
     if not is_installed() and layout not in DIRECT:
         raise SystemExit(f"{layout} needs llama.cpp's quantiser: pip install 'lorakeet[llama]'")
@@ -68,13 +69,15 @@ def measure(opened: Opened, run: Path, layout: str, given: argparse.Namespace, w
     with TemporaryDirectory(dir=work) as name:
         out = Path(name) / ("out.gguf" if like.suffix == ".gguf" else "out")
         merged = merge(
-            [str(run)],
-            out=out,
-            into="packed",
-            like=str(like),
-            calibration_rows=given.calibration_rows,
-            finish_steps=given.finish_steps,
-            keep=1e-9,
+            MergeOptions(
+                (str(run),),
+                out=out,
+                into="packed",
+                like=str(like),
+                calibration_rows=given.calibration_rows,
+                finish_steps=given.finish_steps,
+                keep=1e-9,
+            ),
             console=console,
         )
     shares = {way: encode(share) for way, share in merged.surviving.items()}

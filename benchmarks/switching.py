@@ -43,10 +43,10 @@ def _live(source: Path, folders: list[Path], counts: Sequence[int], *, mapped: b
     from lorakeet.formats.files.slab import open_slab
     from lorakeet.formats.peft import peft
     from lorakeet.models.spec import ModelSpec
-    from lorakeet.models.text.live import LiveModel
     from lorakeet.models.text.load import load_text_model
+    from lorakeet.models.text.serving import ServingModel
 
-    live = LiveModel(load_text_model(ModelSpec(path=str(source), dtype="float32"), say=lambda _: None))
+    live = ServingModel(load_text_model(ModelSpec(path=str(source), dtype="float32"), say=lambda _: None))
 
     def load(folder: Path, name: str) -> None:
         live.attach(name, peft.read(folder, opened=partial(open_slab, mapped=mapped)))

@@ -22,13 +22,13 @@ with without_triton():  # as a command, which is within it all the time
     from rich.console import Console
 
     from lorakeet.config import read_run
-    from lorakeet.models.text.adapted import begin_adapter
+    from lorakeet.models.text.adapters import initialise_adapter
     from lorakeet.train.log import read_metrics
     from lorakeet.train.loop import train
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
     from lorakeet.train.text.task import TextTask
-    from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+    from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
     from lorakeet.workflows.quickstart import config_path
     from lorakeet.workflows.runs.output_paths import folder_above
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "train.checkpoint_every": str(given.steps), "train.evaluate_every": "2", "evaluate.baselines": "false",
             "out": f"{folder}/run",
         }  # fmt: skip
-        setup = short_rows(assemble(read_run(config_path(), flags), Console(quiet=True)), given.longest)
+        setup = short_rows(assemble_text(read_run(config_path(), flags), Console(quiet=True)), given.longest)
         loaded = peak_bytes()
         found = _loop(setup, given) if given.loop else _many(setup, given)
     about = {"loaded_bytes": loaded, "peak_bytes": max(loaded, peak_bytes()), "threads": torch.get_num_threads()}
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def short_rows(setup: Assembly, longest: int | None) -> Assembly:
+def short_rows(setup: TextAssembly, longest: int | None) -> TextAssembly:
     """The same with the training rows of at most `longest` tokens."""
     if longest is None:
         return setup
@@ -66,13 +66,13 @@ def short_rows(setup: Assembly, longest: int | None) -> Assembly:
     return replace(setup, train=replace(setup.train, examples=kept))
 
 
-def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
+def _many(setup: TextAssembly, given: argparse.Namespace) -> dict[str, Any]:
     """Members of different seeds and rates; seconds and tokens of each round."""
     members = []
     for number in range(given.members):
         rate = float(setup.config.train.learning_rate or 1e-3) * 2.0 ** (number % 4 - 2)
         spec = replace(setup.config.train, learning_rate=rate, seed=given.seed + number)
-        begin_adapter(setup.text, setup.plan, seed=spec.seed, name=f"member_{number}")
+        initialise_adapter(setup.text, setup.plan, seed=spec.seed, name=f"member_{number}")
         members.append(Member(f"member_{number}", spec, setup.train.examples, _held_out(setup, given)))
     seconds, tokens, last = [], [], time.perf_counter()
 
@@ -87,14 +87,14 @@ def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "tokens": tokens, "losses": [at.losses for at in ended]}
 
 
-def _held_out(setup: Assembly, given: argparse.Namespace) -> Sequence[Any]:
+def _held_out(setup: TextAssembly, given: argparse.Namespace) -> Sequence[Any]:
     """The rows that are looked at, so that a member keeps its best values, as in a search; none where steps are timed."""
     return setup.held_out.examples if given.held_out else ()
 
 
-def _loop(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
+def _loop(setup: TextAssembly, given: argparse.Namespace) -> dict[str, Any]:
     spec = replace(setup.config.train, seed=given.seed)
-    begin_adapter(setup.text, setup.plan, seed=spec.seed)
+    initialise_adapter(setup.text, setup.plan, seed=spec.seed)
     run = RunFolder.create(Path(setup.config.out))
     train(TextTask(setup.text, setup.train.examples, held_out=_held_out(setup, given), spec=spec), spec, run=run)
     steps = [record for record in read_metrics(run.metrics) if "loss" in record]

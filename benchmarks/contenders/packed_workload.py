@@ -23,9 +23,9 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import adapter_of
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.from_config import config_from_settings
 from lorakeet.models.text.load import load_text_model
-from lorakeet.models.text.outline import config_from
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.quickstart import config_path
 
@@ -55,7 +55,7 @@ def lorakeet_on(workload: Workload, kernels: str = "torch", *, recorded: bool = 
     }  # fmt: skip
     config = read_run(None, {key: str(value) for key, value in settings.items()})
     text = load_text_model(config.model)
-    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=config.train.seed)
+    initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=config.train.seed)
     rows = sorted(workload.rows, key=lambda row: int(row.prompt))  # as numbered; `steps` are in the order of training
     return Ready(TextTask(text, [_example(row) for row in rows], held_out=(), spec=config.train), config)
 
@@ -86,7 +86,7 @@ def write_model(name: str, layers: int | None, folder: Path, device: str) -> Non
     shape = published_shape(name, **({} if layers is None else {"num_hidden_layers": layers}))
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config_from(shape), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config_from_settings(shape), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     source = find_source(read_run(config_path(), {}).model, print)
     for file in source.iterdir():

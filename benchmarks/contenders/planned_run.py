@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.memory.allocator import give_back_free_memory, return_freed_memory
+from lorakeet.memory.allocator import release_free_memory, return_freed_memory
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
-from lorakeet.memory.onednn_code import keep_little_code
+from lorakeet.memory.onednn_code import limit_code_cache
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.checkpoint import BestTensors
@@ -38,7 +38,7 @@ PACKED_SCALE = 0.001  # the same for codes of a byte
 
 
 def main() -> None:
-    keep_little_code()  # as loading does for a run
+    limit_code_cache()  # as loading does for a run
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     found = _runtime(asked) if asked.get("runtime") else _phases(asked)
     Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
@@ -71,9 +71,9 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         text = random_model(asked["shape"], config, precision)
     with TemporaryDirectory() as folder:
         with _peak(peaks, BEGIN) if reads_weights(config) else nullcontext():
-            begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+            initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
         if reads_weights(config):
-            give_back_free_memory()  # as a run does then
+            release_free_memory()  # as a run does then
         rows = largest_rows(config)
         training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
         training.run = RunFolder.create(Path(folder) / "run")
@@ -103,8 +103,12 @@ def _peak(peaks: dict[str, int], phase: str) -> Iterator[None]:
 
 def random_model(shape: Mapping[str, Any], config: RunConfig, precision: Precision) -> TextModel:
     """Random weights of that shape; every page is written, as if it had been loaded."""
-    text = outline(
-        config_from(dict(shape)), name="made-up", dtype=precision.dtype, products=precision.products, quantize=precision.quantize
+    text = model_from_config(
+        config_from_settings(dict(shape)),
+        name="made-up",
+        dtype=precision.dtype,
+        products=precision.products,
+        quantize=precision.quantize,
     )
     for base in text.model.modules():
         if isinstance(base, GptqBase):  # rows that are alike would leave attention without gradients

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from contenders.planned_run import random_model, read_settings
-from contenders.timed_step import UNTIMED, answer, made_up, one_adapter
+from contenders.timed_step import UNTIMED, answer, made_up, step_of
 from lorakeet.data.chat import Example, Ids
 from lorakeet.memory.measure import peak_bytes
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapters import initialise_adapter
 
 WAYS = ("once", "each")
 
@@ -23,17 +25,18 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
     text = random_model(asked["shape"], config, precision)
     prompt = made_up(asked["prompt"] + 1, "label", 1000).ids[:-1]
     rows = [_behind(prompt, made_up(asked["own"], "label", number)) for number in range(asked["count"])]
-    step = one_adapter(text, config, rows)
+    initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+    texts = {way: text.with_options(share_prefix=way == "once") for way in WAYS}
+    steps = {way: step_of(texts[way], config, rows) for way in WAYS}
     found: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(UNTIMED + asked["steps"]):
         for way in WAYS:
-            text.shares_prefix = way == "once"
             counted: dict[str, int] = {}
-            spent = sum(step(counted if number == 0 else None).values())
+            spent = sum(steps[way](counted if number == 0 else None).values())
             if number == 0:
-                batches = text.micro_batches(rows, config.train.micro_tokens)
-                computed = sum(len(text.laid(batch).ids) for batch in batches)
+                batches = texts[way].micro_batches(rows, config.train.micro_tokens)
+                computed = sum(len(texts[way].layout(batch).ids) for batch in batches)
                 found[way] = {"flops": sum(counted.values()), "passes": len(batches), "computed": computed}
             elif number >= UNTIMED:
                 seconds[way].append(spent)

@@ -30,9 +30,9 @@ from lorakeet.data.chat import Example
 from lorakeet.memory.allocator import keep_freed_memory
 from lorakeet.memory.ledger import FLOPS
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.memory.onednn_code import keep_little_code
+from lorakeet.memory.onednn_code import limit_code_cache
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
@@ -64,7 +64,7 @@ class Counter(TorchDispatchMode):
 
 def answer(measure: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
     """Writes what `measure` finds of what the process is asked (harness/processes.answered), its memory kept as a run does."""
-    keep_little_code()
+    limit_code_cache()
     keep_freed_memory()
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(sys.argv[2]).write_text(json.dumps(measure(asked)), encoding="utf-8")
@@ -103,7 +103,11 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def one_adapter(text: TextModel, config: RunConfig, rows: list[Example]) -> StepOf:
     """Steps of one adapter over all rows: seconds by phase."""
-    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+    return step_of(initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0), config, rows)
+
+
+def step_of(text: TextModel, config: RunConfig, rows: list[Example]) -> StepOf:
+    """The same over a model that has the adapter already."""
     training = silent_training(TextTask(text, rows, held_out=(), spec=config.train), config.train)
     loss: torch.Tensor | None = None
 
@@ -131,7 +135,7 @@ def _together(text: TextModel, config: RunConfig, rows: list[Example], members: 
     spec = replace(config.train, batch_size=len(rows) // members, steps=1 << 20, learning_rate=RATE)
     plan, found = plan_for(text.model, config.lora, text.family), []
     for number in range(members):
-        begin_adapter(text, plan, seed=number, name=f"member_{number}")
+        initialise_adapter(text, plan, seed=number, name=f"member_{number}")
         found.append(Member(f"member_{number}", spec, rows[number::members], ()))
     many = MultiAdapterTraining(text, found)
 

@@ -19,12 +19,12 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.data.chat import Example
     from lorakeet.formats.peft import peft
     from lorakeet.models.inject import adapter_of
-    from lorakeet.models.text.hidden_states import prefix_states
+    from lorakeet.models.text.cached_states import cached_states
     from lorakeet.train.loop import train
     from lorakeet.train.progress import Record, Silent
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text.task import TextTask
-    from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
+    from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 
 
 class StepRecorder(Silent):
@@ -44,7 +44,7 @@ class StepRecorder(Silent):
 class Recorder(StepRecorder):
     """Now and then writes the adapter, too."""
 
-    def __init__(self, log: StepLog, workload: Workload, setup: Assembly, task: TextTask, beside: Sequence[Example]) -> None:
+    def __init__(self, log: StepLog, workload: Workload, setup: TextAssembly, task: TextTask, beside: Sequence[Example]) -> None:
         """`beside` are rows that are neither trained on nor judged."""
         super().__init__(log)
         self.workload, self.setup, self.task, self.beside = workload, setup, task, beside
@@ -74,14 +74,15 @@ def train_lorakeet(
     config = quickstart(
         steps=steps, seed=workload.seed, dtype=dtype, shuffled=workload.shuffled, instructed=workload.instructed, flags=flags
     )
-    whole = assemble(config, Console(stderr=True))
+    whole = assemble_text(config, Console(stderr=True))
     setup = first_rows(whole, workload.training_rows)
     beside = whole.train.examples[len(setup.train.examples) :][:rows_beside]
     if len(beside) < rows_beside:
         raise SystemExit(f"{len(beside)} rows are left beside those of the training, and {rows_beside} are wanted.")
-    task = ready_to_train(setup, held_out=())  # so that only training is timed
+    task = text_task(setup, held_out=())  # so that only training is timed
     require_same_rows(task, workload)
-    setup.text.shares_prefix = setup.text.shares_prefix and shares_prefix
+    if not shares_prefix:
+        task.text = task.text.with_options(share_prefix=False)
     log = StepLog(
         notes={
             "weights": str(setup.text.dtype).removeprefix("torch."),
@@ -94,7 +95,7 @@ def train_lorakeet(
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         if layers != "all" and steps >= 2 * task.steps_per_epoch:  # as workflows/finetune decides
-            kept = prefix_states(setup.text, task.train, folder=folder, micro_tokens=setup.config.train.micro_tokens)
+            kept = cached_states(setup.text, task.train, folder=folder, micro_tokens=setup.config.train.micro_tokens)
             log.notes["bytes of kept states"] = stack.enter_context(kept).bytes
             log.before = time.perf_counter() - log.last
         train(task, setup.config.train, run=RunFolder.create(folder / "run"), report=recorder(log, workload, setup, task, beside))

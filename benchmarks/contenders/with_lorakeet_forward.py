@@ -45,7 +45,7 @@ class Forwarding(Recorder):
                 loss, self.repeated = found, self.repeated + 1
             for name, value in values.items():
                 value.sub_(change[name])
-        self.setup.text.learn()
+        self.setup.text.train()
         self.log.notes["steps taken again"] = self.repeated
 
     def _loss(self) -> float:

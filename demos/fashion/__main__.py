@@ -44,6 +44,7 @@ from lorakeet.models.inject import activate
 from lorakeet.train.image.task import denoising_errors
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.generate import generate
+from lorakeet.workflows.options import GenerateOptions
 from lorakeet.workflows.runs.output_paths import require_empty
 
 LOOK = "negative"
@@ -181,9 +182,19 @@ def draw(base: Path, runs: dict[str, Path], out: Path, console: Console, *, quic
     each = ("base", "kind", "look", "kind=1+look=1")
     prompts = (caption(KIND), caption(KIND), caption("coat", look=LOOK), caption(KIND, look=LOOK))
     generate(
-        prompt=prompts, out=out, model=str(base), adapter=tuple(f"{name}={run}" for name, run in runs.items()), each=each,
-        count=PER_PROMPT, steps=2 if quick else 30, guidance=3.0, dtype="float32", console=console,
-    )  # fmt: skip
+        GenerateOptions(
+            prompt=prompts,
+            out=out,
+            model=str(base),
+            adapter=tuple(f"{name}={run}" for name, run in runs.items()),
+            each=each,
+            count=PER_PROMPT,
+            steps=2 if quick else 30,
+            guidance=3.0,
+            dtype="float32",
+        ),
+        console=console,
+    )
     files = sorted(out.glob("*.png"))
     rows = [files[start : start + PER_PROMPT] for start in range(0, len(files), PER_PROMPT)]
     return save_sheet([f"{mix}: {prompt}" for mix, prompt in zip(each, prompts, strict=True)], rows, out.with_suffix(".png"))

@@ -22,7 +22,10 @@ from lorakeet.settings import load, override, to_mapping
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 
-__all__ = ["RunConfig", "dump_yaml", "read_run", "read_yaml"]
+__all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
+
+# The kinds of runs, and the module whose KIND carries each out (workflows/finetuning/kind.RunKind).
+KINDS = {"text": "lorakeet.workflows.finetuning.text", "image": "lorakeet.workflows.finetuning.image"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class RunConfig:
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "The measurements."})
     images: ImageSpec = field(default_factory=ImageSpec, metadata={"help": "The pictures, for kind image."})
     diffusion: DiffusionSpec = field(default_factory=DiffusionSpec, metadata={"help": "Noise, loss and samples, for kind image."})
-    kind: Literal["text", "image"] = field(
+    kind: Literal[tuple(KINDS)] = field(  # type: ignore[valid-type]  # evaluated at each reading: any kind in KINDS
         default="text", metadata={"help": "What the model makes: text (a causal language model) or image (Stable Diffusion)."}
     )
     out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})
@@ -53,8 +56,10 @@ class RunConfig:
             found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks itself. Leave one of them out.")
         if self.ranks.choose == "prune":
             found += self._prune_problems()
-        if self.kind == "text" and self.model.config:
-            found.append("model.config is for single files of image models, but kind is text. Leave it out or set kind: image.")
+        if self.kind != "image" and self.model.config:
+            found.append(
+                f"model.config is for single files of image models, but kind is {self.kind}. Leave it out or set kind: image."
+            )
         if self.kind == "image" and self.lora.start in MEASURED:
             found.append(f"lora.start {self.lora.start} is measured on rows of text, but kind is image. Use lora.start kaiming.")
         return found

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import lorakeet.workflows.options as verbs_module
 from lorakeet import __version__
 from lorakeet.cli.main import main
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, RunStopped, VerificationFailed
-from lorakeet.workflows.options import VERBS
+from lorakeet.workflows.options import VERBS, MergeOptions
 
 
 class Outcome:
@@ -32,13 +33,13 @@ class Outcome:
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], dict[str, Any]]]:
-    """Replaces the work of every verb by a note of how it was called."""
-    calls: list[tuple[list[Any], dict[str, Any]]] = []
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig | None, Any]]:
+    """Replaces the work of every verb by a note of the settings and options that it was called with."""
+    calls: list[tuple[RunConfig | None, Any]] = []
 
-    def note(self: verbs_module.Verb, positional: list[Any], named: dict[str, Any]) -> Outcome:
-        calls.append((positional, named))
-        named["console"].print("working")
+    def note(self: verbs_module.Verb, options: Any, *, config: RunConfig | None, console: Console) -> Outcome:
+        calls.append((config, options))
+        console.print("working")
         return Outcome({"verb": self.name, "é": 1})
 
     monkeypatch.setattr(verbs_module.Verb, "run", note)
@@ -46,7 +47,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], dict[str, A
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def run(self: Any, positional: Any, named: Any) -> None:
+    def run(self: Any, options: Any, **rest: Any) -> None:
         raise error
 
     monkeypatch.setattr(verbs_module.Verb, "run", run)
@@ -102,29 +103,27 @@ def test_flags_and_file_reach_the_workflow(called: list[Any], tmp_path: Path, ca
     file.write_text("model: m\ndata: rows.jsonl\nlora: {rank: 4, alpha: 12}\n")
     flags = ["--lora.rank", "8", "--lora.target_modules", "q_proj", "--lora.target_modules", "k_proj", "--dry-run"]
     assert main(["finetune", str(file), *flags, "--lora.rank_pattern", "q=2,k=3", "--model.dtype", "float32"]) == 0
-    (config,), named = called[0]
+    config, options = called[0]
     assert isinstance(config, RunConfig)
     assert (config.lora.rank, config.lora.alpha, config.model.path, config.data.train) == (8, 12.0, "m", "rows.jsonl")
     assert config.lora.target_modules == ("q_proj", "k_proj") and config.lora.rank_pattern == {"q": 2, "k": 3}
     assert config.model.dtype == "float32"
-    assert named["dry_run"] is True and named["resume"] is None
+    assert options.dry_run is True and options.resume is None
     assert capsys.readouterr().out == "working\n"
 
 
 def test_a_resumed_run_keeps_its_own_settings(called: list[Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: m\ndata: rows.jsonl\ntrain: {seed: 9}\n")
     assert main(["finetune", "--resume", str(tmp_path)]) == 0
-    (config,), named = called[0]
-    assert config.train.seed == 9 and named["resume"] == tmp_path
+    config, options = called[0]
+    assert config.train.seed == 9 and options.resume == tmp_path
 
 
 def test_positional_arguments_and_options_are_passed_by_their_names(called: list[Any]) -> None:
     assert main(["merge", "runs/a", "--out", "merged"]) == 0
-    positional, named = called[0]
-    assert positional == [("runs/a",)] and named["out"] == Path("merged") and named["base"] is None
+    assert called[0] == (None, MergeOptions(("runs/a",), out=Path("merged")))
     assert main(["merge", "runs/a,b", "runs/c", "--out", "merged", "--weights", "0.7,0.3"]) == 0
-    positional, named = called[1]
-    assert positional == [("runs/a,b", "runs/c")] and named["weights"] == (0.7, 0.3)
+    assert called[1] == (None, MergeOptions(("runs/a,b", "runs/c"), out=Path("merged"), weights=(0.7, 0.3)))
 
 
 def test_json_stands_alone_on_standard_output(called: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +163,7 @@ def test_ctrl_c_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_sigterm_leaves_with_143_and_clears_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     cleared: list[bool] = []
 
-    def run(self: Any, positional: Any, named: Any) -> None:
+    def run(self: Any, options: Any, **rest: Any) -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
@@ -184,7 +183,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_result_may_set_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verbs_module.Verb, "run", lambda self, positional, named: Outcome({}, exit_code=2))
+    monkeypatch.setattr(verbs_module.Verb, "run", lambda self, options, **rest: Outcome({}, exit_code=2))
     assert main(["doctor"]) == 2
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.packed_model import TensorGroup, write_model
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 
 
 def parts_of(count: int, made: list[str]) -> list[TensorGroup]:
@@ -64,7 +64,7 @@ def test_tensors_that_wait_on_disk_make_the_same_file(tmp_path: Path) -> None:
     scratch.mkdir()
     write_model(tmp_path / "one", parts_of(4, []), config={})
     made: list[str] = []
-    write_model(tmp_path / "other", parts_of(4, made), config={}, waiting=Aside(scratch))
+    write_model(tmp_path / "other", parts_of(4, made), config={}, waiting=Spill(scratch))
     one, other = (tmp_path / name / "model.safetensors" for name in ("one", "other"))
     assert one.read_bytes() == other.read_bytes() and len(made) == 4 and list(scratch.iterdir()) == []
 

@@ -16,6 +16,7 @@ from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.gguf import read_gguf
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.regrid import refit
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import quiet, reviews, write_rows
@@ -33,7 +34,7 @@ def made(kind: str, dense: Path, folder: Path) -> Path:
         write_tiny_gguf(folder / "model.gguf", "Q4_0")
         return folder / "model.gguf"
     rows = write_rows(folder / "rows.jsonl", reviews(40))
-    quantize(str(dense), method=kind, out=folder / kind, group_size=16, calibration=str(rows), console=quiet())  # type: ignore[arg-type]
+    quantize(QuantizeOptions(str(dense), method=kind, out=folder / kind, group_size=16, calibration=str(rows)), console=quiet())  # type: ignore[arg-type]
     return folder / kind
 
 

@@ -15,6 +15,7 @@ from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.peft import peft
 from lorakeet.formats.surplus import surplus_rank
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 
 
@@ -52,7 +53,7 @@ def test_it_is_said_once_at_every_reading_and_the_remedy_cuts_without_loss(tmp_p
     read_adapter(tmp_path / "wide", say=heard.append)
     open_adapter(tmp_path / "wide", say=heard.append)
     assert len(heard) == 2 and set(heard) == {surplus_rank(adapter, str(tmp_path / "wide"))}
-    merge([str(tmp_path / "wide")], out=tmp_path / "cut", to="adapter", rank=8, console=Console(quiet=True))
+    merge(MergeOptions((str(tmp_path / "wide"),), out=tmp_path / "cut", to="adapter", rank=8), console=Console(quiet=True))
     cut = read_adapter(tmp_path / "cut", say=heard.append)
     assert len(heard) == 2 and {name: held.rank for name, held in cut.pairs.items()} == {path: 4, "model.layers.0.mlp.up_proj": 8}
     assert compare_adapters(adapter, cut).worst < 1e-6

@@ -21,6 +21,7 @@ from lorakeet.merge.fold import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.export import export
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import ExportOptions, MergeOptions, VerifyOptions
 from lorakeet.workflows.planning.check import Check
 from lorakeet.workflows.runs.residency import MemoryPlan, Way
 from lorakeet.workflows.verify import verify
@@ -74,7 +75,7 @@ def streamed(verb: Callable[..., Any]) -> Any:
 
 
 def merging(path: Path, out: Path, **more: Any) -> Callable[..., Any]:
-    return lambda memory=None: merge([str(path)], out=out / "merged", memory=memory, console=quiet(), **more)
+    return lambda memory=None: merge(MergeOptions((str(path),), out=out / "merged", memory=memory, **more), console=quiet())
 
 
 def same(one: Certificate, other: Certificate) -> None:
@@ -119,8 +120,8 @@ def test_changes_that_are_no_pairs_are_folded_on_the_way_into_a_store(wide: Path
         by_peft(Path(path), plain, target_modules=["q_proj", "up_proj"], r=rank)
 
     def ties(out: Path) -> Callable[..., Any]:
-        more = {"to": "model", "method": "ties", "console": quiet()}
-        return lambda memory=None: merge(paths, out=out / "merged", memory=memory, **more)  # type: ignore[arg-type]
+        options = MergeOptions(paths, out=out / "merged", to="model", method="ties")
+        return lambda memory=None: merge(replace(options, memory=memory), console=quiet())
 
     whole = ties(tmp_path / "whole")().certificate
     same(streamed(ties(tmp_path / "streamed")).certificate, whole)
@@ -151,15 +152,19 @@ def test_verify_and_export_stream_the_live_side_and_a_folder(
     monkeypatch.setattr("lorakeet.workflows.verify.GREEDY", 1)
     if kind == "gguf":
         out = tmp_path / "model.gguf"
-        found = streamed(lambda memory: export(str(wide), out=out, quant="f32", memory=memory, console=quiet())).certificate
+        found = streamed(
+            lambda memory: export(ExportOptions(str(wide), out=out, quant="f32", memory=memory), console=quiet())
+        ).certificate
     else:
         out = tmp_path / "merged"
-        merge([str(wide)], out=out, console=quiet())
+        merge(MergeOptions((str(wide),), out=out), console=quiet())
         against = (str(out),)
-        found = streamed(lambda memory: verify(str(wide), against=against, rows=2, memory=memory, console=quiet())).certificate
+        found = streamed(
+            lambda memory: verify(VerifyOptions(str(wide), against=against, rows=2, memory=memory), console=quiet())
+        ).certificate
     assert found.passed and not list(tmp_path.glob(".*")) and not list(wide.parent.glob(".*"))
     rows = 8 if kind == "gguf" else 2
-    again = verify(str(wide), against=(str(out),), rows=rows, console=quiet()).certificate  # type: ignore[union-attr]
+    again = verify(VerifyOptions(str(wide), against=(str(out),), rows=rows), console=quiet()).certificate  # type: ignore[union-attr]
     assert [check.measured for check in found.checks] == [check.measured for check in again.checks]
 
 
@@ -172,7 +177,7 @@ def test_longer_rows_are_compared_as_far_as_there_is_room(
     monkeypatch.setattr("lorakeet.workflows.planning.check_sizes.context_bytes", lambda config, context: context << 23)
 
     def exported(memory: str) -> Any:
-        return export(str(wide), out=tmp_path / "model.gguf", quant="f32", memory=memory, console=quiet())
+        return export(ExportOptions(str(wide), out=tmp_path / "model.gguf", quant="f32", memory=memory), console=quiet())
 
     with pytest.raises(ConfigError, match="takes at least") as caught:
         exported("1MiB")

@@ -21,6 +21,7 @@ from lorakeet.merge.combine import Combination
 from lorakeet.merge.methods import METHODS
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions
 from tiny.adapters import random_adapter
 from tiny.dense import change
 from tiny.peft_oracle import into_peft
@@ -72,14 +73,14 @@ def test_the_sum_goes_into_one_adapter_that_peft_loads(
 
 
 def test_the_sum_goes_into_the_base(adapters: list[str], tiny_llama_folder: Path, tmp_path: Path) -> None:
-    merged = merge(adapters, out=tmp_path / "model", to="model", weights=WEIGHTS, console=quiet())
+    merged = merge(MergeOptions(adapters, out=tmp_path / "model", to="model", weights=WEIGHTS), console=quiet())
     assert merged.certificate.passed and merged.result is not None and merged.result.changed == 14
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(model), summed_by_hand(tiny_llama_folder, adapters), atol=1e-5, rtol=0)
 
 
 def test_one_adapter_is_compressed(adapters: list[str], tmp_path: Path) -> None:
-    merged = merge(adapters[:1], out=tmp_path / "small", to="adapter", rank=2, console=quiet())
+    merged = merge(MergeOptions(adapters[:1], out=tmp_path / "small", to="adapter", rank=2), console=quiet())
     written = peft.read(tmp_path / "small")
     assert {pair.rank for pair in written.pairs.values()} == {2} and merged.certificate.passed
     assert merged.combined is not None and 0.1 < merged.combined.error < 0.9
@@ -87,10 +88,10 @@ def test_one_adapter_is_compressed(adapters: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.exact])
 def test_a_pruned_sum_is_folded_whole_and_certified(method: Any, adapters: list[str], tmp_path: Path) -> None:
-    merged = merge(adapters, out=tmp_path / "model", to="model", method=method, seed=3, console=quiet())
+    merged = merge(MergeOptions(adapters, out=tmp_path / "model", to="model", method=method, seed=3), console=quiet())
     assert [check.passed for check in merged.certificate.checks] == [True, True]
     assert merged.certificate.checks[0].measured["effect"] < 1e-6
-    low = merge(adapters, out=tmp_path / "adapter", method=method, rank=3, seed=3, console=quiet())
+    low = merge(MergeOptions(adapters, out=tmp_path / "adapter", method=method, rank=3, seed=3), console=quiet())
     assert low.certificate.passed and low.combined is not None and low.combined.error > 0.05
 
 
@@ -102,7 +103,7 @@ def test_a_pruned_sum_on_a_shared_embedding_and_with_a_whole_norm(tiny_llama_fol
         whole = {"model.norm.weight": torch.full((32,), 1.5)}
         peft.write(replace(adapter, extras=whole, base=str(tiny_llama_folder)), tmp_path / str(seed))
         names.append(str(tmp_path / str(seed)))
-    merged = merge(names, out=tmp_path / "model", to="model", method="ties", console=quiet())
+    merged = merge(MergeOptions(names, out=tmp_path / "model", to="model", method="ties"), console=quiet())
     assert merged.certificate.passed and "written separately" in merged.notes[0]
 
 
@@ -117,7 +118,7 @@ def test_a_combined_adapter_that_went_wrong_is_named(
     real = peft.write
     monkeypatch.setattr(workflow.peft, "write", lambda adapter, folder: real(damaged(adapter), folder))
     with pytest.raises(VerificationFailed, match=r"worst layer is model\.layers\.1\.mlp\.down_proj"):
-        merge(adapters, out=tmp_path / "both", console=quiet())
+        merge(MergeOptions(adapters, out=tmp_path / "both"), console=quiet())
     assert not read_certificate(tmp_path / "both" / "certificate.json").passed
 
 
@@ -137,7 +138,7 @@ def test_a_folded_sum_that_went_wrong_is_named(
 
     monkeypatch.setattr(workflow, "merge_into", wrong)
     with pytest.raises(VerificationFailed, match=r"worst layer is model\.layers\.1\.mlp\.down_proj\.weight"):
-        merge(adapters, out=tmp_path / "model", to="model", method="ties", console=quiet())
+        merge(MergeOptions(adapters, out=tmp_path / "model", to="model", method="ties"), console=quiet())
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_written(
@@ -146,12 +147,12 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
     for given, more, message in (
         ([adapters[0], finished_elsewhere], {}, r"were trained on different bases: .*name it with --base"),
         ([adapters[0], adapters[0]], {}, "is named more than once"),
-        (adapters, {"memory": "2GiB"}, r"--memory is 2GiB, but adapters are combined into one without any model.*Leave it out"),
+        (adapters, {"memory": "2GiB"}, r"--memory is 2GiB, but adapters are combined in .*without any model.*Leave it out"),
         (adapters, {"weights": (1.0,)}, "There are 1 weights for 2 adapters"),
         (adapters, {"into": "dequantised", "to": "model"}, "was not quantised"),
     ):
         with pytest.raises(ConfigError, match=message):
-            merge(given, out=tmp_path / "out", console=quiet(), **more)  # type: ignore[arg-type]
+            merge(MergeOptions(given, out=tmp_path / "out", **more), console=quiet())  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 

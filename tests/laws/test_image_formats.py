@@ -17,12 +17,13 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.diffusers_import import quiet_diffusers
-from lorakeet.models.image.kinds import packed, unpacked_latents
+from lorakeet.models.image.kinds import packed_latents, unpacked_latents
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, eject, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.convert import convert
+from lorakeet.workflows.options import ConvertOptions
 from tiny.images import diffusers
 from tiny.originals import from_original, original_layout
 from tiny.peft_oracle import into_peft
@@ -83,7 +84,8 @@ def drawn(pipeline: Any) -> torch.Tensor:
     flux = type(pipeline).__name__ == "FluxPipeline"
     with torch.no_grad():
         found = pipeline(
-            "red box", latents=packed(noise) if flux else noise, num_inference_steps=4, guidance_scale=3.0, height=16, width=16,
+            "red box", latents=packed_latents(noise) if flux else noise, num_inference_steps=4, guidance_scale=3.0, height=16,
+            width=16,
             output_type="latent",
         ).images  # fmt: skip
     return unpacked_latents(found, 8, 8) if flux else found
@@ -121,7 +123,7 @@ def test_the_real_diffusers_draws_the_same(
     model = trained(base, text_encoder=text_encoder, without=without)
     ours = draw_latents(model, ["red box"], [1], SAMPLER)
     file = tmp_path / "written.safetensors"
-    convert(as_run(model, tmp_path / "adapter"), file, to=to, base=base, console=Console(quiet=True))  # type: ignore[arg-type]
+    convert(ConvertOptions(as_run(model, tmp_path / "adapter"), file, to=to, base=base), console=Console(quiet=True))  # type: ignore[arg-type]
     assert apart(in_diffusers(model, file), ours) < 1e-4
     eject(model.parts)
     put_image_adapter(model, read_adapter(file, base=open_base(base)), "read")  # kohya's keys of this small SDXL need its modules
@@ -133,7 +135,9 @@ def test_a_kohya_file_of_sd3_means_the_same_in_the_original_checkpoint(tiny_sd3_
     model = trained(tiny_sd3_folder)
     ours = draw_latents(model, ["red box"], [1], SAMPLER)
     file = tmp_path / "written.safetensors"
-    convert(as_run(model, tmp_path / "adapter"), file, to="kohya", base=tiny_sd3_folder, console=Console(quiet=True))
+    convert(
+        ConvertOptions(as_run(model, tmp_path / "adapter"), file, to="kohya", base=tiny_sd3_folder), console=Console(quiet=True)
+    )
     with quiet_diffusers():
         pipeline: Any = diffusers().StableDiffusion3Pipeline.from_pretrained(tiny_sd3_folder)
         pipeline.set_progress_bar_config(disable=True)

@@ -14,7 +14,7 @@ from lorakeet.kernels.triton import loss as triton_loss
 from lorakeet.kernels.triton import tiles
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.text.loss import text_loss
@@ -38,7 +38,7 @@ def test_gradients_of_a_model_in_nf4(
     found = {}
     for kernels in ("torch", "triton"):
         text = load_text_model(replace(spec, quantize=QuantSpec(method="nf4"), kernels=kernels))  # type: ignore[arg-type]
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
         launched = _launches(monkeypatch)
         loss, _ = text_loss(text, batch)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -13,11 +13,11 @@ import transformers
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory import ledger
-from lorakeet.models.image.outline import outline_image, shapes_of_images
+from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.repeated_blocks import Build
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
@@ -34,11 +34,12 @@ def text(family: str, way: Way = RESIDENT, *, method: str = "none", stored: Any 
     name, _, settings = FAMILIES[family]
     config = getattr(transformers, name)(**{**settings, **({} if stored is None else {"quantization_config": stored})})
     make = partial(
-        streamed_outline if way.streamed else outline, name="made-up", dtype=torch.bfloat16, products=torch.float32,
+        streamed_model_from_config if way.streamed else model_from_config, name="made-up", dtype=torch.bfloat16,
+        products=torch.float32,
         quantize=QuantSpec(method=method),  # type: ignore[arg-type]
     )  # fmt: skip
     return rehearse(
-        Build(make, config), LoraSpec(**{"rank": 2, "alpha": 4, **lora}), TrainSpec(), rows=RowShape(16, 2),
+        ModelBuilder(make, config), LoraSpec(**{"rank": 2, "alpha": 4, **lora}), TrainSpec(), rows=RowShape(16, 2),
         judging=Judging(RowShape(24, 1), 2, 4), way=way,
     )  # fmt: skip
 
@@ -68,7 +69,7 @@ def test_a_run_on_text_holds_what_torchs_rules_say(rehearsed: Callable[[], Any],
 
 def test_a_run_on_pictures_holds_what_torchs_rules_say(tiny_sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = shapes_of_images(ModelSpec(path=str(tiny_sd_folder)), print)
-    build = partial(outline_image, shapes, name="tiny", dtype=torch.float32, quantize=QuantSpec())
+    build = partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, quantize=QuantSpec())
     lora, diffusion = LoraSpec(rank=4, target_modules=("attention",)), DiffusionSpec(at_once=1)
     require_equal(
         lambda: rehearse_images(build, lora, TrainSpec(), diffusion, Pictures((16, 16), 1, 1, (16, 16), 1)), monkeypatch

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.serving import ServingModel
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 
@@ -32,15 +32,15 @@ class Counting(TorchDispatchMode):
 
 
 @pytest.fixture
-def live(tiny_llama_folder: Path) -> LiveModel:
-    found = LiveModel(load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32")))
+def live(tiny_llama_folder: Path) -> ServingModel:
+    found = ServingModel(load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32")))
     bare = tiny_model("llama", vocab_size=found.text.model.config.vocab_size)
     for number in range(ROWS):
         found.attach(f"a{number}", random_adapter(bare, seed=number))
     return found
 
 
-def calls(live: LiveModel, adapters: int) -> Counter[str]:
+def calls(live: ServingModel, adapters: int) -> Counter[str]:
     """The operators of a decode step, after one that made what lasts as long as the rows do."""
     cache = KeyValues(slots=ROWS, capacity=8)
     wanted = [{f"a{row % adapters}": 1.0} if adapters else {} for row in range(ROWS)]
@@ -51,7 +51,7 @@ def calls(live: LiveModel, adapters: int) -> Counter[str]:
     return counting.calls
 
 
-def test_sixteen_adapters_call_as_many_kernels_as_one(live: LiveModel) -> None:
+def test_sixteen_adapters_call_as_many_kernels_as_one(live: ServingModel) -> None:
     one, sixteen, none = calls(live, 1), calls(live, ROWS), calls(live, 0)
     for other in (one, calls(live, 3)):
         assert sum(sixteen.values()) <= sum(other.values()), sixteen - other

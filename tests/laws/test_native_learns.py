@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core.selection import Share
 from lorakeet.data.pack import Batch
-from lorakeet.kernels.cpu import dense, int8_rows, operators, stored, trained_pairs
+from lorakeet.kernels.cpu import attention, dense, elementwise, int8_rows, operators, stored, trained_pairs
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
@@ -68,7 +68,7 @@ def rounded_model(folder: Path, family: str) -> Path:
 def test_a_second_backward_pass_is_refused(tmp_path: Path) -> None:
     """The first one overwrites what was saved."""
     text = load_text_model(ModelSpec(path=str(rounded_model(tmp_path, "llama")), dtype="bfloat16", products="bfloat16"))
-    put_adapter(text, random_adapter(text.model))
+    add_adapter(text, random_adapter(text.model))
     ids = torch.arange(40) % 90
     loss, _ = text_loss(text, Batch(ids, (40,), torch.arange(40), ids.roll(1), ("one",)))
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
@@ -86,16 +86,16 @@ def test_products_in_int8_learn_to_the_bit_what_torch_s_do(tmp_path: Path) -> No
     found, calls = [], []
     for used in (True, False):
         text = load_text_model(spec)
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
         text.model.train()
         with pytest.MonkeyPatch.context() as patch, Counted() as counted:
             if not used:
                 patch.setattr(int8_rows, "serves", lambda _: False)
             found.append(learnt(text, batch))
         calls.append(counted.calls)
-    assert calls[0][int8_rows.CODED_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block
-    assert calls[0][int8_rows.CODE_ROWS] == (4 + 7) * LAYERS - 3
-    assert not calls[1][int8_rows.CODED_PRODUCT] and calls[1][operators.GATED] == LAYERS
+    assert calls[0][int8_rows.INT8_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block
+    assert calls[0][int8_rows.QUANTISE_ROWS] == (4 + 7) * LAYERS - 3
+    assert not calls[1][int8_rows.INT8_PRODUCT] and calls[1][elementwise.gated] == LAYERS
     for name, mine in found[0].items():
         assert torch.equal(mine, found[1][name]), name
 
@@ -116,19 +116,19 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
     found, calls = [], []
     for spec, context in (
         (replace(exact, dtype="bfloat16", products="bfloat16"), nullcontext()),
-        (replace(exact, dtype="bfloat16", products="bfloat16"), operators.without()),
+        (replace(exact, dtype="bfloat16", products="bfloat16"), operators.torch_only()),
         (exact, nullcontext()),
     ):
         text = load_text_model(spec)
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
         with Counted() as counted, context:
             found.append(learnt(text, batch))
         calls.append(counted.calls)
     native, by_torch, by_fp32 = calls
     assert not by_torch and not by_fp32
-    assert native[operators.ROW_ATTENTION] == native[operators.ROW_ATTENTION_BACKWARD] == LAYERS
-    assert native[operators.GATED] == native[operators.GATED_BACKWARD] == LAYERS and native[operators.NORM] > 2 * LAYERS
-    assert native[operators.TURN] == LAYERS * FAMILIES[family]
+    assert native[attention.ROW_ATTENTION] == native[attention.ROW_ATTENTION_BACKWARD] == LAYERS
+    assert native[elementwise.gated] == native[elementwise.gated_backward_] == LAYERS and native[elementwise.norm] > 2 * LAYERS
+    assert native[elementwise.rotate_] == LAYERS * FAMILIES[family]
     of_head, unasked = 2, 3  # products, and those that would give the embeddings' gradient
     products = 14 * LAYERS - unasked + of_head if dense.multiplies() else 0
     packed = native[stored.STORED_PRODUCT] + native[stored.STORED_PRODUCT_ADD]
@@ -152,16 +152,17 @@ def test_adapters_that_share_a_batch_learn_the_same_in_one_call(family: str, tmp
     batch = Batch(ids, (33, 1, 40, 26), torch.arange(100), ids.roll(1), (*names, "bare"))
     shares = [Share(0, 33, "one"), Share(33, 34, "two"), Share(34, 74, "three")]
     found, calls = [], []
-    for spec, context in ((narrow, nullcontext()), (narrow, operators.without()), (exact, nullcontext())):
+    for spec, context in ((narrow, nullcontext()), (narrow, operators.torch_only()), (exact, nullcontext())):
         text = load_text_model(spec)
         for name in names:
-            put_adapter(text, adapter, name)
+            add_adapter(text, adapter, name)
         trained = {f"{name}/{key}": each for name in names for key, each in trained_parameters(text.model, name).items()}
         for parameter in trained.values():
             parameter.requires_grad_(True)
         text.model.train()
-        with Counted() as counted, context, text.every_token(filled=True):
-            selection_of(text.model).divide(shares, units=text.filled(100))
+        text = text.with_every_token(pad=True)
+        with Counted() as counted, context:
+            selection_of(text.model).divide(shares, units=text.computed_tokens(100))
             loss, _ = text_loss(text, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():

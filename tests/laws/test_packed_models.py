@@ -23,7 +23,7 @@ from lorakeet.models.files.quantized import packable
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, adapter_of, attach, eject, inject, trained_parameters, use_products
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.folded import folded_weights
+from lorakeet.models.text.folded_weights import folded_weights
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
@@ -111,7 +111,7 @@ def test_layers_without_a_pair_run_in_the_dtype_of_the_products(tiny_model: Call
     layers = [module for _, module in modules.original_modules(packed) if isinstance(module, PackedLinear)]
     assert {layer.products for layer in layers} == {torch.bfloat16}
     SCRATCH.clear()
-    with operators.without():
+    with operators.torch_only():
         packed(IDS, use_cache=False)
     assert {buffer.dtype for buffer in SCRATCH._buffers.values()} == {torch.bfloat16}
 

@@ -19,6 +19,7 @@ from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions, MergeOptions, QuantizeOptions
 from lorakeet.workflows.quantize import quantize
 from tiny.runs import adapter_bytes, quiet, reviews, run, write_rows
 
@@ -67,7 +68,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(on_nf4: Path, tmp_path: Path) -> N
     shutil.copytree(on_nf4, again)
     shutil.rmtree(again / "checkpoints" / "step-000004")
     assert (again / "checkpoints" / "step-000002").is_dir()
-    finetune(read_run(again / "config.yaml"), resume=again, console=quiet())
+    finetune(read_run(again / "config.yaml"), FinetuneOptions(resume=again), console=quiet())
     assert adapter_bytes(again) == adapter_bytes(on_nf4)
     name = "checkpoints/step-000004/trained.safetensors"
     assert (again / name).read_bytes() == (on_nf4 / name).read_bytes()
@@ -76,17 +77,19 @@ def test_a_resumed_run_ends_in_the_same_bytes(on_nf4: Path, tmp_path: Path) -> N
 def test_a_folder_in_nf4_trains_to_the_same_bytes_as_packing_while_loading(
     on_nf4: Path, tiny_llama_folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    quantize(str(tiny_llama_folder), method="nf4", out=tmp_path / "packed", console=quiet())
+    quantize(QuantizeOptions(str(tiny_llama_folder), method="nf4", out=tmp_path / "packed"), console=quiet())
     run(tmp_path / "packed", data, tmp_path / "run", SHORT)
     name = "adapter_model.safetensors"
     assert adapter_bytes(tmp_path / "run")[name] == adapter_bytes(on_nf4)[name]
-    merged = merge([str(tmp_path / "run")], out=tmp_path / "merged", into="original", console=quiet())  # by its model card
+    merged = merge(
+        MergeOptions((str(tmp_path / "run"),), out=tmp_path / "merged", into="original"), console=quiet()
+    )  # by its model card
     assert merged.certificate.passed and "base in nf4" in merged.to_mapping()["notes"][-1]
     assert merged.to_mapping()["into"]["base"] == "original"
 
 
 def test_the_merge_goes_into_the_unquantised_weights_and_says_so(on_nf4: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
-    merged = merge([str(on_nf4)], out=tmp_path / "merged", into="original", console=quiet())
+    merged = merge(MergeOptions((str(on_nf4),), out=tmp_path / "merged", into="original"), console=quiet())
     assert merged.certificate.passed and "base in nf4" in merged.notes[0]
     pair = load_file(on_nf4 / "adapter" / "adapter_model.safetensors")
     path = "model.layers.0.mlp.up_proj"
@@ -97,7 +100,7 @@ def test_the_merge_goes_into_the_unquantised_weights_and_says_so(on_nf4: Path, t
 
 
 def test_evaluate_measures_on_the_quantised_base(on_nf4: Path) -> None:
-    measured, own = evaluate(str(on_nf4), console=quiet()).report, read_report(on_nf4 / "report.json")
+    measured, own = evaluate(EvaluateOptions(str(on_nf4)), console=quiet()).report, read_report(on_nf4 / "report.json")
     assert measured.systems and encode(measured.systems) == encode(own.systems)
 
 

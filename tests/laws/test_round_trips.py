@@ -14,6 +14,7 @@ from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.workflows.convert import convert
+from lorakeet.workflows.options import ConvertOptions
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 from tiny.portable import image_adapter, llama_config, text_adapter, transformer_adapter
@@ -39,7 +40,7 @@ def converted(source: Path, to: str, folder: Path, name: str) -> Path:
     """Where the adapter at `source` stands after `lorakeet convert`."""
     out = folder / f"{name}{SUFFIX.get(to, '')}"
     base = llama_config(folder) if to == "gguf" else None
-    convert(source, out, to=to, base=base, console=Console(quiet=True))  # type: ignore[arg-type]
+    convert(ConvertOptions(source, out, to=to, base=base), console=Console(quiet=True))  # type: ignore[arg-type]
     assert detect(out).format == to
     return out
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import BITS, SIZES, save_mixed_gptq
@@ -37,7 +37,7 @@ def both(folder: Path, tmp_path: Path, *, steps: int, base: dict[str, Any], lora
 def test_every_base_and_variant_and_dtype(method: str, dtype: str, variant: str, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     steps = STEPS if variant == "lora" else 5
-    streaming = {"aside": Aside(tmp_path)} if variant == "dora" else {"together": 2} if dtype == "bfloat16" else {}
+    streaming = {"spill": Spill(tmp_path)} if variant == "dora" else {"together": 2} if dtype == "bfloat16" else {}
     both(folder, tmp_path, steps=steps, base={"method": method, "dtype": dtype}, lora={"variant": variant}, **streaming)
 
 

@@ -74,14 +74,14 @@ def test_slack_grows_with_what_is_on_the_heap() -> None:
 
 HEAP = """
 import torch
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.measure import resident_bytes
 pieces = [torch.ones(32 << 10) for _ in range(800)]
 kept = pieces[::8]
 held = resident_bytes()
 del pieces
 before = resident_bytes()
-assert give_back_free_memory()
+assert release_free_memory()
 print(held, before, resident_bytes())
 """
 

@@ -11,7 +11,7 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory import cuda
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT, SEGMENTS, WORKSPACES
-from lorakeet.memory.usage import Held
+from lorakeet.memory.usage import Usage
 
 CARD = torch.device("cuda", 1)
 GIB = 1 << 30
@@ -31,20 +31,20 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, torch.device]]:
 
 def test_torch_is_held_to_what_the_budget_leaves_beside_the_context(limits: list[tuple[float, torch.device]]) -> None:
     for budget, share in ((2 * GIB + CONTEXT, 0.25), (CONTEXT // 2, 0.0), (900 * GIB, 1.0)):
-        cuda.limit_to(CARD, budget)
+        cuda.limit_gpu_memory(CARD, budget)
         assert limits.pop() == (share, CARD)
 
 
 @pytest.mark.usefixtures("limits")
 def test_what_is_held_is_what_torch_took_and_the_context() -> None:
-    assert cuda.card_peak(CARD) == 2 * GIB + CONTEXT
-    assert cuda.beside_torch(CARD) == 2 * GIB
-    assert cuda.card_warning(CARD, Budget.parse("6GiB")) == "" and "8.00 GiB" in cuda.card_warning(CARD, Budget.parse("6.1GiB"))
+    assert cuda.gpu_peak_bytes(CARD) == 2 * GIB + CONTEXT
+    assert cuda.bytes_beside_torch(CARD) == 2 * GIB
+    assert cuda.gpu_warning(CARD, Budget.parse("6GiB")) == "" and "8.00 GiB" in cuda.gpu_warning(CARD, Budget.parse("6.1GiB"))
 
 
 def test_a_phase_has_its_tensors_the_context_and_room_around_them() -> None:
-    moving = Held(3 << 20, {"base": 2 << 20, "scratch": 1 << 20})
-    (phase,) = cuda.phases_on_card({"train step": moving}, CONTEXT, returning=True)
+    moving = Usage(3 << 20, {"base": 2 << 20, "scratch": 1 << 20})
+    (phase,) = cuda.phases_on_gpu({"train step": moving}, CONTEXT, returning=True)
     assert phase.kinds["runtime"] == CONTEXT and phase.kinds["base"] == 2 << 20
     around = SEGMENTS + WORKSPACES + (2 << 20) // 32 + (1 << 20) // 8
     assert phase.kinds["allocator"] == around and phase.bytes == (3 << 20) + CONTEXT + around
@@ -52,13 +52,13 @@ def test_a_phase_has_its_tensors_the_context_and_room_around_them() -> None:
 
 
 def test_the_device_is_that_of_the_tensors() -> None:
-    assert cuda.card_of([torch.zeros(1)]) is None and cuda.card_of([]) is None
-    assert cuda.card_of([SimpleNamespace(device=CARD)]) == CARD  # type: ignore[list-item]
+    assert cuda.cuda_device_of([torch.zeros(1)]) is None and cuda.cuda_device_of([]) is None
+    assert cuda.cuda_device_of([SimpleNamespace(device=CARD)]) == CARD  # type: ignore[list-item]
 
 
 def test_the_limit_that_is_met_is_told_with_the_remedy_under_a_budget_alone() -> None:
     said = r"memory budget is 1KiB.* tried to allocate.* Raise it\."
-    with pytest.raises(EnvironmentProblem, match=said), cuda.promised(Budget.parse("1KiB"), "Raise it."):
+    with pytest.raises(EnvironmentProblem, match=said), cuda.enforcing_gpu_budget(Budget.parse("1KiB"), "Raise it."):
         raise torch.OutOfMemoryError("tried to allocate 2 MiB.\nmore")
-    with pytest.raises(torch.OutOfMemoryError), cuda.promised(Budget(), ""):
+    with pytest.raises(torch.OutOfMemoryError), cuda.enforcing_gpu_budget(Budget(), ""):
         raise torch.OutOfMemoryError("no")

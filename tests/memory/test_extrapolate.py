@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import pytest
 
-from lorakeet.memory.extrapolate import Uneven, extended
-from lorakeet.memory.usage import Held, Stretch
+from lorakeet.memory.extrapolate import UnevenRuns, extrapolate_peaks
+from lorakeet.memory.usage import Usage, UsageSegment
 
 SAVED, SHARE, PASSING, AT_END = 7, 100, 1000, 3  # of each block: for the backward pass, all along, for a moment; at the end
 
 
-def moment(**kinds: int) -> Held:
-    return Held(sum(kinds.values()), dict(kinds), kinds.get("scratch", 0))
+def moment(**kinds: int) -> Usage:
+    return Usage(sum(kinds.values()), dict(kinds), kinds.get("scratch", 0))
 
 
-def run(blocks: int, *, forward_moments: int = 2, loop: bool = False) -> list[Stretch]:
+def run(blocks: int, *, forward_moments: int = 2, loop: bool = False) -> list[UsageSegment]:
     """Forward and backward through the blocks, and then something that takes AT_END for each block."""
     base = 50 + SHARE * blocks
-    stretches = [Stretch("step", "phase", moments=[moment(base=base)])]
+    segments = [UsageSegment("step", "phase", moments=[moment(base=base)])]
     for index in range(blocks):
         saved = SAVED * index
         inside = [moment(base=base, saved=saved, scratch=PASSING if number == 1 else 0) for number in range(forward_moments)]
-        stretches.append(Stretch("step", "forward", index, inside))
+        segments.append(UsageSegment("step", "forward", index, inside))
     for index in reversed(range(blocks)):
-        stretches.append(Stretch("step", "backward", index, [moment(base=base, saved=SAVED * (index + 1), scratch=PASSING // 2)]))
+        segments.append(
+            UsageSegment("step", "backward", index, [moment(base=base, saved=SAVED * (index + 1), scratch=PASSING // 2)])
+        )
     copies = [moment(base=base, copies=AT_END * (count + 1)) for count in range(blocks)] if loop else []
-    stretches.append(Stretch("end", "phase", moments=[moment(base=base), *copies, moment(base=base, copies=AT_END * blocks)]))
-    return stretches
+    segments.append(UsageSegment("end", "phase", moments=[moment(base=base), *copies, moment(base=base, copies=AT_END * blocks)]))
+    return segments
 
 
-def peaks(stretches: list[Stretch]) -> dict[str, int]:
+def peaks(segments: list[UsageSegment]) -> dict[str, int]:
     return {
-        phase: max(held.bytes for stretch in stretches if stretch.phase == phase for held in stretch.moments)
+        phase: max(held.bytes for segment in segments if segment.phase == phase for held in segment.moments)
         for phase in ("step", "end")
     }
 
@@ -39,13 +41,13 @@ def peaks(stretches: list[Stretch]) -> dict[str, int]:
 @pytest.mark.parametrize("wanted", [5, 32, 500])
 @pytest.mark.parametrize("loop", [False, True])
 def test_the_peak_of_many_blocks_follows_from_three_and_four(wanted: int, loop: bool) -> None:
-    found = extended(run(3, loop=loop), run(4, loop=loop), 3, wanted=wanted)
+    found = extrapolate_peaks(run(3, loop=loop), run(4, loop=loop), 3, wanted=wanted)
     assert {phase: held.bytes for phase, held in found.items()} == peaks(run(wanted, loop=loop))
 
 
 def test_a_peak_that_is_another_moments_with_more_blocks_is_found() -> None:
     """With few blocks most is held in the first forward pass, with many in the last."""
-    found = extended(run(3), run(4), 3, wanted=200)["step"]
+    found = extrapolate_peaks(run(3), run(4), 3, wanted=200)["step"]
     assert found.kinds == {"base": 50 + SHARE * 200, "saved": SAVED * 199, "scratch": PASSING}
     assert found.heap == PASSING
 
@@ -55,12 +57,14 @@ def test_a_loop_whose_peak_is_another_moment_with_more_blocks_says_nothing() -> 
     few, more = (
         [moment(scratch=100), *(moment(scratch=35 + 20 * block) for block in range(count)), moment()] for count in (4, 5)
     )
-    with pytest.raises(Uneven, match="has its peak at another moment with more blocks"):
-        extended([Stretch("step", "phase", moments=few)], [Stretch("step", "phase", moments=more)], 3, wanted=32)
+    with pytest.raises(UnevenRuns, match="has its peak at another moment with more blocks"):
+        extrapolate_peaks(
+            [UsageSegment("step", "phase", moments=few)], [UsageSegment("step", "phase", moments=more)], 3, wanted=32
+        )
 
 
 def test_runs_that_do_not_go_through_their_blocks_alike_say_nothing() -> None:
     twice = run(4)
-    twice.append(Stretch("step", "forward", 0, [moment(base=1)]))
-    with pytest.raises(Uneven, match="forward of block 0 in 'step': 1 and 2 times"):
-        extended(run(3), twice, 3, wanted=32)
+    twice.append(UsageSegment("step", "forward", 0, [moment(base=1)]))
+    with pytest.raises(UnevenRuns, match="forward of block 0 in 'step': 1 and 2 times"):
+        extrapolate_peaks(run(3), twice, 3, wanted=32)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Forecast, phases_of
-from lorakeet.memory.usage import Held, with_more
+from lorakeet.memory.usage import Usage, add_usage
 
 GIB = 1 << 30
 PEAKS = {
-    "step": Held(5 * GIB, {"base": 3 * GIB, "saved activations": 2 * GIB}, heap=2 * GIB),
-    "save": Held(4 * GIB, {"base": 3 * GIB, "scratch": GIB}, heap=GIB),
+    "step": Usage(5 * GIB, {"base": 3 * GIB, "saved activations": 2 * GIB}, heap=2 * GIB),
+    "save": Usage(4 * GIB, {"base": 3 * GIB, "scratch": GIB}, heap=GIB),
 }
 
 
@@ -34,5 +34,5 @@ def test_a_heap_given_back_before_a_phase_is_not_held_in_it() -> None:
 
 
 def test_what_a_phase_holds_beside_its_tensors_adds_to_the_process() -> None:
-    (phase,) = phases_of({"judge": with_more(PEAKS["save"], runtime=7)}, GIB)
+    (phase,) = phases_of({"judge": add_usage(PEAKS["save"], runtime=7)}, GIB)
     assert phase.kinds["runtime"] == GIB + 7

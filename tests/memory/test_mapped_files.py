@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.memory import mapped_files
-from lorakeet.memory.mapped_files import give_back, giving_back
+from lorakeet.memory.mapped_files import release_pages, releasing_pages
 
 SIZE = 8 << 20
 
@@ -42,7 +42,7 @@ def test_pages_go_and_come_again(file: Path, stays: bool) -> None:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         before = bytes(data)
         assert held(file) == SIZE
-        assert give_back(file, stays=stays) == SIZE and held(file) == 0
+        assert release_pages(file, stays=stays) == SIZE and held(file) == 0
         assert bytes(data) == before and held(file) == SIZE
 
 
@@ -50,7 +50,7 @@ def test_pages_go_and_come_again(file: Path, stays: bool) -> None:
 @pytest.mark.parametrize("stays", [False, True])
 def test_they_go_while_the_file_is_read(file: Path, stays: bool) -> None:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        with giving_back(file, interval=0.001, stays=stays):
+        with releasing_pages(file, interval=0.001, stays=stays):
             assert sum(data[:SIZE]) == 255 * SIZE // 2
             until = time.monotonic() + 10
             while held(file) and time.monotonic() < until:
@@ -72,7 +72,7 @@ def test_memory_that_has_taken_the_place_of_a_mapping_keeps_its_numbers(
         del view
         (tmp_path / "maps").write_text(f"{begin:x}-{begin + SIZE:x} r--s 00000000 fe:00 1234 {file}\n")
         monkeypatch.setattr(mapped_files, "_MAPS", tmp_path / "maps")
-        give_back(file)
+        release_pages(file)
         assert data[:] == b"\x07" * SIZE
 
 
@@ -81,16 +81,16 @@ def test_a_system_that_does_not_page_out_gives_nothing_back(file: Path, monkeypa
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         before = bytes(data)
         monkeypatch.setattr(mapped_files, "_PAGEOUT", 9999)
-        assert give_back(file) == 0 and held(file) == SIZE and bytes(data) == before
+        assert release_pages(file) == 0 and held(file) == SIZE and bytes(data) == before
 
 
 @linux
 def test_a_mapping_that_is_written_to_is_left_alone(file: Path) -> None:
     with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as data:
         data[0] = 77
-        assert give_back(file) == 0 and data[0] == 77
+        assert release_pages(file) == 0 and data[0] == 77
 
 
 def test_a_system_that_does_not_tell_gives_nothing_back(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mapped_files, "_MAPS", tmp_path / "missing")
-    assert give_back(file) == 0
+    assert release_pages(file) == 0

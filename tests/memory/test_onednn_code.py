@@ -9,18 +9,18 @@ import sys
 import pytest
 import torch
 
-from lorakeet.memory.onednn_code import KEPT, keep_little_code
+from lorakeet.memory.onednn_code import KEPT, limit_code_cache
 
 
 def test_what_the_environment_says_stays() -> None:
     environment: dict[str, str] = {}
-    keep_little_code(environment=environment)
+    limit_code_cache(environment=environment)
     assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}
-    keep_little_code(7, environment)
+    limit_code_cache(7, environment)
     assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}, "whoever comes first is heeded"
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"):
         environment = {name: "7"}
-        keep_little_code(environment=environment)
+        limit_code_cache(environment=environment)
         assert environment == {name: "7"}
 
 

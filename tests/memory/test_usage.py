@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lorakeet.memory.usage import Held, larger, with_more
+from lorakeet.memory.usage import Usage, add_usage, larger_usage
 
-SAVE = Held(4, {"base": 3, "scratch": 1}, heap=1)
-STEP = Held(5, {"base": 3, "saved activations": 2}, heap=2)
+SAVE = Usage(4, {"base": 3, "scratch": 1}, heap=1)
+STEP = Usage(5, {"base": 3, "saved activations": 2}, heap=2)
 
 
 def test_moments_are_added_to_and_compared() -> None:
-    more = with_more(SAVE, base=1, runtime=7)
-    assert more == Held(12, {"base": 4, "scratch": 1, "runtime": 7}, heap=1)
-    assert Held(4, {"base": 3, "scratch": 1}, heap=1) == SAVE, "the moment itself stays"
-    assert larger(more, STEP) is more and larger(SAVE, STEP) is STEP
+    more = add_usage(SAVE, base=1, runtime=7)
+    assert more == Usage(12, {"base": 4, "scratch": 1, "runtime": 7}, heap=1)
+    assert Usage(4, {"base": 3, "scratch": 1}, heap=1) == SAVE, "the moment itself stays"
+    assert larger_usage(more, STEP) is more and larger_usage(SAVE, STEP) is STEP

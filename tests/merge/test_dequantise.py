@@ -18,6 +18,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.quantize import quantize
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, write_rows
@@ -57,7 +58,7 @@ def test_half_precision_is_packed_as_it_is_stored(tmp_path: Path) -> None:
 def test_a_quantised_folder_is_seen_as_the_dense_model_of_it(method: Any, tiny_llama_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", reviews(20))
     layout = {"group_size": 16, "calibration": str(rows)} if method == "gptq" else {}
-    quantize(str(tiny_llama_folder), method=method, out=tmp_path / "packed", console=quiet(), **layout)
+    quantize(QuantizeOptions(str(tiny_llama_folder), method=method, out=tmp_path / "packed", **layout), console=quiet())
     (tmp_path / "packed" / "quantize_config.json").write_text("{}")
     wanted = packed_weights(tmp_path / "packed", QuantSpec())
     merge_into(open_dequantised(tmp_path / "packed"), Adapter({}), tmp_path / "merged")

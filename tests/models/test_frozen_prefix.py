@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
 
 
@@ -39,7 +39,7 @@ class Model(nn.Module):
 def prefixed() -> tuple[Model, list[Block], FrozenPrefix]:
     model = Model()
     blocks = [cast(Block, block) for block in model.blocks]
-    return model, blocks, FrozenPrefix(model, [f"blocks.{number}" for number in range(3)], 2, Aside())
+    return model, blocks, FrozenPrefix(model, [f"blocks.{number}" for number in range(3)], 2, Spill())
 
 
 def test_given_states_stand_for_the_blocks_below() -> None:

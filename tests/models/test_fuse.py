@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.fused.attention import RotaryAttention
-from lorakeet.core.layers.linear import StandIn
+from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models import fuse, inject
 from lorakeet.models.families import family_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from tiny.models import save_tiny_llama
 
@@ -76,13 +76,13 @@ def test_paths_of_the_adapter_do_not_change(tiny_model: Callable[..., Any]) -> N
     fuse.fuse(model)
     after = inject.adapter_of(model)
     assert list(after.pairs) == list(before.pairs)
-    assert any(isinstance(module, StandIn) and "mlp" in path for path, module in model.named_modules())
+    assert any(isinstance(module, Replacement) and "mlp" in path for path, module in model.named_modules())
     inject.attach(model, before, "again")
     assert inject.adapter_names(model) == ["default", "again"]
 
 
-def stand_ins(model: Any) -> dict[str, type[StandIn]]:
-    return {path: type(module) for path, module in model.named_modules() if isinstance(module, StandIn)}
+def stand_ins(model: Any) -> dict[str, type[Replacement]]:
+    return {path: type(module) for path, module in model.named_modules() if isinstance(module, Replacement)}
 
 
 @pytest.mark.parametrize("family", [*GATED, "phi3", "gpt2"])
@@ -103,7 +103,7 @@ def test_a_model_without_numbers_gets_the_same_stand_ins(tiny_model: Callable[..
 def test_attention_is_fused_where_its_norms_are_those_that_it_knows(family: str, fused: int, tmp_path: Path) -> None:
     """Gemma 3 norms its heads too, but with 1 + w."""
     text = load_text_model(ModelSpec(path=str(save_tiny_llama(tmp_path, family=family)), dtype="float32", device="cpu"))
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
     assert sum(isinstance(module, RotaryAttention) for module in text.model.modules()) == fused
 
 
@@ -123,5 +123,5 @@ def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> 
 
     for layer in text.model.model.layers:
         layer.self_attn.q_norm = Late(layer.self_attn.q_norm)
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
     assert not any(isinstance(module, RotaryAttention) for module in text.model.modules())

@@ -16,20 +16,20 @@ from lorakeet.core import kernels as dispatch
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models import kernels
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
+    check_elementwise,
     check_kernels,
     check_loss,
-    check_passes,
     kernel_bases,
     kernels_for,
     proved_products,
-    where_possible,
+    with_runnable_kernels,
 )
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
@@ -58,18 +58,19 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     asked = spec(tiny_llama_folder, quantize=QuantSpec(method=method))
     adapter = random_adapter(load_text_model(spec(tiny_llama_folder, kernels="torch")).model)
     fused, plain = load_text_model(asked), load_text_model(replace(asked, kernels="torch"))
-    assert fused.kernels == Kernels(64) and plain.kernels is None
+    assert fused.kernels == TritonRequest(64) and plain.kernels is None
     assert all(base.kernels is None for base in kernel_bases(plain.model))
     ids = torch.arange(6)
     batch = Batch(ids, (6,), ids, ids, ("row",)).to(DEVICE)
     for text in (fused, plain):
-        put_adapter(text, adapter)
+        add_adapter(text, adapter)
     calls: list[int] = []
     launch = dispatch.low_rank_product
     monkeypatch.setattr("lorakeet.core.lowrank.low_rank_product", lambda *given: calls.append(1) or launch(*given))
     found, expected = (text.head(text.hidden(batch)) for text in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert calls and list(kernel_bases(fused.model)) and all(base.kernels == Kernels(64) for base in kernel_bases(fused.model))
+    bases = list(kernel_bases(fused.model))
+    assert calls and bases and all(base.kernels == TritonRequest(64) for base in bases)
 
 
 @needs_triton
@@ -107,9 +108,9 @@ def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkey
 
 def test_the_tokens_and_ranks_of_the_proof_follow_what_is_fused() -> None:
     every = [(1, 0), (1, 8), (17, 0), (17, 8), (33, 0), (33, 8), (33, dispatch.RANK)]
-    assert proved_products(Kernels()) == every
-    assert proved_products(Kernels(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
-    assert proved_products(Kernels(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and proved_products(Kernels(0)) == []
+    assert proved_products(TritonRequest()) == every
+    assert proved_products(TritonRequest(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
+    assert proved_products(TritonRequest(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and proved_products(TritonRequest(0)) == []
 
 
 SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how it is called
@@ -132,7 +133,7 @@ def test_one_wrong_program_of_the_products_is_refused(wrong: tuple[int, int, boo
 
     monkeypatch.setattr(triton_tiles, "product", launch)
     with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} otherwise than torch"):
-        check_kernels([packed_layer()], Kernels(4 if wrong[0] == 4 else 64), torch.float32)
+        check_kernels([packed_layer()], TritonRequest(4 if wrong[0] == 4 else 64), torch.float32)
 
 
 def packed_layer() -> PackedLinear:
@@ -148,10 +149,10 @@ def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypa
         right(tiles, out, first)
         return out.mul_(1 + 2e-7) if out.dtype == torch.float32 else out
 
-    check_kernels([layer], Kernels(1), torch.bfloat16)
+    check_kernels([layer], TritonRequest(1), torch.bfloat16)
     monkeypatch.setattr(triton_tiles, "unpack", launch)
     with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
-        check_kernels([layer], Kernels(1), torch.bfloat16)
+        check_kernels([layer], TritonRequest(1), torch.bfloat16)
 
 
 @needs_triton
@@ -188,7 +189,7 @@ def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str
         if module == "loss":
             check_loss(50, DEVICE)
         else:
-            check_kernels([packed_layer()], Kernels(1), torch.float32)
+            check_kernels([packed_layer()], TritonRequest(1), torch.float32)
 
 
 def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +198,9 @@ def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch:
         kernels_for(spec(Path("model"), device="cpu"), torch.device("cpu"))
     assert kernels_for(ModelSpec(path="model"), torch.device("cpu")) is None
     made_elsewhere = spec(Path("model"), device="cpu")
-    assert where_possible(made_elsewhere) == replace(made_elsewhere, kernels="torch")
+    assert with_runnable_kernels(made_elsewhere) == replace(made_elsewhere, kernels="torch")
     monkeypatch.setattr(dispatch, "_interpreted", dispatch.has_triton)
-    assert where_possible(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
+    assert with_runnable_kernels(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
 
 
 def test_image_models_refuse_them() -> None:
@@ -213,7 +214,7 @@ def test_image_models_refuse_them() -> None:
     [("norm", "compute a norm otherwise"), ("gated", "compute a gate otherwise"), ("turn_", "compute a rotation otherwise")],
 )
 def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
+    check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
     right = getattr(elementwise, kernel)
 
     def wrong(first: Tensor, *given: Any) -> Any:
@@ -224,13 +225,13 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
 
     monkeypatch.setattr(elementwise, kernel, wrong)
     with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
-        check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
+        check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
 
 
 @needs_triton
 def test_an_adapted_model_makes_its_passes_by_them(tiny_llama_folder: Path) -> None:
-    for asked, expected in (("triton", Kernels(64)), ("torch", None)):
+    for asked, expected in (("triton", TritonRequest(64)), ("torch", None)):
         text = load_text_model(spec(tiny_llama_folder, kernels=asked))
-        put_adapter(text, random_adapter(text.model))
+        add_adapter(text, random_adapter(text.model))
         norms = [module for module in text.model.modules() if isinstance(module, FrozenRmsNorm)]
         assert norms and all(norm.kernels == expected for norm in norms)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.errors import DataError
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.quant import gptq_pack, gptq_solve
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.gptq_solve import GptqLayout, Hessian, bytes_of_solving, output_error, sensitivity, solve
@@ -148,15 +148,15 @@ def test_where_the_hessian_lies_changes_no_bit(
     rows: int, inputs: Tensor, weight: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gptq_solve, "ROWS", rows)
-    hessian, aside = hessian_of(inputs), Aside(tmp_path)
-    aside.put("H", hessian)
-    stored = aside.rows("H")
+    hessian, spill = hessian_of(inputs), Spill(tmp_path)
+    spill.put("H", hessian)
+    stored = spill.rows("H")
     assert stored.shape == hessian.shape and stored.dtype == hessian.dtype and torch.equal(stored[7:60], hessian[7:60])
     one, other = sensitivity(hessian), sensitivity(stored)
     assert torch.equal(one.order, other.order) and torch.equal(one.factor, other.factor)
     base = solve(weight, one, GptqLayout(4, GROUP))
     assert output_error(weight, base, hessian) == output_error(weight, base, stored)
-    aside.close()
+    spill.close()
 
 
 def test_outputs_are_compared_a_part_at_a_time(inputs: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

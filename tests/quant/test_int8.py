@@ -115,7 +115,7 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
     def off() -> float:
         return float((trained.matmul(x).float() - exact).norm() / exact.norm())
 
-    with nullcontext() if native else operators.without(), pytest.MonkeyPatch.context() as patch:
+    with nullcontext() if native else operators.torch_only(), pytest.MonkeyPatch.context() as patch:
         near = off()
         patch.setattr(int8_rows, "APART", 0)
         assert near < 0.004 < off()
@@ -128,7 +128,7 @@ def test_the_native_library_gives_torch_s_bits(trained: Int8Base, tokens: int) -
     x, grad = (torch.randn(tokens, width, generator=draw).bfloat16() for width in (64, 48))
     assert int8_rows.serves(x) and int8_rows.serves(grad)
     found = trained.matmul(x), trained.matmul_t(grad)
-    with operators.without():
+    with operators.torch_only():
         assert torch.equal(found[0], trained.matmul(x)) and torch.equal(found[1], trained.matmul_t(grad))
 
 

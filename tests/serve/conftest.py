@@ -12,8 +12,8 @@ import pytest
 
 from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.access import Access
 from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
 from lorakeet.serve.registry import Registry
@@ -28,12 +28,12 @@ VOCABULARY = 320
 
 
 @pytest.fixture
-def live(tiny_llama_folder: Path) -> LiveModel:
-    return LiveModel(load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32")))
+def live(tiny_llama_folder: Path) -> ServingModel:
+    return ServingModel(load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32")))
 
 
 @pytest.fixture
-def bare(live: LiveModel) -> Any:
+def bare(live: ServingModel) -> Any:
     """A model of the same shapes, without anything on it, for making adapters."""
     return tiny_model("llama", vocab_size=live.text.model.config.vocab_size)
 
@@ -86,7 +86,7 @@ class Asking:
 
 
 @pytest.fixture
-def asking(live: LiveModel) -> Iterator[Callable[..., Asking]]:
+def asking(live: ServingModel) -> Iterator[Callable[..., Asking]]:
     """`asking(slots=4)`: an engine over the tiny model, stopped when the test ends."""
     made: list[Engine] = []
 
@@ -102,7 +102,7 @@ def asking(live: LiveModel) -> Iterator[Callable[..., Asking]]:
 
 
 @pytest.fixture
-def site(live: LiveModel, saved: Callable[..., Path]) -> Iterator[Callable[..., Site]]:
+def site(live: ServingModel, saved: Callable[..., Path]) -> Iterator[Callable[..., Site]]:
     """`site(slots=4, …)`: a server with the adapters a and b (of a smaller rank, on other layers)."""
     made: list[Site] = []
 

@@ -17,7 +17,7 @@ from lorakeet.formats.files import slab
 from lorakeet.formats.peft import peft
 from lorakeet.kernels.threads import compute_with
 from lorakeet.models.generate.sample import end_ids, sample
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Draining, QueueFull
 
 PROMPTS: tuple[tuple[int, ...], ...] = (
@@ -29,20 +29,20 @@ WANTED: tuple[dict[str, float], ...] = (A, {}, B, A, B, A, {}, B, A)
 
 
 @pytest.fixture
-def loaded(live: LiveModel, saved: Callable[..., Path]) -> LiveModel:
+def loaded(live: ServingModel, saved: Callable[..., Path]) -> ServingModel:
     for seed, name in enumerate("ab"):
         live.attach(name, peft.read(saved(name, seed=seed, rank=4 if name == "a" else 2)))
     return live
 
 
-def alone(live: LiveModel, ids: tuple[int, ...], name: str | None, tokens: int = 12, **options: Any) -> list[int]:
+def alone(live: ServingModel, ids: tuple[int, ...], name: str | None, tokens: int = 12, **options: Any) -> list[int]:
     """What models/generate/sample writes one at a time, without the end token."""
     live.selection.use(name)
     found = sample(live.text, [ids], max_tokens=tokens, **{"temperature": 0.0, **options})[0].tolist()
     return found[:-1] if found[-1] in end_ids(live.text) else found
 
 
-def test_greedy_texts_equal_those_written_one_at_a_time(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+def test_greedy_texts_equal_those_written_one_at_a_time(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     expected = [alone(loaded, ids, next(iter(wanted), None)) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
     server = asking(slots=4)
     begun = [server.begin(ids, wanted) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
@@ -52,7 +52,7 @@ def test_greedy_texts_equal_those_written_one_at_a_time(loaded: LiveModel, askin
     assert [answer.ids for answer in again] == expected
 
 
-def test_numbers_that_are_not_finite_end_the_text_and_reach_no_other(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+def test_numbers_that_are_not_finite_end_the_text_and_reach_no_other(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     expected = alone(loaded, PROMPTS[0], "a")
     server = asking(slots=1)
     broken = server.begin(PROMPTS[1], {"a": 1e30})
@@ -64,7 +64,7 @@ def test_numbers_that_are_not_finite_end_the_text_and_reach_no_other(loaded: Liv
     assert again[0].cached == 0, "nothing is gone on from"
 
 
-def test_a_seeded_text_does_not_depend_on_the_batch(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+def test_a_seeded_text_does_not_depend_on_the_batch(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     expected = alone(loaded, PROMPTS[0], "a", temperature=1.0, seed=7)
     server = asking()
     others = [server.begin(ids, wanted, temperature=1.5) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
@@ -73,7 +73,7 @@ def test_a_seeded_text_does_not_depend_on_the_batch(loaded: LiveModel, asking: C
         server.end(job)
 
 
-def test_beginnings_are_reused_for_the_same_adapter_only(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+def test_beginnings_are_reused_for_the_same_adapter_only(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     long, server = tuple(range(40, 70)), asking(slots=2)
     expected = {name: alone(loaded, (*long, 7), name) for name in ("a", "b")}
     server.ask(long, {"a": 1.0}, max_tokens=1)
@@ -87,7 +87,7 @@ def test_beginnings_are_reused_for_the_same_adapter_only(loaded: LiveModel, aski
         assert mixed[0].cached == 0, weights
 
 
-def test_a_beginning_is_copied_from_a_text_that_is_being_written(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+def test_a_beginning_is_copied_from_a_text_that_is_being_written(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     long, server = tuple(range(40, 70)), asking(slots=2)
     expected = alone(loaded, (*long, 7), "a")
     seen = threading.Event()
@@ -99,7 +99,7 @@ def test_a_beginning_is_copied_from_a_text_that_is_being_written(loaded: LiveMod
     server.end(first)
 
 
-def test_long_prompts_come_in_chunks_between_the_tokens_of_others(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+def test_long_prompts_come_in_chunks_between_the_tokens_of_others(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     prompt = tuple(range(40, 70))
     expected = alone(loaded, prompt, None, tokens=2)
     server = asking(chunk=4)
@@ -111,7 +111,7 @@ def test_long_prompts_come_in_chunks_between_the_tokens_of_others(loaded: LiveMo
     assert server.end(writing).ids
 
 
-def test_cancelled_late_and_waiting_texts_end(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+def test_cancelled_late_and_waiting_texts_end(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     server = asking(slots=1)
     running, waiting = server.begin((30, 51), max_tokens=60), server.begin((30, 52), max_tokens=60)
     late = server.begin((30, 53), max_tokens=60, timeout=0.0)
@@ -163,12 +163,12 @@ def test_what_cannot_be_served_is_refused(ids: tuple[int, ...], settings: Any, m
         asking().begin(ids, **settings)
 
 
-def test_texts_end_with_the_context(asking: Callable[..., Any], loaded: LiveModel) -> None:
+def test_texts_end_with_the_context(asking: Callable[..., Any], loaded: ServingModel) -> None:
     answer = asking(context=8).ask((30, 51, 77), {"a": 1.0}, max_tokens=100)
     assert len(answer.ids) == 6 and answer.reason == "length", "three of the prompt, and the last one is never fed back"
 
 
-def test_a_failed_step_ends_its_texts_and_the_engine_goes_on(asking: Callable[..., Any], loaded: LiveModel) -> None:
+def test_a_failed_step_ends_its_texts_and_the_engine_goes_on(asking: Callable[..., Any], loaded: ServingModel) -> None:
     server = asking()
 
     def fail(*_: Any) -> None:
@@ -192,7 +192,7 @@ def test_calls_compute_with_the_engine_s_cores_before_any_text(asking: Callable[
 
 
 def test_an_idle_engine_frees_the_copies_of_adapters(
-    loaded: LiveModel, asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    loaded: ServingModel, asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = asking()
     expected = server.ask(PROMPTS[0], A).ids
@@ -207,7 +207,7 @@ def test_an_idle_engine_frees_the_copies_of_adapters(
     assert server.ask(PROMPTS[0], A).ids == expected and not slab._SPARE
 
 
-def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loaded: LiveModel) -> None:
+def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loaded: ServingModel) -> None:
     server = asking()
     whole = server.ask((30, 51, 77), {"a": 1.0})
     stop = whole.text[4:7]
@@ -215,7 +215,7 @@ def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loa
     assert answer.reason == "stop" and answer.text == whole.text[: whole.text.index(stop)]
 
 
-def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: LiveModel) -> None:
+def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: ServingModel) -> None:
     server = asking()
     answer = server.ask((30, 51, 77), {"a": 1.0}, logprobs=3, max_tokens=4)
     for event in answer.events[:-1]:
@@ -224,7 +224,7 @@ def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: Liv
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_that_nobody_foresaw_is_said_to_all(asking: Callable[..., Any], loaded: LiveModel) -> None:
+def test_an_error_that_nobody_foresaw_is_said_to_all(asking: Callable[..., Any], loaded: ServingModel) -> None:
     server = asking(slots=1)
 
     def fail(*_: Any) -> None:

@@ -16,19 +16,19 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files import slab
 from lorakeet.formats.peft import peft, peft_config
 from lorakeet.formats.peft.peft_config import CONFIG_NAME
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve import on_disk
 from lorakeet.serve.on_disk import inspect, read_stored_adapter
 
 
-def test_headers_say_ranks_scales_and_size(live: LiveModel, saved: Callable[..., Path]) -> None:
+def test_headers_say_ranks_scales_and_size(live: ServingModel, saved: Callable[..., Path]) -> None:
     folder = saved("a", rank=2)
     source = inspect(folder, live)
     assert (source.ranks, source.scales, source.digest) == ((2,), (3.0,), "")
     assert source.bytes == 4 * peft.read(folder).parameters
 
 
-def test_content_is_known_again(live: LiveModel, saved: Callable[..., Path], tmp_path: Path) -> None:
+def test_content_is_known_again(live: ServingModel, saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved("a", seed=1)
     adapter, source = read_stored_adapter(inspect(folder, live), "a", live)
     assert adapter.parameters == peft.read(folder).parameters and len(source.digest) == 64
@@ -48,14 +48,14 @@ def test_content_is_known_again(live: LiveModel, saved: Callable[..., Path], tmp
         read_stored_adapter(source, "a", live)
 
 
-def test_what_does_not_fit_is_refused_by_its_header(live: LiveModel, saved: Callable[..., Path]) -> None:
+def test_what_does_not_fit_is_refused_by_its_header(live: ServingModel, saved: Callable[..., Path]) -> None:
     folder = saved("a", "embed_tokens", "q_proj")
     with pytest.raises(ConfigError, match=r"'model\.embed_tokens': no pair can be served there"):
         inspect(folder, live)
 
 
 def test_a_rank_larger_than_the_layer_is_served_and_logged(
-    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
     monkeypatch.setattr(on_disk.log, "warning", lambda form, *given: heard.append(form % given))
@@ -67,7 +67,7 @@ def test_a_rank_larger_than_the_layer_is_served_and_logged(
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_second_adapter_of_a_recipe_is_not_parsed(
-    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, private: bool
+    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, private: bool
 ) -> None:
     folders = [saved(name, seed=seed) for seed, name in enumerate("abc")]
     first = read_stored_adapter(inspect(folders[0], live, private=private), "a", live)
@@ -90,7 +90,7 @@ def test_a_second_adapter_of_a_recipe_is_not_parsed(
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_a_digest_is_that_of_earlier_versions(live: LiveModel, saved: Callable[..., Path], private: bool) -> None:
+def test_a_digest_is_that_of_earlier_versions(live: ServingModel, saved: Callable[..., Path], private: bool) -> None:
     """A server that starts again compares it with the one on its list."""
     folder = saved("a")
     expected = hashlib.sha256((folder / CONFIG_NAME).read_bytes())
@@ -103,7 +103,7 @@ def test_a_digest_is_that_of_earlier_versions(live: LiveModel, saved: Callable[.
 
 
 def test_the_digest_is_of_the_configuration_that_was_read(
-    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if it is written to meanwhile."""
     folder = saved("a")
@@ -119,7 +119,7 @@ def test_the_digest_is_of_the_configuration_that_was_read(
     assert source.digest == known and {pair.alpha for pair in adapter.pairs.values()} == {12.0}
 
 
-def test_what_is_wrong_with_a_second_adapter_of_a_recipe_is_said(live: LiveModel, saved: Callable[..., Path]) -> None:
+def test_what_is_wrong_with_a_second_adapter_of_a_recipe_is_said(live: ServingModel, saved: Callable[..., Path]) -> None:
     read_stored_adapter(inspect(saved("a"), live), "a", live)
     source = inspect(saved("b", seed=1), live)
     file = source.path / peft.MODEL_NAME
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_a_second_adapter_of_a_recipe_is_said(live: LiveModel
 
 
 def test_a_surplus_rank_is_logged_for_each_adapter_of_a_recipe(
-    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
     monkeypatch.setattr(on_disk.log, "warning", lambda form, *given: heard.append(form % given))

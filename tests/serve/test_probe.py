@@ -11,14 +11,14 @@ from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.probe import FACT, Probe, Prober, compare_record, extend_certificate, find_certificate, read_record, record
 
 
-def test_probes_tell_functions_apart(live: LiveModel, saved: Callable[..., Path]) -> None:
+def test_probes_tell_functions_apart(live: ServingModel, saved: Callable[..., Path]) -> None:
     prober = Prober(live.text, live.selection)
     for seed, name in enumerate(("a", "b")):
         live.attach(name, peft.read(saved(name, seed=seed)))
@@ -41,7 +41,7 @@ def test_probes_tell_functions_apart(live: LiveModel, saved: Callable[..., Path]
 
 
 def test_a_probe_that_fails_leaves_no_adapter_active(
-    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prober = Prober(live.text, live.selection)
     live.attach("a", peft.read(saved("a")))
@@ -57,8 +57,8 @@ def test_the_record_of_training_is_what_a_server_finds(tiny_llama_folder: Path, 
     for method, dtype in (("none", "float32"), ("nf4", "float32"), ("none", "bfloat16")):
         spec = ModelSpec(path=str(tiny_llama_folder), dtype=dtype, products="float32", quantize=QuantSpec(method=method))  # type: ignore[arg-type]
         trained, served = (load_text_model(spec, say=lambda _: None) for _ in range(2))
-        put_adapter(trained, peft.read(folder), "default")
-        live = LiveModel(served)
+        add_adapter(trained, peft.read(folder), "default")
+        live = ServingModel(served)
         prober = Prober(served, live.selection)
         live.attach("a@1", peft.read(folder))
         known, theirs = record(trained, "default"), prober.probe("a@1")
@@ -70,9 +70,9 @@ def test_the_record_of_training_is_what_a_server_finds(tiny_llama_folder: Path, 
     assert (half[0].precision, half[3]) == ("float32 over bfloat16", 0.5), "activations are rounded as the weights are"
 
 
-def test_what_rounding_explains_grows_with_the_effect_in_16_bits_only(tiny_llama_folder: Path, live: LiveModel) -> None:
+def test_what_rounding_explains_grows_with_the_effect_in_16_bits_only(tiny_llama_folder: Path, live: ServingModel) -> None:
     spec = ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", products="bfloat16")
-    half = LiveModel(load_text_model(spec, say=lambda _: None))
+    half = ServingModel(load_text_model(spec, say=lambda _: None))
     exact, coarse = (Prober(one.text, one.selection) for one in (live, half))
     assert [prober.allowed(effect) for prober in (exact, coarse) for effect in (0.5, 8.0)] == [2e-3, 2e-3, 0.5, 0.8]
 

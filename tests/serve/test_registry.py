@@ -18,7 +18,7 @@ from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.probe import Probe, extend_certificate
 from lorakeet.serve.registry import AdapterMemoryFull, Registry
@@ -32,7 +32,7 @@ def server(asking: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def registry(live: LiveModel, server: Any) -> Registry:
+def registry(live: ServingModel, server: Any) -> Registry:
     return Registry(live, server.engine, base="base")
 
 
@@ -108,7 +108,7 @@ def test_unloading_while_a_text_is_written(registry: Registry, server: Any, save
     assert registry.resident == 0
 
 
-def test_thousands_known_few_in_memory(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_thousands_known_few_in_memory(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     first = saved("a0")
     size = peft.read(first).parameters * 4
     registry = Registry(live, server.engine, base="base", budget=6 * size)  # three, each with a copy in fp32 for a text
@@ -132,7 +132,7 @@ def test_thousands_known_few_in_memory(live: LiveModel, server: Any, saved: Call
     assert registry.get("a1").loads == 2, "loaded, put out, and loaded again"
 
 
-def test_copies_count_in_the_memory_of_adapters(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_copies_count_in_the_memory_of_adapters(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     size, slots = peft.read(saved("a")).parameters * 4, server.engine.cache.slots
     registry = Registry(live, server.engine, base="base", budget=(10 + slots) * size - 1)
     for number in range(12):
@@ -146,7 +146,7 @@ def test_copies_count_in_the_memory_of_adapters(live: LiveModel, server: Any, sa
         registry.release(lease)
 
 
-def test_no_table_is_larger_than_what_is_counted(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_no_table_is_larger_than_what_is_counted(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     registry = Registry(live, server.engine, base="base", budget=1 << 30)
     registry.register("wide", saved("wide", rank=16))
     for number in range(3):
@@ -165,7 +165,7 @@ def test_no_table_is_larger_than_what_is_counted(live: LiveModel, server: Any, s
     assert not registry._mixes
 
 
-def test_a_mix_needs_room_for_its_copy(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_a_mix_needs_room_for_its_copy(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     size, slots = peft.read(saved("a")).parameters * 4, server.engine.cache.slots
     registry = Registry(live, server.engine, base="base", budget=2 * (1 + slots) * size - 1)
     for name in ("a", "b"):
@@ -183,7 +183,7 @@ def test_a_mix_needs_room_for_its_copy(live: LiveModel, server: Any, saved: Call
 
 
 def test_copies_of_different_layers_stay_within_the_budget(
-    live: LiveModel, asking: Callable[..., Any], saved: Callable[..., Path]
+    live: ServingModel, asking: Callable[..., Any], saved: Callable[..., Path]
 ) -> None:
     server, folders = asking(slots=1), [saved(leaf, leaf) for leaf in ("q_proj", "up_proj", "down_proj")]
     sizes = [peft.read(folder).parameters * 4 for folder in folders]
@@ -196,7 +196,7 @@ def test_copies_of_different_layers_stay_within_the_budget(
     assert registry.resident == 3
 
 
-def test_copies_from_before_make_room(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_copies_from_before_make_room(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     size, small = (peft.read(saved(name, rank=rank)).parameters * 4 for name, rank in (("wide", 64), ("a", 4)))
     slots = server.engine.cache.slots
     registry = Registry(live, server.engine, base="base", budget=(1 + slots) * size)
@@ -213,7 +213,7 @@ def test_copies_from_before_make_room(live: LiveModel, server: Any, saved: Calla
     assert registry.resident == 2 and live.table_bytes == small
 
 
-def test_a_changed_file_is_refused_until_it_is_loaded_again(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_a_changed_file_is_refused_until_it_is_loaded_again(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     folder, other = saved("a", seed=1), saved("b", seed=2)
     registry = Registry(live, server.engine, base="base", budget=2 * peft.read(folder).parameters * 4)  # one, with its copy
     registry.load("a", folder)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.access import Caller
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import Registry
@@ -21,7 +21,7 @@ GREEDY = Sampling(max_tokens=8, temperature=0.0)
 
 
 @pytest.fixture
-def service(live: LiveModel, asking: Callable[..., Any], saved: Callable[..., Path]) -> Service:
+def service(live: ServingModel, asking: Callable[..., Any], saved: Callable[..., Path]) -> Service:
     engine = asking().engine
     registry = Registry(live, engine, base="tiny")
     registry.register("a", saved("a"))

@@ -14,14 +14,14 @@ import pytest
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.peft import peft
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.store import LIST, AdapterStore
 
 
 @pytest.fixture
-def registry(live: LiveModel, asking: Callable[..., Any]) -> Registry:
+def registry(live: ServingModel, asking: Callable[..., Any]) -> Registry:
     return Registry(live, asking().engine, base="base")
 
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_served_at_a_start_stays_in_the_list(
 
 
 def test_a_disk_too_full_for_the_list_changes_nothing(
-    live: LiveModel, asking: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    live: ServingModel, asking: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = AdapterStore(tmp_path / "s")
     registry = Registry(live, asking().engine, base="base", changed=lambda: store.remember(registry))

@@ -12,7 +12,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
@@ -66,7 +66,7 @@ def trained(text: TextModel, out: Path, *, steps: int, lora: LoraSpec, **streami
     """Every loss and gradient norm of `steps` steps of 3 to 4 micro-batches, and the bytes of the adapter."""
     spec = TrainSpec(steps=steps, batch_size=6, micro_tokens=30, learning_rate=1e-2, evaluate_every=10, patience=0)
     plan = plan_for(text.model, lora, text.family)
-    begin_adapter(text, plan, seed=0, token_ids=text.add_tokens(lora.new_tokens))
+    initialise_adapter(text, plan, seed=0, token_ids=text.add_tokens(lora.new_tokens))
     task = TextTask(text, rows(24), held_out=rows(5, seed=1), spec=spec, **streaming)
     losses = Losses()
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from lorakeet.models.fuse import fuse_blocks
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
@@ -34,7 +34,7 @@ def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default
         if not (kind == "mixed" and path.endswith(("q_proj", "up_proj"))):
             modules.replace(text.model, path, PackedLinear(packed(module.weight, kind, path), module.bias))
     for number, name in enumerate(names):
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
+        initialise_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
         generator = torch.Generator().manual_seed(number)
         for key, parameter in trained_parameters(text.model, name).items():
             parameter.requires_grad_(True)

@@ -404,8 +404,8 @@ def test_under_a_budget_the_best_adapter_is_on_disk_and_a_run_leaves_the_same_by
 
 
 def test_under_a_budget_on_a_cuda_device_its_memory_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.train.loop.card_of", lambda _: torch.device("cuda", 0))
-    monkeypatch.setattr("lorakeet.train.loop.card_peak", lambda _: 1234)
+    monkeypatch.setattr("lorakeet.train.loop.cuda_device_of", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr("lorakeet.train.loop.gpu_peak_bytes", lambda _: 1234)
     said: list[str] = []
     report = Silent()
     report.say = said.append  # type: ignore[method-assign]

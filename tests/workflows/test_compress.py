@@ -23,6 +23,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.workflows import compress as compressing
 from lorakeet.workflows.compress import _why_none, compress
 from lorakeet.workflows.evaluate import evaluate
+from lorakeet.workflows.options import CompressOptions, EvaluateOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.runs import quiet, reviews, run, tree, write_rows
 
@@ -44,14 +45,14 @@ def parameters(adapter: Adapter) -> int:
 @pytest.fixture(scope="module")
 def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     before = tree(trained)
-    result = compress(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", tolerance="10%", console=quiet())
+    result = compress(CompressOptions(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", tolerance="10%"), console=quiet())
     assert tree(trained) == before
     return result
 
 
 def test_a_budget_without_room_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is 50 MiB, but compressing this adapter takes \d+ MiB: .* Give that with --memory"):
-        compress(str(trained), out=tmp_path / "cut", memory="50MiB", console=quiet())
+        compress(CompressOptions(str(trained), out=tmp_path / "cut", memory="50MiB"), console=quiet())
     assert not (tmp_path / "cut").exists()
 
 
@@ -80,7 +81,7 @@ def test_what_it_leaves_is_a_run_that_other_verbs_open(compressed: Any, trained:
         path: config.lora.rank_pattern.get(path, config.lora.rank) for path in opened.adapter.pairs
     }
     assert all(pair.scale == pytest.approx(3.0) for pair in opened.adapter.pairs.values())
-    again = evaluate(str(out), console=quiet()).report
+    again = evaluate(EvaluateOptions(str(out)), console=quiet()).report
     assert again.systems[0].metrics == compressed.report.systems[0].metrics
 
 
@@ -93,18 +94,22 @@ def test_the_report_has_the_curve_with_intervals_and_what_the_test_rows_say(comp
 
 
 def test_a_size_that_was_asked_for_is_what_is_written(trained: Path, tmp_path: Path) -> None:
-    by_rank = compress(str(trained), out=tmp_path / "rank", to="rank 2", rows=20, weighting="activation", console=quiet())
+    by_rank = compress(
+        CompressOptions(str(trained), out=tmp_path / "rank", to="rank 2", rows=20, weighting="activation"), console=quiet()
+    )
     assert {pair.rank for pair in peft.read(tmp_path / "rank" / "adapter").pairs.values()} == {2}
     assert "rank 2" in [point.name for point in by_rank.curve.points][-1] or len(by_rank.curve.points) > 2
-    compress(str(trained), out=tmp_path / "count", to="2k", rows=20, weighting="none", console=quiet())
+    compress(CompressOptions(str(trained), out=tmp_path / "count", to="2k", rows=20, weighting="none"), console=quiet())
     assert 1900 < parameters(peft.read(tmp_path / "count" / "adapter")) <= 2000
 
 
 def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"brings no rows.*--config"):
-        compress(str(trained / "adapter"), out=tmp_path / "cut", console=quiet())
+        compress(CompressOptions(str(trained / "adapter"), out=tmp_path / "cut"), console=quiet())
     config = trained / "config.yaml"
-    found = compress(str(trained / "adapter"), out=tmp_path / "cut", to="rank 2", rows=5, config=config, console=quiet())
+    found = compress(
+        CompressOptions(str(trained / "adapter"), out=tmp_path / "cut", to="rank 2", rows=5, config=config), console=quiet()
+    )
     assert (found.out / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -122,13 +127,13 @@ def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
 )
 def test_sizes_that_cannot_be(trained: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        compress(str(trained), out=tmp_path / "cut", console=quiet(), **given)
+        compress(CompressOptions(str(trained), out=tmp_path / "cut", **given), console=quiet())
     assert not (tmp_path / "cut").exists()
 
 
 def test_where_every_cut_loses_too_much_nothing_is_written(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(VerificationFailed, match=r"No cut .* loses at most 0 % of its gain.*nothing was written.*--to"):
-        compress(str(trained), out=tmp_path / "cut", tolerance="0", console=quiet())
+        compress(CompressOptions(str(trained), out=tmp_path / "cut", tolerance="0"), console=quiet())
     assert not (tmp_path / "cut").exists()
 
 
@@ -168,8 +173,8 @@ def test_what_there_is_to_lose(finished: Any, trained: Path, tmp_path: Path) -> 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ConfigError, match="exists already"):
-        compress(str(trained), out=tmp_path / "full", console=quiet())
+        compress(CompressOptions(str(trained), out=tmp_path / "full"), console=quiet())
     no_rows = tmp_path / "config.yaml"
     no_rows.write_text((trained / "config.yaml").read_text().replace("held_out_fraction: 0.2", "held_out_fraction: 0.0"))
     with pytest.raises(DataError, match=r"holds no rows out|no cut could be judged"):
-        compress(str(trained / "adapter"), out=tmp_path / "cut", config=no_rows, console=quiet())
+        compress(CompressOptions(str(trained / "adapter"), out=tmp_path / "cut", config=no_rows), console=quiet())

@@ -22,6 +22,7 @@ from lorakeet.formats.diffusion import diffusers, kohya
 from lorakeet.formats.peft import peft
 from lorakeet.workflows import convert as module
 from lorakeet.workflows.convert import convert
+from lorakeet.workflows.options import ConvertOptions
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 from tiny.portable import image_adapter, llama_config, text_adapter
@@ -61,7 +62,9 @@ def test_a_pair_that_changes_nothing_may_go_and_is_named(tmp_path: Path) -> None
     pairs = {name: Pair(torch.randn(2, 3072), torch.randn(3072, 2), 2.0) for name in names}
     pairs[names[1]] = replace(pairs[names[1]], B=torch.zeros(3072, 2))
     diffusers.write(Adapter(pairs), tmp_path / "in.safetensors")
-    done = convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to="kohya", console=Console(quiet=True))
+    done = convert(
+        ConvertOptions(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to="kohya"), console=Console(quiet=True)
+    )
     [note] = [note for note in done.notes if "change nothing" in note]
     assert note.startswith("1 pairs") and names[1] in note
     assert kohya.read(tmp_path / "out.safetensors").pairs.keys() == {names[0], *names[2:]}
@@ -71,7 +74,10 @@ def test_dora_goes_to_gguf_folded_when_asked(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
     peft.write(random_adapter(model, "q_proj", dora=True), tmp_path / "in")
-    done = convert(tmp_path / "in", tmp_path / "out.gguf", to="gguf", base=tmp_path / "base", rank=8, console=Console(quiet=True))
+    done = convert(
+        ConvertOptions(tmp_path / "in", tmp_path / "out.gguf", to="gguf", base=tmp_path / "base", rank=8),
+        console=Console(quiet=True),
+    )
     assert len([note for note in done.notes if "DoRA folded into a plain pair of rank 8" in note]) == 2
     assert read_adapter(tmp_path / "out.gguf").pairs.keys() == done.adapter.pairs.keys()
 
@@ -134,7 +140,7 @@ def test_a_full_disk_leaves_nothing(to: Any, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(EnvironmentProblem, match=r"out.* could not be written: the disk .* is full"):
-        convert(source, out, to=to, console=Console(quiet=True))
+        convert(ConvertOptions(source, out, to=to), console=Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,14 +163,16 @@ def test_a_writer_that_errs_is_caught_and_its_file_not_kept(fault: str, tmp_path
 
     monkeypatch.setattr(module.mlx, "write", wrong)
     with pytest.raises(VerificationFailed, match=r"so .*out was not kept: .*model\.layers\.1\.mlp\.up_proj"):
-        convert(tmp_path / "in", tmp_path / "out", to="mlx", console=Console(quiet=True))
+        convert(ConvertOptions(tmp_path / "in", tmp_path / "out", to="mlx"), console=Console(quiet=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_a_file_that_looks_like_another_format_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.kohya, "write", lambda adapter, path, **_: diffusers.write(adapter, path))
     with pytest.raises(VerificationFailed, match="written as kohya looks like diffusers"):
-        convert(GOLDEN / "kohya.safetensors", tmp_path / "out.safetensors", to="kohya", console=Console(quiet=True))
+        convert(
+            ConvertOptions(GOLDEN / "kohya.safetensors", tmp_path / "out.safetensors", to="kohya"), console=Console(quiet=True)
+        )
     assert list(tmp_path.iterdir()) == []
 
 

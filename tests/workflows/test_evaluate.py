@@ -17,6 +17,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.workflows.evaluate import evaluate
+from lorakeet.workflows.options import EvaluateOptions
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
 from tiny.runs import chats, quiet, reviews, tree, write_rows
@@ -24,7 +25,7 @@ from tiny.runs import chats, quiet, reviews, tree, write_rows
 
 def test_a_run_is_measured_on_its_own_test_rows_as_its_report_says(finished: Any) -> None:
     before = tree(finished.path)
-    report = evaluate(str(finished.path), console=quiet()).report
+    report = evaluate(EvaluateOptions(str(finished.path)), console=quiet()).report
     own = finished.result.report
     assert report.systems == own.systems and report.comparisons == own.comparisons and report.drift == own.drift
     assert report.subtitle.endswith("13 rows of the test file")
@@ -33,12 +34,12 @@ def test_a_run_is_measured_on_its_own_test_rows_as_its_report_says(finished: Any
 
 def test_a_budget_that_cannot_be_kept_is_refused(finished: Any) -> None:
     with pytest.raises(ConfigError, match=r"is 50MiB, but measuring this adapter takes at least \d+ MiB, .*--memory, or"):
-        evaluate(str(finished.path), memory="50MiB", console=quiet())
+        evaluate(EvaluateOptions(str(finished.path), memory="50MiB"), console=quiet())
 
 
 def test_a_run_is_measured_on_a_file_and_writes_a_report_where_it_is_told(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "fresh.jsonl", reviews(9, seed=5))
-    found = evaluate(str(finished.path), data=str(data), out=tmp_path / "out", console=quiet())
+    found = evaluate(EvaluateOptions(str(finished.path), data=str(data), out=tmp_path / "out"), console=quiet())
     assert found.report.systems[0].metrics["accuracy"].n == 9
     assert [system.role for system in found.report.systems] == ["adapter", "base", "floor", "floor"]
     assert "learnt from 59 rows" in found.report.systems[2].note
@@ -51,11 +52,11 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     seen = trained.read_text().splitlines(keepends=True)[10:13]
     (tmp_path / "seen.jsonl").write_text("".join(seen))
     with pytest.raises(DataError, match="All 3 rows were seen in training, so they prove nothing"):
-        evaluate(str(finished.path), data=str(tmp_path / "seen.jsonl"), console=quiet())
+        evaluate(EvaluateOptions(str(finished.path), data=str(tmp_path / "seen.jsonl")), console=quiet())
     data = write_rows(tmp_path / "mixed.jsonl", reviews(9, seed=5))
     with data.open("a") as file:
         file.write("".join(seen))
-    report = evaluate(str(finished.path), data=str(data), console=quiet()).report
+    report = evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=quiet()).report
     assert report.systems[0].metrics["accuracy"].n == 9 and report.subtitle.endswith("9 rows of mixed.jsonl")
     assert report.leaks is not None and len({leak.held_out for leak in report.leaks}) == 3
     assert "3 of 12 rows also stand in the training or held-out rows (left out)." in report.warnings
@@ -70,19 +71,21 @@ def test_a_file_can_be_judged_where_the_rows_of_the_run_are_gone(finished: Any, 
     held_out = finished.result.setup.dataset.held_out[0]
     fresh = reviews(9, seed=5)
     data = write_rows(tmp_path / "fresh.jsonl", [*fresh, {"text": held_out.text, "label": held_out.label}])
-    report = evaluate(str(run), data=str(data), console=quiet()).report
-    whole = evaluate(str(finished.path), data=str(write_rows(tmp_path / "nine.jsonl", fresh)), console=quiet()).report
+    report = evaluate(EvaluateOptions(str(run), data=str(data)), console=quiet()).report
+    whole = evaluate(
+        EvaluateOptions(str(finished.path), data=str(write_rows(tmp_path / "nine.jsonl", fresh))), console=quiet()
+    ).report
     assert report.systems == whole.systems[:2]  # the adapter and the base; the floors had nothing to learn from
     assert f"The run's own rows cannot be read ('{gone}' does not exist" in report.warnings[0]
     assert report.warnings[1] == "1 of 10 rows are held-out rows of the run (left out)."
     odd = write_rows(tmp_path / "odd.jsonl", [*reviews(6), {"text": "odd", "label": "goood"}])
     with pytest.raises(DataError, match=r"'goood' of 1 evaluated rows .*Did you mean 'good'"):
-        evaluate(str(run), data=str(odd), console=quiet())
+        evaluate(EvaluateOptions(str(run), data=str(odd)), console=quiet())
     with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):
-        evaluate(str(run), console=quiet())
+        evaluate(EvaluateOptions(str(run)), console=quiet())
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("on_leak: drop", "on_leak: refuse"))
     with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):
-        evaluate(str(run), data=str(data), console=quiet())
+        evaluate(EvaluateOptions(str(run), data=str(data)), console=quiet())
 
 
 @pytest.mark.parametrize(("kind", "metric"), [(reviews, "accuracy"), (chats, "loss")])
@@ -94,42 +97,42 @@ def test_a_bare_adapter_of_peft_needs_only_a_file(
     base = save_tiny_llama(tmp_path / "base")
     by_peft(tmp_path / "adapter", transformers.AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
     data = write_rows(tmp_path / "rows.jsonl", kind(9))
-    report = evaluate(str(tmp_path / "adapter"), data=str(data), console=quiet()).report
+    report = evaluate(EvaluateOptions(str(tmp_path / "adapter"), data=str(data)), console=quiet()).report
     adapter, bare = report.systems
     assert (adapter.role, bare.role) == ("adapter", "base") and {metric} <= adapter.metrics.keys()
     assert report.subtitle == f"{base}, 9 rows of rows.jsonl" and report.drift is not None and report.drift.texts == 2
 
 
 def test_a_bare_adapter_takes_rows_and_template_from_a_run_file(finished: Any) -> None:
-    found = evaluate(str(finished.path / "adapter"), config=finished.path / "config.yaml", console=quiet())
+    found = evaluate(EvaluateOptions(str(finished.path / "adapter"), config=finished.path / "config.yaml"), console=quiet())
     assert found.report.systems == finished.result.report.systems
 
 
 def test_a_bare_adapter_without_rows_is_asked_for_some(finished: Any) -> None:
     with pytest.raises(ConfigError, match="name a file with --data, or a run file with --config"):
-        evaluate(str(finished.path / "adapter"), console=quiet())
+        evaluate(EvaluateOptions(str(finished.path / "adapter")), console=quiet())
 
 
 def test_labels_that_the_run_does_not_know_are_named(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [*reviews(6), {"text": "odd", "label": "goood"}])
     with pytest.raises(DataError, match=r"'goood' of 1 evaluated rows .*unseen in training.*Did you mean 'good'"):
-        evaluate(str(finished.path), data=str(data), console=quiet())
+        evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=quiet())
 
 
 def test_a_report_never_lands_on_something_else(finished: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     for out in (tmp_path, tmp_path / "file"):
         with pytest.raises(ConfigError, match="exists already"):
-            evaluate(str(finished.path), out=out, console=quiet())
+            evaluate(EvaluateOptions(str(finished.path), out=out), console=quiet())
     with pytest.raises(EnvironmentProblem, match="is a file"):
-        evaluate(str(finished.path), out=tmp_path / "file" / "deep", console=quiet())
+        evaluate(EvaluateOptions(str(finished.path), out=tmp_path / "file" / "deep"), console=quiet())
     assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_an_adapter_on_another_base_is_refused_with_every_mismatch(finished: Any, tmp_path: Path) -> None:
     other = save_tiny_llama(tmp_path / "other", hidden_size=16, num_hidden_layers=1)
     with pytest.raises(ConfigError, match=r"does not fit this base \((\d+) problems\)") as refused:
-        evaluate(str(finished.path), base=str(other), console=quiet())
+        evaluate(EvaluateOptions(str(finished.path), base=str(other)), console=quiet())
     said = str(refused.value)
     assert "'model.layers.0.self_attn.q_proj': A is 4×32, but this base needs 4×16." in said
     assert all(f"'model.layers.1.{name}'" in said for name in ("self_attn.q_proj", "mlp.down_proj"))

@@ -18,6 +18,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.export.gguf_model import DIGEST, NAME, GgufFile
 from lorakeet.workflows import export as workflow
 from lorakeet.workflows.export import export
+from lorakeet.workflows.options import ExportOptions, VerifyOptions
 from lorakeet.workflows.verify import verify
 from tiny.exports import write_model
 from tiny.runs import quiet
@@ -31,7 +32,7 @@ def finished(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_a_gguf_file_with_card_and_certificate(finished: Any, tmp_path: Path) -> None:
     out = tmp_path / "reviews.gguf"
-    found = export(str(finished.path), out=out, quant="f16", console=quiet())
+    found = export(ExportOptions(str(finished.path), out=out, quant="f16"), console=quiet())
     assert found.to_mapping()["passed"] is True and found.model.types["F16"] == 15
     assert read_certificate(tmp_path / "reviews.certificate.json") == found.certificate
     card = (tmp_path / "reviews.README.md").read_text()
@@ -45,12 +46,12 @@ def test_a_gguf_file_with_card_and_certificate(finished: Any, tmp_path: Path) ->
 
 def test_a_budget_without_room_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="but the check of an export takes at least"):
-        export(str(finished.path), out=tmp_path / "model.gguf", memory="50MiB", console=quiet())
+        export(ExportOptions(str(finished.path), out=tmp_path / "model.gguf", memory="50MiB"), console=quiet())
     assert not list(tmp_path.iterdir())
 
 
 def test_types_of_llama_cpp_go_through_its_quantiser(finished: Any, tmp_path: Path) -> None:
-    found = export(str(finished.path), out=tmp_path / "small.gguf", quant="q4_0", console=quiet())
+    found = export(ExportOptions(str(finished.path), out=tmp_path / "small.gguf", quant="q4_0"), console=quiet())
     assert found.model.types["Q4_0"] > 10 and found.certificate is not None and found.certificate.passed
     assert not list(tmp_path.glob(".*"))
 
@@ -58,24 +59,26 @@ def test_types_of_llama_cpp_go_through_its_quantiser(finished: Any, tmp_path: Pa
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_folder_for_ollama(finished: Any, tmp_path: Path, separate: bool) -> None:
     out = tmp_path / "ollama"
-    found = export(str(finished.path), out=out, to="ollama", quant="f32", separate=separate, console=quiet())
+    found = export(ExportOptions(str(finished.path), out=out, to="ollama", quant="f32", separate=separate), console=quiet())
     assert found.certificate is not None and found.certificate.passed
     names = {"Modelfile", "README.md", "certificate.json", "model.gguf"} | ({"adapter.gguf"} if separate else set())
     assert {path.name for path in out.iterdir()} == names
     modelfile = (out / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./model.gguf\n") and ("ADAPTER ./adapter.gguf\n" in modelfile) is separate
     assert "<|im_start|>{{ .Role }}" in modelfile and not list(out.glob("*.safetensors"))
-    assert verify(str(finished.path), against=(str(out),), rows=2, console=quiet()).exit_code == 0
+    assert verify(VerifyOptions(str(finished.path), against=(str(out),), rows=2), console=quiet()).exit_code == 0
 
 
 def test_a_wrong_address_is_found_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--host is 'localhost:11434'"):
-        export(str(finished.path), out=tmp_path / "o", to="ollama", push=True, host="localhost:11434", console=quiet())
+        export(
+            ExportOptions(str(finished.path), out=tmp_path / "o", to="ollama", push=True, host="localhost:11434"), console=quiet()
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_is_called_phi3_and_is_none_is_read_as_what_it_is(finished: Any, tmp_path: Path) -> None:
-    found = export(str(finished.path), out=tmp_path / "a.gguf", name="my-phi-3-compare", console=quiet())
+    found = export(ExportOptions(str(finished.path), out=tmp_path / "a.gguf", name="my-phi-3-compare"), console=quiet())
     assert found.certificate is not None and found.certificate.passed
     assert GgufFile(tmp_path / "a.gguf").value(NAME) == "my-phi_3-compare"
     card = (tmp_path / "a.README.md").read_text()
@@ -94,7 +97,7 @@ def test_a_disk_that_is_full_after_the_model_is_said_in_words(
     else:
         monkeypatch.setattr(workflow.Certificate, "write", full)
     with pytest.raises(EnvironmentProblem, match=r"card of .*a\.gguf could not be written: the disk .*is full.*and export again"):
-        export(str(finished.path), out=tmp_path / "a.gguf", console=quiet())
+        export(ExportOptions(str(finished.path), out=tmp_path / "a.gguf"), console=quiet())
     assert (tmp_path / "a.gguf").is_file()
 
 
@@ -107,7 +110,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(finished: Any, tmp
     )
     for settings, words in zip(wrong, ("never overwritten", "is for --to ollama", "needs --to ollama"), strict=True):
         with pytest.raises(ConfigError, match=words):
-            export(str(finished.path), console=quiet(), **settings)
+            export(ExportOptions(str(finished.path), **settings), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -126,7 +129,7 @@ def test_without_llama_cpp_it_is_said_that_nothing_was_checked(
     assert main(["export", str(finished.path), "--out", str(tmp_path / "a.gguf")]) == 0
     assert "Not checked: llama.cpp is not installed" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"needs llama\.cpp.s quantiser"):
-        export(str(finished.path), out=tmp_path / "b.gguf", quant="q4_k_m", console=quiet())
+        export(ExportOptions(str(finished.path), out=tmp_path / "b.gguf", quant="q4_k_m"), console=quiet())
 
 
 def test_a_wrong_file_is_found_at_once(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def test_a_wrong_file_is_found_at_once(finished: Any, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(workflow, "write_gguf", forgets)
     with pytest.raises(VerificationFailed, match="the adapter is not in it at all"):
-        export(str(finished.path), out=tmp_path / "a.gguf", console=quiet())
+        export(ExportOptions(str(finished.path), out=tmp_path / "a.gguf"), console=quiet())
     assert not read_certificate(tmp_path / "a.certificate.json").passed
     assert "do not use it" in (tmp_path / "a.README.md").read_text()
 

@@ -20,6 +20,7 @@ from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.merge.extract import Extracted
 from lorakeet.workflows import extract as workflow
 from lorakeet.workflows.extract import extract
+from lorakeet.workflows.options import ExtractOptions
 from tiny.peft_oracle import into_peft
 from tiny.runs import quiet, reviews, write_rows
 
@@ -47,7 +48,10 @@ def test_a_small_rank_brings_the_base_nearer_and_a_full_one_all_the_way(
 ) -> None:
     said = io.StringIO()
     results = [
-        extract(str(tuned), str(tiny_llama_folder), out=tmp_path / str(rank), rank=rank, console=Console(file=said, width=200))
+        extract(
+            ExtractOptions(str(tuned), str(tiny_llama_folder), out=tmp_path / str(rank), rank=rank),
+            console=Console(file=said, width=200),
+        )
         for rank in (4, 16, 64)
     ]
     kl = [result.certificate.checks[0].measured["mean_kl"] for result in results]
@@ -89,7 +93,7 @@ def test_an_adapter_that_brings_nothing_is_exit_code_3(
 
     monkeypatch.setattr(workflow, "extract_adapter", turned_round)
     with pytest.raises(VerificationFailed, match="the adapter brings it no nearer"):
-        extract(str(tuned), str(tiny_llama_folder), out=tmp_path / "a", rank=16, console=quiet())
+        extract(ExtractOptions(str(tuned), str(tiny_llama_folder), out=tmp_path / "a", rank=16), console=quiet())
     assert not read_certificate(tmp_path / "a" / "certificate.json").passed
 
 
@@ -101,7 +105,7 @@ def test_a_disk_that_is_full_after_the_adapter_is_said_in_words(
 
     monkeypatch.setattr(Certificate, "write", full)
     with pytest.raises(EnvironmentProblem, match=r"The certificate of .*/a could not be written: .*is full.*and extract again"):
-        extract(str(tuned), str(tiny_llama_folder), out=tmp_path / "a", rank=4, console=quiet())
+        extract(ExtractOptions(str(tuned), str(tiny_llama_folder), out=tmp_path / "a", rank=4), console=quiet())
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
 
 
@@ -110,7 +114,7 @@ def test_nothing_is_written_where_something_is_wrong(tuned: Path, tiny_llama_fol
     gone = str(tmp_path / "no.jsonl")
     for data, kind, message in ((None, ConfigError, "are equal in all"), (gone, DataError, "does not exist")):
         with pytest.raises(kind, match=message):
-            extract(base, base, out=tmp_path / "a", data=data, console=quiet())
+            extract(ExtractOptions(base, base, out=tmp_path / "a", data=data), console=quiet())
     with pytest.raises(ConfigError, match="rank is 0"):
-        extract(str(tuned), base, out=tmp_path / "a", rank=0, console=quiet())
+        extract(ExtractOptions(str(tuned), base, out=tmp_path / "a", rank=0), console=quiet())
     assert list(tmp_path.iterdir()) == []

@@ -17,17 +17,19 @@ from rich.console import Console
 from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.split import read_split_record
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, RunStopped
-from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, RunStopped, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.peft import peft
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.checkpoint import found
 from lorakeet.train.log import read_metrics
-from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import assemble_text as assembling
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.text import TextKind
+from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import into_peft
@@ -75,7 +77,7 @@ def test_the_report_is_filled_and_self_contained(finished: Any) -> None:
     assert report == finished.result.report
     assert [system.role for system in report.systems] == ["adapter", "base", "floor", "floor"]
     assert all({"accuracy", "macro_f1", "log_loss"} <= system.metrics.keys() for system in report.systems)
-    assert "learnt from 59 rows" in report.systems[2].note  # training and held-out rows
+    assert "fitted to 59 rows" in report.systems[2].note  # training and held-out rows
     assert report.drift is not None and report.drift.texts == 4 and report.drift.mean_kl.value > 0
     assert report.curves is not None and len(report.curves.train) == 6 and report.curves.held_out[0].step == 0
     assert report.leaks is not None and [leak.action for leak in report.leaks] == ["dropped from training"]
@@ -104,7 +106,7 @@ def test_what_the_loop_says_reaches_the_person(finished: Any, tmp_path: Path) ->
     copy, said = tmp_path / "copy", io.StringIO()
     shutil.copytree(finished.path, copy)
     (copy / "checkpoints" / "step-000006" / "trained.safetensors").write_bytes(b"x")
-    finetune(read_run(copy / "config.yaml"), resume=copy, console=Console(file=said, width=200))
+    finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=Console(file=said, width=200))
     assert "The checkpoint step-000006 is damaged" in said.getvalue()
     assert "step 6/6 · loss " in said.getvalue() and "step 6: held-out loss " in said.getvalue()
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
@@ -115,7 +117,7 @@ def test_resuming_a_finished_run_judges_it_again_and_changes_no_adapter(finished
     shutil.copytree(finished.path, copy)
     (copy / "report.json").unlink()
     config = read_run(copy / "config.yaml")
-    result = finetune(config, resume=copy, console=quiet())
+    result = finetune(config, FinetuneOptions(resume=copy), console=quiet())
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
     assert result.report is not None and result.report.systems == finished.result.report.systems
     assert read_report(copy / "report.json").systems == finished.result.report.systems
@@ -129,7 +131,7 @@ def test_a_run_without_its_last_steps_is_resumed_to_the_same_bytes(finished: Any
         (copy / name).unlink()
     shutil.rmtree(copy / "checkpoints" / "step-000006")
     shutil.rmtree(copy / "adapter")
-    finetune(read_run(copy / "config.yaml"), resume=copy, console=quiet())
+    finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=quiet())
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
     steps = [[record["step"] for record in read_metrics(path / "metrics.jsonl")] for path in (copy, finished.path)]
     assert steps[0] == steps[1]
@@ -142,7 +144,7 @@ def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path
     write_rows(data, reviews(61, seed=9))
     config = read_run(copy / "config.yaml", {"data.train": str(data)})
     with pytest.raises(DataError, match="not what this run started with"):
-        finetune(config, resume=copy, console=quiet())
+        finetune(config, FinetuneOptions(resume=copy), console=quiet())
     assert tree(copy) == before
 
 
@@ -155,7 +157,7 @@ def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_pat
     shutil.rmtree(model)
     save_tiny_llama(model, seed=1)
     with pytest.raises(ConfigError, match=r"files of the base model changed since .* began \(sha256 .*; bring the old ones back"):
-        finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+        finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert tree(out) == before
 
 
@@ -164,7 +166,7 @@ def test_a_resumed_run_finds_its_model_at_another_place(finished: Any, tmp_path:
     shutil.copytree(finished.path, out)
     shutil.copytree(finished.model, moved)
     config = read_run(out / "config.yaml", {"model.path": str(moved)})
-    result = finetune(config, resume=out, console=quiet())
+    result = finetune(config, FinetuneOptions(resume=out), console=quiet())
     assert result.outcome is not None and result.outcome.steps == 6
     weights = "adapter_model.safetensors"  # the other file names the model's new place
     assert adapter_bytes(out)[weights] == adapter_bytes(finished.path)[weights]
@@ -172,7 +174,7 @@ def test_a_resumed_run_finds_its_model_at_another_place(finished: Any, tmp_path:
 
 def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = finetune(settings(tiny_llama_folder, rows, out), dry_run=True, console=quiet())
+    result = finetune(settings(tiny_llama_folder, rows, out), FinetuneOptions(dry_run=True), console=quiet())
     mapping = result.to_mapping()
     assert mapping["dry_run"] is True and mapping["steps"] == 6 and mapping["pairs"] == len(mapping["plan"]["entries"]) == 14
     assert mapping["trained_parameters"] == 3712 and mapping["tokens_per_epoch"] > 0
@@ -181,7 +183,9 @@ def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path:
 
 def test_a_dry_run_of_a_run_to_go_on_with_writes_nothing(finished: Any) -> None:
     before = tree(finished.path)
-    result = finetune(read_run(finished.path / "config.yaml"), resume=finished.path, dry_run=True, console=quiet())
+    result = finetune(
+        read_run(finished.path / "config.yaml"), FinetuneOptions(resume=finished.path, dry_run=True), console=quiet()
+    )
     assert result.to_mapping()["dry_run"] is True and tree(finished.path) == before
 
 
@@ -200,7 +204,7 @@ def test_rows_without_labels_are_judged_by_their_loss(tiny_llama_folder: Path, t
 
 def test_every_turn_of_the_assistant_is_learnt_through_the_template(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
-    setup = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), dry_run=True, console=quiet()).setup
+    setup = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), FinetuneOptions(dry_run=True), console=quiet()).setup
     example = setup.train.examples[0]
     row = next(row for row in setup.dataset.train if row.key == example.key)
     learnt = setup.text.tokenizer.decode(example.ids[example.supervised].tolist())
@@ -259,21 +263,46 @@ def test_ranks_on_disk_follow_the_patterns(tiny_llama_folder: Path, rows: Path, 
     }  # fmt: skip
 
 
-def test_ctrl_c_while_judging_says_how_to_go_on(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stop", "named"), [(KeyboardInterrupt(), "Ctrl-C"), (KeyboardInterrupt("SIGTERM"), "SIGTERM")])
+def test_ctrl_c_during_evaluation_says_how_to_go_on(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: KeyboardInterrupt, named: str
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise stop
 
-    monkeypatch.setattr(workflow.Judge, "report", interrupted)
+    monkeypatch.setattr(TextEvaluator, "report", interrupted)
     out = tmp_path / "run"
-    with pytest.raises(RunStopped, match="the training is done") as stopped:
+    with pytest.raises(RunStopped, match=f"^{named}: the training is done and .*adapter is whole") as stopped:
         run(tiny_llama_folder, rows, out, {"train.steps": 2})
     assert f"lorakeet finetune --resume {out}" in str(stopped.value) and stopped.value.__cause__ is None
     monkeypatch.undo()
     adapter = adapter_bytes(out)
-    finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+    finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert adapter_bytes(out) == adapter and (out / "report.html").is_file()
+
+
+def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, bad = tmp_path / "copy", tolerance_check("base untouched", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"), n=3)
+    shutil.copytree(finished.path, copy)
+    monkeypatch.setattr(TextKind, "certify", lambda *_: Certificate("x", (bad,)))
+    console = Console(record=True, width=200, file=io.StringIO())
+    with pytest.raises(VerificationFailed, match="base untouched"):
+        finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console)
+    written = read_certificate(copy / "certificate.json")
+    assert written == read_report(copy / "report.json").certificate == Certificate("x", (bad,))
+    text = console.export_text()
+    assert text.index("McNemar") < text.index("FAIL  base untouched") < text.index("Report: ") and "Next: " not in text
+
+
+def test_the_recommended_commands_are_printed_last(finished: Any, tmp_path: Path) -> None:
+    copy, console = tmp_path / "copy", Console(record=True, width=200, file=io.StringIO())
+    shutil.copytree(finished.path, copy)
+    report = finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console).report
+    assert report is not None
+    last = console.export_text().splitlines()[-len(report.next_commands) :]
+    assert [line.removeprefix("Next: ").partition("   (")[0] for line in last] == [item.command for item in report.next_commands]
 
 
 def test_a_run_that_cannot_be_injected_writes_nothing(
@@ -282,7 +311,7 @@ def test_a_run_that_cannot_be_injected_writes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("no")
 
-    monkeypatch.setattr(assembling, "begin_adapter", refuse)
+    monkeypatch.setattr(assembling, "initialise_adapter", refuse)
     with pytest.raises(ConfigError):
         run(tiny_llama_folder, rows, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -317,7 +346,7 @@ def test_states_below_the_lowest_pair_are_kept_and_change_nothing_but_rounding(r
     top["train.keep_prefix_states"] = "true"
     kept = settings(model, rows, tmp_path / "kept", top)
     finetune(kept, console=Console(file=said, width=300))
-    assert re.search(r"lowest 1 blocks hold nothing that is trained: what they make of \d+ rows is kept", said.getvalue())
+    assert re.search(r"lowest 1 blocks train nothing: their output for \d+ rows is cached", said.getvalue())
     plain = run(model, rows, tmp_path / "plain", {**top, "train.keep_prefix_states": "false"})
     assert plain.outcome is not None
     losses = [
@@ -328,5 +357,5 @@ def test_states_below_the_lowest_pair_are_kept_and_change_nothing_but_rounding(r
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "kept", copy)
     shutil.rmtree(copy / "checkpoints" / "step-000016")
-    finetune(read_run(copy / "config.yaml"), resume=copy, console=quiet())
+    finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=quiet())
     assert adapter_bytes(copy) == adapter_bytes(tmp_path / "kept")

@@ -23,6 +23,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.merge.fold import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
 from tiny.runs import quiet, reviews, run, write_rows
@@ -32,7 +33,7 @@ Mend = Callable[[Adapter], Adapter]
 
 def test_a_merged_run_is_a_model_that_transformers_loads(finished: Any, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    merged = merge([str(finished.path)], out=out, console=quiet())
+    merged = merge(MergeOptions((str(finished.path),), out=out), console=quiet())
     assert merged.to_mapping()["passed"] is True
     certificate = read_certificate(out / "certificate.json")
     assert certificate == merged.certificate and [check.passed for check in certificate.checks] == [True, True]
@@ -59,7 +60,7 @@ def merged_by_hand(finished: Any) -> Any:
 def test_a_bare_adapter_of_peft_is_certified_on_texts_of_its_base(tmp_path: Path) -> None:
     base = save_tiny_llama(tmp_path / "base")
     by_peft(tmp_path / "adapter", transformers.AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj", "up_proj"])
-    merged = merge([str(tmp_path / "adapter")], out=tmp_path / "merged", console=quiet())
+    merged = merge(MergeOptions((str(tmp_path / "adapter"),), out=tmp_path / "merged"), console=quiet())
     assert merged.certificate.passed and merged.certificate.facts["rows"] == "32"
     assert merged.result.changed == 4
 
@@ -67,7 +68,7 @@ def test_a_bare_adapter_of_peft_is_certified_on_texts_of_its_base(tmp_path: Path
 def test_new_tokens_are_in_the_merged_tokenizer(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", reviews(30))
     run(tiny_llama_folder, data, tmp_path / "run", {"lora.new_tokens": "<plant>", "train.steps": 2})
-    merged = merge([str(tmp_path / "run")], out=tmp_path / "merged", console=quiet())
+    merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "merged"), console=quiet())
     assert merged.certificate.passed
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -76,7 +77,7 @@ def test_new_tokens_are_in_the_merged_tokenizer(tiny_llama_folder: Path, tmp_pat
 
 def test_a_budget_without_room_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="but the check of a merged model takes at least"):
-        merge([str(finished.path)], out=tmp_path / "merged", into="original", memory="50MiB", console=quiet())
+        merge(MergeOptions((str(finished.path),), out=tmp_path / "merged", into="original", memory="50MiB"), console=quiet())
     assert not (tmp_path / "merged").exists()
 
 
@@ -84,10 +85,10 @@ def test_what_is_in_the_way_is_said_before_anything_is_written(finished: Any, tm
     out = tmp_path / "merged"
     out.mkdir()
     with pytest.raises(ConfigError, match="exists already and is never overwritten"):
-        merge([str(finished.path)], out=out, console=quiet())
+        merge(MergeOptions((str(finished.path),), out=out), console=quiet())
     (tmp_path / "file").write_text("x")
     with pytest.raises(EnvironmentProblem, match="is a file"):
-        merge([str(finished.path)], out=tmp_path / "file" / "merged", console=quiet())
+        merge(MergeOptions((str(finished.path),), out=tmp_path / "file" / "merged"), console=quiet())
     assert list(out.iterdir()) == []
 
 
@@ -99,7 +100,7 @@ def test_a_disk_that_is_full_after_the_model_is_said_in_words(
 
     monkeypatch.setattr(Certificate, "write", full)
     with pytest.raises(EnvironmentProblem, match=r"The certificate of .*/m could not be written: .*is full.*and merge again"):
-        merge([str(finished.path)], out=tmp_path / "m", console=quiet())
+        merge(MergeOptions((str(finished.path),), out=tmp_path / "m"), console=quiet())
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
@@ -110,7 +111,7 @@ def test_rows_that_are_gone_are_missed_before_anything_is_written(finished: Any,
     (copy / "adapter").symlink_to(finished.path / "adapter")
     (copy / "config.yaml").write_text(config.replace(str(finished.data), str(tmp_path / "gone.jsonl")))
     with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):
-        merge([str(copy)], out=tmp_path / "merged", console=quiet())
+        merge(MergeOptions((str(copy),), out=tmp_path / "merged"), console=quiet())
     assert not (tmp_path / "merged").exists()
 
 
@@ -171,11 +172,11 @@ def test_bf16_does_not_hide_a_missed_layer(finished: Any, tmp_path: Path, monkey
         return in_bf16(source, without_one_layer(adapter), out, **more)
 
     monkeypatch.setattr(workflow, "merge_into", in_bf16)
-    good = merge([str(finished.path)], out=tmp_path / "good", console=quiet())
+    good = merge(MergeOptions((str(finished.path),), out=tmp_path / "good"), console=quiet())
     assert good.certificate.passed and good.certificate.facts["stored as"] == "bfloat16"
     monkeypatch.setattr(workflow, "merge_into", one_missed)
     with pytest.raises(VerificationFailed, match=r"worst layer is model\.layers\.1\.mlp\.down_proj\.weight"):
-        merge([str(finished.path)], out=tmp_path / "bad", console=quiet())
+        merge(MergeOptions((str(finished.path),), out=tmp_path / "bad"), console=quiet())
 
 
 def test_one_changed_file_is_found(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,4 +191,4 @@ def test_one_changed_file_is_found(finished: Any, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(workflow, "merge_into", damaged)
     with pytest.raises(VerificationFailed, match=r"worst layer is model\.norm\.weight: it differs by 0\.01"):
-        merge([str(finished.path)], out=tmp_path / "merged", console=quiet())
+        merge(MergeOptions((str(finished.path),), out=tmp_path / "merged"), console=quiet())

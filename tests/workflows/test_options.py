@@ -1,33 +1,38 @@
-"""`workflows.verbs`: the one list that the command line and the forms are made from."""
+"""`workflows.options`: the one list that the command line and the forms are made from, and the one place of each default."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import inspect
+import typing
 
 import pytest
 from rich.console import Console
 
-from lorakeet.workflows.options import VERBS, DoctorOptions, Verb
+from lorakeet.workflows.options import VERBS, DoctorOptions, MergeOptions, Verb, non_default
 
 
 def test_a_verb_calls_the_function_of_its_name() -> None:
-    checkup = Verb("doctor", "Check.", DoctorOptions).run([], {"console": Console(quiet=True)})
+    checkup = Verb("doctor", "Check.", DoctorOptions).run(DoctorOptions(), console=Console(quiet=True))
     assert checkup.to_mapping()["findings"]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
-def test_the_options_of_a_verb_are_the_parameters_of_its_function(verb: Verb) -> None:
+def test_a_function_takes_the_options_class_of_its_verb_and_no_option_besides(verb: Verb) -> None:
     module, _, name = (verb.function or f"{verb.name}:{verb.name}").partition(":")
-    assert importlib.util.find_spec(f"lorakeet.workflows.{module}"), f"workflows/{module}.py is missing"
     function = getattr(importlib.import_module(f"lorakeet.workflows.{module}"), name)
     parameters = inspect.signature(function).parameters
-    specs = {spec.name: bool(spec.metadata.get("positional")) for spec in dataclasses.fields(verb.options)}
-    by_name = {key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    by_position = [key for key in parameters if key not in by_name]
-    assert by_name == {"console", *(key for key, positional in specs.items() if not positional)}
-    assert len(by_position) == sum(specs.values()) + (verb.config != "none")
+    assert list(parameters) == [*(["config"] if verb.config != "none" else []), "options", "console"]
+    assert typing.get_type_hints(function, localns=vars(importlib.import_module("rich.console")))["options"] is verb.options
+    defaults = {key: one.default for key, one in parameters.items() if one.default is not inspect.Parameter.empty}
+    assert defaults in ({}, {"options": verb.options() if defaults else None})
+
+
+def test_only_options_that_differ_from_their_defaults_are_named() -> None:
+    options = MergeOptions(("a",), out="b", weights=(), seed=1)  # type: ignore[arg-type]
+    assert non_default(options) == {"runs_or_adapters": ("a",), "out": "b", "seed": 1}
+    assert non_default(dataclasses.replace(options, seed=0)).keys() == {"runs_or_adapters", "out"}
 
 
 def test_shipped_run_files_are_read_without_complaint() -> None:

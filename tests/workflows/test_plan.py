@@ -20,6 +20,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows import plan as plan_module
+from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.plan import PlanResult, plan
 from lorakeet.workflows.planning.forecast_text_run import Precision
 from lorakeet.workflows.planning.rehearse_text import RowShape
@@ -53,7 +54,7 @@ def planned(
     given |= settings or {}
     config = read_run(None, {**given, **({"ranks": choose, "ranks.budget": ranks} if ranks else {})})
     text = io.StringIO()
-    result = plan(config, rank=4, tokens=tokens, console=Console(file=text, width=200), **options)  # type: ignore[arg-type]
+    result = plan(config, PlanOptions(rank=4, tokens=tokens, **options), console=Console(file=text, width=200))  # type: ignore[arg-type]
     return result, text.getvalue()
 
 
@@ -164,7 +165,7 @@ def test_a_cuda_device_that_is_not_here_is_planned_for(folder: Path, monkeypatch
         "model.path": str(folder), "data.train": "none", "model.device": "cuda", "memory.budget": "4GiB", "memory.keep": "host"
     })  # fmt: skip
     text = io.StringIO()
-    result = plan(config, rank=4, tokens=32, console=Console(file=text, width=200))
+    result = plan(config, PlanOptions(rank=4, tokens=32), console=Console(file=text, width=200))
     assert isinstance(result, PlanResult)
     assert result.to_mapping()["device"] == "cuda" and result.speed is None and result.precision.dtype == torch.bfloat16
     names = [phase.name for phase in result.planned.forecast.phases]
@@ -185,7 +186,7 @@ def test_the_host_memory_of_unpacking_is_no_memory_of_a_card(packed_file: Path) 
     config = read_run(None, {"model.path": str(packed_file), "data.train": "none", "model.device": "cuda"})
     for device, unpacks in (("cuda", False), ("cpu", True)):
         there = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
-        result = plan(there, rank=4, tokens=32, console=Console(file=io.StringIO()))
+        result = plan(there, PlanOptions(rank=4, tokens=32), console=Console(file=io.StringIO()))
         assert isinstance(result, PlanResult)
         assert (plan_module.UNPACK in [phase.name for phase in result.planned.forecast.phases]) == unpacks
 
@@ -211,7 +212,7 @@ def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds
     for keep, less in (("disk", 12 << 20), ("disk", 40 << 20), ("disk", 0), ("host", 0)):
         config = read_run(None, {**given, "memory.budget": f"{budget // 1000}KB", "memory.keep": keep})
         text = io.StringIO()
-        result = plan(config, rank=4, tokens=32, console=Console(file=text, width=300))
+        result = plan(config, PlanOptions(rank=4, tokens=32), console=Console(file=text, width=300))
         assert isinstance(result, PlanResult)
         found.append(result)
         kept = result.peak if result.streamed is None else result.streamed.choice.plan.peak

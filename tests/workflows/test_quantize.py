@@ -23,6 +23,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.quantize import LAYOUTS, _part, bytes_of_packing, quantize
 from tiny.held import HeldBytes
 from tiny.models import save_tiny_llama
@@ -49,7 +50,7 @@ def eager(path: Path, **settings: Any) -> TextModel:
 @pytest.mark.parametrize(("family", "head"), [*((family, "keep") for family in SIZES), ("llama", "quantize")])
 def test_transformers_with_bitsandbytes_computes_the_same(family: str, head: Any, tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source", family=family, **SIZES[family], tie_word_embeddings=head == "keep")
-    result = quantize(str(source), method="nf4", out=tmp_path / "out", head=head, console=quiet())
+    result = quantize(QuantizeOptions(str(source), method="nf4", out=tmp_path / "out", head=head), console=quiet())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     ours = eager(tmp_path / "out")
     ids = torch.arange(3, 40)[None]
@@ -84,7 +85,7 @@ def same_buffers(one: TextModel, other: TextModel) -> int:
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_the_folder_holds_what_loading_packs(method: Any, tiny_llama_folder: Path, tmp_path: Path) -> None:
-    result = quantize(str(tiny_llama_folder), method=method, out=tmp_path / "out", console=quiet())
+    result = quantize(QuantizeOptions(str(tiny_llama_folder), method=method, out=tmp_path / "out"), console=quiet())
     stored = eager(tmp_path / "out")
     packed = eager(tiny_llama_folder, quantize=QuantSpec(method=method))
     assert same_buffers(stored, packed) == len(result.error) == 14
@@ -110,12 +111,12 @@ def test_as_json(tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.Capture
 def test_what_is_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="never overwritten"):
-        quantize(str(tiny_llama_folder), method="nf4", out=tmp_path / "there", console=quiet())
+        quantize(QuantizeOptions(str(tiny_llama_folder), method="nf4", out=tmp_path / "there"), console=quiet())
     with pytest.raises(ConfigError, match=r"model\.quantize\.head"):
-        quantize(str(tiny_llama_folder), method="nf4", out=tmp_path / "out", head="quantize", console=quiet())
-    quantize(str(tiny_llama_folder), method="int8", out=tmp_path / "packed", console=quiet())
+        quantize(QuantizeOptions(str(tiny_llama_folder), method="nf4", out=tmp_path / "out", head="quantize"), console=quiet())
+    quantize(QuantizeOptions(str(tiny_llama_folder), method="int8", out=tmp_path / "packed"), console=quiet())
     with pytest.raises(ConfigError, match="quantised weights"):
-        quantize(str(tmp_path / "packed"), method="nf4", out=tmp_path / "twice", console=quiet())
+        quantize(QuantizeOptions(str(tmp_path / "packed"), method="nf4", out=tmp_path / "twice"), console=quiet())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "there"]
 
 

@@ -29,6 +29,7 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import misread
 from lorakeet.kernels.threads import compute_with
+from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.serve import _cores, cores_for_the_engine, what_there_is_kept
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
@@ -125,12 +126,12 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(finished:
         answer = httpx.post(f"{url}/v1/completions", json={**BODY, "model": "wrong"}, timeout=60)
         assert answer.status_code == 422 and "does not compute what" in answer.json()["error"]["message"]
         with pytest.raises(ConfigError, match=rf"serves {finished.model.name}, run, wrong; say which .* --against {url}#NAME"):
-            verify(str(run), against=(url,), precision="float32", rows=2, console=quiet())
-        found: Any = verify(str(run), against=(f"{url}/v1#run",), precision="float32", rows=2, console=quiet())
+            verify(VerifyOptions(str(run), against=(url,), precision="float32", rows=2), console=quiet())
+        found: Any = verify(VerifyOptions(str(run), against=(f"{url}/v1#run",), precision="float32", rows=2), console=quiet())
         assert found.certificate.checks[0].n > 2
         with pytest.raises(VerificationFailed, match="greedy text"):
             third = shutil.copytree(run, tmp_path / "third")
-            verify(str(third), against=(f"{url}#{finished.model.name}",), rows=2, console=quiet())
+            verify(VerifyOptions(str(third), against=(f"{url}#{finished.model.name}",), rows=2), console=quiet())
         assert httpx.post(f"{url}/v1/adapters/run/certificate", timeout=60).json()["passed"]
     certificate = read_certificate(run / "certificate.json")
     asked = ("prompt ids", "greedy text", "log-probabilities", "answers")

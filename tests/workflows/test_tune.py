@@ -18,7 +18,8 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.models import modules
 from lorakeet.workflows import tune as tuning
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
+from lorakeet.workflows.options import TuneOptions
 from lorakeet.workflows.tune import Tuned, tune
 from tiny.image_runs import image_config
 from tiny.runs import quiet, reviews, settings, write_rows
@@ -34,7 +35,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search_finds_better_settings_and_confirms_them_elsewhere(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "evaluate.resamples": 2000})
     said, choices = io.StringIO(), {"rank_choices": (2, 4), "target_choices": ("all-linear", "mlp")}
-    found = tune(config, tokens=24_000, **choices, console=Console(file=said, width=200))  # type: ignore[arg-type]
+    found = tune(config, TuneOptions(tokens=24_000, **choices), console=Console(file=said, width=200))  # type: ignore[arg-type]
     assert found.out == tmp_path / "run-tune" and {path.name for path in found.out.iterdir()} == {
         "config.yaml", "report.json", "report.html"
     }  # fmt: skip
@@ -53,7 +54,7 @@ def test_a_search_finds_better_settings_and_confirms_them_elsewhere(tiny_llama_f
 def test_a_budget_that_ends_all_trials_early_replaces_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "evaluate.resamples": 500})
     choices = {"rate_factors": (1.0, 4.0), "rank_choices": (), "target_choices": ()}
-    found = tune(config, tokens=3000, **choices, console=quiet())  # type: ignore[arg-type]
+    found = tune(config, TuneOptions(tokens=3000, **choices), console=quiet())  # type: ignore[arg-type]
     assert found.confirmed is not None and found.confirmed.verdict == "better" and "of 8 steps" in found.search.conclusion
     assert read_run(found.out / "config.yaml").train.learning_rate == 0.003
     assert found.search.winner == "run file" != found.search.best
@@ -65,7 +66,7 @@ def test_a_search_over_a_packed_base_ends_with_its_minutes(tiny_llama_folder: Pa
     """After its first round, since no time is left for another; three adapters over one NF4 base."""
     packed = {**SLOW, "model.quantize.method": "nf4", "evaluate.resamples": 100}
     config = settings(tiny_llama_folder, rows, tmp_path / "run", packed)
-    found = tune(config, minutes=0.001, together=3, rank_choices=(2, 4), console=quiet())
+    found = tune(config, TuneOptions(minutes=0.001, together=3, rank_choices=(2, 4)), console=quiet())
     assert [trial.name for trial in found.search.trials] == ["run file", "trial 1", "trial 2"]
     assert {(trial.steps, trial.ended) for trial in found.search.trials} == {(1, "the budget is spent")}
     assert "The budget ended all trials early" in found.search.conclusion and found.search.winner == "run file"
@@ -76,7 +77,7 @@ def test_a_search_over_a_packed_base_ends_with_its_minutes(tiny_llama_folder: Pa
 def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """At rates of next to nothing, the three trials are the base: the run file's settings stay."""
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.learning_rate": 1e-30})
-    found = tune(config, quick=True, results=tmp_path / "quick", difference=0.01, console=quiet())
+    found = tune(config, TuneOptions(quick=True, results=tmp_path / "quick", difference=0.01), console=quiet())
     assert [trial.name for trial in found.search.trials] == ["run file", "rate ×0.5", "rate ×2"]
     assert {trial.steps for trial in found.search.trials} == {6}  # nothing improves, so patience ends them
     verdicts = [one.against_start and one.against_start.verdict for one in found.search.trials]
@@ -90,14 +91,14 @@ def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Pa
 def test_choices_that_a_quick_search_would_not_look_at_are_refused(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", SLOW)
     with pytest.raises(ConfigError, match="--quick compares half, once and twice the learning rate alone; leave it out, or"):
-        tune(config, quick=True, rank_choices=(2, 4), console=quiet())
+        tune(config, TuneOptions(quick=True, rank_choices=(2, 4)), console=quiet())
     assert not (tmp_path / "run-tune").exists()
 
 
 def test_test_rows_confirm_where_there_are_some(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", reviews(21, seed=9))
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "data.test": test})
-    found = tune(config, quick=True, console=quiet())
+    found = tune(config, TuneOptions(quick=True), console=quiet())
     assert found.search.rows == 30 and "on test rows" in found.search.conclusion
     assert found.confirmed is not None and found.confirmed.difference.n == 21
 
@@ -106,7 +107,7 @@ def test_groups_of_rows_stay_together(tiny_llama_folder: Path, tmp_path: Path) -
     records = [{**record, "who": f"person {number // 4}"} for number, record in enumerate(reviews(120))]
     data = write_rows(tmp_path / "rows.jsonl", records)
     config = settings(tiny_llama_folder, data, tmp_path / "run", {**SLOW, "data.group_column": "who", "train.steps": 2})
-    found = tune(config, quick=True, console=quiet())
+    found = tune(config, TuneOptions(quick=True), console=quiet())
     assert found.search.trials[0].loss is not None and "groups" in found.search.trials[0].loss.method
 
 
@@ -116,23 +117,24 @@ TOP = {
 }  # fmt: skip
 
 
-def searched(setup: Assembly, keep: bool, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> Tuned:
+def searched(setup: TextAssembly, keep: bool, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> Tuned:
     """A search over the model of `setup`, in several rounds, with or without kept states."""
     train = replace(setup.config.train, keep_prefix_states=keep)
     config = replace(setup.config, train=train, out=f"{setup.config.out}-{keep}")
     monkeypatch.setattr(tuning, "assemble", lambda *given, **named: replace(setup, config=config))
     choices: dict[str, Any] = {"rank_choices": (2, 4), "target_choices": ("attention", "mlp"), "rate_factors": (1.0, 8.0)}
-    return tune(config, tokens=4000, seeds=2, together=2, **choices, console=Console(file=said, width=300))
+    return tune(config, TuneOptions(tokens=4000, seeds=2, together=2, **choices), console=Console(file=said, width=300))
 
 
 def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With train.keep_prefix_states: the same trials, winner and confirmation as without, to rounding."""
-    setup, said, passed = assemble(settings(tiny_llama_folder, rows, tmp_path / "run", TOP), quiet()), io.StringIO(), list[int]()
+    setup = assemble_text(settings(tiny_llama_folder, rows, tmp_path / "run", TOP), quiet())
+    said, passed = io.StringIO(), list[int]()
     block: Any = modules.find(setup.text.model, "model.layers.0")
     block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
-    tried = setup.text.laid(pack_examples(tuning._rows(setup).search))
+    tried = setup.text.layout(pack_examples(tuning._rows(setup).search))
     found = searched(setup, True, monkeypatch, said)
     once = sum(passed)
     plain = searched(setup, False, monkeypatch, io.StringIO())
@@ -144,8 +146,8 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     assert found.search.best == plain.search.best != "run file"
     assert found.confirmed is not None and plain.confirmed is not None
     assert found.confirmed.difference.value == pytest.approx(plain.confirmed.difference.value, abs=1e-5)
-    kept = re.search(r"lowest 1 blocks hold nothing that is trained: what they .* \(([\d,]+) bytes at most\)", said.getvalue())
-    assert kept is not None and setup.text.prefix is None
+    kept = re.search(r"lowest 1 blocks train nothing: their output .* \(([\d,]+) bytes at most\)", said.getvalue())
+    assert kept is not None and setup.text.frozen_prefix is None
     looked = sum(tried.lengths)  # the rows of the search once more, to see that a pass that begins above ends as a whole one
     assert once == int(kept[1].replace(",", "")) // (32 * 4) + looked < (sum(passed) - once) / 5
     assert {path.name for path in tmp_path.iterdir()} == {"run-True-tune", "run-False-tune"}
@@ -164,7 +166,7 @@ def test_states_that_cannot_be_kept_are_refused_before_any_trial(
 ) -> None:
     said, config = io.StringIO(), settings(tiny_llama_folder, rows, tmp_path / "run", {**TOP, **changes})
     with pytest.raises(ConfigError, match=f"keep_prefix_states is on, but {words}"):
-        tune(config, tokens=1000, rank_choices=(2, 4), console=Console(file=said), **given)
+        tune(config, TuneOptions(tokens=1000, rank_choices=(2, 4), **given), console=Console(file=said))
     assert "learning rate" not in said.getvalue() and list(tmp_path.iterdir()) == []
 
 
@@ -183,7 +185,7 @@ def test_searches_that_cannot_begin(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, given: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        tune(settings(tiny_llama_folder, rows, tmp_path / "run", SLOW), console=quiet(), **given)
+        tune(settings(tiny_llama_folder, rows, tmp_path / "run", SLOW), TuneOptions(**given), console=quiet())
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run-tune").exists()
 
 
@@ -193,12 +195,12 @@ def test_a_budget_without_room_for_all_trials_is_refused_with_what_would_help(
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "memory.budget": "50MiB"})
     words = r"this search takes at least \d+ MiB.* and 3 adapters of rank \d+ in training at once\. Raise .* lower --together"
     with pytest.raises(ConfigError, match=words):
-        tune(config, quick=True, console=quiet())
+        tune(config, TuneOptions(quick=True), console=quiet())
 
 
 def test_pictures_are_not_searched_on(tiny_sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kind is image, but a search is for text models only"):
-        tune(image_config(tiny_sd_folder, tmp_path), quick=True, console=quiet())
+        tune(image_config(tiny_sd_folder, tmp_path), TuneOptions(quick=True), console=quiet())
 
 
 def test_a_missing_optuna_is_named_and_quick_needs_none(
@@ -207,16 +209,20 @@ def test_a_missing_optuna_is_named_and_quick_needs_none(
     monkeypatch.setitem(sys.modules, "optuna", None)
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.steps": 1})
     with pytest.raises(EnvironmentProblem, match=r"optuna.*missing.*lorakeet\[tune\].*--quick"):
-        tune(config, minutes=1.0, console=quiet())
-    assert tune(config, quick=True, console=quiet()).search.trials
+        tune(config, TuneOptions(minutes=1.0), console=quiet())
+    assert tune(config, TuneOptions(quick=True), console=quiet()).search.trials
 
 
 def test_too_few_rows_and_a_place_that_is_taken_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", reviews(9))
     config = settings(tiny_llama_folder, few, tmp_path / "run", {**SLOW, "data.held_out_fraction": 0.2})
     with pytest.raises(DataError, match=r"held-out rows are too few: some choose, others confirm.*data\.test"):
-        tune(config, quick=True, console=quiet())
+        tune(config, TuneOptions(quick=True), console=quiet())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ConfigError, match="exists already"):
-        tune(settings(tiny_llama_folder, few, tmp_path / "run", SLOW), quick=True, results=tmp_path / "taken", console=quiet())
+        tune(
+            settings(tiny_llama_folder, few, tmp_path / "run", SLOW),
+            TuneOptions(quick=True, results=tmp_path / "taken"),
+            console=quiet(),
+        )

@@ -24,6 +24,7 @@ from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.formats.peft import peft
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.serve.probe import read_record
+from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS, positions_of_answer
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.runs.residency import Residency, Way
@@ -57,7 +58,7 @@ def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Loud:
 def failed(loud: Loud, artefact: Path, **more: Any) -> tuple[str, list[str]]:
     """The message, and which kinds of checks failed."""
     with pytest.raises(VerificationFailed) as caught:
-        verify(str(loud.path), against=(str(artefact),), rows=3, console=quiet(), **more)
+        verify(VerifyOptions(str(loud.path), against=(str(artefact),), rows=3, **more), console=quiet())
     checks = read_certificate(loud.path / "certificate.json").checks
     return str(caught.value), [kind(check) for check in checks if not check.passed and artefact.name in check.name]
 
@@ -74,7 +75,7 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     quantise(files[0], tmp_path / "q4_0.gguf", "q4_0")
     lora = write_lora(loud.model, loud.adapter, tmp_path / "lora.gguf")
     targets = tuple(map(str, (merged, *files, tmp_path / "q4_0.gguf", lora)))
-    found = verify(str(run), against=targets, base_gguf=loud.base_gguf, rows=2, console=quiet())
+    found = verify(VerifyOptions(str(run), against=targets, base_gguf=loud.base_gguf, rows=2), console=quiet())
     assert found.to_mapping()["passed"] is True and found.exit_code == 0
     kept = read_certificate(run / "certificate.json")
     kinds = ["prompt ids", "logits", "answers", "greedy text", "weights"]
@@ -85,7 +86,7 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     assert set(answers.estimates) == {"accuracy_live", "accuracy_there"}
     assert read_report(run / "report.json").certificate == kept
     assert "q8_0.gguf: weights" in (run / "report.html").read_text()
-    verify(str(run), against=targets[:1], rows=2, console=quiet())
+    verify(VerifyOptions(str(run), against=targets[:1], rows=2), console=quiet())
     assert len(read_certificate(run / "certificate.json").checks) == len(names)  # replaced, not doubled
 
 
@@ -98,10 +99,10 @@ def test_labelled_rows_that_are_left_out_are_counted_and_said(loud: Loud, tmp_pa
     left = sum(length > most for length in lengths)
     assert 0 < left < len(lengths)
     cut = dataclasses.replace(opened, residency=Residency(way=Way(longest=most)))
-    found = certify_artefacts(cut, (str(target),), rows=4, subject="x", console=quiet())
+    found = certify_artefacts(cut, VerifyOptions("x", against=(str(target),), rows=4), quiet())
     assert found.facts["labelled rows left out"] == f"{left} of {len(lengths)}, longer than {most} tokens"
     assert next(check.n for check in found.checks if kind(check) == "answers") == len(lengths) - left
-    whole_one = certify_artefacts(opened, (str(target),), rows=1, subject="x", console=quiet())
+    whole_one = certify_artefacts(opened, VerifyOptions("x", against=(str(target),), rows=1), quiet())
     assert "labelled rows left out" not in whole_one.facts
     tokenizer = load_tokenizer(loud.model)
     size = size_of_check(opened.within("8GiB"), [str(target)], loud.model, "a check", rows=4)
@@ -116,8 +117,8 @@ def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Lou
     good = write_model(loud.model, loud.adapter, tmp_path / "good" / "model.gguf")
     wrong = write_model(loud.model, None, tmp_path / "wrong" / "model.gguf")
     with pytest.raises(VerificationFailed, match=r"wrong/model\.gguf: weights"):
-        verify(str(run), against=(str(wrong),), rows=1, console=quiet())
-    verify(str(run), against=(str(good),), rows=1, console=quiet())
+        verify(VerifyOptions(str(run), against=(str(wrong),), rows=1), console=quiet())
+    verify(VerifyOptions(str(run), against=(str(good),), rows=1), console=quiet())
     kept = read_certificate(run / "certificate.json")
     assert {check.artefact: check.passed for check in kept.checks if kind(check) == "weights"} == {
         "wrong/model.gguf": False,
@@ -129,7 +130,7 @@ def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Lou
     page = (run / "report.html").read_text()
     assert "The own checks passed; wrong/model.gguf failed" in page and "certificate passed" in page
     wrong.unlink()
-    verify(str(run), against=(str(good),), rows=1, console=quiet())
+    verify(VerifyOptions(str(run), against=(str(good),), rows=1), console=quiet())
     kept = read_certificate(run / "certificate.json")
     assert kept.passed and {check.artefact for check in kept.checks} == {"", "good/model.gguf"}
 
@@ -227,9 +228,12 @@ def test_the_command_ends_with_3_and_without_artefacts_with_2(
     assert main(["verify", str(loud.path), "--json"]) == 2
     assert "There is nothing to compare" in json.loads(capsys.readouterr().out)["message"]
     with pytest.raises(ConfigError, match="does not exist"):
-        verify(str(loud.path), against=(str(tmp_path / "gone.gguf"),), console=quiet())
+        verify(VerifyOptions(str(loud.path), against=(str(tmp_path / "gone.gguf"),)), console=quiet())
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(ConfigError, match=r"rows\.jsonl is no GGUF file; expected a merged folder, a \.gguf file or an http"):
-        verify(str(loud.path), against=(str(tmp_path / "rows.jsonl"),), console=quiet())
+        verify(VerifyOptions(str(loud.path), against=(str(tmp_path / "rows.jsonl"),)), console=quiet())
     with pytest.raises(ConfigError, match="name the GGUF file of its base"):
-        verify(str(loud.path), against=(str(write_lora(loud.model, loud.adapter, tmp_path / "l.gguf")),), console=quiet())
+        verify(
+            VerifyOptions(str(loud.path), against=(str(write_lora(loud.model, loud.adapter, tmp_path / "l.gguf")),)),
+            console=quiet(),
+        )

@@ -124,24 +124,22 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
 
     launch = launched()
     if launch.count > 1 and not verb.together:
-        started = f"and {launch.count} were started. Leave torchrun out."
-        raise ConfigError(f"lorakeet {verb.name} is the work of one process, {started}")
+        started = f"but torchrun started {launch.count}. Run it without torchrun."
+        raise ConfigError(f"`lorakeet {verb.name}` runs in one process, {started}")
     specs = {spec.name: spec for spec in dataclasses.fields(verb.options)}
     given = given_values(command, values, lambda param: param.name in specs)
     flags_of = {name: f"flag --{name.replace('_', '-')}" for name in given if not specs[name].metadata.get("positional")}
     options = load(verb.options, given, where=f"the command lorakeet {verb.name}", origins=flags_of)
-    positional = [getattr(options, name) for name, spec in specs.items() if spec.metadata.get("positional")]
-    named = {name: getattr(options, name) for name, spec in specs.items() if not spec.metadata.get("positional")}
+    config = None
     if verb.config != "none":
         flags = given_values(command, values, lambda param: isinstance(param, SettingFlag))
         if not verb.reads_rows and not values.get("config"):
             flags.setdefault("data.train", "no rows are read")
-        positional.insert(0, _config(verb, values.get("config"), named.get("resume"), flags))
-    named["console"] = Console(  # names of files may hold [brackets]
-        stderr=values["json"], markup=False, emoji=False, quiet=not launch.first
-    )
+        config = _config(verb, values.get("config"), getattr(options, "resume", None), flags)
+    # names of files may hold [brackets]
+    console = Console(stderr=values["json"], markup=False, emoji=False, quiet=not launch.first)
     with nullcontext() if verb.ends_itself or launch.count > 1 else terminable():
-        result = verb.run(positional, named)
+        result = verb.run(options, config=config, console=console)
     if values["json"] and launch.first:
         click.echo(json.dumps(result.to_mapping(), ensure_ascii=False, indent=2))
     return int(getattr(result, "exit_code", 0))

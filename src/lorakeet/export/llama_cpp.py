@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.memory.mapped_files import giving_back
+from lorakeet.memory.mapped_files import releasing_pages
 
 FILE_TYPES = {  # llama_ftype of llama.h
     "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13,
@@ -88,7 +88,7 @@ def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
     params.ftype = FILE_TYPES[quant]
     params.nthread = threads
     held = library.ffi.new("llama_model_quantize_params *", params)
-    with giving_back(source):
+    with releasing_pages(source):
         failed = library.lib.llama_model_quantize(str(source).encode(), str(out).encode(), held)
     if failed:
         out.unlink(missing_ok=True)

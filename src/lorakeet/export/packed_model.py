@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, copy_along
 
 SHARD_BYTES = 1 << 30  # tensors that are made together wait in memory for their place in the file: at most a shard of them
@@ -46,7 +46,7 @@ def write_model(
     along: Sequence[Path] = (),
     card: str = "",
     shard_bytes: int = SHARD_BYTES,
-    waiting: Aside | None = None,
+    waiting: Spill | None = None,
     on_progress: Progress | None = None,
 ) -> int:
     """Writes the tensors of `parts`, config.json, copies of the files `along` and README.md with `card` to the new folder `out`.
@@ -67,7 +67,7 @@ def write_model(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        maker = _Maker(len(parts), waiting or Aside(), on_progress)
+        maker = _Maker(len(parts), waiting or Spill(), on_progress)
         for file, shard in shards.items():
             maker.begin(shard)
             stream_safetensors(partial / file, _shapes(shard), fetch=maker.fetch, metadata=_METADATA)
@@ -91,7 +91,7 @@ def write_model(
 class _Maker:
     """Makes a part when its first tensor is asked for, and holds the rest of it until that is asked for too."""
 
-    def __init__(self, total: int, waiting: Aside, on_progress: Progress | None) -> None:
+    def __init__(self, total: int, waiting: Spill, on_progress: Progress | None) -> None:
         self.total = total
         self.on_progress = on_progress
         self.done = 0

@@ -15,7 +15,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.packed_model import TensorGroup, write_model
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import CONFIG, files_along
 from lorakeet.models.files.gguf_packed import file_blocks
 from lorakeet.models.files.stored_tensors import tensor_files
@@ -33,7 +33,7 @@ def write_repacked(
     out: Path,
     *,
     tokenizer: Path | None = None,
-    waiting: Aside | None = None,
+    waiting: Spill | None = None,
 ) -> int:
     """Writes the model of `layout` with `bases` (by the layers' paths) to `out`, whole or not at all; returns its bytes.
 

@@ -11,7 +11,7 @@ import ctypes
 import math
 import platform
 
-from lorakeet.kernels.cpu.workspace import ROOMS
+from lorakeet.kernels.cpu.workspace import WORKSPACES
 
 LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3))
 SLACK = 0.36  # of the tensors that come and go on the heap, at their peak; benchmarks/plan_accuracy.py measures it
@@ -34,7 +34,7 @@ def return_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    ROOMS.keeps = False
+    WORKSPACES.keeps = False
     library = ctypes.CDLL(None)
     return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(_THRESHOLD)) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
@@ -51,14 +51,14 @@ def keep_freed_memory() -> bool:
     return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) for name, value in wanted.items())
 
 
-def give_back_free_memory() -> bool:
+def release_free_memory() -> bool:
     """Has what the heap keeps of freed tensors go back to the system now, if the C library can (glibc), and what blocks no longer
     keep; whether it could.
 
     Before training, what reading rows and weights has left does not lie between the tensors of the steps. Between training and
     judging, what a step took is not held beside the models that judging compares.
     """
-    ROOMS.release()
+    WORKSPACES.release()
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)))

@@ -19,7 +19,7 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Phase, phase_at
-from lorakeet.memory.usage import KEPT, Held
+from lorakeet.memory.usage import PERSISTENT, Usage
 
 CONTEXT = 512 << 20  # bytes: driver and kernels, loaded as they are needed; some 300 MB are reported (pytorch/pytorch#107667)
 WORKSPACES = 64 << 20  # bytes: cuBLAS and cuBLASLt, each the 32 MiB that NVIDIA recommends for Hopper; 4 MiB before it
@@ -34,46 +34,46 @@ def allocated_bytes(size: int) -> int:
     return size + -size % _ROUND
 
 
-def around(peak: Held) -> int:
+def allocator_overhead(peak: Usage) -> int:
     """Bytes to count for the allocator around the tensors of `peak`, and for the libraries that work beside them."""
-    kept = sum(size for kind, size in peak.kinds.items() if kind in KEPT)
+    kept = sum(size for kind, size in peak.kinds.items() if kind in PERSISTENT)
     return int(KEPT_SHARE * kept + MOVING_SHARE * (peak.bytes - kept)) + SEGMENTS + WORKSPACES
 
 
-def phases_on_card(
-    held: Mapping[str, Held], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
+def phases_on_gpu(
+    held: Mapping[str, Usage], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
 ) -> tuple[Phase, ...]:
     """The phases at the peaks of a ledger, as memory/forecast gives them for a process: here of a CUDA device, beside `runtime`.
 
     Freed memory always goes back to where other tensors find it, whatever `returning` and `trimmed_before` say of the host's.
     """
-    return tuple(phase_at(name, peak, runtime, around(peak)) for name, peak in held.items())
+    return tuple(phase_at(name, peak, runtime, allocator_overhead(peak)) for name, peak in held.items())
 
 
-def card_of(tensors: Iterable[Tensor]) -> torch.device | None:
+def cuda_device_of(tensors: Iterable[Tensor]) -> torch.device | None:
     """The CUDA device that they are on; None where they are not on one."""
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     return device if device.type == "cuda" else None
 
 
-def limit_to(device: torch.device, budget: int) -> None:
+def limit_gpu_memory(device: torch.device, budget: int) -> None:
     """Lets torch's allocator take no more of `device` than the budget leaves beside the context."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget - CONTEXT) / total), device)
 
 
-def card_peak(device: torch.device) -> int:
+def gpu_peak_bytes(device: torch.device) -> int:
     """The most bytes that the process held on `device`: what torch took, as it counts itself, and the context as planned."""
     return torch.cuda.max_memory_reserved(device) + CONTEXT
 
 
-def beside_torch(device: torch.device) -> int:
+def bytes_beside_torch(device: torch.device) -> int:
     """Bytes of `device` that are used and are not torch's: this process's context, and other processes if there are any."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def card_warning(device: torch.device, budget: Budget) -> str:
+def gpu_warning(device: torch.device, budget: Budget) -> str:
     """A warning where `device` has less than the budget, or less of it free; else empty."""
     free, total = torch.cuda.mem_get_info(device)
     if budget.bytes <= free + torch.cuda.memory_reserved(device):
@@ -85,7 +85,7 @@ def card_warning(device: torch.device, budget: Budget) -> str:
 
 
 @contextmanager
-def promised(budget: Budget, remedy: str) -> Iterator[None]:
+def enforcing_gpu_budget(budget: Budget, remedy: str) -> Iterator[None]:
     """A context in which the limit of a budget on a CUDA device, where it is met, is an EnvironmentProblem with `remedy`."""
     try:
         yield

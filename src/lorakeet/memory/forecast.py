@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakeet.memory.allocator import slack
-from lorakeet.memory.usage import Held
+from lorakeet.memory.usage import Usage
 
 KINDS = ("runtime", "base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch", "allocator")
 
@@ -45,7 +45,7 @@ class Forecast:
 
 
 def phases_of(
-    held: Mapping[str, Held], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
+    held: Mapping[str, Usage], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
 ) -> tuple[Phase, ...]:
     """The phases, in their order, at the peaks of a ledger, in a process that holds `runtime` bytes beside its tensors.
 
@@ -61,7 +61,7 @@ def phases_of(
     return tuple(found)
 
 
-def phase_at(name: str, peak: Held, runtime: int, allocator: int) -> Phase:
+def phase_at(name: str, peak: Usage, runtime: int, allocator: int) -> Phase:
     """The phase at its `peak`, with `runtime` bytes and those that an allocator keeps beside the tensors."""
     kinds = {**peak.kinds, "runtime": runtime + peak.kinds.get("runtime", 0), "allocator": allocator}
     return Phase(name, {kind: kinds[kind] for kind in KINDS if kinds.get(kind)})

@@ -13,7 +13,7 @@ arrives, one expert of a mixture gets every token, and GPTQ's columns are in no 
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,16 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lorakeet.core.fused import flash_varlen
-from lorakeet.kernels.cpu import dense, int8_rows, stored, trained_pairs
-from lorakeet.kernels.cpu import operators as native
+from lorakeet.kernels.cpu import operators
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.lapack import WORKSPACES as LAPACK
-from lorakeet.memory.operator_cache import KnownResult, Mode, call_of, known_of
-from lorakeet.memory.usage import KEPT, OUTSIDE, Held, Stretch
+from lorakeet.memory.operator_cache import CachedResult, ShapeMode, cacheable_result, call_of
+from lorakeet.memory.usage import NO_BLOCK, PERSISTENT, Usage, UsageSegment
 
 MOST_KNOWN = 1 << 13  # calls, of 1.4 KiB each; beyond these all are forgotten
-_KNOWN: dict[tuple[Any, ...], KnownResult] = {}  # what calls have made, by all ledgers of this process
+_KNOWN: dict[tuple[Any, ...], CachedResult] = {}  # what calls have made, by all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
 
 
@@ -61,13 +59,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.held: Counter[str] = Counter()
         self.bytes = 0
         self.heap = 0
-        self.peaks: dict[str, Held] = {}
+        self.peaks: dict[str, Usage] = {}
         self.work: dict[str, Work] = defaultdict(Work)
-        self.stretches: list[Stretch] = []
+        self.segments: list[UsageSegment] = []
         self._phase = ""
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # storage → bytes, kind, and the watch on its end
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._fake = Mode()
+        self._fake = ShapeMode()
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
 
     @classmethod
@@ -91,12 +89,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A stretch of the run with a peak of its own. Phases do not nest; the same name again raises that phase's peak."""
         before, self._phase = self._phase, name
         self._mark()
-        self._begin_stretch("phase", OUTSIDE)
+        self._start_segment("phase", NO_BLOCK)
         try:
             yield
         finally:
             self._phase = before
-            self._begin_stretch("phase", OUTSIDE)
+            self._start_segment("phase", NO_BLOCK)
 
     def name(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Says what these tensors are; until then a result is scratch."""
@@ -121,27 +119,27 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for index, block in enumerate(blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_block, index)))
             self._hooks.append(block.register_forward_hook(partial(self._after_block, index)))
-        self.stretches.append(Stretch(self._phase, "phase"))
+        self.segments.append(UsageSegment(self._phase, "phase"))
         self._keep_moment()
 
     def _before_block(self, index: int, *_: Any) -> None:
-        self._begin_stretch("forward", index)
+        self._start_segment("forward", index)
 
     def _after_block(self, index: int, _block: nn.Module, _given: Any, output: Any) -> None:
-        self._begin_stretch("after", index)
+        self._start_segment("after", index)
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                leaf.grad_fn.register_prehook(lambda _: self._begin_stretch("backward", index))
+                leaf.grad_fn.register_prehook(lambda _: self._start_segment("backward", index))
 
-    def _begin_stretch(self, event: str, block: int) -> None:
-        if self.stretches:
+    def _start_segment(self, event: str, block: int) -> None:
+        if self.segments:
             self._keep_moment()
-            self.stretches.append(Stretch(self._phase, event, block))
+            self.segments.append(UsageSegment(self._phase, event, block))
             self._keep_moment()
 
     def _keep_moment(self) -> None:
-        if self.stretches:
-            self.stretches[-1].moments.append(self._now())
+        if self.segments:
+            self.segments[-1].moments.append(self._now())
 
     def close(self) -> None:
         """Takes the hooks off parameters and blocks again."""
@@ -183,7 +181,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = _ANSWERS.get(func, func)(*args, **kwargs)
         count = FLOPS.get(getattr(func, "_overloadpacket", None))
         flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
-        if call is not None and (known := known_of(call, args, kwargs, result, flops)) is not None:
+        if call is not None and (known := cacheable_result(call, args, kwargs, result, flops)) is not None:
             if len(_KNOWN) >= MOST_KNOWN:
                 _KNOWN.clear()
             _KNOWN[call.key] = known
@@ -207,7 +205,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, kind: str, size: int) -> None:
         self.held[kind] += size
-        if kind not in KEPT and abs(size) < LARGEST_HEAP_PIECE:
+        if kind not in PERSISTENT and abs(size) < LARGEST_HEAP_PIECE:
             self.heap += size
 
     def _strike(self, key: int) -> None:
@@ -227,16 +225,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _saved(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             _, kind, _ = self._entries.get(tensor.untyped_storage()._cdata, (0, "base", None))
-            if kind not in KEPT:  # a tensor of these stays what it is when autograd saves it too
+            if kind not in PERSISTENT:  # a tensor of these stays what it is when autograd saves it too
                 self._rename(tensor, "saved activations")
         return tensor
 
     def _mark(self) -> None:
-        if self.bytes > self.peaks.get(self._phase, Held()).bytes:
+        if self.bytes > self.peaks.get(self._phase, Usage()).bytes:
             self.peaks[self._phase] = self._now()
 
-    def _now(self) -> Held:
-        return Held(self.bytes, {kind: size for kind, size in self.held.items() if size}, self.heap)
+    def _now(self) -> Usage:
+        return Usage(self.bytes, {kind: size for kind, size in self.held.items() if size}, self.heap)
 
 
 def _attention_flops(
@@ -257,44 +255,18 @@ def _attention_backward_flops(  # noqa: PLR0917 - as the kernel takes them
 
 
 # Of an aten operation and its result; torch itself leaves out integers, sums in place, and attention on a CPU.
-FLOPS = {
+FLOPS: Mapping[Any, Callable[..., int]] = ChainMap({
     **flop_registry,
     torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention_flops, products=2),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    torch.ops.lorakeet.row_attention: native.flops,
-    torch.ops.lorakeet.row_attention_backward: native.flops_backward,
-    torch.ops.lorakeet.card_rows: flash_varlen.flops,
-    torch.ops.lorakeet.card_rows_backward: flash_varlen.flops_backward,
-    torch.ops.lorakeet.coded_product: int8_rows.flops,
-    torch.ops.lorakeet.dense_product: dense.flops,
-    torch.ops.lorakeet.dense_product_add_: dense.flops_of_sum,
-    torch.ops.lorakeet.stored_product: stored.flops,
-    torch.ops.lorakeet.stored_product_add_: stored.flops_of_sum,
-    torch.ops.lorakeet.trained_pairs_: trained_pairs.flops,
-    torch.ops.lorakeet.trained_pairs_backward_: trained_pairs.flops_backward,
-    torch.ops.lorakeet.trained_pairs_of_a: trained_pairs.flops_of_a,
-}
+}, operators.FLOPS)  # and of Lorakeet's own kernels
 
 
 # Of an operation's arguments: what it holds while it runs, beside these and its results.
-WORKSPACES: Mapping[Any, Callable[..., int]] = {
-    **LAPACK,
-    native.ROW_ATTENTION: native.workspace,
-    native.ROW_ATTENTION_BACKWARD: native.workspace_backward,
-    flash_varlen.CARD_ROWS: flash_varlen.workspace,
-    flash_varlen.CARD_ROWS_BACKWARD: flash_varlen.workspace_backward,
-    int8_rows.CODED_PRODUCT: int8_rows.workspace,
-    dense.DENSE_PRODUCT: dense.workspace,
-    dense.DENSE_PRODUCT_ADD: dense.workspace_of_sum,
-    stored.STORED_PRODUCT: stored.workspace,
-    stored.STORED_PRODUCT_ADD: stored.workspace_of_sum,
-    trained_pairs.TRAINED_PAIRS: trained_pairs.workspace,
-    trained_pairs.TRAINED_PAIRS_BACKWARD: trained_pairs.workspace_backward,
-    trained_pairs.TRAINED_PAIRS_OF_A: trained_pairs.workspace_of_a,
-}
+WORKSPACES: Mapping[Any, Callable[..., int]] = ChainMap({**LAPACK}, operators.WORKSPACES)
 
 
 def _everywhere(condition: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ _MAPS = Path("/proc/self/maps")
 _DONTNEED, _PAGEOUT = 4, 21
 
 
-def give_back(path: Path, *, stays: bool = False) -> int:
+def release_pages(path: Path, *, stays: bool = False) -> int:
     """Gives back the pages of every read-only mapping of the file `path` in this process; the bytes of these mappings.
 
     A library may remove its mapping at any time, and put other memory in its place while this looks: so pages are paged out,
@@ -42,16 +42,16 @@ def give_back(path: Path, *, stays: bool = False) -> int:
 
 
 @contextmanager
-def giving_back(path: Path, *, interval: float = 0.02, stays: bool = False) -> Iterator[None]:
+def releasing_pages(path: Path, *, interval: float = 0.02, stays: bool = False) -> Iterator[None]:
     """A context in which the mapped pages of `path` are given back every `interval` seconds, by a thread of its own.
 
-    With `stays` no mapping of it may be removed within the context (`give_back`).
+    With `stays` no mapping of it may be removed within the context (`release_pages`).
     """
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(interval):
-            give_back(path, stays=stays)
+            release_pages(path, stays=stays)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -60,4 +60,4 @@ def giving_back(path: Path, *, interval: float = 0.02, stays: bool = False) -> I
     finally:
         done.set()
         thread.join()
-        give_back(path, stays=stays)
+        release_pages(path, stays=stays)

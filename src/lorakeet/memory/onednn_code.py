@@ -16,7 +16,7 @@ KEPT = 64  # products: above those of one micro-batch on its way through a block
 _CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # oneDNN's developer guide, "Primitive Cache"
 
 
-def keep_little_code(products: int = KEPT, environment: MutableMapping[str, str] = os.environ) -> None:
+def limit_code_cache(products: int = KEPT, environment: MutableMapping[str, str] = os.environ) -> None:
     """Has oneDNN keep code for so many products, unless `environment` says otherwise; whoever comes first is heeded.
 
     oneDNN reads it at the first product in a process, and never again; making the code anew takes about 0.5 ms a product.

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch of
 PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
-class Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
+class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """The mode to which fake tensors belong; a copied module's tensors belong to the same one.
 
     It remembers no results: that is done here, and takes less time.
@@ -28,7 +28,7 @@ class Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self.cache_enabled = False
         self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor as torch makes it
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Mode:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShapeMode:
         return self
 
     def tensor(self, bare: Tensor, device: torch.device) -> FakeTensor:
@@ -49,14 +49,14 @@ class OperatorCall(NamedTuple):
     tensors: list[FakeTensor]
 
 
-class KnownResult(NamedTuple):
+class CachedResult(NamedTuple):
     """What a call makes, and the FLOPs of its products."""
 
     results: tuple[_One | None, ...]
     kind: type | None  # list or tuple; None where it is one tensor
     flops: int
 
-    def made(self, mode: Mode, tensors: Sequence[FakeTensor]) -> Any:
+    def made(self, mode: ShapeMode, tensors: Sequence[FakeTensor]) -> Any:
         """The result of the same call with other tensors of these shapes."""
         found = [None if one is None else one.made(mode, tensors) for one in self.results]
         return found[0] if self.kind is None else self.kind(found)
@@ -73,7 +73,7 @@ class _One(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    def made(self, mode: Mode, tensors: Sequence[FakeTensor]) -> FakeTensor:
+    def made(self, mode: ShapeMode, tensors: Sequence[FakeTensor]) -> FakeTensor:
         if self.itself:
             return tensors[self.argument or 0]
         with torch._C._DisableTorchDispatch():
@@ -121,7 +121,9 @@ def _shape_of(tensor: FakeTensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device, tensor.requires_grad
 
 
-def known_of(call: OperatorCall, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, flops: int) -> KnownResult | None:
+def cacheable_result(
+    call: OperatorCall, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, flops: int
+) -> CachedResult | None:
     """What there is to remember of `call` once it has made `result`; None where the same call might make another one."""
     after = call_of(call.key[0], args, kwargs)
     if after is None or after.key != call.key or torch.Tag.inplace_view in call.key[0].tags:
@@ -134,7 +136,7 @@ def known_of(call: OperatorCall, args: Sequence[Any], kwargs: Mapping[str, Any],
         return None
     new = [item for item, one in zip(found, results, strict=True) if one is not None and one.argument is None]
     apart = len({item.untyped_storage()._cdata for item in new}) == len(new)
-    return KnownResult(results, kind, flops) if apart else None
+    return CachedResult(results, kind, flops) if apart else None
 
 
 def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:

@@ -20,7 +20,7 @@ from lorakeet.memory.store import raw_bytes
 OF_A_RUN = "Free some space there, or name another folder with memory.store. Checkpoints are as they were."
 
 
-class Aside:
+class Spill:
     """Keeps CPU tensors by key until they are taken; with a `folder`, in a file there that vanishes with the process.
 
     EnvironmentProblem, which ends with `remedy`, where the folder cannot be written.
@@ -115,7 +115,7 @@ class _KeptRows:
         return self.read(self.begin + start * row, self.dtype, (max(0, stop - start), *self.shape[1:]))
 
 
-class HostAside(Aside):
+class HostSpill(Spill):
     """Keeps tensors of a device in the host's memory until they are taken, and then gives them back on their device.
 
     Copied by the device itself, between a CUDA device and pinned memory: what is computed before and after is in order with the

@@ -51,7 +51,7 @@ class StoreRefused(EnvironmentProblem):
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies in the file."""
 
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class StoreRecord:
 
     begin: int
     end: int
-    tensors: Mapping[str, Place]
+    tensors: Mapping[str, TensorLocation]
 
     @property
     def bytes(self) -> int:
@@ -274,7 +274,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorLocation]]:
     """The metadata and the tensors of a store, paddings left out; DataError where the file is not whole."""
     try:
         with path.open("rb") as file:
@@ -298,9 +298,9 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
     return identity, {name: place for name, place in tensors.items() if not name.startswith(_PADDING)}
 
 
-def _place(entry: Mapping[str, Any], start: int) -> Place:
+def _place(entry: Mapping[str, Any], start: int) -> TensorLocation:
     begin, end = entry["data_offsets"]
-    return Place(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, start + end)
+    return TensorLocation(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, start + end)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-KEPT = ("base", "adapter", "moments", "gradients")  # kinds that stay, while others come and go
-OUTSIDE = -1  # the block of a stretch that begins outside of all blocks
+PERSISTENT = ("base", "adapter", "moments", "gradients")  # kinds that stay, while others come and go
+NO_BLOCK = -1  # the block of a stretch that begins outside of all blocks
 
 
 @dataclass(frozen=True)
-class Held:
+class Usage:
     """The most bytes held at once in one phase, and what they were at that moment."""
 
     bytes: int = 0
@@ -19,21 +19,21 @@ class Held:
 
 
 @dataclass
-class Stretch:
+class UsageSegment:
     """What was held from one mark to the next: at its beginning, after each operator that made something, at its end."""
 
     phase: str
     event: str  # where it begins: a phase, or a block's "forward", "after" (its forward pass) or "backward"
-    block: int = OUTSIDE
-    moments: list[Held] = field(default_factory=list)
+    block: int = NO_BLOCK
+    moments: list[Usage] = field(default_factory=list)
 
 
-def with_more(peak: Held, **kinds: int) -> Held:
+def add_usage(peak: Usage, **kinds: int) -> Usage:
     """The same moment with so many more bytes of some kinds."""
     together = Counter(peak.kinds) + Counter(kinds)
-    return Held(peak.bytes + sum(kinds.values()), dict(together), peak.heap)
+    return Usage(peak.bytes + sum(kinds.values()), dict(together), peak.heap)
 
 
-def larger(one: Held, other: Held) -> Held:
+def larger_usage(one: Usage, other: Usage) -> Usage:
     """Whichever of two moments holds more."""
     return one if one.bytes >= other.bytes else other

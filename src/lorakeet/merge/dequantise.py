@@ -18,7 +18,7 @@ from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry
 from lorakeet.merge.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
 from lorakeet.models.files.quantized import owners, packable, skeleton
-from lorakeet.models.files.stored_tensors import READERS, Stock, stored_quantisation, tensor_files
+from lorakeet.models.files.stored_tensors import READERS, StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.text.load import read_config
 from lorakeet.quant.gptq import PARTS
 from lorakeet.quant.replace import quantised
@@ -101,7 +101,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _dense(stock: Stock, name: str, transposed: bool) -> Callable[[], Tensor]:
+def _dense(stock: StoredModel, name: str, transposed: bool) -> Callable[[], Tensor]:
     def made() -> Tensor:
         dense = stock.packed[name]().dense()
         return dense.t().contiguous() if transposed else dense
@@ -114,7 +114,7 @@ def _home(name: str, files: Mapping[str, SafeFile]) -> SafeFile:
     return files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]
 
 
-def _usual_dtype(config: Any, stock: Stock, files: Mapping[str, SafeFile]) -> torch.dtype:
+def _usual_dtype(config: Any, stock: StoredModel, files: Mapping[str, SafeFile]) -> torch.dtype:
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(named, torch.dtype):
         return named

@@ -110,8 +110,8 @@ def _whole(model: nn.Module, places: dict[str, nn.Module], adapter: Adapter, wro
 
 def _is(model: nn.Module, path: str, weight: Tensor) -> bool:
     """Whether the module at `path` has this weight; of a model without numbers nothing else is said."""
-    with modules.at_hand(model, path):
-        held = modules.bare(cast(nn.Module, modules.find(model, path))).get_parameter("weight")
+    with modules.weights_loaded(model, path):
+        held = modules.unwrapped(cast(nn.Module, modules.find(model, path))).get_parameter("weight")
         return held.is_meta or torch.equal(held.detach().cpu().float(), weight.float())
 
 

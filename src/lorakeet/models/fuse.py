@@ -15,7 +15,7 @@ from lorakeet.core.fused.attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.fused.decode_block import DecodeBlock
 from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS, MLP, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused.trained_block import TrainedBlock
-from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, StandIn, dense_base_of, new_pair
+from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, Replacement, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.cpu import operators as native
@@ -38,9 +38,9 @@ def fuse(model: nn.Module) -> int:
     count = 0
     for path, module in list(modules.original_modules(model)):
         standing = modules.find(model, path)
-        if isinstance(standing, StandIn) or standing is None or not path:
+        if isinstance(standing, Replacement) or standing is None or not path:
             continue
-        with native.without():  # the stand-ins are compared to the last bit
+        with native.torch_only():  # the stand-ins are compared to the last bit
             stand_in = _stand_in(module)
         if stand_in is not None:
             stand_in.train(module.training)
@@ -91,7 +91,7 @@ class _Stub(nn.Module):
 
 def _is_plain(block: nn.Module, *, training: bool = False) -> bool:
     """Whether two norms, attention and MLP, each added to what came in, are all that the block does; also in `training`."""
-    if isinstance(block, StandIn) or block._parameters or set(block._modules) != set(BLOCK_PARTS):
+    if isinstance(block, Replacement) or block._parameters or set(block._modules) != set(BLOCK_PARTS):
         return False
     kinds = (FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp)
     if not all(isinstance(block._modules[name], kind) for name, kind in zip(BLOCK_PARTS, kinds, strict=True)):
@@ -123,7 +123,7 @@ def unfuse(model: nn.Module) -> None:
             modules.replace(model, path, module)
 
 
-def _stand_in(module: nn.Module) -> StandIn | None:
+def _stand_in(module: nn.Module) -> Replacement | None:
     """What may stand for `module`; a small copy of it is probed where it has shapes but no numbers (a planned model), and where
     weights are packed, which would all be unpacked several times."""
     if _has_attention_names(module):
@@ -201,7 +201,7 @@ def _small_attention(module: nn.Module) -> nn.Module:
         layer.active = "probe"
         small._modules[name] = layer
     for name in set(HEAD_NORMS) & set(small._modules):
-        norm = copy.copy(modules.bare(cast(nn.Module, small._modules[name])))
+        norm = copy.copy(modules.unwrapped(cast(nn.Module, small._modules[name])))
         norm._forward_hooks, norm._forward_pre_hooks = OrderedDict(), OrderedDict()
         norm._parameters = {key: _random(generator, torch.float32, head) for key in norm._parameters}
         small._modules[name] = FrozenRmsNorm(norm)

@@ -38,11 +38,11 @@ def inject(
     *,
     seed: int = 0,
     token_ids: tuple[int, ...] | None = None,
-    begun: Callable[[nn.Module], None] | None = None,
+    on_pair: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Adds an adapter `name` to the model as `plan` says, begun from `seed`, makes it active and freezes everything else.
+    """Adds an adapter `name` to the model as `plan` says, on_pair from `seed`, makes it active and freezes everything else.
 
-    `token_ids` are the tokenizer's ids of the plan's new tokens; without them the rows after the last one are taken. `begun` is
+    `token_ids` are the tokenizer's ids of the plan's new tokens; without them the rows after the last one are taken. `on_pair` is
     told each pair as soon as it has its numbers.
     Raises ConfigError when the plan is of another model or the name is taken.
     """
@@ -50,14 +50,14 @@ def inject(
     _check_places(model, plan)
     _freeze(model)
     for entry in plan.entries:
-        with modules.at_hand(model, entry.path):
+        with modules.weights_loaded(model, entry.path):
             weight, device = _frozen_rows(model, entry)
             pair = new_pair(entry, weight=weight, seed=seed, device=device)
-            if begun is not None:
-                begun(pair)
+            if on_pair is not None:
+                on_pair(pair)
             _put_pair(model, entry, name, pair)
     for extra in plan.extras:
-        with modules.at_hand(model, extra.path):
+        with modules.weights_loaded(model, extra.path):
             _put_extra(model, extra, name, token_ids)
     activate(model, name)
 
@@ -117,14 +117,14 @@ def attach(model: nn.Module, adapter: Adapter, name: str = "default") -> None:
     plan = plan_of(model, adapter)
     _freeze(model)
     for entry in plan.entries:
-        with modules.at_hand(model, entry.path):
+        with modules.weights_loaded(model, entry.path):
             _put_pair(model, entry, name, _filled_pair(model, entry, adapter.pairs[entry.path]))
     for extra in plan.extras:
         if extra.kind == "rows":
             rows = adapter.token_rows[extra.path]
             put_rows(model, extra, name, rows.ids, rows.rows)
             continue
-        with modules.at_hand(model, extra.path):
+        with modules.weights_loaded(model, extra.path):
             trained = _put_extra(model, extra, name, None)
         with torch.no_grad():
             for key, parameter in trained.named_parameters():
@@ -276,7 +276,7 @@ def _module_path(entry: PlanEntry) -> str:
 
 
 def _pair_module(model: nn.Module, entry: PlanEntry) -> nn.Module:
-    return modules.bare(cast(nn.Module, modules.find(model, _module_path(entry))))
+    return modules.unwrapped(cast(nn.Module, modules.find(model, _module_path(entry))))
 
 
 def _frozen_rows(model: nn.Module, entry: PlanEntry) -> tuple[Callable[[], Tensor], torch.device]:
@@ -305,7 +305,7 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
         cast(ExpertPairs, layer.adapters[name])[_expert_leaf(entry)] = pair
     else:
         layer.attach(name, pair)
-    layer.train(modules.bare(module).training)
+    layer.train(modules.unwrapped(module).training)
 
 
 def _check_experts(layer: LoraExperts, path: str) -> None:
@@ -340,13 +340,13 @@ def _filled_pair(model: nn.Module, entry: PlanEntry, value: Pair) -> LoraPair:
 def _put_extra(model: nn.Module, extra: ExtraEntry, name: str, token_ids: tuple[int, ...] | None) -> nn.Module:
     module = cast(nn.Module, modules.find(model, extra.path))
     if extra.kind == "rows":
-        first = cast(Tensor, modules.bare(module).weight).shape[0]
+        first = cast(Tensor, modules.unwrapped(module).weight).shape[0]
         put_rows(model, extra, name, tuple(range(first, first + len(extra.tokens))) if token_ids is None else token_ids)
         return module
-    layer = module if isinstance(module, TrainedModule) else TrainedModule(modules.bare(module))
+    layer = module if isinstance(module, TrainedModule) else TrainedModule(modules.unwrapped(module))
     trained = layer.new_copy()
     layer.attach(name, trained)
-    layer.train(modules.bare(module).training)
+    layer.train(modules.unwrapped(module).training)
     if layer is not module:
         modules.replace(model, extra.path, layer)
     return trained

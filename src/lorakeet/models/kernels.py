@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.fused.attention import turned
+from lorakeet.core.fused.attention import rotated
 from lorakeet.core.fused.elementwise import passes_over
-from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, made_again, normed, normed_backward
+from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, recomputed, rms_norm, rms_norm_backward
 from lorakeet.core.kernels import RANK, low_rank_product, low_rank_product_t, why_not
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models import modules
 from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
@@ -40,22 +40,22 @@ SAID = 300  # characters of what Triton said
 ROUNDINGS = 4  # relative to the largest result: torch rounds a sum on the way that the kernel does not, and adds in another order
 
 
-def kernels_for(spec: ModelSpec, device: torch.device) -> Kernels | None:
+def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
     """The kernels that the settings ask for, None for torch's own; EnvironmentProblem where they cannot run."""
     if spec.kernels == "torch":
         return None
     reason = why_not(device)
     if reason:
         raise EnvironmentProblem(f"model.kernels is triton: {reason}")
-    return Kernels(spec.fused_tokens)
+    return TritonRequest(spec.fused_tokens)
 
 
-def where_possible(spec: ModelSpec) -> ModelSpec:
+def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:
     """`spec` with torch's own kernels where those that it asks for cannot run: for settings that were made on another machine."""
     return spec if spec.kernels == "torch" or not why_not(device_for(spec.device)) else replace(spec, kernels="torch")
 
 
-def use_kernels(model: nn.Module, kernels: Kernels | None) -> None:
+def use_kernels(model: nn.Module, kernels: TritonRequest | None) -> None:
     """Lets every packed weight, every weight that carries pairs, and every norm that stands for a frozen one (once models/fuse
     has put them in) use the kernels; None: none of them. Gates and rotations ask their weights."""
     for base in kernel_bases(model):
@@ -75,7 +75,7 @@ def kernel_bases(model: nn.Module) -> Iterator[Any]:
             yield module.base
 
 
-def check_kernels(parts: Iterable[nn.Module], kernels: Kernels, products: torch.dtype) -> None:
+def check_kernels(parts: Iterable[nn.Module], kernels: TritonRequest, products: torch.dtype) -> None:
     """EnvironmentProblem unless the kernels compute on these modules what torch does, over one weight of each kind and shape."""
     seen = set()
     for part in parts:
@@ -94,7 +94,7 @@ def check_kernels(parts: Iterable[nn.Module], kernels: Kernels, products: torch.
 
 
 @torch.no_grad()
-def _check(base: Any, kernels: Kernels, products: torch.dtype, kind: str, device: torch.device) -> None:
+def _check(base: Any, kernels: TritonRequest, products: torch.dtype, kind: str, device: torch.device) -> None:
     """Computes everything by torch and by the kernels, and compares."""
     before, about = base.kernels, f"a weight {kind}"
     try:
@@ -129,7 +129,7 @@ def check_loss(vocabulary: int, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def check_passes(widths: Iterable[int], kernels: Kernels, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
+def check_elementwise(widths: Iterable[int], kernels: TritonRequest, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
     """EnvironmentProblem unless the kernels make the passes between products as torch's operations do, over rows of these widths
     in these dtypes."""
     for width, dtype in itertools.product(widths, dtypes):
@@ -141,14 +141,14 @@ def check_passes(widths: Iterable[int], kernels: Kernels, dtypes: Iterable[torch
             _compare(name, about, mine, expected[name], ROUNDINGS * torch.finfo(dtype).eps)
 
 
-def _passed(kernels: Kernels | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _passed(kernels: TritonRequest | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """What norms, gates and, over an even width, rotations make of numbers that are always the same."""
     x, up, grad, gain = (_numbers(PASS_ROWS + number, width, device)[:PASS_ROWS].to(dtype) for number in range(4))
-    y, rho = normed(x, gain[0], PASS_EPSILON, kernels)
+    y, rho = rms_norm(x, gain[0], PASS_EPSILON, kernels)
     found = {
         "a norm": y,
-        "a norm again": made_again((x, rho, gain[0]), kernels),
-        "the gradient of a norm": normed_backward(grad, x, rho, gain[0], kernels),
+        "a norm again": recomputed((x, rho, gain[0]), kernels),
+        "the gradient of a norm": rms_norm_backward(grad, x, rho, gain[0], kernels),
     }
     by = None if kernels is None else passes_over(x, up, grad, kernels=kernels)
     if by is None:
@@ -164,7 +164,7 @@ def _passed(kernels: Kernels | None, width: int, dtype: torch.dtype, device: tor
     for back in (False, True) if width % 2 == 0 else ():
         states = _numbers(2 * PASS_ROWS, width, device).to(dtype).view(PASS_ROWS, 2, width)
         cos, sin = (_numbers(PASS_ROWS + number, width, device)[:PASS_ROWS].to(dtype) for number in range(2))
-        found[f"a rotation{' back' * back}"] = turned(states, cos, sin, back=back, kernels=kernels)
+        found[f"a rotation{' back' * back}"] = rotated(states, cos, sin, back=back, kernels=kernels)
     return found
 
 
@@ -197,7 +197,7 @@ def _compare(name: str, about: str, mine: Tensor, theirs: Tensor, rounding: floa
         )
 
 
-def proved_products(kernels: Kernels) -> list[tuple[int, int]]:
+def proved_products(kernels: TritonRequest) -> list[tuple[int, int]]:
     """Tokens and rank of the products that are proved, rank 0 without a pair: a launch of each height, no longer than fused.
 
     The highest rank, which wants most of the chip, is proved with the most of these tokens.
@@ -206,7 +206,7 @@ def proved_products(kernels: Kernels) -> list[tuple[int, int]]:
     return [(count, rank) for count in counts for rank in (0, LOW)] + [(count, RANK) for count in counts[-1:]]
 
 
-def _computed(base: Any, kernels: Kernels, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _computed(base: Any, kernels: TritonRequest, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Rows of W at both ends of a packed base, in `products` and in fp32, and its products without a pair and with one, forwards
     and backwards, for numbers that are always the same."""
     out, inner = base.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.core.layers.linear import AdaptedLayer, StandIn
+from lorakeet.core.layers.linear import AdaptedLayer, Replacement
 from lorakeet.core.math import Kind
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.models.families import Family
@@ -22,7 +22,7 @@ HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "
 
 def original_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) in model order, each adapted module as the one that it stands for."""
-    module = bare(model)
+    module = unwrapped(model)
     yield prefix, module
     for name, child in module.named_children():
         yield from original_modules(child, f"{prefix}.{name}" if prefix else name)
@@ -32,7 +32,7 @@ def adapted_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Ad
     """(path, layer) of every adapted module, in model order."""
     if isinstance(model, AdaptedLayer):
         yield prefix, model
-    for name, child in bare(model).named_children():
+    for name, child in unwrapped(model).named_children():
         yield from adapted_layers(child, f"{prefix}.{name}" if prefix else name)
 
 
@@ -40,26 +40,26 @@ def find(model: nn.Module, path: str) -> nn.Module | None:
     """The module at `path` as it stands in the model (adapted or not), looking through adapted ones; None where none is."""
     here: nn.Module | None = model
     for name in path.split(".") if path else ():
-        inside = bare(here) if here is not None else None
+        inside = unwrapped(here) if here is not None else None
         here = dict(inside.named_children()).get(name) if inside is not None else None
     return here
 
 
 @contextmanager
-def at_hand(model: nn.Module, path: str) -> Iterator[None]:
+def weights_loaded(model: nn.Module, path: str) -> Iterator[None]:
     """A context in which the weights of the module at `path` have numbers, also where they lie in a store until needed."""
     names = path.split(".")
     with ExitStack() as stack:
         for count in range(len(names) + 1):
             standing = find(model, ".".join(names[:count]))
-            if isinstance(standing, StandIn):
-                stack.enter_context(standing.at_hand())
+            if isinstance(standing, Replacement):
+                stack.enter_context(standing.weights_loaded())
         yield
 
 
-def bare(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The frozen module itself, where others stand in for it."""
-    while isinstance(module, StandIn):
+    while isinstance(module, Replacement):
         module = module.original
     return module
 
@@ -68,7 +68,7 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at `path`."""
     parent_path, _, name = path.rpartition(".")
     parent = find(model, parent_path)
-    setattr(bare(cast(nn.Module, parent)), name, module)
+    setattr(unwrapped(cast(nn.Module, parent)), name, module)
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -150,14 +150,14 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     """The frozen layer that turns hidden states into logits over the vocabulary, or None."""
     ask = getattr(model, "get_output_embeddings", None)
     layer = ask() if ask is not None else None
-    return bare(layer) if isinstance(layer, nn.Module) else None
+    return unwrapped(layer) if isinstance(layer, nn.Module) else None
 
 
 def input_layer(model: nn.Module) -> nn.Module | None:
     """The frozen embedding of the input tokens, or None."""
     ask = getattr(model, "get_input_embeddings", None)
     layer = ask() if ask is not None else None
-    return bare(layer) if isinstance(layer, nn.Module) else None
+    return unwrapped(layer) if isinstance(layer, nn.Module) else None
 
 
 def path_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from lorakeet.core.precision import fastest_products
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.memory.onednn_code import keep_little_code
+from lorakeet.memory.onednn_code import limit_code_cache
 from lorakeet.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,5 +78,5 @@ def products_for(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> t
     Every model's first products come after this, so that oneDNN hears here how much of their code to keep (memory/onednn_code).
     """
     if device.type == "cpu":
-        keep_little_code()
+        limit_code_cache()
     return fastest_products(dtype, device) if spec.products == "auto" else DTYPES[spec.products]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
-from lorakeet.core.layers.experts import supports
+from lorakeet.core.layers.experts import why_not_experts
 from lorakeet.core.math import Kind
-from lorakeet.core.plan import Plan, PlanEntry, path_range
+from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry, path_range
 from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
 from lorakeet.models import modules
-from lorakeet.models.extra_targets import plan_extras
 from lorakeet.models.families import Family, in_group
 from lorakeet.quant.replace import weights_in
 
@@ -50,7 +50,7 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     _check_patterns(entries, spec, problems)
     _check_ranks(entries, problems)
     _check_variants(entries, problems)
-    extras = plan_extras(model, spec, [entry.path for entry in entries], problems)
+    extras = _plan_extras(model, spec, [entry.path for entry in entries], problems)
     if not problems.messages and not entries and not extras:
         problems.add("Nothing would be trained: every target is excluded or outside lora.layers. Widen one of them.")
     problems.raise_if_any()
@@ -63,7 +63,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
         if not path:
             continue
         if stacks := modules.expert_stacks(module):
-            refusal = supports(module)
+            refusal = why_not_experts(module)
             why = f"part of a {type(module).__name__} whose experts cannot be adapted: {refusal}" if refusal else ""
             yield Site(path, None, (), f"a {type(module).__name__}, which holds {', '.join(stacks)}; name these instead")
             for name in stacks:
@@ -228,3 +228,63 @@ def leaf_names(paths: Iterable[str]) -> list[str]:
 def listed(names: list[str], most: int = 12) -> str:
     """The names, or the first of them and how many more there are."""
     return ", ".join(names[:most]) + (f", … {len(names) - most} more" if len(names) > most else "")
+
+
+def _plan_extras(model: nn.Module, spec: LoraSpec, adapted: list[str], problems: Problems) -> tuple[ExtraEntry, ...]:
+    """The extras that `spec` asks for; `adapted` are the paths that get a pair, which no extra may share."""
+    extras = [*_whole_modules(model, spec, problems), *_new_rows(model, spec, problems)]
+    taken = [path for extra in extras for path in (extra.path, extra.tied) if path]  # a tied head gets the new rows too
+    for place in dict.fromkeys(taken):
+        clash = [path for path in adapted if path == place or path.startswith(f"{place}.")]
+        if clash:
+            problems.add(f"'{place}' would be trained as an extra, and '{clash[0]}' gets a pair as well; choose one.")
+        inside = [path for path in taken if path.startswith(f"{place}.")]
+        if inside:
+            problems.add(f"'{place}' and '{inside[0]}' within it are both extras; name one.")
+    if len(set(taken)) < len(taken):
+        problems.add("New tokens train rows of a module that lora.extra_modules trains whole; leave it out of extra_modules.")
+    return tuple(extras)
+
+
+def _whole_modules(model: nn.Module, spec: LoraSpec, problems: Problems) -> list[ExtraEntry]:
+    every = [(path, module) for path, module in modules.original_modules(model) if path]
+    found: dict[str, ExtraEntry] = {}
+    for name in spec.extra_modules:
+        matches = [(path, module) for path, module in every if path == name or path.endswith(f".{name}")]
+        if not matches:
+            leaves = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in every))
+            problems.add(f"No module matches lora.extra_modules '{name}'.{nearest(name, leaves)}")
+        for path, module in matches:
+            count = sum(parameter.numel() for parameter in module.parameters())
+            if modules.is_packed(module):
+                problems.add(
+                    f"lora.extra_modules '{path}' has packed weights, which are never trained; leave it out, or keep the model's "
+                    "weights with model.quantize none."
+                )
+            elif count:
+                found[path] = ExtraEntry(path, "module", (count,))
+            else:
+                problems.add(f"lora.extra_modules '{path}' is a {type(module).__name__} without parameters; leave it out.")
+    return list(found.values())
+
+
+def _new_rows(model: nn.Module, spec: LoraSpec, problems: Problems) -> list[ExtraEntry]:
+    """Rows of the input embedding, shared with a tied head; a head of its own gets rows of its own."""
+    if not spec.new_tokens:
+        return []
+    repeated = sorted({token for token in spec.new_tokens if spec.new_tokens.count(token) > 1 or not token})
+    if repeated:
+        problems.add(f"lora.new_tokens {repeated[0]!r} is empty or named twice; name each token once.")
+    embedding, head = modules.input_layer(model), modules.output_layer(model)
+    if not isinstance(embedding, nn.Embedding):
+        problems.add(f"lora.new_tokens needs a token embedding, which {type(model).__name__} does not have.")
+        return []
+    path, head_path = modules.path_of(model, embedding), modules.path_of(model, head)
+    shape = (len(spec.new_tokens), embedding.embedding_dim)
+    if head is None:
+        return [ExtraEntry(path, "rows", shape, spec.new_tokens)]
+    if cast(Any, head).weight is embedding.weight:
+        return [ExtraEntry(path, "rows", shape, spec.new_tokens, tied=head_path)]
+    if type(head) is not nn.Linear or head.bias is not None:
+        problems.add(f"lora.new_tokens needs a plain head without bias; '{head_path}' is a {type(head).__name__} with more.")
+    return [ExtraEntry(path, "rows", shape, spec.new_tokens), ExtraEntry(head_path, "rows", shape, spec.new_tokens)]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorakeet.core.tiled_product import matrix_shape
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.cpu.stored import GGUF, StoredWeight, at
+from lorakeet.kernels.cpu.stored import GGUF, StoredWeight, address_of
 from lorakeet.quant.packed import PackedBase, tile_of
 
 
@@ -231,7 +231,7 @@ class GgufBase(PackedBase):
         return {"method": "gguf", "shape": list(self.shape), "type": self.kind}
 
     def _told(self) -> StoredWeight | None:
-        return StoredWeight(GGUF[self.kind], *self.shape, at(self.packed))
+        return StoredWeight(GGUF[self.kind], *self.shape, address_of(self.packed))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         block, width, packed = BLOCK_TYPES[self.kind], self.shape[1], self.packed[first : first + len(out)]

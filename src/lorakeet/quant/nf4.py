@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels
-from lorakeet.kernels.cpu.stored import NF4, StoredWeight, at
-from lorakeet.kernels.tiled_weight import InTiles
+from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
+from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import PackedBase, tile_of
 
 # Section 3 and appendix E of the paper; fp32 values as published with its code.
@@ -122,10 +122,10 @@ class Nf4Base(PackedBase):
         whole = self.block_size * SCALE_BLOCK
         return whole // math.gcd(whole, self.shape[1])
 
-    def in_tiles(self) -> InTiles | None:
+    def in_tiles(self) -> TiledWeight | None:
         return None if self.shape[1] % 2 else self._in_tiles(self.shape)
 
-    def _in_tiles(self, shape: tuple[int, int]) -> InTiles:
+    def _in_tiles(self, shape: tuple[int, int]) -> TiledWeight:
         """The numbers, row after row, as a matrix of `shape`, whose last row may end before its width."""
         from lorakeet.kernels.triton.nf4 import nf4_tiles
 
@@ -134,9 +134,10 @@ class Nf4Base(PackedBase):
         return nf4_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
 
     def _told(self) -> StoredWeight | None:
-        outer, mean = (0 if held is None else at(held) for held in (self.scales, self.mean))
-        tables = at(_levels(self.packed)), at(_dynamic(self.packed))
-        return StoredWeight(NF4, *self.shape, at(self.packed), at(self.absmax), outer, mean, *tables, self.block_size)
+        outer, mean = (0 if held is None else address_of(held) for held in (self.scales, self.mean))
+        tables = address_of(_levels(self.packed)), address_of(_dynamic(self.packed))
+        codes, scales = address_of(self.packed), address_of(self.absmax)
+        return StoredWeight(NF4, *self.shape, codes, scales, outer, mean, *tables, self.block_size)
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         if kernels.unpacks(self, out, self._held()):

@@ -182,7 +182,7 @@ def sketch_states(
         width = entry.shape[1] if of == "input" else entry.shape[0]
         sketch = sketches[entry.path] = Sketch(width, min(largest + OVERSAMPLING, width), generator)
         module = cast(nn.Module, modules.find(model, entry.path))  # or what holds other adapters' pairs in its place
-        handles.append(module.register_forward_hook(_watch(sketch, of, modules.bare(module))))
+        handles.append(module.register_forward_hook(_watch(sketch, of, modules.unwrapped(module))))
     try:
         with torch.no_grad():
             forward()

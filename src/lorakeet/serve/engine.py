@@ -23,7 +23,7 @@ from lorakeet.core.selection import Selection
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.formats.files.slab import give_back_spare_memory
 from lorakeet.kernels.threads import compute_with
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
@@ -252,7 +252,7 @@ class Engine:
             if not woken:
                 self.selection.release()
                 give_back_spare_memory()
-                give_back_free_memory()
+                release_free_memory()
                 patience = None
 
     def _sweep(self) -> None:

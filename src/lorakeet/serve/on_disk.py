@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lorakeet.core.adapter import Adapter, AlikePairs, PairsOutline
+from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout
 from lorakeet.errors import DataError
 from lorakeet.formats.detect import Found, detect, read_found
 from lorakeet.formats.files.base_model import open_base
@@ -19,7 +19,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.formats.peft.peft_config import CONFIG_NAME, config_bytes
 from lorakeet.formats.surplus import surplus_rank
 from lorakeet.kernels.cpu.inference_pairs import even
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 
 log = logging.getLogger("lorakeet.serve")
 Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, time of change) of each file
@@ -55,10 +55,10 @@ class _Seen(NamedTuple):
     surplus: bool  # whether a rank is larger than its layer
 
 
-_SEEN: Remembered[PairsOutline, _Seen] = Remembered(8)
+_SEEN: Remembered[FlatPairsLayout, _Seen] = Remembered(8)
 
 
-def inspect(path: Path, live: LiveModel, digest: str = "", *, private: bool = False) -> Source:
+def inspect(path: Path, live: ServingModel, digest: str = "", *, private: bool = False) -> Source:
     """Looks at the adapter at `path`, of any format, and checks its names, shapes and scale against the model.
 
     PEFT folders by their headers alone; other formats are read. `digest` is what the content is known to be.
@@ -66,7 +66,7 @@ def inspect(path: Path, live: LiveModel, digest: str = "", *, private: bool = Fa
     found = detect(path)
     stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
     outline = peft.read(found.path, opened=open_outline) if found.format == "peft" else _converted(found, live)
-    alike = outline.pairs.outline if isinstance(outline.pairs, AlikePairs) else None
+    alike = outline.pairs.outline if isinstance(outline.pairs, FlatPairs) else None
     seen = _seen(outline) if alike is None else _SEEN.of(alike, lambda: _seen(outline))
     if seen.surplus:
         log.warning("%s", surplus_rank(outline, str(found.path)))
@@ -80,7 +80,7 @@ def _seen(outline: Adapter) -> _Seen:
     return _Seen(tuple(sorted(ranks)), tuple(sorted(scales)), bool(surplus_rank(outline, "")))
 
 
-def read_stored_adapter(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
+def read_stored_adapter(source: Source, name: str, live: ServingModel) -> tuple[Adapter, Source]:
     """The adapter with its numbers, and its source with what they were.
 
     DataError where the content is not the one that was known: by the files' stamps, or, where these differ, by the digest.
@@ -142,7 +142,7 @@ def _stamp(found: Found) -> Stamp:
     return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
-def _converted(found: Found, live: LiveModel) -> Adapter:
+def _converted(found: Found, live: ServingModel) -> Adapter:
     """An adapter in another format than PEFT's, by the names of the base."""
     return read_found(found, base=open_base(live.text.source), say=_unheard)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
 from lorakeet.formats.files.slab import give_back_spare_memory
-from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import UnknownModel, check_name, wanted
 from lorakeet.serve.on_disk import Source, inspect, read_stored_adapter
@@ -67,7 +67,7 @@ class Registry:
 
     def __init__(
         self,
-        live: LiveModel,
+        live: ServingModel,
         engine: Engine,
         *,
         base: str,

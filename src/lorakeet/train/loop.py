@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
-from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
-from lorakeet.memory.cuda import card_of, card_peak
+from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
+from lorakeet.memory.cuda import cuda_device_of, gpu_peak_bytes
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.checkpoint import BestTensors, Position, Snapshot
@@ -80,11 +80,15 @@ def train(
     other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
-    give_back_free_memory()  # what reading rows and weights has left
+    release_free_memory()  # what reading rows and weights has left
     if budget is None:
         keep_freed_memory()
     else:
-        training.budget, training.best, training.card = budget, BestTensors(run.best), card_of(training.parameters.values())
+        training.budget, training.best, training.card = (
+            budget,
+            BestTensors(run.best),
+            cuda_device_of(training.parameters.values()),
+        )
     alone = run.locked() if task.processes.first else nullcontext()  # no other run of lorakeet trains in this folder
     with alone, PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
@@ -213,7 +217,7 @@ class Training(Generic[BatchT]):
 
     def _held(self) -> int:
         """The most bytes so far of what the budget bounds: of the process, or on its CUDA device."""
-        return self.memory.now() if self.card is None else card_peak(self.card)
+        return self.memory.now() if self.card is None else gpu_peak_bytes(self.card)
 
     def _watch_memory(self, step: int) -> None:
         """Says once when more memory was held than the budget allows."""

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from lorakeet.core.math import term_dims
 from lorakeet.core.plan import Plan
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.prune import Importance, most_important, with_ranks
 from lorakeet.train.optimizer import Optimizer
@@ -60,7 +60,7 @@ class Pruning:
             self._cut(path, kept, optimizer)
         if step == self.last:
             self.importance.forget()
-        give_back_free_memory()  # what the cut tensors took is not held by the C library either
+        release_free_memory()  # what the cut tensors took is not held by the C library either
         ranks = {path: len(kept) for path, kept in terms.items()}
         left = pair_parameters(with_ranks(self.plan, ranks))
         found = {"rank_budget": self.cuts[step], "pair_parameters": left, "pairs": sum(rank > 0 for rank in ranks.values())}

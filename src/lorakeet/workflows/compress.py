@@ -35,7 +35,7 @@ from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.formats.peft import peft
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
@@ -57,9 +57,10 @@ from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import BASE, Judge
+from lorakeet.workflows.finetuning.evaluate_text import BASE, TextEvaluator
 from lorakeet.workflows.finetuning.report import rank_map
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
+from lorakeet.workflows.options import CompressOptions
 from lorakeet.workflows.planning.evaluation import fit_compression
 from lorakeet.workflows.planning.forecast_text_run import largest_rows
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
@@ -102,27 +103,15 @@ class _Cut:
     parameters: int
 
 
-def compress(  # noqa: PLR0913 - each is a flag of the verb
-    run: str,
-    *,
-    out: Path,
-    to: str | None = None,
-    tolerance: str = "1%",
-    rows: int = 256,
-    weighting: Weighting = "loss",
-    base: str | None = None,
-    config: Path | None = None,
-    memory: str | None = None,
-    console: Console,
-) -> Compressed:
+def compress(options: CompressOptions, *, console: Console) -> Compressed:
     """Writes the adapter of `run` cut to `to`, or to the smallest size that loses at most `tolerance` of its gain, to `out`.
 
     `memory`, or else the run's memory.budget, has to have room for the base and a backward pass, or it is refused (ConfigError).
     Raises ConfigError and DataError for what cannot be cut or measured, VerificationFailed where no cut is good enough.
     """
-    require_empty(out)
-    share = _share(tolerance)
-    opened = open_adapter(Path(run), base=base, config=config, say=console.print).within(memory)
+    require_empty(options.out)
+    share, path = _share(options.tolerance), Path(options.run)
+    opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     check_pairs(opened.adapter)
     if not opened.config.data.train:
         raise ConfigError("A bare adapter brings no rows to measure on; name the run file that it was trained with in --config.")
@@ -130,10 +119,10 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
     if not dataset.held_out:
         raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
     residency = _residency(opened, dataset, console)
-    with promised(residency.budget, "Raise it with --memory."), peak_said(residency, console):
+    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = opened.text_model(console)
-        chosen, curve, judged = _chosen(opened, text, dataset, (to, share, rows, weighting), console)
-        return _write(opened, chosen, curve, judged, dataset, out)
+        chosen, curve, judged = _chosen(opened, text, dataset, options, share, console)
+        return _write(opened, chosen, curve, judged, dataset, options.out)
 
 
 def _residency(opened: Opened, dataset: Dataset, console: Console) -> Residency[MemoryPlan]:
@@ -149,21 +138,20 @@ def _residency(opened: Opened, dataset: Dataset, console: Console) -> Residency[
 
 
 def _chosen(
-    opened: Opened, text: TextModel, dataset: Dataset, asked: tuple[str | None, float, int, Weighting], console: Console
-) -> tuple[_Cut, RankCurve, Judge]:
+    opened: Opened, text: TextModel, dataset: Dataset, options: CompressOptions, share: float, console: Console
+) -> tuple[_Cut, RankCurve, TextEvaluator]:
     """The cut to write, the curve of all, and who measured them."""
-    to, share, rows, weighting = asked
     settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
     plan = plan_of(text.model, opened.adapter)
-    examples = _sample(encode_rows(dataset.train, encoder).examples, rows, settings)
-    found = weighed(opened.adapter, text, settings, examples, weighting)
-    cuts = _cuts(opened.adapter, plan, found, to)
-    judged = Judge(settings, text, encoder, dataset.held_out, console, NAME)
+    examples = _sample(encode_rows(dataset.train, encoder).examples, options.rows, settings)
+    found = weighed(opened.adapter, text, settings, examples, options.weighting)
+    cuts = _cuts(opened.adapter, plan, found, options.to)
+    judged = TextEvaluator(settings, text, encoder, dataset.held_out, console, NAME)
     curve = _curve(judged, cuts, pair_parameters(plan), share)
-    name = cuts[0].name if to is not None else curve.marked
+    name = cuts[0].name if options.to is not None else curve.marked
     _show(curve, console)
-    if to is not None:
+    if options.to is not None:
         console.print(f"Written is what --to names: {name}.", markup=False, soft_wrap=True)
     if not name:
         raise VerificationFailed(
@@ -200,9 +188,9 @@ def _seen(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str
     unfuse(text.model)  # so that every pair is called by itself
     activate(text.model, name)
     spec = config.train
-    task = TextTask(text, rows, held_out=(), spec=spec, name=name)
+    task = TextTask(text.with_every_token(), rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
-    with text.every_token(), collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
+    with collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
         task.gradients(batches, 1)
     for parameter in task.parameters().values():
         parameter.grad = None
@@ -236,7 +224,7 @@ def _named(adapter: Adapter) -> _Cut:
     return _Cut(f"{parameters:,} parameters, {span}", adapter, parameters)
 
 
-def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
+def _curve(judged: TextEvaluator, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
     """Every cut and the whole adapter on the held-out rows, paired."""
     rows, spec = judged.fitting(), judged.config.evaluate
     base, full = judged.losses(rows, BASE), replace(judged.losses(rows, NAME), system=FULL)
@@ -277,7 +265,7 @@ def _good(point: CurvePoint, gain: float, share: float) -> bool:
     return found is not None and found.difference.high <= share * max(gain, 0.0)
 
 
-def _losses_of(judged: Judge, rows: Sequence[Any], item: _Cut) -> RowLosses:
+def _losses_of(judged: TextEvaluator, rows: Sequence[Any], item: _Cut) -> RowLosses:
     attach(judged.text.model, item.adapter, CUT)
     try:
         return replace(replace(judged, name=CUT).losses(rows, CUT), system=item.name)
@@ -285,7 +273,7 @@ def _losses_of(judged: Judge, rows: Sequence[Any], item: _Cut) -> RowLosses:
         eject(judged.text.model, CUT)
 
 
-def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, dataset: Dataset, out: Path) -> Compressed:
+def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: TextEvaluator, dataset: Dataset, out: Path) -> Compressed:
     """A run folder with the cut adapter, read back and measured from disk; its report has the rank curve."""
     text, console = judged.text, judged.console
     plan = plan_of(text.model, chosen.adapter)
@@ -326,7 +314,7 @@ def _certify(live: RowLosses, stored: RowLosses, out: Path) -> Certificate:
     return Certificate(f"The compressed adapter {out}", (check,))
 
 
-def _report(judged: Judge, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
+def _report(judged: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
     """The cut adapter against its base on the judged rows, with the rank curve and, in words, its loss against the whole one."""
     part, opened, dataset = about
     rows, spec = judged.fitting(), judged.config.evaluate
@@ -336,7 +324,7 @@ def _report(judged: Judge, item: _Cut, curve: RankCurve, about: tuple[str, Opene
     learnt = (*dataset.train, *(dataset.held_out if part == "test" else ()))
     attach(judged.text.model, item.adapter, CUT)
     try:
-        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", learnt_from=learnt)
+        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", baseline_rows=learnt)
     finally:
         eject(judged.text.model, CUT)
     return replace(

@@ -25,6 +25,7 @@ from lorakeet.formats.files.base_model import BaseModel, check_fits, open_base
 from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.train.durable import flush
+from lorakeet.workflows.options import ConvertOptions
 from lorakeet.workflows.runs.output_paths import require_place, writing
 
 Target = Literal["peft", "kohya", "diffusers", "gguf", "mlx"]
@@ -60,23 +61,15 @@ class Converted:
         }
 
 
-def convert(
-    source: Path,
-    out: Path,
-    *,
-    to: Target,
-    base: Path | None = None,
-    rank: int | None = None,
-    error: float | None = None,
-    console: Console,
-) -> Converted:
+def convert(options: ConvertOptions, *, console: Console) -> Converted:
     """Writes the adapter at `source` to `out` in the format `to`, reads it back, and compares every effective ΔW.
 
     `rank` and `error` allow what is not a pair (LoHa, LoKr, DoRA in GGUF) to be compressed to one. ConfigError: `out` exists,
     or the target cannot hold the adapter (tensors named). DataError: `source` is damaged. VerificationFailed: what was read back
     differs by more than 1e-6; nothing is then left at `out`.
     """
-    compression = Compression(rank, error)
+    source, out, to = options.source, options.out, options.to
+    compression = Compression(options.rank, options.error)
     _check_out(out, to)
     notes: list[str] = []
 
@@ -84,7 +77,7 @@ def convert(
         notes.append(text)
         console.print(text, soft_wrap=True)
 
-    known = None if base is None else open_base(base)
+    known = None if options.base is None else open_base(options.base)
     found = detect(source)
     say(f"{found.path} is {found.format}: {found.evidence}")
     adapter = with_components(read_found(found, base=known, compression=compression, say=say))

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from lorakeet.workflows.options import DoctorOptions
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -60,7 +62,7 @@ class Checkup:
         return {"ok": self.exit_code == 0, "findings": [asdict(finding) for finding in self.findings]}
 
 
-def doctor(*, console: Console) -> Checkup:
+def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Checkup:
     """The checkup of this machine, after printing it as a table with the commands that mend what is missing."""
     packages = _required_packages()
     findings = [_python(), packages]

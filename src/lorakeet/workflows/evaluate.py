@@ -21,11 +21,12 @@ from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.memory.cuda import promised
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
+from lorakeet.workflows.options import EvaluateOptions
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
@@ -52,37 +53,29 @@ class _EvaluationRows:
     rows: tuple[Row, ...]
     named: str
     labels: tuple[str, ...]
-    learnt_from: tuple[Row, ...]
+    baseline_rows: tuple[Row, ...]
     leaks: LeakReport | None = None
     warnings: tuple[str, ...] = ()
 
 
-def evaluate(
-    run_or_adapter: str,
-    *,
-    data: str | None = None,
-    config: Path | None = None,
-    base: str | None = None,
-    out: Path | None = None,
-    memory: str | None = None,
-    console: Console,
-) -> Evaluated:
+def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     """Measures base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if named.
 
-    `memory`, or else the run's memory.budget, is kept, if need be by streaming the weights.
+    Keeps to `memory`, or else to the run's memory.budget, if need be by streaming the weights.
     """
-    if out is not None:
+    if (out := options.out) is not None:
         require_empty(out)
-    opened = open_adapter(Path(run_or_adapter), base=base, config=config, say=console.print).within(memory)
-    rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
+    path = Path(options.run_or_adapter)
+    opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
     workload = Workload(bool(rows.labels), sum(len(row.text) for row in rows.rows))
     residency = fit_evaluation(opened.config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload)
-    with promised(residency.budget, "Raise it with --memory."), peak_said(residency, console):
+    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        judge = Judge(settings, text, encoder, rows.rows, console, NAME)
-        report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
+        judge = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
+        report = judge.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = judge.drift()
     report = dataclasses.replace(
         report,

@@ -31,6 +31,7 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.options import ExportOptions, VerifyOptions
 from lorakeet.workflows.planning.check import fit_check
 from lorakeet.workflows.planning.check_sizes import FP32, size_of_check, tensor_peak
 from lorakeet.workflows.push_export import exported_before, push_folder
@@ -71,27 +72,16 @@ class _Job:
     opened: Opened
     source: Path
     tokenizer: Any
-    quant: str
-    name: str
-    separate: bool
-    subject: str
+    options: ExportOptions
     console: Console
 
+    @property
+    def name(self) -> str:
+        """The model's name: the given one, or that of the run folder or adapter folder."""
+        return self.options.name or (self.opened.run.path.name if self.opened.run else self.opened.folder.name)
 
-def export(  # noqa: PLR0913  (the options of a verb are its parameters)
-    run_or_adapter: str,
-    *,
-    out: Path,
-    to: str = "gguf",
-    quant: str = "f16",
-    base: str | None = None,
-    separate: bool = False,
-    push: bool = False,
-    name: str | None = None,
-    host: str = "http://127.0.0.1:11434",
-    memory: str | None = None,
-    console: Console,
-) -> Exported:
+
+def export(options: ExportOptions, *, console: Console) -> Exported:
     """Writes the merged model to `out`, checks it in llama.cpp against the live adapter, and writes card and certificate.
 
     to: gguf (a file) or ollama (a folder with its Modelfile); `separate` keeps base and adapter in two files, for ollama.
@@ -101,44 +91,50 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
     Raises VerificationFailed (exit code 3) where the check fails, or llama.cpp refuses the file; what was written stays, with a
     certificate that says so.
     """
-    written = push and (out / ollama.MODELFILE).is_file()
-    if out.exists() and not written:
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
-    if separate and to != "ollama":
-        raise ConfigError("--separate is for --to ollama; the adapter alone as a GGUF file: lorakeet convert … --to gguf.")
-    if push and to != "ollama":
-        raise ConfigError("--push gives a model to Ollama; it needs --to ollama.")
-    if push:
-        require_address(host)
-    if quant not in DIRECT and not is_installed():
-        direct = ", ".join(DIRECT)
-        raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
-    require_place(out)
-    opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
+    out = options.out
+    written = options.push and (out / ollama.MODELFILE).is_file()
+    _check(options, written)
+    opened = open_adapter(Path(options.run_or_adapter), base=options.base, say=console.print).within(options.memory)
     source = find_source(opened.config.model, console.print)
     if is_installed() and not written:
-        peak, disk = _taken(source, opened, quant)
+        peak, disk = _taken(source, opened, options.quant)
         size = partial(
             size_of_check, opened, [str(out)], source, "the check of an export", rows=CHECK_ROWS, memory=peak, disk=disk
         )
         opened = fit_check(opened, lambda longest: size(longest=longest), out, console)
-    title = name or (opened.run.path.name if opened.run else opened.folder.name)
-    job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
+    job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), options, console)
     with peak_said(opened.residency, console, mapped=is_installed()):
-        found = _written_before(job, out) if written else _written(job, out, to)
-    if push:
+        found = _written_before(job) if written else _written(job)
+    if options.push:
         checked = found.certificate is not None
-        push_folder(found.out, _ollama_model(job), job.name, host=host, checked=checked, console=console)
+        push_folder(found.out, _ollama_model(job), job.name, host=options.host, checked=checked, console=console)
     return found
 
 
-def _written(job: _Job, out: Path, to: str) -> Exported:
-    """Writes the model to `out`, then its certificate and card."""
-    console = job.console
+def _check(options: ExportOptions, written: bool) -> None:
+    """Raises ConfigError for options that contradict each other, and for an `out` that cannot be written."""
+    out, quant = options.out, options.quant
+    if out.exists() and not written:
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
+    if options.separate and options.to != "ollama":
+        raise ConfigError("--separate is for --to ollama; the adapter alone as a GGUF file: lorakeet convert … --to gguf.")
+    if options.push and options.to != "ollama":
+        raise ConfigError("--push gives a model to Ollama; it needs --to ollama.")
+    if options.push:
+        require_address(options.host)
+    if quant not in DIRECT and not is_installed():
+        direct = ", ".join(DIRECT)
+        raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
+    require_place(out)
+
+
+def _written(job: _Job) -> Exported:
+    """Writes the model, then its certificate and card."""
+    console, out = job.console, job.options.out
     if job.opened.config.model.quantize.method != "none":
         console.print("The adapter was trained on a quantised base; it is folded into the dense weights that were quantised.")
     with writing(f"The export {out}", "Free some space, or choose another --out."):
-        written = _to_gguf(job, out) if to == "gguf" else _to_ollama(job, out)
+        written = _to_gguf(job, out) if job.options.to == "gguf" else _to_ollama(job, out)
     for note in written.notes:
         console.print(note, soft_wrap=True)
     console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
@@ -146,15 +142,16 @@ def _written(job: _Job, out: Path, to: str) -> Exported:
     with writing_certificate(out, "export", "The certificate and the card"):
         if certificate is not None:
             certificate.write(_beside(out, CERTIFICATE))
-        _write_card(job, out, written, certificate, to)
+        _write_card(job, out, written, certificate)
     if certificate is not None:
         certificate.raise_if_failed()
     return Exported(out, written, certificate)
 
 
-def _written_before(job: _Job, out: Path) -> Exported:
-    """The export in the folder `out`, as an earlier command left it."""
-    written, certificate = exported_before(out, out / CERTIFICATE, _identity(job), separate=job.separate)
+def _written_before(job: _Job) -> Exported:
+    """Returns the export that an earlier command left in the folder `out`."""
+    out = job.options.out
+    written, certificate = exported_before(out, out / CERTIFICATE, _identity(job), separate=job.options.separate)
     job.console.print(f"{out} holds this export already, and its check passed: it is sent as it is.", soft_wrap=True)
     return Exported(out, written, certificate)
 
@@ -165,13 +162,13 @@ def _to_gguf(job: _Job, out: Path) -> GgufModel:
 
 def _to_ollama(job: _Job, out: Path) -> GgufModel:
     """The folder, whole or not at all: the Modelfile beside the GGUF files."""
-    if job.separate:
+    if job.options.separate:
         _require_separable(job.opened)
     model = _ollama_model(job)
     with new_folder(out) as folder:
         if model.adapter:
             gguf.write(job.opened.adapter, folder / model.adapter, base=open_base(job.source))
-        written = _write_model(job, folder / model.model, with_adapter=not job.separate)
+        written = _write_model(job, folder / model.model, with_adapter=not job.options.separate)
         save_text(folder / ollama.MODELFILE, model.modelfile())
     return dataclasses.replace(written, path=out / model.model)
 
@@ -188,7 +185,7 @@ def _require_separable(opened: Opened) -> None:
 
 def _ollama_model(job: _Job) -> ollama.OllamaModel:
     system = job.opened.config.data.system or ""
-    return ollama.describe_template(job.tokenizer, system=system, adapter=job.separate, say=job.console.print)
+    return ollama.describe_template(job.tokenizer, system=system, adapter=job.options.separate, say=job.console.print)
 
 
 def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
@@ -203,15 +200,16 @@ def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
         def show(done: int, total: int, tensor: str) -> None:
             bar.update(task, completed=done, total=total, description=f"writing {tensor}")
 
-        if job.quant in DIRECT:
-            return write_gguf(job.source, adapter, out, tokenizer=job.tokenizer, quant=job.quant, facts=facts, on_progress=show)
+        quant = job.options.quant
+        if quant in DIRECT:
+            return write_gguf(job.source, adapter, out, tokenizer=job.tokenizer, quant=quant, facts=facts, on_progress=show)
         wide, partial = out.with_name(f".{out.name}.wide"), out.with_name(f".{out.name}.partial")
         try:
             wide.unlink(missing_ok=True)
             kept = write_gguf(
                 job.source, adapter, wide, tokenizer=job.tokenizer, quant=_wide(job.source), facts=facts, on_progress=show
             )
-            quantise(wide, partial, job.quant)
+            quantise(wide, partial, quant)
             partial.replace(out)
         finally:
             wide.unlink(missing_ok=True)
@@ -251,11 +249,11 @@ def _digest(opened: Opened) -> str:
 
 def _identity(job: _Job) -> dict[str, str]:
     """The facts in a certificate by which an export is known again."""
-    form = "base and adapter apart" if job.separate else "one model"
+    form = "base and adapter apart" if job.options.separate else "one model"
     return {
         "adapter SHA-256": _digest(job.opened),
         "base": job.opened.config.model.path,
-        "quantisation": job.quant,
+        "quantisation": job.options.quant,
         "form": form,
     }
 
@@ -267,7 +265,8 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         return None
     try:
         with temporary_stores(job.opened.residency, f"{out} itself is written, but not checked: remove it and export again."):
-            found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=job.subject, console=job.console)
+            check_options = VerifyOptions(job.options.run_or_adapter, against=(str(out),), rows=CHECK_ROWS)
+            found = certify_artefacts(job.opened, check_options, job.console)
     except ModelRefused as error:
         check = tolerance_check(
             f"{out.name}: loads in llama.cpp",
@@ -277,7 +276,7 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
             n=1,
             detail=str(error),
         )
-        found = Certificate(f"What became of {job.subject}", (check,))
+        found = Certificate(f"What became of {job.options.run_or_adapter}", (check,))
     found = dataclasses.replace(found, facts={**found.facts, **_identity(job)})
     show_certificate(found, job.console)
     return found
@@ -287,8 +286,8 @@ def _beside(out: Path, name: str) -> Path:
     return out / name if out.is_dir() else out.with_name(f"{out.stem}.{name}")
 
 
-def _write_card(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None, to: str) -> None:
-    run, config = job.opened.run, job.opened.config
+def _write_card(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None) -> None:
+    to, run, config = job.options.to, job.opened.run, job.opened.config
     report: Report | None = read_report(run.report) if run is not None and run.report.exists() else None
     files = {written.path.name: f"the model, {written.bytes:,} bytes (tensors: {_types(written)})"}
     if to == "ollama":

@@ -23,11 +23,11 @@ from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import number
 from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.extract import Extracted, Whole, extract_adapter
+from lorakeet.merge.extract import Extracted, extract_adapter
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
@@ -35,6 +35,7 @@ from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
+from lorakeet.workflows.options import ExtractOptions
 from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS
 from lorakeet.workflows.runs.open_adapter import NAME
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
@@ -64,14 +65,13 @@ class ExtractedAdapter:
         }
 
 
-def extract(
-    tuned: str, base: str, *, out: Path, rank: int = 16, whole: Whole = "all", data: str | None = None, console: Console
-) -> ExtractedAdapter:
+def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
     """Writes the adapter that takes `base` nearest to `tuned` to `out`, and compares base + adapter with the tuned model.
 
     They are compared on the rows of `data`, or on texts that the tuned model samples. Raises ConfigError listing what the two
     models do not share, VerificationFailed (exit code 3) where the adapter does not bring the base nearer to the tuned model.
     """
+    out, tuned, base, data = options.out, options.tuned, options.base, options.data or ""
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
@@ -83,8 +83,8 @@ def extract(
             open_checkpoint(folder),
             open_checkpoint(source),
             skeleton(read_config(source)),
-            rank=rank,
-            whole=whole,
+            rank=options.rank,
+            whole=options.whole,
             on_progress=lambda done, total, path: bar.update(task, completed=done, total=total, description=f"comparing {path}"),
         )
     found = replace(found, adapter=replace(found.adapter, base=base))
@@ -94,7 +94,7 @@ def extract(
         with new_folder(out) as place:
             peft.write(found.adapter, place)
     console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
-    certificate = _certify(base, tuned, out, (rows, data or ""), console)
+    certificate = _certify(base, tuned, out, (rows, data), console)
     show_certificate(certificate, console)
     with writing_certificate(out, "extract"):
         certificate.write(out / CERTIFICATE)
@@ -133,7 +133,7 @@ def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], 
     theirs, mine = (load_text_model(model, say=console.print) for model in specs)
     batches = micro_batches(_examples(*data, theirs), MERGE_TOKENS)
     before = compare_outputs((theirs, None), (mine, None), batches, spec=spec)
-    put_adapter(mine, peft.read(out), NAME)
+    add_adapter(mine, peft.read(out), NAME)
     after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)
     distance = before.mean_kl.value
     measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,6 +28,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.train import durable
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.evaluate_image import scaled_adapter
+from lorakeet.workflows.options import GenerateOptions
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 
 BASE = "base"
@@ -61,26 +62,7 @@ class GenerateResult:
         return {"folder": str(self.folder), "model": self.model, "pictures": [asdict(picture) for picture in self.pictures]}
 
 
-def generate(  # noqa: PLR0913 - one parameter for each option of the verb
-    *,
-    prompt: tuple[str, ...],
-    out: Path,
-    model: str | None = None,
-    config: str | None = None,
-    adapter: tuple[str, ...] = (),
-    weights: dict[str, float] | None = None,
-    each: tuple[str, ...] = (),
-    count: int = 1,
-    seed: int = 0,
-    steps: int = 30,
-    guidance: float | None = None,
-    negative: str = "",
-    size: str | None = None,
-    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = "auto",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
-    console: Console,
-) -> GenerateResult:
+def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
     """Draws `count` pictures of each prompt into the new folder `out`; the same seed gives the same noise whatever the adapters.
 
     `adapter` are NAME=PATH (or one PATH) of adapters, runs, or the adapter/ of a run, `weights` the mix of all pictures, `each` a
@@ -88,24 +70,26 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     the adapters' runs on this model had it predict, else its scheduler's word; without `guidance` it is that of the model's kind.
     ConfigError and DataError with every problem at once; nothing is written unless all are drawn.
     """
+    out, prompt, count = options.out, options.prompt, options.count
     require_empty(out)
-    paths = _named_paths(adapter)
-    _check_numbers(count, seed, steps)
-    mixes = _mixes(prompt, list(paths), weights or {}, each)
+    paths = _named_paths(options.adapter)
+    _check_numbers(options)
+    mixes = _mixes(options, list(paths))
     say = partial(console.print, markup=False, soft_wrap=True)
     runs, adapters = _opened(paths, say)
     for name, run in runs.items():
         if run.memory.budget:
             say(f"memory.budget {run.memory.budget} of {name} is that of its training; drawing keeps none.")
-    base = ModelSpec(path=model, config=config) if model else _base_of(runs, adapters, config)
-    spec = replace(base, dtype=dtype, device=device)
-    predicted = _predicted(runs, base.path) if prediction == "auto" else prediction
+    named = ModelSpec(path=options.model, config=options.config) if options.model else None
+    base = named or _base_of(runs, adapters, options.config)
+    spec = replace(base, dtype=options.dtype, device=options.device)
+    predicted = _predicted(runs, base.path) if options.prediction == "auto" else options.prediction
     held = load_image_model(spec, prediction=predicted, say=say)
     for name, value in adapters.items():
         put_image_adapter(held, value, name)
     activate(held.parts, None)
-    asked = [(text, seed + number, mix) for text, mix in zip(prompt, mixes, strict=True) for number in range(count)]
-    sampler = Sampler(steps, guidance, negative, _size(size, held))
+    asked = [(text, options.seed + number, mix) for text, mix in zip(prompt, mixes, strict=True) for number in range(count)]
+    sampler = Sampler(options.steps, options.guidance, options.negative, _size(options.size, held))
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{len(asked)} pictures", total=len(asked))
         drawn = _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task))
@@ -152,10 +136,11 @@ def _named_paths(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _check_numbers(count: int, seed: int, steps: int) -> None:
+def _check_numbers(options: GenerateOptions) -> None:
     """ConfigError for every number that no picture can be drawn by."""
     problems = Problems("These pictures cannot be drawn")
-    for name, value in (("count", count), ("steps", steps)):
+    count, seed = options.count, options.seed
+    for name, value in (("count", count), ("steps", options.steps)):
         if value < 1:
             problems.add(f"--{name} is {value}; expected 1 or more.")
     if not -SEEDS // 2 <= seed <= SEEDS - max(count, 1):
@@ -163,9 +148,10 @@ def _check_numbers(count: int, seed: int, steps: int) -> None:
     problems.raise_if_any()
 
 
-def _mixes(prompts: Sequence[str], names: list[str], weights: Mapping[str, float], each: Sequence[str]) -> list[Mix]:
+def _mixes(options: GenerateOptions, names: list[str]) -> list[Mix]:
     """The mix of each prompt."""
     problems = Problems("These pictures cannot be drawn")
+    prompts, weights, each = options.prompt, options.weights, options.each
     if not prompts:
         problems.add("No prompt is given; add --prompt 'what the picture shows'.")
     if weights and each:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress as Bar
@@ -33,16 +33,17 @@ from lorakeet.merge.fold import Dtype, MergeResult, merge_into, needs_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.options import MergeOptions, non_default
 from lorakeet.workflows.packing.base_choice import AT_LOAD, BaseChoice, both_bases, choose_base
 from lorakeet.workflows.packing.base_choice import Into as DenseInto
-from lorakeet.workflows.packing.merge import PackedMerge, merge_packed
+from lorakeet.workflows.packing.merge import merge_packed
 from lorakeet.workflows.planning.check import fit_check
 from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS, CheckSize, size_of_merge
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
@@ -55,8 +56,8 @@ CERTIFICATE = "certificate.json"
 CHECK_TOKENS = 8192  # at most so many tokens of held-out rows go through both models
 SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 64  # where there are no held-out rows, the base writes these itself
 
-Method = Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"]
-Into = Literal["original", "dequantised", "auto", "packed"]
+PACKED_ONLY = {"like", "calibration_rows", "finish_steps", "keep"}  # options of --into packed
+
 Step = Callable[[int, int, str], None]
 Roundings = Mapping[str, Callable[[Tensor], Tensor]]  # of packed weights, by their name on disk
 
@@ -89,64 +90,46 @@ class Merged:
         return found | {"passed": self.certificate.passed, "certificate": encode(self.certificate)}
 
 
-def merge(  # noqa: PLR0913 - one parameter for each option of the verb
-    runs_or_adapters: Sequence[str],
-    *,
-    out: Path,
-    to: Literal["auto", "model", "adapter"] = "auto",
-    method: Method = "linear",
-    weights: Sequence[float] = (),
-    rank: int | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-    into: Into = "auto",
-    like: str | None = None,
-    calibration_rows: int = 64,
-    finish_steps: int = 0,
-    keep: float = 0.95,
-    base: str | None = None,
-    dtype: Dtype = "same",
-    memory: str | None = None,
-    console: Console,
-) -> Merged:
+def merge(options: MergeOptions, *, console: Console) -> Merged:
     """Writes the merged model, or the combined adapter, to `out`, checks it against what it should be, with a certificate beside.
 
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
     written stays for inspection, with a certificate that says so. ConfigError lists what keeps adapters from being combined.
     `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
-    With `into` "packed" the model stays quantised (workflows/packing/merge), which `like` to `keep` are for.
+    With `into` "packed" the model stays quantised (workflows/packing/merge), which PACKED_ONLY are for.
     """
+    paths, out, to = options.runs_or_adapters, options.out, options.to
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
-    opened = [item.within(memory) for item in _opened(runs_or_adapters, base, console)]
-    spec = CombineSpec(method, tuple(weights), rank, density, seed)
+    opened = [item.within(options.memory) for item in _opened(paths, options.base, console)]
+    density, seed = options.density, options.seed
+    spec = CombineSpec(options.method, tuple(options.weights), options.rank, density, seed)
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
-    packing = PackedMerge(like, calibration_rows, finish_steps, keep)
-    if into == "packed":
-        _require_alone(alone and to != "adapter" and dtype == "same")
+    if options.into == "packed":
+        _require_alone(alone and to != "adapter" and options.dtype == "same")
         dataset = load_dataset(opened[0].config.data) if opened[0].run else None
-        certificate, surviving = merge_packed(opened[0], dataset, out, spec=packing, console=console)
+        certificate, surviving = merge_packed(opened[0], dataset, options, console)
         return Merged(out, certificate, surviving=surviving)
-    if packing != PackedMerge():
+    if PACKED_ONLY & non_default(options).keys():
         raise ConfigError("--like, --calibration-rows, --finish-steps and --keep go with --into packed; add it or leave them.")
     if to == "auto":
         to = "model" if len(opened) == 1 else "adapter"
-    adapters = {name: item.adapter for name, item in zip(runs_or_adapters, opened, strict=True)}
+    adapters = {name: item.adapter for name, item in zip(paths, opened, strict=True)}
     plan = None if alone and to == "model" else combination(adapters, spec)
     if plan is not None:
         shares = ", ".join(f"{weight:g} · {name}" for name, weight in zip(adapters, plan.weights, strict=True))
         console.print(f"{plan.method.name}: {shares}", soft_wrap=True)
         for note in plan.notes:
             console.print(note, soft_wrap=True)
-    if to == "adapter" and memory is not None:
+    if to == "adapter" and options.memory is not None:
         raise ConfigError(
-            f"--memory is {memory}, but adapters are combined into one without any model, in the memory of their matrices. Leave "
+            f"--memory is {options.memory}, but adapters are combined in the memory of their matrices, without any model. Leave "
             "it out, or merge --to model."
         )
     if to == "adapter" and plan is not None:
         return _into_adapter(plan, opened[0], out, console)
-    return _ModelMerge(opened, plan, out, dtype, into, console).run()
+    return _ModelMerge(opened, plan, out, options.dtype, options.into, console).run()
 
 
 def _require_alone(alone: bool) -> None:
@@ -302,7 +285,7 @@ class _ModelMerge:
             return (live, None), rows, effect, merged
         for token_rows in rest.token_rows.values():
             live.add_tokens(token_rows.tokens)
-        put_adapter(live, rest, NAME)
+        add_adapter(live, rest, NAME)
         return (live, NAME), rows, effect, merged
 
 

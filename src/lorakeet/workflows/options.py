@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from lorakeet.memory.import_cost import without_triton
 
-__all__ = ["VERBS", "Verb"]
+__all__ = ["VERBS", "Verb", "non_default"]
 
 
 _RUN = {"help": "A run folder, or a folder with an adapter in PEFT's layout.", "positional": True}
@@ -337,9 +337,20 @@ class DoctorOptions:
     """The check of the machine has nothing to set."""
 
 
+def non_default(options: Any) -> dict[str, Any]:
+    """Returns the names and values of the options that differ from their defaults; those without a default are always there."""
+    found = {}
+    for spec in fields(options):
+        value = getattr(options, spec.name)
+        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        if value != default:
+            found[spec.name] = value
+    return found
+
+
 @dataclass(frozen=True)
 class Verb:
-    """One verb: `run` calls the function of the same name in the module of the same name, unless `function` says otherwise."""
+    """One verb: `run` calls the function of the same name in the module of the same name, unless `function` names another."""
 
     name: str
     summary: str
@@ -350,11 +361,12 @@ class Verb:
     together: bool = False  # whether several processes may do it together
     ends_itself: bool = False  # whether it heeds SIGTERM: it serves until then
 
-    def run(self, positional: list[Any], named: dict[str, Any]) -> Any:
-        """The result of the verb's function; only here is the module imported that does the work."""
+    def run(self, options: Any, *, config: Any = None, console: Any) -> Any:
+        """Returns the result of the verb's function; imports the module that does the work only now."""
         module, _, name = (self.function or f"{self.name}:{self.name}").partition(":")
         with without_triton():
-            return getattr(import_module(f"lorakeet.workflows.{module}"), name)(*positional, **named)
+            function = getattr(import_module(f"lorakeet.workflows.{module}"), name)
+            return function(options, console=console) if self.config == "none" else function(config, options, console=console)
 
     def shipped_config(self) -> Path:
         """Where the run file of this verb lies in the package."""

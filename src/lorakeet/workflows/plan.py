@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,13 +20,14 @@ from lorakeet.memory.budget import Budget, enough_for, larger_than_machine
 from lorakeet.memory.forecast import Forecast, Phase, phase_at
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
-from lorakeet.memory.usage import Held
+from lorakeet.memory.usage import Usage
 from lorakeet.models.files.source import bytes_to_unpack
-from lorakeet.models.text.outline import config_of, local_files
+from lorakeet.models.text.from_config import config_of, local_files
 from lorakeet.ranks.prune import final_budget
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.finetuning.terminal import memory_table
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
+from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.planning.fit import Choice, choose, host_memory, refusal
 from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.later_verbs import later_phases, with_later
@@ -132,20 +133,13 @@ class PlanResult:
         }
 
 
-def plan(
-    config: RunConfig,
-    *,
-    rank: int | None = None,
-    tokens: int | None = None,
-    quantize: Literal["none", "nf4", "int8"] | None = None,
-    console: Console,
-) -> PlanResult | ImagePlanResult:
+def plan(config: RunConfig, options: PlanOptions = PlanOptions(), *, console: Console) -> PlanResult | ImagePlanResult:
     """Plans the run of `config` from the model's configuration; needs neither its weights nor rows, and writes nothing.
 
-    `rank`, `tokens` (of a row and of a micro-batch) and `quantize` win over the settings of these. Where memory.budget is set
+    `options` win over the settings in `config`. Where memory.budget is set
     and the run would hold more, the result says what would help. Raises ConfigError for a model that is not known.
     """
-    config = _with(config, rank, tokens, quantize)
+    config = _with(config, options)
     if config.kind == "image":
         return plan_images(config, console)
     budget, precision = config.memory.limit, precision_of(config)
@@ -196,7 +190,7 @@ def _unpacked_first(planned: TextRunPlan, config: RunConfig, precision: Precisio
     held = 0 if precision.on_card else bytes_to_unpack(config.model)
     if not held:
         return planned
-    unpacking = phase_at(UNPACK, Held(held, {"scratch": held}), resident_bytes(), slack(0))
+    unpacking = phase_at(UNPACK, Usage(held, {"scratch": held}), resident_bytes(), slack(0))
     return dataclasses.replace(planned, forecast=Forecast((unpacking, *planned.forecast.phases)))
 
 
@@ -273,14 +267,15 @@ def _against(result: PlanResult) -> str:
     return f" with its weights in memory, {said} the budget of {result.budget}"
 
 
-def _with(config: RunConfig, rank: int | None, tokens: int | None, quantize: Any) -> RunConfig:
+def _with(config: RunConfig, options: PlanOptions) -> RunConfig:
+    """Returns `config` with the settings that `options` override."""
     lora, data, train, model = config.lora, config.data, config.train, config.model
-    if rank is not None:
-        lora = dataclasses.replace(lora, rank=rank)
-    if tokens is not None:
+    if options.rank is not None:
+        lora = dataclasses.replace(lora, rank=options.rank)
+    if (tokens := options.tokens) is not None:
         data, train = dataclasses.replace(data, max_tokens=tokens), dataclasses.replace(train, micro_tokens=tokens)
-    if quantize is not None:
-        model = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method=quantize))
+    if options.quantize is not None:
+        model = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method=options.quantize))
     return dataclasses.replace(config, lora=lora, data=data, train=train, model=model)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,13 +34,13 @@ from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
-from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
+from lorakeet.workflows.options import QuantizeOptions
+from lorakeet.workflows.packing.calibrate import write_gptq
 from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing
 from lorakeet.workflows.runs.output_paths import require_place
 from lorakeet.workflows.runs.peak_memory import peak_said
 from lorakeet.workflows.runs.residency import temporary_stores
 
-Method = Literal["nf4", "int8", "gptq"]
 COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
 TILE_COPIES = 20  # bytes of each number of those that are packed at once (quant/packed)
 
@@ -101,22 +101,7 @@ class Quantized:
         }
 
 
-def quantize(  # noqa: PLR0913 - the options of the verb
-    model: str,
-    *,
-    method: Method,
-    out: Path,
-    head: Literal["keep", "quantize"] = "keep",
-    bits: int = 4,
-    group_size: int = 128,
-    desc_act: bool = False,
-    sym: bool = True,
-    calibration: str | None = None,
-    calibration_rows: int = 128,
-    calibration_tokens: int = 2048,
-    memory: str | None = None,
-    console: Console,
-) -> Quantized:
+def quantize(options: QuantizeOptions, *, console: Console) -> Quantized:
     """Writes `model` with packed linear layers to `out`, a matrix at a time, and loads the result again as a check.
 
     From `bits` to `calibration_tokens` all counts for gptq alone (workflows/packing/calibrate). `memory`, such as "3GiB", is
@@ -124,25 +109,17 @@ def quantize(  # noqa: PLR0913 - the options of the verb
     process, with the same result. Raises ConfigError where `out` exists, the model is quantised already, nothing in it can be
     packed or the budget cannot be kept.
     """
-    if method == "gptq":
-        layout = GptqLayout(bits, group_size, desc_act, sym, "gptq" if sym else "gptq_v2")
-        rows = Calibration(calibration, calibration_rows, calibration_tokens)
-        written, error = write_gptq(model, out=out, head=head, layout=layout, calibration=rows, memory=memory, console=console)
-        return Quantized(out, method, written, error)
-    return _pack(model, method=method, out=out, head=head, memory=memory, console=console)
+    if options.method == "gptq":
+        layout = GptqLayout(options.bits, options.group_size, options.desc_act, options.sym, "gptq" if options.sym else "gptq_v2")
+        written, error = write_gptq(options, layout, console)
+        return Quantized(options.out, options.method, written, error)
+    return _pack(options, console)
 
 
-def _pack(
-    model: str,
-    *,
-    method: Literal["nf4", "int8"],
-    out: Path,
-    head: Literal["keep", "quantize"],
-    memory: str | None,
-    console: Console,
-) -> Quantized:
+def _pack(options: QuantizeOptions, console: Console) -> Quantized:
     """nf4 and int8: each weight by itself."""
-    budget = Budget.parse(memory)
+    model, method, out = options.model, options.method, options.out
+    budget = Budget.parse(options.memory)
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
@@ -152,7 +129,7 @@ def _pack(
         raise ConfigError(f"{model} holds quantised weights ({method_of(stored)}); name the unquantised model.")
     checkpoint = open_checkpoint(source)
     plain = skeleton(config)
-    chosen = packable(plain, head=head == "quantize")
+    chosen = packable(plain, head=options.head == "quantize")
     if not chosen:
         raise ConfigError(f"{model} has no linear layers that could be packed; its '{config.model_type}' blocks hold none.")
     layout, files = LAYOUTS[method], tensor_files(source)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,11 +24,11 @@ from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import Budget, larger_than_machine, parse_size
-from lorakeet.memory.onednn_code import SERVED, keep_little_code
+from lorakeet.memory.onednn_code import SERVED, limit_code_cache
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
 from lorakeet.serve.cores import FreeCores
@@ -38,6 +37,7 @@ from lorakeet.serve.naming import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
 from lorakeet.serve.store import AdapterStore
+from lorakeet.workflows.options import ServeOptions, non_default
 from lorakeet.workflows.runs.output_paths import writing
 
 CONTEXT = 2048  # tokens of a text with its prompt, unless asked for or the model has fewer
@@ -58,51 +58,33 @@ class Served:
         return {"adapters": list(self.adapters), "command": self.command}
 
 
-def serve(  # noqa: PLR0913 - one argument for each option
-    *,
-    model: str,
-    adapter: tuple[str, ...] = (),
-    adapters_dir: Path | None = None,
-    memory: str | None = None,
-    slots: int = 16,
-    context: int | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    keys: Path | None = None,
-    queue: int = 256,
-    timeout: float = 600.0,
-    upload_limit: str = "1GiB",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    quantize: Literal["none", "nf4", "int8"] = "none",
-    kernels: Literal["torch", "triton"] = "torch",
-    engine: Literal["lorakeet", "vllm"] = "lorakeet",
-    out: Path | None = None,
-    console: Console,
-) -> Served:
+def serve(options: ServeOptions, *, console: Console) -> Served:
     """Serves until SIGINT or SIGTERM; with engine vllm, checks the adapters and prints the command instead.
 
     ConfigError and DataError for what cannot be served, EnvironmentProblem where a package or the port is missing.
     """
-    adapters = named_paths(adapter)
-    if engine == "vllm":
-        return _for_vllm(model, adapters, out, _vllm_options(locals()), console)
-    limits = RequestLimits(timeout=timeout, upload=parse_size(upload_limit))
-    budget = Budget.parse(memory)
-    _check({"slots": slots, "queue": queue, "timeout": timeout}, out, "" if keys else host, budget, console)
+    adapters = named_paths(options.adapter)
+    if options.engine == "vllm":
+        return _for_vllm(options, adapters, console)
+    limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit))
+    budget = Budget.parse(options.memory)
+    _check(options, budget, console)
     run_server, build_app = _http()
-    access = None if keys is None else read_keys(keys)
-    spec = ModelSpec(path=model, dtype=dtype, quantize=QuantSpec(method=quantize), kernels=kernels)
-    keep_little_code(SERVED)
+    access = None if options.keys is None else read_keys(options.keys)
+    quantize = QuantSpec(method=options.quantize)
+    spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
+    limit_code_cache(SERVED)
     text = load_text_model(spec, say=console.print)
-    live = LiveModel(text)
-    runner = Engine(text, live.selection, slots=slots, context=_context(text, context), waiting=queue, cores=_cores())
-    store = None if adapters_dir is None else AdapterStore(adapters_dir)
+    live = ServingModel(text)
+    context = _context(text, options.context)
+    runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
+    store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir)
 
     def changed() -> None:
         if store is not None:
             store.remember(registry)
 
-    registry = Registry(live, runner, base=base_name(model), budget=budget.limit, changed=changed)
+    registry = Registry(live, runner, base=base_name(options.model), budget=budget.limit, changed=changed)
     for name, path in adapters.items():
         registry.register(name, path)
     if store is not None:
@@ -112,8 +94,8 @@ def serve(  # noqa: PLR0913 - one argument for each option
         runner.start()
         try:
             _load_pinned(registry, console)
-            heard = partial(_say, registry, host, console=console)
-            run_server(build_app(service), host=host, port=port, ready=heard, patience=timeout)
+            heard = partial(_say, registry, options.host, console=console)
+            run_server(build_app(service), host=options.host, port=options.port, ready=heard, patience=options.timeout)
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)
@@ -145,15 +127,17 @@ def base_name(model: str) -> str:
     return Path(model.rpartition(":")[2]).name or model
 
 
-def _check(numbers: Mapping[str, float], out: Path | None, host: str, budget: Budget, console: Console) -> None:
-    """ConfigError for flags that contradict each other; `host` is empty where keys are asked for."""
+def _check(options: ServeOptions, budget: Budget, console: Console) -> None:
+    """Raises ConfigError for options that contradict each other."""
     problems = Problems("The server cannot be started")
-    if host and host not in LOOPBACK:
-        problems.add(f"--host {host} lets others in, who could load and unload adapters; give --keys FILE, or leave --host out.")
-    for flag, value in numbers.items():
-        if value <= 0:
+    if options.keys is None and options.host not in LOOPBACK:
+        problems.add(
+            f"--host {options.host} lets others in, who could load and unload adapters; give --keys FILE, or leave --host out."
+        )
+    for flag in ("slots", "queue", "timeout"):
+        if (value := getattr(options, flag)) <= 0:
             problems.add(f"--{flag} is {value}; it must be above 0.")
-    if out is not None:
+    if options.out is not None:
         problems.add("--out is for --engine vllm only; --adapters-dir is where a server keeps uploads.")
     problems.raise_if_any()
     if warning := larger_than_machine(budget):
@@ -255,25 +239,22 @@ def _logs() -> Iterator[None]:
         logger.propagate = propagates
 
 
-def _vllm_options(arguments: Mapping[str, object]) -> list[str]:
-    """vLLM's flags for the `arguments` of `serve` that were given; ConfigError for those that it has none for.
+def _vllm_flags(options: ServeOptions) -> list[str]:
+    """Returns vLLM's flags for the `options` that differ from their defaults; ConfigError for those that it has none for.
 
     --host is always among them: without it vLLM lets everyone in who can reach the machine.
     """
-    usual = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
-    given = {name: value for name, value in arguments.items() if name in usual and value != usual[name]}
-    lost = sorted(set(given) - {"model", "adapter", "engine", "out", "console", *_VLLM_TOO})
+    given = non_default(options)
+    lost = sorted(given.keys() - {"model", "adapter", "engine", "out", *_VLLM_TOO})
     if lost:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
         raise ConfigError(f"--engine vllm cannot hand on {flags}; leave them out, and give vLLM its own options.")
-    return [word for name, flag in _VLLM_TOO.items() if name in {*given, "host"} for word in (flag, str(arguments[name]))]
+    return [word for name, flag in _VLLM_TOO.items() if name in {*given, "host"} for word in (flag, str(getattr(options, name)))]
 
 
-def _for_vllm(
-    model: str, adapters: dict[str, Path], out: Path | None, options: list[str], console: Console
-) -> Served:
-    """Checks every adapter against vLLM's limits and prints the command, with more `options`; what vLLM would misread is written
-    anew to `out`."""
+def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console) -> Served:
+    """Checks every adapter against vLLM's limits and prints the command; what vLLM would misread is written anew to `out`."""
+    out, flags = options.out, _vllm_flags(options)
     if not adapters:
         raise ConfigError("--engine vllm needs at least one --adapter name=PATH.")
     problems = Problems("vLLM cannot serve these adapters")
@@ -298,9 +279,18 @@ def _for_vllm(
                 peft.write(uniform(held), ready[name])
             console.print(f"'{name}': written to {ready[name]} with its scale in B and one rank", soft_wrap=True)
     problems.raise_if_any()
-    words = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(min(len(ready), 8))]
+    words = [
+        "vllm",
+        "serve",
+        options.model,
+        "--enable-lora",
+        "--max-lora-rank",
+        str(max(ranks)),
+        "--max-loras",
+        str(min(len(ready), 8)),
+    ]
     words += ["--max-cpu-loras", str(len(ready))]
-    words += options
+    words += flags
     words += ["--lora-modules", *(f"{name}={path.resolve()}" for name, path in ready.items())]
     console.print(shlex.join(words), soft_wrap=True)
     return Served(adapters=tuple(ready), command=shlex.join(words))

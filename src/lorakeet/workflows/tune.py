@@ -29,18 +29,19 @@ from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
-from lorakeet.memory.cuda import promised
-from lorakeet.models.text.hidden_states import prefix_states
+from lorakeet.memory.cuda import enforcing_gpu_budget
+from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.train.text.task import order_of
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
-from lorakeet.workflows.options import RANKS, RATES, TARGETS
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
+from lorakeet.workflows.options import TuneOptions, non_default
 from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
 from lorakeet.workflows.tuning.trials import START, Budget, SearchRows, Trial, Trials
 
+SPACE = {"rate_factors", "rank_choices", "target_choices"}  # options that --quick replaces
 SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
 
 
@@ -59,54 +60,42 @@ class Tuned:
         return {"out": str(self.out), "search": encode(self.search), "confirmed": confirmed}
 
 
-def tune(  # noqa: PLR0913 - each is a flag of the verb
-    config: RunConfig,
-    *,
-    results: Path | None = None,
-    minutes: float | None = None,
-    tokens: int | None = None,
-    quick: bool = False,
-    together: int = 4,
-    rate_factors: tuple[float, ...] = RATES,
-    rank_choices: tuple[int, ...] = RANKS,
-    target_choices: tuple[str, ...] = TARGETS,
-    seeds: int | None = None,
-    difference: float = 0.05,
-    console: Console,
-) -> Tuned:
+def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Console) -> Tuned:
     """Searches and confirms; writes config.yaml (the settings to train with) and a report to `results`, else OUT-tune.
 
-    `seeds` are those of the confirmation: left out, 3, or with `quick` 1, the run file's own.
+    `options.seeds` are those of the confirmation: None is 3, or with `quick` 1, the run file's own.
 
     Raises ConfigError and DataError for what cannot be searched, before anything is trained.
     """
-    out = Path(f"{config.out}-tune") if results is None else results
-    seeds = (1 if quick else SEEDS) if seeds is None else seeds
-    _check(minutes, tokens, quick, together, seeds, difference)
+    out = Path(f"{config.out}-tune") if options.results is None else options.results
+    quick, together = options.quick, options.together
+    seeds = (1 if quick else SEEDS) if options.seeds is None else options.seeds
+    _check(options, seeds)
     if config.kind == "image":
         raise ConfigError("kind is image, but a search is for text models only. Compare whole runs of lorakeet finetune.")
     if config.ranks.choose == "prune":
         raise ConfigError("ranks.choose is prune, but the trials of a search keep their ranks. Take given or auto, or finetune.")
     if config.train.cuda_graphs:
         raise ConfigError("train.cuda_graphs is true, but records one adapter's passes; a search trains several. Leave it out.")
-    if quick and (rate_factors, rank_choices, target_choices) != (RATES, RANKS, TARGETS):
+    if quick and SPACE & non_default(options).keys():
         given = "--rate-factors, --rank-choices and --target-choices"
         raise ConfigError(f"--quick compares half, once and twice the learning rate alone; leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
-    with promised(config.memory.limit, "Raise the budget, or lower --together."):
+    with enforcing_gpu_budget(config.memory.limit, "Raise the budget, or lower --together."):
         if quick:
-            rate_factors, rank_choices, target_choices = QUICK_FACTORS, (), ()
-        largest = _largest(config, rank_choices, target_choices) if config.memory.budget else None
+            options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
+        ranks, targets = options.rank_choices, options.target_choices
+        largest = _largest(config, ranks, targets) if config.memory.budget else None
         members = _members(together, quick=quick, seeds=seeds)
-        setup = assemble(config, console, members=members, largest=largest)
+        setup = assemble_text(config, console, members=members, largest=largest)
         space = space_for(
-            setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
+            setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets
         )
-        budget = Budget(None if minutes is None else 60 * minutes, tokens)
+        budget = Budget(None if options.minutes is None else 60 * options.minutes, options.tokens)
         search = Trials(setup, space, _rows(setup), budget, console, folder_above(out))
         with _kept_states(search, seeds, out):
-            confirmed, found = _searched(search, sampler, difference, seeds, together)
+            confirmed, found = _searched(search, sampler, options.difference, seeds, together)
         _show(found, console)
         settings = replace(space.resolved(confirmed.chosen.point), out=config.out)
         _write(out, settings, found, setup, console)
@@ -141,13 +130,13 @@ def _kept_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
     plans = [plan_of_point(setup.text, search.space, point) for point in search.space.points]
     later = [*_trained_on(setup, seeds), *search.rows.confirm]
     say, folder = partial(search.console.print, markup=False, soft_wrap=True), folder_above(out)
-    with prefix_states(
+    with cached_states(
         setup.text, search.rows.search, folder=folder, micro_tokens=spec.micro_tokens, plans=plans, later=later, say=say
     ):
         yield
 
 
-def _trained_on(setup: Assembly, seeds: int) -> list[Example]:
+def _trained_on(setup: TextAssembly, seeds: int) -> list[Example]:
     """The training rows that the trials, and the seeds of a confirmation, may see: not all where they end within an epoch."""
     train, spec = setup.train.examples, setup.config.train
     found: dict[int, None] = {}
@@ -173,13 +162,13 @@ def _largest(config: RunConfig, ranks: Sequence[int], targets: Sequence[str]) ->
     return replace(lora, target_modules=tuple(dict.fromkeys((*lora.target_modules, *targets))))
 
 
-def _check(
-    minutes: float | None, tokens: int | None, quick: bool, together: int, seeds: int, difference: float
-) -> None:
+def _check(options: TuneOptions, seeds: int) -> None:
+    """Raises ConfigError for numbers that no search can be made with."""
+    minutes, tokens, together = options.minutes, options.tokens, options.together
     problems = Problems("The search cannot begin")
-    if not quick and minutes is None and tokens is None:
+    if not options.quick and minutes is None and tokens is None:
         problems.add("No budget is given; say how long the search may take with --minutes or --tokens, or use --quick.")
-    numbers = {"--minutes": minutes, "--tokens": tokens, "--seeds": seeds, "--difference": difference}
+    numbers = {"--minutes": minutes, "--tokens": tokens, "--seeds": seeds, "--difference": options.difference}
     wrong = {name: value for name, value in numbers.items() if value is not None and value <= 0}
     problems.messages += [f"{name} is {value:g}; it must be above 0." for name, value in wrong.items()]
     if together < 2:
@@ -198,7 +187,7 @@ def _sampler(seed: int) -> Any:
     return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
 
 
-def _rows(setup: Assembly) -> SearchRows:
+def _rows(setup: TextAssembly) -> SearchRows:
     """Held-out rows for the search; for the confirmation the test rows, or else half of the held-out rows, chosen by content."""
     held_out = list(setup.held_out.examples)
     groups = _groups([*setup.dataset.held_out, *setup.dataset.test])
@@ -236,7 +225,7 @@ def _show(search: Search, console: Console) -> None:
     console.print(search.conclusion, markup=False, soft_wrap=True)
 
 
-def _write(out: Path, settings: RunConfig, search: Search, setup: Assembly, console: Console) -> None:
+def _write(out: Path, settings: RunConfig, search: Search, setup: TextAssembly, console: Console) -> None:
     report = Report(
         "A search for settings",
         task="language",

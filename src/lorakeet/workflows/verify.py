@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -26,13 +26,13 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.export.deployment import Runtime
 from lorakeet.export.folded import StoredTensor
 from lorakeet.export.tolerances import F16, PRECISIONS
 from lorakeet.models.files.source import find_source
 from lorakeet.serve.probe import FACT, record
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.planning.check import fit_check
 from lorakeet.workflows.planning.check_sizes import (
     GREEDY_TOKENS,
@@ -63,7 +63,7 @@ from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_fr
 from lorakeet.workflows.verification.recorded import ask_all
 from lorakeet.workflows.verification.server import Server, check_server
 
-ROWS, TEXTS, GREEDY = 16, 8, 4  # rows through both sides whole, raw texts, greedy continuations
+TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
 CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 
@@ -84,18 +84,7 @@ class Verified:
         return {**found, "certificate": encode(self.certificate)}
 
 
-def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
-    run_or_adapter: str,
-    *,
-    against: tuple[str, ...] = (),
-    base: str | None = None,
-    base_gguf: Path | None = None,
-    precision: str = "auto",
-    rows: int = ROWS,
-    deploy: Runtime | None = None,
-    memory: str | None = None,
-    console: Console,
-) -> Verified | Deployable:
+def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable:
     """Compares the adapter, live on its base in fp32, with every artefact in `against`, and writes what was found.
 
     The checks go into the run's certificate.json, report.json and report.html, beside what training put there, named by the paths
@@ -104,19 +93,17 @@ def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
     compared: see `workflows/verification/deployment`. `memory`, or else the run's memory.budget, is kept, if need be by
     streaming the models.
     """
-    if deploy is not None:
-        return check_deployment(Path(run_or_adapter), deploy, console, base=base)
-    opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
-    targets = against or _found_beside(opened)
+    path = Path(options.run_or_adapter)
+    if options.deploy is not None:
+        return check_deployment(path, options.deploy, console, base=options.base)
+    opened = open_adapter(path, base=options.base, say=console.print).within(options.memory)
+    options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
-    size = partial(size_of_check, opened, targets, source, "this check", rows=rows)
+    size = partial(size_of_check, opened, options.against, source, "this check", rows=options.rows)
     opened = fit_check(opened, lambda longest: size(longest=longest), _place(opened), console)
-    residency = opened.residency
-    with peak_said(residency, console, mapped=maps_a_file(targets)), temporary_stores(residency, "Nothing was compared."):
-        certificate = certify_artefacts(
-            opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console,
-            beside=_place(opened).parent,
-        )  # fmt: skip
+    residency, mapped = opened.residency, maps_a_file(options.against)
+    with peak_said(residency, console, mapped=mapped), temporary_stores(residency, "Nothing was compared."):
+        certificate = certify_artefacts(opened, options, console, beside=_place(opened).parent)
     show_certificate(certificate, console)
     if opened.run is not None:
         _keep(opened, certificate)
@@ -125,32 +112,24 @@ def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
 
 
 def certify_artefacts(
-    opened: Opened,
-    targets: Sequence[str],
-    *,
-    base_gguf: Path | None = None,
-    precision: str = "auto",
-    rows: int = ROWS,
-    subject: str,
-    console: Console,
-    beside: Path | None = None,
+    opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None
 ) -> Certificate:
-    """The checks of every target against the live adapter, named by the target's path (artefacts.name_of)."""
+    """Returns the checks of every artefact of `options.against` against the live adapter, each named by the artefact's path."""
     dataset = load_dataset(opened.config.data) if opened.run else None
     source = find_source(opened.config.model, console.print)
     live = live_side(opened, console)
-    probes = probes_of(opened, dataset, live, rows)
+    probes = probes_of(opened, dataset, live, options.rows)
     longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
     checks: list[Check] = []
     unchecked: list[Unchecked] = []
-    for target in targets:
+    for target in options.against:
         if target.startswith(SERVERS):
-            allowed = F16 if precision == "auto" else PRECISIONS[precision]
+            allowed = F16 if options.precision == "auto" else PRECISIONS[options.precision]
             found, missing = check_server(live, Server(target, allowed), probes, opened.config.evaluate)
             checks, unchecked = checks + found, unchecked + missing
             continue
         form = partial(
-            open_artefact, target, opened, base=base_gguf, precision=precision, console=console,
+            open_artefact, target, opened, base=options.base_gguf, precision=options.precision, console=console,
             context=longest + GREEDY_TOKENS + MARGIN, beside=beside,
         )  # fmt: skip
         found = _compared_with(form, live, probes, opened, source)
@@ -163,7 +142,7 @@ def certify_artefacts(
     facts = {**facts, "live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
-    return Certificate(f"What became of {subject}", dated, facts, tuple(unchecked))
+    return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked))
 
 
 def _left_out(probes: Probes, rows: str) -> dict[str, str]:
@@ -187,9 +166,9 @@ def _compared_with(
         stored = artefact.stored(source, opened)
         if opened.residency.store is None:
             return _checks(live, artefact, stored, probes, opened)
-        aside = opened.residency.waiting()
-        with closing(aside):
-            recorded = ask_all(artefact, probes, live, aside)
+        spill = opened.residency.waiting()
+        with closing(spill):
+            recorded = ask_all(artefact, probes, live, spill)
             recorded.let_go()
             del artefact
             stack.close()

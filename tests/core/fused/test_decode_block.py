@@ -20,9 +20,9 @@ from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import selection_of, use_products
 from lorakeet.models.modules import adapted_layers
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
 from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.native import needs_native
@@ -66,7 +66,7 @@ def test_writes_what_the_model_writes(
     family: str, changes: dict[str, Any], stand_in: bool, adapted: bool, tmp_path: Path
 ) -> None:
     text = load(tmp_path, family, **changes)
-    live = LiveModel(text)
+    live = ServingModel(text)
     assert all(isinstance(block, DecodeBlock) for block in blocks(text)) is stand_in
     adapters: list[dict[str, float]] = [{}, {}, {}]
     if adapted:
@@ -91,7 +91,7 @@ def test_bf16_is_as_near_as_bf16_is(tmp_path: Path) -> None:
         return max(float((ours - right).abs().max()) for ours, right in pairs)
 
     before = error()
-    LiveModel(text)
+    ServingModel(text)
     assert error() <= 2 * before + 1e-3
 
 
@@ -104,12 +104,12 @@ def natively(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def live_bf16(folder: Path, family: str = "llama", **changes: Any) -> tuple[LiveModel, Any]:
+def live_bf16(folder: Path, family: str = "llama", **changes: Any) -> tuple[ServingModel, Any]:
     """A model wide enough for the native block, with adapters a and b, and the bare one that these are for."""
     sizes = {"head_dim": 64, "intermediate_size": 64, **changes}
     text = load(folder, family, "bfloat16", **sizes)
     assert text.products == torch.bfloat16, "a processor with these instructions multiplies bf16 faster"
-    live, bare = LiveModel(text), tiny_model(family, vocab_size=text.model.config.vocab_size, **sizes)
+    live, bare = ServingModel(text), tiny_model(family, vocab_size=text.model.config.vocab_size, **sizes)
     for seed, name in enumerate(("a", "b")):
         live.attach(name, random_adapter(bare, seed=seed, rank=2 + seed, alpha=12.0))
     return live, bare
@@ -125,7 +125,7 @@ MIXED: list[dict[str, float]] = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.7}]
 def test_the_native_block_writes_what_torch_writes(
     family: str, adapters: list[dict[str, float]], natively: list[int], tmp_path: Path
 ) -> None:
-    with operators.without():
+    with operators.torch_only():
         plain, _ = live_bf16(tmp_path, family)
         theirs = written(plain.text, adapters, plain.selection)
         bare = written(plain.text, NONE, plain.selection)
@@ -148,7 +148,7 @@ def test_what_the_native_block_is_not_for(natively: list[int], tmp_path: Path) -
     other, _ = live_bf16(tmp_path / "p")
     use_products(other.text.model, torch.float32)
     written(other.text, NONE, other.selection)
-    with operators.without():
+    with operators.torch_only():
         written(other.text, NONE, other.selection)
     assert not natively
     use_products(other.text.model, torch.bfloat16)
@@ -229,7 +229,7 @@ def test_a_step_asks_for_fewer_operations(tmp_path: Path) -> None:
         return counting.calls
 
     before = operations()
-    LiveModel(text)
+    ServingModel(text)
     assert operations() < before
 
 
@@ -241,13 +241,13 @@ class Louder(LlamaDecoderLayer):
 def test_a_block_that_does_more_keeps_its_own_code(tmp_path: Path) -> None:
     text = load(tmp_path, "llama")
     blocks(text)[0].__class__ = Louder
-    LiveModel(text)
+    ServingModel(text)
     assert [isinstance(block, DecodeBlock) for block in blocks(text)] == [False] + [True] * (len(blocks(text)) - 1)
 
 
 def test_gradients_take_the_model_s_own_way(tmp_path: Path) -> None:
     text = load(tmp_path, "llama")
-    LiveModel(text)
+    ServingModel(text)
     x = torch.randn(1, 4, text.model.config.hidden_size, requires_grad=True)
     block = blocks(text)[0]
     positions = torch.arange(4)[None]

@@ -23,13 +23,13 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.kernels.cpu.trained_block import BlockCall
-from lorakeet.kernels.cpu.workspace import ROOMS, Rooms
+from lorakeet.kernels.cpu.workspace import WORKSPACES, Workspaces
 from lorakeet.models import modules
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.hidden_states import prefix_states
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.cached_states import cached_states
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.train.spec import TrainSpec
@@ -117,7 +117,7 @@ def test_losses_and_gradients_are_those_of_the_parts_to_the_last_bit(
     """With few rows, whose heads are parted backward, and with many; with tokens that all rows begin with; odd ranks."""
     text, examples = load(folder), rows(count, prefix=prefix)
     found = step(text, examples, "default")
-    assert used == [True] * 3 and ROOMS.taken == 0
+    assert used == [True] * 3 and WORKSPACES.taken == 0
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
     assert used == [True] * 3 + [False] * 3
 
@@ -161,7 +161,7 @@ def test_with_norms_of_heads(tmp_path: Path, count: int, kind: str, used: list[b
     generator = torch.Generator().manual_seed(1)
     for number in range(3):
         for name in ("q_norm", "k_norm"):
-            modules.bare(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3, generator=generator)
+            modules.unwrapped(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3, generator=generator)
     found = step(text, examples, "default")
     assert used == [True] * 3
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
@@ -201,9 +201,10 @@ def test_several_adapters_in_one_pass(folder: Path, used: list[bool], monkeypatc
     half = sum(len(row.ids) for row in examples[:2])
 
     def divided() -> dict[str, Tensor]:
-        with text.every_token(filled=True):
-            selection_of(text.model).divide([Share(0, half, "a"), Share(half, tokens, "b", 0.5)], units=text.filled(tokens))
-            return step(text, examples, "a", "b")
+        seen = text.with_every_token(pad=True)
+        shares = [Share(0, half, "a"), Share(half, tokens, "b", 0.5)]
+        selection_of(text.model).divide(shares, units=seen.computed_tokens(tokens))
+        return step(seen, examples, "a", "b")
 
     found = divided()
     assert used == [True] * 3
@@ -245,7 +246,7 @@ def test_blocks_below_the_lowest_pair_take_nothing_from_those_above(
     folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_back: list[int] = []
-    monkeypatch.setattr(Rooms, "_give_back", lambda _, start, stop: given_back.append(stop - start))
+    monkeypatch.setattr(Workspaces, "_give_back", lambda _, start, stop: given_back.append(stop - start))
     text, examples = load(folder, replace(LORA, layers="1-2")), rows(3)
     step(text, examples, "default")
     step(text, examples, "default")
@@ -266,9 +267,9 @@ def test_a_second_backward_pass_is_refused(folder: Path) -> None:
 def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) -> None:
     text = load(folder)
     loss, _ = text_loss(text, pack_examples(rows(2)))
-    assert ROOMS.taken == 3 and used == [True] * 3
+    assert WORKSPACES.taken == 3 and used == [True] * 3
     del loss
-    assert ROOMS.taken == 0
+    assert WORKSPACES.taken == 0
 
 
 @pytest.mark.parametrize("kind", ["", "mixed"])
@@ -283,7 +284,7 @@ def test_without_gradients_it_computes_the_same_and_keeps_nothing(
             return {"hidden": text.hidden(batch), "again": text.hidden(batch)}
 
     found = states()
-    assert used == [True] * 6 and ROOMS.taken == 0
+    assert used == [True] * 6 and WORKSPACES.taken == 0
     require_same(found, by_parts(text, states, monkeypatch))
     require_same(found, dict.fromkeys(found, text.hidden(batch).detach()))  # as with gradients
 
@@ -294,18 +295,20 @@ def part(text: TextModel, number: int, path: str) -> Any:
 
 def _listened_block(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "mlp")).register_forward_hook(lambda *_: None)  # which the parts never call
+        modules.unwrapped(part(text, number, "mlp")).register_forward_hook(lambda *_: None)  # which the parts never call
         part(text, number, "self_attn.o_proj").register_forward_hook(lambda *_: None)
 
 
 def _checkpointed(text: TextModel) -> None:
     for number in range(3):
-        vars(modules.bare(cast(nn.Module, modules.find(text.model, f"model.layers.{number}"))))["gradient_checkpointing"] = True
+        vars(modules.unwrapped(cast(nn.Module, modules.find(text.model, f"model.layers.{number}"))))["gradient_checkpointing"] = (
+            True
+        )
 
 
 def _windowed(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "self_attn")).sliding_window = 40
+        modules.unwrapped(part(text, number, "self_attn")).sliding_window = 40
 
 
 def _cut_away(text: TextModel) -> None:
@@ -317,16 +320,17 @@ def _cut_away(text: TextModel) -> None:
 def _half_turned(text: TextModel) -> None:
     """Rotary positions on half of each head; nobody's model, but C would read behind them."""
     for number in range(3):
-        modules.bare(part(text, number, "self_attn")).head_dim = 128
+        modules.unwrapped(part(text, number, "self_attn")).head_dim = 128
 
 
 def _dora(text: TextModel) -> None:
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, variant="dora"), text.family), seed=1, name="dora")
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2, variant="dora"), text.family), seed=1, name="dora")
     selection_of(text.model).use("dora")
 
 
 def _some_layers(text: TextModel) -> None:
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, target_modules=("attention",)), text.family), seed=1, name="some")
+    lora = LoraSpec(rank=2, target_modules=("attention",))
+    initialise_adapter(text, plan_for(text.model, lora, text.family), seed=1, name="some")
     selection_of(text.model).use("some")
 
 
@@ -338,12 +342,12 @@ def _listened(text: TextModel) -> None:
 
 def _listened_norm(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "self_attn.q_norm")).register_forward_hook(lambda *_: None)
+        modules.unwrapped(part(text, number, "self_attn.q_norm")).register_forward_hook(lambda *_: None)
 
 
 def _trained_norm(text: TextModel) -> None:
     for number in range(3):
-        modules.bare(part(text, number, "self_attn.q_norm")).weight.requires_grad_(True)
+        modules.unwrapped(part(text, number, "self_attn.q_norm")).weight.requires_grad_(True)
 
 
 @pytest.mark.parametrize("change", [_listened_norm, _trained_norm])
@@ -362,17 +366,19 @@ def _bare(text: TextModel) -> None:
     selection_of(text.model).use(None)
 
 
-def _wide_products(text: TextModel) -> None:
-    text.products = torch.float32
+def _wide_products(text: TextModel) -> TextModel:
+    return replace(text, products=torch.float32)
 
 
 LEFT = [_dora, _some_layers, _listened, _listened_block, _bare, _wide_products, _windowed, _cut_away]
 
 
 @pytest.mark.parametrize("change", LEFT)
-def test_what_it_does_not_know_is_left_to_the_parts(folder: Path, change: Callable[[TextModel], None], used: list[bool]) -> None:
+def test_what_it_does_not_know_is_left_to_the_parts(
+    folder: Path, change: Callable[[TextModel], TextModel | None], used: list[bool]
+) -> None:
     text = load(folder)
-    change(text)
+    text = change(text) or text
     loss, _ = text_loss(text, pack_examples(rows(2)))
     if loss.requires_grad:
         loss.backward()
@@ -410,7 +416,7 @@ def test_above_kept_states_blocks_compute_what_they_compute_in_a_whole_pass(fold
     own, found = rows(4), []
     for kept in (False, True):
         text = load(folder, replace(LORA, layers="top:2"))
-        with prefix_states(text, own, folder=None, micro_tokens=1000) if kept else nullcontext():
+        with cached_states(text, own, folder=None, micro_tokens=1000) if kept else nullcontext():
             used.clear()
             loss, _ = text_loss(text, pack_examples(own))
             loss.backward()

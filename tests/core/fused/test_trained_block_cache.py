@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS
 from lorakeet.core.fused.trained_block import TrainedBlock
-from lorakeet.core.fused.trained_block_cache import cached_arguments
+from lorakeet.core.fused.trained_block_cache import block_arguments
 from lorakeet.core.selection import Selection, Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
@@ -153,7 +153,7 @@ def block_of(text: TextModel) -> Any:
 
 
 def bare(text: TextModel, path: str) -> Any:
-    return modules.bare(part(text, path))
+    return modules.unwrapped(part(text, path))
 
 
 def _another_weight(text: TextModel) -> None:
@@ -449,6 +449,6 @@ def test_copies_remember_nothing(folder: Path) -> None:
 def test_a_block_of_other_parts_has_no_look(folder: Path) -> None:
     text, x = load(folder), torch.zeros(1, 8, 96, dtype=torch.bfloat16)
     block = block_of(text).original
-    assert cached_arguments(block, ["default"], x) is not None
-    assert cached_arguments(block, ["nobody"], x) is None
-    assert cached_arguments(block.mlp, ["default"], x) is None
+    assert block_arguments(block, ["default"], x) is not None
+    assert block_arguments(block, ["nobody"], x) is None
+    assert block_arguments(block.mlp, ["default"], x) is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakeet.core.adapter import Adapter, AlikePairs, TokenRows
+from lorakeet.core.adapter import Adapter, FlatPairs, TokenRows
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files import slab
 from lorakeet.formats.files.slab import open_outline, open_slab
@@ -68,7 +68,7 @@ def test_the_second_is_what_it_would_be_as_the_first(case: str, mapped: bool, tm
     folders = [saved(tmp_path / str(seed), seed, case) for seed in range(3)]
     adapters = [peft.read(folder, opened=lambda path: open_slab(path, mapped=mapped)) for folder in folders]
     assert looked == ["parse_config", "check_header", "_read"]
-    outlines = {id(adapter.pairs.outline) for adapter in adapters if isinstance(adapter.pairs, AlikePairs)}
+    outlines = {id(adapter.pairs.outline) for adapter in adapters if isinstance(adapter.pairs, FlatPairs)}
     assert len(outlines) == 1
     for folder, adapter in zip(folders, adapters, strict=True):
         assert_same(adapter, peft.read(folder))
@@ -80,7 +80,7 @@ def test_half_precision_is_widened(dtype: torch.dtype, tmp_path: Path, looked: l
         tensors = load_file(saved(tmp_path / str(seed), seed) / peft.MODEL_NAME)
         save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / str(seed) / peft.MODEL_NAME)
         adapter = peft.read(tmp_path / str(seed), opened=open_slab)
-        assert isinstance(adapter.pairs, AlikePairs)
+        assert isinstance(adapter.pairs, FlatPairs)
         assert_same(adapter, peft.read(tmp_path / str(seed)))
     assert looked.count("_read") == 3, "once, and twice for comparison"
 
@@ -98,7 +98,7 @@ def test_an_outline_tells_of_its_numbers_what_they_will_be(tmp_path: Path, looke
     outline = peft.read(saved(tmp_path / "a", 1), opened=open_outline)
     adapter = peft.read(saved(tmp_path / "b", 2), opened=open_slab)
     assert looked.count("_read") == 1
-    assert isinstance(outline.pairs, AlikePairs) and isinstance(adapter.pairs, AlikePairs)
+    assert isinstance(outline.pairs, FlatPairs) and isinstance(adapter.pairs, FlatPairs)
     assert outline.pairs.outline is adapter.pairs.outline and outline.parameters == adapter.parameters
     assert all(pair.A.is_meta and pair.A.shape == adapter.pairs[path].A.shape for path, pair in outline.pairs.items())
 

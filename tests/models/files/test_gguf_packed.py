@@ -12,7 +12,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.files.gguf_packed import file_blocks, packed_copy, tensors_of
 from lorakeet.models.files.gguf_validate import config_of_gguf
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.packed import PackedLinear
@@ -65,7 +65,7 @@ def test_every_pair_on_it_gets_a_gradient(file: Path) -> None:
     from lorakeet.models.targets import plan_for
 
     text = load_text_model(spec(file, "gguf"), say=lambda _: None)
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12), text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12), text.family), seed=0)
     parameters = trained_parameters(text.model, "default")
     with torch.no_grad():
         for name, parameter in parameters.items():

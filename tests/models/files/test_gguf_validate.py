@@ -13,7 +13,7 @@ from lorakeet.models.files.gguf_validate import config_of_gguf, require_gguf
 from lorakeet.models.files.origin import stored_as
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.outline import config_of
+from lorakeet.models.text.from_config import config_of
 from lorakeet.quant.spec import QuantSpec
 from tiny.gguf_file import write_tiny_gguf
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
-from lorakeet.models.files.quantized import load_packed, load_quantised, quantised_stock
-from lorakeet.models.files.stored_tensors import dense_stock, tensor_files
+from lorakeet.models.files.quantized import load_packed, load_quantised, quantised_model
+from lorakeet.models.files.stored_tensors import dense_model, tensor_files
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -133,7 +133,7 @@ def test_a_stock_that_does_not_fit_is_answered_with_every_tensor(tiny_model: Cal
 
 def test_packed_weights_without_a_place_are_named(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     folder, config = saved(tiny_model("llama"), tmp_path)
-    stock = quantised_stock(dense_stock(tensor_files(folder)), config, QuantSpec(method="int8"))
+    stock = quantised_model(dense_model(tensor_files(folder)), config, QuantSpec(method="int8"))
     make = next(iter(stock.packed.values()))
     stock.packed["model.layers.7.mlp.up_proj.weight"] = make  # type: ignore[index]
     with pytest.raises(DataError, match=r"1 packed weights .* model\.layers\.7\.mlp\.up_proj\.weight"):

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import SafeFile
-from lorakeet.models.files.stored_tensors import READERS, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.models.files.stored_tensors import READERS, dense_model, method_of, stored_quantisation, tensor_files
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.quantize import quantize
 from tiny.runs import quiet
 
@@ -27,7 +28,7 @@ def folder(tiny_model: Callable[..., Any], tmp_path: Path) -> Path:
 
 def test_shards_are_found_through_their_index(folder: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 2
-    stock = dense_stock(tensor_files(folder))
+    stock = dense_model(tensor_files(folder))
     assert len(stock.dense) == 21 and not stock.packed
     name = "model.layers.1.mlp.up_proj.weight"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -43,7 +44,7 @@ def test_a_packed_folder_promises_its_layers_and_reads_none(
     method: str, folder: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tmp_path / "packed"
-    quantize(str(tiny_llama_folder), method=method, out=packed, console=quiet())  # type: ignore[arg-type]
+    quantize(QuantizeOptions(str(tiny_llama_folder), method=method, out=packed), console=quiet())  # type: ignore[arg-type]
     stored = stored_quantisation(AutoConfig.from_pretrained(packed))
     assert stored is not None and method_of(stored) == method
     with monkeypatch.context() as patch:

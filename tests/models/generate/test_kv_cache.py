@@ -13,7 +13,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, shares_of, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from tiny.adapters import random_adapter
@@ -86,7 +86,7 @@ def test_a_cached_beginning_is_copied(text: TextModel) -> None:
 def test_rows_use_adapters_of_their_own(text: TextModel) -> None:
     bare = tiny_model("llama", vocab_size=text.model.config.vocab_size)
     for seed, name in enumerate(("a", "b")):
-        put_adapter(text, random_adapter(bare, seed=seed, rank=4, alpha=12.0), name)
+        add_adapter(text, random_adapter(bare, seed=seed, rank=4, alpha=12.0), name)
     selection, cache = selection_of(text.model), KeyValues(slots=3, capacity=16)
     wanted: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": 1.0}]
     expected = []

@@ -6,7 +6,7 @@ import inspect
 
 import torch
 
-from lorakeet.models.image.kinds import KINDS, PIPELINES, packed, unpacked_latents
+from lorakeet.models.image.kinds import KINDS, PIPELINES, packed_latents, unpacked_latents
 from tiny.images import diffusers
 
 
@@ -26,5 +26,5 @@ def test_the_guidance_of_samples_is_that_of_diffusers_pipelines() -> None:
 def test_flux_lays_latents_out_as_its_pipeline_does() -> None:
     latents = torch.randn(2, 4, 6, 10)
     pipeline = diffusers().FluxPipeline
-    assert torch.equal(packed(latents), pipeline._pack_latents(latents, 2, 4, 6, 10))
-    assert torch.equal(unpacked_latents(packed(latents), 6, 10), latents)
+    assert torch.equal(packed_latents(latents), pipeline._pack_latents(latents, 2, 4, 6, 10))
+    assert torch.equal(unpacked_latents(packed_latents(latents), 6, 10), latents)

@@ -277,7 +277,7 @@ def on_device(model: ImageModel) -> set[str]:
 def test_parts_wait_aside_while_others_compute(model: ImageModel) -> None:
     """Put aside to `meta`, where numbers are lost: what computes is there, and what does not is not."""
     denoiser, encoders = model.kind.denoiser, set(model.parts) - {model.kind.denoiser}
-    staged = replace(model, aside=torch.device("meta"))
+    staged = replace(model, idle_device=torch.device("meta"))
     assert on_device(model) == {denoiser, *encoders, "vae"}
     staged.stage()
     assert on_device(staged) == set()

@@ -20,9 +20,9 @@ from torch import nn
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.image.denoiser import load_denoiser
 from lorakeet.models.image.diffusers_import import new_denoiser, quiet_diffusers
+from lorakeet.models.image.from_config import shapes_of_images
 from lorakeet.models.image.model import ImageModel, load_image_model
 from lorakeet.models.image.noise import noising_of
-from lorakeet.models.image.outline import shapes_of_images
 from lorakeet.models.image.single_file import clip_vocabulary, load_single, open_single, single_denoiser_files
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec

@@ -14,9 +14,16 @@ from lorakeet.models import inject, modules
 from lorakeet.models.fits import plan_of
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import row_losses
-from lorakeet.models.streaming.model import NotStreamed, StreamedBlock, StreamedEmbedding, StreamedHead, hold, plain_output
+from lorakeet.models.streaming.model import (
+    NotStreamed,
+    StreamedBlock,
+    StreamedEmbedding,
+    StreamedHead,
+    make_resident,
+    plain_output,
+)
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama
@@ -81,16 +88,16 @@ def test_embedding_and_head_stay_out_until_something_is_put_on_them(twins: tuple
     resident, text = twins
     assert isinstance(text.model.get_input_embeddings(), StreamedEmbedding)
     assert isinstance(text.model.get_output_embeddings(), StreamedHead) and text.head_weight is not None
-    hold(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family))
+    make_resident(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family))
     assert isinstance(text.model.get_output_embeddings(), StreamedHead)
-    hold(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, target_modules=("lm_head",)), text.family))
+    make_resident(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, target_modules=("lm_head",)), text.family))
     assert torch.equal(text.model.get_output_embeddings().weight, resident.model.get_output_embeddings().weight)
     assert isinstance(text.model.get_input_embeddings(), StreamedEmbedding)
 
 
 def test_a_tied_head_comes_with_its_embedding(tmp_path: Path) -> None:
     text = loaded(save_tiny_llama(tmp_path / "model", tie_word_embeddings=True), tmp_path / "store")
-    hold(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, target_modules=("embed_tokens",)), text.family))
+    make_resident(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, target_modules=("embed_tokens",)), text.family))
     weight = text.model.get_input_embeddings().weight
     assert not weight.is_meta and text.model.get_output_embeddings().weight is weight
 
@@ -102,7 +109,7 @@ def test_adapters_begin_and_come_back_as_on_the_resident_model(
     lora = LoraSpec(rank=4, alpha=12.0, **settings)  # type: ignore[arg-type]
     begun = []
     for text in twins:
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=0)
+        initialise_adapter(text, plan_for(text.model, lora, text.family), seed=0)
         inject.attach(text.model, inject.adapter_of(text.model), "again")
         begun.append(inject.trained_parameters(text.model, "again"))
         assert all(not layer.weight.is_meta for _, layer in modules.adapted_layers(text.model)) == (text is twins[0])

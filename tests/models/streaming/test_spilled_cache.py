@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.generate import sample as sampling
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.streaming.spilled_cache import spilled_cache
@@ -24,8 +24,8 @@ PROMPTS = [[5, 6, 7], list(range(5, 18)), [9]]
 def test_it_gives_what_transformers_own_gives(family: str, tmp_path: Path) -> None:
     """Of Gemma, whose layers partly slide, those with a window stay in memory."""
     config = tiny_model(family, num_hidden_layers=6).config
-    aside = Aside(tmp_path)
-    mine, theirs = spilled_cache(config, aside), DynamicCache(config=config)
+    spill = Spill(tmp_path)
+    mine, theirs = spilled_cache(config, spill), DynamicCache(config=config)
     spilled = [type(one) is not type(other) for one, other in zip(mine.layers, theirs.layers, strict=True)]
     assert all(spilled) if family == "llama" else any(spilled) and not all(spilled)
     generator = torch.Generator().manual_seed(0)
@@ -36,19 +36,19 @@ def test_it_gives_what_transformers_own_gives(family: str, tmp_path: Path) -> No
                 assert torch.equal(one, other)
             assert mine.get_seq_length(number) == theirs.get_seq_length(number)
             assert not own or mine.layers[number].keys is None, "nothing of it stays"
-    aside.close()
+    spill.close()
 
 
 def test_a_streamed_model_writes_the_same_and_spills_what_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     text, made = loaded(tmp_path / "model", tmp_path / "store"), []
 
-    class Noted(Aside):
+    class Noted(Spill):
         def __init__(self, folder: Path | None = None) -> None:
             super().__init__(folder)
             made.append((folder, self))
 
-    monkeypatch.setattr(sampling, "Aside", Noted)
+    monkeypatch.setattr(sampling, "Spill", Noted)
     whole = sample(text, PROMPTS, max_tokens=12, temperature=0)
     drawn = sample(text, PROMPTS, max_tokens=12, seed=3)
     assert not made
@@ -57,7 +57,7 @@ def test_a_streamed_model_writes_the_same_and_spills_what_has_no_room(tmp_path: 
     assert [folder for folder, _ in made] == [tmp_path / "store"] * 3, "a row at a time"
     assert all(np.array_equal(one, other) for one, other in zip(whole, again, strict=True))
     assert all(np.array_equal(one, other) for one, other in zip(drawn, sample(text, PROMPTS, max_tokens=12, seed=3), strict=True))
-    assert all(aside._file is not None and aside._file.closed for _, aside in made)
+    assert all(spill._file is not None and spill._file.closed for _, spill in made)
     assert sorted(path.suffix for path in (tmp_path / "store").iterdir()) == [".safetensors"]
 
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.modules import block_prefix, find
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.calibration import Passages
+from lorakeet.models.text.calibration import CalibrationStates
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from tiny.models import save_tiny_llama
@@ -45,15 +45,16 @@ def test_blocks_get_and_give_what_they_do_in_the_model(family: str, on_disk: boo
         block.register_forward_pre_hook(lambda module, args, number=number: seen[number].append(args[0].clone()))
         for number, block in enumerate(blocks)
     ]
-    with torch.no_grad(), text.every_token():
+    watched = text.with_every_token()
+    with torch.no_grad():
         for batch in batches():
-            text.hidden(batch)
+            watched.hidden(batch)
     for handle in handles:
         handle.remove()
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     originals = list(blocks)
-    passages = Passages(text, blocks, batches(), lambda: Aside(scratch if on_disk else None))
+    passages = CalibrationStates(text, blocks, batches(), lambda: Spill(scratch if on_disk else None))
     assert list(blocks) == originals and passages.count == 2
     with torch.no_grad():
         for number, block in enumerate(blocks):
@@ -66,13 +67,13 @@ def test_blocks_get_and_give_what_they_do_in_the_model(family: str, on_disk: boo
 
 def test_a_tensor_that_every_block_gets_is_kept_once(tmp_path: Path) -> None:
     text, blocks = model(tmp_path / "model", "llama")
-    places: list[Aside] = []
+    places: list[Spill] = []
 
-    def place() -> Aside:
-        places.append(Aside())
+    def place() -> Spill:
+        places.append(Spill())
         return places[-1]
 
-    Passages(text, blocks, batches(), place)
-    states, behind, shared = (len(aside._held) for aside in places)
+    CalibrationStates(text, blocks, batches(), place)
+    states, behind, shared = (len(spill._held) for spill in places)
     assert (states, behind) == (2, 0)
     assert 2 * 2 <= shared < 2 * 2 * len(blocks)  # cosines and sines at least, of each batch, and not of each block

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
@@ -21,9 +23,8 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.batch_shape import BatchShape
-from lorakeet.models.text.cuda_graphs import ReplayedPasses
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.task import gradients_by_batch
@@ -33,7 +34,7 @@ from tiny.models import save_tiny_llama
 from tiny.tape import Tape
 
 ROOM = BatchShape(256, 16, 64)
-Made = tuple[TextModel, dict[str, Any], Tape, ReplayedPasses]
+Made = tuple[TextModel, dict[str, Any], Tape, GraphedModel]
 
 
 def moved(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -52,10 +53,10 @@ def made(flash: Flash, tiny_llama_folder: Path) -> Callable[..., Made]:
     def build(**lora: Any) -> Made:
         spec = ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", products="bfloat16", device="cpu")
         text = load_text_model(spec)
-        begin_adapter(text, plan_for(text.model, LoraSpec(**{"rank": 4, "alpha": 12.0, **lora}), text.family), seed=1)
+        initialise_adapter(text, plan_for(text.model, LoraSpec(**{"rank": 4, "alpha": 12.0, **lora}), text.family), seed=1)
         parameters = moved(trained_parameters(text.model))
         tape = Tape()
-        return text, parameters, tape, ReplayedPasses(text, parameters, tape, ROOM)
+        return text, parameters, tape, GraphedModel(text, parameters, tape, ROOM)
 
     return build
 
@@ -98,7 +99,7 @@ def test_what_is_replayed_is_what_the_model_computes(made: Callable[..., Made], 
                 parameter.mul_(1.1)
     shapes = {BatchShape.of(lengths, 64) for lengths in ((20, 9, 30), (31, 8, 18), (7, 25), (11, 29, 17))}
     assert shapes == {BatchShape(64, 4, 64), BatchShape(32, 2, 64)}
-    assert tape.recordings == 2 * len(shapes) and set(passes.recorded) == shapes
+    assert tape.recordings == 2 * len(shapes) and set(passes.graphs) == shapes
     assert tape.replays == 2 * (len(shapes) + 4)  # once for each proof
 
 
@@ -154,7 +155,7 @@ def test_a_shape_that_comes_within_a_step_leaves_what_the_step_has_added(made: C
     batches = [rows([20, 9, 30], seed=1), rows([40, 50], seed=2), rows([33, 27, 3], seed=3)]
     parts = [learnt(passes, batch, parameters)[1] for batch in batches]
     recorded = tape.recordings
-    passes.recorded.clear()
+    passes.graphs.clear()
     for parameter in parameters.values():
         parameter.grad = None
     for batch in batches:
@@ -186,7 +187,7 @@ def test_ctrl_c_while_recording_stays_ctrl_c(made: Callable[..., Made], rows: An
     tape.record = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         passes.record_first(rows([20, 9, 30]))
-    assert not passes.recorded and all(torch.equal(parameters[name], numbers) for name, numbers in before.items())
+    assert not passes.graphs and all(torch.equal(parameters[name], numbers) for name, numbers in before.items())
 
 
 def test_a_micro_batch_lets_go_of_its_graph_before_the_next_is_recorded(made: Callable[..., Made], rows: Any) -> None:
@@ -226,9 +227,9 @@ def test_the_proof_leaves_numbers_and_gradients_as_they_were(made: Callable[...,
 def test_a_first_shape_that_is_far_from_the_model_is_refused(made: Callable[..., Made], rows: Any) -> None:
     _, _, tape, passes = made()
     tape.broken = True
-    with pytest.raises(EnvironmentProblem, match="is true, but hidden states of recorded passes") as refused:
+    with pytest.raises(EnvironmentProblem, match="is true, but hidden states of the CUDA graphs") as refused:
         passes.record_first(rows([20, 9, 30]))
-    assert "Set train.cuda_graphs to false (for a run that has begun: in its config.yaml" in str(refused.value)
+    assert "Set train.cuda_graphs to false (for a run that has started: in its config.yaml" in str(refused.value)
 
 
 def test_a_later_shape_that_is_far_from_the_model_is_said_once_and_computed_by_the_model(
@@ -240,33 +241,33 @@ def test_a_later_shape_that_is_far_from_the_model_is_said_once_and_computed_by_t
     later = rows([40, 50], seed=3)
     with caplog.at_level(logging.WARNING, "lorakeet"):
         found = [learnt(passes, later, parameters) for _ in range(2)]
-    assert len(caplog.messages) == 1 and "computed without being recorded" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "computed without CUDA graphs" in caplog.messages[0]
     loss, grads = learnt(text, later, parameters)
     for other, others in found:
         assert other == loss and all(torch.equal(others[name], grads[name]) for name in grads)
     tape.broken = False
-    assert passes.recorded[BatchShape.of((40, 50), 64)] is None and passes.recorded[BatchShape.of((20, 9, 30), 64)] is not None
+    assert passes.graphs[BatchShape.of((40, 50), 64)] is None and passes.graphs[BatchShape.of((20, 9, 30), 64)] is not None
 
 
 def test_gradients_alone_that_differ_are_found(made: Callable[..., Made], rows: Any) -> None:
     _, _, tape, passes = made()
     tape.spoils = 1  # the backward pass
-    with pytest.raises(EnvironmentProblem, match=r"but the gradient of .* of recorded passes and of the model are"):
+    with pytest.raises(EnvironmentProblem, match=r"but the gradient of .* of the CUDA graphs and of the model differ"):
         passes.record_first(rows([20, 9, 30]))
 
 
 def test_a_short_row_among_many_that_differs_is_found(made: Callable[..., Made], rows: Any) -> None:
     """It is a hundredth of the numbers: all of them together would tell nothing."""
     text, _, _, passes = made()
-    placed = text.placed_states
+    placed = text.states_at
 
     def second_row_otherwise(ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
         found = placed(ids, positions, places)
         wrong = (torch.arange(len(ids)) >= places.starts[1]) & (torch.arange(len(ids)) < places.starts[2])
         return torch.where(wrong[:, None], 1.5 * found, found)
 
-    text.placed_states = second_row_otherwise  # type: ignore[method-assign]
-    with pytest.raises(EnvironmentProblem, match="but hidden states of target 59 of recorded passes"):
+    vars(text)["states_at"] = second_row_otherwise
+    with pytest.raises(EnvironmentProblem, match="but hidden states of target 59 of the CUDA graphs"):
         passes.record_first(rows([60, 2, 60, 60, 60]))
 
 
@@ -274,14 +275,14 @@ def test_a_short_row_among_many_that_differs_is_found(made: Callable[..., Made],
 def test_what_was_read_of_the_rows_that_were_recorded_is_found(made: Callable[..., Made], rows: Any, lengths: list[int]) -> None:
     """A cache that keeps positions, say: in the proof other rows are in their places."""
     text, _, _, passes = made()
-    placed, kept = text.placed_states, []
+    placed, kept = text.states_at, []
 
     def with_kept_positions(ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
         kept.append(positions.clone())
         return placed(ids, kept[0], places)
 
-    text.placed_states = with_kept_positions  # type: ignore[method-assign]
-    with pytest.raises(EnvironmentProblem, match="of recorded passes and of the model are"):
+    vars(text)["states_at"] = with_kept_positions
+    with pytest.raises(EnvironmentProblem, match="of the CUDA graphs and of the model differ"):
         passes.record_first(rows(lengths))
 
 
@@ -289,18 +290,18 @@ def test_what_was_read_of_the_rows_that_were_recorded_is_found(made: Callable[..
 def test_kept_places_are_found_wherever_others_may_come(made: Callable[..., Made], rows: Any, lengths: list[int]) -> None:
     """Rows of one length too, which lie alike from whichever end: not where a shape has no room for other rows."""
     text, _, _, passes = made()
-    placed, kept = text.placed_states, []
+    placed, kept = text.states_at, []
 
     def with_kept_places(ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
         kept.append(places.starts.clone())
         return placed(ids, positions, RowOffsets(kept[0], places.longest))
 
-    text.placed_states = with_kept_places  # type: ignore[method-assign]
+    vars(text)["states_at"] = with_kept_places
     batch = rows(lengths)
     if lengths in ([64, 64], [64]):  # two places for 128 tokens, of at most 64 each
         passes.record_first(batch)
         return
-    with pytest.raises(EnvironmentProblem, match="of recorded passes and of the model are"):
+    with pytest.raises(EnvironmentProblem, match="of the CUDA graphs and of the model differ"):
         passes.record_first(batch)
 
 
@@ -310,7 +311,7 @@ def test_memory_that_is_out_is_said_with_what_helps(made: Callable[..., Made], r
     def too_much(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    text.placed_states = too_much  # type: ignore[method-assign]
+    vars(text)["states_at"] = too_much
     with pytest.raises(EnvironmentProblem, match=r"Lower train.micro_tokens. Or: Set train.cuda_graphs to false"):
         passes.record_first(rows([20, 9, 30]))
 
@@ -320,8 +321,8 @@ def test_memory_that_is_out_is_said_with_what_helps(made: Callable[..., Made], r
         finally:
             raise RuntimeError("capture_end failed")
 
-    text.placed_states = and_then  # type: ignore[method-assign]
-    with pytest.raises(EnvironmentProblem, match="memory is out"):
+    vars(text)["states_at"] = and_then
+    with pytest.raises(EnvironmentProblem, match="out of memory"):
         passes.record_first(rows([20, 9, 30]))
 
 
@@ -336,7 +337,7 @@ def test_what_lies_outside_of_a_recording_is_held_with_it(made: Callable[..., Ma
     batch = rows([20, 9, 30])
     SCRATCH.matrix((3, 5), torch.float32, torch.device("cpu"))
     passes.record_first(batch)
-    recorded = passes.recorded[BatchShape.of(batch.lengths, 64)]
+    recorded = passes.graphs[BatchShape.of(batch.lengths, 64)]
     assert recorded is not None and {id(each) for each in recorded.scratch} == {id(each) for each in SCRATCH.held()} != set()
 
 
@@ -363,9 +364,9 @@ def test_models_whose_attention_is_not_fused_are_recorded_too(
     flash.exact = False
     save_tiny_llama(tmp_path / "model", family=family)
     text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="bfloat16", products="bfloat16", device="cpu"))
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
     parameters = moved(trained_parameters(text.model))
-    passes = ReplayedPasses(text, parameters, Tape(), ROOM)
+    passes = GraphedModel(text, parameters, Tape(), ROOM)
     for number, lengths in enumerate(([20, 9, 30], [7, 20])):
         batch = rows(lengths, seed=number)
         alike(learnt(passes, batch, parameters), learnt(text, batch, parameters))
@@ -375,7 +376,7 @@ def test_a_model_that_the_host_reads_numbers_of_cannot_be_recorded(made: Callabl
     text, _, _, passes = made()
     norm = text.model.model.norm
     norm.register_forward_hook(lambda _module, _given, out: out * (2.0 if out.sum().item() > 1e9 else 1.0))
-    with pytest.raises(EnvironmentProblem, match="passes cannot be recorded: _local_scalar_dense: operation not permitted"):
+    with pytest.raises(EnvironmentProblem, match="CUDA graphs cannot be recorded: _local_scalar_dense: operation not permitted"):
         passes.record_first(rows([20, 9, 30]))
 
 
@@ -383,13 +384,13 @@ def test_a_micro_batch_between_two_passes_of_another_is_refused(made: Callable[.
     _, _, _, passes = made()
     first = passes.hidden(rows([20, 9, 30]))
     passes.hidden(rows([20, 9, 31]))
-    with pytest.raises(RuntimeError, match="another micro-batch was replayed between the two passes"):
+    with pytest.raises(RuntimeError, match="another micro-batch ran between the forward and backward pass"):
         first.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_a_micro_batch_beyond_the_room_is_a_mistake_of_the_caller(made: Callable[..., Made], rows: Any) -> None:
     _, _, _, passes = made()
-    with pytest.raises(ValueError, match=r"there is room for Shape\("):
+    with pytest.raises(ValueError, match=r"the buffers are made for BatchShape\("):
         passes.hidden(rows([60] * 5))
 
 
@@ -404,3 +405,26 @@ def test_nothing_is_held_beyond_the_run(made: Callable[..., Made], rows: Any) ->
         assert held() is None
     finally:
         gc.enable()
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(90, 200))
+def test_a_shape_has_places_for_all_rows_and_none_is_too_long(lengths: list[int], longest: int) -> None:
+    shape = BatchShape.of(lengths, longest)
+    rows = shape.rows_of(lengths)
+    assert rows[: len(lengths)] == lengths and sum(rows) == shape.tokens and len(rows) == shape.rows
+    assert max(rows) <= longest
+    others = shape.other_rows(lengths)
+    assert sum(others) == shape.tokens and len(others) == shape.rows and max(others) <= longest
+    assert others != rows or shape.tokens == shape.rows * longest or shape.rows == 1
+    room = BatchShape.largest(longest, sum(lengths), len(lengths))
+    assert shape.tokens <= room.tokens and shape.rows <= room.rows
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.data())
+def test_the_largest_shape_has_room_for_any_micro_batch(longest: int, micro_tokens: int, rows: int, data: st.DataObject) -> None:
+    room = BatchShape.largest(longest, micro_tokens, rows)
+    count = data.draw(st.integers(1, min(rows, micro_tokens)))
+    most = min(longest, micro_tokens // count)
+    lengths = data.draw(st.lists(st.integers(1, most), min_size=count, max_size=count))
+    for shape in (BatchShape.of(lengths, longest), BatchShape.of([longest], longest)):
+        assert shape.tokens <= room.tokens and shape.rows <= room.rows and max(shape.rows_of([longest])) <= longest

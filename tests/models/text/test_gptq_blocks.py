@@ -12,7 +12,7 @@ import torch
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.gptq_blocks import quantise_blocks
 from lorakeet.models.text.load import load_text_model
@@ -53,9 +53,10 @@ def test_each_block_sees_what_the_quantised_ones_before_it_make(family: str, att
         layer = PackedLinear(base, module.bias, transposed=type(module).__name__ == "Conv1D")
         layer.register_forward_pre_hook(lambda module, args, path=path: seen[path].append(args[0].flatten(0, -2)))
         finished.model.set_submodule(path, layer)
-    with torch.no_grad(), finished.every_token():
+    watched = finished.with_every_token()
+    with torch.no_grad():
         for row in rows():
-            finished.hidden(pack_examples([row]))
+            watched.hidden(pack_examples([row]))
     for path, base in bases.items():
         weight = dense.model.get_submodule(path).weight
         weight = weight.t() if family == "gpt2" else weight
@@ -74,13 +75,13 @@ def test_blocks_that_are_done_leave_the_model(tiny_llama_folder: Path) -> None:
 def test_nothing_is_put_aside_for_a_block_that_does_not_come(tiny_llama_folder: Path) -> None:
     put: list[int] = []
 
-    class Counted(Aside):
+    class Counted(Spill):
         def put(self, key: Any, tensor: torch.Tensor) -> None:
             put.extend([1] * (key != "H"))  # each stage's, which every block has
             super().put(key, tensor)
 
     counts = []
-    for block in quantise_blocks(loaded(tiny_llama_folder), rows(12), LAYOUT, micro_tokens=120, aside=Counted):
+    for block in quantise_blocks(loaded(tiny_llama_folder), rows(12), LAYOUT, micro_tokens=120, spill=Counted):
         counts.append(len(put))
         assert block.count == 2
     assert counts[0] > 4 and counts[1] == counts[0]

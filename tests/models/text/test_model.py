@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model, set_attention
 from lorakeet.models.text.model import TextModel, target_logits, token_logprobs
 from tiny.models import FAMILIES, save_tiny_llama
@@ -106,10 +105,9 @@ def beginning_alike(rows: Rows, shared: int) -> Batch:
 def as_usual_and_with_every_token(text: TextModel, batch: Batch) -> list[list[Any]]:
     """The logits at the targets and the gradients of the adapter, both ways."""
     found = []
-    for context in (nullcontext(), text.every_token()):
+    for seen in (text, text.with_every_token()):
         text.model.zero_grad()
-        with context:
-            logits = text.head(text.hidden(batch))
+        logits = seen.head(seen.hidden(batch))
         torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="sum").backward()
         found.append([logits.detach(), *(parameter.grad for parameter in trained_parameters(text.model).values())])
     return found
@@ -142,7 +140,7 @@ def test_rows_with_one_long_beginning_pass_together_with_their_losses_and_gradie
     adapted(text.model)
     found = []
     for shares in (True, False):
-        text.shares_prefix = shares
+        text = text.with_options(share_prefix=shares)
         batches = text.micro_batches(examples, 150)
         text.model.zero_grad()
         losses = {}
@@ -157,9 +155,7 @@ def test_rows_with_one_long_beginning_pass_together_with_their_losses_and_gradie
         assert len(batches) == (1 if shares else 4)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
-    text.shares_prefix = True
-    with text.every_token():
-        assert len(text.micro_batches(examples, 150)) == 4, "who watches every token sees them all"
+    assert len(text.with_every_token().micro_batches(examples, 150)) == 4, "who watches every token sees them all"
 
 
 def behind_one_beginning() -> list[Example]:
@@ -177,10 +173,10 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
     folder = save_tiny_llama(tmp_path, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     examples, half = behind_one_beginning(), {"dtype": "bfloat16", "products": "bfloat16"}
 
-    def batches(change: Callable[[TextModel], object] = lambda text: None, short: int = 50, **settings: Any) -> int:
-        text = load(folder, **settings)
+    def batches(short: int = 50, device: str = "cpu", window: int | None = None, **settings: Any) -> int:
+        text = dataclasses.replace(load(folder, **settings), device=torch.device(device))
         fuse(text.model)
-        change(text)
+        text.model.config.sliding_window = window
         cut = dataclasses.replace(examples[-1], ids=examples[-1].ids[-short:], supervised=examples[-1].supervised[-short:])
         return len(text.micro_batches([*examples[:-1], cut], 150))
 
@@ -188,9 +184,8 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
     assert batches(**half, short=TILED) == 2, "the short row, which begins otherwise, and the others"
     assert batches(**half, short=TILED - 1) == 4, "few keys: torch's products keep weights for each of them"
     assert batches() == batches(**half, attention="sdpa") == 4
-    assert batches(lambda text: setattr(text, "device", torch.device("cuda")), **half) == 4
-    assert batches(lambda text: setattr(text.model.config, "sliding_window", 45), **half) == 4
-    with operators.without():
+    assert batches(**half, device="cuda") == batches(**half, window=45) == 4
+    with operators.torch_only():
         assert batches(**half) == 4
 
 
@@ -198,7 +193,7 @@ def test_a_model_that_is_read_or_gathered_for_each_pass_makes_no_more_of_them(ti
     text, examples = load(tiny_llama_folder), behind_one_beginning()
     others = [dataclasses.replace(each, ids=np.concatenate([[2], each.ids[1:]])) for each in examples]  # of another beginning
     assert len(text.micro_batches([*examples, *others], 1000)) == 2
-    text.gathers = True
+    text = dataclasses.replace(text, sharded=True)
     assert len(text.micro_batches([*examples, *others], 1000)) == 1
 
 
@@ -251,18 +246,17 @@ def test_a_watched_model_sees_every_token_and_no_other(tiny_llama_folder: Path, 
     fuse(text.model)
     seen: list[int] = []
     text.model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[1][0].shape[-1]))
-    with text.every_token():
-        text.hidden(batch)
-        assert text.laid(batch).prefix == 0
+    watched = text.with_every_token()
+    watched.hidden(batch)
+    assert watched.layout(batch).prefix == 0
     assert seen == [batch.tokens]
 
 
 def test_rows_that_drop_numbers_of_their_own_share_nothing(tiny_llama_folder: Path) -> None:
-    kept, dropped = (load(tiny_llama_folder) for _ in range(2))
-    for text, dropout in ((kept, 0.0), (dropped, 0.1)):
+    for dropout in (0.0, 0.1):
+        text = load(tiny_llama_folder)
         plan = plan_for(text.model, LoraSpec(rank=4, alpha=12, dropout=dropout), text.family)
-        begin_adapter(text, plan, seed=0)
-    assert kept.shares_prefix and not dropped.shares_prefix
+        assert initialise_adapter(text, plan, seed=0).options.share_prefix == (not dropout)
 
 
 def test_a_row_does_not_see_its_neighbours(folders: Callable[[str], Path], rows: Rows) -> None:
@@ -324,9 +318,9 @@ def test_new_tokens_get_ids_from_the_tokenizer(folders: Callable[[str], Path], a
 
 def test_training_mode_reaches_every_module_once_it_is_wanted(tiny_llama_folder: Path) -> None:
     text = load(tiny_llama_folder)
-    text.learn()
-    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, dropout=0.5), text.family), seed=0)
+    text.train()
+    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2, dropout=0.5), text.family), seed=0)
     text.model.eval()
     assert not any(module.training for module in text.model.modules())
-    text.learn()
+    text.train()
     assert all(module.training for module in text.model.modules())

@@ -12,6 +12,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import save_tiny_llama
@@ -24,7 +25,10 @@ def silent(line: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_folders_layers_are_those_of_the_loaded_model(family: str, tmp_path: Path) -> None:
-    quantize(str(save_tiny_llama(tmp_path / "model", family=family)), method="nf4", out=tmp_path / "nf4", console=quiet())
+    quantize(
+        QuantizeOptions(str(save_tiny_llama(tmp_path / "model", family=family)), method="nf4", out=tmp_path / "nf4"),
+        console=quiet(),
+    )
     layout = read_layout(str(tmp_path / "nf4"), silent)
     assert (layout.method, layout.file, layout.folder) == ("nf4", None, tmp_path / "nf4")
     text = load_text_model(ModelSpec(path=str(tmp_path / "nf4")), say=silent)
@@ -48,6 +52,6 @@ def test_a_gguf_files_layers_are_its_blocks(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_not_packed_has_no_layout(tiny_llama_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not quantised; expected a model in gptq, nf4, gguf.*lorakeet quantize"):
         read_layout(str(tiny_llama_folder), silent)
-    quantize(str(tiny_llama_folder), method="int8", out=tmp_path / "int8", console=quiet())
+    quantize(QuantizeOptions(str(tiny_llama_folder), method="int8", out=tmp_path / "int8"), console=quiet())
     with pytest.raises(ConfigError, match="is in int8; expected"):
         read_layout(str(tmp_path / "int8"), silent)

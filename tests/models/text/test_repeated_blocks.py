@@ -13,9 +13,15 @@ import transformers
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models.families import family_of
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.repeated_blocks import Build, alike_blocks, first_blocks_of_config, first_blocks_of_plan, last_new_kind
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.repeated_blocks import (
+    ModelBuilder,
+    count_repeated_blocks,
+    first_blocks_of_config,
+    first_blocks_of_plan,
+    last_new_kind_of_block,
+)
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning import rehearse_text
@@ -36,12 +42,13 @@ def config_of(family: str, blocks: int = BLOCKS) -> Any:
 def rehearsed(config: Any, lora: LoraSpec = LORA, way: Way = RESIDENT, **settings: Any) -> Rehearsal:
     method = settings.pop("quantize", "none")
     make = partial(
-        streamed_outline if way.streamed else outline, name="made-up", dtype=torch.bfloat16, products=torch.float32,
+        streamed_model_from_config if way.streamed else model_from_config, name="made-up", dtype=torch.bfloat16,
+        products=torch.float32,
         quantize=QuantSpec(method=method),
     )  # fmt: skip
     together = max(1, way.together)
     return rehearse(
-        Build(make, config), lora, TrainSpec(**settings), rows=RowShape(32, 2), micro_batches=max(2, together),
+        ModelBuilder(make, config), lora, TrainSpec(**settings), rows=RowShape(32, 2), micro_batches=max(2, together),
         judging=Judging(RowShape(48, 1), 4, 8), way=way,
     )  # fmt: skip
 
@@ -53,7 +60,7 @@ def both(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **settings: Any) -> t
     monkeypatch.setattr(rehearse_text, "_of_all", lambda plan, blocks, parts: ran.append(blocks) or few(plan, blocks, parts))
     found = rehearsed(*arguments, **settings)
     assert ran == [BLOCKS]
-    monkeypatch.setattr(rehearse_text, "alike_blocks", lambda *_: 0)
+    monkeypatch.setattr(rehearse_text, "count_repeated_blocks", lambda *_: 0)
     return found, rehearsed(*arguments, **settings)
 
 
@@ -112,8 +119,8 @@ def test_moments_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_that_differ_are_all_rehearsed(family: str, lora: LoraSpec) -> None:
     model = tiny_model(family, num_hidden_layers=BLOCKS)
     found = family_of(model.config)
-    assert alike_blocks(model, found, plan_for(model, lora, found)) == 0
-    assert family != "llama" or alike_blocks(model, found, plan_for(model, LORA, found)) == BLOCKS
+    assert count_repeated_blocks(model, found, plan_for(model, lora, found)) == 0
+    assert family != "llama" or count_repeated_blocks(model, found, plan_for(model, LORA, found)) == BLOCKS
 
 
 def test_the_first_blocks_of_a_model_and_of_its_plan() -> None:
@@ -130,5 +137,5 @@ def test_the_last_block_of_a_new_kind_is_found() -> None:
     found = {}
     for family in ("llama", "gemma2"):
         model = tiny_model(family)
-        found[family] = last_new_kind(model, family_of(model.config.get_text_config()))
+        found[family] = last_new_kind_of_block(model, family_of(model.config.get_text_config()))
     assert found == {"llama": 0, "gemma2": 1}  # every other block of Gemma attends to all tokens

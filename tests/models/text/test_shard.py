@@ -23,11 +23,11 @@ from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.shard import part_blocks, whole
+from lorakeet.models.text.shard import shard_blocks, whole
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train import processes as module
 from lorakeet.train.launch import launched
@@ -72,7 +72,7 @@ def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32
         spec = ModelSpec(path=folder, dtype=dtype, products=dtype, device="cpu", quantize=quantize)  # type: ignore[arg-type]
         text = load_text_model(spec)
         plan = plan_for(text.model, LoraSpec(rank=4, alpha=12.0, layers=layers), text.family)
-        begin_adapter(text, plan, seed=1)
+        initialise_adapter(text, plan, seed=1)
         with torch.no_grad():
             for name, parameter in trained_parameters(text.model).items():
                 if name.endswith(".B"):
@@ -81,7 +81,7 @@ def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32
         with counted as blocks:
             digests, before = frozen_digests(text.model), computed(text)
         sizes = {name: p.numel() for name, p in text.model.named_parameters()}
-        part_blocks(text, processes.count, torch.device("cpu"))
+        text = shard_blocks(text, processes.count, torch.device("cpu"))
         with counted as blocks_parted:
             after = computed(text)
         parted = {name: p for name, p in text.model.named_parameters() if isinstance(p, DTensor)}
@@ -158,8 +158,8 @@ def passing_until_one_dies(folder: str) -> str:
     try:
         with joined(launched()) as processes:
             text = load_text_model(ModelSpec(path=folder, dtype="float32", device="cpu"))
-            begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
-            part_blocks(text, processes.count, torch.device("cpu"))
+            initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
+            shard_blocks(text, processes.count, torch.device("cpu"))
             for number in range(3):
                 if number == 2 and processes.rank == 1:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -16,14 +16,14 @@ from lorakeet.core.base import DenseBase
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.errors import ConfigError, VerificationFailed
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
 from lorakeet.models.fuse import fuse
 from lorakeet.models.modules import find
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.hidden_states import prefix_states
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.cached_states import cached_states
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
@@ -88,13 +88,13 @@ def alone(
 def test_best_values_may_be_kept_on_disk(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit, from the step that was best, in files that are gone afterwards."""
     found, kept = [], list[Path | None]()
-    usual = Aside.__init__
+    usual = Spill.__init__
 
-    def watched(aside: Aside, folder: Path | None = None, *given: str) -> None:
+    def watched(spill: Spill, folder: Path | None = None, *given: str) -> None:
         kept.append(folder)
-        usual(aside, folder, *given)
+        usual(spill, folder, *given)
 
-    monkeypatch.setattr(Aside, "__init__", watched)
+    monkeypatch.setattr(Spill, "__init__", watched)
     for folder in (None, tmp_path):
         text, members = together(tiny_llama_folder, "ab", learning_rate=3.0)
         ended = train_many(text, members, folder=folder)
@@ -196,7 +196,7 @@ def streamed_or_not(folder: Path, store: Path | None, names: str) -> tuple[TextM
         lora, spec, seed = WANTED[name]
         spec = dataclasses.replace(spec, steps=3, micro_tokens=60)
         lora = dataclasses.replace(lora, dropout=0.2 if name == "b" else 0.0)
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=spec.seed, name=name)
+        initialise_adapter(text, plan_for(text.model, lora, text.family), seed=spec.seed, name=name)
         members.append(Member(name, spec, rows(14, seed), rows(6, 2)))
     return text, members
 
@@ -210,7 +210,7 @@ def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(
     folder, found = save_tiny_llama(tmp_path / "model", num_hidden_layers=3), []
     for store in (None, tmp_path / "store"):
         text, members = streamed_or_not(folder, store, "abc")
-        ended = train_many(text, members, aside=Aside(store), together=together)
+        ended = train_many(text, members, spill=Spill(store), together=together)
         values = {f"{name}/{key}": value for name in "abc" for key, value in inject.trained_parameters(text.model, name).items()}
         found.append(([at.losses for at in ended], values))
     assert found[0][0] == found[1][0]
@@ -249,11 +249,11 @@ def test_rows_whose_states_are_kept_begin_above_and_members_become_the_same(tiny
         plan = plan_for(text.model, lora, text.family)
         block: Any = find(text.model, "model.layers.0")
         block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
-        states = prefix_states(text, rows(6, 2), folder=None, micro_tokens=200, plans=[plan], later=rows(14, 1))
+        states = cached_states(text, rows(6, 2), folder=None, micro_tokens=200, plans=[plan], later=rows(14, 1))
         with states if kept else nullcontext():
             passed.clear()
             for name in "ab":
-                begin_adapter(text, plan, seed=3, name=name)
+                initialise_adapter(text, plan, seed=3, name=name)
             specs = [dataclasses.replace(SPEC, steps=8, seed=number) for number in range(2)]
             members = [Member(name, spec, rows(14, 1), rows(6, 2)) for name, spec in zip("ab", specs, strict=True)]
             ended = train_many(text, members)

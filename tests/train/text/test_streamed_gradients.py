@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.memory.spill import Aside, HostAside
+from lorakeet.memory.spill import HostSpill, Spill
 from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.streamed_gradients import _Random, gradients_by_block
 from lorakeet.train.text.task import TextTask
@@ -27,7 +27,7 @@ LORA = LoraSpec(rank=4, alpha=12.0, dropout=0.1)
 
 def task_on(folder: Path, store: Path | None, **streaming: Any) -> TextTask:
     text = loaded(folder, store)
-    begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+    initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
     with torch.no_grad():
         for number, parameter in enumerate(trained_parameters(text.model).values()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
@@ -50,7 +50,7 @@ def test_any_grouping_gives_the_same_bits(together: int, on_disk: bool, tmp_path
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     scratch = tmp_path if on_disk else None
     resident = gradients(task_on(folder, None))
-    streamed = gradients(task_on(folder, tmp_path / "store", together=together, aside=Aside(scratch)))
+    streamed = gradients(task_on(folder, tmp_path / "store", together=together, spill=Spill(scratch)))
     assert resident[0] == streamed[0]
     assert all(torch.equal(resident[1][name], streamed[1][name]) for name in resident[1])
 
@@ -80,10 +80,10 @@ def test_random_numbers_of_the_step_leave_the_generator_where_the_resident_step_
 
 def test_nothing_stays_aside(tmp_path: Path) -> None:
     task = task_on(save_tiny_llama(tmp_path / "model"), tmp_path / "store")
-    aside, batches = Aside(), task.batches(0)
+    spill, batches = Spill(), task.batches(0)
     assert task.text.streamed is not None
-    gradients_by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), aside=aside, chunk=256)
-    assert aside._held == {}
+    gradients_by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), spill=spill, chunk=256)
+    assert spill._held == {}
 
 
 def test_a_micro_batch_draws_its_numbers_on_the_device_too_and_once_more_backwards(second_generator: torch.Generator) -> None:
@@ -105,7 +105,7 @@ def test_blocks_that_are_copied_late_and_inputs_kept_by_the_host_give_the_same_b
     """The way of a CUDA device, with the device simulated (tiny/cards)."""
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=4)
     resident = gradients(task_on(folder, None))
-    task = task_on(folder, tmp_path / "store", aside=HostAside(), together=2)
+    task = task_on(folder, tmp_path / "store", spill=HostSpill(), together=2)
     assert task.text.streamed is not None
     stream, device = task.text.streamed.stream, Prompt()
     stream.release()

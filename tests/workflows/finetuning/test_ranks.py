@@ -20,8 +20,9 @@ from lorakeet.models.inject import adapter_names
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import ranks as choosing
-from lorakeet.workflows.finetuning.assemble_text import assemble, begin_pairs, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import add_pairs, assemble_text, text_task
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
+from lorakeet.workflows.options import FinetuneOptions
 from tiny.runs import QUICK, adapter_bytes, quiet, settings
 
 AUTO = {"ranks": "auto", "ranks.max_rank": 12}
@@ -30,7 +31,7 @@ AUTO = {"ranks": "auto", "ranks.max_rank": 12}
 @pytest.fixture(scope="module")
 def chosen(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("chosen") / "run"
-    return finetune(settings(finished.model, finished.data, out, AUTO), budget="3000", console=quiet())
+    return finetune(settings(finished.model, finished.data, out, AUTO), FinetuneOptions(budget="3000"), console=quiet())
 
 
 def test_the_saved_run_file_says_the_ranks_and_gives_the_same_run(chosen: Any, tmp_path: Path) -> None:
@@ -38,18 +39,18 @@ def test_the_saved_run_file_says_the_ranks_and_gives_the_same_run(chosen: Any, t
     assert 2900 < pair_parameters(plan) <= 3000 and len({entry.rank for entry in plan.entries}) > 2
     saved = read_run(run.config, {"out": str(tmp_path / "again")})
     assert saved.ranks.choose == "given" and saved.ranks.budget is None
-    assert finetune(saved, dry_run=True, console=quiet()).setup.plan == plan
+    assert finetune(saved, FinetuneOptions(dry_run=True), console=quiet()).setup.plan == plan
     finetune(saved, console=quiet())
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(run.path)
 
 
 def test_a_dry_run_and_a_resumed_run_agree(chosen: Any, finished: Any, tmp_path: Path) -> None:
     again = settings(finished.model, finished.data, tmp_path / "dry", {**AUTO, "ranks.budget": "3k"})
-    dry = finetune(again, dry_run=True, console=quiet())
+    dry = finetune(again, FinetuneOptions(dry_run=True), console=quiet())
     assert dry.setup.plan == chosen.setup.plan and not (tmp_path / "dry").exists()
     assert dry.to_mapping()["rank_pattern"] == chosen.setup.config.lora.rank_pattern, "which can be edited and given"
     before = adapter_bytes(chosen.run.path)
-    finetune(read_run(chosen.run.config), resume=chosen.run.path, console=quiet())
+    finetune(read_run(chosen.run.config), FinetuneOptions(resume=chosen.run.path), console=quiet())
     assert adapter_bytes(chosen.run.path) == before
 
 
@@ -81,7 +82,7 @@ def test_the_report_has_a_map_of_layer_and_matrix(chosen: Any, finished: Any) ->
 @pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
 def test_scoring_leaves_the_model_as_it_was(finished: Any, tmp_path: Path, score: str) -> None:
     config = settings(finished.model, finished.data, tmp_path / "run")
-    setup = assemble(config, quiet())
+    setup = assemble_text(config, quiet())
     before = [(path, type(module)) for path, module in setup.text.model.named_modules()]
     weights = {name: weight.clone() for name, weight in setup.text.model.state_dict().items()}
     auto = settings(finished.model, finished.data, tmp_path / "run", {**AUTO, "ranks.score": score})
@@ -110,7 +111,7 @@ def test_budgets_that_cannot_be_spent(
 ) -> None:
     config = settings(finished.model, finished.data, tmp_path / "run", {**AUTO, **changes})
     with pytest.raises(ConfigError) as caught:
-        finetune(config, budget=budget, console=quiet())
+        finetune(config, FinetuneOptions(budget=budget), console=quiet())
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run").exists()
 
 
@@ -120,7 +121,7 @@ def test_ranks_that_are_given_twice_are_refused(finished: Any, tmp_path: Path) -
 
 
 def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run"), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run"), quiet())
     with torch.no_grad():
         setup.text.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     auto = settings(finished.model, finished.data, tmp_path / "run", AUTO)
@@ -133,7 +134,7 @@ def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, m
 def test_a_pair_on_the_output_layer_begins_along_the_states_that_it_sees(finished: Any, tmp_path: Path) -> None:
     """Those from which a token is learnt; a pass up to the last states never calls the layer itself."""
     head = {"lora.start": "activation", "lora.target_modules": "q_proj,lm_head"}
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", head), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", head), quiet())
     found = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)["lm_head"]
     rows = choosing._rows(setup.config, setup.text, setup.train.examples, "")
     with torch.no_grad():
@@ -145,9 +146,9 @@ def test_a_pair_on_the_output_layer_begins_along_the_states_that_it_sees(finishe
 def test_what_a_pair_begins_with_is_measured_beside_other_adapters_too(finished: Any, tmp_path: Path) -> None:
     """Where products are of another dtype than weights, adapted layers leave their own modules out: those would see no token."""
     mixed = {"lora.start": "activation", "model.dtype": "bfloat16", "model.products": "float32"}
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", mixed), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", mixed), quiet())
     first = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
-    begin_pairs(setup, setup.plan, seed=0, name="one")
+    add_pairs(setup, setup.plan, seed=0, name="one")
     again = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
     for path, A in first.items():
         shared = (3 * A @ again[path].t()).square().sum() / len(A)  # 1 where both span the same, 4 of 32 by chance
@@ -157,9 +158,9 @@ def test_what_a_pair_begins_with_is_measured_beside_other_adapters_too(finished:
 @pytest.mark.parametrize("start", ["gradient", "activation"])
 def test_pairs_begin_along_what_was_measured_and_resume_to_the_same_bytes(finished: Any, tmp_path: Path, start: str) -> None:
     config = settings(finished.model, finished.data, tmp_path / "run", {"lora.start": start, "train.steps": 4})
-    setup = assemble(config, quiet())
+    setup = assemble_text(config, quiet())
     found = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
-    task = ready_to_train(setup)
+    task = text_task(setup)
     for entry in setup.plan.entries:
         A, B = (task.parameters()[f"{entry.path}.{name}"] for name in "AB")
         assert torch.equal(A, found[entry.path]) and not B.any()
@@ -170,15 +171,15 @@ def test_pairs_begin_along_what_was_measured_and_resume_to_the_same_bytes(finish
         for path in done.run.checkpoints.iterdir():
             if kept is None or path.name == kept:
                 shutil.rmtree(path)
-        finetune(read_run(done.run.config), resume=done.run.path, console=quiet())
+        finetune(read_run(done.run.config), FinetuneOptions(resume=done.run.path), console=quiet())
         assert adapter_bytes(done.run.path) == before
 
 
 def test_starts_that_are_measured_need_linear_layers_and_a_model_in_memory(finished: Any, tmp_path: Path) -> None:
     changes = {"lora.start": "gradient", "lora.target_modules": "q_proj,embed_tokens"}
     with pytest.raises(ConfigError, match=r"lora\.start gradient is for linear layers, not for embedding weights"):
-        assemble(settings(finished.model, finished.data, tmp_path / "run", changes), quiet())
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", {"lora.start": "activation"}), quiet())
+        assemble_text(settings(finished.model, finished.data, tmp_path / "run", changes), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", {"lora.start": "activation"}), quiet())
     streamed = replace(setup.text, streamed=object())
     with pytest.raises(ConfigError, match=r"lora\.start activation reads .* memory\.budget streams this one"):
         start_directions(setup.config, streamed, setup.plan, setup.train.examples)

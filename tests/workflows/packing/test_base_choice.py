@@ -17,6 +17,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.models.modules import original_modules
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing import base_choice as workflow
 from lorakeet.workflows.packing.base_choice import BaseChoice, both_bases, choose_base
 from lorakeet.workflows.quantize import quantize
@@ -60,7 +61,7 @@ def test_auto_takes_the_base_that_measures_better(
 
     monkeypatch.setattr(workflow, "_scores", scores)
     console, said = heard()
-    merged = merge([str(on_nf4)], out=tmp_path / "merged", console=console)
+    merged = merge(MergeOptions((str(on_nf4),), out=tmp_path / "merged"), console=console)
     choice = merged.choice
     assert choice is not None and choice.base != worse and merged.certificate.passed
     assert {system.name for system in choice.systems} == {"original", "dequantised"}
@@ -81,7 +82,7 @@ def test_rows_without_labels_are_judged_by_their_loss(tiny_llama_folder: Path, t
 
 
 def test_the_dequantised_base_is_what_the_run_computed_with(on_nf4: Path, tmp_path: Path) -> None:
-    merged = merge([str(on_nf4)], out=tmp_path / "merged", into="dequantised", console=quiet())
+    merged = merge(MergeOptions((str(on_nf4),), out=tmp_path / "merged", into="dequantised"), console=quiet())
     assert merged.certificate.passed and "on which the run was trained" in merged.notes[-1]
     logits, weights = merged.certificate.checks
     assert logits.measured["mean_kl"] < 1e-9 and weights.measured["row_difference"] < 1e-5
@@ -133,7 +134,7 @@ def on_disk(request: Any, tiny_llama_folder: Path, tmp_path_factory: pytest.Temp
         else:
             packed, dense = folder / "packed", tiny_llama_folder
             layout = {"group_size": 16, "calibration": str(data)} if request.param == "gptq" else {}
-            quantize(str(dense), method=request.param, out=packed, console=quiet(), **layout)
+            quantize(QuantizeOptions(str(dense), method=request.param, out=packed, **layout), console=quiet())
         blocks = {"model.quantize": "gguf"} if "blocks" in request.param else {}
         run(packed, data, folder / "run", blocks)
         yield folder / "run", dense, packed
@@ -159,7 +160,7 @@ def test_both_bases_of_a_run_on_a_quantised_file_are_measured(
     for worse in ("original", "dequantised"):
         asked: dict[str, str] = {}
         console, said = heard()
-        merged = merge([str(path)], out=tmp_path / worse, base=str(dense), console=console)
+        merged = merge(MergeOptions((str(path),), out=tmp_path / worse, base=str(dense)), console=console)
         assert merged.choice is not None and merged.choice.base != worse and merged.certificate.passed
         assert asked == {"original": str(dense), "dequantised": str(packed)}
         assert "Paired, on the same rows" in said.getvalue() and f"Merged into the {merged.choice.base} base" in said.getvalue()
@@ -192,7 +193,7 @@ def test_without_a_known_original_the_quantised_base_is_taken_and_it_is_said(on_
         record = card.read_text()
         card.write_text(record.replace(str(dense), "someone/elsewhere"))
     try:
-        merged = merge([str(path)], out=tmp_path / "merged", console=quiet())
+        merged = merge(MergeOptions((str(path),), out=tmp_path / "merged"), console=quiet())
         assert merged.choice is not None and merged.choice.base == "dequantised" and merged.certificate.passed
         said = merged.notes[-1]
         assert f"No unquantised original of {packed} is known" in said and "name it with --base" in said
@@ -207,7 +208,7 @@ def test_without_a_known_original_the_quantised_base_is_taken_and_it_is_said(on_
 
 
 def test_a_base_that_is_not_at_its_place_is_looked_for_where_base_says(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    quantize(str(tiny_llama_folder), method="nf4", out=tmp_path / "packed", console=quiet())
+    quantize(QuantizeOptions(str(tiny_llama_folder), method="nf4", out=tmp_path / "packed"), console=quiet())
     data = write_rows(tmp_path / "rows.jsonl", reviews(40))
     run(tmp_path / "packed", data, tmp_path / "run", {"train.steps": 2})
     moved = (tmp_path / "packed").rename(tmp_path / "moved")

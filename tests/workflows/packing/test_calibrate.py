@@ -17,7 +17,8 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_solve import GptqLayout
-from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
+from lorakeet.workflows.options import QuantizeOptions
+from lorakeet.workflows.packing.calibrate import write_gptq
 from lorakeet.workflows.quantize import quantize
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
@@ -85,8 +86,8 @@ def test_a_budget_changes_nothing_of_it_and_is_told(
 )
 def test_every_layout_is_read_back(layout: GptqLayout, data: Path, tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source", intermediate_size=64, num_key_value_heads=4)
-    rows = Calibration(str(data), 40)
-    _, errors = write_gptq(str(source), out=tmp_path / "out", layout=layout, calibration=rows, console=quiet())
+    options = QuantizeOptions(str(source), "gptq", tmp_path / "out", calibration=str(data), calibration_rows=40)
+    _, errors = write_gptq(options, layout, quiet())
     dense, text = loaded(source), loaded(tmp_path / "out")
     bases = bases_of(text)
     assert len(bases) == len(errors) == 14 and {base.bits for base in bases.values()} == {layout.bits}
@@ -128,17 +129,24 @@ def test_the_settings_may_lie_in_a_file_of_their_own(made: Path, tmp_path: Path)
 def test_wrong_settings_are_all_said_and_nothing_is_written(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError) as caught:
-        quantize(str(tiny_llama_folder), method="gptq", out=out, bits=5, group_size=0, head="quantize", console=quiet())
+        quantize(
+            QuantizeOptions(str(tiny_llama_folder), method="gptq", out=out, bits=5, group_size=0, head="quantize"),
+            console=quiet(),
+        )
     for words in ("--bits is 5", "--group-size is 0", "--head is quantize", "--calibration is missing"):
         assert words in str(caught.value)
     with pytest.raises(ConfigError, match="down_proj' has 48 inputs, no multiple of the group size 32"):
-        quantize(str(tiny_llama_folder), method="gptq", out=out, group_size=32, calibration=str(data), console=quiet())
+        quantize(
+            QuantizeOptions(str(tiny_llama_folder), method="gptq", out=out, group_size=32, calibration=str(data)), console=quiet()
+        )
     with pytest.raises(DataError, match="the widest layer has 48 inputs"):
         few = {"calibration": str(data), "calibration_rows": 1, "calibration_tokens": 20}
-        quantize(str(tiny_llama_folder), method="gptq", out=out, group_size=16, console=quiet(), **few)  # type: ignore[arg-type]
+        quantize(QuantizeOptions(str(tiny_llama_folder), method="gptq", out=out, group_size=16, **few), console=quiet())  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_packed_model_is_not_packed_again(made: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds quantised weights \(gptq\)"):
-        quantize(str(made), method="gptq", out=tmp_path / "out", group_size=16, calibration=str(data), console=quiet())
+        quantize(
+            QuantizeOptions(str(made), method="gptq", out=tmp_path / "out", group_size=16, calibration=str(data)), console=quiet()
+        )

@@ -17,6 +17,7 @@ from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing.merge import FEEDBACK, FINISHED, NEAREST, WRITTEN
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import open_adapter
@@ -40,14 +41,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_gptq(tiny_llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a GPTQ folder."""
     folder = tmp_path_factory.mktemp("gptq")
-    quantize(str(tiny_llama_folder), method="gptq", out=folder / "gptq", group_size=16, calibration=str(data), console=quiet())
+    quantize(
+        QuantizeOptions(str(tiny_llama_folder), method="gptq", out=folder / "gptq", group_size=16, calibration=str(data)),
+        console=quiet(),
+    )
     run(folder / "gptq", data, folder / "run", STEPS)
     return folder / "run"
 
 
 def test_a_gptq_run_stays_gptq(on_gptq: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "merged", on_gptq.parent / "gptq"
-    merged = merge([str(on_gptq)], out=out, into="packed", keep=0.5, memory="8GiB", console=quiet())
+    merged = merge(MergeOptions((str(on_gptq),), out=out, into="packed", keep=0.5, memory="8GiB"), console=quiet())
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
     assert after == before and after["quantization_config"]["quant_method"] == "gptq"
     certificate = read_certificate(out / "certificate.json")
@@ -68,7 +72,7 @@ def test_a_dense_run_goes_into_the_layout_that_is_named_and_is_finished(
 ) -> None:
     """The finish trains through the quantiser; both forms are reported, and what was written is one of them."""
     run(finished.model, data, tmp_path / "run", STEPS)
-    quantize(str(finished.model), method="nf4", out=tmp_path / "nf4", console=quiet())
+    quantize(QuantizeOptions(str(finished.model), method="nf4", out=tmp_path / "nf4"), console=quiet())
     words = ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--into", "packed", "--like", str(tmp_path / "nf4")]
     assert main([*words, "--finish-steps", "4", "--keep", "0.3"]) == 0
     facts = read_certificate(tmp_path / "out" / "certificate.json").facts
@@ -84,7 +88,7 @@ def test_a_gguf_run_stays_one_file(kind: str, data: Path, tmp_path: Path, monkey
     settings = {**STEPS, "model.quantize": "gguf"}
     run(tmp_path / "tiny.gguf", data, tmp_path / "run", settings)
     out = tmp_path / "merged.gguf"
-    merged = merge([str(tmp_path / "run")], out=out, into="packed", keep=0.5, memory="8GiB", console=quiet())
+    merged = merge(MergeOptions((str(tmp_path / "run"),), out=out, into="packed", keep=0.5, memory="8GiB"), console=quiet())
     assert read_certificate(tmp_path / "merged.gguf.certificate.json") == merged.certificate and merged.certificate.passed
     assert "outputs moved by" in merged.certificate.facts[f"14 layers in {kind}"]
     assert out.stat().st_size == (tmp_path / "tiny.gguf").stat().st_size
@@ -114,7 +118,7 @@ def test_less_than_was_asked_for_is_a_failure_that_says_what_survived(on_gptq: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workflow, "write_repacked", base_alone)
         with pytest.raises(VerificationFailed, match=r"surviving share .*\(at least 0\.95\).*rounding to the nearest would keep"):
-            merge([str(on_gptq)], out=tmp_path / "out", into="packed", console=quiet())
+            merge(MergeOptions((str(on_gptq),), out=tmp_path / "out", into="packed"), console=quiet())
     certificate = read_certificate(tmp_path / "out" / "certificate.json")
     assert not certificate.passed and abs(certificate.checks[0].measured["surviving_share"]) < 1e-3
 
@@ -127,14 +131,14 @@ def test_a_disk_that_is_full_after_the_model_is_said_in_words(
 
     monkeypatch.setattr(Certificate, "write", full)
     with pytest.raises(EnvironmentProblem, match=r"The certificate of .*/m could not be written: .*is full.*and merge again"):
-        merge([str(on_gptq)], out=tmp_path / "m", into="packed", keep=0.5, console=quiet())
+        merge(MergeOptions((str(on_gptq),), out=tmp_path / "m", into="packed", keep=0.5), console=quiet())
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
 def test_rows_without_labels_are_judged_by_their_loss(on_gptq: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", chats(50))
     run(on_gptq.parent / "gptq", rows, tmp_path / "run", STEPS)
-    merged = merge([str(tmp_path / "run")], out=tmp_path / "out", into="packed", keep=0.3, console=quiet())
+    merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "out", into="packed", keep=0.3), console=quiet())
     assert merged.certificate.passed and merged.surviving[WRITTEN].n == 5
 
 
@@ -149,13 +153,15 @@ def test_what_cannot_be_merged_so_is_said_before_anything_is_written(
         ({"dtype": "float16"}, "takes one run as it is"),
     ):
         with pytest.raises(ConfigError, match=match):
-            merge([str(on_gptq)], out=out, into="packed", console=quiet(), **words)  # type: ignore[arg-type]
+            merge(MergeOptions((str(on_gptq),), out=out, into="packed", **words), console=quiet())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="give it a name without"):
-        merge([str(on_gptq)], out=tmp_path / "out.gguf", into="packed", console=quiet())
+        merge(MergeOptions((str(on_gptq),), out=tmp_path / "out.gguf", into="packed"), console=quiet())
     with pytest.raises(ConfigError, match="go with --into packed"):
-        merge([str(finished.path)], out=out, finish_steps=3, console=quiet())
+        merge(MergeOptions((str(finished.path),), out=out, finish_steps=3), console=quiet())
     with pytest.raises(ConfigError, match="needs a run, whose training rows calibrate"):
-        merge([str(on_gptq / "adapter")], out=out, into="packed", base=str(on_gptq.parent / "gptq"), console=quiet())
+        merge(
+            MergeOptions((str(on_gptq / "adapter"),), out=out, into="packed", base=str(on_gptq.parent / "gptq")), console=quiet()
+        )
     assert not out.exists()
 
 
@@ -166,7 +172,7 @@ def test_a_pair_on_a_layer_that_is_not_packed_is_named(
     write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0")  # rows of 48 numbers, down_proj's, are no whole blocks
     run(tmp_path / "tiny.gguf", data, tmp_path / "run", {"model.quantize": "gguf", "train.steps": 2})
     with pytest.raises(ConfigError) as caught:
-        merge([str(tmp_path / "run")], out=tmp_path / "out", into="packed", console=quiet())
+        merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "out", into="packed"), console=quiet())
     said = str(caught.value)
     assert "not packed there: model.layers.0.mlp.down_proj" in said and "ends in .gguf" in said
 
@@ -180,7 +186,7 @@ def test_a_gguf_run_is_merged_densely_into_the_numbers_of_its_file(
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
     write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0")
     run(tmp_path / "tiny.gguf", data, tmp_path / "run", {"model.quantize": "gguf", "train.steps": 2})
-    merged = merge([str(tmp_path / "run")], out=tmp_path / "out", console=quiet())
+    merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "out"), console=quiet())
     assert merged.certificate.passed and merged.certificate.checks[0].measured["mean_kl"] < 1e-9
     assert any("the weights that gguf stands for" in note for note in merged.notes)
     assert any("No unquantised original of" in note for note in merged.notes)

@@ -117,8 +117,8 @@ def test_a_device_without_budgets_is_refused_and_a_cuda_device_is_held_to_its_ow
     with pytest.raises(EnvironmentProblem, match="on the CPU and on CUDA devices, but the model would be on mps"):
         fit_evaluation(within("8GiB", model__device="mps"), ADAPTER, print, NO_LABELS)
     limits: list[tuple[torch.device, int]] = []
-    monkeypatch.setattr(fit, "card_warning", lambda device, budget: "")
-    monkeypatch.setattr(fit, "limit_to", lambda device, budget: limits.append((device, budget)))
+    monkeypatch.setattr(fit, "gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(fit, "limit_gpu_memory", lambda device, budget: limits.append((device, budget)))
     same_runtime(monkeypatch, CONTEXT)
     said: list[str] = []
     found = fit_evaluation(within("8GiB", model__device="cuda:0"), ADAPTER, said.append, NO_LABELS)

@@ -13,9 +13,9 @@ import torch
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
-from lorakeet.memory.allocator import SMALL_SLACK, give_back_free_memory
+from lorakeet.memory.allocator import SMALL_SLACK, release_free_memory
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
-from lorakeet.models.text.outline import config_from, outline
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_pattern
 from lorakeet.ranks.score import Sketch
@@ -32,7 +32,7 @@ from lorakeet.workflows.planning.forecast_choices import (
 from lorakeet.workflows.planning.forecast_text_run import SCORE, SEARCH, Precision, forecast_run
 from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, RowShape, rehearse
 
-SMALL = config_from(
+SMALL = config_from_settings(
     {
         "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "float32",
@@ -52,7 +52,9 @@ def settings(**changes: str) -> RunConfig:
 
 def rehearsed(config: RunConfig, lora: LoraSpec) -> Rehearsal:
     fp32 = torch.float32
-    build = partial(outline, SMALL, name="small", dtype=fp32, products=fp32, attention="varlen", quantize=QuantSpec(), files=None)
+    build = partial(
+        model_from_config, SMALL, name="small", dtype=fp32, products=fp32, attention="varlen", quantize=QuantSpec(), files=None
+    )
     return rehearse(build, lora, config.train, rows=ROWS)
 
 
@@ -158,7 +160,7 @@ def test_taking_a_matrix_apart_holds_no_more_than_is_planned() -> None:
     sketch = Sketch(width, directions, torch.Generator().manual_seed(0))
     sketch.add(torch.randn(300, width, generator=torch.Generator().manual_seed(1)))
     sketch.directions("q", 4)  # what a first time leaves behind is there now
-    assert give_back_free_memory() and reset_peak()
+    assert release_free_memory() and reset_peak()
     before = resident_bytes()
     sketch.directions("q", 4)
     planned, used = _decomposing(directions, width), peak_bytes() - before

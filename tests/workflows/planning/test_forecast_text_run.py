@@ -13,10 +13,10 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
-from lorakeet.memory.usage import Held, with_more
+from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.outline import config_from, outline
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.forecast_text_run import (
     CERTIFY,
@@ -50,7 +50,7 @@ def settings(**changes: str) -> RunConfig:
 
 
 def planned(precision: Precision = FP32, **changes: str) -> TextRunPlan:
-    return forecast_run(settings(**changes), config_from(SMALL), precision, runtime=RUNTIME)
+    return forecast_run(settings(**changes), config_from_settings(SMALL), precision, runtime=RUNTIME)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
 
 def test_the_certificate_reads_the_base_again_but_not_under_a_budget() -> None:
     twice = planned().forecast.phase(CERTIFY)
-    once = forecast_run(settings(), config_from(SMALL), FP32, runtime=RUNTIME, returning=True).forecast.phase(CERTIFY)
+    once = forecast_run(settings(), config_from_settings(SMALL), FP32, runtime=RUNTIME, returning=True).forecast.phase(CERTIFY)
     assert twice.kinds["base"] == 2 * once.kinds["base"]
 
 
@@ -90,15 +90,15 @@ def test_the_certificate_reads_the_base_again_but_not_under_a_budget() -> None:
 def test_within_a_budget_the_certificate_computes_with_two_adapters_and_reads_beside_three(computing: int, copies: int) -> None:
     """The value that is read has gone when the model computes; of an adapter larger than what computing takes it is the peak."""
     found: Any = SimpleNamespace(plan=SimpleNamespace(parameters=100), packed=True, largest=25)
-    kept, judge = (with_more(Held(), base=1000, adapter=400, scratch=scratch) for scratch in (0, computing))
-    peak = Again(found, Held(), judge, words=0, adapter=400, second=False).peak(kept)
+    kept, judge = (add_usage(Usage(), base=1000, adapter=400, scratch=scratch) for scratch in (0, computing))
+    peak = Again(found, Usage(), judge, words=0, adapter=400, second=False).peak(kept)
     assert peak.kinds == {"base": 1000, "adapter": copies * 400, "scratch": computing}
 
 
 @pytest.mark.parametrize("changes", [{"lora__start": "pissa"}, {"lora__start": "olora"}, {"lora__variant": "dora"}])
 def test_pairs_that_begin_from_the_weights_hold_a_matrix_in_fp32_beside_the_earlier_ones(changes: dict[str, str]) -> None:
     narrow = Precision(torch.bfloat16, torch.bfloat16, QuantSpec())
-    found = forecast_run(settings(**changes), config_from(SMALL), narrow, runtime=RUNTIME, returning=True)
+    found = forecast_run(settings(**changes), config_from_settings(SMALL), narrow, runtime=RUNTIME, returning=True)
     names = [phase.name for phase in found.forecast.phases]
     assert names[:3] == ["load", BEGIN, "train step"]
     kinds = found.forecast.phase(BEGIN).kinds
@@ -116,25 +116,26 @@ def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
     shape = {**SMALL, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "num_attention_heads": 16}
     narrow = Precision(torch.bfloat16, torch.bfloat16, QuantSpec())
     config = settings(lora__start="olora", lora__target_modules="up_proj,down_proj", train__batch_size="1")
-    phase = forecast_run(config, config_from(shape), narrow, runtime=0, returning=True).forecast.phase(BEGIN)
-    text = outline(config_from(shape), name="random", dtype=torch.bfloat16, products=torch.bfloat16)
-    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="before")  # code and buffers are there now
+    phase = forecast_run(config, config_from_settings(shape), narrow, runtime=0, returning=True).forecast.phase(BEGIN)
+    text = model_from_config(config_from_settings(shape), name="random", dtype=torch.bfloat16, products=torch.bfloat16)
+    plan = plan_for(text.model, config.lora, text.family)
+    initialise_adapter(text, plan, seed=0, name="before")  # code and buffers are there now
     assert reset_peak()
     before = resident_bytes()
-    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="again")
+    initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="again")
     used = peak_bytes() - before
     copy = 4 * 2048 * 5632
     assert copy <= used + (4 << 20) and used <= phase.bytes - phase.kinds["base"] - phase.kinds["runtime"]
 
 
 def test_rows_without_labels_have_no_floors() -> None:
-    found = forecast_run(settings(), config_from(SMALL), FP32, runtime=RUNTIME, labelled=False)
+    found = forecast_run(settings(), config_from_settings(SMALL), FP32, runtime=RUNTIME, labelled=False)
     assert found.forecast.phase("judge").kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY
 
 
 def test_a_gptq_model_is_planned_as_it_is_packed() -> None:
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-    packed = forecast_run(settings(), config_from({**SMALL, "quantization_config": stored}), FP32, runtime=RUNTIME)
+    packed = forecast_run(settings(), config_from_settings({**SMALL, "quantization_config": stored}), FP32, runtime=RUNTIME)
     dense = planned()
     assert packed.base < 0.5 * dense.base and packed.plan.parameters == dense.plan.parameters
 
@@ -160,7 +161,7 @@ def test_the_runtime_is_that_of_this_process() -> None:
 def test_on_a_cuda_device_only_what_is_there_counts() -> None:
     host = planned()
     card = forecast_run(
-        settings(), config_from(SMALL), replace(FP32, device=torch.device("cuda")), runtime=CONTEXT, returning=True
+        settings(), config_from_settings(SMALL), replace(FP32, device=torch.device("cuda")), runtime=CONTEXT, returning=True
     )
     names = [phase.name for phase in card.forecast.phases]
     assert names == [phase.name for phase in host.forecast.phases if phase.name not in (MERGE, EXPORT)]
@@ -172,7 +173,7 @@ def test_on_a_cuda_device_only_what_is_there_counts() -> None:
 
 def test_packed_weights_are_unpacked_on_a_cuda_device_as_they_are_there() -> None:
     """Whole in fp32, where a CPU has them in parts."""
-    config = config_from({**SMALL, "hidden_size": 1024, "intermediate_size": 16384, "num_attention_heads": 8})
+    config = config_from_settings({**SMALL, "hidden_size": 1024, "intermediate_size": 16384, "num_attention_heads": 8})
     scratch = []
     for name in ("cpu", "cuda"):
         packed = Precision(torch.float32, torch.float32, QuantSpec(method="int8"), torch.device(name))

@@ -13,7 +13,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.forecast import Forecast, Phase
-from lorakeet.models.image.outline import shapes_of_images
+from lorakeet.models.image.from_config import shapes_of_images
 from lorakeet.workflows.planning import fit
 from lorakeet.workflows.planning import image_run as image_forecast
 from lorakeet.workflows.planning.image_run import Machine, changes_that_help, fit_images, forecast_images, machine_of, ways
@@ -58,8 +58,8 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     found: list[tuple[torch.device, int]] = []
     monkeypatch.setattr(image_forecast, "device_for", torch.device)
     monkeypatch.setattr(image_forecast, "planned_on", torch.device)
-    monkeypatch.setattr(fit, "card_warning", lambda device, budget: "")
-    monkeypatch.setattr(fit, "limit_to", lambda device, budget: found.append((device, budget)))
+    monkeypatch.setattr(fit, "gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(fit, "limit_gpu_memory", lambda device, budget: found.append((device, budget)))
     return found
 
 

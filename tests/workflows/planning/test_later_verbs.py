@@ -16,7 +16,7 @@ from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.models.families import family_of
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.outline import config_from
+from lorakeet.models.text.from_config import config_from_settings
 from lorakeet.workflows.planning.check import Check
 from lorakeet.workflows.planning.later_verbs import later_phases, with_later
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
@@ -29,7 +29,7 @@ SHAPE = {
 
 def planned(**changes: Any) -> tuple[RunConfig, Any, Plan]:
     given = {"model.path": "made-up", "data.train": "none", "lora.rank": "4", "lora.alpha": "12", "data.max_tokens": "64"}
-    config = config_from({**SHAPE, **changes})
+    config = config_from_settings({**SHAPE, **changes})
     model = empty_model(config, torch.float32)
     return read_run(None, given), config, plan_for(model, LoraSpec(rank=4), family_of(config))
 

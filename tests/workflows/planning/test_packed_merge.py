@@ -29,6 +29,7 @@ from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing import merge as merge_packed
 from lorakeet.workflows.planning import fit, packed_merge
 from lorakeet.workflows.planning.check_sizes import FP32
@@ -45,7 +46,7 @@ from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
 
 WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}
-FEW_ROWS: dict[str, Any] = {"into": "packed", "keep": 1e-6, "calibration_rows": 12, "console": quiet()}
+FEW_ROWS: dict[str, Any] = {"into": "packed", "keep": 1e-6, "calibration_rows": 12}
 WAYS = [RESIDENT, STREAMED, SPILLED]
 NAMES = ["resident", "streamed", "spilled"]
 
@@ -56,8 +57,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     model = save_tiny_llama(folder / "model", num_hidden_layers=6)
     data = write_rows(folder / "rows.jsonl", reviews(60))
-    quantize(str(model), method="nf4", out=folder / "nf4", console=quiet())
-    quantize(str(model), method="gptq", out=folder / "gptq", group_size=16, calibration=str(data), console=quiet())
+    quantize(QuantizeOptions(str(model), method="nf4", out=folder / "nf4"), console=quiet())
+    quantize(
+        QuantizeOptions(str(model), method="gptq", out=folder / "gptq", group_size=16, calibration=str(data)), console=quiet()
+    )
     run(folder / "nf4", data, folder / "on_nf4", {"train.steps": 2})
     run(model, data, folder / "on_dense", {"train.steps": 8})
     return folder
@@ -69,8 +72,10 @@ def wide(runs: Path) -> Path:
     folder, data, settings = runs / "wide", runs / "rows.jsonl", {"train.steps": 4, "train.learning_rate": 0.002}
     model = save_tiny_llama(folder / "model", **WIDE)
     more = write_rows(folder / "more.jsonl", reviews(90))
-    quantize(str(model), method="nf4", out=folder / "nf4", console=quiet())
-    quantize(str(model), method="gptq", out=folder / "gptq", group_size=64, calibration=str(more), console=quiet())
+    quantize(QuantizeOptions(str(model), method="nf4", out=folder / "nf4"), console=quiet())
+    quantize(
+        QuantizeOptions(str(model), method="gptq", out=folder / "gptq", group_size=64, calibration=str(more)), console=quiet()
+    )
     run(folder / "nf4", data, folder / "on_nf4", settings)
     run(model, data, folder / "on_dense", settings)
     return folder
@@ -114,11 +119,11 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_the_same_bytes_are_written_each_way(base: str, like: str | None, runs: Path, going: Any, tmp_path: Path) -> None:
     """And the same shares survive, number by number."""
     words: dict[str, Any] = {**FEW_ROWS, "like": str(runs / like) if like else None}
-    free = merge([str(runs / base)], out=tmp_path / "free", **words)
+    free = merge(MergeOptions((str(runs / base),), out=tmp_path / "free", **words), console=quiet())
     for way in WAYS:
         going(way)
         out = tmp_path / f"way{way.streamed + way.on_disk}"
-        merged = merge([str(runs / base)], out=out, memory="8GiB", **words)
+        merged = merge(MergeOptions((str(runs / base),), out=out, memory="8GiB", **words), console=quiet())
         assert contents(out) == contents(tmp_path / "free")
         assert merged.surviving == free.surviving
     assert sorted(path.name for path in tmp_path.iterdir()) == ["free", "way0", "way1", "way2"]
@@ -132,9 +137,9 @@ def test_a_gguf_file_is_patched_to_the_same_bytes(
     write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0", hidden_size=64, intermediate_size=64)
     run(tmp_path / "tiny.gguf", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2})  # on the dense copy
     words: dict[str, Any] = {**FEW_ROWS, "like": str(tmp_path / "tiny.gguf")}
-    merge([str(tmp_path / "run")], out=tmp_path / "free.gguf", **words)
+    merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "free.gguf", **words), console=quiet())
     going(SPILLED)
-    merge([str(tmp_path / "run")], out=tmp_path / "kept.gguf", memory="8GiB", **words)
+    merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "kept.gguf", memory="8GiB", **words), console=quiet())
     assert (tmp_path / "kept.gguf").read_bytes() == (tmp_path / "free.gguf").read_bytes()
     assert (tmp_path / "kept.gguf").read_bytes() != (tmp_path / "tiny.gguf").read_bytes()
     laid_out = [path.name.rpartition("-")[0].rpartition("-")[0] for path in (tmp_path / "cache" / "gguf-packed").iterdir()]
@@ -163,9 +168,11 @@ def test_what_is_held_is_what_is_planned(
 ) -> None:
     """Not more, but for a matrix that Python may not have let go yet, and not half as much again."""
     planned = going(way)
-    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / "nf4"), "console": quiet()}
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / "nf4")}
     with suppress(VerificationFailed):  # how much survives of such an adapter is chance
-        merge([str(wide / base)], out=tmp_path / "out", memory="8GiB", calibration_rows=24, **words)
+        merge(
+            MergeOptions((str(wide / base),), out=tmp_path / "out", memory="8GiB", calibration_rows=24, **words), console=quiet()
+        )
     assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
 
 
@@ -174,7 +181,9 @@ def into_larger(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A run on twelve blocks in NF4, and a .gguf file whose layers in Q8_0 are twice as large."""
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
     many = {**WIDE, "num_hidden_layers": 12}
-    quantize(str(save_tiny_llama(tmp_path / "model", **many)), method="nf4", out=tmp_path / "nf4", console=quiet())
+    quantize(
+        QuantizeOptions(str(save_tiny_llama(tmp_path / "model", **many)), method="nf4", out=tmp_path / "nf4"), console=quiet()
+    )
     run(tmp_path / "nf4", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2, "evaluate.drift_texts": 0})
     write_tiny_gguf(tmp_path / "like.gguf", "Q8_0", **many)
     return tmp_path / "run", tmp_path / "like.gguf"
@@ -192,9 +201,9 @@ def test_layers_that_become_larger_are_planned(
     comparing = plan(RESIDENT).forecast.phase(packed_merge.COMPARE_MADE).bytes
     assert comparing > 12 * of_block and plan(STREAMED).block_bytes >= of_block
     planned = going(RESIDENT)
-    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB", "console": quiet()}
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB"}
     with suppress(VerificationFailed):
-        merge([str(source)], out=tmp_path / "out.gguf", calibration_rows=24, **words)
+        merge(MergeOptions((str(source),), out=tmp_path / "out.gguf", calibration_rows=24, **words), console=quiet())
     assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
 
 
@@ -204,7 +213,7 @@ def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: P
     for blocks in (6, 12):
         source = save_tiny_llama(tmp_path / f"of{blocks}", **{**WIDE, "num_hidden_layers": blocks})
         run(source, runs / "rows.jsonl", tmp_path / f"run{blocks}", {"train.steps": 1, "evaluate.drift_texts": 0})
-        quantize(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}", console=quiet())
+        quantize(QuantizeOptions(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}"), console=quiet())
         merging = PackedMerging(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"), tmp_path / "out")
         peaks[blocks] = [merging.plan(way).peak for way in (RESIDENT, STREAMED)]
     six_blocks = FP32 * 6 * (4 * 256 * 256 + 3 * 256 * 704)
@@ -225,9 +234,14 @@ def test_what_a_finish_holds_is_what_is_planned(
         return found
 
     monkeypatch.setattr(PackedMerging, "plan", noted)
-    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / like), "console": quiet()}
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / like)}
     with suppress(VerificationFailed):
-        merge([str(wide / "on_dense")], out=tmp_path / "out", memory="8GiB", finish_steps=3, calibration_rows=26, **words)
+        merge(
+            MergeOptions(
+                (str(wide / "on_dense"),), out=tmp_path / "out", memory="8GiB", finish_steps=3, calibration_rows=26, **words
+            ),
+            console=quiet(),
+        )
     assert planned[0].highest.name == "finish"
     assert held.peak <= planned[0].peak <= 1.3 * held.peak
 
@@ -260,9 +274,9 @@ def test_a_gguf_file_that_is_still_to_be_laid_out_is_refused_before_that(
 ) -> None:
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
     write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0")
-    words: dict[str, Any] = {"into": "packed", "like": str(tmp_path / "tiny.gguf"), "memory": "8MiB", "console": quiet()}
+    words: dict[str, Any] = {"into": "packed", "like": str(tmp_path / "tiny.gguf"), "memory": "8MiB"}
     with pytest.raises(ConfigError, match=r"but unpacking .*tiny\.gguf, which is done once, takes about"):
-        merge([str(runs / "on_nf4")], out=tmp_path / "out.gguf", **words)
+        merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out.gguf", **words), console=quiet())
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(fit, "bytes_to_unpack", lambda spec: 1 << 50)
     with pytest.raises(ConfigError, match=r"but unpacking .*nf4, which is done once"):
@@ -335,9 +349,9 @@ def test_every_store_is_closed_and_gone(
 
         monkeypatch.setattr(packed_model, "stream_safetensors", failing)
         with pytest.raises(EnvironmentProblem, match="Free some space"):
-            merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+            merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
     else:
-        merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+        merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
     assert len(begun) == (5 if full else 6), "the base three times, and what was made of it"
     assert not any(store._closing.alive for store in begun)
     assert [path.name for path in tmp_path.iterdir()] == ([] if full else ["out"])
@@ -350,8 +364,8 @@ def test_a_disk_without_room_is_said_before_the_work(
     going(SPILLED)
     monkeypatch.setattr(fit.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(EnvironmentProblem, match=r"packed weights needs .* in .*\.out\.blocks and .* in .*out on disk"):
-        words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "memory": "8GiB", "console": quiet()}
-        merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+        words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "memory": "8GiB"}
+        merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
     assert not any(tmp_path.iterdir())
 
 
@@ -393,12 +407,12 @@ def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: p
         return found[-1]
 
     monkeypatch.setattr(merge_packed, "round_with_feedback", kept)
-    merge([str(runs / "on_nf4")], out=tmp_path / "out", memory="8GiB", **FEW_ROWS)
+    merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out", memory="8GiB", **FEW_ROWS), console=quiet())
     assert all(len(dense) == 1 for dense in held) and len(held) == 6 * (7 + 7)
     assert len(found) == 6 * 7 and all(one.latent is None for one in found)
 
 
 def test_a_merge_without_room_writes_nothing(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a merge into packed weights takes at least"):
-        merge([str(runs / "on_nf4")], out=tmp_path / "out", into="packed", memory="64MiB", console=quiet())
+        merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out", into="packed", memory="64MiB"), console=quiet())
     assert not (tmp_path / "out").exists()

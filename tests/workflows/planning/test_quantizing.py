@@ -20,6 +20,7 @@ from lorakeet.memory.stream import RecordStream
 from lorakeet.models.streaming import load as streamed_load
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text import load
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.packing import calibrate
 from lorakeet.workflows.planning import fit
 from lorakeet.workflows.planning.packed_merge import SPILLED, STREAMED
@@ -76,11 +77,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_gptq_writes_the_same_bytes_each_way(family: str, rows: str, going: Any, tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source", family=family)
-    quantize(str(source), out=tmp_path / "free", calibration=rows, console=quiet(), **GPTQ)
+    quantize(QuantizeOptions(str(source), out=tmp_path / "free", calibration=rows, **GPTQ), console=quiet())
     for way in (RESIDENT, STREAMED, SPILLED):
         going(way)
         out = tmp_path / str(way.streamed + way.spilled)
-        quantize(str(source), out=out, calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+        quantize(QuantizeOptions(str(source), out=out, calibration=rows, memory="8GiB", **GPTQ), console=quiet())
         assert contents(out) == contents(tmp_path / "free")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "free", "source"]
 
@@ -89,10 +90,10 @@ def test_gptq_writes_the_same_bytes_each_way(family: str, rows: str, going: Any,
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_packing_each_weight_writes_the_same_bytes_each_way(method: Any, going: Any, tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source")
-    quantize(str(source), method=method, out=tmp_path / "free", console=quiet())
+    quantize(QuantizeOptions(str(source), method=method, out=tmp_path / "free"), console=quiet())
     for way in (RESIDENT, STREAMED):
         going(way)
-        quantize(str(source), method=method, out=tmp_path / str(way.streamed), memory="8GiB", console=quiet())
+        quantize(QuantizeOptions(str(source), method=method, out=tmp_path / str(way.streamed), memory="8GiB"), console=quiet())
         assert contents(tmp_path / str(way.streamed)) == contents(tmp_path / "free")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["False", "True", "free", "source"]
 
@@ -112,7 +113,7 @@ def test_what_is_held_is_what_is_planned(
     monkeypatch.setattr(calibrate, "_quantised", counted)
     planned = going(way)
     settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
-    quantize(str(source), out=tmp_path / "out", console=quiet(), **settings)
+    quantize(QuantizeOptions(str(source), out=tmp_path / "out", **settings), console=quiet())
     mapped = 0 if way.streamed else (source / "model.safetensors").stat().st_size  # the weights are pages of the file
     assert held.peak + mapped <= planned[0] <= 1.5 * (held.peak + mapped)
 
@@ -131,7 +132,7 @@ def test_the_store_of_a_check_is_in_the_plan(method: Any, going: Any, tmp_path: 
 
     monkeypatch.setattr(streamed_load, "write_store", counted)
     planned = going(STREAMED)
-    quantize(str(source), method=method, out=tmp_path / "out", memory="8GiB", console=quiet())
+    quantize(QuantizeOptions(str(source), method=method, out=tmp_path / "out", memory="8GiB"), console=quiet())
     mapped = 2 * 20_000 * 64  # a matrix as it is read is pages of the file
     assert held.peak + mapped <= planned[0] <= 1.5 * (held.peak + mapped)
 
@@ -151,7 +152,7 @@ def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Pa
     for blocks in (6, 12):
         source = save_tiny_llama(tmp_path / str(blocks), **{**WIDE, "num_hidden_layers": blocks})
         with pytest.raises(ConfigError, match="takes at least"):
-            quantize(str(source), out=tmp_path / "out", console=quiet(), **settings)
+            quantize(QuantizeOptions(str(source), out=tmp_path / "out", **settings), console=quiet())
     numbers = 4 * 256 * 256 + 3 * 256 * 704
     block, packed = 4 * numbers, numbers // 2
     few, many = zip(*(planned[way] for way in (RESIDENT, STREAMED)), strict=True)
@@ -166,10 +167,10 @@ def test_a_budget_below_the_least_is_refused_with_it(
     source = save_tiny_llama(tmp_path / "source")
     settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
     with pytest.raises(ConfigError, match=r"budget is 100MiB, but quantising .* takes at least 4\d\d MiB .*--memory"):
-        quantize(str(source), out=tmp_path / "out", memory="100MiB", console=quiet(), **settings)
+        quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="100MiB", **settings), console=quiet())
     for wrong, said in (("3", "without a unit"), ("-1GiB", "must be above 0"), ("2 lots", "no unit of memory")):
         with pytest.raises(ConfigError, match=said):
-            quantize(str(source), out=tmp_path / "out", memory=wrong, console=quiet(), **settings)
+            quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory=wrong, **settings), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -184,7 +185,7 @@ def test_a_model_that_cannot_be_planned_is_refused(
     source = save_tiny_llama(tmp_path / "source")
     settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
     with pytest.raises(ConfigError, match=r"--memory cannot be kept without a plan .* Leave --memory out"):
-        quantize(str(source), out=tmp_path / "out", memory="8GiB", console=quiet(), **settings)
+        quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="8GiB", **settings), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -206,9 +207,9 @@ def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_o
     with pytest.raises(
         ConfigError, match=r"at least 4\d\d MiB .*in memory\. It has no blocks\. Give that with --memory"
     ) as caught:
-        quantize(str(source), out=tmp_path / "out", memory="100MiB", console=quiet(), **settings)
+        quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="100MiB", **settings), console=quiet())
     assert "memory.budget" not in str(caught.value)
-    quantize(str(source), out=tmp_path / "out", memory="12GiB", console=quiet(), **settings)
+    quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="12GiB", **settings), console=quiet())
 
 
 @pytest.mark.usefixtures("no_runtime")
@@ -223,9 +224,9 @@ def test_another_attention_than_the_planned_one_is_refused_under_a_budget(
     monkeypatch.setattr(load, "_try_attention", without_varlen)
     source = save_tiny_llama(tmp_path / "source")
     with pytest.raises(ConfigError, match=r"attends with sdpa, row by row, .* planned for attention varlen.* Leave --memory out"):
-        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+        quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", **GPTQ), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    quantize(str(source), out=tmp_path / "out", calibration=rows, console=quiet(), **GPTQ)
+    quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, **GPTQ), console=quiet())
 
 
 @pytest.mark.usefixtures("no_runtime")
@@ -253,7 +254,7 @@ def test_every_store_is_closed(
         monkeypatch.setattr(packed_model, "stream_safetensors", failing)
         ends = pytest.raises(EnvironmentProblem)
     with ends:
-        quantize(str(source), out=tmp_path / "out", memory="8GiB", console=quiet(), **settings)
+        quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="8GiB", **settings), console=quiet())
     assert len(opened) == (method == "gptq") + (not full) and closed == opened
 
 
@@ -269,5 +270,5 @@ def test_a_disk_without_room_is_said_before_the_work(
     going(SPILLED)
     monkeypatch.setattr(fit.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(EnvironmentProblem, match=r"quantising .* needs .* on disk, where 1000 bytes are free\. Free some space"):
-        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+        quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", **GPTQ), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lorakeet.core.spec import LoraSpec
+from lorakeet.models.image.from_config import ShapeImageModel, image_model_from_config, shapes_of_images
 from lorakeet.models.image.model import image_plan
-from lorakeet.models.image.outline import OutlinedImage, outline_image, shapes_of_images
 from lorakeet.models.image.shapes import Shapes
 from lorakeet.models.inject import adapter_names
 from lorakeet.models.spec import ModelSpec
@@ -29,8 +29,8 @@ def shapes(tiny_sdxl_folder: Path) -> Shapes:
     return shapes_of_images(ModelSpec(path=str(tiny_sdxl_folder)), print)
 
 
-def built(shapes: Shapes, quantize: str = "none") -> OutlinedImage:
-    return outline_image(shapes, name="tiny", dtype=torch.float32, quantize=QuantSpec(method=quantize))  # type: ignore[arg-type]
+def built(shapes: Shapes, quantize: str = "none") -> ShapeImageModel:
+    return image_model_from_config(shapes, name="tiny", dtype=torch.float32, quantize=QuantSpec(method=quantize))  # type: ignore[arg-type]
 
 
 def rehearsed(shapes: Shapes, pictures: Pictures = PICTURES, quantize: str = "none", **changes: object) -> ImageRehearsal:
@@ -67,7 +67,8 @@ def test_a_packed_unet_takes_less(shapes: Shapes) -> None:
 
 def test_a_card_holds_a_part_only_while_it_computes(shapes: Shapes) -> None:
     all_along, card = rehearsed(shapes), rehearse_images(
-        partial(outline_image, shapes, name="tiny", dtype=torch.float32, card=True), LORA, TrainSpec(), DiffusionSpec(at_once=2),
+        partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, card=True), LORA, TrainSpec(),
+        DiffusionSpec(at_once=2),
         PICTURES,
     )  # fmt: skip
     real = built(shapes)
@@ -114,6 +115,6 @@ def test_a_model_that_cannot_be_followed_is_no_plan(shapes: Shapes, monkeypatch:
         numbers = torch.ones(4)
         numbers[numbers > 0].sum()
 
-    monkeypatch.setattr(OutlinedImage, "encode", chosen_by_numbers)
+    monkeypatch.setattr(ShapeImageModel, "encode", chosen_by_numbers)
     with pytest.raises(NotPlanned, match="cannot be planned: what it computes depends on its numbers"):
         rehearsed(shapes)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.files.packing import packing_of
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant import gguf_codes
 from lorakeet.quant.gguf_codes import HIGHEST
 from lorakeet.quant.nf4 import Nf4Base
@@ -58,14 +58,16 @@ def test_rounding_holds_what_its_rows_and_its_blocks_take() -> None:
     wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5}
     config = tiny_model("llama", **wide).config
     empty = empty_model(config, torch.float32)
-    plan = plan_for(empty, LoraSpec(rank=4), outline(config, name="m", dtype=torch.float32, products=torch.float32).family)
+    plan = plan_for(
+        empty, LoraSpec(rank=4), model_from_config(config, name="m", dtype=torch.float32, products=torch.float32).family
+    )
     packing = packing_of(empty, config, QuantSpec(method="nf4"))
 
     def held(make: Any, rows: RowShape) -> int:
         build = partial(make, config, name="m", dtype=torch.float32, products=torch.float32)
-        return rehearse_rounding(build, plan, made_up_rows(rows), packing, Aside).bytes
+        return rehearse_rounding(build, plan, made_up_rows(rows), packing, Spill).bytes
 
-    few, many = (held(outline, RowShape(60, count)) for count in (4, 12))
+    few, many = (held(model_from_config, RowShape(60, count)) for count in (4, 12))
     assert many - few >= 4 * 8 * 60 * 128, "the states of eight rows more"
     block = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
-    assert 2 * block < few - held(streamed_outline, RowShape(60, 4)) < 5 * block
+    assert 2 * block < few - held(streamed_model_from_config, RowShape(60, 4)) < 5 * block

@@ -9,8 +9,8 @@ import torch
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.outline import config_from, outline
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, EVALUATE, STEP, Rehearsal, RowShape, rehearse, training_on
@@ -25,7 +25,7 @@ ROWS = RowShape(32, 2)
 
 def rehearsed(rows: RowShape = ROWS, quantize: str = "none", lora: LoraSpec = LORA, **changes: int) -> Rehearsal:
     build = partial(
-        outline, config_from({**SMALL, **changes}), name="small", dtype=torch.float32, products=torch.float32,
+        model_from_config, config_from_settings({**SMALL, **changes}), name="small", dtype=torch.float32, products=torch.float32,
         quantize=QuantSpec(method=quantize),  # type: ignore[arg-type]
     )  # fmt: skip
     return rehearse(build, lora, TrainSpec(), rows=rows)
@@ -33,7 +33,7 @@ def rehearsed(rows: RowShape = ROWS, quantize: str = "none", lora: LoraSpec = LO
 
 def test_what_is_kept_all_along_is_counted_exactly() -> None:
     found = rehearsed()
-    real = outline(config_from(SMALL), name="small", dtype=torch.float32, products=torch.float32)
+    real = model_from_config(config_from_settings(SMALL), name="small", dtype=torch.float32, products=torch.float32)
     base = sum(tensor.nbytes for tensor in {id(t): t for t in (*real.model.parameters(), *real.model.buffers())}.values())
     assert found.base == base
     assert found.parameters == sum(parameter.numel() for parameter in real.model.parameters())
@@ -45,8 +45,8 @@ def test_what_is_kept_all_along_is_counted_exactly() -> None:
 
 
 def test_the_saved_activations_are_those_that_autograd_saves() -> None:
-    text = outline(config_from(SMALL), name="small", dtype=torch.float32, products=torch.float32)
-    begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+    text = model_from_config(config_from_settings(SMALL), name="small", dtype=torch.float32, products=torch.float32)
+    initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
     training = training_on(text, TrainSpec(), ROWS)
     kept = {parameter.untyped_storage().data_ptr() for parameter in text.model.parameters()}
     kept |= {buffer.untyped_storage().data_ptr() for buffer in text.model.buffers()}
@@ -91,7 +91,7 @@ def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() 
     """Rows of one token repeated had left queries and keys, whose values were all alike, with gradients of pure rounding."""
     for seed in range(12):
         torch.manual_seed(seed)
-        text = outline(config_from(SMALL), name="small", dtype=torch.bfloat16, products=torch.float32)
-        begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+        text = model_from_config(config_from_settings(SMALL), name="small", dtype=torch.bfloat16, products=torch.float32)
+        initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
         training = training_on(text, TrainSpec(), RowShape(64, 2))
         training.step()  # which raises where a gradient did not arrive

@@ -12,7 +12,7 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.cuda import CONTEXT
-from lorakeet.memory.spill import HostAside
+from lorakeet.memory.spill import HostSpill
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
@@ -133,8 +133,10 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     """As if there were a CUDA device; the limits that torch is held to."""
     found: list[tuple[torch.device, int]] = []
     monkeypatch.setattr("lorakeet.workflows.planning.text_run.device_for", torch.device)
-    monkeypatch.setattr("lorakeet.workflows.planning.fit.card_warning", lambda device, budget: "")
-    monkeypatch.setattr("lorakeet.workflows.planning.fit.limit_to", lambda device, budget: found.append((device, budget)))
+    monkeypatch.setattr("lorakeet.workflows.planning.fit.gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(
+        "lorakeet.workflows.planning.fit.limit_gpu_memory", lambda device, budget: found.append((device, budget))
+    )
     return found
 
 
@@ -154,7 +156,7 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
         change = {**on_card, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
         found = fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", change), said.append, NO_LABELS)
         assert found.store == Path("there") and found.gpu == card and limited.pop()[1] == found.budget.bytes
-        assert found.pinned == (keep == "host") and isinstance(found.spilled_states(), HostAside) == found.way.spilled
+        assert found.pinned == (keep == "host") and isinstance(found.spilled_states(), HostSpill) == found.way.spilled
         assert "Pinned host memory" in said[-1] and "on cuda:0" in said[-2]
     with pytest.raises(ConfigError, match=r"this run takes at least \d+ MiB"):
         little = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "600MiB"})

@@ -37,7 +37,7 @@ def test_what_cannot_be_shared_is_named_in_one_message() -> None:
         train__shard="true", lora__variant="dora", model__kernels="triton",
     )  # fmt: skip
     with pytest.raises(ConfigError) as error:
-        require_combinable(asked, TWO)
+        require_combinable(asked, TWO, several=False)
     message = str(error.value)
     assert message.startswith("2 processes cannot train this run together (7 problems):")
     named = (
@@ -86,7 +86,7 @@ def test_the_command_line_says_it_once(forked: Together, tiny_llama_folder: Path
     for verb in ("tune", "plan"):
         refused = forked.run([verb, "--model", tiny_llama_folder, "--data", data])
         assert [one.code for one in refused] == [2, 2]
-        assert f"lorakeet {verb} is the work of one process, and 2 were started" in refused[0].said and refused[1].said == ""
+        assert f"`lorakeet {verb}` runs in one process, but torchrun started 2" in refused[0].said and refused[1].said == ""
 
 
 def test_one_that_dies_before_the_first_step_is_named_with_the_way_to_go_on(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from lorakeet.ranks.allocate import pair_parameters, rank_cost
 from lorakeet.train import checkpoint
 from lorakeet.workflows.compress import compress
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
+from lorakeet.workflows.options import CompressOptions, FinetuneOptions, TuneOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.tune import tune
 from tiny.peft_oracle import into_peft, logits
@@ -33,11 +34,11 @@ BUDGET = 1000
 @pytest.fixture(scope="module")
 def pruned(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("pruned") / "run"
-    return finetune(settings(finished.model, finished.data, out, PRUNE), budget=str(BUDGET), console=quiet())
+    return finetune(settings(finished.model, finished.data, out, PRUNE), FinetuneOptions(budget=str(BUDGET)), console=quiet())
 
 
 def test_the_adapter_keeps_the_budget_and_nothing_that_fits_is_missing(pruned: Any) -> None:
-    begun, left = pruned.setup.begun, pruned.setup.plan
+    begun, left = pruned.setup.initial_plan, pruned.setup.plan
     adapter = peft.read(pruned.run.adapter)
     assert {path: pair.rank for path, pair in adapter.pairs.items()} == {entry.path: entry.rank for entry in left.entries}
     ranks = {entry.path: adapter.pairs[entry.path].rank if entry.path in adapter.pairs else 0 for entry in begun.entries}
@@ -67,7 +68,7 @@ def test_the_installed_peft_loads_it_and_computes_the_same(pruned: Any, finished
 
 
 def test_the_report_has_the_map_and_the_cuts(pruned: Any) -> None:
-    ranks, begun = pruned.report.ranks, pruned.setup.begun
+    ranks, begun = pruned.report.ranks, pruned.setup.initial_plan
     final = {entry.path: entry.rank for entry in pruned.setup.plan.entries}
     assert {(cell.layer, cell.matrix): cell.rank for cell in ranks.cells} == {
         (e.path.split(".")[2], e.path.split(".", 3)[3]): final.get(e.path, 0) for e in begun.entries
@@ -99,44 +100,46 @@ def test_a_resumed_run_ends_in_the_same_bytes(
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(RunStopped, match="stopped by the test"):
-        finetune(config, budget=str(BUDGET), console=quiet())
+        finetune(config, FinetuneOptions(budget=str(BUDGET)), console=quiet())
     monkeypatch.setattr(checkpoint, "save", real)
-    again = finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+    again = finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert adapter_bytes(out) == adapter_bytes(pruned.run.path)
     assert again.setup.plan == pruned.setup.plan and again.report.ranks == pruned.report.ranks
 
 
 def test_a_dry_run_says_the_cuts_and_a_resumed_run_keeps_its_budget(pruned: Any, finished: Any, tmp_path: Path) -> None:
     config = settings(finished.model, finished.data, tmp_path / "dry", {**PRUNE, "ranks.budget": str(BUDGET)})
-    dry = finetune(config, dry_run=True, console=quiet())
-    assert dry.setup.plan == pruned.setup.begun and not (tmp_path / "dry").exists()
+    dry = finetune(config, FinetuneOptions(dry_run=True), console=quiet())
+    assert dry.setup.plan == pruned.setup.initial_plan and not (tmp_path / "dry").exists()
     assert list(dry.to_mapping()["cuts"].values())[-1] == BUDGET and len(dry.to_mapping()["cuts"]) == 4
     out = tmp_path / "copy"
     shutil.copytree(pruned.run.path, out)
     saved = read_run(out / "config.yaml")
     other = replace(saved, ranks=replace(saved.ranks, budget="900"))
     with pytest.raises(ConfigError, match="The cuts of the ranks changed since"):
-        finetune(other, resume=out, console=quiet())
+        finetune(other, FinetuneOptions(resume=out), console=quiet())
     same = replace(saved, ranks=replace(saved.ranks, budget="1k", rows=8, max_rank=3, score="activation"))
-    assert finetune(same, resume=out, console=quiet()).report.ranks == pruned.report.ranks, "none of these touches its cuts"
+    assert finetune(same, FinetuneOptions(resume=out), console=quiet()).report.ranks == pruned.report.ranks, (
+        "none of these touches its cuts"
+    )
 
 
 def test_a_compressed_run_that_trains_again_has_the_pairs_of_its_adapter_alone(pruned: Any, tmp_path: Path) -> None:
     """A matrix that lost its pair does not get one of lora.rank from the saved settings."""
-    compress(str(pruned.run.path), out=tmp_path / "cut", to="700", console=quiet())
+    compress(CompressOptions(str(pruned.run.path), out=tmp_path / "cut", to="700"), console=quiet())
     adapter = peft.read(tmp_path / "cut" / "adapter")
-    setup = assemble(read_run(tmp_path / "cut" / "config.yaml"), quiet())
+    setup = assemble_text(read_run(tmp_path / "cut" / "config.yaml"), quiet())
     assert {entry.path: entry.rank for entry in setup.plan.entries} == {path: pair.rank for path, pair in adapter.pairs.items()}
-    assert len(adapter.pairs) < len(pruned.setup.begun.entries) and setup.cuts == {}
+    assert len(adapter.pairs) < len(pruned.setup.initial_plan.entries) and setup.cuts == {}
 
 
 def test_the_budget_is_two_thirds_where_none_is_given(finished: Any, tmp_path: Path) -> None:
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", PRUNE), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", PRUNE), quiet())
     assert list(setup.cuts.values())[-1] == int(pair_parameters(setup.plan) / 1.5)
-    task = ready_to_train(setup)
+    task = text_task(setup)
     assert task.pruning is not None and task.pruning.cuts == setup.cuts
-    plain = assemble(settings(finished.model, finished.data, tmp_path / "run"), quiet())
-    assert plain.cuts == {} and ready_to_train(plain).pruning is None
+    plain = assemble_text(settings(finished.model, finished.data, tmp_path / "run"), quiet())
+    assert plain.cuts == {} and text_task(plain).pruning is None
 
 
 @pytest.mark.parametrize(
@@ -154,10 +157,10 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         config = settings(finished.model, finished.data, tmp_path / "run", {**PRUNE, **changes})
-        finetune(config, budget=budget, console=quiet())
+        finetune(config, FinetuneOptions(budget=budget), console=quiet())
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run").exists()
 
 
 def test_a_search_keeps_its_ranks(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the trials of a search keep their ranks"):
-        tune(settings(finished.model, finished.data, tmp_path / "run", PRUNE), quick=True, console=quiet())
+        tune(settings(finished.model, finished.data, tmp_path / "run", PRUNE), TuneOptions(quick=True), console=quiet())

@@ -19,7 +19,8 @@ from lorakeet.models.inject import adapter_names
 from lorakeet.train import schedule, stopping
 from lorakeet.train.text.task import learning_rate_of
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
+from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.run_folder import rates_of
 from lorakeet.workflows.runs.search_space import Space
 from lorakeet.workflows.tuning import learning_rate as choosing
@@ -34,11 +35,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(100))
 
 
-def assembled(model: Path, rows: Path, out: Path, **changes: Any) -> Assembly:
-    return assemble(settings(model, rows, out, {**LONG, **{key.replace("__", "."): v for key, v in changes.items()}}), quiet())
+def assembled(model: Path, rows: Path, out: Path, **changes: Any) -> TextAssembly:
+    given = {**LONG, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return assemble_text(settings(model, rows, out, given), quiet())
 
 
-def tried(setup: Assembly, **options: bool) -> tuple[Assembly, Any, str]:
+def tried(setup: TextAssembly, **options: bool) -> tuple[TextAssembly, Any, str]:
     said = io.StringIO()
     chosen, found = choose_rate(setup, Console(file=said, width=400), **options)
     return chosen, found, said.getvalue()
@@ -63,7 +65,7 @@ def test_the_rate_is_tried_saved_and_the_run_is_that_of_the_rate(tiny_llama_fold
     newest = sorted((cut / "checkpoints").iterdir())[-1]
     shutil.rmtree(newest)
     (cut / "report.json").unlink()
-    resumed = finetune(read_run(cut / "config.yaml"), resume=cut, console=quiet())
+    resumed = finetune(read_run(cut / "config.yaml"), FinetuneOptions(resume=cut), console=quiet())
     assert adapter_bytes(cut) == adapter_bytes(done.run.path) and resumed.report.search == search
 
 
@@ -182,7 +184,7 @@ def test_rows_of_one_group_tell_no_rates_apart(tiny_llama_folder: Path, tmp_path
 def test_quick_that_can_mean_nothing_is_refused(finished: Any, tmp_path: Path) -> None:
     config = read_run(finished.path / "config.yaml", {"train.rate_trial_steps": "0", "out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"(?s)has its learning rate already.*rate_trial_steps is 0"):
-        finetune(config, resume=finished.path, quick=True, console=quiet())
+        finetune(config, FinetuneOptions(resume=finished.path, quick=True), console=quiet())
     with pytest.raises(ConfigError, match="for text models only"):
-        finetune(replace(config, kind="image"), quick=True, console=quiet())
+        finetune(replace(config, kind="image"), FinetuneOptions(quick=True), console=quiet())
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.tolerances import BF16, F32, Q4
 from lorakeet.memory.budget import Budget
-from lorakeet.memory.mapped_files import giving_back
+from lorakeet.memory.mapped_files import releasing_pages
 from lorakeet.merge.fold import merge_into
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.runs.residency import Residency
@@ -81,11 +81,11 @@ def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
     @contextmanager
     def noted(path: Path, *, interval: float = 0.001, stays: bool = False) -> Iterator[None]:
         given.append((path, stays, len(begun)))
-        with giving_back(path, interval=interval, stays=stays):
+        with releasing_pages(path, interval=interval, stays=stays):
             yield
 
     monkeypatch.setattr(artefacts, "LlamaCpp", Counted)
-    monkeypatch.setattr(artefacts, "giving_back", noted)
+    monkeypatch.setattr(artefacts, "releasing_pages", noted)
     found = []
     for budget in (None, "1TiB"):
         residency: Residency[Any] = Residency(Budget.parse(budget))

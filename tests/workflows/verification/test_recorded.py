@@ -12,7 +12,7 @@ import torch
 
 from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.verification.artefact import InTorch, live_side
@@ -40,8 +40,8 @@ def live(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> InTorch:
 
 
 @pytest.fixture
-def aside(tmp_path: Path) -> Iterator[Aside]:
-    place = Aside(tmp_path)
+def spill(tmp_path: Path) -> Iterator[Spill]:
+    place = Spill(tmp_path)
     yield place
     place.close()
 
@@ -53,9 +53,9 @@ def probes(live: InTorch) -> Probes:
     return Probes([(TALK, prompt)], ["a 1"], [ROW, ROW[:3]], [labelled, short], [ROW[:4]])
 
 
-def test_every_check_is_the_same_without_the_artefact(live: InTorch, aside: Aside) -> None:
+def test_every_check_is_the_same_without_the_artefact(live: InTorch, spill: Spill) -> None:
     base, asked = InTorch(live.text, None, "base"), probes(live)
-    recorded = ask_all(base, asked, live, aside)
+    recorded = ask_all(base, asked, live, spill)
     recorded.let_go()
     for check in (check_logits, check_answers):
         assert check(live, recorded, asked, SPEC) == check(live, base, asked, SPEC)
@@ -64,15 +64,15 @@ def test_every_check_is_the_same_without_the_artefact(live: InTorch, aside: Asid
     assert not check_logits(live, recorded, asked, SPEC).passed, "the base is not the live adapter"
 
 
-def test_what_answers_take_is_known_before(live: InTorch, aside: Aside) -> None:
+def test_what_answers_take_is_known_before(live: InTorch, spill: Spill) -> None:
     asked = probes(live)
-    recorded = ask_all(InTorch(live.text, None, "base"), asked, live, aside)
+    recorded = ask_all(InTorch(live.text, None, "base"), asked, live, spill)
     taken = [key[2] for key in recorded._known if isinstance(key, tuple) and key[0] == "logits"]
     counted = [positions_of_answer(row, live.text.tokenizer) for row in asked.labelled]
     assert sum(counted) == sum(taken) and counted == [3 + 3 + 4, 1]
 
 
-def test_nothing_is_asked_twice_and_nothing_is_made_up(live: InTorch, aside: Aside) -> None:
+def test_nothing_is_asked_twice_and_nothing_is_made_up(live: InTorch, spill: Spill) -> None:
     class Counted(InTorch):
         asked = 0
 
@@ -80,7 +80,7 @@ def test_nothing_is_asked_twice_and_nothing_is_made_up(live: InTorch, aside: Asi
             Counted.asked += 1
             return super()._hidden(ids, last)
 
-    recorded = RecordedArtefact(Counted(live.text, None, "base"), aside)
+    recorded = RecordedArtefact(Counted(live.text, None, "base"), spill)
     row = ROW.tolist()
     first = recorded.logits(row, 2)
     assert torch.equal(recorded.logits(row, 2), first) and Counted.asked == 1
@@ -99,7 +99,7 @@ def test_nothing_is_asked_twice_and_nothing_is_made_up(live: InTorch, aside: Asi
             question()
 
 
-def test_no_block_of_a_streamed_live_model_comes_in_to_ask(live: InTorch, aside: Aside, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_block_of_a_streamed_live_model_comes_in_to_ask(live: InTorch, spill: Spill, monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*_: Any, **__: Any) -> None:
         raise AssertionError("the live model computed")
 
@@ -129,5 +129,5 @@ def test_no_block_of_a_streamed_live_model_comes_in_to_ask(live: InTorch, aside:
     asked = probes(live)
     monkeypatch.setattr(type(live.text), "hidden", computed)
     monkeypatch.setattr(type(live.text), "head", computed)
-    recorded = ask_all(Told(), asked, live, aside)
+    recorded = ask_all(Told(), asked, live, spill)
     assert recorded.greedy(ROW[:4].tolist(), GREEDY_TOKENS, end_ids(live.text)) == [3]

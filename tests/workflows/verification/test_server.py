@@ -22,12 +22,13 @@ from lorakeet.evaluate.certificate import Check, read_certificate
 from lorakeet.export.tolerances import F16
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.live import LiveModel
 from lorakeet.models.text.load import load_text_model, load_tokenizer
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
 from lorakeet.workflows.convert import convert
+from lorakeet.workflows.options import ConvertOptions, VerifyOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.verification.artefact import live_side
 from lorakeet.workflows.verification.server import Server, _label
@@ -52,7 +53,7 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
     run = shutil.copytree(loud, tmp_path / "run")  # whose certificate will hold a failed check
     adapter, tokenizer = open_adapter(run).adapter, load_tokenizer(finished.model)
     with serving(write_model(finished.model, adapter, tmp_path / "right.gguf"), tokenizer, kind) as right:
-        found: Any = verify(str(run), against=(right,), rows=2, console=quiet())
+        found: Any = verify(VerifyOptions(str(run), against=(right,), rows=2), console=quiet())
     checks = found.certificate.checks
     tells = kind in ("llama.cpp", "vLLM")
     assert kinds(checks) == ["prompt ids" if tells else "prompt lengths", "greedy text", "log-probabilities", "answers"]
@@ -70,7 +71,7 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
         assert (line in missing) is not tells
     base = write_model(finished.model, None, tmp_path / "wrong.gguf")
     with serving(base, tokenizer, kind) as wrong, pytest.raises(VerificationFailed, match="first diverging token is") as caught:
-        verify(str(run), against=(wrong,), rows=2, console=quiet())
+        verify(VerifyOptions(str(run), against=(wrong,), rows=2), console=quiet())
     assert "log-probabilities" in str(caught.value) and "Likely cause: the adapter is not applied" in str(caught.value)
     assert "effect" in str(caught.value)
 
@@ -111,7 +112,7 @@ def test_each_mistake_of_a_served_model_is_named(finished: Any, loud: Path, muta
     file = write_model(finished.model, wrong, tmp_path / "wrong.gguf")
     for kind in ("llama.cpp", "vLLM"):
         with serving(file, load_tokenizer(finished.model), kind) as url, pytest.raises(VerificationFailed) as caught:
-            verify(str(run), against=(url,), rows=2, console=quiet())
+            verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
         assert f"{url}: log-probabilities" in str(caught.value) and cause in str(caught.value)
 
 
@@ -122,7 +123,7 @@ def test_another_template_is_seen_even_where_only_lengths_are_told(finished: Any
     tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
     for kind, words in (("llama.cpp", "BOS is doubled or added"), ("Ollama", "another chat template, or a begin token more")):
         with serving(file, tokenizer, kind) as url, pytest.raises(VerificationFailed, match=words):
-            verify(str(run), against=(url,), rows=2, console=quiet())
+            verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
 
 
 def test_a_server_that_tells_texts_alone_is_read_by_them(finished: Any, loud: Path, tmp_path: Path) -> None:
@@ -131,14 +132,14 @@ def test_a_server_that_tells_texts_alone_is_read_by_them(finished: Any, loud: Pa
     right = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
     wrong = write_model(finished.model, None, tmp_path / "wrong.gguf")
     with serving(right, tokenizer, "Ollama", logprobs=False) as url:
-        found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
+        found: Any = verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
     assert kinds(found.certificate.checks) == ["prompt lengths", "greedy text", "answers"]
     greedy = found.certificate.checks[1]
     assert set(greedy.measured) == {"gap"} and greedy.n > 4
     line = f"not checked: log-probabilities and their KL of {url}, since the server does not tell"
     assert line in {str(one) for one in found.certificate.unchecked}
     with serving(wrong, tokenizer, "Ollama", logprobs=False) as url, pytest.raises(VerificationFailed, match="first diverging"):
-        verify(str(run), against=(url,), rows=2, console=quiet())
+        verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
 
 
 def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Path, tmp_path: Path) -> None:
@@ -146,9 +147,9 @@ def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Pat
     tokenizer = load_tokenizer(finished.model)
     files = [write_model(finished.model, held, tmp_path / f"{bool(held)}.gguf") for held in (None, open_adapter(run).adapter)]
     with serving(files[0], tokenizer, "llama.cpp") as wrong, pytest.raises(VerificationFailed):
-        verify(str(run), against=(wrong,), rows=1, console=quiet())
+        verify(VerifyOptions(str(run), against=(wrong,), rows=1), console=quiet())
     with serving(files[1], tokenizer, "llama.cpp") as right:
-        verify(str(run), against=(right,), rows=1, console=quiet())
+        verify(VerifyOptions(str(run), against=(right,), rows=1), console=quiet())
     kept = read_certificate(run / "certificate.json")
     dated = [check for check in kept.checks if check.artefact in (wrong, right)]
     assert len(dated) == 8 and {check.against for check in dated} == {"/models/tiny.gguf by llama.cpp b7"}
@@ -162,17 +163,17 @@ def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: P
     run = shutil.copytree(loud, tmp_path / "run")
     (run / "certificate.json").unlink()  # its record is of the adapter before it was made loud
     text = load_text_model(ModelSpec(path=str(finished.model), dtype="float32"))
-    live = LiveModel(text)
+    live = ServingModel(text)
     engine = Engine(text, live.selection, slots=2, context=256, chunk=64)
     engine.start()
     registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)
     registry.register("mine", run)
     site = Site(Service(text, engine, registry))
     try:
-        found: Any = verify(str(run), against=(f"{site.url}#mine",), precision="float32", rows=2, console=quiet())
+        found: Any = verify(VerifyOptions(str(run), against=(f"{site.url}#mine",), precision="float32", rows=2), console=quiet())
         names = kinds(found.certificate.checks)
         with pytest.raises(VerificationFailed, match="the adapter is not applied"):
-            verify(str(run), against=(f"{site.url}/v1#base",), rows=2, console=quiet())
+            verify(VerifyOptions(str(run), against=(f"{site.url}/v1#base",), rows=2), console=quiet())
     finally:
         site.stop()
         engine.drain(timeout=0.0)
@@ -213,15 +214,15 @@ def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(f
     run = shutil.copytree(finished.path, tmp_path / "run")
     adapter = open_adapter(run).adapter
     merged, base = (write_model(finished.model, held, tmp_path / name) for held, name in ((adapter, "m.gguf"), (None, "b.gguf")))
-    convert(run, tmp_path / "a.gguf", to="gguf", base=finished.model, console=quiet())
+    convert(ConvertOptions(run, tmp_path / "a.gguf", to="gguf", base=finished.model), console=quiet())
     for model, adapters in ((merged, ()), (base, (tmp_path / "a.gguf",))):
         with llama_server(model, *adapters) as url:
-            found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
+            found: Any = verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
             names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
             assert names == ["prompt ids", "greedy text", "log-probabilities", "answers"]
             assert found.certificate.checks[2].against.startswith(f"{model} by llama.cpp")
     with llama_server(base) as url, pytest.raises(VerificationFailed, match="first diverging token"):
-        verify(str(run), against=(url,), rows=2, console=quiet())
+        verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
 
 
 def test_the_label_that_was_written_is_the_longest_that_fits() -> None:

@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor
 
-from lorakeet.core.adapter import Adapter, AlikePairs, Pair, PairsOutline, Places
+from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair, Places
 from lorakeet.formats.files.memo import Remembered
 from lorakeet.formats.files.safetensors_file import Header, SafeFile
 
@@ -23,7 +23,7 @@ Names = tuple[str, str, str, str]  # what the A, B, magnitude and bias of a pair
 class Recipe:
     """An adapter without its numbers."""
 
-    outline: PairsOutline
+    outline: FlatPairsLayout
     base: str
     metadata: Mapping[str, str]
 
@@ -35,7 +35,7 @@ class Recipe:
         numbers = file.numbers() if file.finite else None
         if numbers is None:
             return None
-        return Adapter(AlikePairs(self.outline, numbers), base=self.base, metadata=dict(self.metadata))
+        return Adapter(FlatPairs(self.outline, numbers), base=self.base, metadata=dict(self.metadata))
 
 
 def recipe_of(adapter: Adapter, header: Header, names: Mapping[str, Names]) -> Recipe | None:
@@ -60,7 +60,7 @@ def recipe_of(adapter: Adapter, header: Header, names: Mapping[str, Names]) -> R
     used = [place for at in found.values() for place in at if place is not None]
     if sorted(used) != list(range(len(places))):
         return None
-    outline = PairsOutline(pairs, found, header.outline)
+    outline = FlatPairsLayout(pairs, found, header.outline)
     return Recipe(outline, adapter.base, dict(adapter.metadata))
 
 

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.models import modules
 from lorakeet.models.files.quiet import quiet_transformers
-from lorakeet.models.files.stored_tensors import READERS, Stock, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import misfits_in, refused, require_whole
 from lorakeet.quant import on_disk
 from lorakeet.quant.nf4 import Nf4Base, missing_kernels
@@ -42,7 +42,7 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
 
     Raises ConfigError where the two contradict each other or the way of packing is unknown, DataError for damaged files.
     """
-    model = load_packed(stock_of(source, config, spec), config, dtype, source)
+    model = load_packed(stored_model_of(source, config, spec), config, dtype, source)
     stored = stored_quantisation(config)
     name = method_of(stored) if stored else spec.method
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
@@ -59,7 +59,7 @@ def limits_of_packing(model: nn.Module) -> list[str]:
     return [line for line in (kept_experts(model), missing_kernels() if packed else "") if line]
 
 
-def stock_of(source: Path, config: Any, spec: QuantSpec) -> Stock:
+def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
     """What the files of a model promise: packed as they are, or dense, or packed as `spec` asks when they are read.
 
     Raises ConfigError where the two contradict each other or the way of packing is unknown, DataError that names every tensor
@@ -78,7 +78,7 @@ def stock_of(source: Path, config: Any, spec: QuantSpec) -> Stock:
             "them twice would lose more. Set model.quantize.method to none, or name the unquantised model."
         )
     files = tensor_files(source)
-    stock = READERS[method](files, stored) if stored else dense_stock(files)
+    stock = READERS[method](files, stored) if stored else dense_model(files)
     plain = skeleton(config)
     known = plain.state_dict()
     places = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stock.dense).items()}
@@ -87,7 +87,7 @@ def stock_of(source: Path, config: Any, spec: QuantSpec) -> Stock:
     twice = sorted(set(places) & {f"{path}.weight" for path in owners(plain, stock.packed).values()})
     if twice:
         raise DataError(f"{source} has {len(twice)} weights both packed and dense, such as {twice[0]}. Fetch the model again.")
-    return stock if stored or spec.method == "none" else quantised_stock(stock, config, spec)
+    return stock if stored or spec.method == "none" else quantised_model(stock, config, spec)
 
 
 def kept_experts(model: nn.Module) -> str:
@@ -98,7 +98,7 @@ def kept_experts(model: nn.Module) -> str:
     return f"The experts of this model are no linear layers to transformers and stay as they are: {size / 1e6:,.1f} MB."
 
 
-def quantised_stock(stock: Stock, config: Any, spec: QuantSpec) -> Stock:
+def quantised_model(stock: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
     """The stock with the weights of linear layers packed as they are read, from the dtype in which they are stored."""
     plain = skeleton(config)
     chosen = packable(plain, head=spec.head == "quantize")
@@ -198,7 +198,7 @@ def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> Any:
+def load_packed(stock: StoredModel, config: Any, dtype: torch.dtype, source: Path) -> Any:
     """The frozen model in eval mode on the CPU, with eager attention, from what `stock` promises; DataError lists what is wrong.
 
     Dense tensors are cast to `dtype`; packed ones are taken as they are.

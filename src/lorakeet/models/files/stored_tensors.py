@@ -25,7 +25,7 @@ _REMEDY = "Fetch the model again, or make it again with lorakeet quantize."
 
 
 @dataclass(frozen=True)
-class Stock:
+class StoredModel:
     """What a model folder holds, by the names in its files; nothing is read before it is called."""
 
     dense: Mapping[str, Callable[[], Tensor]]
@@ -74,9 +74,9 @@ def indexed_tensors(index: Path) -> dict[str, SafeFile]:
     return {name: files[file] for name, file in home.items()}
 
 
-def dense_stock(files: Mapping[str, SafeFile]) -> Stock:
+def dense_model(files: Mapping[str, SafeFile]) -> StoredModel:
     """Every tensor as it lies in the files."""
-    return Stock({name: _reader(file, name) for name, file in files.items()}, {})
+    return StoredModel({name: _reader(file, name) for name, file in files.items()}, {})
 
 
 def _reader(file: SafeFile, name: str) -> Callable[[], Tensor]:
@@ -97,7 +97,7 @@ def _stock_of(
     decode: Callable[[str, Mapping[str, Tensor]], PackedBase],
     *,
     optional: tuple[str, ...] = (),
-) -> Stock:
+) -> StoredModel:
     """The stock of a folder in which the tensor `x` + `mark` tells that `x` is packed, in tensors `x` + each of `parts`.
 
     DataError that names every part, of those that are not `optional`, which a packed weight lacks.
@@ -116,10 +116,10 @@ def _stock_of(
         return lambda: decode(name, {part: _read(files[name + part], name + part) for part in held})
 
     dense = {name: _reader(file, name) for name, file in files.items() if name not in taken}
-    return Stock(dense, {name: packed(name) for name in names})
+    return StoredModel(dense, {name: packed(name) for name in names})
 
 
-def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
     kind = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "LLM.int8"
     if kind != "nf4":
         raise ConfigError(
@@ -128,15 +128,15 @@ def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stoc
     return _stock_of(files, on_disk.NF4_STATE, on_disk.NF4_PARTS, on_disk.nf4_base, optional=on_disk.NF4_NESTED)
 
 
-def _int8_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+def _int8_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
     return _stock_of(files, "_scale", on_disk.INT8_PARTS, on_disk.int8_base)
 
 
-def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
     return _stock_of(files, on_disk.GGUF_TYPE, ("", on_disk.GGUF_TYPE), on_disk.gguf_base)
 
 
-def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
     config = gptq_config.parse(stored, str(next(iter(files.values())).path.with_name("config.json")) if files else "config.json")
     ends = {f".{part}" for part in gptq.PARTS}
     names = dict.fromkeys(name.rpartition(".")[0] for name in files if name.endswith((".qweight", ".qzeros")))
@@ -155,7 +155,7 @@ def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Sto
         packed[f"{name}.weight"] = _gptq_reader(name, held, settings)
     problems.raise_if_any()
     taken = {f"{name}{end}" for name in names for end in ends}
-    return Stock({name: _reader(file, name) for name, file in files.items() if name not in taken}, packed)
+    return StoredModel({name: _reader(file, name) for name, file in files.items() if name not in taken}, packed)
 
 
 def _gptq_reader(name: str, held: Mapping[str, SafeFile], settings: gptq_config.GptqConfig) -> Callable[[], PackedBase]:
@@ -163,7 +163,7 @@ def _gptq_reader(name: str, held: Mapping[str, SafeFile], settings: gptq_config.
 
 
 # What config.json calls a way of packing, and what reads a folder in it: a new one is a line here.
-READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], Stock]] = {
+READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], StoredModel]] = {
     "bitsandbytes": _nf4_stock,
     on_disk.INT8_METHOD: _int8_stock,
     on_disk.GGUF_METHOD: _gguf_stock,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorakeet.core.initialise import seed_for
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.streaming.spilled_cache import spilled_cache
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
@@ -34,7 +34,7 @@ def sample(
     seed: int = 0,
     temperature: float = 1.0,
     blocks: int | None = None,
-    aside: Callable[[], Aside] | None = None,
+    spill: Callable[[], Spill] | None = None,
 ) -> list[Ids]:
     """What the model writes after each prompt: at most `max_tokens` ids, the end-of-text id included where it comes.
 
@@ -58,7 +58,7 @@ def sample(
             for start in range(0, len(order), at_once):
                 rows = order[start : start + at_once]
                 chosen = [torch.as_tensor(np.asarray(prompts[row], np.int64)) for row in rows]
-                with _cache_of(text, length, blocks, aside) as cache:
+                with _cache_of(text, length, blocks, spill) as cache:
                     drawn = _write(text, chosen, max_tokens, (ends, temperature, [generators[row] for row in rows]), cache)
                 for row, ids in zip(rows, drawn, strict=True):
                     written[row] = ids
@@ -78,7 +78,7 @@ def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> 
 
 
 @contextmanager
-def _cache_of(text: TextModel, length: int, blocks: int | None, aside: Callable[[], Aside] | None) -> Iterator[Any]:
+def _cache_of(text: TextModel, length: int, blocks: int | None, spill: Callable[[], Spill] | None) -> Iterator[Any]:
     """A cache on disk where that of one row has no room in memory; else None, and transformers makes its own."""
     store = text.store
     if store is None or text.streamed is None or text.device.type != "cpu":
@@ -87,7 +87,7 @@ def _cache_of(text: TextModel, length: int, blocks: int | None, aside: Callable[
     if _row_bytes(text, length, blocks or len(text.streamed.blocks)) <= STREAMED_CACHE:
         yield None
         return
-    with closing(Aside(store.path.parent) if aside is None else aside()) as place:
+    with closing(Spill(store.path.parent) if spill is None else spill()) as place:
         yield spilled_cache(text.model.config, place)
 
 

@@ -83,14 +83,14 @@ def _flux(denoiser: Any, noisy: Tensor, times: Tensor, told: Conditioning) -> Te
     places[..., 2] += torch.arange(width // 2, device=noisy.device, dtype=noisy.dtype)[None, :]
     guidance = torch.full((len(noisy),), FLUX_GUIDANCE, device=noisy.device) if denoiser.config.guidance_embeds else None
     found = denoiser(
-        hidden_states=packed(noisy), timestep=times / 1000, guidance=guidance, pooled_projections=told.pooled,
+        hidden_states=packed_latents(noisy), timestep=times / 1000, guidance=guidance, pooled_projections=told.pooled,
         encoder_hidden_states=told.states, txt_ids=torch.zeros(told.states.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
         img_ids=places.flatten(0, 1), return_dict=False,
     )[0]  # fmt: skip
     return unpacked_latents(found, height, width)
 
 
-def packed(latents: Tensor) -> Tensor:
+def packed_latents(latents: Tensor) -> Tensor:
     """FLUX's order of latents: (n, channels, h, w) to (n, h/2·w/2, 4·channels), each token a 2×2 patch."""
     count, channels, height, width = latents.shape
     patches = latents.view(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
@@ -98,7 +98,7 @@ def packed(latents: Tensor) -> Tensor:
 
 
 def unpacked_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `packed` for latents of h × w places."""
+    """The inverse of `packed_latents` for latents of h × w places."""
     count, _, channels = tokens.shape
     patches = tokens.view(count, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(count, channels // 4, height, width)

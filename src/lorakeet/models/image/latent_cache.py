@@ -73,7 +73,7 @@ def encode_images(
         size = bucket_of(row, sizes.allowed)
         mirrored = "mirrored at their own left" if spec.flip else "False"
         key = f"{row.pixels_key} {model.autoencoder_digest} {size} {spec.crops} {mirrored}"
-        held = kept(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
+        held = cached_tensors(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
         found.append(EncodedImage(row, held["latents"], held["sizes"]))
         if progress:
             progress(1)
@@ -92,7 +92,7 @@ class Captions:
         """The conditioning of one caption, (1, tokens, width), fp32 on the CPU."""
         if caption not in self.known:
             key = f"{self.model.kind.name} {self.model.encoders_digest}\n{caption}"
-            held = kept(self.folder, key, lambda: self._describe(caption), self.say)
+            held = cached_tensors(self.folder, key, lambda: self._describe(caption), self.say)
             self.known[caption] = Conditioning(held["states"], held.get("pooled"))
         return self.known[caption]
 
@@ -137,7 +137,9 @@ def cache_in(spec: ImageSpec, name: str) -> Path:
     return folder
 
 
-def kept(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]) -> dict[str, Tensor]:
+def cached_tensors(
+    folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]
+) -> dict[str, Tensor]:
     """What the cache holds under `key`, or what `make` gives, which is then kept."""
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}.safetensors"
     if path.is_file():

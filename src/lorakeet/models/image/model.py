@@ -56,15 +56,15 @@ class ImageModel:
     parts: nn.ModuleDict
     device: torch.device
     dtype: torch.dtype
-    aside: torch.device | None = None
+    idle_device: torch.device | None = None
 
     def stage(self, *names: str) -> None:
         """Brings the named parts ("vae" or a name in `parts`) onto the device, and all others aside; nothing without `aside`."""
-        if self.aside is None:
+        if self.idle_device is None:
             return
         every = {**dict(self.parts.items()), "vae": self.vae}
         for name in sorted(every, key=lambda name: name in names):  # make room first
-            place_on(every[name], self.device if name in names else self.aside)
+            move_part(every[name], self.device if name in names else self.idle_device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -80,7 +80,7 @@ class ImageModel:
     def drawing(self) -> Iterator[None]:
         """Denoiser and autoencoder on the device, and the pipeline without the encoders: it runs where any of its parts is."""
         self.stage(self.kind.denoiser, "vae")
-        away = [] if self.aside is None else [name for name in ENCODERS if name in self.parts]
+        away = [] if self.idle_device is None else [name for name in ENCODERS if name in self.parts]
         for name in away:
             object.__setattr__(self.pipeline, name, None)  # past diffusers' own, which would write it into the configuration
         try:
@@ -90,7 +90,7 @@ class ImageModel:
                 object.__setattr__(self.pipeline, name, self.parts[name])
 
     def _trained_encoders(self) -> list[str]:
-        if self.aside is None:
+        if self.idle_device is None:
             return []
         return [name for name in ENCODERS if name in self.parts and any(p.requires_grad for p in self.parts[name].parameters())]
 
@@ -239,8 +239,8 @@ def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable
     dtype = dtype_for(spec.dtype, device)
     kind, pipeline = _pipeline_of(spec, dtype, say)
     pipeline.scheduler = scheduler_for(pipeline.scheduler, kind, prediction, spec.path, say)
-    aside = torch.device("cpu") if device.type == "cuda" else None
-    if aside is None:
+    idle_device = torch.device("cpu") if device.type == "cuda" else None
+    if idle_device is None:
         with quiet_diffusers():  # which says of float16 on a CPU that it fails; it is slow there, and that is all
             pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -249,10 +249,10 @@ def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable
     parts = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
     for part in (pipeline.vae, parts):
         part.requires_grad_(False).eval()
-    return ImageModel(spec.path, kind, pipeline, parts, device, dtype, aside)
+    return ImageModel(spec.path, kind, pipeline, parts, device, dtype, idle_device)
 
 
-def place_on(part: nn.Module, device: torch.device) -> None:
+def move_part(part: nn.Module, device: torch.device) -> None:
     """Moves `part` to the device, if it is not there. From and to `meta`, as in a rehearsal, its tensors are made anew."""
     held = next(part.parameters()).device
     if held.type == device.type:

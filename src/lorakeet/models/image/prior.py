@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakeet.data.images.folder import ImageRow
 from lorakeet.data.images.spec import ImageSpec
-from lorakeet.models.image.latent_cache import EncodedImage, cache_in, kept
+from lorakeet.models.image.latent_cache import EncodedImage, cache_in, cached_tensors
 from lorakeet.models.image.model import ImageModel
 from lorakeet.models.image.sample import Sampler, draw_latents, require_finite_latents
 
@@ -38,7 +38,7 @@ def drawn_prior(
         latents = draw_latents(model, [caption] * count, list(range(count)), sampler, progress=progress)
         return {"latents": require_finite_latents(model, latents).cpu()}
 
-    latents = kept(cache_in(spec, "prior"), key, make, say)["latents"]
+    latents = cached_tensors(cache_in(spec, "prior"), key, make, say)["latents"]
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
     names = [hashlib.sha256(f"{key}\n{seed}".encode()).hexdigest() for seed in range(count)]
     rows = [ImageRow(Path(), caption, width, height, name, 0, f"drawn with seed {seed}") for seed, name in enumerate(names)]

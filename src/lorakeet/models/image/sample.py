@@ -14,7 +14,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.selection import Share
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.image.diffusers_import import quiet_diffusers
-from lorakeet.models.image.kinds import Conditioning, packed, unpacked_latents
+from lorakeet.models.image.kinds import Conditioning, packed_latents, unpacked_latents
 from lorakeet.models.image.model import ImageModel
 from lorakeet.models.inject import adapter_names, has_adapter, selection_of
 from lorakeet.models.modules import adapted_layers
@@ -133,7 +133,7 @@ def _batch(
     with quiet_diffusers():
         found = model.pipeline(
             **texts,
-            latents=(packed(noise) if flux else noise).to(model.device, model.dtype),
+            latents=(packed_latents(noise) if flux else noise).to(model.device, model.dtype),
             generator=generators,
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.strength(model) if guided or not model.kind.negative else 1.0,

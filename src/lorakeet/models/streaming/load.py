@@ -28,11 +28,11 @@ from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.packing import packing_of
-from lorakeet.models.files.quantized import limits_of_packing, read_into, skeleton, stock_of
+from lorakeet.models.files.quantized import limits_of_packing, read_into, skeleton, stored_model_of
 from lorakeet.models.files.quiet import quiet_transformers
-from lorakeet.models.files.stored_tensors import Stock, stored_quantisation, tensor_files
+from lorakeet.models.files.stored_tensors import StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import refused, require_whole
-from lorakeet.models.streaming.model import NotStreamed, Streamed, StreamedEmbedding, StreamedHead
+from lorakeet.models.streaming.model import NotStreamed, StreamedBlocks, StreamedEmbedding, StreamedHead
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
@@ -67,7 +67,7 @@ def streamed_model(
     residence: Residence = ON_CPU,
     changes: Changes | None = None,
     say: Callable[[str], None],
-) -> tuple[Any, Streamed]:
+) -> tuple[Any, StreamedBlocks]:
     """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing.
     `changes` are made to dense weights on their way into the store, which has to be made now then.
 
@@ -106,7 +106,7 @@ def write_store(
     changes: Changes | None = None,
 ) -> None:
     """Writes the store of a model folder to `path`, one block in memory at a time."""
-    stock = stock_of(source, config, quantize)
+    stock = stored_model_of(source, config, quantize)
     empty = empty_model(config, dtype)
     records = records_of(empty, family)
     size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
@@ -130,7 +130,7 @@ def open_streamed(
     *,
     residence: Residence = ON_CPU,
     base_of: Callable[[Mapping[str, Any]], PackedBase] = _empty_on_meta,
-) -> tuple[Any, Streamed]:
+) -> tuple[Any, StreamedBlocks]:
     """The model over an open store whose records are its blocks, of which so many are on a device as `residence` says.
 
     `base_of` makes a packed weight, still without numbers, from its settings.
@@ -141,7 +141,7 @@ def open_streamed(
     model.requires_grad_(False).eval()
     prefix, count = modules.block_prefix(model, family)
     names = [f"{prefix}.{index}" for index in range(count)]
-    streamed = Streamed(RecordStream(store, names, slots=residence.slots, transfer=residence.transfer(store)))
+    streamed = StreamedBlocks(RecordStream(store, names, slots=residence.slots, transfer=residence.transfer(store)))
     device = residence.device
     _make_small_ones_real(model, device)
     blocks = cast(nn.ModuleList, model.get_submodule(prefix))
@@ -295,7 +295,7 @@ class _Send(ConversionOps):  # type: ignore[misc]
         return {}
 
 
-def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
+def _read_all(stock: StoredModel, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
     """Lets transformers read everything that `stock` promises; the names of what never came."""
     if _METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(_METHOD)(_StoreConfig)

@@ -4,7 +4,7 @@
                                                         each brought in, computed with, and out again
 
 While a block is out, its frozen tensors are on the meta device: they have shapes, but no numbers. Without gradients the model
-runs as ever. With gradients its blocks are run one at a time by whoever drives `Streamed` (train/text/streamed_gradients).
+runs as ever. With gradients its blocks are run one at a time by whoever drives `StreamedBlocks` (train/text/streamed_gradients).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.linear import BlockStandIn, StandIn
+from lorakeet.core.layers.linear import BlockReplacement, Replacement
 from lorakeet.core.plan import Plan
 from lorakeet.core.tiled_product import tiled_product
 from lorakeet.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ class NotStreamed(ConfigError):
 
 
 @dataclass
-class Passage:
+class BlockInputs:
     """What the decoder hands to its blocks for one batch: the states before the first, and each block's other arguments."""
 
     entry: Tensor | None = None
@@ -52,14 +52,14 @@ class _TensorSlot:
     empty: Tensor  # what stands there while the block is out
 
 
-class Streamed:
+class StreamedBlocks:
     """The blocks of one model and the stream that brings them in; `stream_model` makes it."""
 
     def __init__(self, stream: RecordStream) -> None:
         self.stream = stream
         self.blocks: list[StreamedBlock] = []
         self._seats: list[list[_TensorSlot]] = []
-        self._record: Passage | None = None
+        self._record: BlockInputs | None = None
         self._replay: Tensor | None = None
 
     def add(self, block: nn.Module) -> StreamedBlock:
@@ -89,9 +89,9 @@ class Streamed:
                 _sit(seat, seat.empty)
 
     @contextmanager
-    def recording(self) -> Iterator[Passage]:
+    def recording(self) -> Iterator[BlockInputs]:
         """The decoder run in this context computes no block: it only tells what it would hand to them."""
-        self._record = Passage()
+        self._record = BlockInputs()
         try:
             yield self._record
         finally:
@@ -117,15 +117,15 @@ class Streamed:
         return cast(Tensor, self._replay) if last else states
 
 
-class StreamedBlock(BlockStandIn):
+class StreamedBlock(BlockReplacement):
     """Stands for a decoder block whose weights come and go."""
 
-    def __init__(self, original: nn.Module, index: int, streamed: Streamed) -> None:
+    def __init__(self, original: nn.Module, index: int, streamed: StreamedBlocks) -> None:
         super().__init__(original)
         self.index = index
         self._streamed = streamed
 
-    def at_hand(self) -> AbstractContextManager[nn.Module]:
+    def weights_loaded(self) -> AbstractContextManager[nn.Module]:
         """The block with its weights."""
         return self._streamed.present(self.index)
 
@@ -138,7 +138,7 @@ class StreamedBlock(BlockStandIn):
             return plain_output(block(states, *args, **kwargs))
 
 
-class StreamedEmbedding(StandIn):
+class StreamedEmbedding(Replacement):
     """Stands for an nn.Embedding of which only the rows that are asked for are read."""
 
     def __init__(self, original: nn.Embedding, rows: StoredRows) -> None:
@@ -150,7 +150,7 @@ class StreamedEmbedding(StandIn):
         """The frozen weight, without numbers."""
         return cast(Tensor, self.original.weight)
 
-    def at_hand(self) -> AbstractContextManager[nn.Module]:
+    def weights_loaded(self) -> AbstractContextManager[nn.Module]:
         """The embedding with its whole weight in memory."""
         return _whole(self.original, self.rows)
 
@@ -160,7 +160,7 @@ class StreamedEmbedding(StandIn):
         return found if scale is None else found * scale.to(found.dtype)
 
 
-class StreamedHead(StandIn):
+class StreamedHead(Replacement):
     """Stands for a head without bias, whose weight is read tile by tile."""
 
     def __init__(self, original: nn.Linear, rows: StoredRows) -> None:
@@ -172,7 +172,7 @@ class StreamedHead(StandIn):
         """The frozen weight, without numbers."""
         return cast(Tensor, self.original.weight)
 
-    def at_hand(self) -> AbstractContextManager[nn.Module]:
+    def weights_loaded(self) -> AbstractContextManager[nn.Module]:
         """The head with its whole weight in memory."""
         return _whole(self.original, self.rows)
 
@@ -190,7 +190,7 @@ def plain_output(output: Any) -> Tensor:
     )
 
 
-def hold(model: nn.Module, plan: Plan) -> None:
+def make_resident(model: nn.Module, plan: Plan) -> None:
     """Makes the embedding and the head resident where `plan` puts something on them; the rest goes on streaming."""
     paths = [entry.path for entry in plan.entries]
     paths += [path for extra in plan.extras for path in (extra.path, extra.tied) if path]
@@ -222,7 +222,7 @@ def _whole(module: nn.Module, rows: StoredRows) -> Iterator[nn.Module]:
 def _seat(block: nn.Module, name: str) -> _TensorSlot:
     path, _, leaf = name.rpartition(".")
     module = cast(nn.Module, modules.find(block, path))
-    module = modules.bare(module)
+    module = modules.unwrapped(module)
     held = module._parameters.get(leaf)
     empty = cast(Tensor, held if held is not None else module._buffers[leaf])
     return _TensorSlot(module, leaf, name, empty)

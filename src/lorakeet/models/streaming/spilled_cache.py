@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 
 
-def spilled_cache(config: Any, aside: Aside) -> DynamicCache:
+def spilled_cache(config: Any, spill: Spill) -> DynamicCache:
     """transformers' cache for a model of `config`, whose layers without a window keep their numbers in `aside`."""
     cache = DynamicCache(config=config)
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[number] = _SpilledLayer(aside, number)
+            cache.layers[number] = _SpilledLayer(spill, number)
     return cache
 
 
 class _SpilledLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values (rows, heads, tokens, width) of one block, appended piece by piece."""
 
-    def __init__(self, aside: Aside, number: int) -> None:
+    def __init__(self, spill: Spill, number: int) -> None:
         super().__init__()
-        self._aside, self._number = aside, number
+        self._spill, self._number = spill, number
         self._pieces = self._length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ class _SpilledLayer(DynamicLayer):  # type: ignore[misc]
         return self._length
 
     def _appended(self, what: str, states: Tensor, *, last: bool = False) -> Tensor:
-        whole = torch.cat([*(self._aside.look((self._number, what, piece)) for piece in range(self._pieces)), states], dim=-2)
-        self._aside.put((self._number, what, self._pieces), states.contiguous())
+        whole = torch.cat([*(self._spill.look((self._number, what, piece)) for piece in range(self._pieces)), states], dim=-2)
+        self._spill.put((self._number, what, self._pieces), states.contiguous())
         self._pieces += last
         return whole

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lorakeet.data.pack import Batch
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.text.model import TextModel
 
 
@@ -29,10 +29,10 @@ class _ArgumentStub:
     number: int
 
 
-class Passages:
+class CalibrationStates:
     """The batches on their way through the blocks. `new` makes a place for tensors; three are made, two of which take turns."""
 
-    def __init__(self, text: TextModel, blocks: nn.ModuleList, batches: Sequence[Batch], new: Callable[[], Aside]) -> None:
+    def __init__(self, text: TextModel, blocks: nn.ModuleList, batches: Sequence[Batch], new: Callable[[], Spill]) -> None:
         self.count = len(batches)
         self._states, self._next, self._shared = new(), new(), new()
         self._calls: list[list[Any]] = []  # of each batch, the call of each block, its tensors put aside
@@ -57,8 +57,8 @@ class Passages:
 
     def close(self) -> None:
         """Forgets everything, and ends the scratch files."""
-        for aside in (self._states, self._next, self._shared):
-            aside.close()
+        for spill in (self._states, self._next, self._shared):
+            spill.close()
 
     def _record(self, text: TextModel, blocks: nn.ModuleList, batches: Sequence[Batch]) -> None:
         originals = list(blocks)
@@ -66,9 +66,10 @@ class Passages:
         try:
             for number, recorder in enumerate(recorders):
                 blocks[number] = recorder
-            with torch.no_grad(), text.every_token():
+            watched = text.with_every_token()
+            with torch.no_grad():
                 for number, batch in enumerate(batches):
-                    text.hidden(batch)
+                    watched.hidden(batch)
                     self._keep(number, recorders)
         finally:
             for number, block in enumerate(originals):
@@ -78,7 +79,7 @@ class Passages:
         """Puts aside what the blocks were called with; a tensor that several of them get is kept once."""
         places: dict[int, _ArgumentStub] = {}
 
-        def aside(tensor: Tensor) -> _ArgumentStub:
+        def spill(tensor: Tensor) -> _ArgumentStub:
             if id(tensor) not in places:
                 places[id(tensor)] = _ArgumentStub(batch, len(places))
                 self._shared.put(places[id(tensor)], tensor)
@@ -86,7 +87,7 @@ class Passages:
 
         calls = [recorder.call for recorder in recorders]  # held until all are kept: no two tensors have one id
         self._states.put(batch, recorders[0].states)
-        self._calls.append([tree_map_only(Tensor, aside, call) for call in calls])
+        self._calls.append([tree_map_only(Tensor, spill, call) for call in calls])
         for recorder in recorders:
             recorder.forget()
 

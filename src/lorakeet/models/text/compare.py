@@ -15,7 +15,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch
 from lorakeet.evaluate.parity import Parity, ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 
@@ -48,13 +48,13 @@ def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, r
 
 def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     """The hidden states of both sides at the targets of each batch, (targets, hidden)."""
-    apart = left[0] is not right[0] and left[0].streamed is not None and right[0].streamed is not None
+    apart = left[0].model is not right[0].model and left[0].streamed is not None and right[0].streamed is not None
     store = left[0].store
     if not apart or store is None:
         for batch in batches:
             yield _hidden(left, batch), _hidden(right, batch)
         return
-    first = Aside(store.path.parent, "Free some space, or name another folder with memory.store.")
+    first = Spill(store.path.parent, "Free some space, or name another folder with memory.store.")
     try:
         for number, batch in enumerate(batches):
             first.put(number, _hidden(left, batch))

@@ -1,18 +1,17 @@
-"""Both passes of a decoder, recorded once for each shape of micro-batch and replayed: one launch where there were thousands.
+"""CUDA graphs of a decoder's forward and backward pass, one pair for each shape of micro-batch: one launch instead of thousands.
 
-A host takes some microseconds to launch an operation on a card, and a small model asks for so many of them that the card waits. A
-CUDA graph is the operations of a pass with the addresses that they work on, launched as one. So all that differs from one
-micro-batch to the next lies at addresses that stay: tokens, their positions, and where rows begin
-(core/fused/flash_varlen_recorded); and the adapter's numbers, which the optimizer writes where they are.
+The host takes some microseconds to launch an operation on a GPU, and a small model has so many that the GPU waits. A CUDA graph
+is the operations of a pass with their addresses, launched as one. So everything that differs between micro-batches lies in fixed
+buffers: tokens, positions and row offsets (core/fused/flash_varlen_recorded). The optimizer updates the adapter in place.
 
-    Shape      tokens, filled up to one of 8 counts between two powers of two; rows, to a power of two; the longest one
-    hidden     fills the places, replays the forward pass; its result is a leaf of autograd's graph
-    backward   the gradient of that, laid where the recorded pass looks for it, is replayed and adds to those of the adapter
+    BatchShape  tokens, padded to one of 8 counts between two powers of two; rows, to a power of two; the longest row
+    hidden      fills the buffers and replays the forward graph; the result is a leaf of autograd's graph
+    backward    copies the gradient into its buffer and replays the backward graph, which adds to the adapter's gradients
 
-The output head, whose work depends on how many tokens are learnt, is outside. Rows share no beginning here, and the last block
-computes all tokens. What was recorded, on made-up rows, is proved before it counts: with the adapter's numbers moved a little, a
-micro-batch must have the hidden states and the gradients that the model gives it. **Not run on a GPU yet**: the tests record on a
-CPU, operation by operation, and see nothing of a card's streams and pools.
+The output head is left out: its work depends on the number of target tokens. Rows share no prefix here, and the last block
+computes all tokens. A graph is recorded on made-up rows and verified before use: with a slightly changed adapter it must give
+the hidden states and gradients of the model. **Not run on a GPU yet**: the tests record on a CPU, operation by operation, and
+cover neither streams nor memory pools.
 """
 
 from __future__ import annotations
@@ -34,37 +33,72 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.pack import Batch, to_device
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.tiled_weight import Kernels
-from lorakeet.models.text.batch_shape import BatchShape
-from lorakeet.models.text.model import TextModel
+from lorakeet.kernels.tiled_weight import TritonRequest
+from lorakeet.models.text.model import COUNTS, MULTIPLE, TextModel, padded_count
 
 SETTING = "train.cuda_graphs"
-TURN_OFF = f"Set {SETTING} to false (for a run that has begun: in its config.yaml, and resume it)"
+TURN_OFF = f"Set {SETTING} to false (for a run that has started: in its config.yaml, and resume it)"
 REMEDY = f"{TURN_OFF}, and please report it."
-WARM = 2  # times that both passes run before they are recorded: libraries set themselves up in the first
-MOVED = 1e-2  # standard deviation of what is added to the adapter's numbers for the proof
-FAR = 0.1  # of the length of a gradient, or of hidden states: beyond the rounding of bf16 in another order
-FAR_TOKEN = 0.3  # of the length of a token's: of one row among many all of them tell nothing
-SILENT = 1e-3  # of the longest gradient's length: of a shorter one rounding is all that there may be
-SAID = 300  # characters of what torch says
+WARM_UPS = 2  # runs of both passes before they are recorded: libraries initialise themselves in the first
+PERTURBATION = 1e-2  # standard deviation of the noise added to the adapter for the check
+TOLERANCE = 0.1  # of the norm of a gradient or of the hidden states: more than bf16 rounding in another order
+TOKEN_TOLERANCE = 0.3  # of the norm of one token's states: one wrong row among many hardly changes the norm of all
+NEGLIGIBLE = 1e-3  # of the largest gradient's norm: a smaller one may be rounding alone
+ERROR_LENGTH = 300  # characters of torch's error message that are shown
 ResultT = TypeVar("ResultT")
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """The shape of the micro-batches that one recording can compute."""
+
+    tokens: int  # padding included
+    rows: int  # padding rows included; some may have no token
+    longest: int  # the most tokens of a row
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], longest: int) -> BatchShape:
+        """The shape for rows of these lengths, none above `longest`."""
+        tokens = padded_count(sum(lengths), few_counts=True)
+        return cls(tokens, _power_of_two(len(lengths) + -(-(tokens - sum(lengths)) // longest)), longest)
+
+    @classmethod
+    def largest(cls, longest: int, micro_tokens: int, rows: int) -> BatchShape:
+        """A shape that fits any micro-batch of at most `rows` rows and `micro_tokens` tokens, or of one longer row."""
+        tokens = padded_count(max(longest, micro_tokens), few_counts=True)
+        return cls(tokens, _power_of_two(rows + -(-max(MULTIPLE, tokens // COUNTS) // longest)), longest)
+
+    def rows_of(self, lengths: Sequence[int]) -> list[int]:
+        """Returns the length of each row of the shape: the given rows, then padding rows, then empty ones."""
+        whole, rest = divmod(self.tokens - sum(lengths), self.longest)
+        return [*lengths, *[self.longest] * whole, rest, *[0] * self.rows][: self.rows]
+
+    def other_rows(self, lengths: Sequence[int]) -> list[int]:
+        """Returns row lengths of this shape that differ from `rows_of(lengths)` if any can."""
+        each, more = divmod(self.tokens, self.rows)
+        even = [each + (number < more) for number in range(self.rows)]
+        return even if even != self.rows_of(lengths) else self.rows_of(())[::-1]
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
+
+
 class Recorder(Protocol):
-    """Records what is computed, so that it can be computed again by one call, with the numbers that are there then."""
+    """Records a computation so that one call repeats it on the current content of its tensors."""
 
     def warm(self, passes: Callable[[], ResultT]) -> ResultT:
-        """Computes it as it will be recorded, and records nothing."""
+        """Runs `passes` as they will be recorded, without recording."""
         ...
 
     def record(self, passes: Callable[[], ResultT]) -> tuple[Callable[[], None], ResultT]:
-        """What computes it again, into the same tensors; and these."""
+        """Returns a function that repeats `passes` into the same tensors, and their result."""
         ...
 
 
 class CudaGraphs:
-    """Recorded as CUDA graphs. All share one pool of memory: what a recording no longer needs, the next one may take, so no two
-    may be under way at once. And one stream, whose workspaces of cuBLAS are there once it is warm."""
+    """Records CUDA graphs. All share one memory pool, in which the next may reuse what one no longer needs, so no two may run at
+    once; and one stream, whose cuBLAS workspaces exist once it is warm."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
@@ -88,113 +122,113 @@ class CudaGraphs:
 
 @dataclass(frozen=True)
 class RecordedGraphs:
-    """A shape's two passes: what replays them."""
+    """The replay functions of one shape's two passes."""
 
     tokens: int
     forward: Callable[[], None]
     backward: Callable[[], None]
-    scratch: tuple[Tensor, ...]  # buffers beside its own that it writes to; let go, they would be somebody else's
+    scratch: tuple[Tensor, ...]  # shared buffers that the graphs write to; a reference keeps them from being reused
 
 
-class ReplayedPasses:
-    """A TextModel as train/text/loss asks for it, whose decoder is replayed; gradients are added to those of `parameters`.
+class GraphedModel:
+    """A TextModel for train/text/loss whose decoder runs as CUDA graphs; they add to the gradients of `parameters`.
 
-    `room`: a shape with room for any micro-batch that comes. `record_first` records before training begins. Whoever has computed
-    a micro-batch lets go of its loss before the next one comes (train/task.gradients_by_batch): a recording would meet, in a
-    graph of autograd that is left, the stream of that one.
+    `capacity` is a shape that fits every micro-batch. `record_first` records before training starts. The caller frees the loss
+    of a micro-batch before the next one (train/task.gradients_by_batch): a live autograd graph would bring its stream into a
+    recording.
     """
 
-    def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, room: BatchShape) -> None:
-        self.text, self.recorder, self.room = text, recorder, room
+    def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, capacity: BatchShape) -> None:
+        self.text, self.recorder, self.capacity = text, recorder, capacity
         self.names, self.parameters = list(parameters), list(parameters.values())
-        self.recorded: dict[BatchShape, RecordedGraphs | None] = {}  # None: the model computes micro-batches of this shape
-        self.ids, self.positions = (torch.zeros(room.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
-        self.starts = torch.zeros(room.rows + 1, dtype=torch.int32, device=text.device)
-        self.sums: list[Tensor | None] = []  # of gradients, the parameters' own; None where nothing recorded depends on one
-        self.states = self.upstream = torch.empty(0)  # (room's tokens, hidden), once it is known how wide
-        self.turn = 0  # counts passes: of which hidden states there is no backward pass any more
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.graphs: dict[BatchShape, RecordedGraphs | None] = {}  # None: the model computes micro-batches of this shape
+        self.ids, self.positions = (torch.zeros(capacity.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
+        self.starts = torch.zeros(capacity.rows + 1, dtype=torch.int32, device=text.device)
+        self.sums: list[Tensor | None] = []  # the parameters' gradients; None where no graph depends on a parameter
+        self.states = self.upstream = torch.empty(0)  # (tokens of the capacity, hidden), once the width is known
+        self.pass_number = 0  # counts passes: tells whether the states of a forward pass are still in their buffer
+        self.dummy = torch.zeros((), requires_grad=True)
 
     @property
     def head_weight(self) -> RowSource | None:
         return self.text.head_weight
 
     @property
-    def kernels(self) -> Kernels | None:
+    def kernels(self) -> TritonRequest | None:
         return self.text.kernels
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) to logits, as the model does."""
+        """Returns the model's logits (n, vocabulary) of `hidden` (n, hidden)."""
         return self.text.head(hidden)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient.
+        """Returns the decoder's last hidden states at the positions that predict a target, (targets, hidden), with gradient.
 
-        They stand until the next micro-batch, which may come after their backward pass.
+        They are valid until the next micro-batch, which must follow their backward pass.
         """
-        shape = BatchShape.of(batch.lengths, self.room.longest)
-        if shape not in self.recorded:
-            self.recorded[shape] = self._proved(shape, batch)
-        recorded = self.recorded[shape]
-        return self.text.hidden(batch) if recorded is None else self._replayed(recorded, shape, batch)
+        shape = BatchShape.of(batch.lengths, self.capacity.longest)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._verified(shape, batch)
+        graphs = self.graphs[shape]
+        return self.text.hidden(batch) if graphs is None else self._replayed(graphs, shape, batch)
 
     def record_first(self, batch: Batch) -> None:
-        """Records the shape of `batch`, which should be the largest: others find room in what memory it leaves.
+        """Records the shape of `batch`, which should be the largest: later ones reuse its memory.
 
-        Raises EnvironmentProblem where it cannot be recorded or is not proved.
+        Raises EnvironmentProblem if it cannot be recorded or fails the check.
         """
-        shape = BatchShape.of(batch.lengths, self.room.longest)
-        self.recorded[shape], said = self._recorded_and_compared(shape, batch)
-        if said:
-            raise EnvironmentProblem(f"{SETTING} is true, but {said}. {REMEDY}")
+        shape = BatchShape.of(batch.lengths, self.capacity.longest)
+        self.graphs[shape], difference = self._recorded_and_compared(shape, batch)
+        if difference:
+            raise EnvironmentProblem(f"{SETTING} is true, but {difference}. {REMEDY}")
 
-    def _proved(self, shape: BatchShape, batch: Batch) -> RecordedGraphs | None:
-        """The passes of a shape that first comes in training; None where they are not proved, which is said."""
-        recorded, said = self._recorded_and_compared(shape, batch)
-        if said:
+    def _verified(self, shape: BatchShape, batch: Batch) -> RecordedGraphs | None:
+        """Returns the graphs of a new shape; None, with a warning, if they fail the check."""
+        graphs, difference = self._recorded_and_compared(shape, batch)
+        if difference:
             logging.getLogger("lorakeet").warning(
-                "%s: %s. Micro-batches of this shape are computed without being recorded. Please report it.", SETTING, said
+                "%s: %s. Micro-batches of this shape are computed without CUDA graphs. Please report it.", SETTING, difference
             )
             return None
-        return recorded
+        return graphs
 
     def _recorded_and_compared(self, shape: BatchShape, batch: Batch) -> tuple[RecordedGraphs, str]:
-        """The passes, and in words how they differ from the model's. EnvironmentProblem where they cannot be recorded."""
-        if shape.tokens > self.room.tokens or shape.rows > self.room.rows:
-            raise ValueError(f"there is room for {self.room}, and {shape} came")
-        with _said_as_environment(), _without_gradients(self.parameters):
-            recorded = self._record(shape, batch.lengths)
-            return recorded, self._difference(shape, recorded, batch)
+        """Returns the graphs, and in words how they differ from the model. EnvironmentProblem if they cannot be recorded."""
+        if shape.tokens > self.capacity.tokens or shape.rows > self.capacity.rows:
+            raise ValueError(f"the buffers are made for {self.capacity}, and {shape} is larger")
+        with _torch_errors_as_environment_problems(), _without_gradients(self.parameters):
+            graphs = self._record(shape, batch.lengths)
+            return graphs, self._difference(shape, graphs, batch)
 
     def _record(self, shape: BatchShape, lengths: Sequence[int]) -> RecordedGraphs:
-        """Both passes of `shape`, recorded on other numbers than those that come: what is kept of them shows in the proof."""
-        self._fill(shape.unlike(lengths), self.ids.new_zeros(shape.tokens))
+        """Records both passes on made-up rows that differ from the real ones, so that the check finds numbers baked in."""
+        self._fill(shape.other_rows(lengths), self.ids.new_zeros(shape.tokens))
         self.positions.zero_()
-        places = RowOffsets(self.starts[: shape.rows + 1], min(shape.longest, shape.tokens))
-        self.text.learn()
+        offsets = RowOffsets(self.starts[: shape.rows + 1], min(shape.longest, shape.tokens))
+        self.text.train()
         with torch.enable_grad():
-            return self._warmed_and_recorded(self.ids[: shape.tokens], self.positions[: shape.tokens], places)
+            return self._warmed_and_recorded(self.ids[: shape.tokens], self.positions[: shape.tokens], offsets)
 
-    def _warmed_and_recorded(self, *given: Any) -> RecordedGraphs:
-        """Both passes over tokens, positions and places that lie where they are `given`."""
-        decoded, parameters, tokens = self.text.placed_states, self.parameters, len(given[0])
+    def _warmed_and_recorded(self, *inputs: Any) -> RecordedGraphs:
+        """Records both passes over the buffers of tokens, positions and row offsets."""
+        decoded, parameters, tokens = self.text.states_at, self.parameters, len(inputs[0])
 
         def both() -> tuple[Tensor, list[bool]]:
-            out = decoded(*given)
+            out = decoded(*inputs)
             if not out.requires_grad:
                 raise EnvironmentProblem(f"{SETTING} is true, but nothing is trained below the output head. {TURN_OFF}.")
             found = torch.autograd.grad(out, parameters, torch.zeros_like(out), allow_unused=True)
             return out.detach(), [grad is not None for grad in found]
 
-        for _ in range(WARM):
+        for _ in range(WARM_UPS):
             out, used = self.recorder.warm(both)
         if not self.sums:
-            self.states, self.upstream = (out.new_zeros(self.room.tokens, out.shape[1]) for _ in range(2))
-            self.sums = [torch.zeros_like(own) if wanted else None for own, wanted in zip(parameters, used, strict=True)]
+            self.states, self.upstream = (out.new_zeros(self.capacity.tokens, out.shape[1]) for _ in range(2))
+            self.sums = [torch.zeros_like(each) if trains else None for each, trains in zip(parameters, used, strict=True)]
         states, upstream, sums = self.states[:tokens], self.upstream[:tokens], self.sums
 
         def forward() -> Tensor:
-            out = decoded(*given)
+            out = decoded(*inputs)
             states.copy_(out.detach())
             return out
 
@@ -209,98 +243,98 @@ class ReplayedPasses:
         return RecordedGraphs(tokens, replay_forward, replay_backward, SCRATCH.held())
 
     def _fill(self, rows: Sequence[int], ids: Tensor) -> None:
-        """Lays tokens, positions and places where the recorded passes look for them. `rows`: tokens of every place."""
+        """Writes tokens, positions and row offsets into the buffers; `rows` are the lengths of all rows."""
         positions = np.concatenate([np.arange(length) for length in rows])
         starts = np.cumsum([0, *rows], dtype=np.int32)
         self.ids[: len(ids)].copy_(ids)
         self.ids[len(ids) : len(positions)].zero_()
-        for places, numbers in ((self.positions, positions), (self.starts, starts)):
-            places[: len(numbers)].copy_(to_device(torch.from_numpy(numbers), places.device))
+        for buffer, numbers in ((self.positions, positions), (self.starts, starts)):
+            buffer[: len(numbers)].copy_(to_device(torch.from_numpy(numbers), buffer.device))
 
-    def _replayed(self, recorded: RecordedGraphs, shape: BatchShape, batch: Batch) -> Tensor:
+    def _replayed(self, graphs: RecordedGraphs, shape: BatchShape, batch: Batch) -> Tensor:
         self._fill(shape.rows_of(batch.lengths), batch.ids)
-        states: Tensor = _Replay.apply(self.anchor, self, recorded)  # type: ignore[no-untyped-call]
+        states: Tensor = _Replay.apply(self.dummy, self, graphs)  # type: ignore[no-untyped-call]
         return states.index_select(0, batch.target_positions.to(states.device))
 
-    def lay_gradients(self) -> None:
-        """Lets the parameters' gradients lie where a recorded pass adds to them: nothing yet, or what others have added."""
+    def move_gradients(self) -> None:
+        """Makes the buffers that the graphs add to the parameters' gradients, with the gradients so far, or zeros."""
         fresh, others = [], []
         for parameter, total in zip(self.parameters, self.sums, strict=True):
-            own = parameter.grad
-            if total is None or own is total:
+            grad = parameter.grad
+            if total is None or grad is total:
                 continue
-            if own is None:
+            if grad is None:
                 fresh.append(total)
             else:
-                others.append((total, own))
+                others.append((total, grad))
             parameter.grad = total
         if fresh:
             torch._foreach_zero_(fresh)
         if others:
-            torch._foreach_copy_([total for total, _ in others], [own for _, own in others])
+            torch._foreach_copy_([total for total, _ in others], [grad for _, grad in others])
 
-    def _difference(self, shape: BatchShape, recorded: RecordedGraphs, batch: Batch) -> str:
-        """In words, how the recorded passes differ from the model's by more than rounding; empty where they do not."""
+    def _difference(self, shape: BatchShape, graphs: RecordedGraphs, batch: Batch) -> str:
+        """Says how the graphs differ from the model by more than rounding; empty if they do not."""
         batch = batch.to(self.text.device)
-        with torch.enable_grad(), _moved(self.parameters):
+        with torch.enable_grad(), _perturbed(self.parameters):
             hidden = self.text.hidden(batch)
-            upstream = _numbers(hidden, seed=shape.tokens)
+            upstream = _noise(hidden, seed=shape.tokens)
             theirs = torch.autograd.grad(hidden, self.parameters, upstream, allow_unused=True)
-            found = self._replayed(recorded, shape, batch)
+            found = self._replayed(graphs, shape, batch)
             found.backward(upstream)  # type: ignore[no-untyped-call]
             mine = [parameter.grad for parameter in self.parameters]
             grads = {}
             for name, one, other in zip(self.names, mine, theirs, strict=True):
                 if (one is None) != (other is None):
-                    return f"recorded passes have another gradient of {name} than the model: one of them has none"
+                    return f"of the model and its CUDA graphs only one has a gradient of {name}"
                 if one is not None and other is not None:
                     grads[f"the gradient of {name}"] = one, other
             states = found.detach(), hidden.detach()
-            return _far({"hidden states": states}) or _far_token(*states) or _far(grads)
+            return _too_far({"hidden states": states}) or _token_too_far(*states) or _too_far(grads)
 
 
 class _Replay(torch.autograd.Function):
-    """A recorded decoder as a function of autograd. All that it reads and gives lies where it was recorded; the anchor is there
-    because autograd asks for a backward pass only where something that was given wants a gradient."""
+    """The graphs of a decoder as an autograd function. Inputs and results are fixed buffers; `dummy` requires a gradient, since
+    autograd calls `backward` only if an input does."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, passes: ReplayedPasses, recorded: RecordedGraphs) -> Tensor:
-        passes.turn += 1
-        ctx.passes, ctx.recorded, ctx.turn = passes, recorded, passes.turn
-        recorded.forward()
-        return passes.states[: recorded.tokens]
+    def forward(ctx: Any, dummy: Tensor, model: GraphedModel, graphs: RecordedGraphs) -> Tensor:
+        model.pass_number += 1
+        ctx.model, ctx.graphs, ctx.pass_number = model, graphs, model.pass_number
+        graphs.forward()
+        return model.states[: graphs.tokens]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passes: ReplayedPasses = ctx.passes
-        if ctx.turn != passes.turn:
-            raise RuntimeError("another micro-batch was replayed between the two passes of this one, over what it had kept")
-        passes.turn += 1
-        passes.upstream[: ctx.recorded.tokens].copy_(grad)
-        passes.lay_gradients()
-        ctx.recorded.backward()
+        model: GraphedModel = ctx.model
+        if ctx.pass_number != model.pass_number:
+            raise RuntimeError("another micro-batch ran between the forward and backward pass of this one, in the same buffers")
+        model.pass_number += 1
+        model.upstream[: ctx.graphs.tokens].copy_(grad)
+        model.move_gradients()
+        ctx.graphs.backward()
         return None, None, None
 
 
 @contextmanager
-def _moved(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """A context in which all numbers of the adapter are others, a little: at its start half of them would get no gradient."""
+def _perturbed(parameters: Sequence[Parameter]) -> Iterator[None]:
+    """A context in which noise is added to the adapter: just initialised, half of it would get no gradient."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
-                parameter.add_(_numbers(parameter, seed=number), alpha=MOVED)
+                parameter.add_(_noise(parameter, seed=number), alpha=PERTURBATION)
         yield
     finally:
         with torch.no_grad():
-            for parameter, own in zip(parameters, before, strict=True):
-                parameter.copy_(own)
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
 
 
 @contextmanager
 def _without_gradients(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """A context in which no gradients are there yet; those that were are there again behind it, with their numbers."""
+    """A context without gradients; afterwards the parameters have their gradients again."""
     before = [(parameter.grad, None if parameter.grad is None else parameter.grad.clone()) for parameter in parameters]
     try:
         for parameter in parameters:
@@ -313,14 +347,14 @@ def _without_gradients(parameters: Sequence[Parameter]) -> Iterator[None]:
                 grad.copy_(numbers)
 
 
-def _numbers(like: Tensor, *, seed: int) -> Tensor:
-    """Normal numbers in the shape, dtype and place of `like`, the same on every machine."""
+def _noise(like: Tensor, *, seed: int) -> Tensor:
+    """Returns normal numbers with the shape, dtype and device of `like`, the same on every machine."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
 
 
 @contextmanager
-def _said_as_environment() -> Iterator[None]:
-    """A context in which what torch raises where it cannot record, or has no memory for it, is said with what helps."""
+def _torch_errors_as_environment_problems() -> Iterator[None]:
+    """A context that turns torch's errors on recording, or on too little memory, into EnvironmentProblem with a remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -330,39 +364,39 @@ def _said_as_environment() -> Iterator[None]:
                 raise cause from None
         if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
             raise EnvironmentProblem(
-                f"{SETTING} is true, and memory is out: recorded passes and, to prove them, the model's own are held at once. "
-                f"Lower train.micro_tokens. Or: {TURN_OFF}."
+                f"{SETTING} is true, and the GPU is out of memory: to check CUDA graphs, their pass and the model's own are in "
+                f"memory at once. Lower train.micro_tokens. Or: {TURN_OFF}."
             ) from error
         first = [cause for cause in causes if isinstance(cause, RuntimeError)][-1]
-        said = " ".join(str(first).split())[:SAID].rstrip(".")
-        raise EnvironmentProblem(f"{SETTING} is true, but the passes cannot be recorded: {said}. {REMEDY}") from error
+        reason = " ".join(str(first).split())[:ERROR_LENGTH].rstrip(".")
+        raise EnvironmentProblem(f"{SETTING} is true, but CUDA graphs cannot be recorded: {reason}. {REMEDY}") from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """What was raised, the first last: where a recording fails, its end fails too, and says less."""
+    """Returns the chain of errors, the first one last: when a recording fails, ending it fails too, with a vaguer message."""
     found = [error]
     while (link := found[-1].__context__) is not None:
         found.append(link)
     return found
 
 
-def _far(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
-    """In words, which pair of tensors is farther apart than rounding explains; empty where none is."""
-    lengths = torch.stack([torch.stack([(a.float() - b.float()).norm(), b.float().norm()]) for a, b in pairs.values()])
-    return _said(list(pairs), lengths, FAR)
+def _too_far(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """Names a pair of tensors that differ by more than rounding; empty if there is none."""
+    norms = torch.stack([torch.stack([(a.float() - b.float()).norm(), b.float().norm()]) for a, b in pairs.values()])
+    return _first_too_far(list(pairs), norms, TOLERANCE)
 
 
-def _far_token(mine: Tensor, theirs: Tensor) -> str:
-    """The same of hidden states (targets, hidden), each token's by itself."""
-    lengths = torch.stack([(mine.float() - theirs.float()).norm(dim=1), theirs.float().norm(dim=1)], 1)
-    return _said([f"hidden states of target {number}" for number in range(len(mine))], lengths, FAR_TOKEN)
+def _token_too_far(mine: Tensor, theirs: Tensor) -> str:
+    """The same for hidden states (targets, hidden), token by token."""
+    norms = torch.stack([(mine.float() - theirs.float()).norm(dim=1), theirs.float().norm(dim=1)], 1)
+    return _first_too_far([f"hidden states of target {number}" for number in range(len(mine))], norms, TOKEN_TOLERANCE)
 
 
-def _said(names: Sequence[str], lengths: Tensor, far: float) -> str:
-    """`lengths`: of each difference, and of what it is compared with (n, 2)."""
-    least = SILENT * lengths[:, 1].max().item()
-    for name, (apart, length) in zip(names, lengths.tolist(), strict=True):
-        allowed = far * max(length, least)
-        if not apart <= allowed:
-            return f"{name} of recorded passes and of the model are {apart:.3g} apart, where rounding explains {allowed:.3g}"
+def _first_too_far(names: Sequence[str], norms: Tensor, tolerance: float) -> str:
+    """`norms` (n, 2): of each difference, and of the model's own tensor."""
+    least = NEGLIGIBLE * norms[:, 1].max().item()
+    for name, (difference, norm) in zip(names, norms.tolist(), strict=True):
+        allowed = tolerance * max(norm, least)
+        if not difference <= allowed:
+            return f"{name} of the CUDA graphs and of the model differ by {difference:.3g}, where rounding explains {allowed:.3g}"
     return ""

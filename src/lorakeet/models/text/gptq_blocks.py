@@ -21,11 +21,11 @@ from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.errors import ConfigError, DataError, Problems
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import modules
 from lorakeet.models.families import family_of
 from lorakeet.models.files.quantized import packable
-from lorakeet.models.text.calibration import Passages
+from lorakeet.models.text.calibration import CalibrationStates
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import gptq_buffer_shapes
 from lorakeet.quant.gptq_solve import GptqLayout, Hessian, Sensitivity, output_error, sensitivity, solve
@@ -36,7 +36,7 @@ _STAGE = "H"  # under which that of a stage is kept
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerSource:
     """Which layers are packed: those of a block, by its path, when its turn comes. They are dense, or as they stand, and then
     `dense` makes a dense one of each, by its path, just before it is packed, and puts it in its place."""
 
@@ -88,13 +88,13 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def taken_by_block(layers: dict[str, nn.Module]) -> Layers:
+def taken_by_block(layers: dict[str, nn.Module]) -> LayerSource:
     """Dense layers, those of a block taken out of `layers` when its turn comes: whose dense weights can go with it."""
 
     def layers_of(block: str) -> dict[str, nn.Module]:
         return {path: layers.pop(path) for path in list(layers) if path.startswith(f"{block}.")}
 
-    return Layers(layers_of)
+    return LayerSource(layers_of)
 
 
 def inputs_of_widest(layers: dict[str, nn.Module]) -> int:
@@ -109,7 +109,7 @@ def quantise_blocks(
     *,
     damping: float = 0.01,
     micro_tokens: int = 2048,
-    aside: Callable[[], Aside] = Aside,
+    spill: Callable[[], Spill] = Spill,
 ) -> Iterator[QuantisedBlock]:
     """Quantises the blocks of `text` in order, which it uses up: a block that has been handed out is no longer in the model.
 
@@ -126,7 +126,7 @@ def quantise_blocks(
         taken_by_block(layers),
         damping=damping,
         micro_tokens=micro_tokens,
-        aside=aside,
+        spill=spill,
     )
 
 
@@ -134,12 +134,12 @@ def pack_blocks(
     text: TextModel,
     rows: Sequence[Example],
     pack: Pack,
-    layers: Layers,
+    layers: LayerSource,
     *,
     damping: float = 0.01,
     micro_tokens: int = 2048,
     keep: bool = False,
-    aside: Callable[[], Aside] = Aside,
+    spill: Callable[[], Spill] = Spill,
 ) -> Iterator[QuantisedBlock]:
     """Packs `layers` as `pack` says; others stay. `keep` leaves the packed blocks in the model, which else is used up.
 
@@ -148,7 +148,7 @@ def pack_blocks(
     """
     prefix, count = modules.block_prefix(text.model, text.family)
     blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
-    passages, kept = Passages(text, blocks, _batches(text, rows, micro_tokens), aside), aside()
+    passages, kept = CalibrationStates(text, blocks, _batches(text, rows, micro_tokens), spill), spill()
     try:
         for number in range(count):
             start = f"{prefix}.{number}."
@@ -212,7 +212,7 @@ class _Enough(Exception):
 class _QuantizedBlock:
     """A block with what goes into it, batch by batch; `start` is what paths in the model have before those in the block."""
 
-    def __init__(self, module: nn.Module, number: int, passages: Passages, start: str) -> None:
+    def __init__(self, module: nn.Module, number: int, passages: CalibrationStates, start: str) -> None:
         self.module, self.number, self.passages, self.start = module, number, passages, start
 
     def run(self, batch: int) -> Tensor:
@@ -277,7 +277,7 @@ def _quantise(
     pack: Pack,
     dense_of: Callable[[str], nn.Module] | None,
     damping: float,
-    kept: Aside,
+    kept: Spill,
 ) -> tuple[dict[str, PackedBase], dict[str, float]]:
     """Puts a PackedLinear in the place of every layer, stage by stage, and takes it out of `layers`."""
     bases: dict[str, PackedBase] = {}

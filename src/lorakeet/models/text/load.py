@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.kernels.cpu import compile as native
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
 from lorakeet.models.files.dense import load_dense, take_generation_settings
@@ -25,7 +25,7 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_text_model
-from lorakeet.models.kernels import check_kernels, check_loss, check_passes, kernels_for, use_kernels
+from lorakeet.models.kernels import check_elementwise, check_kernels, check_loss, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.placement import device_for, dtype_for, products_for
 from lorakeet.models.spec import ModelSpec
@@ -101,11 +101,11 @@ def load_text_model(
     return text
 
 
-def _prove(text: TextModel, kernels: Kernels, words: int) -> None:
+def _prove(text: TextModel, kernels: TritonRequest, words: int) -> None:
     """Lets the model use the kernels; EnvironmentProblem where they compute otherwise than torch."""
     check_kernels(_modules(text), kernels, text.products)
     check_loss(words, text.device)
-    check_passes(_widths(text.model), kernels, {text.dtype, text.products}, text.device)
+    check_elementwise(_widths(text.model), kernels, {text.dtype, text.products}, text.device)
     use_kernels(text.model, kernels)
 
 

@@ -2,15 +2,15 @@
 
     ids ──► hidden(batch): decoder ──► (targets, hidden) ──► head(…) in chunks ──► (chunk, vocabulary)
 
-Two layouts give the same numbers: rows laid end to end (attention varlen) and rows padded on the right (sdpa, eager). Padding
-on the right needs no mask, since a causal model never looks ahead.
+Packed rows (attention varlen) and rows padded on the right (sdpa, eager) give the same numbers. Padding on the right needs no
+mask, since a causal model never attends to later tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -28,30 +28,40 @@ from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
-from lorakeet.models.frozen_prefix import FrozenPrefix
-from lorakeet.models.streaming.model import Streamed, StreamedHead
+from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
+from lorakeet.models.streaming.model import StreamedBlocks, StreamedHead
 from lorakeet.quant.packed import PackedLinear
 
-WHOLE = 32  # tokens of a varlen batch are filled up to a multiple at least: products are slower on others
-TIMES = 8  # as many tokens rows of a batch may have in all as are computed: ids and places of all of them are held
-READ = 1 << 30  # tokens that a pass costs which reads or gathers all weights: more than any step has
-COUNTS = 8  # of tokens between a power of two and the next: narrow products leave code behind for every one (memory/onednn_code)
+MULTIPLE = 32  # the least multiple that the tokens of a packed batch are padded to: products are slower on other counts
+TIMES = 8  # tokens of a batch's rows in all, as a multiple of the computed ones: ids and positions of all are in memory
+READ = 1 << 30  # cost in tokens of a pass that reads or gathers all weights: more than any step has
+COUNTS = 8  # padded counts between two powers of two: narrow products keep machine code for each (memory/onednn_code)
 
 
 def padded_count(tokens: int, *, few_counts: bool) -> int:
-    """The whole number that `tokens` are filled up to; with `few_counts` one of COUNTS between two powers of two, at most."""
+    """`tokens` rounded up to a multiple of MULTIPLE; with `few_counts` to one of at most COUNTS between two powers of two."""
     below = 1 << max(tokens - 1, 1).bit_length() - 1
-    return tokens + -tokens % max(WHOLE, below // COUNTS if few_counts else 0)
+    return tokens + -tokens % max(MULTIPLE, below // COUNTS if few_counts else 0)
 
 
-@dataclass
+@dataclass(frozen=True)
+class PassOptions:
+    """How batches pass through a model. The default computes nothing twice and nothing that is not read."""
+
+    share_prefix: bool = True  # compute tokens that all rows begin with once; False where dropout differs by row
+    narrow_last_block: bool = True  # compute the last block only for tokens that predict a target
+    pad: bool = True  # pad the number of tokens (`padded_count`)
+    use_cached: bool = True  # start from cached hidden states where all rows of a batch have some (models/frozen_prefix)
+
+
+@dataclass(frozen=True)
 class TextModel:
-    """A transformers model for text with what belongs to it. `models/text/load` makes it."""
+    """A transformers model for text with what belongs to it, and how batches pass through it. `models/text/load` makes it."""
 
     model: Any  # the transformers …ForCausalLM, frozen, in eval mode unless training
     tokenizer: Any
@@ -61,129 +71,123 @@ class TextModel:
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
-    kernels: Kernels | None = None  # Triton's over the frozen weights, where they are asked for (core/kernels)
-    streamed: Streamed | None = None  # where the frozen blocks come in from a store
-    shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
-    gathers: bool = False  # whether every pass gathers the blocks from several processes
-    sees_every_token: bool = False  # set by `every_token`
-    fills_every_token: bool = False  # whether there is filler nevertheless; set by `every_token`
-    begins_kept: bool = True  # whether rows whose states are kept begin with these; set by `every_token`
-    prefix: FrozenPrefix | None = None  # the states of rows below the lowest trained block, where they are kept
+    kernels: TritonRequest | None = None  # Triton's for the frozen weights, where requested (core/kernels)
+    streamed: StreamedBlocks | None = None  # the blocks, where they are streamed from a store
+    sharded: bool = False  # whether the blocks are sharded over processes, so that every pass gathers them
+    options: PassOptions = PassOptions()
+
+    def with_options(self, **changes: bool) -> TextModel:
+        """The same model with other `options`."""
+        return replace(self, options=replace(self.options, **changes))
+
+    def with_every_token(self, *, cached: bool = False, pad: bool = False) -> TextModel:
+        """The same model, with every token of a batch in every layer: for code that watches or divides the tokens of a layer.
+
+        With `cached`, rows with cached hidden states skip the blocks below; with `pad`, padding follows the tokens.
+        """
+        return self.with_options(share_prefix=False, narrow_last_block=False, pad=pad, use_cached=cached)
 
     @property
     def attention(self) -> str:
-        """varlen, sdpa or eager: what the model attends with."""
+        """The attention in use: varlen, sdpa or eager."""
         set_to = str(self.model.config._attn_implementation)
         return "varlen" if set_to == VARLEN else set_to
 
-    def learn(self) -> None:
-        """Training mode, where it is another: setting it is a walk over all modules, and every micro-batch asks for it."""
+    def train(self) -> None:
+        """Sets training mode if it is off: setting it walks over all modules, and every micro-batch calls this."""
         if not self.model.training:
             self.model.train()
 
     @property
     def context(self) -> int | None:
-        """The most tokens that a row may have, where the model sets a limit."""
+        """The most tokens of a row; None where the model sets no limit."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient if enabled.
+        """Returns the decoder's last hidden states at the positions that predict a target, (targets, hidden).
 
-        Tokens that all rows begin with pass through the model once, filler makes their number whole, and the last block computes
-        only what is read of it; within `every_token` it is as that says.
+        With gradient if gradients are enabled. What is computed of the batch is up to `options`.
         """
         batch = batch.to(self.device)
         if self.attention == "varlen":
-            laid = self.laid(batch)
-            filler = batch.ids.new_zeros(self.filled(len(laid.ids)) - len(laid.ids))
-            with self.last_block_at(laid), self._from_kept_states(batch, laid, len(filler)):
+            layout = self.layout(batch)
+            padding = batch.ids.new_zeros(self.computed_tokens(len(layout.ids)) - len(layout.ids))
+            with self.narrowing_last_block(layout), self._from_cached_states(batch, layout, len(padding)):
                 states = self._decode(
-                    torch.cat([laid.ids, filler])[None],
-                    position_ids=torch.cat([laid.positions, filler])[None],
-                    row_lengths=laid.lengths,
-                    row_prefix=laid.prefix,
+                    torch.cat([layout.ids, padding])[None],
+                    position_ids=torch.cat([layout.positions, padding])[None],
+                    row_lengths=layout.lengths,
+                    row_prefix=layout.prefix,
                     row_products=self.products,
                 )
-            return states[0].index_select(0, laid.target_positions)
-        padded, places = _padded(batch, self._pad)
+            return states[0].index_select(0, layout.target_positions)
+        padded, positions = _padded(batch, self._pad)
         states = self._decode(padded)
-        return states.flatten(0, 1).index_select(0, places[batch.target_positions])
+        return states.flatten(0, 1).index_select(0, positions[batch.target_positions])
 
-    def placed_states(self, ids: Tensor, positions: Tensor, places: RowOffsets) -> Tensor:
-        """The decoder's last hidden states of every token (tokens, hidden), with gradient if enabled; ids, positions (tokens,).
+    def states_at(self, ids: Tensor, positions: Tensor, offsets: RowOffsets) -> Tensor:
+        """Returns the decoder's last hidden states of every token, (tokens, hidden); `ids` and `positions` are (tokens,).
 
-        What it does depends on numbers at the addresses of the three and of what the model holds alone: it can be recorded.
-        Raises EnvironmentProblem where the attention cannot be told of places so.
+        The work depends only on the memory of the arguments and of the model, so a CUDA graph can capture it. With gradient if
+        enabled. Raises EnvironmentProblem where the attention takes no offsets on the device.
         """
-        rows = {"row_lengths": (places.longest,), "row_places": places, "row_products": self.products}
+        rows = {"row_lengths": (offsets.longest,), "row_places": offsets, "row_products": self.products}
         return self._decode(ids[None], position_ids=positions[None], **rows)[0]
 
-    def filled(self, tokens: int) -> int:
-        """How many tokens pass through the model together, filler included, where `tokens` of them, end to end, count."""
-        if self.sees_every_token and not self.fills_every_token:
-            return tokens
-        return padded_count(tokens, few_counts=self.products != torch.float32)
-
-    def _from_kept_states(self, batch: Batch, laid: PrefixLayout, filler: int) -> AbstractContextManager[None]:
-        """A context in which the blocks below the lowest trained one hand on what is kept, where all rows of the batch are."""
-        if self.prefix is None or not self.begins_kept:
-            return nullcontext()
-        states = self.prefix.states_of(batch.ids, batch.lengths, laid.prefix)
-        if states is None:
-            return nullcontext()
-        whole = nn.functional.pad(states, (0, 0, 0, filler)).to(self.device)
-        return self.prefix.handing_on(whole[None])
-
-    @contextmanager
-    def every_token(self, *, but_kept: bool = False, filled: bool = False) -> Iterator[None]:
-        """A context in which every token of a batch passes through every part of the model, and no other, but for filler behind
-        them if `padded_count`: for whoever watches or divides what passes through it. With `but_kept`, rows whose states are
-        kept pass through the parts above alone."""
-        before = self.sees_every_token, self.begins_kept, self.fills_every_token
-        self.sees_every_token, self.begins_kept, self.fills_every_token = True, but_kept, filled
-        try:
-            yield
-        finally:
-            self.sees_every_token, self.begins_kept, self.fills_every_token = before
-
-    def laid(self, batch: Batch) -> PrefixLayout:
-        """The batch as the model sees it where rows lie end to end."""
-        return shared_layout(batch) if self._begins_once else unshared_layout(batch)
+    def computed_tokens(self, tokens: int) -> int:
+        """How many tokens are computed for `tokens` packed ones, padding included."""
+        return padded_count(tokens, few_counts=self.products != torch.float32) if self.options.pad else tokens
 
     @property
-    def _begins_once(self) -> bool:
-        return self.shares_prefix and not self.sees_every_token
+    def frozen_prefix(self) -> FrozenPrefix | None:
+        """The cached hidden states of the lowest blocks, while the model has some (models/text/cached_states)."""
+        path, count = self._blocks
+        block = modules.find(self.model, f"{path}.0") if count else None
+        return block.prefix if isinstance(block, PrefixBlock) else None
+
+    def _from_cached_states(self, batch: Batch, layout: PrefixLayout, padding: int) -> AbstractContextManager[None]:
+        """A context in which the lowest blocks return cached states, where all rows of the batch have some."""
+        prefix = self.frozen_prefix if self.options.use_cached else None
+        states = None if prefix is None else prefix.states_of(batch.ids, batch.lengths, layout.prefix)
+        if prefix is None or states is None:
+            return nullcontext()
+        padded = nn.functional.pad(states, (0, 0, 0, padding)).to(self.device)
+        return prefix.returning(padded[None])
+
+    def layout(self, batch: Batch) -> PrefixLayout:
+        """The packed batch as the model gets it."""
+        return shared_layout(batch) if self.options.share_prefix else unshared_layout(batch)
 
     def micro_batches(self, rows: Sequence[Example], max_tokens: int) -> list[Batch]:
-        """The rows of a step in batches of which at most `max_tokens` tokens are computed at once; a longer row stands alone.
+        """Cuts the rows of a step into batches of at most `max_tokens` computed tokens; a longer row is a batch of its own.
 
-        What all rows of a batch begin with counts once where it is computed once. Only Lorakeet's own attention makes no copy of
-        it for each row; where another computes, a batch has no more tokens in all than may be computed.
+        A prefix that all rows of a batch share counts once. Only Lorakeet's own attention does not copy it for each row; with
+        another, `max_tokens` also bounds the tokens of the rows in all.
         """
-        if not self._begins_once or self.attention != "varlen":
+        if not self.options.share_prefix or self.attention != "varlen":
             return micro_batches(rows, max_tokens)
         times = TIMES if self._copies_nothing([len(row.ids) for row in rows]) else 1
-        a_pass = READ if self.gathers or self.streamed is not None else PASS
+        a_pass = READ if self.sharded or self.streamed is not None else PASS
         return prefix_batches(rows, BatchLimits(max_tokens, times, a_pass))
 
     def _copies_nothing(self, lengths: Sequence[int]) -> bool:
-        """Whether attention of any rows of so many tokens is Lorakeet's own kernel (core/fused/packed_attention.NativeRows)."""
+        """True if Lorakeet's own kernel attends to rows of these lengths (core/fused/packed_attention.NativeRows)."""
         attention = next((part for part in self._last_parts() if isinstance(part, RotaryAttention)), None)
         if attention is None or min(lengths, default=0) < TILED or attention.looks_back_less(max(lengths)):
             return False
         return native_serves(self.dtype, cast(Any, attention.original).head_dim, self.products, self.device)
 
     @contextmanager
-    def last_block_at(self, laid: PrefixLayout) -> Iterator[None]:
-        """A context in which the fused parts of the last block compute only what is read of it: the tokens that predict a target.
+    def narrowing_last_block(self, layout: PrefixLayout) -> Iterator[None]:
+        """A context in which the fused parts of the last block compute only tokens that predict a target, where these are few.
 
-        Everything before it needs every token, for the keys and values of those that follow.
+        The blocks before it need every token, for the keys and values of later ones.
         """
-        few = not self.sees_every_token and 2 * len(laid.target_positions) < len(laid.ids)
+        few = self.options.narrow_last_block and 2 * len(layout.target_positions) < len(layout.ids)
         parts = self._last_parts() if few else []
         if parts:
-            only = torch.unique(laid.target_positions) if laid.prefix else laid.target_positions
+            only = torch.unique(layout.target_positions) if layout.prefix else layout.target_positions
             for part in parts:
                 part.only = only
         try:
@@ -199,13 +203,12 @@ class TextModel:
     def _last_parts(self) -> list[GatedMlp | RotaryAttention]:
         prefix, count = self._blocks
         last = modules.find(self.model, f"{prefix}.{count - 1}") if count else None
-        return [] if last is None else list(_parts_for_all_tokens(last))
+        return [] if last is None else list(_single_parts(last))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) to the model's logits (n, vocabulary), with the family's factor, divisor and soft cap.
+        """Returns the logits (n, vocabulary) of `hidden` (n, hidden), with the family's factor, divisor and soft cap.
 
-        Where products run in another dtype than the weights are stored in, the logits keep the products' dtype: rounded to
-        bf16, close answers would tie.
+        They keep the dtype of the products where the weights have another: rounded to bf16, close answers would tie.
         """
         weight, layer = self._plain_head_weight, self.model.get_output_embeddings()
         if isinstance(layer, (PackedLinear, ReorderedLinear)):
@@ -224,14 +227,14 @@ class TextModel:
 
     @property
     def head_weight(self) -> RowSource | None:
-        """The frozen (vocabulary, hidden) weight when logits are exactly hidden·Wᵀ, without bias, cap or adapter; else None."""
+        """The frozen (vocabulary, hidden) weight W if logits are exactly hidden·Wᵀ, without bias, cap or adapter; else None."""
         shaped = self.family.logit_factor or self.family.logit_divisor
         cap = self.family.soft_cap and getattr(self.model.config.get_text_config(), self.family.soft_cap, None) is not None
         return None if shaped or cap else self._plain_head_weight
 
     @property
     def _plain_head_weight(self) -> RowSource | None:
-        """The frozen weight of a head that is an nn.Linear without bias and without active adapter; else None."""
+        """The frozen weight of a head that is an nn.Linear without bias or active adapter; else None."""
         layer = self.model.get_output_embeddings()
         if isinstance(layer, StreamedHead):
             return layer.rows
@@ -244,16 +247,16 @@ class TextModel:
 
     @property
     def store(self) -> WeightStore | None:
-        """Where the frozen weights of a streamed model lie."""
+        """The store of a streamed model's frozen weights; None of a model in memory."""
         return None if self.streamed is None else self.streamed.stream.store
 
     def release(self) -> None:
-        """Takes the blocks of a streamed model out of memory; they come in again when it computes."""
+        """Frees the memory of a streamed model's blocks; they are read again when it computes."""
         if self.streamed is not None:
             self.streamed.stream.release()
 
     def add_tokens(self, tokens: tuple[str, ...]) -> tuple[int, ...]:
-        """Adds `tokens` to the tokenizer and returns their ids, for `inject(…, token_ids=…)`; ones it has keep their id."""
+        """Adds `tokens` to the tokenizer and returns their ids, for `inject(…, token_ids=…)`; known tokens keep their id."""
         self.tokenizer.add_tokens(list(tokens), special_tokens=True)
         return tuple(int(number) for number in self.tokenizer.convert_tokens_to_ids(list(tokens)))
 
@@ -263,23 +266,23 @@ class TextModel:
         return 0 if pad is None or pad < 0 else int(pad)
 
     def _decode(self, ids: Tensor, **arguments: Any) -> Tensor:
-        """ids (rows, tokens) to the decoder's last hidden states (rows, tokens, hidden)."""
+        """Returns the decoder's last hidden states (rows, tokens, hidden) of `ids` (rows, tokens)."""
         output = self.model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments)
         return cast(Tensor, output.last_hidden_state)
 
 
-def _parts_for_all_tokens(module: nn.Module) -> Iterator[GatedMlp | RotaryAttention]:
-    """The fused parts within a block that stand there once. One of several in a list may get some tokens only (experts), or give
-    what a later one attends to (two attentions in a block)."""
+def _single_parts(module: nn.Module) -> Iterator[GatedMlp | RotaryAttention]:
+    """Yields the fused parts of a block outside of lists. One in a list may get some tokens only (experts), or feed a later one
+    (two attentions in a block)."""
     for child in module.children():
         if isinstance(child, (GatedMlp, RotaryAttention)):
             yield child
         elif not isinstance(child, nn.ModuleList):
-            yield from _parts_for_all_tokens(child)
+            yield from _single_parts(child)
 
 
 def token_logprobs(text: TextModel, batch: Batch, *, chunk: int = 256) -> Tensor:
-    """log p of each target (targets,), fp32, without gradient; the head runs on `chunk` targets at a time."""
+    """Returns log p of each target (targets,), fp32, without gradient; the head runs on `chunk` targets at a time."""
     found = []
     targets = batch.target_ids.to(text.device)
     for start, logits in zip(range(0, batch.targets, chunk), target_logits(text, batch, chunk=chunk), strict=True):
@@ -292,7 +295,7 @@ def token_logprobs(text: TextModel, batch: Batch, *, chunk: int = 256) -> Tensor
 
 
 def target_logits(text: TextModel, batch: Batch, *, chunk: int = 256) -> Iterator[Tensor]:
-    """The logits (chunk, vocabulary) at the targets, chunk after chunk, in the model's dtype and without gradient."""
+    """Yields the logits (chunk, vocabulary) at the targets, in the model's dtype and without gradient."""
     if not batch.targets:
         return
     with torch.no_grad():
@@ -304,8 +307,8 @@ def target_logits(text: TextModel, batch: Batch, *, chunk: int = 256) -> Iterato
 
 
 def _padded(batch: Batch, pad: int) -> tuple[Tensor, Tensor]:
-    """The rows padded on the right (rows, longest), and where in it, flattened, each token of the batch stands (tokens,)."""
+    """Returns the rows padded on the right (rows, longest), and the index of each token in them, flattened (tokens,)."""
     longest = max(batch.lengths)
-    places = batch.rows_of_tokens * longest + batch.positions
+    indices = batch.rows_of_tokens * longest + batch.positions
     padded = torch.full((len(batch.lengths) * longest,), pad, dtype=torch.int64, device=batch.ids.device)
-    return padded.index_copy(0, places, batch.ids).view(-1, longest), places
+    return padded.index_copy(0, indices, batch.ids).view(-1, longest), indices

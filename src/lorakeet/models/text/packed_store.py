@@ -18,7 +18,7 @@ from torch import Tensor
 from lorakeet.memory.store import WeightStore, new_store
 from lorakeet.models import modules
 from lorakeet.models.streaming.load import Residence, open_streamed
-from lorakeet.models.streaming.model import Streamed
+from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import read_config, set_attention
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
@@ -75,7 +75,7 @@ def write_packed(text: TextModel, blocks: Iterable[Mapping[str, PackedBase]], pa
 
 def open_packed(text: TextModel, path: Path) -> TextModel:
     """The model in the store at `path`, which `write_packed` made of the streamed `text`: no adapter, the same attention."""
-    before = cast(Streamed, text.streamed).stream
+    before = cast(StreamedBlocks, text.streamed).stream
     model, streamed = open_streamed(
         WeightStore.open(path, {}), read_config(text.source), text.dtype, text.family, residence=Residence(before.slots)
     )

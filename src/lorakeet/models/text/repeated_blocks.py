@@ -25,7 +25,7 @@ NUMBER = "layer_idx"  # where transformers' modules keep the number of their blo
 
 
 @dataclass(frozen=True)
-class Build:
+class ModelBuilder:
     """Makes the text model of a transformers configuration, with all of its blocks or only the first so many."""
 
     make: Callable[[Any], TextModel]
@@ -35,7 +35,7 @@ class Build:
         return self.make(self.config if blocks is None else first_blocks_of_config(self.config, blocks))
 
 
-def alike_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
+def count_repeated_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
     """How many blocks there are, where all are alike and have the same pairs; else 0."""
     prefix, count = modules.block_prefix(model, family)
     if not count or not _counted_in(model, count) or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
@@ -50,7 +50,7 @@ def alike_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
     return len(found) if all(other == first for other in others) else 0
 
 
-def last_new_kind(model: nn.Module, family: Family) -> int:
+def last_new_kind_of_block(model: nn.Module, family: Family) -> int:
     """The number of the first block after which, pairs aside, every block is like an earlier one."""
     seen: list[Any] = []
     last = 0
@@ -61,16 +61,16 @@ def last_new_kind(model: nn.Module, family: Family) -> int:
     return last
 
 
-def pass_first_of_each_kind(passes: Iterable[object], model: nn.Module, family: Family) -> None:
+def run_each_kind(passes: Iterable[object], model: nn.Module, family: Family) -> None:
     """Draws from `passes`, one for each block in order, until every kind has come, and one more, which finds their buffers."""
-    for _ in islice(passes, 2 + last_new_kind(model, family)):
+    for _ in islice(passes, 2 + last_new_kind_of_block(model, family)):
         pass
 
 
 def blocks_of(model: nn.Module, family: Family) -> list[nn.Module]:
     """The model's decoder blocks in their order, each the module that computes; empty where there is no list of them."""
     prefix, count = modules.block_prefix(model, family)
-    return [modules.bare(cast(nn.Module, modules.find(model, f"{prefix}.{index}"))) for index in range(count)]
+    return [modules.unwrapped(cast(nn.Module, modules.find(model, f"{prefix}.{index}"))) for index in range(count)]
 
 
 def first_blocks_of_config(config: Any, count: int) -> Any:

@@ -1,16 +1,17 @@
-"""The frozen blocks of a text model parted over processes by torch's FSDP2: each is whole only while it computes.
+"""Shards the frozen blocks of a text model over processes with torch's FSDP2: each is whole only while it computes.
 
-    in memory    1/n of every block in each process; embeddings, head, adapter and optimizer whole
-    forward      a block's n parts are gathered, the block computes, the parts are let go again
-    backward     the same from the last block to the first; nothing is sent back, for no gradient reaches a frozen weight
+    in memory    1/n of every block in each process; embeddings, head, adapter and optimizer state whole
+    forward      a block's n shards are gathered, the block computes, the gathered weights are freed
+    backward     the same from the last block to the first; nothing is reduced, since no frozen weight gets a gradient
 
-Packed weights are parted as the codes that they are, so that 4 bits a weight travel. Every process must run the same passes.
+Packed weights are sharded in packed form, so that 4 bits a weight are sent. Every process must run the same passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -25,54 +26,56 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
 
 
-def part_blocks(text: TextModel, count: int, device: torch.device) -> None:
-    """Moves the model to `device`, of which each of the `count` processes of torch's default group keeps its part of every block.
+def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel:
+    """Shards every block over the `count` processes of torch's default group, moves the model to `device` and returns it.
 
-    The adapter must be in its place. Raises ConfigError where the model has no list of blocks, and EnvironmentProblem where this
-    torch cannot part packed weights.
+    The adapter must be in the model. Raises ConfigError if the model has no list of blocks, and EnvironmentProblem if this
+    torch cannot shard packed weights.
     """
     prefix, blocks = modules.block_prefix(text.model, text.family)
     if not blocks:
         kind = text.model.config.model_type
-        raise ConfigError(f"train.shard parts a model's blocks, but in this '{kind}' model none were found. Leave it out.")
+        raise ConfigError(f"train.shard shards a model's blocks, but this '{kind}' model has no list of blocks. Leave it out.")
     mesh = init_device_mesh(device.type, (count,))
     for number in range(blocks):
-        block = modules.bare(cast(nn.Module, modules.find(text.model, f"{prefix}.{number}")))  # whose hooks a TrainedBlock heeds
+        block = modules.unwrapped(
+            cast(nn.Module, modules.find(text.model, f"{prefix}.{number}"))
+        )  # whose hooks a TrainedBlock calls
         _codes_as_parameters(block)
         with _packed_weights_refused():
-            fully_shard(block, mesh=mesh, ignored_params={held for held in block.parameters() if not _can_be_parted(held)})
+            fully_shard(block, mesh=mesh, ignored_params={each for each in block.parameters() if not _can_be_sharded(each)})
     decoder = text.model.get_decoder()
-    outside = {held for held in decoder.parameters() if not isinstance(held, DTensor)}
-    fully_shard(decoder, mesh=mesh, ignored_params=outside)  # it parts nothing itself; blocks below it are fetched ahead
+    outside = {each for each in decoder.parameters() if not isinstance(each, DTensor)}
+    fully_shard(decoder, mesh=mesh, ignored_params=outside)  # it shards nothing itself; blocks below it are prefetched
     text.model.to(device)
-    text.device, text.gathers = device, True
+    return replace(text, device=device, sharded=True)
 
 
 @contextmanager
 def _packed_weights_refused() -> Iterator[None]:
-    """FSDP2 took every parameter for one that is trained before https://github.com/pytorch/pytorch/issues/177844 was mended."""
+    """FSDP2 refused frozen integer parameters before https://github.com/pytorch/pytorch/issues/177844 was fixed."""
     try:
         yield
     except RuntimeError as error:
         if "floating point" not in str(error):
             raise
         raise EnvironmentProblem(
-            f"train.shard cannot part packed weights with torch {torch.__version__} ({error}). Install torch 2.13 or newer, or "
+            f"train.shard cannot shard packed weights with torch {torch.__version__} ({error}). Install torch 2.13 or newer, or "
             "set model.quantize to none."
         ) from error
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor that may be parted; all processes must ask together."""
+    """Returns the whole tensor of one that may be sharded; a collective call, made by all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _can_be_parted(parameter: nn.Parameter) -> bool:
+def _can_be_sharded(parameter: nn.Parameter) -> bool:
     return not parameter.requires_grad and parameter.dim() > 0
 
 
 def _codes_as_parameters(block: nn.Module) -> None:
-    """FSDP2 parts parameters alone: the buffers of packed weights become frozen ones, under the same names."""
+    """Turns the buffers of packed weights into frozen parameters of the same names: FSDP2 shards only parameters."""
     for base in block.modules():
         if isinstance(base, PackedBase):
             for name, buffer in [(name, buffer) for name, buffer in base.named_buffers(recurse=False) if buffer.dim() > 0]:

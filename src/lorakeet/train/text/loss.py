@@ -19,7 +19,7 @@ from lorakeet.core.kernels import runs_on
 from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back_product, tiles
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.cpu import head as native
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 
 CHUNK = 256
 
@@ -31,7 +31,7 @@ class TextHead(Protocol):
     def head_weight(self) -> RowSource | None: ...
 
     @property
-    def kernels(self) -> Kernels | None: ...
+    def kernels(self) -> TritonRequest | None: ...
 
     def hidden(self, batch: Batch) -> Tensor: ...
 
@@ -68,7 +68,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - apply() takes positional arguments only
-        ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool, kernels: Kernels | None
+        ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool, kernels: TritonRequest | None
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
@@ -113,7 +113,7 @@ def _by_native(hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: b
     return losses, total
 
 
-def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:
+def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: TritonRequest | None) -> Tensor:
     """Logits z (n, vocabulary) and targets (n,) to the losses (n,). z is used up: ∂L/∂z if wanted, else anything."""
     if logits.dtype == torch.float32 and runs_on(kernels, logits, targets):
         from lorakeet.kernels.triton.loss import loss_in_place
@@ -130,7 +130,7 @@ def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: K
 
 
 def frozen_head_losses(
-    hidden: Tensor, weight: RowSource, targets: Tensor, *, chunk: int = CHUNK, kernels: Kernels | None = None
+    hidden: Tensor, weight: RowSource, targets: Tensor, *, chunk: int = CHUNK, kernels: TritonRequest | None = None
 ) -> Tensor:
     """−log softmax(hidden·Wᵀ)[target] (n,); hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,12 +28,12 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
+from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
-from lorakeet.models.text.hidden_states import keep_states
+from lorakeet.models.text.cached_states import cache_states
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.optimizer import Optimizer
@@ -86,7 +85,7 @@ class MultiAdapterTraining:
         text: TextModel,
         members: Sequence[Member],
         *,
-        aside: Aside | None = None,
+        spill: Spill | None = None,
         together: int = 0,
         folder: Path | None = None,
     ) -> None:
@@ -102,8 +101,9 @@ class MultiAdapterTraining:
             raise ConfigError(f"Adapters that are trained together need different names, one or more; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
-        self.text, self.aside, self.together = text, aside or Aside(), together
+        self.text, self.spill, self.together = text, spill or Spill(), together
         _require_sharable(text, names)
+        self._divided = text.with_every_token(cached=True, pad=True)  # for passes whose tokens have different adapters
         self.selection: Selection = selection_of(text.model)
         self._members = [_Learner(text, member, folder) for member in members]
         self._rounds = 0
@@ -123,8 +123,8 @@ class MultiAdapterTraining:
         if not learning:
             return
         for learner in learning:
-            keep_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
-        self.text.learn()
+            cache_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
+        self.text.train()
         tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
         groups = groups_of([learner.begin(self.text) for learner in learning], tokens)
         if self.text.streamed is not None:
@@ -151,20 +151,20 @@ class MultiAdapterTraining:
     def _gradients(self, learning: Sequence[_Learner], passes: Sequence[JointBatch]) -> None:
         """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
         batches = [one.batch.to(self.text.device) for one in passes]
+        texts = [self._divided if one.alone is None else self.text for one in passes]
 
-        def prepare(number: int) -> None:
-            """What passes next uses its members' adapters; a member by itself is computed as in its single run."""
-            one = passes[number]
-            seeing.close()
+        def prepare(number: int) -> TextModel:
+            """Selects the members' adapters for a pass; a member by itself is computed as in its single run."""
+            one, text = passes[number], texts[number]
             if one.alone is not None:
                 self.selection.use(learning[one.alone].at.member.name)
             else:
-                seeing.enter_context(self.text.every_token(but_kept=True, filled=True))
-                self.selection.divide(_shares(learning, one), units=self.text.filled(batches[number].tokens))
+                self.selection.divide(_shares(learning, one), units=text.computed_tokens(batches[number].tokens))
+            return text
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
             """Σ of the members' means, to be differentiated, and Σ of their losses."""
-            hidden, parts = self.text.hidden(batches[number]), passes[number].parts
+            hidden, parts = texts[number].hidden(batches[number]), passes[number].parts
             chunk = min(learning[index].at.member.spec.head_chunk for index, _ in parts)
             losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
             means = []
@@ -174,17 +174,16 @@ class MultiAdapterTraining:
                 learning[index].summed += summed.item()
             return torch.stack(means).sum(), losses.detach().sum()
 
-        with ExitStack() as seeing:
-            if self.text.streamed is not None:
-                loss_gradients_by_block(
-                    self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
-                )
-                return
-            for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
-                with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
-                    torch.manual_seed(seed)
-                    prepare(number)
-                    loss(number)[0].backward()  # type: ignore[no-untyped-call]
+        if self.text.streamed is not None:
+            loss_gradients_by_block(
+                self.text, self.text.streamed, batches, loss, spill=self.spill, together=self.together, prepare=prepare
+            )
+            return
+        for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
+            with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
+                torch.manual_seed(seed)
+                prepare(number)
+                loss(number)[0].backward()  # type: ignore[no-untyped-call]
 
     def _step(self, learner: _Learner) -> None:
         """The step of a member whose gradients are all there, and what follows it."""
@@ -201,7 +200,7 @@ class MultiAdapterTraining:
         self.selection.use(member.name)
         spec = member.spec
         found = HeldOut(*row_losses(self.text, member.held_out, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
-        self.text.learn()
+        self.text.train()
         learner.see(found.mean(seed=spec.seed))
 
 
@@ -220,7 +219,7 @@ class _Learner:
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.order.steps_per_epoch)
         self.targets, self.summed = 0, 0.0  # of this step: supervised tokens, and their losses
-        self._best: Aside | None = None
+        self._best: Spill | None = None
         self._folder = folder
 
     def begin(self, text: TextModel) -> list[Batch]:
@@ -287,18 +286,18 @@ class _Learner:
         if watch.exhausted(spec.patience):
             at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
 
-    def _kept(self) -> Aside:
+    def _kept(self) -> Spill:
         """The values of now. A disk that is full, or may not be written, ends no training: a plan has room for them in memory."""
         if self._folder is not None:
             try:
-                kept = Aside(self._folder)
+                kept = Spill(self._folder)
                 for name, parameter in self.parameters.items():
                     kept.put(name, parameter.detach().cpu())
             except EnvironmentProblem:
                 self._folder = None
             else:
                 return kept
-        kept = Aside()
+        kept = Spill()
         for name, parameter in self.parameters.items():
             kept.put(name, parameter.detach().cpu().clone())
         return kept
@@ -352,7 +351,7 @@ def train_many(
     members: Sequence[Member],
     *,
     watch: Callable[[MultiAdapterTraining], None] | None = None,
-    aside: Aside | None = None,
+    spill: Spill | None = None,
     together: int = 0,
     budget: int | None = None,
     folder: Path | None = None,
@@ -363,8 +362,8 @@ def train_many(
     process it keeps the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
-    many = MultiAdapterTraining(text, members, aside=aside, together=together, folder=folder)
-    give_back_free_memory()  # as train/loop does
+    many = MultiAdapterTraining(text, members, spill=spill, together=together, folder=folder)
+    release_free_memory()  # as train/loop does
     if budget is None:
         keep_freed_memory()
     while any(not at.done for at in many.progress):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.data.pack import Batch
-from lorakeet.memory.spill import Aside
-from lorakeet.models.streaming.model import Passage, Streamed, plain_output
+from lorakeet.memory.spill import Spill
+from lorakeet.models.streaming.model import BlockInputs, StreamedBlocks, plain_output
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import rng
 from lorakeet.train.task import batch_seeds
@@ -29,7 +29,14 @@ Given = TypeVar("Given")
 
 
 def gradients_by_block(
-    text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: float, *, aside: Aside, chunk: int, together: int = 0
+    text: TextModel,
+    streamed: StreamedBlocks,
+    batches: Sequence[Batch],
+    targets: float,
+    *,
+    spill: Spill,
+    chunk: int,
+    together: int = 0,
 ) -> Tensor:
     """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
 
@@ -42,29 +49,30 @@ def gradients_by_block(
         return found / targets, found.detach()
 
     here = [batch.to(text.device) for batch in batches]
-    return loss_gradients_by_block(text, streamed, here, loss, aside=aside, together=together)
+    return loss_gradients_by_block(text, streamed, here, loss, spill=spill, together=together)
 
 
 def loss_gradients_by_block(
     text: TextModel,
-    streamed: Streamed,
+    streamed: StreamedBlocks,
     batches: Sequence[Batch],
     loss: Callable[[int], tuple[Tensor, Tensor]],
     *,
-    aside: Aside,
+    spill: Spill,
     together: int = 0,
-    prepare: Callable[[int], None] = lambda _: None,
+    prepare: Callable[[int], TextModel] | None = None,
 ) -> Tensor:
     """The same for any loss of each batch: `loss(number)` is what is differentiated and what is summed of batch `number`.
 
-    `prepare(number)` is called whenever the batch is about to be computed with, to say which adapters its tokens use.
+    `prepare(number)` is called before each use of the batch; it selects the adapters of its tokens and returns the model with
+    the batch's options (`text` if left out).
     """
     total = torch.zeros((), dtype=torch.float64)
     seeds, size = batch_seeds(len(batches)), together or max(1, len(batches))
     for start in range(0, len(batches), size):
         part = slice(start, start + size)
-        step = _Step(text, streamed, list(batches[part]), seeds[part], aside)
-        step.prepare, step.loss = _from(start, prepare), _from(start, loss)
+        step = _Step(text, streamed, list(batches[part]), seeds[part], spill)
+        step.prepare, step.loss = _from(start, prepare or (lambda _: text)), _from(start, loss)
         step.enter()
         step.forward()
         total = step.head(total)
@@ -80,13 +88,13 @@ def _from(start: int, of: Callable[[int], Given]) -> Callable[[int], Given]:
 class _Step:
     """One optimizer step's micro-batches on their way."""
 
-    prepare: Callable[[int], None]
+    prepare: Callable[[int], TextModel]
     loss: Callable[[int], tuple[Tensor, Tensor]]
 
-    def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], seeds: list[int], aside: Aside) -> None:
-        self.text, self.streamed, self.batches, self.aside = text, streamed, batches, aside
+    def __init__(self, text: TextModel, streamed: StreamedBlocks, batches: list[Batch], seeds: list[int], spill: Spill) -> None:
+        self.text, self.streamed, self.batches, self.spill = text, streamed, batches, spill
         self.random = [_Random(seed, text.device) for seed in seeds]
-        self.passages: list[Passage] = []
+        self.passages: list[BlockInputs] = []
         self.states: list[Tensor] = []  # outputs of the last block so far; in the backward pass their gradients
         self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients of what lies outside the blocks, from the head
         self.parameters = [parameter for parameter in text.model.parameters() if parameter.requires_grad]
@@ -95,9 +103,9 @@ class _Step:
     def enter(self) -> None:
         """The embeddings of each batch, and what the decoder hands to its blocks."""
         for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
-            self.prepare(number)
+            text = self.prepare(number)
             with random.drawing(), self.streamed.recording() as passage:
-                self.text.hidden(batch)
+                text.hidden(batch)
             self.passages.append(passage)
             self.states.append(cast(Tensor, passage.entry).detach())
         if self._trains_entry:
@@ -113,10 +121,10 @@ class _Step:
         for index in range(last + 1):
             with self.streamed.present(index, min(index + 1, last)) as block, torch.no_grad():
                 for number, random in enumerate(self.random):
-                    self.prepare(number)
+                    text = self.prepare(number)
                     if index >= self.lowest:
-                        self.aside.put((index, number), self.states[number])
-                    with random.drawing(keep_for=index), self._narrowed(index, number):
+                        self.spill.put((index, number), self.states[number])
+                    with random.drawing(keep_for=index), self._narrowed(text, index, number):
                         args, kwargs = self.passages[number].arguments[index]
                         self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
 
@@ -143,10 +151,10 @@ class _Step:
         for index in reversed(range(self.lowest, len(self.streamed.blocks))):
             with self.streamed.present(index, max(index - 1, 0)) as block:
                 for number, random in enumerate(self.random):
-                    self.prepare(number)
-                    states = self.aside.take((index, number)).detach()
+                    text = self.prepare(number)
+                    states = self.spill.take((index, number)).detach()
                     states.requires_grad_(index > self.lowest or self._trains_entry)
-                    with random.again(index), torch.enable_grad(), self._narrowed(index, number):
+                    with random.again(index), torch.enable_grad(), self._narrowed(text, index, number):
                         args, kwargs = self.passages[number].arguments[index]
                         output = plain_output(block(states, *args, **kwargs))
                     torch.autograd.backward(output, self.states[number])
@@ -155,10 +163,10 @@ class _Step:
         if self._trains_entry:
             self._into_entry()
 
-    def _narrowed(self, index: int, number: int) -> AbstractContextManager[None]:
-        """Of the last block only what the loss of batch `number` reads is computed, as in a resident model."""
-        last = index == len(self.streamed.blocks) - 1 and self.text.attention == "varlen"
-        return self.text.last_block_at(self.text.laid(self.batches[number])) if last else nullcontext()
+    def _narrowed(self, text: TextModel, index: int, number: int) -> AbstractContextManager[None]:
+        """A context in which the last block computes only what the loss of batch `number` reads, as in a resident model."""
+        last = index == len(self.streamed.blocks) - 1 and text.attention == "varlen"
+        return text.narrowing_last_block(text.layout(self.batches[number])) if last else nullcontext()
 
     def _into_entry(self) -> None:
         """Gradients of trained embeddings. What head and embedding share is summed within a batch first, as autograd does."""

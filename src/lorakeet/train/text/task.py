@@ -18,10 +18,10 @@ from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.formats.peft import peft
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
 from lorakeet.models.generate.score import row_losses
-from lorakeet.models.text.cuda_graphs import ReplayedPasses
+from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import durable
 from lorakeet.train.processes import ALONE, Processes
@@ -42,7 +42,7 @@ class TextTask:
     """
 
     pruning: Pruning | None = None
-    replayed: ReplayedPasses | None = None  # where the passes of micro-batches are recorded
+    replayed: GraphedModel | None = None  # where the passes of micro-batches are recorded
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class TextTask:
         held_out: Sequence[Example],
         spec: TrainSpec,
         name: str = "default",
-        aside: Aside | None = None,
+        spill: Spill | None = None,
         together: int = 0,
         processes: Processes = ALONE,
     ) -> None:
@@ -60,7 +60,7 @@ class TextTask:
         self.processes, self.in_step = processes, spec.shard and processes.count > 1
         self.order = order_of(self.train, spec)
         self.held_out_rows = list(held_out)
-        self.aside, self.together = aside or Aside(), together
+        self.spill, self.together = spill or Spill(), together
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,9 +102,9 @@ class TextTask:
     def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
         streamed = self.text.streamed
         if streamed is not None:
-            self.text.learn()
+            self.text.train()
             return gradients_by_block(
-                self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
+                self.text, streamed, batches, targets, spill=self.spill, chunk=self.spec.head_chunk, together=self.together
             )
         with self.processes.own_random():
             idle = self.processes.maximum(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
@@ -124,7 +124,7 @@ class TextTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
-        self.text.learn()
+        self.text.train()
         return text_loss(self.replayed or self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:

@@ -40,7 +40,7 @@ FLOORS = 4  # times what rounding was measured to do: two drawings show less tha
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def image_digests(model: ImageModel) -> dict[str, str]:
+def frozen_image_digests(model: ImageModel) -> dict[str, str]:
     """The digest of every frozen number of UNet, text encoders and autoencoder."""
     return {**frozen_digests(model.parts), **frozen_digests(nn.ModuleDict({"vae": model.vae}))}
 
@@ -49,7 +49,7 @@ def certify_images(
     live: ImageModel, adapter: Path, prompts: Sequence[str], *, before: Mapping[str, str], spec: ModelSpec | None,
     sampler: Sampler, name: str = "default",
 ) -> Certificate:  # fmt: skip
-    """The checks of the table above; `before` are the digests that `image_digests` gave before training.
+    """The checks of the table above; `before` are the digests that `frozen_image_digests` gave before training.
 
     `spec` says how the pipeline is loaded once more, and None that there is room for one only.
     """
@@ -69,8 +69,8 @@ def certify_images(
         eject(live.parts, _READ)
     fresh.stage()
     floor = _largest(drawn(live, name) - wanted)
-    after = image_digests(live)
-    if spec is not None and image_digests(fresh) == after:
+    after = frozen_image_digests(live)
+    if spec is not None and frozen_image_digests(fresh) == after:
         floor = max(floor, _largest(other - base))
     again = "on the same base" if spec is None else "on the base, both read again"
     between = ("live adapter", f"{adapter.name}/ {again}")

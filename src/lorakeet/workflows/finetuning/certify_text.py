@@ -21,7 +21,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.inject import activate, attach, eject, use_products
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.digests import changed_tensors, frozen_digests
 from lorakeet.models.text.load import load_text_model
@@ -33,7 +33,7 @@ MICRO_TOKENS = 1024
 REREAD = "reread"
 
 
-def certify_run(
+def certify_text(
     live: TextModel,
     adapter: Path,
     rows: Sequence[Example],
@@ -49,7 +49,7 @@ def certify_run(
     base is loaded once more; None, where memory has no room for a second one, puts the adapter from disk on the live base and
     leaves the base to the digests.
     """
-    batches = micro_batches(first_rows(rows), MICRO_TOKENS)
+    batches = micro_batches(rows_to_compare(rows), MICRO_TOKENS)
     checks = [check_frozen(before, frozen_digests(live.model))] if before else []
     if model is None:
         checks.insert(0, _within(live, adapter, batches, name=name, spec=spec))
@@ -75,10 +75,10 @@ def certify_run(
 def _read_again(live: TextModel, adapter: Path, model: ModelSpec, name: str) -> TextModel:
     fresh = load_text_model(replace(model, path=str(live.source)))
     held = read_adapter(adapter)
+    fresh = replace(fresh, tokenizer=live.tokenizer) if held.token_rows else fresh
     for added in held.token_rows.values():
-        fresh.tokenizer = live.tokenizer
         fresh.add_tokens(added.tokens)
-    put_adapter(fresh, held, name)
+    add_adapter(fresh, held, name)
     return fresh
 
 
@@ -106,6 +106,6 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
     )
 
 
-def first_rows(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:
+def rows_to_compare(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:
     """The first rows up to so many tokens, one at least, with every token but a row's first a target."""
     return [replace(row, supervised=np.arange(len(row.ids)) > 0) for row in first_tokens(rows, tokens)]

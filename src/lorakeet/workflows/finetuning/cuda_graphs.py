@@ -15,9 +15,8 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import EnvironmentProblem, Problems
 from lorakeet.models.placement import device_for
-from lorakeet.models.text.adapted import drop_rates
-from lorakeet.models.text.batch_shape import BatchShape
-from lorakeet.models.text.cuda_graphs import SETTING, TURN_OFF, CudaGraphs, Recorder, ReplayedPasses
+from lorakeet.models.text.adapters import drop_rates
+from lorakeet.models.text.cuda_graphs import SETTING, TURN_OFF, BatchShape, CudaGraphs, GraphedModel, Recorder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
@@ -28,9 +27,9 @@ DRAWN = "what is drawn anew in each pass can be compared with nothing"
 OF_OTHERS = ("classifier", "summary")  # what names of chances begin with where they are of heads that write no text
 
 
-def require_recordable(config: RunConfig, processes: int = 1) -> None:
+def require_graphable(config: RunConfig, processes: int = 1) -> None:
     """ConfigError that names every setting with which no passes are recorded; EnvironmentProblem without a CUDA card."""
-    if not config.train.cuda_graphs or config.kind == "image":  # of which workflows/finetuning/assemble_image tells
+    if not config.train.cuda_graphs:
         return
     problems = Problems(f"{SETTING} cannot be used")
     leave = f"Leave it, or {SETTING}, out."
@@ -61,7 +60,7 @@ def _no_card(asked: str) -> str:
     return f"model.device is {asked}" + (f", which is {device} here" if asked == "auto" else "")
 
 
-def record_passes(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
+def record_graphs(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
     """Lets the passes of `task` be recorded where the settings ask for it, beginning with its largest micro-batch.
 
     Raises EnvironmentProblem where the model does what cannot be recorded, or what was recorded is not what its decoder computes.
@@ -73,15 +72,15 @@ def record_passes(text: TextModel, task: TextTask, console: Console, recorder: R
     if why := next(_why_not(text), ""):
         raise EnvironmentProblem(f"{SETTING} is true, but {why}. {TURN_OFF}.")
     room = BatchShape.largest(max(len(row.ids) for row in task.train), spec.micro_tokens, min(spec.batch_size, len(task.train)))
-    passes = ReplayedPasses(text, task.parameters(), recorder or CudaGraphs(text.device), room)
-    largest = largest_batch(task.train, spec)
+    passes = GraphedModel(text, task.parameters(), recorder or CudaGraphs(text.device), room)
+    largest = largest_micro_batch(task.train, spec)
     console.print(f"Recording the passes of a micro-batch of {largest.tokens} tokens, and comparing them with the model's.")
     passes.record_first(largest)
     text.model.eval()
     task.replayed = passes
 
 
-def largest_batch(rows: Sequence[Example], spec: TrainSpec) -> Batch:
+def largest_micro_batch(rows: Sequence[Example], spec: TrainSpec) -> Batch:
     """A micro-batch of as many tokens as any of a run over `rows` may have, made up of theirs: rows of the longest's length, and
     one that fills up. Everything but first tokens is learnt."""
     longest = max(len(row.ids) for row in rows)

@@ -17,12 +17,12 @@ from lorakeet.core.spec import MEASURED
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import activate, eject, trained_parameters
 from lorakeet.models.modules import find, output_layer
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel
 from lorakeet.ranks.allocate import Gains, allocate, pair_parameters, rank_pattern
 from lorakeet.ranks.score import (
@@ -54,7 +54,7 @@ def choose_ranks(
     budget = budget_of(config, plan)
     step = 2 if config.lora.start == "orthogonal" else 1
     gains = _gains(config, text, plan, examples)
-    give_back_free_memory()  # what scoring grew to is not held beside the run
+    release_free_memory()  # what scoring grew to is not held beside the run
     chosen = allocate(plan, gains, budget, largest=spec.max_rank, step=step)
     lora = replace(config.lora, rank_pattern=rank_pattern(chosen, config.lora))
     ranks = [entry.rank for entry in chosen.entries]
@@ -113,29 +113,28 @@ def _sketches(
 ) -> dict[str, Sketch]:
     """Of the states of the bare base on the rows."""
 
-    head = output_layer(text.model)
+    head, watched = output_layer(text.model), text.with_every_token()
     heeds_head = any(find(text.model, entry.path) is head for entry in plan.entries)
 
     def forward() -> None:
         for batch in micro_batches(rows, config.train.micro_tokens):
-            states = text.hidden(batch.to(text.device))
+            states = watched.hidden(batch.to(text.device))
             for some in torch.split(states, config.train.head_chunk) if heeds_head else ():
                 cast(nn.Module, head)(some)  # which a pass up to the last states does not call
 
-    unfuse(text.model)  # so that every matrix is called by itself, whatever adapters are there; begin_adapter fuses again
+    unfuse(text.model)  # so that every matrix is called by itself, whatever adapters are there; initialise_adapter fuses again
     activate(text.model, None)
     text.model.eval()
-    with text.every_token():
-        return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
+    return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
 
 
 def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], largest: int) -> Halves:
     """Training's own backward pass over temporary pairs; the model is as before afterwards."""
     sketch = sketch_plan(plan, largest)
     with torch.random.fork_rng(devices=[]):
-        begin_adapter(text, sketch, seed=config.train.seed, name=NAME)
+        adapted = initialise_adapter(text, sketch, seed=config.train.seed, name=NAME)
         try:
-            task = TextTask(text, rows, held_out=(), spec=config.train, name=NAME)
+            task = TextTask(adapted, rows, held_out=(), spec=config.train, name=NAME)
             halves = [micro_batches(part, config.train.micro_tokens) for part in (rows[::2], rows[1::2])]
 
             def backward(half: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +19,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.export.packed_model import TensorGroup, write_model
 from lorakeet.memory.budget import Budget
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.files.origin import packed_card
 from lorakeet.models.files.quantized import kept_experts, owners, skeleton, with_quantisation
@@ -41,6 +41,7 @@ from lorakeet.quant.gptq import PARTS, gptq_buffer_shapes
 from lorakeet.quant.gptq_config import GptqConfig, gptq_mapping
 from lorakeet.quant.gptq_pack import BITS
 from lorakeet.quant.gptq_solve import GptqLayout
+from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing
 from lorakeet.workflows.runs.output_paths import require_place
 from lorakeet.workflows.runs.peak_memory import peak_said
@@ -50,26 +51,8 @@ DAMPING = 0.01  # the paper's
 MICRO_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Where the calibration rows come from, and how much of them is used."""
-
-    file: str | None
-    rows: int = 128
-    max_tokens: int = 2048
-
-
-def write_gptq(
-    model: str,
-    *,
-    out: Path,
-    head: Literal["keep", "quantize"] = "keep",
-    layout: GptqLayout,
-    calibration: Calibration,
-    memory: str | None = None,
-    console: Console,
-) -> tuple[int, dict[str, float]]:
-    """Writes `model` with GPTQ weights to `out` and loads it again as a check.
+def write_gptq(options: QuantizeOptions, layout: GptqLayout, console: Console) -> tuple[int, dict[str, float]]:
+    """Writes `options.model` with GPTQ weights to `options.out` and loads it again as a check.
 
     Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and
     the packed layers that are not written yet are held beside the model, whose weights stay where they are pages of its files.
@@ -77,9 +60,11 @@ def write_gptq(
     Raises ConfigError for layers that do not fit the
     layout and a budget that cannot be kept, DataError for too few calibration tokens, before anything is written.
     """
-    _check(out, head, layout, calibration)
-    budget = Budget.parse(memory)
-    data = DataSpec(train=str(calibration.file), supervise="all", max_tokens=calibration.max_tokens, limit=calibration.rows)
+    model, out = options.model, options.out
+    _check(options, layout)
+    budget = Budget.parse(options.memory)
+    tokens, limit = options.calibration_tokens, options.calibration_rows
+    data = DataSpec(train=str(options.calibration), supervise="all", max_tokens=tokens, limit=limit)
     rows = read_rows(data.train, data)
     spec = _as_stored(model, console)
     if budget:  # which bounds the memory of the process
@@ -136,26 +121,26 @@ def _quantised(
     return written, errors
 
 
-def _check(out: Path, head: str, layout: GptqLayout, calibration: Calibration) -> None:
+def _check(options: QuantizeOptions, layout: GptqLayout) -> None:
     """Raises ConfigError with everything that is wrong with the settings."""
     problems = Problems("The GPTQ settings cannot be used")
-    if out.exists():
-        problems.add(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
-    if head != "keep":
+    if options.out.exists():
+        problems.add(f"{options.out} exists already and is never overwritten. Choose another folder or remove that one.")
+    if options.head != "keep":
         problems.add("--head is quantize, but GPTQ is done on the blocks alone. Leave --head at keep.")
     if layout.bits not in BITS:
         problems.add(f"--bits is {layout.bits}; GPTQ's are {', '.join(map(str, BITS))}.")
     if layout.group_size != -1 and layout.group_size < 1:
         problems.add(f"--group-size is {layout.group_size}; expected a number of columns such as 128, or -1 for the whole row.")
-    if calibration.rows < 1 or calibration.max_tokens < 2:
+    if options.calibration_rows < 1 or options.calibration_tokens < 2:
         problems.add("--calibration-rows and --calibration-tokens must leave something: at least 1 row and 2 tokens.")
-    if calibration.file is None:
+    if options.calibration is None:
         problems.add(
             "--calibration is missing: GPTQ measures on rows what each layer reads. Name a file of texts such as the model will "
             "see."
         )
     problems.raise_if_any()
-    require_place(out)
+    require_place(options.out)
 
 
 def _as_stored(model: str, console: Console) -> ModelSpec:
@@ -186,7 +171,7 @@ def _write(
     checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
     places = {name: path for name, path in owners(plain, files).items() if path in shapes}
     blocks = quantise_blocks(
-        text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, aside=residency.spilled_states
+        text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, spill=residency.spilled_states
     )
     solved = _Solved(blocks, residency.waiting(), done)
     solved.advance()  # what is wrong with rows or layers is said before anything is written
@@ -205,7 +190,7 @@ def _write(
 class _Solved:
     """The packed layers by path; the blocks are done as far as the next one asked for needs it, and wait in `waiting`."""
 
-    def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Aside, done: Callable[[QuantisedBlock], None]) -> None:
+    def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Spill, done: Callable[[QuantisedBlock], None]) -> None:
         self.blocks, self.waiting, self.done = blocks, waiting, done
 
     def advance(self) -> None:

@@ -32,17 +32,18 @@ from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import use_products
 from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
 from lorakeet.models.modules import replace as put
-from lorakeet.models.streaming.model import Streamed
-from lorakeet.models.text.folded import fold_layers
-from lorakeet.models.text.gptq_blocks import Layers, check_tokens, pack_blocks, weight_of
+from lorakeet.models.streaming.model import StreamedBlocks
+from lorakeet.models.text.folded_weights import fold_layers
+from lorakeet.models.text.gptq_blocks import LayerSource, check_tokens, pack_blocks, weight_of
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.replace import without_numbers
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, Judge
+from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, TextEvaluator
 from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.planning.packed_merge import (
     PackedMergeJob,
     calibration,
@@ -60,16 +61,6 @@ MICRO_TOKENS = 4096  # through the model at once, without gradients; every packe
 NEAREST, FEEDBACK, FINISHED, WRITTEN = "rounded to the nearest", "error feedback", "error feedback, finished", "written"
 
 
-@dataclass(frozen=True)
-class PackedMerge:
-    """How an adapter is merged into a quantised model."""
-
-    like: str | None = None  # the model whose layout is kept; None: the base of the run
-    calibration_rows: int = 64
-    finish_steps: int = 0
-    keep: float = 0.95  # least share of the held-out gain
-
-
 @dataclass
 class Measured:
     """The scores of each system on the held-out rows."""
@@ -81,26 +72,27 @@ class Measured:
 
 
 def merge_packed(
-    opened: Opened, dataset: Dataset | None, out: Path, *, spec: PackedMerge, console: Console
+    opened: Opened, dataset: Dataset | None, options: MergeOptions, console: Console
 ) -> tuple[Certificate, dict[str, Estimate]]:
     """Writes the quantised model with the adapter in it to `out`, loads it again and measures it on the held-out rows.
 
     Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The base is
     held as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's memory.budget
     the base is streamed where it has no room, and so is what is made of it; the same bytes are written. ConfigError, before
-    anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `spec.keep` survives.
+    anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `options.keep` survives.
     """
-    require_space_for_layout(opened, spec.like)
-    layout = read_layout(spec.like or opened.config.model.path, console.print)
+    out, like = options.out, options.like
+    require_space_for_layout(opened, like)
+    layout = read_layout(like or opened.config.model.path, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
-    _check(opened, layout, out, spec)
-    job = PackedMergeJob(opened, dataset, layout, spec.calibration_rows, spec.finish_steps > 0, MICRO_TOKENS)
+    _check(opened, layout, options)
+    job = PackedMergeJob(opened, dataset, layout, options.calibration_rows, options.finish_steps > 0, MICRO_TOKENS)
     opened = fit_packed_merge(job, out, console)
     with temporary_stores(opened.residency), peak_said(opened.residency, console):
-        solved, shares = _written(Merging(opened, dataset, layout, spec, console, Measured()), out)
+        solved, shares = _written(Merging(opened, dataset, layout, options, console, Measured()), out)
     _show(shares, console)
-    certificate = _certificate(opened, layout, out, shares, spec)
+    certificate = _certificate(opened, layout, shares, options)
     certificate = replace(certificate, facts={**certificate.facts, **_moved(solved)})
     show_certificate(certificate, console)
     with writing_certificate(out, "merge"):
@@ -124,7 +116,7 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
         merge.measure(text, FEEDBACK)
         text.release()
         bases = packed_bases(text, solved)
-        if merge.spec.finish_steps:
+        if merge.options.finish_steps:
             bases = {**bases, **merge.finished(text, solved)}
         kept = sum(found.scales == "kept" for found in solved.values())
         scales = f"{kept} with the file's own scales, the others with fitted ones"
@@ -141,10 +133,10 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
     return outcome, shares
 
 
-def _check(opened: Opened, layout: PackedLayout, out: Path, spec: PackedMerge) -> None:
+def _check(opened: Opened, layout: PackedLayout, options: MergeOptions) -> None:
     """Raises ConfigError with everything that keeps the adapter from being merged into that layout."""
     problems = Problems(f"The adapter cannot be merged into {layout.method} as it is")
-    adapter = opened.adapter
+    adapter, out = opened.adapter, options.out
     if layout.file is not None and out.suffix.lower() != ".gguf":
         problems.add(f"--out is {out.name}, but what is written is a .gguf file; give it a name that ends in .gguf.")
     if layout.file is None and out.suffix.lower() == ".gguf":
@@ -157,7 +149,7 @@ def _check(opened: Opened, layout: PackedLayout, out: Path, spec: PackedMerge) -
     biased = [path for path, pair in adapter.pairs.items() if pair.bias is not None and bool(pair.bias.any())]
     if biased:
         problems.add(f"Its pairs have biases, which packed layers have no place for: {', '.join(biased[:8])}.")
-    if spec.calibration_rows < 1 or spec.finish_steps < 0 or not 0 < spec.keep <= 1:
+    if options.calibration_rows < 1 or options.finish_steps < 0 or not 0 < options.keep <= 1:
         problems.add("--calibration-rows is at least 1, --finish-steps at least 0, and --keep a share above 0, such as 0.95.")
     problems.raise_if_any()
 
@@ -169,7 +161,7 @@ class Merging:
     opened: Opened
     dataset: Dataset
     layout: PackedLayout
-    spec: PackedMerge
+    options: MergeOptions
     console: Console
     measured: Measured
 
@@ -199,7 +191,7 @@ class Merging:
         encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
         judged = self.dataset.test or self.dataset.held_out
         config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
-        judge_ = Judge(config, text, encoder, judged, self.console, NAME)
+        judge_ = TextEvaluator(config, text, encoder, judged, self.console, NAME)
         rows = judge_.fitting()
         return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
 
@@ -224,7 +216,7 @@ class Merging:
             put(text.model, path, PackedLinear(round_to_nearest(read(), weight_of(layer)), layer.bias))  # type: ignore[arg-type]
         return text
 
-    def _nearest(self, text: TextModel, streamed: Streamed) -> Iterator[dict[str, PackedBase]]:
+    def _nearest(self, text: TextModel, streamed: StreamedBlocks) -> Iterator[dict[str, PackedBase]]:
         """The layers of each block, rounded to the nearest while it is in memory."""
         _require_in_blocks(text, self.layout)
         prefix, count = block_prefix(text.model, text.family)
@@ -262,7 +254,7 @@ class Merging:
     def _with_feedback(self, text: TextModel) -> tuple[TextModel, dict[str, Requantised]]:
         unfuse(text.model)
         _require_in_blocks(text, self.layout)
-        rows, _ = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
+        rows, _ = calibration(self.opened, self.dataset, text.tokenizer, self.options.calibration_rows, self._finishes)
         solved: dict[str, Requantised] = {}
 
         def pack(path: str, *given: object) -> PackedBase:
@@ -275,8 +267,8 @@ class Merging:
             return {path: cast(nn.Module, find(text.model, path)) for path in self._of_block(block)}
 
         def packed() -> Iterator[dict[str, PackedBase]]:
-            layers = Layers(layers_of, partial(self._folded, text))
-            for block in pack_blocks(text, rows, pack, layers, keep=True, aside=self.residency.spilled_states):
+            layers = LayerSource(layers_of, partial(self._folded, text))
+            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.residency.spilled_states):
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 
@@ -293,23 +285,23 @@ class Merging:
 
     @property
     def _finishes(self) -> bool:
-        return self.spec.finish_steps > 0
+        return self.options.finish_steps > 0
 
     def _bar(self) -> Bar:
         return Bar(console=self.console, transient=True, disable=not self.console.is_terminal)
 
     def finished(self, text: TextModel, solved: dict[str, Requantised]) -> Mapping[str, PackedBase]:
         """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
-        judged, rows = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
+        judged, rows = calibration(self.opened, self.dataset, text.tokenizer, self.options.calibration_rows, self._finishes)
         before = self._loss(text, judged)
         with self._bar() as bar:
-            task = bar.add_task("finishing", total=self.spec.finish_steps)
+            task = bar.add_task("finishing", total=self.options.finish_steps)
             bases = quantisation_aware_finish(
                 text,
                 solved,
                 self.opened.adapter,
                 rows,
-                steps=self.spec.finish_steps,
+                steps=self.options.finish_steps,
                 spec=self.opened.config.train,
                 products=self.products,
                 on_step=lambda step, loss: bar.update(task, completed=step, description=f"finishing, loss {loss:.4f}"),
@@ -317,7 +309,7 @@ class Merging:
         after = self._loss(text, judged)
         self.measure(text, FINISHED)
         self.console.print(
-            f"{self.spec.finish_steps} steps through the quantiser moved the loss on {len(judged)} calibration rows from "
+            f"{self.options.finish_steps} steps through the quantiser moved the loss on {len(judged)} calibration rows from "
             f"{before:.4f} to {after:.4f}; {'they are kept' if after < before else 'error feedback alone is kept'}.",
             soft_wrap=True,
         )
@@ -369,14 +361,14 @@ def _show(shares: Mapping[str, Estimate], console: Console) -> None:
 
 
 def _certificate(
-    opened: Opened, layout: PackedLayout, out: Path, shares: Mapping[str, Estimate], spec: PackedMerge
+    opened: Opened, layout: PackedLayout, shares: Mapping[str, Estimate], options: MergeOptions
 ) -> Certificate:
     """One check: the share of the held-out gain that the written model has, against the least that was asked for."""
-    written, nearest = shares[WRITTEN], shares[NEAREST]
+    out, written, nearest = options.out, shares[WRITTEN], shares[NEAREST]
     check = tolerance_check(
         "held-out gain in the quantised model",
         {"surviving_share": written.value},
-        tolerance={"surviving_share": spec.keep},
+        tolerance={"surviving_share": options.keep},
         between=("base + adapter", f"{out.name}, loaded again"),
         floors=("surviving_share",),
         n=written.n,
@@ -388,8 +380,8 @@ def _certificate(
     check = replace(check, estimates={"surviving_share": written})
     facts = {
         "layout": f"{layout.method} of {(layout.file or layout.folder).name}",
-        "calibration rows": str(spec.calibration_rows),
-        "finish steps": str(spec.finish_steps),
+        "calibration rows": str(options.calibration_rows),
+        "finish steps": str(options.finish_steps),
         **{f"share, {system}": str(share) for system, share in shares.items()},
     }
     return Certificate(f"The merged {layout.method} model {out}", (check,), facts)

@@ -23,7 +23,7 @@ from torch import nn
 
 from lorakeet.core.plan import Plan
 from lorakeet.memory.forecast import Forecast, phases_of
-from lorakeet.memory.usage import Held, with_more
+from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.families import family_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_dtype
@@ -31,10 +31,10 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.generate.sample import spilled_bytes
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model
+from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import read_config
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.repeated_blocks import Build
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.workflows.planning.check_sizes import (
     FEWEST_TOKENS,
     FP32,
@@ -151,23 +151,24 @@ class Check(Situation[MemoryPlan]):
     def plan(self, way: Way) -> MemoryPlan:
         size, (config, source) = self.sizes(way.longest), self.model
         make = partial(
-            partial(streamed_outline, slots=way.slots) if way.streamed else outline, name=self.spec.path, dtype=torch.float32,
-            products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize, files=source,
+            partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config, name=self.spec.path,
+            dtype=torch.float32, products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize,
+            files=source,
         )  # fmt: skip
-        found = rehearse_judging(Build(make, config), self.pairs, size.judging, token_ids=self.ids)
+        found = rehearse_judging(ModelBuilder(make, config), self.pairs, size.judging, token_ids=self.ids)
         there = way.slots * found.block_bytes
         own = (found.base - there) * size.models  # what models have in memory all along: all of it, if they are not streamed
         text, adapter = config.get_text_config(), FP32 * self.pairs.parameters
         held = {
-            "load": with_more(Held(), base=own, adapter=adapter, scratch=self._reading(found)),
-            "weights": with_more(Held(), base=own, adapter=adapter, scratch=self._comparing(found, size)),
-            "ask": with_more(Held(), base=own, adapter=adapter, runtime=size.beside),
-            "compare": with_more(
+            "load": add_usage(Usage(), base=own, adapter=adapter, scratch=self._reading(found)),
+            "weights": add_usage(Usage(), base=own, adapter=adapter, scratch=self._comparing(found, size)),
+            "ask": add_usage(Usage(), base=own, adapter=adapter, runtime=size.beside),
+            "compare": add_usage(
                 found.peaks[JUDGE], base=own + there - found.base, runtime=0 if way.streamed else size.beside,
                 logits=logits_bytes(size.row, int(text.vocab_size)),
             ),
-            "intervals": with_more(Held(), base=own + there, adapter=adapter, scratch=INTERVALS),
-            "write": with_more(Held(), scratch=size.writing),
+            "intervals": add_usage(Usage(), base=own + there, adapter=adapter, scratch=INTERVALS),
+            "write": add_usage(Usage(), scratch=size.writing),
         }  # fmt: skip
         words = TOKENIZER_ENTRY * int(text.vocab_size) * size.models
         phases = phases_of(held, self.runtime + words, returning=True)

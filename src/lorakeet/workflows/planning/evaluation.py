@@ -16,17 +16,17 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
 from lorakeet.kernels.device import standing_for
-from lorakeet.memory.cuda import allocated_bytes, phases_on_card
+from lorakeet.memory.cuda import allocated_bytes, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
-from lorakeet.memory.usage import Held, larger, with_more
+from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.source import find_source
 from lorakeet.models.fits import plan_of
 from lorakeet.models.placement import device_for
 from lorakeet.models.streaming.load import empty_model
+from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import outline
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.workflows.planning.fit import Situation, fit
 from lorakeet.workflows.planning.forecast_choices import VALUE
 from lorakeet.workflows.planning.forecast_text_run import (
@@ -103,12 +103,12 @@ class Evaluation(Situation[MemoryPlan]):
     def plan(self, way: Way) -> MemoryPlan:
         config, precision = self.config, precision_of(self.config)
         pairs = plan_of(empty_model(self.model_config, torch.float32), self.adapter)
-        make = partial(streamed_outline, slots=way.slots) if way.streamed else outline
+        make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
         build = build_of(make, config, self.model_config, precision, self.source)
         with standing_for(precision.device):
             found = rehearse_judging(build, pairs, judging_of(config), token_ids=self.adapter.token_ids, weigh=self.weigh)
         own = VALUE * pairs.parameters
-        kept = with_more(Held(), base=found.base, adapter=own)
+        kept = add_usage(Usage(), base=found.base, adapter=own)
         floors = FLOORS if self.workload.labelled and config.evaluate.baselines and not precision.on_card else 0
         read = round(self.copies * own)  # as values; a GPU has none of them, but the cut that is measured
         cut = own if precision.on_card and self.weigh is not None else 0
@@ -116,16 +116,16 @@ class Evaluation(Situation[MemoryPlan]):
         held = {
             LOAD: load_peak(self.model_config, found, precision),
             BEGIN: found.peaks[BEGIN],
-            STEP: found.peaks.get(STEP, Held()),
-            JUDGE: with_more(larger(found.peaks[JUDGE], with_more(kept, scratch=intervals)), adapter=cut, runtime=floors),
+            STEP: found.peaks.get(STEP, Usage()),
+            JUDGE: add_usage(larger_usage(found.peaks[JUDGE], add_usage(kept, scratch=intervals)), adapter=cut, runtime=floors),
         }
         block_bytes = found.block_bytes
         if precision.on_card:
-            phases = phases_on_card(held, text_runtime_bytes(precision))
+            phases = phases_on_gpu(held, text_runtime_bytes(precision))
             block_bytes = allocated_bytes(block_bytes) if found.blocks else 0
         else:
             words = TOKENIZER_ENTRY * int(self.model_config.get_text_config().vocab_size) + ROW_BYTES * self.workload.characters
-            held = {name: with_more(peak, adapter=read) for name, peak in held.items()}
+            held = {name: add_usage(peak, adapter=read) for name, peak in held.items()}
             phases = phases_of(held, text_runtime_bytes(precision, decomposing=self.weigh is not None) + words, returning=True)
         growing = () if way.slots == ALONE else None  # two blocks did not fit
         return MemoryPlan(Forecast(phases), blocks=found.blocks, block_bytes=block_bytes, growing=growing)

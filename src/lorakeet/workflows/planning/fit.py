@@ -19,7 +19,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import Budget, enough_for, larger_than_machine, machine_bytes
-from lorakeet.memory.cuda import card_warning, limit_to
+from lorakeet.memory.cuda import gpu_warning, limit_gpu_memory
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.spill import OF_A_RUN
 from lorakeet.memory.store import CPU
@@ -138,7 +138,7 @@ def fit(situation: Situation[P], budget: Budget, say: Say) -> Residency[P]:
     if gpu is None:
         return_freed_memory()
         require_space_to_unpack(situation.spec, budget, situation.option)
-    if warning := larger_than_machine(budget) if gpu is None else card_warning(gpu, budget):
+    if warning := larger_than_machine(budget) if gpu is None else gpu_warning(gpu, budget):
         say(warning)
     if gpu is None and situation.keep == "host":
         say("memory.keep host is for CUDA devices. On the CPU, whose memory the budget bounds, blocks come from disk.")
@@ -157,7 +157,7 @@ def fit(situation: Situation[P], budget: Budget, say: Say) -> Residency[P]:
     if way.streamed and gpu is not None:
         say(_require_host_memory(situation, way, plan))
     if gpu is not None:
-        limit_to(gpu, budget.bytes)
+        limit_gpu_memory(gpu, budget.bytes)
     return Residency(budget, way, plan, situation.folder if way.streamed else None, gpu, pinned, situation.remedy)
 
 

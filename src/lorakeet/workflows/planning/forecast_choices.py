@@ -11,7 +11,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.spec import ANCHORED, MEASURED, LoraSpec
 from lorakeet.kernels.cpu.operators import LANES
 from lorakeet.memory.lapack import eigh_bytes, svd_bytes
-from lorakeet.memory.usage import Held, larger, with_more
+from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.text.model import padded_count
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
 from lorakeet.ranks.prune import final_budget
@@ -52,13 +52,13 @@ def with_largest_ranks(config: RunConfig, found: Rehearsal, rehearsed: Callable[
     widest = VALUE * config.ranks.max_rank * max((rank_cost(entry) for entry in found.plan.entries), default=0)
     kept = {"adapter": 2 * VALUE * left, "moments": 2 * VALUE * left}
     peaks = {
-        name: with_more(peak, scratch=widest, **(kept if "moments" in peak.kinds else {})) for name, peak in most.peaks.items()
+        name: add_usage(peak, scratch=widest, **(kept if "moments" in peak.kinds else {})) for name, peak in most.peaks.items()
     }
-    peaks[STEP] = with_more(peaks[STEP], gradients=VALUE * left)
+    peaks[STEP] = add_usage(peaks[STEP], gradients=VALUE * left)
     return replace(most, peaks=peaks)
 
 
-def with_importance(config: RunConfig, found: Rehearsal) -> Mapping[str, Held]:
+def with_importance(config: RunConfig, found: Rehearsal) -> Mapping[str, Usage]:
     """The peaks of a run; under ranks.choose prune with the two means that it keeps of each number, beside the moments.
 
     These are of the first ranks. They only fall, and what is kept of them with them, so that this bounds every later step.
@@ -72,10 +72,10 @@ def with_importance(config: RunConfig, found: Rehearsal) -> Mapping[str, Held]:
     else:
         cuts_of(config, found.plan, config.train.steps)
     kept = 2 * VALUE * pair_parameters(found.plan)
-    return {name: with_more(peak, moments=kept) if "moments" in peak.kinds else peak for name, peak in found.peaks.items()}
+    return {name: add_usage(peak, moments=kept) if "moments" in peak.kinds else peak for name, peak in found.peaks.items()}
 
 
-def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Held | None:
+def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Usage | None:
     """The most held while training rows are measured, for --ranks auto or for lora.start; None where neither asks for it.
 
     `run` is the rehearsal of the run, `rehearsed` rehearses one with other pairs.
@@ -94,8 +94,8 @@ def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[Lora
     sizes = [[(largest + OVERSAMPLING, entry.shape[sides[what]]) for entry in run.plan.entries] for what, largest in wanted]
     sketches = max(sum(math.prod(size) for size in each) for each in sizes)
     decomposed = max(_decomposing(*size) for each in sizes for size in each)
-    found = with_more(Held(), base=run.base, scratch=3 * VALUE * sketches + decomposed)  # the directions of each beside both
-    return larger(with_more(run.peaks[EVALUATE], scratch=2 * VALUE * sketches), found)
+    found = add_usage(Usage(), base=run.base, scratch=3 * VALUE * sketches + decomposed)  # the directions of each beside both
+    return larger_usage(add_usage(run.peaks[EVALUATE], scratch=2 * VALUE * sketches), found)
 
 
 def _decomposing(directions: int, width: int) -> int:
@@ -106,7 +106,7 @@ def _decomposing(directions: int, width: int) -> int:
     return 5 * own + max(*values, eigh_bytes(directions, WIDE)) + 4 * WIDE * directions**2
 
 
-def _with_gradients(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal], largest: int) -> Held:
+def _with_gradients(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal], largest: int) -> Usage:
     """Of temporary pairs with their gradients, and what both halves of the rows have shown; then of taking that apart."""
     sketch = sketch_plan(run.plan, largest)
     plain = replace(config.lora, alpha=1.0, variant="lora", start="kaiming", dropout=0.0, extra_modules=(), new_tokens=())
@@ -119,8 +119,8 @@ def _with_gradients(config: RunConfig, run: Rehearsal, rehearsed: Callable[[Lora
     half = sum(math.prod(entry.shape_a) for entry in sketch.entries)
     decomposed = max(_decomposing(entry.rank, math.prod(entry.shape_a) // entry.rank) for entry in sketch.entries)
     kinds["scratch"] = kinds.get("scratch", 0) + VALUE * 2 * half
-    scoring = Held(sum(kinds.values()), kinds, step.heap)
-    return larger(scoring, with_more(Held(), base=run.base, scratch=VALUE * 3 * half + decomposed))
+    scoring = Usage(sum(kinds.values()), kinds, step.heap)
+    return larger_usage(scoring, add_usage(Usage(), base=run.base, scratch=VALUE * 3 * half + decomposed))
 
 
 def measures_rows(config: RunConfig) -> str:
@@ -150,7 +150,7 @@ def finished_plan(config: RunConfig, plan: Plan) -> Plan:
 
 def while_trying(
     config: RunConfig, found: Rehearsal, rows: RowShape, members: int = len(QUICK_FACTORS), *, searching: bool = False
-) -> Held:
+) -> Usage:
     """The most held while `members` adapters are trained together, each with gradients and moments, in passes of micro_tokens or
     one row. `searching` (workflows/tune) their best values are kept too, as where no disk takes them, and those of two others.
     """
@@ -165,8 +165,8 @@ def while_trying(
     anchors = VALUE * (finished_plan(config, found.plan).parameters - found.plan.parameters)
     kept = members + 2 if searching else 0
     adapters = (members - copies + kept) * own + (members - 1 + kept) * anchors
-    training = with_more(step, adapter=adapters, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing)
-    return larger(training, with_more(found.peaks[BEGIN], adapter=(members - 1 + kept) * (own + anchors)))
+    training = add_usage(step, adapter=adapters, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing)
+    return larger_usage(training, add_usage(found.peaks[BEGIN], adapter=(members - 1 + kept) * (own + anchors)))
 
 
 def _laid_out(plan: Plan) -> int:

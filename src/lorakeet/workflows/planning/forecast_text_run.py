@@ -16,19 +16,19 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.kernels.device import standing_for
-from lorakeet.memory.cuda import CONTEXT, allocated_bytes, phases_on_card
+from lorakeet.memory.cuda import CONTEXT, allocated_bytes, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.store import CPU
-from lorakeet.memory.usage import Held, larger, with_more
+from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.models.text.model import COUNTS, TextModel, token_logprobs
-from lorakeet.models.text.outline import config_from, outline
-from lorakeet.models.text.repeated_blocks import Build
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.forecast_choices import (
@@ -143,10 +143,10 @@ def _do_everything(precision: Precision) -> None:
     quantize = precision.quantize if precision.quantize.method in ("nf4", "int8") else QuantSpec()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        text = outline(
-            config_from(_SMALL), name="probe", dtype=precision.dtype, products=precision.products, quantize=quantize
+        text = model_from_config(
+            config_from_settings(_SMALL), name="probe", dtype=precision.dtype, products=precision.products, quantize=quantize
         )
-        begin_adapter(text, plan_for(text.model, LoraSpec(), text.family), seed=0)
+        text = initialise_adapter(text, plan_for(text.model, LoraSpec(), text.family), seed=0)
         rows = RowShape(64, 2)
         training = training_on(text, TrainSpec(), rows)
         token_logprobs(text, made_up_batch(rows))
@@ -207,7 +207,7 @@ def forecast_run(
     on_card = precision.on_card
     words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = largest_rows(config)
-    make = partial(streamed_outline, slots=way.slots) if way.streamed else outline
+    make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
     build = build_of(make, config, model_config, precision, files)
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, way.together)
     rehearsed = _standing_for(precision.device, partial(
@@ -219,8 +219,8 @@ def forecast_run(
     load, judge = load_peak(model_config, found, precision), found.peaks[JUDGE]
     floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
     adapter = VALUE * finished_plan(config, found.plan).parameters
-    kept = with_more(Held(), base=found.base, adapter=adapter)
-    judged = with_more(larger(judge, with_more(kept, scratch=0 if on_card else INTERVALS)), runtime=floors)
+    kept = add_usage(Usage(), base=found.base, adapter=adapter)
+    judged = add_usage(larger_usage(judge, add_usage(kept, scratch=0 if on_card else INTERVALS)), runtime=floors)
     again = Again(found, load, judge, words, adapter, second=not returning)
     held = {
         LOAD: load,
@@ -229,9 +229,9 @@ def forecast_run(
         EVALUATE: training[EVALUATE],
         CHECKPOINT: training[CHECKPOINT],
         JUDGE: judged,
-        CERTIFY: with_more(again.peak(kept), runtime=floors),
+        CERTIFY: add_usage(again.peak(kept), runtime=floors),
     }
-    phases = phases_on_card if on_card else phases_of
+    phases = phases_on_gpu if on_card else phases_of
     run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
 
     def together(members: int, *, searching: bool = True) -> Phase:
@@ -252,13 +252,13 @@ def forecast_run(
 
 def build_of(
     make: Callable[..., TextModel], config: RunConfig, model_config: Any, precision: Precision, files: Path | None
-) -> Build:
+) -> ModelBuilder:
     """Makes the model of a run on shapes, with all of its blocks or a few."""
     settings = {"products": precision.products, "attention": config.model.attention, "quantize": precision.quantize}
-    return Build(partial(make, name=config.model.path, dtype=precision.dtype, files=files, **settings), model_config)
+    return ModelBuilder(partial(make, name=config.model.path, dtype=precision.dtype, files=files, **settings), model_config)
 
 
-def _before_steps(config: RunConfig, rehearsed: Callable[[LoraSpec], Rehearsal]) -> tuple[Rehearsal, dict[str, Held]]:
+def _before_steps(config: RunConfig, rehearsed: Callable[[LoraSpec], Rehearsal]) -> tuple[Rehearsal, dict[str, Usage]]:
     """The rehearsal of a run, and what it holds while rows are measured and while pairs begin from the weights, where it does."""
     found = rehearsed(config.lora)
     measuring = while_measuring(config, found, rehearsed)
@@ -285,43 +285,43 @@ class Again:
     """The certificate's part: the base with the adapter from disk, beside the live one (`second`) or within it."""
 
     found: Rehearsal
-    load: Held
-    judge: Held
+    load: Usage
+    judge: Usage
     words: int  # bytes of a second tokenizer
     adapter: int  # bytes of the adapter from disk
     second: bool
 
-    def peak(self, kept: Held) -> Held:
+    def peak(self, kept: Usage) -> Usage:
         """The most held while the second base is loaded, or while the two are compared."""
         adapter = self.adapter
         if not self.second:  # what is read has gone when anything computes: until then it stands beside the pairs it becomes
             unpacked = torch.float32.itemsize * self.found.largest if self.found.packed else 0  # the buffer of all packed weights
-            reading = with_more(kept, adapter=2 * adapter, scratch=unpacked)
-            return larger(reading, with_more(self.judge, adapter=adapter))
-        loading = with_more(kept, **self.load.kinds, runtime=self.words)
-        return larger(loading, with_more(self.judge, base=self.found.base, adapter=2 * adapter, runtime=self.words))
+            reading = add_usage(kept, adapter=2 * adapter, scratch=unpacked)
+            return larger_usage(reading, add_usage(self.judge, adapter=adapter))
+        loading = add_usage(kept, **self.load.kinds, runtime=self.words)
+        return larger_usage(loading, add_usage(self.judge, base=self.found.base, adapter=2 * adapter, runtime=self.words))
 
 
-def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
+def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Usage:
     """The base, and while it is read: some tensors as stored where the dtype changes (models/files/dense), a matrix as stored
     where it is packed or goes into a store, there with its cast."""
     if precision.on_card:  # where only what is whole arrives
-        return with_more(Held(), base=found.base)
+        return add_usage(Usage(), base=found.base)
     stored = stored_dtype(model_config)
     if found.packed or found.blocks:
         cast = precision.dtype.itemsize if found.blocks and stored != precision.dtype else 0
-        return with_more(Held(), base=found.base, scratch=found.largest * (stored.itemsize + cast))
-    return with_more(Held(), base=found.base, scratch=found.being_cast(stored, precision.dtype))
+        return add_usage(Usage(), base=found.base, scratch=found.largest * (stored.itemsize + cast))
+    return add_usage(Usage(), base=found.base, scratch=found.being_cast(stored, precision.dtype))
 
 
-def _merge(found: Rehearsal, adapter: int) -> Held:
+def _merge(found: Rehearsal, adapter: int) -> Usage:
     """The merged model is compared with base + adapter, both in fp32, weight by weight; the writing takes less."""
     weight = found.largest * torch.float32.itemsize
     both = 2 * found.parameters * torch.float32.itemsize
-    return with_more(Held(), base=both, adapter=2 * adapter, scratch=4 * weight)
+    return add_usage(Usage(), base=both, adapter=2 * adapter, scratch=4 * weight)
 
 
-def _export(found: Rehearsal, adapter: int) -> Held:
+def _export(found: Rehearsal, adapter: int) -> Usage:
     """The GGUF file in llama.cpp is compared with base + adapter in fp32; in f16 it takes half as much beside it."""
     whole = found.parameters * torch.float32.itemsize
-    return with_more(Held(), base=whole + whole // 2, adapter=2 * adapter, scratch=4 * 4 * found.largest)
+    return add_usage(Usage(), base=whole + whole // 2, adapter=2 * adapter, scratch=4 * 4 * found.largest)

@@ -19,15 +19,15 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.safetensors_file import TensorEntry, open_safetensors
 from lorakeet.kernels.device import standing_for
-from lorakeet.memory.cuda import CONTEXT, phases_on_card
+from lorakeet.memory.cuda import CONTEXT, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
-from lorakeet.memory.usage import Held, larger, with_more
+from lorakeet.memory.usage import Usage, add_usage, larger_usage
+from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
 from lorakeet.models.image.kinds import ENCODERS
 from lorakeet.models.image.latent_cache import Sizes
 from lorakeet.models.image.model import image_plan
-from lorakeet.models.image.outline import outline_image, shapes_of_images
 from lorakeet.models.image.shapes import Shapes
 from lorakeet.models.image.single_file import open_single, single_denoiser_files
 from lorakeet.models.placement import DTYPES, device_for, dtype_for, narrow_for, planned_on
@@ -198,7 +198,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
     """
     pictures, quantize = pictures_of(config, shapes), config.model.quantize
     begun = (BEGIN,) if reads_weights(config) else ()
-    build = partial(outline_image, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
+    build = partial(image_model_from_config, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
 
     def on_card() -> ImageRehearsal:
         with standing_for(machine.card or torch.device("cuda")):
@@ -208,18 +208,18 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
         found = on_card()
         held = {name: found.peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT, JUDGE)}
         # The adapter from disk, and that of before; one base is staged away before another comes.
-        held[CERTIFY] = with_more(held[JUDGE], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
-        phases = phases_on_card(held, machine.runtime)
+        held[CERTIFY] = add_usage(held[JUDGE], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
+        phases = phases_on_gpu(held, machine.runtime)
         return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.card)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
     peaks, adapter = found.peaks, VALUE * finished_plan(config, found.plan).parameters
-    load = with_more(Held(), base=found.base, scratch=_read(found, machine))
-    kept = with_more(Held(), base=found.base, adapter=2 * adapter)
-    judge = with_more(peaks[JUDGE], scratch=INTERVALS)
-    certify = with_more(judge, adapter=2 * adapter)  # the adapter from disk on the live model
+    load = add_usage(Usage(), base=found.base, scratch=_read(found, machine))
+    kept = add_usage(Usage(), base=found.base, adapter=2 * adapter)
+    judge = add_usage(peaks[JUDGE], scratch=INTERVALS)
+    certify = add_usage(judge, adapter=2 * adapter)  # the adapter from disk on the live model
     if not machine.returning:  # or on a second one
-        loading = with_more(kept, **load.kinds)
-        certify = larger(loading, with_more(certify, base=found.base))
+        loading = add_usage(kept, **load.kinds)
+        certify = larger_usage(loading, add_usage(certify, base=found.base))
     traced = {name: peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT)}
     held = {LOAD: load, **traced, JUDGE: judge, CERTIFY: certify}
     phases = phases_of(held, machine.runtime, returning=machine.returning)
@@ -229,7 +229,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
 def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
     """The largest pictures that a run with these settings can meet. ConfigError where the UNet cannot halve their sides."""
     with torch.device("meta"):
-        model = outline_image(shapes, name=config.model.path, dtype=torch.float32)
+        model = image_model_from_config(shapes, name=config.model.path, dtype=torch.float32)
     example = max(Sizes.of(model, config.images).allowed, key=lambda size: (size[0] * size[1], min(size)))
     side = config.images.resolution or model.resolution
     spec = config.diffusion
@@ -242,7 +242,7 @@ def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
 def image_runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     """What this process holds beside the tensors of a model, once it has done everything that a run does, on a very small one."""
     with torch.random.fork_rng(devices=[]):
-        model = outline_image(_SMALL, name="probe", dtype=dtype, quantize=config.model.quantize)
+        model = image_model_from_config(_SMALL, name="probe", dtype=dtype, quantize=config.model.quantize)
         plan = image_plan(model, LoraSpec(target_modules=("attention",)), text_encoder=False)
         for base in (module for module in model.parts.modules() if isinstance(module, PackedBase)):
             base.store(0.1 * torch.randn(base.shape))

@@ -27,9 +27,9 @@ from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset
 from lorakeet.memory.forecast import Forecast, phases_of
-from lorakeet.memory.meta_disk import OutlinedAside
-from lorakeet.memory.spill import Aside
-from lorakeet.memory.usage import Held, with_more
+from lorakeet.memory.shape_only import ShapeSpill
+from lorakeet.memory.spill import Spill
+from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.families import family_of
 from lorakeet.models.files.gguf_dense import bytes_of_header, bytes_of_unpacking
 from lorakeet.models.files.gguf_validate import require_gguf
@@ -39,12 +39,12 @@ from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.fits import plan_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model, empty_packed
+from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import outline
 from lorakeet.models.text.packed_layout import PackedLayout
-from lorakeet.models.text.repeated_blocks import Build
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.check_sizes import FP32
 from lorakeet.workflows.planning.fit import Situation, fit, require_space_to_unpack
@@ -200,11 +200,11 @@ class PackedMerging(Situation[MemoryPlan]):
         base, made = self._evaluating(way)
         adapter = FP32 * self.pairs.parameters
         held = {
-            "load the base": with_more(Held(), base=base.base, adapter=adapter, scratch=self._reading(base)),
-            COMPARE: with_more(base.peaks[JUDGE], scratch=INTERVALS),
-            "round": with_more(self._rounding(way), base=0 if way.streamed or self.same_layout else self._growth()),
-            COMPARE_MADE: with_more(made.peaks[JUDGE], scratch=INTERVALS),
-            "load what was written": with_more(Held(), base=made.base, adapter=adapter, scratch=self._reading(made)),
+            "load the base": add_usage(Usage(), base=base.base, adapter=adapter, scratch=self._reading(base)),
+            COMPARE: add_usage(base.peaks[JUDGE], scratch=INTERVALS),
+            "round": add_usage(self._rounding(way), base=0 if way.streamed or self.same_layout else self._growth()),
+            COMPARE_MADE: add_usage(made.peaks[JUDGE], scratch=INTERVALS),
+            "load what was written": add_usage(Usage(), base=made.base, adapter=adapter, scratch=self._reading(made)),
             **self._file(made, adapter),
         }
         if self.job.finishes:
@@ -241,7 +241,7 @@ class PackedMerging(Situation[MemoryPlan]):
             self._evaluated[key] = base, made
         return self._evaluated[key]
 
-    def _file(self, made: Rehearsal, adapter: int) -> dict[str, Held]:
+    def _file(self, made: Rehearsal, adapter: int) -> dict[str, Usage]:
         """Bytes while blocks are put into a .gguf file, and while that file is unpacked to be loaded."""
         if self.job.layout.file is None:
             return {}
@@ -250,8 +250,8 @@ class PackedMerging(Situation[MemoryPlan]):
         blocks = BLOCK_COPIES * max(_layer_bytes(after, path) for path in self.packing) + bytes_of_header(header)
         unpacking = bytes_of_unpacking(header, packed=True)
         return {
-            "write the file": with_more(Held(), base=made.base, adapter=adapter, scratch=blocks),
-            "unpack what was written": with_more(Held(), adapter=adapter, scratch=unpacking),
+            "write the file": add_usage(Usage(), base=made.base, adapter=adapter, scratch=blocks),
+            "unpack what was written": add_usage(Usage(), adapter=adapter, scratch=unpacking),
         }
 
     def _growth(self) -> int:
@@ -260,12 +260,12 @@ class PackedMerging(Situation[MemoryPlan]):
         after = empty_packed(self.made, torch.float32, QuantSpec(), self.job.layout.folder)
         return sum(max(0, _layer_bytes(after, path) - _layer_bytes(before, path)) for path in self.packing)
 
-    def _rounding(self, way: Way) -> Held:
+    def _rounding(self, way: Way) -> Usage:
         """The first blocks of each kind, as they are folded and rounded on the calibration rows."""
         build = self._build(way, torch.float32)
-        return rehearse_rounding(build, self.pairs, self.job.rows, self.packing, OutlinedAside if way.spilled else Aside)
+        return rehearse_rounding(build, self.pairs, self.job.rows, self.packing, ShapeSpill if way.spilled else Spill)
 
-    def _finishing(self) -> Held:
+    def _finishing(self) -> Usage:
         """Two steps on the longest rows that there are to train on."""
         opened, job = self.job.opened, self.job
         tokenizer = load_tokenizer(opened.tokenizer or job.source)
@@ -275,19 +275,20 @@ class PackedMerging(Situation[MemoryPlan]):
         build = self._build(RESIDENT, torch.float32)
         return rehearse_finish(build, opened.adapter, self.packing, rows, spec, self.products)
 
-    def _build(self, way: Way, products: torch.dtype | None = None) -> Build:
+    def _build(self, way: Way, products: torch.dtype | None = None) -> ModelBuilder:
         return self._outline(way, self.config, self.spec.quantize, self.job.source, products or self.products)
 
-    def _build_made(self, way: Way) -> Build:
+    def _build_made(self, way: Way) -> ModelBuilder:
         """Builds the model in the layout that it is packed into."""
         return self._outline(way, self.made, QuantSpec(), self.job.layout.folder, self.products)
 
-    def _outline(self, way: Way, config: Any, quantize: QuantSpec, files: Path, products: torch.dtype) -> Build:
+    def _outline(self, way: Way, config: Any, quantize: QuantSpec, files: Path, products: torch.dtype) -> ModelBuilder:
         make = partial(
-            partial(streamed_outline, slots=way.slots) if way.streamed else outline, name=self.spec.path, dtype=torch.float32,
+            partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config, name=self.spec.path,
+            dtype=torch.float32,
             products=products, attention=self.spec.attention, quantize=quantize, files=files,
         )  # fmt: skip
-        return Build(make, config)
+        return ModelBuilder(make, config)
 
     def _reading(self, found: Rehearsal) -> int:
         """Bytes beside the base while it is read: a block on its way into the store, a weight, or tensors in a file's dtype."""

@@ -25,18 +25,18 @@ from lorakeet.data.chat import Example
 from lorakeet.export.packed_model import SHARD_BYTES
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, phases_of
-from lorakeet.memory.meta_disk import OutlinedAside
-from lorakeet.memory.spill import Aside
-from lorakeet.memory.usage import Held, with_more
+from lorakeet.memory.shape_only import ShapeSpill
+from lorakeet.memory.spill import Spill
+from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import empty_packed
+from lorakeet.models.text.from_config import ShapeBase, model_from_config
 from lorakeet.models.text.gptq_blocks import layers_in_blocks, pack_blocks, taken_by_block
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import OutlinedBase, outline
-from lorakeet.models.text.repeated_blocks import pass_first_of_each_kind
-from lorakeet.models.text.streamed_outline import streamed_outline
+from lorakeet.models.text.repeated_blocks import run_each_kind
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.gptq_solve import GptqLayout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.replace import empty_base
@@ -132,22 +132,22 @@ def plan_quantizing(job: QuantizeJob, way: Way) -> Forecast:
     stored = stored_dtype(job.config)
     written = _rehearsed(replace(job, config=job.packed, layout=None), way)
     one = written.largest * stored.itemsize + job.packing
-    phases = {"written": with_more(written.peaks[CHECK], scratch=one if not way.streamed else 0)}
+    phases = {"written": add_usage(written.peaks[CHECK], scratch=one if not way.streamed else 0)}
     if way.streamed:
-        phases["its store"] = with_more(Held(), base=written.base, scratch=_storing(written, stored, job.dtype))
+        phases["its store"] = add_usage(Usage(), base=written.base, scratch=_storing(written, stored, job.dtype))
     if job.layout is None:
         waiting = 0 if way.streamed else min(SHARD_BYTES, _stored_bytes(job.packed, job.dtype))
-        phases["write"] = with_more(Held(), scratch=one + waiting)
+        phases["write"] = add_usage(Usage(), scratch=one + waiting)
     else:
         dense = _rehearsed(job, way)
         reading = _storing(dense, stored, job.dtype) if way.streamed else dense.base * (stored != job.dtype)
         states = 0 if way.spilled else job.state_bytes
         packed = 0 if way.streamed else _stored_bytes(job.packed, job.dtype)  # of which all waits for its place in the files
         phases |= {
-            "store": with_more(Held(), base=dense.base, scratch=reading),
+            "store": add_usage(Usage(), base=dense.base, scratch=reading),
             CHECK: dense.peaks[CHECK],
-            BLOCKS: with_more(dense.peaks[BLOCKS], scratch=packed),
-            "write": with_more(Held(), base=dense.base, scratch=states + packed + one),
+            BLOCKS: add_usage(dense.peaks[BLOCKS], scratch=packed),
+            "write": add_usage(Usage(), base=dense.base, scratch=states + packed + one),
         }
     runtime = text_runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
     return Forecast(phases_of(phases, runtime, returning=True))
@@ -163,7 +163,7 @@ def _storing(found: _Rehearsed, stored: torch.dtype, dtype: torch.dtype) -> int:
 class _Rehearsed:
     """What was held: the peaks by phase, bytes all along, numbers of the largest matrix, bytes of a streamed block."""
 
-    peaks: Mapping[str, Held]
+    peaks: Mapping[str, Usage]
     base: int
     largest: int
     block: int
@@ -171,7 +171,7 @@ class _Rehearsed:
 
 def _rehearsed(job: QuantizeJob, way: Way) -> _Rehearsed:
     """The check of the model of `job.config`, and where it is quantised, the first blocks of each kind."""
-    make = streamed_outline if way.streamed else outline
+    make = streamed_model_from_config if way.streamed else model_from_config
     with on_shapes() as ledger:
         text = make(job.config, name=job.name, dtype=job.dtype, products=job.dtype)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
@@ -183,12 +183,12 @@ def _rehearsed(job: QuantizeJob, way: Way) -> _Rehearsed:
         text.release()
         if job.layout is not None:
             with ledger.phase(BLOCKS):
-                _rehearse_blocks(job, job.layout, text, OutlinedAside if way.spilled else Aside)
+                _rehearse_blocks(job, job.layout, text, ShapeSpill if way.spilled else Spill)
         ledger.close()
         return _Rehearsed(ledger.peaks, base, largest, 0 if text.streamed is None else text.streamed.stream.slot_bytes)
 
 
-def _rehearse_blocks(job: QuantizeJob, layout: GptqLayout, text: TextModel, aside: Callable[[], Aside]) -> None:
+def _rehearse_blocks(job: QuantizeJob, layout: GptqLayout, text: TextModel, spill: Callable[[], Spill]) -> None:
     """The real passes through blocks, with what stands for the rounding of a layer; of a model in memory nothing leaves."""
     stays = [] if text.streamed is not None else [*text.model.parameters()]
     layers = layers_in_blocks(text.model, text.name)
@@ -198,10 +198,10 @@ def _rehearse_blocks(job: QuantizeJob, layout: GptqLayout, text: TextModel, asid
         torch.empty(bytes_of_solving(shape, layout, weight.dtype), dtype=torch.uint8)
         groups = 1 if layout.group_size == -1 else shape[1] // layout.group_size
         settings = {"bits": layout.bits, "groups": groups, "sym": layout.sym, "zero_format": layout.zero_format}
-        return OutlinedBase(empty_base({"method": "gptq", "shape": shape, **settings}))
+        return ShapeBase(empty_base({"method": "gptq", "shape": shape, **settings}))
 
-    blocks = pack_blocks(text, job.rows, pack, taken_by_block(layers), micro_tokens=job.micro_tokens, aside=aside)
-    pass_first_of_each_kind(blocks, text.model, text.family)
+    blocks = pack_blocks(text, job.rows, pack, taken_by_block(layers), micro_tokens=job.micro_tokens, spill=spill)
+    run_each_kind(blocks, text.model, text.family)
     stays.clear()
 
 

@@ -18,7 +18,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.images.folder import ImageRow
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.memory.ledger import Ledger, Work
-from lorakeet.memory.usage import Held
+from lorakeet.memory.usage import Usage
 from lorakeet.models.image.kinds import ENCODERS, Conditioning, predicted
 from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel, image_plan
@@ -61,7 +61,7 @@ class ImageRehearsal:
 
     plan: Plan
     base: int
-    peaks: Mapping[str, Held]
+    peaks: Mapping[str, Usage]
     work: Work
     other_part: int  # numbers in the largest part beside the denoiser
     largest: int  # numbers in the denoiser's largest tensor, packed ones counted one by one
@@ -102,7 +102,7 @@ def go_through(
     model.stage(model.kind.denoiser, *(ENCODERS if diffusion.text_encoder else ()))
     account.name("base", _on_device(model))
     with account.phase(BEGIN):
-        inject(model.parts, plan, begun=lambda pair: account.name("adapter", [*pair.parameters(), *pair.buffers()]))
+        inject(model.parts, plan, on_pair=lambda pair: account.name("adapter", [*pair.parameters(), *pair.buffers()]))
     training = _training(model, latents, told, train, diffusion, pictures)
     best = step_in_account(training, account)
     task = cast(_MadeUp, training.task)

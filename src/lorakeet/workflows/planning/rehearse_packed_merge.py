@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Example
-from lorakeet.memory.spill import Aside
-from lorakeet.memory.usage import Held
+from lorakeet.memory.spill import Spill
+from lorakeet.memory.usage import Usage
 from lorakeet.merge.requantise import Latent, Requantised, bytes_of_rounding
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.modules import find, kind_of
 from lorakeet.models.modules import replace as put
-from lorakeet.models.text.adapted import begin_adapter
-from lorakeet.models.text.folded import fold_layers
-from lorakeet.models.text.gptq_blocks import Layers, pack_blocks
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.folded_weights import fold_layers
+from lorakeet.models.text.from_config import ShapeBase
+from lorakeet.models.text.gptq_blocks import LayerSource, pack_blocks
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.outline import OutlinedBase
-from lorakeet.models.text.repeated_blocks import pass_first_of_each_kind
+from lorakeet.models.text.repeated_blocks import run_each_kind
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.regrid import EvenGrid, FixedGrid, LevelGrid
 from lorakeet.quant.replace import empty_base
@@ -40,15 +40,15 @@ def rehearse_rounding(
     plan: Plan,
     rows: Sequence[Example],
     packing: Mapping[str, Mapping[str, Any]],
-    aside: Callable[[], Aside] = Aside,
-) -> Held:
+    spill: Callable[[], Spill] = Spill,
+) -> Usage:
     """What is held at most while the first blocks of each kind are folded and rounded on calibration rows.
 
     `packing` tells how each layer will be packed, `aside` where the rows' states are.
     """
     with on_shapes() as ledger:
         text = build()
-        begin_adapter(text, plan, seed=0)
+        text = initialise_adapter(text, plan, seed=0)
         unfuse(text.model)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
         stays = [] if text.streamed is not None else [*text.model.parameters(), *text.model.buffers()]
@@ -62,13 +62,13 @@ def rehearse_rounding(
             return cast(nn.Module, find(text.model, path))
 
         def pack(path: str, weight: Tensor, *_: object) -> PackedBase:
-            base = OutlinedBase(empty_base(packing[path]))
+            base = ShapeBase(empty_base(packing[path]))
             torch.empty(bytes_of_rounding(weight.numel(), packing[path]["method"], base.bytes), dtype=torch.uint8)
             return base
 
-        blocks = pack_blocks(text, rows, pack, Layers(layers_of, fold), keep=True, aside=aside)
+        blocks = pack_blocks(text, rows, pack, LayerSource(layers_of, fold), keep=True, spill=spill)
         with ledger.phase(ROUND):
-            pass_first_of_each_kind(blocks, text.model, text.family)
+            run_each_kind(blocks, text.model, text.family)
         ledger.close()
         stays.clear()
         return ledger.peaks[ROUND]
@@ -81,14 +81,14 @@ def rehearse_finish(
     rows: Sequence[Example],
     spec: TrainSpec,
     products: torch.dtype,
-) -> Held:
+) -> Usage:
     """What is held at most while the pairs of `adapter` are trained through the grids of layers packed as `packing` says."""
     with on_shapes() as ledger:
         text = build()
         unfuse(text.model)
         solved: dict[str, Requantised] = {}
         for path, settings in packing.items():
-            base = OutlinedBase(empty_base(settings))
+            base = ShapeBase(empty_base(settings))
             standing = cast(Any, find(text.model, path))
             put(text.model, path, PackedLinear(base, standing.bias, transposed=kind_of(standing) == "conv1d"))
             latent = Latent(outlined_grid(base), torch.empty(base.shape)) if path in adapter.pairs else None

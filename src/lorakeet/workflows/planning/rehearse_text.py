@@ -31,19 +31,19 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.parity import CELLS, differences
-from lorakeet.memory.extrapolate import Uneven, extended, extrapolated
+from lorakeet.memory.extrapolate import UnevenRuns, extrapolate_bytes, extrapolate_peaks
 from lorakeet.memory.ledger import Ledger, Work
 from lorakeet.memory.measure import PeakMemory
-from lorakeet.memory.meta_disk import OutlinedAside
-from lorakeet.memory.usage import Held, Stretch
+from lorakeet.memory.shape_only import ShapeSpill
+from lorakeet.memory.usage import Usage, UsageSegment
 from lorakeet.models.files.dense import AT_ONCE
 from lorakeet.models.generate.sample import rows_at_once, sample
 from lorakeet.models.generate.score import HEAD_CHUNK
 from lorakeet.models.inject import activate
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel, token_logprobs
-from lorakeet.models.text.repeated_blocks import alike_blocks, blocks_of, first_blocks_of_plan
+from lorakeet.models.text.repeated_blocks import blocks_of, count_repeated_blocks, first_blocks_of_plan
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.replace import weights_in
 from lorakeet.train.log import MetricsLog, Record
@@ -79,7 +79,7 @@ class Rehearsal:
 
     plan: Plan
     base: int
-    peaks: Mapping[str, Held]
+    peaks: Mapping[str, Usage]
     parameters: int  # numbers in the frozen model, packed ones counted one by one
     largest: int  # numbers in its largest matrix
     packed: bool = False  # whether any of its matrices is
@@ -172,35 +172,35 @@ def _rehearsed(
     with on_shapes() as ledger:
         text = build()
         plan = planned(text)
-        blocks = alike_blocks(text.model, text.family, plan)
+        blocks = count_repeated_blocks(text.model, text.family, plan)
         if blocks <= FEW + 1:
             return run(_Rehearsing(ledger, text, plan, ids))
     try:
         return _of_all(plan, blocks, [_with_few(partial(build, blocks=few), plan, ids, run, blocks) for few in (FEW, FEW + 1)])
-    except Uneven:
+    except UnevenRuns:
         with on_shapes() as ledger:
             return run(_Rehearsing(ledger, build(), plan, ids))
 
 
 def _with_few(
     build: Callable[[], TextModel], plan: Plan, ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal], blocks: int
-) -> tuple[Rehearsal, list[Stretch]]:
+) -> tuple[Rehearsal, list[UsageSegment]]:
     """`run` with the model of `build`, that has a few of all `blocks`, and its moments."""
     with on_shapes() as ledger:
         text = build()
         ledger.watch_blocks(blocks_of(text.model, text.family))
         found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
-        return found, ledger.stretches
+        return found, ledger.segments
 
 
-def _of_all(plan: Plan, blocks: int, parts: Sequence[tuple[Rehearsal, list[Stretch]]]) -> Rehearsal:
+def _of_all(plan: Plan, blocks: int, parts: Sequence[tuple[Rehearsal, list[UsageSegment]]]) -> Rehearsal:
     """What a run with all blocks holds and does, from those with FEW and with FEW + 1 of them."""
     (one, moments), (other, more_moments) = parts
 
     def all_along(left: int, right: int) -> int:
-        return extrapolated(left, right, blocks - FEW)
+        return extrapolate_bytes(left, right, blocks - FEW)
 
-    peaks = extended(moments, more_moments, FEW, wanted=blocks)
+    peaks = extrapolate_peaks(moments, more_moments, FEW, wanted=blocks)
     work = Work(all_along(one.work.flops, other.work.flops), all_along(one.work.written, other.work.written))
     return replace(
         other, plan=plan, base=all_along(one.base, other.base), peaks=peaks, work=work, blocks=blocks if other.blocks else 0,
@@ -236,7 +236,7 @@ class _Rehearsing:
         if text.streamed is not None:
             ledger.name("base", text.streamed.stream.fill())
         with ledger.phase(BEGIN):
-            begin_adapter(text, plan, seed=0, token_ids=token_ids, begun=self._name_pair)
+            self.text = text = initialise_adapter(text, plan, seed=0, token_ids=token_ids, on_pair=self._name_pair)
         ledger.name("base", [parameter for parameter in text.model.parameters() if not parameter.requires_grad])  # read for pairs
 
     def _name_pair(self, pair: nn.Module) -> None:
@@ -306,7 +306,7 @@ def _judge(text: TextModel, judging: Judging, blocks: int | None) -> None:
         at_once = rows_at_once(text, judging.text_tokens + 1, blocks=blocks)
         count = min(judging.texts, at_once)  # read at once, which holds as much
         texts = [np.ones(judging.text_tokens, np.int64)] * count
-        sample(text, texts, max_tokens=1, blocks=blocks, aside=OutlinedAside)
+        sample(text, texts, max_tokens=1, blocks=blocks, spill=ShapeSpill)
 
 
 def matrix_sizes(model: nn.Module) -> list[int]:
@@ -331,7 +331,7 @@ def training_on(
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
     task = TextTask(text, examples, held_out=(), spec=spec, together=way.together)
     if way.spilled:
-        task.aside = OutlinedAside()
+        task.spill = ShapeSpill()
     return silent_training(task, spec)
 
 

@@ -18,10 +18,10 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.budget import Budget
 from lorakeet.models.files.origin import stored_as
 from lorakeet.models.files.source import on_this_machine
-from lorakeet.models.kernels import where_possible
+from lorakeet.models.kernels import with_runnable_kernels
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes
-from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model, load_tokenizer
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
@@ -51,7 +51,7 @@ class Opened:
         """The base as the adapter was trained on it, whatever --base says now; of a bare adapter what its file names."""
         if self.run is None:
             return ModelSpec(path=self.adapter.base or self.config.model.path)
-        return where_possible(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
+        return with_runnable_kernels(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
 
     @property
     def trained_on(self) -> str:
@@ -85,11 +85,11 @@ class Opened:
             spec, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned, changes=changes
         )
         if self.tokenizer is not None:
-            text.tokenizer = load_tokenizer(self.tokenizer)
+            text = dataclasses.replace(text, tokenizer=load_tokenizer(self.tokenizer))
         if with_adapter:
             for rows in self.adapter.token_rows.values():
                 self._check_ids(rows, text.add_tokens(rows.tokens))
-            put_adapter(text, self.adapter, NAME)
+            add_adapter(text, self.adapter, NAME)
         return text
 
     def within(self, memory: str | None) -> Opened:
@@ -129,7 +129,7 @@ def open_adapter(
             f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
         )
     if not config:  # a run remembers the device that it was trained on; this machine may have another
-        settings = dataclasses.replace(settings, model=where_possible(dataclasses.replace(settings.model, device="auto")))
+        settings = dataclasses.replace(settings, model=with_runnable_kernels(dataclasses.replace(settings.model, device="auto")))
     if base is not None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
     return Opened(adapter, settings, run, run.adapter if run else path)

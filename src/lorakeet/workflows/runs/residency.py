@@ -13,7 +13,7 @@ import torch
 from lorakeet.errors import ConfigError
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
-from lorakeet.memory.spill import OF_A_RUN, Aside, HostAside
+from lorakeet.memory.spill import OF_A_RUN, HostSpill, Spill
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.runs.output_paths import temporary_folder
 
@@ -98,15 +98,15 @@ class Residency(Generic[P]):
         """The folder of the stores; None where all weights are in memory."""
         return self.folder if self.way.streamed else None
 
-    def spilled_states(self) -> Aside:
+    def spilled_states(self) -> Spill:
         """New storage for hidden states between blocks: in memory, on disk, or in host memory for a model on a GPU."""
         if self.gpu is not None and self.way.spilled:
-            return HostAside()
-        return Aside(self.folder if self.way.spilled else None, self.remedy)
+            return HostSpill()
+        return Spill(self.folder if self.way.spilled else None, self.remedy)
 
-    def waiting(self) -> Aside:
+    def waiting(self) -> Spill:
         """New storage for tensors that wait to be written: on disk if blocks are streamed."""
-        return Aside(self.store, self.remedy)
+        return Spill(self.store, self.remedy)
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.errors import DataError
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.wording import bytes_text, signed
-from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
-from lorakeet.workflows.finetuning.assemble_text import Assembly
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
 from lorakeet.workflows.tuning.trials import RISE, Budget, SearchRows, Trial, Trials
 
@@ -27,7 +27,7 @@ ROWS = 256  # held-out rows that decide, at most
 DIFFERENCE = 0.05  # nats a token that the rows should be able to show
 
 
-def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tuple[Assembly, Search | None]:
+def choose_rate(setup: TextAssembly, console: Console, *, asked: bool = False) -> tuple[TextAssembly, Search | None]:
     """The assembly with train.learning_rate chosen, and the trial; as it was, and None, where there is none.
 
     There is none where the rate is given and a trial is not `asked` for, where train.rate_trial_steps is 0, and where it cannot
@@ -49,14 +49,14 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
     factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)
     points = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in factors]
     trials.generation(points, rungs=(), steps=steps)
-    give_back_free_memory()  # what three adapters took is not held beside the run's own
+    release_free_memory()  # what three adapters took is not held beside the run's own
     chosen, found = _decided(trials, steps)
     _say(console, found.conclusion)
     rate = space.resolved(chosen.point).train.learning_rate
     return replace(setup, config=replace(setup.config, train=replace(spec, learning_rate=rate))), found
 
 
-def _why_not(setup: Assembly, rows: SearchRows, steps: int) -> str:
+def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
     """Why three adapters cannot or should not be trained together here; empty where they should."""
     asked = setup.config.train.rate_trial_steps
     if asked < FEWEST_STEPS:
@@ -68,7 +68,7 @@ def _why_not(setup: Assembly, rows: SearchRows, steps: int) -> str:
         return f"{len(units)} {'groups of ' if rows.groups else ''}held-out rows tell no two rates apart"
     if refusal := why_not_together(setup.text, setup.plan):
         return refusal
-    if setup.parted:
+    if setup.sharded:
         return "train.shard parts the base, and adapters that are trained at once are tried on a whole one"
     kept = setup.residency
     if kept.plan is None or kept.store is not None:
@@ -80,7 +80,7 @@ def _why_not(setup: Assembly, rows: SearchRows, steps: int) -> str:
     return ""
 
 
-def _rows(setup: Assembly) -> SearchRows:
+def _rows(setup: TextAssembly) -> SearchRows:
     """The held-out rows that decide, chosen by content where there are more than `ROWS`."""
     seed = setup.config.data.split_seed
     held_out = sorted(setup.held_out.examples, key=lambda example: seed_for(seed, f"rate/{example.key}"))[:ROWS]

@@ -20,13 +20,13 @@ from lorakeet.evaluate.power import paired_power
 from lorakeet.evaluate.report.rank_values import Search, TrialResult
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate, adapter_names, adapter_of, eject
-from lorakeet.models.text.hidden_states import keep_states
+from lorakeet.models.text.cached_states import cache_states
 from lorakeet.train import schedule
 from lorakeet.train.progress import counted
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, Progress, train_many
-from lorakeet.workflows.finetuning.assemble_text import Assembly, begin_pairs
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, add_pairs
 from lorakeet.workflows.runs.search_space import SearchPoint, Space, plan_of_point
 
 RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
@@ -104,7 +104,7 @@ class Trials:
 
     def __init__(
         self,
-        setup: Assembly,
+        setup: TextAssembly,
         space: Space,
         rows: SearchRows,
         budget: Budget,
@@ -128,7 +128,7 @@ class Trials:
         """The losses of the adapter `name` on the model, None for the bare base."""
         text, spec = self.setup.text, self.setup.config.train
         activate(text.model, name)
-        keep_states(text, rows, micro_tokens=spec.micro_tokens)
+        cache_states(text, rows, micro_tokens=spec.micro_tokens)
         sums, counts = row_losses(text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
         groups = tuple(self.rows.groups.get(row.key, row.key) for row in rows) if self.rows.groups else None
         return RowLosses(system, sums, counts.astype(np.int64), groups)
@@ -192,7 +192,7 @@ class Trials:
         """Trains `members`, which are on the model, to their ends, within the run's memory."""
         kept = self.setup.residency
         about: dict[str, Any] = {
-            "aside": kept.spilled_states(), "together": kept.way.together, "budget": kept.budget.limit, "folder": self.folder,
+            "spill": kept.spilled_states(), "together": kept.way.together, "budget": kept.budget.limit, "folder": self.folder,
         }  # fmt: skip
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
         with counted(self.console, what, steps) as advance:
@@ -242,7 +242,7 @@ class Trials:
         plan = plan_of_point(setup.text, self.space, trial.point)
         spec = self._train_spec(self.space.resolved(trial.point).train, seed)
         spec = spec if steps is None else _first_steps(spec, steps)
-        begin_pairs(setup, plan, seed=spec.seed, name=name)
+        self.setup = replace(setup, text=add_pairs(setup, plan, seed=spec.seed, name=name))
         return Member(name, spec, setup.train.examples, held_out)
 
     def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:

@@ -28,7 +28,7 @@ from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.gguf_header import begins_as_gguf
-from lorakeet.memory.mapped_files import giving_back
+from lorakeet.memory.mapped_files import releasing_pages
 from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate
@@ -290,9 +290,9 @@ def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> I
             yield engine
         return
     with ExitStack() as stack:
-        with giving_back(model, interval=BEGINNING):
+        with releasing_pages(model, interval=BEGINNING):
             engine = stack.enter_context(LlamaCpp(model, adapter=adapter, context=context, repack=False))
-        stack.enter_context(giving_back(model, stays=True))
+        stack.enter_context(releasing_pages(model, stays=True))
         yield engine
 
 

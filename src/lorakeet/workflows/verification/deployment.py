@@ -17,10 +17,10 @@ from lorakeet.errors import VerificationFailed
 from lorakeet.export.deployment import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.ledger import Ledger
+from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
 from lorakeet.models.image.model import image_plan
-from lorakeet.models.image.outline import outline_image, shapes_of_images
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.outline import config_of, local_files, outline
+from lorakeet.models.text.from_config import config_of, local_files, model_from_config
 from lorakeet.workflows.runs.open_adapter import open_adapter
 
 Say = Callable[[str], None]
@@ -78,7 +78,7 @@ def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
         return _planned_image(config, auto, say)
     model_config = config_of(config.model, say)
     with torch.random.fork_rng(devices=[]), Ledger():
-        text = outline(
+        text = model_from_config(
             model_config, name=config.model.path, dtype=torch.float32, products=torch.float32, attention=config.model.attention,
             quantize=config.model.quantize, files=local_files(config.model.path),
         )  # fmt: skip
@@ -89,7 +89,7 @@ def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
 def _planned_image(config: RunConfig, auto: int, say: Say) -> frozenset[Feature]:
     shapes = shapes_of_images(config.model, say)
     with torch.random.fork_rng(devices=[]), Ledger():
-        model = outline_image(shapes, name=config.model.path, dtype=torch.float32, quantize=config.model.quantize)
+        model = image_model_from_config(shapes, name=config.model.path, dtype=torch.float32, quantize=config.model.quantize)
         plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
     return features_of_plan(plan, tied=False, auto=auto)
 

@@ -23,10 +23,10 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.combine import Combination, Combined, dense_delta
 from lorakeet.merge.edits import find_shared, fold_change
-from lorakeet.models.modules import bare, find, kind_of
+from lorakeet.models.modules import find, kind_of, unwrapped
 from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.compare import Side, compare_outputs
-from lorakeet.models.text.folded import folded_weights, frozen_weights
+from lorakeet.models.text.folded_weights import folded_weights, frozen_weights
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS
 
@@ -102,7 +102,7 @@ def changes_of(model: torch.nn.Module, plan: Combination) -> Changes:
         module = find(model, owner)
         if module is None or not hasattr(module, leaf):
             raise ConfigError(f"The base has no {owner}.{leaf}, which the combined adapters change.")
-        kind = "experts" if experts else kind_of(bare(module)) or plan.kind(path)
+        kind = "experts" if experts else kind_of(unwrapped(module)) or plan.kind(path)
         found[f"{owner}.{leaf}"] = partial(fold_change, kind=kind, change=partial(plan.change, path))
     return found
 

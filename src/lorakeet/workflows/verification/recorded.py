@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lorakeet.export.folded import StoredTensor
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS
 from lorakeet.workflows.runs.open_adapter import Opened
@@ -29,11 +29,11 @@ Answer = TypeVar("Answer")
 class RecordedArtefact:
     """An artefact's answers, as an `Artefact`: what was asked once is known, and only that once the artefact has gone."""
 
-    def __init__(self, artefact: Artefact, aside: Aside) -> None:
+    def __init__(self, artefact: Artefact, spill: Spill) -> None:
         """Logits wait in `aside`, which is the caller's to close."""
         self.name, self.allowed = artefact.name, artefact.allowed
         self._artefact: Artefact | None = artefact
-        self._aside = aside
+        self._spill = spill
         self._known: dict[Hashable, Any] = {}
 
     def let_go(self) -> None:
@@ -52,13 +52,13 @@ class RecordedArtefact:
 
     def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
         key = ("logits", tuple(ids), last)
-        self._once(key, lambda artefact: self._aside.put(key, artefact.logits(ids, last)))
-        return self._aside.look(key)
+        self._once(key, lambda artefact: self._spill.put(key, artefact.logits(ids, last)))
+        return self._spill.look(key)
 
     def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
         row = tuple(ids)
         for number in range(self._once(("parts", row), lambda artefact: self._put(row, artefact.logit_parts(ids)))):
-            yield self._aside.look((row, number))
+            yield self._spill.look((row, number))
 
     def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
         return self._once(("stored", source), lambda artefact: artefact.stored(source, opened))
@@ -66,7 +66,7 @@ class RecordedArtefact:
     def _put(self, row: tuple[int, ...], parts: Iterator[Tensor]) -> int:
         count = 0
         while (part := next(parts, None)) is not None:
-            self._aside.put((row, count), part)
+            self._spill.put((row, count), part)
             del part  # before the next one is computed
             count += 1
         return count
@@ -80,9 +80,9 @@ class RecordedArtefact:
         return found
 
 
-def ask_all(artefact: Artefact, probes: Probes, live: InTorch, aside: Aside) -> RecordedArtefact:
+def ask_all(artefact: Artefact, probes: Probes, live: InTorch, spill: Spill) -> RecordedArtefact:
     """Asks `artefact` all that the checks of `probes` will ask it. Of `live` only the tokenizer is used: no block comes in."""
-    found = RecordedArtefact(artefact, aside)
+    found = RecordedArtefact(artefact, spill)
     for messages, _ in probes.conversations:
         found.prompt(messages)
     for text in probes.texts:

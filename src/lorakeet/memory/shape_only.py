@@ -1,0 +1,82 @@
+"""The disk of a rehearsal: a store and a scratch file of shapes alone, from which everything that is read is without numbers.
+
+Read within a memory.ledger.Ledger, what is brought in takes its place in the account as it would from the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.tiled_product import RowSource
+from lorakeet.memory.spill import Spill
+from lorakeet.memory.store import CPU, LINE, StoredRows, TensorLocation, WeightStore
+
+
+class ShapeStore(WeightStore):
+    """Records of the given tensors, by the record's name and the tensor's, laid out as a file of them would be."""
+
+    def __init__(self, records: Mapping[str, Mapping[str, Tensor]], identity: Mapping[str, str]) -> None:
+        self.identity, self.tensors = dict(identity), {}
+        at = 0
+        for record, tensors in records.items():
+            for name, tensor in tensors.items():
+                at += -at % LINE
+                self.tensors[f"{record}.{name}"] = TensorLocation(tensor.dtype, tuple(tensor.shape), at, at + tensor.nbytes)
+                at += tensor.nbytes
+
+    def rows(self, name: str, device: torch.device = CPU) -> StoredRows:
+        return ShapeRows(self, name, device)
+
+    def read(self, begin: int, into: Tensor) -> None:
+        """Leaves `into` as it is."""
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
+class ShapeRows(StoredRows):
+    """Rows without numbers. Which of them ids name is not known, so that all of them are taken to differ."""
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        found = torch.empty((min(ids.numel(), self.shape[0]), self.shape[1]), dtype=self.dtype)
+        return nn.functional.embedding(torch.zeros_like(ids), found)
+
+
+@dataclass(frozen=True)
+class _OutlinedMatrix:
+    """Some rows at a time of a matrix without numbers (core/tiled_product.RowSource)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        start, stop, _ = part.indices(self.shape[0])
+        return torch.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype)
+
+
+class ShapeSpill(Spill):
+    """Tensors put aside in a file that does not exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes: dict[Hashable, tuple[torch.dtype, tuple[int, ...]]] = {}
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        self._shapes[key] = tensor.dtype, tuple(tensor.shape)
+
+    def drop(self, key: Hashable) -> None:
+        del self._shapes[key]
+
+    def rows(self, key: Hashable) -> RowSource:
+        return _OutlinedMatrix(*self._shapes[key])
+
+    def look(self, key: Hashable) -> Tensor:
+        dtype, shape = self._shapes[key]
+        return torch.empty(shape, dtype=dtype)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._shapes

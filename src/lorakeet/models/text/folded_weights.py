@@ -1,0 +1,134 @@
+"""What every weight of a model should be once an adapter is folded in: the yardstick for a merged model, matrix by matrix.
+
+The weights of a streamed model are read from its store as they are asked for, some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.layers.experts import ExpertPairs
+from lorakeet.core.layers.extras import TrainedModule, TrainedRows
+from lorakeet.core.layers.linear import AdaptedLayer
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.math import delta, fold
+from lorakeet.core.reordered import ReorderedLinear
+from lorakeet.core.tiled_product import RowSource as RowsOf
+from lorakeet.errors import ConfigError
+from lorakeet.memory.store import WeightStore
+from lorakeet.models.fuse import unfuse
+from lorakeet.models.modules import adapted_layers, find, kind_of, original_modules, replace, unwrapped, weights_loaded
+from lorakeet.models.streaming.model import StreamedEmbedding, StreamedHead
+from lorakeet.quant.packed import PackedLinear
+
+
+def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterator[tuple[str, RowsOf]]:
+    """(path of the parameter, its numbers as they are without adapters) for every parameter; packed ones in fp32.
+
+    With `store`, that of a streamed model, what is out is read from there when rows of it are asked for. What is unpacked is
+    valid until the next one is. A single number is given as (1,).
+    """
+    for path, module in original_modules(model):
+        if isinstance(module, PackedLinear):
+            with weights_loaded(model, path), torch.no_grad():
+                yield f"{path}.weight", module.weight
+        if isinstance(module, ReorderedLinear):
+            yield f"{path}.weight", module.weight
+        standing = find(model, path)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{leaf}" if path else leaf
+            if isinstance(standing, (StreamedEmbedding, StreamedHead)):
+                yield full, standing.rows
+            elif store is not None and parameter.is_meta:
+                yield full, store.rows(full) if parameter.dim() else _rows(store.tensor(full))
+            else:
+                yield full, _rows(parameter.detach())
+
+
+def folded_weights(model: nn.Module, name: str | None, store: WeightStore | None = None) -> Iterator[tuple[str, RowsOf]]:
+    """(path of the parameter, W with adapter `name` folded in) for every parameter, as `frozen_weights` gives them.
+
+    One that the adapter changes is made whole, in memory; of a stack of experts only those that are asked for.
+    """
+    changed: dict[str, tuple[nn.Module, str]] = {}
+    for path, layer in adapted_layers(model):
+        if name is None or name not in layer.adapters:
+            continue
+        held = layer.adapters[name]
+        leaves = list(held.keys()) if isinstance(held, ExpertPairs) else _leaves(layer, held)
+        changed.update({f"{path}.{leaf}": (held, leaf) for leaf in leaves})
+    for path, weight in frozen_weights(model, store):
+        with torch.no_grad():
+            yield path, _expected(weight, *changed[path]) if path in changed else weight
+
+
+def fold_layers(model: nn.Module, name: str, paths: Collection[str]) -> None:
+    """Puts a plain nn.Linear with W in fp32, the adapter `name` folded in, in the place of each linear layer of `paths`.
+
+    Other layers keep what they have; fused pieces are taken out, since they look into the layers that go.
+    """
+    unfuse(model)
+    for path in paths:
+        module = find(model, path)
+        if module is None:
+            raise ConfigError(f"The model has no layer '{path}', which is packed in the quantised file.")
+        original = unwrapped(module)
+        held = module.adapters[name] if isinstance(module, AdaptedLayer) and name in module.adapters else None
+        with torch.no_grad():
+            weight = cast(Tensor, original.weight).detach().float()
+            weight = held.fold(weight) if isinstance(held, LoraPair) else weight
+            weight = weight.t().contiguous() if kind_of(original) == "conv1d" else weight
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        bias = cast("Tensor | None", original.bias)
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        replace(model, path, linear)
+
+
+def _leaves(layer: AdaptedLayer, held: nn.Module) -> list[str]:
+    if isinstance(layer, TrainedModule):
+        return [key for key, _ in held.named_parameters()]
+    return ["weight", "bias"] if isinstance(held, LoraPair) and held.bias is not None else ["weight"]
+
+
+def _expected(frozen: RowsOf, held: nn.Module, leaf: str) -> RowsOf:
+    if isinstance(held, ExpertPairs):
+        return _FoldedExperts(frozen, cast(LoraPair, held[leaf]))
+    if isinstance(held, LoraPair) and leaf == "bias" and held.bias is not None:
+        return fold(frozen[:], held.scale * held.bias.detach())
+    if isinstance(held, LoraPair):
+        return held.fold(frozen[:])
+    if isinstance(held, TrainedRows):
+        return frozen[:].float().index_copy(0, held.ids, held.values.detach())
+    return _rows(held.get_parameter(leaf).detach())
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() else tensor.view(1)
+
+
+@dataclass(frozen=True)
+class _FoldedExperts:
+    """A stack of experts (experts, out, in) with the pair of each folded in, made for the experts that are asked for."""
+
+    frozen: RowsOf
+    pair: LoraPair
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.frozen.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.frozen.dtype
+
+    @torch.no_grad()
+    def __getitem__(self, part: slice) -> Tensor:
+        weight = self.frozen[part]
+        A, B = self.pair.factors()
+        return fold(weight, delta(A[part].float(), B[part].float(), self.pair.scale, "experts").to(weight.device))

@@ -1,0 +1,189 @@
+"""A text model from its configuration alone: shapes without weights, for what is planned before anything is loaded.
+
+Built inside a memory.ledger.Ledger its tensors take no memory; built outside they are real and random.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
+from torch.utils._python_dispatch import _disable_current_modes  # nor for this
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorakeet.data.locate import PACKAGE, locate, package_file
+from lorakeet.errors import ConfigError, nearest
+from lorakeet.kernels.cpu.stored import StoredWeight
+from lorakeet.memory.ledger import Ledger
+from lorakeet.models.families import family_of
+from lorakeet.models.files.gguf_validate import config_of_gguf
+from lorakeet.models.files.packing import Packing, packing_of
+from lorakeet.models.files.quantized import plain_config
+from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.model import PassOptions, TextModel
+from lorakeet.quant.gptq_pack import WORD
+from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
+from lorakeet.quant.replace import empty_base
+from lorakeet.quant.spec import QuantSpec
+
+
+@cache
+def published_configs() -> dict[str, Traversable]:
+    """The config.json of well-known models that ships with Lorakeet, by hub id."""
+    folder = files("lorakeet.models") / "shapes"
+    shapes = [entry for entry in folder.iterdir() if entry.name.endswith(".json")]
+    return {entry.name.removesuffix(".json").replace("--", "/"): entry for entry in shapes}
+
+
+def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
+    """The transformers configuration of the model that `spec.path` names; no weights are read or fetched.
+
+    A folder's own config.json, the header of a .gguf file, a published shape (which needs no network), or the config.json of
+    a hub id. Raises ConfigError where there is none.
+    """
+    name = spec.path
+    found = {known.lower(): known for known in published_configs()}.get(name.lower())
+    if found is not None:
+        return config_from_settings(json.loads(published_configs()[found].read_text(encoding="utf-8")))
+    local = local_files(name)
+    try:
+        with quiet_transformers():
+            if local is None:
+                say(f"Asking the model hub for the config.json of {name}.")
+                return AutoConfig.from_pretrained(name, revision=spec.revision)
+            if local.suffix.lower() == ".gguf":
+                return config_of_gguf(local)
+            return AutoConfig.from_pretrained(local, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError, struct.error, StrictDataclassError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"model.path '{name}' has no configuration that could be read: {first}. Name a folder with config.json, "
+            f"a .gguf file, package:NAME, a hub id, or one of the shapes that need no network: {', '.join(published_configs())}."
+            f"{nearest(name, list(published_configs()))}"
+        ) from error
+
+
+def config_from_settings(settings: dict[str, Any]) -> Any:
+    """A transformers configuration from the content of a config.json."""
+    kind = settings["model_type"]
+    return AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key != "model_type"})
+
+
+def model_from_config(
+    config: Any,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    products: torch.dtype,
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
+    quantize: QuantSpec | None = None,
+    files: Path | None = None,
+) -> TextModel:
+    """The frozen model that `config` describes, in eval mode, without a tokenizer; its linear layers are packed as `quantize`
+    asks, or as they are already in `files`, a folder or .gguf file.
+
+    Attention auto is varlen, which is what nearly every model is found to run with when it is loaded.
+    """
+    device = torch.device(device)
+    with quiet_transformers(), torch.device(device):
+        own = plain_config(config)  # a copy, in which transformers notes the dtype
+        model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
+    model = model.requires_grad_(False).eval()
+    quantize = quantize or QuantSpec()
+    put_packed(model, packing_of(model, config, quantize, files), device, in_int8=quantize.int8_products)
+    set_attention(model, "varlen" if attention == "auto" else attention)
+    family = family_of(model.config.get_text_config())
+    return TextModel(
+        model=model,
+        tokenizer=None,
+        name=name,
+        source=Path(),
+        family=family,
+        device=device,
+        dtype=dtype,
+        products=products,
+        options=PassOptions(share_prefix=False),  # what rows share is not known yet: the plan may be larger, never too small
+    )
+
+
+def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_int8: bool = False) -> None:
+    """Puts a packed layer of zeros where a loaded model would hold a packed weight; `in_int8` as in quant/int8."""
+    for path, settings in packing.items():
+        module = model.get_submodule(path)
+        weight: Any = module.weight
+        bias: Any = module.bias
+        base = empty_base(settings, device=device)
+        if isinstance(weight, FakeTensor) and not in_int8:
+            base = ShapeBase(base)
+        model.set_submodule(path, PackedLinear(base, bias, transposed=not isinstance(module, nn.Linear)))
+    if in_int8:
+        multiply_in_int8(model)
+
+
+class ShapeBase(PackedBase):
+    """Stands in an outline for a packed base with the same buffers. Unpacked, it only holds for a moment what unpacking holds."""
+
+    def __init__(self, base: PackedBase) -> None:
+        super().__init__(base.shape)
+        self._settings, self._row_step = base.settings, base.row_step
+        told = base.stored()
+        self._stands_for = (
+            None if told is None else StoredWeight(told.kind, *told[1:3], codes=0, size=told.size, groups=told.groups)
+        )
+        for name, buffer in base.named_buffers():
+            self.register_buffer(name, buffer)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    @property
+    def row_step(self) -> int:
+        return self._row_step
+
+    def _told(self) -> StoredWeight | None:
+        return self._stands_for
+
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        settings = json.dumps({**self.settings, "shape": tuple(out.shape)})
+        torch.empty(_while_unpacking(settings, out.dtype), dtype=torch.uint8, device=out.device)
+        return out
+
+
+@cache
+def _while_unpacking(settings: str, dtype: torch.dtype) -> int:
+    """The most bytes that unpacking such a weight holds beside the weight and its result: those of one of its equal tiles."""
+    packing = json.loads(settings)
+    rows, columns = packing["shape"]
+    step = WORD if packing["method"] == "gptq" else 1  # whose zero points fill whole words
+    rows = min(rows, max(1, -(-TILE // (columns * step))) * step)
+    with _disable_current_modes(), Ledger() as ledger:
+        base, out = empty_base({**packing, "shape": (rows, columns)}), torch.empty(rows, columns, dtype=dtype)
+        before = ledger.bytes
+        with ledger.phase("unpack"):
+            base.unpack(out)
+        return ledger.peaks["unpack"].bytes - before
+
+
+def local_files(name: str) -> Path | None:
+    """The folder or .gguf file on this machine that a model path names; None for a hub id."""
+    if name.startswith(PACKAGE):
+        distribution, _, relative = name[len(PACKAGE) :].partition("/")
+        return package_file(distribution, suffix=relative or ".gguf")
+    if Path(name).expanduser().exists() or name.lower().endswith(".gguf"):
+        return locate(name)
+    return None

@@ -1,0 +1,79 @@
+"""A streamed text model from its configuration alone: `outline` for runs whose frozen blocks come in from a store.
+
+Built and run inside a memory.ledger.Ledger: what is brought in has shapes and no numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes  # torch offers no public name
+
+from lorakeet.memory.shape_only import ShapeStore
+from lorakeet.models.families import Family, family_of
+from lorakeet.models.modules import block_of
+from lorakeet.models.streaming.load import Residence, empty_packed, open_streamed, records_of
+from lorakeet.models.text.from_config import ShapeBase
+from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.model import PassOptions, TextModel
+from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.replace import empty_base
+from lorakeet.quant.spec import QuantSpec
+
+
+def streamed_model_from_config(
+    config: Any,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    products: torch.dtype,
+    attention: str = "auto",
+    quantize: QuantSpec | None = None,
+    files: Path | None = None,
+    slots: int = 2,
+) -> TextModel:
+    """The frozen model that `config` describes, in eval mode, without a tokenizer, `slots` of its blocks in memory at a time.
+
+    As in `outline`, linear layers are packed as `quantize` asks or as they are in `files`, and attention auto is varlen. Raises
+    ConfigError where the model has no list of blocks.
+    """
+    family, device = family_of(config.get_text_config()), torch.device("cpu")
+    quantize = quantize or QuantSpec()
+    with _disable_current_modes():  # what is not read yet is in no account
+        store = shape_store(empty_packed(config, dtype, quantize, files), family)
+    base_of = partial(empty_base, device="meta") if quantize.int8_products else _outlined
+    model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
+    if quantize.int8_products:
+        multiply_in_int8(model)
+    set_attention(model, "varlen" if attention == "auto" else attention)
+    return TextModel(
+        model=model, tokenizer=None, name=name, source=Path(), family=family, device=device, dtype=dtype, products=products,
+        streamed=streamed, options=PassOptions(share_prefix=False),  # as in `outline`
+    )  # fmt: skip
+
+
+def shape_store(model: Any, family: Family) -> ShapeStore:
+    """What the store of `model`, empty and packed as it will be, holds: a record for each block and for each tensor elsewhere."""
+    records: dict[str, dict[str, Tensor]] = {record: {} for record in records_of(model, family)}
+    prefix = next(iter(records)).rpartition(".")[0]
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    for name, tensor in model.state_dict().items():
+        record = block_of(name, prefix)
+        if record in records:
+            records[record][name.removeprefix(f"{record}.")] = tensor
+        elif name not in tied:
+            path, _, leaf = name.rpartition(".")
+            records.setdefault(path, {})[leaf] = tensor
+    packed = {path: module.base.settings for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return ShapeStore(records, {"packed": json.dumps(packed)})
+
+
+def _outlined(settings: Mapping[str, Any]) -> PackedBase:
+    return ShapeBase(empty_base(settings, device="meta"))

@@ -1,0 +1,54 @@
+"""A store and a scratch file of shapes alone: laid out as the real ones, and what is read takes its place in a ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lorakeet.memory.ledger import Ledger
+from lorakeet.memory.shape_only import ShapeSpill, ShapeStore
+from lorakeet.memory.store import WeightStore, new_store
+
+RECORDS = {
+    "b.0": {"w": torch.zeros(10, 3), "codes": torch.zeros(7, dtype=torch.uint8)},
+    "b.1": {"w": torch.zeros(2, 3)},
+    "embed": {"weight": torch.zeros(50, 4, dtype=torch.bfloat16)},
+}
+
+
+def test_its_records_are_as_long_as_those_of_a_file(tmp_path: Path) -> None:
+    with new_store(tmp_path / "s", identity={}, tensors=4) as writer:
+        for name, tensors in RECORDS.items():
+            writer.add(name, tensors)
+    real, outlined = WeightStore(tmp_path / "s"), ShapeStore(RECORDS, {"packed": "{}"})
+    for name, tensors in RECORDS.items():
+        assert outlined.record(name).bytes == real.record(name).bytes
+        assert set(outlined.record(name).tensors) == set(tensors)
+    assert outlined.identity == {"packed": "{}"}
+    real.close()
+    outlined.close()
+
+
+def test_rows_that_are_looked_up_are_held_with_those_that_were_read() -> None:
+    with Ledger() as ledger:
+        rows = ShapeStore(RECORDS, {}).rows("embed.weight")
+        ids = torch.zeros(2, 6, dtype=torch.long)
+        before = ledger.bytes
+        with ledger.phase("look up"):
+            found = rows.look_up(ids)
+        assert found.shape == (2, 6, 4) and found.dtype == torch.bfloat16
+        assert ledger.bytes - before == found.nbytes
+        assert ledger.peaks["look up"].bytes - before >= 2 * found.nbytes
+        assert rows.look_up(torch.zeros(9, 9, dtype=torch.long)).shape == (9, 9, 4), "no more rows are read than there are"
+
+
+def test_what_is_put_aside_is_held_again_when_it_is_taken() -> None:
+    with Ledger() as ledger:
+        spill, states = ShapeSpill(), torch.empty(5, 8)
+        whole = ledger.bytes
+        spill.put("a", states)
+        del states
+        assert "a" in spill and ledger.bytes == whole - 160
+        assert spill.look("a").shape == (5, 8) and spill.take("a").dtype == torch.float32
+        assert "a" not in spill

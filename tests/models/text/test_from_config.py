@@ -1,0 +1,126 @@
+"""Models from configurations alone: published shapes with their published sizes, and packed layers as a loaded model has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.errors import ConfigError
+from lorakeet.kernels.cpu import dense
+from lorakeet.kernels.cpu.int8_rows import outliers_of
+from lorakeet.memory.ledger import Ledger
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.from_config import ShapeBase, config_from_settings, config_of, model_from_config, published_configs
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.replace import weights_in
+from lorakeet.quant.spec import QuantSpec
+from tiny.native import needs_native
+
+PARAMETERS = {  # as the model cards and the weights' indices say
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+}
+SMALL = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def quiet(_: str) -> None:
+    return None
+
+
+def test_every_published_shape_has_its_published_size() -> None:
+    assert set(published_configs()) == set(PARAMETERS)
+    for name, expected in PARAMETERS.items():
+        config = config_of(ModelSpec(path=name.upper()), quiet)  # hub ids do not heed case
+        with Ledger():
+            text = model_from_config(config, name=name, dtype=torch.bfloat16, products=torch.float32)
+            assert weights_in(text.model) == expected, name
+
+
+def test_a_folder_and_its_config_give_the_same(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    assert config_of(ModelSpec(path=str(tmp_path)), quiet).hidden_size == 64
+
+
+def test_what_has_no_configuration_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration.*meta-llama/Llama-2-7b-hf.*Did you mean 'meta-llama/Llama-2-7b-hf'"):
+        config_of(ModelSpec(path="meta-llama/Llama-2-7b-hv"), quiet)
+    with pytest.raises(ConfigError, match="no configuration"):
+        config_of(ModelSpec(path=str(tmp_path)), quiet)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_packed_layers_have_the_bytes_of_the_real_ones(method: str) -> None:
+    spec = QuantSpec(method=method)  # type: ignore[arg-type]
+    settings = {"name": "small", "dtype": torch.float32, "products": torch.float32, "quantize": spec}
+    real = model_from_config(config_from_settings(SMALL), **settings)  # type: ignore[arg-type]
+    with Ledger():
+        planned = model_from_config(config_from_settings(SMALL), **settings)  # type: ignore[arg-type]
+        found = {path: base.bytes for path, base in planned.model.named_modules() if isinstance(base, PackedBase)}
+    expected = {path: base.bytes for path, base in real.model.named_modules() if isinstance(base, PackedBase)}
+    assert found == expected and len(found) == 14
+    assert weights_in(planned.model) == weights_in(real.model)
+
+
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_what_a_product_in_int8_holds_is_in_the_account(in_int8: bool) -> None:
+    spec = QuantSpec(method="int8", int8_products=in_int8)
+    dtypes: dict[str, Any] = {"dtype": torch.float32, "products": torch.float32}
+    tokens = 4096
+    with Ledger() as ledger:
+        text = model_from_config(config_from_settings(SMALL), name="small", quantize=spec, **dtypes)
+        base = next(module for module in text.model.train().modules() if isinstance(module, PackedBase))
+        x = torch.zeros(tokens, base.shape[1])
+        with ledger.phase("product"):
+            assert base.matmul(x).shape == (tokens, base.shape[0])
+        held = ledger.peaks["product"].bytes - x.nbytes
+    wanted = tokens * base.shape[0] * 8  # the sums in int32, and as fp32
+    assert (held >= wanted) is in_int8
+    apart = outliers_of(base.shape[1]) if in_int8 else 0  # columns that are multiplied by themselves
+    assert ledger.work["product"].flops == 2 * tokens * base.shape[0] * (base.shape[1] + apart)
+
+
+def test_one_tile_of_an_outlined_base_is_worked_through() -> None:
+    spec = QuantSpec(method="nf4")
+    with Ledger() as ledger:
+        text = model_from_config(
+            config_from_settings(SMALL), name="small", dtype=torch.float32, products=torch.float32, quantize=spec
+        )
+        base = next(module for module in text.model.modules() if isinstance(module, ShapeBase))
+        x = torch.zeros(3, base.shape[1])
+        with ledger.phase("product"):
+            assert base.matmul(x).shape == (3, base.shape[0])
+    assert ledger.peaks["product"].bytes > 0
+
+
+@needs_native
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_an_outlined_base_is_multiplied_as_it_is_where_a_run_s_is(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    spec = QuantSpec(method=method)
+    SCRATCH.clear()
+    with Ledger() as ledger:
+        text = model_from_config(
+            config_from_settings(SMALL), name="small", dtype=torch.bfloat16, products=torch.bfloat16, quantize=spec
+        )
+        base = next(module for module in text.model.modules() if isinstance(module, ShapeBase))
+        x = torch.zeros(3, base.shape[1], dtype=torch.bfloat16)
+        with ledger.phase("product"):
+            base.matmul(x)
+    assert not SCRATCH._buffers
+    assert ledger.work["product"].flops == 2 * 3 * base.shape[0] * base.shape[1]
