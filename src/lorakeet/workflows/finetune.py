@@ -58,12 +58,14 @@ class FinetuneResult:
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         dry_run = self.outcome is None or self.report is None
+        kind, data = kind_of(self.setup.config), self.setup.dataset
         found = {
             "run": str(self.run.path),
             "trained_parameters": self.setup.plan.parameters,
             "pairs": len(self.setup.plan.entries),
             "steps": self.setup.steps,
-            **kind_of(self.setup.config).summary(self.setup, dry_run=dry_run),
+            kind.words.evaluated: {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)},
+            **kind.summary(self.setup, dry_run=dry_run),
         }
         if dry_run:
             return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
@@ -105,7 +107,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
     if resume:
         search = rates_of(run)
     elif kind.tries_rates:
-        setup, search = choose_rate(setup, console, asked=options.quick)
+        setup, search = choose_rate(setup, console, requested=options.quick)
     setup = setup.with_learning_rate(processes.from_first(lambda: setup.config.train.learning_rate))
     task = kind.task(setup, run, console)
     record = kind.split_record(setup)

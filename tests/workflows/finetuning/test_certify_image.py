@@ -11,8 +11,8 @@ import torch
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, inject
@@ -121,7 +121,7 @@ def test_an_effect_below_rounding_is_not_claimed_to_be_checked(weak: FinetuneRes
     _rounds(monkeypatch, 1e-3)
     found = _certified(weak, weak.run.adapter)
     assert found.passed and set(found.checks[0].measured) == set(found.checks[0].tolerance) == {"latent"}
-    assert "cannot be told from rounding" in found.checks[0].detail
+    assert "too little to distinguish" in found.checks[0].detail
     assert [one.what for one in found.unchecked] == ["the adapter's effect"]
 
 

@@ -17,7 +17,7 @@ from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.tolerances import BF16, F32, Q4
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.mapped_files import releasing_pages
-from lorakeet.merge.fold import merge_into
+from lorakeet.merge.merged_folder import merge_into
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.runs.residency import Residency
 from lorakeet.workflows.verification import artefact as artefacts

@@ -57,10 +57,6 @@ class ImageAssembly(Assembly):
         return self.model.device
 
     @property
-    def examples(self) -> Sequence[EncodedImage]:
-        return self.train
-
-    @property
     def evaluated(self) -> tuple[str, list[EncodedImage]]:
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 

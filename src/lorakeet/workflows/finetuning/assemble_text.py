@@ -15,7 +15,6 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
-from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.targets import plan_for
@@ -55,14 +54,6 @@ class TextAssembly(Assembly):
     @property
     def device(self) -> torch.device:
         return self.text.device
-
-    @property
-    def examples(self) -> Sequence[Example]:
-        return self.train.examples
-
-    @property
-    def evaluated(self) -> tuple[str, tuple[Row, ...]]:
-        return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
 
     @property
     def planned(self) -> tuple[int | None, int | None]:

@@ -110,13 +110,10 @@ class ImageKind(RunKind[ImageAssembly]):
         return f"{setup.name}, {model.dtype} weights{packed}, predicts {setup.config.diffusion.prediction}"
 
     def facts(self, setup: ImageAssembly) -> dict[str, str]:
-        config, data = setup.config, setup.dataset
-        parts = f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
+        config = setup.config
         timesteps = config.diffusion.held_out_timesteps
-        found = {
-            "Pictures": parts + _prior_text(setup),
-            "Evaluated at": f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted",
-        }
+        found = {name: counts + _prior_text(setup) for name, counts in super().facts(setup).items()}
+        found["Evaluated at"] = f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted"
         if config.diffusion.scorer and config.diffusion.seeds:
             found["Samples scored by"] = f"{config.diffusion.scorer}; the seeds of one prompt count as one group"
         else:

@@ -71,9 +71,6 @@ class TextKind(RunKind[TextAssembly]):
         record_graphs(task.text, task, console)
         return task
 
-    def split_record(self, setup: TextAssembly) -> dict[str, object]:
-        return setup.dataset.split_record()
-
     def frozen_digests(self, setup: TextAssembly) -> Digests:
         return {} if setup.residency.store else frozen_digests(setup.text.model)  # streamed weights are only read
 
@@ -141,8 +138,7 @@ class TextKind(RunKind[TextAssembly]):
         return text + (", native kernels" if native else "")
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
-        data = setup.dataset
-        found = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
+        found = super().facts(setup)
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
         if (count := setup.processes.count) > 1:

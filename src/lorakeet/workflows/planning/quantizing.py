@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorakeet.data.chat import Example
-from lorakeet.export.packed_model import SHARD_BYTES
+from lorakeet.export.model_folder import SHARD_BYTES
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.shape_only import ShapeSpill
@@ -37,9 +37,9 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.repeated_blocks import run_each_kind
 from lorakeet.models.text.streamed_from_config import streamed_model_from_config
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gptq_solve import GptqLayout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.fit import Situation, fit
 from lorakeet.workflows.planning.forecast_text_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, text_runtime_bytes
