@@ -112,7 +112,7 @@ def leaks(found: LeakReport) -> tuple[Leak, ...]:
 
 def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
     data, model = setup.dataset, setup.config.model
-    native = setup.text.device.type == "cpu" and operators.serves(setup.text.products)
+    native = setup.text.device.type == "cpu" and setup.text.products == torch.bfloat16 and operators.in_use()
     about = f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
     about += ", native kernels" if native else ""
     rows = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
