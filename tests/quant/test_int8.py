@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.base import matmul_each
 from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import int8_rows, operators
-from lorakeet.quant.int8 import Int8Base, multiply_in_int8
-from lorakeet.quant.replace import empty_base
+from lorakeet.quant.construct import empty_base
+from lorakeet.quant.int8 import Int8Base, enable_int8_products
 from tiny.native import needs_native
 
 
@@ -67,7 +67,7 @@ def test_another_shape_is_refused(weight: torch.Tensor) -> None:
 def trained() -> Int8Base:
     """A base that multiplies in int8, in training mode."""
     base = Int8Base.of(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)))
-    assert multiply_in_int8(base) == 1
+    assert enable_int8_products(base) == 1
     return base.train()
 
 
@@ -138,7 +138,7 @@ def test_several_weights_code_what_they_see_once(
     trained: Int8Base, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow, exact = Int8Base.of(torch.randn(5, 64)).train(), Int8Base.of(torch.randn(8, 64)).train()
-    multiply_in_int8(narrow)  # of a width that no kernel's registers have, and `exact` in no products in int8
+    enable_int8_products(narrow)  # of a width that no kernel's registers have, and `exact` in no products in int8
     bases, x = (trained, exact, narrow), torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
     x = x.bfloat16() if native else x
     expected = [base.matmul(x) for base in bases]
@@ -151,4 +151,4 @@ def test_several_weights_code_what_they_see_once(
 
 
 def test_only_int8_weights_are_told() -> None:
-    assert multiply_in_int8(torch.nn.Linear(3, 3)) == 0
+    assert enable_int8_products(torch.nn.Linear(3, 3)) == 0

@@ -24,7 +24,7 @@ from lorakeet.core.math import Kind
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.merge.checkpoint import Checkpoint
 from lorakeet.merge.edits import HEADS, expert_parts, find_shared
-from lorakeet.merge.factors import LowRank, best_of_matrix
+from lorakeet.merge.low_rank import LowRank, truncate_matrix
 from lorakeet.models import modules
 
 Progress = Callable[[int, int, str], None]  # parameters done, parameters in all, path of the last
@@ -165,7 +165,7 @@ class _Extraction:
         found: list[LowRank] = []
         for expert, change in enumerate(changes):
             oriented = change.t() if place.kind == "conv1d" else change
-            found.append(best_of_matrix(self._finite(place.path, oriented), self.rank, seed_for(self.seed, f"{path}/{expert}")))
+            found.append(truncate_matrix(self._finite(place.path, oriented), self.rank, seed_for(self.seed, f"{path}/{expert}")))
             del change, oriented
         if not any(low.whole for low in found):
             self.unchanged += 1

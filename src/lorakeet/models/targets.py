@@ -16,7 +16,7 @@ from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.families import Family, in_group
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 
 KEYWORDS = ("all-linear", "attention", "mlp", "experts", "conv")
 _WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "feedforward", "moe")}

@@ -32,7 +32,7 @@ from lorakeet.quant.gptq_pack import (
     unpack_zeros,
     words_for,
 )
-from lorakeet.quant.packed import PackedBase, tile_of
+from lorakeet.quant.packed import PackedBase, tile_size
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -71,6 +71,13 @@ class GptqBase(PackedBase):
         base = cls(shape, bits=bits, groups=groups, sym=sym, zero_format=zero_format, device=codes.device)
         base.fill(codes, grid)
         return base
+
+    @classmethod
+    def like(cls, other: GptqBase) -> GptqBase:
+        """A base with the settings of `other` and zero codes."""
+        settings = other.settings
+        del settings["method"], settings["shape"]
+        return cls(other.shape, **settings, device=other.device)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,7 +145,7 @@ class GptqBase(PackedBase):
             return triton_products.unpack_rows(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
-        step = tile_of(self.device, columns * WORD) // columns
+        step = tile_size(self.device, columns * WORD) // columns
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             begin, end = first + start, first + stop

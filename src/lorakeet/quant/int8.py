@@ -28,7 +28,7 @@ from lorakeet.core.base import QuantisedRows
 from lorakeet.kernels.choose import multiplies_int8
 from lorakeet.kernels.cpu import int8_rows as native
 from lorakeet.kernels.cpu.stored import INT8, StoredWeight, address_of
-from lorakeet.quant.packed import PackedBase, tile_of
+from lorakeet.quant.packed import PackedBase, tile_size
 
 STEPS = 127
 
@@ -126,11 +126,11 @@ class Int8Base(PackedBase):
     def _tiles(self, rows: int) -> list[slice]:
         """Slices of rows that together cover `rows` of W, each of about a tile."""
         width = self.shape[1]
-        step = max(1, tile_of(self.device, width) // max(1, width))
+        step = max(1, tile_size(self.device, width) // max(1, width))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def multiply_in_int8(model: nn.Module) -> int:
+def enable_int8_products(model: nn.Module) -> int:
     """Lets every int8 weight of `model` multiply in int8 while it is trained; how many there are."""
     bases = [base for base in model.modules() if isinstance(base, Int8Base)]
     for base in bases:

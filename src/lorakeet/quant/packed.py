@@ -179,7 +179,7 @@ class PackedBase(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def tile_of(device: torch.device, multiple: int) -> int:
+def tile_size(device: torch.device, multiple: int) -> int:
     """How many numbers to pack or unpack at once on a device: about TILE, in whole multiples of `multiple`."""
     wanted = TILE if is_cpu(device) else GPU_TILE
     return max(1, wanted // multiple) * multiple

@@ -32,7 +32,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.loss import text_loss
 from lorakeet.train.text.multi_adapter import Member, train_many
@@ -146,7 +146,7 @@ def test_with_biases_on_queries_keys_and_values(
     tmp_path: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, examples = load(save_tiny_llama(tmp_path, family="qwen2", **SHAPE), kind=kind.removeprefix("in ")), rows(4)
-    assert not kind.startswith("in ") or multiply_in_int8(text.model)
+    assert not kind.startswith("in ") or enable_int8_products(text.model)
     plain = step(text, examples, "default")
     for number in range(3):
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -183,7 +183,7 @@ def test_over_packed_weights_too(folder: Path, kind: str, used: list[bool], monk
 def test_products_in_int8_too(folder: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     text, examples = load(folder, kind=kind), rows(5, prefix=9)
     exact = step(text, examples, "default")
-    assert multiply_in_int8(text.model)
+    assert enable_int8_products(text.model)
     found = step(text, examples, "default")
     assert used == [True] * 6 and not torch.equal(found["loss"], exact["loss"])
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))

@@ -27,7 +27,7 @@ from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.models import modules
 from lorakeet.models.inject import eject, selection_of, trained_parameters
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.text.loss import text_loss
@@ -346,7 +346,7 @@ def test_what_is_other_than_it_was_is_seen(folder: Path, change: Callable[[TextM
 
 def test_codes_in_place_of_rows_are_seen_too(folder: Path) -> None:
     text = load(folder, kind="int8")
-    for change in (lambda: None, lambda: multiply_in_int8(text.model), text.model.eval):
+    for change in (lambda: None, lambda: enable_int8_products(text.model), text.model.eval):
         change()
         assert not again(text, 50, 70)
         step(text, 50, 70)

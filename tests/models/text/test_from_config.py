@@ -17,8 +17,8 @@ from lorakeet.kernels.cpu.int8_rows import outliers_of
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import ShapeBase, config_from_settings, config_of, model_from_config, published_configs
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import weights_in
 from lorakeet.quant.spec import QuantSpec
 from tiny.native import needs_native
 

@@ -364,5 +364,5 @@ def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, devic
 
 
 def dense_base_of(module: Any, kind: str) -> FrozenBase:
-    """The FrozenBase over a dense linear module; quantised ones come from `quant/replace`."""
+    """The FrozenBase over a dense linear module; quantised ones come from `quant/construct`."""
     return TransposedBase(module) if kind == "conv1d" else DenseBase(module)

@@ -32,7 +32,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes, Residence, streamed_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 
@@ -72,7 +72,7 @@ def load_text_model(
             changes=changes, say=tell,
         )
         take_generation_settings(model, source)
-    if spec.quantize.int8_products and not multiply_in_int8(model):
+    if spec.quantize.int8_products and not enable_int8_products(model):
         raise ConfigError(
             f"model.quantize.int8_products is true, but no weight of {spec.path} is kept in int8. Set model.quantize.method to "
             "int8."

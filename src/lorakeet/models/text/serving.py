@@ -22,14 +22,14 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedLinear, can_reorder
 from lorakeet.errors import ConfigError, Problems, nearest
-from lorakeet.formats.files.memo import Remembered
+from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import selection_of, use_products
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.replace import base_of
+from lorakeet.quant.construct import base_of
 
 TWICE = 128 << 20  # bytes that may be in memory twice for a head: 16 tokens through SmolLM2's take 3.3 ms so, and 6.8 otherwise
 MOST_FITS = 8  # outlines of adapters whose look at the model is remembered
@@ -73,7 +73,7 @@ class ServingModel:
         self.text = text
         self._places: dict[str, _LinearTarget] = {}
         self._held: dict[str, _FittedAdapter] = {}
-        self._fits: Remembered[FlatPairsLayout, _FittedAdapter] = Remembered(MOST_FITS)
+        self._fits: LruCache[FlatPairsLayout, _FittedAdapter] = LruCache(MOST_FITS)
         model = text.model
         head = modules.output_layer(model)
         for path, module in list(modules.original_modules(model)):
