@@ -111,7 +111,7 @@ NOTES = (
     "packed merge, quantize, evaluate: these verbs print their plan in MiB only, so a change below the tolerance is not seen.",
     "Of report.json and certificate.json these keys are left out: created, speed, memory, Versions, Machine, Kernels.",
 )
-DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report.json and certificate.json: time, machine
+DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most"}  # keys of a plan
 PEAKS = {"peak", "planned", "streamed_least"}  # keys of a plan: bytes with the process in them
 _SIZE = re.compile(r"([\d,]*\.?\d+) (GiB|MiB|GB|MB|kB|bytes)")
