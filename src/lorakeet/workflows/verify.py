@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from lorakeet.data.chat import Encoder, Ids
-from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
 from lorakeet.errors import ConfigError
@@ -115,7 +115,7 @@ def certify_artefacts(
     opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None
 ) -> Certificate:
     """Returns the checks of every artefact of `options.against` against the live adapter, each named by the artefact's path."""
-    dataset = load_dataset(opened.config.data) if opened.run else None
+    dataset = opened.dataset if opened.run else None
     source = find_source(opened.config.model, console.print)
     live = live_side(opened, console)
     probes = probes_of(opened, dataset, live, options.rows)
