@@ -17,7 +17,9 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
+from lorakeet.kernels.choose import in_words
 from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.protocol import Situation
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.text.cached_states import cached_states, frozen_depth
@@ -52,9 +54,11 @@ class TextKind(RunKind[TextAssembly]):
         return assemble_text(config, console, processes)
 
     def summary(self, setup: TextAssembly, *, dry_run: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch}
-        if setup.arrangement.forecast is not None:
-            found["memory"] = setup.arrangement.forecast.to_mapping()
+        data, forecast = setup.dataset, setup.residency.plan
+        rows = {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)}
+        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch, "rows": rows}
+        if forecast is not None:
+            found["memory"] = forecast.to_mapping()
         if cuts := setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         return {**found, "rank_pattern": dict(setup.config.lora.rank_pattern)} if dry_run else found
@@ -70,7 +74,7 @@ class TextKind(RunKind[TextAssembly]):
         return task
 
     def frozen_digests(self, setup: TextAssembly) -> Digests:
-        return {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
+        return {} if setup.residency.store else frozen_digests(setup.text.model)  # streamed weights are only read
 
     def identity(self, setup: TextAssembly, digests: Digests) -> dict[str, str | list[str]]:
         config = setup.config
@@ -119,7 +123,7 @@ class TextKind(RunKind[TextAssembly]):
         )
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
-        one_base = setup.sharded or setup.arrangement.budget is not None
+        one_base = setup.sharded or bool(setup.residency.budget)
         return certify_text(
             setup.text,
             run.adapter,
@@ -132,11 +136,12 @@ class TextKind(RunKind[TextAssembly]):
     def model_text(self, setup: TextAssembly) -> str:
         model = setup.config.model
         text = f"{setup.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
-        native = setup.device.type == "cpu" and operators.serves(setup.text.products)
+        native = setup.device.type == "cpu" and setup.text.products == torch.bfloat16 and operators.in_use()
         return text + (", native kernels" if native else "")
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
-        found = super().facts(setup)
+        found, text = super().facts(setup), setup.text
+        found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None))
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
         if (count := setup.processes.count) > 1:
