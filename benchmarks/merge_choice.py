@@ -1,4 +1,4 @@
-"""Claim: several adapters are combined into the adapter that was asked for; PEFT's `linear`, on A and B, gives another one.
+"""Claim: several adapters are combined into their exact weighted sum; PEFT's `linear`, on A and B, gives another adapter.
 
     python benchmarks/merge_choice.py [RUN_OR_ADAPTER RUN_OR_ADAPTER] [--weights 0.7 0.3] [--steps 20]
 

@@ -3,14 +3,14 @@
     python benchmarks/ranks.py --task reviews --seeds 0,1 --arms uniform-16,allocated-8 [--together 4]
     python benchmarks/ranks.py --summary
 
-Two real tasks with test rows that choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten
-most frequent). Every arm is trained from the same rows by N-adapter runs, pruned ones each in a run of its own; its best step is
-chosen on held-out rows. The work is long, so it is done in parts, which are committed as they come: each (task, seed, arm) is a
-line of --raw, with the flags and the commit that it was made with, and what is there is not done again. --summary, with the same
-flags, compares all arms with uniform-16 on the same test rows, paired, in intervals that know rows and seeds
-(evaluate/compare), Holm-corrected; and once more each arm at the learning rate that held-out rows prefer: an arm NAME@F has F
-times the rate. A loss of half the parameters is looked for without the correction, which would hide one the better the more arms
-there are. Accuracies and losses are no timings: a busy machine does not change them.
+Two real tasks, whose test rows choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten most
+frequent). Every arm trains on the same rows by N-adapter runs, pruned ones each in a run of its own; its best step is chosen on
+held-out rows. The work is long, so it is done in parts, which are committed as they come: each (task, seed, arm) is a line of
+--raw, with its flags and commit, and existing lines are not measured again. --summary, with the same flags, compares all arms
+with uniform-16 on the same test rows, paired, in intervals over rows and seeds (evaluate/compare), Holm-corrected; and again each
+arm at the learning rate that held-out rows prefer: an arm NAME@F has F times the rate. The loss of half the parameters is tested
+without the correction, which would hide it the better the more arms there are. Accuracies and losses are no timings: a busy
+machine does not change them.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--longest", type=int, help="only training rows of at most so many tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", action="store_true", help="with a look at held-out rows after every second step")
+    parser.add_argument("--held-out", action="store_true", help="evaluate on held-out rows after every second step")
     parser.add_argument("--loop", action="store_true", help="the loop of lorakeet finetune, of one adapter")
     given = parser.parse_args(arguments)
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:

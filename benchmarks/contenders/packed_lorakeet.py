@@ -22,7 +22,7 @@ def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", reco
     require_same_rows(ready.task, workload)
     text = ready.task.text
     log = StepLog(
-        card=workload.device == "cuda",
+        gpu=workload.device == "cuda",
         notes={
             "rows lie": "flat",
             "attention": text.attention,

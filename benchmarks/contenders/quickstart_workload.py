@@ -58,7 +58,7 @@ def first_rows(setup: TextAssembly, count: int | None) -> TextAssembly:
     if count is None:
         return setup
     if count > len(setup.train.examples):
-        raise SystemExit(f"{count} training rows are asked for, and there are {len(setup.train.examples)}.")
+        raise SystemExit(f"{count} training rows were requested, and there are {len(setup.train.examples)}.")
     return replace(setup, train=replace(setup.train, examples=setup.train.examples[:count]))
 
 

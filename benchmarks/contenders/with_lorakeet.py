@@ -45,7 +45,7 @@ class Recorder(StepRecorder):
     """Now and then writes the adapter, too."""
 
     def __init__(self, log: StepLog, workload: Workload, setup: TextAssembly, task: TextTask, beside: Sequence[Example]) -> None:
-        """`beside` are rows that are neither trained on nor judged."""
+        """`beside` are rows that are neither trained on nor evaluated."""
         super().__init__(log)
         self.workload, self.setup, self.task, self.beside = workload, setup, task, beside
 

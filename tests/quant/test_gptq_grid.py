@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.quant.gptq_grid import codes_for, fit, groups_in_order, quantise_to_nearest
+from lorakeet.quant.gptq_grid import codes_for, fit_group, groups_in_order, quantise_to_nearest
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
 def test_the_nearest_value_is_half_a_step_away_at_most(bits: int, sym: bool) -> None:
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) + 0.3
-    scale, zero = fit(weight, bits, sym)
+    scale, zero = fit_group(weight, bits, sym)
     step, offset = scale.float()[:, None], zero.float()[:, None]
     found = (codes_for(weight, step, offset, bits) - offset) * step
     # The end of the range may be cut by half a step more, as zero is a whole number, and by the rounding of the scale to fp16.

@@ -128,7 +128,7 @@ def test_sizes_as_people_write_them() -> None:
 
 
 def test_what_cannot_be_cut_is_named_all_at_once() -> None:
-    with pytest.raises(ConfigError, match="holds no low-rank pairs"):
+    with pytest.raises(ConfigError, match="has no low-rank pairs"):
         check_pairs(Adapter({}))
     pairs = {"a": replace(pair_of(0), magnitude=torch.ones(OUT)), "b": replace(pair_of(0), kind="embedding"), "c": pair_of(0)}
     with pytest.raises(ConfigError) as caught:
@@ -140,7 +140,7 @@ def test_what_cannot_be_cut_is_named_all_at_once() -> None:
 def test_moments_that_are_no_numbers_are_refused() -> None:
     adapter, _, moments = two()
     moments["weak"].gradients[0, 0] = float("nan")
-    with pytest.raises(DataError, match="no finite number on these rows"):
+    with pytest.raises(DataError, match="not finite on these rows"):
         spectra(adapter, moments)
 
 

@@ -16,7 +16,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.engine import Request
 from lorakeet.serve.grammar import ANY_OBJECT, GrammarFailed, Grammars
-from lorakeet.serve.sampling import TokenSampler, Sampling
+from lorakeet.serve.sampling import Sampling, TokenSampler
 
 SCHEMA = {
     "type": "object",

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lorakeet.serve.sampling import TokenSampler, Sampling, rows_finite
+from lorakeet.serve.sampling import Sampling, TokenSampler, rows_finite
 
 LOGITS = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()
 

@@ -143,7 +143,7 @@ def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path
     before = tree(copy)
     write_rows(data, reviews(61, seed=9))
     config = read_run(copy / "config.yaml", {"data.train": str(data)})
-    with pytest.raises(DataError, match="not what this run started with"):
+    with pytest.raises(DataError, match="data has changed since this run started"):
         finetune(config, FinetuneOptions(resume=copy), console=quiet())
     assert tree(copy) == before
 
@@ -156,7 +156,7 @@ def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_pat
     before = tree(out)
     shutil.rmtree(model)
     save_tiny_llama(model, seed=1)
-    with pytest.raises(ConfigError, match=r"files of the base model changed since .* began \(sha256 .*; bring the old ones back"):
+    with pytest.raises(ConfigError, match=r"files of the base model changed since .* started \(sha256 .*; restore the old ones"):
         finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert tree(out) == before
 

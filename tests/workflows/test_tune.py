@@ -84,7 +84,7 @@ def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Pa
     assert verdicts == [None, "no difference shown", "no difference shown"]
     assert found.search.conclusion.startswith("No trial was better") and found.confirmed is None
     assert read_run(found.out / "config.yaml").train.learning_rate == 1e-30
-    assert "Too few rows to tell trials apart by 0.01: that needs about" in found.search.power
+    assert "Too few rows to distinguish trials by 0.01: that needs about" in found.search.power
     assert found.search.power in read_report(found.out / "report.json").warnings
 
 

@@ -19,7 +19,7 @@ from lorakeet.formats.files.base_model import BaseModel
 
 
 @dataclass(frozen=True)
-class Compression:
+class CompressionTarget:
     """Compress dense changes to `rank`, or to the smallest rank whose relative error is at most `error`."""
 
     rank: int | None = None
@@ -37,7 +37,7 @@ class Compression:
         return self.rank is not None or self.error is not None
 
 
-def fit_pair(change: Tensor, compression: Compression) -> tuple[Pair, float]:
+def fit_pair(change: Tensor, compression: CompressionTarget) -> tuple[Pair, float]:
     """Returns the pair of scale 1 nearest to `change`, (out, in[, k, k]), and ‖change − B·A‖ / ‖change‖ (Frobenius).
 
     Eckart-Young: the leading singular vectors, with √σ in each factor. With both an error and a rank, the rank is a limit.
@@ -60,7 +60,7 @@ def fit_pair(change: Tensor, compression: Compression) -> tuple[Pair, float]:
     return Pair(A.contiguous(), B.contiguous(), float(rank), kind), math.sqrt(lost / total) if total else 0.0
 
 
-def fold_dora(adapter: Adapter, base: BaseModel | None, compression: Compression, say: Callable[[str], None]) -> Adapter:
+def fold_dora(adapter: Adapter, base: BaseModel | None, compression: CompressionTarget, say: Callable[[str], None]) -> Adapter:
     """Replaces DoRA pairs by plain ones; `say` gets rank and relative error of each. Reads one weight at a time.
 
     ConfigError if a weight of the base is missing: ‖W + s·B·A‖ needs it.

@@ -11,7 +11,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import DataError, unreadable
 from lorakeet.formats import gguf, mlx
 from lorakeet.formats.adapter_format import AdapterFormat, Say
-from lorakeet.formats.compress import Compression
+from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.diffusion import diffusers, kohya, lycoris
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.safetensors_file import open_safetensors
@@ -130,7 +130,7 @@ def _by_names(path: Path, names: list[str]) -> Found:
 
 
 def read_adapter(
-    path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
+    path: Path, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print
 ) -> Adapter:
     """The adapter at `path` in whatever format (`detect`). DataError and ConfigError list everything that is wrong.
 
@@ -140,7 +140,7 @@ def read_adapter(
 
 
 def read_found(
-    found: Found, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
+    found: Found, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print
 ) -> Adapter:
     """The adapter that `detect` found; arguments and errors as in `read_adapter`."""
     module = kohya if found.format == LYCORIS else format_of(found.format)

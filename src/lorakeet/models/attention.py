@@ -5,7 +5,7 @@ begin again at each row. Each row attends to itself alone, so the cost is Σn² 
 last row are filler.
 
 On a CPU the rows are computed by core/fused/packed_attention (torch's own bf16 backward is several times too slow there), on a
-card in half precision by torch's flash kernel, all at once (core/fused/flash_varlen); one by one where neither can.
+card in half precision by torch's flash kernel, all at once (kernels/flash_varlen); one by one where neither can.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lorakeet.core.fused import flash_varlen
-from lorakeet.core.fused.flash_varlen_recorded import flash_kernel
-from lorakeet.core.fused.packed_attention import CausalRows, causal_rows
+from lorakeet.core.fused.packed_attention import CausalRows, causal_rows, kernel_of
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.choose import packed_rows
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.flash_varlen import FlashVarlen, flash_kernel
 
 VARLEN = "lorakeet_varlen"
 
@@ -42,7 +42,7 @@ def packed_attention(
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
 
     Settings used: `row_lengths`, `row_prefix` (tokens that stand once before all rows and belong to each), `row_places` (where
-    rows lie, if a tensor says so: core/fused/flash_varlen_recorded, with the longest as the one length), `row_cache` (where
+    rows lie, if a tensor says so: kernels/flash_varlen, with the longest as the one length), `row_cache` (where
     earlier tokens of the rows are), `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
     `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
     non-causal attention), so that nothing is left out in silence.
@@ -57,14 +57,15 @@ def packed_attention(
         return cast(Tensor, cache.attend(module.layer_idx, q, k, v, scale=scale, window=window, cap=softcap))[None], None
     plain = softcap is None and dropout == 0.0
     alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    if alike and flash_varlen.serves(query, query.shape[1], key.shape[1], query.shape[-1]):
+    products = settings.get("row_products") or torch.float32
+    shape = query.shape[1], key.shape[1], query.shape[-1]
+    if alike and kernel_of(packed_rows(query, products, *shape, rows, prefix)) is FlashVarlen:
         kernel = flash_kernel(settings.get("row_places"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
     if settings.get("row_places") is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")
     plain = plain and (window is None or prefix + max(rows) <= window)
     if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
-        products = settings.get("row_products") or torch.float32
         return causal_rows(query, key, value, rows, scale, products, prefix), None
     outputs = []
     parts = [prefix, *rows, query.shape[2] - prefix - sum(rows)]  # what fills up is a row of its own

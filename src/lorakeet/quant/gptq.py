@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core import kernels
+from lorakeet.core import triton_products
 from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, address_of
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.tiled_weight import TiledWeight
@@ -28,7 +28,7 @@ from lorakeet.quant.gptq_pack import (
     one_less,
     pack_words,
     pack_zeros,
-    unpack_rows,
+    unpack_word_rows,
     unpack_zeros,
     words_for,
 )
@@ -141,8 +141,8 @@ class GptqBase(PackedBase):
         return self._valid
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if kernels.unpacks(self, out, self._packed_buffers()):
-            return kernels.unpack(self.in_tiles(), out, first)
+        if triton_products.dequantises(self, out, self._packed_buffers()):
+            return triton_products.unpack_rows(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
         step = tile_size(self.device, columns * WORD) // columns
@@ -150,7 +150,7 @@ class GptqBase(PackedBase):
             stop = min(start + step, rows)
             begin, end = first + start, first + stop
             words = self.qweight[:, begin:end].t().contiguous()
-            values = unpack_rows(words, self.bits).float().view(stop - start, -1, size)
+            values = unpack_word_rows(words, self.bits).float().view(stop - start, -1, size)
             qzeros = self.qzeros[:, begin * self.bits // WORD : end * self.bits // WORD]
             zeros, scales = unpack_zeros(qzeros, self.bits, self.zero_format).t(), self.scales[:, begin:end].t().float()
             if size == 1:

@@ -30,7 +30,7 @@ def groups_in_order(columns: int, group_size: int, device: torch.device | str = 
     return (torch.arange(columns, device=device) // size).to(torch.int32)
 
 
-def fit(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
+def fit_group(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     """Scale (out,) fp16 and zero point (out,) uint8 that cover one group, weight (out, columns) fp32.
 
     The range includes 0. Symmetric: the zero point is 2^(bits−1), the range ± the largest absolute value. A group of zeros gets
@@ -64,7 +64,7 @@ def quantise_to_nearest(weight: Tensor, bits: int, sym: bool, g_idx: Tensor, gro
         members = (g_idx == group).nonzero().squeeze(1)
         if len(members):
             part = weight[:, members].float()
-            scales[group], zeros[group] = fit(part, bits, sym)
+            scales[group], zeros[group] = fit_group(part, bits, sym)
             scale, zero = scales[group].float()[:, None], zeros[group].float()[:, None]
             codes[:, members] = codes_for(part, scale, zero, bits).to(torch.uint8)
     return codes, GptqGrid(scales, zeros, g_idx)

@@ -75,7 +75,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return codes.view(-1, words.shape[1])
 
 
-def unpack_rows(words: Tensor, bits: int) -> Tensor:
+def unpack_word_rows(words: Tensor, bits: int) -> Tensor:
     """Unpacks contiguous int32 words (rows, w) whose codes run along each row to codes (rows, w·32/bits), uint8.
 
     A byte of two or four codes is spread over as many bytes, in place of a shift for each code.

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorakeet.core.tiled_product import RowSource, tiles
 from lorakeet.errors import DataError
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import GptqGrid, codes_for, fit, groups_in_order, quantise_to_nearest
+from lorakeet.quant.gptq_grid import GptqGrid, codes_for, fit_group, groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_pack import ZeroFormat
 from lorakeet.quant.packed import TILE, PackedBase
 
@@ -238,7 +238,7 @@ class _Groups:
         group = self.names[place]
         if group in self.unfitted:
             members = self.rounding.now((self.group_of == group).nonzero().squeeze(1))
-            self.scales[group], self.zeros[group] = fit(members, self.bits, self.sym)
+            self.scales[group], self.zeros[group] = fit_group(members, self.bits, self.sym)
             self.unfitted.discard(group)
         scale, zero = self.scales[group].float(), self.zeros[group].float()
         code = codes_for(column, scale, zero, self.bits)

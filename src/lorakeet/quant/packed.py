@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import add_frozen_product, frozen_product
-from lorakeet.core.kernels import product
 from lorakeet.core.lowrank import frozen_linear
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.triton_products import product
+from lorakeet.kernels.choose import multiplies_stored
 from lorakeet.kernels.cpu import stored as native
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.device import is_cpu
@@ -94,7 +95,7 @@ class PackedBase(nn.Module):
         """W as C reads it (kernels/cpu/stored); None if it cannot."""
         tensors = self.tensors()
         plain = self.kernels is None and not self._parameters
-        weight = self._stored_weight() if plain and native.serves(self.shape, tensors) else None
+        weight = self._stored_weight() if plain and native.is_readable(self.shape, tensors) else None
         return None if weight is None else weight._replace(held=tuple([each.detach() for each in tensors]))
 
     def tensors(self) -> list[Tensor]:
@@ -145,7 +146,7 @@ class PackedBase(nn.Module):
 
     def _multiplied(self, x: Tensor) -> StoredWeight | None:
         """W as C reads it, if C multiplies x by the packed buffers; None if W is dequantised."""
-        return self.stored() if native.multiplies(x) else None
+        return self.stored() if multiplies_stored(x) else None
 
     def _parts(self, dtype: torch.dtype) -> list[slice]:
         """Slices of rows to dequantise at once: all rows, but in fp32 on a CPU at most `PART_BYTES`."""

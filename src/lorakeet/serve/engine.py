@@ -29,7 +29,7 @@ from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.cache_slots import CacheSlots, prefix_key
 from lorakeet.serve.grammar import Grammar, GrammarFailed
-from lorakeet.serve.sampling import SampledToken, TokenSampler, Sampling, rows_finite
+from lorakeet.serve.sampling import SampledToken, Sampling, TokenSampler, rows_finite
 from lorakeet.serve.text_stream import TextStream
 
 NOT_FINITE = "The logits are not finite with these adapters and weights; use smaller weights, or check the adapter."

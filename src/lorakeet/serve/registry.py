@@ -366,8 +366,8 @@ class Registry:
     def _memory_full(self, needed: int, copies: int, stored: int) -> AdapterMemoryFull:
         what = f"The adapter takes {needed:,} bytes, and" if needed else "The mix needs"
         return AdapterMemoryFull(
-            f"{what} copies of {copies:,} bytes for running texts; {stored:,} of {self.budget:,} are taken by adapters that are in "
-            "use or pinned. Try again, unpin one, or start the server with more --memory."
+            f"{what} copies of {copies:,} bytes for running texts; {stored:,} of {self.budget:,} are taken by adapters in use or "
+            "pinned. Try again, unpin one, or start the server with more --memory."
         )
 
     def _copies(self, copied: int = 0, mix: Key = ()) -> int:

@@ -1,13 +1,14 @@
-"""`lorakeet doctor`: what this machine has, what is missing, and the command that mends it. Nothing is downloaded or changed."""
+"""`lorakeet doctor`: what this machine has, what is missing, and how to install it. Downloads and changes nothing."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,50 +33,65 @@ USER_EXTRAS = {
     "wandb": "Weights & Biases",
 }
 GIB = 1024**3
-MEMORY_WANTED = 3 * GIB  # the quickstart with room to spare
+MEMORY_WANTED = 3 * GIB  # more than the quickstart takes
 DISK_WANTED = 2 * GIB  # the dense copy of the quickstart's model, a run and its checkpoints
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One check of the machine."""
 
     name: str
     good: bool
     found: str
-    remedy: str = ""  # a command or a sentence; empty where there is nothing to mend
+    remedy: str = ""  # a command or a sentence; empty if `good`
     required: bool = False
 
 
 @dataclass(frozen=True)
+class KernelUse:
+    """The kernel that a task uses on a device of this machine, and why not each one before it in kernels/choose.TABLE."""
+
+    task: str
+    device: str
+    used: str
+    needs: str  # what a call must have; others use the next kernel
+    passed_over: dict[str, str]  # reasons by kernel
+
+
+@dataclass(frozen=True)
 class Checkup:
-    """Everything that was looked at; `exit_code` is 2 where something required is missing."""
+    """All checks; `exit_code` is 2 if something required is missing."""
 
     findings: tuple[Finding, ...]
+    kernels: tuple[KernelUse, ...] = ()
 
     @property
     def exit_code(self) -> int:
         return 0 if all(finding.good for finding in self.findings if finding.required) else 2
 
     def to_mapping(self) -> dict[str, Any]:
-        """The checkup as plain values, for --json."""
-        return {"ok": self.exit_code == 0, "findings": [asdict(finding) for finding in self.findings]}
+        """Plain values for --json."""
+        findings, kernels = ([asdict(each) for each in self.findings], [asdict(each) for each in self.kernels])
+        return {"ok": self.exit_code == 0, "findings": findings, "kernels": kernels}
 
 
 def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Checkup:
-    """The checkup of this machine, after printing it as a table with the commands that mend what is missing."""
+    """Checks this machine and prints a table, with the commands that install what is missing."""
     packages = _required_packages()
     findings = [_python(), packages]
     if packages.good:
         findings += _torch()
     findings += [_extra(name, purpose) for name, purpose in USER_EXTRAS.items()]
     findings += [_quickstart_packages(), _memory(), _disk(Path.cwd())]
+    kernels: tuple[KernelUse, ...] = ()
     if all(finding.good for finding in findings if finding.required):
-        from lorakeet.kernels.cache import cache_folder  # here, since it needs the packages that were looked for above
+        kernels = tuple(kernels_used())
+        from lorakeet.kernels.cache import cache_folder  # needs the packages checked above
 
         findings.append(_cache(cache_folder()))
     findings.append(_hub(os.environ))
-    checkup = Checkup(tuple(findings))
+    checkup = Checkup(tuple(findings), kernels)
     _print(checkup, console)
     return checkup
 
@@ -88,7 +104,7 @@ def _python() -> Finding:
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """What the installed package asks for: always ("") or with one of its extras."""
+    """The requirements of the installed package: always (""), or those of one extra."""
     needs = [Requirement(line) for line in metadata.requires("lorakeet") or ()]
     always = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
     if not extra:
@@ -136,14 +152,13 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
-    from lorakeet.core.precision import fastest_products
     from lorakeet.kernels.cpu.compile import suits_machine, why_not
     from lorakeet.models.placement import device_for, dtype_for
 
     processor = torch.device("cpu")
     stored = dtype_for("auto", processor)
-    products = fastest_products(stored, processor)
-    dtypes = f"weights kept as {_word(stored)}, multiplied as {_word(products)} (measured)"
+    products = _products()
+    dtypes = f"weights stored as {_word(stored)}, multiplied as {_word(products)} (measured)"
     name = str(torch.cpu.get_capabilities().get("cpu_name") or torch.backends.cpu.get_cpu_capability())
     return [
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
@@ -154,11 +169,42 @@ def _torch() -> list[Finding]:
 
 
 def _native(fits: bool, reason: str) -> Finding:
-    """Where the processor could and something is missing, that is what to mend; elsewhere there is nothing to do."""
+    """The check of the C kernels: not good only if the processor supports them and something is missing."""
     if not reason:
-        return Finding("kernels", True, "attention and the passes between matrix products in C, compiled here")
+        return Finding("kernels", True, "attention and elementwise operations in C, compiled here")
     remedy = "Install gcc 12 or later (on Debian: apt install gcc), or set CC to it." if fits else ""
     return Finding("kernels", not fits, f"torch's own: {reason}", remedy)
+
+
+@functools.cache
+def _products() -> Any:
+    """The dtype in which the processor multiplies fastest, measured once."""
+    import torch
+
+    from lorakeet.core.precision import fastest_products
+    from lorakeet.models.placement import dtype_for
+
+    processor = torch.device("cpu")
+    return fastest_products(dtype_for("auto", processor), processor)
+
+
+def kernels_used() -> list[KernelUse]:
+    """For the processor, and a GPU if there is one, the kernel of every task, in the order of the table."""
+    import torch
+
+    from lorakeet.kernels.choose import TABLE, passed_over
+    from lorakeet.kernels.protocol import Situation
+    from lorakeet.models.placement import device_for, dtype_for
+
+    found = []
+    for device in dict.fromkeys((torch.device("cpu"), device_for("auto"))):
+        dtype = dtype_for("auto", device)
+        situation = Situation(device, dtype, _products() if device.type == "cpu" else dtype)
+        for task in TABLE:
+            kernel, skipped = passed_over(task, situation)
+            reasons = {each.name: reason for each, reason in skipped}
+            found.append(KernelUse(task, f"{device.type}, {_word(dtype)}", kernel.name, kernel.needs, reasons))
+    return found
 
 
 def _word(dtype: Any) -> str:
@@ -167,23 +213,23 @@ def _word(dtype: Any) -> str:
 
 def _accelerator(torch: Any, device: Any) -> str:
     if device.type == "cuda":
-        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return ", ".join(f"{card.name} with {card.total_memory / GIB:.0f} GiB" for card in cards)
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return ", ".join(f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)
     return "Apple Metal (device mps)" if device.type == "mps" else "none; training runs on the processor"
 
 
 def _memory() -> Finding:
     free, words = available_memory(Path("/"))
     good = free >= MEMORY_WANTED
-    remedy = "" if good else f"Close other programs, or take a smaller model; the quickstart wants {MEMORY_WANTED / GIB:.0f} GiB."
+    remedy = "" if good else f"Close other programs, or take a smaller model; the quickstart needs {MEMORY_WANTED / GIB:.0f} GiB."
     return Finding("memory", good, f"{free / GIB:.1f} GiB {words}", remedy)
 
 
 def available_memory(root: Path) -> tuple[int, str]:
-    """Bytes that may still be used, within the limit of a container, and what the number means."""
+    """Bytes that can still be used, within the limit of a container, and a word for them."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:  # macOS tells only how much there is
+    except OSError:  # macOS reports only the total
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "in all"
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
@@ -197,12 +243,12 @@ def available_memory(root: Path) -> tuple[int, str]:
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     good = free >= DISK_WANTED
-    remedy = "" if good else f"Free some space, or work in another folder; a run wants about {DISK_WANTED / GIB:.0f} GiB."
+    remedy = "" if good else f"Free some space, or work in another folder; a run needs about {DISK_WANTED / GIB:.0f} GiB."
     return Finding("disk", good, f"{free / GIB:.1f} GiB free in {folder}", remedy)
 
 
 def _cache(folder: Path) -> Finding:
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -216,7 +262,7 @@ def _hub(environment: Mapping[str, str]) -> Finding:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if environment.get(name, "").upper() in ("1", "TRUE", "YES", "ON"):
             return Finding("model hub", True, f"switched off by {name}; local folders and .gguf files work")
-    return Finding("model hub", True, "asked only when a hub id is named; not tried now")
+    return Finding("model hub", True, "used only for hub ids; not tried now")
 
 
 def _print(checkup: Checkup, console: Console) -> None:
@@ -230,9 +276,27 @@ def _print(checkup: Checkup, console: Console) -> None:
         mark = Text("ok", "green") if finding.good else Text("missing", "bold red" if finding.required else "yellow")
         table.add_row(mark, Text(finding.name), Text(finding.found))
     console.print(table)
+    _print_kernels(checkup.kernels, console)
     broken = [finding for finding in checkup.findings if not finding.good]
     for finding in broken:
         kind = "required" if finding.required else "optional"
-        console.print(Text(f"\n{finding.name} ({kind}), to mend it:\n  {finding.remedy}"), soft_wrap=True)
+        console.print(Text(f"\n{finding.name} ({kind}), to fix it:\n  {finding.remedy}"), soft_wrap=True)
     if checkup.exit_code == 0:
-        console.print("\nEverything that is required is there.")
+        console.print("\nEverything required is installed.")
+
+
+def _print_kernels(kernels: Sequence[KernelUse], console: Console) -> None:
+    """A table for each device: the tasks, the kernel of each, and why not the ones before it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for device in dict.fromkeys(use.device for use in kernels):
+        table = Table(box=None, pad_edge=False)
+        for heading in (f"Kernels ({device})", "Used", "Not used, since"):
+            table.add_column(heading)
+        for use in kernels:
+            if use.device == device:
+                reasons = "\n".join(f"{name}: {reason}" for name, reason in use.passed_over.items())
+                table.add_row(Text(use.task), Text(use.used), Text(reasons))
+        console.print()
+        console.print(table)

@@ -58,12 +58,14 @@ class FinetuneResult:
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         dry_run = self.outcome is None or self.report is None
+        kind, data = kind_of(self.setup.config), self.setup.dataset
         found = {
             "run": str(self.run.path),
             "trained_parameters": self.setup.plan.parameters,
             "pairs": len(self.setup.plan.entries),
             "steps": self.setup.steps,
-            **kind_of(self.setup.config).summary(self.setup, dry_run=dry_run),
+            kind.words.evaluated: {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)},
+            **kind.summary(self.setup, dry_run=dry_run),
         }
         if dry_run:
             return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
@@ -88,7 +90,7 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
             processes.from_first(lambda: _require_run(run, resume=resume))
         require_sink(config.train.log_to)
         _check_quick(config, options, kind)
-        with enforcing_gpu_budget(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
+        with enforcing_gpu_budget(config.memory.limit, "Raise the budget."), PeakMemory() as memory:
             setup = kind.assemble(
                 config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run
             )
@@ -105,7 +107,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
     if resume:
         search = rates_of(run)
     elif kind.tries_rates:
-        setup, search = choose_rate(setup, console, asked=options.quick)
+        setup, search = choose_rate(setup, console, requested=options.quick)
     setup = setup.with_learning_rate(processes.from_first(lambda: setup.config.train.learning_rate))
     task = kind.task(setup, run, console)
     record = kind.split_record(setup)
@@ -119,7 +121,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
             identity=kind.identity(setup, before),
             resume=resume,
             report=reporter_for(console, words=kind.words),
-            budget=setup.arrangement.budget,
+            budget=setup.residency.budget.limit,
         )
     setup = kind.trained(setup, task)
     with _evaluating(run), judged_together(processes, run, outcome):
@@ -148,10 +150,10 @@ def _reported(
     """
     measured = kind.evaluate(setup, run, console)
     certificate = kind.certify(setup, run, before)
-    kept = setup.arrangement
-    if kept.budget is not None and kept.card is None:
+    residency = setup.residency
+    if residency.budget and residency.gpu is None:
         setup.memory.now()
-        say_peak(setup.memory, kept.budget, setup.planned[1], console)
+        say_peak(setup.memory, residency, console)
     setup.processes.disband()  # no collective operation from here on
     if not setup.processes.first:
         return None

@@ -121,7 +121,7 @@ def test_an_effect_below_rounding_is_not_claimed_to_be_checked(weak: FinetuneRes
     _rounds(monkeypatch, 1e-3)
     found = _certified(weak, weak.run.adapter)
     assert found.passed and set(found.checks[0].measured) == set(found.checks[0].tolerance) == {"latent"}
-    assert "cannot be told from rounding" in found.checks[0].detail
+    assert "too little to distinguish" in found.checks[0].detail
     assert [one.what for one in found.unchecked] == ["the adapter's effect"]
 
 

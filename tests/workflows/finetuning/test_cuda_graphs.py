@@ -90,7 +90,7 @@ def test_the_largest_micro_batch_comes_first_and_has_room_for_all(
     passes = task.replayed
     assert passes is not None
     (first,) = passes.graphs
-    assert "Recording the passes of a micro-batch of " in said.getvalue()
+    assert "Recording a micro-batch of " in said.getvalue()
     batches = [batch for step in range(2 * task.steps_per_epoch) for batch in task.batches(step)]
     shapes = [BatchShape.of(batch.lengths, passes.capacity.longest) for batch in batches]
     assert first.tokens == passes.capacity.tokens >= max(shape.tokens for shape in shapes)
@@ -145,7 +145,7 @@ def test_settings_that_cannot_be_recorded_are_all_named(tiny_llama_folder: Path,
 
 def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     config = config_with(data, tmp_path, tiny_llama_folder, model__device="cpu")
-    with pytest.raises(EnvironmentProblem, match=r"model.device is cpu: CUDA graphs want .* Set train\.cuda_graphs to false"):
+    with pytest.raises(EnvironmentProblem, match=r"model.device is cpu. CUDA graphs need .* Set train\.cuda_graphs to false"):
         finetune(config, console=quiet())
     with pytest.raises(ConfigError, match="gpu"):  # no such device: that is what is said
         finetune(config_with(data, tmp_path, tiny_llama_folder, model__device="gpu"), console=quiet())
@@ -158,8 +158,8 @@ def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_fold
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("auto", f"model.device is auto, which is {device_for('auto')} here: CUDA graphs want an NVIDIA card"),
-        ("cuda:1", f"model.device is cuda:1, of which torch {torch.__version__} sees none here: CUDA graphs want an NVIDIA card"),
+        ("auto", f"model.device is auto, which is {device_for('auto')} here. CUDA graphs need an NVIDIA GPU"),
+        ("cuda:1", f"model.device is cuda:1, but torch {torch.__version__} finds no CUDA device here. CUDA graphs need"),
     ],
 )
 def test_what_is_wanted_of_a_device_is_said(tiny_llama_folder: Path, data: Path, tmp_path: Path, asked: str, said: str) -> None:
@@ -204,7 +204,7 @@ def test_models_that_cannot_be_recorded_are_refused(flash: Flash, tiny_llama_fol
 def test_experts_that_are_chosen_by_the_numbers_are_refused(flash: Flash, tmp_path: Path, data: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", family="mixtral")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "lora.target_modules": "experts"})
-    with pytest.raises(EnvironmentProblem, match="the model chooses experts by the numbers"):
+    with pytest.raises(EnvironmentProblem, match="the model chooses experts by values"):
         record_graphs(setup.text, text_task(setup), quiet(), Tape())
 
 

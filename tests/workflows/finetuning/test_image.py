@@ -92,7 +92,7 @@ def test_a_transformer_is_trained_proved_and_written(kind: str, request: pytest.
     report, run = found.report, found.run
     assert report is not None and report.comparisons[0].verdict == "better" and read_certificate(run.certificate).passed
     assert read_run(run.config).diffusion.prediction == "flow" and len(list((run.path / "samples").iterdir())) == 4
-    assert found.setup.arrangement.planned is not None and found.setup.arrangement.planned.tensors > 0
+    assert found.setup.residency.plan is not None and found.setup.residency.plan.tensors > 0
     names = peft.read(run.adapter).pairs
     assert names and all(name.startswith(("transformer_blocks", "single_transformer_blocks")) for name in names)
     assert main(["convert", str(run.path), str(tmp_path / "x.safetensors"), "--to", "diffusers"]) == 0
@@ -102,7 +102,7 @@ def test_a_transformer_is_trained_proved_and_written(kind: str, request: pytest.
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
-    [("diffusion.min_snr_gamma", "5", "weighed by how often"), ("diffusion.prediction", "epsilon", "use auto")],
+    [("diffusion.min_snr_gamma", "5", "weighted by how often"), ("diffusion.prediction", "epsilon", "use auto")],
 )
 def test_settings_of_diffusion_do_not_go_with_a_flow(
     flag: str, value: str, message: str, tiny_sd3_folder: Path, tmp_path: Path
@@ -253,7 +253,7 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     assert resumed.report.comparisons == whole.report.comparisons and resumed.report.warnings == whole.report.warnings
     gone = resumed.setup.dataset.train[0].path
     gone.unlink()
-    with pytest.raises(DataError, match=rf"{gone.name} is gone\. Bring back what was there, or start a new run"):
+    with pytest.raises(DataError, match=rf"{gone.name} is gone\. Restore the old pictures, or start a new run"):
         finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
 
 
@@ -267,5 +267,5 @@ def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(t
     album(tmp_path / "more", 6, first=60)
     for file in (tmp_path / "more").iterdir():
         shutil.copy(file, tmp_path / "photos")
-    with pytest.raises(DataError, match="The data is not what this run started with"):
+    with pytest.raises(DataError, match="The data has changed since this run started"):
         finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))

@@ -75,8 +75,8 @@ def test_the_report_has_a_map_of_layer_and_matrix(chosen: Any, finished: Any) ->
         (entry.path.split(".")[2], entry.path.split(".", 3)[3]): entry.rank for entry in chosen.setup.plan.entries
     }
     page = chosen.run.page.read_text()
-    assert "Where the rank went" in page and f">{ranks.highest}</td>" in page
-    assert finished.result.report.ranks is None and "Where the rank went" not in (finished.path / "report.html").read_text()
+    assert "Ranks by layer" in page and f">{ranks.highest}</td>" in page
+    assert finished.result.report.ranks is None and "Ranks by layer" not in (finished.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
@@ -101,7 +101,7 @@ def test_scoring_leaves_the_model_as_it_was(finished: Any, tmp_path: Path, score
     [
         ({}, "100", ["budget of 100 parameters is below rank 1 for each of the 14 targets"]),
         ({}, "9M", ["9,000,000 parameters is above the full rank"]),
-        ({"ranks.max_rank": 2}, "3000", ["highest rank that was measured", "ranks.max_rank"]),
+        ({"ranks.max_rank": 2}, "3000", ["highest measured rank", "ranks.max_rank"]),
         ({}, "a lot", ["ranks.budget is 'a lot'", "1.5M"]),
         ({"ranks": "given"}, "3000", ["Add --ranks auto"]),
     ],
@@ -125,7 +125,7 @@ def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, m
     with torch.no_grad():
         setup.text.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     auto = settings(finished.model, finished.data, tmp_path / "run", AUTO)
-    with pytest.raises(DataError, match=r"is no finite number \(of 14 matrices\)"):
+    with pytest.raises(DataError, match=r"are not finite \(of 14 matrices\)"):
         choose_ranks(auto, setup.text, setup.plan, setup.train.examples, quiet())
     with pytest.raises(DataError, match=r"ranks\.choose auto needs 2 training rows or more; there are 1"):
         choosing.choose_ranks(auto, setup.text, setup.plan, setup.train.examples[:1], quiet())

@@ -27,7 +27,7 @@ def printed(show: Any, what: Any, **console: Any) -> str:
 def test_the_plan_shows_rows_leaks_target_tokens_and_matrices(finished: Any) -> None:
     text = printed(show_rows, finished.result.setup)
     assert "53 training, 6 held-out, 13 test" in text
-    assert "1 row stands on both sides of a split (1 dropped)" in text and "judged.jsonl:13" in text
+    assert "1 row is on both sides of a split (1 dropped)" in text and "judged.jsonl:13" in text
     assert "model.layers.[0-1].self_attn.q_proj" in text and "14 pairs, 0 extras, 3,712 trained parameters" in text
     assert "6 steps of 8 rows" in text and "float32 weights" in text and "tokens an epoch" in text
     coloured = printed(show_rows, finished.result.setup, force_terminal=True, color_system="standard")
@@ -89,8 +89,8 @@ def test_what_became_of_an_adapter_is_shown_beside_its_own_verdict() -> None:
 
 def test_pictures_plan_and_memory(tiny_sd_folder: Path, tmp_path: Path) -> None:
     setup = assemble_images(image_config(tiny_sd_folder, tmp_path), quiet(), forecast=True)
-    assert setup.arrangement.planned is not None and setup.arrangement.budget is None
-    text = printed(show_pictures, setup) + printed(show_image_forecast, setup.arrangement.planned)
+    assert setup.residency.plan is not None and not setup.residency.budget
+    text = printed(show_pictures, setup) + printed(show_image_forecast, setup.residency.plan)
     assert "12 training, 8 held-out" in text and "16×16 pixels" in text and "8 steps of 4 pictures" in text
     for word in ("encode", "train step", "saved: activations kept", "certify", "micro-batches of 4 × 16×16 pixels", "On a GPU"):
         assert word in text

@@ -79,7 +79,7 @@ def test_the_report_has_the_map_and_the_cuts(pruned: Any) -> None:
     assert ranks.cuts[-1].parameters == pair_parameters(pruned.setup.plan)
     assert all(cut.parameters <= budgets[cut.step] for cut in ranks.cuts[1:]) and ranks.cuts[-1].lowest == 0
     page = pruned.run.page.read_text()
-    assert "How the ranks fell in training" in page and "pruned in training by AdaLoRA" in page
+    assert "Rank cuts during training" in page and "pruned in training by AdaLoRA" in page
     assert pruned.to_mapping()["trained_parameters"] == pair_parameters(pruned.setup.plan)
 
 
@@ -147,7 +147,7 @@ def test_the_budget_is_two_thirds_where_none_is_given(finished: Any, tmp_path: P
     [
         ({"train.steps": "5"}, "1000", ["A run of 5 steps would be pruned after step 1", "--ranks auto"]),
         ({}, "20", ["budget of 20 parameters is below one rank of the smallest target"]),
-        ({}, "9M", ["9,000,000 parameters is not below those at first", "raise lora.rank"]),
+        ({}, "9M", ["9,000,000 parameters is not below the initial", "raise the initial lora.rank"]),
         ({"lora.variant": "dora"}, "1000", ["lora.variant is dora", "Use lora"]),
         ({"lora.start": "pissa"}, "1000", ["lora.start is pissa", "kaiming"]),
     ],

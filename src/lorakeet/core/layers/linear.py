@@ -26,8 +26,8 @@ from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, ReorderedProducts
 from lorakeet.core.selection import BatchAssignment, Selection, Share
-from lorakeet.core.spec import ANCHORED
-from lorakeet.kernels.cpu.inference_pairs import fits_shapes
+from lorakeet.core.spec import FACTORED
+from lorakeet.kernels.choose import copies_pairs
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
 
@@ -283,7 +283,7 @@ class SharedInput:
 def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> PairCopies:
     """What holds pairs of layers that see the same x; nothing yet."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
-    if fits_shapes(products, device, shapes):
+    if copies_pairs(products, device, shapes):
         return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
     stack = PairStack(shapes, products, device)
     selection.holds(stack)
@@ -356,7 +356,7 @@ class _FlatConv(DenseBase):
 def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, device: torch.device | str = "cpu") -> LoraPair:
     """A pair as `entry` plans it, begun; `weight()` gives the frozen W with output rows first, and is called only if needed."""
     pair: LoraPair = DoraPair(entry, device=device) if entry.variant == "dora" else LoraPair(entry, device=device)
-    needs_weight = entry.start in ANCHORED
+    needs_weight = entry.start in FACTORED
     initialise(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)
     if isinstance(pair, DoraPair):
         pair.measure(weight())

@@ -29,7 +29,7 @@ from lorakeet.core.math import Kind, alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.adapter_format import Say
 from lorakeet.formats.components import in_transformer
-from lorakeet.formats.compress import Compression, fit_pair
+from lorakeet.formats.compress import CompressionTarget, fit_pair
 from lorakeet.formats.diffusion import lycoris
 from lorakeet.formats.diffusion.kohya_keys import (
     FAMILY_KEY,
@@ -64,7 +64,7 @@ def owns(tensor: str) -> bool:
     return tensor.startswith(PREFIXES)
 
 
-def read(path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print) -> Adapter:
+def read(path: Path, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print) -> Adapter:
     """The adapter in the file `path`, with components in its paths. LoHa and LoKr need `compression`; `say` gets its errors.
 
     DataError lists everything that cannot be understood; nothing is dropped.
@@ -206,7 +206,7 @@ def _pair(module: str, slots: Mapping[str, Tensor]) -> Pair | str:
 def _compressed(
     path: Path,
     dense: Mapping[str, tuple[tuple[str, ...], Mapping[str, Tensor]]],
-    compression: Compression | None,
+    compression: CompressionTarget | None,
     base: BaseModel | None,
     say: Say,
     *,

@@ -37,7 +37,8 @@ class Assembly:
 
     config: RunConfig
     plan: Plan  # of the pairs that are trained
-    arrangement: Any  # how memory.budget is kept
+    dataset: Any  # its `train`, `held_out` and `test` are the rows of each part
+    residency: Any  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
     memory: PeakMemory | None = None  # of the process, from before the model was loaded
 
@@ -52,24 +53,19 @@ class Assembly:
         raise NotImplementedError
 
     @property
-    def examples(self) -> Sequence[Any]:
-        """What is trained on."""
-        raise NotImplementedError
-
-    @property
     def evaluated(self) -> tuple[str, Sequence[Any]]:
         """The name and the rows of the part that the report is about: the test rows, or else the held-out ones."""
-        raise NotImplementedError
+        return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
 
     @property
     def planned(self) -> tuple[int | None, int | None]:
         """Planned bytes until training ends, and of the whole run; None where it was not planned."""
-        raise NotImplementedError
+        return None, None
 
     @property
     def steps(self) -> int:
         """The steps of the run."""
-        order = StepOrder(len(self.examples), self.config.train.batch_size, self.config.train.seed)
+        order = StepOrder(len(self.dataset.train), self.config.train.batch_size, self.config.train.seed)
         return self.config.train.total_steps(order.steps_per_epoch)
 
     @property
@@ -101,9 +97,9 @@ class RunKind(ABC, Generic[AssemblyT]):
     ) -> AssemblyT:
         """Reads the rows, loads the model and makes the plan. Raises ConfigError and DataError; writes no run folder."""
 
-    @abstractmethod
     def summary(self, setup: AssemblyT, *, dry_run: bool) -> dict[str, Any]:
-        """How many rows there are, and more that --json says of this kind only."""
+        """Keys of --json that only this kind has."""
+        return {}
 
     def show(self, setup: AssemblyT, console: Console, *, dry_run: bool) -> None:
         """Prints the rows and the plan before training."""
@@ -113,13 +109,14 @@ class RunKind(ABC, Generic[AssemblyT]):
     def task(self, setup: AssemblyT, run: RunFolder, console: Console) -> Task[Any]:
         """The task that `train` runs; adds the pairs of the plan to the model. Raises ConfigError; writes nothing."""
 
-    @abstractmethod
     def split_record(self, setup: AssemblyT) -> dict[str, object]:
         """Which rows are in which part, as split.json records it; a resumed run must have the same."""
+        record: dict[str, object] = setup.dataset.split_record()
+        return record
 
-    @abstractmethod
     def frozen_digests(self, setup: AssemblyT) -> Digests:
         """The digest of each frozen tensor in memory."""
+        return {}
 
     @abstractmethod
     def identity(self, setup: AssemblyT, digests: Digests) -> dict[str, str | list[str]]:
@@ -145,9 +142,11 @@ class RunKind(ABC, Generic[AssemblyT]):
     def model_text(self, setup: AssemblyT) -> str:
         """The base model and its precision, for the report."""
 
-    @abstractmethod
     def facts(self, setup: AssemblyT) -> dict[str, str]:
         """What the report says of the rows and of how they were evaluated."""
+        data = setup.dataset
+        counts = f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
+        return {self.words.evaluated.capitalize(): counts}
 
     def rank_map(self, setup: AssemblyT, metrics: Sequence[dict[str, Any]]) -> RankMap | None:
         """The ranks by block and matrix, where the report shows them."""

@@ -17,7 +17,9 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
+from lorakeet.kernels.choose import in_words
 from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.protocol import Situation
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.text.cached_states import cached_states, frozen_depth
@@ -52,7 +54,7 @@ class TextKind(RunKind[TextAssembly]):
         return assemble_text(config, console, processes)
 
     def summary(self, setup: TextAssembly, *, dry_run: bool) -> dict[str, Any]:
-        data, forecast = setup.dataset, setup.arrangement.forecast
+        data, forecast = setup.dataset, setup.residency.plan
         rows = {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)}
         found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch, "rows": rows}
         if forecast is not None:
@@ -71,11 +73,8 @@ class TextKind(RunKind[TextAssembly]):
         record_graphs(task.text, task, console)
         return task
 
-    def split_record(self, setup: TextAssembly) -> dict[str, object]:
-        return setup.dataset.split_record()
-
     def frozen_digests(self, setup: TextAssembly) -> Digests:
-        return {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
+        return {} if setup.residency.store else frozen_digests(setup.text.model)  # streamed weights are only read
 
     def identity(self, setup: TextAssembly, digests: Digests) -> dict[str, str | list[str]]:
         config = setup.config
@@ -124,7 +123,7 @@ class TextKind(RunKind[TextAssembly]):
         )
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
-        one_base = setup.sharded or setup.arrangement.budget is not None
+        one_base = setup.sharded or bool(setup.residency.budget)
         return certify_text(
             setup.text,
             run.adapter,
@@ -137,12 +136,12 @@ class TextKind(RunKind[TextAssembly]):
     def model_text(self, setup: TextAssembly) -> str:
         model = setup.config.model
         text = f"{setup.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
-        native = setup.device.type == "cpu" and operators.serves(setup.text.products)
+        native = setup.device.type == "cpu" and setup.text.products == torch.bfloat16 and operators.in_use()
         return text + (", native kernels" if native else "")
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
-        data = setup.dataset
-        found = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
+        found, text = super().facts(setup), setup.text
+        found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None))
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
         if (count := setup.processes.count) > 1:
