@@ -67,9 +67,8 @@ class FileTensor:
             return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
 
     def _dequantised(self, data: NDArray[Any]) -> NDArray[np.float32]:
-        from gguf import GGMLQuantizationType, quants
-
-        return np.asarray(quants.dequantize(data, GGMLQuantizationType[self.kind]), dtype=np.float32)
+        gguf = gguf_package()
+        return np.asarray(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[self.kind]), dtype=np.float32)
 
 
 class GgufFile:
