@@ -73,7 +73,7 @@ def test_rows_are_read_alone_and_in_parts(tmp_path: Path) -> None:
     assert torch.equal(rows[2:5], weight[2:5]) and torch.equal(rows[6:100], weight[6:])
     assert torch.equal(rows.gather([8, 0, 8]), weight[[8, 0, 8]])
     elsewhere = store.rows("embed.weight", torch.device("meta"))
-    assert elsewhere[2:5].is_meta and elsewhere.gather([1]).is_meta and elsewhere.look_up(torch.tensor([[1, 2]])).is_meta
+    assert elsewhere[2:5].is_meta and elsewhere.gather([1]).is_meta and elsewhere.lookup(torch.tensor([[1, 2]])).is_meta
     assert torch.equal(store.rows("embed.stack")[3:], stack[3:]) and torch.equal(store.rows("embed.norm")[:], stack[0, 0])
     store.close()
 

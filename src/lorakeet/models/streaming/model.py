@@ -79,7 +79,7 @@ class StreamedBlocks:
     def present(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights, for the length of the context; `then` (default: the next) is read meanwhile."""
         after = (index + 1) % len(self.blocks) if then is None else then
-        views = self.stream.bring(index, after)
+        views = self.stream.fetch(index, after)
         try:
             for seat in self._seats[index]:
                 _sit(seat, views[seat.name])
@@ -155,7 +155,7 @@ class StreamedEmbedding(StandIn):
         return _whole(self.original, self.rows)
 
     def forward(self, ids: Tensor) -> Tensor:
-        found = self.rows.look_up(ids)
+        found = self.rows.lookup(ids)
         scale = getattr(self.original, "embed_scale", None)  # Gemma's
         return found if scale is None else found * scale.to(found.dtype)
 

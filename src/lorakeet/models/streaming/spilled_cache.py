@@ -42,7 +42,7 @@ class _SpilledLayer(DynamicLayer):  # type: ignore[misc]
         return self._length
 
     def _appended(self, what: str, states: Tensor, *, last: bool = False) -> Tensor:
-        whole = torch.cat([*(self._spill.look((self._number, what, piece)) for piece in range(self._pieces)), states], dim=-2)
+        whole = torch.cat([*(self._spill.get((self._number, what, piece)) for piece in range(self._pieces)), states], dim=-2)
         self._spill.put((self._number, what, self._pieces), states.contiguous())
         self._pieces += last
         return whole

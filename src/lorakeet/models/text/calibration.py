@@ -40,11 +40,11 @@ class CalibrationStates:
 
     def states(self, batch: int) -> Tensor:
         """What goes into the present block, which must not be written to."""
-        return self._states.look(batch)
+        return self._states.get(batch)
 
     def run(self, block: nn.Module, number: int, batch: int) -> Tensor:
         """What `block`, the one of that number, gives for a batch."""
-        args, kwargs = tree_map_only(_ArgumentStub, self._shared.look, self._calls[batch][number])
+        args, kwargs = tree_map_only(_ArgumentStub, self._shared.get, self._calls[batch][number])
         found = block(self.states(batch), *args, **kwargs)
         return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
