@@ -313,7 +313,7 @@ def test_experts_that_compute_something_else_are_refused(planned: Callable[..., 
 
 
 def test_an_empty_adapter_is_refused() -> None:
-    with pytest.raises(ConfigError, match="The adapter holds nothing"):
+    with pytest.raises(ConfigError, match="The adapter is empty"):
         attach(tiny_model("llama"), Adapter({}))
 
 

@@ -23,9 +23,9 @@ from lorakeet.models.kernels import (
     check_elementwise,
     check_kernels,
     check_loss,
+    checked_products,
     kernel_bases,
     kernels_for,
-    proved_products,
     with_runnable_kernels,
 )
 from lorakeet.models.spec import ModelSpec
@@ -107,9 +107,9 @@ def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkey
 
 def test_the_tokens_and_ranks_of_the_proof_follow_what_is_fused() -> None:
     every = [(1, 0), (1, 8), (17, 0), (17, 8), (33, 0), (33, 8), (33, dispatch.RANK)]
-    assert proved_products(Kernels()) == every
-    assert proved_products(Kernels(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
-    assert proved_products(Kernels(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and proved_products(Kernels(0)) == []
+    assert checked_products(Kernels()) == every
+    assert checked_products(Kernels(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
+    assert checked_products(Kernels(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and checked_products(Kernels(0)) == []
 
 
 SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how it is called
@@ -131,7 +131,7 @@ def test_one_wrong_program_of_the_products_is_refused(wrong: tuple[int, int, boo
         return (y * 1.01 if off else y), shrunk
 
     monkeypatch.setattr(triton_tiles, "product", launch)
-    with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} otherwise than torch"):
+    with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} differently from torch"):
         check_kernels([packed_layer()], Kernels(4 if wrong[0] == 4 else 64), torch.float32)
 
 
@@ -167,7 +167,9 @@ def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch
 
     monkeypatch.setattr(loss, "loss_in_place", launch)
     said = "the loss" if part == "losses" else "the gradient of the loss"
-    with pytest.raises(EnvironmentProblem, match=f"compute {said} otherwise than torch on this device, for [0-9]+ words"):
+    with pytest.raises(
+        EnvironmentProblem, match=f"compute {said} differently from torch on this device, for a vocabulary of [0-9]+"
+    ):
         load_text_model(spec(tiny_llama_folder, fused_tokens=0))
     vocabulary = json.loads((tiny_llama_folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     assert seen == [vocabulary]

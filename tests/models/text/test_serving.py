@@ -24,7 +24,7 @@ from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.folded_weights import frozen_weights
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.serving import MOST_FITS, ServingModel
+from lorakeet.models.text.serving import CACHED_FITS, ServingModel
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -115,7 +115,7 @@ def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, t
     for row in range(4):
         torch.testing.assert_close(together[row], written([row])[0], rtol=1e-4, atol=1e-4)
     assert (together[0] - together[2]).abs().max() > 0.1
-    assert sum(isinstance(seat.layer.base, PackedBase) for fit in live._held.values() for seat in fit.seats) > 10
+    assert sum(isinstance(slot.layer.base, PackedBase) for fit in live._adapters.values() for slot in fit.slots) > 10
     after = dict(text.model.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items()), "the base stays as it was packed"
 
@@ -153,7 +153,7 @@ def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any)
 def test_weights_lie_in_the_order_of_their_products(
     tied: bool, twice: int, ordered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakeet.models.text.serving.TWICE", twice)  # bytes of an embedding that may be there once more
+    monkeypatch.setattr("lorakeet.models.text.serving.LARGEST_COPY", twice)  # bytes of an embedding that may be there once more
     folder = save_tiny_llama(tmp_path / "m", tie_word_embeddings=tied)
     text = load_text_model(ModelSpec(path=str(folder), dtype="float32"))
     before = {path: rows[:].clone() for path, rows in frozen_weights(text.model)}
@@ -258,20 +258,20 @@ def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextMod
 
 def test_few_outlines_are_remembered(text: TextModel, bare: Any, tmp_path: Path) -> None:
     live = ServingModel(text)
-    for rank in range(1, MOST_FITS + 4):
+    for rank in range(1, CACHED_FITS + 4):
         peft.write(random_adapter(bare, "q_proj", rank=rank), tmp_path / str(rank))
         live.attach(f"r{rank}", peft.read(tmp_path / str(rank), opened=open_slab))
-    assert len(live._fits) == MOST_FITS and len(live.names) == MOST_FITS + 3
+    assert len(live._fits) == CACHED_FITS and len(live.names) == CACHED_FITS + 3
     for name in live.names:
         live.detach(name)
-    assert not any(place.layer.adapters for place in live._places.values())
+    assert not any(target.layer.adapters for target in live._targets.values())
 
 
 def test_a_name_that_torch_has_no_place_for_leaves_nothing(text: TextModel, bare: Any) -> None:
     live = ServingModel(text)
     with pytest.raises(KeyError):
         live.attach("a.b", random_adapter(bare))
-    assert live.names == () and not any(place.layer.adapters for place in live._places.values())
+    assert live.names == () and not any(target.layer.adapters for target in live._targets.values())
 
 
 @pytest.mark.parametrize("dora", [False, True])

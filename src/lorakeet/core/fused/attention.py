@@ -216,7 +216,7 @@ class RotaryAttention(StandIn):
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         heads, kv = (base.shape[0] // head for base in bases[:2])
         on_card = flash_varlen.serves(x, heads, kv, head)
-        places = cast("RowOffsets | None", settings.get("row_places"))
+        places = cast("RowOffsets | None", settings.get("row_offsets"))
         if not on_card and (places is not None or not is_cpu(x.device)):
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
