@@ -3,17 +3,17 @@
     python benchmarks/finetune_vs_peft.py [--unsloth-python PATH] [--steps 12] [--rounds 3] [--shuffled] [--instructed] [--quick]
     python benchmarks/finetune_vs_peft.py --to-loss [--unsloth-python PATH] [--steps 40] [--rounds 1] [--instructed] [--quick]
 
-A step has rows of alike length, as Lorakeet orders them; with --shuffled rows of any length, as the documentation of TRL and
-unsloth has it, whose batches then hold padding (which never counts as tokens). With --instructed every row begins with the same
-instruction (quickstart_workload.INSTRUCTION). Same rows in the same order for all, same A and B to begin with, same rank, alpha,
-targets, learning rate and rows a step; of these TRL computes 8 together, its default, and unsloth 2, as its notebooks do, or all.
-Every run is a fresh process, one at a time; the contenders take turns, so that a slow minute of the machine hits all of them.
-Every round has another seed: other rows in another order, other A.
+A step has rows of similar length, as Lorakeet orders them. With --shuffled it has rows of any length, as in the documentation of
+TRL and unsloth; their batches then contain padding, which never counts as tokens. With --instructed every row starts with the
+same instruction (quickstart_workload.INSTRUCTION). All contenders get the same rows in the same order, the same initial A and B,
+rank, alpha, targets, learning rate and rows a step. At once TRL computes 8 of these, its default, and unsloth 2, as its notebooks
+do, or all. Every run is a fresh process, one at a time. Contenders alternate, so that a slow minute of the machine affects all of
+them. Every round has another seed: other rows in another order, another A.
 
-With --to-loss every contender trains two passes over the same rows and writes its adapter now and then, outside the clock; what
-Lorakeet with a frozen prefix keeps between the two is within it. One
-judge (contenders/judge) measures each of them on the same held-out rows. The target is the lowest loss that every exact contender
-reaches; the time to it is that of all training steps until then, the first ones included, and not that of loading the model.
+With --to-loss every contender trains two passes over the same rows and writes its adapter now and then, outside the clock; the
+states that Lorakeet with a frozen prefix caches are within it. contenders/judge evaluates all adapters on the same held-out rows.
+The target is the lowest loss that every exact contender reaches. The time to it is that of all training steps until then, the
+first ones included, and not that of loading the model.
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ OURS = "lorakeet"
 class Contender:
     """One way to train the workload.
 
-    `once`: run in the first round only, for its losses, and not with --to-loss. `judged`: run with --to-loss alone, which holds
-    rows out. `other`: in what it trains something else than the rest; such a one is not exact, its losses are compared with
-    nobody's, and it may never reach the target.
+    `once`: run in the first round only, for its losses, and not with --to-loss. `to_loss`: run with --to-loss alone, which holds
+    rows out. `other`: how its training differs from the rest; such a contender is not exact, its losses are not compared, and it
+    may never reach the target.
     """
 
     module: str
     dtype: str
     what: str
     own_python: bool = False
-    rows_at_once: int | None = None  # of a step, for a trainer that is told
+    rows_at_once: int | None = None  # of a step, for a trainer with such a setting
     once: bool = False
-    judged: bool = False
+    to_loss: bool = False
     other: str = ""
 
 
 CONTENDERS = {
-    "lorakeet": Contender("with_lorakeet", "auto", "Lorakeet as shipped: what rows of a micro-batch begin with is computed once"),
-    "lorakeet-unshared": Contender("with_lorakeet_unshared", "auto", "Lorakeet, what rows begin with computed for each of them"),
+    "lorakeet": Contender("with_lorakeet", "auto", "Lorakeet as shipped, with shared prefixes"),
+    "lorakeet-unshared": Contender("with_lorakeet_unshared", "auto", "Lorakeet without shared prefixes"),
     "lorakeet-top8": Contender(
-        "with_lorakeet_top", "auto", "Lorakeet with a frozen prefix: adapters in the top 8 layers alone",
-        other="trains adapters in 8 of 30 layers: a quarter of the parameters",
+        "with_lorakeet_top", "auto", "Lorakeet, adapters in the top 8 layers alone",
+        other="a quarter of the parameters",
     ),
     "lorakeet-forward": Contender(
-        "with_lorakeet_forward", "auto", "Lorakeet, a step repeated while held-out loss falls (Fast Forward)",
-        other="takes some steps again, as often as the loss on 32 more rows falls (arXiv 2409.04206)", judged=True,
+        "with_lorakeet_forward", "auto", "Lorakeet with Fast Forward",
+        other="repeats some steps while the loss on 32 more rows falls (arXiv 2409.04206)", to_loss=True,
     ),
     "lorakeet-int8": Contender(
-        "with_lorakeet_int8", "auto", "Lorakeet with model.quantize.int8_products: frozen weights in int8, and multiplied so",
-        other="its products with frozen weights run in int8, which rounds what is multiplied",
+        "with_lorakeet_int8", "auto", "Lorakeet with int8 products",
+        other="frozen weights and inputs rounded to int8",
     ),
     "trl-fp32": Contender("with_trl", "float32", "TRL SFTTrainer + PEFT, bf16=False, 8 rows at once", rows_at_once=8),
     "trl-bf16": Contender("with_trl", "bfloat16", "TRL SFTTrainer + PEFT, bf16=True (default), 8 rows at once", rows_at_once=8),
@@ -81,7 +81,7 @@ CONTENDERS = {
     "lorakeet-fp32": Contender("with_lorakeet", "float32", "Lorakeet, weights and products in fp32", once=True),
     "lorakeet-bf16": Contender("with_lorakeet", "bfloat16", "Lorakeet, weights and products in bf16", once=True),
 }  # fmt: skip
-# With --to-loss: steps between two adapters for the judge, and the held-out rows that it takes.
+# With --to-loss: steps between two saved adapters, and the held-out rows that evaluate them.
 SAVE_EVERY, JUDGED_ROWS, ROWS_A_STEP = 4, 60, 16
 # What is claimed with --shuffled: tokens/s over those of each, memory at most; and with --to-loss each one's seconds over ours.
 FASTER = {"trl-fp32": 8.0, "trl-bf16": 5.0, "unsloth": 4.0, "unsloth-16": 4.0, "peft-manual-fp32": 2.0, "peft-manual-bf16": 2.0}
@@ -160,7 +160,7 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", help="which, separated by commas (all that --to-loss, or its absence, allows)")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
-    named = [name for name, each in CONTENDERS.items() if not (each.once if given.to_loss else each.judged)]
+    named = [name for name, each in CONTENDERS.items() if not (each.once if given.to_loss else each.to_loss)]
     usual = {
         "steps": QUICK_STEPS if given.quick else 40 if given.to_loss else 12,
         "skip": 1 if given.quick else 2,
@@ -176,7 +176,7 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _workload_options(given: argparse.Namespace) -> list[str]:
-    """What contenders.quickstart_workload is told beside steps and seed."""
+    """The arguments of contenders.quickstart_workload, besides steps and seed."""
     found = [f"--{name}" for name in ("shuffled", "instructed") if getattr(given, name)]
     if given.quick:
         found += ["--batch-size", str(QUICK_BATCH)]

@@ -1,10 +1,10 @@
-"""Claim: adapters in the top layers alone train faster over several epochs where states below them are kept, and learn the same.
+"""Claim: with adapters in the top layers alone, caching the hidden states below makes several epochs faster, and learns the same.
 
     python benchmarks/frozen_prefix.py [--layers top:8] [--epochs 3] [--limit 200] [--rounds 3] [--quick]
 
-The quickstart's rows and settings: adapters in all layers; in the top ones, every pass through all blocks; in the top ones, with
-what the blocks below make of each row computed once. Held-out looks and the computing of the states count. Which of the first
-two learns more is the price of the mode, shown by the held-out loss; the last two must learn the same. Every round has another
+The quickstart's rows and settings, three ways: adapters in all layers; in the top ones, with every pass through all blocks; in
+the top ones, with the hidden states below computed once for each row. Held-out evaluations and computing the states count. The
+held-out loss of the first two shows the price of adapting fewer layers; the last two must learn the same. Every round has another
 seed: another order of the rows, another A.
 """
 
@@ -22,7 +22,7 @@ from harness.machine import origin, warn_if_busy, write_result
 from harness.processes import rotated, run_module, summary
 
 MODULE = "contenders.top_layers"
-SAME = 0.01  # nats between the held-out losses with and without kept states: rounding, enlarged by training
+SAME = 0.01  # nats between the held-out losses with and without cached hidden states: rounding, enlarged by training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name:11} {summary(r['seconds'] for r in runs).show(1):>20} s ({one['of_them_filling']:.1f} s for the states), "
               f"peak {one['peak_bytes'] / 1e9:.2f} GB, held-out loss {one['held_out_loss']:.4f} (base {one['base_loss']:.4f}), "
               f"{one['trained_parameters']:,} parameters")  # fmt: skip
-    print(f"{given.layers} with kept states is faster than without by {ratios['top'].show()}, than all layers by "
+    print(f"{given.layers} with cached hidden states is faster than without by {ratios['top'].show()}, than all layers by "
           f"{ratios['all layers'].show()}; held-out losses with and without differ by {gap:.5f} (at most {SAME})")  # fmt: skip
     kept_claim = gap <= SAME and ratios["top"].median > 1
     settings = {"layers": given.layers, "epochs": given.epochs, "limit": given.limit}

@@ -2,7 +2,7 @@
 
     python benchmarks/gptq_vs_gptqmodel.py --gptqmodel-python VENV/bin/python [--rows 64] [--judged 24] [--work DIR]
 
-gptqmodel pins numpy, so it lives in a virtual environment of its own: `pip install "gptqmodel>=7.6,<7.7" optimum` there.
+gptqmodel pins numpy, so it needs a virtual environment of its own: `pip install "gptqmodel>=7.6,<7.7" optimum` there.
 Without it nothing is measured and the script exits with 2. Perplexities are no timings: a busy machine does not change them.
 """
 
@@ -46,7 +46,7 @@ THEIRS = Path(__file__).with_name("contenders") / "with_gptqmodel.py"
 
 
 def examples(text: TextModel, rows: Sequence[Row], count: int, tokens: int) -> list[Example]:
-    """The rows' texts laid end to end and cut into `count` pieces of `tokens` tokens, every one of them a target."""
+    """The rows' texts joined and cut into `count` pieces of `tokens` tokens, every one of them a target."""
     ids: list[int] = []
     for row in rows:
         ids += [*text.tokenizer.encode(max((turn.free_text for turn in row.turns), key=len)), text.tokenizer.eos_token_id]

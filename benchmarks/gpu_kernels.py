@@ -1,21 +1,20 @@
-"""Claim: on a CUDA card, Lorakeet's Triton kernels beat bringing a weight back by torch's operations; and from how many tokens on
-a product is better left to cuBLAS.
+"""Claim: on a GPU, Lorakeet's Triton kernels dequantise faster than torch; and up to how many tokens a fused product pays.
 
     python benchmarks/gpu_kernels.py [--shapes 8B] [--bases dense nf4 gptq4 gptq8] [--tokens 1 16 64 1024] [--peft]
 
-**Never run: no card was there.** Without a CUDA device it says so and ends with exit code 2.
+**Never run: no GPU was available.** Without a CUDA device it says so and ends with exit code 2.
 
 Layers of Llama's 7B and 8B shapes, random weights, rank 16, bf16. Ways to compute y = x·Wᵀ + s·x·Aᵀ·Bᵀ, and from ∂y the gradients
 of x, A and B, all but the last through the same public function:
 
-    torch      as without the kernels: torch's operations, or bitsandbytes' kernel for NF4 where that is installed
-    once       W brought back by the kernel, then cuBLAS
-    fused      one kernel: W brought back tile by tile within the product
+    torch      without the kernels: torch's operations, or bitsandbytes' kernel for NF4 if it is installed
+    once       W dequantised by the kernel, then cuBLAS
+    fused      one kernel: W dequantised tile by tile within the product
     peft       PEFT's LoRA layer over nn.Linear, or over bitsandbytes' Linear4bit (with --peft)
 
-The ways take turns within a round, and their order rotates from round to round. Each of them goes through copies of its weight
-that together are larger than any card's cache, so that W comes out of memory as in a model. A card's rate is that of its fastest
-plain bf16 product, measured in the same process; the share of it counts the products' FLOPs alone.
+The ways alternate within a round, and their order rotates from round to round. Each cycles through copies of its weight that
+together are larger than any GPU's cache, so that W is read from memory as in a model. The GPU's rate is that of its fastest plain
+bf16 product, measured in the same process; the share of it counts the products' FLOPs alone.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from lorakeet.core.base import DenseBase
 from lorakeet.core.kernels import why_not
 from lorakeet.core.lowrank import low_rank_linear
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
@@ -48,9 +47,9 @@ SHAPES = {  # (out, in)
 }
 BASES = ("dense", "nf4", "gptq4", "gptq8")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-WAYS: dict[str, Kernels | None] = {"torch": None, "once": Kernels(0), "fused": Kernels(1 << 30)}
+WAYS: dict[str, TritonRequest | None] = {"torch": None, "once": TritonRequest(0), "fused": TritonRequest(1 << 30)}
 RANK, SCALE, GROUP = 16, 2.0, 128
-CACHE = 256 << 20  # bytes: more than the level-two cache of any card
+CACHE = 256 << 20  # bytes: more than the level-two cache of any GPU
 PROBE = 8192
 
 
@@ -121,7 +120,7 @@ def peft_layer(kind: str, shape: tuple[int, int], device: torch.device) -> Calla
 
 
 def actions(case: Case, device: torch.device, *, with_peft: bool) -> dict[str, Callable[[Tensor], Tensor]]:
-    """x to y by each way; called again and again, each goes through copies of its weight in turn."""
+    """x to y by each way; repeated calls cycle through copies of the weight."""
     out, width = case.shape
     first = random_base(case.base, case.shape, device)
     size = first.weight.nbytes if isinstance(first, DenseBase) else first.bytes
@@ -129,7 +128,7 @@ def actions(case: Case, device: torch.device, *, with_peft: bool) -> dict[str, C
     A = torch.randn(RANK, width, device=device, dtype=torch.bfloat16).requires_grad_()
     B = torch.randn(out, RANK, device=device, dtype=torch.bfloat16).requires_grad_()
 
-    def through(kernels: Kernels | None) -> Callable[[Tensor], Tensor]:
+    def through(kernels: TritonRequest | None) -> Callable[[Tensor], Tensor]:
         turn = itertools.cycle(bases)
 
         def action(x: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def actions(case: Case, device: torch.device, *, with_peft: bool) -> dict[str, C
 
 
 def seconds(action: Callable[[], object], repeats: int) -> float:
-    """Of one call, in a row of them, by the card's own clock; the host is ahead of it, except where launching takes longer."""
+    """Of one call, in a row of them, by the GPU's own clock; the host is ahead of it, except where launching takes longer."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     action()
     start.record()
@@ -228,12 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reason = "" if torch.cuda.is_available() else "torch sees no CUDA device here"
     reason = reason or why_not(torch.device("cuda"))
     if reason:
-        print(f"Nothing was measured: {reason}. This benchmark is about a CUDA card.", file=sys.stderr)
+        print(f"Nothing was measured: {reason}. This benchmark needs a CUDA device.", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     device, about = torch.device("cuda"), origin()
-    peak, card = rate(device), torch.cuda.get_device_name()
-    print(f"{card}: {peak / 1e12:.0f} TFLOP/s in bf16. Microseconds, and the share of that rate.")
+    peak, gpu = rate(device), torch.cuda.get_device_name()
+    print(f"{gpu}: {peak / 1e12:.0f} TFLOP/s in bf16. Microseconds, and the share of that rate.")
     print(f"{'layer':16} {'weight':6} {'tokens':>6}  {'way':6} {'forwards':>10} {'share':>6} {'and back':>10} {'share':>6}")
     rows = []
     for case in cases(given):
@@ -244,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     packed = [times for case, times in rows if case.base != "dense"]
     slower = [times for times in packed if min(times["once"]["both"], times["fused"]["both"]) > times["torch"]["both"]]
     measured = [{**vars(case), "seconds": times} for case, times in rows]
-    content = {"card": card, "rate": peak, "fused_up_to": fused, "cases": measured}
+    content = {"card": gpu, "rate": peak, "fused_up_to": fused, "cases": measured}
     print(f"Written: {write_result('gpu_kernels', content, seed=0, about=about, folder=given.results)}")
     return 1 if slower else 0
 

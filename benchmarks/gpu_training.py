@@ -1,24 +1,24 @@
-"""Claim: on a card, training over packed rows is faster than with TRL + PEFT and unsloth, in less memory, and learns the same.
+"""Claim: on a GPU, training over packed rows is faster than with TRL + PEFT and unsloth, in less memory, and learns the same.
 
     python benchmarks/gpu_training.py [--models 1B 8B] [--bases none nf4] [--tokens 2048 4096] [--unsloth-python PATH]
     python benchmarks/gpu_training.py --quick [--unsloth-python PATH]
 
-**Never run on a GPU: no card was there.** Without a CUDA device it says so and ends with exit code 2, but for --quick, which on
-the CPU trains two blocks of a small model for four steps, to show that everything runs; its times are worth nothing.
+**Never run on a GPU: none was available.** Without a CUDA device it says so and ends with exit code 2, except with --quick: that
+trains two blocks of a small model for four steps on the CPU, to show that everything runs; ignore its times.
 
 Models in the true shapes of Llama-3.2-1B and Llama-3.1-8B with random bf16 weights, frozen as they are or in NF4 with double
-quantisation; LoRA of rank 16 on all linear layers; AdamW, constant rate. A step is one pack: four rows, all of whose tokens are
-learnt, that fill 2,048 or 4,096 tokens to the last one. Everyone gets the same rows in the same order and the same A and B.
-TRL computes a pack padding-free (its rows flat) where flash-attn is installed, with gradient checkpointing as is its default, and
-without; else it pads, which costs half more here and stands in the table. So it does for unsloth, which decides itself. Both
-need bitsandbytes for NF4, over which TRL keeps A and B in bf16. Lorakeet runs by torch's kernels, by its own Triton kernels, and
-with both passes recorded as CUDA graphs, whose pool of memory is counted.
+quantisation; LoRA of rank 16 on all linear layers; AdamW, constant rate. A step is one pack of four rows, exactly 2,048 or 4,096
+tokens, all of them targets. All contenders get the same rows in the same order and the same A and B. TRL computes a pack
+padding-free (its rows flat) if flash-attn is installed, with gradient checkpointing as is its default, and without. Otherwise it
+pads, which costs half more here, and the table says so. The same holds for unsloth, which decides itself. Both need bitsandbytes
+for NF4, over which TRL has A and B in bf16. Lorakeet runs with torch's kernels, with its Triton kernels, and with CUDA graphs,
+whose memory pool is counted.
 
-Every run is a fresh process; contenders take turns, and the first place rotates from round to round. Printed are tokens/s, the
-most memory that the card held allocated while training, the share of the card's fastest plain bf16 product, measured before each
-case, and how far losses are from those of TRL. FLOPs are those that training needs, whoever computes more: twice the frozen
-weights forward and twice for dX, the head the same, six times the pairs, attention's scores under the causal mask; nothing is
-counted for computing again what was not kept.
+Every run is a fresh process; contenders alternate, and the first one rotates from round to round. The table has tokens/s, the
+peak of the GPU memory allocated while training, the share of the GPU's fastest plain bf16 product, measured before each case, and
+the distance of losses from those of TRL. FLOPs are those that training needs, even if a contender computes more: twice the frozen
+weights forward and twice for dX, the head the same, six times the pairs, attention's scores under the causal mask; recomputation
+does not count.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from roofline import block_weights
 
 MODELS = {"1B": "meta-llama/Llama-3.2-1B", "8B": "meta-llama/Llama-3.1-8B"}
 QUICK_MODEL, QUICK_LAYERS, QUICK_TOKENS = "HuggingFaceTB/SmolLM2-135M", 2, 128
-CONTENDERS = {  # in the table's order: module, whether it has an environment of its own, whether it needs a card
+CONTENDERS = {  # in the table's order: module, whether it has an environment of its own, whether it needs a GPU
     "lorakeet": ("packed_lorakeet", False, False),
     "lorakeet-triton": ("packed_lorakeet_triton", False, True),
     "lorakeet-graphs": ("packed_lorakeet_graphs", False, True),
@@ -86,9 +86,9 @@ def flops(shape: Mapping[str, Any], workload: Workload) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _given(arguments)
-    card = torch.cuda.is_available()
-    if not card and not given.quick:
-        print("Nothing was measured: torch sees no CUDA device here. This benchmark is about a card.", file=sys.stderr)
+    gpu = torch.cuda.is_available()
+    if not gpu and not given.quick:
+        print("Nothing was measured: torch sees no CUDA device here. This benchmark needs a GPU.", file=sys.stderr)
         return 2
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = []
     with TemporaryDirectory(prefix="lorakeet-bench-", dir=given.scratch) as folder:
         for case in cases:  # those of one model follow each other and share its files
-            measured.append(measure(case, Path(folder), given, card=card))
+            measured.append(measure(case, Path(folder), given, gpu=gpu))
             show(case, measured[-1])
             print(flush=True)
     missed = [sentence for found in measured for sentence in _missed(found, quick=given.quick)]
@@ -153,15 +153,15 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def measure(case: Case, folder: Path, given: argparse.Namespace, *, card: bool) -> dict[str, Any]:
+def measure(case: Case, folder: Path, given: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
     """Every run of every contender of one case."""
     home = folder / case.model.rpartition("/")[2]
     home.mkdir(exist_ok=True)
     workload = home / "workload.json"
     options = [str(workload), "--model", case.model, "--base", case.base, "--tokens", str(case.tokens)]
-    options += ["--steps", str(given.steps), "--seed", str(given.seed), "--device", "cuda" if card else "cpu"]
+    options += ["--steps", str(given.steps), "--seed", str(given.seed), "--device", "cuda" if gpu else "cpu"]
     options += [] if case.layers is None else ["--layers", str(case.layers)]
-    run_module(sys.executable, "contenders.packed_workload", options, log=home / "workload.log", card=card)
+    run_module(sys.executable, "contenders.packed_workload", options, log=home / "workload.log", gpu=gpu)
     about = json.loads((home / "about.json").read_text(encoding="utf-8"))
     runs: dict[str, list[Run]] = {}
     missing: dict[str, str] = {}
@@ -171,8 +171,8 @@ def measure(case: Case, folder: Path, given: argparse.Namespace, *, card: bool) 
                 continue
             print(f"{case.name}: round {number + 1} of {given.rounds}: {name}", file=sys.stderr, flush=True)
             try:
-                found = _one(name, workload, given.unsloth_python, card=card)
-            except (Failed, NotHere, OSError) as why:  # such as no memory left on the card, or no bitsandbytes: it is said
+                found = _one(name, workload, given.unsloth_python, gpu=gpu)
+            except (Failed, NotHere, OSError) as why:  # such as no memory left on the GPU, or no bitsandbytes: printed
                 missing[name] = str(why).strip().splitlines()[-1]
             else:
                 runs.setdefault(name, []).append(found)
@@ -186,18 +186,18 @@ class NotHere(Exception):
     """What a contender needs and this machine lacks."""
 
 
-def _one(name: str, workload: Path, unsloth: Path | None, *, card: bool) -> Run:
-    module, own_python, needs_card = CONTENDERS[name]
-    if needs_card and not card:
-        raise NotHere("not run: it computes on a card alone")
+def _one(name: str, workload: Path, unsloth: Path | None, *, gpu: bool) -> Run:
+    module, own_python, needs_gpu = CONTENDERS[name]
+    if needs_gpu and not gpu:
+        raise NotHere("not run: it needs a GPU")
     if own_python and unsloth is None:
         raise NotHere("not run: no --unsloth-python was given (unsloth pins other releases and needs an environment of its own)")
     python = str(unsloth) if own_python else sys.executable
     if own_python:
-        run([python, "-c", "import unsloth"], log=workload.with_name(f"{name}.import.log"), card=card)
+        run([python, "-c", "import unsloth"], log=workload.with_name(f"{name}.import.log"), gpu=gpu)
     result = workload.with_name(f"{name}.json")
     options = [str(workload), str(result), "--dtype", "bfloat16"]
-    run_module(python, f"contenders.{module}", options, log=workload.with_name(f"{name}.log"), card=card)
+    run_module(python, f"contenders.{module}", options, log=workload.with_name(f"{name}.log"), gpu=gpu)
     found: Run = json.loads(result.read_text(encoding="utf-8"))
     return found
 

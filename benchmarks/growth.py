@@ -1,11 +1,11 @@
-"""Claim: the time of a training step grows as its arithmetic does: with tokens, length, rank, adapters and the size of the model.
+"""Claim: the time of a training step grows as its FLOPs do: with tokens, length, rank, adapters and the size of the model.
 
     python benchmarks/growth.py [--quick] [--only length rank adapters size] [--steps 3] [--largest 7B]
 
 Along each axis the rest stays: SmolLM2-135M's shape, random weights in bf16, rank 8 on all linear layers, 2,048 tokens a step in
-rows of 512 (of 32 where adapters share a step; 1,024 tokens where models grow), the last token learnt. Points whose steps take
-long are timed fewer times (REPEATS). The law beside each point: the FLOPs that ran, at the rate of the axis's cheapest point; a
-point may be slower than its law by TOLERANCE. `docs/draw_speed.py` draws the result.
+rows of 512 (of 32 where adapters share a step; 1,024 tokens where models grow), the last token the only target. Points whose
+steps take long are timed fewer times (REPEATS). The law beside each point is the time of its FLOPs at the rate of the axis's
+cheapest point; a point may be slower than its law by TOLERANCE. `docs/draw_speed.py` draws the result.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ REPEATS = {4096: (1, 2), 8192: (1, 2), "1.7B": (1, 2), "7B": (1, 1)}  # untimed 
 
 
 def asked_of(axis: str, value: Any, steps: int, products: str) -> dict[str, Any]:
-    """What the process is told for one point."""
+    """The request to the process for one point."""
     length = {"length": value, "adapters": SHORT}.get(axis, LENGTH)
     tokens = SIZE_TOKENS if axis == "size" else TOKENS
     count = max(1, tokens // length)

@@ -1,9 +1,9 @@
-"""Claim: in ten minutes on 2 cores a small diffusion model is pre-trained, and adapters of 40 photos help on photos nobody saw.
+"""Claim: in ten minutes on 2 cores a small diffusion model is pre-trained, and adapters of 40 photos help on held-out photos.
 
     python benchmarks/image_demo.py [--cache FOLDER] [--quick]
 
-Runs `python -m demos.fashion`, which is `make quickstart-images`, with an empty cache but for Fashion-MNIST's files, which are
-fetched before the clock starts. Judged are each adapter on its own held-out photos, and both adapters' sum where neither was
+Runs `python -m demos.fashion`, which is `make quickstart-images`, with an empty cache except for Fashion-MNIST's files, which are
+fetched before the clock starts. Evaluated are each adapter on its own held-out photos, and both adapters' sum where neither was
 trained: the new kind in the new look. The base is a small stand-in for Stable Diffusion, of the same classes.
 """
 

@@ -1,10 +1,10 @@
-"""Claim: LoRA on the UNets of SD 1.5 (512²) and SDXL (1024²), batch 1, fits an 8 GB card; and what the process takes on a CPU.
+"""Claim: LoRA on the UNets of SD 1.5 (512²) and SDXL (1024²), batch 1, fits a GPU of 8 GB; and what the process takes on a CPU.
 
     python benchmarks/image_memory.py [--only TEXT] [--plan-only]
 
-Shapes are the published ones, weights are random. Planned: the most bytes of tensors at once, from the real training step run on
-shapes (memory/ledger), with latents and text embeddings cached, so that neither autoencoder nor text encoders are in memory.
-Measured: one real optimizer step in a process of its own, all of whose memory counts.
+Shapes are the published ones, weights are random. Planned: the peak of tensor bytes, from the real training step run on shapes
+(memory/ledger), with latents and text embeddings cached, so that neither autoencoder nor text encoders are in memory. Measured:
+one real optimizer step in a process of its own, all of whose memory counts.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/image_switching.py [--quick] [--rounds N]
 
 The UNet of Stable Diffusion 1.5 with random weights in bf16, and adapters of rank 16 on its attention, in diffusers' format.
-Timed are loading one adapter more, switching to another one, and the first step of the UNet after that, on small latents.
+Timed are loading one more adapter, switching to another one, and the first step of the UNet after that, on small latents.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@
     python benchmarks/image_vs_diffusers.py [--model FOLDER --train FOLDER --held-out FOLDER] [--rounds N] [--steps N]
 
 --true-shape measures speed and memory where users train: Stable Diffusion 1.5 at 512² with batch 1, in its true shape with random
-weights. Without it, held-out loss is measured too, on the base model and the pictures of `make quickstart-images`, which must
+weights. Without it, held-out loss is measured too, on the base model and the images of `make quickstart-images`, which must
 have run; that model is so small that most of the memory is the libraries' own.
 
-All train rank-16 pairs on the attention of the UNet with AdamW at one rate, each in a process of its own, in turns. diffusers'
-script encodes the pictures and captions in every step; Lorakeet's latents are encoded once, and the time of that is counted in
-its rate, over 25 passes through the pictures. `lorakeet` and `diffusers` are both as they come: Lorakeet chooses the dtype, the
-script has fp32 unless --mixed_precision is given, which its README gives on a GPU; `lorakeet-fp32` and `diffusers-bf16` are the
-same two in the other's dtype. The exit code is that of the first pair; all three are printed and written.
+All train rank-16 pairs on the attention of the UNet with AdamW at one rate, each in a process of its own, alternately. diffusers'
+script encodes images and captions in every step. Lorakeet encodes latents once, and that time counts in its rate, over 25 passes
+through the images. `lorakeet` and `diffusers` both have their defaults: Lorakeet chooses the dtype, the script has fp32 unless
+--mixed_precision is given, which its README gives on a GPU; `lorakeet-fp32` and `diffusers-bf16` are the same two in the other's
+dtype. The exit code is that of the first pair; all three are printed and written.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def kept(faster: Summary, smaller: Summary, worse: Summary | None) -> bool:
-    """Whether what is asked of these ratios holds: of the held-out difference where it is judged, else of speed and memory."""
+    """True if the claim holds: for the held-out difference if it was evaluated, else for speed and memory."""
     return worse.median <= WORSE if worse is not None else faster.median >= FASTER and smaller.median <= SMALLER
 
 
 def compared(
     rounds: Sequence[dict[str, Any]], ours: str, theirs: str, given: argparse.Namespace
 ) -> tuple[Summary, Summary, Summary | None]:
-    """Within each round: images a second and memory as ratios, held-out loss as a difference (None where it is not judged)."""
+    """Within each round: images a second and memory as ratios, held-out loss as a difference (None if it was not evaluated)."""
     faster = summary(rate(found[ours], given) / rate(found[theirs], given) for found in rounds)
     smaller = summary(found[ours]["peak"] / found[theirs]["peak"] for found in rounds)
     judged = [found["held_out"] for found in rounds if "held_out" in found]
@@ -104,7 +104,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=demo / "base-fashion-mnist", help="a pipeline that diffusers saved")
     parser.add_argument("--train", type=Path, default=demo / "albums" / "kind", help="PNG files with captions beside them")
-    parser.add_argument("--held-out", type=Path, default=demo / "albums" / "kind-held-out", help="the same, to judge by")
+    parser.add_argument("--held-out", type=Path, default=demo / "albums" / "kind-held-out", help="the same, for evaluation")
     parser.add_argument("--true-shape", action="store_true", help="SD 1.5 at 512², random weights, written to a temporary folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)

@@ -2,10 +2,10 @@
 
     python benchmarks/int8_products.py [--steps 8] [--seeds 0 1] [--one-thread]
 
-Three ways to train the shipped run: over the weights as they are; over int8 weights brought back for each product; over int8
-weights multiplied in int8, forward and backward. Loss curves stand side by side; the best step of each is judged on the 379 test
-rows (always with exact products), and compared with the first way row by row. Scores are no timings: a busy machine does not
-change them, and with --one-thread no speed is claimed.
+Three ways to train the shipped run: over the weights as they are; over int8 weights dequantised for each product; over int8
+weights multiplied in int8, forward and backward. Loss curves are shown side by side. The best step of each is evaluated on the
+379 test rows (always with exact products), and compared with the first way row by row. Scores are no timings: a busy machine does
+not change them, and with --one-thread no speed is claimed.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""Claim: a card computes longer than launching takes (10 µs each): 2,048 tokens of 8B, 8,192 of 1B, 2,048 of any recorded.
+"""Claim: a GPU computes longer than launching takes (10 µs each): 2,048 tokens of 8B, 8,192 of 1B, 2,048 of any with CUDA graphs.
 
     python benchmarks/launches.py [--rate 400]
 
-Counted on shapes, as if on a CUDA card, without one: the operations of both passes of a micro-batch that launch kernels there
-(views and empty tensors launch none), for two depths of a model, which gives those of a block and those of the rest; and their
-FLOPs. The optimizer's are few, for all parameters at once. Dense weights: each that is packed is brought back by one operation or
-a few more. Once with torch's operations, once with norms, gates and rotations by Lorakeet's Triton kernels (`model.kernels
-triton`), one operation each; and with both passes of the decoder recorded (`train.cuda_graphs`), which are one each, beside what
-lays rows into their places, the output head, and the gradients that are added up. The rate is an assumption, to be given for
-other cards: 400 TFLOP/s, about what plain bf16 products reach on an H100. "Even" is how long an operation may take the host
-until the card waits for it: a fast one launches in 5 µs. Rows of 512 tokens that share no prefix, packed, half of each learnt.
-What the host does beside launching (seeds, names of rows, a look at each parameter) is not counted. **Not run on a GPU.**
+Counted on shapes, without a GPU: the operations of the forward and backward pass of a micro-batch that launch kernels on a CUDA
+device (views and empty tensors launch none), and their FLOPs. Two depths of a model give those of a block and those of the rest.
+The optimizer's are few, for all parameters at once. Weights are dense; dequantising one takes one operation or a few. Three
+variants are counted: torch's operations; norms, gates and rotary positions by Lorakeet's Triton kernels (`model.kernels triton`),
+one operation each; and the decoder's passes as CUDA graphs (`train.cuda_graphs`), one operation each, beside copying rows into
+their slots, the output head, and adding the gradients.
+
+The rate is an assumption, to be given for other GPUs: 400 TFLOP/s, about what plain bf16 products reach on an H100. "Even" is how
+long an operation may take the host until the GPU waits for it; a fast host launches in 5 µs. Rows of 512 tokens without a shared
+prefix, packed, half of each a target. The host's other work (seeds, names of rows, checking each parameter) is not counted. **Not
+run on a GPU.**
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ from lorakeet.workflows.planning.rehearse_text import RowShape, training_on
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
 TOKENS, LENGTH = (512, 2048, 8192), 512
-KERNELS = ("torch", "triton", "graphs")  # who makes norms, gates and rotations; graphs: torch, and recorded
-FEW = (4, 6)  # blocks, whose difference is what a block asks for
-CLAIMED = {MODELS[1]: 8192, MODELS[2]: 2048}  # tokens from which on the host may take LAUNCH
-RECORDED = 2048  # the same of recorded passes, of any model
+KERNELS = ("torch", "triton", "graphs")  # of norms, gates and rotary positions; graphs: torch's, in CUDA graphs
+FEW = (4, 6)  # blocks; the difference is what a block launches
+CLAIMED = {MODELS[1]: 8192, MODELS[2]: 2048}  # tokens from which on the host may take LAUNCH a launch
+RECORDED = 2048  # the same with CUDA graphs, for any model
 LAUNCH = 10e-6  # seconds
 SEVERAL = {"card_rows_backward": 6}  # of those that launch several: four, and two sums over groups of heads
 CARD = torch.device("cuda")
@@ -94,7 +96,7 @@ class Launches(TorchDispatchMode):
 
 
 class Unproved(GraphedModel):
-    """Recorded passes of shapes: there are no numbers to compare, nor to lay into their places, which takes four operations."""
+    """CUDA graphs of shapes: there are no numbers to compare, nor to copy into slots, which takes four operations."""
 
     def _difference(self, *_: Any) -> str:
         return ""
@@ -143,7 +145,7 @@ def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rate", type=float, default=400.0, help="TFLOP/s of the card")
+    parser.add_argument("--rate", type=float, default=400.0, help="TFLOP/s of the GPU")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about, lines = origin(), []

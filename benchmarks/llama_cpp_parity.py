@@ -1,11 +1,11 @@
-"""Claim: what is exported computes in llama.cpp what the live adapter computes in torch, as near as the bits of its file allow.
+"""Claim: what is exported computes in llama.cpp what the live adapter computes in torch, as closely as its bits allow.
 
     python benchmarks/llama_cpp_parity.py RUN [--quants f16 q8_0 q4_k_m] [--rows 32]
 
 RUN is a finished run. It is exported by `lorakeet export` in each quant, and its adapter by `lorakeet convert --to gguf` beside a
-GGUF file of the base alone. Each goes through llama.cpp on the same held-out rows as the live adapter in fp32: ids of texts, KL
+GGUF file of the base alone. Each runs in llama.cpp on the same held-out rows as the live adapter in fp32: ids of texts, KL
 and top-1 agreement a token, the largest difference of a logit (as a share of the largest logit), the task's answers, greedy texts
-and every stored weight, judged by the tolerances of `lorakeet verify`. No timings: a busy machine does not change them.
+and every stored weight, within the tolerances of `lorakeet verify`. No timings: a busy machine does not change them.
 """
 
 from __future__ import annotations

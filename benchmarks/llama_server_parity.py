@@ -1,10 +1,10 @@
-"""Claim: what llama.cpp's own server tells of an exported model is what the live adapter computes, as near as its bits allow.
+"""Claim: llama.cpp's own server answers for an exported model as the live adapter does, as closely as its bits allow.
 
     python benchmarks/llama_server_parity.py RUN [--rows 16]
 
 RUN is a finished run. Its merged model in f16 and q8_0, and its LoRA GGUF over the base in f16, are served by llama.cpp's server
-(pip install xllamacpp), which Ollama starts, and asked as `lorakeet verify --against URL` does: prompt ids, the ten likeliest
-tokens at eight places of each held-out row, greedy texts and answers, judged by the tolerances of the precision. No timings: a
+(pip install xllamacpp), which Ollama starts, and queried as `lorakeet verify --against URL` does: prompt ids, the ten most likely
+tokens at eight positions of each held-out row, greedy texts and answers, within the tolerances of the precision. No timings: a
 busy machine does not change them.
 """
 
@@ -38,7 +38,7 @@ WAYS = (("f16 merged", "f16", "float16"), ("q8_0 merged", "q8_0", "8-bit"), ("f1
 
 
 def written(opened: Opened, folder: Path, console: Console) -> Iterator[tuple[str, str, Path, list[Path]]]:
-    """Name, precision, model and adapters of each way; the files of one are gone when the next is asked for."""
+    """Name, precision, model and adapters of each way; the files of one are removed before the next is made."""
     source = find_source(opened.config.model, console.print)
     tokenizer = load_tokenizer(opened.tokenizer or source)
     for name, quant, precision in WAYS:
@@ -69,7 +69,7 @@ def measure(opened: Opened, rows: int, folder: Path, console: Console) -> dict[s
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a finished run")
-    parser.add_argument("--rows", type=int, default=16, help="held-out rows that are asked about")
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows that are compared")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about, console, opened = origin(), Console(), open_adapter(given.run)

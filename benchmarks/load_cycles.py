@@ -3,8 +3,7 @@
     python benchmarks/load_cycles.py [--quick] [--cycles 10000]
 
 Every cycle is what a call of /v1/load_lora_adapter and /v1/unload_lora_adapter does: files read and checked, probed, used for one
-text, taken off again. What is compared are counts and bytes after the first tenth and at the end, so that no quiet machine is
-needed.
+text, unloaded. Counts and bytes are compared after the first tenth and at the end, so a busy machine does not matter.
 """
 
 from __future__ import annotations

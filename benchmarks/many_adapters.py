@@ -1,12 +1,12 @@
-"""Claim: 8 adapters in one run take at most 1.25 times one run's memory, and 1.5 times the throughput of 8 runs in turn.
+"""Claim: 8 adapters in one run take at most 1.25 times one run's memory, and 1.5 times the throughput of 8 successive runs.
 
     python benchmarks/many_adapters.py [--quick] [--memory] [--rounds 3] [--members 8]
 
 The throughput is claimed where single batches are small: steps of 1 and 2 rows of at most 40 tokens, 30 on average. A step of one
-review as it is, 107 tokens on average, already keeps a small CPU busy; it is measured too, as are 2 of them and the quickstart's
-16. Beside it, as many processes at once, with as many threads each as there are cores for them. Every process is fresh;
-SmolLM2-135M, rank 8 on all linear layers, shipped reviews. Steps are timed from the third one on. --memory measures memory alone,
-which a busy machine does not change; every process then uses as many threads as it likes, as a run does.
+whole review, 107 tokens on average, already keeps a small CPU busy; it is measured too, as are 2 of them and the quickstart's 16.
+For comparison, as many processes run at once, with the cores divided between their threads. Every process is fresh; SmolLM2-135M,
+rank 8 on all linear layers, shipped reviews. Steps are timed from the third one on. --memory measures memory alone, which a busy
+machine does not change; every process then uses as many threads as a run does.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Bench:
 
     def memory(self) -> dict[str, Any]:
         """Peaks of one run by the ordinary loop, of all members in one pass, and of separate processes, at 16 rows a step, with a
-        look at held-out rows, so that each member keeps its best values too."""
+        held-out evaluation, so that each member keeps its best values too."""
         one, many = self._one(Load(WHOLE), "--held-out"), self._many(Load(WHOLE), "--held-out")
         return {
             "batch": WHOLE,
@@ -96,7 +96,7 @@ class Bench:
         }
 
     def speed(self, load: Load, rounds: int, *, processes: bool) -> dict[str, Any]:
-        """Tokens a second with steps of `load`: one run (so many in turn are as fast), all in one pass, all at once."""
+        """Tokens a second with steps of `load`: one run (successive runs have the same rate), all in one pass, all at once."""
         found: dict[str, list[float]] = {"one by one": [], "together": [], "processes": []}
         ways = {"one by one": self._one, "together": self._many}
         for number in range(rounds):
@@ -128,7 +128,7 @@ class Bench:
         return json.loads(result.read_text(encoding="utf-8"))
 
     def _at_once(self, load: Load) -> list[dict[str, Any]]:
-        """As many processes as members, begun together, with the cores shared between them."""
+        """As many processes as members, started together, with the cores shared between them."""
         threads = max(1, (os.cpu_count() or 1) // self.members)
         print(f"{self.members} processes of {threads} threads, {' '.join(load.flags(self.steps))}", file=sys.stderr, flush=True)
         self._count += 1

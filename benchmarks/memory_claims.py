@@ -2,11 +2,11 @@
 
     python benchmarks/memory_claims.py [--claims 7b 7b-held-out 13b 13b-in-memory 70b overhead] [--stores FOLDER]
 
-Each claim runs in a process of its own, which plans its run as `lorakeet finetune --memory.budget` does, over random weights in
-the model's true shapes, packed in NF4 (13B: in 4-bit GPTQ, groups of 128) into a store that is made once (7B: 3.9 GB, 13B: 7 GB,
-70B: 36 GB). The run is the real training loop, checkpoint and adapter on disk included; that of 7b-held-out chooses its best
-adapter by a held-out row. The peak is VmHWM of /proc/self/status from the start of the process to its end: resident pages of
-every kind, those of files too. There is no GPU here: the GPU column is the planned sum of the tensors of a step, and was not run.
+Each claim runs in a process of its own, which plans its run as `lorakeet finetune --memory.budget` does. The weights are random,
+in the model's true shapes, in NF4 (13B: 4-bit GPTQ, groups of 128), in a store that is made once (7B: 3.9 GB, 13B: 7 GB, 70B: 36
+GB). The run is the real training loop, checkpoint and adapter on disk included; 7b-held-out chooses its best adapter by a
+held-out row. The peak is VmHWM of /proc/self/status from the start of the process to its end: resident pages of every kind, files
+included. No GPU is used: the GPU column is the planned sum of the tensors of a step, and was not run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import Record, Silent
@@ -72,7 +72,7 @@ class Claim:
     steps: int
     budget: int
     layers: int | None = None  # fewer blocks than the model has, for what does not depend on their number
-    slots: int | None = None  # blocks in memory, 0 for all; left out, as many as the budget has room for
+    slots: int | None = None  # blocks in memory, 0 for all; left out, as many as fit into the budget
     batches: int = 1
     gptq: bool = False  # whether the weights are in 4-bit GPTQ, else in NF4
     held_out: int = 0  # rows
@@ -176,7 +176,7 @@ def store_of(claim: Claim, stores: Path) -> Path:
 
 
 def rows(claim: Claim) -> list[Example]:
-    """Random rows, every token but the first learnt."""
+    """Random rows; every token but the first is a target."""
     draw = np.random.default_rng(0)
     supervised = np.arange(claim.tokens) > 0
     return [

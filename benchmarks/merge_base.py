@@ -1,10 +1,10 @@
-"""Claim: an adapter trained on a quantised base goes into the base that measures better on the held-out rows: both are measured.
+"""Claim: an adapter trained on a quantised base is merged into the base that measures better on the held-out rows.
 
     python benchmarks/merge_base.py [--runs RUN …] [--methods nf4 int8] [--steps 34]
 
-For each way of quantising, the shipped run file is trained on the base so quantised (or RUNs that were are given). What
-`lorakeet merge --into auto` measures is the result: the adapter over the original weights and over the dequantised ones, on the
-same held-out rows, each with its interval, and the paired difference. Scores are no timings: a busy machine does not change them.
+For each quantisation, the shipped run file is trained on the quantised base (or finished RUNs are given). The result is what
+`lorakeet merge --into auto` measures: the adapter over the original weights and over the dequantised ones, on the same held-out
+rows, each with its interval, and the paired difference. Scores are no timings: a busy machine does not change them.
 """
 
 from __future__ import annotations

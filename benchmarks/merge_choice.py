@@ -1,4 +1,4 @@
-"""Claim: several adapters are combined into the adapter that was asked for; PEFT's `linear`, on A and B, gives another one.
+"""Claim: several adapters are combined into their exact weighted sum; PEFT's `linear`, on A and B, gives another adapter.
 
     python benchmarks/merge_choice.py [RUN_OR_ADAPTER RUN_OR_ADAPTER] [--weights 0.7 0.3] [--steps 20]
 
@@ -28,7 +28,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft as peft_format
 from lorakeet.merge.combine import CombineSpec, combination
-from lorakeet.merge.factors import best_of_factors, stacked
+from lorakeet.merge.low_rank import stack_factors, truncate_factors
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.workflows.finetune import finetune
@@ -128,9 +128,9 @@ def _speed(adapters: Mapping[str, Adapter], weights: tuple[float, ...]) -> float
     ratios = []
     for path in list(first.pairs)[:7]:
         pairs = [adapter.pairs[path] for adapter in adapters.values()]
-        A, B = stacked([(pair.A, pair.B, pair.scale * weight) for pair, weight in zip(pairs, weights, strict=True)])
+        A, B = stack_factors([(pair.A, pair.B, pair.scale * weight) for pair, weight in zip(pairs, weights, strict=True)])
         took = []
-        for work in (lambda A=A, B=B: torch.linalg.svd(B @ A, full_matrices=False), lambda A=A, B=B: best_of_factors(A, B, 8)):
+        for work in (lambda A=A, B=B: torch.linalg.svd(B @ A, full_matrices=False), lambda A=A, B=B: truncate_factors(A, B, 8)):
             began = time.perf_counter()
             work()
             took.append(time.perf_counter() - began)

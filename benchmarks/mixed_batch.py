@@ -1,10 +1,10 @@
-"""Claim: 16 rows with 16 adapters take at most 1.15 times the base's time in fp32 and for prompts, 1.35 writing tokens in bf16.
+"""Claim: 16 rows with 16 adapters take at most 1.15 times the base's time in fp32 and for prompts, 1.35 for tokens in bf16.
 
     python benchmarks/mixed_batch.py [--quick] [--rounds 15] [--rank 8] [--targets all q_proj,v_proj]
 
-A step of the model by itself, without a server: 16 prompts of 64 tokens that nothing is cached of, and 16 rows that write a token
-behind them. The adapters have come before; what an arrival costs is no part of this (benchmarks/serving.py has it). Steps of the
-bare base and with an adapter of its own for each row take turns, and each is compared with the one beside it.
+A step of the model by itself, without a server: 16 prompts of 64 tokens without cached tokens, and 16 rows that generate a token
+after them. The adapters are loaded already; the cost of loading is measured by benchmarks/serving.py. Steps of the base and steps
+with an adapter for each row alternate, and each is compared with its neighbour.
 """
 
 from __future__ import annotations

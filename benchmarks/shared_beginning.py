@@ -1,11 +1,11 @@
-"""Claim: rows that begin with one prompt cost their own tokens, and those of the prompt once for each pass.
+"""Claim: rows that share a prompt cost their own tokens, and those of the prompt once a micro-batch.
 
     python benchmarks/shared_beginning.py [--quick] [--steps 5] [--model HuggingFaceTB/SmolLM2-135M]
 
-Training steps of 16 rows of 64 tokens behind a prompt, the last token learnt, random weights in bf16, rank 8 on all linear
-layers, as many tokens at once as a run has by default. By turns in one process, the prompt computed once for the rows of a pass
-(as a run does by itself), and in every row. Claimed: as much faster as there are fewer FLOPs, but for a sixth. Losses and
-gradients are the same to rounding (tests/models/test_text).
+Training steps of 16 rows of 64 tokens after a prompt, the last token the only target, random weights in bf16, rank 8 on all
+linear layers, as many tokens at once as a run has by default. Alternately in one process, the prompt is computed once a
+micro-batch (as a run does by default), and in every row. Claimed: as many times faster as there are fewer FLOPs, less a sixth.
+Losses and gradients are the same up to rounding (tests/models/test_text).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WITHIN = 5 / 6  # of what the FLOPs promise
 
 
 def asked_of(prompt: int, steps: int, products: str, model: str) -> dict[str, Any]:
-    """What the process is told."""
+    """The request to the process."""
     settings = {
         "model.dtype": "bfloat16", "model.products": products, "data.max_tokens": prompt + OWN, "train.batch_size": ROWS,
         "lora.rank": 8,

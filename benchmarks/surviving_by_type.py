@@ -74,7 +74,7 @@ def by_type(layout: PackedLayout) -> dict[str, list[str]]:
 def measure(
     merging: Merging, solved: Mapping[str, Requantised], paths: Sequence[str], name: str, *, gain: bool
 ) -> dict[str, Any]:
-    """What the numbers of the layers at `paths` hold of the change, packed each way; the share of the gain if it is asked."""
+    """The part of the change that the layers at `paths` keep, for each way of rounding; the share of the gain if requested."""
     found: dict[str, Any] = {"layers": len(paths), "numbers": 0, "surviving_share": {}}
     for way in (NEAREST, FEEDBACK):
         text, kept = merging.live(), _Kept()

@@ -4,8 +4,8 @@
 
 RUN is a finished run on an unquantised base. The base is quantised once for each layout (GPTQ in groups of 64 on training rows;
 GGUF by llama.cpp), and `lorakeet merge --into packed` puts the adapter into it: rounded to the nearest, by error feedback, and
-with a finish. Each share stands with its interval. Calibration and finish see training rows only. With --work a broken off run
-goes on where it was. Shares are no timings: a busy machine does not change them.
+with a finish. Each share has its interval. Calibration and finish see training rows only. With --work an interrupted run
+resumes. Shares are no timings: a busy machine does not change them.
 """
 
 from __future__ import annotations

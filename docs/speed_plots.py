@@ -13,8 +13,8 @@ TITLES = {
     "adapters": "adapters in one step",
     "size": "parameters of the base",
 }
-WIDTH, HEIGHT, LEFT, TOP, GAP = 320, 190, 64, 46, 44  # pixels of a panel's field, and around it
-OURS, OTHERS, LAW, ASKED = "#0a5f9e", "#8a8a8a", "#999", "#b3261e"
+WIDTH, HEIGHT, LEFT, TOP, GAP = 320, 190, 64, 46, 44  # pixels of a panel, and around it
+OURS, OTHERS, LAW, REQUIRED = "#0a5f9e", "#8a8a8a", "#999", "#b3261e"
 COLOURS = ("#0a5f9e", "#0a7d4f", "#7a3e9d", "#b3261e", "#c77700", "#555", "#00838f", "#8d6e63", "#999")
 STYLE = "text{font:12px sans-serif;fill:#333}.small{fill:#666;font-size:11px}"
 
@@ -39,7 +39,7 @@ def line(points: Sequence[tuple[float, float]], colour: str, *, dashed: bool = F
 
 def speeds(title: str, contenders: Mapping[str, Mapping[str, Any]]) -> str:
     """A bar a contender, the fastest on top: tokens a second, with the lowest and highest round as a line."""
-    left, width, step = 170, 420, 26
+    left, width, step = 190, 420, 26
     rows = sorted(contenders.items(), key=lambda item: -item[1]["tokens_per_second"]["median"])
     most = max(row["tokens_per_second"]["max"] for _, row in rows)
     parts = [text(8, 18, title)]
@@ -49,7 +49,7 @@ def speeds(title: str, contenders: Mapping[str, Mapping[str, Any]]) -> str:
         colour = LAW if other else OURS if name.startswith("lorakeet") else OTHERS
         low, high, length = (left + width * speed[key] / most for key in ("min", "max", "median"))
         parts += [
-            text(8, y + 13, f"{name} (learns other)" if other else name),
+            text(8, y + 13, f"{name} (trains otherwise)" if other else name),
             f'<rect x="{left}" y="{y}" width="{length - left:.1f}" height="18" fill="{colour}"/>',
             f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 9}" y2="{y + 9}" stroke="#000"/>',
             text(high + 6, y + 13, f"{speed['median']:,.0f} tokens/s, {row['peak_bytes']['median'] / 1e9:.2f} GB"),
@@ -117,17 +117,17 @@ def curves(title: str, found: Mapping[str, Sequence[float]]) -> str:
 
 
 def shares(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """A bar a case: the step's share of the machine's rate, and where it was asked to be."""
+    """A bar a case: the step's share of the machine's rate, and the required share."""
     left, width, step = 230, 400, 20
     parts = [text(8, 18, title)]
     for number, one in enumerate(lines):
         y, share = 34 + step * number, one["shares"]["step"]
         name = f"{one['base']}, {one['length']:,} tokens, {one['learnt']}, {one['layout']}"
-        asked = left + width * one["asked"]
+        required = left + width * one["asked"]
         parts += [
             text(8, y + 12, name, small=True),
             f'<rect x="{left}" y="{y}" width="{width * share:.1f}" height="14" fill="{OURS}"/>',
-            f'<line x1="{asked:.1f}" x2="{asked:.1f}" y1="{y - 2}" y2="{y + 16}" stroke="{ASKED}" stroke-width="2"/>',
+            f'<line x1="{required:.1f}" x2="{required:.1f}" y1="{y - 2}" y2="{y + 16}" stroke="{REQUIRED}" stroke-width="2"/>',
             text(left + width * max(share, one["asked"]) + 8, y + 12, f"{share:.2f}", small=True),
         ]
     return sheet(left + width + 60, 44 + step * len(lines), title, parts)
@@ -151,7 +151,7 @@ def growth(found: Mapping[str, Any]) -> str:
 
 
 def panel(title: str, points: Sequence[Mapping[str, Any]], left: float, top: float) -> str:
-    """One axis; its values stand at equal distances."""
+    """One axis; its values are at equal distances."""
     values = [one[key] for one in points for key in ("us", "law_us")]
     low, high = math.log10(min(values)) - 0.08, math.log10(max(values)) + 0.08
 

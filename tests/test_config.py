@@ -43,7 +43,7 @@ def test_a_run_file_is_read_with_its_plain_values(tmp_path: Path) -> None:
 
 def test_a_start_that_is_measured_on_rows_is_not_for_pictures(tmp_path: Path) -> None:
     path = written(tmp_path, "kind: image\nmodel: some/folder\ndata: pictures\nlora: {start: gradient}\n")
-    assert "lora.start gradient is measured on rows of text, but kind is image" in complaint(path)
+    assert "lora.start gradient needs rows of text, but kind is image" in complaint(path)
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_model_and_rows_are_asked_for(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("lora: {rank: 4\nout: x\n", "is not valid YAML at line 2"),
-        ("lora:\n  rank: 4\n  rank: 8\n", "at line 3, column 3: key 'rank' is given twice. Mend it there and run it again."),
+        ("lora:\n  rank: 4\n  rank: 8\n", "at line 3, column 3: key 'rank' is given twice. Fix it there and run again."),
         ("- a\n- b\n", "holds ['a', 'b']; expected keys such as 'model: …'"),
         ("just words\n", "holds 'just words'"),
         ("a: !!python/object:os.system {}\n", "could not determine a constructor"),

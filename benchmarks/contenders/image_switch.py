@@ -16,9 +16,9 @@ from torch import nn
 
 from contenders.image_step import SHAPES, random_unet
 from lorakeet.core.spec import LoraSpec
+from lorakeet.formats.components import with_components
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.diffusion import diffusers as diffusers_files
-from lorakeet.formats.sd_names import with_components
 from lorakeet.models.image.kinds import KINDS
 from lorakeet.models.image.model import ImageModel, image_plan, put_image_adapter
 from lorakeet.models.inject import activate, adapter_of, eject, inject, trained_parameters

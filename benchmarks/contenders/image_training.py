@@ -20,7 +20,7 @@ from lorakeet.models.image.latent_cache import Captions, encode_images
 from lorakeet.models.image.model import load_image_model, put_image_adapter
 from lorakeet.train.image.task import denoising_errors
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.workflows.finetuning.assemble_image import assemble_images, ready_to_train
+from lorakeet.workflows.finetuning.assemble_image import assemble_images, image_task
 
 WARM = 2  # steps that are not timed
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -38,7 +38,7 @@ def with_lorakeet(asked: dict[str, Any]) -> dict[str, Any]:
 
     began = time.perf_counter()
     setup = assemble_images(_config(asked), Console(quiet=True))
-    task = ready_to_train(setup)
+    task = image_task(setup)
     for picture in setup.train:
         setup.captions.of(picture.row.caption)
     setup.captions.of("")

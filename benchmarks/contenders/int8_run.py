@@ -19,8 +19,8 @@ from lorakeet.config import read_run
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, Judge
+from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
+from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, TextEvaluator
 from lorakeet.workflows.quickstart import config_path
 
 UNTIMED = 2  # steps in which kernels are made
@@ -41,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         if given.steps:
             flags |= {"train.steps": str(given.steps), "train.evaluate_every": str(given.steps)}
-        setup = assemble(read_run(config_path(), flags), Console(quiet=True))
+        setup = assemble_text(read_run(config_path(), flags), Console(quiet=True))
         run = RunFolder.create(Path(folder) / "run")
-        outcome = train(ready_to_train(setup), setup.config.train, run=run)
+        outcome = train(text_task(setup), setup.config.train, run=run)
         records = read_metrics(run.metrics)
     peak = peak_bytes()
-    judge = Judge(setup.config, setup.text, setup.encoder, setup.dataset.test, Console(quiet=True))
+    judge = TextEvaluator(setup.config, setup.text, setup.encoder, setup.dataset.test, Console(quiet=True))
     answers = judge.answers(judge.fitting(), ADAPTER)
     steps = [record for record in records if "loss" in record]
     found = {

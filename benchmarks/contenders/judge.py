@@ -1,10 +1,10 @@
-"""The judge of benchmarks/finetune_vs_peft.py: the held-out loss of written adapters, whoever trained them.
+"""Evaluates saved adapters for benchmarks/finetune_vs_peft.py: their held-out loss, by the same code for every contender.
 
     python -m contenders.judge WORKLOAD RESULT FOLDER
 
-FOLDER holds a folder for each step, with an adapter by PEFT's names; step 0, the base alone, is judged too, unless RESULT is
-there from an earlier contender and says it. The adapter is multiplied out into the weights, W + alpha/rank·B·A, and transformers
-computes with these in fp32: nothing of any contender's own code is asked.
+FOLDER has a folder for each step, with an adapter by PEFT's names. Step 0, the base alone, is evaluated too, unless RESULT exists
+from an earlier contender and has it. The adapter is merged into the weights, W + alpha/rank·B·A, and transformers computes with
+these in fp32: no contender's own code is used.
 """
 
 from __future__ import annotations

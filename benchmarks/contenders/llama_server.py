@@ -1,7 +1,7 @@
 """llama.cpp's own server (package xllamacpp) in a process of its own: python -m contenders.llama_server '{"model": …}'.
 
-Prints "listening URL" and serves until its standard input ends. The wheels on PyPI are built without AVX-512; whoever wants
-llama.cpp at its best builds xllamacpp from source.
+Prints "listening URL" and serves until its standard input ends. The wheels on PyPI are built without AVX-512; for llama.cpp's
+best speed build xllamacpp from source.
 """
 
 from __future__ import annotations

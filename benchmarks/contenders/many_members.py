@@ -28,7 +28,7 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
     from lorakeet.train.text.task import TextTask
-    from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+    from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
     from lorakeet.workflows.quickstart import config_path
     from lorakeet.workflows.runs.output_paths import folder_above
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--longest", type=int, help="only training rows of at most so many tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", action="store_true", help="with a look at held-out rows after every second step")
+    parser.add_argument("--held-out", action="store_true", help="evaluate on held-out rows after every second step")
     parser.add_argument("--loop", action="store_true", help="the loop of lorakeet finetune, of one adapter")
     given = parser.parse_args(arguments)
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "train.checkpoint_every": str(given.steps), "train.evaluate_every": "2", "evaluate.baselines": "false",
             "out": f"{folder}/run",
         }  # fmt: skip
-        setup = short_rows(assemble(read_run(config_path(), flags), Console(quiet=True)), given.longest)
+        setup = short_rows(assemble_text(read_run(config_path(), flags), Console(quiet=True)), given.longest)
         loaded = peak_bytes()
         found = _loop(setup, given) if given.loop else _many(setup, given)
     about = {"loaded_bytes": loaded, "peak_bytes": max(loaded, peak_bytes()), "threads": torch.get_num_threads()}
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def short_rows(setup: Assembly, longest: int | None) -> Assembly:
+def short_rows(setup: TextAssembly, longest: int | None) -> TextAssembly:
     """The same with the training rows of at most `longest` tokens."""
     if longest is None:
         return setup
@@ -66,7 +66,7 @@ def short_rows(setup: Assembly, longest: int | None) -> Assembly:
     return replace(setup, train=replace(setup.train, examples=kept))
 
 
-def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
+def _many(setup: TextAssembly, given: argparse.Namespace) -> dict[str, Any]:
     """Members of different seeds and rates; seconds and tokens of each round."""
     members = []
     for number in range(given.members):
@@ -87,12 +87,12 @@ def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "tokens": tokens, "losses": [at.losses for at in ended]}
 
 
-def _held_out(setup: Assembly, given: argparse.Namespace) -> Sequence[Any]:
+def _held_out(setup: TextAssembly, given: argparse.Namespace) -> Sequence[Any]:
     """The rows that are looked at, so that a member keeps its best values, as in a search; none where steps are timed."""
     return setup.held_out.examples if given.held_out else ()
 
 
-def _loop(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
+def _loop(setup: TextAssembly, given: argparse.Namespace) -> dict[str, Any]:
     spec = replace(setup.config.train, seed=given.seed)
     initialise_adapter(setup.text, setup.plan, seed=spec.seed)
     run = RunFolder.create(Path(setup.config.out))

@@ -13,7 +13,7 @@ from contenders.packed_workload import lorakeet_on
 from contenders.with_lorakeet import StepRecorder, require_same_rows
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.cuda_graphs import record_passes
+from lorakeet.workflows.finetuning.cuda_graphs import record_graphs
 
 
 def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", recorded: bool = False) -> StepLog:
@@ -22,7 +22,7 @@ def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", reco
     require_same_rows(ready.task, workload)
     text = ready.task.text
     log = StepLog(
-        card=workload.device == "cuda",
+        gpu=workload.device == "cuda",
         notes={
             "rows lie": "flat",
             "attention": text.attention,
@@ -31,7 +31,7 @@ def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", reco
             "recorded": str(recorded),
         },
     )
-    record_passes(text, ready.task, Console(quiet=True))
+    record_graphs(text, ready.task, Console(quiet=True))
     with TemporaryDirectory() as folder:
         train(ready.task, ready.config.train, run=RunFolder.create(Path(folder) / "run"), report=StepRecorder(log))
     return log

@@ -1,4 +1,4 @@
-"""The same with both passes of the decoder recorded (train.cuda_graphs)."""
+"""The same with the decoder's forward and backward pass as CUDA graphs (train.cuda_graphs)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_kernels import rate as rate_of_card
+from gpu_kernels import rate as rate_of_gpu
 from harness.workload import Row, Workload
 from plan_accuracy import published_shape
 from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def _example(row: Row) -> Example:
 
 
 def drawn_steps(tokens: int, steps: int, seed: int) -> tuple[tuple[Row, ...], ...]:
-    """A pack for each step, whose rows are learnt but for their first token; `prompt` is a row's number, by which Lorakeet's
+    """A pack for each step; every token but the first of a row is a target. `prompt` is a row's number, by which Lorakeet's
     order of these rows has it in its step."""
     draw, order = np.random.default_rng(seed), StepOrder(steps * len(SPREAD), len(SPREAD), seed)
     lengths = [round(share * tokens / len(SPREAD)) for share in SPREAD]
@@ -122,10 +122,10 @@ def main() -> None:
     replace(drawn, target_modules=tuple(targets)).write(given.workload)
     if {*drawn.tokens, *(len(batches) for batches in map(task.batches, range(given.steps)))} != {given.tokens, 1}:
         raise SystemExit(f"Steps have {drawn.tokens} tokens, and are to be packs of {given.tokens} that are computed at once.")
-    card = given.device == "cuda"
+    gpu = given.device == "cuda"
     about = {
-        "card": torch.cuda.get_device_name() if card else None,
-        "rate": rate_of_card(torch.device("cuda")) if card else timed_step.rate(text.products),
+        "card": torch.cuda.get_device_name() if gpu else None,
+        "rate": rate_of_gpu(torch.device("cuda")) if gpu else timed_step.rate(text.products),
     }
     given.workload.with_name("about.json").write_text(json.dumps(about), encoding="utf-8")
 

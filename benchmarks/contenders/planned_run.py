@@ -1,4 +1,4 @@
-"""A short run of any settings in a process of its own, which says how much memory each phase really held."""
+"""A short run of any settings in a process of its own, which reports the memory that each phase used."""
 
 from __future__ import annotations
 

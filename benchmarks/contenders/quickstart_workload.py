@@ -15,7 +15,7 @@ from lorakeet.data.chat import Example
 from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_of
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.quickstart import config_path
 
 INSTRUCTION = (
@@ -53,12 +53,12 @@ def quickstart(
     return replace(config, train=train)
 
 
-def first_rows(setup: Assembly, count: int | None) -> Assembly:
+def first_rows(setup: TextAssembly, count: int | None) -> TextAssembly:
     """The same with that many training rows; SystemExit where there are fewer."""
     if count is None:
         return setup
     if count > len(setup.train.examples):
-        raise SystemExit(f"{count} training rows are asked for, and there are {len(setup.train.examples)}.")
+        raise SystemExit(f"{count} training rows were requested, and there are {len(setup.train.examples)}.")
     return replace(setup, train=replace(setup.train, examples=setup.train.examples[:count]))
 
 
@@ -73,7 +73,7 @@ class Asked:
     instructed: bool
 
 
-def workload_of(setup: Assembly, task: TextTask, asked: Asked, *, adapter: Path) -> Workload:
+def workload_of(setup: TextAssembly, task: TextTask, asked: Asked, *, adapter: Path) -> Workload:
     """The first steps of `task` with its settings; the adapter as it begins goes to `adapter`."""
     lora, train = setup.config.lora, setup.config.train
     peft.write(adapter_of(setup.text.model, base=str(setup.text.source)), adapter)
@@ -108,7 +108,7 @@ def _save_after(asked: Asked) -> tuple[int, ...]:
     return (*range(asked.save_every, asked.steps, asked.save_every), asked.steps)
 
 
-def _row(setup: Assembly, example: Example) -> Row:
+def _row(setup: TextAssembly, example: Example) -> Row:
     tokenizer = setup.text.tokenizer
     ids, targets = example.ids.tolist(), example.supervised.nonzero()[0].tolist()
     first = targets[0]
@@ -132,8 +132,8 @@ def main() -> None:
     config = quickstart(
         steps=given.steps, seed=given.seed, shuffled=given.shuffled, instructed=given.instructed, flags=flags
     )
-    setup = first_rows(assemble(config, Console(stderr=True)), given.training_rows)
-    task = ready_to_train(setup, held_out=())
+    setup = first_rows(assemble_text(config, Console(stderr=True)), given.training_rows)
+    task = text_task(setup, held_out=())
     asked = Asked(given.steps, given.save_every, given.training_rows, given.judged_rows, given.instructed)
     workload_of(setup, task, asked, adapter=given.workload.with_name("adapter")).write(given.workload)
 

@@ -16,7 +16,7 @@ from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
 
 HELD_OUT = 8  # rows: enough that a best adapter is kept, so that the checkpoint is as large as in a real run
 ROWS_A_STEP = 4
@@ -55,8 +55,8 @@ def main() -> None:
 def _training(given: argparse.Namespace) -> Training:  # type: ignore[type-arg]
     config = quickstart(steps=given.steps, seed=given.seed)
     spec = replace(config.train, batch_size=ROWS_A_STEP, evaluate_every=1, checkpoint_every=1)
-    setup = assemble(replace(config, train=spec), Console(stderr=True))
-    task = ready_to_train(setup, held_out=setup.held_out.examples[:HELD_OUT])
+    setup = assemble_text(replace(config, train=spec), Console(stderr=True))
+    task = text_task(setup, held_out=setup.held_out.examples[:HELD_OUT])
     run = RunFolder.open(given.run) if given.resume else RunFolder.create(given.run)
     return Training(task, spec, run=run, report=Silent())
 

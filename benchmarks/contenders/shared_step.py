@@ -1,4 +1,4 @@
-"""Training steps over rows that begin alike, by turns with their beginning computed once a pass and with it in every row."""
+"""Training steps over rows that share a prompt, computed once a micro-batch or in every row, alternately."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _behind(prompt: Ids, row: Example) -> Example:
-    """The row with the prompt, of which nothing is learnt, before it."""
+    """The row with the prompt before it; the prompt has no targets."""
     supervised = np.concatenate([np.zeros(len(prompt), bool), row.supervised])
     return replace(row, ids=np.concatenate([prompt, row.ids]), supervised=supervised)
 

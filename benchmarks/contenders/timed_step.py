@@ -63,7 +63,7 @@ class Counter(TorchDispatchMode):
 
 
 def answer(measure: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Writes what `measure` finds of what the process is asked (harness/processes.answered), its memory kept as a run does."""
+    """Writes the answer of `measure` to the process's request (harness/processes.answered), with a run's memory settings."""
     limit_code_cache()
     keep_freed_memory()
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def answer(measure: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
 
 
 def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """`asked`: settings and shape as of planned_run, rows' `lengths`, which tokens are `learnt`, and how many `steps` are timed
+    """`asked`: settings and shape as of planned_run, rows' `lengths`, which tokens are targets, and how many `steps` are timed
     after the `untimed` ones.
 
     With `members` the rows are divided among so many adapters, which are trained in one pass.
@@ -172,7 +172,7 @@ def rate(products: torch.dtype) -> float:
 
 
 def made_up(length: int, learnt: str, number: int) -> Example:
-    """Random tokens, of which the last ones are learnt."""
+    """Random tokens, of which the last ones are targets."""
     count = 1 if learnt == "label" else min(length - 1, max(1, round(LEARNT[learnt] * length)))
     draw = random.Random(number)
     ids = np.array([draw.randrange(3, 4000) for _ in range(length)], np.int64)

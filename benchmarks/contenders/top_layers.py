@@ -21,7 +21,7 @@ from lorakeet.config import read_run
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
 from lorakeet.workflows.quickstart import config_path
 
 
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "lora.layers": given.layers, "train.epochs": str(given.epochs), "data.limit": str(given.limit),
             "train.seed": str(given.seed), "train.patience": "0", "out": f"{folder}/run",
         }  # fmt: skip
-        setup = assemble(read_run(config_path(), flags), Console(quiet=True))
-        task, spec = ready_to_train(setup), setup.config.train
+        setup = assemble_text(read_run(config_path(), flags), Console(quiet=True))
+        task, spec = text_task(setup), setup.config.train
         kept, filled, began = 0, 0.0, time.perf_counter()
         with ExitStack() as stack:
             if given.kept:

@@ -1,4 +1,6 @@
-"""A whole run of `lorakeet finetune` in a process of its own, judged and certified, with its plan and the memory that it held."""
+"""A whole run of `lorakeet finetune` in a process of its own, with evaluation and certificate, its plan and the memory that it
+used
+"""
 
 from __future__ import annotations
 

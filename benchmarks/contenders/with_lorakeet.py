@@ -24,7 +24,7 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.train.progress import Record, Silent
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text.task import TextTask
-    from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
+    from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 
 
 class StepRecorder(Silent):
@@ -44,8 +44,8 @@ class StepRecorder(Silent):
 class Recorder(StepRecorder):
     """Now and then writes the adapter, too."""
 
-    def __init__(self, log: StepLog, workload: Workload, setup: Assembly, task: TextTask, beside: Sequence[Example]) -> None:
-        """`beside` are rows that are neither trained on nor judged."""
+    def __init__(self, log: StepLog, workload: Workload, setup: TextAssembly, task: TextTask, beside: Sequence[Example]) -> None:
+        """`beside` are rows that are neither trained on nor evaluated."""
         super().__init__(log)
         self.workload, self.setup, self.task, self.beside = workload, setup, task, beside
 
@@ -74,12 +74,12 @@ def train_lorakeet(
     config = quickstart(
         steps=steps, seed=workload.seed, dtype=dtype, shuffled=workload.shuffled, instructed=workload.instructed, flags=flags
     )
-    whole = assemble(config, Console(stderr=True))
+    whole = assemble_text(config, Console(stderr=True))
     setup = first_rows(whole, workload.training_rows)
     beside = whole.train.examples[len(setup.train.examples) :][:rows_beside]
     if len(beside) < rows_beside:
         raise SystemExit(f"{len(beside)} rows are left beside those of the training, and {rows_beside} are wanted.")
-    task = ready_to_train(setup, held_out=())  # so that only training is timed
+    task = text_task(setup, held_out=())  # so that only training is timed
     require_same_rows(task, workload)
     if not shares_prefix:
         task.text = task.text.with_options(share_prefix=False)

@@ -1,6 +1,6 @@
-"""Lorakeet with Fast Forward (arXiv 2409.04206): now and then the last step is taken again as long as held-out loss falls.
+"""Lorakeet with Fast Forward (arXiv 2409.04206): now and then the last step is repeated as long as held-out loss falls.
 
-Not a feature of Lorakeet: tried here, and judged by --to-loss of finetune_vs_peft, seed by seed. Its work is within the clock.
+Not a feature of Lorakeet: finetune_vs_peft --to-loss measures it, seed by seed. Its work is within the clock.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIRST = 6  # before that, Adam's moments are hardly known
 
 
 class Forwarding(Recorder):
-    """Repeats the step W_t − W_{t−1} while the loss on rows that are neither trained on nor judged falls."""
+    """Repeats the step W_t − W_{t−1} while the loss on rows that are neither trained on nor evaluated falls."""
 
     repeated = 0
 

@@ -1,4 +1,4 @@
-"""Lorakeet over frozen weights in int8 that are multiplied in int8: fewer bytes, and other roundings than the rest."""
+"""Lorakeet over frozen weights in int8 that are multiplied in int8: fewer bytes, and other rounding than the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lorakeet with adapters in the top 8 layers alone: the frozen prefix. Fewer parameters, so another function is learnt."""
+"""Lorakeet with adapters in the top 8 layers alone: the frozen prefix. It trains fewer parameters, and so another function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lorakeet computing for every row anew what all rows of a batch begin with: what sharing it is worth."""
+"""Lorakeet without shared prefixes: every row computes its own."""
 
 from __future__ import annotations
 

@@ -54,19 +54,19 @@ def summary(values: Iterable[float]) -> Summary:
     return Summary(tuple(values))
 
 
-def environment(*, card: bool = False) -> dict[str, str]:
+def environment(*, gpu: bool = False) -> dict[str, str]:
     """This process's environment with QUIET, and with benchmarks/ importable beside what PYTHONPATH names already.
 
-    With `card` a CUDA device is seen.
+    With `gpu` a CUDA device is visible.
     """
     there = os.environ.get("PYTHONPATH", "")
-    quiet = {name: value for name, value in QUIET.items() if not (card and name == "CUDA_VISIBLE_DEVICES")}
+    quiet = {name: value for name, value in QUIET.items() if not (gpu and name == "CUDA_VISIBLE_DEVICES")}
     return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *([there] if there else [])])}
 
 
-def run_module(python: str, module: str, arguments: Sequence[str], *, log: Path, card: bool = False) -> float:
+def run_module(python: str, module: str, arguments: Sequence[str], *, log: Path, gpu: bool = False) -> float:
     """Seconds that `python -m module arguments` took; its output goes to `log`. Raises Failed with the end of it."""
-    return run([python, "-m", module, *arguments], log=log, card=card)
+    return run([python, "-m", module, *arguments], log=log, gpu=gpu)
 
 
 def answered(module: str, asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -78,12 +78,12 @@ def answered(module: str, asked: Mapping[str, Any], folder: Path) -> dict[str, A
     return found
 
 
-def run(command: Sequence[str], *, log: Path, card: bool = False) -> float:
+def run(command: Sequence[str], *, log: Path, gpu: bool = False) -> float:
     """Seconds that `command` took in benchmarks/'s environment; its output goes to `log`. Raises Failed with the end of it."""
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as output:
         code = subprocess.run(
-            command, env=environment(card=card), cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, check=False
+            command, env=environment(gpu=gpu), cwd=log.parent, stdout=output, stderr=subprocess.STDOUT, check=False
         ).returncode
     seconds = time.perf_counter() - began
     if code:

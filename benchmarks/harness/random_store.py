@@ -15,9 +15,9 @@ from lorakeet.memory.store import new_store
 from lorakeet.models.families import Family
 from lorakeet.models.files.packing import packing_of
 from lorakeet.models.streaming.load import empty_model, records_of
+from lorakeet.quant.construct import empty_base, quantise_weight
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import empty_base, quantised
 from lorakeet.quant.spec import QuantSpec
 
 SPREAD = 0.02  # standard deviation of the weights, as models are initialised
@@ -93,7 +93,7 @@ class _Draw:
 
     def _first(self, shape: tuple[int, int], settings: Mapping[str, Any]) -> PackedBase:
         if settings["method"] != "gptq":
-            return quantised(torch.randn(shape, generator=self._torch).mul_(SPREAD), self.quantize)
+            return quantise_weight(torch.randn(shape, generator=self._torch).mul_(SPREAD), self.quantize)
         base = empty_base(settings)
         assert isinstance(base, GptqBase)
         base.qweight.random_(generator=self._torch)

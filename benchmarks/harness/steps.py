@@ -21,7 +21,7 @@ PACKAGES = (
 
 @dataclass
 class StepLog:
-    """Seconds and loss of each step, and the most memory the process ever held (VmHWM); of a `card` that too."""
+    """Seconds and loss of each step, and the process's peak memory (VmHWM); with `gpu` the GPU's too."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -29,17 +29,17 @@ class StepLog:
     loaded_bytes: int = 0  # the peak until training begins: loading the model is a part of it
     before: float = 0.0  # seconds of training's own work before its first step
     last: float = 0.0
-    card: bool = False
-    card_loaded_bytes: int = 0  # the peak of the card's until training begins
+    gpu: bool = False
+    gpu_loaded_bytes: int = 0  # the GPU's peak until training starts
     card_pool_bytes: int = 0  # that recorded graphs keep for themselves, and torch does not count as allocated
 
     def begin(self) -> None:
         """Starts the clock of the first step. To be called before anything resets the system's own peak."""
         self.loaded_bytes = max(self.loaded_bytes, peak_bytes())
-        if self.card:
+        if self.gpu:
             import torch
 
-            self.card_loaded_bytes = torch.cuda.max_memory_allocated()
+            self.gpu_loaded_bytes = torch.cuda.max_memory_allocated()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             self.card_pool_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -48,7 +48,7 @@ class StepLog:
 
     def step(self) -> None:
         """Ends a step: its seconds run from the end of the one before it, whatever the library does in between."""
-        if self.card:
+        if self.gpu:
             import torch
 
             torch.cuda.synchronize()
@@ -57,7 +57,7 @@ class StepLog:
         self.last = now
 
     def save_adapter(self, workload: Workload, write: Callable[[Path], object]) -> None:
-        """After a step that the workload names, the adapter is written for the judge. The clock stands still meanwhile."""
+        """Saves the adapter for evaluation after the steps that the workload names, outside the clock."""
         step = len(self.seconds)
         if step in workload.save_after:
             folder = Path(workload.saved) / f"{step}"
@@ -78,8 +78,8 @@ class StepLog:
             "packages": installed(PACKAGES),
             "notes": self.notes,
         }
-        if self.card:
-            found["card_loaded_bytes"] = self.card_loaded_bytes
+        if self.gpu:
+            found["card_loaded_bytes"] = self.gpu_loaded_bytes
             found["card_peak_bytes"] = torch.cuda.max_memory_allocated() + self.card_pool_bytes
             found["card_reserved_bytes"] = torch.cuda.max_memory_reserved()
         path.write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Seconds of training to a held-out loss, read off the points at which a judge measured it. Plain Python."""
+"""Seconds of training to a held-out loss, interpolated between the steps at which it was evaluated. Plain Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Point = dict[str, float]  # step, seconds of training until then, loss
 
 
 def curve(seconds: Sequence[float], before: float, judged: Mapping[str, float]) -> list[Point]:
-    """A point for each judged step. `before`: of training's own work before the first step, which counts."""
+    """A point for each evaluated step. `before`: seconds of training's own work before the first step, which count."""
     until = list(accumulate(seconds, initial=before))
     return [{"step": step, "seconds": until[step], "loss": judged[str(step)]} for step in sorted(map(int, judged))]
 

@@ -20,12 +20,12 @@ PROMPT = "The patient took the drug for two weeks and wrote the following review
 
 
 class Refused(Exception):
-    """The server did not write what it was asked for."""
+    """The server did not generate what was requested."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """Which models requests ask for: drawn from `names` uniformly, or by Zipf's law.
+    """The models of requests: drawn from `names` uniformly, or by Zipf's law.
 
     All prompts begin alike, unless they are `fresh`: then no prompt can be gone on from where another one was computed.
     """
@@ -41,7 +41,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Load:
-    """How much is asked for at once: `streams` requests are open, of `requests` with `tokens` to write each."""
+    """The load: `streams` requests are open at once, of `requests` in all, each for `tokens` tokens."""
 
     streams: int
     requests: int
@@ -65,7 +65,7 @@ class Measured:
 
 
 def rounds_of(url: str, pid: int, laws: Mapping[str, Law], load: Load, rounds: int) -> dict[str, list[Measured]]:
-    """`rounds` of each law's traffic, in turn, so that what the machine does meanwhile meets all of them. First a short one of
+    """`rounds` of each law's traffic, interleaved, so that other work of the machine affects all of them. First a short one of
     each, which is not timed."""
     for law in laws.values():
         traffic(url, law, Load(load.streams, min(load.requests, 2 * load.streams), 4), seed=rounds)  # as none of them has

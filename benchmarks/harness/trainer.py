@@ -16,7 +16,7 @@ ADAPTER = "adapter_model.safetensors"  # PEFT's name for it
 
 def train_with(trainer_for: Callable[[dict[str, Any]], Any], callback: type, workload: Workload) -> StepLog:
     """Trains the workload with the trainer that `trainer_for` makes of the shared arguments; `callback` is TrainerCallback."""
-    log = StepLog(card=workload.device == "cuda")
+    log = StepLog(gpu=workload.device == "cuda")
     with TemporaryDirectory() as folder:
         trainer = trainer_for(arguments(workload, folder))
         trainer.add_callback(clock(callback, log, workload))
@@ -38,7 +38,7 @@ def lora_settings(workload: Workload) -> dict[str, Any]:
 
 
 def prompts_and_completions(workload: Workload) -> dict[str, list[str]]:
-    """The columns of a prompt-completion dataset, whose completions alone are learnt by default."""
+    """The columns of a prompt-completion dataset, whose completions alone are targets by default."""
     return {
         "prompt": [row.prompt for row in workload.rows],
         "completion": [row.completion for row in workload.rows],
@@ -46,13 +46,13 @@ def prompts_and_completions(workload: Workload) -> dict[str, list[str]]:
 
 
 def tokenised(workload: Workload) -> dict[str, list[list[int]]]:
-    """The columns of a dataset that is tokenised already, -100 where nothing is learnt."""
-    learnt = [set(row.targets) for row in workload.rows]
+    """The columns of a dataset that is tokenised already, -100 where there is no target."""
+    targets = [set(row.targets) for row in workload.rows]
     return {
         "input_ids": [list(row.ids) for row in workload.rows],
         "labels": [
             [token if place in places else -100 for place, token in enumerate(row.ids)]
-            for row, places in zip(workload.rows, learnt, strict=True)
+            for row, places in zip(workload.rows, targets, strict=True)
         ],
     }
 

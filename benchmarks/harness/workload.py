@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its token ids, the places of the ids that are learnt, and the same as the texts that TRL wants."""
+    """One row: its token ids, the positions of its target ids, and the same as the texts that TRL takes."""
 
     ids: tuple[int, ...]
     targets: tuple[int, ...]  # indices into ids; each is predicted from the tokens before it
@@ -36,8 +36,8 @@ class Workload:
     shuffled: bool  # rows of every length share a step, as documented trainers take them; else rows of alike length
     instructed: bool  # every row begins with the same instruction
     training_rows: int | None  # how many there are, so that some come again; None: all of the quickstart's
-    held_out: tuple[Row, ...]  # that the judge measures adapters by; nobody trains on them
-    save_after: tuple[int, ...]  # the steps after which a contender writes its adapter for the judge
+    held_out: tuple[Row, ...]  # that evaluate the adapters; no contender trains on them
+    save_after: tuple[int, ...]  # the steps after which a contender saves its adapter for evaluation
     steps: tuple[tuple[Row, ...], ...]
     saved: str = ""  # folder of this run for these adapters
     rows_at_once: int | None = None  # that a trainer of this run computes together; None: all of a step

@@ -1,8 +1,8 @@
 """From nothing to two adapters of a small image model that swap and mix: python -m demos.fashion [--quick] [--out FOLDER].
 
 1. A latent diffusion model in Stable Diffusion's own classes is pre-trained on Fashion-MNIST without two of its ten kinds.
-2. `lorakeet finetune` trains an adapter on 40 photos of a kind that it never saw, and one on 40 photos with a new look.
-3. Base, adapters and their mix are judged on photos that none of them saw, also on the new kind in the new look.
+2. `lorakeet finetune` trains an adapter on 40 photos of a kind that the model never saw, and one on 40 photos with a new look.
+3. Base, adapters and their mix are evaluated on photos that none of them saw, also on the new kind in the new look.
 4. `lorakeet generate` draws with each of them, and with both, in one batch.
 
 The model is a small stand-in, since no weights of the real one come with this package. With `model: stable-diffusion-v1-5/…` and
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def show(options: argparse.Namespace, console: Console) -> None:
-    """All of it. ConfigError at once where an earlier run is in the way."""
+    """Runs the whole demonstration. Raises ConfigError at once if an earlier run is in the way."""
     require_empty(options.out)
     quick = options.quick
     photos, labels, source = (*drawn_photos(each=40), "drawn") if quick else load_photos(options.cache)
@@ -93,19 +93,19 @@ def show(options: argparse.Namespace, console: Console) -> None:
         sheet = draw(base, runs, options.out / "pictures", console, quick=quick)
     for name, found in (("crossed", crossed), ("seconds", seconds)):
         (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    console.print(f"Look at {sheet} and at {' and '.join(str(run / 'report.html') for run in runs.values())}.", soft_wrap=True)
+    console.print(f"Open {sheet} and {' and '.join(str(run / 'report.html') for run in runs.values())}.", soft_wrap=True)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Notes how long the block took."""
+    """Records how long the block took."""
     began = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - began
 
 
 def make_albums(folder: Path, photos: Photos, labels: NDArray[np.uint8], sizes: tuple[int, int]) -> dict[str, Path]:
-    """Training and held-out albums of the new kind and of the new look, and a held-out one of both together."""
+    """Writes training and held-out albums of the new kind and of the new look, and a held-out album of both."""
     train, held_out = sizes
     kind = photos[labels == KINDS.index(KIND)]
     seen = np.flatnonzero(~np.isin(labels, [KINDS.index(name) for name in UNSEEN]))
@@ -122,7 +122,7 @@ def make_albums(folder: Path, photos: Photos, labels: NDArray[np.uint8], sizes: 
 
 
 def settings(base: Path, albums: dict[str, Path], name: str, *, out: Path, steps: int, quick: bool) -> RunConfig:
-    """The run file of one adapter, as `lorakeet finetune` would read it."""
+    """The settings of one adapter's run, as `lorakeet finetune` would read them."""
     given: dict[str, Any] = {
         "kind": "image", "model.path": base, "model.dtype": "float32", "lora.rank": 8, "lora.alpha": 16,
         "lora.target_modules": "all-linear", "data.train": albums[name], "data.held_out": albums[f"{name}-held-out"],
@@ -178,7 +178,7 @@ def compared_with(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> tupl
 
 
 def draw(base: Path, runs: dict[str, Path], out: Path, console: Console, *, quick: bool) -> Path:
-    """One batch in which every picture has its own adapters, and a sheet of them all."""
+    """Draws one batch in which every image has its own adapters, and a sheet of them all."""
     each = ("base", "kind", "look", "kind=1+look=1")
     prompts = (caption(KIND), caption(KIND), caption("coat", look=LOOK), caption(KIND, look=LOOK))
     generate(

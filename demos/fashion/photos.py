@@ -1,4 +1,4 @@
-"""Fashion-MNIST (70,000 photos of clothes, 28×28, ten kinds) from Debian's package or its address, else drawn pictures."""
+"""Fashion-MNIST (70,000 photos of clothes, 28×28, ten kinds) from Debian's package or its address, or else drawn images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Photos = NDArray[np.uint8]  # (n, 32, 32)
 
 
 def load_photos(cache: Path) -> tuple[Photos, NDArray[np.uint8], str]:
-    """All photos with the numbers of their kinds, and where they came from; downloads are kept in `cache`."""
+    """All photos with the numbers of their kinds, and their source; downloads are stored in `cache`."""
     folder = cache / "fashion-mnist"
     folder.mkdir(parents=True, exist_ok=True)
     reasons: list[str] = []
@@ -46,7 +46,7 @@ def load_photos(cache: Path) -> tuple[Photos, NDArray[np.uint8], str]:
 
 
 def _held(folder: Path) -> tuple[bytes, bytes] | None:
-    """The unpacked pictures and labels, if both are there and are what they should be."""
+    """The unpacked images and labels, or None if one is missing or damaged."""
     found = []
     for name, digest in FILES.items():
         try:
@@ -60,7 +60,7 @@ def _held(folder: Path) -> tuple[bytes, bytes] | None:
 
 
 def _from_debian(folder: Path) -> str:
-    """Unpacks Debian's package without root; says why where that fails."""
+    """Unpacks Debian's package without root; says why if that fails."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         return "no apt-get"
     with tempfile.TemporaryDirectory() as place:
@@ -120,12 +120,12 @@ def inverted(photos: Photos) -> Photos:
 
 
 def caption(kind: str, *, look: str = "") -> str:
-    """What a photo is called."""
+    """The caption of a photo."""
     return f"a {look} photo of a {kind}" if look else f"a photo of a {kind}"
 
 
 def save_album(folder: Path, photos: Photos, captions: list[str]) -> Path:
-    """A folder of PNG files with captions beside them, as `lorakeet finetune` reads it; made anew."""
+    """A folder of PNG files with captions beside them, as `lorakeet finetune` reads it; replaces an old one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for number, (photo, text) in enumerate(zip(in_colour(photos), captions, strict=True)):

@@ -1,4 +1,4 @@
-"""A small latent diffusion model in Stable Diffusion's own classes, pre-trained from nothing: where no weights can be had."""
+"""A small latent diffusion model in Stable Diffusion's own classes, trained from scratch, for machines without its weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
 
 @dataclass(frozen=True)
 class Budget:
-    """How long the pre-training is, in optimizer steps."""
+    """The length of the pre-training, in optimizer steps."""
 
     autoencoder: int = 800
     denoiser: int = 2000
@@ -42,7 +42,7 @@ class Budget:
 
 
 def pretrained(folder: Path, photos: Photos, labels: NDArray[np.uint8], budget: Budget) -> Path:
-    """The pipeline in `folder`, trained if not there with these settings: every kind but UNSEEN, from nothing, seed 0."""
+    """The pipeline in `folder`; trained from scratch on every kind but UNSEEN, seed 0, unless it exists with these settings."""
     made, settings = folder / "made-with.txt", repr((VAE, UNET, TEXT, budget))
     if made.is_file() and made.read_text(encoding="utf-8") == settings:
         print(f"The base model is in {folder}.")
@@ -84,7 +84,7 @@ def new_pipeline() -> Any:
 
 
 def new_tokenizer() -> Any:
-    """CLIP's kind of tokenizer, its merges learnt from the captions; words that it never saw fall into letters."""
+    """CLIP's kind of tokenizer, its merges trained on the captions; unknown words are split into letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 

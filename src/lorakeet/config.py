@@ -1,4 +1,4 @@
-"""The run file: `RunConfig` composes the settings of every part, YAML is read and written here. Imports no torch."""
+"""The run file: `RunConfig` composes the settings of every part; reads and writes YAML. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,59 +22,63 @@ from lorakeet.settings import load, override, to_mapping
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 
-__all__ = ["RunConfig", "dump_yaml", "read_run", "read_yaml"]
+__all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
+
+# The kinds of runs, and the module whose KIND carries each out (workflows/finetuning/kind.RunKind).
+KINDS = {"text": "lorakeet.workflows.finetuning.text", "image": "lorakeet.workflows.finetuning.image"}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that one fine-tuning run needs to know; the same keys stand in YAML, in flags and in the saved run."""
+    """All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run."""
 
     model: ModelSpec = field(default_factory=ModelSpec, metadata={"help": "The base model.", "shorthand": "path"})
-    lora: LoraSpec = field(default_factory=LoraSpec, metadata={"help": "The low-rank pairs."})
+    lora: LoraSpec = field(default_factory=LoraSpec, metadata={"help": "The adapter."})
     ranks: RanksSpec = field(default_factory=RanksSpec, metadata={"help": "How ranks are chosen.", "shorthand": "choose"})
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "The rows.", "shorthand": "train"})
-    train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "The training."})
-    memory: MemorySpec = field(
-        default_factory=MemorySpec, metadata={"help": "The memory that it may take.", "shorthand": "budget"}
-    )
-    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "The measurements."})
-    images: ImageSpec = field(default_factory=ImageSpec, metadata={"help": "The pictures, for kind image."})
+    train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "Training."})
+    memory: MemorySpec = field(default_factory=MemorySpec, metadata={"help": "The memory budget.", "shorthand": "budget"})
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "Evaluation."})
+    images: ImageSpec = field(default_factory=ImageSpec, metadata={"help": "Image data, for kind image."})
     diffusion: DiffusionSpec = field(default_factory=DiffusionSpec, metadata={"help": "Noise, loss and samples, for kind image."})
-    kind: Literal["text", "image"] = field(
-        default="text", metadata={"help": "What the model makes: text (a causal language model) or image (Stable Diffusion)."}
+    kind: Literal[tuple(KINDS)] = field(  # type: ignore[valid-type]  # evaluated at each reading: any kind in KINDS
+        default="text", metadata={"help": "Kind of model: text (a causal language model) or image (a diffusion model)."}
     )
     out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})
 
     def validate(self) -> list[str]:
-        """Every problem that no part can see alone."""
+        """Returns a message for every conflict between parts."""
         found = [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
         if self.ranks.choose == "auto" and self.lora.rank_pattern:
             count = len(self.lora.rank_pattern)
-            found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks itself. Leave one of them out.")
+            found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks. Leave one of them out.")
         if self.ranks.choose == "prune":
             found += self._prune_problems()
-        if self.kind == "text" and self.model.config:
-            found.append("model.config is for single files of image models, but kind is text. Leave it out or set kind: image.")
+        if self.kind != "image" and self.model.config:
+            found.append(
+                f"model.config is for single files of image models, but kind is {self.kind}. Leave it out or set kind: image."
+            )
         if self.kind == "image" and self.lora.start in MEASURED:
-            found.append(f"lora.start {self.lora.start} is measured on rows of text, but kind is image. Use lora.start kaiming.")
+            found.append(f"lora.start {self.lora.start} needs rows of text, but kind is image. Use lora.start kaiming.")
         return found
 
     def _prune_problems(self) -> list[str]:
-        """What stands in the way of cutting pairs for good: they must be sums of rank-one terms, and nothing else."""
+        """Returns a message for every setting under which pairs are more than sums of rank-one terms, so cannot be pruned."""
         found, lora = [], self.lora
         if lora.variant == "dora":
-            found.append("ranks.choose is prune, but lora.variant is dora, whose lengths stay when a pair is gone. Use lora.")
+            found.append("ranks.choose is prune, but lora.variant is dora, whose magnitudes outlive a removed pair. Use lora.")
         if lora.start in ("pissa", "olora", "orthogonal"):
             found.append(
-                f"ranks.choose is prune, but lora.start is {lora.start}, whose terms belong together. Use lora.start kaiming."
+                f"ranks.choose is prune, but lora.start is {lora.start}, whose rank-one terms cannot be removed one by one. Use "
+                "lora.start kaiming."
             )
         return found
 
 
 def read_run(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The run described by a YAML file (or by the defaults) and by flags, given as dotted path → text.
+    """Reads a run from a YAML file (or from the defaults); `overrides` maps dotted paths to text.
 
-    Raises ConfigError with every problem of the file and of the flags.
+    Raises ConfigError that lists every problem of the file and the flags.
     """
     mapping = read_yaml(path) if path else {}
     for dotted, value in (overrides or {}).items():
@@ -84,7 +88,7 @@ def read_run(path: Path | None, overrides: Mapping[str, Any] | None = None) -> R
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) file; an empty file is an empty mapping. Raises ConfigError."""
+    """Reads the mapping in a YAML (or JSON) file; an empty file is an empty mapping. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -100,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path} is not valid YAML{line}: {error.problem}. Mend it there and run it again.") from None
+        raise ConfigError(f"{path} is not valid YAML{line}: {error.problem}. Fix it there and run again.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}.") from None
     if content is None:
@@ -111,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(config: Any) -> str:
-    """The whole resolved configuration as YAML that can be run again, keys in the order of the source."""
+    """Returns the resolved configuration as a YAML run file, keys in the order of the dataclasses."""
     return yaml.dump(to_mapping(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -86,8 +86,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["finetune", "--model", "m", "--data", "d", "--lora.rank", "x"], "lora.rank (flag --lora.rank) is 'x' (text)"),
         (["finetune", "--model", "m", "--data", "d", "--lora.rank", "-1"], "lora.rank is -1"),
         (["finetune", "none.yaml"], "none.yaml does not exist"),
-        (["finetune", "--resume", "nowhere"], "--resume nowhere: no run lies there"),
-        (["finetune", "a.yaml", "--resume", "r", "--out", "x"], "so leave out a.yaml, --out"),
+        (["finetune", "--resume", "nowhere"], "--resume nowhere: this is no run folder"),
+        (["finetune", "a.yaml", "--resume", "r", "--out", "x"], "Leave out a.yaml, --out"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
     ],
 )

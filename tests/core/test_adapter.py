@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from lorakeet.core.adapter import Adapter, AlikePairs, PairsOutline, TokenRows
+from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, TokenRows
 from tiny.adapters import random_pair
 from tiny.dense import change
 
@@ -42,12 +42,12 @@ def test_it_cannot_be_changed() -> None:
     assert (adapter.extras, adapter.token_rows, adapter.base, adapter.metadata) == ({}, {}, "", {})
 
 
-def outline(*, dora: bool = False) -> PairsOutline:
+def outline(*, dora: bool = False) -> FlatPairsLayout:
     """Of two pairs, whose tensors lie in another order than their paths."""
     pair = random_pair("linear", WEIGHTS["linear"], dora=dora)
     meta = replace(pair, A=pair.A.to("meta"), B=pair.B.to("meta"), magnitude=pair.magnitude.to("meta") if dora else None)
     tensors = (meta.B, meta.A, *([meta.magnitude] if dora else []), meta.A, meta.B)
-    return PairsOutline({"a": meta, "b": meta if not dora else replace(meta, magnitude=None)},
+    return FlatPairsLayout({"a": meta, "b": meta if not dora else replace(meta, magnitude=None)},
                         {"a": (1, 0, 2 if dora else None, None), "b": (2 + dora, 3 + dora, None, None)}, tensors)  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_alike_pairs_are_views_of_their_numbers(dora: bool) -> None:
     shared = outline(dora=dora)
     count = 2 * (4 * 5 + 7 * 4) + 7 * dora
     numbers = torch.randn(count)
-    pairs = AlikePairs(shared, numbers)
+    pairs = FlatPairs(shared, numbers)
     assert list(pairs) == ["a", "b"] and len(pairs) == 2 and pairs.outline is shared and "c" not in pairs
     first, second = pairs["a"], pairs["b"]
     assert torch.equal(first.B, numbers[:28].view(7, 4)) and torch.equal(first.A, numbers[28:48].view(4, 5))
@@ -66,12 +66,12 @@ def test_alike_pairs_are_views_of_their_numbers(dora: bool) -> None:
     assert first.A.untyped_storage().data_ptr() == numbers.data_ptr(), "no copy"
     assert [part is None for part in next(pairs.parts())] == [False, False, not dora, True]
     assert Adapter(pairs).parameters == Adapter(dict(pairs)).parameters == count
-    assert all(pair.A.is_meta for pair in AlikePairs(shared, torch.empty(count, device="meta")).values())
+    assert all(pair.A.is_meta for pair in FlatPairs(shared, torch.empty(count, device="meta")).values())
 
 
 @pytest.mark.parametrize(("numbers", "said"), [(torch.zeros(95), "(95,)"), (torch.zeros(97), "(97,)"), (torch.zeros(2, 48), "48"),
                                                (torch.zeros(96, dtype=torch.float64), "float64")])  # fmt: skip
 def test_alike_pairs_need_as_many_numbers_as_their_outline(numbers: torch.Tensor, said: str) -> None:
     with pytest.raises(ValueError, match="96 numbers in fp32") as error:
-        AlikePairs(outline(), numbers)
+        FlatPairs(outline(), numbers)
     assert said in str(error.value)

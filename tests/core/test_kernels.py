@@ -15,7 +15,7 @@ from lorakeet.core import kernels
 from lorakeet.core.base import DenseBase, FrozenBase
 from lorakeet.core.kernels import low_rank_product, low_rank_product_t, product, why_not
 from lorakeet.core.lowrank import frozen_linear, low_rank_linear
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.nf4 import Nf4Base
@@ -53,7 +53,7 @@ def gptq(dtype: torch.dtype = torch.float32) -> FrozenBase:
 BASES = [dense, nf4, gptq]
 
 
-def trained(base: FrozenBase, asked: Kernels | None, dtype: torch.dtype, tokens: int = 5) -> list[Tensor]:
+def trained(base: FrozenBase, asked: TritonRequest | None, dtype: torch.dtype, tokens: int = 5) -> list[Tensor]:
     """y, and the gradients of x, A and B, of a layer over `base` whose loss weighs every result differently."""
     base.kernels = asked  # type: ignore[attr-defined]
     x = numbers(tokens, IN, seed=1, dtype=dtype).requires_grad_()
@@ -70,7 +70,7 @@ def test_a_layer_learns_the_same_through_the_kernels(
     make: Callable[[torch.dtype], FrozenBase], dtype: torch.dtype, roundings: int
 ) -> None:
     base = make(dtype)
-    plain, fused = trained(base, None, dtype), trained(base, Kernels(), dtype)
+    plain, fused = trained(base, None, dtype), trained(base, TritonRequest(), dtype)
     assert len(plain) == len(fused) == 4
     for expected, found in zip(plain, fused, strict=True):
         allowed = roundings * torch.finfo(dtype).eps * float(expected.float().abs().max())
@@ -84,7 +84,7 @@ def test_the_bounds_of_the_dispatch(make: Callable[[torch.dtype], FrozenBase], m
     x, grad = numbers(5, IN, seed=1), numbers(5, OUT, seed=2)
     A, B = numbers(RANK, IN, seed=3), numbers(OUT, RANK, seed=4)
     assert low_rank_product(base, x, A, B, SCALE) is None  # nobody asked
-    base.kernels = Kernels(5)  # type: ignore[attr-defined]
+    base.kernels = TritonRequest(5)  # type: ignore[attr-defined]
     assert low_rank_product(base, x, A, B, SCALE) is not None and low_rank_product_t(base, grad, A, B, SCALE) is not None
     assert product(base, x) is not None and product(base, grad, transposed=True) is not None
     assert low_rank_product(base, x.double(), A.double(), B.double(), SCALE) is None  # no kernel for it
@@ -92,7 +92,7 @@ def test_the_bounds_of_the_dispatch(make: Callable[[torch.dtype], FrozenBase], m
     assert product(base, x[:0]) is None
     wide = kernels.RANK + 1
     assert low_rank_product(base, x, numbers(wide, IN, seed=3), numbers(OUT, wide, seed=4), SCALE) is None
-    base.kernels = Kernels(4)  # type: ignore[attr-defined]
+    base.kernels = TritonRequest(4)  # type: ignore[attr-defined]
     assert product(base, x) is None and product(base, x[:4]) is not None
     monkeypatch.setattr(kernels, "why_not", lambda device: "not here")
     assert product(base, x[:4]) is None
@@ -102,17 +102,17 @@ def test_the_bounds_of_the_dispatch(make: Callable[[torch.dtype], FrozenBase], m
 def test_a_trace_goes_the_way_of_torch() -> None:
     with FakeTensorMode():
         base = Nf4Base((8, 64))
-        base.kernels = Kernels()
+        base.kernels = TritonRequest()
         assert base.matmul(torch.empty(3, 64)).shape == (3, 8)
     meta = Nf4Base((8, 64), device="meta")
-    meta.kernels = Kernels()
+    meta.kernels = TritonRequest()
     assert meta.matmul(torch.empty(3, 64, device="meta")).shape == (3, 8)
 
 
 @needs_triton
 def test_dropout_and_bare_weights() -> None:
     base = nf4()
-    base.kernels = Kernels()  # type: ignore[attr-defined]
+    base.kernels = TritonRequest()  # type: ignore[attr-defined]
     x, A, B = numbers(4, IN, seed=1), numbers(RANK, IN, seed=2), numbers(OUT, RANK, seed=3)
     torch.manual_seed(0)
     with_kernels = low_rank_linear(x, base, (A, B, SCALE), dropout=0.5)
@@ -120,7 +120,7 @@ def test_dropout_and_bare_weights() -> None:
     torch.manual_seed(0)
     torch.testing.assert_close(with_kernels, low_rank_linear(x, base, (A, B, SCALE), dropout=0.5))
     bare = frozen_linear(x, base)
-    base.kernels = Kernels()  # type: ignore[attr-defined]
+    base.kernels = TritonRequest()  # type: ignore[attr-defined]
     torch.testing.assert_close(frozen_linear(x, base), bare)
 
 
@@ -165,7 +165,7 @@ def test_who_does_not_ask_pays_no_look_at_the_buffers(
     base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
     assert not looked
     if kernels.has_triton():
-        base.kernels = Kernels()  # type: ignore[attr-defined]
+        base.kernels = TritonRequest()  # type: ignore[attr-defined]
         base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
         assert looked
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core.pair_products import PairProducts, Placed
+from lorakeet.core.pair_products import PairProducts, PairSpan
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.compile import why_not
 
 NATIVE = pytest.param(True, marks=pytest.mark.skipif(bool(why_not()), reason=why_not() or "the library is there"))
-PLACES = [Placed(0, 20, 2.0), Placed(0, 20, 0.5, 1), Placed(20, 33, 1.0, 1), Placed(40, 50, 3.0)]
+PLACES = [PairSpan(0, 20, 2.0), PairSpan(0, 20, 0.5, 1), PairSpan(20, 33, 1.0, 1), PairSpan(40, 50, 3.0)]
 WIDTH, OUTPUTS, TOKENS = 64, (32, 96), 50
 
 
-def case(dtype: torch.dtype, places: list[Placed]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def case(dtype: torch.dtype, places: list[PairSpan]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """x, y's, their gradients, and A and B of each pair, in fp32, all to be read in `dtype`."""
     torch.manual_seed(3)
     x = torch.randn(TOKENS, WIDTH).to(dtype)
@@ -31,7 +31,7 @@ def case(dtype: torch.dtype, places: list[Placed]) -> tuple[Tensor, list[Tensor]
 
 
 def by_autograd(
-    x: Tensor, ys: list[Tensor], grads: list[Tensor], factors: list[Tensor], places: list[Placed]
+    x: Tensor, ys: list[Tensor], grads: list[Tensor], factors: list[Tensor], places: list[PairSpan]
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """y's, ∂x and ∂A, ∂B by turns, in fp64."""
     leaf, own = x.double().requires_grad_(), [factor.double().requires_grad_() for factor in factors]
@@ -49,11 +49,11 @@ def by_autograd(
 def test_products_and_gradients(native: bool, dtype: torch.dtype, overlapping: bool) -> None:
     if native and why_not():
         pytest.skip(why_not())
-    places = [*PLACES, Placed(10, 45, 1.5)] if overlapping else PLACES
+    places = [*PLACES, PairSpan(10, 45, 1.5)] if overlapping else PLACES
     x, ys, grads, factors = case(dtype, places)
     expected_ys, expected_x, expected = by_autograd(x, ys, grads, factors, places)
     pairs, grad_x = PairProducts(places, dtype), torch.zeros_like(x)
-    with nullcontext() if native else operators.without():
+    with nullcontext() if native else operators.torch_only():
         shrunk = pairs.add(ys, x, factors)
         through, of_b = pairs.backward(grad_x, grads, shrunk, factors)
         of_a = pairs.of_a(through, x, factors)
@@ -69,7 +69,7 @@ def test_products_and_gradients(native: bool, dtype: torch.dtype, overlapping: b
 def test_the_other_gradients_are_the_same_without_that_of_x(native: bool) -> None:
     x, ys, grads, factors = case(torch.bfloat16, PLACES)
     pairs, to = PairProducts(PLACES, torch.bfloat16), torch.zeros_like(x)
-    with nullcontext() if native else operators.without():
+    with nullcontext() if native else operators.torch_only():
         shrunk = pairs.add(ys, x, factors)
         without, of_b = pairs.backward(None, grads, shrunk, factors)
         with_x, same = pairs.backward(to, grads, shrunk, factors)
@@ -84,7 +84,7 @@ def test_a_pair_without_terms_adds_nothing(native: bool) -> None:
     x, ys, grads, factors = case(torch.bfloat16, PLACES)
     factors[0], factors[1], before = factors[0][:0], factors[1][:, :0], ys[0][:20].clone()
     pairs = PairProducts(PLACES, torch.bfloat16)
-    with nullcontext() if native else operators.without():
+    with nullcontext() if native else operators.torch_only():
         through, of_b = pairs.backward(torch.zeros_like(x), grads, pairs.add(ys, x, factors), factors)
         of_a = pairs.of_a(through, x, factors)
     assert torch.equal(ys[0][:20], before)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.reordered import ReorderedBase, ReorderedLinear, Together, can_reorder
+from lorakeet.core.reordered import ReorderedBase, ReorderedLinear, ReorderedProducts, can_reorder
 from lorakeet.kernels.cpu.panels import Panels
 from tiny.native import needs_native
 
@@ -54,7 +54,7 @@ def test_a_linear_layer_is_replaced(bias: bool) -> None:
 def test_weights_of_one_input_are_one_product() -> None:
     torch.manual_seed(0)
     bases = [ReorderedBase(torch.randn(out, 32).bfloat16()) for out in (24, 7)]
-    together, x = Together(bases), torch.randn(5, 32).bfloat16()
+    together, x = ReorderedProducts(bases), torch.randn(5, 32).bfloat16()
     assert all(isinstance(base.order, Panels) for base in bases)
 
     def check() -> None:
@@ -67,7 +67,7 @@ def test_weights_of_one_input_are_one_product() -> None:
     bases[1].store(torch.randn(7, 32).bfloat16())  # which is noticed
     check()
     plain = DenseBase(nn.Linear(32, 3, bias=False).bfloat16())
-    apart = Together([bases[0], plain])(x)
+    apart = ReorderedProducts([bases[0], plain])(x)
     assert torch.equal(apart[0], bases[0].matmul(x)) and torch.equal(apart[1], plain.matmul(x))
 
 

@@ -1,4 +1,4 @@
-"""Ids and targets: what is learnt is the answer, and the prompt is what inference sees, for every kind of tokenizer."""
+"""Ids and targets: the targets are the answer, and the prompt is what inference sees, for every kind of tokenizer."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def decoded(tokenizer, ids):
     return tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def learnt(tokenizer, example):
+def targets_of(tokenizer, example):
     return decoded(tokenizer, example.ids[example.supervised])
 
 
@@ -50,7 +50,7 @@ def test_smollm2_learns_the_answer_and_its_end(smollm2):
         "f:1",
     )
     example = Encoder(smollm2, spec()).encode(row)
-    assert learnt(smollm2, example) == "Hello there<|im_end|>Bye!<|im_end|>"
+    assert targets_of(smollm2, example) == "Hello there<|im_end|>Bye!<|im_end|>"
     messages = [{"role": turn.role, "content": turn.text} for turn in row.turns]
     whole = smollm2.apply_chat_template(messages, tokenize=True, return_dict=False)
     # The line break after the last end of turn teaches nothing and is left out.
@@ -97,7 +97,7 @@ SHARED: dict = {}  # one tokenizer for all of hypothesis' examples
 def test_no_token_reaches_over_the_border(byte_tokenizer, prompt, answer):
     tokenizer = SHARED.setdefault("byte", byte_tokenizer())
     example = Encoder(tokenizer, spec(chat_template="off", separator="")).encode(pair(prompt, answer))
-    assert learnt(tokenizer, example) == answer + "<|eos|>"
+    assert targets_of(tokenizer, example) == answer + "<|eos|>"
     assert example.ids[~example.supervised].tolist() == tokenizer.encode(prompt, add_special_tokens=False)
 
 
@@ -107,7 +107,7 @@ def test_a_merge_over_the_border_is_avoided(byte_tokenizer):
     alone = tokenizer.encode("the film was go", add_special_tokens=False)
     assert whole[: len(alone)] != alone  # else this test shows nothing
     example = Encoder(tokenizer, spec(chat_template="off", separator="")).encode(pair("the film was go", "od"))
-    assert example.ids[: len(alone)].tolist() == alone and learnt(tokenizer, example) == "od<|eos|>"
+    assert example.ids[: len(alone)].tolist() == alone and targets_of(tokenizer, example) == "od<|eos|>"
 
 
 def test_sentencepiece_gets_no_space_of_its_own_inside_a_text(piece_tokenizer):
@@ -136,7 +136,7 @@ def test_template_that_writes_the_begin_token_gets_no_second_one(piece_tokenizer
     example = Encoder(piece_tokenizer, spec()).encode(pair("the film", "good"))
     piece_tokenizer.chat_template = None
     assert example.ids.tolist().count(piece_tokenizer.bos_token_id) == 1 and example.ids[0] == piece_tokenizer.bos_token_id
-    assert learnt(piece_tokenizer, example).strip() == "good</s>"
+    assert targets_of(piece_tokenizer, example).strip() == "good</s>"
 
 
 def test_supervise_all_keeps_what_follows_the_last_answer(byte_tokenizer):
@@ -172,9 +172,9 @@ def test_the_longest_turn_of_a_chat_is_cut_first(byte_tokenizer):
         Turn("assistant", "no", True),
     )
     example = Encoder(tokenizer, spec(max_tokens=80)).encode(Row(turns, None, None, "f:1"))
-    assert "good " * 5 in decoded(tokenizer, example.ids) and learnt(tokenizer, example) == "yes<|end|>no<|end|>"
+    assert "good " * 5 in decoded(tokenizer, example.ids) and targets_of(tokenizer, example) == "yes<|end|>no<|end|>"
     shorter = Encoder(tokenizer, spec(max_tokens=50)).encode(Row(turns, None, None, "f:1"))
-    assert len(shorter.ids) <= 50 and learnt(tokenizer, shorter) == "yes<|end|>no<|end|>"
+    assert len(shorter.ids) <= 50 and targets_of(tokenizer, shorter) == "yes<|end|>no<|end|>"
 
 
 def test_long_raw_text_is_cut_by_tokens_without_an_end(byte_tokenizer):
@@ -218,14 +218,14 @@ def test_tokenizers_without_what_is_needed(byte_tokenizer):
 
 
 def test_text_of_one_token_teaches_nothing(byte_tokenizer):
-    with pytest.raises(DataError, match="no token is left to learn from"):
+    with pytest.raises(DataError, match="no target token is left"):
         Encoder(byte_tokenizer(), spec(max_tokens=1)).encode(Row((Turn("", "good film", True),), None, None, "f:1"))
 
 
-def test_shown_example_colours_exactly_what_is_learnt(byte_tokenizer):
+def test_shown_example_colours_exactly_the_targets(byte_tokenizer):
     tokenizer = byte_tokenizer()
     example = Encoder(tokenizer, spec()).encode(pair("how was it", "good"))
     text = show_example(example, tokenizer)
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert green == ["good<|end|>"] and text.plain.startswith("<|start|>user\nhow was it<|end|>")
-    assert text.plain.endswith(f"[{len(example.ids)} tokens, {example.supervised.sum()} learnt]")
+    assert text.plain.endswith(f"[{len(example.ids)} tokens, {example.supervised.sum()} targets]")

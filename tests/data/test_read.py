@@ -63,10 +63,10 @@ def test_broken_lines_and_bad_rows_are_named_together(tmp_path):
 
 def test_empty_and_unknown_files(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"a.jsonl holds no rows"):
+    with pytest.raises(DataError, match=r"a.jsonl has no rows"):
         read_rows(str(tmp_path / "a.jsonl"), DataSpec(train="x"))
     (tmp_path / "a.jsnl").write_text(LINES)
-    with pytest.raises(DataError, match=r"ends in '.jsnl', which no reader knows; expected one of .jsonl.*Did you mean '.jsonl'"):
+    with pytest.raises(DataError, match=r"ends in '.jsnl', which has no reader; expected one of .jsonl.*Did you mean '.jsonl'"):
         read_rows(str(tmp_path / "a.jsnl"), DataSpec(train="x"))
 
 

@@ -104,7 +104,7 @@ def test_missing_column_lists_those_there_are_and_the_nearest():
 
 
 def test_unknown_shape_lists_the_columns():
-    with pytest.raises(DataError, match=r"the columns 'frage', 'antwort' fit no known shape.*'prompt' and 'completion'"):
+    with pytest.raises(DataError, match=r"the columns 'frage', 'antwort' match no known shape.*'prompt' and 'completion'"):
         shape({"frage": "a", "antwort": "b"})
 
 
@@ -122,7 +122,7 @@ def test_all_bad_rows_are_named_in_one_message():
     message = str(caught.value)
     assert "5 problems" in message and "f:1" not in message
     assert "f:2: column 'text' is empty" in message and "f:3: column 'text' is empty" in message
-    assert "f:4: column 'label' is empty" in message and "f:5: column 'text' holds list" in message
+    assert "f:4: column 'label' is empty" in message and "f:5: column 'text' has a value of type list" in message
     assert "f:6: label 'z' is not one of data.labels ('x', 'zz'). Did you mean 'zz'?" in message
 
 
@@ -141,7 +141,7 @@ def test_half_a_character_is_refused():
         ([{"role": "tool", "content": "a"}], "role 'tool'; expected one of system, user, assistant"),
         ([{"role": "assistant", "content": " "}], r"message 1 \(assistant\) has no text"),
         ([{"role": "assistant", "content": None}], r"message 1 \(assistant\) has no text"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has parts that are no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has parts that are not text"),
         (["a"], "message 1 is str"),
     ],
 )

@@ -36,7 +36,7 @@ def test_all_broken_lines_are_named_and_the_rest_counted(tmp_path):
 
 
 def test_json_line_that_is_no_object(tmp_path):
-    with pytest.raises(DataError, match=r"a.jsonl:1: expected an object in braces, got '\[1, 2\]'; mend or remove the line\."):
+    with pytest.raises(DataError, match=r"a.jsonl:1: expected an object in braces, got '\[1, 2\]'; fix or remove the line\."):
         records(tmp_path / "a.jsonl", "[1, 2]\n")
 
 
@@ -63,12 +63,12 @@ def test_tsv_gzipped(tmp_path):
 
 
 def test_csv_row_of_another_length_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"a.csv:3: 1 fields where the header has 2 \(text, label\); mend or remove the line\."):
+    with pytest.raises(DataError, match=r"a.csv:3: 1 fields where the header has 2 \(text, label\); fix or remove the line\."):
         records(tmp_path / "a.csv", "text,label\na,b\nc\n")
 
 
 def test_csv_quote_that_never_closes_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"a.csv:3: .*expected fields in double quotes to be closed"):
+    with pytest.raises(DataError, match=r"a.csv:3: .*expected closed double quotes"):
         records(tmp_path / "a.csv", 'text,label\n"open,b\nc,d\n')
 
 
@@ -93,7 +93,7 @@ def test_plain_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("9" * 5000, "limit"), ("[" * 100_000, "brackets within brackets too deep")], ids=["digits", "brackets"]
+    ("value", "said"), [("9" * 5000, "limit"), ("[" * 100_000, "brackets nested too deep")], ids=["digits", "brackets"]
 )
 def test_what_python_s_own_limits_refuse_is_named_like_other_broken_lines(tmp_path, value, said):
     for name in ("a.jsonl", "a.json"):

@@ -84,7 +84,7 @@ def test_a_label_without_training_rows_has_a_floor_and_is_named() -> None:
 
 def test_words_of_one_row_are_used_where_none_occurs_twice_and_it_is_said() -> None:
     answers = tfidf_logistic(["good", "bad"], ["a", "b"], texts=["good"], truth=["a"], labels=("a", "b"))
-    assert answers.correct.all() and "words of one row are used" in answers.note
+    assert answers.correct.all() and "words of a single row are used" in answers.note
 
 
 def test_no_words_at_all_answers_like_the_majority_and_says_so() -> None:

@@ -42,7 +42,7 @@ def test_too_few_rows_are_said_with_the_number_needed() -> None:
     said = PairedPower(20, 0.5, 0.95).sentence(0.05)
     assert "20 rows show a difference of 0.313 nats" in said and "Too few rows" in said and "needs about 785." in said
     assert "Too few" not in PairedPower(1000, 0.5, 0.95).sentence(0.05)
-    with pytest.raises(DataError, match="1 held-out rows tell no two trials apart"):
+    with pytest.raises(DataError, match="1 held-out rows cannot distinguish two trials"):
         paired_power(np.ones(1), np.ones(1), confidence=0.95)
 
 

@@ -14,9 +14,11 @@ import transformers
 
 from lorakeet.core.tiled_product import PART, parts
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.export.folded import PART_BYTES, InFp32
-from lorakeet.export.gguf_model import DIGEST, GgufFile, _Item, _Stored, write_gguf
+from lorakeet.export.compare_stored import PART_BYTES
+from lorakeet.export.gguf_model import DIGEST, _Item, _Stored, write_gguf
 from lorakeet.export.llama_cpp import LlamaCpp
+from lorakeet.export.merged_tensors import Fp32Rows
+from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.models.text.load import load_tokenizer
 from tiny.adapters import random_adapter
@@ -110,7 +112,7 @@ def test_of_a_tensor_that_nothing_changes_a_part_is_held_while_it_is_written(
     file = open_safetensors(tmp_path / "x")
     number = 1 << 15
     monkeypatch.setattr("lorakeet.export.gguf_model.parts", partial(parts, numbers=number))
-    item = _Item("a", shape, quant, lambda: InFp32(file.rows("a")))
+    item = _Item("a", shape, quant, lambda: Fp32Rows(file.rows("a")))
     with (tmp_path / "out").open("wb") as out, held_bytes() as most:
         _Stored(item).tofile(out)
     assert (tmp_path / "out").stat().st_size == _Stored(item).nbytes

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.gguf_model import GgufFile
 from lorakeet.export.llama_cpp import FILE_TYPES, LlamaCpp, quantise
+from lorakeet.formats.files.gguf_file import GgufFile
 from tiny.exports import write_model
 from tiny.models import save_tiny_llama
 

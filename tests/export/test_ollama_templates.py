@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorakeet.export.ollama_templates import SAMPLES, go, recognise
+from lorakeet.export.ollama_templates import SAMPLES, recognise, render_conversation
 from tiny.models import tiny_tokenizer
 
 LOOP = "{% for m in messages %}"
@@ -49,7 +49,9 @@ def test_a_family_is_recognised_and_says_the_same(family: str) -> None:
     assert found is not None and found.template.family == family and found.default_system == ""
     talk = (*SAMPLES[1][:2], ("user", "One more?"))
     messages = [{"role": role, "content": content} for role, content in talk]
-    assert go(found.template.text, talk) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert render_conversation(found.template.text, talk) == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     assert found.knows_system is (family not in ("Gemma", "Mistral", "Mistral Tekken"))
 
 

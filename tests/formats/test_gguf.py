@@ -15,9 +15,9 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import gguf
 from lorakeet.formats.compare import compare_adapters
+from lorakeet.formats.components import table
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.base_model import BaseModel, open_base
-from lorakeet.formats.sd_names import table
 from tiny.adapters import random_adapter, random_pair
 from tiny.dense import fold_into
 from tiny.gguf_file import write_tiny_gguf

@@ -202,7 +202,7 @@ def test_too_few_calibration_tokens(bench: Bench) -> None:
     bench.write("few.jsonl", [{"text": "a b"}])
     words = ["quantize", str(bench.model), "--method", "gptq", "--group-size", "16", "--out", "gptq", "--calibration"]
     bench.refused([*words, "few.jsonl"], "tokens, but the widest layer has 48 inputs", "Give more or longer rows")
-    bench.refused([*words, bench.write("empty.jsonl", "")], "empty.jsonl holds no rows")
+    bench.refused([*words, bench.write("empty.jsonl", "")], "empty.jsonl has no rows")
 
 
 @pytest.mark.parametrize(

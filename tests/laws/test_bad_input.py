@@ -103,7 +103,7 @@ def test_missing_and_unreadable_files(bench: Bench) -> None:
     bench.refused(bench.finetune(data="."), "'.' is a folder", "name a file in it")
     bench.refused(bench.finetune(data=bench.write("latin.jsonl", b'{"text": "\xff"}\n')), "not UTF-8", "iconv -f latin1")
     bench.refused(bench.finetune(data=bench.write("rows.xyz", "a")), "'.xyz'", ".jsonl", ".parquet")
-    bench.refused(bench.finetune(data=bench.write("empty.jsonl", "")), "empty.jsonl holds no rows", "expected at least one")
+    bench.refused(bench.finetune(data=bench.write("empty.jsonl", "")), "empty.jsonl has no rows", "expected at least one")
     bench.refused(bench.finetune(model="./no/model"), "'./no/model' does not exist", "Check the path")
     bench.refused(bench.finetune(model="rows.jsonl"), "'rows.jsonl' is a .jsonl file", "expected a model folder or a .gguf")
     bench.refused(["finetune", bench.write("list.yaml", "- 1\n")], "list.yaml holds [1]", "expected keys such as")
@@ -149,11 +149,11 @@ def test_a_file_that_the_system_will_not_read(bench: Bench) -> None:
          ["(2 problems)", "bad.jsonl:31: column 'text' is empty", "bad.jsonl:32", "remove the row or fill it"]),
         ([*GOOD, {"text": "a b", "label": ""}], ["bad.jsonl:31: column 'label' is empty"]),
         ([{"txt": row["text"], "label": row["label"]} for row in GOOD],
-         ["the columns 'txt', 'label' fit no known shape", "--data.text_column"]),
+         ["the columns 'txt', 'label' match no known shape", "--data.text_column"]),
         ([{**row, "label": "good"} for row in GOOD], ["All 27 training rows have the label 'good'", "at least two labels"]),
         (GOOD[:5], ["5 rows are too few to hold out 10%", "expected at least 10", "--data.held_out FILE"]),
         ([{"messages": [{"role": "usr", "content": "a"}]}] * 12, ["the role 'usr'", "system, user, assistant", "mean 'user'?"]),
-        ([{"messages": [{"role": "user", "content": "a"}]}] * 12, ["no message of the assistant to learn from"]),
+        ([{"messages": [{"role": "user", "content": "a"}]}] * 12, ["no message of the assistant, so nothing to train on"]),
     ],
     ids=["empty text", "empty label", "missing column", "one label", "too few rows", "wrong role", "nothing to learn"],
 )  # fmt: skip
@@ -165,7 +165,7 @@ def test_broken_json_names_its_line(bench: Bench) -> None:
     lines = (bench.folder / "rows.jsonl").read_text().splitlines()
     lines[2] = lines[2][:-4]
     name = bench.write("broken.jsonl", "\n".join(lines) + "\n")
-    bench.refused(bench.finetune(data=name), "broken.jsonl:3: broken JSON at column", "mend or remove the line")
+    bench.refused(bench.finetune(data=name), "broken.jsonl:3: broken JSON at column", "fix or remove the line")
 
 
 @pytest.mark.parametrize("part", ["held_out", "test"])

@@ -27,7 +27,7 @@ from lorakeet.quant.gguf_codes import fit_gguf_scales
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_pack import ZeroFormat
 from lorakeet.quant.int8 import Int8Base
-from lorakeet.quant.nf4 import Nf4Base, values
+from lorakeet.quant.nf4 import Nf4Base, dequantise_blocks
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from tiny.adapters import random_pair
 
@@ -67,7 +67,7 @@ class OwnNf4(Nf4Base):
     """NF4 unpacked by Lorakeet's own code, as where bitsandbytes is missing."""
 
     def _values(self, packed: Tensor, maxima: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        return values(packed, maxima, self.block_size)[:count]
+        return dequantise_blocks(packed, maxima, self.block_size)[:count]
 
 
 # What makes a base of a weight (out, in); a new way of packing is one line here.

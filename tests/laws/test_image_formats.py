@@ -12,10 +12,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakeet.core.spec import LoraSpec
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.diffusers_import import quiet_diffusers
 from lorakeet.models.image.kinds import packed_latents, unpacked_latents
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core.selection import Share
 from lorakeet.data.pack import Batch
-from lorakeet.kernels.cpu import dense, int8_rows, operators, stored, trained_pairs
+from lorakeet.kernels.cpu import attention, dense, elementwise, int8_rows, operators, stored, trained_pairs
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
@@ -93,9 +93,9 @@ def test_products_in_int8_learn_to_the_bit_what_torch_s_do(tmp_path: Path) -> No
                 patch.setattr(int8_rows, "serves", lambda _: False)
             found.append(learnt(text, batch))
         calls.append(counted.calls)
-    assert calls[0][int8_rows.CODED_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block
-    assert calls[0][int8_rows.CODE_ROWS] == (4 + 7) * LAYERS - 3
-    assert not calls[1][int8_rows.CODED_PRODUCT] and calls[1][operators.GATED] == LAYERS
+    assert calls[0][int8_rows.INT8_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block
+    assert calls[0][int8_rows.QUANTISE_ROWS] == (4 + 7) * LAYERS - 3
+    assert not calls[1][int8_rows.INT8_PRODUCT] and calls[1][elementwise.gated] == LAYERS
     for name, mine in found[0].items():
         assert torch.equal(mine, found[1][name]), name
 
@@ -116,7 +116,7 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
     found, calls = [], []
     for spec, context in (
         (replace(exact, dtype="bfloat16", products="bfloat16"), nullcontext()),
-        (replace(exact, dtype="bfloat16", products="bfloat16"), operators.without()),
+        (replace(exact, dtype="bfloat16", products="bfloat16"), operators.torch_only()),
         (exact, nullcontext()),
     ):
         text = load_text_model(spec)
@@ -126,9 +126,9 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
         calls.append(counted.calls)
     native, by_torch, by_fp32 = calls
     assert not by_torch and not by_fp32
-    assert native[operators.ROW_ATTENTION] == native[operators.ROW_ATTENTION_BACKWARD] == LAYERS
-    assert native[operators.GATED] == native[operators.GATED_BACKWARD] == LAYERS and native[operators.NORM] > 2 * LAYERS
-    assert native[operators.TURN] == LAYERS * FAMILIES[family]
+    assert native[attention.ROW_ATTENTION] == native[attention.ROW_ATTENTION_BACKWARD] == LAYERS
+    assert native[elementwise.gated] == native[elementwise.gated_backward_] == LAYERS and native[elementwise.norm] > 2 * LAYERS
+    assert native[elementwise.rotate_] == LAYERS * FAMILIES[family]
     of_head, unasked = 2, 3  # products, and those that would give the embeddings' gradient
     products = 14 * LAYERS - unasked + of_head if dense.multiplies() else 0
     packed = native[stored.STORED_PRODUCT] + native[stored.STORED_PRODUCT_ADD]
@@ -152,7 +152,7 @@ def test_adapters_that_share_a_batch_learn_the_same_in_one_call(family: str, tmp
     batch = Batch(ids, (33, 1, 40, 26), torch.arange(100), ids.roll(1), (*names, "bare"))
     shares = [Share(0, 33, "one"), Share(33, 34, "two"), Share(34, 74, "three")]
     found, calls = [], []
-    for spec, context in ((narrow, nullcontext()), (narrow, operators.without()), (exact, nullcontext())):
+    for spec, context in ((narrow, nullcontext()), (narrow, operators.torch_only()), (exact, nullcontext())):
         text = load_text_model(spec)
         for name in names:
             add_adapter(text, adapter, name)

@@ -111,7 +111,7 @@ def test_layers_without_a_pair_run_in_the_dtype_of_the_products(tiny_model: Call
     layers = [module for _, module in modules.original_modules(packed) if isinstance(module, PackedLinear)]
     assert {layer.products for layer in layers} == {torch.bfloat16}
     SCRATCH.clear()
-    with operators.without():
+    with operators.torch_only():
         packed(IDS, use_cache=False)
     assert {buffer.dtype for buffer in SCRATCH._buffers.values()} == {torch.bfloat16}
 

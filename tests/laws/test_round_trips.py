@@ -10,9 +10,9 @@ from rich.console import Console
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats.compare import LIMIT, compare_adapters
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions
 from tiny.adapters import random_adapter

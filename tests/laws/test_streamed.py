@@ -66,7 +66,7 @@ def test_however_many_blocks_stay_and_however_much_is_unpacked_at_once(
 
 
 def test_nf4_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.quant.nf4.has_kernels", lambda device: False)
+    monkeypatch.setattr("lorakeet.quant.nf4.has_bitsandbytes", lambda device: False)
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     both(folder, tmp_path, steps=STEPS, base={"method": "nf4"}, lora={}, together=2)
 

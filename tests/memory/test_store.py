@@ -154,5 +154,5 @@ def test_names_are_used_once_and_the_header_has_its_room(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="already has"), new_store(tmp_path / "s", identity=IDENTITY, tensors=8) as writer:
         writer.add("a", {"w": torch.zeros(2)})
         writer.add("a", {"w": torch.zeros(2)})
-    with pytest.raises(ValueError, match="set aside"), new_store(tmp_path / "s", identity={"x": "y" * 10**5}, tensors=1):
+    with pytest.raises(ValueError, match="are reserved"), new_store(tmp_path / "s", identity={"x": "y" * 10**5}, tensors=1):
         pass

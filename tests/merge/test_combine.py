@@ -14,7 +14,7 @@ from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError
 from lorakeet.formats.peft import peft
 from lorakeet.merge.combine import CombineSpec, combination
-from lorakeet.merge.fold import merge_into
+from lorakeet.merge.merged_folder import merge_into
 from tiny.adapters import random_adapter, random_pair
 from tiny.dense import change
 from tiny.models import tiny_model

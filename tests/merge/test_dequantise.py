@@ -11,8 +11,8 @@ import torch
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError
 from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.dequantise import open_dequantised, roundings
-from lorakeet.merge.fold import merge_into
+from lorakeet.merge.dequantise import open_dequantised, rounding_steps
+from lorakeet.merge.merged_folder import merge_into
 from lorakeet.models.modules import original_modules
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
@@ -34,7 +34,7 @@ def packed_weights(folder: Path, spec: QuantSpec) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.method}-{spec.block_size}")
 def test_a_merge_of_nothing_writes_what_the_packed_model_means(spec: QuantSpec, tiny_llama_folder: Path, tmp_path: Path) -> None:
     wanted = packed_weights(tiny_llama_folder, spec)
-    before: Any = roundings(tiny_llama_folder, spec)
+    before: Any = rounding_steps(tiny_llama_folder, spec)
     assert set(before) == set(wanted) and len(wanted) == 14
     merge_into(tiny_llama_folder, Adapter({}), tmp_path / "merged", before=before)
     base, merged = open_checkpoint(tiny_llama_folder), open_checkpoint(tmp_path / "merged")
@@ -48,7 +48,7 @@ def test_half_precision_is_packed_as_it_is_stored(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "base")
     merge_into(folder, Adapter({}), tmp_path / "half", dtype="bfloat16", tokenizer=folder)
     wanted = packed_weights(tmp_path / "half", QuantSpec("nf4"))
-    merge_into(tmp_path / "half", Adapter({}), tmp_path / "merged", before=roundings(tmp_path / "half", QuantSpec("nf4")))
+    merge_into(tmp_path / "half", Adapter({}), tmp_path / "merged", before=rounding_steps(tmp_path / "half", QuantSpec("nf4")))
     merged = open_checkpoint(tmp_path / "merged")
     for name, weight in wanted.items():
         assert torch.equal(merged.shards[merged.home[name]].read(name), weight.bfloat16())

@@ -15,7 +15,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.merge.extract import Extracted, extract_adapter
-from lorakeet.merge.fold import merge_into
+from lorakeet.merge.merged_folder import merge_into
 from tiny.adapters import random_adapter
 from tiny.dense import change, fold_into
 from tiny.models import tiny_model

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Pair
 from lorakeet.merge.straight_through import StraightThroughLinear
+from lorakeet.quant.grids import grid_of
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.regrid import grid_of
 
 OUT, IN = 16, 64
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.fused.attention import RotaryAttention
-from lorakeet.core.layers.linear import StandIn
+from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models import fuse, inject
 from lorakeet.models.families import family_of
@@ -76,13 +76,13 @@ def test_paths_of_the_adapter_do_not_change(tiny_model: Callable[..., Any]) -> N
     fuse.fuse(model)
     after = inject.adapter_of(model)
     assert list(after.pairs) == list(before.pairs)
-    assert any(isinstance(module, StandIn) and "mlp" in path for path, module in model.named_modules())
+    assert any(isinstance(module, Replacement) and "mlp" in path for path, module in model.named_modules())
     inject.attach(model, before, "again")
     assert inject.adapter_names(model) == ["default", "again"]
 
 
-def stand_ins(model: Any) -> dict[str, type[StandIn]]:
-    return {path: type(module) for path, module in model.named_modules() if isinstance(module, StandIn)}
+def stand_ins(model: Any) -> dict[str, type[Replacement]]:
+    return {path: type(module) for path, module in model.named_modules() if isinstance(module, Replacement)}
 
 
 @pytest.mark.parametrize("family", [*GATED, "phi3", "gpt2"])

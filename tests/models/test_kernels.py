@@ -16,7 +16,7 @@ from lorakeet.core import kernels as dispatch
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models import kernels
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
@@ -58,7 +58,7 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     asked = spec(tiny_llama_folder, quantize=QuantSpec(method=method))
     adapter = random_adapter(load_text_model(spec(tiny_llama_folder, kernels="torch")).model)
     fused, plain = load_text_model(asked), load_text_model(replace(asked, kernels="torch"))
-    assert fused.kernels == Kernels(64) and plain.kernels is None
+    assert fused.kernels == TritonRequest(64) and plain.kernels is None
     assert all(base.kernels is None for base in kernel_bases(plain.model))
     ids = torch.arange(6)
     batch = Batch(ids, (6,), ids, ids, ("row",)).to(DEVICE)
@@ -69,15 +69,16 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     monkeypatch.setattr("lorakeet.core.lowrank.low_rank_product", lambda *given: calls.append(1) or launch(*given))
     found, expected = (text.head(text.hidden(batch)) for text in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert calls and list(kernel_bases(fused.model)) and all(base.kernels == Kernels(64) for base in kernel_bases(fused.model))
+    bases = list(kernel_bases(fused.model))
+    assert calls and bases and all(base.kernels == TritonRequest(64) for base in bases)
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
-        ("low_rank_product", r"compute y \(tokens 1, rank 8\) otherwise"),
-        ("low_rank_product_t", r"compute ∂L/∂x \(tokens 1, rank 8\) otherwise"),
+        ("low_rank_product", r"compute y \(tokens 1, rank 8\) differently"),
+        ("low_rank_product_t", r"compute ∂L/∂x \(tokens 1, rank 8\) differently"),
     ],
 )
 def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,15 +102,15 @@ def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkey
         return out
 
     monkeypatch.setattr(dispatch, "unpack", wrong)
-    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
+    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
         load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
 
 
 def test_the_tokens_and_ranks_of_the_proof_follow_what_is_fused() -> None:
     every = [(1, 0), (1, 8), (17, 0), (17, 8), (33, 0), (33, 8), (33, dispatch.RANK)]
-    assert checked_products(Kernels()) == every
-    assert checked_products(Kernels(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
-    assert checked_products(Kernels(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and checked_products(Kernels(0)) == []
+    assert checked_products(TritonRequest()) == every
+    assert checked_products(TritonRequest(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
+    assert checked_products(TritonRequest(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and checked_products(TritonRequest(0)) == []
 
 
 SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how it is called
@@ -123,16 +124,16 @@ SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how
 @needs_triton
 @pytest.mark.parametrize("wrong", SAID_OF_PRODUCTS, ids=str)
 def test_one_wrong_program_of_the_products_is_refused(wrong: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_tiles.product
+    right = triton_tiles.fused_product
 
     def launch(tiles: Any, x: Any, pair: Any = None, *, transposed: bool = False) -> Any:
         y, shrunk = right(tiles, x, pair, transposed=transposed)
         off = (len(x), 0 if pair is None else len(pair.shrink), transposed) == wrong
         return (y * 1.01 if off else y), shrunk
 
-    monkeypatch.setattr(triton_tiles, "product", launch)
+    monkeypatch.setattr(triton_tiles, "fused_product", launch)
     with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} differently from torch"):
-        check_kernels([packed_layer()], Kernels(4 if wrong[0] == 4 else 64), torch.float32)
+        check_kernels([packed_layer()], TritonRequest(4 if wrong[0] == 4 else 64), torch.float32)
 
 
 def packed_layer() -> PackedLinear:
@@ -142,16 +143,16 @@ def packed_layer() -> PackedLinear:
 
 @needs_triton
 def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, layer = triton_tiles.unpack, packed_layer()
+    right, layer = triton_tiles.unpack_tiles, packed_layer()
 
     def launch(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first)
         return out.mul_(1 + 2e-7) if out.dtype == torch.float32 else out
 
-    check_kernels([layer], Kernels(1), torch.bfloat16)
-    monkeypatch.setattr(triton_tiles, "unpack", launch)
-    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
-        check_kernels([layer], Kernels(1), torch.bfloat16)
+    check_kernels([layer], TritonRequest(1), torch.bfloat16)
+    monkeypatch.setattr(triton_tiles, "unpack_tiles", launch)
+    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
+        check_kernels([layer], TritonRequest(1), torch.bfloat16)
 
 
 @needs_triton
@@ -176,7 +177,7 @@ def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch
 
 
 @needs_triton
-@pytest.mark.parametrize(("module", "name"), [("tiles", "product"), ("loss", "loss_in_place")])
+@pytest.mark.parametrize(("module", "name"), [("tiles", "fused_product"), ("loss", "loss_in_place")])
 def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfResources(Exception):
         """As Triton's own, which derive from nothing else."""
@@ -190,7 +191,7 @@ def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str
         if module == "loss":
             check_loss(50, DEVICE)
         else:
-            check_kernels([packed_layer()], Kernels(1), torch.float32)
+            check_kernels([packed_layer()], TritonRequest(1), torch.float32)
 
 
 def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +213,14 @@ def test_image_models_refuse_them() -> None:
 @needs_triton
 @pytest.mark.parametrize(
     ("kernel", "said"),
-    [("norm", "compute a norm otherwise"), ("gated", "compute a gate otherwise"), ("turn_", "compute a rotation otherwise")],
+    [
+        ("norm", "compute a norm differently"),
+        ("gated", "compute a gate differently"),
+        ("rotate_", "compute a rotation differently"),
+    ],
 )
 def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_elementwise([48, 15], Kernels(), [torch.float32], DEVICE)
+    check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
     right = getattr(elementwise, kernel)
 
     def wrong(first: Tensor, *given: Any) -> Any:
@@ -226,12 +231,12 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
 
     monkeypatch.setattr(elementwise, kernel, wrong)
     with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
-        check_elementwise([48, 15], Kernels(), [torch.float32], DEVICE)
+        check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
 
 
 @needs_triton
 def test_an_adapted_model_makes_its_passes_by_them(tiny_llama_folder: Path) -> None:
-    for asked, expected in (("triton", Kernels(64)), ("torch", None)):
+    for asked, expected in (("triton", TritonRequest(64)), ("torch", None)):
         text = load_text_model(spec(tiny_llama_folder, kernels=asked))
         add_adapter(text, random_adapter(text.model))
         norms = [module for module in text.model.modules() if isinstance(module, FrozenRmsNorm)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase, read_gguf, row_bytes
+from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase, row_bytes
 
 ROWS, WIDTH = 5, 512
 WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -69,24 +67,3 @@ def test_widths_are_whole_blocks_and_types_are_known() -> None:
 def test_settings_describe_it() -> None:
     assert random_base("Q6_K").settings == {"method": "gguf", "shape": [ROWS, WIDTH], "type": "Q6_K"}
     assert random_base("Q6_K").bytes == ROWS * 420
-
-
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
-@pytest.mark.parametrize("shape", [(64,), (6, 64), (2, 3, 64)])
-def test_parts_of_a_tensor_of_a_file_are_those_of_the_whole(kind: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    """Also of a vector, of which a file may have bytes or blocks: a norm in BF16, for one."""
-    values, ggml = np.arange(np.prod(shape), dtype=np.float32).reshape(shape), GGMLQuantizationType[kind]
-    stored = values if kind == "F32" else quants.quantize(values, ggml)
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    writer.add_tensor("a", stored, raw_dtype=ggml)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    whole = torch.from_numpy(quants.dequantize(stored, ggml).copy())
-    (tensor,) = read_gguf(tmp_path / "x.gguf")[1]
-    assert tensor.shape == shape and torch.equal(tensor[:], whole) and torch.equal(tensor[1:2], whole[1:2])
-    tensor[:].mul_(2)  # of its own
-    matrix = tensor.as_matrix()
-    rows = whole if whole.ndim < 2 else whole.flatten(0, -2)
-    assert matrix.shape == tuple(rows.shape) and torch.equal(matrix[3:5], rows[3:5])

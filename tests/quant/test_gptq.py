@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant import packed
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gptq import GptqBase, gptq_buffer_shapes
 from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order
 from lorakeet.quant.gptq_pack import ZeroFormat
-from lorakeet.quant.replace import empty_base
 
 OUT, IN, GROUPS = 64, 96, 3
 

@@ -13,7 +13,7 @@ from lorakeet.errors import DataError
 from lorakeet.memory.spill import Spill
 from lorakeet.quant import gptq_pack, gptq_solve
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
-from lorakeet.quant.gptq_solve import GptqLayout, Hessian, bytes_of_solving, output_error, sensitivity, solve
+from lorakeet.quant.gptq_solve import GptqLayout, Hessian, bytes_of_solving, gptq_quantise, output_error, sensitivity
 from lorakeet.quant.packed import TILE
 from tiny.held import HeldBytes
 
@@ -54,7 +54,7 @@ def test_the_hessian_is_the_mean_over_all_tokens(inputs: Tensor) -> None:
 def test_outputs_move_far_less_than_with_rounding_to_the_nearest(
     bits: int, sym: bool, desc_act: bool, inputs: Tensor, weight: Tensor
 ) -> None:
-    base = solve(weight, sensitivity(hessian_of(inputs)), GptqLayout(bits, GROUP, desc_act, sym))
+    base = gptq_quantise(weight, sensitivity(hessian_of(inputs)), GptqLayout(bits, GROUP, desc_act, sym))
     nearest = base.dense()
     base_error = error(inputs, weight, nearest)
     base.g_idx.copy_(groups_in_order(IN, GROUP))
@@ -80,7 +80,7 @@ def test_one_column_of_two_is_moved_to_make_up_for_the_other() -> None:
 
 def test_a_grid_that_is_given_is_kept(inputs: Tensor, weight: Tensor) -> None:
     codes, grid = nearest_codes(weight, 4, True, torch.arange(IN, dtype=torch.int32) % 4, 4)
-    base = solve(weight * 1.01, sensitivity(hessian_of(inputs)), GptqLayout(4, GROUP), grid=grid)
+    base = gptq_quantise(weight * 1.01, sensitivity(hessian_of(inputs)), GptqLayout(4, GROUP), grid=grid)
     for name in ("scales", "zeros", "g_idx"):
         assert torch.equal(getattr(base.grid, name), getattr(grid, name))
     steps = grid.scales.float()[grid.g_idx.long()].T
@@ -91,14 +91,14 @@ def test_a_grid_that_is_given_is_kept(inputs: Tensor, weight: Tensor) -> None:
 def test_inputs_that_are_always_0_are_rounded_to_the_nearest(inputs: Tensor, weight: Tensor) -> None:
     dead = inputs.clone()
     dead[:, 5] = 0
-    base = solve(weight, sensitivity(hessian_of(dead)), GptqLayout(8, -1))
+    base = gptq_quantise(weight, sensitivity(hessian_of(dead)), GptqLayout(8, -1))
     step = base.scales.float()[0]
     assert bool(((base.dense() - weight)[:, 5].abs() <= 0.51 * step).all())
 
 
 def test_one_token_is_enough_with_damping_and_inputs_that_are_not_finite_are_refused(inputs: Tensor, weight: Tensor) -> None:
     single = hessian_of(inputs[:1])
-    assert bool(torch.isfinite(solve(weight, sensitivity(single), GptqLayout(4, GROUP)).dense()).all())
+    assert bool(torch.isfinite(gptq_quantise(weight, sensitivity(single), GptqLayout(4, GROUP)).dense()).all())
     broken = inputs.clone()
     broken[7, 3] = float("inf")
     with pytest.raises(DataError, match="not finite"):
@@ -121,7 +121,7 @@ def test_what_is_held_is_what_is_planned(
     hessian.add(torch.randn(2 * shape[1], shape[1], generator=torch.Generator().manual_seed(0)))
     weight, inputs = torch.randn(shape).to(dtype), sensitivity(hessian.matrix)
     with HeldBytes() as held:
-        solve(weight, inputs, layout)
+        gptq_quantise(weight, inputs, layout)
     assert held.peak <= bytes_of_solving(shape, layout, dtype) <= 1.5 * held.peak
 
 
@@ -154,14 +154,14 @@ def test_where_the_hessian_lies_changes_no_bit(
     assert stored.shape == hessian.shape and stored.dtype == hessian.dtype and torch.equal(stored[7:60], hessian[7:60])
     one, other = sensitivity(hessian), sensitivity(stored)
     assert torch.equal(one.order, other.order) and torch.equal(one.factor, other.factor)
-    base = solve(weight, one, GptqLayout(4, GROUP))
+    base = gptq_quantise(weight, one, GptqLayout(4, GROUP))
     assert output_error(weight, base, hessian) == output_error(weight, base, stored)
     spill.close()
 
 
 def test_outputs_are_compared_a_part_at_a_time(inputs: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     hessian, weight = hessian_of(inputs), weight.repeat(16, 1)
-    base = solve(weight, sensitivity(hessian), GptqLayout(4, 16))
+    base = gptq_quantise(weight, sensitivity(hessian), GptqLayout(4, 16))
     found, change = output_error(weight, base, hessian), weight - base.dense()
     exact = (change.double() @ hessian.double() * change).sum() / (weight.double() @ hessian.double() * weight).sum()
     assert found == pytest.approx(float(exact) ** 0.5, rel=1e-4)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lorakeet.core.base import matmul_each
 from lorakeet.kernels.cpu import int8_rows, operators
-from lorakeet.quant.int8 import Int8Base, multiply_in_int8
-from lorakeet.quant.replace import empty_base
+from lorakeet.quant.construct import empty_base
+from lorakeet.quant.int8 import Int8Base, enable_int8_products
 from tiny.native import needs_native
 
 
@@ -66,7 +66,7 @@ def test_another_shape_is_refused(weight: torch.Tensor) -> None:
 def trained() -> Int8Base:
     """A base that multiplies in int8, in training mode."""
     base = Int8Base.of(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)))
-    assert multiply_in_int8(base) == 1
+    assert enable_int8_products(base) == 1
     return base.train()
 
 
@@ -115,7 +115,7 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
     def off() -> float:
         return float((trained.matmul(x).float() - exact).norm() / exact.norm())
 
-    with nullcontext() if native else operators.without(), pytest.MonkeyPatch.context() as patch:
+    with nullcontext() if native else operators.torch_only(), pytest.MonkeyPatch.context() as patch:
         near = off()
         patch.setattr(int8_rows, "APART", 0)
         assert near < 0.004 < off()
@@ -128,7 +128,7 @@ def test_the_native_library_gives_torch_s_bits(trained: Int8Base, tokens: int) -
     x, grad = (torch.randn(tokens, width, generator=draw).bfloat16() for width in (64, 48))
     assert int8_rows.serves(x) and int8_rows.serves(grad)
     found = trained.matmul(x), trained.matmul_t(grad)
-    with operators.without():
+    with operators.torch_only():
         assert torch.equal(found[0], trained.matmul(x)) and torch.equal(found[1], trained.matmul_t(grad))
 
 
@@ -137,7 +137,7 @@ def test_several_weights_code_what_they_see_once(
     trained: Int8Base, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow, exact = Int8Base.of(torch.randn(5, 64)).train(), Int8Base.of(torch.randn(8, 64)).train()
-    multiply_in_int8(narrow)  # of a width that no kernel's registers have, and `exact` in no products in int8
+    enable_int8_products(narrow)  # of a width that no kernel's registers have, and `exact` in no products in int8
     bases, x = (trained, exact, narrow), torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
     x = x.bfloat16() if native else x
     expected = [base.matmul(x) for base in bases]
@@ -150,4 +150,4 @@ def test_several_weights_code_what_they_see_once(
 
 
 def test_only_int8_weights_are_told() -> None:
-    assert multiply_in_int8(torch.nn.Linear(3, 3)) == 0
+    assert enable_int8_products(torch.nn.Linear(3, 3)) == 0

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.quant import nf4
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.nf4 import LEVELS, Nf4Base
-from lorakeet.quant.replace import empty_base
 
 SHAPES = [(64, 64), (6, 128), (7, 48), (16, 100), (5, 33), (1, 1), (576, 320)]  # also rows that end within a block, and odd sizes
 DTYPES = [torch.float32, torch.bfloat16]
@@ -27,7 +27,7 @@ def random_weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32, se
 
 
 def theirs(weight: Tensor, *, block_size: int, double_quant: bool) -> tuple[Tensor, object]:
-    assert nf4.has_kernels(torch.device("cpu"))
+    assert nf4.has_bitsandbytes(torch.device("cpu"))
     from bitsandbytes.functional import quantize_4bit
 
     return quantize_4bit(weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4")
@@ -50,7 +50,7 @@ def test_bytes_and_numbers_are_those_of_bitsandbytes(
     for out_dtype in DTYPES:
         with_kernels = base.unpack(torch.empty(shape, dtype=out_dtype))
         with monkeypatch.context() as without:
-            without.setattr(nf4, "has_kernels", lambda device: False)
+            without.setattr(nf4, "has_bitsandbytes", lambda device: False)
             assert torch.equal(base.unpack(torch.empty(shape, dtype=out_dtype)), with_kernels)
         if shape[1] % block_size == 0:  # elsewhere its CPU kernel reads the wrong absmax
             from bitsandbytes.functional import dequantize_4bit
@@ -118,6 +118,6 @@ def test_wrong_settings_and_shapes_are_refused() -> None:
 
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert nf4.missing_kernels() == ""
+    assert nf4.bitsandbytes_advice() == ""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'lorakeet[nf4]'" in nf4.missing_kernels()
+    assert "pip install 'lorakeet[nf4]'" in nf4.bitsandbytes_advice()

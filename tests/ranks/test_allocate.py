@@ -60,9 +60,9 @@ def test_the_highest_rank_the_gains_and_a_step_of_two_are_kept_to() -> None:
 @pytest.mark.parametrize(
     ("budget", "largest", "words"),
     [
-        (56, None, ["56 parameters", "below rank 1 for each of the 3 targets", "takes 57", "Raise the budget"]),
+        (56, None, ["56 parameters", "below rank 1 for each of the 3 targets", "need 57", "Raise the budget"]),
         (5000, None, ["5,000 parameters", "above the full rank of all 3 targets", "Lower the budget"]),
-        (200, 2, ["200 parameters", "highest rank that was measured", "114", "ranks.max_rank"]),
+        (200, 2, ["200 parameters", "highest measured rank", "114", "ranks.max_rank"]),
     ],
 )
 def test_budgets_that_do_not_fit(budget: int, largest: int | None, words: list[str]) -> None:
@@ -74,5 +74,5 @@ def test_budgets_that_do_not_fit(budget: int, largest: int | None, words: list[s
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_gains_that_are_no_numbers_are_named(bad: float) -> None:
     worth = {**gains(0), "layers.0.thin": [bad, 1.0]}
-    with pytest.raises(DataError, match=r"'layers\.0\.thin' is no finite number \(of 3 matrices\).*float32"):
+    with pytest.raises(DataError, match=r"'layers\.0\.thin' are not finite \(of 3 matrices\).*float32"):
         allocate(PLAN, worth, 100)

@@ -176,7 +176,7 @@ def test_the_budget_falls_by_a_cube() -> None:
 
 @pytest.mark.parametrize(("total", "changes"), [(6, {}), (1, {}), (20, {"prune_from": 0.0, "prune_cuts": 10})])
 def test_a_run_that_is_too_short_is_refused(total: int, changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"A run of {total} steps would be pruned after step \d.*3 steps at least"):
+    with pytest.raises(ConfigError, match=rf"A run of {total} steps would be pruned after step \d.*needs 3 steps"):
         cuts(RanksSpec(choose="prune", **changes), total, at_first=300, budget=200)
 
 
@@ -184,8 +184,8 @@ def test_budgets_that_leave_nothing_or_cut_nothing_are_refused() -> None:
     at_first = pair_parameters(PLAN)
     assert final_budget(RanksSpec(choose="prune"), PLAN) == math.floor(at_first / 1.5)
     assert final_budget(RanksSpec(choose="prune", budget="12"), PLAN) == 12
-    with pytest.raises(ConfigError, match="below one rank of the smallest target, which takes 12"):
+    with pytest.raises(ConfigError, match="below one rank of the smallest target, which needs 12"):
         final_budget(RanksSpec(choose="prune", budget="11"), PLAN)
     for budget in (at_first, 10 * at_first):
-        with pytest.raises(ConfigError, match=f"not below those at first, {at_first} in 3 pairs"):
+        with pytest.raises(ConfigError, match=f"not below the initial {at_first} in 3 pairs"):
             final_budget(RanksSpec(choose="prune", budget=str(budget)), PLAN)

@@ -14,7 +14,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.merge.factors import best_of_factors
+from lorakeet.merge.low_rank import truncate_factors
 from lorakeet.models.families import family_of
 from lorakeet.models.inject import adapter_of, inject
 from lorakeet.models.targets import plan_for
@@ -76,7 +76,7 @@ def test_without_weights_it_is_the_cut_of_eckart_and_young() -> None:
     pair = pair_of(0)
     found = spectrum(pair, Moments(torch.zeros(RANK, RANK), torch.zeros(RANK, RANK)), "none")
     short = cut_to_ranks(Adapter({"a": pair}), {"a": found}, {"a": 2}).pairs["a"]
-    plain = best_of_factors(pair.A, pair.B, 2)
+    plain = truncate_factors(pair.A, pair.B, 2)
     torch.testing.assert_close(short.B @ short.A, plain.B @ plain.A, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(short.A.norm(dim=1), short.B.norm(dim=0), rtol=1e-4, atol=1e-5)  # neither factor far larger
 
@@ -128,7 +128,7 @@ def test_sizes_as_people_write_them() -> None:
 
 
 def test_what_cannot_be_cut_is_named_all_at_once() -> None:
-    with pytest.raises(ConfigError, match="holds no low-rank pairs"):
+    with pytest.raises(ConfigError, match="has no low-rank pairs"):
         check_pairs(Adapter({}))
     pairs = {"a": replace(pair_of(0), magnitude=torch.ones(OUT)), "b": replace(pair_of(0), kind="embedding"), "c": pair_of(0)}
     with pytest.raises(ConfigError) as caught:
@@ -140,7 +140,7 @@ def test_what_cannot_be_cut_is_named_all_at_once() -> None:
 def test_moments_that_are_no_numbers_are_refused() -> None:
     adapter, _, moments = two()
     moments["weak"].gradients[0, 0] = float("nan")
-    with pytest.raises(DataError, match="no finite number on these rows"):
+    with pytest.raises(DataError, match="not finite on these rows"):
         spectra(adapter, moments)
 
 

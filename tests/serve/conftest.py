@@ -15,11 +15,11 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.access import Access
+from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import RequestLimits, Service
-from lorakeet.serve.store import AdapterStore
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 from tiny.site import Site

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.serve.access import Access, Caller, NotAllowed, QuotaSpent, hashed, read_keys
+from lorakeet.serve.access import Access, Caller, NotAllowed, QuotaSpent, hash_key, read_keys
 
 
 def keys(folder: Path, *entries: Any) -> Path:
@@ -29,7 +29,7 @@ def test_two_keys_each_with_its_own_adapters(tmp_path: Path) -> None:
         keys(
             tmp_path,
             {"key": "sk-first-1", "owner": "one", "adapters": ["a"]},
-            {"sha256": hashed("sk-second-2"), "owner": "two", "adapters": ["b"], "admin": True},
+            {"sha256": hash_key("sk-second-2"), "owner": "two", "adapters": ["b"], "admin": True},
         )
     )
     one, two = access.caller("Bearer sk-first-1"), access.caller("bearer sk-second-2")
@@ -86,7 +86,7 @@ def test_everything_wrong_is_told_at_once_without_a_key(tmp_path: Path) -> None:
         read_keys(path)
     assert "unknown fields adaptors" in str(error.value) and "admin must be true or false" in str(error.value)
     assert "secret" not in str(error.value)
-    capital = keys(tmp_path, {"sha256": hashed("sk-first-1").upper()})
+    capital = keys(tmp_path, {"sha256": hash_key("sk-first-1").upper()})
     assert read_keys(capital).caller("Bearer sk-first-1").owner == "1"
     path.write_text("{}")
     with pytest.raises(ConfigError, match="has no keys"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError
-from lorakeet.formats.files import slab
+from lorakeet.formats.files import loaded_file
 from lorakeet.formats.peft import peft
 from lorakeet.kernels.threads import compute_with
 from lorakeet.models.generate.sample import end_ids, sample
@@ -197,14 +197,14 @@ def test_an_idle_engine_frees_the_copies_of_adapters(
     server = asking()
     expected = server.ask(PROMPTS[0], A).ids
     assert loaded.table_bytes > 0, "the next text with it need not wait"
-    slab._SPARE.append(mmap.mmap(-1, 4096))
+    loaded_file._SPARE.append(mmap.mmap(-1, 4096))
     monkeypatch.setattr("lorakeet.serve.engine.KEEP_COPIES", 0.01)
     server.engine.call(int).result(timeout=30)
     until = time.monotonic() + 30
     while loaded.table_bytes and time.monotonic() < until:
         time.sleep(0.01)
     assert loaded.table_bytes == 0
-    assert server.ask(PROMPTS[0], A).ids == expected and not slab._SPARE
+    assert server.ask(PROMPTS[0], A).ids == expected and not loaded_file._SPARE
 
 
 def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loaded: ServingModel) -> None:

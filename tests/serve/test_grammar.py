@@ -16,7 +16,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.engine import Request
 from lorakeet.serve.grammar import ANY_OBJECT, GrammarFailed, Grammars
-from lorakeet.serve.sampling import Chooser, Sampling
+from lorakeet.serve.sampling import Sampler, Sampling
 
 SCHEMA = {
     "type": "object",
@@ -36,7 +36,7 @@ def test_whatever_the_logits_are_the_text_is_an_instance(text: Any, temperature:
     made = Grammars(text).of_schema(SCHEMA)
     noise = torch.Generator().manual_seed(0)
     for seed in range(8):
-        chooser, ids = Chooser(Sampling(temperature=temperature, seed=seed), made.begin()), list[int]()
+        chooser, ids = Sampler(Sampling(temperature=temperature, seed=seed), made.begin()), list[int]()
         assert chooser.guide is not None
         while not chooser.guide.finished:
             ids.append(chooser.choose(torch.randn(text.model.config.vocab_size, generator=noise) * 5).token)
@@ -46,7 +46,7 @@ def test_whatever_the_logits_are_the_text_is_an_instance(text: Any, temperature:
 
 def test_the_log_probability_told_is_the_models_own(text: Any) -> None:
     logits = torch.randn(text.model.config.vocab_size, generator=torch.Generator().manual_seed(1))
-    chosen = Chooser(Sampling(temperature=0.0, logprobs=1), Grammars(text).of_schema(SCHEMA).begin()).choose(logits)
+    chosen = Sampler(Sampling(temperature=0.0, logprobs=1), Grammars(text).of_schema(SCHEMA).begin()).choose(logits)
     assert text.tokenizer.decode([chosen.token]).strip()[:1] in ("{", "")
     assert chosen.logprob == pytest.approx(float(logits.log_softmax(-1)[chosen.token]))
 

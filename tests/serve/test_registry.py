@@ -19,7 +19,7 @@ from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
 from lorakeet.models.text.serving import ServingModel
-from lorakeet.serve.naming import UnknownModel
+from lorakeet.serve.model_names import UnknownModel
 from lorakeet.serve.probe import Probe, extend_certificate
 from lorakeet.serve.registry import AdapterMemoryFull, Registry
 

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from lorakeet.serve.sampling import Chooser, Sampling, all_finite
+from lorakeet.serve.sampling import Sampler, Sampling, rows_finite
 
 LOGITS = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()
 
 
 def drawn(count: int, **settings: float) -> Counter[int]:
-    chooser = Chooser(Sampling(seed=3, **settings))  # type: ignore[arg-type]
+    chooser = Sampler(Sampling(seed=3, **settings))  # type: ignore[arg-type]
     return Counter(chooser.choose(LOGITS).token for _ in range(count))
 
 
@@ -40,22 +40,22 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
 
 
 def test_a_seed_decides() -> None:
-    first, second = (Chooser(Sampling(seed=5)) for _ in range(2))
+    first, second = (Sampler(Sampling(seed=5)) for _ in range(2))
     assert [first.choose(LOGITS).token for _ in range(20)] == [second.choose(LOGITS).token for _ in range(20)]
 
 
 def test_logprobs_do_not_depend_on_temperature() -> None:
     for temperature in (0.0, 2.0):
-        chosen = Chooser(Sampling(temperature=temperature, seed=0, logprobs=2)).choose(LOGITS)
+        chosen = Sampler(Sampling(temperature=temperature, seed=0, logprobs=2)).choose(LOGITS)
         assert chosen.logprob == pytest.approx(float(LOGITS[chosen.token]))
         assert [token for token, _ in chosen.top] == [0, 2]
-    assert Chooser(Sampling(seed=0)).choose(LOGITS).logprob is None
+    assert Sampler(Sampling(seed=0)).choose(LOGITS).logprob is None
 
 
 def test_rows_that_hold_a_number_which_is_not_finite_are_told() -> None:
     rows = torch.zeros(5, 7)
-    assert all_finite(rows) == [True] * 5
+    assert rows_finite(rows) == [True] * 5
     rows[1, 3], rows[2, 0], rows[3, 5], rows[3, 6] = torch.nan, -torch.inf, torch.inf, -torch.inf
     rows[4] = torch.finfo(torch.float32).max  # whose sum is infinite
-    assert all_finite(rows) == [True, False, False, False, True]
-    assert all_finite(rows[:1]) == [True]
+    assert rows_finite(rows) == [True, False, False, False, True]
+    assert rows_finite(rows[:1]) == [True]

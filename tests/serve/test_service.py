@@ -12,7 +12,7 @@ import pytest
 from lorakeet.errors import ConfigError
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.access import Caller
-from lorakeet.serve.naming import UnknownModel
+from lorakeet.serve.model_names import UnknownModel
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import MOST_TEXTS, Service

@@ -98,6 +98,14 @@ def test_the_first_pages_are_short() -> None:
     assert len((ROOT / "ARCHITECTURE.md").read_bytes()) <= 8192
 
 
+def test_sentences_of_pages_are_short() -> None:
+    log = ROOT / "docs" / "log"  # whose entries are as they were written
+    read = {page: sentences(page.read_text(encoding="utf-8")) for page in pages() if not page.is_relative_to(log)}
+    means = {named(page): sum(map(len, found)) / len(found) for page, found in read.items() if found}
+    long = {page: round(mean, 1) for page, mean in means.items() if mean > 18}
+    assert len(means) > 20 and not long, long
+
+
 def test_words_of_sentences_are_counted() -> None:
     assert sentences("# Head\n\nOne two [three](a/b.md). Four five six:\n- seven eight nine\n\n| a b c d |\n") == [
         ["One", "two", "three."], ["Four", "five", "six:"], ["seven", "eight", "nine"]

@@ -28,11 +28,11 @@ def module_name(path: Any) -> str:
 
 
 def spec_classes() -> list[type[Any]]:
-    """Every dataclass of settings: the classes called …Spec or …Options, and RunConfig."""
-    found: list[type[Any]] = [RunConfig]
+    """Every dataclass of settings: RunConfig, the classes called …Spec, and the options of the verbs."""
+    found: list[type[Any]] = [RunConfig, *dict.fromkeys(verb.options for verb in VERBS)]
     for path in source_files():
         classes = [node.name for node in parsed(path).body if isinstance(node, ast.ClassDef)]
-        names = [name for name in classes if name.endswith(("Spec", "Options"))]
+        names = [name for name in classes if name.endswith("Spec")]
         if names:
             module = importlib.import_module(module_name(path))
             found += [getattr(module, name) for name in names if dataclasses.is_dataclass(getattr(module, name))]

@@ -80,7 +80,8 @@ def test_the_page_on_speed_says_whose_losses_were_compared(monkeypatch: pytest.M
     row = {"what": "Ours", "largest_loss_difference": 0.02}
     other = {"what": "Top", "largest_loss_difference": None, "trains_otherwise": "trains less"}
     said = agreement({"losses_agree": True, "contenders": {"a": row, "b": other}})
-    assert said.startswith("Losses agree at every step (largest gap to PEFT by hand in the same products: 0.020 nats). Those of")
+    assert said.startswith("Losses agree at every step (largest gap to PEFT by hand in the same products: 0.020 nats). Not ")
+    assert said.endswith("compared, since they train something else: Top.")
     assert "not compared" in agreement({"losses_agree": True, "contenders": {"b": other}})
     near, far = {**row, "allowed_loss_difference": 0.15}, {**row, "what": "Far", "largest_loss_difference": 0.16}
     said = agreement({"losses_agree": False, "contenders": {"a": near, "c": {**far, "allowed_loss_difference": 0.15}}})

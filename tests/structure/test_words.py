@@ -1,4 +1,4 @@
-"""Plain words: names, docstrings, help, messages and comments use the field's terms, and each name means one thing."""
+"""Plain words: names, docstrings, help, messages, comments and pages use the field's terms, and each name means one thing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from structure.tree import SOURCE, named, parsed, source_files
+from structure.tree import ROOT, SOURCE, committed_files, named, parsed, source_files
 
 # A private phrase, and what the field says.
 PRIVATE = {
@@ -45,9 +45,17 @@ PRIVATE_NAMES = {
     "aside", "look", "looked", "anchor", "anchored", "coded",
 }  # fmt: skip
 MODEL_CARD = {"export/card.py"}  # a model card is the field's own word
-ALLOWED = {"on the hardware at hand"}  # the project's motto
+ALLOWED = {
+    "on the hardware at hand",  # the project's motto
+    "text-anchor",  # an attribute of SVG
+    "--judged", "contenders.judge", "contenders/judge",  # a flag and a module of benchmarks
+    "Judge the drug alone",  # part of a benchmark's prompt
+}  # fmt: skip
+KEYS = {"int8, brought back", "bytes of kept states", "a recorded pass", "in turn"}  # of stored results
+BESIDE = ("benchmarks", "demos", "docs", "examples")  # folders beside the package, whose texts are read too
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`|(?<=\])\([^)\s]+\)", re.MULTILINE | re.DOTALL)  # blocks, spans, targets of links
 # Functions that every file of a kind has: adapter formats read and write; kernels say whether they serve and what they cost.
-PROTOCOL = {"read", "write", "main"}  # and the entry point
+PROTOCOL = {"owns", "read", "write", "main"}  # and the entry point
 
 
 def words_of(path: Path) -> Iterator[tuple[int, str]]:
@@ -74,6 +82,23 @@ def names_of(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.attr
 
 
+def pages() -> list[Path]:
+    """Every page but the log, whose entries are as they were written, and the reference, which is generated from the package."""
+    left_out = [ROOT / "docs" / name for name in ("log", "reference")]
+    found = [path for path in committed_files() if path.suffix == ".md"]
+    return [path for path in found if not any(path.is_relative_to(folder) for folder in left_out)]
+
+
+def scripts() -> list[Path]:
+    """The programs and examples beside the package."""
+    folders = [ROOT / name for name in BESIDE]
+    return [
+        path
+        for path in committed_files()
+        if path.suffix in {".py", ".sh", ".yaml"} and any(path.is_relative_to(folder) for folder in folders)
+    ]
+
+
 def private_phrases(text: str) -> list[str]:
     """The private phrases of a text, each with what to say."""
     for phrase in ALLOWED:
@@ -92,6 +117,24 @@ def parts_of(name: str) -> set[str]:
 @pytest.mark.parametrize("path", source_files(), ids=named)
 def test_texts_use_the_fields_words(path: Path) -> None:
     found = [f"{named(path)}:{line}: {phrase}" for line, text in words_of(path) for phrase in private_phrases(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", pages(), ids=named)
+def test_pages_use_the_fields_words(path: Path) -> None:
+    """Except in code and the targets of links, where files and settings keep their names."""
+    lines = CODE.sub("", path.read_text(encoding="utf-8")).splitlines()
+    found = [f"{named(path)}: {phrase} in: {line}" for line in lines for phrase in private_phrases(line)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", scripts(), ids=named)
+def test_texts_beside_the_package_use_the_fields_words(path: Path) -> None:
+    python = path.suffix == ".py"
+    lines = list(words_of(path) if python else enumerate(path.read_text(encoding="utf-8").splitlines(), 1))
+    found = [
+        f"{named(path)}:{number}: {phrase}" for number, line in lines if line not in KEYS for phrase in private_phrases(line)
+    ]
     assert not found, "\n".join(found)
 
 

@@ -20,11 +20,11 @@ from triton.compiler import ASTSource
 
 from lorakeet.core.fused.elementwise import WIDEST
 from lorakeet.core.kernels import RANK
-from lorakeet.kernels.tiled_weight import InTiles
+from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.kernels.triton import elementwise, loss
 from lorakeet.kernels.triton import tiles as triton_tiles
 from lorakeet.kernels.triton.loss import loss_in_place
-from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, product, unpack
+from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, fused_product, unpack_tiles
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
@@ -64,7 +64,7 @@ PASSES: dict[str, Callable[[int, torch.dtype], object]] = {  # norms of the wide
     ),
     "gate": lambda n, dtype: elementwise.gated(states(n, 1024, dtype), states(n, 1024, dtype)),
     "gate backward": lambda n, dtype: elementwise.gated_backward_(*(states(n, 1024, dtype) for _ in range(3))),
-    "rotation": lambda n, dtype: elementwise.turn_(
+    "rotation": lambda n, dtype: elementwise.rotate_(
         states(n, 256, dtype).view(n, 2, 128), states(n, 128, dtype), states(n, 128, dtype), True
     ),
 }
@@ -105,7 +105,7 @@ def compiled(kernel: Any, given: tuple[Any, ...], options: dict[str, Any], targe
     return triton.compile(source, target=target, options=options)
 
 
-def weights() -> dict[str, InTiles]:
+def weights() -> dict[str, TiledWeight]:
     """A weight of each kind, of shapes alone."""
     bases = {
         "nf4": Nf4Base(SHAPE), "nf4 of large blocks, one scale each": Nf4Base(SHAPE, block_size=256, double_quant=False),
@@ -131,12 +131,12 @@ def launched(name: str, dtype: torch.dtype, tokens: int) -> tuple[Any, tuple[Any
             return calls[0]
         tiles = dense_tiles(torch.empty(SHAPE, dtype=dtype)) if name == "dense" else weights()[name]
         if tokens == 0:
-            unpack(tiles, torch.empty(SHAPE, dtype=dtype))
+            unpack_tiles(tiles, torch.empty(SHAPE, dtype=dtype))
             return calls[0]
         many = tokens > 16
         rank, (depth, width) = RANK if many else 16, SHAPE if many else SHAPE[::-1]
         pair = TilePair(torch.empty(rank, depth, dtype=dtype), torch.empty(rank, width, dtype=dtype), 1.0, 2.0)
-        product(tiles, torch.empty(tokens, depth, dtype=dtype), pair, transposed=many)
+        fused_product(tiles, torch.empty(tokens, depth, dtype=dtype), pair, transposed=many)
     return calls[0]
 
 

@@ -14,7 +14,7 @@ from lorakeet.export.gguf_model import write_gguf
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
-from lorakeet.merge.fold import merge_into
+from lorakeet.merge.merged_folder import merge_into
 from lorakeet.models.text.load import load_tokenizer
 
 

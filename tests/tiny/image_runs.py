@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.finetuning.train_image import ImageResult
+from lorakeet.workflows.finetune import FinetuneResult, finetune
 from tiny.pictures import album
 
 
@@ -27,8 +26,6 @@ def image_config(model: Path, folder: Path, **changes: Any) -> RunConfig:
     return read_run(None, {**flags, **{key.replace("__", "."): str(value) for key, value in changes.items()}})
 
 
-def image_run(model: Path, folder: Path, **changes: Any) -> ImageResult:
+def image_run(model: Path, folder: Path, **changes: Any) -> FinetuneResult:
     """The finished run."""
-    result = finetune(image_config(model, folder, **changes), console=Console(quiet=True))
-    assert isinstance(result, ImageResult)
-    return result
+    return finetune(image_config(model, folder, **changes), console=Console(quiet=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.runs.search_space import space_for
 from lorakeet.workflows.tuning.trials import Budget, SearchRows, Trials
 from tiny.runs import quiet, reviews, settings, write_rows
@@ -13,14 +13,14 @@ from tiny.runs import quiet, reviews, settings, write_rows
 HOT = 1e6  # times the learning rate: one step leaves no number
 
 
-def assembled(model: Path, folder: Path) -> Assembly:
+def assembled(model: Path, folder: Path) -> TextAssembly:
     """60 rows, 18 of them held out, and 8 steps."""
     data = write_rows(folder / "rows.jsonl", reviews(60))
     changes = {"data.held_out_fraction": 0.3, "train.steps": 8, "train.learning_rate": 0.01}
-    return assemble(settings(model, data, folder / "run", changes), quiet())
+    return assemble_text(settings(model, data, folder / "run", changes), quiet())
 
 
-def trials_of(setup: Assembly, *, tokens: int | None = None, seconds: float | None = None) -> Trials:
+def trials_of(setup: TextAssembly, *, tokens: int | None = None, seconds: float | None = None) -> Trials:
     choices: dict[str, Any] = {"rank_choices": (2, 4), "target_choices": ("all-linear", "mlp")}
     space = space_for(setup.config, setup.text, rate_factors=(0.01, 100.0), **choices)
     examples = list(setup.held_out.examples)

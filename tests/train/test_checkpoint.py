@@ -99,7 +99,7 @@ def test_other_settings_are_named_all_at_once() -> None:
     other = checkpoint.run_identity(TrainSpec(seed=1), {"data": "abd"}, parameters={"a.A": torch.zeros(2, 4)}, learning_rate=2e-3)
     with pytest.raises(ConfigError) as error:
         checkpoint.require_same(saved, other, run=Path("run"))
-    words = ("4 problems", "train.seed was 0", "is 1 now", "The data changed since run began", "train.learning_rate was 0.001")
+    words = ("4 problems", "train.seed was 0", "is 1 now", "The data changed since run started", "train.learning_rate was 0.001")
     for word in (*words, "The trained tensors changed"):
         assert word in str(error.value)
 

@@ -324,7 +324,7 @@ def test_without_a_checkpoint_it_begins_again_and_says_so(tmp_path: Path) -> Non
     report = StopAt(99)
     go(tmp_path / "run", resume=True, report=report)
     assert len(report.said) == 1
-    assert "begins again at step 0" in report.said[0]
+    assert "starts again at step 0" in report.said[0]
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
 
 
@@ -388,7 +388,7 @@ def test_a_broken_memory_budget_is_said_once_and_a_kept_one_never(tmp_path: Path
         report = Silent()
         report.say = said.append  # type: ignore[method-assign]
         train(TinyTask(SPEC), SPEC, run=RunFolder.create(tmp_path / name), report=report, budget=budget)
-        assert len([line for line in said if "above its budget of 1" in line]) == times
+        assert len([line for line in said if "above the budget of 1" in line]) == times
 
 
 @pytest.mark.parametrize("stop", [0, 5])
@@ -411,7 +411,7 @@ def test_under_a_budget_on_a_cuda_device_its_memory_is_what_counts(tmp_path: Pat
     report.say = said.append  # type: ignore[method-assign]
     outcome = train(TinyTask(SPEC), SPEC, run=RunFolder.create(tmp_path / "run"), report=report, budget=1233)
     assert outcome.peak_bytes == 1234
-    assert len([line for line in said if "held 1,234 bytes at most on cuda:0, above its budget of 1,233" in line]) == 1
+    assert len([line for line in said if "peak memory is 1,234 bytes on cuda:0, above the budget of 1,233" in line]) == 1
 
 
 def test_an_outcome_is_read_back_as_it_was_written() -> None:
@@ -425,6 +425,6 @@ def test_an_outcome_is_read_back_as_it_was_written() -> None:
 
 def test_what_is_left_is_named_as_far_as_it_is_there() -> None:
     last, adapter = Path("run/checkpoints/step-000004"), Path("run/adapter")
-    assert kept_text(None, adapter, None, None) == "No checkpoint was written before."
+    assert kept_text(None, adapter, None, None) == "No checkpoint was written yet."
     assert kept_text(last, adapter, None, None) == f"Kept: the checkpoint {last}."
     assert kept_text(last, adapter, 1.5, 2) == f"Kept: the checkpoint {last} and {adapter} (held-out loss 1.5000 at step 2)."

@@ -74,7 +74,7 @@ def test_steps_that_overflow_are_left_out_counted_and_said(tmp_path: Path) -> No
         same = [torch.equal(before[step][name], before[step + 1][name]) for name in before[step]]
         assert all(same) if step in task.bad else not all(same[1::2])
     assert report.said[0].startswith("Step 1: the loss is ") and len(report.said) == 3
-    assert report.said[2].endswith("It is left out, and from now on the loss is scaled by 8,192.")
+    assert report.said[2].endswith("It is skipped, and the loss scale is now 8,192.")
     records = steps_of(tmp_path / "run")
     assert [record["skipped_steps"] for record in records] == [1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
     assert records[7]["grad_norm"] is None and records[7]["loss_scale"] == START / 8
@@ -103,7 +103,7 @@ def test_where_every_step_overflows_the_run_ends_with_the_remedy(tmp_path: Path)
         go(tmp_path / "run", spec, task)
     said = str(error.value)
     assert said.startswith("Step 20: the loss is ") and "17 steps overflowed model.dtype float16" in said
-    assert said.endswith("Start a new run with model.dtype bfloat16, or float32 where there is no bfloat16.")
+    assert said.endswith("Start a new run with model.dtype bfloat16, or float32 without bfloat16 support.")
     assert "step-000018" in said and read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["loss_scale"] == 1
 
 

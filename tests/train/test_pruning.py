@@ -194,7 +194,7 @@ def test_a_run_without_a_checkpoint_begins_again_at_its_first_ranks(tmp_path: Pa
 
 
 def test_before_the_last_cut_there_is_no_adapter_and_that_is_said(tmp_path: Path) -> None:
-    awaited = "There is no adapter yet: the first is that of a held-out evaluation after the last cut, in step 7."
+    awaited = "There is no adapter yet: the first follows a held-out evaluation after the last cut, in step 7."
     with pytest.raises(RunStopped, match="stopped after step 5 of 12") as stopped:
         go(tmp_path / "run", stop=5)
     assert awaited in str(stopped.value) and not (tmp_path / "run" / "adapter").exists()

@@ -104,7 +104,7 @@ def test_a_size_that_was_asked_for_is_what_is_written(trained: Path, tmp_path: P
 
 
 def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"brings no rows.*--config"):
+    with pytest.raises(ConfigError, match=r"has no rows.*--config"):
         compress(CompressOptions(str(trained / "adapter"), out=tmp_path / "cut"), console=quiet())
     config = trained / "config.yaml"
     found = compress(
@@ -119,7 +119,7 @@ def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
         ({"to": "lots"}, r"--to is 'lots'; expected a number of parameters such as"),
         ({"to": "rank 8"}, r"--to is 'rank 8'; expected parameters such as 0\.5M, or 'rank N' with N from 1 to 7"),
         ({"to": "100"}, r"budget of 100 parameters is below rank 1 for each of the 14 targets"),
-        ({"to": "9M"}, r"above what the highest rank|above the full rank"),
+        ({"to": "9M"}, r"above that of the highest measured rank|above the full rank"),
         ({"tolerance": "much"}, r"--tolerance is 'much'; expected a share"),
         ({"tolerance": "150%"}, r"--tolerance is '150%'"),
         ({"rows": 0}, r"--rows is 0"),
@@ -176,5 +176,5 @@ def test_what_there_is_to_lose(finished: Any, trained: Path, tmp_path: Path) -> 
         compress(CompressOptions(str(trained), out=tmp_path / "full"), console=quiet())
     no_rows = tmp_path / "config.yaml"
     no_rows.write_text((trained / "config.yaml").read_text().replace("held_out_fraction: 0.2", "held_out_fraction: 0.0"))
-    with pytest.raises(DataError, match=r"holds no rows out|no cut could be judged"):
+    with pytest.raises(DataError, match=r"has no held-out rows|no cut can be evaluated"):
         compress(CompressOptions(str(trained / "adapter"), out=tmp_path / "cut", config=no_rows), console=quiet())

@@ -20,7 +20,6 @@ from lorakeet.formats import mlx
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.diffusion import diffusers, kohya
 from lorakeet.formats.peft import peft
-from lorakeet.workflows import convert as module
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions
 from tiny.adapters import random_adapter
@@ -149,7 +148,7 @@ def test_a_writer_that_errs_is_caught_and_its_file_not_kept(fault: str, tmp_path
     peft.write(text_adapter(dora=True), tmp_path / "in")
     right = mlx.write
 
-    def wrong(adapter: Adapter, folder: Path) -> None:
+    def wrong(adapter: Adapter, folder: Path, **_: object) -> None:
         right(adapter, folder)
         tensors = load_file(folder / mlx.MODEL_NAME)
         name = "model.layers.1.mlp.up_proj"
@@ -161,14 +160,14 @@ def test_a_writer_that_errs_is_caught_and_its_file_not_kept(fault: str, tmp_path
             tensors = {key: value for key, value in tensors.items() if not key.startswith(name)}
         save_file(tensors, folder / mlx.MODEL_NAME)
 
-    monkeypatch.setattr(module.mlx, "write", wrong)
+    monkeypatch.setattr(mlx, "write", wrong)
     with pytest.raises(VerificationFailed, match=r"so .*out was not kept: .*model\.layers\.1\.mlp\.up_proj"):
         convert(ConvertOptions(tmp_path / "in", tmp_path / "out", to="mlx"), console=Console(quiet=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 def test_a_file_that_looks_like_another_format_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.kohya, "write", lambda adapter, path, **_: diffusers.write(adapter, path))
+    monkeypatch.setattr(kohya, "write", lambda adapter, path, **_: diffusers.write(adapter, path))
     with pytest.raises(VerificationFailed, match="written as kohya looks like diffusers"):
         convert(
             ConvertOptions(GOLDEN / "kohya.safetensors", tmp_path / "out.safetensors", to="kohya"), console=Console(quiet=True)

@@ -1,4 +1,4 @@
-"""`workflows.doctor`: what is missing is named with the command that mends it."""
+"""`lorakeet doctor`: what is missing is named with the command that installs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> tuple[Checkup, str]:
 def test_this_machine_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "new" / "cache"))
     checkup, text = printed(monkeypatch)
-    assert checkup.exit_code == 0 and "Everything that is required is there." in text
+    assert checkup.exit_code == 0 and "Everything required is installed." in text
     assert not (tmp_path / "new").exists(), "looking must not create the folder"
     names = [finding.name for finding in checkup.findings]
     assert names[:2] == ["python", "packages"]

@@ -51,7 +51,7 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     trained = Path(read_run(finished.path / "config.yaml").data.train)
     seen = trained.read_text().splitlines(keepends=True)[10:13]
     (tmp_path / "seen.jsonl").write_text("".join(seen))
-    with pytest.raises(DataError, match="All 3 rows were seen in training, so they prove nothing"):
+    with pytest.raises(DataError, match="All 3 rows were seen in training, so they show nothing"):
         evaluate(EvaluateOptions(str(finished.path), data=str(tmp_path / "seen.jsonl")), console=quiet())
     data = write_rows(tmp_path / "mixed.jsonl", reviews(9, seed=5))
     with data.open("a") as file:
@@ -59,7 +59,7 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     report = evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=quiet()).report
     assert report.systems[0].metrics["accuracy"].n == 9 and report.subtitle.endswith("9 rows of mixed.jsonl")
     assert report.leaks is not None and len({leak.held_out for leak in report.leaks}) == 3
-    assert "3 of 12 rows also stand in the training or held-out rows (left out)." in report.warnings
+    assert "3 of 12 rows are also training or held-out rows (left out)." in report.warnings
 
 
 def test_a_file_can_be_judged_where_the_rows_of_the_run_are_gone(finished: Any, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_file_can_be_judged_where_the_rows_of_the_run_are_gone(finished: Any, 
     whole = evaluate(
         EvaluateOptions(str(finished.path), data=str(write_rows(tmp_path / "nine.jsonl", fresh))), console=quiet()
     ).report
-    assert report.systems == whole.systems[:2]  # the adapter and the base; the floors had nothing to learn from
+    assert report.systems == whole.systems[:2]  # the adapter and the base; there are no baselines
     assert f"The run's own rows cannot be read ('{gone}' does not exist" in report.warnings[0]
     assert report.warnings[1] == "1 of 10 rows are held-out rows of the run (left out)."
     odd = write_rows(tmp_path / "odd.jsonl", [*reviews(6), {"text": "odd", "label": "goood"}])

@@ -15,7 +15,8 @@ import torch
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.export.gguf_model import DIGEST, NAME, GgufFile
+from lorakeet.export.gguf_model import DIGEST, NAME
+from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.workflows import export as workflow
 from lorakeet.workflows.export import export
 from lorakeet.workflows.options import ExportOptions, VerifyOptions

@@ -17,17 +17,18 @@ from rich.console import Console
 from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.split import read_split_record
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, RunStopped
-from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, RunStopped, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.peft import peft
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.checkpoint import found
 from lorakeet.train.log import read_metrics
-from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import assemble_text as assembling
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.text import TextKind
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.models import save_tiny_llama
@@ -76,7 +77,7 @@ def test_the_report_is_filled_and_self_contained(finished: Any) -> None:
     assert report == finished.result.report
     assert [system.role for system in report.systems] == ["adapter", "base", "floor", "floor"]
     assert all({"accuracy", "macro_f1", "log_loss"} <= system.metrics.keys() for system in report.systems)
-    assert "learnt from 59 rows" in report.systems[2].note  # training and held-out rows
+    assert "fitted to 59 rows" in report.systems[2].note  # training and held-out rows
     assert report.drift is not None and report.drift.texts == 4 and report.drift.mean_kl.value > 0
     assert report.curves is not None and len(report.curves.train) == 6 and report.curves.held_out[0].step == 0
     assert report.leaks is not None and [leak.action for leak in report.leaks] == ["dropped from training"]
@@ -142,7 +143,7 @@ def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path
     before = tree(copy)
     write_rows(data, reviews(61, seed=9))
     config = read_run(copy / "config.yaml", {"data.train": str(data)})
-    with pytest.raises(DataError, match="not what this run started with"):
+    with pytest.raises(DataError, match="data has changed since this run started"):
         finetune(config, FinetuneOptions(resume=copy), console=quiet())
     assert tree(copy) == before
 
@@ -155,7 +156,7 @@ def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_pat
     before = tree(out)
     shutil.rmtree(model)
     save_tiny_llama(model, seed=1)
-    with pytest.raises(ConfigError, match=r"files of the base model changed since .* began \(sha256 .*; bring the old ones back"):
+    with pytest.raises(ConfigError, match=r"files of the base model changed since .* started \(sha256 .*; restore the old ones"):
         finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert tree(out) == before
 
@@ -262,21 +263,46 @@ def test_ranks_on_disk_follow_the_patterns(tiny_llama_folder: Path, rows: Path, 
     }  # fmt: skip
 
 
-def test_ctrl_c_while_judging_says_how_to_go_on(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stop", "named"), [(KeyboardInterrupt(), "Ctrl-C"), (KeyboardInterrupt("SIGTERM"), "SIGTERM")])
+def test_ctrl_c_during_evaluation_says_how_to_go_on(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: KeyboardInterrupt, named: str
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise stop
 
-    monkeypatch.setattr(workflow.Judge, "report", interrupted)
+    monkeypatch.setattr(TextEvaluator, "report", interrupted)
     out = tmp_path / "run"
-    with pytest.raises(RunStopped, match="the training is done") as stopped:
+    with pytest.raises(RunStopped, match=f"^{named}: the training is done and .*adapter is whole") as stopped:
         run(tiny_llama_folder, rows, out, {"train.steps": 2})
     assert f"lorakeet finetune --resume {out}" in str(stopped.value) and stopped.value.__cause__ is None
     monkeypatch.undo()
     adapter = adapter_bytes(out)
     finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
     assert adapter_bytes(out) == adapter and (out / "report.html").is_file()
+
+
+def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, bad = tmp_path / "copy", tolerance_check("base untouched", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"), n=3)
+    shutil.copytree(finished.path, copy)
+    monkeypatch.setattr(TextKind, "certify", lambda *_: Certificate("x", (bad,)))
+    console = Console(record=True, width=200, file=io.StringIO())
+    with pytest.raises(VerificationFailed, match="base untouched"):
+        finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console)
+    written = read_certificate(copy / "certificate.json")
+    assert written == read_report(copy / "report.json").certificate == Certificate("x", (bad,))
+    text = console.export_text()
+    assert text.index("McNemar") < text.index("FAIL  base untouched") < text.index("Report: ") and "Next: " not in text
+
+
+def test_the_recommended_commands_are_printed_last(finished: Any, tmp_path: Path) -> None:
+    copy, console = tmp_path / "copy", Console(record=True, width=200, file=io.StringIO())
+    shutil.copytree(finished.path, copy)
+    report = finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console).report
+    assert report is not None
+    last = console.export_text().splitlines()[-len(report.next_commands) :]
+    assert [line.removeprefix("Next: ").partition("   (")[0] for line in last] == [item.command for item in report.next_commands]
 
 
 def test_a_run_that_cannot_be_injected_writes_nothing(

@@ -18,9 +18,9 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.images.folder import open_pixels
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.diffusion import diffusers
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.model import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
@@ -106,7 +106,7 @@ def test_the_command_line_says_the_prediction_and_leaves_guidance_to_the_kind(
     ("options", "said"),
     [
         ({"prompt": ()}, "No prompt is given"),
-        ({"adapter": ("a=x", "b=y")}, "say how much of each"),
+        ({"adapter": ("a=x", "b=y")}, "give their weights"),
         ({"adapter": ("a=x",), "weights": {"aa": 1.0}}, "No adapter is called 'aa'"),
         ({"adapter": ("a=x",), "each": ("a", "a", "a")}, "3 mixes for 1 prompts"),
         ({"adapter": ("a=x",), "each": ("a",), "weights": {"a": 1.0}}, "give one of them"),
@@ -141,7 +141,7 @@ def test_a_run_that_overrode_the_prediction_is_drawn_as_it_was_trained(tiny_sd_f
     [other] = drawn(tmp_path / "5", adapter=adapter, prediction="epsilon")
     assert abs(other - wanted).mean() > 1
     apart = image_run(tiny_sd_folder, tmp_path, out=str(tmp_path / "epsilon"), diffusion__seeds=0, train__steps=1)
-    with pytest.raises(ConfigError, match=r"different predictions .*: a v_prediction, b epsilon. Say by which to draw"):
+    with pytest.raises(ConfigError, match=r"different predictions .*: a v_prediction, b epsilon. Choose one, as in --prediction"):
         drawn(tmp_path / "6", adapter=(*adapter, f"b={apart.run.path}"), weights={"a": 1.0, "b": 1.0})
 
 
@@ -214,6 +214,6 @@ def test_what_is_missing_is_said_of_all_adapters_at_once(tmp_path: Path) -> None
     assert lines[0] == "These adapters cannot be drawn with (3 problems):" and len(lines) == 4
     assert f"{begun} is a run that has no adapter yet: {begun / 'adapter'} comes with its first held-out" in lines[1]
     assert lines[1].endswith(f"lorakeet finetune --resume {begun}")
-    assert f"{texts} is a run on texts" in lines[2] and f"{tmp_path / 'gone'} does not exist" in lines[3]
+    assert f"{texts} is a run of kind text" in lines[2] and f"{tmp_path / 'gone'} does not exist" in lines[3]
     with pytest.raises(DataError, match=rf"^{begun} is a run that has no adapter yet"):
         drawn(tmp_path / "out", adapter=(str(begun),))

@@ -30,7 +30,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import misread
 from lorakeet.kernels.threads import compute_with
 from lorakeet.workflows.options import VerifyOptions
-from lorakeet.workflows.serve import _cores, cores_for_the_engine, what_there_is_kept
+from lorakeet.workflows.serve import _cores, cores_for_the_engine, existing_objects_frozen
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
@@ -172,7 +172,7 @@ def test_the_collector_looks_at_what_comes_and_not_at_what_there_was(frozen: boo
     monkeypatch.setattr(gc, "get_freeze_count", lambda: 7 * frozen)
     for name in ("collect", "freeze", "unfreeze"):
         monkeypatch.setattr(gc, name, partial(calls.append, name))
-    with what_there_is_kept():
+    with existing_objects_frozen():
         assert calls == ["collect", "freeze"]
     assert calls[2:] == ([] if frozen else ["unfreeze"]), "what others froze stays so"
 
@@ -183,7 +183,7 @@ def test_the_collector_looks_at_what_comes_and_not_at_what_there_was(frozen: boo
         (["--adapter", "a"], "expected name=PATH"),
         (["--adapter", "../a=x"], "cannot be used"),
         (["--adapter", "a=nowhere"], "nowhere does not exist"),
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets others in"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 opens the server to other machines"),
         (["--slots", "0"], "--slots is 0"),
         (["--out", "x"], "--out is for --engine vllm"),
         (["--memory", "2"], "without a unit"),
@@ -208,7 +208,7 @@ def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.Cap
     assert words[-2:] == ["--lora-modules", f"a={(adapters / 'a').resolve()}"]
     assert words[words.index("--host") + 1] == "127.0.0.1", "vLLM would listen everywhere without it"
     wrong = [*command, "--adapter", f"m={adapters / 'mixed'}"]
-    assert main(wrong) == 2 and "'m': vLLM would give it wrong scales" in " ".join(capsys.readouterr().err.split())
+    assert main(wrong) == 2 and "'m': vLLM would compute wrong scales" in " ".join(capsys.readouterr().err.split())
     assert main([*wrong, "--out", str(tmp_path / "for-vllm"), "--json"]) == 0
     words = shlex.split(json.loads(capsys.readouterr().out)["command"])
     assert words[5] == "16" and words[-1] == f"m={(tmp_path / 'for-vllm' / 'm').resolve()}"
@@ -222,4 +222,4 @@ def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.Cap
     kept = ["--max-model-len", "512", "--host", "0.0.0.0", "--port", "9", "--dtype", "bfloat16"]
     assert words[words.index("--max-model-len") : words.index("--lora-modules")] == kept
     assert main([*command, "--keys", "k.json", "--adapters-dir", str(tmp_path), "--slots", "4"]) == 2
-    assert "cannot hand on --adapters-dir, --keys, --slots" in " ".join(capsys.readouterr().err.split())
+    assert "cannot pass on --adapters-dir, --keys, --slots" in " ".join(capsys.readouterr().err.split())

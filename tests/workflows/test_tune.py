@@ -18,7 +18,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.models import modules
 from lorakeet.workflows import tune as tuning
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.options import TuneOptions
 from lorakeet.workflows.tune import Tuned, tune
 from tiny.image_runs import image_config
@@ -84,7 +84,7 @@ def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Pa
     assert verdicts == [None, "no difference shown", "no difference shown"]
     assert found.search.conclusion.startswith("No trial was better") and found.confirmed is None
     assert read_run(found.out / "config.yaml").train.learning_rate == 1e-30
-    assert "Too few rows to tell trials apart by 0.01: that needs about" in found.search.power
+    assert "Too few rows to distinguish trials by 0.01: that needs about" in found.search.power
     assert found.search.power in read_report(found.out / "report.json").warnings
 
 
@@ -117,7 +117,7 @@ TOP = {
 }  # fmt: skip
 
 
-def searched(setup: Assembly, keep: bool, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> Tuned:
+def searched(setup: TextAssembly, keep: bool, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> Tuned:
     """A search over the model of `setup`, in several rounds, with or without kept states."""
     train = replace(setup.config.train, keep_prefix_states=keep)
     config = replace(setup.config, train=train, out=f"{setup.config.out}-{keep}")
@@ -130,7 +130,8 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With train.keep_prefix_states: the same trials, winner and confirmation as without, to rounding."""
-    setup, said, passed = assemble(settings(tiny_llama_folder, rows, tmp_path / "run", TOP), quiet()), io.StringIO(), list[int]()
+    setup = assemble_text(settings(tiny_llama_folder, rows, tmp_path / "run", TOP), quiet())
+    said, passed = io.StringIO(), list[int]()
     block: Any = modules.find(setup.text.model, "model.layers.0")
     block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
     tried = setup.text.layout(pack_examples(tuning._rows(setup).search))

@@ -1,4 +1,4 @@
-"""Settings as flags of the command line: one flag for each leaf, named by its dotted path, grouped in the help by section."""
+"""Settings as command-line flags: one flag per setting, named by its dotted path and grouped by section in the help."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", Path: "PATH"
 
 
 class SettingFlag(click.Option):
-    """A flag that hands its text on unread: `settings.load` reads all of them, so that all problems appear at once."""
+    """A flag whose text is not parsed here: `settings.load` parses all flags together and reports every problem at once."""
 
     def __init__(self, flag: str, setting: Setting) -> None:
         self.setting = setting
@@ -36,7 +36,7 @@ class SettingFlag(click.Option):
 
 
 class SettingsCommand(click.Command):
-    """A command whose help lists its arguments with their meaning and groups its flags by section of the run file."""
+    """A command whose help describes its arguments and groups its flags by section of the run file."""
 
     def __init__(self, name: str, *, arguments: dict[str, str], **rest: Any) -> None:
         super().__init__(name, **rest)
@@ -59,7 +59,7 @@ class SettingsCommand(click.Command):
 
 
 class _Text(click.ParamType[str]):
-    """Any text; offers the allowed words to the shell's completion."""
+    """Any text; shell completion offers the allowed values."""
 
     name = "text"
 
@@ -74,12 +74,12 @@ class _Text(click.ParamType[str]):
 
 
 def setting_flags(cls: type[DataclassInstance]) -> list[click.Parameter]:
-    """One flag for each leaf of a tree of settings: `--lora.rank`, and `--model` beside `--model.path`."""
+    """Returns one flag per setting: `--lora.rank`, and `--model` as an alias of `--model.path`."""
     return [SettingFlag(f"--{setting.path}", setting) for setting in fields_of(cls)]
 
 
 def option_flags(options: type[DataclassInstance]) -> tuple[list[click.Parameter], dict[str, str]]:
-    """The parameters of a verb's own options, and the help of those that are given by position."""
+    """Returns the click parameters of a verb's options, and the help of the positional ones by metavar."""
     parameters: list[click.Parameter] = []
     arguments: dict[str, str] = {}
     by_name = {spec.name: spec for spec in dataclasses.fields(options)}
@@ -96,7 +96,7 @@ def option_flags(options: type[DataclassInstance]) -> tuple[list[click.Parameter
 
 
 def given_values(command: click.Command, values: dict[str, Any], chosen: Callable[[click.Parameter], bool]) -> dict[str, Any]:
-    """Dotted path → what was typed, for the chosen parameters that were given at all."""
+    """Returns the typed value by dotted path, for the chosen parameters that were given."""
     found: dict[str, Any] = {}
     for param in command.params:
         value = values.get(param.name or "")
@@ -108,7 +108,7 @@ def given_values(command: click.Command, values: dict[str, Any], chosen: Callabl
 
 
 def nearest_flag(typed: str, command: click.Command) -> str:
-    """A sentence " Did you mean '--lora.rank'?" for a flag that does not exist, also when only its last part was typed."""
+    """Returns " Did you mean '--lora.rank'?" for an unknown flag, also if only its last part was typed; else an empty string."""
     flags = [flag for param in command.params if isinstance(param, click.Option) for flag in param.opts]
     by_leaf = {flag.lstrip("-").rpartition(".")[2]: flag for flag in reversed(flags)}
     leaf = typed.lstrip("-").rpartition(".")[2].replace("-", "_")
@@ -119,7 +119,7 @@ def nearest_flag(typed: str, command: click.Command) -> str:
 
 
 class _Repeated(click.Option):
-    """A flag of a verb that may be given several times; `whole` where a comma in its text is part of the text."""
+    """A flag that may be given several times; with `whole`, a comma is part of its text."""
 
     whole = False
 
@@ -138,7 +138,7 @@ def _option(setting: Setting, *, whole: bool = False) -> click.Option:
 
 
 def _joined(value: Any, setting: Setting | None) -> Any:
-    """A flag given once is its text; given several times, a list or a mapping of all its texts."""
+    """Returns the text of a flag given once; for one given several times, a list or a mapping of its texts."""
     if not isinstance(value, tuple):
         return value
     if len(value) == 1:
@@ -167,7 +167,7 @@ def _help(setting: Setting) -> str:
 
 
 def shown_default(value: Any) -> str:
-    """A default value as a person would type it."""
+    """Returns a default value as it would be typed."""
     if value is None or value in ("", (), {}):
         return "none"
     if isinstance(value, bool):

@@ -1,8 +1,7 @@
-"""The command `lorakeet`: picks the verb, reads its settings, prints its result or its error, and sets the exit code.
+"""The command `lorakeet`: parses the verb and its settings, runs it, prints the result or error, and returns the exit code.
 
-Exit codes: 0 done, 2 something to mend by the user, 3 a verification failed, 4 a run stopped early, 130 stopped by Ctrl-C, 143 by
-SIGTERM.
-Of several processes that torchrun started, the first one prints.
+Exit codes: 0 done, 2 an error that the user can fix, 3 a verification failed, 4 a run stopped early, 130 Ctrl-C, 143 SIGTERM.
+Of several processes that torchrun started, only the first prints.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _CONTEXT = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of `lorakeet ARGUMENTS` (of this process when None), after everything has been printed."""
+    """Runs `lorakeet ARGUMENTS` (None: the arguments of this process), prints its output and returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     try:
@@ -44,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, str(error), exit_code=error.exit_code, as_json=as_json, debug="--debug" in arguments)
     except click.Abort as error:
         by, code = ("SIGTERM", 143) if str(error.__cause__ or "") == "SIGTERM" else ("Ctrl-C", 130)
-        return _report(error, f"Stopped by {by} before the work was done.", exit_code=code, as_json=as_json, debug=False)
+        return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
     return code if isinstance(code, int) else 0
 
 
 class _Verbs(click.Group):
-    """Builds a verb's command when it is asked for: help on all verbs needs no settings, help on one needs no torch."""
+    """Builds the command of a verb on demand, so that the list of verbs loads no settings, and no help loads torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*(verb.name for verb in VERBS), "completion"]
@@ -94,12 +93,12 @@ def _command(verb: Verb) -> click.Command:
     own, arguments = option_flags(verb.options)
     params: list[click.Parameter] = []
     if verb.config == "file":
-        meaning = "The run file (YAML); flags win over it. Without it, flags and defaults are the whole run."
+        meaning = "The run file (YAML); flags override it. Without it, the run is set by flags and defaults."
         arguments = {"CONFIG": meaning, **arguments}
         params.append(click.Argument(["config"], metavar="[CONFIG]", required=False))
     params += own
-    params.append(click.Option(["--json"], is_flag=True, help="Print the result as JSON, and nothing else, on standard output."))
-    params.append(click.Option(["--debug"], is_flag=True, help="Show where in the code an error was raised."))
+    params.append(click.Option(["--json"], is_flag=True, help="Print only the result, as JSON, on standard output."))
+    params.append(click.Option(["--debug"], is_flag=True, help="Print the traceback of an error."))
     if verb.config != "none":
         from lorakeet.config import RunConfig
 
@@ -146,7 +145,7 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
 
 
 def _config(verb: Verb, file: str | None, resume: Path | None, flags: dict[str, Any]) -> Any:
-    """The RunConfig that the command line means; a run that goes on keeps the settings that it began with."""
+    """Returns the RunConfig of the command line; a resumed run keeps its own settings."""
     from lorakeet.config import read_run
 
     if resume is None:
@@ -154,14 +153,14 @@ def _config(verb: Verb, file: str | None, resume: Path | None, flags: dict[str, 
     if file or flags:
         extra = ", ".join([*([file] if file else []), *(f"--{path}" for path in flags)])
         saved = resume / "config.yaml"
-        raise ConfigError(f"--resume takes every setting from {saved}, so leave out {extra}; or start a new run with them.")
+        raise ConfigError(f"--resume takes every setting from {saved}. Leave out {extra}, or start a new run with them.")
     if not (resume / "config.yaml").is_file():
-        raise ConfigError(f"--resume {resume}: no run lies there (no config.yaml in it). Give the folder that a run has written.")
+        raise ConfigError(f"--resume {resume}: this is no run folder (no config.yaml in it). Give the folder of a run.")
     return read_run(resume / "config.yaml")
 
 
 def _usage_message(error: click.ClickException) -> str:
-    """click's own sentence, with the nearest flag and where to read about all of them."""
+    """Returns click's message, with the nearest flag and the command that lists all flags."""
     from lorakeet.cli.flags import nearest_flag
 
     context = getattr(error, "ctx", None)
@@ -174,7 +173,7 @@ def _usage_message(error: click.ClickException) -> str:
 def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    if not launched().first:  # what all of them find wrong; what one finds alone, train/processes says
+    if not launched().first:  # an error that every process has; train/processes reports one of a single process
         return exit_code
     kind = "Stopped" if exit_code in (130, 143) else type(error).__name__
     kind = "UsageError" if isinstance(error, click.ClickException) else kind

@@ -45,7 +45,7 @@ Places = tuple[int, int, int | None, int | None]  # of the A, B, magnitude and b
 
 
 @dataclass(frozen=True, eq=False)
-class PairsOutline:
+class FlatPairsLayout:
     """What the pairs of adapters of one recipe have in common: paths, shapes and scales; all but the numbers.
 
     Nobody may change it, and one is another only if it is the same object: what was found out about it holds for all such pairs.
@@ -61,12 +61,12 @@ class PairsOutline:
         return sum(map(_numbers, self.pairs.values()))
 
 
-class AlikePairs(Mapping[str, Pair]):
+class FlatPairs(Mapping[str, Pair]):
     """The pairs of one adapter by path: numbers of its own in the shapes of an outline that it shares, made when asked for."""
 
     __slots__ = ("outline", "tensors")
 
-    def __init__(self, outline: PairsOutline, numbers: Tensor) -> None:
+    def __init__(self, outline: FlatPairsLayout, numbers: Tensor) -> None:
         """`numbers`: those of all tensors end to end in fp32, of which the pairs are views. ValueError where they are too few or
         too many."""
         if numbers.dim() != 1 or numbers.dtype != torch.float32 or len(numbers) != outline.parameters:
@@ -127,7 +127,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        alike = self.pairs.outline if isinstance(self.pairs, AlikePairs) else None
+        alike = self.pairs.outline if isinstance(self.pairs, FlatPairs) else None
         pairs = sum(map(_numbers, self.pairs.values())) if alike is None else alike.parameters
         return pairs + sum(t.numel() for t in self.extras.values()) + sum(r.rows.numel() for r in self.token_rows.values())
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lorakeet.kernels.cpu import dense, operators
 from lorakeet.kernels.cpu.int8_rows import MOST
-from lorakeet.kernels.cpu.stored import CODED, DENSE, StoredWeight
-from lorakeet.kernels.tiled_weight import InTiles, Kernels
+from lorakeet.kernels.cpu.stored import DENSE, INT8_ROWS, StoredWeight
+from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 
 class FrozenBase(Protocol):
@@ -40,7 +40,7 @@ class FrozenBase(Protocol):
         """Replaces W by `weight` (out, in), rounded as this base stores it."""
 
 
-class Coded(NamedTuple):
+class QuantisedRows(NamedTuple):
     """Rows of whole numbers (tokens, width), what one step of each row is worth (tokens, 1), and the dtype that they were in.
 
     The `columns` (count,), if any, are zeros in the codes; what stood in them is `apart` (tokens, count).
@@ -54,26 +54,26 @@ class Coded(NamedTuple):
 
 
 @runtime_checkable
-class CodingBase(Protocol):
+class Int8Base(Protocol):
     """A base that may multiply codes of x in place of x (quant/int8). They are the same for every such base."""
 
     def takes_codes(self, x: Tensor) -> bool:
         """Whether a product with x now runs over its codes."""
 
-    def code(self, x: Tensor) -> Coded:
+    def code(self, x: Tensor) -> QuantisedRows:
         """x (tokens, in), coded."""
 
-    def matmul_codes(self, coded: Coded) -> Tensor:
+    def matmul_codes(self, coded: QuantisedRows) -> Tensor:
         """What `matmul` answers for the x that was coded."""
 
 
 def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
     """x·Wᵀ of each of several bases over the same x, which is coded once for those that multiply codes."""
-    coded: Coded | None = None
+    coded: QuantisedRows | None = None
     found = []
     for base in bases:
-        if coding(base, x):
-            by_codes = cast(CodingBase, base)
+        if multiplies_int8(base, x):
+            by_codes = cast(Int8Base, base)
             coded = coded or by_codes.code(x)
             found.append(by_codes.matmul_codes(coded))
         else:
@@ -109,19 +109,19 @@ def _keeps(kind: type, protocol: type) -> bool:
     return issubclass(kind, protocol)
 
 
-def coding(base: FrozenBase, x: Tensor) -> bool:
+def multiplies_int8(base: FrozenBase, x: Tensor) -> bool:
     """Whether a product of the base with x now runs over codes of x."""
-    return _is(base, CodingBase) and cast(CodingBase, base).takes_codes(x)
+    return _is(base, Int8Base) and cast(Int8Base, base).takes_codes(x)
 
 
-def stored(base: FrozenBase, x: Tensor) -> StoredWeight | None:
+def stored_weight(base: FrozenBase, x: Tensor) -> StoredWeight | None:
     """What C is told of a base that it may multiply bf16 rows such as x with; None where the base's own code is to."""
     if not _is(base, StoredBase):
         return None
     found = cast(StoredBase, base).stored()
-    if found is None or not coding(base, x):
+    if found is None or not multiplies_int8(base, x):
         return found
-    return found._replace(kind=CODED) if max(found.out, found.width) <= MOST else None
+    return found._replace(kind=INT8_ROWS) if max(found.out, found.width) <= MOST else None
 
 
 def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Tensor:
@@ -171,7 +171,7 @@ def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = 
 class DenseBase:
     """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts are seen."""
 
-    kernels: Kernels | None = None  # where products with a pair may run fused (core/kernels)
+    kernels: TritonRequest | None = None  # where products with a pair may run fused (core/kernels)
     turned = False  # whether the module keeps it as (in, out)
 
     def __init__(self, module: nn.Module) -> None:
@@ -212,7 +212,7 @@ class DenseBase:
         """Those in which it is stored."""
         return (self.weight,)
 
-    def in_tiles(self) -> InTiles | None:
+    def in_tiles(self) -> TiledWeight | None:
         """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""
         from lorakeet.kernels.triton.tiles import dense_tiles as tiled
 

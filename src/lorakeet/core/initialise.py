@@ -19,7 +19,7 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 8
 
 
-def begin(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -> None:
+def initialise(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -> None:
     """Fills A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
     generator = torch.Generator().manual_seed(seed_for(seed, path))
     with torch.no_grad():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import FrozenBase
-from lorakeet.kernels.tiled_weight import InTiles, Kernels
+from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the least of a card: bf16 on tensor cores, and what the kernels were compiled for
@@ -77,7 +77,7 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def runs_on(kernels: Kernels | None, *tensors: Tensor) -> bool:
+def runs_on(kernels: TritonRequest | None, *tensors: Tensor) -> bool:
     """Whether the kernels are asked for and compute with such tensors; a trace's and a sharded weight's go torch's way."""
     if kernels is None or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return False
@@ -86,15 +86,15 @@ def runs_on(kernels: Kernels | None, *tensors: Tensor) -> bool:
 
 def unpacks(base: FrozenBase, out: Tensor, buffers: Iterable[Tensor]) -> bool:
     """Whether a kernel is to bring W, in these buffers, back into `out`. Nobody looks at them unless kernels are asked for."""
-    kernels: Kernels | None = getattr(base, "kernels", None)
+    kernels: TritonRequest | None = getattr(base, "kernels", None)
     if kernels is None or not out.is_contiguous() or out.dtype not in DTYPES:
         return False
     return runs_on(kernels, out, *buffers)
 
 
-def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:
+def unpack(tiles: TiledWeight, out: Tensor, first: int = 0) -> Tensor:
     """Writes rows of W from `first` on into `out`, contiguous, as many numbers as it has, each rounded once; returns it."""
-    from lorakeet.kernels.triton.tiles import unpack as launch
+    from lorakeet.kernels.triton.tiles import unpack_tiles as launch
 
     return launch(tiles, out, first)
 
@@ -104,7 +104,7 @@ def product(base: FrozenBase, x: Tensor, *, transposed: bool = False) -> Tensor 
     tiles = _tiles(base, (x,))
     if tiles is None:
         return None
-    from lorakeet.kernels.triton.tiles import product as launch
+    from lorakeet.kernels.triton.tiles import fused_product as launch
 
     return launch(tiles, x, transposed=transposed)[0]
 
@@ -119,7 +119,7 @@ def low_rank_product(base: FrozenBase, x: Tensor, A: Tensor, B: Tensor, scale: f
     if tiles is None:
         return None
     from lorakeet.kernels.triton.tiles import TilePair
-    from lorakeet.kernels.triton.tiles import product as launch
+    from lorakeet.kernels.triton.tiles import fused_product as launch
 
     y, shrunk = launch(tiles, x, TilePair(A, B.t(), before=1.0, after=scale))
     assert shrunk is not None
@@ -136,20 +136,20 @@ def low_rank_product_t(base: FrozenBase, grad: Tensor, A: Tensor, B: Tensor, sca
     if tiles is None:
         return None
     from lorakeet.kernels.triton.tiles import TilePair
-    from lorakeet.kernels.triton.tiles import product as launch
+    from lorakeet.kernels.triton.tiles import fused_product as launch
 
     grad_x, u = launch(tiles, grad, TilePair(B.t(), A, before=scale, after=1.0), transposed=True)
     assert u is not None
     return grad_x, u
 
 
-def _tiles(base: FrozenBase, given: Iterable[Tensor]) -> InTiles | None:
+def _tiles(base: FrozenBase, given: Iterable[Tensor]) -> TiledWeight | None:
     """The weight as the kernels read it, where a product of these tensors, x first, is to run fused."""
     x, *factors = given
-    kernels: Kernels | None = getattr(base, "kernels", None)
+    kernels: TritonRequest | None = getattr(base, "kernels", None)
     if kernels is None or not 0 < len(x) <= kernels.tokens or x.dtype not in DTYPES:
         return None
     if any(factor.dtype != x.dtype for factor in factors) or not runs_on(kernels, x, *factors):
         return None
-    found: InTiles | None = base.in_tiles()  # type: ignore[attr-defined]
+    found: TiledWeight | None = base.in_tiles()  # type: ignore[attr-defined]
     return found if found is not None and runs_on(kernels, *found.tensors) else None

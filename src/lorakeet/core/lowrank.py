@@ -17,7 +17,7 @@ from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.kernels import low_rank_product, low_rank_product_t
 from lorakeet.core.math import Kind, ScaleRule, alpha_for, delta, fold, grad_of_b, term_dims
-from lorakeet.core.pair_products import PairProducts, Placed
+from lorakeet.core.pair_products import PairProducts, PairSpan
 from lorakeet.core.plan import PlanEntry
 
 
@@ -53,7 +53,7 @@ class LowRankLinear(torch.autograd.Function):
         y, h = fused or (base.matmul(wide), None)
         if bias is not None:
             y.add_(bias)
-        pairs = PairProducts([Placed(0, len(x), scale)], products)
+        pairs = PairProducts([PairSpan(0, len(x), scale)], products)
         shrunk = pairs.add([y], wide if dropped is None else dropped.to(products), (A, B)) if h is None else (h,)
         ctx.save_for_backward(x if dropped is None else dropped, *shrunk, A, B)
         ctx.pairs, ctx.base, ctx.has_dropout, ctx.dtype, ctx.fused = pairs, base, dropped is not None, x.dtype, fused is not None

@@ -20,7 +20,7 @@ from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 from lorakeet.kernels.cpu import trained_pairs as native
 
 
-class Placed(NamedTuple):
+class PairSpan(NamedTuple):
     """Where a pair counts: rows start … stop − 1, with its scale; `layer` numbers the y that it adds to."""
 
     start: int
@@ -40,7 +40,7 @@ class PairProducts:
     and `of_a` take the same one; without `add`, that of torch.
     """
 
-    def __init__(self, places: Sequence[Placed], products: torch.dtype, *, in_c: bool = True) -> None:
+    def __init__(self, places: Sequence[PairSpan], products: torch.dtype, *, in_c: bool = True) -> None:
         """For products in that dtype; `in_c`: by kernels/cpu where it serves."""
         self.places, self.products = tuple(places), products
         self.in_one_call = False  # whether kernels/cpu multiplies
@@ -123,7 +123,7 @@ class PairProducts:
         return factors[2 * pair + 1].to(self.products)
 
 
-def by_turns(of_a: Iterable[Tensor | None], of_b: Iterable[Tensor]) -> list[Tensor | None]:
+def alternated(of_a: Iterable[Tensor | None], of_b: Iterable[Tensor]) -> list[Tensor | None]:
     """∂A and ∂B of each pair, as `factors` have them."""
     return [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.lowrank import frozen_linear
-from lorakeet.kernels.cpu.panels import Beside, Panels, can_panel
+from lorakeet.kernels.cpu.panels import Panels, SideBySide, can_panel
 from lorakeet.kernels.device import is_cpu
 
 
@@ -96,13 +96,13 @@ class ReorderedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class Together:
+class ReorderedProducts:
     """Weights that see the same x: one call for all of them, where all are in Lorakeet's own order."""
 
     def __init__(self, bases: Sequence[FrozenBase]) -> None:
         self.bases = tuple(bases)
         self._orders: list[Order] = []
-        self._beside: Beside | None = None
+        self._beside: SideBySide | None = None
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (tokens, in) to x·Wᵀ (tokens, out) of each; these may be parts of one tensor, side by side."""
@@ -111,7 +111,7 @@ class Together:
             if self._orders != orders:  # a base may be given another weight
                 self._orders = orders
                 panels = [order for order in orders if isinstance(order, Panels)]
-                self._beside = Beside(panels) if len(panels) == len(orders) else None
+                self._beside = SideBySide(panels) if len(panels) == len(orders) else None
             if self._beside is not None:
                 return list(torch.split(self._beside.product(x), self._beside.outputs, dim=1))
         return matmul_each(self.bases, x)

@@ -17,44 +17,44 @@ class LoraSpec:
     """Which matrices get a low-rank pair, of what rank, scale and start."""
 
     rank: int = field(default=16, metadata={"help": "Rank of each pair: A is (rank, in), B is (out, rank)."})
-    alpha: float = field(default=32.0, metadata={"help": "The update is scaled by alpha/rank, or by alpha/√rank with rsLoRA."})
-    dropout: float = field(default=0.0, metadata={"help": "Share of the pair's input set to zero in training, 0 to less than 1."})
+    alpha: float = field(default=32.0, metadata={"help": "Scales the update by alpha/rank, or by alpha/√rank with rsLoRA."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of the pair's input in training, 0 to less than 1."})
     scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = field(
         default="alpha/rank", metadata={"help": "How alpha and rank give the scale; alpha/sqrt(rank) is rsLoRA."}
     )
     variant: Literal["lora", "dora"] = field(
-        default="lora", metadata={"help": "lora, or dora: a trained length for each row of the weight (arXiv 2402.09353)."}
+        default="lora", metadata={"help": "lora, or dora: a trained magnitude for each row of the weight (arXiv 2402.09353)."}
     )
     start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "gradient", "activation"] = field(
         default="kaiming",
         metadata={
-            "help": "A and B at first: B = 0 (kaiming, gaussian; A along gradient or activation of rows), top singular vectors "
-            "(pissa), QR (olora), orthogonal."
+            "help": "Initialisation: B = 0 (kaiming, gaussian, gradient, activation), pissa (SVD), olora (QR) or orthogonal."
         },
     )
     target_modules: tuple[str, ...] = field(
         default=("all-linear",),
         metadata={
-            "help": "Module names or path endings; or all-linear, attention, mlp, conv; embeddings and lm_head only if named."
+            "help": "Module names or path endings, or all-linear, attention, mlp, conv; embeddings and lm_head only if named."
         },
     )
     exclude_modules: tuple[str, ...] = field(
-        default=(), metadata={"help": "Module names, path endings or whole-path regular expressions to leave alone."}
+        default=(), metadata={"help": "Modules to leave out: names, path endings or regular expressions of the whole path."}
     )
     layers: str = field(
-        default="all", metadata={"help": "Which blocks: all, a range such as 0-11, a list such as 0,5,9, or top:8."}
+        default="all", metadata={"help": "Blocks to adapt: all, a range such as 0-11, a list such as 0,5,9, or top:8."}
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Rank by regular expression over the end of a module's path; first match wins."}
+        default_factory=dict, metadata={"help": "Rank by regular expression on the end of a module's path; the first match wins."}
     )
     alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Alpha by regular expression over the end of a module's path; first match wins."}
+        default_factory=dict,
+        metadata={"help": "Alpha by regular expression on the end of a module's path; the first match wins."},
     )
     extra_modules: tuple[str, ...] = field(
-        default=(), metadata={"help": "Modules trained whole beside the pairs, such as a classification head."}
+        default=(), metadata={"help": "Modules trained in full beside the pairs, such as a classification head."}
     )
     new_tokens: tuple[str, ...] = field(
-        default=(), metadata={"help": "Tokens to add to the vocabulary; only their rows of the embedding are trained."}
+        default=(), metadata={"help": "Tokens to add to the vocabulary; only their embedding rows are trained."}
     )
 
     def validate(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which rows a step sees: a seeded shuffle per epoch that any step can be asked for, so that resuming needs its number only."""
+"""The rows of each step: a seeded shuffle per epoch. A step depends on its number alone, so resuming stores nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _POOL = 16  # steps whose rows are sorted by length together: wide enough to eve
 class StepOrder:
     """The order of `rows` rows in steps of `batch_size`; each epoch has every row once, its last step may be shorter.
 
-    With `lengths` (tokens per row), rows of alike lengths come in one step and the steps come in random order.
+    With `lengths` (tokens per row), a step has rows of similar length, and the steps come in random order.
     """
 
     rows: int
@@ -35,14 +35,14 @@ class StepOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every row is seen once."""
+        """Steps of one epoch."""
         return math.ceil(self.rows / self.batch_size)
 
     def indices(self, step: int) -> list[int]:
         """The rows of step `step`, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, position = divmod(step, self.steps_per_epoch)
         order = self._epoch_order(epoch)
-        return [int(row) for row in order[place * self.batch_size : (place + 1) * self.batch_size]]
+        return [int(row) for row in order[position * self.batch_size : (position + 1) * self.batch_size]]
 
     def _epoch_order(self, epoch: int) -> Order:
         if self.lengths is None:
@@ -51,22 +51,22 @@ class StepOrder:
 
 
 def distribute_rows(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """The numbers of rows of those `lengths`, dealt out to `parts` of about equal length, each in rising order.
+    """Distributes rows of these `lengths` over `parts` of about equal length; returns each part's row numbers, ascending.
 
-    Longest first, equal ones in order, each to the part that has the least so far: the same parts for the same lengths.
+    Longest row first, ties in order, each to the shortest part so far. Deterministic in the lengths.
     """
     found: list[list[int]] = [[] for _ in range(parts)]
-    held = [0] * parts
+    totals = [0] * parts
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        least = held.index(min(held))
+        least = totals.index(min(totals))
         found[least].append(number)
-        held[least] += lengths[number]
+        totals[least] += lengths[number]
     return [sorted(part) for part in found]
 
 
 @lru_cache(maxsize=8)
 def _shuffled(count: int, seed: int, epoch: int, purpose: str = "rows") -> Order:
-    # NumPy keeps the raw output of its bit generators stable over versions, which it does not promise of shuffle().
+    # NumPy keeps the raw output of bit generators stable over versions; it does not promise that of shuffle().
     key = int.from_bytes(hashlib.sha256(f"{purpose} {seed} {epoch}".encode()).digest()[:16], "little")
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 

@@ -1,8 +1,7 @@
-"""From rows to token ids with the mask of what is learnt, the same for training, likelihood scoring and inference.
+"""Encodes rows as token ids with the mask of target tokens, the same for training, likelihood scoring and inference.
 
-The ids of a prompt are always exactly what inference gets when it encodes that prompt alone; the ids of the completion
-follow them. Encoding both in one go could merge tokens over the border, and the model would be trained on a prompt that
-it never sees.
+A prompt is encoded alone, exactly as at inference; the ids of the completion follow. Encoding both together could merge
+tokens across the border, and the model would be trained on a prompt that it never sees.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SLACK = 8  # tokens by which a label's completion may differ from the label's o
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One row as tokens: `supervised[t]` says that token t is a target, predicted from the tokens before it."""
+    """One row as tokens: where `supervised[t]` is true, token t is a target, predicted from the tokens before it."""
 
     ids: Ids  # (tokens,)
     supervised: NDArray[np.bool_]  # (tokens,)
@@ -52,7 +51,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples of a set of rows, in order, and how many rows were too long."""
+    """The examples of a set of rows, in order, and which rows were too long."""
 
     examples: tuple[Example, ...]
     truncated: int
@@ -61,26 +60,26 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A row short enough, with its ids and targets."""
+    """A row that fits, with its ids and targets."""
 
     row: Row
     tokens: tuple[Ids, NDArray[np.bool_]]
 
 
 class Encoder:
-    """Turns rows into token ids with one tokenizer, one spec and one order of labels (empty where rows have none)."""
+    """Encodes rows with one tokenizer, one spec and one order of labels (empty where rows have none)."""
 
     def __init__(self, tokenizer: Tokenizer, spec: DataSpec, labels: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
         self.labels = tuple(labels)
-        uses_template(tokenizer, spec)  # refuses a missing template before the first row
+        uses_template(tokenizer, spec)  # raises for a missing template before the first row
         first, bos = tokenizer.encode("a", add_special_tokens=True)[0], tokenizer.bos_token_id
         self._bos: list[int] = [first] if bos is not None and first == bos else []
         self._longest_label = max((len(self._encode(label_text(label, spec))) for label in self.labels), default=0)
 
     def encode(self, row: Row) -> Example | None:
-        """The row's example; None where the row is too long and `too_long` is "drop"."""
+        """Encodes the row; None if it is too long and `too_long` is "drop"."""
         label = self._label_index(row)
         fitted = self._fit(row)
         if fitted is None:
@@ -91,14 +90,14 @@ class Encoder:
             ids, supervised = ids[: self.spec.max_tokens], supervised[: self.spec.max_tokens]
         if not supervised.any():
             raise DataError(
-                f"{row.source}: no token is left to learn from; expected an answer, or a text of two tokens at least."
+                f"{row.source}: no target token is left; expected an answer, or a text of at least two tokens."
             )
         return Example(ids, supervised, row.key, label, truncated=cut or fitted.row is not row)
 
     def candidates(self, row: Row) -> Candidates | None:
-        """The prompt and every label's completion; prompt + true completion are the ids of `encode(row)`.
+        """Encodes the prompt and each label's completion; prompt + true completion are the ids of `encode(row)`.
 
-        None where the row is too long and `too_long` is "drop".
+        None if the row is too long and `too_long` is "drop".
         """
         if not self.labels:
             raise DataError(f"{row.source}: likelihood scoring needs labels, and these rows have none.")
@@ -127,30 +126,30 @@ class Encoder:
         return replace(row, turns=(*row.turns[:-1], answer), label=label)
 
     def _tokens(self, row: Row) -> tuple[Ids, NDArray[np.bool_]]:
-        """All ids of the row and the mask of targets; what follows the last target is left out."""
+        """All ids of the row and the mask of targets, up to the last target."""
         rendered = render(row, self.tokenizer, self.spec)
         ids: list[int] = []
-        learnt: list[bool] = []
+        targets: list[bool] = []
         done = 0
         for start, end in rendered.spans:
             for stop, target in ((start, False), (end, True)):
                 new = self._extend(ids, rendered.text[:done], rendered.text[done:stop])
                 ids += new
-                learnt += [target] * len(new)
+                targets += [target] * len(new)
                 done = stop
         if rendered.ends:
             ids.append(self._end_of_text())
-            learnt.append(True)
+            targets.append(True)
         elif self.spec.supervise == "all" and row.label is None:
             ids += self._extend(ids, rendered.text[:done], rendered.text[done:])
         bos = self._first(row)
         everything = self.spec.supervise == "all"
-        supervised = np.ones(len(bos) + len(ids), bool) if everything else np.array([False] * len(bos) + learnt, bool)
+        supervised = np.ones(len(bos) + len(ids), bool) if everything else np.array([False] * len(bos) + targets, bool)
         supervised[:1] = False  # nothing predicts the first token
         return np.array(bos + ids, np.int64), supervised
 
     def _prompt_and_answer(self, row: Row) -> tuple[Ids, Ids]:
-        """The ids before the only supervised place of a labelled row, and those of that place."""
+        """The ids before the only supervised span of a labelled row, and those of the span."""
         rendered = render(row, self.tokenizer, self.spec)
         start, end = rendered.spans[-1]
         prompt = self._encode(rendered.text[:start])
@@ -160,21 +159,21 @@ class Encoder:
         return np.array(self._first(row) + prompt, np.int64), np.array(rest, np.int64)
 
     def _first(self, row: Row) -> list[int]:
-        """The begin token that raw text gets once if the tokenizer has that habit; chat templates write it themselves."""
+        """The BOS token, if this tokenizer puts one before raw text; chat templates write their own."""
         return [] if is_templated(row, self.tokenizer, self.spec) else self._bos
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _extend(self, ids: list[int], before: str, piece: str) -> list[int]:
-        """The ids of `piece`, such that `ids` (of `before`) and they are together the text `before + piece`."""
+        """The ids of `piece` such that `ids` (of `before`) followed by them decode to `before + piece`."""
         if not piece:
             return []
         whole = self._encode(before + piece)
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
-        # A token would reach over the border, so the piece is encoded by itself. SentencePiece puts a space before a text,
-        # which is not ours to add: then the piece is encoded behind some sign with which its first token does not merge.
+        # A token would cross the border, so the piece is encoded alone. SentencePiece adds a space before a text; to avoid
+        # that, the piece is encoded behind a character with which its first token does not merge.
         wanted = self._decode(whole)
         for sign in ("", "\n", ".", "a"):
             head, both = self._encode(sign), self._encode(sign + piece)
@@ -191,45 +190,45 @@ class Encoder:
     def _end_of_text(self) -> int:
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(
-                "The tokenizer has no end-of-text token, so a model could not learn where an answer ends; "
+                "The tokenizer has no end-of-text token, so a model cannot learn where an answer ends; "
                 "set tokenizer.eos_token and save it with the model."
             )
         return int(self.tokenizer.eos_token_id)
 
     def _fit(self, row: Row) -> _Fitted | None:
-        """The row itself where it fits; else as `too_long` says: shortened, None, or a DataError."""
-        room = self.spec.max_tokens
+        """The row itself if it fits; otherwise, by `too_long`: shortened, None, or a DataError."""
+        limit = self.spec.max_tokens
         fitted = _Fitted(row, self._tokens(row))
         tokens = self._length(fitted)
-        if tokens <= room:
+        if tokens <= limit:
             return fitted
         if self.spec.too_long == "drop":
             return None
         if self.spec.too_long == "refuse":
             raise DataError(
-                f"{row.source}: the row has {tokens} tokens, and data.max_tokens is {room}. Shorten it, raise --data.max_tokens, "
-                "or set --data.too_long to truncate or drop."
+                f"{row.source}: the row has {tokens} tokens, and data.max_tokens is {limit}. Shorten it, "
+                "raise --data.max_tokens, or set --data.too_long to truncate or drop."
             )
         if all(turn.supervised and not turn.role for turn in row.turns):
             return fitted  # raw text is cut by tokens
         return self._shorten(row)
 
     def _length(self, fitted: _Fitted) -> int:
-        """Tokens of the row; of a labelled row that nearly fills the room, with its longest label, so that all fit one prompt."""
+        """Tokens of the row. A labelled row close to the limit counts with its longest label, so that every label fits."""
         length, label = len(fitted.tokens[0]), fitted.row.label
         if label is None or not self.labels or length + self._longest_label + _SLACK <= self.spec.max_tokens:
             return length
         return max(len(self._tokens(self._with_label(fitted.row, label))[0]) for label in self.labels)
 
     def _shorten(self, row: Row) -> _Fitted:
-        """The row with the user's free text cut at its end, longest turn first, until it fits; answers stay whole."""
-        room = self.spec.max_tokens
+        """Cuts the end of the user's free text, longest turn first, until the row fits; answers stay whole."""
+        limit = self.spec.max_tokens
         users = [number for number, turn in enumerate(row.turns) if turn.role == "user"]
 
         def cut(number: int, characters: int) -> _Fitted | None:
             shorter = _cut(row, number, characters)
             fitted = _Fitted(shorter, self._tokens(shorter))
-            return fitted if self._length(fitted) <= room else None
+            return fitted if self._length(fitted) <= limit else None
 
         for number in sorted(users, key=lambda number: (-len(row.turns[number].free_text), number)):
             best = cut(number, 1)
@@ -244,13 +243,13 @@ class Encoder:
             return best
         tokens = self._length(_Fitted(row, self._tokens(row)))
         raise DataError(
-            f"{row.source}: even without the user's text the row has {tokens} tokens, and data.max_tokens is {room}; "
-            "the prompt template and the answers need more room. Raise --data.max_tokens or shorten them."
+            f"{row.source}: even without the user's text the row has {tokens} tokens, and data.max_tokens is {limit}; "
+            "the prompt template and the answers alone are longer. Raise --data.max_tokens or shorten them."
         )
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
-    """The examples of the rows in order; DataError where none is left."""
+    """Encodes the rows in order. Raises DataError if all were dropped."""
     examples: list[Example] = []
     dropped: list[str] = []
     for row in rows:
@@ -268,7 +267,7 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
 
 
 def show_example(example: Example, tokenizer: Tokenizer) -> Text:
-    """The example as text for a terminal, the tokens that are learnt in bold green, the others dim."""
+    """The example as text for a terminal: target tokens in bold green, the others dim."""
     from rich.text import Text
 
     text = Text()
@@ -276,12 +275,12 @@ def show_example(example: Example, tokenizer: Tokenizer) -> Text:
     for start, end in pairwise(borders):
         part = tokenizer.decode(example.ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text.append(str(part), style="bold green" if example.supervised[start] else "dim")
-    text.append(f"\n[{len(example.ids)} tokens, {int(example.supervised.sum())} learnt]", style="italic")
+    text.append(f"\n[{len(example.ids)} tokens, {int(example.supervised.sum())} targets]", style="italic")
     return text
 
 
 def _cut(row: Row, number: int, characters: int) -> Row:
-    """The row with only the first characters of one turn's free text."""
+    """The row with one turn's free text cut to its first `characters`."""
     turn = row.turns[number]
     start, end = turn.free or (0, len(turn.text))
     kept = turn.text[start:end][:characters].rstrip() or turn.text[start : start + 1]

@@ -1,4 +1,4 @@
-"""Records out of columnar stores: Parquet files, `datasets` folders and hub ids (extras [parquet] and [hub])."""
+"""Reads records from Parquet files, `datasets` folders and hub data sets (extras [parquet] and [hub])."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECA
 
 
 def parquet_records(location: Location) -> Iterator[FileRecord]:
-    """The rows of a Parquet file, read batch by batch."""
+    """Yields the rows of a Parquet file, read batch by batch."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -38,7 +38,7 @@ def parquet_records(location: Location) -> Iterator[FileRecord]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name means a data set on the hub: "hub:owner/name", or "owner/name" where no such path exists."""
+    """True for a data set on the hub: "hub:owner/name", or "owner/name" where no such path exists."""
     bare = name.partition("#")[0]
     if name.startswith(HUB):
         return True
@@ -46,7 +46,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_records(name: str) -> Iterator[FileRecord]:
-    """The rows of a hub data set "owner/name#split" (split "train" if none is named)."""
+    """Yields the rows of a hub data set "owner/name#split" (default split: "train")."""
     identity, _, split = name.removeprefix(HUB).partition("#")
     datasets = _datasets(name)
     try:
@@ -60,7 +60,7 @@ def hub_records(name: str) -> Iterator[FileRecord]:
 
 
 def folder_records(path: Path, split: str) -> Iterator[FileRecord]:
-    """The rows of a folder written by `save_to_disk`; `split` picks one where the folder holds several."""
+    """Yields the rows of a folder written by `save_to_disk`; `split` picks one of several."""
     if not any((path / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json", "state.json")):
         raise DataError(
             f"'{path}' is a folder without a saved data set; name a file in it, or a folder written by datasets' save_to_disk."
@@ -92,7 +92,7 @@ def _datasets(name: str) -> Any:
 
 
 def _dataset_records(loaded: Any, name: str) -> Iterator[FileRecord]:
-    # A ClassLabel column stores numbers; its names are what a reader of the report wants to see.
+    # A ClassLabel column stores numbers; the report shows their names.
     named = {column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
     for number, values in enumerate(loaded, start=1):
         for column, feature in named.items():

@@ -1,8 +1,8 @@
-"""Rows that stand twice: exact copies and near-duplicates, within and across training, held-out and test rows.
+"""Finds leaks: exact copies and near-duplicates within and across training, held-out and test rows.
 
 Two texts are compared as sets of word triples (shingles), by their Jaccard similarity |X ∩ Y| / |X ∪ Y|. MinHash signatures
-in an LSH index (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", ch. 3) find the candidates, and each
-candidate's similarity is then computed exactly, so a reported pair is never a false alarm.
+in an LSH index (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", ch. 3) find candidates; each
+candidate's similarity is then computed exactly, so a reported pair is never a false positive.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
 
-PARTS = ("test", "held-out", "training")  # a row is dropped on the side that stands later in this list
+PARTS = ("test", "held-out", "training")  # a leaking row is dropped from the later part of this list
 SHINGLE = 3
 PERMUTATIONS = 128
 RECALL = 0.999  # chance that LSH proposes a pair of exactly the threshold's similarity
 _SHOWN = 5
-_HELD = 4096  # texts whose shingles are kept while others are compared with them
+_CACHED = 4096  # texts whose shingles are cached for comparisons
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
 class LeakPair:
-    """Two rows whose texts are the same or nearly: `row` is the one that gives way, `twin` the one that stays."""
+    """Two rows with the same or nearly the same text: `row` may be dropped, `twin` stays."""
 
     row: Row
     row_part: str
@@ -45,7 +45,7 @@ class LeakPair:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """All pairs that were found, and the rows that the policy took out of training and held-out rows."""
+    """All duplicate pairs, and the rows that the policy dropped from training and held-out rows."""
 
     pairs: tuple[LeakPair, ...]
     policy: str
@@ -53,32 +53,32 @@ class LeakReport:
 
     @property
     def across(self) -> tuple[LeakPair, ...]:
-        """Pairs between training, held-out and test rows: these are leaks."""
+        """Pairs across training, held-out and test rows: the leaks."""
         return tuple(pair for pair in self.pairs if pair.row_part != pair.twin_part)
 
     @property
     def within(self) -> tuple[LeakPair, ...]:
-        """Pairs inside one part: no leak, but such rows count twice."""
+        """Pairs within one part: no leak, but such rows count twice."""
         return tuple(pair for pair in self.pairs if pair.row_part == pair.twin_part)
 
     def lines(self) -> list[str]:
-        """The report in sentences, each leak named."""
+        """The report in sentences; names every leak."""
         lines = []
         if self.across:
             fate = f"{len(self.dropped)} dropped" if self.policy == "drop" else "kept, as data.on_leak says"
-            rows = "1 row stands" if len(self.across) == 1 else f"{len(self.across)} pairs of rows stand"
+            rows = "1 row is" if len(self.across) == 1 else f"{len(self.across)} pairs of rows are"
             lines.append(f"{rows} on both sides of a split ({fate}):")
             lines.extend(f"  {pair}" for pair in self.across)
         for part in reversed(PARTS):
             twice = [pair for pair in self.within if pair.row_part == part]
             if twice:
-                lines.append(f"{part} rows that repeat another one (kept): {len(twice)}, for instance {twice[0]}")
-        return lines or ["No row stands twice."]
+                lines.append(f"{part} rows that repeat another one (kept): {len(twice)}, for example {twice[0]}")
+        return lines or ["No duplicate rows found."]
 
 
 @dataclass(frozen=True)
 class CleanParts:
-    """The rows after the policy was applied, and what was found."""
+    """The rows after the leak policy, and the report."""
 
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
@@ -87,9 +87,9 @@ class CleanParts:
 
 
 def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Row], spec: DataSpec) -> CleanParts:
-    """The rows after `spec.on_leak`: a row that leaks is dropped from training (or from held-out, where its twin is a test row).
+    """Applies `spec.on_leak`: drops a leaking row from training (or from held-out, if its twin is a test row).
 
-    DataError where held-out or test rows are training rows one and all, where the policy is to refuse, or where nothing is left.
+    Raises DataError if all held-out or test rows are training rows, if the policy is to refuse, or if no row is left.
     """
     for part, rows in (("held-out", held_out), ("test", test)):
         _refuse_equal(part, rows, train)
@@ -101,8 +101,8 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         more = f"\n  and {len(across) - _SHOWN} more" if len(across) > _SHOWN else ""
         shown = "".join(f"\n  {pair}" for pair in across[:_SHOWN])
         raise DataError(
-            f"{len(across)} pairs of rows stand on both sides of a split, and data.on_leak is 'refuse':{shown}{more}\n"
-            "Remove one of each, or set --data.on_leak drop (from training) or keep."
+            f"{len(across)} pairs of rows are on both sides of a split, and data.on_leak is 'refuse':{shown}{more}\n"
+            "Remove one of each pair, or set --data.on_leak drop (from training) or keep."
         )
     if not across or spec.on_leak == "keep":
         return CleanParts(tuple(train), tuple(held_out), tuple(test), report)
@@ -112,8 +112,8 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         kept = tuple(row for row in rows if (part, row.key, row.source) not in gone)
         if rows and not kept:
             raise DataError(
-                f"Every {part} row has a copy or near-copy among the rows it is to be judged by ({across[0]}). "
-                "Give other rows, or set --data.on_leak keep if equal prompts are meant."
+                f"Every {part} row has a copy or near-copy among the rows that evaluate it ({across[0]}). "
+                "Give other rows, or set --data.on_leak keep if equal prompts are intended."
             )
         return kept
 
@@ -124,9 +124,9 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
 
 
 def find_duplicates(parts: dict[str, Sequence[Row]], threshold: float) -> tuple[LeakPair, ...]:
-    """Pairs of rows with equal or similar texts: each row with at most one twin in each earlier part and in its own.
+    """Finds pairs of rows with equal or similar texts: at most one twin per row in each earlier part and in its own.
 
-    Parts come in the order in which they are protected. `threshold` 0 finds exact copies only.
+    `parts` are in the order of protection (PARTS). `threshold` 0 finds exact copies only.
     """
     documents = _documents(parts)
     pairs = [pair for document in documents for pair in _exact_pairs(document.members)]
@@ -139,12 +139,12 @@ def find_duplicates(parts: dict[str, Sequence[Row]], threshold: float) -> tuple[
 
 
 def normal_words(text: str) -> list[str]:
-    """The words of a text without case, punctuation, accents' encoding and spacing."""
+    """The words of a text, normalised (NFKC, case-folded), without punctuation and spacing."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def shingles(words: Sequence[str]) -> frozenset[str]:
-    """The set of word triples of a text; a shorter text is one shingle of its own."""
+    """The set of word triples of a text; a shorter text is a single shingle."""
     if len(words) <= SHINGLE:
         return frozenset((" ".join(words),))
     return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(len(words) - SHINGLE + 1))
@@ -157,7 +157,7 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
 
 
 def lsh_bands(threshold: float) -> tuple[int, int]:
-    """Bands b and rows r of the most selective index that still finds a pair of similarity t: 1-(1-t^r)^b ≥ 0.999, b·r ≤ 128."""
+    """Bands b and rows r of the most selective LSH index that still finds similarity t: 1-(1-t^r)^b ≥ 0.999, b·r ≤ 128."""
     for rows in range(PERMUTATIONS // 2, 1, -1):
         bands = PERMUTATIONS // rows
         if 1 - (1 - threshold**rows) ** bands >= RECALL:
@@ -177,7 +177,7 @@ def _documents(parts: dict[str, Sequence[Row]]) -> list[_Document]:
     members: dict[tuple[str, ...], list[tuple[str, Row]]] = {}
     for part, rows in parts.items():
         for row in rows:
-            # A text without any word (signs only) is compared as it stands.
+            # A text without words (punctuation only) is compared verbatim.
             members.setdefault(tuple(normal_words(row.text)) or (row.text.strip(),), []).append((part, row))
     return [_Document(words, tuple(rows)) for words, rows in members.items()]
 
@@ -193,7 +193,7 @@ def _exact_pairs(members: Sequence[tuple[str, Row]]) -> Iterator[LeakPair]:
 def _near_pairs(documents: Sequence[_Document], threshold: float) -> Iterator[LeakPair]:
     from datasketch import MinHash, MinHashLSH
 
-    @functools.lru_cache(maxsize=_HELD)  # those of all texts would take several times the memory of these
+    @functools.lru_cache(maxsize=_CACHED)  # shingles of all texts would take several times their memory
     def shingles_of(number: int) -> frozenset[str]:
         return shingles(documents[number].words)
 
@@ -215,7 +215,7 @@ def _near_pairs(documents: Sequence[_Document], threshold: float) -> Iterator[Le
 
 
 def _first_twins(document: _Document, other: _Document, similarity: float, found: set[tuple[str, str]]) -> Iterator[LeakPair]:
-    """Each row of `document` with one row per part of `other`, unless that row's part already has a twin there."""
+    """Pairs each row of `document` with one row per part of `other`, unless its part already has a twin there."""
     firsts: dict[str, Row] = {}
     for part, row in other.members:
         firsts.setdefault(part, row)
@@ -239,5 +239,5 @@ def _refuse_equal(part: str, rows: Sequence[Row], others: Sequence[Row], among: 
     if rows and all(row.key in keys for row in rows):
         raise DataError(
             f"All {len(rows)} {part} rows are {among} rows too ({rows[0].source} is the first); "
-            f"numbers on them would say nothing. Give other {part} rows, or leave them out to have some split off."
+            f"they measure nothing. Give other {part} rows, or leave them out to split some off."
         )

@@ -1,4 +1,4 @@
-"""From the name of a data or model file to the real file: paths, files of installed packages, members of zip archives."""
+"""Resolves names of data and model files: paths, files of installed packages, members of zip archives."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The name of the file itself, as it stands in messages: the member's where there is one."""
+        """The file name for messages: the member's if there is one."""
         return self.path.name if self.member is None else self.member
 
     @property
     def kind(self) -> str:
-        """The file's ending in lower case without a final ".gz": ".jsonl", ".tsv" and so on."""
+        """The suffix in lower case, without a final ".gz", such as ".jsonl" or ".tsv"."""
         suffixes = [suffix.lower() for suffix in Path(self.name).suffixes]
         if suffixes and suffixes[-1] == ".gz":
             suffixes.pop()
@@ -41,7 +41,7 @@ class Location:
 
 
 def locate(name: str) -> Path:
-    """The existing file or folder that `name` means: a path, or "package:DIST/relative/path"."""
+    """Returns the existing file or folder of `name`: a path, or "package:DIST/relative/path". Raises DataError if missing."""
     if name.startswith(PACKAGE):
         distribution, _, relative = name[len(PACKAGE) :].partition("/")
         return package_file(distribution, suffix=relative)
@@ -52,7 +52,7 @@ def locate(name: str) -> Path:
 
 
 def locate_data(name: str) -> Location:
-    """The location that `name` means; as `locate`, and "archive.zip!member" for a file inside a zip archive."""
+    """As `locate`; also accepts "archive.zip!member" for a file inside a zip archive."""
     archive, mark, member = name.partition(".zip!")
     if mark and not Path(name).expanduser().exists():
         path = locate(archive + ".zip")
@@ -64,9 +64,9 @@ def locate_data(name: str) -> Location:
 
 
 def package_file(distribution: str, suffix: str = "") -> Path:
-    """A file of an installed distribution, found in its file list without importing it.
+    """Returns a file of an installed distribution, found in its file list without importing it.
 
-    `suffix` is the end of its path ("assets/data.zip") or an ending (".gguf"); empty means the one file that is no code.
+    `suffix` is the end of its path ("assets/data.zip") or an extension (".gguf"); empty means its only non-code file.
     """
     if not distribution:
         raise ConfigError(f"'{PACKAGE}' names no distribution; write it as {PACKAGE}DIST or {PACKAGE}DIST/path.")
@@ -80,22 +80,22 @@ def package_file(distribution: str, suffix: str = "") -> Path:
     shipped = [file for file in listed or () if ".dist-info/" not in str(file) and file.suffix not in _CODE]
     found = [file for file in shipped if _ends_with(str(file), suffix)]
     if len(found) != 1:
-        what = f"no file that ends in '{suffix}'" if not found else f"{len(found)} files that fit '{suffix}'"
-        names = ", ".join(str(file) for file in (found or shipped)[:10]) or "none but code"
+        what = f"no file ending in '{suffix}'" if not found else f"{len(found)} files that match '{suffix}'"
+        names = ", ".join(str(file) for file in (found or shipped)[:10]) or "only code"
         guess = nearest(suffix, [str(file) for file in shipped]) if suffix and not found else ""
         raise DataError(f"The package '{distribution}' has {what}; its files: {names}. Name one of them.{guess}")
     path = Path(str(found[0].locate()))
     if not path.is_file():
         raise EnvironmentProblem(
             f"The package '{distribution}' lists '{found[0]}', but {path} is missing. "
-            f"Mend it with: pip install --no-deps --force-reinstall {distribution}"
+            f"Repair it with: pip install --no-deps --force-reinstall {distribution}"
         )
     return path
 
 
 @contextmanager
 def open_binary(location: Location) -> Iterator[IO[bytes]]:
-    """The file opened for reading, unzipped where it is a zip member or gzipped; damage becomes a DataError."""
+    """Opens a file for reading, decompressing zip members and gzip. Raises DataError for damaged files."""
     try:
         with ExitStack() as stack:
             stream: IO[bytes]
@@ -111,20 +111,20 @@ def open_binary(location: Location) -> Iterator[IO[bytes]]:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{location.path} is damaged ({error}); fetch or pack it again.") from error
-    except OSError as error:  # no permission, a folder, a disk that fails in the middle of the file
+    except OSError as error:  # no permission, a folder, or a failing disk
         raise DataError(unreadable(location.path, error)) from error
 
 
 @contextmanager
 def open_text(location: Location) -> Iterator[IO[str]]:
-    """The file opened as UTF-8 text with its line ends untouched; other encodings are refused."""
+    """Opens a file as UTF-8 text, line ends untouched. Raises DataError for other encodings."""
     with open_binary(location) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         try:
             yield text
         except UnicodeDecodeError as error:
             bad = error.object[error.start : error.start + 1].hex()
             raise DataError(
-                f"{location.name} is not UTF-8 text (byte 0x{bad}); convert it, for instance with: "
+                f"{location.name} is not UTF-8 text (byte 0x{bad}); convert it, for example with: "
                 f"iconv -f latin1 -t utf-8 {location.name}"
             ) from error
 
@@ -144,9 +144,9 @@ def _find_member(path: Path, member: str) -> str:
         return found[0]
     shown = ", ".join(names[:10]) or "none"
     if not member:
-        raise DataError(f"{path} holds {len(names)} files: {shown}. Name one as '{path.name}!FILE'.")
+        raise DataError(f"{path} has {len(names)} files: {shown}. Name one as '{path.name}!FILE'.")
     count = "more than one" if found else "no"
-    raise DataError(f"{path} has {count} member '{member}'; it holds: {shown}.{nearest(member, names)}")
+    raise DataError(f"{path} has {count} member '{member}'; it has: {shown}.{nearest(member, names)}")
 
 
 def _why_missing(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Rows of tokens laid end to end: no padding, and attention never crosses from one row to another."""
+"""Packed (varlen) batches: rows without padding; attention never crosses rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakeet.data.chat import Example
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows laid end to end. `target_ids[i]` is to be predicted at `target_positions[i]`, the token before it."""
+    """Packed rows. `target_ids[i]` is predicted at `target_positions[i]`, the token before it."""
 
     ids: torch.Tensor  # (tokens,) int64
     lengths: tuple[int, ...]  # tokens of each row
@@ -28,50 +28,49 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Tokens that the loss sees."""
+        """Number of target tokens."""
         return len(self.target_ids)
 
     @property
     def positions(self) -> torch.Tensor:
-        """Position of each token in its own row, (tokens,) int64: what rotary embeddings get."""
+        """Position of each token in its row, (tokens,) int64, for rotary embeddings."""
         return torch.cat([torch.arange(length, device=self.ids.device) for length in self.lengths])
 
     @property
     def rows_of_tokens(self) -> torch.Tensor:
-        """Number of the row of each token, (tokens,) int64: equal numbers may attend to each other."""
+        """Row number of each token, (tokens,) int64; only tokens of the same row attend to each other."""
         lengths = torch.tensor(self.lengths, device=self.ids.device)
         numbers = torch.arange(len(self.lengths), device=self.ids.device)
         return torch.repeat_interleave(numbers, lengths, output_size=sum(self.lengths))
 
     @property
     def target_rows(self) -> torch.Tensor:
-        """Number of the row of each target, (targets,) int64."""
+        """Row number of each target, (targets,) int64."""
         return self.rows_of_tokens[self.target_positions]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on another device."""
-        ids, places, targets = (to_device(each, device) for each in (self.ids, self.target_positions, self.target_ids))
-        return Batch(ids, self.lengths, places, targets, self.keys)
+        ids, positions, targets = (to_device(each, device) for each in (self.ids, self.target_positions, self.target_ids))
+        return Batch(ids, self.lengths, positions, targets, self.keys)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`tensor` on `device`. From the host to a CUDA card it goes by memory that the card reads by itself: the host does not wait
-    until the card has computed what was asked of it before."""
+    """Copies `tensor` to `device`. From the host to CUDA the copy is asynchronous, through pinned memory."""
     if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pack_examples(examples: Sequence[Example]) -> Batch:
-    """One batch of the examples, in their order; ValueError without any, or where a first token is a target."""
+    """Packs the examples in order. Raises ValueError for none, or if a first token is a target."""
     if not examples:
-        raise ValueError("pack() needs at least one example")
+        raise ValueError("pack_examples() needs at least one example")
     positions, targets = [], []
     start = 0
     for example in examples:
         supervised = np.flatnonzero(example.supervised)
         if supervised.size and supervised[0] == 0:
-            raise ValueError(f"the first token of row {example.key} is a target, and no token stands before it to predict it")
+            raise ValueError(f"the first token of row {example.key} is a target, and no token before it can predict it")
         positions.append(supervised + start - 1)
         targets.append(example.ids[supervised])
         start += len(example.ids)
@@ -85,20 +84,21 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
-    """The examples of one step in batches of at most `max_tokens` tokens each; a longer row stands alone.
+    """Splits the examples of one step into batches of at most `max_tokens` tokens; a longer row is a batch of its own.
 
-    As few batches as first-fit decreasing needs, and of about the same size: the largest one decides how much memory a step
-    takes. The same batches for the same examples.
+    As few batches as first-fit decreasing needs, of about the same size, since the largest one sets the memory of a step.
+    Deterministic.
     """
     bins = even_bins([len(example.ids) for example in examples], max_tokens)
     return [pack_examples([examples[number] for number in sorted(chosen)]) for chosen in bins]
 
 
 def even_bins(lengths: Sequence[int], most: int, grain: int = 0) -> list[list[int]]:
-    """The numbers of the lengths in as few bins of at most `most` as first-fit decreasing needs, of the same size but for `grain`
-    and what first-fit leaves; a longer one by itself."""
+    """Bins of indices of `lengths`, each of at most `most`: as few as first-fit decreasing needs, and of even size.
+
+    Sizes are evened out to within `grain`. A longer length gets a bin of its own."""
     bins = _first_fit(lengths, most)
-    low, high = max(lengths, default=0), most  # the bins are as few at `high`
+    low, high = max(lengths, default=0), most  # invariant: `high` needs no more bins than `most`
     while high - low > grain and len(lengths) <= _FEW:
         middle = (low + high) // 2
         tighter = _first_fit(lengths, middle)
@@ -109,19 +109,19 @@ def even_bins(lengths: Sequence[int], most: int, grain: int = 0) -> list[list[in
     return bins
 
 
-_FEW = 512  # rows up to which even bins are searched for: first-fit takes time with the square of their number
+_FEW = 512  # most rows for which even bins are searched: first-fit is quadratic
 
 
 def _first_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Numbers of the lengths in bins of at most `most`: longest first, equal ones in order, each into the first that fits."""
+    """First-fit decreasing: longest first, ties in order, each into the first bin of at most `most` where it fits."""
     bins: list[list[int]] = []
-    rooms: list[int] = []
+    free: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        place = next((index for index, room in enumerate(rooms) if lengths[number] <= room), None)
-        if place is None:
+        found = next((index for index, left in enumerate(free) if lengths[number] <= left), None)
+        if found is None:
             bins.append([number])
-            rooms.append(most - lengths[number])
+            free.append(most - lengths[number])
         else:
-            bins[place].append(number)
-            rooms[place] -= lengths[number]
+            bins[found].append(number)
+            free[found] -= lengths[number]
     return bins

@@ -1,4 +1,4 @@
-"""All rows of a run: read, split, checked for leaks and for labels, in one value."""
+"""Reads and splits all rows of a run, and checks them for leaks and labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows to train on, rows to choose by and rows to judge by; `labels` is empty where rows have none."""
+    """Training, held-out and test rows; `labels` is empty if rows have none."""
 
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
@@ -27,12 +27,12 @@ class Dataset:
     leaks: LeakReport
 
     def split_record(self) -> dict[str, object]:
-        """The content of split.json for these rows."""
+        """The content of split.json."""
         return split_record(self.train, self.held_out, self.test, labels=self.labels)
 
 
 def load_dataset(spec: DataSpec) -> Dataset:
-    """The rows that `spec` describes, leaks treated as it says; everything that is wrong raises a ConfigError or DataError."""
+    """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError."""
     spec.validate()
     rows = read_rows(spec.train, spec)
     test = read_rows(spec.test, spec) if spec.test else []
@@ -40,7 +40,7 @@ def load_dataset(spec: DataSpec) -> Dataset:
         split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec)))
     else:
         split = split_rows(rows, spec)
-    # Labels are checked on what was read: a label that the leak check removed from training is then named by the second check.
+    # Checked before and after: the leak check may remove all training rows of a label.
     find_labels(split.train, spec)
     clean = check_leaks(split.train, split.held_out, test, spec)
     labels = find_labels(clean.train, spec)
@@ -49,9 +49,9 @@ def load_dataset(spec: DataSpec) -> Dataset:
 
 
 def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:
-    """The labels in the spec's order, or those of the training rows, sorted; empty where rows have none.
+    """The labels in the spec's order, or those of the training rows, sorted; empty if rows have none.
 
-    DataError where there is only one, or where the spec names one that no training row has.
+    Raises DataError for a single label, or if the spec names one that no training row has.
     """
     counts = Counter(row.label for row in train if row.label is not None)
     if not counts:
@@ -72,13 +72,13 @@ def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:
 
 
 def check_labels(parts: dict[str, Sequence[Row]], labels: Sequence[str]) -> None:
-    """Raises a DataError that names each label of these rows that is not among `labels`, with its rows."""
-    problems = Problems("Rows cannot be judged", DataError)
+    """Raises a DataError that names each label of these rows that is missing from `labels`, with its rows."""
+    problems = Problems("Rows cannot be evaluated", DataError)
     for part, rows in parts.items():
         unseen: dict[str, list[str]] = {}
         bare = [row.source for row in rows if labels and row.label is None]
         if bare:
-            problems.add(f"{len(bare)} {part} rows ({_some(bare)}) have no label, and the training rows have; label them too.")
+            problems.add(f"{len(bare)} {part} rows ({_some(bare)}) have no label, but the training rows do; label them too.")
         for row in rows:
             if row.label is not None and row.label not in labels:
                 unseen.setdefault(row.label, []).append(row.source)

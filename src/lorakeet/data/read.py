@@ -1,4 +1,4 @@
-"""From the name of a data file to rows: finds the file, picks its reader, gives every record its shape."""
+"""Reads rows from a named data file: finds the file, picks its reader and gives every record its shape."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lorakeet.errors import DataError, nearest
 
 
 def read_rows(name: str, spec: DataSpec) -> list[Row]:
-    """The rows of one file, folder or hub data set, at most `spec.limit` of them.
+    """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them.
 
-    Everything that is wrong with single rows is collected and raised as one DataError.
+    Raises one DataError that lists all problems of single rows.
     """
     problems = RowProblems(f"{name} cannot be used as it is")
     rows = list(shape_rows(islice(read_records(name, problems), spec.limit), name, spec, problems))
     problems.raise_if_any()
     if not rows:
-        raise DataError(f"{name} holds no rows; expected at least one record below the header.")
+        raise DataError(f"{name} has no rows; expected at least one record below the header.")
     return rows
 
 
 def read_records(name: str, problems: RowProblems) -> Iterator[FileRecord]:
-    """The records of one file, folder or hub data set, in order, as they stand there."""
+    """Yields the records of one file, folder or hub data set, in order and unchanged."""
     base, mark, split = name.partition("#")
     if mark and Path(base).expanduser().is_dir():
         return folder_records(Path(base).expanduser(), split)
@@ -44,6 +44,6 @@ def read_records(name: str, problems: RowProblems) -> Iterator[FileRecord]:
         return text_records(location, problems)
     known = [*READERS, ".parquet"]
     raise DataError(
-        f"{name} ends in '{location.kind}', which no reader knows; expected one of {', '.join(known)} "
+        f"{name} ends in '{location.kind}', which has no reader; expected one of {', '.join(known)} "
         f"(text files also with .gz).{nearest(location.kind, known)}"
     )

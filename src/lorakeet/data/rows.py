@@ -1,4 +1,4 @@
-"""A row of data as every other part of the package sees it, whatever file and shape it came from."""
+"""A row of data, independent of the file and shape that it came from."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from functools import cached_property
 class Turn:
     """One speaker's text.
 
-    `role` is "system", "user" or "assistant", or "" for raw text that never goes through a chat template.
-    `free` is the part of `text` (start, end) that came from the data; the rest was put around it by a prompt
-    template. Only the free part is compared between rows, and only it is shortened when a row is too long.
+    `role` is "system", "user" or "assistant", or "" for raw text, which never goes through a chat template.
+    `free` is the span (start, end) of `text` that came from the data; a prompt template added the rest. Only the free span
+    is compared between rows, and only it is shortened when a row is too long.
     """
 
     role: str
@@ -32,7 +32,7 @@ class Turn:
 class Row:
     """A conversation, a prompt with its completion, a labelled text or a raw text.
 
-    `source` says where it stands, as "file.tsv:17"; `group` names rows that must stay on one side of a split.
+    `source` is its place, as "file.tsv:17"; rows of one `group` stay on one side of a split.
     """
 
     turns: tuple[Turn, ...]
@@ -42,14 +42,14 @@ class Row:
 
     @cached_property
     def key(self) -> str:
-        """Sha256 of the content: it does not depend on file, row order, prompt template or system prompt."""
+        """SHA-256 of the content, independent of file, row order, prompt template and system prompt."""
         said = [[turn.role, turn.free_text] for turn in self.turns if turn.role != "system" and not self._is_label(turn)]
         canonical = json.dumps([said, self.label], ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
     def text(self) -> str:
-        """The content that leak checks compare: what the user says, without template; for raw text, all of it."""
+        """The text that leak checks compare: the user's turns without template, or all raw text."""
         return "\n".join(turn.free_text for turn in self.turns if turn.role in ("user", ""))
 
     def _is_label(self, turn: Turn) -> bool:

@@ -1,4 +1,4 @@
-"""From records to rows: chat messages, prompt and completion, Alpaca, plain text, and labelled texts."""
+"""Turns records into rows: chat messages, prompt and completion, Alpaca, plain text, and labelled texts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LABEL = "label"
 
 
 class _Unusable(Exception):
-    """Why one record cannot become a row; never leaves this file."""
+    """Says why one record cannot become a row; caught in this file."""
 
 
 def shape_rows(records: Iterator[FileRecord], name: str, spec: DataSpec, problems: RowProblems) -> Iterator[Row]:
-    """The rows of the records; the first record decides the shape if the spec leaves it open.
+    """Yields the rows of the records; with format "auto" the first record decides the shape.
 
-    A missing column raises at once; what is wrong with single records is added to `problems`.
+    Raises DataError for a missing column; problems of single records are added to `problems`.
     """
     shape = ""
     for record in records:
@@ -54,7 +54,7 @@ def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:
     if spec.text_column in columns:
         return "text"
     raise DataError(
-        f"{name}: the columns {_listed(columns)} fit no known shape; expected 'messages', or 'prompt' and 'completion', "
+        f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
         f"or 'instruction' and 'output', or '{spec.text_column}'. Name yours with --data.text_column "
         f"(and --data.label_column for labelled texts), or choose --data.format."
     )
@@ -72,7 +72,7 @@ def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) 
     if shape == "text":
         needed[spec.text_column] = "name it with --data.text_column"
     if shape == "classification":
-        needed |= {field: "mend --data.template" for field in template_fields(spec.template) if field != "text"}
+        needed |= {field: "fix --data.template" for field in template_fields(spec.template) if field != "text"}
         needed[spec.label_column or _LABEL] = "name it with --data.label_column"
         if "text" in template_fields(spec.template):
             needed[spec.text_column] = "name it with --data.text_column"
@@ -125,7 +125,7 @@ def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Tu
     for field in fields:
         column = spec.text_column if field == "text" else field
         filled[field] = _text(values, column, spec, may_be_empty=column != spec.text_column)
-    # Under a template such as "{review}" the text column is used by its own name.
+    # A template such as "{review}" uses the text column by its own name.
     free = "text" if "text" in fields else spec.text_column
     prompt, span = fill_template(spec.template, filled, free)
     if not prompt.strip():
@@ -139,7 +139,7 @@ def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Tu
 
 
 def label_text(label: str, spec: DataSpec) -> str:
-    """The answer that stands for a label, the label put into the spec's label template."""
+    """The answer of a label: the spec's label template, filled."""
     return fill_template(spec.label_template, {"label": label}, "label")[0]
 
 
@@ -155,7 +155,7 @@ def _chat(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
 def _messages(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
     turns = tuple(_message(message, number, spec) for number, message in enumerate(messages, start=1))
     if not any(turn.supervised for turn in turns):
-        raise _Unusable("no message of the assistant to learn from; add one with the role 'assistant'.")
+        raise _Unusable("no message of the assistant, so nothing to train on; add one with the role 'assistant'.")
     return turns
 
 
@@ -179,7 +179,7 @@ def _message(message: object, number: int, spec: DataSpec) -> Turn:
 def _text_parts(parts: list[Any], number: int) -> str:
     texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if len(texts) != len(parts):
-        raise _Unusable(f"message {number} has parts that are no text; only text can be learnt from.")
+        raise _Unusable(f"message {number} has parts that are not text; expected text only.")
     return "".join(texts)
 
 
@@ -192,8 +192,8 @@ def _as_list(value: object) -> list[Any]:
 def _text(values: dict[str, object], column: str, spec: DataSpec, may_be_empty: bool = False) -> str:
     value = values.get(column)
     if value is not None and not isinstance(value, (str, int, float)):
-        raise _Unusable(f"column '{column}' holds {type(value).__name__}; expected text.")
-    absent = value is None or (isinstance(value, float) and math.isnan(value))  # tables of numbers have NaN for nothing
+        raise _Unusable(f"column '{column}' has a value of type {type(value).__name__}; expected text.")
+    absent = value is None or (isinstance(value, float) and math.isnan(value))  # numeric tables have NaN for a missing value
     text = "" if absent else _clean(str(value), spec)
     if not text.strip() and not may_be_empty:
         raise _Unusable(f"column '{column}' is empty; remove the row or fill it.")
@@ -208,9 +208,9 @@ def _clean(text: str, spec: DataSpec) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # JSON can write half of a character (the escape of one surrogate), which no tokenizer takes.
+        # JSON can escape a lone surrogate, which no tokenizer accepts.
         raise _Unusable(
-            f"the text holds half of a character at position {error.start}; mend its escapes or remove the row."
+            f"the text has half of a character at position {error.start}; fix its escapes or remove the row."
         ) from error
     return text
 

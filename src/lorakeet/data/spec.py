@@ -1,4 +1,4 @@
-"""The settings of the data: which files, how a row becomes a conversation, how rows are split and checked."""
+"""`DataSpec`, the `data` part of a run file: files, templates, the split, and the checks of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorakeet.errors import ConfigError, Problems
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What the rows are and how they are used; `validate()` names every wrong setting at once."""
+    """Where the rows are, how they are formatted, split and checked."""
 
     train: str = field(
         default="",
@@ -21,65 +21,64 @@ class DataSpec:
         },
     )
     held_out: str | None = field(
-        default=None, metadata={"help": "File of held-out rows; left out, they are split off the training rows."}
+        default=None, metadata={"help": "File of held-out rows; by default they are split off the training rows."}
     )
     test: str | None = field(
-        default=None, metadata={"help": "File of final test rows, never used to choose a setting or a checkpoint."}
+        default=None, metadata={"help": "File of test rows, never used to choose a setting or a checkpoint."}
     )
     format: Literal["auto", "chat", "completion", "alpaca", "text", "classification"] = field(
-        default="auto", metadata={"help": "Shape of a record; 'auto' decides from the columns of the first one."}
+        default="auto", metadata={"help": "Format of the rows; auto decides by the columns of the first row."}
     )
     text_column: str = field(default="text", metadata={"help": "Column of the text, for text and classification rows."})
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the label, for classification rows (left out: 'label')."}
+        default=None, metadata={"help": "Column of the label, for classification rows (default: label)."}
     )
     group_column: str | None = field(
         default=None, metadata={"help": "Column whose equal values stay on one side of the split (a patient, an author)."}
     )
     labels: tuple[str, ...] = field(
-        default=(), metadata={"help": "Labels in the order to report them; empty takes those of the training rows, sorted."}
+        default=(), metadata={"help": "Labels in reporting order; by default those of the training rows, sorted."}
     )
     template: str = field(
         default="{text}",
-        metadata={"help": "Prompt of a classification row: {text} and any {column}; {{ and }} stand for braces."},
+        metadata={"help": "Prompt of a classification row, with {text} and any {column}; write {{ and }} for braces."},
     )
     label_template: str = field(default="{label}", metadata={"help": "Answer of a classification row, made from {label}."})
     system: str | None = field(
-        default=None, metadata={"help": "System prompt put before rows that bring none; left out, the chat template decides."}
+        default=None, metadata={"help": "System prompt for rows without one; by default the chat template decides."}
     )
     chat_template: Literal["auto", "on", "off"] = field(
-        default="auto", metadata={"help": "Use the tokenizer's chat template: if there is one, always, or never (raw text)."}
+        default="auto",
+        metadata={"help": "Use the tokenizer's chat template: if it has one (auto), always (on), or never (off: plain text)."},
     )
     separator: str = field(
         default="\n",
-        metadata={"help": "Put between turns when no chat template is used, unless white space already stands there."},
+        metadata={"help": "Text between turns if no chat template is used, unless white space is there already."},
     )
-    held_out_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the training rows split off as held-out rows; 0 splits nothing off."}
-    )
+    held_out_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows to hold out; 0 holds out none."})
     held_out_minimum: int = field(
-        default=64, metadata={"help": "Split off at least this many rows where there are ten times as many."}
+        default=64, metadata={"help": "Hold out at least this many rows if there are ten times as many."}
     )
     max_tokens: int = field(default=1024, metadata={"help": "Longest row in tokens, template and answer included."})
     too_long: Literal["truncate", "refuse", "drop"] = field(
         default="truncate",
-        metadata={"help": "What happens to a longer row: shorten the user's text, stop with an error, or leave the row out."},
+        metadata={"help": "What to do with a longer row: truncate the user's text, stop with an error, or drop the row."},
     )
     supervise: Literal["completion", "all"] = field(
-        default="completion", metadata={"help": "Which tokens the loss sees: the answers, or every token of the row."}
+        default="completion", metadata={"help": "Target tokens of the loss: the answers, or every token of a row."}
     )
     near_duplicates: float = field(
         default=0.8,
-        metadata={"help": "Jaccard similarity from which two texts count as the same; 0 looks for exact copies only."},
+        metadata={"help": "Jaccard similarity from which two texts count as duplicates; 0 finds exact copies only."},
     )
     on_leak: Literal["drop", "refuse", "keep"] = field(
         default="drop",
-        metadata={"help": "When a training row also stands in held-out or test rows: drop it from training, stop, or keep it."},
+        metadata={"help": "If a training row is also in the held-out or test rows: drop it from training, stop, or keep it."},
     )
-    limit: int | None = field(default=None, metadata={"help": "Read only this many rows, from the top of each file."})
-    html_unescape: bool = field(default=False, metadata={"help": "Turn HTML escapes in the texts (&#039;) into characters."})
-    strip_quotes: bool = field(default=False, metadata={"help": "Remove one pair of double quotes that encloses a whole text."})
-    split_seed: int = field(default=0, metadata={"help": "Seed of the split; another seed holds out other rows."})
+    limit: int | None = field(default=None, metadata={"help": "Read at most this many rows of each file."})
+    html_unescape: bool = field(default=False, metadata={"help": "Replace HTML escapes in the texts (&#039;) by characters."})
+    strip_quotes: bool = field(default=False, metadata={"help": "Remove one pair of double quotes around a whole text."})
+    split_seed: int = field(default=0, metadata={"help": "Random seed of the split."})
 
     def validate(self) -> None:
         """Raises a ConfigError that lists every wrong setting."""
@@ -115,13 +114,13 @@ class DataSpec:
                 problems.add(f"data.{name} {template!r} cannot be read ({error}); write {{{{ and }}}} for literal braces.")
                 continue
             if name == "template" and not fields:
-                problems.add(f"data.template {template!r} names no column, so all prompts would be equal; use {{text}} in it.")
+                problems.add(f"data.template {template!r} names no column, so all prompts would be the same; use {{text}} in it.")
             if name == "label_template" and set(fields) != {"label"}:
                 problems.add(f"data.label_template is {template!r}; expected {{label}} in it and no other field.")
 
 
 def template_fields(template: str) -> list[str]:
-    """The column names between braces in a template; ValueError where braces do not pair or a field has a format."""
+    """Returns the column names in braces; ValueError for unbalanced braces or a field with a format."""
     fields = []
     for _, name, form, conversion in string.Formatter().parse(template):
         if name is None:
@@ -133,7 +132,7 @@ def template_fields(template: str) -> list[str]:
 
 
 def fill_template(template: str, values: dict[str, str], free: str) -> tuple[str, tuple[int, int] | None]:
-    """The filled template, and where in it the value of the field `free` stands (None if it is not used)."""
+    """Returns the filled template and the span of the value of the field `free` in it (None if unused)."""
     parts: list[str] = []
     length = 0
     span: tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""Rows parted into training and held-out by their content, so that row order, file names and reruns change nothing."""
+"""Splits rows into training and held-out by content, independent of row order and file names."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SPLIT_FORMAT = 1
 
 @dataclass(frozen=True)
 class Split:
-    """Training and held-out rows, each in an order that depends on seed and content only."""
+    """Training and held-out rows, each in an order that depends on seed and content alone."""
 
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
 
 
 def split_rows(rows: Sequence[Row], spec: DataSpec) -> Split:
-    """Training rows and `spec.held_out_fraction` of the rows held out, chosen by a hash of seed and content.
+    """Holds out `spec.held_out_fraction` of the rows, chosen by a hash of seed and content.
 
     Rows of one group, and rows of equal content, stay on one side. Every label keeps its share on both sides as far as
-    groups allow, and a label is never held out as a whole. DataError where there are fewer rows than that needs.
+    groups allow, and a label is never held out as a whole. Raises DataError for too few rows.
     """
     wanted = held_out_count(len(rows), spec)
     if wanted == 0:
@@ -38,20 +38,20 @@ def split_rows(rows: Sequence[Row], spec: DataSpec) -> Split:
     for block in _blocks(rows):
         strata[_stratum(block)].append(block)
     quotas = _quotas({name: sum(map(len, blocks)) for name, blocks in strata.items()}, wanted, len(rows))
-    held: set[str] = set()
+    held_out: set[str] = set()
     for name, blocks in strata.items():
-        held |= _choose(blocks, quotas[name], spec.split_seed)
-    if not held:
+        held_out |= _choose(blocks, quotas[name], spec.split_seed)
+    if not held_out:
         raise DataError(
             f"No row can be held out: {len(rows)} rows fall into {sum(map(len, strata.values()))} groups or sets of equal rows, "
             f"none small enough for {wanted} held-out rows. Give a file of held-out rows (--data.held_out FILE)."
         )
-    train = [row for row in rows if row.key not in held]
-    return Split(by_content(train, spec.split_seed), by_content([row for row in rows if row.key in held], spec.split_seed))
+    train = [row for row in rows if row.key not in held_out]
+    return Split(by_content(train, spec.split_seed), by_content([row for row in rows if row.key in held_out], spec.split_seed))
 
 
 def held_out_count(rows: int, spec: DataSpec) -> int:
-    """How many of `rows` rows to hold out; DataError where the fraction leaves none."""
+    """Number of rows to hold out of `rows`. Raises DataError if the fraction gives none."""
     if spec.held_out_fraction == 0:
         return 0
     needed = max(2, math.ceil(1 / spec.held_out_fraction))
@@ -67,7 +67,7 @@ def held_out_count(rows: int, spec: DataSpec) -> int:
 
 
 def by_content(rows: Iterable[Row], seed: int) -> tuple[Row, ...]:
-    """The rows in the order of their seeded content hash, which does not depend on the order they came in."""
+    """The rows in the order of their seeded content hash."""
     return tuple(sorted(rows, key=lambda row: (_rank(row.key, seed), row.source)))
 
 
@@ -92,18 +92,18 @@ def write_split_record(path: Path, record: dict[str, object]) -> None:
 
 
 def read_split_record(path: Path) -> dict[str, object]:
-    """The content of a split.json; DataError where it is missing or is none."""
+    """Reads a split.json. Raises DataError if it is missing or invalid."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); without it the split of this run cannot be checked.") from error
+        raise DataError(f"{path} cannot be read ({error}); the split of this run cannot be checked without it.") from error
     if not isinstance(record, dict) or record.get("format") != SPLIT_FORMAT or not isinstance(record.get("held_out"), list):
-        raise DataError(f"{path} is not a split record of format {SPLIT_FORMAT}; restore it from the run that wrote it.")
+        raise DataError(f"{path} is not a split record of format {SPLIT_FORMAT}; restore it from the original run.")
     return record
 
 
 def check_split_record(record: dict[str, object], now: dict[str, object]) -> None:
-    """Raises a DataError that says what differs if the rows of a run are no longer those that it started with."""
+    """Raises a DataError that names every difference between the rows of a run then and `now`."""
     changes = []
     before_keys, now_keys = (set(map(str, _listed(side["held_out"]))) for side in (record, now))
     if before_keys != now_keys:
@@ -113,13 +113,13 @@ def check_split_record(record: dict[str, object], now: dict[str, object]) -> Non
             changes.append(f"the {word} rows changed ({record.get(f'{part}_rows')} before, {now[f'{part}_rows']} now)")
     if changes:
         raise DataError(
-            f"The data is not what this run started with: {'; '.join(changes)}. "
+            f"The data has changed since this run started: {'; '.join(changes)}. "
             "Restore the files and the data settings, or start a new run."
         )
 
 
 def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that must stay together: connected by a common group or by equal content."""
+    """Groups rows that must stay on one side: connected by a common group or by equal content."""
     parent: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -145,7 +145,7 @@ def _stratum(block: list[Row]) -> str:
 
 
 def _quotas(sizes: dict[str, int], wanted: int, total: int) -> dict[str, int]:
-    """`wanted` shared out in proportion to the sizes, largest remainders first (Hamilton's method)."""
+    """Distributes `wanted` in proportion to the sizes, largest remainders first (Hamilton's method)."""
     exact = {name: size * wanted / total for name, size in sizes.items()}
     quotas = {name: int(share) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: (quotas[name] - exact[name], name))
@@ -155,16 +155,16 @@ def _quotas(sizes: dict[str, int], wanted: int, total: int) -> dict[str, int]:
 
 
 def _choose(blocks: list[list[Row]], quota: int, seed: int) -> set[str]:
-    """Keys of the held-out rows of one stratum: blocks in hash order while they fit; one block always stays in training."""
+    """Keys of the held-out rows of one stratum: blocks in hash order while they fit; at least one block stays in training."""
     ordered = sorted(blocks, key=lambda block: min(_rank(row.key, seed) for row in block))
-    held: set[str] = set()
+    chosen: set[str] = set()
     taken = 0
     for index, block in enumerate(ordered):
         left = len(ordered) - index
         if taken + len(block) <= quota and (left > 1 or taken < sum(map(len, ordered[:index]))):
-            held.update(row.key for row in block)
+            chosen.update(row.key for row in block)
             taken += len(block)
-    return held
+    return chosen
 
 
 def _rank(key: str, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Records out of text files: JSON lines, JSON arrays, CSV, TSV and plain lines, each with the line where it stands."""
+"""Reads records with their line numbers from text files: JSON lines, JSON arrays, CSV, TSV and plain lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakeet.errors import DataError, Problems
 
 SHOWN_PROBLEMS = 10
 _START = 60  # characters of a broken line that are shown
-_MEND = "mend or remove the line."
+_FIX = "fix or remove the line."
 
 
 class FileRecord(NamedTuple):
@@ -24,7 +24,7 @@ class FileRecord(NamedTuple):
 
 
 class RowProblems:
-    """Collects what is wrong with single rows; shows the first ten and counts the rest."""
+    """Collects problems of single rows; shows the first ten and counts the rest."""
 
     def __init__(self, heading: str) -> None:
         self._problems = Problems(heading, DataError)
@@ -44,7 +44,7 @@ class RowProblems:
 
 
 def text_records(location: Location, problems: RowProblems) -> Iterator[FileRecord]:
-    """The records of a text file one by one; rows that cannot be read are added to `problems` and left out."""
+    """Yields the records of a text file; rows that cannot be read are added to `problems` and skipped."""
     reader = READERS[location.kind]
     with open_text(location) as stream:
         yield from reader(stream, location.name.rsplit("/", 1)[-1], problems)
@@ -58,12 +58,12 @@ def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[F
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problems.add(source, f"broken JSON{_where(error)}: {_start_of(line)}; {_MEND}")
+            problems.add(source, f"broken JSON{_where(error)}: {_start_of(line)}; {_FIX}")
             continue
         if isinstance(values, dict):
             yield FileRecord(source, values)
         else:
-            problems.add(source, f"expected an object in braces, got {_start_of(line)}; {_MEND}")
+            problems.add(source, f"expected an object in braces, got {_start_of(line)}; {_FIX}")
 
 
 def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
@@ -72,7 +72,7 @@ def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[F
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        line = text.split("\n")[number - 1]  # json counts no other line ends
+        line = text.split("\n")[number - 1]  # json counts "\n" only
         hint = "; if each line is an object of its own, name the file .jsonl" if "Extra data" in str(error) else ""
         problems.add(f"{name}:{number}", f"broken JSON{_where(error)}: {_start_of(line)}{hint}.")
         return
@@ -87,10 +87,10 @@ def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[F
 
 
 def _where(error: Exception) -> str:
-    """Where and why: a column, or what Python has a limit for (digits of a number, lists within lists)."""
+    """The column and cause of a JSON error, or the limit of Python that was exceeded (digits, nesting)."""
     if isinstance(error, json.JSONDecodeError):
         return f" at column {error.colno} ({error.msg})"
-    return " (brackets within brackets too deep)" if isinstance(error, RecursionError) else f" ({error})"
+    return " (brackets nested too deep)" if isinstance(error, RecursionError) else f" ({error})"
 
 
 def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator[FileRecord]]:
@@ -106,7 +106,7 @@ def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator
         start = reader.line_num + 1
         rows = _checked(reader, name)
         while True:
-            # The limit is set around each row, for it belongs to the whole process and a reader may be left half read.
+            # Set around each row: the limit is global to the process, and a reader may be abandoned halfway.
             with _long_fields():
                 row = next(rows, None)
             if row is None:
@@ -115,7 +115,7 @@ def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator
             if not row:
                 continue
             if len(row) != len(header):
-                problems.add(source, f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}); {_MEND}")
+                problems.add(source, f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}); {_FIX}")
                 continue
             yield FileRecord(source, dict(zip(header, row, strict=True)))
 
@@ -128,7 +128,7 @@ def _checked(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:
     except csv.Error as error:
         number = getattr(reader, "line_num", 0)
         raise DataError(
-            f"{name}:{number}: {error}; expected fields in double quotes to be closed, and quotes inside them to be doubled."
+            f"{name}:{number}: {error}; expected closed double quotes, and doubled quotes inside a field."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Conversations as strings, with the places of what the model is to learn.
+"""Renders conversations as strings and finds their supervised spans.
 
-A supervised place starts where the model starts to write, which is where the template's generation prompt ends, and stops
-after the token that ends the turn. Nothing is assumed about a template but what rendering it shows.
+A supervised span starts where the template's generation prompt ends, and stops after the token that ends the turn. Nothing is
+assumed about a template: spans are found by rendering it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
 
-# Stands for a turn's text while its place is looked for; white space around it would be trimmed by some templates.
+# Replaces a turn's text to find its place; some templates trim surrounding white space.
 _MARK = "\u2402lorakeet\u2403"
 _LAST_WORD = re.compile(r"\w+\W*$")
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used here."""
 
     chat_template: Any
     eos_token: Any
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as one string; `spans` are the supervised places (start, end); `ends` says whether end-of-text must follow."""
+    """A row as one string; `spans` are its supervised spans (start, end); if `ends`, end-of-text must follow."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -54,7 +54,7 @@ class Rendered:
 
 
 def uses_template(tokenizer: Tokenizer, spec: DataSpec) -> bool:
-    """Whether conversations go through the tokenizer's chat template; ConfigError if one is demanded and there is none."""
+    """True if conversations go through the tokenizer's chat template. Raises ConfigError if a required one is missing."""
     if spec.chat_template == "on" and not tokenizer.chat_template:
         raise ConfigError(
             "data.chat_template is 'on', but the tokenizer has no chat template; choose an instruction-tuned model, "
@@ -64,19 +64,19 @@ def uses_template(tokenizer: Tokenizer, spec: DataSpec) -> bool:
 
 
 def is_templated(row: Row, tokenizer: Tokenizer, spec: DataSpec) -> bool:
-    """Whether this row goes through the chat template; raw text never does."""
+    """True if this row goes through the chat template; raw text never does."""
     return uses_template(tokenizer, spec) and all(turn.role for turn in row.turns)
 
 
 def render(row: Row, tokenizer: Tokenizer, spec: DataSpec) -> Rendered:
-    """The row as a string with its supervised places; through the chat template unless it is raw text or that is off."""
+    """Renders the row and finds its supervised spans; uses the chat template unless it is off or the row is raw text."""
     if is_templated(row, tokenizer, spec):
         return _render_chat(row, tokenizer)
     return _render_raw(row, spec)
 
 
 def end_of_turn_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The added tokens of the tokenizer as text, longest first; white space is no mark of anything (Gemma adds such tokens)."""
+    """The added tokens of the tokenizer as text, longest first, without white space (Gemma adds such tokens)."""
     names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     return tuple(sorted((name for name in names if name.strip()), key=lambda name: (-len(name), name)))
 
@@ -86,7 +86,7 @@ def _render_raw(row: Row, spec: DataSpec) -> Rendered:
     spans: list[tuple[int, int]] = []
     for turn in row.turns:
         joined = not text or text[-1].isspace() or turn.text[:1].isspace()
-        # The separator before an answer belongs to the prompt: it stands there when the model starts to write.
+        # The separator before an answer belongs to the prompt, as at inference.
         text += "" if joined else spec.separator
         if turn.supervised:
             spans.append((len(text), len(text) + len(turn.text)))
@@ -112,19 +112,19 @@ def _render_chat(row: Row, tokenizer: Tokenizer) -> Rendered:
 
 
 def _find_turn(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Where in the rendered text the model starts to write turn `number`, and where that turn's own text ends."""
+    """The span of turn `number` in the rendered text: from the end of the generation prompt to the end of its text."""
     opening = _apply(row.turns[:number], tokenizer, row, generation=True) if number else ""
     shown = _find_by_mark(row, number, text, tokenizer) or _find_by_prefix(row, number, text, opening, tokenizer)
     if shown is None:
         raise _unclear(row, number)
-    # What stands between generation prompt and text (a space, an empty block of thoughts) is the model's to write.
+    # Whatever is between generation prompt and text (a space, an empty thinking block) is written by the model.
     if opening and text.startswith(opening) and len(opening) <= shown[0]:
         return len(opening), shown[1]
     return shown
 
 
 def _find_by_mark(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """The turn's text is what changes when it is replaced by a mark, provided that nothing else changes."""
+    """Finds the turn's text by replacing it with a mark; None if anything else changes."""
     turn = row.turns[number]
     marked = _apply((*row.turns[:number], Turn(turn.role, _MARK, turn.supervised), *row.turns[number + 1 :]), tokenizer, row)
     start = marked.find(_MARK)
@@ -138,7 +138,7 @@ def _find_by_mark(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tup
 
 
 def _find_by_prefix(row: Row, number: int, text: str, opening: str, tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """For templates that rewrite the text (moving thoughts, say): the part that rendering this turn adds to the prompt."""
+    """For templates that rewrite the text (such as moving thoughts): the part that this turn adds to the prompt."""
     whole = _apply(row.turns[: number + 1], tokenizer, row)
     if not (opening and text.startswith(whole) and whole.startswith(opening)):
         return None
@@ -151,7 +151,7 @@ def _find_by_prefix(row: Row, number: int, text: str, opening: str, tokenizer: T
 
 
 def _after_mark(text: str, end: int, marks: Sequence[str]) -> int | None:
-    """The place after the end-of-turn token that follows at `end`, white space before it included; None if none follows."""
+    """The position after the end-of-turn token that follows `end`, with white space before it; None if none follows."""
     start = end
     while start < len(text) and text[start].isspace():
         start += 1
@@ -168,13 +168,13 @@ def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, row: Row, generation: bo
     except TemplateError as error:
         roles = ", ".join(turn.role for turn in turns)
         raise DataError(
-            f"{row.source}: the chat template refuses the turns ({roles}): {error}. Change the turns (some templates know no "
-            "system prompt, some want user and assistant in turn), or set --data.chat_template off."
+            f"{row.source}: the chat template refuses the turns ({roles}): {error}. Change the turns (some templates accept no "
+            "system prompt, some require user and assistant to alternate), or set --data.chat_template off."
         ) from error
 
 
 def _unclear(row: Row, number: int) -> DataError:
     return DataError(
         f"{row.source}: the chat template changes turn {number + 1} so that its text {row.turns[number].text[:60]!r} cannot be "
-        "found in the result; so it is unclear which tokens to learn. Set --data.chat_template off, or use another template."
+        "found in the result, so its target tokens are unknown. Set --data.chat_template off, or use another template."
     )

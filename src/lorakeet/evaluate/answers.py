@@ -1,4 +1,4 @@
-"""What a classifier's answers are worth: accuracy, macro-F1, log-loss, calibration, confusion, each with its interval."""
+"""Metrics of a classifier's answers: accuracy, macro-F1, log-loss, calibration, confusion, each with its interval."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HIGHER_IS_BETTER = {"accuracy": True, "macro_f1": True, "log_loss": False, "cali
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """One system's label log-probabilities on rows whose truth is known.
+    """One system's label log-probabilities on labelled rows.
 
-    `truth` (n,) and the columns of `log_probs` (n, labels) index `labels`. `groups` names the rows that belong together
-    (intervals then resample groups). `note` says what a reader must know about the system. Ties go to the first label.
+    `truth` (n,) and the columns of `log_probs` (n, labels) index `labels`. `groups` (n,) are ids of dependent rows: intervals
+    resample groups. `note` tells the reader about the system. Ties go to the first label.
     """
 
     system: str
@@ -85,7 +85,7 @@ def answers_from_probabilities(
     groups: Sequence[Hashable] | None = None,
     note: str = "",
 ) -> Answers:
-    """Answers of a system that gives probabilities (n, labels) rather than log-probabilities."""
+    """Answers from probabilities (n, labels)."""
     with np.errstate(divide="ignore"):
         logs = np.log(np.asarray(probabilities, dtype=np.float64))
     return Answers(system, tuple(labels), np.asarray(truth), logs, None if groups is None else tuple(groups), note)
@@ -119,8 +119,8 @@ def log_loss(answers: Answers) -> Statistic:
 def macro_f1(answers: Answers) -> Statistic:
     """The unweighted mean of F1 = 2 hits / (true + predicted) over labels, as a function of row weights.
 
-    A label that is neither true nor predicted in the (re)sample is left out of the mean; a label that is true but never
-    predicted counts 0. Both as scikit-learn does by default.
+    A label neither true nor predicted in the (re)sample is left out of the mean; a true label never predicted counts 0.
+    Both as in scikit-learn.
     """
     table = np.eye(len(answers.labels))
     true, predicted = table[answers.truth], table[answers.predicted]
@@ -137,7 +137,7 @@ def macro_f1(answers: Answers) -> Statistic:
 
 @dataclass(frozen=True)
 class LabelScore:
-    """Precision and recall of one label; `precision` is None where it was never answered, `recall` where it is never true."""
+    """Precision and recall of one label; `precision` is None if it was never answered, `recall` if it is never true."""
 
     label: str
     precision: Estimate | None
@@ -146,7 +146,7 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of rows by true label (first index) and answered label (second), and each label's precision and recall."""
+    """Row counts by true label (first index) and answered label (second), and each label's precision and recall."""
 
     system: str
     labels: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The floors that a sceptic asks for: the majority class, and TF-IDF with logistic regression."""
+"""Baselines: the majority class, and TF-IDF with logistic regression."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TFIDF = "TF-IDF + logistic regression"
 def majority_class(
     train_labels: Sequence[str], truth: Sequence[str], *, labels: Sequence[str], groups: Sequence[Hashable] | None = None
 ) -> Answers:
-    """Answers that give every row the label frequencies of the training rows, (count + 1) / (rows + labels)."""
+    """Answers every row with the label frequencies of the training rows, (count + 1) / (rows + labels)."""
     _check(train_labels, truth, labels)
     frequencies = _frequencies(train_labels, labels)
     note = f"always answers '{labels[int(frequencies.argmax())]}'"
@@ -36,10 +36,10 @@ def tfidf_logistic(
     labels: Sequence[str],
     groups: Sequence[Hashable] | None = None,
 ) -> Answers:
-    """Answers of TF-IDF (word 1-2-grams in at least 2 rows, sublinear) and logistic regression (C = 10, balanced classes).
+    """Answers by TF-IDF (word 1-2-grams in at least 2 rows, sublinear) and logistic regression (C = 10, balanced classes).
 
-    Needs two labels among the training rows. Where no word occurs in two rows, words of one row are used; where there
-    is no word at all, the answers are the majority's; `note` says either. A label that no training row has gets 1 / (rows + 1).
+    Needs two labels among the training rows. If no word occurs in two rows, all words are used; without words, the answers are
+    the majority's; `note` says either. A label of no training row gets 1 / (rows + 1).
     """
     _check(train_labels, truth, labels)
     present = set(train_labels)
@@ -73,7 +73,7 @@ def _fit_and_answer(
     said = ""
     if max(occurs.values()) < 2:
         words.set_params(min_df=1)
-        said = "no word occurs in two training rows, so words of one row are used; "
+        said = "no word occurs in two training rows, so words of a single row are used; "
     model = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
@@ -98,7 +98,7 @@ def _index(truth: Sequence[str], labels: Sequence[str]) -> np.ndarray[tuple[int,
 
 
 def _check(train_labels: Sequence[str], truth: Sequence[str], labels: Sequence[str]) -> None:
-    problems = Problems("The floors cannot be measured", kind=DataError)
+    problems = Problems("The baselines cannot be measured", kind=DataError)
     if len(labels) < 2:
         problems.add(f"Classification needs at least 2 labels; found {len(labels)}: {', '.join(labels) or 'none'}.")
     if not train_labels:

@@ -1,4 +1,4 @@
-"""certificate.json: what was checked for equality with what, by how much it differs, and whether that is allowed."""
+"""certificate.json: which results were compared, how much they differ, and whether that is within tolerance."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_tex
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of `left` with `right`: what was measured, what was allowed, and the verdict.
+    """One comparison of `left` with `right`: measured values, tolerances and verdict.
 
-    `measured` and `tolerance` have the same keys. `floors` names the keys whose measured value must not be *below* the
-    tolerance; all others must not be above. `estimates` holds the intervals of those measures that are means. `made` says when
-    (UTC) and `against` what a server said that it was, so that an old check can be told from what is served now.
+    `measured` and `tolerance` have the same keys. For keys in `floors` the measured value must not be *below* the tolerance, for
+    all others not above. `estimates` has the intervals of measures that are means. `made` is the time (UTC) and `against` the
+    server's description of itself, so that an old check is distinguishable from what is served now.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Check:
 
     @property
     def artefact(self) -> str:
-        """The folder, file or server that the check is about, as in "run-merged/: logits"; empty for the adapter itself."""
+        """The folder, file or server under test, as in "run-merged/: logits"; empty for the adapter itself."""
         return self.name.rpartition(": ")[0]
 
     def exceeded(self) -> tuple[str, ...]:
-        """The measures that are outside their tolerance; NaN always is."""
+        """The measures outside their tolerance; NaN always is."""
         return tuple(
             key
             for key, limit in self.tolerance.items()
@@ -52,14 +52,14 @@ class Check:
             f"{key.replace('_', ' ')} {value:.3g} ({'at least' if key in self.floors else 'at most'} {self.tolerance[key]:.3g})"
             for key, value in self.measured.items()
         )
-        told = f"{self.right} ({self.against})" if self.against else self.right
+        other = f"{self.right} ({self.against})" if self.against else self.right
         made = f", made {self.made}" if self.made else ""
-        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.left} against {told}: {numbers}, n={self.n}{made}"
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.left} against {other}: {numbers}, n={self.n}{made}"
 
 
 @dataclass(frozen=True)
 class Unchecked:
-    """Something of an artefact that was not compared, and why not."""
+    """A part of an artefact that was not compared, and the reason."""
 
     artefact: str
     what: str
@@ -71,10 +71,10 @@ class Unchecked:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The checks of a subject, a run or a file, and of what became of it elsewhere.
+    """The checks of a subject (a run or a file) and of artefacts made from it.
 
-    `passed` speaks of the subject alone: it is what is trained, served, recommended and refused by. What became of it, a merged
-    folder, a file, a server, has a verdict of its own in `artefacts`, and `verdict` says both in one sentence.
+    `passed` is about the subject alone; training, serving and recommendations depend on it. Each artefact (a merged folder, a
+    file, a server) has its own verdict in `artefacts`. `verdict` says both in one sentence.
     """
 
     subject: str
@@ -84,42 +84,42 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether the subject's own checks were made, and all of them passed."""
+        """True if the subject has checks of its own and all of them passed."""
         return bool(self.own) and all(check.passed for check in self.own)
 
     @property
     def artefacts(self) -> dict[str, bool]:
-        """Every artefact that checks are about, by its name, and whether all of them passed."""
+        """By name of artefact, true if all of its checks passed."""
         names = dict.fromkeys(check.artefact for check in self.checks if check.artefact)
         return {name: all(check.passed for check in self.checks if check.artefact == name) for name in names}
 
     @property
     def failed_artefacts(self) -> tuple[str, ...]:
-        """The artefacts of which a check failed."""
+        """The artefacts with a failed check."""
         return tuple(name for name, passed in self.artefacts.items() if not passed)
 
     @property
     def verdict(self) -> str:
-        """What card, report and terminal say of it."""
+        """The verdict for model card, report and terminal."""
         if not self.passed:
             return "Failed"
         return f"The own checks passed; {', '.join(self.failed_artefacts)} failed" if self.failed_artefacts else "Passed"
 
     @property
     def own(self) -> tuple[Check, ...]:
-        """The checks of no artefact; all of them where there are no others, as in what lies beside an exported file."""
+        """The checks of no artefact; all checks if there are no others, as beside an exported file."""
         return tuple(check for check in self.checks if not check.artefact) or self.checks
 
     def write(self, path: Path) -> None:
-        """Writes certificate.json with "passed" and "artefacts" on top for machines; it is there whole or as it was before."""
+        """Writes certificate.json atomically, with "passed" and "artefacts" first, for machines."""
         put_text(path, to_text({"passed": self.passed, "artefacts": self.artefacts, **encode(self)}))
 
     def raise_if_failed(self) -> None:
-        """Raises VerificationFailed that names every failed check of the subject, its measures outside tolerance, its detail."""
+        """Raises VerificationFailed that names every failed check of the subject with its measures and detail."""
         if self.passed:
             return
         if not self.checks:
-            raise VerificationFailed(f"{self.subject} was not verified: no check was made; expected at least one.")
+            raise VerificationFailed(f"{self.subject} was not verified: it has no check; expected at least one.")
         lines = [f"{self.subject} does not compute what it should:"]
         for check in self.own:
             if not check.passed:
@@ -129,17 +129,17 @@ class Certificate:
 
 
 def read_certificate(path: Path) -> Certificate:
-    """The certificate in a certificate.json; DataError where it is missing, broken or says "passed" against its own checks."""
+    """Reads a certificate.json. Raises DataError if it is missing, broken, or if "passed" contradicts its checks."""
     try:
         data = from_text(dict[str, Any], path.read_text(encoding="utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
     claimed, artefacts = data.pop("passed", None), data.pop("artefacts", None)
     certificate = decode(Certificate, data, where=str(path))
-    meant = {certificate.passed}
-    if artefacts is None:  # an older file, whose "passed" spoke of all checks
-        meant.add(bool(certificate.checks) and all(check.passed for check in certificate.checks))
-    if claimed not in meant:
+    expected = {certificate.passed}
+    if artefacts is None:  # an older file, whose "passed" covered all checks
+        expected.add(bool(certificate.checks) and all(check.passed for check in certificate.checks))
+    if claimed not in expected:
         raise DataError(f'{path} says "passed": {claimed}, but its checks say {certificate.passed}. Verify the artefact again.')
     if artefacts not in (None, certificate.artefacts):
         said = f'{path} says "artefacts": {artefacts}, but its checks say {certificate.artefacts}.'
@@ -157,14 +157,14 @@ def tolerance_check(
     n: int = 0,
     detail: str = "",
 ) -> Check:
-    """The check of `measured` against `tolerance` (same keys), with `passed` worked out."""
+    """Compares `measured` with `tolerance` (same keys)."""
     left, right = between
     check = Check(name, left, right, dict(measured), dict(tolerance), False, detail, n, floors)
     return Check(name, left, right, check.measured, check.tolerance, not check.exceeded(), detail, n, floors)
 
 
 def worst_layer(differences: Mapping[str, float]) -> str:
-    """A sentence that names the layer with the largest difference; NaN counts as the largest."""
+    """A sentence that names the layer with the largest difference (NaN counts as largest)."""
     if not differences:
         return ""
     name = max(differences, key=lambda layer: (differences[layer] != differences[layer], differences[layer]))

@@ -1,4 +1,4 @@
-"""Is one system better than another on the same rows? Paired differences, exact or randomisation tests, plain verdicts."""
+"""Compares systems on the same rows: paired differences, exact or randomisation tests, and verdicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CELLS = 2_000_000
 
 @dataclass(frozen=True)
 class Paired:
-    """Rows by which of two systems is right; `only_left` and `only_right` are the discordant ones."""
+    """Row counts by which of two systems is right; `only_left` and `only_right` are discordant."""
 
     both: int
     only_left: int
@@ -37,7 +37,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparison:
-    """left - right in one metric on the same rows: interval, test, verdict on `left`; `paired` where answers can be right."""
+    """left - right in one metric on the same rows: interval, test, verdict on `left`; `paired` for answers with a truth."""
 
     left: str
     right: str
@@ -58,7 +58,7 @@ def mcnemar(only_left: int, only_right: int) -> float:
 
 
 def pair(left: Answers, right: Answers) -> Paired:
-    """Counts of rows that both, one or neither of two systems answers correctly."""
+    """Counts the rows that both, one or neither of two systems answers correctly."""
     mine, other = left.correct, right.correct
     return Paired(int(np.sum(mine & other)), int(np.sum(mine & ~other)), int(np.sum(~mine & other)), int(np.sum(~mine & ~other)))
 
@@ -67,7 +67,7 @@ def compare_answers(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[
     """Paired comparisons in accuracy, macro-F1 and log-loss.
 
     Accuracy is tested by exact McNemar (over groups: by randomisation); macro-F1 and log-loss by randomisation, which
-    exchanges the two systems' answers on random rows (Noreen 1989). Verdicts need the test and the interval to agree.
+    exchanges the two systems' answers on random rows (Noreen 1989). A verdict needs both test and interval.
     """
     _same_rows(left, right)
     stacked = Answers(
@@ -89,7 +89,7 @@ def compare_answers(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[
 
 
 def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Comparison:
-    """The paired difference in nats a token, Σ(left - right) / Σ tokens, for rows of any kind; negative is better."""
+    """The paired difference in nats per token, Σ(left - right) / Σ tokens, for rows of any kind; negative is better."""
     if not np.array_equal(left.tokens, right.tokens) or left.groups != right.groups:
         raise DataError(
             f"'{left.system}' and '{right.system}' were scored on different rows or tokens; score the same file with both."
@@ -104,26 +104,26 @@ def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Com
 
 
 def holm(comparisons: Sequence[Comparison], *, beside: int = 0) -> tuple[Comparison, ...]:
-    """The same comparisons with p-values adjusted for their number (Holm 1979), and verdicts that hold for all of them together.
+    """Adjusts p-values for multiple comparisons (Holm 1979); the verdicts hold jointly.
 
-    The k-th smallest of m p-values is multiplied by m − k + 1, and none is below the one before it. `beside` counts others that
-    the same rows have ruled out before: they are taken for the largest p-values.
+    The k-th smallest of m p-values is multiplied by m − k + 1, and none is below the one before it. `beside` counts further
+    comparisons that the same rows ruled out before, taken as the largest p-values.
     """
     order = sorted(range(len(comparisons)), key=lambda index: comparisons[index].p_value)
     found, last = list(comparisons), 0.0
-    for place, index in enumerate(order):
+    for rank, index in enumerate(order):
         one = comparisons[index]
-        last = max(last, min(1.0, (len(order) + beside - place) * one.p_value))
+        last = max(last, min(1.0, (len(order) + beside - rank) * one.p_value))
         verdict = paired_verdict(one.difference, last, higher_is_better=one.higher_is_better)
         found[index] = replace(one, p_value=last, test=f"{one.test}, Holm over {len(order) + beside}", verdict=verdict)
     return tuple(found)
 
 
 def randomisation(stacked: Statistic, n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> float:
-    """The two-sided p-value of exchanging left and right on random rows, or groups of rows.
+    """The two-sided p-value of a randomisation test that exchanges left and right on random rows, or groups of rows.
 
     `stacked` takes weights (draws, 2n): the left system's rows, then the right system's. Exact at any n; with k rows or
-    groups it cannot fall below 2^(1-k), so that a handful of rows never proves anything.
+    groups it cannot fall below 2^(1-k), so a handful of rows proves nothing.
     """
     ones, zeros = np.ones((1, n)), np.zeros((1, n))
     observed = abs(_gap(stacked, ones, zeros))
@@ -147,7 +147,7 @@ def _difference(left: Statistic, right: Statistic, *, n: int, spec: EvaluateSpec
 
 
 def _widen_if_flat(difference: Estimate, paired: Paired) -> Estimate:
-    """Bonett and Price's (2012) interval where every row gives the same difference and the bootstrap has no width.
+    """Bonett and Price's (2012) interval if all rows have the same difference and the bootstrap has no width.
 
     p = (discordant one way + 1)/(n + 2), q the other way:  (p - q) ± z sqrt((p + q - (p - q)²)/(n + 2))
     """
@@ -161,7 +161,7 @@ def _widen_if_flat(difference: Estimate, paired: Paired) -> Estimate:
 
 
 def paired_verdict(difference: Estimate, p_value: float, *, higher_is_better: bool) -> Verdict:
-    """What a paired difference shows of the left system: something only where interval and test agree."""
+    """The verdict on the left system; "no difference shown" unless interval and test agree."""
     if not difference.excludes_zero or p_value >= 1 - difference.confidence:
         return "no difference shown"
     return "better" if (difference.value > 0) == higher_is_better else "worse"
@@ -177,17 +177,17 @@ def _same_rows(left: Answers, right: Answers) -> None:
 
 
 def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], spec: EvaluateSpec) -> Comparison:
-    """The difference in nats a token of two settings, each trained with as many seeds, on the same rows.
+    """The difference in nats per token of two settings, each trained with N seeds, on the same rows.
 
-    Rows alone would tell two adapters apart, not two settings: the same settings with another seed are another adapter. So the
-    variance of the mean over N seeds and n rows (or groups) is the sum of both,
+    Rows alone distinguish two adapters, not two settings: another seed gives another adapter. So the variance of the mean over N
+    seeds and n rows (or groups) is the sum of both,
 
         V = var(lᵢ)/N + var(rᵢ)/N + var(dⱼ)/n      lᵢ, rᵢ the losses of seed i, dⱼ row j's share of the mean difference
 
-    which counts the noise of rows within a seed twice, and does not take off what a seed has in common on both sides, so that it
-    errs on the wide side; pairs of seeds would have half the degrees of freedom, and these are few. The interval is Student's
-    with Satterthwaite's, V² / Σ (term²/(its number − 1)). One seed, or one row, has no variance: then it is `compare_losses` of
-    the rows' means. Raises DataError for sides that do not pair.
+    It counts the noise of rows within a seed twice and ignores what both sides of a seed have in common, so it errs on the wide
+    side; pairing seeds would halve the few degrees of freedom. The interval is Student's t with Satterthwaite's degrees,
+    V² / Σ (term²/(its number − 1)). One seed, or one row, has no variance: then `compare_losses` of the rows' means is used.
+    Raises DataError for sides that do not pair.
     """
     if len(left) != len(right) or not left:
         raise DataError(f"There are {len(left)} seeds on one side and {len(right)} on the other; expected as many, at least 1.")
@@ -217,7 +217,7 @@ def _mean(runs: Sequence[RowLosses]) -> RowLosses:
 
 
 def _residuals(gap: Floats, tokens: Floats, groups: Sequence[object] | None) -> Floats:
-    """What each row, or group of rows, adds to Σgap/Σtokens beyond its part, times their number: the ratio's linearisation."""
+    """The linearisation of the ratio Σgap/Σtokens: each row's (or group's) residual, times their number."""
     found = gap - gap.sum() / tokens.sum() * tokens
     if groups is not None:
         numbers: dict[object, int] = {}
@@ -231,14 +231,14 @@ Scores = Answers | RowLosses
 
 
 def per_row(scores: Scores) -> Floats:
-    """What is to be small, row by row: −log p of the right label, or the row's loss in nats."""
+    """The loss of each row in nats (n,): −log p of the right label, or the summed loss of its tokens."""
     return scores.surprise if isinstance(scores, Answers) else scores.losses
 
 
 def surviving_share(base: Scores, adapter: Scores, other: Scores, spec: EvaluateSpec) -> Estimate:
-    """Σ(base − other) / Σ(base − adapter): 1 where `other` is as good as the adapter, 0 where it is as its base was.
+    """Σ(base − other) / Σ(base − adapter): 1 if `other` is as good as the adapter, 0 if as good as the base.
 
-    Log-loss where rows have labels, else the loss. DataError where the rows differ, or the adapter gained nothing.
+    Uses log-loss for labelled rows, else the loss. Raises DataError if the rows differ or the adapter gained nothing.
     """
     rows = [per_row(scores) for scores in (base, adapter, other)]
     if len({len(values) for values in rows}) > 1:
@@ -246,7 +246,7 @@ def surviving_share(base: Scores, adapter: Scores, other: Scores, spec: Evaluate
     whole, kept = rows[0] - rows[1], rows[0] - rows[2]
     if whole.sum() <= 0:
         raise DataError(
-            f"The adapter gained nothing over its base on these {len(whole)} held-out rows ({whole.mean():+.4f} nats a row), so "
-            "no share of it can survive. Train it further first."
+            f"The adapter gained nothing over its base on these {len(whole)} held-out rows ({whole.mean():+.4f} nats per row), "
+            "so it has no gain to retain. Train it further first."
         )
     return ratio(kept, whole, spec=spec, groups=base.groups)

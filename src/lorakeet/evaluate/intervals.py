@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special  # not scipy.stats, which takes 50 MB more of a process in training
+from scipy import special  # scipy.stats would take 50 MB more of a training process
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -23,13 +23,13 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Statistic = Callable[[Floats], Floats]  # weights (draws, n) -> values (draws,)
 
-_CELLS = 2_000_000  # weights held at once: 16 MB, whatever n is
-_JACKKNIFE_BLOCKS = 400  # the acceleration needs no finer jackknife than this
+_CELLS = 2_000_000  # weights in memory at once: 16 MB for any n
+_JACKKNIFE_BLOCKS = 400  # enough for the acceleration
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval, the rows behind it, how the interval was made, and the seed where chance had a part."""
+    """A value with its interval, number of rows, method, and seed if the method is random."""
 
     value: float
     low: float
@@ -43,7 +43,7 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] n={self.n}"
 
     def map(self, function: Callable[[float], float]) -> Estimate:
-        """The estimate of an increasing `function` of this quantity; its interval keeps its coverage."""
+        """The estimate of an increasing `function` of this value; the interval keeps its coverage."""
         return replace(self, value=function(self.value), low=function(self.low), high=function(self.high))
 
     @property
@@ -73,13 +73,13 @@ def _wilson(successes: int, n: int, tail: float) -> tuple[float, float]:
 
 
 def _clopper_pearson(successes: int, n: int, tail: float) -> tuple[float, float]:
-    """Quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k); no number where k is 0 or n: `proportion` puts 0 or 1 there."""
+    """Quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k); NaN if k is 0 or n, where `proportion` sets 0 or 1."""
     low = float(special.betaincinv(successes, n - successes + 1, tail))
     return low, float(special.betainccinv(successes + 1, n - successes, tail))
 
 
 def share(flags: NDArray[np.bool_], *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """The share of true flags: Wilson where rows are independent, a bootstrap over groups where they are not."""
+    """The share of true flags: Wilson for independent rows, a bootstrap over groups otherwise."""
     if groups is None:
         return proportion(int(np.sum(flags)), len(flags), confidence=spec.confidence)
     return mean(np.asarray(flags, dtype=np.float64), spec=spec, groups=groups)
@@ -91,7 +91,7 @@ def mean(values: Floats, *, spec: EvaluateSpec, groups: Sequence[Hashable] | Non
 
 
 def ratio(numerators: Floats, denominators: Floats, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """sum(numerators) / sum(denominators) over rows, for instance nats over tokens, with a BCa bootstrap interval."""
+    """sum(numerators) / sum(denominators) over rows, such as nats over tokens, with a BCa bootstrap interval."""
     above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     return bootstrap(lambda weights: (weights @ above) / (weights @ below), len(above), spec=spec, groups=groups)
 
@@ -104,7 +104,7 @@ def bootstrap(
     groups: Sequence[Hashable] | None = None,
     method: Literal["bca", "percentile"] = "bca",
 ) -> Estimate:
-    """`statistic` of all rows with a bootstrap interval over rows, or over groups where `groups` (n,) is given.
+    """`statistic` of all rows with a bootstrap interval over rows, or over `groups` (n,) if given.
 
     bca: bias-corrected and accelerated (Efron 1987). percentile: quantiles of the draws.
     """
@@ -146,7 +146,7 @@ def _units(n: int, groups: Sequence[Hashable] | None) -> tuple[int, Integers]:
 
 
 def _jackknife(statistic: Statistic, units: int, index: Integers) -> Floats:
-    """The statistic without each unit in turn, or without each of 400 blocks of units where there are more."""
+    """The statistic without each unit, or without each of 400 blocks of units if there are more."""
     if units < 2:
         return np.zeros(1)
     blocks = np.arange(units) * min(units, _JACKKNIFE_BLOCKS) // units

@@ -1,4 +1,4 @@
-"""From log-probabilities of tokens to label answers, losses and perplexities. Whatever computes them is an argument."""
+"""Turns log-probabilities of tokens into label answers, losses and perplexities."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lorakeet.evaluate.spec import EvaluateSpec
 def label_log_probs(table: Floats) -> Floats:
     """Log-probabilities of labels (n, labels) from summed token log-probabilities of the candidates:  log_softmax over labels.
 
-    The sum (not the mean) over a candidate's tokens is the likelihood of that answer; score the token that ends the answer
-    too, or a label that begins like another one ("not", "not good") collects the likelihood of both.
+    The sum (not the mean) over a candidate's tokens is the log-likelihood of that answer. Include the token that ends the answer:
+    otherwise a label that is a prefix of another ("not", "not good") gets the likelihood of both.
     """
     scores = np.asarray(table, dtype=np.float64)
     if scores.ndim != 2:
@@ -59,7 +59,7 @@ class RowLosses:
 
 
 def measure_losses(rows: RowLosses, spec: EvaluateSpec) -> dict[str, Estimate]:
-    """`loss` in nats a token (token-weighted, bootstrap over rows or groups) and `perplexity` = exp(loss)."""
+    """`loss` in nats per token (token-weighted, bootstrap over rows or groups) and `perplexity` = exp(loss)."""
     loss = ratio(rows.losses, rows.tokens.astype(np.float64), spec=spec, groups=rows.groups)
     return {"loss": loss, "perplexity": loss.map(_exp)}
 

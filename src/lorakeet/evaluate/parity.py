@@ -1,4 +1,4 @@
-"""Do two models compute the same function? Their logits on the same tokens, compared in a stream of chunks."""
+"""Compares the logits of two models on the same tokens, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
 from lorakeet.evaluate.spec import EvaluateSpec
 
-CELLS = 1_000_000  # logits compared at once in float64: 8 MB a copy, of which about ten are held
-_REST = 1e-9  # what less than this is left of a distribution is rounding
+CELLS = 1_000_000  # logits compared at once in float64: 8 MB a copy, about ten copies
+_REST = 1e-9  # probabilities below this are rounding errors
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two models that should be equal may differ, because their arithmetic rounds.
+    """How far two models that should be equal may differ by rounding.
 
     `logit` is relative: the largest |left - right| over all logits, divided by max(1, largest |logit|). `effect` is
-    relative to what the adapter does: mean KL(left ‖ right) / mean KL(left ‖ base), checked where the base was measured too.
+    relative to what the adapter does: mean KL(left ‖ right) / mean KL(left ‖ base), checked if the base was measured too.
 
     Folding s·B·A into W replaces two roundings by one in each of L adapted layers on a path; such independent errors grow
     with sqrt(L) and with the unit roundoff u of the stored weight (fp32 6e-8, fp16 5e-4, bf16 4e-3), and KL with their
-    square. Seen on SmolLM2-135M, a random rank-4 adapter on all 210 linear layers, 2,049 tokens of 24 texts, live against
+    square. Measured on SmolLM2-135M, a random rank-4 adapter on all 210 linear layers, 2,049 tokens of 24 texts, live against
     folded: fp32 logit 2e-5, KL 1e-11, loss 2e-7; fp16 0.012, 3e-5, 4e-4; bf16 0.05 (0.17 against the fp32 adapter), 2e-3,
-    3e-3, top-1 agreement 0.963. The tolerances are 3 to 15 times that, to leave
-    room for larger models; fp32's loss 40 times, its KL 700 times.
+    3e-3, top-1 agreement 0.963. The tolerances are 3 to 15 times that, as a
+    margin for larger models; fp32's loss 40 times, its KL 700 times.
 
     What they catch: in fp32 a scale that is 10 % off measured KL 7e-6 and one missed layer of the 210 measured 3e-6, both far
-    outside. In bf16 the same missed layer drowned in rounding (KL 2.0e-3 with and without it). So certify in fp32, and
-    read a bf16 check only as the price of rounding; `effect` then says how much of the adapter survives it.
+    outside. In bf16 the same missed layer is lost in rounding (KL 2.0e-3 with and without it). So certify in fp32; a bf16
+    check only measures rounding, and `effect` its size relative to the adapter.
     """
 
     logit: float = field(metadata={"help": "Largest logit difference, as a share of the largest logit (at least 1)."})
@@ -55,7 +55,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
 
 @dataclass(frozen=True)
 class Parity:
-    """How far `right` is from `left` on the same tokens; means have intervals over texts, a maximum has none."""
+    """The difference of `right` from `left` on the same tokens; means have intervals over texts."""
 
     tokens: int
     texts: int
@@ -70,9 +70,9 @@ class Parity:
     def check(
         self, name: str, tolerance: Tolerance, *, between: tuple[str, str], base: Parity | None = None, detail: str = ""
     ) -> Check:
-        """The certificate's check of this measurement; logits that are not finite fail it whatever the rest says.
+        """The certificate's check of this measurement; non-finite logits always fail it.
 
-        `base`, the same left model against its base without adapter, adds the check that the adapter's effect survives.
+        `base`, the same left model against its base without adapter, adds a check relative to the adapter's effect.
         """
         measured = {
             "logit": self.max_logit_difference / max(1.0, self.largest_logit),
@@ -93,7 +93,7 @@ class Parity:
 
 
 class Differences(NamedTuple):
-    """What `differences` finds: numbers of all logits, and kl, agrees and loss of each token (tokens,)."""
+    """The result of `differences`: scalars over all logits, and kl, agrees and loss of each token (tokens,)."""
 
     non_finite: torch.Tensor
     largest_difference: torch.Tensor
@@ -106,7 +106,7 @@ class Differences(NamedTuple):
 def differences(left: torch.Tensor, right: torch.Tensor, targets: torch.Tensor | None) -> Differences:
     """KL(left ‖ right), agreement of the top token and loss(right) − loss(left), of logits (tokens, vocabulary) in fp64.
 
-    Logits that are not finite on either side are counted, and compared as 0.
+    Non-finite logits on either side are counted, and compared as 0.
     """
     bad = torch.isnan(left) | torch.isnan(right) | ((left != right) & (torch.isinf(left) | torch.isinf(right)))
     if bool(bad.any()):
@@ -123,14 +123,14 @@ def differences(left: torch.Tensor, right: torch.Tensor, targets: torch.Tensor |
     return Differences(bad.sum(), difference.max(), largest, kl, agrees, loss)
 
 
-def kl_lower_bound(ours: torch.Tensor, told: Mapping[int, float]) -> float:
-    """KL(ours ‖ theirs) in nats where of theirs only the log-probabilities of some tokens are `told`, by id.
+def kl_lower_bound(ours: torch.Tensor, given: Mapping[int, float]) -> float:
+    """A lower bound of KL(ours ‖ theirs) in nats, if only some log-probabilities of theirs are `given`, by token id.
 
-    Σ p·log(p/q) over these tokens and over all others taken as one: a lower bound of the whole KL (by the log-sum inequality).
-    `ours` (vocabulary,) are all log-probabilities of one place.
+    Σ p·log(p/q) over these tokens and over all others taken as one (log-sum inequality). `ours` (vocabulary,) are all
+    log-probabilities at one position.
     """
-    ids = list(told)
-    p, q = ours[ids].double(), torch.tensor([told[token] for token in ids], dtype=torch.float64, device=ours.device)
+    ids = list(given)
+    p, q = ours[ids].double(), torch.tensor([given[token] for token in ids], dtype=torch.float64, device=ours.device)
     inside = float((p.exp() * (p - q)).sum())
     rest_p, rest_q = (max(0.0, 1.0 - float(part.exp().sum())) for part in (p, q))
     outside = 0.0 if rest_p < _REST else rest_p * math.log(rest_p / max(rest_q, _REST))
@@ -138,7 +138,7 @@ def kl_lower_bound(ours: torch.Tensor, told: Mapping[int, float]) -> float:
 
 
 class ParityMeter:
-    """Accumulates the comparison of two logit sources chunk by chunk; it keeps a few numbers a token, never logits."""
+    """Accumulates the comparison of two sources of logits chunk by chunk; stores a few numbers per token."""
 
     def __init__(self) -> None:
         self._kl: list[Floats] = []
@@ -159,8 +159,8 @@ class ParityMeter:
     ) -> None:
         """Compares left and right (tokens, vocabulary).
 
-        `targets` (tokens,) are the true next tokens, for the loss; give them always or never. `texts` says which text the
-        tokens belong to, as one id or a list of one a token; without it every call is a text of its own.
+        `targets` (tokens,) are the true next tokens, for the loss; give them always or never. `texts` is the id of the text, or
+        a list of one id per token; without it every call is a text of its own.
         """
         if left.shape != right.shape or left.ndim != 2 or not left.numel():
             shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
@@ -189,7 +189,7 @@ class ParityMeter:
             self._loss.append(found.loss.cpu().numpy())
 
     def result(self, spec: EvaluateSpec) -> Parity:
-        """The comparison so far: mean of KL(left ‖ right), top-1 agreement, loss(right) - loss(left), and the maxima."""
+        """The result so far: mean of KL(left ‖ right), top-1 agreement, loss(right) - loss(left), and the maxima."""
         if not self._kl:
             raise DataError("No tokens were compared; expected at least one chunk of logits.")
         groups = self._texts if len(set(self._texts)) > 1 else None

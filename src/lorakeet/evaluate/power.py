@@ -1,4 +1,4 @@
-"""How small a difference so many rows can show, and how many rows a given difference needs; said before anything is compared."""
+"""Power of paired comparisons: the smallest difference that n rows can show, and the rows that a difference needs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class PairedPower:
-    """What a paired comparison of losses on `rows` rows can show, from the spread of one system's losses."""
+    """The power of a paired comparison of losses on `rows` rows, from the spread of one system's losses."""
 
     rows: int
-    spread: float  # standard deviation of a row's difference, nats a token
+    spread: float  # standard deviation of a row's difference, nats per token
     confidence: float
-    unit: str = "rows"  # what is independent of each other
+    unit: str = "rows"  # the independent units
 
     @property
     def smallest(self) -> float:
-        """The difference in nats a token that is shown with a probability of 80 %: (z_{1−α/2} + z_{0.8})·sd/√n."""
+        """The difference in nats per token that is shown with a probability of 80 %: (z_{1−α/2} + z_{0.8})·sd/√n."""
         return self._reach * self.spread / math.sqrt(self.rows)
 
     def rows_for(self, difference: float) -> int:
-        """Rows that show a difference of so many nats a token with a probability of 80 %."""
+        """Rows that show a difference in nats per token with a probability of 80 %."""
         return max(2, math.ceil((self._reach * self.spread / difference) ** 2))
 
     @property
@@ -39,7 +39,7 @@ class PairedPower:
         return float(special.ndtri(0.5 + self.confidence / 2) + special.ndtri(POWER))
 
     def sentence(self, difference: float, half_of: str = "") -> str:
-        """In words, with the number of rows that `difference` needs where there are too few; they may be `half_of` others."""
+        """In words, with the rows that `difference` needs if there are too few; the rows may be `half_of` others."""
         base = (
             f"{self.rows} {self.unit} show a difference of {self.smallest:.3g} nats a token or more with a probability of "
             f"{POWER:.0%} (if losses of two trials correlate by {CORRELATION:g} over {self.unit})."
@@ -48,16 +48,16 @@ class PairedPower:
         if needed <= self.rows:
             return base
         both = f", and they are half of {half_of}: hold out about {2 * needed:,} {self.unit}" if half_of else ""
-        return f"{base} Too few {self.unit} to tell trials apart by {difference:g}: that needs about {needed:,}{both}."
+        return f"{base} Too few {self.unit} to distinguish trials by {difference:g}: that needs about {needed:,}{both}."
 
 
-def rows_below(rows: int, half_width: float, room: float, confidence: float) -> int:
-    """Rows whose interval ends within `room` of its middle with a probability of 80 %, where that of `rows` is `half_width` long.
+def rows_below(rows: int, half_width: float, margin: float, confidence: float) -> int:
+    """Rows whose interval ends within `margin` of 0 with a probability of 80 %, if that of `rows` has half width `half_width`.
 
-    The middle moves too: z_{1−α/2} of its half width is to become z_{1−α/2} + z_{0.8} of it (as √n, of room).
+    The middle varies too: z_{1−α/2} of the half width must become z_{1−α/2} + z_{0.8} of it (∝ √n).
     """
     likely = 1 + float(special.ndtri(POWER) / special.ndtri(0.5 + confidence / 2))
-    return math.ceil(rows * (likely * half_width / room) ** 2)
+    return math.ceil(rows * (likely * half_width / margin) ** 2)
 
 
 def paired_power(
@@ -65,7 +65,7 @@ def paired_power(
 ) -> PairedPower:
     """From one system's summed losses (n,) and tokens (n,): sd of a row's difference is √(2·(1 − ρ)) times that of its loss.
 
-    The loss a token is a ratio Σl/Σt, so a row counts by its residual (l − r·t)/mean(t); where rows have `groups`, a group does.
+    The loss per token is a ratio r = Σl/Σt, so a row counts by its residual (l − r·t)/mean(t); with `groups`, a group does.
     Raises DataError below 2 rows.
     """
     if groups is not None:
@@ -74,7 +74,7 @@ def paired_power(
         losses, tokens = (np.bincount(index, weights=values).astype(np.float64) for values in (losses, tokens))
     unit = "rows" if groups is None else "groups of rows"
     if len(losses) < 2:
-        raise DataError(f"{len(losses)} held-out {unit} tell no two trials apart; hold out 2 or more.")
+        raise DataError(f"{len(losses)} held-out {unit} cannot distinguish two trials; hold out 2 or more.")
     residuals = (losses - losses.sum() / tokens.sum() * tokens) / tokens.mean()
     spread = float(np.std(residuals, ddof=1)) * math.sqrt(2 * (1 - CORRELATION))
     return PairedPower(len(losses), spread, confidence, unit)

@@ -1,4 +1,4 @@
-"""How answers are measured and compared: the settings of everything in this folder."""
+"""`EvaluateSpec`, the `evaluate` part of a run file."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from lorakeet.errors import Problems
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """Settings of intervals, calibration, floors, drift and report; `validate` says everything that is wrong with them."""
+    """Settings of intervals, calibration, baselines, drift and report."""
 
-    confidence: float = field(
-        default=0.95, metadata={"help": "Share of intervals that would contain the true value; 0.95 gives 95 % intervals."}
-    )
-    resamples: int = field(default=10_000, metadata={"help": "Bootstrap and randomisation draws behind every interval and test."})
-    seed: int = field(default=0, metadata={"help": "Seed of the resampling, of the drift texts and of the rows shown."})
+    confidence: float = field(default=0.95, metadata={"help": "Confidence level of the intervals; 0.95 gives 95 % intervals."})
+    resamples: int = field(default=10_000, metadata={"help": "Bootstrap and randomisation draws of every interval and test."})
+    seed: int = field(default=0, metadata={"help": "Random seed of resampling, drift texts and the rows shown."})
     calibration_bins: int = field(
         default=10, metadata={"help": "Bins of the calibration error and of the reliability plot, with equally many rows each."}
     )
     baselines: bool = field(
         default=True,
-        metadata={"help": "Also measure the majority class and TF-IDF + logistic regression where rows have labels."},
+        metadata={"help": "Also evaluate the majority class and TF-IDF + logistic regression if rows have labels."},
     )
     drift_texts: int = field(
-        default=64, metadata={"help": "Texts that the base samples once, on which the adapter's drift is measured; 0 for none."}
+        default=64,
+        metadata={"help": "Number of texts, sampled from the base, on which the adapter's drift is measured; 0 for none."},
     )
-    drift_tokens: int = field(default=32, metadata={"help": "Tokens in each drift text."})
-    show_rows: int = field(default=40, metadata={"help": "Held-out rows that the report shows side by side."})
+    drift_tokens: int = field(default=32, metadata={"help": "Tokens per drift text."})
+    show_rows: int = field(default=40, metadata={"help": "Held-out rows shown side by side in the report."})
 
     def validate(self) -> None:
         """Raises ConfigError that lists every setting out of its range."""
-        problems = Problems("The evaluation settings do not work")
+        problems = Problems("The evaluation settings cannot be used")
         if not 0.5 <= self.confidence < 1:
             problems.add(f"evaluate.confidence is {self.confidence}; expected 0.5 or more and less than 1. Use 0.95.")
         least = {"resamples": 100, "calibration_bins": 2, "drift_texts": 0, "drift_tokens": 1, "show_rows": 0, "seed": 0}

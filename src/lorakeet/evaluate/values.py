@@ -1,6 +1,6 @@
-"""Frozen dataclasses to JSON and back, for every value that the run folder keeps.
+"""Converts frozen dataclasses to JSON and back, for the files of a run folder.
 
-JSON has no infinity and no NaN, and a measurement may be either; both are written as the strings "inf", "-inf", "nan".
+JSON has no infinity and no NaN; they are written as the strings "inf", "-inf", "nan".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def encode(value: Any) -> Any:
-    """A copy of `value` made of JSON types only; dataclasses become objects, tuples become arrays."""
+    """Converts `value` to JSON types; dataclasses become objects, tuples become arrays."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {_key(field): encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -35,18 +35,18 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: type[T], data: Any, *, where: str = "") -> T:
-    """The value of type `kind` that `encode` turned into `data`; DataError names unknown and missing keys."""
+    """The inverse of `encode` for a value of type `kind`. Raises DataError that names unknown and missing keys."""
     result: T = _decode(kind, data, where or kind.__name__)
     return result
 
 
 def to_text(value: Any) -> str:
-    """JSON text of `value`, indented, one trailing newline, never NaN or Infinity."""
+    """JSON text of `value`, indented, with a trailing newline."""
     return json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def put_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, which is there whole or as it was before; OSError where the system refuses."""
+    """Writes `text` to `path` atomically. Raises OSError if the system refuses."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -56,7 +56,7 @@ def put_text(path: Path, text: str) -> None:
 
 
 def from_text(kind: type[T], text: str, *, where: str) -> T:
-    """The value in `text`; DataError says `where` and on which line the text is broken."""
+    """Parses a value of type `kind`. Raises DataError that names `where` and the line of an error."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -76,7 +76,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return data
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
-    if origin is tuple:  # every tuple in these values is tuple[kind, ...]
+    if origin is tuple:  # all tuples here are tuple[kind, ...]
         _expect(data, list, where)
         return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data))
     if origin in (dict, Mapping):
@@ -111,7 +111,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in data:
-            raise DataError(f"{where} lacks the key '{key}'; it was cut off or written by another program.")
+            raise DataError(f"{where} lacks the key '{key}'; it was truncated or written by another program.")
     names = {key: field.name for key, field in fields.items()}
     return kind(**{names[key]: _decode(hints[names[key]], item, f"{where}.{key}") for key, item in data.items()})
 

@@ -1,4 +1,4 @@
-"""The sentence at the top of a report, from the paired comparisons."""
+"""The headline of a report, from the paired comparisons."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.wording import metric_words, signed
 
 Tone = Literal["better", "mixed", "none", "worse"]
-PRIMARY = ("accuracy", "loss", "denoising_loss")  # the metric that the headline speaks of: the first one that was compared
+PRIMARY = ("accuracy", "loss", "denoising_loss")  # metrics for the headline: the first one that was compared
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A part of the headline, and the interval that belongs to it."""
+    """A part of the headline, and its interval."""
 
     text: str
     interval: str
@@ -24,19 +24,19 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The headline in phrases, and its tone: `mixed` where one comparison is won and another is not."""
+    """The headline in phrases, and its tone: `mixed` if the comparisons disagree."""
 
     phrases: tuple[Phrase, ...]
     tone: Tone
 
     @property
     def sentence(self) -> str:
-        """The headline as one line of plain text."""
+        """The headline as plain text."""
         return "".join(f"{phrase.text} ({phrase.interval})" for phrase in self.phrases) + "."
 
 
 def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
-    """The verdict on the left system of `comparisons`, against each right system in their order; None without comparisons."""
+    """The verdict on the left system of `comparisons`, against each right system in order; None without comparisons."""
     metric = next((name for name in PRIMARY if any(comparison.metric == name for comparison in comparisons)), None)
     chosen = [comparison for comparison in comparisons if comparison.metric == metric]
     if not chosen:
@@ -81,7 +81,7 @@ def _named(system: str) -> str:
 
 
 def _size(comparison: Comparison, *, unit: bool = True) -> str:
-    """ " by +0.1 accuracy", or ": −0.1 nats a token" where lower is better and "by" would read as its opposite."""
+    """ " by +0.1 accuracy", or ": −0.1 nats a token" if lower is better, where "by" would mislead."""
     words = f" {metric_words(comparison.metric).inline}" if unit else ""
     link = " by " if comparison.higher_is_better else ": "
     return f"{link}{signed(comparison.difference.value)}{words}"

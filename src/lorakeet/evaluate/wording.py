@@ -1,4 +1,4 @@
-"""How numbers and metrics are written for people."""
+"""Formats numbers and metrics for people."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MetricWords:
-    """A metric's name in a heading and inside a sentence, what it means, and which way is better.
+    """A metric's name in a heading and inside a sentence, its meaning, and its direction.
 
-    A metric that is not `drawn` has no chart of its own and stands in the table only.
+    A metric that is not `drawn` has no chart and is in the table only.
     """
 
     title: str
@@ -22,49 +22,49 @@ class MetricWords:
 
 
 METRIC_WORDS = {
-    "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered right", True),
-    "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, rare ones count as much", True),
-    "log_loss": MetricWords("Log-loss", "log-loss", "Surprise at the true label, in nats", False),
+    "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered correctly", True),
+    "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, equally weighted", True),
+    "log_loss": MetricWords("Log-loss", "log-loss", "−log p of the true label, in nats", False),
     "calibration_error": MetricWords("Calibration error", "calibration error", "Gap between confidence and accuracy", False),
     "brier": MetricWords("Brier score", "Brier score", "Squared error of the probabilities", False, drawn=False),
-    "loss": MetricWords("Loss", "nats a token", "Mean surprise at a token, in nats", False),
+    "loss": MetricWords("Loss", "nats a token", "Mean −log p of a token, in nats", False),
     "denoising_loss": MetricWords("Denoising loss", "mean squared error", "Squared error of the predicted noise", False, 4),
     "prompt_distance": MetricWords("Prompt distance", "prompt distance", "1 − CLIP cosine: sample, prompt", False, 4),
     "style_distance": MetricWords("Style distance", "style distance", "1 − CLIP cosine: sample, evaluation pictures", False, 4),
-    "perplexity": MetricWords("Perplexity", "perplexity", "exp(loss): choices a token, in effect", False, 2),
+    "perplexity": MetricWords("Perplexity", "perplexity", "exp(loss)", False, 2),
 }
 
 
 CHECK_WORDS = {
-    "logit": "largest logit difference, of the largest logit",
+    "logit": "largest logit difference / largest logit",
     "mean_kl": "mean KL, nats a token",
     "top1_agreement": "same most likely token",
     "non_finite": "logits that are not finite",
     "loss": "loss difference, nats a token",
-    "latent": "largest latent difference, of the largest latent",
+    "latent": "largest latent difference / largest latent",
     "effect": "KL as a share of the adapter's effect",
 }
 
 
 def check_words(name: str) -> str:
-    """The words for a measure of a certificate; an unknown one is called by its name."""
+    """The words for a measure of a certificate; an unknown one keeps its name."""
     return CHECK_WORDS.get(name, name.replace("_", " "))
 
 
 def compact(value: float) -> str:
-    """A number in three significant digits, with a real minus sign."""
+    """A number in three significant digits, with a minus sign (U+2212)."""
     if not math.isfinite(value):
         return number(value)
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", "−")
 
 
 def metric_words(name: str) -> MetricWords:
-    """The words for a metric; an unknown one is called by its name and said to be better when higher."""
+    """The words for a metric; an unknown one keeps its name, and higher counts as better."""
     return METRIC_WORDS.get(name) or MetricWords(name.replace("_", " "), name.replace("_", " "), "", True)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number as text: fixed digits, a real minus sign, powers of ten where digits would all be zero."""
+    """A number as text: fixed digits, a minus sign (U+2212), powers of ten if all digits would be zero."""
     if value is None:
         return "–"
     if not math.isfinite(value):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, Problems, nearest
-from lorakeet.formats.gguf import permute
+from lorakeet.formats.gguf import permute, permuted_heads
 
 Value = int | float | bool | str
 
@@ -30,7 +30,6 @@ class Architecture:
     """One row of the table above; `metadata` are pairs of (key without the architecture, key of config.json)."""
 
     name: str
-    permuted: bool = False
     norm_plus_one: bool = False
     metadata: tuple[tuple[str, str], ...] = ()
 
@@ -41,8 +40,8 @@ _CAPS = (
     ("final_logit_softcapping", "final_logit_softcapping"),
 )
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", permuted=True),
-    "mistral": Architecture("llama", permuted=True),
+    "llama": Architecture("llama"),
+    "mistral": Architecture("llama"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "gemma2": Architecture("gemma2", norm_plus_one=True, metadata=(*_SLIDING, *_CAPS)),
@@ -64,6 +63,7 @@ _WIDE_GEMMA = {("gemma2", 46), ("gemma3_text", 62)}  # the 27B models: 1/sqrt(hi
 class ModelLayout:
     """A model's metadata in GGUF, and the two questions that its tensors ask; `notes` say what is not the same there."""
 
+    model_type: str
     architecture: Architecture
     metadata: Mapping[str, Value]
     heads: int
@@ -74,11 +74,10 @@ class ModelLayout:
     def change_of(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """What becomes of the tensor that transformers calls `name`; None where it is written as it is stored."""
         module, _, leaf = name.rpartition(".")
-        part = module.rpartition(".")[2]
-        heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(part, 0)
-        if self.architecture.permuted and heads and leaf in ("weight", "bias"):
+        heads = permuted_heads(self.model_type, module, self.heads, self.kv_heads)
+        if heads and leaf in ("weight", "bias"):
             return lambda tensor: permute(tensor, heads)
-        if self.architecture.norm_plus_one and part.endswith("norm"):
+        if self.architecture.norm_plus_one and module.endswith("norm"):
             return lambda tensor: tensor + 1
         return None
 
@@ -125,7 +124,7 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
         problems.add(f"The activation is '{activation}'; llama.cpp's {architecture.name} computes {expected[0]}.")
     rope = _rope(text, found, kind, head_dim, problems)
     problems.raise_if_any()
-    return ModelLayout(architecture, found, heads, kv_heads, rope, tuple(notes))
+    return ModelLayout(kind, architecture, found, heads, kv_heads, rope, tuple(notes))
 
 
 def _slides(text: Mapping[str, Any]) -> bool:

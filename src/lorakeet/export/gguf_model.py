@@ -7,11 +7,9 @@ stay fp32, as llama.cpp wants them.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,13 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.tiled_product import RowSource, as_matrix, parts
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
-from lorakeet.export.folded import Folded
+from lorakeet.errors import Problems
 from lorakeet.export.gguf_layout import ModelLayout, model_layout
-from lorakeet.export.vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
-from lorakeet.formats.files.gguf_header import check_gguf, gguf_package
-from lorakeet.quant.gguf import read_gguf
+from lorakeet.export.gguf_vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
+from lorakeet.export.merged_tensors import MergedTensors
+from lorakeet.formats.files.gguf_header import gguf_package
+from lorakeet.formats.files.whole_output import new_output, require_new
+from lorakeet.formats.gguf import tensor_names
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
 FILE_TYPE, NAME = "general.file_type", "general.name"
@@ -78,7 +77,7 @@ class GgufTensors:
 
     def __init__(self, source: Path, adapter: Adapter | None) -> None:
         """ConfigError lists what does not fit, or has no place in llama.cpp's architecture."""
-        self.folded = Folded(source, adapter)
+        self.folded = MergedTensors(source, adapter)
         self.own = {**self.folded.checkpoint.config, **self.folded.edits.config}
         self.layout: ModelLayout = model_layout(self.own, source)
         self.notes = [*self.folded.edits.notes, *self.layout.notes]
@@ -86,9 +85,7 @@ class GgufTensors:
 
     def _named(self) -> dict[str, str]:
         """GGUF name → name in the checkpoint."""
-        gguf = gguf_package()
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.layout.architecture.name)
-        names = gguf.get_tensor_name_map(arch, int(self.layout.metadata["block_count"]))
+        names = tensor_names(self.layout.architecture.name, int(self.layout.metadata["block_count"]))
         problems = Problems(f"{self.folded.checkpoint.folder} cannot be written as GGUF")
         tied = self.own.get("tie_word_embeddings") is True
         found: dict[str, str] = {}
@@ -153,8 +150,7 @@ def write_gguf(
     general.name as llama.cpp needs it (`name_for_llama_cpp`).
     ConfigError lists what does not fit or exists already, EnvironmentProblem what the machine lacks.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another name or remove that file.")
+    require_new(out)
     merged = GgufTensors(source, adapter)
     vocabulary = vocabulary_of(tokenizer, merged.shape("token_embd.weight")[0])
     items, notes = _items(merged, DIRECT[quant][0])
@@ -163,18 +159,8 @@ def write_gguf(
     values |= {NAME: name} if name else {}
     notes += [why] if why else []
     needed = sum(_bytes(item.shape, item.type) for item in items)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise EnvironmentProblem(f"{out} needs {needed:,} bytes and {free:,} are free. Free some, or choose another disk.")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with new_output(out, needed, "The model") as partial:
         _write(partial, merged.layout, vocabulary, items, values, on_progress)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # on the disk before it gets its name
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     types = Counter(item.type for item in items)
     return GgufModel(out, out.stat().st_size, dict(types), (*merged.notes, *notes))
 
@@ -261,46 +247,3 @@ def _bytes(shape: tuple[int, ...], kind: str) -> int:
     gguf = gguf_package()
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return int(torch.Size(shape).numel()) // int(block) * int(size)
-
-
-class GgufFile:
-    """A GGUF file opened for reading: its metadata, and its tensors one at a time."""
-
-    def __init__(self, path: Path) -> None:
-        """DataError where the file cannot be read."""
-        self.path = path
-        check_gguf(path)
-        try:
-            self._reader = gguf_package().GGUFReader(str(path))
-        except (ValueError, OSError, KeyError, IndexError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise DataError(f"{path} is no readable GGUF file: {why}. Write or fetch it again.") from error
-
-    def value(self, key: str) -> Any:
-        """The value of a metadata key; None where the file has none."""
-        field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it is a LoRA adapter and not a model."""
-        return bool(self.value("general.type") == "adapter")
-
-    @property
-    def tensor_types(self) -> Counter[str]:
-        """How many of its tensors are stored in which type."""
-        return Counter(str(tensor.tensor_type.name) for tensor in self._reader.tensors)
-
-    @property
-    def types(self) -> Counter[str]:
-        """How many numbers of its matrices are stored in which type."""
-        counts: Counter[str] = Counter()
-        for tensor in self._reader.tensors:
-            if len(tensor.shape) > 1:
-                counts[str(tensor.tensor_type.name)] += int(tensor.n_elements)
-        return counts
-
-    def tensors(self) -> Iterator[tuple[str, RowSource]]:
-        """(name, fp32 values) of every tensor, some rows of which are read and unpacked at a time."""
-        for tensor in read_gguf(self.path)[1]:
-            yield tensor.name, tensor

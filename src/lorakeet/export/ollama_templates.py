@@ -115,21 +115,21 @@ def _asked(tokenizer: Any, sample: Sequence[tuple[str, str]]) -> str | None:
 
 def _compare(template: GoTemplate, wanted: Sequence[str | None]) -> Recognised | None:
     plain, with_system = wanted[:2], wanted[2:]
-    given = [(said, go(template.text, sample)) for said, sample in zip(with_system, SAMPLES[2:], strict=True)]
+    given = [(said, render_conversation(template.text, sample)) for said, sample in zip(with_system, SAMPLES[2:], strict=True)]
     if plain[0] is None or any(said is not None and said != ours for said, ours in given):
         return None
     knows = all(said is not None for said in with_system)
-    if all(said == go(template.text, sample) for said, sample in zip(plain, SAMPLES, strict=False)):
+    if all(said == render_conversation(template.text, sample) for said, sample in zip(plain, SAMPLES, strict=False)):
         return Recognised(template, knows_system=knows)
-    before, _, after = go(template.text, (("system", _PLACE), *SAMPLES[0])).partition(_PLACE)
+    before, _, after = render_conversation(template.text, (("system", _PLACE), *SAMPLES[0])).partition(_PLACE)
     if not (plain[0].startswith(before) and plain[0].endswith(after)):
         return None
     system = plain[0][len(before) : len(plain[0]) - len(after)]
-    told = [go(template.text, (("system", system), *sample)) for sample in SAMPLES[:2]]
+    told = [render_conversation(template.text, (("system", system), *sample)) for sample in SAMPLES[:2]]
     return Recognised(template, system, knows) if list(plain) == told else None
 
 
-def go(template: str, conversation: Sequence[tuple[str, str]]) -> str:
+def render_conversation(template: str, conversation: Sequence[tuple[str, str]]) -> str:
     """What Ollama makes of a conversation: its system turn is a message and stands in .System too."""
     messages = [{"Role": role, "Content": content} for role, content in conversation]
     system = "\n\n".join(content for role, content in conversation if role == "system")

@@ -16,7 +16,8 @@ in F16 is KL over the adapter's own: rounding leaves 1e-6 of the quickstart's (4
 llama.cpp's server over the same adapter (results/llama_server_parity…, 32 places of 4 rows) tells KL 3e-6 in F16, 0.0034 in Q8_0;
 the largest difference of a log-probability above 1 % is 0.02 (`gap` allows 0.1) and 0.53 (1), so that `gap` is the nearest limit.
 From 8 bits down the logits alone could hide a wrong scale; what bites there is `share`, how much of the adapter's
-change the stored weights hold (`export/folded`), which rounding hardly moves. In fp32 ten per cent of the scale or one missing
+change the stored weights hold (`export/merged_tensors`), which rounding hardly moves. In fp32 ten per cent of the scale or one
+missing
 layer is 100 times outside (`evaluate/parity`). Gemma's logits differ by 2e-4 of the largest even in F32, because ggml looks its
 GELU up in a table of half-precision numbers.
 """

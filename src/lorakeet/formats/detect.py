@@ -1,59 +1,71 @@
-"""Which format an adapter on disk has, what says so, and its reader."""
+"""Detects which format an adapter on disk has, and reads it."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from lorakeet.core.adapter import Adapter
+from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import DataError, unreadable
 from lorakeet.formats import gguf, mlx
+from lorakeet.formats.adapter_format import AdapterFormat, Say
+from lorakeet.formats.compress import Compression
 from lorakeet.formats.diffusion import diffusers, kohya, lycoris
-from lorakeet.formats.diffusion.dense import Compression
 from lorakeet.formats.files.base_model import BaseModel
-from lorakeet.formats.files.gguf_header import MAGIC
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.formats.peft import peft
 from lorakeet.formats.peft.peft_config import CONFIG_NAME
-from lorakeet.formats.surplus import surplus_rank
 
-Format = Literal["peft", "kohya", "diffusers", "gguf", "mlx", "lycoris"]
+LYCORIS = "lycoris"  # kohya's files with products that are no pair: read by its module, never written
+FORMATS: tuple[AdapterFormat, ...] = (peft, kohya, mlx, gguf, diffusers)  # the first that owns a tensor's name has it
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_SUFFIXES = {one.SUFFIX for one in FORMATS if one.SUFFIX}
 _READABLE = "the folder of a run, of PEFT or of mlx-lm, or a .safetensors or .gguf file of kohya, LyCORIS, diffusers or llama.cpp"
 
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter on disk: its format, the folder (peft, mlx) or file to read, and what the format was told by."""
+    """An adapter on disk: the name of its format, the folder or file to read, and the evidence for the format."""
 
-    format: Format
+    format: str
     path: Path
     evidence: str
 
 
-def detect(path: Path) -> Found:
-    """The adapter that `path` means: a file, a folder with one, or a run folder that holds one as `adapter`.
+def format_of(name: str) -> AdapterFormat:
+    """The module of the format called `name`; KeyError if there is none."""
+    return {one.NAME: one for one in FORMATS}[name]
 
-    DataError says what was found where the format is unknown or mixed; pickles are never opened.
+
+def detect(path: Path) -> Found:
+    """The adapter at `path`: a file, a folder with one, or a run folder with an `adapter` in it.
+
+    DataError says what was found if the format is unknown or mixed. Pickles are never opened.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; expected {_READABLE}.")
     if path.is_file():
         return _file(path)
     for folder in (path, path / "adapter"):
-        if (folder / mlx.MODEL_NAME).is_file():
-            if (other := folder / peft.MODEL_NAME).is_file():
-                raise DataError(
-                    f"{folder} holds two adapters: {mlx.MODEL_NAME} as mlx-lm and {other.name} as PEFT writes it. Move the one "
-                    f"that is not meant, with its {CONFIG_NAME}, to a folder of its own."
-                )
-            return Found("mlx", folder, f"the folder holds {mlx.MODEL_NAME}")
-        if any((folder / name).exists() for name in (CONFIG_NAME, peft.MODEL_NAME, peft.PICKLE_NAME)):
-            return Found("peft", folder, f"the folder holds {CONFIG_NAME} or {peft.MODEL_NAME}")
-    single = sorted(entry for entry in path.iterdir() if entry.suffix in (".safetensors", ".gguf") and entry.is_file())
+        held = [one for one in FORMATS if one.WEIGHTS and (folder / one.WEIGHTS).is_file()]
+        if len(held) > 1:
+            names = " and ".join(f"{one.WEIGHTS} of {one.NAME}" for one in held)
+            raise DataError(
+                f"{folder} holds two adapters: {names}. Move the one that is not meant, with its {CONFIG_NAME}, to a folder of "
+                "its own."
+            )
+        if held:
+            return Found(held[0].NAME, folder, f"the folder holds {held[0].WEIGHTS}")
+        if any((folder / name).exists() for name in (CONFIG_NAME, peft.PICKLE_NAME)):  # PEFT's reader says what is missing
+            return Found(peft.NAME, folder, f"the folder holds {CONFIG_NAME} or {peft.PICKLE_NAME}")
+    return _only_file(path)
+
+
+def _only_file(path: Path) -> Found:
+    """The one adapter file in the folder `path`."""
+    single = sorted(entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and entry.is_file())
     if len(single) == 1:
         return _file(single[0])
     if single:
@@ -61,8 +73,8 @@ def detect(path: Path) -> Found:
         raise DataError(f"{path} holds {len(single)} adapter files ({listed}); name one of them.")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise DataError(
-            f"{path} is a run that has no adapter yet: {path / 'adapter'} comes with its first held-out evaluation. Train it, or "
-            f"go on with it: lorakeet finetune --resume {path}"
+            f"{path} is a run that has no adapter yet: {path / 'adapter'} is written at its first held-out evaluation. Train it, "
+            f"or go on with it: lorakeet finetune --resume {path}"
         )
     inside = sorted(entry.name for entry in path.iterdir())[:8]
     raise DataError(
@@ -74,106 +86,96 @@ def detect(path: Path) -> Found:
 def _file(path: Path) -> Found:
     if path.suffix.lower() in _PICKLES:
         raise DataError(f"{path} is a pickle file, which can run code when it is loaded, so it is never opened.")
-    if path.name in (CONFIG_NAME, peft.MODEL_NAME, mlx.MODEL_NAME):
+    if path.name in (CONFIG_NAME, *(one.WEIGHTS for one in FORMATS)):
         return detect(path.parent)
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            begin = file.read(9)
     except OSError as error:
         raise DataError(unreadable(path, error)) from error
-    if magic == MAGIC:
-        return Found("gguf", path, "the file begins with GGUF")
-    if path.suffix.lower() == ".gguf":
-        raise DataError(f"{path} is not a GGUF file: it does not begin with GGUF. It may have been cut off; fetch it again.")
-    if path.suffix.lower() != ".safetensors" and not _may_be_safetensors(path):
-        raise DataError(f"{path} is no adapter: it begins with {magic!r}, as no known format does. Expected {_READABLE}.")
+    for one in FORMATS:
+        if one.MAGIC and begin.startswith(one.MAGIC):
+            return Found(one.NAME, path, f"the file begins with {one.MAGIC.decode()}")
+        if one.MAGIC and path.suffix.lower() == one.SUFFIX:
+            magic = one.MAGIC.decode()
+            raise DataError(
+                f"{path} is not a {magic} file: it does not begin with {magic}. It may have been cut off; fetch it again."
+            )
+    if path.suffix.lower() != ".safetensors" and not _may_be_safetensors(path, begin):
+        raise DataError(f"{path} is no adapter: it begins with {begin[:4]!r}, as no known format does. Expected {_READABLE}.")
     return _by_names(path, list(open_safetensors(path).tensors))
 
 
-def _may_be_safetensors(path: Path) -> bool:
-    """Whether the file begins with a header's length and a JSON object, as safetensors files of any name do."""
-    with path.open("rb") as file:
-        begin = file.read(9)
+def _may_be_safetensors(path: Path, begin: bytes) -> bool:
+    """True if the file begins with a header's length and a JSON object."""
     return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= path.stat().st_size
 
 
 def _by_names(path: Path, names: list[str]) -> Found:
     """The format that the names of a file's tensors belong to."""
-    families = {name: _family(name) for name in names}
-    counts = Counter(families.values())
-    strange = [name for name in names if not families[name]]
-    kinds = {family for family in counts if family}
-    if kinds == {"kohya", "lycoris"}:
-        kinds, counts["lycoris"] = {"lycoris"}, counts["lycoris"] + counts["kohya"]
-    if len(kinds) > 1:
-        parts = (f"{counts[kind]} as in {kind} ({_example(families, kind)})" for kind in sorted(kinds))
+    owners = {name: next((one for one in FORMATS if one.owns(name)), None) for name in names}
+    counts = Counter(one.NAME for one in owners.values() if one is not None)
+    example = {one.NAME: name for name, one in reversed(owners.items()) if one is not None}
+    if len(counts) > 1:
+        parts = (f"{counts[kind]} as in {kind} ({example[kind]})" for kind in sorted(counts))
         raise DataError(f"{path} mixes formats: {'; '.join(parts)}. Parts of different files were put together; fetch it again.")
-    if not kinds:
-        shown = ", ".join(strange[:4]) or "none at all"
+    if not counts:
+        shown = ", ".join(names[:4]) or "none at all"
         raise DataError(f"{path} has no known format: its {len(names)} tensors are called {shown}. Expected {_READABLE}.")
-    kind = kinds.pop()
-    if kind in ("peft", "mlx"):
-        name = peft.MODEL_NAME if kind == "peft" else mlx.MODEL_NAME
-        raise DataError(f"{path} has tensors as in {kind}, but another name; rename it to {name}, beside its {CONFIG_NAME}.")
-    return Found(_FORMATS[kind], path, f"{counts[kind]} of {len(names)} tensors are named like {_example(families, kind)}")
-
-
-_FORMATS: dict[str, Format] = {"kohya": "kohya", "lycoris": "lycoris", "diffusers": "diffusers"}
-
-
-def _example(families: dict[str, str], kind: str) -> str:
-    return next(name for name, family in families.items() if family == kind or (kind == "lycoris" and family == "kohya"))
-
-
-def _family(name: str) -> str:
-    if name.startswith("base_model.model."):
-        return "peft"
-    if name.startswith(kohya.PREFIXES):
-        return "lycoris" if _ends(name, (*lycoris.LOHA, *lycoris.LOKR)) else "kohya"
-    if _ends(name, ("lora_a", "lora_b", "m")):
-        return "mlx"
-    return "diffusers" if diffusers.parse_key(name) else ""
-
-
-def _ends(name: str, endings: Iterable[str]) -> bool:
-    return name.removesuffix(".weight").endswith(tuple(f".{ending}" for ending in endings))
+    [(kind, count)] = counts.items()
+    if weights := format_of(kind).WEIGHTS:
+        raise DataError(f"{path} has tensors as in {kind}, but another name; rename it to {weights}, beside its {CONFIG_NAME}.")
+    format_name = LYCORIS if kind == kohya.NAME and any(lycoris.owns(name) for name in names) else kind
+    return Found(format_name, path, f"{count} of {len(names)} tensors are named like {example[kind]}")
 
 
 def read_adapter(
-    path: Path,
-    *,
-    base: BaseModel | None = None,
-    compression: Compression | None = None,
-    say: Callable[[str], None] = print,
+    path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
 ) -> Adapter:
-    """The adapter at `path`, whatever its format (`detect`). DataError and ConfigError list everything that is wrong.
+    """The adapter at `path` in whatever format (`detect`). DataError and ConfigError list everything that is wrong.
 
-    base: for GGUF files that do not describe theirs; compression: for LyCORIS; `say` hears what a reader assumes or loses.
+    base: for GGUF files that do not describe theirs; compression: for LyCORIS; `say` gets what a reader assumes or loses.
     """
     return read_found(detect(path), base=base, compression=compression, say=say)
 
 
 def read_found(
-    found: Found,
-    *,
-    base: BaseModel | None = None,
-    compression: Compression | None = None,
-    say: Callable[[str], None] = print,
+    found: Found, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
 ) -> Adapter:
     """The adapter that `detect` found; arguments and errors as in `read_adapter`."""
-    adapter = _read(found, base, compression, say)
+    module = kohya if found.format == LYCORIS else format_of(found.format)
+    adapter = module.read(found.path, base=base, compression=compression, say=say)
     if surplus := surplus_rank(adapter, str(found.path)):
         say(surplus)
     return adapter
 
 
-def _read(found: Found, base: BaseModel | None, compression: Compression | None, say: Callable[[str], None]) -> Adapter:
-    if found.format == "peft":
-        return peft.read(found.path)
-    if found.format == "mlx":
-        return mlx.read(found.path)
-    if found.format == "gguf":
-        return gguf.read(found.path, base=base)
-    if found.format == "diffusers":
-        return diffusers.read(found.path)
-    return kohya.read(found.path, base=base, compression=compression, say=say)
+def surplus_rank(adapter: Adapter, named: str) -> str:
+    """One sentence on every pair whose rank is above min(in, out), by the shapes of its A and B; empty where there is none.
+
+    Such a pair computes what it should, and PEFT and kohya write them for small layers, so it is read and converted as it is. A
+    Plan is refused instead (models/targets), since there the parameters that do nothing are yet to be trained.
+    """
+    groups: dict[tuple[int, int, int], list[str]] = {}
+    for path, pair in adapter.pairs.items():
+        out, width = _sizes(pair)
+        if pair.rank > min(out, width):
+            groups.setdefault((pair.rank, out, width), []).append(path)
+    if not groups:
+        return ""
+    parts = (f"{', '.join(paths)} (rank {rank}, {out} × {width})" for (rank, out, width), paths in groups.items())
+    largest = max(pair.rank for pair in adapter.pairs.values())
+    base = "" if adapter.base else " --base MODEL"
+    return (
+        f"{named} has a rank larger than the layer in {sum(map(len, groups.values()))} of {len(adapter.pairs)} pairs: "
+        f"{'; '.join(parts)}. A matrix has no more directions than its shorter side, so a part of these numbers does nothing. "
+        "What the pairs compute is right. Cut them without loss: "
+        f"lorakeet merge {named} --to adapter --rank {largest}{base} --out OUT"
+    )
+
+
+def _sizes(pair: Pair) -> tuple[int, int]:
+    """(out, in) of the matrix that the pair changes; kernels belong to in, and experts are matrices by themselves."""
+    if pair.kind == "experts":
+        return pair.B.shape[1], pair.A.shape[2]
+    return pair.B.shape[0], math.prod(pair.A.shape[1:])

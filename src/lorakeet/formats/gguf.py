@@ -23,16 +23,19 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
-from lorakeet.errors import ConfigError, DataError, Problems, nearest, unreadable
+from lorakeet.errors import ConfigError, DataError, Problems, nearest
+from lorakeet.formats.components import table
+from lorakeet.formats.files import gguf_header
 from lorakeet.formats.files.base_model import BaseModel
-from lorakeet.formats.files.gguf_header import check_gguf, gguf_package
-from lorakeet.formats.files.limits import check_holds
+from lorakeet.formats.files.gguf_file import GgufFile
+from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.tensors import check_finite, factor_problem
-from lorakeet.formats.sd_names import table
+from lorakeet.formats.limits import check_supported
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+NAME, SUFFIX, WEIGHTS, MAGIC = "gguf", ".gguf", "", gguf_header.MAGIC  # as `AdapterFormat` says
 _NOTE = "lorakeet.note"  # our key: what GGUF has no key for; llama.cpp does not read it
 _MOST_BLOCKS, _MOST_HEADS = 2000, 100_000  # gguf names some hundred tensors for each block that is announced
 _A, _B = ".weight.lora_a", ".weight.lora_b"
@@ -54,15 +57,11 @@ class GgufLayout:
 
     def heads_of(self, module: str) -> int:
         """How many heads the rows of `module` are permuted by; 0 for modules whose rows stay."""
-        if self.model_type not in table("gguf")["permuted"]:
-            return 0
-        return {"q_proj": self.heads, "k_proj": self.kv_heads}.get(module.rpartition(".")[2], 0)
+        return permuted_heads(self.model_type, module, self.heads, self.kv_heads)
 
     def names(self) -> dict[str, str]:
         """GGUF's name of each module that can carry a pair, by gguf's own map, with the module's path."""
-        gguf = gguf_package()
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        mapped = gguf.get_tensor_name_map(arch, self.blocks)
+        mapped = tensor_names(self.architecture, self.blocks)
         modules = table("gguf")["modules"]
         found: dict[str, str] = {}
         for template in modules.get(self.model_type, modules[""]):
@@ -96,6 +95,20 @@ def gguf_layout_of(config: Mapping[str, Any], where: object) -> GgufLayout:
     return GgufLayout(model_type, int(blocks), int(heads), int(kv_heads))
 
 
+def tensor_names(architecture: str, blocks: int) -> Any:
+    """gguf's own map from transformers' names to GGUF's, for a model of so many blocks."""
+    gguf = gguf_package()
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(arch, blocks)
+
+
+def permuted_heads(model_type: str, module: str, heads: int, kv_heads: int) -> int:
+    """The number of heads by which llama.cpp permutes the rows of `module`; 0 if they stay in place."""
+    if model_type not in table("gguf")["permuted"]:
+        return 0
+    return {"q_proj": heads, "k_proj": kv_heads}.get(module.rpartition(".")[2], 0)
+
+
 def permute(B: Tensor, heads: int) -> Tensor:
     """The rows of (out, …) in llama.cpp's order: within each head, halves interleaved."""
     return B.reshape(heads, 2, B.shape[0] // heads // 2, -1).transpose(1, 2).reshape(B.shape)
@@ -106,12 +119,17 @@ def unpermute(B: Tensor, heads: int) -> Tensor:
     return B.reshape(heads, B.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(B.shape)
 
 
-def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> None:
+def owns(tensor: str) -> bool:
+    """False for every name: a GGUF file is no safetensors file."""
+    return False
+
+
+def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unused: object) -> None:
     """Writes `adapter` to the file `path` for the model that `base` describes; the same adapter gives the same bytes.
 
     ConfigError names what a GGUF adapter has no place for. The caller renames the file into place.
     """
-    check_holds(adapter, "gguf", kinds=("linear", "conv1d"), dora=False, folds=True)
+    check_supported(adapter, "gguf", kinds=("linear", "conv1d"), dora=False, folds=True)
     layout = _layout(adapter, base)
     names = {module: name for name, module in layout.names().items()}
     problems = Problems("The adapter cannot be written as gguf")
@@ -162,13 +180,13 @@ def _note(adapter: Adapter, layout: GgufLayout) -> str:
     return json.dumps(note, sort_keys=True, ensure_ascii=False)
 
 
-def read(path: Path, *, base: BaseModel | None = None) -> Adapter:
+def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Adapter:
     """The adapter in the file `path`. DataError lists everything that cannot be understood.
 
     ConfigError where neither the file nor `base` says how a Llama's heads are ordered.
     """
-    reader = _open(path)
-    texts = {key: _text(reader, key) for key in ("general.type", "general.architecture", "adapter.type", _NOTE)}
+    file = GgufFile(path, most_parts=_MOST_PARTS)
+    texts = {key: file.text(key) for key in ("general.type", "general.architecture", "adapter.type", _NOTE)}
     if (texts["general.type"], texts["adapter.type"]) != ("adapter", "lora"):
         raise DataError(
             f"{path} is a GGUF file of type {texts['general.type']!r}; expected 'adapter' with adapter.type 'lora' "
@@ -178,15 +196,15 @@ def read(path: Path, *, base: BaseModel | None = None) -> Adapter:
     layout = _layout_for(path, texts["general.architecture"], note, base)
     problems = Problems(f"The adapter in {path} cannot be read", DataError)
     groups: dict[str, dict[str, Tensor]] = {}
-    for tensor in reader.tensors:
-        slot = next((suffix for suffix in (_A, _B) if tensor.name.endswith(suffix)), "")
+    for name, tensor in file.tensors():
+        slot = next((suffix for suffix in (_A, _B) if name.endswith(suffix)), "")
         if not slot:
-            problems.add(f"{path}: {tensor.name} is a kind of tensor that is not known here.")
+            problems.add(f"{path}: {name} is a kind of tensor that is not known here.")
             continue
-        values = torch.from_numpy(gguf_package().quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        check_finite(values, f"{path}: {tensor.name}", problems)
-        groups.setdefault(tensor.name.removesuffix(slot), {})[slot] = values
-    alpha = _number(reader, "adapter.lora.alpha")
+        values = torch.from_numpy(tensor.numbers().copy())
+        check_finite(values, f"{path}: {name}", problems)
+        groups.setdefault(name.removesuffix(slot), {})[slot] = values
+    alpha = None if file.value("adapter.lora.alpha") is None else float(file.value("adapter.lora.alpha"))
     pairs = _pairs(path, groups, layout, alpha, problems)
     problems.raise_if_any()
     metadata = {str(key): str(value) for key, value in note.get("metadata", {}).items()}
@@ -216,27 +234,6 @@ def _pairs(
             B = unpermute(B, heads).contiguous() if heads else B
             pairs[module] = Pair(A, B, alpha if alpha else float(A.shape[0]), kind)
     return dict(sorted(pairs.items()))
-
-
-def _open(path: Path) -> Any:
-    check_gguf(path, most_parts=_MOST_PARTS)
-    try:
-        return gguf_package().GGUFReader(path)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-        raise DataError(f"{path} is not a whole GGUF file ({error}). It may have been cut off; fetch it again.") from error
-
-
-def _text(reader: Any, key: str) -> str:
-    found = reader.get_field(key)
-    value = None if found is None else found.contents()
-    return value if isinstance(value, str) else ""
-
-
-def _number(reader: Any, key: str) -> float | None:
-    found = reader.get_field(key)
-    return None if found is None else float(found.contents())
 
 
 def _parsed_note(path: Path, text: str) -> dict[str, Any]:

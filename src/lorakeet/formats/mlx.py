@@ -21,18 +21,24 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.formats.components import component_of
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.formats.files.limits import all_or_none_dora, check_holds
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, save_text
 from lorakeet.formats.files.tensors import read_tensors
-from lorakeet.formats.sd_names import component_of
+from lorakeet.formats.limits import check_supported, check_uniform_dora
 
 MODEL_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
 SLOTS = ("lora_a", "lora_b", "m")
+NAME, SUFFIX, WEIGHTS, MAGIC = "mlx", "", MODEL_NAME, b""  # as `AdapterFormat` says
 
 
-def read(folder: Path) -> Adapter:
+def owns(tensor: str) -> bool:
+    """True for the names of mlx-lm's tensors."""
+    return tensor.removesuffix(".weight").endswith(tuple(f".{slot}" for slot in SLOTS))
+
+
+def read(folder: Path, **_unused: object) -> Adapter:
     """The adapter in `folder`. DataError lists everything that cannot be understood."""
     path = folder / CONFIG_NAME
     config = read_object(path, expected=f"the configuration that mlx-lm writes beside {MODEL_NAME}")
@@ -87,13 +93,13 @@ def _pair(module: str, slots: Mapping[str, Tensor], scale: float) -> Pair | str:
     return Pair(a.t().contiguous(), b.t().contiguous(), alpha_for(scale, a.shape[1]), magnitude=m)
 
 
-def write(adapter: Adapter, folder: Path) -> None:
+def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
     """Writes `adapter` into `folder` (made if missing) so that mlx-lm loads it; the same adapter gives the same bytes.
 
     ConfigError names what the format has no place for.
     """
-    check_holds(adapter, "mlx", kinds=("linear",), dora=True)
-    all_or_none_dora(adapter, "mlx")
+    check_supported(adapter, "mlx", kinds=("linear",), dora=True)
+    check_uniform_dora(adapter, "mlx")
     images = [module for module in adapter.pairs if component_of(module)]
     if images:
         raise ConfigError(f"{len(images)} pairs belong to an image model ({', '.join(images[:3])}), which mlx-lm does not have.")

@@ -12,14 +12,14 @@ import torch
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError
-from lorakeet.formats.files.limits import check_holds
+from lorakeet.formats.limits import check_supported
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
 def check_vllm(adapter: Adapter) -> None:
     """ConfigError naming everything that vLLM would refuse or leave out without a word."""
-    check_holds(adapter, "a vLLM adapter", kinds=("linear",), dora=False)
+    check_supported(adapter, "a vLLM adapter", kinds=("linear",), dora=False)
     largest = max(pair.rank for pair in adapter.pairs.values())
     if largest > RANKS[-1]:
         raise ConfigError(f"The largest rank is {largest}, and vLLM takes at most {RANKS[-1]}; compress it (lorakeet compress).")

@@ -1,4 +1,4 @@
-"""Where Lorakeet keeps what it can make again, such as unpacked models and compiled kernels."""
+"""The folder for files that Lorakeet can make again, such as unpacked models and compiled kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen weight as Triton kernels read it, and that they are asked for; whether they run is decided in core/kernels."""
+"""A request for Triton kernels, and a frozen weight as they read it; kernels/choose decides whether they run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """That the kernels are asked for, and up to how many tokens a product runs fused; 0: never."""
+class TritonRequest:
+    """Triton kernels are requested; products of at most `tokens` tokens run fused (0: none)."""
 
     tokens: int = 64
 
 
 @dataclass(frozen=True)
-class InTiles:
-    """A weight (out, in) of which parts can be brought into registers.
+class TiledWeight:
+    """A weight (out, in) of which tiles can be loaded into registers.
 
-    `load` is a Triton function (what it is given: kernels/triton/tiles). `tensors` are handed to it as pointers, `how` as numbers
-    that are known when it is compiled.
+    `load` is a Triton function (signature: kernels/triton/tiles). `tensors` are passed to it as pointers, `how` as compile-time
+    numbers.
     """
 
     load: Any

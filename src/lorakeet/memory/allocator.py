@@ -11,7 +11,7 @@ import ctypes
 import math
 import platform
 
-from lorakeet.kernels.cpu.workspace import ROOMS
+from lorakeet.kernels.cpu.workspace import WORKSPACES
 
 LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3))
 SLACK = 0.36  # of the peak of temporary tensors on the heap; benchmarks/plan_accuracy.py measures it
@@ -34,7 +34,7 @@ def return_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    ROOMS.keeps = False
+    WORKSPACES.keeps = False
     library = ctypes.CDLL(None)
     return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(_THRESHOLD)) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
@@ -57,7 +57,7 @@ def release_free_memory() -> bool:
     Before training, so that leftovers of loading do not lie between the tensors of the steps; before the evaluation, so that the
     memory of a step does not add to that of the compared models.
     """
-    ROOMS.release()
+    WORKSPACES.release()
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)))

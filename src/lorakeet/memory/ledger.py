@@ -13,7 +13,7 @@ token, and GPTQ's columns are unordered.
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lorakeet.core.fused import flash_varlen
-from lorakeet.kernels.cpu import dense, int8_rows, stored, trained_pairs
-from lorakeet.kernels.cpu import operators as native
+from lorakeet.kernels.cpu import operators
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.lapack import WORKSPACES as LAPACK
 from lorakeet.memory.operator_cache import CachedResult, ShapeMode, cacheable_result, call_of
@@ -258,44 +256,18 @@ def _attention_backward_flops(  # noqa: PLR0917 - as the kernel takes them
 
 
 # FLOPs of an operation, from its arguments and result; torch's own table lacks integers, in-place sums and CPU attention.
-FLOPS = {
+FLOPS: Mapping[Any, Callable[..., int]] = ChainMap({
     **flop_registry,
     torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention_flops, products=2),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    torch.ops.lorakeet.row_attention: native.flops,
-    torch.ops.lorakeet.row_attention_backward: native.flops_backward,
-    torch.ops.lorakeet.card_rows: flash_varlen.flops,
-    torch.ops.lorakeet.card_rows_backward: flash_varlen.flops_backward,
-    torch.ops.lorakeet.coded_product: int8_rows.flops,
-    torch.ops.lorakeet.dense_product: dense.flops,
-    torch.ops.lorakeet.dense_product_add_: dense.flops_of_sum,
-    torch.ops.lorakeet.stored_product: stored.flops,
-    torch.ops.lorakeet.stored_product_add_: stored.flops_of_sum,
-    torch.ops.lorakeet.trained_pairs_: trained_pairs.flops,
-    torch.ops.lorakeet.trained_pairs_backward_: trained_pairs.flops_backward,
-    torch.ops.lorakeet.trained_pairs_of_a: trained_pairs.flops_of_a,
-}
+}, operators.FLOPS)  # and of Lorakeet's own kernels
 
 
 # Bytes of an operation's workspace, beside its arguments and results.
-WORKSPACES: Mapping[Any, Callable[..., int]] = {
-    **LAPACK,
-    native.ROW_ATTENTION: native.workspace,
-    native.ROW_ATTENTION_BACKWARD: native.workspace_backward,
-    flash_varlen.CARD_ROWS: flash_varlen.workspace,
-    flash_varlen.CARD_ROWS_BACKWARD: flash_varlen.workspace_backward,
-    int8_rows.CODED_PRODUCT: int8_rows.workspace,
-    dense.DENSE_PRODUCT: dense.workspace,
-    dense.DENSE_PRODUCT_ADD: dense.workspace_of_sum,
-    stored.STORED_PRODUCT: stored.workspace,
-    stored.STORED_PRODUCT_ADD: stored.workspace_of_sum,
-    trained_pairs.TRAINED_PAIRS: trained_pairs.workspace,
-    trained_pairs.TRAINED_PAIRS_BACKWARD: trained_pairs.workspace_backward,
-    trained_pairs.TRAINED_PAIRS_OF_A: trained_pairs.workspace_of_a,
-}
+WORKSPACES: Mapping[Any, Callable[..., int]] = ChainMap({**LAPACK}, operators.WORKSPACES)
 
 
 def _everywhere(condition: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much memory a run may take: `MemorySpec`, the `memory:` part of a run file. Imports no torch."""
+"""`MemorySpec`, the `memory` part of a run file: the memory budget. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,24 +11,19 @@ from lorakeet.memory.budget import parse_budget
 
 @dataclass(frozen=True)
 class MemorySpec:
-    """A budget that the run keeps, and where frozen weights lie that do not fit into it."""
+    """The memory budget of a run, and where frozen weights are stored that do not fit."""
 
     budget: str = field(
         default="",
         metadata={
-            "help": "The most memory the process may hold, such as 2GiB: of a CUDA device where the model is on one. What does "
-            "not fit is streamed."
+            "help": "Memory budget, such as 2GiB, of the process or of its CUDA device; weights that do not fit are streamed."
         },
     )
-    store: str = field(
-        default="", metadata={"help": "Folder for the store of streamed weights; left out, one in the cache folder."}
-    )
+    store: str = field(default="", metadata={"help": "Folder for streamed weights; by default one in the cache folder."})
 
     keep: Literal["disk", "host"] = field(
         default="disk",
-        metadata={
-            "help": "From where blocks are streamed to a CUDA device: disk, or host, in whose pinned memory they stay once read."
-        },
+        metadata={"help": "Where a CUDA device's blocks are streamed from: disk, or host, whose pinned memory caches them."},
     )
 
     @property
@@ -37,7 +32,7 @@ class MemorySpec:
         return parse_budget(self.budget) if self.budget else None
 
     def validate(self) -> list[str]:
-        """Every problem of these settings in words."""
+        """Returns a message for every wrong setting."""
         try:
             _ = self.bytes
         except ConfigError as error:

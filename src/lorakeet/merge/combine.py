@@ -13,8 +13,8 @@ from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.initialise import seed_for
 from lorakeet.core.math import Kind, delta
 from lorakeet.errors import Problems, nearest
-from lorakeet.merge.factors import LowRank, best_of_factors, best_of_matrix, stacked
-from lorakeet.merge.methods import METHODS, Contribution, Method, one_of
+from lorakeet.merge.low_rank import LowRank, stack_factors, truncate_factors, truncate_matrix
+from lorakeet.merge.methods import METHODS, Contribution, Method, combine_changes
 
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, path of the last
 
@@ -91,7 +91,7 @@ class Combination:
             A, B = _flat(pair)
             make = _maker(A[expert], B[expert], pair.scale)
             parts.append(Contribution(make, weight, seed_for(self.spec.seed, f"{number}/{path}/{expert}")))
-        return one_of(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
+        return combine_changes(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
 
     def outline(self) -> Adapter:
         """An adapter with the places, kinds and shapes of the combination, but the numbers of its first pairs."""
@@ -131,13 +131,13 @@ class Combination:
 
     def _low_rank(self, path: str, expert: int) -> LowRank:
         if not self.method.exact:
-            return best_of_matrix(self.change(path, expert), self._rank(path), seed_for(self.spec.seed, f"{path}/{expert}"))
+            return truncate_matrix(self.change(path, expert), self._rank(path), seed_for(self.spec.seed, f"{path}/{expert}"))
         flat = [(pair, weight, *_flat(pair)) for pair, weight, _ in self._parts(path)]
-        A, B = stacked([(A[expert], B[expert], weight * pair.scale) for pair, weight, A, B in flat])
+        A, B = stack_factors([(A[expert], B[expert], weight * pair.scale) for pair, weight, A, B in flat])
         if self.spec.rank is None and not self.method.compress:
             widest = min(B.shape[0], A.shape[1])  # more factors than that say the same with fewer
-            return LowRank(A, B, 0.0, 1.0) if A.shape[0] <= widest else best_of_factors(A, B, widest)
-        return best_of_factors(A, B, min(self._rank(path), A.shape[0]))
+            return LowRank(A, B, 0.0, 1.0) if A.shape[0] <= widest else truncate_factors(A, B, widest)
+        return truncate_factors(A, B, min(self._rank(path), A.shape[0]))
 
     def _rank(self, path: str) -> int:
         """The rank asked for, or the largest that goes in; at most what the matrix can have."""

@@ -20,12 +20,12 @@ from lorakeet.models import modules
 from lorakeet.models.files.quantized import owners, packable, skeleton
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.text.load import read_config
+from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.gptq import PARTS
-from lorakeet.quant.replace import quantised
 from lorakeet.quant.spec import QuantSpec
 
 
-def roundings(source: Path, spec: QuantSpec) -> dict[str, Callable[[Tensor], Tensor]]:
+def rounding_steps(source: Path, spec: QuantSpec) -> dict[str, Callable[[Tensor], Tensor]]:
     """For each weight in the folder `source` that `spec` packs, by its name on disk: the weight to what its packed form means.
 
     A function gives fp32, and is meant for the numbers as they are stored, which packing at load reads too.
@@ -40,7 +40,7 @@ def roundings(source: Path, spec: QuantSpec) -> dict[str, Callable[[Tensor], Ten
 
 def _rounding(transposed: bool, spec: QuantSpec) -> Callable[[Tensor], Tensor]:
     def rounded(weight: Tensor) -> Tensor:
-        dense = quantised(weight.t() if transposed else weight, spec).dense()
+        dense = quantise_weight(weight.t() if transposed else weight, spec).dense()
         return dense.t().contiguous() if transposed else dense
 
     return rounded

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.initialise import seed_for
-from lorakeet.core.layers.experts import supports
+from lorakeet.core.layers.experts import why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.merge.checkpoint import Checkpoint
 from lorakeet.merge.edits import HEADS, expert_parts, find_shared
-from lorakeet.merge.factors import LowRank, best_of_matrix
+from lorakeet.merge.low_rank import LowRank, truncate_matrix
 from lorakeet.models import modules
 
 Progress = Callable[[int, int, str], None]  # parameters done, parameters in all, path of the last
@@ -91,7 +91,7 @@ def _places(model: nn.Module) -> list[_ParameterChange]:
     for path, module in modules.original_modules(model):
         kind = modules.kind_of(module)
         pairs = kind in ("linear", "conv1d") and not modules.is_head(model, path, module) and not modules.is_router(model, path)
-        stacks = [] if supports(module) else modules.expert_stacks(module)
+        stacks = [] if why_not_experts(module) else modules.expert_stacks(module)
         for leaf, _ in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}" if path else leaf
             if pairs and kind is not None:
@@ -165,7 +165,7 @@ class _Extraction:
         found: list[LowRank] = []
         for expert, change in enumerate(changes):
             oriented = change.t() if place.kind == "conv1d" else change
-            found.append(best_of_matrix(self._finite(place.path, oriented), self.rank, seed_for(self.seed, f"{path}/{expert}")))
+            found.append(truncate_matrix(self._finite(place.path, oriented), self.rank, seed_for(self.seed, f"{path}/{expert}")))
             del change, oriented
         if not any(low.whole for low in found):
             self.unchanged += 1

@@ -45,7 +45,7 @@ class Method:
         return self.prune is None and not self.elect
 
 
-def largest(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def keep_largest(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """The round(density·n) entries of largest magnitude, the others 0; at least one."""
     del generator
     count = max(1, round(density * change.numel()))
@@ -57,12 +57,12 @@ def largest(change: Tensor, density: float, generator: torch.Generator) -> Tenso
     return result.view_as(change)
 
 
-def dropped(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def drop_random(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Each entry kept with probability `density` and divided by it, so that the expectation is `change`."""
     return torch.where(torch.rand(change.shape, generator=generator) < density, change / density, 0.0)
 
 
-def dropped_by_magnitude(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def drop_by_magnitude(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """MagPrune of DELLA: in each row, an entry of rank r (0 the smallest) of n is kept with probability
 
         density − ε/2 + ε·r/(n − 1)
@@ -97,15 +97,15 @@ METHODS = {
         Method("linear"),
         Method("cat"),
         Method("svd", compress=True),
-        Method("magnitude", largest, compress=True),
-        Method("ties", largest, elect=True, compress=True),
-        Method("dare", dropped, random=True, compress=True),
-        Method("della", dropped_by_magnitude, elect=True, random=True, compress=True),
+        Method("magnitude", keep_largest, compress=True),
+        Method("ties", keep_largest, elect=True, compress=True),
+        Method("dare", drop_random, random=True, compress=True),
+        Method("della", drop_by_magnitude, elect=True, random=True, compress=True),
     )
 }
 
 
-def one_of(
+def combine_changes(
     method: Method, parts: Sequence[Contribution], *, density: float, total: float | None = None
 ) -> Tensor:
     """One ΔW (out, in) from those of the adapters that change this matrix.

@@ -15,9 +15,9 @@ from typing import Literal
 from torch import Tensor
 
 from lorakeet.core.tiled_product import RowSource
-from lorakeet.quant.gptq_solve import PACKING, Sensitivity, Walk, output_error
+from lorakeet.quant.gptq_solve import PACKING, ColumnRounding, Sensitivity, output_error
+from lorakeet.quant.grids import FixedGrid, grid_of, requantise_like
 from lorakeet.quant.packed import PART_BYTES, TILE, PackedBase
-from lorakeet.quant.regrid import FixedGrid, grid_of, refit
 
 Scales = Literal["kept", "fitted"]
 
@@ -54,7 +54,7 @@ def bytes_of_rounding(numbers: int, method: str, packed: int) -> int:
 
 def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
     """`weight` (out, in) in the layout of `like`, as a quantiser without data makes it: scales fitted, numbers rounded."""
-    return refit(like, weight.detach().float())
+    return requantise_like(like, weight.detach().float())
 
 
 def round_with_feedback(
@@ -66,12 +66,12 @@ def round_with_feedback(
     """
     wide = weight.detach().float()
     kept = _on(grid_of(like), "kept", wide, inputs, hessian, latent)
-    other = _on(grid_of(refit(like, wide)), "fitted", wide, inputs, hessian, latent)
+    other = _on(grid_of(requantise_like(like, wide)), "fitted", wide, inputs, hessian, latent)
     return min((kept, other), key=lambda found: found.error)
 
 
 def _on(grid: FixedGrid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: RowSource, latent: bool) -> Requantised:
-    walk = Walk(weight, inputs)
+    walk = ColumnRounding(weight, inputs)
     walk.run(_nearest(grid, inputs.order.tolist()))
     numbers = Latent(grid, walk.in_order(walk.columns)) if latent else None
     base = grid.filled(walk.taken_codes())

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Pair
 from lorakeet.core.math import delta, grad_of_b, scale_of, shrink_grad
+from lorakeet.quant.grids import FixedGrid
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.regrid import FixedGrid
 
 
 class StraightThroughLinear(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lorakeet.core.fused import flash_varlen
-from lorakeet.core.fused.flash_varlen_recorded import card_kernel
+from lorakeet.core.fused.flash_varlen_recorded import flash_kernel
 from lorakeet.core.fused.packed_attention import CausalRows, causal_rows
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.device import is_cpu
@@ -56,7 +56,7 @@ def packed_attention(
     plain = softcap is None and dropout == 0.0
     alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
     if alike and flash_varlen.serves(query, query.shape[1], key.shape[1], query.shape[-1]):
-        kernel = card_kernel(settings.get("row_offsets"), rows, scale, prefix, window)
+        kernel = flash_kernel(settings.get("row_offsets"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
     if settings.get("row_offsets") is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")

@@ -12,7 +12,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, nearest
 from lorakeet.models import modules
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 
 
 def plan_of(model: nn.Module, adapter: Adapter) -> Plan:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.linear import AdaptedLayer, BlockStandIn
+from lorakeet.core.layers.linear import AdaptedLayer, BlockReplacement
 from lorakeet.memory.spill import Spill
 from lorakeet.models import modules
 
@@ -96,7 +96,7 @@ class FrozenPrefix:
         return None
 
 
-class PrefixBlock(BlockStandIn):
+class PrefixBlock(BlockReplacement):
     """Wraps a decoder block that a pass may skip."""
 
     def __init__(self, original: nn.Module, number: int, prefix: FrozenPrefix) -> None:

@@ -15,7 +15,7 @@ from lorakeet.core.fused.attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.fused.decode_block import DecodeBlock
 from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS, MLP, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused.trained_block import TrainedBlock
-from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, StandIn, dense_base_of, new_pair
+from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, Replacement, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.cpu import operators as native
@@ -38,9 +38,9 @@ def fuse(model: nn.Module) -> int:
     count = 0
     for path, module in list(modules.original_modules(model)):
         current = modules.find(model, path)
-        if isinstance(current, StandIn) or current is None or not path:
+        if isinstance(current, Replacement) or current is None or not path:
             continue
-        with native.without():  # they are compared bit for bit
+        with native.torch_only():  # they are compared bit for bit
             fused = _fused(module)
         if fused is not None:
             fused.train(module.training)
@@ -91,7 +91,7 @@ class _Stub(nn.Module):
 
 def _is_plain(block: nn.Module, *, training: bool = False) -> bool:
     """True if the block computes only x + attention(norm(x)) and x + mlp(norm(x)); in `training` mode if set."""
-    if isinstance(block, StandIn) or block._parameters or set(block._modules) != set(BLOCK_PARTS):
+    if isinstance(block, Replacement) or block._parameters or set(block._modules) != set(BLOCK_PARTS):
         return False
     kinds = (FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp)
     if not all(isinstance(block._modules[name], kind) for name, kind in zip(BLOCK_PARTS, kinds, strict=True)):
@@ -123,7 +123,7 @@ def unfuse(model: nn.Module) -> None:
             modules.replace(model, path, module)
 
 
-def _fused(module: nn.Module) -> StandIn | None:
+def _fused(module: nn.Module) -> Replacement | None:
     """Returns the fused module that computes the same as `module`, or None.
 
     A small copy is probed if it has no numbers (a planned model), or packed weights, which would be unpacked several times.

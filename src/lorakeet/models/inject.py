@@ -27,8 +27,8 @@ from lorakeet.models import modules
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.token_rows import put_rows, shrink
+from lorakeet.quant.construct import base_of
 from lorakeet.quant.packed import PackedLinear
-from lorakeet.quant.replace import base_of
 
 
 def inject(

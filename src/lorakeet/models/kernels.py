@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.fused.attention import turned
+from lorakeet.core.fused.attention import rotated
 from lorakeet.core.fused.elementwise import passes_over
-from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, made_again, normed, normed_backward
+from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, recomputed, rms_norm, rms_norm_backward
 from lorakeet.core.kernels import RANK, low_rank_product, low_rank_product_t, why_not
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models import modules
 from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
@@ -40,14 +40,14 @@ ERROR_LENGTH = 300  # characters of Triton's message that are shown
 ROUNDINGS = 4  # relative to the largest result: torch rounds an intermediate sum that the kernel does not, in another order
 
 
-def kernels_for(spec: ModelSpec, device: torch.device) -> Kernels | None:
+def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
     """Returns the kernels of the settings, None for torch's own; EnvironmentProblem if they cannot run."""
     if spec.kernels == "torch":
         return None
     reason = why_not(device)
     if reason:
         raise EnvironmentProblem(f"model.kernels is triton: {reason}")
-    return Kernels(spec.fused_tokens)
+    return TritonRequest(spec.fused_tokens)
 
 
 def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:
@@ -55,7 +55,7 @@ def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:
     return spec if spec.kernels == "torch" or not why_not(device_for(spec.device)) else replace(spec, kernels="torch")
 
 
-def use_kernels(model: nn.Module, kernels: Kernels | None) -> None:
+def use_kernels(model: nn.Module, kernels: TritonRequest | None) -> None:
     """Sets the kernels (None: torch's own) of every packed weight, weight with pairs and fused norm (models/fuse).
 
     Gates and rotary positions use the kernels of their weights.
@@ -77,7 +77,7 @@ def kernel_bases(model: nn.Module) -> Iterator[Any]:
             yield module.base
 
 
-def check_kernels(parts: Iterable[nn.Module], kernels: Kernels, products: torch.dtype) -> None:
+def check_kernels(parts: Iterable[nn.Module], kernels: TritonRequest, products: torch.dtype) -> None:
     """Raises EnvironmentProblem unless the kernels compute the same as torch, for one weight of each kind and shape."""
     seen = set()
     for part in parts:
@@ -96,7 +96,7 @@ def check_kernels(parts: Iterable[nn.Module], kernels: Kernels, products: torch.
 
 
 @torch.no_grad()
-def _check(base: Any, kernels: Kernels, products: torch.dtype, kind: str, device: torch.device) -> None:
+def _check(base: Any, kernels: TritonRequest, products: torch.dtype, kind: str, device: torch.device) -> None:
     """Compares results of the kernels and of torch for one weight."""
     before, about = base.kernels, f"a weight {kind}"
     try:
@@ -131,7 +131,7 @@ def check_loss(vocabulary: int, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def check_elementwise(widths: Iterable[int], kernels: Kernels, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
+def check_elementwise(widths: Iterable[int], kernels: TritonRequest, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
     """Raises EnvironmentProblem unless the elementwise kernels compute the same as torch for these widths and dtypes."""
     for width, dtype in itertools.product(widths, dtypes):
         about = f"rows of {width} numbers in {str(dtype).removeprefix('torch.')}"
@@ -142,14 +142,14 @@ def check_elementwise(widths: Iterable[int], kernels: Kernels, dtypes: Iterable[
             _compare(name, about, mine, expected[name], ROUNDINGS * torch.finfo(dtype).eps)
 
 
-def _elementwise(kernels: Kernels | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _elementwise(kernels: TritonRequest | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Returns norms, gates and, for an even width, rotations of fixed numbers."""
     x, up, grad, gain = (_numbers(ELEMENTWISE_ROWS + number, width, device)[:ELEMENTWISE_ROWS].to(dtype) for number in range(4))
-    y, rho = normed(x, gain[0], EPSILON, kernels)
+    y, rho = rms_norm(x, gain[0], EPSILON, kernels)
     found = {
         "a norm": y,
-        "a norm again": made_again((x, rho, gain[0]), kernels),
-        "the gradient of a norm": normed_backward(grad, x, rho, gain[0], kernels),
+        "a norm again": recomputed((x, rho, gain[0]), kernels),
+        "the gradient of a norm": rms_norm_backward(grad, x, rho, gain[0], kernels),
     }
     by = None if kernels is None else passes_over(x, up, grad, kernels=kernels)
     if by is None:
@@ -165,7 +165,7 @@ def _elementwise(kernels: Kernels | None, width: int, dtype: torch.dtype, device
     for back in (False, True) if width % 2 == 0 else ():
         states = _numbers(2 * ELEMENTWISE_ROWS, width, device).to(dtype).view(ELEMENTWISE_ROWS, 2, width)
         cos, sin = (_numbers(ELEMENTWISE_ROWS + number, width, device)[:ELEMENTWISE_ROWS].to(dtype) for number in range(2))
-        found[f"a rotation{' back' * back}"] = turned(states, cos, sin, back=back, kernels=kernels)
+        found[f"a rotation{' back' * back}"] = rotated(states, cos, sin, back=back, kernels=kernels)
     return found
 
 
@@ -198,7 +198,7 @@ def _compare(name: str, about: str, mine: Tensor, theirs: Tensor, rounding: floa
         )
 
 
-def checked_products(kernels: Kernels) -> list[tuple[int, int]]:
+def checked_products(kernels: TritonRequest) -> list[tuple[int, int]]:
     """Returns tokens and rank (0: no pair) of the checked products: a launch for each tile height up to the fused tokens.
 
     The highest rank, which needs most of the chip, is checked with the most tokens.
@@ -207,7 +207,7 @@ def checked_products(kernels: Kernels) -> list[tuple[int, int]]:
     return [(count, rank) for count in counts for rank in (0, LOW_RANK)] + [(count, RANK) for count in counts[-1:]]
 
 
-def _computed(base: Any, kernels: Kernels, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _computed(base: Any, kernels: TritonRequest, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Returns products of fixed numbers with the base, without a pair and with one, forwards and backwards; of a packed base also
     rows of W at both ends, in `products` and in fp32."""
     out, inner = base.shape

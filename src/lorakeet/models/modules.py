@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.core.layers.linear import AdaptedLayer, StandIn
+from lorakeet.core.layers.linear import AdaptedLayer, Replacement
 from lorakeet.core.math import Kind
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.models.families import Family
@@ -52,14 +52,14 @@ def weights_loaded(model: nn.Module, path: str) -> Iterator[None]:
     with ExitStack() as stack:
         for count in range(len(names) + 1):
             current = find(model, ".".join(names[:count]))
-            if isinstance(current, StandIn):
+            if isinstance(current, Replacement):
                 stack.enter_context(current.weights_loaded())
         yield
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Returns the frozen module inside all wrappers."""
-    while isinstance(module, StandIn):
+    while isinstance(module, Replacement):
         module = module.original
     return module
 

@@ -1,4 +1,4 @@
-"""Which model to adapt and how to hold it: `ModelSpec`, the `model:` part of a run file. Imports no torch."""
+"""`ModelSpec`, the `model` part of a run file: the base model and how it is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorakeet.quant.spec import QuantSpec
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A pre-trained model and the precision, device and attention it runs with."""
+    """A pre-trained model, with its dtype, device, attention and kernels."""
 
     path: str = field(
         default="",
@@ -19,29 +19,28 @@ class ModelSpec:
     )
     config: str | None = field(
         default=None,
-        metadata={"help": "For a single .safetensors file of an image model: the folder of its configurations and tokenizer."},
+        metadata={"help": "For a single .safetensors file of an image model: the folder with its configurations and tokenizer."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata={
-            "help": "Precision of the frozen weights and products; auto takes bfloat16 where the processor has it; float16 is "
-            "for pictures only."
+            "help": "Dtype of the frozen weights; auto is bfloat16 if the processor supports it; float16 is for images only."
         },
     )
     products: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={"help": "Precision of the matrix products; auto measures which is fastest here for the stored precision."},
+        metadata={"help": "Dtype of the matrix products; auto measures which is fastest here for the weights' dtype."},
     )
     quantize: QuantSpec = field(
         default_factory=QuantSpec,
-        metadata={"help": "How the frozen linear layers are kept in memory.", "shorthand": "method"},
+        metadata={"help": "Quantisation of the frozen linear layers in memory.", "shorthand": "method"},
     )
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps."})
+    device: str = field(default="auto", metadata={"help": "Device: auto, cpu, cuda, cuda:1 or mps."})
     attention: Literal["auto", "varlen", "sdpa", "eager"] = field(
         default="auto",
         metadata={
-            "help": "varlen attends row by row without padding; auto takes it where the model's attention can be exchanged."
+            "help": "Attention implementation: varlen attends row by row without padding; auto uses it where the model allows it."
         },
     )
     kernels: Literal["torch", "triton"] = field(
@@ -52,9 +51,7 @@ class ModelSpec:
     )
     fused_tokens: int = field(
         default=64,
-        metadata={
-            "help": "With triton, products of at most so many tokens bring the weight back on the way, others once before them."
-        },
+        metadata={"help": "With triton, products of at most this many tokens dequantise the weight in the kernel."},
     )
 
     def identity(self, *, own_device: bool = False) -> dict[str, Any]:
@@ -70,7 +67,7 @@ class ModelSpec:
         return found
 
     def validate(self) -> list[str]:
-        """Every problem of these settings in words."""
+        """Returns a message for every wrong setting."""
         problems = []
         if not self.path:
             problems.append(

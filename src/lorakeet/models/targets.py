@@ -9,14 +9,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from lorakeet.core.layers.experts import supports
+from lorakeet.core.layers.experts import why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry, path_range
 from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.families import Family, in_group
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 
 KEYWORDS = ("all-linear", "attention", "mlp", "experts", "conv")
 _WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "feedforward", "moe")}
@@ -63,7 +63,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
         if not path:
             continue
         if stacks := modules.expert_stacks(module):
-            refusal = supports(module)
+            refusal = why_not_experts(module)
             why = f"part of a {type(module).__name__} whose experts cannot be adapted: {refusal}" if refusal else ""
             yield Site(path, None, (), f"a {type(module).__name__}, which contains {', '.join(stacks)}; name these instead")
             for name in stacks:

@@ -14,21 +14,16 @@ kernels/cpu/gguf.c where whole weights come back to bf16.
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lorakeet.core.tiled_product import matrix_shape
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.cpu.stored import GGUF, StoredWeight, at
-from lorakeet.quant.packed import PackedBase, tile_of
+from lorakeet.kernels.cpu.stored import GGUF, StoredWeight, address_of
+from lorakeet.quant.packed import PackedBase, tile_size
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class BlockType:
     decode: Callable[[Tensor], Tensor]
 
 
-def half(blocks: Tensor, start: int) -> Tensor:
+def fp16_at(blocks: Tensor, start: int) -> Tensor:
     """The fp16 number at a byte of each block, (n, 1) in fp32."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
@@ -57,23 +52,23 @@ def _fifth_bits(packed: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
+    return fp16_at(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * _nibbles(blocks[:, 4:]).float() + half(blocks, 2)
+    return fp16_at(blocks, 0) * _nibbles(blocks[:, 4:]).float() + fp16_at(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
+    return fp16_at(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).float() + half(blocks, 2)
+    return fp16_at(blocks, 0) * (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).float() + fp16_at(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
+    return fp16_at(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
 
 
 def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +86,7 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _k_blocks(blocks: Tensor, codes: Tensor) -> Tensor:
     """Codes (n, 8, 32) under the scales of Q4_K and Q5_K to numbers (n, 256)."""
     scales, minima = scales_and_minima(blocks[:, 4:16])
-    d, e = half(blocks, 0)[:, :, None], half(blocks, 2)[:, :, None]
+    d, e = fp16_at(blocks, 0)[:, :, None], fp16_at(blocks, 2)[:, :, None]
     return torch.sub((d * scales) * codes.float(), e * minima).flatten(1)
 
 
@@ -118,7 +113,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]
     high = ((blocks[:, 128:192].reshape(n, 2, 1, 32) >> shifts) & 3).view(n, 8, 32)
     codes = (low | (high << 4)).view(n, 16, 16).float() - 32
-    scales = half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
+    scales = fp16_at(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
     return (scales[:, :, None] * codes).flatten(1)
 
 
@@ -132,78 +127,6 @@ BLOCK_TYPES = {
     "Q5_K": BlockType(256, 176, _q5_k),
     "Q6_K": BlockType(256, 210, _q6_k),
 }
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor of a .gguf file: its ggml type, its shape with rows first, and where its bytes lie. They stay in the file."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int  # where the bytes begin in the file
-    layout: tuple[np.dtype[Any], tuple[int, ...]]  # of `data`
-
-    @property
-    def data(self) -> NDArray[Any]:
-        """The bytes as they lie in the file, rows first, read now: no page of the file stays with the process."""
-        return self._read(0, self.layout[1])
-
-    def numbers(self) -> NDArray[np.float32]:
-        """What the bytes mean, whatever the type, in fp32."""
-        return self._meaning(self.data)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what rows mean."""
-        return torch.float32
-
-    def as_matrix(self) -> FileTensor:
-        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
-        dtype, stored = self.layout
-        return replace(self, shape=matrix_shape(self.shape), layout=(dtype, matrix_shape(stored)))
-
-    def __getitem__(self, part: slice) -> Tensor:
-        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts
-        (core/tiled_product.RowSource).
-
-        A vector is read whole: its bytes may be no row for each number.
-        """
-        if len(self.shape) < 2:
-            return torch.from_numpy(np.require(self.numbers()[part], requirements="W"))
-        start, stop, _ = part.indices(self.shape[0])
-        shape = (max(0, stop - start), *self.layout[1][1:])
-        return torch.from_numpy(np.require(self._meaning(self._read(start, shape)), requirements="W"))
-
-    def _read(self, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
-        """`shape` of the stored numbers or bytes, from row `first` on."""
-        dtype, whole = self.layout
-        with self.path.open("rb") as file:
-            file.seek(self.offset + first * math.prod(whole[1:]) * dtype.itemsize)
-            return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
-
-    def _meaning(self, data: NDArray[Any]) -> NDArray[np.float32]:
-        from gguf import GGMLQuantizationType, quants
-
-        return np.asarray(quants.dequantize(data, GGMLQuantizationType[self.kind]), dtype=np.float32)
-
-
-def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:
-    """The architecture that a .gguf file names, and its tensors, whose bytes stay in the file until they are used."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
-    return architecture, [
-        FileTensor(entry.name, entry.tensor_type.name, _sizes(reversed(entry.shape)), path, int(entry.data_offset),
-                   (entry.data.dtype, _sizes(entry.data.shape)))
-        for entry in reader.tensors
-    ]
-
-
-def _sizes(shape: Iterable[Any]) -> tuple[int, ...]:
-    return tuple(int(size) for size in shape)
 
 
 def row_bytes(width: int, kind: str) -> int:
@@ -231,11 +154,11 @@ class GgufBase(PackedBase):
         return {"method": "gguf", "shape": list(self.shape), "type": self.kind}
 
     def _told(self) -> StoredWeight | None:
-        return StoredWeight(GGUF[self.kind], *self.shape, at(self.packed))
+        return StoredWeight(GGUF[self.kind], *self.shape, address_of(self.packed))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         block, width, packed = BLOCK_TYPES[self.kind], self.shape[1], self.packed[first : first + len(out)]
-        step = max(1, tile_of(self.device, width) // width)
+        step = max(1, tile_size(self.device, width) // width)
         for start in range(0, len(out), step):
             blocks = packed[start : start + step].view(-1, block.bytes)
             out[start : start + step].copy_(block.decode(blocks).view(-1, width))

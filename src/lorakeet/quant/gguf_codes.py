@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase, half, scales_and_minima
+from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase, fp16_at, scales_and_minima
 
 HIGHEST = {"Q4_0": 15, "Q4_1": 15, "Q5_0": 31, "Q5_1": 31, "Q8_0": 255, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63}
 K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
@@ -31,13 +31,13 @@ def steps(base: GgufBase) -> tuple[Tensor, Tensor]:
     blocks = base.packed.view(-1, BLOCK_TYPES[kind].bytes)
     if kind in ("Q4_K", "Q5_K"):
         scales, minima = scales_and_minima(blocks[:, 4:16])
-        step, offset = half(blocks, 0) * scales[:, :, 0], half(blocks, 2) * minima[:, :, 0]
+        step, offset = fp16_at(blocks, 0) * scales[:, :, 0], fp16_at(blocks, 2) * minima[:, :, 0]
     elif kind == "Q6_K":
-        step = half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
+        step = fp16_at(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
         offset = step * 32
     else:
-        step = half(blocks, 0)
-        offset = step * _MIDDLE[kind] if kind in _MIDDLE else -half(blocks, 2)
+        step = fp16_at(blocks, 0)
+        offset = step * _MIDDLE[kind] if kind in _MIDDLE else -fp16_at(blocks, 2)
     return step.reshape(rows, -1), offset.reshape(rows, -1)
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels
-from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, at
+from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, address_of
 from lorakeet.kernels.device import is_cpu
-from lorakeet.kernels.tiled_weight import InTiles
+from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order, nearest_codes
 from lorakeet.quant.gptq_pack import (
     BITS,
@@ -32,7 +32,7 @@ from lorakeet.quant.gptq_pack import (
     unpack_zeros,
     words_for,
 )
-from lorakeet.quant.packed import PackedBase, tile_of
+from lorakeet.quant.packed import PackedBase, tile_size
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -72,6 +72,13 @@ class GptqBase(PackedBase):
         base.fill(codes, grid)
         return base
 
+    @classmethod
+    def like(cls, other: GptqBase) -> GptqBase:
+        """A base with the settings of `other` and zero codes."""
+        settings = other.settings
+        del settings["method"], settings["shape"]
+        return cls(other.shape, **settings, device=other.device)
+
     @property
     def settings(self) -> dict[str, Any]:
         return {
@@ -108,7 +115,7 @@ class GptqBase(PackedBase):
     def row_step(self) -> int:
         return WORD  # whose zero points fill whole words
 
-    def in_tiles(self) -> InTiles:
+    def in_tiles(self) -> TiledWeight:
         from lorakeet.kernels.triton.gptq import gptq_tiles
 
         buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
@@ -118,14 +125,15 @@ class GptqBase(PackedBase):
         if self.bits != 4 or not self._groups_are_there():
             return None
         added = one_less(self.bits) if self.zero_format == "gptq" else 0
-        zeros, groups = at(self.qzeros), at(self.g_idx)
-        scales, count = at(self.scales), self.groups
-        return StoredWeight(GPTQ, *self.shape, at(self.qweight), scales, outer=zeros, more=groups, size=added, groups=count)
+        zeros, groups = address_of(self.qzeros), address_of(self.g_idx)
+        scales, count = address_of(self.scales), self.groups
+        codes = address_of(self.qweight)
+        return StoredWeight(GPTQ, *self.shape, codes, scales, outer=zeros, more=groups, size=added, groups=count)
 
     def _groups_are_there(self) -> bool:
         """Whether every column's group is one that there is, else torch says so; looked at once for what stands there."""
         g_idx = self.g_idx
-        if not at(g_idx):
+        if not address_of(g_idx):
             return True
         stand = g_idx.data_ptr(), -1 if g_idx.is_inference() else g_idx._version
         if self._seen != stand:
@@ -137,7 +145,7 @@ class GptqBase(PackedBase):
             return kernels.unpack(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
-        step = tile_of(self.device, columns * WORD) // columns
+        step = tile_size(self.device, columns * WORD) // columns
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             begin, end = first + start, first + stop

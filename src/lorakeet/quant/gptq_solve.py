@@ -64,7 +64,7 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `solve` needs of a layer's inputs; the same for all layers that read them."""
+    """What `gptq_quantise` needs of a layer's inputs; the same for all layers that read them."""
 
     order: Tensor  # (in,) the columns, those with the strongest inputs first
     factor: Tensor  # (in, in) U, in that order
@@ -131,7 +131,7 @@ def output_error(weight: Tensor, other: PackedBase, hessian: RowSource) -> float
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def solve(weight: Tensor, inputs: Sensitivity, layout: GptqLayout, *, grid: GptqGrid | None = None) -> GptqBase:
+def gptq_quantise(weight: Tensor, inputs: Sensitivity, layout: GptqLayout, *, grid: GptqGrid | None = None) -> GptqBase:
     """weight (out, in) as a GptqBase, rounded so that the outputs on `inputs` change least.
 
     With `grid`, its scales, zero points and groups are kept and only codes are chosen: so a changed weight goes back into the
@@ -145,7 +145,7 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: GptqLayout, *, grid: Gptq
         g_idx = torch.empty_like(g_idx).index_copy_(0, inputs.order, g_idx)
     else:
         grid = nearest_codes(given, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)[1]
-    walk = Walk(given, inputs)
+    walk = ColumnRounding(given, inputs)
     del given
     groups = _Groups(walk, g_idx[inputs.order].long(), layout, grid)
     walk.run(groups.nearest)
@@ -155,7 +155,8 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: GptqLayout, *, grid: Gptq
 
 
 def bytes_of_solving(shape: tuple[int, int], layout: GptqLayout, dtype: torch.dtype) -> int:
-    """About the most that `solve` holds at a time beside a weight (out, in) of `dtype` and its inputs; its result is among it.
+    """About the most that `gptq_quantise` holds at a time beside a weight (out, in) of `dtype` and its inputs; its result is
+    among it.
 
     A walk holds columns and codes; at its end the codes are held twice more, in the weight's order and laid out anew.
     """
@@ -170,7 +171,7 @@ def bytes_of_solving(shape: tuple[int, int], layout: GptqLayout, dtype: torch.dt
     return most + 3 * groups * shape[0] + 4 * FP32 * sum(shape)  # scales and zero points, and single rows and columns
 
 
-class Walk:
+class ColumnRounding:
     """The columns of a weight in the order in which they are rounded; those still to come move as the errors come in.
 
     `columns` (in, out), so that each one lies together in memory: as it was when its turn came. `codes` (in, out) uint8. Both in
@@ -220,9 +221,11 @@ class Walk:
 
 
 class _Groups:
-    """The scales and zero points of `solve`; without a grid, each group's are fitted when the first of its columns comes."""
+    """The scales and zero points of `gptq_quantise`; without a grid, each group's are fitted when the first of its columns
+    comes.
+    """
 
-    def __init__(self, walk: Walk, group_of: Tensor, layout: GptqLayout, grid: GptqGrid | None) -> None:
+    def __init__(self, walk: ColumnRounding, group_of: Tensor, layout: GptqLayout, grid: GptqGrid | None) -> None:
         rows, groups, device = walk.columns.shape[1], int(group_of.max()) + 1, walk.columns.device
         self.walk, self.group_of, self.names = walk, group_of, group_of.tolist()
         self.bits, self.sym = layout.bits, layout.sym

@@ -24,10 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.base import Coded
+from lorakeet.core.base import QuantisedRows
 from lorakeet.kernels.cpu import int8_rows as native
-from lorakeet.kernels.cpu.stored import INT8, StoredWeight, at
-from lorakeet.quant.packed import PackedBase, tile_of
+from lorakeet.kernels.cpu.stored import INT8, StoredWeight, address_of
+from lorakeet.quant.packed import PackedBase, tile_size
 
 STEPS = 127
 
@@ -65,7 +65,7 @@ class Int8Base(PackedBase):
             self.scale[rows] = scale[:, 0]
 
     def _told(self) -> StoredWeight | None:
-        return StoredWeight(INT8, *self.shape, at(self.packed), at(self.scale))
+        return StoredWeight(INT8, *self.shape, address_of(self.packed), address_of(self.scale))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         packed, scale = self.packed[first : first + len(out)], self.scale[first : first + len(out)]
@@ -80,8 +80,8 @@ class Int8Base(PackedBase):
         if not self.takes_codes(grad):
             return super().matmul_t(grad)
         if native.serves(grad):
-            codes, scale = native.CODE_ROWS(grad, self.scale)
-            return cast(Tensor, native.CODED_PRODUCT(codes, scale, self.packed, None, True))
+            codes, scale = native.QUANTISE_ROWS(grad, self.scale)
+            return cast(Tensor, native.INT8_PRODUCT(codes, scale, self.packed, None, True))
         steps, scale = _in_steps(grad * self.scale)
         return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
 
@@ -91,25 +91,25 @@ class Int8Base(PackedBase):
         else:
             super().add_matmul_t(to, grad)
 
-    def code(self, x: Tensor) -> Coded:
+    def code(self, x: Tensor) -> QuantisedRows:
         """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for kernels/cpu; its largest columns apart."""
-        count = native.apart_of(x.shape[1]) if len(x) else 0
+        count = native.outliers_of(x.shape[1]) if len(x) else 0
         if native.serves(x):
-            columns, apart = native.LOUD_COLUMNS(x, count)
-            codes, scale = native.CODE_ROWS(x, None, columns)
-            return Coded(codes, scale, x.dtype, columns, apart)
+            columns, apart = native.OUTLIER_COLUMNS(x, count)
+            codes, scale = native.QUANTISE_ROWS(x, None, columns)
+            return QuantisedRows(codes, scale, x.dtype, columns, apart)
         if not count:
             steps, scale = _in_steps(x)
-            return Coded(steps.to(torch.int8), scale, x.dtype)
+            return QuantisedRows(steps.to(torch.int8), scale, x.dtype)
         columns = x.abs().amax(0).topk(count).indices
         steps, scale = _in_steps(x.index_fill(1, columns, 0))
-        return Coded(steps.to(torch.int8), scale, x.dtype, columns, x[:, columns])
+        return QuantisedRows(steps.to(torch.int8), scale, x.dtype, columns, x[:, columns])
 
-    def matmul_codes(self, coded: Coded) -> Tensor:
+    def matmul_codes(self, coded: QuantisedRows) -> Tensor:
         """What `matmul` answers for the x that `code` was given."""
         codes, steps, dtype, columns, apart = coded
         if codes.dtype == torch.uint8:
-            return cast(Tensor, native.CODED_PRODUCT(codes, steps, self.packed, self.scale, False, columns, apart))
+            return cast(Tensor, native.INT8_PRODUCT(codes, steps, self.packed, self.scale, False, columns, apart))
         y = torch._int_mm(codes, self.packed.t()).float().mul_(steps)
         if columns is not None and apart is not None:
             y.addmm_(apart.float(), self.packed[:, columns].float().t())
@@ -125,11 +125,11 @@ class Int8Base(PackedBase):
     def _tiles(self, rows: int) -> list[slice]:
         """Slices of rows that together cover `rows` of W, each of about a tile."""
         width = self.shape[1]
-        step = max(1, tile_of(self.device, width) // max(1, width))
+        step = max(1, tile_size(self.device, width) // max(1, width))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def multiply_in_int8(model: nn.Module) -> int:
+def enable_int8_products(model: nn.Module) -> int:
     """Lets every int8 weight of `model` multiply in int8 while it is trained; how many there are."""
     bases = [base for base in model.modules() if isinstance(base, Int8Base)]
     for base in bases:

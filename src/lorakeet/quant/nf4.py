@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels
-from lorakeet.kernels.cpu.stored import NF4, StoredWeight, at
-from lorakeet.kernels.tiled_weight import InTiles
-from lorakeet.quant.packed import PackedBase, tile_of
+from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
+from lorakeet.kernels.tiled_weight import TiledWeight
+from lorakeet.quant.packed import PackedBase, tile_size
 
 # Section 3 and appendix E of the paper; fp32 values as published with its code.
 LEVELS = (
@@ -103,7 +103,7 @@ class Nf4Base(PackedBase):
             self.absmax.copy_(absmax)
             return
         mean = absmax.mean()
-        codes, scales = pack_absmax(absmax - mean)
+        codes, scales = quantise_absmax(absmax - mean)
         self.absmax.copy_(codes)
         self.scales.copy_(scales)
         self.mean.copy_(mean)
@@ -122,10 +122,10 @@ class Nf4Base(PackedBase):
         whole = self.block_size * SCALE_BLOCK
         return whole // math.gcd(whole, self.shape[1])
 
-    def in_tiles(self) -> InTiles | None:
+    def in_tiles(self) -> TiledWeight | None:
         return None if self.shape[1] % 2 else self._in_tiles(self.shape)
 
-    def _in_tiles(self, shape: tuple[int, int]) -> InTiles:
+    def _in_tiles(self, shape: tuple[int, int]) -> TiledWeight:
         """The numbers, row after row, as a matrix of `shape`, whose last row may end before its width."""
         from lorakeet.kernels.triton.nf4 import nf4_tiles
 
@@ -134,9 +134,10 @@ class Nf4Base(PackedBase):
         return nf4_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
 
     def _told(self) -> StoredWeight | None:
-        outer, mean = (0 if held is None else at(held) for held in (self.scales, self.mean))
-        tables = at(_levels(self.packed)), at(_dynamic(self.packed))
-        return StoredWeight(NF4, *self.shape, at(self.packed), at(self.absmax), outer, mean, *tables, self.block_size)
+        outer, mean = (0 if held is None else address_of(held) for held in (self.scales, self.mean))
+        tables = address_of(_levels(self.packed)), address_of(_dynamic(self.packed))
+        codes, scales = address_of(self.packed), address_of(self.absmax)
+        return StoredWeight(NF4, *self.shape, codes, scales, outer, mean, *tables, self.block_size)
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         if kernels.unpacks(self, out, self._held()):
@@ -144,7 +145,7 @@ class Nf4Base(PackedBase):
             tiles = self._in_tiles((blocks, self.block_size))
             return kernels.unpack(tiles, out, first * self.shape[1] // self.block_size)
         flat, size, before = out.view(-1), self.block_size, first * self.shape[1]
-        step = tile_of(self.device, size * SCALE_BLOCK)
+        step = tile_size(self.device, size * SCALE_BLOCK)
         for start in range(0, len(flat), step):
             stop = min(start + step, len(flat))
             begin, end = before + start, before + stop
@@ -157,8 +158,8 @@ class Nf4Base(PackedBase):
         """`count` numbers; whole blocks through bitsandbytes where it is there."""
         size = self.block_size
         whole = count - count % size
-        if not whole or not has_kernels(packed.device):
-            return values(packed, maxima, size)[:count]
+        if not whole or not has_bitsandbytes(packed.device):
+            return dequantise_blocks(packed, maxima, size)[:count]
         # Always as rows of one block: with rows that end within a block, bitsandbytes 0.50's AVX-512 kernel reads the wrong
         # absmax (seen for widths that are multiples of 16 but not of 64).
         kernel = torch.ops.bitsandbytes.dequantize_4bit.default
@@ -167,7 +168,7 @@ class Nf4Base(PackedBase):
         found: Tensor = kernel(packed[: whole // 2], maxima[:blocks], size, "nf4", (blocks, size), target).view(-1)
         if whole == count:
             return found
-        tail = values(packed[whole // 2 :], maxima[blocks:], size)[: count - whole]
+        tail = dequantise_blocks(packed[whole // 2 :], maxima[blocks:], size)[: count - whole]
         return torch.cat([found, tail.to(target)])
 
 
@@ -189,7 +190,7 @@ def nf4_codes(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     levels = torch.tensor(LEVELS)
     bounds = ((levels[:-1] + levels[1:]) / 2).tolist()
     codes, maxima = [], []
-    for part in torch.split(flat, tile_of(flat.device, block_size)):
+    for part in torch.split(flat, tile_size(flat.device, block_size)):
         wide = part.float()
         whole = len(wide) - len(wide) % block_size
         blocks = wide[:whole].view(-1, block_size)
@@ -205,17 +206,17 @@ def nf4_codes(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         found = torch.zeros(len(numbers), dtype=torch.uint8)
         for bound in bounds:  # three times as fast as torch.bucketize
             found += numbers > bound
-        codes.append(nibbles(found))
+        codes.append(pack_nibbles(found))
     return torch.cat(codes), torch.cat(maxima)
 
 
-def nibbles(codes: Tensor) -> Tensor:
+def pack_nibbles(codes: Tensor) -> Tensor:
     """Codes (n,) uint8 two to a byte (⌈n/2⌉,), the first one in the high half; an odd one is followed by the code of 0."""
     padded = torch.nn.functional.pad(codes, (0, len(codes) % 2), value=LEVELS.index(0.0))
     return (padded[::2] << 4) | padded[1::2]
 
 
-def pack_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
     """Centred block maxima (b,) to 8-bit codes (b,) and one scale for each 256 of them, fp32."""
     padded = torch.nn.functional.pad(absmax, (0, -len(absmax) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     scales = padded.abs().amax(1)
@@ -226,7 +227,7 @@ def pack_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(-1)[: len(absmax)], scales
 
 
-def values(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor:
+def dequantise_blocks(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor:
     """Packed codes (b,) and the maxima of their blocks to the numbers (2·b,), fp32: what bitsandbytes computes too."""
     numbers = torch.nn.functional.embedding(packed.int(), _level_pairs(packed)).view(-1)
     whole = len(numbers) - len(numbers) % block_size
@@ -289,12 +290,12 @@ def _bin_codes(like: Tensor) -> Tensor:
     return _table("bins", like, codes, (BINS,), torch.uint8)
 
 
-def has_kernels(device: torch.device) -> bool:
+def has_bitsandbytes(device: torch.device) -> bool:
     """Whether bitsandbytes unpacks on such a device; imported at the first call, which takes a few seconds."""
     return device.type in ("cpu", "cuda") and _bitsandbytes()
 
 
-def missing_kernels() -> str:
+def bitsandbytes_advice() -> str:
     """What a user should know where bitsandbytes is missing; empty where it is installed."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return ""

@@ -16,7 +16,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.cpu import stored as native
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.device import is_cpu
-from lorakeet.kernels.tiled_weight import InTiles, Kernels
+from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
 GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory that it takes
@@ -33,7 +33,7 @@ class PackedBase(nn.Module):
     (core/kernels).
     """
 
-    kernels: Kernels | None = None
+    kernels: TritonRequest | None = None
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class PackedBase(nn.Module):
         """W, dequantised, as a fresh fp32 tensor (out, in)."""
         return self.unpack(torch.empty(self.shape, dtype=torch.float32, device=self.device))
 
-    def in_tiles(self) -> InTiles | None:
+    def in_tiles(self) -> TiledWeight | None:
         """W as Triton kernels read it; None where there is no kernel for it."""
         return None
 
@@ -108,7 +108,7 @@ class PackedBase(nn.Module):
         if fused is not None:
             return fused
         if (told := self._multiplied(x)) is not None:
-            return native.product(x, told)
+            return native.stored_product(x, told)
         first, *others = self._parts(x.dtype)
         if not others:
             return frozen_product(x, self._rows(first, x.dtype))
@@ -123,7 +123,7 @@ class PackedBase(nn.Module):
         if fused is not None:
             return fused
         if (told := self._multiplied(grad)) is not None:
-            return native.product(grad, told, across=True)
+            return native.stored_product(grad, told, across=True)
         first, *others = self._parts(grad.dtype)
         if not others:
             return frozen_product(grad, self._rows(first, grad.dtype), across=True)
@@ -136,7 +136,7 @@ class PackedBase(nn.Module):
         """Adds grad·W to `to` (tokens, in), in place, and rounds it with the sum where W is multiplied whole."""
         told = self._multiplied(grad)
         if told is not None and to.dtype == grad.dtype and to.is_contiguous():
-            native.add_product(to, grad, told, across=True)
+            native.add_stored_product(to, grad, told, across=True)
             return
         parts = self._parts(grad.dtype)
         if self.kernels is not None or len(parts) > 1:
@@ -166,7 +166,7 @@ class PackedBase(nn.Module):
         """Those rows of W in the shared buffer: valid until others are unpacked."""
         out = SCRATCH.matrix((part.stop - part.start, self.shape[1]), dtype, self.device)
         told = self.stored() if dtype == torch.bfloat16 and len(out) == self.shape[0] else None
-        return self.unpack(out, part.start) if told is None else native.bring_back(told, out)
+        return self.unpack(out, part.start) if told is None else native.dequantise(told, out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
         """Moves the buffers; a cast of the model (`.to(bfloat16)`, `.half()`) leaves them as they are, since they are a code."""
@@ -178,7 +178,7 @@ class PackedBase(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def tile_of(device: torch.device, multiple: int) -> int:
+def tile_size(device: torch.device, multiple: int) -> int:
     """How many numbers to pack or unpack at once on a device: about TILE, in whole multiples of `multiple`."""
     wanted = TILE if is_cpu(device) else GPU_TILE
     return max(1, wanted // multiple) * multiple

@@ -1,4 +1,4 @@
-"""A parameter budget spent rank by rank, each time on the matrix where the next rank is worth most for its parameters."""
+"""Allocates a parameter budget greedily: each next rank goes to the matrix with the greatest gain per parameter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
 
-Gains = Mapping[str, Sequence[float]]  # by path: what rank 1, 2, … adds, never rising
+Gains = Mapping[str, Sequence[float]]  # by path: the gain of rank 1, 2, …, non-increasing
 
 
 def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = None, step: int = 1) -> Plan:
-    """`plan` with other ranks: pairs of at most `budget` parameters in all, Σ gains as high as a greedy choice makes it.
+    """Returns `plan` with new ranks: at most `budget` parameters in all pairs, Σ gains maximised greedily.
 
-    Every pair keeps rank `step` at least, and gets at most `largest` and as many ranks as it has gains. Since gains never rise,
-    the best next rank by gain a parameter is the best of all choices, but for the last few parameters; a budget is spent, and
-    what is worth nothing, or less, comes last, in the plan's order. Raises ConfigError for a budget below one rank (`step` ranks)
-    each or above what fits, DataError for gains that are no numbers.
+    Every pair keeps at least rank `step`, and gets at most `largest` and as many ranks as it has gains. Gains never rise, so the
+    greedy choice by gain per parameter is optimal up to the last few parameters. The budget is spent even on gains of 0 or less,
+    last and in the plan's order. Raises ConfigError for a budget below rank `step` each or above the largest ranks, DataError
+    for non-finite gains.
     """
     check_gains(gains)
     ceilings = {entry.path: _ceiling(entry, gains[entry.path], largest, step) for entry in plan.entries}
@@ -39,7 +39,7 @@ def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = Non
     while queue:
         _, _, path = heapq.heappop(queue)
         if costs[path] > left:
-            continue  # cheaper matrices may still get one
+            continue  # a smaller matrix may still fit
         ranks[path] += step
         left -= costs[path]
         if ranks[path] + step <= ceilings[path]:
@@ -48,7 +48,7 @@ def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = Non
 
 
 def rank_cost(entry: PlanEntry) -> int:
-    """Parameters of one more rank of the pair: in + out, times the experts."""
+    """Parameters of one more rank of the pair: in + out, times experts."""
     return replace(entry, rank=2).parameters - replace(entry, rank=1).parameters
 
 
@@ -58,18 +58,18 @@ def pair_parameters(plan: Plan) -> int:
 
 
 def check_gains(gains: Gains) -> None:
-    """Raises DataError that names the matrices whose gains are no finite numbers."""
+    """Raises DataError that names a matrix with non-finite gains."""
     wrong = [path for path, values in gains.items() if not all(math.isfinite(value) for value in values)]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise DataError(
-            f"What ranks are worth in '{wrong[0]}'{more} is no finite number (of {len(gains)} matrices). The model's loss or "
+            f"The gains of ranks in '{wrong[0]}'{more} are not finite (of {len(gains)} matrices). The model's loss or "
             "states are not finite on these rows: try model.dtype float32, or give ranks in lora.rank_pattern."
         )
 
 
 def rank_pattern(plan: Plan, spec: LoraSpec) -> dict[str, int]:
-    """What `lora.rank_pattern` must say beside `lora.rank` for the ranks of `plan`: a whole path for each other rank."""
+    """The `lora.rank_pattern` that, with `lora.rank`, gives the ranks of `plan`: a full path for each other rank."""
     return {entry.path: entry.rank for entry in plan.entries if entry.rank != spec.rank}
 
 
@@ -85,7 +85,7 @@ def _check_budget(plan: Plan, budget: int, ceilings: Mapping[str, int], step: in
     count = len(plan.entries)
     if budget < least:
         raise ConfigError(
-            f"The budget of {budget:,} parameters is below rank {step} for each of the {count} targets, which takes {least:,}. "
+            f"The budget of {budget:,} parameters is below rank {step} for each of the {count} targets, which need {least:,}. "
             "Raise the budget, or name fewer lora.target_modules."
         )
     if budget > full:
@@ -95,6 +95,6 @@ def _check_budget(plan: Plan, budget: int, ceilings: Mapping[str, int], step: in
         )
     if budget > most:
         raise ConfigError(
-            f"The budget of {budget:,} parameters is above what the highest rank that was measured can take ({most:,} for "
+            f"The budget of {budget:,} parameters is above that of the highest measured rank ({most:,} for "
             f"{count} targets of rank {max(ceilings.values())} at most). Lower the budget, or raise ranks.max_rank."
         )

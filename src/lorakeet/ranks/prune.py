@@ -1,14 +1,13 @@
-"""Which rank-one terms of the pairs training can do without: AdaLoRA's importance and budget, on plain A and B.
+"""Selects the rank-one terms of pairs to prune during training: AdaLoRA's importance and budget, on plain A and B.
 
     ΔW = s·B·A = s·Σ_i b_i·a_iᵀ        a_i a row of A, b_i a column of B
 
-From AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512) come the sensitivity of a trained number, |w·∂L/∂w|, and its
-uncertainty, both smoothed over the steps; their product, averaged over what belongs to one rank, as that rank's importance; one
-ranking over all matrices; and a budget that falls by a cube between a warm-up and a last stretch. Not taken: the form P·Λ·Q, so
-that there is no singular value whose own importance is added and no penalty that keeps P and Q orthogonal; and masks: what is cut
-here is gone and cannot come back, in a few steps instead of every hundred. That is structured pruning of LoRA's doublets, with
-which the paper compares itself. A budget is one of parameters here, where the paper counts ranks; and numbers that never had a
-gradient, of tokens in no row and of experts never chosen, are left out of the averages.
+From AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512): the sensitivity of a trained number, |w·∂L/∂w|, and its
+uncertainty, both smoothed over steps; their product, averaged over the numbers of one rank, as its importance; one ranking over
+all matrices; and a budget with a cubic schedule between warm-up and final phase. Not from AdaLoRA: the form P·Λ·Q with its
+singular values and orthogonality penalty, and masks. Here a pruned term is removed for good, in a few steps instead of every
+hundred. That is structured pruning of LoRA's doublets, a baseline of the paper. Budgets count parameters; the paper counts ranks.
+Numbers that never had a gradient (tokens in no row, experts never chosen) are left out of the averages.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from lorakeet.ranks.allocate import pair_parameters, rank_cost
 from lorakeet.ranks.spec import RanksSpec, parameter_count
 
 SMOOTHING = 0.85  # β₁ and β₂ of the paper
-START_OVER_END = 1.5  # the paper's first budget over its last one
-FIRST_CUT = 3  # the earliest step that can cut: B = 0 leaves one step without sensitivity, and uncertainty takes another
+START_OVER_END = 1.5  # the paper's first budget over its last
+FIRST_CUT = 3  # earliest step with a cut: sensitivity needs one step after B = 0, uncertainty another
 
 
 class Importance:
-    """How much training needs each rank-one term of the pairs of a plan, from the gradients that it `see`s.
+    """The importance of each rank-one term of the pairs of a plan, from the gradients passed to `see`.
 
-    Of each number w of A and B it keeps, in fp32 and by the parameter's name,
+    For each number w of A and B it stores, in fp32 and by the parameter's name,
 
         sensitivity  Ī ← β₁·Ī + (1 − β₁)·I, I = |w·∂L/∂w|        uncertainty  Ū ← β₂·Ū + (1 − β₂)·|I − Ī|
     """
@@ -45,7 +44,7 @@ class Importance:
         self._uncertainty: dict[str, Tensor] = {}
 
     def see(self, parameters: Mapping[str, Tensor]) -> None:
-        """Takes in one step's gradients, as they are at `parameters` (PATH.A, PATH.B); one that is not there counts as 0."""
+        """Adds one step's gradients of `parameters` (PATH.A, PATH.B); a missing gradient counts as 0."""
         with torch.no_grad():
             for path in self._dims:
                 for name in (f"{path}.A", f"{path}.B"):
@@ -62,8 +61,8 @@ class Importance:
     def of_terms(self) -> dict[str, Tensor]:
         """By path the importance (rank,) of each term, fp64 on the CPU: the mean of Ī·Ū over a_i, plus that over b_i.
 
-        Each mean is over the numbers that ever had a gradient: of a token that is in no row, or an expert that no token chose,
-        nothing is known, and the rest of the term is not worth less for it. 0 where none had one.
+        Each mean is over numbers that ever had a gradient, so that tokens in no row and experts never chosen do not lower it.
+        0 if none had one.
         """
         return {path: self._mean(f"{path}.A", dims[0]) + self._mean(f"{path}.B", dims[1]) for path, dims in self._dims.items()}
 
@@ -73,23 +72,23 @@ class Importance:
         return found.sum(1) / (sensitivity.movedim(dim, 0).flatten(1) > 0).sum(1).clamp(min=1)
 
     def keep(self, path: str, terms: Tensor) -> None:
-        """Forgets the terms of a pair that are not among these numbers."""
+        """Keeps only these terms of a pair."""
         for name, dim in zip((f"{path}.A", f"{path}.B"), self._dims[path], strict=True):
             for kept in (self._sensitivity, self._uncertainty):
                 if name in kept:
                     kept[name] = kept[name].index_select(dim, terms.to(kept[name].device))
 
     def forget(self) -> None:
-        """Drops everything: no term will be cut any more."""
+        """Drops all state, after the last cut."""
         self._sensitivity, self._uncertainty = {}, {}
 
     def state(self) -> dict[str, Tensor]:
-        """What it keeps, not copied, by `parameter|what`; empty before the first step."""
+        """The state, not copied, by `parameter|what`; empty before the first step."""
         kept = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
         return {f"{name}|{what}": tensor.cpu() for what, tensors in kept.items() for name, tensor in tensors.items()}
 
     def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Takes over what `state` gave, bit for bit."""
+        """Restores the result of `state`, bit for bit."""
         self.forget()
         for key, tensor in state.items():
             name, _, what = key.rpartition("|")
@@ -97,53 +96,52 @@ class Importance:
 
 
 def final_budget(spec: RanksSpec, plan: Plan) -> int:
-    """Parameters of all pairs when pruning is over. Raises ConfigError where that leaves no term, or nothing to cut."""
+    """Parameters of all pairs after pruning. Raises ConfigError if no term is left, or nothing is cut."""
     at_first = pair_parameters(plan)
     budget = math.floor(at_first / START_OVER_END) if spec.budget is None else parameter_count(spec.budget, "ranks.budget")
     least = min((rank_cost(entry) for entry in plan.entries), default=0)
     if budget >= at_first or not plan.entries:
         raise ConfigError(
-            f"The budget of {budget:,} parameters is not below those at first, {at_first:,} in {len(plan.entries)} pairs, so "
-            "that ranks.choose prune has nothing to cut. Lower ranks.budget, or raise lora.rank, which is where it begins."
+            f"The budget of {budget:,} parameters is not below the initial {at_first:,} in {len(plan.entries)} pairs, so "
+            "ranks.choose prune has nothing to cut. Lower ranks.budget, or raise the initial lora.rank."
         )
     if budget < least:
         raise ConfigError(
-            f"The budget of {budget:,} parameters is below one rank of the smallest target, which takes {least:,}. Raise "
-            "ranks.budget, or take ranks.choose given."
+            f"The budget of {budget:,} parameters is below one rank of the smallest target, which needs {least:,}. Raise "
+            "ranks.budget, or use ranks.choose given."
         )
     return budget
 
 
 def cuts(spec: RanksSpec, total: int, *, at_first: int, budget: int) -> dict[int, int]:
-    """After which steps of `total` pairs are cut, and to how many parameters: spread evenly, the last one to `budget`.
+    """The cuts of a run of `total` steps: parameters to keep, by step; spread evenly, the last to `budget`.
 
         b(t) = b_T + (b_0 − b_T)·(1 − (t − t_i) / (T − t_f − t_i))³
 
     for t_i = prune_from·T and T − t_f = prune_until·T (the paper's equation, there in ranks). Raises ConfigError for a run that
-    is too short to know what matters before it is cut.
+    is too short to measure importance before the first cut.
     """
     begin, end = math.floor(spec.prune_from * total), math.floor(spec.prune_until * total)
     steps = [begin + math.ceil((end - begin) * number / spec.prune_cuts) for number in range(1, spec.prune_cuts + 1)]
     if end <= begin or steps[0] < FIRST_CUT:
         raise ConfigError(
             f"A run of {total} steps would be pruned after step {steps[0]}, between ranks.prune_from {spec.prune_from:g} and "
-            f"prune_until {spec.prune_until:g} of it, but {FIRST_CUT} steps at least tell what matters. Take more steps, fewer "
-            "ranks.prune_cuts, or a later prune_until; or take --ranks auto."
+            f"prune_until {spec.prune_until:g} of it, but importance needs {FIRST_CUT} steps. Use more steps, fewer "
+            "ranks.prune_cuts, or a later prune_until; or use --ranks auto."
         )
     return {step: budget + math.floor((at_first - budget) * (1 - (step - begin) / (end - begin)) ** 3) for step in steps}
 
 
 def most_important(plan: Plan, importance: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """By path the numbers, ascending, of the terms to keep: the most important of all that fit `budget` parameters.
+    """By path the indices, ascending, of the terms to keep: the most important of all within `budget` parameters.
 
-    Importance, by path (rank,), is a mean over numbers, so that it already says what a term is worth for its size. Where the next
-    term is too large for what is left, smaller ones may still get it; equal ones go by their order in the plan. Every matrix is
-    free to keep all of its terms or none.
+    Importance, by path (rank,), is a mean, so it is already relative to size. If the next term does not fit, smaller ones may;
+    ties go by order in the plan. A matrix may keep all of its terms or none.
     """
     costs = {entry.path: rank_cost(entry) for entry in plan.entries}
     ranked = [
-        (-score, place, number, entry.path)
-        for place, entry in enumerate(plan.entries)
+        (-score, order, number, entry.path)
+        for order, entry in enumerate(plan.entries)
         for number, score in enumerate(importance[entry.path].tolist())
     ]
     kept: dict[str, list[int]] = {entry.path: [] for entry in plan.entries}
@@ -156,5 +154,5 @@ def most_important(plan: Plan, importance: Mapping[str, Tensor], budget: int) ->
 
 
 def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
-    """`plan` with pairs cut to these ranks at the scales that they have, those of rank 0 left out."""
+    """`plan` with pairs cut to these ranks at unchanged scales, without pairs of rank 0."""
     return replace(plan, entries=tuple(entry.cut(ranks[entry.path]) for entry in plan.entries if ranks[entry.path]))

@@ -1,7 +1,7 @@
-"""Pairs cut to a lower rank where it is missed least: the SVD of ΔW weighted by what reads it and by what the loss asks of it.
+"""Cuts pairs to a lower rank with the least change of the loss: the SVD of ΔW weighted by input and gradient moments.
 
-With C = E[x·xᵀ] of a matrix's inputs and S = E[g·gᵀ] of the loss's gradients at its outputs, the change of the loss that an error
-E of ΔW makes is, to second order and in K-FAC's approximation (Martens and Grosse 2015, arXiv 1503.05671), ½·‖S^½·E·C^½‖²_F. The
+With C = E[x·xᵀ] of a matrix's inputs and S = E[g·gᵀ] of the loss's gradients at its outputs, an error E of ΔW changes the loss,
+to second order and in K-FAC's approximation (Martens and Grosse 2015, arXiv 1503.05671), by ½·‖S^½·E·C^½‖²_F. The
 best cut in that norm is a truncated SVD of S^½·ΔW·C^½. Since ΔW = s·B·A is thin, neither S nor C is ever formed:
 
     M = E[(A·x)(A·x)ᵀ] = L·Lᵀ      N = E[(Bᵀ·g)(Bᵀ·g)ᵀ] = Rᵀ·R      R·L = U·Σ·Vᵀ, all (rank, rank)
@@ -30,13 +30,13 @@ from lorakeet.models import modules
 from lorakeet.ranks.allocate import allocate
 from lorakeet.ranks.spec import parameter_count
 
-DAMPING = 0.01  # share of the mean of C and S added to every direction: few rows leave directions that they never saw
+DAMPING = 0.01  # share of the mean of C and S added to every direction, since few rows leave some unseen
 Weighting = Literal["loss", "activation", "none"]
 
 
 @dataclass
 class Moments:
-    """What one pair saw, summed over tokens: M and N of the module's docstring, and the traces of C and S, in fp64."""
+    """The moments of one pair, summed over tokens: M and N of the module's docstring, and the traces of C and S, in fp64."""
 
     inputs: Tensor  # Σ (A·x)(A·x)ᵀ, (rank, rank)
     gradients: Tensor  # Σ (Bᵀ·g)(Bᵀ·g)ᵀ, (rank, rank)
@@ -46,31 +46,31 @@ class Moments:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A pair turned so that its components stand in the order in which they are missed: any rank is a prefix of it."""
+    """A pair rotated so that its components are ordered by importance: any rank is a prefix of it."""
 
     A: Tensor  # (rank, in)
     B: Tensor  # (out, rank)
-    values: Tensor  # s·Σ, falling; what rank k and above are worth is Σ_{j>k} values²
+    values: Tensor  # s·Σ, descending; a cut to rank k loses Σ_{j>k} values²
 
 
 def check_pairs(adapter: Adapter) -> None:
     """Raises ConfigError that names every pair that cannot be cut."""
     problems = Problems("This adapter cannot be compressed")
     if not adapter.pairs:
-        problems.add("It holds no low-rank pairs.")
+        problems.add("It has no low-rank pairs.")
     for path, pair in adapter.pairs.items():
         if pair.magnitude is not None:
-            problems.add(f"'{path}' is a DoRA pair: its row lengths belong to the ΔW that they were trained with.")
+            problems.add(f"'{path}' is a DoRA pair: its magnitudes were trained with its ΔW.")
         elif pair.kind not in ("linear", "conv1d"):
-            problems.add(f"'{path}' is on a {pair.kind} weight; only pairs on linear layers are cut.")
+            problems.add(f"'{path}' is on a {pair.kind} weight; only pairs on linear layers can be cut.")
     problems.raise_if_any()
 
 
 @contextmanager
 def collect_moments(model: nn.Module, name: str) -> Iterator[dict[str, Moments]]:
-    """A context in which forward and backward passes over the active adapter `name` fill the Moments of its pairs, by path.
+    """A context in which forward and backward passes with the active adapter `name` fill the Moments of its pairs, by path.
 
-    The pairs must be called as modules: no fused MLP may stand in for them (models/fuse.unfuse).
+    The pairs must be called as modules, so fused MLPs must be unfused (models/fuse.unfuse).
     """
     found: dict[str, Moments] = {}
     handles = []
@@ -110,7 +110,7 @@ def _gram(states: Tensor) -> Tensor:
 
 
 def spectrum(pair: Pair, moments: Moments, weighting: Weighting = "loss") -> Spectrum:
-    """`pair` by components in the order of Σ (see above), on the CPU. Raises DataError where the moments are no numbers."""
+    """The components of `pair` in the order of Σ (see above), on the CPU. Raises DataError for non-finite moments."""
     A, B = pair.A.double(), pair.B.double()
     M, N = A @ A.t(), B.t() @ B
     if weighting != "none":
@@ -118,13 +118,13 @@ def spectrum(pair: Pair, moments: Moments, weighting: Weighting = "loss") -> Spe
     if weighting == "loss":
         N = moments.gradients + DAMPING * moments.gradient_trace / B.shape[0] * N
     if not (M.isfinite().all() and N.isfinite().all()):
-        what = "What a pair reads, or the loss's gradient at it, is no finite number on these rows"
+        what = "The input of a pair, or the loss's gradient at it, is not finite on these rows"
         raise DataError(f"{what}. Check the adapter with lorakeet evaluate, or try --weighting none.")
     L, L_inverse = _root(M)
     R, R_inverse = (factor.t() for factor in _root(N))
     U, S, Vh = torch.linalg.svd(R @ L, full_matrices=False)
     new_a, new_b = S.sqrt()[:, None] * (Vh @ (L_inverse @ A)), (B @ (R_inverse @ U)) * S.sqrt()
-    lengths = (new_b.norm(dim=0) / new_a.norm(dim=1).clamp(min=1e-300)).sqrt()  # neither factor far larger than the other
+    lengths = (new_b.norm(dim=0) / new_a.norm(dim=1).clamp(min=1e-300)).sqrt()  # balances the norms of the factors
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
     return Spectrum((new_a * lengths[:, None]).float(), (new_b / lengths).float(), S * abs(pair.scale))
 
@@ -139,23 +139,23 @@ def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spectra(adapter: Adapter, moments: Mapping[str, Moments], weighting: Weighting = "loss") -> dict[str, Spectrum]:
-    """The Spectrum of every pair. Raises ConfigError for pairs that cannot be cut, DataError for moments that are no numbers."""
+    """The Spectrum of every pair. Raises ConfigError for pairs that cannot be cut, DataError for non-finite moments."""
     check_pairs(adapter)
     return {path: spectrum(pair, moments[path], weighting) for path, pair in adapter.pairs.items()}
 
 
 def cut_to_budget(adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum], budget: int) -> Adapter:
-    """`adapter` with pairs of at most `budget` parameters in all, the ranks where Σ² is largest for its parameters.
+    """`adapter` cut to at most `budget` parameters in all pairs, with the ranks of the largest Σ² per parameter.
 
-    `plan` is what the adapter amounts to in its base. Raises ConfigError for a budget below rank 1 each or above what there is.
+    `plan` describes the adapter in its base. Raises ConfigError for a budget below rank 1 each or above the present size.
     """
-    gains = {path: falling.values.square().tolist() for path, falling in found.items()}
+    gains = {path: each.values.square().tolist() for path, each in found.items()}
     chosen = allocate(plan, gains, budget)
     return cut_to_ranks(adapter, found, {entry.path: entry.rank for entry in chosen.entries})
 
 
 def cut_to_ranks(adapter: Adapter, found: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> Adapter:
-    """`adapter` with its pairs at `ranks` (or at their own, where that is lower), of the same scale; extras as they were."""
+    """`adapter` with its pairs cut to `ranks` (or their own, if lower) at the same scale; extras unchanged."""
     pairs = {path: _first(pair, found[path], ranks[path]) for path, pair in adapter.pairs.items()}
     return replace(adapter, pairs=pairs)
 
@@ -167,7 +167,7 @@ def _first(pair: Pair, whole: Spectrum, rank: int) -> Pair:
 
 
 def cut_to_target(text: str, adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum]) -> Adapter:
-    """The adapter that "0.5M" (parameters of its pairs) or "rank 8" asks for. Raises ConfigError for anything else."""
+    """The adapter cut to "0.5M" (parameters of its pairs) or "rank 8". Raises ConfigError for other text."""
     word = text.strip().lower()
     if not word.startswith("r"):
         return cut_to_budget(adapter, plan, found, parameter_count(text, "--to"))

@@ -1,9 +1,9 @@
-"""What the first, second, … rank of each matrix is worth, from a few batches and without a gradient of a matrix's own size.
+"""Estimates the gain of each rank of each matrix from a few batches, without full-size weight gradients.
 
 The gradient of a pair is a product with the gradient G = ∂L/∂W of its frozen weight: at B = 0 it is ∂L/∂B = G·Aᵀ, and at A = 0 it
 is ∂L/∂A = Bᵀ·G. Training's own backward pass over a pair with random A therefore gives the sketch of a randomised SVD (Halko et
 al. 2011), and a second pass with B = orth(G·Aᵀ) gives the small matrix Bᵀ·G that holds the leading singular triples. Any base
-that can be trained over can be scored: packed, experts, convolutions.
+that can be trained on can be scored: packed, experts, convolutions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models import modules
 
-LENGTH = 3**-0.5  # of a row of A: that of the random start, so that learning rates mean the same
-OVERSAMPLING = 8  # directions beyond the highest rank, so that this one is found well
+LENGTH = 3**-0.5  # norm of a row of A, as in the random start, so that learning rates are comparable
+OVERSAMPLING = 8  # directions beyond the highest rank, for accuracy
 
 
 def sketch_plan(plan: Plan, largest: int) -> Plan:
-    """The plan of the pairs that gradients are read from: plain, of rank `largest` and a little more, of scale 1."""
+    """The plan of the pairs for reading gradients: plain LoRA of rank `largest` plus oversampling, of scale 1."""
     return replace(plan, entries=tuple(_sketch_entry(entry, largest) for entry in plan.entries), extras=())
 
 
@@ -42,7 +42,7 @@ Halves = tuple[dict[str, Tensor], dict[str, Tensor]]  # by path, Bᵀ·G (…, r
 def gradient_halves(
     plan: Plan, parameters: Mapping[str, nn.Parameter], backward: Callable[[int], None], *, seed: int
 ) -> Halves:
-    """Bᵀ·G of each half of the rows, where B is an orthonormal basis of what the first half's G reaches most.
+    """Bᵀ·G of each half of the rows, where B is an orthonormal basis of the sketched range of the first half's G.
 
     `plan` is the `sketch_plan`, `parameters` its pairs in the model (PATH.A, PATH.B), and `backward(half)` adds the gradients of
     the mean loss over half 0 or 1 of the rows.
@@ -59,7 +59,7 @@ def gradient_halves(
         for entry in plan.entries:
             A, B = parameters[f"{entry.path}.A"], parameters[f"{entry.path}.B"]
             sketch = _columns(_grad(B), entry)  # G·Aᵀ
-            B.copy_(torch.linalg.qr(torch.nan_to_num(sketch)).Q.view(B.shape))  # what is no number shows in the second pass again
+            B.copy_(torch.linalg.qr(torch.nan_to_num(sketch)).Q.view(B.shape))  # NaN shows again in the second pass
             A.zero_()
     halves = []
     for half in (0, 1):
@@ -71,20 +71,19 @@ def gradient_halves(
 
 
 def gradient_gains(halves: Halves, *, largest: int) -> dict[str, list[float]]:
-    """By path, how much of the gradient's energy the k-th rank catches, k = 1 … `largest`, as the other half of the rows sees it.
+    """By path, the gradient energy of the k-th rank, k = 1 … `largest`, cross-validated on the other half of the rows.
 
-    Directions u_k, v_k and σ_k come from half 0; the gain is σ_k·u_kᵀ·G₁·v_k with G₁ of half 1: σ_k² where both halves agree,
-    nothing on average where a direction is noise of a few rows, below 0 as often as above. (LoRA-GA, arXiv 2407.05000, and GoRA
-    take σ_k² itself, which grows with the noise.)
+    Directions u_k, v_k and σ_k come from half 0; the gain is σ_k·u_kᵀ·G₁·v_k with G₁ of half 1: σ_k² if both halves agree, 0 on
+    average if a direction is noise of a few rows. (LoRA-GA, arXiv 2407.05000, and GoRA take σ_k² itself, which grows with noise.)
     """
     return {path: _shared_energy(halves[0][path], halves[1][path], largest) for path in halves[0]}
 
 
 def gradient_directions(halves: Halves, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """By path, A (rank, in) along the leading right singular vectors of the gradient of all rows, in rows of a random A's length.
+    """By path, A (rank, in) along the leading right singular vectors of the gradient of all rows, with a random A's row norms.
 
-    At B = 0 the first step's ∂L/∂B = s·G·Aᵀ is then the most of G that so many rows of A can pass on. LoRA-GA begins in the same
-    directions, but with B ≠ 0 and the product taken off the base; here the base and the size of what is saved stay as they are.
+    At B = 0 the first step's ∂L/∂B = s·G·Aᵀ then captures the most of G for this rank. LoRA-GA starts in the same directions, but
+    with B ≠ 0 and the product subtracted from the base; here the base and the adapter's size stay unchanged.
     """
     found = {}
     for path, rank in ranks.items():
@@ -97,8 +96,8 @@ def gradient_directions(halves: Halves, ranks: Mapping[str, int]) -> dict[str, T
 def _require_finite(path: str, numbers: Tensor) -> None:
     if not numbers.isfinite().all():
         raise DataError(
-            f"What '{path}' sees of the rows is no finite number, so lora.start has no direction there. Try model.dtype float32, "
-            "or lora.start kaiming."
+            f"The states at '{path}' are not finite on these rows, so lora.start has no direction there. Try model.dtype "
+            "float32, or lora.start kaiming."
         )
 
 
@@ -122,10 +121,10 @@ def _rows(A: Tensor, entry: PlanEntry) -> Tensor:
 
 
 def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:
-    """σ_k·u_kᵀ·`other`·v_k of the singular triples of `found` (…, rank, in), never rising; summed over experts."""
+    """σ_k·u_kᵀ·`other`·v_k of the singular triples of `found` (…, rank, in), non-increasing; summed over experts."""
     if not (found.isfinite().all() and other.isfinite().all()):
         return [float("nan")] * min(largest, found.shape[-2])
-    found, other = found.double(), other.double()  # one matrix at a time: all of them would take twice the memory
+    found, other = found.double(), other.double()  # one matrix at a time, to save memory
     U, S, Vh = torch.linalg.svd(found, full_matrices=False)
     seen = torch.einsum("...ik,...ij,...kj->...k", U, other, Vh)
     energy = S * seen
@@ -134,7 +133,7 @@ def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:
 
 
 def non_increasing(values: list[float]) -> list[float]:
-    """The nearest sequence (least squares) that never rises: a rank is spent only after the ones before it."""
+    """The nearest non-increasing sequence (least squares), since a rank follows the ones before it."""
     blocks: list[tuple[float, int]] = []  # (mean, length); pool adjacent violators
     for value in values:
         blocks.append((value, 1))
@@ -145,12 +144,12 @@ def non_increasing(values: list[float]) -> list[float]:
 
 
 def variance_gains(sketches: Mapping[str, Sketch], plan: Plan, *, largest: int) -> dict[str, list[float]]:
-    """By path, the share of the second moment of what was sketched that its k-th direction holds, k = 1 … `largest`."""
+    """By path, the share of the sketched second moment along its k-th direction, k = 1 … `largest`."""
     return {entry.path: sketches[entry.path].shares(min(largest, entry.largest_rank)) for entry in plan.entries}
 
 
 def activation_directions(sketches: Mapping[str, Sketch], ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """By path, A (rank, in) along the directions that hold most of the inputs, as EVA begins; rows as long as a random A's."""
+    """By path, A (rank, in) along the leading directions of the inputs, as in EVA, with a random A's row norms."""
     return {path: LENGTH * sketches[path].directions(path, rank) for path, rank in ranks.items()}
 
 
@@ -165,7 +164,7 @@ def sketch_states(
 ) -> dict[str, Sketch]:
     """By path, a sketch of the second moment of the matrix's inputs x, or outputs W·x; `forward()` runs the bare model.
 
-    input: EVA (arXiv 2410.07170), where rank goes to the directions that explain most of the activations. output: weight ×
+    input: EVA (arXiv 2410.07170), which gives rank to the directions that explain most of the activations. output: weight ×
     activation, the singular values of W·C^½ with C = E[x·xᵀ] (CorDA, arXiv 2406.05223, takes those of W·C). The moments are never
     formed: C·Ω for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
     """
@@ -181,7 +180,7 @@ def sketch_states(
     for entry in plan.entries:
         width = entry.shape[1] if of == "input" else entry.shape[0]
         sketch = sketches[entry.path] = Sketch(width, min(largest + OVERSAMPLING, width), generator)
-        module = cast(nn.Module, modules.find(model, entry.path))  # or what holds other adapters' pairs in its place
+        module = cast(nn.Module, modules.find(model, entry.path))  # or the layer that wraps it for other adapters
         handles.append(module.register_forward_hook(_watch(sketch, of, modules.unwrapped(module))))
     try:
         with torch.no_grad():
@@ -194,7 +193,7 @@ def sketch_states(
 
 def _watch(sketch: Sketch, of: str, frozen: nn.Module) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        bias = getattr(frozen, "bias", None)  # the same for every token: no pair can give that a direction
+        bias = getattr(frozen, "bias", None)  # constant over tokens: no direction for a pair
         sketch.add(inputs[0] if of == "input" else output if bias is None else output - bias)
 
     return hook
@@ -206,17 +205,17 @@ class Sketch:
     def __init__(self, width: int, size: int, generator: torch.Generator) -> None:
         self.omega: Tensor = torch.linalg.qr(torch.randn(width, size, generator=generator)).Q  # (width, size)
         self.product = torch.zeros(width, size)
-        self.trace, self.states = 0.0, 0  # and how many were taken in
+        self.trace, self.states = 0.0, 0  # states: how many were added
 
     def add(self, states: Tensor) -> None:
-        """Takes in states (…, width)."""
+        """Adds states (…, width)."""
         x = states.detach().flatten(0, -2).float().cpu()
         self.product += x.t() @ (x @ self.omega)
         self.trace += float(x.double().square().sum())
         self.states += len(x)
 
     def shares(self, count: int) -> list[float]:
-        """The leading eigenvalues over the trace, falling; not numbers where the states were none."""
+        """The leading eigenvalues over the trace, descending; NaN for non-finite states or a zero trace."""
         if not self.product.isfinite().all() or self.trace == 0:
             return [float("nan")] * count
         found = torch.linalg.svdvals(self._root()).square() / self.trace
@@ -224,11 +223,12 @@ class Sketch:
         return [float(value) for value in padded[:count]]
 
     def directions(self, path: str, count: int) -> Tensor:
-        """The leading eigenvectors as rows (count, width), random ones where the states span fewer; DataError where they are no
-        numbers, or where there were none."""
+        """The leading eigenvectors as rows (count, width), random ones beyond the span of the states.
+
+        Raises DataError for non-finite states, or none."""
         if not self.states:
             said = f"No token of the rows reaches '{path}', so lora.start has no direction there."
-            raise DataError(f"{said} Raise ranks.rows, leave it out with lora.exclude_modules, or take lora.start kaiming.")
+            raise DataError(f"{said} Raise ranks.rows, leave it out with lora.exclude_modules, or use lora.start kaiming.")
         _require_finite(path, self.product)
         found = self.omega.t()[:count].clone()
         if self.trace > 0:

@@ -103,14 +103,14 @@ class Access:
             return self._everyone
         kind, _, key = (header or "").partition(" ")
         if kind.lower() == "bearer" and key:
-            given = hashed(key.strip())
+            given = hash_key(key.strip())
             for known, caller in self._callers.items():
                 if hmac.compare_digest(known, given):
                     return caller
         raise NotAllowed("No valid API key; send it as 'Authorization: Bearer KEY'.", 401)
 
 
-def hashed(key: str) -> str:
+def hash_key(key: str) -> str:
     """What is kept of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
@@ -131,7 +131,7 @@ def read_keys(path: Path) -> Access:
         if problem:
             problems.add(f"{path}, key {number}: {problem}")
             continue
-        known = str(entry.get("sha256") or hashed(entry["key"])).lower()
+        known = str(entry.get("sha256") or hash_key(entry["key"])).lower()
         if known in callers:
             problems.add(f"{path}, key {number}: the same key stands there twice.")
         adapters = entry.get("adapters", [EVERYTHING])

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from lorakeet.core.selection import Selection
 from lorakeet.errors import ConfigError, LorakeetError
-from lorakeet.formats.files.slab import give_back_spare_memory
+from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
+from lorakeet.serve.cache_slots import CacheSlots, prefix_key
 from lorakeet.serve.grammar import Grammar, GrammarFailed
-from lorakeet.serve.sampling import Chooser, Chosen, Sampling, all_finite
-from lorakeet.serve.slots import Slots, key_of
+from lorakeet.serve.sampling import SampledToken, Sampler, Sampling, rows_finite
 from lorakeet.serve.text_stream import TextStream
 
 NOT_FINITE = "The model's numbers are not finite with these adapters and weights; ask for smaller weights, or check the adapter."
@@ -55,7 +55,7 @@ class Event:
     """What happened to a text: a token came (`chosen`, with the text that can be shown), or it ended (`reason`)."""
 
     text: str = ""
-    chosen: Chosen | None = None
+    chosen: SampledToken | None = None
     reason: Reason | None = None
     error: str = ""
 
@@ -85,7 +85,7 @@ class EngineRequest:
 
     def __init__(self, request: Request, listener: Callable[[Event], None], stream: TextStream) -> None:
         self.request, self.listener, self.stream = request, listener, stream
-        self.chooser = Chooser(request.sampling, request.grammar.begin() if request.grammar else None)
+        self.chooser = Sampler(request.sampling, request.grammar.begin() if request.grammar else None)
         self.timing = Timing(submitted=time.monotonic())
         self.cancelled = False
         self.slot = -1
@@ -120,7 +120,7 @@ class Engine:
         """
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
-        self.slots = Slots(self.cache)
+        self.slots = CacheSlots(self.cache)
         self.most_waiting, self.cores = waiting, cores
         self.steps = 0
         self.most_copies: int | None = None  # bytes that the copies of adapters may take between two steps
@@ -251,7 +251,7 @@ class Engine:
                 woken = self._wake.wait(patience)
             if not woken:
                 self.selection.release()
-                give_back_spare_memory()
+                free_spare_memory()
                 release_free_memory()
                 patience = None
 
@@ -269,7 +269,7 @@ class Engine:
         while self._queue and self.slots.free:
             with self._wake:
                 job = self._queue.popleft()
-            job.slot, job.cached = self.slots.take(key_of(job.request.adapters), job.request.ids)
+            job.slot, job.cached = self.slots.take(prefix_key(job.request.adapters), job.request.ids)
             job.done, job.pending = job.cached, job.request.ids[job.cached :]
             self._running.append(job)
 
@@ -304,7 +304,7 @@ class Engine:
         return [job for job, _ in chosen], rows
 
     def _take(self, jobs: list[EngineRequest], rows: list[CacheRow], logits: Tensor) -> None:
-        for job, row, found, finite in zip(jobs, rows, logits, all_finite(logits), strict=True):
+        for job, row, found, finite in zip(jobs, rows, logits, rows_finite(logits), strict=True):
             if not finite:
                 self.slots.wipe(job.slot)
                 self._finish(job, "error", NOT_FINITE)

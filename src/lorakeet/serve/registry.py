@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
-from lorakeet.formats.files.slab import give_back_spare_memory
+from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.models.text.serving import ServingModel
+from lorakeet.serve.adapter_files import AdapterSource, inspect_adapter, read_stored_adapter
+from lorakeet.serve.cache_slots import Key, prefix_key
 from lorakeet.serve.engine import Engine
-from lorakeet.serve.naming import UnknownModel, check_name, wanted
-from lorakeet.serve.on_disk import Source, inspect, read_stored_adapter
+from lorakeet.serve.model_names import UnknownModel, check_name, parse_model
 from lorakeet.serve.probe import Probe, Prober, compare_record, find_certificate, read_record
-from lorakeet.serve.slots import Key, key_of
 
 log = logging.getLogger("lorakeet.serve")
 
@@ -36,7 +36,7 @@ class Version:
     """One content under one name."""
 
     name: str
-    source: Source
+    source: AdapterSource
     key: str = ""  # in the model; empty until it is loaded for the first time
     loaded: bool = False
     users: int = 0
@@ -135,7 +135,7 @@ class Registry:
         `private`: nobody but this server writes its files, so that they are mapped instead of copied.
         """
         check_name(name, self.base)
-        source = inspect(path, self.live, digest, private=private)
+        source = inspect_adapter(path, self.live, digest, private=private)
         version = Version(name, source, pinned=pinned, probe=probe, certificate=find_certificate(path))
         with self._lock:
             if name in self._current:
@@ -157,7 +157,7 @@ class Registry:
         with self._loading:
             if name in self._current and not replace:
                 raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
-            source = inspect(path, self.live, private=private)
+            source = inspect_adapter(path, self.live, private=private)
             version = Version(name, source, pinned=pinned, certificate=find_certificate(path))
             self._bring_in(version, record=True)
             with self._lock:
@@ -183,7 +183,7 @@ class Registry:
             if version is None:
                 raise UnknownModel(f"No adapter '{name}' is loaded.{nearest(name, self.names)}")
             self._retire(version)
-        give_back_spare_memory()
+        free_spare_memory()
         self._changed()
 
     def pin(self, name: str, pinned: bool) -> None:
@@ -200,8 +200,8 @@ class Registry:
             raise
 
     def lease(self, model: str) -> Lease:
-        """What `model` means (serve/naming), in memory and kept there until it is released."""
-        return self.lease_of(wanted(model, base=(self.base,), known=self._current.keys()))
+        """What `model` means (serve/model_names), in memory and kept there until it is released."""
+        return self.lease_of(parse_model(model, base=(self.base,), known=self._current.keys()))
 
     def lease_of(self, weights: Mapping[str, float]) -> Lease:
         """As `lease`, for adapters by name with weights. NoRoom where those in use fill the memory."""
@@ -213,7 +213,7 @@ class Registry:
             single = [version.name for version in held if not self.live.mixes(version.key)]
             if single and (len(held) > 1 or set(adapters.values()) != {1.0}):
                 raise ConfigError(f"{', '.join(single)} has DoRA or biases, which have no weighted mix; ask for it by itself.")
-            self._count_mix(key_of(adapters))
+            self._count_mix(prefix_key(adapters))
             return Lease(tuple(held), adapters)
         except BaseException:
             self._let_go(held)
@@ -221,7 +221,7 @@ class Registry:
 
     def release(self, lease: Lease) -> None:
         """Ends a lease; old versions that nobody uses any more are freed."""
-        self._forget_mix(key_of(lease.adapters))
+        self._forget_mix(prefix_key(lease.adapters))
         self._let_go(list(lease.versions))
 
     def _count_mix(self, mix: Key) -> None:

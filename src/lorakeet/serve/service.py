@@ -16,20 +16,20 @@ from jinja2 import TemplateError
 from lorakeet.errors import ConfigError
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.access import Access, Caller
+from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
-from lorakeet.serve.fields import Fields
 from lorakeet.serve.grammar import Grammars
 from lorakeet.serve.metrics import ServerMetrics
-from lorakeet.serve.naming import LARGEST, UnknownModel, wanted
+from lorakeet.serve.model_names import LARGEST, UnknownModel, parse_model
 from lorakeet.serve.registry import Lease, Registry, Version
+from lorakeet.serve.request_fields import Fields
 from lorakeet.serve.sampling import Sampling
-from lorakeet.serve.store import AdapterStore
 
 MOST_TEXTS = 16  # that one request may ask for after a prompt
 log = logging.getLogger("lorakeet.serve")
 
 
-class Text:
+class GeneratedText:
     """One text that is being written."""
 
     def __init__(self, index: int) -> None:
@@ -61,10 +61,10 @@ class Text:
 
 
 @dataclass
-class Writing:
+class Generation:
     """The texts of one request; `close` it whatever happens."""
 
-    texts: tuple[Text, ...]
+    texts: tuple[GeneratedText, ...]
     lease: Lease
     prompt: int  # tokens of all prompts
     began: float
@@ -82,7 +82,7 @@ class Writing:
         return sum(len(text.job.written) for text in self.texts if text.job is not None)
 
 
-def _outcome(writing: Writing) -> str:
+def _outcome(writing: Generation) -> str:
     """For the count of requests: how one of the texts ended, where that is "error", "timeout" or "cancelled", else "done"."""
     reasons = {text.reason for text in writing.texts}
     return next((reason for reason in ("error", "timeout", "cancelled") if reason in reasons), "done")
@@ -161,7 +161,7 @@ class Service:
 
     def meant(self, caller: Caller, model: str) -> dict[str, float]:
         """The adapters that `model` means for this caller; others' adapters do not exist for it."""
-        return wanted(model, base=(self.base,), known=caller.visible(self.registry.names))
+        return parse_model(model, base=(self.base,), known=caller.visible(self.registry.names))
 
     def weigh(self, caller: Caller, model: str, fields: Fields) -> dict[str, float]:
         """As `meant`; a request for the base takes llama.cpp's `lora` list, or the scales that were set for everyone."""
@@ -193,7 +193,7 @@ class Service:
     async def write(
         self, caller: Caller, meant: dict[str, float], prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, texts: int = 1,
         schema: Mapping[str, Any] | None = None,
-    ) -> Writing:  # fmt: skip
+    ) -> Generation:  # fmt: skip
         """Begins `texts` texts after each of the `prompts`, in order, which are JSON of that `schema`, if there is one.
 
         Whatever the schema's grammar, the registry and the engine refuse is raised before anything is written.
@@ -210,8 +210,8 @@ class Service:
         began = time.monotonic()
         grammar = None if schema is None else await asyncio.to_thread(self.grammars.of_schema, schema)
         lease = await asyncio.to_thread(self.registry.lease_of, meant)
-        begun = tuple(Text(index) for index in range(count))
-        writing = Writing(begun, lease, sum(map(len, prompts)), began, texts)
+        begun = tuple(GeneratedText(index) for index in range(count))
+        writing = Generation(begun, lease, sum(map(len, prompts)), began, texts)
         try:
             for text in writing.texts:
                 which, number = divmod(text.index, texts)
@@ -223,11 +223,11 @@ class Service:
             raise
         return writing
 
-    def close(self, writing: Writing, outcome: str = "") -> None:
+    def close(self, writing: Generation, outcome: str = "") -> None:
         """Cancels what is not ended, and ends the lease when it is."""
         self._after(self._end(writing, outcome))
 
-    async def _end(self, writing: Writing, outcome: str) -> None:
+    async def _end(self, writing: Generation, outcome: str) -> None:
         begun = [text for text in writing.texts if text.job is not None]
         late = [text for text in begun if not text.ended.is_set()]
         for text in late:
@@ -274,5 +274,5 @@ class Service:
     def unknown(self, caller: Caller, name: str) -> UnknownModel:
         """The error for a name that this caller cannot see, the same whether it exists or not."""
         with contextlib.suppress(UnknownModel):
-            wanted(name, base=(), known=caller.visible(self.registry.names))
+            parse_model(name, base=(), known=caller.visible(self.registry.names))
         return UnknownModel(f"No adapter '{name}' is loaded.")

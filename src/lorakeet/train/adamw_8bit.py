@@ -1,10 +1,10 @@
-"""AdamW with moments of 8 bits, block by block on a dynamic grid (Dettmers et al., https://arxiv.org/abs/2110.02861).
+"""AdamW with 8-bit moments, quantised by block on a dynamic grid (Dettmers et al., https://arxiv.org/abs/2110.02861).
 
-A moment is cut into blocks of 256 numbers; each is kept as its largest magnitude and, for each number, the nearest of 256 values
-between −1 and 1 (dynamic tree quantisation: seven decades, finer near the top). Of the second moment its square root is kept, on
-a grid from 0 to 1, which takes twice as many decades and is what a step divides by; what is above 0 stays above 0. A step brings
-the moments back in fp32, a piece at a time, computes what AdamW computes, and rounds them again. No randomness, no kernel of
-its own: the same numbers give the same bytes on every run. Tensors below 4,096 numbers keep fp32 moments, as in bitsandbytes.
+A moment is stored in blocks of 256 numbers: the largest magnitude, and for each number the nearest of 256 values between −1 and
+1 (dynamic tree quantisation: seven decades, finer near the top). The second moment is stored as its square root on a grid from 0
+to 1: that covers twice as many decades, and is the divisor of a step. Positive values stay positive. A step dequantises the
+moments to fp32, a piece at a time, applies AdamW, and quantises again. Deterministic: the same numbers give the same bytes on
+every run. Tensors below 4,096 numbers keep fp32 moments, as in bitsandbytes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-SMALLEST = 4096  # numbers of a tensor whose moments are rounded
-_PIECE = 1 << 18  # numbers of a moment that are fp32 at once
+SMALLEST = 4096  # numbers of the smallest tensor with quantised moments
+_PIECE = 1 << 18  # numbers of a moment in fp32 at once
 _DECADES = 7
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW as torch's, decoupled decay and bias correction included, its moments kept in 8 bits."""
+    """torch's AdamW with its moments stored in 8 bits."""
 
     def __init__(
         self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
@@ -72,7 +72,7 @@ def _first_state(parameter: Tensor) -> dict[str, Tensor]:
 def _advance(
     parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]
 ) -> None:
-    """AdamW's step (https://arxiv.org/abs/1711.05101) in place, on tensors of one shape: m and v first, then the parameter."""
+    """AdamW's step (https://arxiv.org/abs/1711.05101) in place, on tensors of one shape: m and v, then the parameter."""
     beta1, beta2 = group["betas"]
     rate, steps = group["lr"], step.to(parameter.device)
     first.lerp_(gradient, 1 - beta1)
@@ -88,25 +88,25 @@ def _values(signed: bool) -> tuple[float, ...]:
     found = [0.0, 1.0]
     for decade in range(_DECADES):
         count = 2 ** (decade + (0 if signed else 1))
-        middles = [(0.1 + 0.9 * (place + 0.5) / count) * 10.0 ** (decade + 1 - _DECADES) for place in range(count)]
+        middles = [(0.1 + 0.9 * (index + 0.5) / count) * 10.0 ** (decade + 1 - _DECADES) for index in range(count)]
         found += [*middles, *(-value for value in middles if signed)]
     return tuple(sorted(found))
 
 
-def select_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, places: Tensor) -> dict[str, Tensor]:
-    """The moments of a parameter of `shape` once it has these places of dimension `dim` alone; `state` is empty afterwards.
+def select_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, indices: Tensor) -> dict[str, Tensor]:
+    """Selects `indices` of dimension `dim` from the moments of a parameter of `shape`; empties `state`.
 
-    Those of 8 bits are brought back and rounded once more, since blocks of 256 are others then; a tensor stays at the precision
-    at which it began, however small it gets.
+    8-bit moments are dequantised and quantised again, since block borders move. A tensor keeps its precision, however small
+    it gets.
     """
     found = {"step": state.pop("step")}
     for name in ("exp_avg", "exp_avg_sq"):
         if name in state:
-            found[name] = state.pop(name).index_select(dim, places)
+            found[name] = state.pop(name).index_select(dim, indices)
     for name, signed in (("first", True), ("second", False)):
         if f"{name}_codes" in state:
             whole = dequantise_moments(state.pop(f"{name}_codes"), state.pop(f"{name}_scales"), signed=signed)
-            kept = whole.view(shape).index_select(dim, places).view(-1)
+            kept = whole.view(shape).index_select(dim, indices).view(-1)
             found[f"{name}_codes"], found[f"{name}_scales"] = quantise_moments(kept, signed=signed)
     return found
 
@@ -117,7 +117,7 @@ def grid(*, signed: bool) -> Tensor:
 
 
 def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """`values` (n,) as codes (n,) uint8 of the nearest values of the grid, and scales (n/256,). Unsigned, no number becomes 0."""
+    """Codes (n,) uint8 of the grid values nearest to `values` (n,), and scales (n/256,). Unsigned, positives stay positive."""
     count = values.numel()
     short = -count % BLOCK
     blocks = torch.nn.functional.pad(values, (0, short)).view(-1, BLOCK)
@@ -131,6 +131,6 @@ def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_moments(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """The numbers (n,) in fp32 that codes and scales stand for."""
+    """Dequantises codes and scales to (n,) fp32."""
     shares = grid(signed=signed).to(codes.device)[codes.int()]
     return shares * scales.repeat_interleave(BLOCK)[: codes.numel()]

@@ -1,16 +1,16 @@
-"""Checkpoints: everything that the rest of a run depends on, so that a resumed run ends in the same bytes.
+"""Checkpoints: all state that the rest of a run depends on, so that a resumed run ends in the same bytes.
 
     checkpoints/step-000040/
-      trained.safetensors   the trained tensors and the fixed ones beside them
+      trained.safetensors   the trained tensors and the adapter's fixed ones
       moments.safetensors   AdamW's moments and step counts
       random.safetensors    the state of every random number generator
-      importance.safetensors  of the rank-one terms, while ranks are still to be cut (train/pruning)
+      importance.safetensors  of the rank-one terms, before the last rank cut (train/pruning)
       best.safetensors      the trained tensors of the best held-out evaluation so far, once there is one
-      state.json            step (which is also the place in the data and in the schedule), best so far, metrics position,
-                            loss scale
+      state.json            step (also the position in the data and in the schedule), best so far, metrics position, loss
+                            scale
       manifest.json         the SHA-256 of each file above
 
-Plain tensors and JSON, never pickle. A folder is there whole or not at all (train/durable).
+Plain tensors and JSON, never pickle. A folder is written atomically (train/durable).
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import EarlyStopping
 
 MANIFEST = "manifest.json"
-# settings that do not touch, but for rounding, what is learnt or reported from the first step on
+# settings that affect neither training nor reports, except by rounding
 MAY_CHANGE = {"checkpoint_every", "cuda_graphs", "keep_checkpoints", "log_to", "rate_trial_steps", "shard"}
 
 
 @dataclass
 class Position:
-    """Where a run stands: the part of a checkpoint that is numbers and words."""
+    """The progress of a run: the JSON part of a checkpoint."""
 
     step: int = 0
-    seconds: float = 0.0  # of training so far, all parts of an interrupted run together
+    seconds: float = 0.0  # training time, all parts of an interrupted run together
     tokens: int = 0
     metrics_bytes: int = 0
     stopped: str = ""  # why training ended early; empty while it goes on
     watch: EarlyStopping = field(default_factory=EarlyStopping)
-    scale: LossScale = field(default_factory=LossScale)  # which runs had not before there was float16
+    scale: LossScale = field(default_factory=LossScale)  # missing in runs older than float16 support
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for, so that one at a time is in memory.
+    """The tensors of a safetensors file, each read on access.
 
-    Raises DataError where the file is not sound.
+    Raises DataError for an invalid file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return iter(self._file.tensors)
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of each tensor; none is read for it."""
+        """The shape of each tensor, without reading it."""
         return {name: torch.Size(stored.shape) for name, stored in self._file.tensors.items()}
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 @dataclass
 class Snapshot:
-    """A checkpoint: of a run in progress, or on disk with its tensors still there."""
+    """A checkpoint, of a run in progress or on disk."""
 
     position: Position
     trained: Mapping[str, Tensor]
@@ -91,13 +91,13 @@ class Snapshot:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Those of the trained tensors, of which none is read from disk for it."""
+        """The shapes of the trained tensors, without reading them."""
         trained = self.trained
         return trained.shapes() if isinstance(trained, StoredTensors) else {name: t.shape for name, t in trained.items()}
 
 
 class Damaged(Exception):
-    """A checkpoint folder that is not what was written."""
+    """Raised for a checkpoint folder that differs from what was written."""
 
 
 def step_name(step: int) -> str:
@@ -106,7 +106,7 @@ def step_name(step: int) -> str:
 
 
 def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Writes `snapshot` into `folder`/step-NNNNNN, then deletes all but the newest `keep`. Returns the new checkpoint."""
+    """Writes `snapshot` into `folder`/step-NNNNNN, then deletes all but the newest `keep`. Returns the new folder."""
     tensors = {"trained": snapshot.trained, "moments": snapshot.moments, "random": snapshot.random}
     if snapshot.best is not None:
         tensors["best"] = snapshot.best
@@ -132,7 +132,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> Snapshot:
-    """The checkpoint at `path`, its tensors read one at a time as they are asked for; Damaged if any byte is not as written."""
+    """Opens the checkpoint at `path`; its tensors are read on access. Raises Damaged if any byte has changed."""
     try:
         hashes = json.loads((path / MANIFEST).read_bytes())
         wrong = [name for name, digest in hashes.items() if sha256_of(path / name) != digest]
@@ -151,21 +151,21 @@ def load_checkpoint(path: Path) -> Snapshot:
 
 
 def load_newest(folder: Path, *, say: Callable[[str], None]) -> Snapshot | None:
-    """The newest whole checkpoint, or None where there is none; damaged ones are named and set aside as step-NNNNNN.damaged."""
+    """The newest intact checkpoint, or None; damaged ones are reported and renamed to step-NNNNNN.damaged."""
     for path in reversed(found(folder)):
         try:
             return load_checkpoint(path)
         except Damaged as damage:
-            aside = path.with_name(path.name + ".damaged")
-            if aside.exists():
-                durable.remove_folder(aside)
-            path.rename(aside)
-            say(f"The checkpoint {path.name} is damaged ({damage}); it was set aside as {aside.name}, the one before it is used.")
+            renamed = path.with_name(path.name + ".damaged")
+            if renamed.exists():
+                durable.remove_folder(renamed)
+            path.rename(renamed)
+            say(f"The checkpoint {path.name} is damaged ({damage}); it was renamed to {renamed.name}, the one before it is used.")
     return None
 
 
 def copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Writes `values` into the live tensors of the same names, which have the same shapes."""
+    """Copies `values` into the live tensors of the same names and shapes."""
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(values[name])
@@ -174,10 +174,10 @@ def copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 def run_identity(
     spec: TrainSpec, more: Mapping[str, str | list[str]], *, parameters: Mapping[str, Tensor], learning_rate: float
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on: settings, data and model (`more`, by name), and the trained tensors."""
+    """The values that must be equal on resume: settings, data and model (`more`, by name), and the trained tensors."""
     settings = {f"train.{key}": value for key, value in dataclasses.asdict(spec).items() if key not in MAY_CHANGE}
     if not spec.keep_prefix_states:
-        del settings["train.keep_prefix_states"]  # so that runs from before there was this setting go on
+        del settings["train.keep_prefix_states"]  # so that runs older than this setting can be resumed
     shapes = [[name, list(tensor.shape)] for name, tensor in parameters.items()]
     return {
         **settings,
@@ -188,7 +188,7 @@ def run_identity(
 
 
 def environment(processes: int = 1) -> dict[str, Any]:
-    """What may change between two parts of a run, but then changes the last bits of the numbers; several processes are named."""
+    """The environment, which may change on resume but then changes the last bits of results."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
     if device == "cpu" and not why_not():
@@ -198,48 +198,48 @@ def environment(processes: int = 1) -> dict[str, Any]:
     return found if processes == 1 else {**found, "processes": processes}
 
 
-_UNSAID = {"processes": 1, "kernels": "torch", "products": "torch"}  # what `environment` says nothing of
+_DEFAULTS = {"processes": 1, "kernels": "torch", "products": "torch"}  # left out by `environment`
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What `environment` said of a run and does not say now, in words; empty where all is the same."""
-    was, found = {**_UNSAID, **before}, {**_UNSAID, **now}
+    """The changes from one `environment` to another, in words; empty if there is none."""
+    was, found = {**_DEFAULTS, **before}, {**_DEFAULTS, **now}
     changed = [f"{key} {was.get(key)} → {found.get(key)}" for key in {**was, **found} if was.get(key) != found.get(key)]
     return f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits." if changed else ""
 
 
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path) -> None:
-    """Raises ConfigError that names every setting in which the run on disk and this one differ."""
-    problems = Problems(f"The run {run} cannot go on with other settings than it began with", ConfigError)
+    """Raises ConfigError that names every setting in which the run on disk differs from this one."""
+    problems = Problems(f"The run {run} cannot be resumed with other settings", ConfigError)
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) == now.get(key):
             continue
         if key.startswith("train."):
-            said = f"{key} was {saved.get(key)!r} when {run} began and is {now.get(key)!r} now; take the old value to resume"
+            said = f"{key} was {saved.get(key)!r} when {run} started and is {now.get(key)!r} now; use the old value to resume"
         elif set(_several(saved.get(key))) & set(_several(now.get(key))):
             continue
         else:
             hashes = _hashes(saved.get(key), now.get(key))
-            said = f"The {key} changed since {run} began{hashes}; bring the old ones back to resume"
+            said = f"The {key} changed since {run} started{hashes}; restore the old ones to resume"
         problems.add(f"{said}, or start a new run with another --out.")
     problems.raise_if_any()
 
 
 def _hashes(before: Any, now: Any) -> str:
-    """ " (sha256 1a2b… then, 3c4d… now)" where both are known."""
+    """ " (sha256 1a2b… then, 3c4d… now)" if both are known."""
     one, other = next(iter(_several(before)), ""), next(iter(_several(now)), "")
     return f" (sha256 {one[:8]}… then, {other[:8]}… now)" if one and other else ""
 
 
 def _several(found: Any) -> list[str]:
-    """The hashes of which one must be the same: one, a list of them, or none."""
+    """A list of hashes, of which one must be equal; from one hash, a list, or none."""
     if isinstance(found, list):
         return [one for one in found if isinstance(one, str)]
     return [found] if isinstance(found, str) else []
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes one tensor after the other, so that no copy of all of them is held; the file's SHA-256."""
+    """Writes the tensors one by one, to save memory; returns the file's SHA-256."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_safetensors(path, shapes, fetch=tensors.__getitem__, metadata={})
     return sha256_of(path)
@@ -255,7 +255,7 @@ def _json(value: Any) -> bytes:
 
 
 class BestTensors:
-    """What `keep` was given last. With a `file`, it is there and nowhere else, until `close`."""
+    """The trained tensors of the best held-out evaluation so far, in memory, or only in `file` if given."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
@@ -263,11 +263,11 @@ class BestTensors:
 
     @property
     def tensors(self) -> Mapping[str, Tensor] | None:
-        """The kept tensors, those in a file read one at a time as they are asked for; None where there are none yet."""
+        """The kept tensors, those in a file read on access; None before the first."""
         return self._tensors
 
     def keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes copies of `tensors`; OSError where the disk is full, and the ones before are then kept."""
+        """Copies `tensors`. Raises OSError if the disk is full; the previous ones are then kept."""
         if self.file is None:
             self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             return
@@ -275,7 +275,7 @@ class BestTensors:
         self._tensors = StoredTensors(self.file)
 
     def close(self) -> None:
-        """Forgets the tensors, and deletes their file."""
+        """Drops the tensors and deletes their file."""
         self._tensors = None
         if self.file is not None:
             self.file.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Folders and files that are there whole or not at all, whatever kills the process and however full the disk is.
+"""Atomic writes of folders and files, safe against a killed process and a full disk.
 
-A folder NAME is written as `.NAME.partial`, flushed, and renamed to `.NAME.ready`; from then on it counts. Then the old NAME
-steps aside as `.NAME.old`, the new one takes its place, and the old one is deleted. `recover` finishes what was interrupted.
+A folder NAME is written as `.NAME.partial`, flushed, and renamed to `.NAME.ready`, which commits it. Then the old NAME is renamed
+to `.NAME.old`, the new one to NAME, and the old one is deleted. `recover` finishes an interrupted replacement.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `target` (and replaces it) when the block ends; on an error nothing changes."""
+    """Yields an empty folder that replaces `target` when the block ends; on an error nothing changes."""
     partial, ready = _beside(target, "partial"), _beside(target, "ready")
     _remove(partial)
     partial.mkdir(parents=True)
@@ -39,7 +39,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Finishes or undoes every replacement in `folder` that was cut off, so that each name is whole again."""
+    """Finishes or undoes every interrupted replacement in `folder`."""
     for ready in sorted(folder.glob(".*.ready")):
         _put_in_place(folder / ready.name[1 : -len(".ready")])
     for old in sorted(folder.glob(".*.old")):
@@ -49,7 +49,7 @@ def recover(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes `folder`, which no longer has its name from the first moment on."""
+    """Deletes `folder`; it is renamed first, so that its name never means a part of it."""
     old = _beside(folder, "old")
     _remove(old)
     os.rename(folder, old)
@@ -57,7 +57,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes `data` to `path`, replacing what was there in one step."""
+    """Writes `data` to `path` atomically."""
     partial = _beside(path, "partial")
     try:
         write_plain(partial, data)
@@ -69,7 +69,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_plain(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` and waits until the disk has it."""
+    """Writes `data` to `path` and syncs it to disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -77,7 +77,7 @@ def write_plain(path: Path, data: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until the disk has the file, or the list of names of the folder."""
+    """Syncs a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -87,9 +87,9 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def as_os_error() -> Iterator[None]:
-    """A context in which what a Rust library raises for a refused write, a bare Exception "… (os error N)", is the OSError N.
+    """A context that turns a bare Exception "… (os error N)" of a Rust library into OSError N.
 
-    The tokenizers library does so, without a class of its own; every other error passes as it is.
+    The tokenizers library raises these for failed writes. Other errors pass unchanged.
     """
     try:
         yield
@@ -101,14 +101,14 @@ def as_os_error() -> Iterator[None]:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether the error says that the disk, the quota or the allowed file size is used up."""
+    """True if the disk, the quota or the file size limit is exhausted."""
     if isinstance(error, OSError):
         return error.errno in FULL
     return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in FULL)
 
 
 def refusal(error: Exception, remedy: str) -> tuple[str, str]:
-    """Why a write was refused, and `remedy`, whose "Free some space" helps on a full disk alone, worded for it."""
+    """The cause of a failed write, and `remedy`, with "Free some space" replaced unless the disk is full."""
     if is_full(error):
         return "the disk (or the quota) is full", remedy
     return "the system refused", remedy.replace("Free some space", "See that files can be written there")

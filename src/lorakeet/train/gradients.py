@@ -1,4 +1,4 @@
-"""What is checked of the gradients: that all arrive, in the first two steps, and that they are finite, in all."""
+"""Checks of the gradients: all non-zero in the first two steps, and finite in every step."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ def gradient_norm(parameters: Mapping[str, Parameter]) -> Tensor:
 
 
 def clip(parameters: Mapping[str, Parameter], limit: float, *, norm: Tensor) -> None:
-    """Scales all gradients by limit / norm where the norm is above the limit; 0 never does."""
+    """Scales all gradients by limit / norm if the norm exceeds the limit; a limit of 0 is off."""
     if limit > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, norm)
 
 
 def require_gradients(parameters: Mapping[str, Parameter], step: int) -> None:
-    """Raises VerificationFailed that names every trained tensor whose gradient did not arrive.
+    """Raises VerificationFailed that names every trained tensor without a gradient, or with zeros only.
 
-    All must be there. Where a pair begins with B = 0 the gradient of A is zero in step 1 by construction (it is u·x with
-    u = s·g·B), and the other way round where A = 0: so one of the two must be non-zero in step 1, and both in step 2.
-    The lengths of DoRA must be non-zero at once. Extras need only be there: the rows of a new token have a zero gradient in a
-    step without that token.
+    If a pair starts with B = 0, the gradient of A is zero in step 1 by construction (it is u·x with u = s·g·B), and vice versa
+    for A = 0: so one of the two must be non-zero in step 1, and both in step 2. DoRA's magnitudes must be non-zero in step 1.
+    Extras only need a gradient: the rows of a new token have a zero gradient in a step without that token.
     """
     missing = [name for name, parameter in parameters.items() if parameter.grad is None]
     silent: list[str] = []
@@ -50,14 +49,14 @@ def require_gradients(parameters: Mapping[str, Parameter], step: int) -> None:
         return
     found = [f"no gradient: {_listed(missing)}"] * bool(missing) + [f"only zeros: {_listed(silent)}"] * bool(silent)
     raise VerificationFailed(
-        f"In step {step} the gradient did not reach every trained tensor; {'; '.join(found)}. Training would have left them "
-        f"as they began. {'Where the loss jumped in step 1, lower train.learning_rate; else take' if step > 1 else 'Take'} these "
-        "modules out with lora.exclude_modules, or report the model."
+        f"In step {step} the gradient did not reach every trained tensor; {'; '.join(found)}. Training would not change them. "
+        f"{'If the loss jumped in step 1, lower train.learning_rate; else exclude' if step > 1 else 'Exclude'} these "
+        "modules with lora.exclude_modules, or report the model."
     )
 
 
 def fault(parameters: Mapping[str, Parameter], loss: float, norm: Tensor) -> str:
-    """What of a step with that loss and norm of the gradient is not finite, in words; empty where all is."""
+    """Which of a step's loss and gradients is not finite, in words; empty if all are finite."""
     if math.isfinite(loss) and bool(torch.isfinite(norm)):
         return ""
     if not math.isfinite(loss):
@@ -68,7 +67,7 @@ def fault(parameters: Mapping[str, Parameter], loss: float, norm: Tensor) -> str
 
 
 def not_finite(parameters: Mapping[str, Parameter]) -> list[str]:
-    """Names of the tensors whose gradient holds a NaN or an infinity."""
+    """Names of the tensors with NaN or infinity in the gradient."""
     return [name for name, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
 
 

@@ -1,4 +1,4 @@
-"""The settings of diffusion training and of the samples that a run draws. Imports no torch: the command line reads it."""
+"""`DiffusionSpec`, the `diffusion` part of a run file: training on noise, and samples. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,80 +8,76 @@ from typing import Any, Literal, cast
 
 @dataclass(frozen=True)
 class DiffusionSpec:
-    """How noise is added, weighed and judged: the `diffusion` part of a run file, used with kind: image."""
+    """Noise, loss weights, evaluation and samples of a run with kind: image."""
 
     prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = field(
         default="auto",
-        metadata={"help": "What the model predicts, where its scheduler's configuration is wrong; auto takes its word."},
+        metadata={"help": "Prediction type of the model; auto uses that of its scheduler's configuration."},
     )
     min_snr_gamma: float = field(
-        default=0.0, metadata={"help": "Caps the weight of nearly clean examples (arXiv 2303.09556); 5 is usual, 0 is off."}
+        default=0.0, metadata={"help": "Min-SNR loss weighting (arXiv 2303.09556); 5 is usual, 0 turns it off."}
     )
     noise_offset: float = field(
-        default=0.0, metadata={"help": "Share of noise that is one number for a whole channel: for dark or bright pictures."}
+        default=0.0, metadata={"help": "Share of noise that is constant per channel, for dark or bright pictures."}
     )
     timesteps: Literal["auto", "uniform", "logit-normal", "mode", "cosmap"] = field(
         default="auto",
-        metadata={"help": "Which timesteps are trained: all alike or some more often; auto is logit-normal for a flow."},
+        metadata={"help": "Distribution of the training timesteps; auto is logit-normal for flow models and uniform for others."},
     )
     prior_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the pictures of the subject's kind (images.prior) against the subject's own."}
+        default=1.0, metadata={"help": "Weight of the prior-preservation loss (images.prior) relative to the subject's own."}
     )
     text_encoder: bool = field(
-        default=False, metadata={"help": "Adapt the text encoders as well; then captions are encoded in every step."}
+        default=False, metadata={"help": "Adapt the text encoders as well; captions are then encoded at every step."}
     )
-    checkpointing: bool = field(
-        default=False, metadata={"help": "Compute the UNet's activations twice instead of keeping them: less memory, more time."}
-    )
+    checkpointing: bool = field(default=False, metadata={"help": "Gradient checkpointing of the UNet: less memory, more time."})
     at_once: int = field(
-        default=4, metadata={"help": "Pictures that are computed together; the rows of a step are cut into such parts."}
+        default=4, metadata={"help": "Pictures per micro-batch; the rows of a step are split into micro-batches."}
     )
     held_out_timesteps: int = field(
-        default=8, metadata={"help": "Fixed timesteps, with fixed noise, at which each held-out picture is judged."}
+        default=8, metadata={"help": "Number of fixed timesteps, with fixed noise, at which each held-out picture is evaluated."}
     )
     prompts: tuple[str, ...] = field(
-        default=(), metadata={"help": "What the report's samples show; left out, the first three captions of judged pictures."}
+        default=(),
+        metadata={"help": "Prompts of the report's samples; by default the first three captions of the evaluated pictures."},
     )
-    seeds: int = field(default=1, metadata={"help": "Samples of each prompt and weight; 0 draws none."})
+    seeds: int = field(default=1, metadata={"help": "Samples per prompt and adapter weight; 0 draws none."})
     progress: bool = field(
-        default=False, metadata={"help": "Draw the prompts, at the same seeds, with every held-out evaluation: RUN/progress."}
+        default=False, metadata={"help": "Draw the prompts, with fixed seeds, at every held-out evaluation, in RUN/progress."}
     )
-    sample_steps: int = field(default=30, metadata={"help": "Steps of the sampler for each sample."})
+    sample_steps: int = field(default=30, metadata={"help": "Sampling steps per sample."})
     guidance: float | None = field(
         default=None,
-        metadata={
-            "help": "How much further samples follow the prompt than without guidance; 1 is off. Left out: SD 1.x and 2.x 7.5, "
-            "SDXL 5, SD3 7, FLUX 3.5."
-        },
+        metadata={"help": "Classifier-free guidance scale, 1 is off; default: SD 1.x and 2.x 7.5, SDXL 5, SD3 7, FLUX 3.5."},
     )
 
     scorer: str = field(
         default="",
         metadata={
-            "help": "CLIP model (folder or hub id) that compares samples with prompts and judged pictures; left out, none does."
+            "help": "CLIP model (folder or hub id) that compares samples with prompts and evaluated pictures; by default none."
         },
     )
 
     def resolved(self, predicted: str, guidance: float) -> DiffusionSpec:
-        """These settings with what `auto` means for a model that predicts `predicted`, and with `guidance` where none is said."""
+        """Returns these settings with `auto` resolved for a model that predicts `predicted`, and `guidance` as default."""
         strength = guidance if self.guidance is None else self.guidance
         timesteps = ("logit-normal" if predicted == "flow" else "uniform") if self.timesteps == "auto" else self.timesteps
         return replace(self, prediction=cast(Any, predicted), timesteps=cast(Any, timesteps), guidance=strength)
 
     def why_not(self, predicted: str) -> list[str]:
-        """What of these settings does not go with a model that predicts `predicted`."""
+        """Returns a message for every setting that does not suit a model that predicts `predicted`."""
         found: list[str] = []
         if self.prediction not in ("auto", predicted):
             found.append(f"diffusion.prediction is {self.prediction}, but the model was loaded to predict {predicted}; use auto.")
         if self.min_snr_gamma and predicted == "flow":
             found.append(
-                f"diffusion.min_snr_gamma is {self.min_snr_gamma:g}, but the model predicts a flow, whose timesteps are weighed "
-                "by how often they are drawn; leave it out and use diffusion.timesteps."
+                f"diffusion.min_snr_gamma is {self.min_snr_gamma:g}, but the model predicts a flow, whose timesteps are "
+                "weighted by how often they are drawn; leave it out and use diffusion.timesteps."
             )
         return found
 
     def validate(self) -> list[str]:
-        """Every problem of these settings in words; empty when they can be used."""
+        """Returns a message for every wrong setting."""
         found: list[str] = []
         for name, least in (("min_snr_gamma", 0), ("noise_offset", 0), ("prior_weight", 0),
                             ("at_once", 1), ("held_out_timesteps", 1), ("seeds", 0),

@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM: in training the first one lets the step finish and a checkpoint be written, the second one ends the process
-at once; elsewhere SIGTERM ends as Ctrl-C does."""
+"""Ctrl-C and SIGTERM: in training the first stops after the step, with a checkpoint, and the second ends the process at once.
+
+Elsewhere SIGTERM acts like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,10 +13,9 @@ from typing import Any
 
 
 class Interrupt:
-    """A context in which the first SIGINT or SIGTERM only sets `requested`; the handlers from before come back after it.
+    """A context in which the first SIGINT or SIGTERM only sets `requested`; on exit the previous handlers are restored.
 
-    Signals reach the main thread alone; in another thread (the web page's jobs) the context does nothing, and `request`
-    takes the place of the signal.
+    Python delivers signals to the main thread alone; in another thread (jobs of the web page) `request` replaces the signal.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Interrupt:
         self._restore()
 
     def request(self, why: str) -> None:
-        """Asks the loop to stop after the step it is in."""
+        """Requests a stop after the current step."""
         self.requested = why
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -52,8 +52,9 @@ class Interrupt:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """A context in which the first SIGTERM is a KeyboardInterrupt that names it, so that what was begun is cleared away and said;
-    the second ends the process at once. Where somebody heeds the signal already, it stays theirs."""
+    """A context in which the first SIGTERM raises KeyboardInterrupt("SIGTERM"), for cleanup; the second ends the process at once.
+
+    A handler that is already installed stays in place."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -65,7 +66,7 @@ def terminable() -> Iterator[None]:
 
 
 class _AsCtrlC:
-    """What heeds the first SIGTERM there."""
+    """The handler of the first SIGTERM in `terminable`."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

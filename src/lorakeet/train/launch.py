@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun tells each through the environment. Imports no torch."""
+"""The rank of this process, from the environment variables of torchrun. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PORT = 29500  # at which the machines of a run meet, by torchrun's own default
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # without one of these torch could not bring them together
+PORT = 29500  # torchrun's default rendezvous port
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # required by torch's env:// rendezvous
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Process `rank` of `count`, and `local_rank` of the `local_count` on this machine; alone unless torchrun says otherwise."""
+    """Process `rank` of `count`, and `local_rank` of the `local_count` on this machine; a single process without torchrun."""
 
     rank: int = 0
     count: int = 1
@@ -22,12 +22,12 @@ class Launch:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def command(self) -> str:
-        """What the command `lorakeet` is called when it is started so again."""
+        """The command line that starts `lorakeet` in the same way."""
         if self.count == 1:
             return "lorakeet"
         nodes = -(-self.count // self.local_count)
@@ -37,7 +37,7 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launch:
-    """What the `environment` (of this process when None) says, in the words that torchrun and torch's env:// use."""
+    """Reads a Launch from `environment` (default: of this process)."""
     found = os.environ if environment is None else environment
     if any(not found.get(name) for name in _NEEDED) or found["WORLD_SIZE"] == "1":
         return Launch()

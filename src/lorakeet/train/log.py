@@ -1,4 +1,4 @@
-"""Where the numbers go: metrics.jsonl always, and one sink (TensorBoard, Weights & Biases) on request."""
+"""Metrics: always metrics.jsonl, and one optional sink (TensorBoard, Weights & Biases)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Record = Mapping[str, float | int | None]
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, appended and handed to the system at once, in the order of the run."""
+    """metrics.jsonl: one JSON object per line, appended and flushed in order."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Opens `path` and cuts it to its first `keep` bytes, which is where the checkpoint stood that a run goes on from."""
+        """Opens `path` and truncates it to `keep` bytes, its size at the checkpoint that is resumed."""
         size = path.stat().st_size if path.exists() else 0
         if size < keep:
             raise DataError(
                 f"{path} has {size} bytes, but the checkpoint was written after {keep}: the file was changed. "
-                "Put the original back, or start a new run."
+                "Restore the original, or start a new run."
             )
         self._file = path.open("ab")
         self._file.truncate(keep)
         self.offset = keep
 
     def write(self, record: Record) -> None:
-        """Appends one record; NaN and infinity, which JSON has not, become null."""
+        """Appends one record; NaN and infinity become null."""
         line = (json.dumps({key: _number(value) for key, value in record.items()}) + "\n").encode()
         self._file.write(line)
         self._file.flush()
         self.offset += len(line)
 
     def flush(self) -> None:
-        """Waits until the disk has every record."""
+        """Syncs all records to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -48,15 +48,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """Reads metrics.jsonl without a truncated last line."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]  # after the last newline: nothing, or half a record
+    return [json.loads(line) for line in lines[:-1]]  # after the last newline: empty, or half a record
 
 
 class Sink(Protocol):
-    """Another place for the records."""
+    """A further destination of records."""
 
     def write(self, record: Record) -> None: ...
 
@@ -64,21 +64,21 @@ class Sink(Protocol):
 
 
 def require_sink(log_to: str) -> None:
-    """Raises EnvironmentProblem where the package behind `train.log_to` is not installed."""
+    """Raises EnvironmentProblem if the package of `train.log_to` is not installed."""
     extra = {"tensorboard": "track", "wandb": "wandb"}.get(log_to)
     if extra is not None and find_spec(log_to) is None:
         raise _missing(log_to, extra)
 
 
 def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:
-    """The sink that `train.log_to` names, for the run in `folder` that goes on after `step`; None for "none"."""
+    """The sink that `train.log_to` names, for the run in `folder`, continued after `step`; None for "none"."""
     if log_to == "tensorboard":
         return TensorBoardSink(folder, step=step)
     return WandbSink(folder) if log_to == "wandb" else None
 
 
 class TensorBoardSink:
-    """Event files in RUN/tensorboard; points after `step` of an earlier, interrupted part of the run are hidden."""
+    """Event files in RUN/tensorboard; points after `step` of an earlier, interrupted run are hidden."""
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         try:
@@ -97,7 +97,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run, whose id follows from the run's folder, so that a resumed run goes on in the same one."""
+    """A Weights & Biases run; its id is a hash of the folder, so that a resumed run continues it."""
 
     def __init__(self, folder: Path) -> None:
         try:

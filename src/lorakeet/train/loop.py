@@ -1,13 +1,13 @@
 """Training, from top to bottom.
 
-    step 0     held-out loss of the base
-    each step  micro-batches → gradients, weighted by supervised tokens → checks → clip → AdamW → metrics; in float16 the loss
-               is scaled (train/loss_scale), and a step that overflows is left out
-    now and then  held-out loss → the best adapter into RUN/adapter → a checkpoint
-    the end    all steps done, no improvement any more, Ctrl-C, or a loss that is not a number
+    step 0      held-out loss of the base
+    each step   micro-batches → gradients, weighted by target tokens → checks → clip → AdamW → metrics; in float16 the loss is
+                scaled (train/loss_scale), and a step that overflows is skipped
+    at intervals  held-out loss → the best adapter into RUN/adapter → a checkpoint
+    the end     all steps done, no further improvement, Ctrl-C, or a non-finite loss
 
-A run is a function of its settings, its rows and its seed; on the CPU, interrupted and resumed, down to the last bit. Several
-processes (train/processes) take the same steps, each over its part of the rows; the first one writes and speaks for all.
+A run is a function of its settings, rows and seed: on the CPU to the last bit, even when interrupted and resumed. Several
+processes (train/processes) take the same steps, each over its part of the rows; the first one writes files and prints.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lorakeet.train.task import BatchT, Size, Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. The task's parameters then hold what RUN/adapter holds: the best adapter."""
+    """How a run ended. The task's parameters are then those of RUN/adapter, the best adapter."""
 
     steps: int
     planned_steps: int
@@ -73,23 +73,19 @@ def train(
 ) -> Outcome:
     """Trains `task` and leaves the best adapter in RUN/adapter.
 
-    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}), of several hashes one. With a
-    `budget` in bytes the best adapter so far is on disk alone, and where the process grows beyond it, that is said once. Raises
-    RunStopped after Ctrl-C, on a loss that is not a number and when another process of the run is gone, EnvironmentProblem when
-    the disk is full, VerificationFailed when a trained tensor gets no gradient, ConfigError when a resumed run was begun with
-    other settings.
+    `identity` names further values that must be equal on resume ({"data": hash, "lora": …}); of several hashes, one. With a
+    `budget` in bytes the best adapter so far is stored on disk only, and exceeding the budget is reported once. Raises
+    RunStopped after Ctrl-C, for a non-finite loss and when another process died, EnvironmentProblem for a full disk,
+    VerificationFailed if a trained tensor gets no gradient, ConfigError if a run is resumed with other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
-    release_free_memory()  # what reading rows and weights has left
+    release_free_memory()  # freed after reading rows and weights
     if budget is None:
         keep_freed_memory()
     else:
-        training.budget, training.best, training.card = (
-            budget,
-            BestTensors(run.best),
-            cuda_device_of(training.parameters.values()),
-        )
-    alone = run.locked() if task.processes.first else nullcontext()  # no other run of lorakeet trains in this folder
+        training.budget, training.best = budget, BestTensors(run.best)
+        training.cuda_device = cuda_device_of(training.parameters.values())
+    alone = run.locked() if task.processes.first else nullcontext()  # no other process trains in this folder
     with alone, PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
         training.open(identity or {}, resume=resume)
@@ -106,10 +102,10 @@ class Training(Generic[BatchT]):
     """One run in progress."""
 
     memory: PeakMemory
-    metrics: MetricsLog | None = None  # in the first process alone, as is the sink
+    metrics: MetricsLog | None = None  # in the first process only, like the sink
     sink: Sink | None = None
-    budget: int | None = None  # bytes of memory that the process should keep; forgotten once it was found broken
-    card: torch.device | None = None  # the CUDA device whose memory the budget bounds, where the parameters are on one
+    budget: int | None = None  # bytes; None after it was exceeded
+    cuda_device: torch.device | None = None  # the CUDA device with the parameters, whose memory the budget bounds
 
     def __init__(self, task: Task[BatchT], spec: TrainSpec, *, run: RunFolder, report: Reporter) -> None:
         self.task, self.spec, self.run, self.processes = task, spec, run, task.processes
@@ -128,28 +124,28 @@ class Training(Generic[BatchT]):
         self.last_checkpoint: Path | None = None
 
     def open(self, identity: Mapping[str, str | list[str]], *, resume: bool) -> None:
-        """Begins at step 0, or where the newest whole checkpoint stands."""
+        """Starts at step 0, or at the newest intact checkpoint."""
         self.identity = checkpoint.run_identity(self.spec, identity, parameters=self.parameters, learning_rate=self.learning_rate)
         self.processes.require_equal(self.identity)
         rng.seed_all(self.spec.seed)
-        self.processes.from_first(lambda: self._begin(resume))
-        self._take_over()
+        self.processes.from_first(lambda: self._start(resume))
+        self._sync_processes()
         self.earlier_seconds, self.started = self.at.seconds, time.perf_counter()
         self.report.begin(self.total, done=self.at.step)
 
-    def _begin(self, resume: bool) -> None:
+    def _start(self, resume: bool) -> None:
         snapshot = checkpoint.load_newest(self.run.checkpoints, say=self.report.say) if resume else None
         if snapshot is not None:
             self._restore(snapshot)
         elif resume:
-            self.report.say(f"{self.run.path} has no whole checkpoint yet; it begins again at step 0.")
+            self.report.say(f"{self.run.path} has no intact checkpoint yet; it starts again at step 0.")
         if resume and (snapshot is None or snapshot.best is None):
-            self.run.forget_adapter()  # it is of a later state, which this run has not reached again
+            self.run.forget_adapter()  # it is from a later state than the run
         self.metrics = MetricsLog(self.run.metrics, keep=self.at.metrics_bytes)
         self.sink = sink_for(self.spec.log_to, self.run.path, step=self.at.step)
 
-    def _take_over(self) -> None:
-        """Stands where the first process stands; the best values so far are that one's alone."""
+    def _sync_processes(self) -> None:
+        """Copies the state of the first process, except the best values so far."""
         if self.processes.count == 1:
             return
         self.processes.broadcast({**self.parameters, **self.task.fixed()}.values())
@@ -162,7 +158,7 @@ class Training(Generic[BatchT]):
             rng.restore(random)
 
     def go(self, stop: Interrupt) -> None:
-        """All steps, until the last one or until something ends the run earlier."""
+        """Runs all steps, or until the run ends early."""
         if self.at.step == 0:
             self.evaluate()
         while self.at.step < self.total and not self.at.stopped:
@@ -170,11 +166,11 @@ class Training(Generic[BatchT]):
             last = self.at.step == self.total
             if last or self.at.step % self.evaluate_every == 0:
                 self.evaluate()
-            asked = self.processes.any(bool(stop.requested))
-            if last or asked or self.at.stopped or self.at.step % self.checkpoint_every == 0:
+            interrupted = self.processes.any(bool(stop.requested))
+            if last or interrupted or self.at.stopped or self.at.step % self.checkpoint_every == 0:
                 self.save()
-            if asked and not last and not self.at.stopped:
-                why = stop.requested or "Another process was asked to"
+            if interrupted and not last and not self.at.stopped:
+                why = stop.requested or "Another process was interrupted"
                 raise RunStopped(
                     f"{why}: stopped after step {self.at.step} of {self.total}, with the checkpoint {self.last_checkpoint}."
                     f"{self._awaited()} Go on with: {self.run.resume_command}"
@@ -182,7 +178,7 @@ class Training(Generic[BatchT]):
 
     def step(self) -> None:
         """One optimizer step over the micro-batches of its rows."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         step = self.at.step + 1
         batches = self.task.batches(step - 1)
         size = self._size(batches)
@@ -190,7 +186,7 @@ class Training(Generic[BatchT]):
         norm = gradients.gradient_norm(self.parameters)
         rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
         if fault := gradients.fault(self.parameters, loss, norm):
-            self._leave_out(step, fault)
+            self._skip(step, fault)
         else:
             self._advance(step - self.at.scale.skipped, loss, norm, rate)
         self.at.step, self.at.tokens = step, self.at.tokens + size.tokens
@@ -203,7 +199,7 @@ class Training(Generic[BatchT]):
             "supervised": size.targets,
             "lr": rate,
             "grad_norm": norm.item(),
-            "tokens_per_second": size.tokens / (now - began),
+            "tokens_per_second": size.tokens / (now - start),
             "seconds": self.earlier_seconds + now - self.started,
             "memory_bytes": self.memory.now(),
             **self.at.scale.record(),
@@ -215,32 +211,32 @@ class Training(Generic[BatchT]):
             self._write(cut)
             self.report.say(cut_text(cut))
 
-    def _held(self) -> int:
-        """The most bytes so far of what the budget bounds: of the process, or on its CUDA device."""
-        return self.memory.now() if self.card is None else gpu_peak_bytes(self.card)
+    def _peak(self) -> int:
+        """Peak bytes of the memory that the budget bounds: of the process, or on its CUDA device."""
+        return self.memory.now() if self.cuda_device is None else gpu_peak_bytes(self.cuda_device)
 
     def _watch_memory(self, step: int) -> None:
-        """Says once when more memory was held than the budget allows."""
-        held = self._held()
-        if self.budget is not None and held > self.budget:
-            where = "" if self.card is None else f" on {self.card}"
+        """Reports once if the peak memory exceeds the budget."""
+        peak = self._peak()
+        if self.budget is not None and peak > self.budget:
+            where = "" if self.cuda_device is None else f" on {self.cuda_device}"
             self.report.say(
-                f"Step {step}: the process held {held:,} bytes at most{where}, above its budget of {self.budget:,}. The run goes "
-                "on; please report the model and the settings."
+                f"Step {step}: peak memory is {peak:,} bytes{where}, above the budget of {self.budget:,}. The run "
+                "continues; please report the model and the settings."
             )
             self.budget = None
 
     def _size(self, batches: Sequence[BatchT]) -> Size:
-        """The step as a whole, over all processes."""
+        """The size of the step over all processes."""
         sizes = [self.task.size(batch) for batch in batches]
         rows, tokens, targets = (sum(getattr(size, name) for size in sizes) for name in ("rows", "tokens", "targets"))
         return Size(*self.processes.total(rows, tokens, targets))
 
     def _accumulate(self, batches: Sequence[BatchT], whole: Size, step: int) -> float:
-        """Adds up the gradients of the step's mean loss, and returns that loss.
+        """Accumulates the gradients of the step's mean loss, and returns the loss.
 
-        Each micro-batch counts by its supervised tokens: Σ losses / (all targets of the step), never a mean of means; of several
-        processes each has the terms of its rows, and all have the sum.
+        Each micro-batch counts by its target tokens: Σ losses / (all targets of the step), never a mean of means. Each process
+        computes its rows; losses and gradients are summed over processes.
         """
         if whole.targets == 0:
             raise DataError(
@@ -253,8 +249,8 @@ class Training(Generic[BatchT]):
         return loss
 
     def _advance(self, number: int, loss: float, norm: Tensor, rate: float) -> None:
-        """Moves the parameters by their gradients, for the `number`th time."""
-        if number <= 2 and not self.at.watch.diverged(loss):  # a model that diverged has silent gradients everywhere
+        """Takes optimizer step `number`, skipped ones not counted."""
+        if number <= 2 and not self.at.watch.diverged(loss):  # a diverged model has zero gradients everywhere
             gradients.require_gradients(self.parameters, number)
         if self.pruning is not None:
             self.pruning.see(self.at.step + 1, self.parameters)
@@ -262,21 +258,21 @@ class Training(Generic[BatchT]):
         self.optimizer.step(rate)
         self.at.scale.went_well()
 
-    def _leave_out(self, step: int, fault: str) -> None:
-        """Forgets the gradients of a step. Only in float16 the run goes on after that, with half the loss scale."""
+    def _skip(self, step: int, fault: str) -> None:
+        """Drops the gradients of a step. Only a float16 run continues, with half the loss scale."""
         self.optimizer.adamw.zero_grad(set_to_none=True)
         scale = self.at.scale
         if not scale.dynamic:
             self._stop_diverged(f"Step {step}: {fault}. The step was not taken.")
         if not scale.overflowed():
             raise RunStopped(
-                f"Step {step}: {fault}. {scale.skipped} steps overflowed model.dtype float16, whatever the loss was scaled by. "
-                f"{self._kept()} Start a new run with model.dtype bfloat16, or float32 where there is no bfloat16."
+                f"Step {step}: {fault}. {scale.skipped} steps overflowed model.dtype float16 at every loss scale. "
+                f"{self._kept()} Start a new run with model.dtype bfloat16, or float32 without bfloat16 support."
             )
-        self.report.say(f"Step {step}: {fault}. It is left out, and from now on the loss is scaled by {scale.value:,g}.")
+        self.report.say(f"Step {step}: {fault}. It is skipped, and the loss scale is now {scale.value:,g}.")
 
     def evaluate(self) -> None:
-        """Held-out loss with its interval; the best adapter so far goes to RUN/adapter."""
+        """Computes the held-out loss with its interval; writes the best adapter so far to RUN/adapter."""
         held_out = self.task.held_out()
         if held_out is None or len(held_out.sums) == 0:
             return
@@ -303,13 +299,13 @@ class Training(Generic[BatchT]):
             )
 
     def _keep(self) -> None:
-        """These are the best values so far."""
+        """Stores the current values as the best so far."""
         with self._writing("The best adapter so far"):
             self.best.keep(self.parameters)
         self._publish()
 
     def save(self) -> None:
-        """A checkpoint of everything that the rest of the run depends on; all processes wait until it is whole."""
+        """Writes a checkpoint; all processes wait until it is complete."""
         self.last_checkpoint = self.processes.from_first(self._save)
 
     def _save(self) -> Path:
@@ -326,8 +322,8 @@ class Training(Generic[BatchT]):
             return checkpoint.save(self.run.checkpoints, snapshot, keep=self.spec.keep_checkpoints)
 
     def finish(self) -> Outcome:
-        """Puts the best adapter back into the model, in every process, and into RUN/adapter."""
-        self.processes.from_first(self._put_back)
+        """Restores the best adapter in the model of every process, and writes it to RUN/adapter."""
+        self.processes.from_first(self._restore_best)
         self.processes.broadcast(self.parameters.values())
         watch = self.at.watch
         return Outcome(
@@ -340,18 +336,18 @@ class Training(Generic[BatchT]):
             learning_rate=self.learning_rate,
             tokens=self.at.tokens,
             seconds=self.earlier_seconds + time.perf_counter() - self.started,
-            peak_bytes=self._held(),
+            peak_bytes=self._peak(),
             skipped_steps=self.at.scale.skipped,
             loss_scale=self.at.scale.value if self.at.scale.dynamic else None,
         )
 
-    def _put_back(self) -> None:
+    def _restore_best(self) -> None:
         if self.best.tensors is not None:
             checkpoint.copy_into(self.parameters, self.best.tensors)
         self._publish()
 
     def lost(self, why: ProcessLost) -> RunStopped:
-        """What to say of a run whose other process is gone, maybe before it could say that a checkpoint was whole."""
+        """The error of a run whose other process died, perhaps before it confirmed a checkpoint."""
         self.last_checkpoint = next(reversed(checkpoint.found(self.run.checkpoints)), self.last_checkpoint)
         return RunStopped(f"After step {self.at.step}: {why}. {self._kept()} Go on with: {self.run.resume_command}")
 
@@ -363,7 +359,7 @@ class Training(Generic[BatchT]):
                 written.close()
 
     def _restore(self, snapshot: Snapshot) -> None:
-        """Takes over a checkpoint, and makes RUN/adapter what it was then."""
+        """Restores a checkpoint, with RUN/adapter as it was then."""
         checkpoint.require_same(snapshot.identity["same"], self.identity, run=self.run.path)
         if changed := checkpoint.changes(snapshot.identity["environment"], checkpoint.environment(self.processes.count)):
             self.report.say(changed)
@@ -391,11 +387,11 @@ class Training(Generic[BatchT]):
             self.sink.write(record)
 
     def _stop_diverged(self, what: str) -> None:
-        """Raises RunStopped: a resumed run would meet the same step again, so a new one is the remedy."""
+        """Raises RunStopped. A resumed run would repeat the same step, so the remedy is a new run."""
         wider = ", or with model.dtype bfloat16 or float32 in place of float16" if self.at.scale.dynamic else ""
         raise RunStopped(
             f"{what} {self._kept()} Start a new run with a lower train.learning_rate (now {self.learning_rate:g}){wider}, "
-            "and look at the rows of that step if it happens again."
+            "and check the rows of that step if it happens again."
         )
 
     def _kept(self) -> str:
@@ -418,8 +414,8 @@ class Training(Generic[BatchT]):
 
 
 def kept_text(checkpoint: Path | None, adapter: Path, loss: float | None, step: int | None) -> str:
-    """What is left of a run: its newest checkpoint, and the best adapter with its held-out loss, where there are any."""
+    """Names what a stopped run has kept: its newest checkpoint, and the best adapter with its held-out loss, if any."""
     kept = [f"the checkpoint {checkpoint}"] if checkpoint else []
     if loss is not None:
         kept.append(f"{adapter} (held-out loss {loss:.4f} at step {step})")
-    return f"Kept: {' and '.join(kept)}." if kept else "No checkpoint was written before."
+    return f"Kept: {' and '.join(kept)}." if kept else "No checkpoint was written yet."

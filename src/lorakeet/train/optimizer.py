@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, in fp32, with LoRA+'s own rate for B; its state is a flat mapping of tensors."""
+"""AdamW over the trained fp32 parameters, with LoRA+'s learning rate for B; its state is a flat mapping of tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakeet.train.spec import TrainSpec
 
 
 def is_b(name: str) -> bool:
-    """Whether a trained parameter is the B of a pair: its name ends in `.B`."""
+    """True for the B of a pair: its name ends in `.B`."""
     return name.rpartition(".")[2] == "B"
 
 
@@ -39,28 +39,28 @@ class Optimizer:
         )
 
     def step(self, learning_rate: float) -> None:
-        """One step at `learning_rate` (times the ratio for B), after which the gradients are forgotten."""
+        """Takes one step at `learning_rate` (times the ratio for B), then drops the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate * group["factor"]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and step counts as they are, not copied, by `parameter|moment`; empty before the first step."""
+        """The moments and step counts, not copied, by `parameter|moment`; empty before the first step."""
         return {
             f"{name}|{key}": value.detach().cpu()
             for name, parameter in self.parameters.items()
             for key, value in self.adamw.state.get(parameter, {}).items()
         }
 
-    def keep(self, name: str, shape: torch.Size, dim: int, places: Tensor) -> None:
-        """Cuts the moments of a parameter that was of `shape` and keeps these places of dimension `dim` alone."""
+    def keep(self, name: str, shape: torch.Size, dim: int, indices: Tensor) -> None:
+        """Keeps only `indices` of dimension `dim` in the moments of a parameter that had `shape`."""
         state = self.adamw.state.get(self.parameters[name])
         if state:
-            state.update(select_moments(state, shape, dim, places.to(self.parameters[name].device)))
+            state.update(select_moments(state, shape, dim, indices.to(self.parameters[name].device)))
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave, bit for bit."""
+        """Restores the result of `state`, bit for bit."""
         self.adamw.state.clear()
         for name, tensor in state.items():
             parameter_name, _, key = name.rpartition("|")

@@ -1,7 +1,7 @@
-"""The processes that train one run together: what they add up, what the first one decides, and who is missed when one dies.
+"""Distributed training: exchanges between the processes of one run, decisions of the first, and detection of dead processes.
 
-torch's own process group, started by torchrun: gloo between CPUs, where also the few numbers go that all must agree on, and NCCL
-between CUDA devices. Every process calls the same methods in the same order. A process that is alone exchanges nothing.
+Uses torch's process group, started by torchrun: gloo between CPUs, also for the few numbers that all must agree on, and NCCL
+between CUDA devices. Every process calls the same methods in the same order. A single process exchanges nothing.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lorakeet.errors import LorakeetError, Problems, RunStopped
 from lorakeet.train.launch import Launch
 
 Made = TypeVar("Made")
-PATIENCE = timedelta(hours=2)  # until an exchange counts as failed; a process that died is noticed at once
-ROLL_CALL = 3.0  # seconds in which those that live answer
-_LISTEN = 0.2  # seconds between two looks for a roll call
+PATIENCE = timedelta(hours=2)  # timeout of an exchange; a dead process is noticed at once
+ROLL_CALL = 3.0  # seconds in which live processes answer a roll call
+_LISTEN = 0.2  # seconds between two polls of the store
 
 
 class ProcessLost(RunStopped):
-    """Another process died or gave up."""
+    """Raised if another process died or gave up."""
 
 
 class Processes:
-    """All processes of a run, seen from this one. `store` is where torchrun lets them leave words for each other."""
+    """All processes of a run, as seen by this one. `store` is torchrun's key-value store."""
 
     def __init__(self, launch: Launch | None = None, store: Any = None) -> None:
         self.launch = launch or Launch()
@@ -65,11 +65,11 @@ class Processes:
         return number
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` holds in any process."""
+        """True if `flag` is true in any process."""
         return self.total(int(flag))[0] > 0
 
     def summed(self, values: Tensor) -> Tensor:
-        """`values`, of one shape everywhere, summed over all processes; on the CPU, unless it is alone."""
+        """Sums `values` of equal shapes over all processes; the result is on the CPU, except for a single process."""
         if self.count == 1:
             return values
         found = values.detach().cpu().clone()
@@ -78,24 +78,24 @@ class Processes:
         return found
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Sums the gradients over all processes, in one flat buffer; a parameter without one anywhere keeps none."""
+        """Sums gradients over all processes, in one flat buffer; a parameter without a gradient anywhere keeps none."""
         if self.count == 1:
             return
-        held = list(parameters)
-        sizes = [parameter.numel() for parameter in held]
-        flat = torch.zeros(sum(sizes) + len(held), device=held[0].device)  # behind the gradients: how many processes have each
-        *parts, counts = flat.split([*sizes, len(held)])  # type: ignore[no-untyped-call]
-        for number, (parameter, part) in enumerate(zip(held, parts, strict=True)):
+        trained = list(parameters)
+        sizes = [parameter.numel() for parameter in trained]
+        flat = torch.zeros(sum(sizes) + len(trained), device=trained[0].device)  # at the end: in how many processes each exists
+        *parts, counts = flat.split([*sizes, len(trained)])  # type: ignore[no-untyped-call]
+        for number, (parameter, part) in enumerate(zip(trained, parts, strict=True)):
             if parameter.grad is not None:
                 part.copy_(parameter.grad.flatten())
                 counts[number] = 1
         with self._exchanging():
             dist.all_reduce(flat)
-        for parameter, part, count in zip(held, parts, counts.tolist(), strict=True):
+        for parameter, part, count in zip(trained, parts, counts.tolist(), strict=True):
             parameter.grad = part.view_as(parameter) if count else None
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Makes every tensor what it is in the first process."""
+        """Copies every tensor from the first process to the others."""
         if self.count == 1:
             return
         with self._exchanging(), torch.no_grad():
@@ -105,7 +105,7 @@ class Processes:
                 tensor.copy_(there)
 
     def from_first(self, make: Callable[[], Made]) -> Made:
-        """What `make` gives in the first process, which alone calls it; all raise the LorakeetError that it raises there."""
+        """Calls `make` in the first process alone and returns its result, or raises its LorakeetError, in all."""
         if self.count == 1:
             return make()
         answer: list[Any] = [None, None]
@@ -122,7 +122,7 @@ class Processes:
         return made  # type: ignore[no-any-return]
 
     def require_equal(self, values: Mapping[str, Any]) -> None:
-        """Raises ConfigError that names what is not the same in every process."""
+        """Raises ConfigError that names every value that differs between processes."""
         if self.count == 1:
             return
         everywhere: list[Any] = [None] * self.count
@@ -148,28 +148,28 @@ class Processes:
             yield
 
     def disband(self) -> None:
-        """The processes need each other no longer: each goes on alone once all have come here."""
+        """Ends the group: each process continues alone once all have arrived here."""
         if self._open:
             self.total(0)
         self.end()
 
     def end(self) -> None:
-        """Exchanges nothing any more, and answers no roll call."""
+        """Closes the process group and stops answering roll calls."""
         self._close()
         self._done.set()
         if self._listener.is_alive():
             self._listener.join()
 
     def give_up(self, error: BaseException) -> None:
-        """Leaves word of an error that ends this process, for those that will miss it."""
+        """Records the error that ends this process in the store, for the others."""
         if self._open and not isinstance(error, ProcessLost):
             self._leave_word("gave-up", f"{type(error).__name__}: {error}")  # as _stopped reads it
         self._close()
 
     def already_reported(self, text: str) -> bool:
-        """Whether a process before this one says the same; asked by each that is about to say it."""
+        """True if a process of lower rank reports the same text; called by each before reporting it."""
         self._leave_word("said", text)
-        deadline = time.monotonic() + 2 * ROLL_CALL  # others may have to wait for an answer first
+        deadline = time.monotonic() + 2 * ROLL_CALL  # others may be waiting for an answer themselves
         while self.rank and time.monotonic() < deadline:
             if any(self._word("said", rank) == text for rank in range(self.rank)):
                 return True
@@ -183,20 +183,21 @@ class Processes:
 
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
-        """A context for torch's own exchanges: what they raise when another process is gone becomes ProcessLost."""
+        """A context for torch's exchanges: turns their error for a dead process into ProcessLost."""
         try:
             yield
         except RuntimeError as error:
-            traceback.clear_frames(error.__traceback__)  # which hold the connections
-            self._close()  # so that others, which wait for this one, notice too
+            traceback.clear_frames(error.__traceback__)  # they keep the connections open
+            self._close()  # so that others waiting for this one notice too
             if lost := self._missed():
                 raise ProcessLost(lost) from error
             raise
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
-        """A context for passes of a model that the processes have parted: torch gathers its blocks there, and meets first that
-        another process is gone. That becomes ProcessLost; an error of this process's own, such as no memory, stays."""
+        """A context for forward and backward passes of a sharded model, where torch gathers blocks from other processes.
+
+        Turns the error for a dead process into ProcessLost; own errors, such as out of memory, stay."""
         try:
             yield
         except RuntimeError as error:
@@ -208,15 +209,16 @@ class Processes:
 
     @contextmanager
     def terminable(self) -> Iterator[None]:
-        """A context that the first SIGTERM ends: by ProcessLost where another process is gone, for torchrun then ends the others
-        so, and by KeyboardInterrupt elsewhere. One that is alone leaves it to whoever heeds it; the second one ends any."""
+        """A context that ends at the first SIGTERM, by ProcessLost if another process died (torchrun then terminates the rest).
+
+        Otherwise by KeyboardInterrupt. A single process keeps its handler. A second SIGTERM ends the process."""
         if not self._open or threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGTERM, before)
-            if self._called:  # it is being found out, or said
+            if self._called:  # a roll call is in progress, or the loss is already reported
                 return
             if self._open and (lost := self._missed(stopping=True)):
                 self._close()
@@ -231,8 +233,9 @@ class Processes:
             signal.signal(signal.SIGTERM, before)
 
     def _missed(self, *, stopping: bool = False) -> str:
-        """Who does not answer, or left word that it gave up; empty where all are well. One that is `stopping`, because it was
-        asked to, does not miss those that were stopped too."""
+        """Names the processes that do not answer, or gave up; empty if all are alive.
+
+        A process that is `stopping` on request ignores others that stopped too."""
         self._called = True
         self._leave_word("roll-call", "now")
         others = [rank for rank in range(self.count) if rank != self.rank]
@@ -248,27 +251,27 @@ class Processes:
         return " and ".join([*said, *(f"process {rank} of {self.count} died" for rank in silent)])
 
     def _answer(self) -> None:
-        """Answers a roll call, whatever the main thread is busy with."""
+        """Answers a roll call, in a thread of its own."""
         try:
-            store = self._store.clone()  # a connection of its own, which waits for nobody
+            store = self._store.clone()  # an own connection, which never blocks
             while not self._done.wait(_LISTEN):
                 if any(store.check([f"roll-call/{rank}"]) for rank in range(self.count)):
                     store.set(f"here/{self.rank}", "1")
                     return
-        except RuntimeError:  # the store is gone, and with it whoever would ask
+        except RuntimeError:  # the store is gone
             return
 
     def _leave_word(self, kind: str, text: str) -> None:
         try:
             self._store.set(f"{kind}/{self.rank}", text)
         except RuntimeError as error:
-            print(f"Process {self.rank} cannot leave word for the others: {error}", file=sys.stderr)
+            print(f"Process {self.rank} cannot notify the others: {error}", file=sys.stderr)
 
     def _word(self, kind: str, rank: int) -> str:
         try:
             key = f"{kind}/{rank}"
             return bytes(self._store.get(key)).decode() if self._store.check([key]) else ""
-        except RuntimeError:  # it lay with a process that is gone
+        except RuntimeError:  # its process is gone
             return ""
 
 
@@ -281,10 +284,10 @@ ALONE = Processes()
 
 @contextmanager
 def joined(launch: Launch) -> Iterator[Processes]:
-    """A context in which the processes of `launch` work together.
+    """A context in which the processes of `launch` form a group.
 
-    A LorakeetError ends every process with its exit code: the first one raises it, as does one that is alone; the others say what
-    no process before them says, and leave with SystemExit.
+    A LorakeetError ends every process with its exit code: the first process raises it; the others print it unless a process of
+    lower rank does, and raise SystemExit.
     """
     if launch.count == 1:
         yield ALONE

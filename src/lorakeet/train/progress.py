@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line in a terminal, a plain line now and then elsewhere, nothing for a machine."""
+"""Progress of a run: a live line in a terminal, plain lines elsewhere, nothing with `--json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = Mapping[str, float | int | None]
 
 @dataclass(frozen=True)
 class Words:
-    """What a run computes, and what its held-out loss is a mean over, in the plural."""
+    """Plural nouns for what a run computes, and for the units of its held-out loss."""
 
     computed: str = "tokens"
     evaluated: str = "rows"
@@ -27,7 +27,7 @@ TEXT, PICTURES = Words(), Words("pictures", "pictures")
 
 
 class Reporter(Protocol):
-    """Who is told what happens."""
+    """Receives the events of a run."""
 
     def begin(self, total: int, *, done: int) -> None: ...
 
@@ -41,7 +41,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """Tells nobody."""
+    """Prints nothing."""
 
     def begin(self, total: int, *, done: int) -> None: ...
 
@@ -55,7 +55,7 @@ class Silent:
 
 
 class Bar:
-    """One line at the foot of a terminal: loss, held-out loss, tokens or pictures a second, memory, time left."""
+    """One line at the bottom of a terminal: loss, held-out loss, tokens or pictures per second, memory, time left."""
 
     def __init__(self, console: Console, words: Words = TEXT) -> None:
         self.console, self.words = console, words
@@ -89,7 +89,7 @@ class Bar:
 
 
 class Lines:
-    """A plain line at most every `every` seconds, and one for each held-out evaluation."""
+    """At most one plain line every `every` seconds, and one for each held-out evaluation."""
 
     def __init__(self, console: Console, words: Words = TEXT, *, every: float = 30.0) -> None:
         self.console, self.words = console, words
@@ -116,7 +116,7 @@ class Lines:
 
 
 def reporter_for(console: Console, *, words: Words = TEXT, machine: bool = False) -> Reporter:
-    """The bar in a terminal, lines elsewhere, silence where a machine reads (`--json`)."""
+    """A bar in a terminal, lines elsewhere, nothing for a machine (`--json`)."""
     if machine:
         return Silent()
     return Bar(console, words) if console.is_terminal else Lines(console, words)
@@ -124,8 +124,9 @@ def reporter_for(console: Console, *, words: Words = TEXT, machine: bool = False
 
 @contextmanager
 def counted(console: Console, what: str, total: int, *, every: float = 30.0) -> Iterator[Callable[[int], None]]:
-    """A context that is told how many more of `total` are done: a bar in a terminal, which goes when it ends, elsewhere a line at
-    most every `every` seconds, "what: 40 of 120", and none of what takes less."""
+    """A context that yields a function to report how many more of `total` are done.
+
+    A transient bar in a terminal; elsewhere at most one line every `every` seconds, "what: 40 of 120"."""
     if console.is_terminal:
         with Progress(console=console, transient=True) as bar:
             yield partial(bar.advance, bar.add_task(what, total=total))
@@ -143,7 +144,7 @@ def counted(console: Console, what: str, total: int, *, every: float = 30.0) -> 
 
 
 def numbers(record: Record, words: Words = TEXT) -> str:
-    """ "loss 1.234 · 402 tokens/s · 1.6 GB" of one training record; rare units with a decimal."""
+    """ "loss 1.234 · 402 tokens/s · 1.6 GB" of one training record; rates below 10 with a decimal."""
     speed, memory = record["tokens_per_second"] or 0, record["memory_bytes"] or 0
     rate = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
     return f"loss {_loss(record['loss'])} · {rate} {words.computed}/s · {memory / 1e9:.1f} GB"

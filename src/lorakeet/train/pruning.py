@@ -1,10 +1,10 @@
-"""Ranks that fall in training: pairs, moments and importance are cut for good at set steps (the mathematics: ranks/prune).
+"""Rank pruning during training: pairs, moments and importance are cut for good at set steps (mathematics: ranks/prune).
 
     before the last cut  each step: gradients → importance
-    at a cut             rows of A, columns of B, their moments and their importance go, and with them their memory and time
-    from then on         a run like any other, at the final budget
+    at a cut             removes rows of A, columns of B, their moments and their importance, which saves memory and time
+    after the last cut   an ordinary run at the final budget
 
-A checkpoint's tensors have the shapes of their step; a resumed run cuts its new pairs to these before it takes the numbers over.
+A checkpoint's tensors have the shapes of their step; a resumed run cuts its new pairs to them before loading.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Cut = dict[str, int]  # the record of a cut in metrics.jsonl
 
 
 class Pruning:
-    """The falling ranks of one run. `cuts` is the budget in parameters by step; `keep` cuts the pair at a path to some terms.
+    """The rank pruning of one run. `cuts` is the budget in parameters by step; `keep` cuts the pair at a path to some terms.
 
-    The best adapter of a run is one that keeps the final budget: held-out losses before the last cut choose nothing (`counts`).
+    The best adapter must meet the final budget, so held-out losses before the last cut are not candidates (`counts`).
     """
 
     def __init__(self, plan: Plan, cuts: Mapping[int, int], keep: Callable[[str, Tensor], None]) -> None:
@@ -37,22 +37,22 @@ class Pruning:
         self._keep, self._dims = keep, {entry.path: term_dims(entry.kind) for entry in plan.entries}
 
     def counts(self, step: int) -> bool:
-        """Whether the held-out loss after `step` is that of the base, or of an adapter that may be the best one."""
+        """True if the held-out loss after `step` is that of the base, or of a candidate for the best adapter."""
         return step == 0 or step >= self.last
 
     def awaited(self, best_step: int | None) -> str:
-        """A sentence, after a space, about RUN/adapter while there is no best step yet; else empty."""
+        """A sentence, after a space, about RUN/adapter before the first best step; empty otherwise."""
         if best_step is not None:
             return ""
-        return f" There is no adapter yet: the first is that of a held-out evaluation after the last cut, in step {self.last}."
+        return f" There is no adapter yet: the first follows a held-out evaluation after the last cut, in step {self.last}."
 
     def see(self, step: int, parameters: Mapping[str, Parameter]) -> None:
-        """Takes in the gradients of step `step`, before they are clipped."""
+        """Adds the unclipped gradients of step `step` to the importance."""
         if step <= self.last:
             self.importance.see(parameters)
 
     def after(self, step: int, optimizer: Optimizer) -> Cut | None:
-        """Cuts the pairs where this step is one that does, and tells what is left."""
+        """Cuts the pairs if `step` has a cut, and returns its record."""
         if step not in self.cuts:
             return None
         terms = most_important(self.plan, self.importance.of_terms(), self.cuts[step])
@@ -60,14 +60,14 @@ class Pruning:
             self._cut(path, kept, optimizer)
         if step == self.last:
             self.importance.forget()
-        release_free_memory()  # what the cut tensors took is not held by the C library either
+        release_free_memory()  # so that the C library returns it to the system
         ranks = {path: len(kept) for path, kept in terms.items()}
         left = pair_parameters(with_ranks(self.plan, ranks))
         found = {"rank_budget": self.cuts[step], "pair_parameters": left, "pairs": sum(rank > 0 for rank in ranks.values())}
         return {"step": step, **found, "lowest_rank": min(ranks.values()), "highest_rank": max(ranks.values())}
 
     def take_over(self, shapes: Mapping[str, torch.Size], importance: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-        """Gives the pairs the ranks of a checkpoint's tensors, of which these are the shapes, and takes over its importance."""
+        """Cuts the pairs to the `shapes` of a checkpoint's tensors, and loads its importance."""
         for entry in self.plan.entries:
             rank = shapes[f"{entry.path}.A"][self._dims[entry.path][0]]
             if rank < entry.rank:
@@ -83,7 +83,7 @@ class Pruning:
 
 
 def cut_text(cut: Cut) -> str:
-    """What a cut left, in words."""
+    """The record of a cut in words."""
     return (
         f"Step {cut['step']}: ranks cut to {cut['pair_parameters']:,} of at most {cut['rank_budget']:,} parameters: "
         f"{cut['pairs']} pairs, ranks {cut['lowest_rank']} to {cut['highest_rank']}."

@@ -1,4 +1,4 @@
-"""The states of all random number generators that training may draw from: Python's, NumPy's, torch's, and CUDA's."""
+"""States of all random number generators used in training: Python's, NumPy's, torch's, and CUDA's."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def states() -> dict[str, Tensor]:
 
 def seeded(seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """The states of torch's generators of the CPU and of `device`, as `torch.manual_seed(seed)` leaves them."""
-    return tuple(torch.Generator(place).manual_seed(seed).get_state() for place in (torch.device("cpu"), *cuda_devices(device)))
+    return tuple(torch.Generator(each).manual_seed(seed).get_state() for each in (torch.device("cpu"), *cuda_devices(device)))
 
 
 def drawn(device: torch.device) -> tuple[Tensor, ...]:
-    """Their states now."""
-    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cuda_devices(device)))
+    """The current states of the same generators."""
+    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in cuda_devices(device)))
 
 
 def draw_from(found: tuple[Tensor, ...], device: torch.device) -> None:
-    """Puts them to what `seeded` or `drawn` gave."""
+    """Sets them to states from `seeded` or `drawn`."""
     first, *others = found
     torch.set_rng_state(first)
-    for card, state in zip(cuda_devices(device), others, strict=True):
-        torch.cuda.set_rng_state(state, card)
+    for each, state in zip(cuda_devices(device), others, strict=True):
+        torch.cuda.set_rng_state(state, each)
 
 
 def cuda_devices(device: torch.device) -> list[torch.device]:
-    """`device` where it has a generator of its own beside the CPU's: a CUDA device."""
+    """[`device`] if it is a CUDA device, which has its own generator; else []."""
     return [device] if device.type == "cuda" else []
 
 
 def restore(found: Mapping[str, Tensor]) -> None:
-    """Puts every generator back to what `states` gave; CUDA devices that are no longer there are left out."""
+    """Sets every generator to the result of `states`; missing CUDA devices are ignored."""
     version, *words = found["python.words"].tolist()
     gauss = found["python.gauss"].tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))

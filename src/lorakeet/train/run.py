@@ -1,4 +1,4 @@
-"""The run folder on disk: where everything of a run is, made new or opened to go on."""
+"""The run folder on disk, created or opened to resume."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lorakeet.train import durable
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run (their meaning: README of the run folder in the docs)."""
+    """The paths of a run (see the run folder in the docs)."""
 
     path: Path
-    command: str = "lorakeet"  # how lorakeet is called so that it trains as it does now
+    command: str = "lorakeet"  # how lorakeet was started, for the resume command
 
     @property
     def config(self) -> Path:
@@ -41,7 +41,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """Where the best tensors so far are while a run trains that has no memory for them."""
+        """The best tensors so far, while a run with a memory budget trains."""
         return self.path / ".best.safetensors"
 
     @property
@@ -61,7 +61,7 @@ class RunFolder:
         return self.path / "certificate.json"
 
     def forget_adapter(self) -> None:
-        """Deletes RUN/adapter, where there is one."""
+        """Deletes RUN/adapter if it exists."""
         if self.adapter.exists():
             durable.remove_folder(self.adapter)
 
@@ -71,15 +71,15 @@ class RunFolder:
 
     @classmethod
     def at(cls, path: Path) -> RunFolder | None:
-        """The run whose folder `path` is; None where it is none. Only config.yaml need be there."""
+        """The run in folder `path`; None without config.yaml."""
         run = cls(path)
         return run if run.config.is_file() else None
 
     @classmethod
     def around(cls, adapter: Path) -> RunFolder | None:
-        """The run that `adapter` means: its folder, or the adapter/ in it, or a file of that; None where it is of no run.
+        """The run of `adapter`: a run folder, its adapter/, or a file in that; None if it belongs to no run.
 
-        Other files are of none, whatever lies beside them: other trainers write a config.yaml of their own there.
+        Other files belong to no run, even beside a config.yaml: other trainers write one too.
         """
         is_file = adapter.is_file()
         folder = (adapter.parent if is_file else adapter).absolute()
@@ -87,31 +87,31 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
-        """A new run in `path`, which must not exist or be empty; ConfigError otherwise."""
+        """Creates a run in `path`. Raises ConfigError unless it is empty or missing."""
         run = cls(path)
         run.require_free()
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         return run
 
     def require_free(self) -> None:
-        """Raises ConfigError unless the folder is empty or not there yet; writes nothing."""
+        """Raises ConfigError unless the folder is empty or missing; writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"The run folder {self.path} is a file; choose another --out.")
-        if self.path.is_dir() and self._holds_something():
+        if self.path.is_dir() and self._has_files():
             go_on = f"go on with it: {self.resume_command}; or choose" if self.config.exists() else "choose"
             raise ConfigError(
                 f"The run folder {self.path} exists already; nothing in it was touched. You can {go_on} another --out."
             )
 
-    def _holds_something(self) -> bool:
-        """Whether anything but empty folders and hidden files is there: those are left by a run killed before it had settings."""
+    def _has_files(self) -> bool:
+        """True for more than empty folders and hidden files, which a run killed at its start may leave."""
         return any(found.is_file() and not found.name.startswith(".") for found in self.path.rglob("*"))
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The run in `path`, to go on with it: an interrupted replacement of one of its folders is finished first.
+        """Opens the run in `path` to resume it, after finishing interrupted replacements of its folders.
 
-        ConfigError if it is none, or if another process is training it. To read a run, `RunFolder(path)` is enough.
+        Raises ConfigError if it is no run, or if another process is training it. To read a run, use `RunFolder(path)`.
         """
         run = cls(path)
         if not path.is_dir():
@@ -126,16 +126,16 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """A context in which no other process trains this run; the lock ends with the process, however that ends."""
+        """A context that locks this run against other processes; the lock ends with the process."""
         with (self.path / ".lock").open("wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(
-                    f"Another process is training {self.path}. Wait until it ends or stop it with Ctrl-C, then try again."
+                    f"Another process is training {self.path}. Wait until it ends, or stop it with Ctrl-C, then try again."
                 ) from error
             yield
 
     def write(self, path: Path, text: str) -> None:
-        """Writes one file of the run in one step (config.yaml, split.json, the report)."""
+        """Writes one file of the run atomically (config.yaml, split.json, the report)."""
         durable.write_file(path, text.encode())

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from the step to a factor of the highest rate. Nothing to save, nothing to restore."""
+"""Learning-rate schedules: pure functions from the step to a factor of the peak rate, without state."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 
 
 def warmup_steps(total: int, fraction: float) -> int:
-    """Steps in which the rate rises: the fraction of `total`, rounded up, and at most all but one."""
+    """Warm-up steps: the fraction of `total`, rounded up, at most total − 1."""
     return min(math.ceil(fraction * total), total - 1)
 
 
 def factor(step: int, total: int, *, warmup: int, shape: str) -> float:
-    """The factor at `step` (1 to `total`): never 0, so that the first and the last step also learn.
+    """The factor at `step` (1 to `total`): never 0, so that the first and last steps train too.
 
-    Rises as step / warmup up to 1. Then, with r = share of the remaining steps that are done (0 at the first of them):
+    Rises as step / warmup up to 1. Then, with r = done share of the remaining steps (0 at the first):
     linear 1 − r, cosine (1 + cos πr) / 2, constant 1.
     """
     if step <= warmup:

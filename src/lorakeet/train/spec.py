@@ -1,4 +1,4 @@
-"""The settings of training, and the two rules that fill in what is left out. Imports nothing heavy: the command line reads it."""
+"""`TrainSpec`, the `train` part of a run file, and the rules for its defaults. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,91 +12,94 @@ LARGEST_SEED = 2**63 - 1  # what torch takes
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """How long, how fast and how watched a run is; `validate` says everything that is wrong."""
+    """Length, optimizer, evaluation and checkpoints of a run."""
 
-    epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; parts of a pass are allowed."})
-    steps: int | None = field(default=None, metadata={"help": "Optimizer steps; where given, it wins over epochs."})
-    batch_size: int = field(default=16, metadata={"help": "Rows in one optimizer step."})
+    epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; fractions are allowed."})
+    steps: int | None = field(default=None, metadata={"help": "Optimizer steps; overrides epochs."})
+    batch_size: int = field(default=16, metadata={"help": "Rows per optimizer step."})
     micro_tokens: int = field(
-        default=2048, metadata={"help": "Tokens that are computed at once; the rows of a step are cut into such parts."}
+        default=2048, metadata={"help": "Tokens per micro-batch; the rows of a step are split into micro-batches."}
     )
-    length_grouping: bool = field(default=True, metadata={"help": "Put rows of similar length into the same step."})
+    length_grouping: bool = field(default=True, metadata={"help": "Group rows of similar length into the same step."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Highest learning rate; left out, it follows from the model's hidden size."}
+        default=None, metadata={"help": "Peak learning rate; by default it follows from the model's hidden size."}
     )
     rate_trial_steps: int = field(
         default=12,
-        metadata={"help": "Steps in which a run without learning_rate tries half, once and twice the rule's; below 8: none."},
+        metadata={
+            "help": "Steps of a trial of half, once and twice the default learning rate, if none is given; below 8: no trial."
+        },
     )
     b_learning_rate_ratio: float = field(
-        default=1.0, metadata={"help": "Learning rate of B over that of everything else; LoRA+ uses 16 (arXiv 2402.12354)."}
+        default=1.0,
+        metadata={"help": "Learning rate of B relative to that of everything else; LoRA+ uses 16 (arXiv 2402.12354)."},
     )
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Share of each weight taken off per step and unit of learning rate."}
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW."})
+    beta1: float = field(
+        default=0.9, metadata={"help": "Decay rate of the optimizer's first moment, the running mean of gradients."}
     )
-    beta1: float = field(default=0.9, metadata={"help": "How much of the running mean of gradients is kept at each step."})
     beta2: float = field(
-        default=0.999, metadata={"help": "How much of the running mean of squared gradients is kept at each step."}
+        default=0.999, metadata={"help": "Decay rate of the optimizer's second moment, the running mean of squared gradients."}
     )
     epsilon: float = field(
-        default=1e-8, metadata={"help": "Added to the root of the mean square, so that it never divides by zero."}
+        default=1e-8, metadata={"help": "Added to the square root of the second moment to avoid division by zero."}
     )
     moments: Literal["float32", "8bit"] = field(
         default="float32",
-        metadata={"help": "How the optimizer's two running means are kept; 8bit takes a quarter of that (arXiv 2110.02861)."},
+        metadata={"help": "Dtype of the optimizer's two moments; 8bit takes a quarter of the memory (arXiv 2110.02861)."},
     )
     schedule: Literal["linear", "cosine", "constant"] = field(
-        default="linear", metadata={"help": "How the learning rate goes down after the warm-up."}
+        default="linear", metadata={"help": "Learning rate schedule after the warm-up."}
     )
-    warmup_fraction: float = field(
-        default=0.03, metadata={"help": "Share of the steps in which the learning rate rises to its height."}
-    )
+    warmup_fraction: float = field(default=0.03, metadata={"help": "Share of the steps in which the learning rate warms up."})
     clip_norm: float = field(
-        default=1.0, metadata={"help": "Largest norm of the whole gradient; longer ones are shortened. 0 is off."}
+        default=1.0, metadata={"help": "Largest norm of the gradient, beyond which it is clipped; 0 turns clipping off."}
     )
-    head_chunk: int = field(default=256, metadata={"help": "Supervised tokens that go through the output head at once."})
+    head_chunk: int = field(default=256, metadata={"help": "Target tokens per chunk of the output layer."})
     keep_prefix_states: bool = field(
         default=False,
         metadata={
-            "help": "Compute what blocks below the lowest adapted one make of a row once, for all epochs and all trials of tune; "
-            "on disk."
+            "help": "Cache the hidden states below the lowest adapted block on disk, for all epochs and all trials of tune."
         },
     )
     cuda_graphs: bool = field(
         default=False,
-        metadata={
-            "help": "Record a micro-batch's passes as CUDA graphs, for models so small that a card waits for the host; not run "
-            "on a card yet."
-        },
+        metadata={"help": "Replay micro-batches as CUDA graphs, if the GPU would wait for the host; not run on a GPU yet."},
     )
     shard: bool = field(
         default=False,
-        metadata={"help": "Part the frozen blocks over the processes of torchrun (FSDP2), which else hold the whole base each."},
+        metadata={
+            "help": "Shard the frozen blocks over the processes of torchrun (FSDP2); if false, each process has the whole base."
+        },
     )
     evaluate_every: int | None = field(
-        default=None, metadata={"help": "Steps between held-out evaluations; left out, ten a run and at least one a pass."}
+        default=None, metadata={"help": "Steps between held-out evaluations; by default ten per run and at least one per epoch."}
     )
     patience: int = field(
         default=5,
-        metadata={"help": "Stop after this many held-out evaluations in a row without improvement; 0 never stops early."},
+        metadata={"help": "Stop after this many held-out evaluations in a row without improvement; 0 turns early stopping off."},
     )
     min_improvement: float = field(
         default=0.0,
-        metadata={"help": "By how much held-out loss (text: nats a token) must fall to count as an improvement for patience."},
+        metadata={
+            "help": "Smallest decrease of the held-out loss (text: nats per token) that counts as an improvement for patience."
+        },
     )
     checkpoint_every: int | None = field(
-        default=None, metadata={"help": "Steps between checkpoints; left out, one with every held-out evaluation."}
+        default=None, metadata={"help": "Steps between checkpoints; by default one at every held-out evaluation."}
     )
     keep_checkpoints: int = field(
-        default=2, metadata={"help": "Newest checkpoints kept; the best adapter is always kept besides."}
+        default=2, metadata={"help": "Number of latest checkpoints to keep; the best adapter is kept as well."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the adapter's start, of the order of the rows and of dropout."})
+    seed: int = field(
+        default=0, metadata={"help": "Random seed of the adapter's initialisation, the order of the rows, and dropout."}
+    )
     log_to: Literal["none", "tensorboard", "wandb"] = field(
-        default="none", metadata={"help": "Where the numbers go besides metrics.jsonl."}
+        default="none", metadata={"help": "Where metrics go besides metrics.jsonl."}
     )
 
     def validate(self) -> list[str]:
-        """Every problem of these settings in words; empty when they can be used."""
+        """Returns a message for every wrong setting."""
         found: list[str] = []
         for name in (
             "batch_size",
@@ -128,17 +131,17 @@ class TrainSpec:
         return found
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run: `steps`, or else epochs × steps of one pass, rounded up."""
+        """Returns the optimizer steps of the whole run: `steps`, or else epochs × `steps_per_epoch`, rounded up."""
         return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * steps_per_epoch - 1e-9))
 
     def evaluation_interval(self, steps_per_epoch: int) -> int:
-        """Steps between held-out evaluations."""
+        """Returns the steps between held-out evaluations."""
         if self.evaluate_every is not None:
             return self.evaluate_every
         return max(1, min(math.ceil(self.total_steps(steps_per_epoch) / EVALUATIONS_A_RUN), steps_per_epoch))
 
     def checkpoint_interval(self, steps_per_epoch: int) -> int:
-        """Steps between checkpoints."""
+        """Returns the steps between checkpoints."""
         return self.checkpoint_every if self.checkpoint_every is not None else self.evaluation_interval(steps_per_epoch)
 
 
@@ -147,9 +150,9 @@ def _finite(value: float, low: float) -> bool:
 
 
 def learning_rate_for(hidden: int, exponent: float) -> float:
-    """5e-5 · 10 · (2000 / hidden)^exponent: the rate for LoRA by the model's hidden size.
+    """Returns LoRA's default learning rate for a hidden size: 5e-5 · 10 · (2000 / hidden)^exponent.
 
-    From the sweeps published with "LoRA Without Regret" (Thinking Machines Lab, 2025): LoRA wants ten times the rate of full
-    fine-tuning, and wider models want less; the exponent is a property of the family (0.781 for Llama-like models).
+    From the sweeps published with "LoRA Without Regret" (Thinking Machines Lab, 2025): LoRA needs ten times the rate of full
+    fine-tuning, and wider models need less; the exponent depends on the family (0.781 for Llama-like models).
     """
     return float(5e-5 * 10 * (2000 / hidden) ** exponent)

@@ -1,27 +1,27 @@
-"""Which adapter is the best one, and when to stop: decided by held-out loss alone."""
+"""Early stopping: the best adapter, and when to stop, by held-out loss alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-DIVERGED = 10.0  # nats a token above the base: e^10, the rows have become 22,000 times less likely a token
+DIVERGED = 10.0  # nats per token above the base: each token e^10 = 22,000 times less likely
 
 
 @dataclass
 class EarlyStopping:
-    """What held-out evaluations have shown so far; plain numbers, saved with every checkpoint.
+    """The held-out losses so far, saved with every checkpoint.
 
-    The evaluation at step 0 is the base's own loss: a comparison, not a candidate.
+    The evaluation at step 0 is the base's loss: a reference, not a candidate.
     """
 
     base_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    reference: float | None = None  # the loss that the next one must beat by `min_improvement`
-    stale: int = 0  # evaluations since then
+    reference: float | None = None  # the loss to beat by `min_improvement`
+    stale: int = 0  # evaluations since `reference`
 
     def see(self, step: int, loss: float, *, min_improvement: float) -> bool:
-        """Takes in the loss at `step`; whether it is the best so far, so that its adapter must be kept."""
+        """Records the loss at `step`. Returns true if it is the best so far, so that its adapter must be kept."""
         if step == 0:
             self.base_loss = loss
             return False
@@ -35,9 +35,9 @@ class EarlyStopping:
         return True
 
     def diverged(self, loss: float) -> bool:
-        """Whether `loss` is so far above the base's that no later step will mend it."""
+        """True if `loss` is beyond recovery above the base's."""
         return self.base_loss is not None and loss > self.base_loss + DIVERGED
 
     def exhausted(self, patience: int) -> bool:
-        """Whether `patience` evaluations in a row brought no improvement; never with a patience of 0."""
+        """True after `patience` evaluations in a row without improvement; never with a patience of 0."""
         return patience > 0 and self.stale >= patience

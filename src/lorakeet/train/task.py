@@ -1,4 +1,4 @@
-"""What the loop asks of the thing it trains. Text answers in train/text/task; images can answer without a change to the loop."""
+"""The interface between the training loop and a task; implemented by train/text/task and train/image/task."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.train.processes import Processes
 from lorakeet.train.pruning import Pruning
 
-RESAMPLES = 1000  # behind the interval of each held-out loss on the way; the report uses more
+RESAMPLES = 1000  # for intervals of held-out losses during training; the report uses more
 BatchT = TypeVar("BatchT")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a batch is, and how much it counts."""
+    """The size of a batch and its weight in the loss."""
 
     rows: int
     tokens: int  # computed
@@ -34,21 +34,21 @@ class Size:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The loss of each held-out row: its sum over the row's targets, and how many targets those are."""
+    """The loss of each held-out row: its sum over the row's targets, and their number."""
 
     sums: NDArray[np.float64]  # (rows,)
     weights: NDArray[np.float64]  # (rows,)
 
     def mean(self, *, seed: int) -> Estimate:
-        """The loss a target, with its interval over rows."""
+        """The loss per target, with its interval over rows."""
         return intervals.ratio(self.sums, self.weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=seed))
 
 
 def gradients_by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], targets: float) -> Tensor:
-    """Forward and backward of each micro-batch in turn. `loss` gives the sum of the loss over a batch's targets, with gradient.
+    """Runs forward and backward of one micro-batch after another; `loss` is the sum over a batch's targets, with gradient.
 
-    Each micro-batch draws its random numbers (dropout) from a seed of its own, drawn first: a task that computes the batches in
-    another order draws the same ones.
+    Each micro-batch has its own seed for random numbers (dropout), drawn first, so that they do not depend on the order of
+    computation.
     """
     total: Tensor | None = None
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -59,7 +59,7 @@ def gradients_by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[Batch
             (found / targets).backward()  # type: ignore[no-untyped-call]
         own = found.detach().double()
         total = own if total is None else total + own
-        del found  # with its graph, which nothing that is recorded next may meet (models/text/cuda_graphs)
+        del found  # and its autograd graph, before the next CUDA graph is captured (models/text/cuda_graphs)
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
@@ -71,15 +71,15 @@ def batch_seeds(count: int) -> list[int]:
 class Task(Protocol[BatchT]):
     """A model with one adapter in training, its rows and its loss.
 
-    Where several `processes` train together, each sees its own part of the rows of a step, and the loop adds up.
+    With several `processes`, each has its part of the rows of a step, and the loop sums up.
     """
 
     processes: Processes
-    pruning: Pruning | None  # where ranks fall in training
+    pruning: Pruning | None  # rank pruning during training
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of activations and of their gradients."""
+        """The dtype of activations and of their gradients."""
         ...
 
     @property
@@ -87,19 +87,19 @@ class Task(Protocol[BatchT]):
 
     @property
     def learning_rate(self) -> float:
-        """The rate to use where the settings name none."""
+        """The default learning rate."""
         ...
 
     def parameters(self) -> dict[str, Parameter]:
-        """What is trained, fp32, in a stable order; A and B of a pair are named PATH.A and PATH.B."""
+        """The trained parameters, fp32, in a stable order; A and B of a pair are named PATH.A and PATH.B."""
         ...
 
     def fixed(self) -> dict[str, Tensor]:
-        """What belongs to the adapter's state but is not trained (the values at which a PiSSA pair began)."""
+        """The untrained state of the adapter (the initial values of a PiSSA pair)."""
         ...
 
     def batches(self, step: int) -> Sequence[BatchT]:
-        """This process's micro-batches of step `step`, counted from 0: a function of the step alone, so that resuming is easy."""
+        """This process's micro-batches of step `step`, counted from 0: a function of the step alone."""
         ...
 
     def size(self, batch: BatchT) -> Size: ...
@@ -107,18 +107,18 @@ class Task(Protocol[BatchT]):
     def gradients(self, batches: Sequence[BatchT], targets: float) -> Tensor:
         """Adds ∂(Σ losses / targets) to the gradients of the parameters, micro-batch after micro-batch; Σ losses, fp64, detached.
 
-        `targets` is how many the step has, over the loss scale where there is one (train/loss_scale). `batches` are those of one
-        step that have targets. `gradients_by_batch` is the usual way.
+        `targets` is the number of targets of the step, divided by the loss scale (train/loss_scale). `batches` are those of one
+        step that have targets. Most tasks use `gradients_by_batch`.
         """
         ...
 
     def held_out(self) -> HeldOut | None:
-        """The loss of every held-out row as the adapter is now, the same in every process; None where no rows were held out.
+        """The loss of every held-out row with the current adapter, equal in every process; None without held-out rows.
 
         Draws no random numbers.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes the adapter as it is now into the empty `folder`, with all that is needed to open it again."""
+        """Writes the current adapter into the empty `folder`, with everything needed to open it again."""
         ...

@@ -1,6 +1,6 @@
-"""`lorakeet compress`: an adapter cut to fewer parameters, each size measured on held-out rows, the smallest good one kept.
+"""`lorakeet compress`: cuts an adapter to fewer parameters, and writes the smallest size that shows no loss on held-out rows.
 
-open → Moments on training rows → spectra → one cut for each size → losses on held-out rows, paired → report and adapter.
+open → moments on training rows → spectra → one cut for each size → losses on held-out rows, paired → report and adapter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import BASE, Judge
+from lorakeet.workflows.finetuning.evaluate_text import BASE, TextEvaluator
 from lorakeet.workflows.finetuning.report import rank_map
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import CompressOptions
@@ -71,14 +71,14 @@ from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.peak_memory import held_at_most
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
-COPIES = 6 + sum(SHARES)  # of the adapter: as read, by components, every cut, that of --to, one on the model, one from disk
-CUT = "cut"  # the name that a cut adapter has on the model while it is measured
+COPIES = 6 + sum(SHARES)  # of the adapter: as read, its spectra, every cut, that of --to, one in the model, one from disk
+CUT = "cut"  # the name of a cut adapter in the model while it is measured
 FULL = "as trained"
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """The curve, what was written, and its report."""
+    """The rank curve, the adapter that was written, and its report."""
 
     out: Path
     curve: RankCurve
@@ -103,62 +103,64 @@ class _Cut:
 
 
 def compress(options: CompressOptions, *, console: Console) -> Compressed:
-    """Writes the adapter of `run` cut to `to`, or to the smallest size that loses at most `tolerance` of its gain, to `out`.
+    """Writes the adapter of `run` to `out`, cut to `to`, or to the smallest size that loses at most `tolerance` of its gain.
 
-    `memory`, or else the run's memory.budget, has to have room for the base and a backward pass, or it is refused (ConfigError).
-    Raises ConfigError and DataError for what cannot be cut or measured, VerificationFailed where no cut is good enough.
+    `memory`, or else the run's memory.budget, must fit the base and a backward pass. Raises ConfigError and DataError for what
+    cannot be cut or measured, and VerificationFailed if no cut is good enough.
     """
     require_empty(options.out)
     share, path = _share(options.tolerance), Path(options.run)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     check_pairs(opened.adapter)
     if not opened.config.data.train:
-        raise ConfigError("A bare adapter brings no rows to measure on; name the run file that it was trained with in --config.")
+        raise ConfigError(
+            "An adapter without a run has no rows to measure on. Give the run file that it was trained with in --config."
+        )
     dataset = load_dataset(opened.config.data)
     if not dataset.held_out:
-        raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
+        raise DataError("The run has no held-out rows, so no cut can be evaluated. Name a data.held_out file in its run file.")
     budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)
     of_process = None if kept.card is not None else budget
     with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
         text = opened.text_model(console)
-        chosen, curve, judged = _chosen(opened, text, dataset, options, share, console)
-        return _write(opened, chosen, curve, judged, dataset, options.out)
+        chosen, curve, evaluator = _chosen(opened, text, dataset, options, share, console)
+        return _write(opened, chosen, curve, evaluator, dataset, options.out)
 
 
 def _arranged(opened: Opened, dataset: Dataset, console: Console) -> Arrangement:
-    """How memory.budget is kept; refused where there is no room."""
+    """How memory.budget is kept. Raises ConfigError if it is too small."""
     config = opened.config
     most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
     loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in parts))
-    made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on gradients are there to be added to
+    made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on, gradients are accumulated
     return arrange_cutting(
         config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), loaded, copies=COPIES,
-        weigh=lambda text: _seen(text, config, made_up, NAME),
+        weigh=lambda text: _moments(text, config, made_up, NAME),
     )  # fmt: skip
 
 
 def _chosen(
     opened: Opened, text: TextModel, dataset: Dataset, options: CompressOptions, share: float, console: Console
-) -> tuple[_Cut, RankCurve, Judge]:
-    """The cut to write, the curve of all, and who measured them."""
+) -> tuple[_Cut, RankCurve, TextEvaluator]:
+    """The cut to write, the curve of all cuts, and the evaluator that measured them."""
     settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
     plan = plan_of(text.model, opened.adapter)
     examples = _sample(encode_rows(dataset.train, encoder).examples, options.rows, settings)
     found = weighed(opened.adapter, text, settings, examples, options.weighting)
     cuts = _cuts(opened.adapter, plan, found, options.to)
-    judged = Judge(settings, text, encoder, dataset.held_out, console, NAME)
-    curve = _curve(judged, cuts, pair_parameters(plan), share)
+    evaluator = TextEvaluator(settings, text, encoder, dataset.held_out, console, NAME)
+    curve = _curve(evaluator, cuts, pair_parameters(plan), share)
     name = cuts[0].name if options.to is not None else curve.marked
     _show(curve, console)
     if options.to is not None:
-        console.print(f"Written is what --to names: {name}.", markup=False, soft_wrap=True)
+        console.print(f"Writing the size that --to names: {name}.", markup=False, soft_wrap=True)
     if not name:
         raise VerificationFailed(
             f"No cut of {opened.folder} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. "
             f"{_why_none(curve, share)}Keep the adapter as trained, allow more with --tolerance, or name a size with --to."
         )
-    return next(item for item in cuts if item.name == name), curve, judged
+    return next(item for item in cuts if item.name == name), curve, evaluator
 
 
 def _share(text: str) -> float:
@@ -166,26 +168,26 @@ def _share(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
     value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
     if not 0 <= value < 1:
-        raise ConfigError(f"--tolerance is {text!r}; expected a share of the gain that may be lost, such as 1% or 0.01.")
+        raise ConfigError(f"--tolerance is {text!r}; expected the share of the gain that may be lost, such as 1% or 0.01.")
     return value
 
 
 def _sample(examples: Sequence[Example], count: int, config: RunConfig) -> list[Example]:
     if count < 1:
-        raise ConfigError(f"--rows is {count}; the weights of the cut need 1 training row or more. Use 256.")
+        raise ConfigError(f"--rows is {count}; a cut is weighed by 1 training row or more. Use 256.")
     return sorted(examples, key=lambda example: seed_for(config.train.seed, f"compress/{example.key}"))[:count]
 
 
 def weighed(
     adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: Weighting, name: str = NAME
 ) -> dict[str, Spectrum]:
-    """Every pair by components, from what it sees on `rows`; `adapter` is on the model as `name`, and stays there."""
-    return spectra(adapter, _seen(text, config, rows, name), weighting)
+    """The spectrum of every pair, weighed by its inputs and gradients on `rows`; `adapter` is in the model as `name`."""
+    return spectra(adapter, _moments(text, config, rows, name), weighting)
 
 
-def _seen(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str) -> dict[str, Moments]:
-    """What every pair of the adapter `name` sees on `rows` forth and back."""
-    unfuse(text.model)  # so that every pair is called by itself
+def _moments(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str) -> dict[str, Moments]:
+    """The moments of inputs and output gradients of every pair of the adapter `name` on `rows`."""
+    unfuse(text.model)  # every pair is called by itself
     activate(text.model, name)
     spec = config.train
     task = TextTask(text.with_every_token(), rows, held_out=(), spec=spec, name=name)
@@ -195,25 +197,25 @@ def _seen(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str
     for parameter in task.parameters().values():
         parameter.grad = None
     text.model.eval()
-    fuse(text.model)  # what is measured from here on computes as evaluate does
+    fuse(text.model)  # as evaluate computes
     use_kernels(text.model, text.kernels)
     return moments
 
 
 def _cuts(adapter: Adapter, plan: Plan, found: dict[str, Spectrum], to: str | None) -> list[_Cut]:
-    """The size that was asked for first, then the other sizes of the curve, the largest first."""
+    """The requested size, then the other sizes of the curve, the largest first."""
     full = pair_parameters(plan)
     least = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=1) for entry in plan.entries)))
     cuts = [] if to is None else [_named(cut_to_target(to, adapter, plan, found))]
     if to is not None and cuts[0].parameters >= full:
-        raise ConfigError(f"--to {to} is no less than the {full:,} parameters that the pairs have. Name a smaller size.")
+        raise ConfigError(f"--to {to} is not less than the {full:,} parameters of the pairs. Give a smaller size.")
     for share in SHARES:
         if least <= round(share * full) < full:
             item = _named(cut_to_budget(adapter, plan, found, round(share * full)))
             if item.parameters not in {other.parameters for other in cuts}:
                 cuts.append(item)
     if not cuts:
-        raise ConfigError(f"The pairs have {full:,} parameters and rank 1 each: there is nothing to cut.")
+        raise ConfigError(f"The pairs have {full:,} parameters and rank 1 each: there is nothing to cut. Keep the adapter.")
     return cuts
 
 
@@ -224,14 +226,14 @@ def _named(adapter: Adapter) -> _Cut:
     return _Cut(f"{parameters:,} parameters, {span}", adapter, parameters)
 
 
-def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
-    """Every cut and the whole adapter on the held-out rows, paired."""
-    rows, spec = judged.fitting(), judged.config.evaluate
-    base, full = judged.losses(rows, BASE), replace(judged.losses(rows, NAME), system=FULL)
+def _curve(evaluator: TextEvaluator, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
+    """The losses of every cut and of the whole adapter on the held-out rows, paired."""
+    rows, spec = evaluator.fitting(), evaluator.config.evaluate
+    base, full = evaluator.losses(rows, BASE), replace(evaluator.losses(rows, NAME), system=FULL)
     gain = compare_losses(base, full, spec).difference
     points = [CurvePoint(FULL, full_parameters, gain)]
     for item in sorted(cuts, key=lambda item: -item.parameters):
-        losses = _losses_of(judged, rows, item)
+        losses = _losses_of(evaluator, rows, item)
         points.append(
             CurvePoint(
                 item.name, item.parameters, compare_losses(base, losses, spec).difference, compare_losses(losses, full, spec)
@@ -239,7 +241,7 @@ def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: flo
         )
     rule = f"loses at most {100 * share:g} % of its gain, with the whole interval"
     marked = ""
-    for point in points[1:]:  # the largest first, up to one that fails: in a fixed order no look asks for a correction
+    for point in points[1:]:  # largest first, up to one that fails: tests in a fixed order need no correction
         if not _good(point, gain.value, share):
             break
         marked = point.name
@@ -247,59 +249,61 @@ def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: flo
 
 
 def _why_none(curve: RankCurve, share: float) -> str:
-    """Why not even the largest cut will do, and how many rows would show that it does where they might; empty or a sentence."""
+    """Why even the largest cut is not good enough, and how many rows could show that it is; a sentence, or empty."""
     gain, against = curve.points[0].gain, curve.points[1].against_full
     if gain.value <= 0:
-        return f"As trained it gains nothing there ({signed(gain.value, 4)} nats a token), so there is no share to keep. "
+        return f"As trained it gains nothing there ({signed(gain.value, 4)} nats a token), so no share of it can be kept. "
     if against is None or against.difference.value >= share * gain.value:
         return ""
     found = against.difference
     needed = rows_below(found.n, found.high - found.value, share * gain.value - found.value, found.confidence)
     lost = f"The largest cut changes the loss by {signed(found.value, 4)} nats a token"
-    return f"{lost}; if that is so, about {needed:,} held-out rows show that it is good enough, with a probability of 80 %. "
+    return (
+        f"{lost}; if that is its true value, about {needed:,} held-out rows show that it is good enough, with 80 % probability. "
+    )
 
 
 def _good(point: CurvePoint, gain: float, share: float) -> bool:
-    """Not "no difference shown", which few rows always give: the interval itself must exclude a larger loss."""
+    """True if the interval excludes a larger loss; "no difference shown" is not enough, since few rows always show none."""
     found = point.against_full
     return found is not None and found.difference.high <= share * max(gain, 0.0)
 
 
-def _losses_of(judged: Judge, rows: Sequence[Any], item: _Cut) -> RowLosses:
-    attach(judged.text.model, item.adapter, CUT)
+def _losses_of(evaluator: TextEvaluator, rows: Sequence[Any], item: _Cut) -> RowLosses:
+    attach(evaluator.text.model, item.adapter, CUT)
     try:
-        return replace(replace(judged, name=CUT).losses(rows, CUT), system=item.name)
+        return replace(replace(evaluator, name=CUT).losses(rows, CUT), system=item.name)
     finally:
-        eject(judged.text.model, CUT)
+        eject(evaluator.text.model, CUT)
 
 
-def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, dataset: Dataset, out: Path) -> Compressed:
-    """A run folder with the cut adapter, read back and measured from disk; its report has the rank curve."""
-    text, console = judged.text, judged.console
+def _write(opened: Opened, chosen: _Cut, curve: RankCurve, evaluator: TextEvaluator, dataset: Dataset, out: Path) -> Compressed:
+    """Writes a run folder with the cut adapter, reads it again and evaluates it; the report has the rank curve."""
+    text, console = evaluator.text, evaluator.console
     plan = plan_of(text.model, chosen.adapter)
-    lora = replace(judged.config.lora, rank_pattern=rank_pattern(plan, judged.config.lora))
-    if judged.config.ranks.choose == "prune":  # the ranks of the run are none to begin with, and some matrices lost their pair
-        targets = plan_for(text.model, replace(judged.config.lora, new_tokens=()), text.family)
+    lora = replace(evaluator.config.lora, rank_pattern=rank_pattern(plan, evaluator.config.lora))
+    if evaluator.config.ranks.choose == "prune":  # some matrices have no pair any more
+        targets = plan_for(text.model, replace(evaluator.config.lora, new_tokens=()), text.family)
         lost = [entry.path for entry in targets.entries if entry.path not in chosen.adapter.pairs]
         lora = replace(lora, exclude_modules=(*lora.exclude_modules, *lost))
-    ranks = replace(judged.config.ranks, choose="given", budget=None)
-    config = replace(judged.config, lora=lora, ranks=ranks, out=str(out))
-    rows = judged.fitting()
-    with writing(f"The run folder {out}", "Free some space, or choose another --out."), new_folder(out) as place:
-        folder = RunFolder(place)
+    ranks = replace(evaluator.config.ranks, choose="given", budget=None)
+    config = replace(evaluator.config, lora=lora, ranks=ranks, out=str(out))
+    rows = evaluator.fitting()
+    with writing(f"The run folder {out}", "Free some space, or choose another --out."), new_folder(out) as path:
+        folder = RunFolder(path)
         folder.adapter.mkdir()
         peft.write(chosen.adapter, folder.adapter)
         if opened.tokenizer is not None:
             text.tokenizer.save_pretrained(folder.adapter)
-        back = _Cut(chosen.name, peft.read(folder.adapter), chosen.parameters)
-        certificate = _certify(_losses_of(judged, rows, chosen), _losses_of(judged, rows, back), out)
-        part, judging = ("test", dataset.test) if dataset.test else ("held-out", dataset.held_out)
-        report = _report(replace(judged, rows=judging), back, curve, (part, opened, dataset))
+        stored = _Cut(chosen.name, peft.read(folder.adapter), chosen.parameters)
+        certificate = _certify(_losses_of(evaluator, rows, chosen), _losses_of(evaluator, rows, stored), out)
+        part, others = ("test", dataset.test) if dataset.test else ("held-out", dataset.held_out)
+        report = _report(replace(evaluator, rows=others), stored, curve, (part, opened, dataset))
         report = replace(report, ranks=rank_map(plan), certificate=certificate)
         folder.write(folder.config, dump_yaml(config))
         write_split_record(folder.split, dataset.split_record())
         certificate.write(folder.certificate)
-        write_report(report, place)
+        write_report(report, path)
     show_results(report, console)
     show_certificate(certificate, console)
     console.print(f"Wrote {chosen.name} to {out / 'adapter'}   Report: {out / 'report.html'}", soft_wrap=True)
@@ -308,34 +312,34 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, datase
 
 
 def _certify(live: RowLosses, stored: RowLosses, out: Path) -> Certificate:
-    off = float(abs(live.losses - stored.losses).max())
+    difference = float(abs(live.losses - stored.losses).max())
     between = ("cut adapter", "what was written")
-    check = tolerance_check("adapter on disk", {"loss": off}, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
+    check = tolerance_check("adapter on disk", {"loss": difference}, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
     return Certificate(f"The compressed adapter {out}", (check,))
 
 
-def _report(judged: Judge, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
-    """The cut adapter against its base on the judged rows, with the rank curve and, in words, its loss against the whole one."""
+def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
+    """Evaluates the cut adapter against its base; with the rank curve and, in words, its loss against the whole adapter."""
     part, opened, dataset = about
-    rows, spec = judged.fitting(), judged.config.evaluate
-    against = compare_losses(_losses_of(judged, rows, item), replace(judged.losses(rows, NAME), system=FULL), spec)
+    rows, spec = evaluator.fitting(), evaluator.config.evaluate
+    against = compare_losses(_losses_of(evaluator, rows, item), replace(evaluator.losses(rows, NAME), system=FULL), spec)
     found = against.difference
     confirmed = f"{signed(found.value, 4)} nats a token [{signed(found.low, 4)}, {signed(found.high, 4)}], n = {found.n}"
-    learnt = (*dataset.train, *(dataset.held_out if part == "test" else ()))
-    attach(judged.text.model, item.adapter, CUT)
+    baseline_rows = (*dataset.train, *(dataset.held_out if part == "test" else ()))
+    attach(evaluator.text.model, item.adapter, CUT)
     try:
-        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", learnt_from=learnt)
+        report = replace(evaluator, name=CUT).report(f"Compressing {opened.folder.parent.name}", baseline_rows=baseline_rows)
     finally:
-        eject(judged.text.model, CUT)
+        eject(evaluator.text.model, CUT)
     return replace(
         report,
-        subtitle=f"{judged.text.name}, cut to {item.name}, judged on {report.rows_of} {part} rows",
+        subtitle=f"{evaluator.text.name}, cut to {item.name}, evaluated on {report.rows_of} {part} rows",
         rank_curve=curve,
         facts={
             "Adapter": f"{item.name}, cut from {opened.folder}",
             f"Loss minus that as trained, on {part} rows": f"{confirmed}: {against.verdict}",
             "Versions": facts.versions(),
-            "Machine": facts.machine(judged.text.device),
+            "Machine": facts.machine(evaluator.text.device),
         },
     )
 

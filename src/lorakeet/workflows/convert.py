@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,16 @@ from rich.console import Console
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
-from lorakeet.formats import gguf, mlx
 from lorakeet.formats.compare import LIMIT, AdapterDifference, compare_adapters
-from lorakeet.formats.detect import Found, detect, read_found
-from lorakeet.formats.diffusion import diffusers, kohya
-from lorakeet.formats.diffusion.dense import Compression
-from lorakeet.formats.dora_fold import fold_dora
+from lorakeet.formats.components import with_components, without_component
+from lorakeet.formats.compress import Compression, fold_dora
+from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
 from lorakeet.formats.files.base_model import BaseModel, check_fits, open_base
-from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.train.durable import flush
 from lorakeet.workflows.options import ConvertOptions
 from lorakeet.workflows.runs.output_paths import require_place, writing
 
 Target = Literal["peft", "kohya", "diffusers", "gguf", "mlx"]
-_SUFFIX = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}  # the others are folders
 _SHOWN = 8  # pairs listed one by one
 
 
@@ -83,15 +78,16 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
     adapter = with_components(read_found(found, base=known, compression=compression, say=say))
     if known is not None:
         check_fits(adapter, known)
-    if to == "gguf" and compression.asked and any(pair.magnitude is not None for pair in adapter.pairs.values()):
+    if to == "gguf" and compression.given and any(pair.magnitude is not None for pair in adapter.pairs.values()):
         adapter = fold_dora(adapter, known, compression, say)
-    elif compression.asked and found.format != "lycoris":
+    elif compression.given and found.format != "lycoris":
         raise ConfigError(
             f"--rank and --error say how what is no pair becomes one, but every change in {found.path} is a pair, which {to} "
             f"takes as it is. Leave them out; lorakeet merge {source} --to adapter --rank N --out OUT cuts pairs."
         )
     with writing(str(out), "Free some space or choose another place for OUT."), _in_place(out) as partial:
-        _write(adapter, partial, to, known, say)
+        written = without_component(adapter) if to == "peft" else adapter
+        format_of(to).write(written, partial, base=known, say=say)
         back = with_components(_read_back(partial, to, known))
         difference = compare_adapters(adapter, back)
         if not difference.equal:
@@ -106,10 +102,10 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
 def _check_out(out: Path, to: Target) -> None:
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another name or remove it.")
-    suffix = _SUFFIX.get(to)
+    suffix = format_of(to).SUFFIX  # empty for a folder
     if suffix and out.suffix != suffix:
         raise ConfigError(f"OUT is {out}, but {to} is a single file; expected a name like {out.name}{suffix}.")
-    if not suffix and out.suffix in set(_SUFFIX.values()):
+    if not suffix and out.suffix in {one.SUFFIX for one in FORMATS if one.SUFFIX}:
         raise ConfigError(f"OUT is {out}, but {to} is a folder; expected a name without {out.suffix}.")
     require_place(out)
 
@@ -130,17 +126,6 @@ def _in_place(out: Path) -> Iterator[Path]:
         flush(out.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _write(adapter: Adapter, path: Path, to: Target, base: BaseModel | None, say: Callable[[str], None]) -> None:
-    writers: dict[str, Callable[[], None]] = {
-        "peft": lambda: peft.write(without_component(adapter), path),
-        "mlx": lambda: mlx.write(adapter, path),
-        "kohya": lambda: kohya.write(adapter, path, base=base, say=say),
-        "diffusers": lambda: diffusers.write(adapter, path),
-        "gguf": lambda: gguf.write(adapter, path, base=base),
-    }
-    writers[to]()
 
 
 def _read_back(path: Path, to: Target, base: BaseModel | None) -> Adapter:

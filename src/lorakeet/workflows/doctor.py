@@ -1,4 +1,4 @@
-"""`lorakeet doctor`: what this machine has, what is missing, and the command that mends it. Nothing is downloaded or changed."""
+"""`lorakeet doctor`: what this machine has, what is missing, and how to install it. Downloads and changes nothing."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ USER_EXTRAS = {
     "wandb": "Weights & Biases",
 }
 GIB = 1024**3
-MEMORY_WANTED = 3 * GIB  # the quickstart with room to spare
+MEMORY_WANTED = 3 * GIB  # more than the quickstart takes
 DISK_WANTED = 2 * GIB  # the dense copy of the quickstart's model, a run and its checkpoints
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One check of the machine."""
 
     name: str
     good: bool
     found: str
-    remedy: str = ""  # a command or a sentence; empty where there is nothing to mend
+    remedy: str = ""  # a command or a sentence; empty if `good`
     required: bool = False
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """Everything that was looked at; `exit_code` is 2 where something required is missing."""
+    """All checks; `exit_code` is 2 if something required is missing."""
 
     findings: tuple[Finding, ...]
 
@@ -58,12 +58,12 @@ class Checkup:
         return 0 if all(finding.good for finding in self.findings if finding.required) else 2
 
     def to_mapping(self) -> dict[str, Any]:
-        """The checkup as plain values, for --json."""
+        """Plain values for --json."""
         return {"ok": self.exit_code == 0, "findings": [asdict(finding) for finding in self.findings]}
 
 
 def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Checkup:
-    """The checkup of this machine, after printing it as a table with the commands that mend what is missing."""
+    """Checks this machine and prints a table, with the commands that install what is missing."""
     packages = _required_packages()
     findings = [_python(), packages]
     if packages.good:
@@ -71,7 +71,7 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
     findings += [_extra(name, purpose) for name, purpose in USER_EXTRAS.items()]
     findings += [_quickstart_packages(), _memory(), _disk(Path.cwd())]
     if all(finding.good for finding in findings if finding.required):
-        from lorakeet.kernels.cache import cache_folder  # here, since it needs the packages that were looked for above
+        from lorakeet.kernels.cache import cache_folder  # needs the packages checked above
 
         findings.append(_cache(cache_folder()))
     findings.append(_hub(os.environ))
@@ -88,7 +88,7 @@ def _python() -> Finding:
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """What the installed package asks for: always ("") or with one of its extras."""
+    """The requirements of the installed package: always (""), or those of one extra."""
     needs = [Requirement(line) for line in metadata.requires("lorakeet") or ()]
     always = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
     if not extra:
@@ -143,7 +143,7 @@ def _torch() -> list[Finding]:
     processor = torch.device("cpu")
     stored = dtype_for("auto", processor)
     products = fastest_products(stored, processor)
-    dtypes = f"weights kept as {_word(stored)}, multiplied as {_word(products)} (measured)"
+    dtypes = f"weights stored as {_word(stored)}, multiplied as {_word(products)} (measured)"
     name = str(torch.cpu.get_capabilities().get("cpu_name") or torch.backends.cpu.get_cpu_capability())
     return [
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
@@ -154,9 +154,9 @@ def _torch() -> list[Finding]:
 
 
 def _native(fits: bool, reason: str) -> Finding:
-    """Where the processor could and something is missing, that is what to mend; elsewhere there is nothing to do."""
+    """The check of the C kernels: not good only if the processor supports them and something is missing."""
     if not reason:
-        return Finding("kernels", True, "attention and the passes between matrix products in C, compiled here")
+        return Finding("kernels", True, "attention and elementwise operations in C, compiled here")
     remedy = "Install gcc 12 or later (on Debian: apt install gcc), or set CC to it." if fits else ""
     return Finding("kernels", not fits, f"torch's own: {reason}", remedy)
 
@@ -167,23 +167,23 @@ def _word(dtype: Any) -> str:
 
 def _accelerator(torch: Any, device: Any) -> str:
     if device.type == "cuda":
-        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return ", ".join(f"{card.name} with {card.total_memory / GIB:.0f} GiB" for card in cards)
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return ", ".join(f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)
     return "Apple Metal (device mps)" if device.type == "mps" else "none; training runs on the processor"
 
 
 def _memory() -> Finding:
     free, words = available_memory(Path("/"))
     good = free >= MEMORY_WANTED
-    remedy = "" if good else f"Close other programs, or take a smaller model; the quickstart wants {MEMORY_WANTED / GIB:.0f} GiB."
+    remedy = "" if good else f"Close other programs, or take a smaller model; the quickstart needs {MEMORY_WANTED / GIB:.0f} GiB."
     return Finding("memory", good, f"{free / GIB:.1f} GiB {words}", remedy)
 
 
 def available_memory(root: Path) -> tuple[int, str]:
-    """Bytes that may still be used, within the limit of a container, and what the number means."""
+    """Bytes that can still be used, within the limit of a container, and a word for them."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:  # macOS tells only how much there is
+    except OSError:  # macOS reports only the total
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "in all"
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
@@ -197,12 +197,12 @@ def available_memory(root: Path) -> tuple[int, str]:
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     good = free >= DISK_WANTED
-    remedy = "" if good else f"Free some space, or work in another folder; a run wants about {DISK_WANTED / GIB:.0f} GiB."
+    remedy = "" if good else f"Free some space, or work in another folder; a run needs about {DISK_WANTED / GIB:.0f} GiB."
     return Finding("disk", good, f"{free / GIB:.1f} GiB free in {folder}", remedy)
 
 
 def _cache(folder: Path) -> Finding:
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -216,7 +216,7 @@ def _hub(environment: Mapping[str, str]) -> Finding:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if environment.get(name, "").upper() in ("1", "TRUE", "YES", "ON"):
             return Finding("model hub", True, f"switched off by {name}; local folders and .gguf files work")
-    return Finding("model hub", True, "asked only when a hub id is named; not tried now")
+    return Finding("model hub", True, "used only for hub ids; not tried now")
 
 
 def _print(checkup: Checkup, console: Console) -> None:
@@ -233,6 +233,6 @@ def _print(checkup: Checkup, console: Console) -> None:
     broken = [finding for finding in checkup.findings if not finding.good]
     for finding in broken:
         kind = "required" if finding.required else "optional"
-        console.print(Text(f"\n{finding.name} ({kind}), to mend it:\n  {finding.remedy}"), soft_wrap=True)
+        console.print(Text(f"\n{finding.name} ({kind}), to fix it:\n  {finding.remedy}"), soft_wrap=True)
     if checkup.exit_code == 0:
-        console.print("\nEverything that is required is there.")
+        console.print("\nEverything required is installed.")

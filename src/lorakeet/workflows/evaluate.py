@@ -1,4 +1,4 @@
-"""`lorakeet evaluate`: measures a run or any adapter against its base, on the rows of the run or of a file."""
+"""`lorakeet evaluate`: evaluates a run or any adapter against its base, on the rows of the run or of a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.placement import device_for
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
@@ -47,18 +47,18 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class _EvaluationRows:
-    """The rows to judge, what to call them, their labels, and the rows that a floor may learn from."""
+    """The rows to evaluate on, their name and labels, and the rows that simple baselines are fitted to."""
 
     rows: tuple[Row, ...]
     named: str
     labels: tuple[str, ...]
-    learnt_from: tuple[Row, ...]
+    baseline_rows: tuple[Row, ...]
     leaks: LeakReport | None = None
     warnings: tuple[str, ...] = ()
 
 
 def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
-    """Measures base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if named.
+    """Evaluates base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if given.
 
     Keeps to `memory`, or else to the run's memory.budget, if need be by streaming the weights.
     """
@@ -74,9 +74,9 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         text = opened.text_model(console, within_budget=loaded)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        judge = Judge(settings, text, encoder, rows.rows, console, NAME)
-        report = judge.report(f"{options.run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
-        drift = judge.drift()
+        evaluator = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
+        report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
+        drift = evaluator.drift()
     report = dataclasses.replace(
         report,
         subtitle=f"{text.name}, {report.rows_of} rows of {rows.named}",
@@ -97,7 +97,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
 
 def _rows_of_run(opened: Opened) -> _EvaluationRows:
     if not opened.config.data.train:
-        raise ConfigError("A bare adapter brings no rows; name a file with --data, or a run file with --config.")
+        raise ConfigError("An adapter without a run has no rows. Name a file with --data, or a run file with --config.")
     dataset = load_dataset(opened.config.data)
     if dataset.test:
         return _EvaluationRows(dataset.test, "the test file", dataset.labels, (*dataset.train, *dataset.held_out))
@@ -105,9 +105,9 @@ def _rows_of_run(opened: Opened) -> _EvaluationRows:
 
 
 def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
-    """The rows of `data`, read as the run's rows are; labels are the run's where it has a run, else those of the file.
+    """The rows of `data`, read as the run's rows are, with the labels of the run or else of the file.
 
-    The run's own rows are needed for the leak check and for the floors alone: where they cannot be read, that is said.
+    The run's own rows are used for the leak check and the baselines only: if they cannot be read, a warning says so.
     """
     settings: RunConfig = opened.config
     rows = tuple(read_rows(data, dataclasses.replace(settings.data, limit=None)))
@@ -118,16 +118,16 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     except (DataError, EnvironmentProblem) as error:
         return _rows_without_training(opened, rows, Path(data).name, error)
     check_labels({"evaluated": rows}, dataset.labels)
-    learnt = (*dataset.train, *dataset.held_out)
-    left, found = _without_seen(rows, learnt, settings.data)
+    known = (*dataset.train, *dataset.held_out)
+    left, found = _without_seen(rows, known, settings.data)
     seen = len(rows) - len(left)
-    fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not about unseen rows"
-    said = (f"{seen or len(found.across)} of {len(rows)} rows also stand in the training or held-out rows ({fate}).",)
-    return _EvaluationRows(left, Path(data).name, dataset.labels, learnt, found, said if found.across else ())
+    fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not on unseen rows"
+    said = (f"{seen or len(found.across)} of {len(rows)} rows are also training or held-out rows ({fate}).",)
+    return _EvaluationRows(left, Path(data).name, dataset.labels, known, found, said if found.across else ())
 
 
 def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, why: LorakeetError) -> _EvaluationRows:
-    """The rows of a file where the run's are gone: labels and hashes of the held-out rows stand in its split.json."""
+    """The rows of a file if the run's are gone: labels and hashes of the held-out rows are in its split.json."""
     policy = opened.config.data.on_leak
     if opened.run is None or policy == "refuse":
         raise why
@@ -140,15 +140,15 @@ def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, wh
     left = tuple(row for row in rows if row.key not in seen) if policy == "drop" else rows
     if not left:
         raise DataError(f"All {len(rows)} rows are held-out rows of the run. Name a file of other rows.") from why
-    said = [f"The run's own rows cannot be read ({why}) So copies of training rows were not looked for, and no floor was learnt."]
+    said = [f"The run's own rows cannot be read ({why}) So copies of training rows were not removed, and there are no baselines."]
     if len(left) < len(rows):
         said.append(f"{len(rows) - len(left)} of {len(rows)} rows are held-out rows of the run (left out).")
     return _EvaluationRows(left, named, tuple(map(str, labels)), (), None, tuple(said))
 
 
-def _without_seen(rows: tuple[Row, ...], learnt: tuple[Row, ...], spec: DataSpec) -> tuple[tuple[Row, ...], LeakReport]:
-    """The rows without those that the run has seen, as data.on_leak says, and the pairs that were found."""
-    found = find_duplicates({"training": learnt, "test": rows}, spec.near_duplicates)
+def _without_seen(rows: tuple[Row, ...], known: tuple[Row, ...], spec: DataSpec) -> tuple[tuple[Row, ...], LeakReport]:
+    """The rows without those that the run has seen, as data.on_leak says, and the leaks that were found."""
+    found = find_duplicates({"training": known, "test": rows}, spec.near_duplicates)
     pairs = tuple(pair for pair in found if pair.row_part != pair.twin_part)
     sources = {pair.row.source if pair.row_part == "test" else pair.twin.source for pair in pairs}
     seen = tuple(row for row in rows if row.source in sources)
@@ -157,5 +157,5 @@ def _without_seen(rows: tuple[Row, ...], learnt: tuple[Row, ...], spec: DataSpec
         raise DataError(f"{len(seen)} rows were seen in training, first {pairs[0]}. {advice}")
     left = tuple(row for row in rows if row.source not in sources) if spec.on_leak == "drop" else rows
     if not left:
-        raise DataError(f"All {len(rows)} rows were seen in training, so they prove nothing. Name a file of other rows.")
+        raise DataError(f"All {len(rows)} rows were seen in training, so they show nothing. Name a file of other rows.")
     return left, LeakReport(pairs, spec.on_leak, seen if spec.on_leak == "drop" else ())

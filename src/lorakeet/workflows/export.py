@@ -18,14 +18,15 @@ from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
 from lorakeet.export.card import CardFacts, card, licence_of
-from lorakeet.export.deployment import features_of_adapter, limits_of
-from lorakeet.export.folded import Folded
-from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel, write_gguf
+from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufModel, write_gguf
 from lorakeet.export.llama_cpp import ModelRefused, is_installed, quantise
+from lorakeet.export.merged_tensors import MergedTensors
 from lorakeet.export.ollama_push import require_address
+from lorakeet.export.runtime_support import features_of_adapter, limits_of
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import sha256_of
+from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_text
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
@@ -227,7 +228,7 @@ def _wide(source: Path) -> str:
 
 def _taken(source: Path, opened: Opened, quant: str) -> tuple[int, int]:
     """Bytes of memory while the file is written, a tensor at a time, and about those of the file and of a wide one beside it."""
-    folded = Folded(source, opened.adapter)
+    folded = MergedTensors(source, opened.adapter)
     sizes = {name: math.prod(folded.shape(name)) for name in folded.names}
     changed = max((size for name, size in sizes.items() if folded.changes(name)), default=0)
     wide = FP32 if quant == "f32" or (quant not in DIRECT and _wide(source) == "f32") else FP32 // 2

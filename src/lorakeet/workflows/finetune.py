@@ -1,6 +1,8 @@
-"""`lorakeet finetune`: trains an adapter and proves it against its base on rows that it never saw.
+"""`lorakeet finetune`: trains an adapter and evaluates it against its base on rows that it never saw.
 
-assemble (rows, model, plan, ids) → choose the rate → inject → train → judge (base, adapter, floors) → certify → report.
+assemble (rows, model, plan) → choose the rate → add pairs → train → evaluate (base, adapter) → certify → report.
+
+What text and images do in each of these is in workflows/finetuning/kind.
 """
 
 from __future__ import annotations
@@ -9,54 +11,42 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError, Problems
+from lorakeet.errors import ConfigError, Problems, RunStopped
+from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import Search
-from lorakeet.evaluate.report.report import Report
+from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.measure import PeakMemory
-from lorakeet.models.files.fingerprint import fingerprint
-from lorakeet.models.text.cached_states import cached_states, frozen_depth
-from lorakeet.models.text.digests import frozen_digests
-from lorakeet.models.text.shard import shard_blocks
 from lorakeet.train.launch import launched
-from lorakeet.train.log import read_metrics, require_sink
+from lorakeet.train.log import require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning import report as page
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
-from lorakeet.workflows.finetuning.certify_text import certify_run
-from lorakeet.workflows.finetuning.cuda_graphs import record_passes, require_recordable
-from lorakeet.workflows.finetuning.evaluate_text import Judge
-from lorakeet.workflows.finetuning.finish import conclude, judging
-from lorakeet.workflows.finetuning.terminal import show_run_plan
-from lorakeet.workflows.finetuning.train_image import ImageResult, finetune_images
+from lorakeet.workflows.finetuning.kind import Digests, RunKind, kind_of
+from lorakeet.workflows.finetuning.report import complete
+from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.multi_process import begun_together, judged_together, require_combinable
-from lorakeet.workflows.runs.output_paths import require_place
+from lorakeet.workflows.runs.output_paths import require_place, writing
 from lorakeet.workflows.runs.peak_memory import say_peak
-from lorakeet.workflows.runs.pruning import pruned_plan
-from lorakeet.workflows.runs.run_folder import begin_run, hashes_of_parts, rates_of
+from lorakeet.workflows.runs.run_folder import begin_run, rates_of
 from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run gave; a dry run has no outcome."""
+    """The result of a run; a dry run has no outcome."""
 
-    setup: Assembly
+    setup: Any  # the Assembly of its kind
     run: RunFolder
     outcome: Outcome | None = None
     report: Report | None = None
@@ -67,124 +57,139 @@ class FinetuneResult:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        found: dict[str, Any] = {
+        dry_run = self.outcome is None or self.report is None
+        kind, data = kind_of(self.setup.config), self.setup.dataset
+        found = {
             "run": str(self.run.path),
             "trained_parameters": self.setup.plan.parameters,
             "pairs": len(self.setup.plan.entries),
             "steps": self.setup.steps,
-            "tokens_per_epoch": self.setup.tokens_per_epoch,
-            "rows": {
-                "train": len(self.setup.dataset.train),
-                "held_out": len(self.setup.dataset.held_out),
-                "test": len(self.setup.dataset.test),
-            },
+            kind.words.evaluated: {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)},
+            **kind.summary(self.setup, dry_run=dry_run),
         }
-        if self.setup.arrangement.forecast is not None:
-            found["memory"] = self.setup.arrangement.forecast.to_mapping()
-        if cuts := self.setup.cuts:
-            found["cuts"] = {str(step): budget for step, budget in cuts.items()}
-        if self.outcome is None or self.report is None:
-            ranks = dict(self.setup.config.lora.rank_pattern)
-            return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping(), "rank_pattern": ranks}
+        if dry_run:
+            return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
 
 
-def finetune(
-    config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *, console: Console
-) -> FinetuneResult | ImageResult:
-    """Trains, judges and certifies; everything is in the run folder `config.out`, or in `options.resume`.
+def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *, console: Console) -> FinetuneResult:
+    """Trains, evaluates and certifies; everything is in the run folder `config.out`, or in `options.resume`.
 
-    A run whose settings name no learning rate, or one that is asked to by `options.quick`, tries three first
-    (workflows/tuning/learning_rate).
-    Started by torchrun, all its processes train it together, and the first one does everything else (train/processes).
+    A run whose settings name no learning rate, or with `options.quick`, tries three first (workflows/tuning/learning_rate).
+    If torchrun started several processes, all train together and the first one does everything else (train/processes).
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
-    VerificationFailed when the certificate fails (the run folder then holds it).
+    VerificationFailed when the certificate fails (the run folder then contains it).
     """
     config = _with_budget(config, options.budget)
-    launch, resume = launched(), options.resume is not None
+    kind, launch, resume = kind_of(config), launched(), options.resume is not None
     run = RunFolder(options.resume or Path(config.out), launch.command)
     with joined(launch) as processes, begun_together(run):
-        require_combinable(config, launch)
-        require_recordable(config, launch.count)
+        require_combinable(config, launch, several=kind.several_processes)
+        kind.check(config, launch.count)
         if not options.dry_run:
             processes.from_first(lambda: _require_run(run, resume=resume))
         require_sink(config.train.log_to)
-        _check_quick(config, options)
+        _check_quick(config, options, kind)
         with enforcing_gpu_budget(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
-            if config.kind == "image":
-                return finetune_images(config, run, resume=resume, dry_run=options.dry_run, console=console)
-            setup = dataclasses.replace(assemble(config, console, processes), memory=memory)
-            show_run_plan(setup, console)
+            setup = kind.assemble(config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run)
+            setup = dataclasses.replace(setup, memory=memory)
+            kind.show(setup, console, dry_run=options.dry_run)
             if options.dry_run:
                 return FinetuneResult(setup, run)
-            return _trained(setup, run, options, console)
+            return _trained(kind, setup, run, options, console)
 
 
-def _trained(setup: Assembly, run: RunFolder, options: FinetuneOptions, console: Console) -> FinetuneResult:
-    """Trained by all processes; judged and certified by the first one, or by all where each has a part of the base only."""
-    processes, resume = setup.processes, options.resume is not None
-    setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=options.quick)
-    setup = _with_rate(setup, processes.from_first(lambda: setup.config.train.learning_rate))
-    task = ready_to_train(setup)
-    setup = dataclasses.replace(setup, text=task.text)
-    if setup.config.train.keep_prefix_states:
-        frozen_depth(setup.text)  # refused before anything is written
-    record_passes(setup.text, task, console)
-    record = setup.dataset.split_record()
-    processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=rates))
-    before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
-    if setup.parted:
-        with processes.gathering():
-            task.text = shard_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
-        setup = dataclasses.replace(setup, text=task.text)
-    elif setup.config.train.shard:
-        console.print("train.shard parts the base over several processes. This is one, which holds it whole.", soft_wrap=True)
-    try:
-        with _kept_states(setup, task, run, console):
-            outcome = train(
-                task,
-                setup.config.train,
-                run=run,
-                identity=_identity(setup),
-                resume=resume,
-                report=reporter_for(console),
-                budget=setup.arrangement.budget,
-            )
-    finally:
-        task.replayed = None  # what recorded passes hold of a card is free, for the certificate's second model too
-    if task.pruning is not None:
-        setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), begun=setup.plan)
-    with judging(run), judged_together(processes, run, outcome):
-        if not setup.parted:
+def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOptions, console: Console) -> FinetuneResult:
+    """Trains in all processes; evaluates and certifies in the first one, or in all if each has only a shard of the base."""
+    processes, resume, search = setup.processes, options.resume is not None, None
+    if resume:
+        search = rates_of(run)
+    elif kind.tries_rates:
+        setup, search = choose_rate(setup, console, requested=options.quick)
+    setup = setup.with_learning_rate(processes.from_first(lambda: setup.config.train.learning_rate))
+    task = kind.task(setup, run, console)
+    record = kind.split_record(setup)
+    processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=search))
+    before = kind.frozen_digests(setup)
+    with kind.training(setup, task, run, console):
+        outcome = train(
+            task,
+            setup.config.train,
+            run=run,
+            identity=kind.identity(setup, before),
+            resume=resume,
+            report=reporter_for(console, words=kind.words),
+            budget=setup.arrangement.budget,
+        )
+    setup = kind.trained(setup, task)
+    with _evaluating(run), judged_together(processes, run, outcome):
+        if not setup.sharded:
             processes.disband()
             if not processes.first:
                 return FinetuneResult(setup, run, outcome)
-        release_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
-        return FinetuneResult(setup, run, outcome, _prove(setup, outcome, run, before, rates, console))
+        release_free_memory()  # for the second model of the certificate
+        report = _reported(kind, setup, outcome, run, before=before, search=search, console=console)
+        return FinetuneResult(setup, run, outcome, report)
 
 
-def _with_rate(setup: Assembly, rate: float | None) -> Assembly:
-    """The assembly with that learning rate, so that every process trains with the one that the first has chosen."""
-    train = dataclasses.replace(setup.config.train, learning_rate=rate)
-    return dataclasses.replace(setup, config=dataclasses.replace(setup.config, train=train))
+def _reported(
+    kind: RunKind[Any],
+    setup: Any,
+    outcome: Outcome,
+    run: RunFolder,
+    *,
+    before: Digests,
+    search: Search | None,
+    console: Console,
+) -> Report | None:
+    """Evaluates and certifies, then writes the report in the first process (None in others).
+
+    Raises VerificationFailed if a check failed.
+    """
+    measured = kind.evaluate(setup, run, console)
+    certificate = kind.certify(setup, run, before)
+    kept = setup.arrangement
+    if kept.budget is not None and kept.card is None:
+        setup.memory.now()
+        say_peak(setup.memory, kept.budget, setup.planned[1], console)
+    setup.processes.disband()  # no collective operation from here on
+    if not setup.processes.first:
+        return None
+    report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, search=search)
+    _conclude(report, certificate, run, console)
+    return report
 
 
 @contextmanager
-def _kept_states(setup: Assembly, task: TextTask, run: RunFolder, console: Console) -> Iterator[None]:
-    """A context in which held-out rows, and training rows of several epochs, pass the lowest, untrained blocks once."""
-    spec = setup.config.train
-    if not spec.keep_prefix_states:
+def _evaluating(run: RunFolder) -> Iterator[None]:
+    """A context that turns Ctrl-C, or a signal of the same effect (train/processes), into RunStopped with what is complete."""
+    try:
         yield
-        return
-    several = spec.total_steps(task.steps_per_epoch) >= 2 * task.steps_per_epoch
-    rows = (*task.held_out_rows, *(task.train if several else ()))
-    say = partial(console.print, markup=False, soft_wrap=True)
-    with cached_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
-        yield
+    except KeyboardInterrupt as stopped:
+        raise RunStopped(
+            f"{str(stopped) or 'Ctrl-C'}: the training is done and {run.adapter} is whole, but its evaluation was interrupted. "
+            f"Evaluate it with: {run.resume_command}"
+        ) from None
+
+
+def _conclude(report: Report, certificate: Certificate, run: RunFolder, console: Console) -> None:
+    """Writes report and certificate into the run folder, prints both, then the recommended commands.
+
+    Raises VerificationFailed if a check failed, before anything is recommended.
+    """
+    with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
+        certificate.write(run.certificate)
+        write_report(report, run.path)
+    show_results(report, console)
+    show_certificate(certificate, console)
+    console.print(f"Report: {run.page}   Adapter: {run.adapter}   Certificate: {run.certificate}", soft_wrap=True)
+    certificate.raise_if_failed()
+    for item in report.next_commands:
+        console.print(f"Next: {item.command}   ({item.purpose})", markup=False, highlight=False, soft_wrap=True)
 
 
 def _with_budget(config: RunConfig, budget: str | None) -> RunConfig:
-    """The settings with ranks.budget as --budget says; a resumed run has its ranks already."""
+    """The settings with ranks.budget as --budget says; a resumed run already has its ranks."""
     if budget is None:
         return config
     ranks = dataclasses.replace(config.ranks, budget=budget)
@@ -193,15 +198,15 @@ def _with_budget(config: RunConfig, budget: str | None) -> RunConfig:
     return dataclasses.replace(config, ranks=ranks)
 
 
-def _check_quick(config: RunConfig, options: FinetuneOptions) -> None:
-    """Raises ConfigError where --quick cannot mean anything."""
+def _check_quick(config: RunConfig, options: FinetuneOptions, kind: RunKind[Any]) -> None:
+    """Raises ConfigError if --quick cannot be used."""
     if not options.quick:
         return
     problems = Problems("--quick cannot be used")
     if options.resume is not None:
         problems.add(f"{options.resume} has its learning rate already, and a resumed run keeps it. Leave --quick out.")
-    if config.kind == "image":
-        problems.add("Learning rates are tried for text models only. Leave --quick out, and compare whole runs.")
+    if not kind.tries_rates:
+        problems.add(f"kind is {config.kind}, and learning rates are tried for text only. Leave --quick out; compare whole runs.")
     if config.train.rate_trial_steps < FEWEST_STEPS:
         steps = config.train.rate_trial_steps
         problems.add(f"train.rate_trial_steps is {steps}, which tries none. Give the number of steps to try, such as 12.")
@@ -209,55 +214,9 @@ def _check_quick(config: RunConfig, options: FinetuneOptions) -> None:
 
 
 def _require_run(run: RunFolder, *, resume: bool) -> None:
-    """Opens a run to go on with it, or makes sure that a new one can be written."""
+    """Opens a run to resume it, or checks that a new one can be written."""
     if resume:
         RunFolder.open(run.path)
         return
     run.require_free()
     require_place(run.path)
-
-
-def _identity(setup: Assembly) -> dict[str, str | list[str]]:
-    """What must be equal for a run to be resumed, besides the training settings."""
-    config = setup.config
-    examples = (*setup.train.examples, *setup.held_out.examples)
-    parts: dict[str, Any] = {
-        "model settings": config.model.identity(),
-        "lora settings": dataclasses.asdict(config.lora),
-        "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
-    }
-    if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
-        parts["cuts of the ranks"] = cuts
-    alone = config.model if setup.processes.count == 1 else None  # earlier versions refused several CUDA devices
-    return {**hashes_of_parts(parts, alone), "files of the base model": fingerprint(setup.text.source)}
-
-
-def _prove(
-    setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], rates: Search | None, console: Console
-) -> Report | None:
-    """Judges, certifies and reports, the last in the first process alone (else: None); VerificationFailed when a check fails."""
-    part, rows = setup.judged
-    judge = Judge(setup.config, setup.text, setup.encoder, rows, console)
-    learnt_from = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
-    measured = judge.report(f"Fine-tuning {setup.text.name}", learnt_from=learnt_from)
-    drift = judge.drift()
-    certificate = certify_run(
-        setup.text,
-        run.adapter,
-        setup.held_out.examples,
-        before=before,
-        model=None if setup.parted or setup.arrangement.budget is not None else setup.config.model,  # there is room for one base
-        spec=setup.config.evaluate,
-    )
-
-    kept, held = setup.arrangement, setup.memory
-    if kept.budget is not None and kept.card is None and held is not None:
-        held.now()
-        say_peak(held, kept.budget, None if kept.forecast is None else kept.forecast.peak, console)
-    setup.processes.disband()  # nothing is gathered from here on
-    if not setup.processes.first:
-        return None
-    metrics = read_metrics(run.metrics)
-    report = page.complete(measured, setup, outcome, run=run, metrics=metrics, certificate=certificate, drift=drift, rates=rates)
-    conclude(report, certificate, run, console)
-    return report

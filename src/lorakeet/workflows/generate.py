@@ -1,4 +1,4 @@
-"""`lorakeet generate`: draws pictures with any number of adapters on one image model, one or a weighted mix for each picture."""
+"""`lorakeet generate`: draws pictures with an image model and adapters, one adapter or a weighted mix for each picture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SEEDS = 2**64  # of torch's generators
 
 @dataclass(frozen=True)
 class Picture:
-    """What one picture is drawn from."""
+    """The prompt, seed and mix of one picture."""
 
     file: str
     prompt: str
@@ -47,7 +47,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """The pictures, in order, and the folder that they are in."""
+    """The pictures in order, and their folder."""
 
     folder: Path
     model: str
@@ -63,12 +63,12 @@ class GenerateResult:
 
 
 def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
-    """Draws `count` pictures of each prompt into the new folder `out`; the same seed gives the same noise whatever the adapters.
+    """Draws `count` pictures of each prompt into the new folder `out`; the noise depends on the seed only, not on adapters.
 
-    `adapter` are NAME=PATH (or one PATH) of adapters, runs, or the adapter/ of a run, `weights` the mix of all pictures, `each` a
-    mix for each prompt: a name, base, or a=0.7+b=0.3. Without `model` it is that of the first of them. `prediction` auto is what
-    the adapters' runs on this model had it predict, else its scheduler's word; without `guidance` it is that of the model's kind.
-    ConfigError and DataError with every problem at once; nothing is written unless all are drawn.
+    `adapter` are NAME=PATH (or one PATH) of adapters, runs, or the adapter/ of a run; `weights` is the mix of all pictures, and
+    `each` has a mix for each prompt: a name, base, or a=0.7+b=0.3. Without `model`, the base of the first adapter is used.
+    `prediction` auto is that of the adapters' runs on this model, else that of its scheduler. Without `guidance`, the default of
+    the model's type is used. Raises ConfigError and DataError with every problem; writes all pictures or none.
     """
     out, prompt, count = options.out, options.prompt, options.count
     require_empty(out)
@@ -79,33 +79,33 @@ def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
     runs, adapters = _opened(paths, say)
     for name, run in runs.items():
         if run.memory.budget:
-            say(f"memory.budget {run.memory.budget} of {name} is that of its training; drawing keeps none.")
+            say(f"memory.budget {run.memory.budget} of {name} was for its training; it does not apply to drawing.")
     named = ModelSpec(path=options.model, config=options.config) if options.model else None
     base = named or _base_of(runs, adapters, options.config)
     spec = replace(base, dtype=options.dtype, device=options.device)
     predicted = _predicted(runs, base.path) if options.prediction == "auto" else options.prediction
-    held = load_image_model(spec, prediction=predicted, say=say)
+    image_model = load_image_model(spec, prediction=predicted, say=say)
     for name, value in adapters.items():
-        put_image_adapter(held, value, name)
-    activate(held.parts, None)
-    asked = [(text, options.seed + number, mix) for text, mix in zip(prompt, mixes, strict=True) for number in range(count)]
-    sampler = Sampler(options.steps, options.guidance, options.negative, _size(options.size, held))
+        put_image_adapter(image_model, value, name)
+    activate(image_model.parts, None)
+    requests = [(text, options.seed + number, mix) for text, mix in zip(prompt, mixes, strict=True) for number in range(count)]
+    sampler = Sampler(options.steps, options.guidance, options.negative, _size(options.size, image_model))
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{len(asked)} pictures", total=len(asked))
-        drawn = _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task))
-        latents = require_finite_latents(held, drawn)
-    pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(asked))
+        task = bar.add_task(f"{len(requests)} pictures", total=len(requests))
+        drawn = _drawn(image_model, adapters, requests, sampler, say=say, progress=partial(bar.advance, task))
+        latents = require_finite_latents(image_model, drawn)
+    pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(requests))
     with writing(f"The pictures in {out}", "Free some space, or choose another --out."), durable.new_folder(out) as folder:
         for picture, one in zip(pictures, latents, strict=True):
-            durable.write_plain(folder / picture.file, png_of(held.decode(one[None])[0].numpy()))
+            durable.write_plain(folder / picture.file, png_of(image_model.decode(one[None])[0].numpy()))
         record = json.dumps([asdict(picture) for picture in pictures], indent=1, ensure_ascii=False)
         durable.write_plain(folder / "pictures.json", f"{record}\n".encode())
     say(f"{len(pictures)} pictures in {out}")
-    return GenerateResult(out, held.name, pictures)
+    return GenerateResult(out, image_model.name, pictures)
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """`a`, `a=0.7+b=0.3` or `base` as adapters with weights; ConfigError for anything else."""
+    """The weights by adapter in `a`, `a=0.7+b=0.3` or `base`. Raises ConfigError for other text."""
     if text.strip() == BASE:
         return {}
     found: dict[str, float] = {}
@@ -137,7 +137,7 @@ def _named_paths(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _check_numbers(options: GenerateOptions) -> None:
-    """ConfigError for every number that no picture can be drawn by."""
+    """Raises ConfigError that names every number out of range."""
     problems = Problems("These pictures cannot be drawn")
     count, seed = options.count, options.seed
     for name, value in (("count", count), ("steps", options.steps)):
@@ -153,14 +153,14 @@ def _mixes(options: GenerateOptions, names: list[str]) -> list[Mix]:
     problems = Problems("These pictures cannot be drawn")
     prompts, weights, each = options.prompt, options.weights, options.each
     if not prompts:
-        problems.add("No prompt is given; add --prompt 'what the picture shows'.")
+        problems.add("No prompt is given; add --prompt 'a red box'.")
     if weights and each:
-        problems.add("--weights is one mix for all pictures and --each one for each prompt; give one of them.")
+        problems.add("--weights is a mix for all pictures, and --each one for each prompt; give one of them.")
     if len(each) > 1 and len(each) != len(prompts):
         problems.add(f"--each has {len(each)} mixes for {len(prompts)} prompts; give one for each prompt.")
     if len(names) > 1 and not weights and not each:
         example = f"--weights {names[0]}=1,{names[1]}=0.5"
-        problems.add(f"Several adapters are given ({', '.join(names)}); say how much of each: {example}.")
+        problems.add(f"Several adapters are given ({', '.join(names)}); give their weights: {example}.")
     mixes: list[Mix] = [parse_mix(text) for text in each] if each else [dict(weights) or dict.fromkeys(names, 1.0)]
     for name in sorted({name for mix in mixes for name in mix} - set(names)):
         problems.add(f"No adapter is called '{name}' (given are {', '.join(names) or 'none'}).{nearest(name, names)}")
@@ -169,7 +169,7 @@ def _mixes(options: GenerateOptions, names: list[str]) -> list[Mix]:
 
 
 def _opened(paths: Mapping[str, Path], say: Callable[[str], None]) -> tuple[dict[str, RunConfig], dict[str, Adapter]]:
-    """The settings of the runs among these paths, and every adapter; DataError that says at once which are missing."""
+    """The settings of the runs among these paths, and every adapter. Raises DataError that names all that cannot be read."""
     problems = Problems("These adapters cannot be drawn with", DataError)
     runs: dict[str, RunConfig] = {}
     adapters: dict[str, Adapter] = {}
@@ -178,7 +178,9 @@ def _opened(paths: Mapping[str, Path], say: Callable[[str], None]) -> tuple[dict
             if (run := RunFolder.around(path)) is not None:
                 runs[name] = read_run(run.config)
                 if runs[name].kind != "image":
-                    problems.add(f"{path} is a run on texts, which lorakeet serve writes with; give one with kind: image.")
+                    problems.add(
+                        f"{path} is a run of kind {runs[name].kind}; give one of kind image. lorakeet serve serves text."
+                    )
                     continue
             adapters[name] = read_adapter(path, say=say)
         except LorakeetError as error:
@@ -188,7 +190,7 @@ def _opened(paths: Mapping[str, Path], say: Callable[[str], None]) -> tuple[dict
 
 
 def _base_of(runs: Mapping[str, RunConfig], adapters: Mapping[str, Adapter], config: str | None) -> ModelSpec:
-    """The model that the first adapter was trained on, with all that makes it that one: revision, packing, configurations."""
+    """The model that the first adapter was trained on, with its revision, quantisation and configs."""
     for name, adapter in adapters.items():
         if name in runs:
             spec = runs[name].model
@@ -196,23 +198,23 @@ def _base_of(runs: Mapping[str, RunConfig], adapters: Mapping[str, Adapter], con
         if adapter.base:
             return ModelSpec(path=adapter.base, config=config)
     raise ConfigError(
-        "Nothing says which model to draw with; name it with --model (a folder saved by diffusers, a single file, or a hub id)."
+        "No model is given, and the adapters name none. Give --model: a folder saved by diffusers, a single file, or a hub id."
     )
 
 
 def _predicted(runs: Mapping[str, RunConfig], model: str) -> str:
-    """What the runs among the adapters had `model` predict, auto where none of them is on it; ConfigError: not one thing."""
+    """The prediction of the adapters' runs on `model`; auto if there are none. Raises ConfigError if they differ."""
     found = {run.diffusion.prediction: name for name, run in runs.items() if _same(run.model.path, model)}
     if len(found) > 1:
-        said = ", ".join(f"{name} {prediction}" for prediction, name in found.items())
+        each = ", ".join(f"{name} {prediction}" for prediction, name in found.items())
         raise ConfigError(
-            f"The adapters were trained on different predictions of {model}: {said}. Say by which to draw: --prediction epsilon."
+            f"The adapters were trained on different predictions of {model}: {each}. Choose one, as in --prediction epsilon."
         )
     return next(iter(found), "auto")
 
 
 def _same(left: str, right: str) -> bool:
-    """Whether two models are one: the same hub id, or the same place."""
+    """True if two models are the same hub id or the same path."""
     return left == right or Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
 
 
@@ -232,14 +234,14 @@ def _size(text: str | None, model: ImageModel) -> tuple[int, int] | None:
 def _drawn(
     model: ImageModel,
     adapters: Mapping[str, Adapter],
-    asked: Sequence[tuple[str, int, Mix]],
+    requests: Sequence[tuple[str, int, Mix]],
     sampler: Sampler,
     *,
     say: Callable[[str], None],
     progress: Callable[[int], None],
 ) -> Tensor:
-    """The latents of all pictures: in shared batches where adapters can lie side by side, else one mix after the other."""
-    prompts, seeds, mixes = [one[0] for one in asked], [one[1] for one in asked], [one[2] for one in asked]
+    """The latents of all pictures: in shared batches if the mixes can be batched, else one mix after the other."""
+    prompts, seeds, mixes = [one[0] for one in requests], [one[1] for one in requests], [one[2] for one in requests]
     why = why_not_mixed(model, mixes)
     if not why:
         return draw_latents(model, prompts, seeds, sampler, mixes=mixes, progress=progress)
@@ -248,23 +250,23 @@ def _drawn(
         say(f"The pictures are drawn one mix after the other, since {why}.")
     found: dict[int, Tensor] = {}
     for mix in distinct:
-        places = [place for place, other in enumerate(mixes) if other == mix]
+        numbers = [number for number, other in enumerate(mixes) if other == mix]
         _use(model, adapters, mix)
         try:
             drawn = draw_latents(
-                model, [prompts[place] for place in places], [seeds[place] for place in places], sampler, progress=progress
+                model, [prompts[number] for number in numbers], [seeds[number] for number in numbers], sampler, progress=progress
             )
         finally:
             _unuse(model)
-        found |= dict(zip(places, drawn, strict=True))
-    return torch.stack([found[place] for place in range(len(asked))])
+        found |= dict(zip(numbers, drawn, strict=True))
+    return torch.stack([found[number] for number in range(len(requests))])
 
 
 _MIXED = "mixed-for-these-pictures"
 
 
 def _use(model: ImageModel, adapters: Mapping[str, Adapter], mix: Mix) -> None:
-    """Makes the mix the active adapter: itself, with its scale changed, or several summed exactly (factors side by side)."""
+    """Activates the mix: no adapter, one, one with another scale, or the exact sum of several (concatenated factors)."""
     if not mix:
         activate(model.parts, None)
     elif list(mix.values()) == [1.0]:

@@ -13,9 +13,9 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.models.image.from_config import shapes_of_images
 from lorakeet.models.placement import planned_on
-from lorakeet.workflows.finetuning import train_image as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
+from lorakeet.workflows.finetuning import image as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.finetuning.assemble_image import check_settings
-from lorakeet.workflows.finetuning.image_terminal import show_forecast
+from lorakeet.workflows.finetuning.terminal import show_image_forecast
 from lorakeet.workflows.planning.image_run import ImagePlanned, advice, forecast_images, machine_of, ways
 
 
@@ -76,7 +76,7 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
                 choices.append((change, forecast_images(last, shapes, machine).peak))
         choices += [(change, found.peak) for change, found in advice(last, shapes, machine)]
     result = ImagePlanResult(config, planned, budget, tuple(choices))
-    show_forecast(planned, console)
+    show_image_forecast(planned, console)
     _show_against(result, console)
     return result
 

@@ -27,9 +27,9 @@ from lorakeet.evaluate.values import encode
 from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import Checkpoint, copy_along, tokenizer_files
 from lorakeet.merge.combine import Combination, Combined, CombineSpec, combination
-from lorakeet.merge.dequantise import open_dequantised, roundings
+from lorakeet.merge.dequantise import open_dequantised, rounding_steps
 from lorakeet.merge.edits import EMBEDDINGS, HEADS
-from lorakeet.merge.fold import Dtype, MergeResult, merge_into, needs_of
+from lorakeet.merge.merged_folder import Dtype, MergeResult, merge_into, needs_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
@@ -230,7 +230,7 @@ class _ModelMerge:
         said = plan_check(said, self._check(said, model, whole), self.out, console)
         if whole is not None:
             _require_parted(said, whole)
-        before = roundings(source, quantize) if at_load else None
+        before = rounding_steps(source, quantize) if at_load else None
         with held_at_most(*said.allowed, console):
             result = self._write(model, adapter, whole, before)
             notes = tuple(note for note in (*result.notes, choice.why) if note)

@@ -12,8 +12,9 @@ from rich.progress import Progress as Bar
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.export import ollama
-from lorakeet.export.gguf_model import GgufFile, GgufModel
+from lorakeet.export.gguf_model import GgufModel
 from lorakeet.export.ollama_push import push
+from lorakeet.formats.files.gguf_file import GgufFile
 
 
 def exported_before(

@@ -1,6 +1,6 @@
 """`lorakeet quantize`: writes a model with its linear layers packed, in a layout that others load.
 
-nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/on_disk), which
+nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/safetensors_layout), which
 is said. gptq is made in workflows/packing/calibrate.
 """
 
@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from lorakeet.errors import ConfigError
-from lorakeet.export.packed_model import TensorGroup, write_model
+from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.budget import parse_budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
@@ -29,7 +29,7 @@ from lorakeet.models.modules import kind_of, weight_shape
 from lorakeet.models.placement import dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import read_config
-from lorakeet.quant import on_disk
+from lorakeet.quant import safetensors_layout
 from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
@@ -48,7 +48,7 @@ class PackedFormat:
     """How a method packs one weight and what it writes; the names of tensors follow the weight's own."""
 
     pack: Callable[[Tensor], PackedBase]
-    shapes: Callable[[tuple[int, int]], on_disk.Shapes]
+    shapes: Callable[[tuple[int, int]], safetensors_layout.Shapes]
     tensors: Callable[[Any, torch.dtype], Mapping[str, Tensor]]
     config: Callable[[list[str], str], dict[str, Any]]  # from the layers that are kept and the dtype of the model
     note: str  # who reads it
@@ -57,16 +57,16 @@ class PackedFormat:
 LAYOUTS: dict[str, PackedFormat] = {
     "nf4": PackedFormat(
         pack=Nf4Base.of,
-        shapes=lambda shape: on_disk.nf4_shapes(shape, block_size=64, double_quant=True),
-        tensors=on_disk.nf4_tensors,
-        config=lambda kept, dtype: on_disk.nf4_config(block_size=64, double_quant=True, dense=kept, dtype=dtype),
+        shapes=lambda shape: safetensors_layout.nf4_shapes(shape, block_size=64, double_quant=True),
+        tensors=safetensors_layout.nf4_tensors,
+        config=lambda kept, dtype: safetensors_layout.nf4_config(block_size=64, double_quant=True, dense=kept, dtype=dtype),
         note="transformers loads it where bitsandbytes is installed, and so does Lorakeet.",
     ),
     "int8": PackedFormat(
         pack=Int8Base.of,
-        shapes=on_disk.int8_shapes,
-        tensors=lambda base, dtype: on_disk.int8_tensors(base),
-        config=lambda kept, dtype: on_disk.int8_config(kept),
+        shapes=safetensors_layout.int8_shapes,
+        tensors=lambda base, dtype: safetensors_layout.int8_tensors(base),
+        config=lambda kept, dtype: safetensors_layout.int8_config(kept),
         note="int8 is a layout of Lorakeet's own, which no other program reads.",
     ),
 }

@@ -11,7 +11,7 @@ __all__ = ["config_path"]
 
 
 def config_path() -> Path:
-    """Where examples/drug_reviews.yaml lies: in the checkout, or in the installed package."""
+    """The path of examples/drug_reviews.yaml, in the checkout or in the installed package."""
     checkout = Path(__file__).parents[3] / "examples" / "drug_reviews.yaml"
     if checkout.is_file():
         return checkout

@@ -1,4 +1,4 @@
-"""`lorakeet serve`: one base and many adapters over HTTP, or the vLLM command that serves the same adapters right."""
+"""`lorakeet serve`: one base and many adapters over HTTP, or the vLLM command that serves the same adapters."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
-from lorakeet.serve.cores import FreeCores
+from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
-from lorakeet.serve.naming import check_name
+from lorakeet.serve.free_cores import FreeCores
+from lorakeet.serve.model_names import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
-from lorakeet.serve.store import AdapterStore
 from lorakeet.workflows.options import ServeOptions, non_default
 from lorakeet.workflows.runs.output_paths import writing
 
-CONTEXT = 2048  # tokens of a text with its prompt, unless asked for or the model has fewer
+CONTEXT = 2048  # default for the tokens of a prompt and its text
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _VLLM_TOO = {"context": "--max-model-len", "host": "--host", "port": "--port", "dtype": "--dtype"}
 _MISSING = "lorakeet serve needs starlette and uvicorn; install them with: pip install 'lorakeet[serve]'."
@@ -48,7 +48,7 @@ _MISSING = "lorakeet serve needs starlette and uvicorn; install them with: pip i
 
 @dataclass(frozen=True)
 class Served:
-    """What was served, or with which command vLLM serves it."""
+    """The adapters that were served, or vLLM's command for them."""
 
     adapters: tuple[str, ...] = ()
     command: str = ""
@@ -61,7 +61,7 @@ class Served:
 def serve(options: ServeOptions, *, console: Console) -> Served:
     """Serves until SIGINT or SIGTERM; with engine vllm, checks the adapters and prints the command instead.
 
-    ConfigError and DataError for what cannot be served, EnvironmentProblem where a package or the port is missing.
+    Raises ConfigError and DataError for what cannot be served, and EnvironmentProblem if a package or the port is missing.
     """
     adapters = named_paths(options.adapter)
     if options.engine == "vllm":
@@ -90,19 +90,19 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     if store is not None:
         store.restore(registry, console.print)
     service = Service(text, runner, registry, access=access, store=store, limits=limits)
-    with cores_for_the_engine(), _logs(), what_there_is_kept():
+    with cores_for_the_engine(), _logs(), existing_objects_frozen():
         runner.start()
         try:
             _load_pinned(registry, console)
-            heard = partial(_say, registry, options.host, console=console)
-            run_server(build_app(service), host=options.host, port=options.port, ready=heard, patience=options.timeout)
+            announce = partial(_announce, registry, options.host, console=console)
+            run_server(build_app(service), host=options.host, port=options.port, ready=announce, patience=options.timeout)
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)
 
 
 def named_paths(given: Sequence[str]) -> dict[str, Path]:
-    """name=PATH, …, as a mapping. ConfigError lists every entry that is wrong."""
+    """The paths by name in name=PATH, …. Raises ConfigError that lists every wrong entry."""
     problems = Problems("--adapter cannot be used")
     found: dict[str, Path] = {}
     for entry in given:
@@ -123,7 +123,7 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
 
 
 def base_name(model: str) -> str:
-    """What the base is called: the last part of its path or id."""
+    """The name of the base: the last part of its path or id."""
     return Path(model.rpartition(":")[2]).name or model
 
 
@@ -132,20 +132,21 @@ def _check(options: ServeOptions, budget: int | None, console: Console) -> None:
     problems = Problems("The server cannot be started")
     if options.keys is None and options.host not in LOOPBACK:
         problems.add(
-            f"--host {options.host} lets others in, who could load and unload adapters; give --keys FILE, or leave --host out."
+            f"--host {options.host} opens the server to other machines, which could load and unload adapters. Give --keys FILE, "
+            "or leave --host out."
         )
     for flag in ("slots", "queue", "timeout"):
         if (value := getattr(options, flag)) <= 0:
             problems.add(f"--{flag} is {value}; it must be above 0.")
     if options.out is not None:
-        problems.add("--out is for --engine vllm only; --adapters-dir is where a server keeps uploads.")
+        problems.add("--out is for --engine vllm only; --adapters-dir is the folder for uploads.")
     problems.raise_if_any()
     if budget is not None and (warning := larger_than_machine(budget)):
         console.print(warning, soft_wrap=True)
 
 
 def _load_pinned(registry: Registry, console: Console) -> None:
-    """Reads the adapters that were pinned before a restart; what cannot be read is said, and refused when it is asked for."""
+    """Loads the adapters that were pinned before a restart; prints those that cannot be read, whose requests are refused."""
     for version in registry.versions:
         try:
             if version.pinned:
@@ -154,19 +155,19 @@ def _load_pinned(registry: Registry, console: Console) -> None:
             console.print(f"'{version.name}' is pinned and cannot be loaded: {error}", soft_wrap=True, markup=False)
 
 
-def _say(registry: Registry, host: str, port: int, console: Console) -> None:
+def _announce(registry: Registry, host: str, port: int, console: Console) -> None:
     known, where = len(registry.names), f"[{host}]" if ":" in host else host
     adapters = f"{known} adapter{'' if known == 1 else 's'}"
     console.print(f"Serving {registry.base} with {adapters} at http://{where}:{port}/v1", soft_wrap=True)
 
 
 @contextmanager
-def what_there_is_kept() -> Iterator[None]:
-    """A context in which the garbage collector does not look through what there is: a model, thousands of known adapters.
+def existing_objects_frozen() -> Iterator[None]:
+    """A context in which the garbage collector ignores all objects that exist now: a model, thousands of known adapters.
 
-    Adapters that come and go make it look, and each look at all of it stopped the texts of a server for 0.3 s (docs/log.md).
+    Adapters that are loaded and unloaded trigger a collection, and a full one stopped the server for 0.3 s (docs/log).
     """
-    others = gc.get_freeze_count()  # which whoever calls has frozen, and stay so
+    others = gc.get_freeze_count()  # frozen by the caller; they stay frozen
     gc.collect()
     gc.freeze()
     try:
@@ -177,10 +178,10 @@ def what_there_is_kept() -> Iterator[None]:
 
 
 def _cores() -> Callable[[], int]:
-    """How many cores the engine computes with at each step: those that others leave, or as many as OMP_NUM_THREADS says.
+    """A function that returns the number of cores for the next step: those that are free, or OMP_NUM_THREADS.
 
-    Where teams of threads cannot be kept apart (kernels/threads), one is left free all along: teams that sleep between two
-    products, while the clients' traffic takes a core now and then, were half as fast on 2 cores as one thread.
+    If thread teams cannot be separated (kernels/threads), one core is always left free: on 2 cores, teams that sleep between two
+    products while the clients' traffic sometimes takes a core were half as fast as one thread.
     """
     most = torch.get_num_threads()
     if "OMP_NUM_THREADS" in os.environ:
@@ -190,7 +191,7 @@ def _cores() -> Callable[[], int]:
 
 @contextmanager
 def cores_for_the_engine() -> Iterator[None]:
-    """A context in which this thread computes by itself, so that a thread that computes with all cores never finds them taken."""
+    """A context in which this thread computes on one core, so that the engine can use all of them."""
     before = torch.get_num_threads()
     compute_alone()
     try:
@@ -207,15 +208,15 @@ def _http() -> tuple[Callable[..., None], Callable[[Service], Any]]:
     return run_server, build_app
 
 
-def _context(text: TextModel, asked: int | None) -> int:
+def _context(text: TextModel, requested: int | None) -> int:
     most = text.context
-    if asked is not None and (asked < 2 or (most is not None and asked > most)):
-        raise ConfigError(f"--context is {asked}; {text.name} takes between 2 and {most or 'any number of'} tokens.")
-    return asked or min(CONTEXT, most or CONTEXT)
+    if requested is not None and (requested < 2 or (most is not None and requested > most)):
+        raise ConfigError(f"--context is {requested}; {text.name} takes between 2 and {most or 'any number of'} tokens.")
+    return requested or min(CONTEXT, most or CONTEXT)
 
 
 class _Line(logging.Formatter):
-    """time=… level=… and the message, which is key=value already; one event a line."""
+    """Formats an event as one line: time=… level=… and the message, which has key=value form."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
@@ -224,7 +225,7 @@ class _Line(logging.Formatter):
 
 @contextmanager
 def _logs() -> Iterator[None]:
-    """The server's log on standard error while it runs."""
+    """A context in which the server logs to standard error."""
     logger, handler = logging.getLogger("lorakeet.serve"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Line())
     before, propagates = logger.level, logger.propagate
@@ -240,20 +241,20 @@ def _logs() -> Iterator[None]:
 
 
 def _vllm_flags(options: ServeOptions) -> list[str]:
-    """Returns vLLM's flags for the `options` that differ from their defaults; ConfigError for those that it has none for.
+    """Returns vLLM's flags for the `options` that differ from their defaults; raises ConfigError for those without one.
 
-    --host is always among them: without it vLLM lets everyone in who can reach the machine.
+    --host is always among them: without it vLLM accepts connections from every machine.
     """
     given = non_default(options)
     lost = sorted(given.keys() - {"model", "adapter", "engine", "out", *_VLLM_TOO})
     if lost:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
-        raise ConfigError(f"--engine vllm cannot hand on {flags}; leave them out, and give vLLM its own options.")
+        raise ConfigError(f"--engine vllm cannot pass on {flags}; leave them out, and give vLLM its own options.")
     return [word for name, flag in _VLLM_TOO.items() if name in {*given, "host"} for word in (flag, str(getattr(options, name)))]
 
 
 def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console) -> Served:
-    """Checks every adapter against vLLM's limits and prints the command; what vLLM would misread is written anew to `out`."""
+    """Checks every adapter against vLLM's limits and prints the command; copies what vLLM would misread to `out`."""
     out, flags = options.out, _vllm_flags(options)
     if not adapters:
         raise ConfigError("--engine vllm needs at least one --adapter name=PATH.")
@@ -261,22 +262,22 @@ def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console
     ready: dict[str, Path] = {}
     ranks = []
     for name, path in adapters.items():
-        found, held = detect(path), read_adapter(path, say=console.print)
+        found, adapter = detect(path), read_adapter(path, say=console.print)
         try:
-            check_vllm(held)
+            check_vllm(adapter)
         except ConfigError as error:
             problems.add(f"'{name}': {error}")
             continue
-        ranks.append(max_rank(held))
-        if found.format == "peft" and not misread(held):
+        ranks.append(max_rank(adapter))
+        if found.format == "peft" and not misread(adapter):
             ready[name] = found.path
         elif out is None:
-            why = "vLLM would give it wrong scales" if found.format == "peft" else f"it is stored as {found.format}"
-            problems.add(f"'{name}': {why}; name a folder for an exact copy that it reads right: --out FOLDER.")
+            why = "vLLM would compute wrong scales" if found.format == "peft" else f"it is stored as {found.format}"
+            problems.add(f"'{name}': {why}. Give --out FOLDER for an exact copy that vLLM reads correctly.")
         else:
             ready[name] = out / name
-            with writing(str(out), "Free some space or choose another place for --out."):
-                peft.write(uniform(held), ready[name])
+            with writing(str(out), "Free some space, or choose another --out."):
+                peft.write(uniform(adapter), ready[name])
             console.print(f"'{name}': written to {ready[name]} with its scale in B and one rank", soft_wrap=True)
     problems.raise_if_any()
     words = [

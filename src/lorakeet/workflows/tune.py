@@ -1,7 +1,7 @@
-"""`lorakeet tune`: learning rate, rank and targets chosen on held-out rows, and the choice confirmed on rows that it never saw.
+"""`lorakeet tune`: chooses learning rate, rank and targets on held-out rows, and confirms the choice on other rows.
 
 rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
-the base (train/text/multi_adapter), the worse half given up twice on the way → the best trial against the run file's settings,
+the base (train/text/multi_adapter), the worse half stopped twice on the way → the best trial against the run file's settings,
 on other rows and from other seeds (workflows/tuning/confirm).
 """
 
@@ -33,7 +33,8 @@ from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.train.text.task import order_of
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
+from lorakeet.workflows.finetuning.kind import kind_of
 from lorakeet.workflows.options import TuneOptions, non_default
 from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
@@ -42,12 +43,12 @@ from lorakeet.workflows.tuning.confirm import Confirmation, confirm
 from lorakeet.workflows.tuning.trials import START, Budget, SearchRows, Trial, Trials
 
 SPACE = {"rate_factors", "rank_choices", "target_choices"}  # options that --quick replaces
-SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
+SEEDS = 3  # of the confirmation: a difference counts only beyond that between seeds
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The settings that won, the search, and where both are written."""
+    """The chosen settings, the search, and the folder of both."""
 
     out: Path
     config: RunConfig
@@ -71,15 +72,19 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
     quick, together = options.quick, options.together
     seeds = (1 if quick else SEEDS) if options.seeds is None else options.seeds
     _check(options, seeds)
-    if config.kind == "image":
-        raise ConfigError("kind is image, but a search is for text models only. Compare whole runs of lorakeet finetune.")
+    if not kind_of(config).tries_rates:
+        raise ConfigError(
+            f"kind is {config.kind}, but a search is for text models only. Compare whole runs of lorakeet finetune."
+        )
     if config.ranks.choose == "prune":
-        raise ConfigError("ranks.choose is prune, but the trials of a search keep their ranks. Take given or auto, or finetune.")
+        raise ConfigError(
+            "ranks.choose is prune, but trials keep their ranks. Set it to given or auto, or use lorakeet finetune."
+        )
     if config.train.cuda_graphs:
-        raise ConfigError("train.cuda_graphs is true, but records one adapter's passes; a search trains several. Leave it out.")
+        raise ConfigError("train.cuda_graphs is true, which records one adapter; a search trains several. Leave it out.")
     if quick and SPACE & non_default(options).keys():
         given = "--rate-factors, --rank-choices and --target-choices"
-        raise ConfigError(f"--quick compares half, once and twice the learning rate alone; leave it out, or {given}.")
+        raise ConfigError(f"--quick compares half, once and twice the learning rate only. Leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
     with enforcing_gpu_budget(config.memory.bytes, "Raise the budget, or lower --together."):
@@ -88,13 +93,11 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         ranks, targets = options.rank_choices, options.target_choices
         largest = _largest(config, ranks, targets) if config.memory.budget else None
         members = _members(together, quick=quick, seeds=seeds)
-        setup = assemble(config, console, members=members, largest=largest)
-        space = space_for(
-            setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets
-        )
+        setup = assemble_text(config, console, members=members, largest=largest)
+        space = space_for(setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets)
         budget = Budget(None if options.minutes is None else 60 * options.minutes, options.tokens)
         search = Trials(setup, space, _rows(setup), budget, console, folder_above(out))
-        with _kept_states(search, seeds, out):
+        with _cached_states(search, seeds, out):
             confirmed, found = _searched(search, sampler, options.difference, seeds, together)
         _show(found, console)
         settings = replace(space.resolved(confirmed.chosen.point), out=config.out)
@@ -103,14 +106,14 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
 
 
 def _searched(search: Trials, sampler: Any, difference: float, seeds: int, together: int) -> tuple[Confirmation, Search]:
-    """Trials that `sampler` draws, or without one half, once and twice the rate; the best of them confirmed."""
+    """Trains the trials of `sampler`, or without one half, once and twice the rate, and confirms the best."""
     power = search.power(difference)
     search.console.print(power, markup=False, soft_wrap=True)
     if sampler is None:
         others = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in QUICK_FACTORS if factor != 1.0]
         search.generation([Trial(START, SearchPoint()), *others], rungs=())
     else:
-        search.budget.kept = 2 * seeds * search.setup.tokens_of_run if seeds > 1 else 0
+        search.budget.reserved = 2 * seeds * search.setup.tokens_of_run if seeds > 1 else 0
         search.run(sampler, together)
     winner = search.best()
     confirmed = confirm(search, winner, seeds, together)
@@ -118,10 +121,10 @@ def _searched(search: Trials, sampler: Any, difference: float, seeds: int, toget
 
 
 @contextmanager
-def _kept_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
-    """A context in which each row passes the blocks below those that any trial adapts once, with train.keep_prefix_states.
+def _cached_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
+    """With train.keep_prefix_states: caches the output of the blocks below those that any trial trains.
 
-    The scratch file lies on the disk of `out`, which is not there yet.
+    The scratch file is in the folder above `out`, which does not exist yet.
     """
     setup, spec = search.setup, search.setup.config.train
     if not spec.keep_prefix_states:
@@ -136,8 +139,8 @@ def _kept_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
         yield
 
 
-def _trained_on(setup: Assembly, seeds: int) -> list[Example]:
-    """The training rows that the trials, and the seeds of a confirmation, may see: not all where they end within an epoch."""
+def _trained_on(setup: TextAssembly, seeds: int) -> list[Example]:
+    """The training rows of the trials and of the confirmation's seeds: not all if they end within an epoch."""
     train, spec = setup.train.examples, setup.config.train
     found: dict[int, None] = {}
     for more in range(seeds + 1 if seeds > 1 else 1):
@@ -148,14 +151,14 @@ def _trained_on(setup: Assembly, seeds: int) -> list[Example]:
 
 
 def _members(together: int, *, quick: bool, seeds: int) -> int:
-    """How many adapters are in training at once, of the search or of its confirmation, which one seed needs none of."""
+    """The most adapters in training at once, in the search or in its confirmation (none with one seed)."""
     if not quick:
         return together
     return max(together, len(QUICK_FACTORS)) if seeds > 1 else len(QUICK_FACTORS)
 
 
 def _largest(config: RunConfig, ranks: Sequence[int], targets: Sequence[str]) -> LoraSpec:
-    """Pairs of the highest rank of all trials, wherever one of them has some: no trial holds more."""
+    """The largest pairs of all trials: the highest rank on every target of any."""
     lora = config.lora
     if ranks:
         lora = replace(lora, rank=max(*ranks, lora.rank, *lora.rank_pattern.values()), rank_pattern={})
@@ -165,9 +168,9 @@ def _largest(config: RunConfig, ranks: Sequence[int], targets: Sequence[str]) ->
 def _check(options: TuneOptions, seeds: int) -> None:
     """Raises ConfigError for numbers that no search can be made with."""
     minutes, tokens, together = options.minutes, options.tokens, options.together
-    problems = Problems("The search cannot begin")
+    problems = Problems("The search cannot start")
     if not options.quick and minutes is None and tokens is None:
-        problems.add("No budget is given; say how long the search may take with --minutes or --tokens, or use --quick.")
+        problems.add("No budget is given. Give --minutes or --tokens, or use --quick.")
     numbers = {"--minutes": minutes, "--tokens": tokens, "--seeds": seeds, "--difference": options.difference}
     wrong = {name: value for name, value in numbers.items() if value is not None and value <= 0}
     problems.messages += [f"{name} is {value:g}; it must be above 0." for name, value in wrong.items()]
@@ -181,14 +184,14 @@ def _sampler(seed: int) -> Any:
     try:
         import optuna
     except ImportError:
-        remedy = "Install it with pip install 'lorakeet[tune]', or take --quick."
+        remedy = "Install it with pip install 'lorakeet[tune]', or use --quick."
         raise EnvironmentProblem(f"The package optuna, which draws the trials, is missing. {remedy}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
 
 
-def _rows(setup: Assembly) -> SearchRows:
-    """Held-out rows for the search; for the confirmation the test rows, or else half of the held-out rows, chosen by content."""
+def _rows(setup: TextAssembly) -> SearchRows:
+    """The held-out rows for the search, and the test rows, or else half of the held-out rows, for the confirmation."""
     held_out = list(setup.held_out.examples)
     groups = _groups([*setup.dataset.held_out, *setup.dataset.test])
     if setup.test.examples:
@@ -200,7 +203,7 @@ def _rows(setup: Assembly) -> SearchRows:
     confirm = [example for example in held_out if groups.get(example.key, example.key) not in first]
     if min(len(search), len(confirm)) < 2:
         raise DataError(
-            f"{len(held_out)} held-out rows are too few: some choose, others confirm, and each part needs 2 rows. Raise "
+            f"{len(held_out)} held-out rows are too few: those that choose and those that confirm must be 2 or more each. Raise "
             "data.held_out_fraction, or name a data.test file."
         )
     return SearchRows(search, confirm, groups, "held-out rows that the search never saw", "the held-out rows")
@@ -225,7 +228,7 @@ def _show(search: Search, console: Console) -> None:
     console.print(search.conclusion, markup=False, soft_wrap=True)
 
 
-def _write(out: Path, settings: RunConfig, search: Search, setup: Assembly, console: Console) -> None:
+def _write(out: Path, settings: RunConfig, search: Search, setup: TextAssembly, console: Console) -> None:
     report = Report(
         "A search for settings",
         task="language",
@@ -238,11 +241,11 @@ def _write(out: Path, settings: RunConfig, search: Search, setup: Assembly, cons
             "Versions": facts.versions(),
             "Machine": facts.machine(setup.text.device),
         },
-        next_commands=(Command(f"lorakeet finetune {out / 'config.yaml'}", "train with the settings that were chosen"),),
+        next_commands=(Command(f"lorakeet finetune {out / 'config.yaml'}", "train with the chosen settings"),),
     )
     with writing(f"The search in {out}", "Free some space, or choose another --out."):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(out) as place:
-            write_file(place / "config.yaml", dump_yaml(settings).encode())
-            write_report(report, place)
+        with new_folder(out) as folder:
+            write_file(folder / "config.yaml", dump_yaml(settings).encode())
+            write_report(report, folder)
     console.print(f"Settings: {out / 'config.yaml'}   Report: {out / 'report.html'}", soft_wrap=True)

@@ -26,7 +26,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.export.folded import StoredTensor
+from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.export.tolerances import F16, PRECISIONS
 from lorakeet.memory.spill import Spill

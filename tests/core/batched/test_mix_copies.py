@@ -20,7 +20,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import PATIENCE, Selection, Share
 from lorakeet.kernels.cpu.inference_pairs import PairLayout
-from lorakeet.kernels.cpu.operators import without
+from lorakeet.kernels.cpu.operators import torch_only
 from tiny.native import needs_native
 
 pytestmark = needs_native
@@ -70,7 +70,7 @@ class Model:
 
     @torch.no_grad()
     def by_torch(self) -> list[Tensor]:
-        with without():
+        with torch_only():
             return [*SharedInput()(self.layers[:3], self.x), *SharedInput()(self.layers[3:], self.x)]
 
     @property

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorakeet.core.batched.frozen_pair import FrozenPair
-from lorakeet.core.batched.mixture import Copied, factors_of, mixtures, plain
+from lorakeet.core.batched.mixture import CopySource, all_plain, factors_of, mixtures
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 
@@ -30,12 +30,12 @@ def test_factors_are_those_in_use_with_scale_and_weight() -> None:
     assert other is frozen.A and twice == 6.0
     special = pair()
     special.bias = nn.Parameter(torch.ones(6))
-    assert factors_of([(frozen, 1.0), (special, 1.0)]) == [] and not plain([(special, 1.0)]) and plain([(trained, 1.0)])
+    assert factors_of([(frozen, 1.0), (special, 1.0)]) == [] and not all_plain([(special, 1.0)]) and all_plain([(trained, 1.0)])
 
 
 def test_a_copy_is_old_when_what_it_was_made_of_is_written_to() -> None:
     trained, frozen, what = pair(), FrozenPair(torch.ones(1, 4), torch.ones(6, 1), 2.0), ((("a", 1.0),), (1,))
-    copied = Copied.of(what, [[(trained, 1.0)], [(frozen, 1.0)]])
+    copied = CopySource.of(what, [[(trained, 1.0)], [(frozen, 1.0)]])
     assert copied.stands_for(what) and not copied.stands_for(((("a", 1.0),), (2,)))
     frozen.A.add_(1)
     assert copied.stands_for(what), "nobody writes to a frozen one"

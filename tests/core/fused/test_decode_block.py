@@ -125,7 +125,7 @@ MIXED: list[dict[str, float]] = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.7}]
 def test_the_native_block_writes_what_torch_writes(
     family: str, adapters: list[dict[str, float]], natively: list[int], tmp_path: Path
 ) -> None:
-    with operators.without():
+    with operators.torch_only():
         plain, _ = live_bf16(tmp_path, family)
         theirs = written(plain.text, adapters, plain.selection)
         bare = written(plain.text, NONE, plain.selection)
@@ -148,7 +148,7 @@ def test_what_the_native_block_is_not_for(natively: list[int], tmp_path: Path) -
     other, _ = live_bf16(tmp_path / "p")
     use_products(other.text.model, torch.float32)
     written(other.text, NONE, other.selection)
-    with operators.without():
+    with operators.torch_only():
         written(other.text, NONE, other.selection)
     assert not natively
     use_products(other.text.model, torch.bfloat16)

@@ -14,7 +14,7 @@ from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, GatedMlp
 from lorakeet.core.layers.linear import LoraLinear, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 
@@ -23,7 +23,7 @@ def states(width: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_nobody_is_asked_and_torch_makes_it() -> None:
-    assert passes_over(states()) is None and passes_over(states(dtype=torch.float64), kernels=Kernels()) is None
+    assert passes_over(states()) is None and passes_over(states(dtype=torch.float64), kernels=TritonRequest()) is None
 
 
 def test_c_makes_it_where_it_serves_whatever_is_asked() -> None:
@@ -36,12 +36,13 @@ def test_c_makes_it_where_it_serves_whatever_is_asked() -> None:
 def test_triton_makes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     behave_like_a_card(monkeypatch)
     x = states()
-    found = passes_over(x, kernels=Kernels())
+    found = passes_over(x, kernels=TritonRequest())
     assert found is not None and found is not IN_C
     for refused in ((x.t(),), (x, x.half()), (x.double(),)):
-        assert passes_over(*refused, kernels=Kernels()) is None
+        assert passes_over(*refused, kernels=TritonRequest()) is None
     wide = torch.zeros(1, WIDEST + 1, device=DEVICE)
-    assert passes_over(wide, kernels=Kernels(), by_rows=True) is None and passes_over(wide, kernels=Kernels()) is not None
+    assert passes_over(wide, kernels=TritonRequest(), by_rows=True) is None
+    assert passes_over(wide, kernels=TritonRequest()) is not None
 
 
 class Norm(nn.Module):
@@ -67,7 +68,7 @@ class Mlp(nn.Module):
             setattr(self, name, standing)
 
 
-def trained(norm: FrozenRmsNorm, mlp: GatedMlp, kernels: Kernels | None) -> list[Tensor]:
+def trained(norm: FrozenRmsNorm, mlp: GatedMlp, kernels: TritonRequest | None) -> list[Tensor]:
     """What a norm and the MLP behind it make, and all gradients."""
     norm.kernels = kernels
     for layer in mlp.original.children():
@@ -91,7 +92,7 @@ def test_a_norm_and_a_gated_mlp_that_ask_for_it_compute_the_same(monkeypatch: py
         return type(IN_C)(*(_noted(called, name, each) for name, each in of_triton()._asdict().items()))
 
     monkeypatch.setattr(elementwise, "_of_triton", noting)
-    found = trained(norm, mlp, Kernels(0))
+    found = trained(norm, mlp, TritonRequest(0))
     assert called == ["norm", "gated", "gated_backward_", "norm_again", "norm_backward"]
     assert len(found) == len(expected) == 8
     for mine, theirs in zip(found, expected, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused import flash_varlen
 from lorakeet.core.fused.attention import RotaryAttention
-from lorakeet.core.fused.flash_varlen import CardRows
+from lorakeet.core.fused.flash_varlen import FlashVarlen
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
@@ -108,7 +108,7 @@ def test_a_model_trains_by_it_as_row_by_row(flash: Flash, tmp_path: Path, monkey
     text, loss, grads = trained(folder, "float32")
     assert flash.calls == 0
     seen: list[tuple[tuple[int, ...], int]] = []
-    monkeypatch.setattr(CardRows, "forward", _noting(CardRows.forward, seen))
+    monkeypatch.setattr(FlashVarlen, "forward", _noting(FlashVarlen.forward, seen))
     fused: list[Any] = []
     inputs = RotaryAttention._inputs
     monkeypatch.setattr(RotaryAttention, "_inputs", lambda *given: fused.append(inputs(*given)) or fused[-1])
@@ -116,7 +116,7 @@ def test_a_model_trains_by_it_as_row_by_row(flash: Flash, tmp_path: Path, monkey
     blocks = text.model.config.num_hidden_layers
     assert seen[-blocks:] == [((20, 21, 22), 10)] * blocks  # of the training pass: behind the prefix that they share
     assert isinstance(narrow.model.model.layers[0].self_attn, RotaryAttention)
-    assert all(found is not None and isinstance(found.kernel, CardRows) for found, _ in fused[-blocks:])
+    assert all(found is not None and isinstance(found.kernel, FlashVarlen) for found, _ in fused[-blocks:])
     assert abs(narrow_loss - loss) < 0.02 * abs(loss)
     assert narrow_grads.keys() == grads.keys() and len(grads) == 14 * blocks
     for name, grad in grads.items():
@@ -124,7 +124,7 @@ def test_a_model_trains_by_it_as_row_by_row(flash: Flash, tmp_path: Path, monkey
 
 
 def _noting(forward: Any, seen: list[Any]) -> Any:
-    def noted(kernel: CardRows, *states: Tensor) -> Any:
+    def noted(kernel: FlashVarlen, *states: Tensor) -> Any:
         seen.append((tuple(kernel.laid[0]), kernel.laid[1]))
         return forward(kernel, *states)
 
@@ -161,19 +161,19 @@ def test_on_a_cpu_that_stands_for_itself_nothing_is_for_it() -> None:
 def test_the_kernel_is_proved_and_one_that_counts_otherwise_is_left(
     flash: Flash, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flash_varlen.proved.cache_clear()
+    flash_varlen.matches_definition.cache_clear()
     with torch.inference_mode():
-        assert flash_varlen.proved(CPU, torch.bfloat16, HEADS, KV, WIDTH)
-    assert flash_varlen.proved(CPU, torch.float16, HEADS, HEADS, WIDTH) and not caplog.records
+        assert flash_varlen.matches_definition(CPU, torch.bfloat16, HEADS, KV, WIDTH)
+    assert flash_varlen.matches_definition(CPU, torch.float16, HEADS, HEADS, WIDTH) and not caplog.records
     flash.aligned = False
     for _ in range(2):
-        assert not flash_varlen.proved(CPU, torch.bfloat16, 2 * HEADS, KV, WIDTH)
+        assert not flash_varlen.matches_definition(CPU, torch.bfloat16, 2 * HEADS, KV, WIDTH)
     (said,) = caplog.messages
     assert "computes O of rows of [5, 300, 70, 1] tokens behind 140 shared ones otherwise than attention is defined" in said
     monkeypatch.setattr(flash, "refuses", True)
-    assert not flash_varlen.proved(CPU, torch.bfloat16, 3 * HEADS, KV, WIDTH)
+    assert not flash_varlen.matches_definition(CPU, torch.bfloat16, 3 * HEADS, KV, WIDTH)
     assert "does not run: no kernel image is available" in caplog.messages[1]
-    flash_varlen.proved.cache_clear()
+    flash_varlen.matches_definition.cache_clear()
 
 
 def test_a_rehearsal_counts_what_the_kernel_computes_and_holds() -> None:

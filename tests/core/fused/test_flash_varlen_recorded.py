@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused import flash_varlen
 from lorakeet.core.fused.flash_varlen_recorded import (
-    PLACED_ROWS,
-    PLACED_ROWS_BACKWARD,
-    PlacedRows,
+    OFFSET_ROWS,
+    OFFSET_ROWS_BACKWARD,
+    FlashVarlenAtOffsets,
     RowOffsets,
-    placed_rows,
-    placed_rows_backward,
+    offset_rows,
+    offset_rows_backward,
 )
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models.attention import packed_attention
@@ -53,20 +53,21 @@ def test_they_move_with_the_numbers_in_the_tensor(flash: Flash) -> None:
     flash.exact = False
     q, k, v, _ = states(10)
     starts = torch.tensor([0, 4, 10], dtype=torch.int32)
-    kernel = PlacedRows(RowOffsets(starts, LONGEST), WIDTH**-0.5)
+    kernel = FlashVarlenAtOffsets(RowOffsets(starts, LONGEST), WIDTH**-0.5)
     before, _ = kernel.forward(q, k, v)
     starts[1] = 6
     after, _ = kernel.forward(q, k, v)
-    expected, _ = PlacedRows(RowOffsets(torch.tensor([0, 6, 10], dtype=torch.int32), LONGEST), WIDTH**-0.5).forward(q, k, v)
+    offsets = RowOffsets(torch.tensor([0, 6, 10], dtype=torch.int32), LONGEST)
+    expected, _ = FlashVarlenAtOffsets(offsets, WIDTH**-0.5).forward(q, k, v)
     assert torch.equal(after, expected) and not torch.equal(after, before)
 
 
 def test_shapes_alone_have_results_in_their_shapes() -> None:
     q, k = (torch.empty(10, heads, WIDTH, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KV))
     laid = torch.empty(3, dtype=torch.int32, device="meta"), 8, 1.0, -1
-    out, logs = PLACED_ROWS(q, k, k, *laid)
+    out, logs = OFFSET_ROWS(q, k, k, *laid)
     assert out.shape == q.shape and logs.shape == (HEADS, 10) and logs.dtype == torch.float32
-    of_q, of_k, of_v = PLACED_ROWS_BACKWARD(q, q, k, k, out, logs, *laid)
+    of_q, of_k, of_v = OFFSET_ROWS_BACKWARD(q, q, k, k, out, logs, *laid)
     assert of_q.shape == q.shape and of_k.shape == of_v.shape == k.shape
 
 
@@ -77,8 +78,8 @@ def test_nothing_within_the_operators_is_read_by_the_host(flash: Flash) -> None:
     laid = torch.tensor([0, 4, 10], dtype=torch.int32), LONGEST, WIDTH**-0.5, -1
     tape = Tape()
     with tape:
-        out, logs = placed_rows(q, k, v, *laid)
-        placed_rows_backward(grad, q, k, v, out, logs, *laid)
+        out, logs = offset_rows(q, k, v, *laid)
+        offset_rows_backward(grad, q, k, v, out, logs, *laid)
     names = {func._schema.name.rpartition("::")[2] for func, *_ in tape.operations}
     assert names == {"_flash_attention_forward", "_flash_attention_backward", "zeros", "empty"}
 

@@ -23,7 +23,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.kernels.cpu.trained_block import BlockCall
-from lorakeet.kernels.cpu.workspace import ROOMS, Rooms
+from lorakeet.kernels.cpu.workspace import WORKSPACES, Workspaces
 from lorakeet.models import modules
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import selection_of, trained_parameters
@@ -31,7 +31,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.loss import text_loss
 from lorakeet.train.text.multi_adapter import Member, train_many
@@ -117,7 +117,7 @@ def test_losses_and_gradients_are_those_of_the_parts_to_the_last_bit(
     """With few rows, whose heads are parted backward, and with many; with tokens that all rows begin with; odd ranks."""
     text, examples = load(folder), rows(count, prefix=prefix)
     found = step(text, examples, "default")
-    assert used == [True] * 3 and ROOMS.taken == 0
+    assert used == [True] * 3 and WORKSPACES.taken == 0
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
     assert used == [True] * 3 + [False] * 3
 
@@ -144,7 +144,7 @@ def test_with_biases_on_queries_keys_and_values(
     tmp_path: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, examples = load(save_tiny_llama(tmp_path, family="qwen2", **SHAPE), kind=kind.removeprefix("in ")), rows(4)
-    assert not kind.startswith("in ") or multiply_in_int8(text.model)
+    assert not kind.startswith("in ") or enable_int8_products(text.model)
     plain = step(text, examples, "default")
     for number in range(3):
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -181,7 +181,7 @@ def test_over_packed_weights_too(folder: Path, kind: str, used: list[bool], monk
 def test_products_in_int8_too(folder: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     text, examples = load(folder, kind=kind), rows(5, prefix=9)
     exact = step(text, examples, "default")
-    assert multiply_in_int8(text.model)
+    assert enable_int8_products(text.model)
     found = step(text, examples, "default")
     assert used == [True] * 6 and not torch.equal(found["loss"], exact["loss"])
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
@@ -246,7 +246,7 @@ def test_blocks_below_the_lowest_pair_take_nothing_from_those_above(
     folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_back: list[int] = []
-    monkeypatch.setattr(Rooms, "_give_back", lambda _, start, stop: given_back.append(stop - start))
+    monkeypatch.setattr(Workspaces, "_give_back", lambda _, start, stop: given_back.append(stop - start))
     text, examples = load(folder, replace(LORA, layers="1-2")), rows(3)
     step(text, examples, "default")
     step(text, examples, "default")
@@ -267,9 +267,9 @@ def test_a_second_backward_pass_is_refused(folder: Path) -> None:
 def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) -> None:
     text = load(folder)
     loss, _ = text_loss(text, pack_examples(rows(2)))
-    assert ROOMS.taken == 3 and used == [True] * 3
+    assert WORKSPACES.taken == 3 and used == [True] * 3
     del loss
-    assert ROOMS.taken == 0
+    assert WORKSPACES.taken == 0
 
 
 @pytest.mark.parametrize("kind", ["", "mixed"])
@@ -284,7 +284,7 @@ def test_without_gradients_it_computes_the_same_and_keeps_nothing(
             return {"hidden": text.hidden(batch), "again": text.hidden(batch)}
 
     found = states()
-    assert used == [True] * 6 and ROOMS.taken == 0
+    assert used == [True] * 6 and WORKSPACES.taken == 0
     require_same(found, by_parts(text, states, monkeypatch))
     require_same(found, dict.fromkeys(found, text.hidden(batch).detach()))  # as with gradients
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS
 from lorakeet.core.fused.trained_block import TrainedBlock
-from lorakeet.core.fused.trained_block_cache import cached_arguments
+from lorakeet.core.fused.trained_block_cache import block_arguments
 from lorakeet.core.selection import Selection, Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
@@ -26,7 +26,7 @@ from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.models import modules
 from lorakeet.models.inject import eject, selection_of, trained_parameters
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.text.loss import text_loss
@@ -344,7 +344,7 @@ def test_what_is_other_than_it_was_is_seen(folder: Path, change: Callable[[TextM
 
 def test_codes_in_place_of_rows_are_seen_too(folder: Path) -> None:
     text = load(folder, kind="int8")
-    for change in (lambda: None, lambda: multiply_in_int8(text.model), text.model.eval):
+    for change in (lambda: None, lambda: enable_int8_products(text.model), text.model.eval):
         change()
         assert not again(text, 50, 70)
         step(text, 50, 70)
@@ -449,6 +449,6 @@ def test_copies_remember_nothing(folder: Path) -> None:
 def test_a_block_of_other_parts_has_no_look(folder: Path) -> None:
     text, x = load(folder), torch.zeros(1, 8, 96, dtype=torch.bfloat16)
     block = block_of(text).original
-    assert cached_arguments(block, ["default"], x) is not None
-    assert cached_arguments(block, ["nobody"], x) is None
-    assert cached_arguments(block.mlp, ["default"], x) is None
+    assert block_arguments(block, ["default"], x) is not None
+    assert block_arguments(block, ["nobody"], x) is None
+    assert block_arguments(block.mlp, ["default"], x) is None

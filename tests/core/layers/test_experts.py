@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, supports
+from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, why_not_experts
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import Share
@@ -94,15 +94,15 @@ def test_dropout_only_while_training(block: Any) -> None:
     ],
 )
 def test_what_cannot_be_adapted_is_said(block: Any, name: str, value: Any, words: str) -> None:
-    assert supports(block) == ""
+    assert why_not_experts(block) == ""
     setattr(block, name, value)
-    assert words in supports(block)
+    assert words in why_not_experts(block)
 
 
 def test_other_modules_are_no_experts(block: Any) -> None:
-    assert "no gate_up_proj and down_proj" in supports(nn.Linear(2, 2))
+    assert "no gate_up_proj and down_proj" in why_not_experts(nn.Linear(2, 2))
     del block.act_fn
-    assert "no act_fn" in supports(block)
+    assert "no act_fn" in why_not_experts(block)
 
 
 def test_a_divided_batch_is_refused_and_not_answered_by_the_base(block: Any) -> None:
@@ -114,4 +114,4 @@ def test_a_divided_batch_is_refused_and_not_answered_by_the_base(block: Any) -> 
 
 def test_experts_that_hand_tokens_on_as_they_are_are_refused(block: Any) -> None:
     block.down_proj = nn.Parameter(block.down_proj[:-1].detach())
-    assert "some of its experts have no down_proj" in supports(block)
+    assert "some of its experts have no down_proj" in why_not_experts(block)

@@ -92,14 +92,14 @@ def test_what_is_gone_or_has_changed_is_named_with_the_remedy(tmp_path: Path) ->
     with pytest.raises(DataError) as error:
         again(record, spec, tmp_path)
     lines = str(error.value).splitlines()
-    assert lines[0] == "The pictures of runs/one are not those that it began with (4 problems):"
+    assert lines[0] == "The pictures of runs/one have changed since it started (4 problems):"
     assert lines[1:5] == [
         f"  - {folder / rows[0].source} is gone.",
         f"  - {folder / rows[1].source} shows another picture.",
         f"  - The caption of {folder / rows[2].source} was '{rows[2].caption}' and is 'other words'.",
-        f"  - {folder / rows[3].source} cannot be used any more: its picture or its caption cannot be read.",
+        f"  - {folder / rows[3].source} cannot be used: its picture or its caption cannot be read.",
     ]
-    assert lines[5] == "Bring back what was there, or start a new run with another --out."
+    assert lines[5] == "Restore the old pictures, or start a new run with another --out."
     for row in (*found.train, *found.held_out):
         row.path.unlink(missing_ok=True)
     with pytest.raises(DataError, match=r"\(17 problems\):\n(  - .* is gone\.\n){12}  - and 5 more\.\nBring back"):
@@ -109,9 +109,9 @@ def test_what_is_gone_or_has_changed_is_named_with_the_remedy(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"held_out_fraction": 0.4}, "data.held_out_fraction was 0.3 when runs/one began and is 0.4 now. Take the old"),
-        ({"test": "somewhere"}, "data.test was none when runs/one began and is a folder now."),
-        ({"train": "nowhere"}, "data.train nowhere is no folder"),
+        ({"held_out_fraction": 0.4}, "data.held_out_fraction was 0.3 when runs/one started and is 0.4 now. Use the old"),
+        ({"test": "somewhere"}, "data.test was none when runs/one started and is a folder now."),
+        ({"train": "nowhere"}, "data.train nowhere is not a folder"),
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

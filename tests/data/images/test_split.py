@@ -106,7 +106,7 @@ def test_leaks_from_a_held_out_folder(tmp_path: Path, on_leak: str, trained: int
 
 
 def test_nothing_held_out_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing could be proved"):
+    with pytest.raises(DataError, match="nothing can be measured"):
         load_images(data(album(tmp_path / "a", 4), held_out_fraction=0.0), IMAGES)
 
 
@@ -128,7 +128,7 @@ def test_a_held_out_picture_that_is_a_test_picture_is_dropped_from_held_out(tmp_
     spec = data(train, held_out=str(judged), test=str(test))
     found = load_images(spec, IMAGES)
     assert (len(found.train), len(found.held_out), len(found.test)) == (4, 3, 5)
-    assert found.alike[0].action == "dropped from held-out" and found.alike[0].words == "not a pixel differs"
+    assert found.alike[0].action == "dropped from held-out" and found.alike[0].words == "no pixel differs"
     assert len(load_images(replace(spec, on_leak="keep"), IMAGES).held_out) == 4
     with pytest.raises(DataError, match=r"1 held-out pictures are also evaluation pictures \(030\.png is nearly same\.png\)"):
         load_images(replace(spec, on_leak="refuse"), IMAGES)
@@ -161,9 +161,9 @@ def test_enough_are_counted_without_copies(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_named_by_its_setting(tmp_path: Path) -> None:
     folder, gone = album(tmp_path / "a", 8), str(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"data\.held_out .*gone is no folder"):
+    with pytest.raises(DataError, match=r"data\.held_out .*gone is not a folder"):
         load_images(data(folder, held_out=gone), IMAGES)
-    with pytest.raises(DataError, match=r"data\.test .*gone is no folder"):
+    with pytest.raises(DataError, match=r"data\.test .*gone is not a folder"):
         load_images(data(folder, test=gone), IMAGES)
-    with pytest.raises(DataError, match=r"images\.prior .*gone is no folder"):
+    with pytest.raises(DataError, match=r"images\.prior .*gone is not a folder"):
         load_images(data(folder), replace(IMAGES, prior=gone))

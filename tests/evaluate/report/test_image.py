@@ -77,4 +77,4 @@ def test_the_page_shows_samples_and_memorisation(tmp_path: Path) -> None:
     assert [text for text in shown if text not in page] == []
     assert " nats" not in page
     write_report(report(0.1), tmp_path)
-    assert "What it draws" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "samples-h" not in (tmp_path / "report.html").read_text(encoding="utf-8")

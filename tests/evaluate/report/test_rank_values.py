@@ -32,7 +32,7 @@ def test_the_sections_are_on_the_page_with_their_data_escaped() -> None:
     ranks = RankMap((RankCell("0", "q", 4), RankCell("", "<head>", 8)))
     report = Report("A run", ranks=ranks, rank_curve=CURVE, search=search)
     page = render_html(report)
-    marked = "Marked: rank &lt;2&gt;, the smallest, from the largest down, that shows no loss"
+    marked = "Marked: rank &lt;2&gt;, the smallest adapter, from the largest down, that shows no loss"
     for words in ("&lt;head&gt;", "rate &lt;1e-3&gt;", marked, "Differences below 0.1"):
         assert words in page, words
     assert page.count("<head>") == 1 and "diverged" in page

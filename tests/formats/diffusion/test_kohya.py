@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.compare import compare_adapters
+from lorakeet.formats.compress import Compression
 from lorakeet.formats.diffusion import kohya
-from lorakeet.formats.diffusion.dense import Compression
 from lorakeet.formats.files.base_model import check_fits, open_base
 from tiny.adapters import random_pair
 from tiny.images import diffusers as diffusers_package

@@ -14,9 +14,9 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.compare import compare_adapters, relative_difference
+from lorakeet.formats.compress import Compression
 from lorakeet.formats.detect import detect
 from lorakeet.formats.diffusion import kohya
-from lorakeet.formats.diffusion.dense import Compression
 from lorakeet.formats.diffusion.kohya_transformer import of_module
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily, originals
 from tiny.adapters import random_pair

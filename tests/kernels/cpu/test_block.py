@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused() -> None:
         assert not replace(parts, norms=norms).fit
     assert not replace(parts, head=32).fit
     assert not replace(parts, weights=(*parts.weights[:6], parts.weights[0])).fit
-    with operators.without():
+    with operators.torch_only():
         assert not parts.fit
     cache = [torch.zeros(SLOTS, 1, CAPACITY, 64).bfloat16() for _ in range(2)]
     wrong: list[dict[str, Any]] = [
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ]  # fmt: skip
     for change in wrong:
         given = {"x": random(1, 48, seed=1), "slots": [0], "positions": [0], "cache": cache} | change
-        with pytest.raises(ValueError, match="are no states of this block"):
+        with pytest.raises(ValueError, match="do not fit this block"):
             computed(parts, **given)
     for slots, positions in (([0, 0], [0, CAPACITY]), ([0, -1], [0, 0]), ([0, 0], [0]), ([0], [-1])):
         with pytest.raises(ValueError, match="do not fit slots of 70 tokens"):

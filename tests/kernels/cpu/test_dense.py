@@ -91,7 +91,7 @@ def test_bases_multiply_so_where_the_operators_serve() -> None:
     dense.DENSE_PRODUCT_ADD(added, grad, layer.weight, True)
     assert torch.equal(sum_of_matmul_t((base, base), (grad, grad)), added)
     assert torch.equal(sum_of_matmul_t((base, same), (grad, grad)), added)
-    with operators.without():
+    with operators.torch_only():
         plain = torch.mm(grad, layer.weight)
         assert torch.equal(sum_of_matmul_t((base, base), (grad, grad)), plain + plain)
 
@@ -107,7 +107,7 @@ def test_serves_frozen_weights_in_bf16_that_lie_in_whole_sixteens(monkeypatch: p
     with torch.no_grad():
         assert dense.serves(learnt, weight)
     assert frozen_product(learnt, weight).requires_grad
-    with operators.without():
+    with operators.torch_only():
         assert not dense.serves(x, weight)
     monkeypatch.undo()
     monkeypatch.setattr(compile, "has", lambda feature: feature == "amx_bf16")

@@ -42,7 +42,7 @@ def in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
 def test_codes_are_the_nearest_steps(width: int) -> None:
     x, by = drawn(7, width), torch.rand(width, generator=torch.Generator().manual_seed(2))
     for rows, given in ((x, None), (x * by, by)):
-        codes, steps = int8_rows.CODE_ROWS(x, given)
+        codes, steps = int8_rows.QUANTISE_ROWS(x, given)
         expected, worth = in_steps(rows)
         assert torch.equal(steps, worth) and torch.equal(codes.int() - 128, expected)
 
@@ -57,7 +57,7 @@ def test_products_are_those_of_whole_numbers(tokens: int, out: int, width: int) 
         steps = torch.rand(tokens, 1, generator=torch.Generator().manual_seed(4))
         sums = (codes.double() - 128) @ (weight.double() if across else weight.double().t())
         expected = sums.float() * steps * (1.0 if of_columns is None else of_columns)
-        assert torch.equal(int8_rows.CODED_PRODUCT(codes, steps, weight, of_columns, across), expected.bfloat16())
+        assert torch.equal(int8_rows.INT8_PRODUCT(codes, steps, weight, of_columns, across), expected.bfloat16())
 
 
 def with_loud_columns(tokens: int, width: int) -> tuple[Tensor, list[int]]:
@@ -69,20 +69,20 @@ def with_loud_columns(tokens: int, width: int) -> tuple[Tensor, list[int]]:
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (7, 96), (300, 592)])
 def test_the_loudest_columns_are_found(tokens: int, width: int) -> None:
     x, loud = with_loud_columns(tokens, width)
-    count = int8_rows.apart_of(width)
-    columns, apart = int8_rows.LOUD_COLUMNS(x, count)
+    count = int8_rows.outliers_of(width)
+    columns, apart = int8_rows.OUTLIER_COLUMNS(x, count)
     peaks = x.float().abs().amax(0)
     assert set(loud) <= set(columns.tolist()) and len(set(columns.tolist())) == count
     assert torch.equal(peaks[columns], peaks.sort(descending=True).values[:count])
     assert torch.equal(apart, x[:, columns])
-    codes, steps = int8_rows.CODE_ROWS(x, None, columns)
-    plain, worth = int8_rows.CODE_ROWS(x.index_fill(1, columns, 0), None)
+    codes, steps = int8_rows.QUANTISE_ROWS(x, None, columns)
+    plain, worth = int8_rows.QUANTISE_ROWS(x.index_fill(1, columns, 0), None)
     assert torch.equal(codes, plain) and torch.equal(steps, worth)
 
 
 def test_how_many_columns_are_apart() -> None:
-    assert [int8_rows.apart_of(width) for width in (16, 31, 32, 64, 128, 576)] == [0, 0, 2, 4, 8, 8]
-    columns, apart = int8_rows.LOUD_COLUMNS(torch.zeros(3, 16, dtype=torch.bfloat16), 0)
+    assert [int8_rows.outliers_of(width) for width in (16, 31, 32, 64, 128, 576)] == [0, 0, 2, 4, 8, 8]
+    columns, apart = int8_rows.OUTLIER_COLUMNS(torch.zeros(3, 16, dtype=torch.bfloat16), 0)
     assert columns.shape == (0,) and apart.shape == (3, 0)
 
 
@@ -91,12 +91,12 @@ def test_columns_that_are_apart_are_added(tokens: int, out: int, width: int) -> 
     x, _ = with_loud_columns(tokens, width)
     weight, scale = weight_of(out, width)
     exact = x.double() @ (weight.double() * scale[:, None].double()).T
-    columns, apart = int8_rows.LOUD_COLUMNS(x, int8_rows.apart_of(width))
-    codes, steps = int8_rows.CODE_ROWS(x, None, columns)
-    found = int8_rows.CODED_PRODUCT(codes, steps, weight, scale, False, columns, apart)
+    columns, apart = int8_rows.OUTLIER_COLUMNS(x, int8_rows.outliers_of(width))
+    codes, steps = int8_rows.QUANTISE_ROWS(x, None, columns)
+    found = int8_rows.INT8_PRODUCT(codes, steps, weight, scale, False, columns, apart)
     sums = (codes.double() - 128) @ weight.double().T * steps.double() + apart.double() @ weight[:, columns].double().T
     torch.testing.assert_close(found.double(), sums * scale.double(), rtol=2**-8, atol=1e-3)
-    plain = int8_rows.CODED_PRODUCT(*int8_rows.CODE_ROWS(x, None), weight, scale, False)
+    plain = int8_rows.INT8_PRODUCT(*int8_rows.QUANTISE_ROWS(x, None), weight, scale, False)
     near, far = (float((each.double() - exact).norm() / exact.norm()) for each in (found, plain))
     assert near < far / 4
 
@@ -104,25 +104,25 @@ def test_columns_that_are_apart_are_added(tokens: int, out: int, width: int) -> 
 def test_columns_that_are_none_are_refused() -> None:
     x, (weight, scale) = drawn(2, 64), weight_of(16, 64)
     for columns in ([64, 0], [-1, 0], [1], list(range(10))):
-        with pytest.raises(ValueError, match="are no even number of columns of 64"):
-            int8_rows.code_rows(x, None, torch.tensor(columns))
-    with pytest.raises(ValueError, match="3 columns of"):
-        int8_rows.loud_columns(x, 3)
-    columns, apart = int8_rows.LOUD_COLUMNS(x, 4)
-    codes, steps = int8_rows.CODE_ROWS(x, None, columns)
+        with pytest.raises(ValueError, match="an even number of columns below 64, 8 at most; given"):
+            int8_rows.quantise_rows(x, None, torch.tensor(columns))
+    with pytest.raises(ValueError, match="3 outlier columns of"):
+        int8_rows.outlier_columns(x, 3)
+    columns, apart = int8_rows.OUTLIER_COLUMNS(x, 4)
+    codes, steps = int8_rows.QUANTISE_ROWS(x, None, columns)
     for given in ((columns, None), (None, apart), (columns, apart[:1])):
         with pytest.raises(ValueError, match="do not fit each other"):
-            int8_rows.coded_product(codes, steps, weight, scale, False, *given)
+            int8_rows.int8_product(codes, steps, weight, scale, False, *given)
 
 
 def test_threads_change_no_bit() -> None:
     weight, scale = weight_of(208, 96)
-    codes, steps = int8_rows.CODE_ROWS(drawn(700, 96), None)
+    codes, steps = int8_rows.QUANTISE_ROWS(drawn(700, 96), None)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append((*int8_rows.CODE_ROWS(drawn(700, 96), None), int8_rows.CODED_PRODUCT(codes, steps, weight, scale,
+            found.append((*int8_rows.QUANTISE_ROWS(drawn(700, 96), None), int8_rows.INT8_PRODUCT(codes, steps, weight, scale,
             False)))
     finally:
         torch.set_num_threads(before)
@@ -133,7 +133,7 @@ def test_the_largest_sums_are_exact() -> None:
     width = 1 << 17
     codes, weight = torch.tensor([[255], [1]], dtype=torch.uint8).expand(2, width).contiguous(), torch.full((2, width), 127)
     weight[1] = -127
-    found = int8_rows.CODED_PRODUCT(codes, torch.ones(2, 1), weight.to(torch.int8), torch.ones(2), False)
+    found = int8_rows.INT8_PRODUCT(codes, torch.ones(2, 1), weight.to(torch.int8), torch.ones(2), False)
     most = float(torch.tensor(127.0 * 127 * width).bfloat16())
     assert found.tolist() == [[most, -most], [-most, most]]
     assert not int8_rows.serves(torch.zeros(1, width + 16, dtype=torch.bfloat16))
@@ -149,11 +149,11 @@ def others_than(row: int) -> list[int]:
 def test_what_is_no_number_stays_none_and_stays_in_its_row(bad: str, place: int) -> None:
     weight, scale = weight_of(48, 32)
     x = drawn(9, 32)
-    alone = int8_rows.CODED_PRODUCT(*int8_rows.CODE_ROWS(x, None), weight, scale, False)
+    alone = int8_rows.INT8_PRODUCT(*int8_rows.QUANTISE_ROWS(x, None), weight, scale, False)
     x[4, place] = float(bad)
-    found = int8_rows.CODED_PRODUCT(*int8_rows.CODE_ROWS(x, None), weight, scale, False)
+    found = int8_rows.INT8_PRODUCT(*int8_rows.QUANTISE_ROWS(x, None), weight, scale, False)
     assert bool(found[4].isnan().all())
-    back = int8_rows.CODED_PRODUCT(*int8_rows.CODE_ROWS(x, torch.rand(32) + 0.1), *weight_of(32, 16)[:1], None, True)
+    back = int8_rows.INT8_PRODUCT(*int8_rows.QUANTISE_ROWS(x, torch.rand(32) + 0.1), *weight_of(32, 16)[:1], None, True)
     assert bool(back[4].isnan().all()) and bool(back[others_than(4)].isfinite().all())
     others = others_than(4)
     assert torch.equal(found[others], alone[others])
@@ -164,15 +164,15 @@ def test_zeros_and_numbers_too_small_to_be_divided_by_give_zeros() -> None:
     x = torch.zeros(3, 16, dtype=torch.bfloat16)
     x[1, 5] = 1e-38
     x[2, 5] = 1e-30
-    found = int8_rows.CODED_PRODUCT(*int8_rows.CODE_ROWS(x, None), weight, scale, False)
+    found = int8_rows.INT8_PRODUCT(*int8_rows.QUANTISE_ROWS(x, None), weight, scale, False)
     assert not found[:2].any() and torch.equal(found[2] != 0, (weight[:, 5] != 0) & (scale > 0))
 
 
 def multiplied(x: Tensor, weight: Tensor, scale: Tensor) -> list[Tensor]:
-    codes, steps = int8_rows.CODE_ROWS(x, None)
-    y = int8_rows.CODED_PRODUCT(codes, steps, weight, scale, False)
-    again, worth = int8_rows.CODE_ROWS(y, scale)
-    return [codes, steps, y, int8_rows.CODED_PRODUCT(again, worth, weight, None, True)]
+    codes, steps = int8_rows.QUANTISE_ROWS(x, None)
+    y = int8_rows.INT8_PRODUCT(codes, steps, weight, scale, False)
+    again, worth = int8_rows.QUANTISE_ROWS(y, scale)
+    return [codes, steps, y, int8_rows.INT8_PRODUCT(again, worth, weight, None, True)]
 
 
 def test_shapes_alone_give_what_numbers_give() -> None:
@@ -188,10 +188,10 @@ def test_a_ledger_counts_the_products_and_what_the_kernel_works_in() -> None:
     with ledger, ledger.phase("products"):
         codes, steps = torch.empty(tokens, 64, dtype=torch.uint8), torch.empty(tokens, 1)
         weight, scale = torch.empty(128, 64, dtype=torch.int8), torch.empty(128)
-        int8_rows.CODED_PRODUCT(codes, steps, weight, scale, False)
+        int8_rows.INT8_PRODUCT(codes, steps, weight, scale, False)
         with ledger.phase("apart"):
             columns, apart = torch.empty(4, dtype=torch.int64), torch.empty(tokens, 4, dtype=torch.bfloat16)
-            int8_rows.CODED_PRODUCT(codes, steps, weight, scale, False, columns, apart)
+            int8_rows.INT8_PRODUCT(codes, steps, weight, scale, False, columns, apart)
     assert ledger.work["apart"].flops == 2 * tokens * 128 * (64 + 4)
     assert ledger.work["products"].flops == 2 * tokens * weight.numel()
     scratch = min(torch.get_num_threads(), 2 * 2) * 64 * 64
@@ -211,13 +211,13 @@ def test_a_ledger_counts_the_products_and_what_the_kernel_works_in() -> None:
 def test_tensors_that_do_not_fit_are_refused(codes: Any, steps: int, weight: Any, scale: int) -> None:
     given = torch.zeros(codes, dtype=torch.uint8), torch.zeros(steps, 1), torch.zeros(weight, dtype=torch.int8)
     with pytest.raises(ValueError, match="do not fit each other"):
-        int8_rows.CODED_PRODUCT(*given, torch.zeros(scale), False)
+        int8_rows.INT8_PRODUCT(*given, torch.zeros(scale), False)
 
 
 @pytest.mark.parametrize(("rows", "by"), [((1, 8), None), ((64,), None), ((1, 64), 16), ((1, 64), 80)])
 def test_rows_that_cannot_be_coded_are_refused(rows: tuple[int, ...], by: int | None) -> None:
     with pytest.raises(ValueError, match="do not fit each other, or are not in whole 16"):
-        int8_rows.code_rows(torch.ones(rows, dtype=torch.bfloat16), None if by is None else torch.ones(by))
+        int8_rows.quantise_rows(torch.ones(rows, dtype=torch.bfloat16), None if by is None else torch.ones(by))
 
 
 @pytest.mark.parametrize("width", [1, 5, 17, 33, 50, 63, 65, 127, 130])
@@ -225,7 +225,7 @@ def test_the_way_back_takes_weights_of_any_width(width: int) -> None:
     weight, _ = weight_of(48, width)
     codes = torch.randint(1, 256, (7, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     expected = ((codes.double() - 128) @ weight.double()).float().bfloat16()
-    assert torch.equal(int8_rows.CODED_PRODUCT(codes, torch.ones(7, 1), weight, None, True), expected)
+    assert torch.equal(int8_rows.INT8_PRODUCT(codes, torch.ones(7, 1), weight, None, True), expected)
 
 
 def test_torch_s_default_dtype_does_not_matter() -> None:
@@ -240,15 +240,15 @@ def test_torch_s_default_dtype_does_not_matter() -> None:
 
 
 def test_both_operators_pass_torch_s_own_checks() -> None:
-    codes, steps = int8_rows.CODE_ROWS(drawn(5, 32), None)
+    codes, steps = int8_rows.QUANTISE_ROWS(drawn(5, 32), None)
     weight, scale = weight_of(48, 32)
     checked: list[tuple[Any, tuple[Any, ...]]] = [
-        (int8_rows.CODE_ROWS, (drawn(5, 32), None)),
-        (int8_rows.CODE_ROWS, (drawn(5, 32), torch.rand(32))),
-        (int8_rows.LOUD_COLUMNS, (drawn(5, 64), 4)),
-        (int8_rows.CODE_ROWS, (drawn(5, 32), None, torch.tensor([3, 1]))),
-        (int8_rows.CODED_PRODUCT, (codes, steps, weight, scale, False, torch.tensor([3, 1]), drawn(5, 2))),
-        (int8_rows.CODED_PRODUCT, (codes, steps, weight, scale, False)),
+        (int8_rows.QUANTISE_ROWS, (drawn(5, 32), None)),
+        (int8_rows.QUANTISE_ROWS, (drawn(5, 32), torch.rand(32))),
+        (int8_rows.OUTLIER_COLUMNS, (drawn(5, 64), 4)),
+        (int8_rows.QUANTISE_ROWS, (drawn(5, 32), None, torch.tensor([3, 1]))),
+        (int8_rows.INT8_PRODUCT, (codes, steps, weight, scale, False, torch.tensor([3, 1]), drawn(5, 2))),
+        (int8_rows.INT8_PRODUCT, (codes, steps, weight, scale, False)),
     ]
     for operator, given in checked:
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
@@ -256,7 +256,7 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
 
 def test_serves_where_the_other_operators_do_but_not_where_tiles_of_int8_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int8_rows.serves(drawn(3, 32)) and not int8_rows.serves(drawn(3, 24)) and not int8_rows.serves(drawn(3, 32).float())
-    with operators.without():
+    with operators.torch_only():
         assert not int8_rows.serves(drawn(3, 32))
     monkeypatch.setattr(int8_rows, "AMX", "avx512f")  # which every processor has that the library is built for
     assert not int8_rows.serves(drawn(3, 32))

@@ -1,196 +1,23 @@
-"""The operators against the same formulas in double precision; what they promise of rows, threads, shapes and memory."""
+"""Which tensors the C operators support."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Thread
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.compile import why_not
-from lorakeet.memory.ledger import Ledger
 from tiny.native import needs_native
 
 pytestmark = needs_native
 
-FILLER = 5
-CASES = [
-    ((5, 1, 9, 3), 0, (6, 2, 64)),
-    ((100, 64, 65, 200), 30, (3, 3, 64)),
-    ((70, 150, 3), 130, (4, 2, 128)),
-    ((20,) * 9, 33, (6, 2, 64)),  # as many rows as groups: heads that share keys go together
-    ((300,), 0, (9, 3, 64)),
-    ((65, 0, 63), 1, (2, 2, 192)),
-]
-
-
-def states(rows: tuple[int, ...], prefix: int, shape: tuple[int, int, int], seed: int = 0) -> list[Tensor]:
-    """q, k, v and ∂O, (tokens, heads, d) in bf16."""
-    generator, tokens = torch.Generator().manual_seed(seed), prefix + sum(rows) + FILLER
-    heads, kv, d = shape
-    return [torch.randn(tokens, each, d, generator=generator).bfloat16() for each in (heads, kv, kv, heads)]
-
-
-def computed(given: list[Tensor], rows: tuple[int, ...], prefix: int, scale: float) -> list[Tensor]:
-    q, k, v, grad = given
-    out, logs = operators.ROW_ATTENTION(q, k, v, list(rows), prefix, scale)
-    return [out, *operators.ROW_ATTENTION_BACKWARD(grad, q, k, v, out, logs, list(rows), prefix, scale)]
-
-
-def written_out(given: list[Tensor], rows: tuple[int, ...], prefix: int, scale: float) -> list[Tensor]:
-    """The same by softmax over one mask, and autograd, in double precision."""
-    q, k, v = (each.double().requires_grad_() for each in given[:3])
-    count = prefix + sum(rows)
-    row = torch.cat([torch.full((prefix,), -1), torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))])
-    seen = ((row[:, None] == row) | (row == -1)) & torch.ones(count, count, dtype=torch.bool).tril()
-    group = q.shape[1] // k.shape[1]
-    keys, values = (each[:count].repeat_interleave(group, dim=1).transpose(0, 1) for each in (k, v))
-    scores = (q[:count].transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
-    out = (scores.softmax(-1) @ values).transpose(0, 1)
-    (out * given[3][:count].double()).sum().backward()
-    assert q.grad is not None and k.grad is not None and v.grad is not None
-    return [torch.cat([out.detach(), torch.zeros(FILLER, *out.shape[1:])]), q.grad, k.grad, v.grad]
-
-
-@pytest.mark.parametrize(("rows", "prefix", "shape"), CASES)
-def test_row_attention_is_attention_written_out(rows: tuple[int, ...], prefix: int, shape: tuple[int, int, int]) -> None:
-    given, scale = states(rows, prefix, shape), shape[2] ** -0.5
-    for mine, exact in zip(computed(given, rows, prefix, scale), written_out(given, rows, prefix, scale), strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert not mine[prefix + sum(rows) :].any()  # of tokens that only fill up
-        assert float((mine.double() - exact).norm() / exact.norm()) < 4e-3  # bf16 rounds by 2e-3 on average
-        assert float((mine.double() - exact).abs().max()) < 2e-2 * float(exact.abs().max())
-
-
-def test_large_scores_of_one_sign_do_not_overflow() -> None:
-    given = [30 * each for each in states((40, 80), 0, (2, 2, 64))]
-    found, exact = computed(given, (40, 80), 0, 1.0), written_out(given, (40, 80), 0, 1.0)
-    assert all(bool(mine.isfinite().all()) for mine in found)
-    for place in (0, 3):  # O and ∂V; nearly all of a softmax is one key, so that ∂Q and ∂K are roundings alone
-        assert float((found[place].double() - exact[place]).norm() / exact[place].norm()) < 4e-3
-
-
-@pytest.mark.parametrize(("rows", "prefix", "shape"), CASES)
-def test_threads_change_no_bit(rows: tuple[int, ...], prefix: int, shape: tuple[int, int, int]) -> None:
-    given, before = states(rows, prefix, shape), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            found.append(computed(given, rows, prefix, 0.1))
-    finally:
-        torch.set_num_threads(before)
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_no_number_of_one_row_meets_another_row() -> None:
-    rows, shape = (70, 30, 64), (2, 1, 64)
-    plain = states(rows, 0, shape)
-    spoilt = [each.clone() for each in plain]
-    for each in spoilt:
-        each[70:100] = float("nan")
-        each[164:] = float("inf")
-    for good, bad in zip(computed(plain, rows, 0, 0.1), computed(spoilt, rows, 0, 0.1), strict=True):
-        assert torch.equal(good[:70], bad[:70]) and torch.equal(good[100:164], bad[100:164])
-        assert bool(bad[70:100].isnan().any()) and not bad[164:].any()
-
-
-WIDTH, TOKENS = 48, 7
-
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-def close(mine: Tensor, exact: Tensor, roundings: float = 1.0) -> None:
-    """Within so many of the roundings to bf16, each of half a unit in the last place."""
-    allowed = roundings * 2**-8 * exact.abs() + 1e-6
-    assert bool(((mine.double() - exact).abs() <= allowed).all())
-
-
-def test_norm_and_its_gradient() -> None:
-    x, weight, grad = numbers(TOKENS, WIDTH), numbers(WIDTH, seed=1), numbers(TOKENS, WIDTH, seed=2)
-    y, rho = operators.NORM(x, weight, 1e-5)
-    exact = x.double().requires_grad_()
-    theirs = weight.double() * exact * (exact.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
-    close(y, theirs.detach(), 2.1)  # rounded before and after the weight
-    assert rho.shape == (TOKENS, 1)
-    assert torch.equal(operators.NORM_AGAIN(x, rho, weight), y)
-    (theirs * grad.double()).sum().backward()
-    assert exact.grad is not None
-    found = operators.NORM_BACKWARD(grad, x, rho, weight)
-    torch.testing.assert_close(found.double(), exact.grad, rtol=2**-8, atol=1e-5)
-
-
-def test_gate_and_its_gradient() -> None:
-    gate, up, grad = (4 * numbers(TOKENS, WIDTH, seed=seed) for seed in range(3))
-    gate[0, :4] = torch.tensor([300.0, -300.0, 1e4, -1e4])
-    g, u = gate.double().requires_grad_(), up.double().requires_grad_()
-    theirs = torch.nn.functional.silu(g) * u
-    (theirs * grad.double()).sum().backward()
-    close(operators.GATED(gate, up), theirs.detach(), 1.1)
-    operators.GATED_BACKWARD(gate, up, grad)
-    assert g.grad is not None and u.grad is not None
-    for mine, exact in zip((gate, up, grad), (g.grad, u.grad, theirs.detach()), strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=2**-8, atol=1e-4)
-
-
-def test_turning_there_and_back() -> None:
-    x, angle = numbers(TOKENS, 3, 64), torch.randn(TOKENS, 32).repeat(1, 2)
-    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
-    turned = x.clone()
-    operators.TURN(turned, cos, sin, False)
-    half = torch.cat([-x[..., 32:], x[..., :32]], dim=-1)
-    exact = x.double() * cos.double()[:, None] + half.double() * sin.double()[:, None]
-    torch.testing.assert_close(turned.double(), exact, rtol=2**-8, atol=1e-5)
-    operators.TURN(turned, cos, sin, True)
-    torch.testing.assert_close(turned.float(), x.float(), rtol=2e-2, atol=3e-2)  # a rotation to bf16's rounding of its angles
-
-
-def attention_and_gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    return computed([q, k, v, grad], (9, 4), 3, 0.1)
-
-
-def passes(x: Tensor, weight: Tensor, gate: Tensor) -> list[Tensor]:
-    y, rho = operators.NORM(x, weight, 1e-5)
-    operators.GATED_BACKWARD(gate, y, x)
-    again, back = operators.NORM_AGAIN(x, rho, weight), operators.NORM_BACKWARD(y, x, rho, weight)
-    return [y, rho, again, back, operators.GATED(gate, x), gate]
-
-
-@pytest.mark.parametrize(
-    ("function", "given"),
-    [
-        (attention_and_gradients, states((9, 4), 3, (4, 2, 64))),
-        (passes, [numbers(2, 5, WIDTH), numbers(WIDTH), numbers(2, 5, WIDTH)]),
-    ],
-)
-def test_shapes_alone_give_what_numbers_give(function: Callable[..., list[Tensor]], given: list[Tensor]) -> None:
-    mode = FakeTensorMode()
-    with mode:
-        planned = function(*(mode.from_tensor(each) for each in given))
-    for shape, real in zip(planned, function(*(each.clone() for each in given)), strict=True):
-        assert (shape.shape, shape.dtype, shape.stride()) == (real.shape, real.dtype, real.stride())
-
-
-def test_a_ledger_counts_the_flops_of_scores_that_count_and_what_the_kernel_works_in() -> None:
-    rows, prefix, (heads, kv, d) = (9, 4), 3, (4, 2, 64)
-    ledger = Ledger()
-    with ledger, ledger.phase("attention"):
-        given = [torch.empty(16, each, d, dtype=torch.bfloat16) for each in (heads, kv, kv, heads)]
-        computed(given, rows, prefix, 0.1)
-    scores = 12 * 13 // 2 + 4 * 5 // 2 + 4 * prefix
-    assert ledger.work["attention"].flops == 7 * 2 * scores * d * heads
-    q, k, v, grad = given
-    work = operators.workspace_backward(grad, q, k, v, q, q, list(rows), prefix, 0.1)
-    given_and_found = 2 * sum(2 * each.numel() for each in given) + 4 * heads * len(q)  # as many of both, and the logs
-    assert ledger.peaks["attention"].bytes == work + given_and_found
 
 
 @pytest.mark.parametrize(
@@ -209,93 +36,15 @@ def test_serves_contiguous_bf16_of_whole_lanes(states_given: Callable[[], list[T
     assert not why_not()
     assert operators.serves(torch.bfloat16, *states_given()) is serves
     assert not operators.serves(torch.float32, *states_given())
-    with operators.without():
+    with operators.torch_only():
         assert not operators.serves(torch.bfloat16, *states_given())
-
-
-@pytest.mark.parametrize("rows", [[64], [-1, 9], [10, 7]])
-def test_rows_that_are_not_there_are_refused(rows: list[int]) -> None:
-    q = numbers(16, 2, 64)
-    with pytest.raises(ValueError, match="are no rows of"):
-        operators.ROW_ATTENTION(q, q, q, rows, 0, 1.0)
-
-
-def test_values_of_fewer_tokens_than_keys_are_refused() -> None:
-    q = numbers(16, 2, 64)
-    with pytest.raises(ValueError, match="are no rows of"):
-        operators.ROW_ATTENTION(q, q, q[:8], [16], 0, 1.0)
-
-
-def test_tensors_that_c_would_misread_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"takes contiguous tensors of torch\.bfloat16"):
-        operators.NORM(numbers(4, 32).float(), numbers(32), 1e-5)
-    with pytest.raises(ValueError, match="takes contiguous tensors"):
-        operators.GATED(numbers(4, 64)[:, :32], numbers(4, 32))
 
 
 def test_leaving_them_out_is_of_one_thread() -> None:
     found: list[bool] = []
-    with operators.without():
+    with operators.torch_only():
         other = Thread(target=lambda: found.append(operators.serves(torch.bfloat16, numbers(4, 32))))
         other.start()
         other.join()
         found.append(operators.serves(torch.bfloat16, numbers(4, 32)))
     assert found == [True, False]
-
-
-@pytest.mark.parametrize(("prefix", "kv", "groups"), [(33, 2, 8), (64, 2, 5), (300, 1, 2)])
-def test_groups_of_rows_change_a_prefix_s_gradient_by_rounding_alone(
-    monkeypatch: pytest.MonkeyPatch, prefix: int, kv: int, groups: int
-) -> None:
-    rows = 9, 30, 4, 70, 1, 22, 8, 13, 40
-    given, shape = states(rows, prefix, (4, kv, 64)), (prefix + sum(rows), 4, kv, 64)
-    assert operators.shape_of(rows, prefix, 0.1, shape).groups == groups
-    parted = computed(given, rows, prefix, 0.1)
-    monkeypatch.setattr(operators, "GROUPS", 1)
-    assert operators.shape_of(rows, prefix, 0.1, shape).groups == 1
-    for one, other in zip(parted, computed(given, rows, prefix, 0.1), strict=True):
-        torch.testing.assert_close(one.float(), other.float(), rtol=2**-7, atol=1e-3)
-
-
-@pytest.mark.parametrize(("heads", "kv"), [(32, 32), (32, 8), (9, 3), (8, 1)])
-@pytest.mark.parametrize(("prefix", "rows"), [(1500, (60,) * 9), (30, (10,) * 200), (2000, (24, 24)), (5, (100,) * 20)])
-def test_a_prefix_takes_no_more_memory_than_a_plan_has_room_for_that_knows_of_none(
-    monkeypatch: pytest.MonkeyPatch, heads: int, kv: int, prefix: int, rows: tuple[int, ...]
-) -> None:
-    """What is allocated, seen as it is, beside what a plan counts for rows of as many tokens that share nothing."""
-    tokens, held = prefix + sum(rows), [0]
-    q, k = (torch.zeros(tokens, count, 64, dtype=torch.bfloat16) for count in (heads, kv))
-    planned = operators.workspace_backward(q, q, k, k, q, q, [*rows[1:], rows[0] + prefix], 0, 0.1)
-    usual = torch.empty
-
-    def empty(*sizes: int, **settings: Any) -> torch.Tensor:
-        held[0] += (found := usual(*sizes, **settings)).nbytes
-        return found
-
-    idle = _Idle(operators.loaded())
-    monkeypatch.setattr(operators, "loaded", lambda: idle)
-    monkeypatch.setattr(torch, "empty", empty)
-    operators.row_attention_backward(q, q, k, k, q, usual(heads, tokens), list(rows), prefix, 0.1)
-    assert 0 < held[0] <= planned
-
-
-class _Idle:
-    """The library, whose attention backward computes nothing."""
-
-    def __init__(self, library: Any) -> None:
-        self.attention_scratch, self.attention_backward = library.attention_scratch, lambda *_: None
-
-
-def test_every_operator_passes_torch_s_own_checks() -> None:
-    x, weight = numbers(2, 5, WIDTH), numbers(WIDTH)
-    rho = torch.ones(2, 5, 1)
-    checked: list[tuple[Any, tuple[Any, ...]]] = [
-        (operators.NORM, (x, weight, 1e-5)),
-        (operators.NORM_AGAIN, (x, rho, weight)),
-        (operators.NORM_BACKWARD, (x, x, rho, weight)),
-        (operators.GATED, (x, x.clone())),
-        (operators.GATED_BACKWARD, (x.clone(), x.clone(), x.clone())),
-        (operators.TURN, (numbers(5, 2, 64), numbers(5, 64), numbers(5, 64), False)),
-    ]
-    for operator, given in checked:
-        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))

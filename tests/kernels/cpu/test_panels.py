@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.cpu.panels import Beside, Panels, can_panel
+from lorakeet.kernels.cpu.panels import Panels, SideBySide, can_panel
 from tiny.native import needs_native
 
 pytestmark = needs_native
@@ -40,7 +40,7 @@ def test_a_token_gets_the_same_bits_beside_any_others() -> None:
 def test_weights_beside_each_other_are_one_call() -> None:
     weights, x = [numbers(outputs, 32, seed=outputs) for outputs in (70, 5, 33)], numbers(9, 32)
     panels = [Panels(weight) for weight in weights]
-    beside = Beside(panels)
+    beside = SideBySide(panels)
     found = beside.product(x)
     assert found.shape == (9, 108)
     for part, one in zip(found.split(beside.outputs, dim=1), panels, strict=True):
@@ -70,7 +70,7 @@ def test_what_the_library_does_not_take() -> None:
     weight = numbers(16, 32)
     assert can_panel(weight)
     assert not can_panel(weight.float()) and not can_panel(numbers(16, 33)) and not can_panel(weight.to("meta"))
-    with operators.without():
+    with operators.torch_only():
         assert not can_panel(weight)
     panels = Panels(weight)
     for wrong in (numbers(2, 30), numbers(2, 32).float(), numbers(32)):

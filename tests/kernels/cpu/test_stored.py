@@ -12,7 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.cpu import dense, operators
-from lorakeet.kernels.cpu.stored import GGUF, STORED_PRODUCT, STORED_PRODUCT_ADD, StoredWeight, add_product, bring_back, product
+from lorakeet.kernels.cpu.stored import (
+    GGUF,
+    STORED_PRODUCT,
+    STORED_PRODUCT_ADD,
+    StoredWeight,
+    add_stored_product,
+    dequantise,
+    stored_product,
+)
 from lorakeet.memory.ledger import Ledger
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.gguf_codes import fit_gguf_scales
@@ -60,7 +68,7 @@ def test_what_is_brought_back_is_what_is_unpacked_to_the_last_bit(kind: str) -> 
     base = MADE[kind]()
     told, unpacked = base.stored(), base.unpack(torch.empty(base.shape, dtype=torch.bfloat16))
     assert told is not None and told[1:3] == base.shape
-    assert torch.equal(bring_back(told, torch.full(base.shape, 7.0, dtype=torch.bfloat16)), unpacked)
+    assert torch.equal(dequantise(told, torch.full(base.shape, 7.0, dtype=torch.bfloat16)), unpacked)
     assert float((unpacked.float() - weight(base.shape)).abs().max()) < 0.5  # and it is the weight
 
 
@@ -78,10 +86,10 @@ def test_products_are_those_with_what_is_brought_back_to_the_last_bit(kind: str,
         try:
             for number in (1, 2, 3, 5):  # who lay panels out for themselves, of which some are divided, and for each other
                 torch.set_num_threads(number)
-                assert torch.equal(product(x, told, across), expected)
+                assert torch.equal(stored_product(x, told, across), expected)
         finally:
             torch.set_num_threads(threads)
-        add_product(found, x, told, across)
+        add_stored_product(found, x, told, across)
         assert torch.equal(found, summed)
 
 
@@ -106,7 +114,7 @@ def test_more_than_is_laid_out_at_once(kind: str, shape: tuple[int, int]) -> Non
         for number, tokens, across in itertools.product((1, 2, 40), (3, 500), (False, True)):
             torch.set_num_threads(number)
             x = torch.randn(tokens, base.shape[0 if across else 1]).bfloat16()
-            assert torch.equal(product(x, told, across), dense.DENSE_PRODUCT(x, dense_weight, across))
+            assert torch.equal(stored_product(x, told, across), dense.DENSE_PRODUCT(x, dense_weight, across))
     finally:
         torch.set_num_threads(threads)
 
@@ -125,7 +133,7 @@ def test_bases_multiply_so_and_bring_nothing_back(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(base.matmul(x), expected, rtol=2**-7, atol=1e-2)
     torch.testing.assert_close(base.matmul_t(grad), back, rtol=2**-7, atol=1e-2)
     assert not SCRATCH._buffers
-    with operators.without(), pytest.raises(AssertionError, match="unpacked by torch"):
+    with operators.torch_only(), pytest.raises(AssertionError, match="unpacked by torch"):
         base.matmul(x)
 
 
@@ -141,15 +149,15 @@ def test_rows_that_do_not_fit_a_weight_are_refused() -> None:
     told = MADE["int8"]().stored()
     assert told is not None
     with pytest.raises(ValueError, match="do not fit each other, are not in whole 16, or the weight has no numbers"):
-        product(torch.ones(3, SHAPE[0]).bfloat16(), told)
+        stored_product(torch.ones(3, SHAPE[0]).bfloat16(), told)
     with pytest.raises(ValueError, match="do not fit each other, are not in whole 16, or the weight has no numbers"):
-        add_product(torch.ones(2, SHAPE[0]).bfloat16(), torch.ones(3, SHAPE[1]).bfloat16(), told)
+        add_stored_product(torch.ones(2, SHAPE[0]).bfloat16(), torch.ones(3, SHAPE[1]).bfloat16(), told)
     with pytest.raises(ValueError, match="takes contiguous tensors"):
-        product(torch.ones(3, SHAPE[1]), told)
+        stored_product(torch.ones(3, SHAPE[1]), told)
     with pytest.raises(ValueError, match="do not fit each other, are not in whole 16, or the weight has no numbers"):
-        product(torch.ones(3, SHAPE[1]).bfloat16(), told._replace(codes=0))
+        stored_product(torch.ones(3, SHAPE[1]).bfloat16(), told._replace(codes=0))
     with pytest.raises(ValueError, match="are not in whole 16"):
-        product(torch.ones(3, 24).bfloat16(), told._replace(width=24))
+        stored_product(torch.ones(3, 24).bfloat16(), told._replace(width=24))
 
 
 def test_both_operators_pass_torch_s_own_checks() -> None:
@@ -210,7 +218,7 @@ def test_shapes_alone_never_reach_c() -> None:
         told = Nf4Base(SHAPE).stored()
     assert told is not None
     with pytest.raises(ValueError, match="has no numbers"):
-        bring_back(told, torch.empty(SHAPE, dtype=torch.bfloat16))
+        dequantise(told, torch.empty(SHAPE, dtype=torch.bfloat16))
 
 
 def test_a_base_made_without_autograd_is_read_too() -> None:
@@ -224,7 +232,7 @@ def test_few_blocks_with_scales_of_a_byte() -> None:
     base = Nf4Base.of(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)), block_size=128)
     told = base.stored()
     assert told is not None
-    assert torch.equal(bring_back(told, torch.empty(16, 16).bfloat16()), base.unpack(torch.empty(16, 16).bfloat16()))
+    assert torch.equal(dequantise(told, torch.empty(16, 16).bfloat16()), base.unpack(torch.empty(16, 16).bfloat16()))
 
 
 def test_what_takes_a_buffer_s_place_changes_nothing_that_was_told() -> None:
@@ -233,7 +241,7 @@ def test_what_takes_a_buffer_s_place_changes_nothing_that_was_told() -> None:
     assert told is not None
     base.packed, base.scale.data = torch.zeros_like(base.packed), torch.zeros(SHAPE[0])
     torch.full((64, *SHAPE), 7.0)  # into memory that was given back, if any was
-    assert torch.equal(bring_back(told, torch.empty(SHAPE, dtype=torch.bfloat16)), expected)
+    assert torch.equal(dequantise(told, torch.empty(SHAPE, dtype=torch.bfloat16)), expected)
 
 
 def test_every_type_of_block_has_its_number() -> None:
@@ -243,5 +251,5 @@ def test_every_type_of_block_has_its_number() -> None:
 def test_a_matrix_of_another_shape_is_refused() -> None:
     told = MADE["int8"]().stored()
     assert told is not None
-    with pytest.raises(ValueError, match="not brought back"):
-        bring_back(told, torch.empty(SHAPE[1], SHAPE[0], dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="does not fit"):
+        dequantise(told, torch.empty(SHAPE[1], SHAPE[0], dtype=torch.bfloat16))

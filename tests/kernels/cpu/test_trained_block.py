@@ -26,5 +26,5 @@ def test_gradients_come_back_in_the_order_of_the_factors() -> None:
         starts = [cut[number].storage_offset() for number in order]
         assert starts == [0, *accumulate(cut[number].numel() for number in order[:-1])], "group by group, place by place"
         assert all(cut[number].untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for number in order)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="must have rows, and share none"):
         Pairs(factors, [(0, 4), (3, 9)], [1.0] * 2 * LAYERS, 9)

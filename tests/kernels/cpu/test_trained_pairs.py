@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu import operators, trained_pairs
+from lorakeet.kernels.cpu.operators import FLOPS, WORKSPACES
 from lorakeet.kernels.cpu.trained_pairs import TRAINED_PAIRS, TRAINED_PAIRS_BACKWARD, TRAINED_PAIRS_OF_A
 from tiny.native import needs_native
 
@@ -123,7 +124,7 @@ def test_bits_depend_neither_on_threads_nor_on_other_parts() -> None:
 def test_what_does_not_fit_is_refused(change: Any) -> None:
     given = Given(*CASES["parts of odd ranks"], torch.float32)
     change(given)
-    with pytest.raises(ValueError, match=r"fit|contiguous|scales|no rows"):
+    with pytest.raises(ValueError, match=r"fit|contiguous|scales|must have rows|numbers"):
         TRAINED_PAIRS(given.ys, given.x, given.factors, given.places, given.scales)
 
 
@@ -154,7 +155,7 @@ def test_whom_it_serves() -> None:
     assert not serves(places=[0, 40, 0, 40, 90, 1, 40, 90, 0, 40, 90, 1, 0, 40, 0, 0, 40, 1])  # the same rows, and no neighbours
     assert not serves(places=[0, 0, 0, 0, 0, 1, *given.places[6:]])
     assert not serves(factors=[given.factors[0][:0], given.factors[1][:, :0], *given.factors[2:]])
-    with operators.without():
+    with operators.torch_only():
         assert not serves()
 
 
@@ -164,12 +165,13 @@ def test_flops_and_bytes_are_those_of_the_products() -> None:
     with_b = sum(2 * 101 * rank * out for rank, out in zip(ranks, outputs, strict=True))
     with_a = 2 * 101 * sum(ranks) * 64
     known = given.factors, given.places
-    assert trained_pairs.flops(given.ys, given.x, *known, given.scales) == with_a + with_b
-    assert trained_pairs.flops_backward(given.x, given.grads, given.x, *known, given.scales) == with_a + 2 * with_b
-    assert trained_pairs.flops_backward(None, given.grads, given.x, *known, given.scales) == 2 * with_b
-    assert trained_pairs.flops_of_a(given.x, given.x, *known) == with_a
+    assert FLOPS[torch.ops.lorakeet.trained_pairs_](given.ys, given.x, *known, given.scales) == with_a + with_b
+    backward = FLOPS[torch.ops.lorakeet.trained_pairs_backward_]
+    assert backward(given.x, given.grads, given.x, *known, given.scales) == with_a + 2 * with_b
+    assert backward(None, given.grads, given.x, *known, given.scales) == 2 * with_b
+    assert FLOPS[torch.ops.lorakeet.trained_pairs_of_a](given.x, given.x, *known) == with_a
     laid = sum(rank * out for rank, out in zip(ranks, outputs, strict=True))
-    assert trained_pairs.workspace(given.ys, given.x, *known, given.scales) == 2 * (64 * 32 + laid)  # 28 columns, 32 laid out
-    assert trained_pairs.workspace_of_a(given.x, given.x, *known) == 2 * 102 * 28
+    assert WORKSPACES[TRAINED_PAIRS](given.ys, given.x, *known, given.scales) == 2 * (64 * 32 + laid)  # 28 columns, 32 laid out
+    assert WORKSPACES[TRAINED_PAIRS_OF_A](given.x, given.x, *known) == 2 * 102 * 28
     back = 16 * sum(outputs) + 64 * 28 + 102 * 28
-    assert trained_pairs.workspace_backward(given.x, given.grads, given.x, *known, given.scales) == 2 * back
+    assert WORKSPACES[TRAINED_PAIRS_BACKWARD](given.x, given.grads, given.x, *known, given.scales) == 2 * back

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from lorakeet.kernels.cpu.workspace import Rooms
+from lorakeet.kernels.cpu.workspace import Workspaces
 from lorakeet.memory.measure import resident_bytes
 from tiny.native import needs_native
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 
 def test_rooms_lie_one_behind_the_other_and_are_free_when_their_tensors_are_gone() -> None:
-    rooms = Rooms(1 << 30)
+    rooms = Workspaces(1 << 30)
     one, two, three = rooms.take(100), rooms.take(64), rooms.take(1)
     starts = [each.data_ptr() - one.data_ptr() for each in (one, two, three)]
     assert starts == [0, 128, 192] and one.data_ptr() % 64 == 0 and len(one) == 100
@@ -29,7 +29,7 @@ def test_rooms_lie_one_behind_the_other_and_are_free_when_their_tensors_are_gone
 
 
 def test_a_view_keeps_its_room() -> None:
-    rooms = Rooms(1 << 30)
+    rooms = Workspaces(1 << 30)
     part = rooms.take(1000)[10:20]
     gc.collect()
     assert rooms.taken == 1
@@ -38,7 +38,7 @@ def test_a_view_keeps_its_room() -> None:
 
 
 def test_pages_come_when_they_are_written_to_and_go_when_they_are_released() -> None:
-    rooms = Rooms(1 << 36)
+    rooms = Workspaces(1 << 36)
     before = resident_bytes()
     held = rooms.take(8 * MIB)
     held.fill_(1)
@@ -55,7 +55,7 @@ def test_pages_come_when_they_are_written_to_and_go_when_they_are_released() -> 
 
 def test_a_gap_is_filled_before_anything_is_put_behind() -> None:
     """As where a pass that nobody differentiates goes after the next one has begun, again and again."""
-    rooms = Rooms(1 << 30)
+    rooms = Workspaces(1 << 30)
     held = rooms.take(4096)
     base, last = held.data_ptr(), 0
     for _ in range(50):
@@ -65,7 +65,7 @@ def test_a_gap_is_filled_before_anything_is_put_behind() -> None:
 
 
 def test_where_nothing_freed_is_to_stay_pages_go_with_their_piece() -> None:
-    rooms = Rooms(1 << 36)
+    rooms = Workspaces(1 << 36)
     rooms.keeps = False
     before = resident_bytes()
     held, other = rooms.take(64 * MIB), rooms.take(MIB)
@@ -76,7 +76,7 @@ def test_where_nothing_freed_is_to_stay_pages_go_with_their_piece() -> None:
 
 @pytest.mark.parametrize("space", [0, 1000])
 def test_what_has_no_room_is_the_heap_s(space: int) -> None:
-    rooms = Rooms(space)
+    rooms = Workspaces(space)
     held = rooms.take(5000)
     assert len(held) >= 5000 and rooms.taken == 0
     held.fill_(3)
@@ -85,5 +85,5 @@ def test_what_has_no_room_is_the_heap_s(space: int) -> None:
 
 
 def test_where_address_space_is_limited_the_heap_serves() -> None:
-    rooms = Rooms(1 << 62)
+    rooms = Workspaces(1 << 62)
     assert len(rooms.take(10)) >= 10 and rooms.taken == 0 and rooms.space == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core.fused.attention import turned
+from lorakeet.core.fused.attention import rotated
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 pytestmark = needs_triton
@@ -74,8 +74,8 @@ def test_rotation(dtype: torch.dtype, head: int, back: bool) -> None:
 
     states = numbers(4, 3, head, dtype=dtype, seed=7)
     cos, sin = (numbers(4, head, dtype=dtype, seed=seed) for seed in (8, 9))
-    expected = turned(states.double(), cos.double(), sin.double(), back=back)
-    elementwise.turn_(states, cos, sin, back)
+    expected = rotated(states.double(), cos.double(), sin.double(), back=back)
+    elementwise.rotate_(states, cos, sin, back)
     near(states, expected)
 
 
@@ -85,4 +85,4 @@ def test_nothing_is_made_of_nothing() -> None:
     nothing = numbers(0, 8, dtype=torch.float32)
     y, rho = elementwise.norm(nothing, numbers(8, dtype=torch.float32), EPSILON)
     assert y.shape == (0, 8) and rho.shape == (0, 1) and elementwise.gated(nothing, nothing).shape == (0, 8)
-    elementwise.turn_(nothing[:, None], nothing, nothing, back=False)
+    elementwise.rotate_(nothing[:, None], nothing, nothing, back=False)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order
 from lorakeet.quant.gptq_pack import ZeroFormat
@@ -48,7 +48,7 @@ def test_the_same_bits(bits: int, zero_format: ZeroFormat, in_order: bool) -> No
     for dtype in DTYPES:
         base.kernels = None
         expected = base.unpack(torch.empty(base.shape, dtype=dtype, device=DEVICE))
-        base.kernels = Kernels()
+        base.kernels = TritonRequest()
         assert torch.equal(base.unpack(torch.empty(base.shape, dtype=dtype, device=DEVICE)), expected)
 
 
@@ -56,7 +56,7 @@ def test_the_same_bits(bits: int, zero_format: ZeroFormat, in_order: bool) -> No
 def test_groups_larger_and_smaller_than_a_tile(size: int, width: int) -> None:
     base = base_of(4, size=size, width=width)
     expected = base.dense()
-    base.kernels = Kernels()
+    base.kernels = TritonRequest()
     assert torch.equal(base.dense(), expected)
     part = base.unpack(torch.empty((32, width), dtype=torch.bfloat16, device=DEVICE), 32)
     assert torch.equal(part, expected[32:64].bfloat16())
@@ -67,7 +67,7 @@ def test_groups_larger_and_smaller_than_a_tile(size: int, width: int) -> None:
 def test_fewer_rows_than_a_tile(bits: int, in_order: bool) -> None:
     base = base_of(bits, out=8, in_order=in_order)
     expected = base.dense()
-    base.kernels = Kernels()
+    base.kernels = TritonRequest()
     assert torch.equal(base.dense(), expected)
 
 
@@ -75,7 +75,7 @@ def test_fewer_rows_than_a_tile(bits: int, in_order: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("bits", "in_order"), [(4, True), (4, False), (8, True), (3, False), (2, True)])
 def test_a_product_multiplies_with_these_bits(bits: int, in_order: bool, dtype: torch.dtype, transposed: bool) -> None:
-    from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, product
+    from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, fused_product
 
     base = base_of(bits, in_order=in_order)
     weight = base.unpack(torch.empty(base.shape, dtype=dtype, device=DEVICE))
@@ -85,8 +85,8 @@ def test_a_product_multiplies_with_these_bits(bits: int, in_order: bool, dtype: 
     x, shrink, expand = (torch.randn(size, generator=chance).to(dtype).to(DEVICE) for size in sizes)
     pair = TilePair(shrink, expand, before=1.0, after=3.0)
     for found, expected in zip(
-        product(base.in_tiles(), x, pair, transposed=transposed),
-        product(dense_tiles(weight), x, pair, transposed=transposed),
+        fused_product(base.in_tiles(), x, pair, transposed=transposed),
+        fused_product(dense_tiles(weight), x, pair, transposed=transposed),
         strict=True,
     ):
         assert found is not None and expected is not None and torch.equal(found, expected)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.train.text.loss import frozen_head_losses
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
@@ -95,7 +95,7 @@ def test_targets_may_lie_apart_and_the_logits_of_a_row_may_not() -> None:
     apart = torch.stack([targets, (targets + 1) % 40], dim=1)[:, 0]
     assert apart.stride() == (2,)
     torch.testing.assert_close(loss_in_place(logits, apart, wants_grad=False).double(), expected)
-    with pytest.raises(ValueError, match="lie 4 numbers apart"):
+    with pytest.raises(ValueError, match="are 4 numbers apart; expected contiguous rows"):
         loss_in_place(logits.t().contiguous().t(), targets, wants_grad=False)
     with pytest.raises(ValueError, match=r"targets \(3,\)"):
         loss_in_place(logits, targets[:3], wants_grad=False)
@@ -112,7 +112,7 @@ def test_the_chunked_loss_is_the_same_through_it(dtype: torch.dtype, monkeypatch
 
     monkeypatch.setattr("lorakeet.kernels.triton.loss.loss_in_place", lambda *a, **more: calls.append(1) or launch(*a, **more))
     found = []
-    for kernels in (None, Kernels()):
+    for kernels in (None, TritonRequest()):
         loss = frozen_head_losses(hidden, weight, targets, chunk=5, kernels=kernels).sum()
         found.append((loss, torch.autograd.grad(loss / 7, hidden)[0]))
     assert len(calls) == 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.quant.nf4 import Nf4Base
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
@@ -31,7 +31,7 @@ def base_of(shape: tuple[int, int], **settings: object) -> Nf4Base:
 def both(base: Nf4Base, dtype: torch.dtype, rows: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of W by torch's operations and by the kernel."""
     found = []
-    for kernels in (None, Kernels()):
+    for kernels in (None, TritonRequest()):
         base.kernels = kernels
         found.append(base.unpack(torch.full((rows, base.shape[1]), 7.0, dtype=dtype, device=DEVICE), first))
     return found[0], found[1]
@@ -67,7 +67,7 @@ def test_from_a_row_on() -> None:
 def test_a_product_multiplies_with_these_bits(
     shape: tuple[int, int], block_size: int, dtype: torch.dtype, transposed: bool
 ) -> None:
-    from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, product
+    from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, fused_product
 
     base = base_of(shape, block_size=block_size)
     weight = base.unpack(torch.empty(shape, dtype=dtype, device=DEVICE))
@@ -78,15 +78,14 @@ def test_a_product_multiplies_with_these_bits(
     pair = TilePair(shrink, expand, before=1.0, after=3.0)
     tiles = base.in_tiles()
     assert tiles is not None
-    for found, expected in zip(
-        product(tiles, x, pair, transposed=transposed), product(dense_tiles(weight), x, pair, transposed=transposed), strict=True
-    ):
+    by_tiles, by_dense = (fused_product(each, x, pair, transposed=transposed) for each in (tiles, dense_tiles(weight)))
+    for found, expected in zip(by_tiles, by_dense, strict=True):
         assert found is not None and expected is not None and torch.equal(found, expected)
 
 
 def test_an_odd_width_has_no_product() -> None:
     base = base_of((5, 33))
     assert base.in_tiles() is None
-    base.kernels = Kernels()
+    base.kernels = TritonRequest()
     x = torch.randn(2, 33, device=DEVICE)
     torch.testing.assert_close(base.matmul(x), x @ base.dense().t())

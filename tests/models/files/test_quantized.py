@@ -154,7 +154,7 @@ def test_an_unknown_way_of_packing_is_refused(method: str, tiny_model: Callable[
 
 
 def test_missing_kernels_are_said_once(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.models.files.quantized.missing_kernels", lambda: "bitsandbytes is not installed")
+    monkeypatch.setattr("lorakeet.models.files.quantized.bitsandbytes_advice", lambda: "bitsandbytes is not installed")
     folder, config = saved(tiny_model("llama"), tmp_path)
     for method, times in (("nf4", 1), ("int8", 0)):
         said: list[str] = []

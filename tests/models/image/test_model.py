@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.sd_names import with_components
+from lorakeet.formats.components import with_components
 from lorakeet.models.image.denoiser import variant_in
 from lorakeet.models.image.kinds import ENCODERS
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter, stack, with_model_paths

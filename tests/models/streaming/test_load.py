@@ -48,7 +48,7 @@ def test_every_family_gives_the_resident_models_logits(family: str, method: str,
 
 
 def test_missing_kernels_are_said_of_a_streamed_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.models.files.quantized.missing_kernels", lambda: "bitsandbytes is not installed")
+    monkeypatch.setattr("lorakeet.models.files.quantized.bitsandbytes_advice", lambda: "bitsandbytes is not installed")
     folder = save_tiny_llama(tmp_path / "model")
     for method, times in (("nf4", 1), ("int8", 0), ("none", 0)):
         said: list[str] = []

@@ -12,12 +12,12 @@ import torch
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.errors import ConfigError
 from lorakeet.kernels.cpu import dense
-from lorakeet.kernels.cpu.int8_rows import apart_of
+from lorakeet.kernels.cpu.int8_rows import outliers_of
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import ShapeBase, config_from_settings, config_of, model_from_config, published_configs
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import weights_in
 from lorakeet.quant.spec import QuantSpec
 from tiny.native import needs_native
 
@@ -91,7 +91,7 @@ def test_what_a_product_in_int8_holds_is_in_the_account(in_int8: bool) -> None:
         held = ledger.peaks["product"].bytes - x.nbytes
     wanted = tokens * base.shape[0] * 8  # the sums in int32, and as fp32
     assert (held >= wanted) is in_int8
-    apart = apart_of(base.shape[1]) if in_int8 else 0  # columns that are multiplied by themselves
+    apart = outliers_of(base.shape[1]) if in_int8 else 0  # columns that are multiplied by themselves
     assert ledger.work["product"].flops == 2 * tokens * base.shape[0] * (base.shape[1] + apart)
 
 

@@ -185,7 +185,7 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
     assert batches(**half, short=TILED - 1) == 4, "few keys: torch's products keep weights for each of them"
     assert batches() == batches(**half, attention="sdpa") == 4
     assert batches(**half, device="cuda") == batches(**half, window=45) == 4
-    with operators.without():
+    with operators.torch_only():
         assert batches(**half) == 4
 
 

@@ -14,7 +14,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.selection import Share
 from lorakeet.errors import ConfigError
-from lorakeet.formats.files.slab import open_outline, open_slab
+from lorakeet.formats.files.loaded_file import load_safetensors, open_header
 from lorakeet.formats.peft import peft
 from lorakeet.models import modules
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
@@ -25,10 +25,10 @@ from lorakeet.models.text.folded_weights import frozen_weights
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import CACHED_FITS, ServingModel
+from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.replace import quantised
 from lorakeet.quant.spec import QuantSpec
 from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama, tiny_model
@@ -83,7 +83,7 @@ def packed(text: TextModel, kind: str) -> None:
             base = GptqBase(shape, bits=4, groups=2, sym=True)
             base.store(module.weight)
         else:
-            base = quantised(module.weight, QuantSpec(method=kind))  # type: ignore[arg-type]
+            base = quantise_weight(module.weight, QuantSpec(method=kind))  # type: ignore[arg-type]
         modules.replace(text.model, path, PackedLinear(base, module.bias))
 
 
@@ -184,7 +184,7 @@ def test_loading_walks_nothing_and_leaves_nothing(
         return len(found), sum(held.numel() for held in found)
 
     def cycle() -> None:
-        live.attach("a@1", peft.read(tmp_path / "a", opened=open_slab))
+        live.attach("a@1", peft.read(tmp_path / "a", opened=load_safetensors))
         live.selection.use("a@1")
         live.detach("a@1")
 
@@ -198,7 +198,7 @@ def test_loading_walks_nothing_and_leaves_nothing(
 def test_an_outline_is_checked_without_its_numbers(text: TextModel, bare: Any, tmp_path: Path) -> None:
     adapter = random_adapter(bare)
     peft.write(adapter, tmp_path / "a")
-    entries = ServingModel(text).check(peft.read(tmp_path / "a", opened=open_outline))
+    entries = ServingModel(text).check(peft.read(tmp_path / "a", opened=open_header))
     assert {path: (entry.rank, entry.scale) for path, entry in entries.items()} == dict.fromkeys(adapter.pairs, (4, 3.0))
 
 
@@ -234,8 +234,8 @@ def test_adapters_of_one_outline_are_checked_once_and_compute_their_own(
     adapters = {f"a{seed}@1": random_adapter(bare, seed=seed) for seed in range(3)}
     for name, adapter in adapters.items():
         peft.write(adapter, tmp_path / name)
-        live.check(peft.read(tmp_path / name, opened=open_outline))
-        live.attach(name, peft.read(tmp_path / name, opened=open_slab))
+        live.check(peft.read(tmp_path / name, opened=open_header))
+        live.attach(name, peft.read(tmp_path / name, opened=load_safetensors))
     assert checked == sorted(adapters["a0@1"].pairs)
     other = ServingModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
     for name, adapter in adapters.items():
@@ -250,7 +250,7 @@ def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextMod
     live = ServingModel(text)
     for seed in range(2):
         peft.write(random_adapter(bare, "embed_tokens", "q_proj", seed=seed), tmp_path / str(seed))
-        for opened in (open_outline, open_slab):
+        for opened in (open_header, load_safetensors):
             with pytest.raises(ConfigError, match=r"'model\.embed_tokens': no pair can be served there"):
                 live.check(peft.read(tmp_path / str(seed), opened=opened))
     assert live.names == () and len(live._fits) == 0
@@ -260,7 +260,7 @@ def test_few_outlines_are_remembered(text: TextModel, bare: Any, tmp_path: Path)
     live = ServingModel(text)
     for rank in range(1, CACHED_FITS + 4):
         peft.write(random_adapter(bare, "q_proj", rank=rank), tmp_path / str(rank))
-        live.attach(f"r{rank}", peft.read(tmp_path / str(rank), opened=open_slab))
+        live.attach(f"r{rank}", peft.read(tmp_path / str(rank), opened=load_safetensors))
     assert len(live._fits) == CACHED_FITS and len(live.names) == CACHED_FITS + 3
     for name in live.names:
         live.detach(name)

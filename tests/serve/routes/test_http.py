@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.serve.access import Access, Caller, hashed
+from lorakeet.serve.access import Access, Caller, hash_key
 from lorakeet.serve.engine import Draining
-from lorakeet.serve.routes import lifecycle
+from lorakeet.serve.routes import adapters
 from lorakeet.serve.routes.http import build_app, run_server
 from lorakeet.serve.service import RequestLimits
 
@@ -152,7 +152,7 @@ def test_many_connections(site: Callable[..., Any]) -> None:
 
 def test_two_keys_each_seeing_only_its_own(site: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     keys = {"sk-one-secret": Caller("one", frozenset({"a"}), False), "sk-two-secret": Caller("two", frozenset({"b"}), False, 2)}
-    served = site(access=Access({hashed(key): caller for key, caller in keys.items()}))
+    served = site(access=Access({hash_key(key): caller for key, caller in keys.items()}))
     one, two = ({"authorization": f"Bearer {key}"} for key in keys)
     caplog.set_level(logging.INFO, logger="lorakeet.serve")
     assert post(served, json=BODY).status_code == 401
@@ -180,7 +180,7 @@ def test_a_disk_that_is_full(site: Callable[..., Any], tmp_path: Path, monkeypat
     async def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lifecycle.asyncio, "to_thread", full)
+    monkeypatch.setattr(adapters.asyncio, "to_thread", full)
     answer = httpx.put(f"{served.url}/v1/adapters/x/adapter_model.safetensors", content=b"xyz")
     monkeypatch.undo()
     assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"]
@@ -293,7 +293,7 @@ def test_half_a_body_holds_nobody_up(site: Callable[..., Any]) -> None:
 def test_a_key_that_may_load_keeps_to_its_own_adapters(
     site: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path
 ) -> None:
-    access = Access({hashed("sk-one-secret"): Caller("one", frozenset({"a"})), hashed("sk-all-secret"): Caller("all")})
+    access = Access({hash_key("sk-one-secret"): Caller("one", frozenset({"a"})), hash_key("sk-all-secret"): Caller("all")})
     served = site(access=access, store=tmp_path / "s")
     one, everyone = ({"authorization": f"Bearer sk-{who}-secret"} for who in ("one", "all"))
     assert post(served, "/lora-adapters", json=[{"id": 1, "scale": 2.0}], headers=everyone).status_code == 200

@@ -9,8 +9,8 @@ from starlette.requests import Request
 
 from lorakeet.serve.engine import Event
 from lorakeet.serve.registry import Lease
-from lorakeet.serve.routes.multiplex import collect, merged
-from lorakeet.serve.service import Text, Writing
+from lorakeet.serve.routes.multiplex import collect, merge_events
+from lorakeet.serve.service import GeneratedText, Generation
 
 
 def request(*messages: dict[str, Any]) -> Request:
@@ -24,7 +24,7 @@ def request(*messages: dict[str, Any]) -> Request:
     return Request({"type": "http", "method": "POST", "headers": []}, receive)
 
 
-def tell(text: Text, *pieces: str, end: bool = True) -> None:
+def tell(text: GeneratedText, *pieces: str, end: bool = True) -> None:
     for piece in pieces:
         text.hear(Event(piece))
     if end:
@@ -33,10 +33,10 @@ def tell(text: Text, *pieces: str, end: bool = True) -> None:
 
 def test_all_texts_come_whole_and_in_order() -> None:
     async def life() -> None:
-        texts = (Text(0), Text(1))
+        texts = (GeneratedText(0), GeneratedText(1))
         tell(texts[0], "a", "b", "c")
         tell(texts[1], "x")
-        found = [(index, event.text, event.reason) async for index, event in merged(texts)]
+        found = [(index, event.text, event.reason) async for index, event in merge_events(texts)]
         assert [text for index, text, _ in found if index == 0] == ["a", "b", "c", ""]
         assert [text for index, text, _ in found if index == 1] == ["x", ""]
         assert found[-1][2] == "stop"
@@ -46,12 +46,12 @@ def test_all_texts_come_whole_and_in_order() -> None:
 
 def test_collecting_ends_with_the_client() -> None:
     async def life() -> None:
-        whole = Text(0)
+        whole = GeneratedText(0)
         tell(whole, "a", "b")
-        found = await collect(request({"type": "http.request"}), Writing((whole,), Lease(), 1, 0.0))
+        found = await collect(request({"type": "http.request"}), Generation((whole,), Lease(), 1, 0.0))
         assert found is not None and "".join(event.text for event in found[0]) == "ab"
-        cut = Text(0)
+        cut = GeneratedText(0)
         tell(cut, "a", end=False)
-        assert await collect(request({"type": "http.disconnect"}), Writing((cut,), Lease(), 1, 0.0)) is None
+        assert await collect(request({"type": "http.disconnect"}), Generation((cut,), Lease(), 1, 0.0)) is None
 
     asyncio.run(life())

@@ -19,9 +19,9 @@ from tiny.pipelines import SCHEDULE
 SHAPE = (4, 6, 5)
 
 
-def drawn(step: int = 3, place: int = 1, spec: DiffusionSpec | None = None, seed: int = 0, **changes: object):  # type: ignore[no-untyped-def]
+def drawn(step: int = 3, index: int = 1, spec: DiffusionSpec | None = None, seed: int = 0, **changes: object):  # type: ignore[no-untyped-def]
     given = {"variants": 4, "timesteps": 1000, "dropout": 0.5, **changes}
-    return draw(SHAPE, spec or DiffusionSpec(), seed=seed, step=step, place=place, **given)  # type: ignore[arg-type]
+    return draw(SHAPE, spec or DiffusionSpec(), seed=seed, step=step, index=index, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -75,7 +75,7 @@ def test_a_draw_depends_on_seed_step_and_place_alone() -> None:
     torch.manual_seed(99)
     again = drawn()
     assert torch.equal(first.noise, again.noise) and first.timestep == again.timestep and first.variant == again.variant
-    for other in (drawn(step=4), drawn(place=2), drawn(seed=1)):
+    for other in (drawn(step=4), drawn(index=2), drawn(seed=1)):
         assert not torch.equal(first.noise, other.noise)
 
 

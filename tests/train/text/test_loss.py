@@ -68,7 +68,7 @@ def test_logits_of_several_tiles_in_bf16(chunk: int, monkeypatch: pytest.MonkeyP
     """By the library, and, as with AMX, with products of torch: what torch's own operations make of the same logits."""
     hidden, weight, targets = parts(9, 20_005, 64, dtype=torch.bfloat16)
     targets[:4] = torch.tensor([8191, 8192, 20_004, 0])
-    with operators.without():
+    with operators.torch_only():
         wanted = frozen_head_losses(hidden, weight, targets, chunk=chunk)
         (grad,) = torch.autograd.grad(wanted.sum(), hidden)
     for multiplies in (True, False):

@@ -14,9 +14,9 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.merge.requantise import Latent, Requantised
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
+from lorakeet.quant.grids import grid_of
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
-from lorakeet.quant.regrid import grid_of
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.loss import text_loss
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.workflows.finetuning.assemble_image import assemble_images, check_settings, ready_to_train
+from lorakeet.workflows.finetuning.assemble_image import assemble_images, check_settings, image_task
 from tiny.image_runs import image_config
 from tiny.images import diffusers
 
@@ -20,8 +20,8 @@ def test_everything_is_there_and_resolved(tiny_sd_folder: Path, tmp_path: Path) 
     setup = assemble_images(image_config(tiny_sd_folder, tmp_path), Console(quiet=True))
     assert (len(setup.train), len(setup.held_out), setup.test) == (12, 8, []) and setup.steps == 8
     assert setup.config.diffusion.prediction == "epsilon" and setup.config.model.device == "cpu"
-    assert setup.judged == ("held-out", setup.held_out) and setup.arrangement.planned is None
-    task = ready_to_train(setup)
+    assert setup.evaluated == ("held-out", setup.held_out) and setup.arrangement.planned is None
+    task = image_task(setup)
     assert len(task.parameters()) == 2 * len(setup.plan.entries) and not (tmp_path / "run").exists()
 
 
@@ -37,7 +37,7 @@ def test_settings_of_text_models_are_refused_together(tiny_sd_folder: Path, tmp_
         ("data.text_column", "caption_de", "metadata.jsonl"), ("data.label_column", "kind", "Leave it out"),
         ("data.group_column", "author", r"data\.held_out"), ("data.near_duplicates", "0", r"images\.near_duplicates"),
         ("data.supervise", "all", r"caption_dropout"), ("train.keep_prefix_states", "true", r"images\.cache"),
-        ("train.cuda_graphs", "true", "text models alone"), ("train.shard", "true", r"memory\.budget"),
+        ("train.cuda_graphs", "true", "only text models"), ("train.shard", "true", r"memory\.budget"),
         ("model.products", "float32", r"model\.dtype"),
         ("model.attention", "eager", "Leave it out"), ("model.kernels", "triton", "set it to torch"),
     ],

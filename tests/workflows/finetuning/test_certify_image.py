@@ -11,20 +11,20 @@ import torch
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, inject
 from lorakeet.models.spec import ModelSpec
+from lorakeet.workflows.finetune import FinetuneResult
 from lorakeet.workflows.finetuning import certify_image
-from lorakeet.workflows.finetuning.certify_image import certify_images, image_digests, latent_check
-from lorakeet.workflows.finetuning.train_image import ImageResult
+from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests, latent_check
 from tiny.image_runs import image_run
 
 
 @pytest.fixture(scope="module")
-def weak(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageResult:
+def weak(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
     """A run in bf16 at a low rate."""
     changes = {"model__dtype": "bfloat16", "train__learning_rate": "1e-4", "train__steps": 60, "lora__alpha": 4}
     return image_run(tiny_sd_folder, tmp_path_factory.mktemp("weak"), diffusion__seeds=0, **changes)
@@ -34,7 +34,7 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
     result = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     setup, run = result.setup, result.run
     model, spec = setup.model, setup.config.model
-    before = image_digests(model)
+    before = frozen_image_digests(model)
 
     def names(**changes: object) -> list[str]:
         given = {"before": before, "spec": spec, "sampler": Sampler(guidance=3.0), **changes}
@@ -54,7 +54,7 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("change", ["zeros", "minus", "double"])
-def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: ImageResult, tmp_path: Path) -> None:
+def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: FinetuneResult, tmp_path: Path) -> None:
     """Its whole effect is about 1 % of the largest latent, below what bf16 would round away of two different computations."""
     setup, factor = weak.setup, {"zeros": 0.0, "minus": -1.0, "double": 2.0}[change]
     held = peft.read(weak.run.adapter)
@@ -63,7 +63,7 @@ def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: ImageResu
     peft.write(without_component(other), tmp_path / "adapter")
     for spec in (setup.config.model, None):
         found = certify_images(
-            setup.model, tmp_path / "adapter", ["red box"], before=image_digests(setup.model), spec=spec,
+            setup.model, tmp_path / "adapter", ["red box"], before=frozen_image_digests(setup.model), spec=spec,
             sampler=Sampler(guidance=3.0),
         )  # fmt: skip
         assert [check.name for check in found.checks if not check.passed] == ["adapter on disk"]
@@ -85,20 +85,20 @@ def _rounds(monkeypatch: pytest.MonkeyPatch, share: float, *, but: ImageModel | 
 
 
 @pytest.fixture(scope="module")
-def strong(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageResult:
+def strong(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
     return image_run(tiny_sd_folder, tmp_path_factory.mktemp("strong"), diffusion__seeds=0)
 
 
-def _certified(result: ImageResult, adapter: Path, *, alone: bool = False) -> Certificate:
+def _certified(result: FinetuneResult, adapter: Path, *, alone: bool = False) -> Certificate:
     model, spec = result.setup.model, None if alone else result.setup.config.model
     return certify_images(
-        model, adapter, ["red box"], before=image_digests(model), spec=spec, sampler=Sampler(guidance=3.0)
+        model, adapter, ["red box"], before=frozen_image_digests(model), spec=spec, sampler=Sampler(guidance=3.0)
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("only_fresh", [False, True])
 def test_a_machine_that_rounds_otherwise_each_time_fails_no_correct_run(
-    only_fresh: bool, strong: ImageResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    only_fresh: bool, strong: FinetuneResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Either from one drawing to the next, or of one base and the other; an exchanged adapter is refused all the same."""
     _rounds(monkeypatch, 5e-4, but=strong.setup.model if only_fresh else None)
@@ -117,15 +117,15 @@ def test_a_machine_that_rounds_otherwise_each_time_fails_no_correct_run(
             assert [check.name for check in found.checks if not check.passed] == ["adapter on disk"]
 
 
-def test_an_effect_below_rounding_is_not_claimed_to_be_checked(weak: ImageResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_effect_below_rounding_is_not_claimed_to_be_checked(weak: FinetuneResult, monkeypatch: pytest.MonkeyPatch) -> None:
     _rounds(monkeypatch, 1e-3)
     found = _certified(weak, weak.run.adapter)
     assert found.passed and set(found.checks[0].measured) == set(found.checks[0].tolerance) == {"latent"}
-    assert "cannot be told from rounding" in found.checks[0].detail
+    assert "too little to distinguish" in found.checks[0].detail
     assert [one.what for one in found.unchecked] == ["the adapter's effect"]
 
 
-def test_a_changed_base_is_not_taken_for_rounding(weak: ImageResult) -> None:
+def test_a_changed_base_is_not_taken_for_rounding(weak: FinetuneResult) -> None:
     weight = weak.setup.model.denoiser.conv_in.weight
     before = weight.detach().clone()
     try:
@@ -139,14 +139,14 @@ def test_a_changed_base_is_not_taken_for_rounding(weak: ImageResult) -> None:
     assert not untouched.passed and untouched.measured["latent"] < 2e-2 and untouched.tolerance == {"latent": 1e-4}
 
 
-def test_the_weak_adapter_itself_passes(weak: ImageResult) -> None:
+def test_the_weak_adapter_itself_passes(weak: FinetuneResult) -> None:
     assert weak.report is not None and weak.report.certificate is not None and weak.report.certificate.passed
     assert weak.report.certificate.checks[0].measured == {"latent": 0.0, "of_effect": 0.0}
 
 
 def test_an_adapter_without_effect_is_named(tiny_sd_folder: Path, tmp_path: Path) -> None:
     model = load_image_model(ModelSpec(path=str(tiny_sd_folder), dtype="float32", device="cpu"), say=lambda _: None)
-    before = image_digests(model)
+    before = frozen_image_digests(model)
     inject(model.parts, image_plan(model, LoraSpec(rank=4, target_modules=("attention",)), text_encoder=False))  # B is 0
     adapter = with_components(adapter_of(model.parts))
     for factor, passes in ((0.0, True), (1.0, False)):

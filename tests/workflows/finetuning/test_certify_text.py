@@ -1,4 +1,4 @@
-"""`workflows.certify_run`: a run's certificate sees another adapter on disk, and a base that training changed by one bit."""
+"""A run's certificate fails for another adapter on disk, and for a base that training changed by one bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_names
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.finetuning.certify_text import certify_run, check_frozen, first_rows
+from lorakeet.workflows.finetuning.certify_text import certify_text, check_frozen, rows_to_compare
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import quiet
 
@@ -30,7 +30,7 @@ def live(finished: Any) -> TextModel:
 def certified(finished: Any, live: TextModel, adapter: Path, *, before: dict[str, str], twice: bool = True) -> dict[str, bool]:
     model = finished.result.setup.config.model if twice else None
     rows = finished.result.setup.held_out.examples
-    found = certify_run(live, adapter, rows, before=before, model=model, spec=SPEC, name=NAME)
+    found = certify_text(live, adapter, rows, before=before, model=model, spec=SPEC, name=NAME)
     assert adapter_names(live.model) == [NAME]
     return {check.name: check.passed for check in found.checks}
 
@@ -73,6 +73,6 @@ def test_one_bit_is_enough_for_the_digests(live: TextModel) -> None:
 
 def test_whole_rows_have_every_token_but_the_first_as_target(finished: Any) -> None:
     rows = finished.result.setup.held_out.examples
-    chosen = first_rows(rows, len(rows[0].ids) + len(rows[1].ids))
+    chosen = rows_to_compare(rows, len(rows[0].ids) + len(rows[1].ids))
     assert len(chosen) == 2 and all(np.flatnonzero(~row.supervised).tolist() == [0] for row in chosen)
-    assert len(first_rows(rows, 1)) == 1
+    assert len(rows_to_compare(rows, 1)) == 1

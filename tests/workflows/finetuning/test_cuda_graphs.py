@@ -34,8 +34,8 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import cuda_graphs as workflow
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
-from lorakeet.workflows.finetuning.cuda_graphs import largest_batch, record_passes, require_recordable
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
+from lorakeet.workflows.finetuning.cuda_graphs import largest_micro_batch, record_graphs, require_graphable
 from lorakeet.workflows.options import FinetuneOptions, TuneOptions
 from lorakeet.workflows.tune import tune
 from tiny.flash import Flash
@@ -52,14 +52,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(40))
 
 
-def assembled(model: Path, data: Path, out: Path, changes: dict[str, str]) -> Assembly:
-    return assemble(settings(model, data, out, changes), quiet())
+def assembled(model: Path, data: Path, out: Path, changes: dict[str, str]) -> TextAssembly:
+    return assemble_text(settings(model, data, out, changes), quiet())
 
 
-def learnt(setup: Assembly, folder: Path, tape: Tape | None = None) -> list[float]:
+def learnt(setup: TextAssembly, folder: Path, tape: Tape | None = None) -> list[float]:
     """The losses of a run's steps."""
-    task = ready_to_train(setup)
-    record_passes(setup.text, task, quiet(), tape)
+    task = text_task(setup)
+    record_graphs(setup.text, task, quiet(), tape)
     assert (task.replayed is None) == (tape is None)
     run = RunFolder.create(folder)
     train(task, setup.config.train, run=run)
@@ -84,13 +84,13 @@ def test_the_largest_micro_batch_comes_first_and_has_room_for_all(
 ) -> None:
     flash.exact = False
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", RECORDED)
-    task = ready_to_train(setup)
+    task = text_task(setup)
     said = io.StringIO()
-    record_passes(setup.text, task, Console(file=said), Tape())
+    record_graphs(setup.text, task, Console(file=said), Tape())
     passes = task.replayed
     assert passes is not None
     (first,) = passes.graphs
-    assert "Recording the passes of a micro-batch of " in said.getvalue()
+    assert "Recording a micro-batch of " in said.getvalue()
     batches = [batch for step in range(2 * task.steps_per_epoch) for batch in task.batches(step)]
     shapes = [BatchShape.of(batch.lengths, passes.capacity.longest) for batch in batches]
     assert first.tokens == passes.capacity.tokens >= max(shape.tokens for shape in shapes)
@@ -102,7 +102,7 @@ def test_the_largest_micro_batch_comes_first_and_has_room_for_all(
 def test_no_micro_batch_has_more_tokens_than_the_made_up_one(lengths: list[int], micro_tokens: int, batch_size: int) -> None:
     rows = [Example(np.arange(n), np.arange(n) > 0, str(number), None, False) for number, n in enumerate(lengths)]
     spec = TrainSpec(batch_size=batch_size, micro_tokens=micro_tokens)
-    largest = largest_batch(rows, spec)
+    largest = largest_micro_batch(rows, spec)
     order = StepOrder(len(rows), batch_size, 0, tuple(lengths))
     for step in range(order.steps_per_epoch):
         for batch in micro_batches([rows[number] for number in order.indices(step)], micro_tokens):
@@ -116,8 +116,8 @@ def test_rows_that_begin_alike_are_cut_as_rows_that_share_nothing(
 ) -> None:
     flash.exact = False
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", RECORDED)
-    task = ready_to_train(setup)
-    record_passes(setup.text, task, quiet(), Tape())
+    task = text_task(setup)
+    record_graphs(setup.text, task, quiet(), Tape())
     assert all(batch.tokens <= 200 for batch in task.batches(0))
     monkeypatch.setattr(TextModel, "micro_batches", None)  # which looks for what rows share
     plain = micro_batches([task.train[row] for row in task.order.indices(0)], 200)
@@ -135,17 +135,17 @@ def config_with(data: Path, tmp_path: Path, tiny: Path, **changes: str) -> RunCo
 def test_settings_that_cannot_be_recorded_are_all_named(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     given = {"memory__budget": "8 GB", "train__keep_prefix_states": "true", "ranks__choose": "prune", "lora__dropout": "0.1"}
     with pytest.raises(ConfigError) as refused:
-        require_recordable(config_with(data, tmp_path, tiny_llama_folder, **given), 2)
+        require_graphable(config_with(data, tmp_path, tiny_llama_folder, **given), 2)
     for named in (
         "2 processes", "memory.budget is 8 GB", "train.keep_prefix_states is on", "ranks.choose is prune", "lora.dropout is 0.1"
     ):  # fmt: skip
         assert named in str(refused.value)
-    require_recordable(settings(tiny_llama_folder, data, tmp_path / "run", {"lora.dropout": "0.1"}))  # not asked for
+    require_graphable(settings(tiny_llama_folder, data, tmp_path / "run", {"lora.dropout": "0.1"}))  # not asked for
 
 
 def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     config = config_with(data, tmp_path, tiny_llama_folder, model__device="cpu")
-    with pytest.raises(EnvironmentProblem, match=r"model.device is cpu: CUDA graphs want .* Set train\.cuda_graphs to false"):
+    with pytest.raises(EnvironmentProblem, match=r"model.device is cpu. CUDA graphs need .* Set train\.cuda_graphs to false"):
         finetune(config, console=quiet())
     with pytest.raises(ConfigError, match="gpu"):  # no such device: that is what is said
         finetune(config_with(data, tmp_path, tiny_llama_folder, model__device="gpu"), console=quiet())
@@ -158,13 +158,13 @@ def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_fold
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("auto", f"model.device is auto, which is {device_for('auto')} here: CUDA graphs want an NVIDIA card"),
-        ("cuda:1", f"model.device is cuda:1, of which torch {torch.__version__} sees none here: CUDA graphs want an NVIDIA card"),
+        ("auto", f"model.device is auto, which is {device_for('auto')} here. CUDA graphs need an NVIDIA GPU"),
+        ("cuda:1", f"model.device is cuda:1, but torch {torch.__version__} finds no CUDA device here. CUDA graphs need"),
     ],
 )
 def test_what_is_wanted_of_a_device_is_said(tiny_llama_folder: Path, data: Path, tmp_path: Path, asked: str, said: str) -> None:
     with pytest.raises(EnvironmentProblem, match=re.escape(said)):
-        require_recordable(config_with(data, tmp_path, tiny_llama_folder, model__device=asked))
+        require_graphable(config_with(data, tmp_path, tiny_llama_folder, model__device=asked))
 
 
 def test_a_torch_for_other_cards_is_named(
@@ -172,17 +172,17 @@ def test_a_torch_for_other_cards_is_named(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(EnvironmentProblem, match="this torch is built for ROCm"):
-        require_recordable(config_with(data, tmp_path, tiny_llama_folder))
+        require_graphable(config_with(data, tmp_path, tiny_llama_folder))
 
 
 def test_models_that_cannot_be_recorded_are_refused(flash: Flash, tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", RECORDED)
-    task, model = ready_to_train(setup), setup.text.model
+    task, model = text_task(setup), setup.text.model
     config = model.config.get_text_config()
 
     def refusal() -> str:
         with pytest.raises(EnvironmentProblem) as refused:
-            record_passes(setup.text, task, quiet(), Tape())
+            record_graphs(setup.text, task, quiet(), Tape())
         assert task.replayed is None
         return str(refused.value)
 
@@ -205,7 +205,7 @@ def test_experts_that_are_chosen_by_the_numbers_are_refused(flash: Flash, tmp_pa
     folder = save_tiny_llama(tmp_path / "model", family="mixtral")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "lora.target_modules": "experts"})
     with pytest.raises(EnvironmentProblem, match="the model chooses experts by the numbers"):
-        record_passes(setup.text, ready_to_train(setup), quiet(), Tape())
+        record_graphs(setup.text, text_task(setup), quiet(), Tape())
 
 
 def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path: Path, data: Path) -> None:
@@ -213,8 +213,8 @@ def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path
     folder = save_tiny_llama(tmp_path / "model", family="gpt2")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "data.max_tokens": "60"})
     assert setup.text.model.config.summary_first_dropout > 0
-    task = ready_to_train(setup)
-    record_passes(setup.text, task, quiet(), Tape())
+    task = text_task(setup)
+    record_graphs(setup.text, task, quiet(), Tape())
     assert task.replayed is not None and not setup.text.model.training
 
 
@@ -223,7 +223,7 @@ def test_a_model_whose_attention_cannot_be_told_of_places_is_refused(tiny_llama_
     wide = {**RECORDED, "model.dtype": "float32", "model.products": "float32"}
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", wide)
     with standing_for(torch.device("cuda")), pytest.raises(EnvironmentProblem, match="flash kernel does not have"):
-        record_passes(setup.text, ready_to_train(setup), quiet(), Tape())
+        record_graphs(setup.text, text_task(setup), quiet(), Tape())
 
 
 def test_a_run_may_go_on_without(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:

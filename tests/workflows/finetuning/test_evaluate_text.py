@@ -1,4 +1,4 @@
-"""`workflows.judge`: what is measured, equal to a plain computation with transformers' own model."""
+"""`workflows.evaluator`: what is measured, equal to a plain computation with transformers' own model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakeet.errors import DataError
 from lorakeet.models.inject import activate
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.finetuning.evaluate_text import Judge, sampled_texts
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, sampled_texts
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import chats, quiet, run, write_rows
 
@@ -25,20 +25,20 @@ def text(finished: Any) -> TextModel:
     return open_adapter(finished.path).text_model(quiet(), dtype="float32")
 
 
-def judge_of(finished: Any, text: TextModel, rows: Any, **data: Any) -> Judge:
+def judge_of(finished: Any, text: TextModel, rows: Any, **data: Any) -> TextEvaluator:
     setup = finished.result.setup
     config = replace(setup.config, data=replace(setup.config.data, **data))
-    return Judge(config, text, Encoder(text.tokenizer, config.data, setup.dataset.labels), rows, quiet(), NAME)
+    return TextEvaluator(config, text, Encoder(text.tokenizer, config.data, setup.dataset.labels), rows, quiet(), NAME)
 
 
-def by_hand(text: TextModel, judge: Judge, name: str | None) -> np.ndarray:
+def by_hand(text: TextModel, evaluator: TextEvaluator, name: str | None) -> np.ndarray:
     """log p(label | prompt) of each row, end of turn included, one forward a label: (rows, labels), normalised."""
     activate(text.model, name)
     before = text.attention
     set_attention(text.model, "sdpa")
     found = []
-    for row in judge.rows:
-        candidates = judge.encoder.candidates(row)
+    for row in evaluator.rows:
+        candidates = evaluator.encoder.candidates(row)
         assert candidates is not None
         scores = []
         for completion in candidates.completions:
@@ -53,41 +53,41 @@ def by_hand(text: TextModel, judge: Judge, name: str | None) -> np.ndarray:
 
 
 def test_accuracy_and_log_loss_are_those_of_a_plain_computation(finished: Any, text: TextModel) -> None:
-    judge = judge_of(finished, text, finished.result.setup.dataset.test)
-    report = judge.report("t", learnt_from=finished.result.setup.dataset.train)
-    labels = judge.encoder.labels
-    truth = np.array([labels.index(row.label or "") for row in judge.rows])
+    evaluator = judge_of(finished, text, finished.result.setup.dataset.test)
+    report = evaluator.report("t", baseline_rows=finished.result.setup.dataset.train)
+    labels = evaluator.encoder.labels
+    truth = np.array([labels.index(row.label or "") for row in evaluator.rows])
     for system, name in (("base", None), ("adapter", NAME)):
-        log_probs = by_hand(text, judge, name)
+        log_probs = by_hand(text, evaluator, name)
         metrics = next(found for found in report.systems if found.role == system).metrics
         assert metrics["accuracy"].value == pytest.approx(np.mean(log_probs.argmax(1) == truth))
         assert metrics["log_loss"].value == pytest.approx(-np.mean(log_probs[np.arange(len(truth)), truth]), rel=1e-4)
     shown = {row.source: row for row in report.rows}
-    likeliest = by_hand(text, judge, NAME).argmax(1)
+    likeliest = by_hand(text, evaluator, NAME).argmax(1)
     assert {source: row.adapter.text for source, row in shown.items()} == {
-        row.source: labels[best] for row, best in zip(judge.rows, likeliest, strict=True)
+        row.source: labels[best] for row, best in zip(evaluator.rows, likeliest, strict=True)
     }
 
 
 def test_the_floors_learn_from_the_rows_that_are_named(finished: Any, text: TextModel) -> None:
     dataset = finished.result.setup.dataset
-    judge = judge_of(finished, text, dataset.test)
-    with_floors = judge.report("t", learnt_from=dataset.train[:30])
-    assert next(system.note for system in with_floors.systems if system.role == "floor") == "learnt from 30 rows"
-    assert [system.role for system in judge.report("t", learnt_from=()).systems] == ["adapter", "base"]
-    without = replace(judge, config=replace(judge.config, evaluate=replace(judge.config.evaluate, baselines=False)))
-    assert [system.role for system in without.report("t", learnt_from=dataset.train).systems] == ["adapter", "base"]
+    evaluator = judge_of(finished, text, dataset.test)
+    with_floors = evaluator.report("t", baseline_rows=dataset.train[:30])
+    assert next(system.note for system in with_floors.systems if system.role == "floor") == "fitted to 30 rows"
+    assert [system.role for system in evaluator.report("t", baseline_rows=()).systems] == ["adapter", "base"]
+    without = replace(evaluator, config=replace(evaluator.config, evaluate=replace(evaluator.config.evaluate, baselines=False)))
+    assert [system.role for system in without.report("t", baseline_rows=dataset.train).systems] == ["adapter", "base"]
 
 
 def test_rows_that_do_not_fit_are_left_out_of_every_system(finished: Any, text: TextModel) -> None:
     rows = finished.result.setup.dataset.test
     lengths = sorted(len(example.ids) for example in finished.result.setup.test.examples)
-    judge = judge_of(finished, text, rows, max_tokens=lengths[6], too_long="drop")
-    report = judge.report("t", learnt_from=finished.result.setup.dataset.train)
+    evaluator = judge_of(finished, text, rows, max_tokens=lengths[6], too_long="drop")
+    report = evaluator.report("t", baseline_rows=finished.result.setup.dataset.train)
     assert 0 < report.rows_of < len(rows)
     assert {system.metrics["accuracy"].n for system in report.systems} == {report.rows_of}
-    with pytest.raises(DataError, match="no row to judge by"):
-        judge_of(finished, text, rows, max_tokens=8, too_long="drop").report("t", learnt_from=())
+    with pytest.raises(DataError, match="no rows to evaluate on"):
+        judge_of(finished, text, rows, max_tokens=8, too_long="drop").report("t", baseline_rows=())
 
 
 def test_loss_of_rows_without_labels_is_that_of_transformers(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lorakeet.models.inject import adapter_names
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import ranks as choosing
-from lorakeet.workflows.finetuning.assemble_text import assemble, begin_pairs, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import add_pairs, assemble_text, text_task
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.options import FinetuneOptions
 from tiny.runs import QUICK, adapter_bytes, quiet, settings
@@ -75,14 +75,14 @@ def test_the_report_has_a_map_of_layer_and_matrix(chosen: Any, finished: Any) ->
         (entry.path.split(".")[2], entry.path.split(".", 3)[3]): entry.rank for entry in chosen.setup.plan.entries
     }
     page = chosen.run.page.read_text()
-    assert "Where the rank went" in page and f">{ranks.highest}</td>" in page
-    assert finished.result.report.ranks is None and "Where the rank went" not in (finished.path / "report.html").read_text()
+    assert "Ranks by layer" in page and f">{ranks.highest}</td>" in page
+    assert finished.result.report.ranks is None and "Ranks by layer" not in (finished.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
 def test_scoring_leaves_the_model_as_it_was(finished: Any, tmp_path: Path, score: str) -> None:
     config = settings(finished.model, finished.data, tmp_path / "run")
-    setup = assemble(config, quiet())
+    setup = assemble_text(config, quiet())
     before = [(path, type(module)) for path, module in setup.text.model.named_modules()]
     weights = {name: weight.clone() for name, weight in setup.text.model.state_dict().items()}
     auto = settings(finished.model, finished.data, tmp_path / "run", {**AUTO, "ranks.score": score})
@@ -101,7 +101,7 @@ def test_scoring_leaves_the_model_as_it_was(finished: Any, tmp_path: Path, score
     [
         ({}, "100", ["budget of 100 parameters is below rank 1 for each of the 14 targets"]),
         ({}, "9M", ["9,000,000 parameters is above the full rank"]),
-        ({"ranks.max_rank": 2}, "3000", ["highest rank that was measured", "ranks.max_rank"]),
+        ({"ranks.max_rank": 2}, "3000", ["highest measured rank", "ranks.max_rank"]),
         ({}, "a lot", ["ranks.budget is 'a lot'", "1.5M"]),
         ({"ranks": "given"}, "3000", ["Add --ranks auto"]),
     ],
@@ -121,11 +121,11 @@ def test_ranks_that_are_given_twice_are_refused(finished: Any, tmp_path: Path) -
 
 
 def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run"), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run"), quiet())
     with torch.no_grad():
         setup.text.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     auto = settings(finished.model, finished.data, tmp_path / "run", AUTO)
-    with pytest.raises(DataError, match=r"is no finite number \(of 14 matrices\)"):
+    with pytest.raises(DataError, match=r"are not finite \(of 14 matrices\)"):
         choose_ranks(auto, setup.text, setup.plan, setup.train.examples, quiet())
     with pytest.raises(DataError, match=r"ranks\.choose auto needs 2 training rows or more; there are 1"):
         choosing.choose_ranks(auto, setup.text, setup.plan, setup.train.examples[:1], quiet())
@@ -134,7 +134,7 @@ def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, m
 def test_a_pair_on_the_output_layer_begins_along_the_states_that_it_sees(finished: Any, tmp_path: Path) -> None:
     """Those from which a token is learnt; a pass up to the last states never calls the layer itself."""
     head = {"lora.start": "activation", "lora.target_modules": "q_proj,lm_head"}
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", head), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", head), quiet())
     found = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)["lm_head"]
     rows = choosing._rows(setup.config, setup.text, setup.train.examples, "")
     with torch.no_grad():
@@ -146,9 +146,9 @@ def test_a_pair_on_the_output_layer_begins_along_the_states_that_it_sees(finishe
 def test_what_a_pair_begins_with_is_measured_beside_other_adapters_too(finished: Any, tmp_path: Path) -> None:
     """Where products are of another dtype than weights, adapted layers leave their own modules out: those would see no token."""
     mixed = {"lora.start": "activation", "model.dtype": "bfloat16", "model.products": "float32"}
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", mixed), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", mixed), quiet())
     first = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
-    begin_pairs(setup, setup.plan, seed=0, name="one")
+    add_pairs(setup, setup.plan, seed=0, name="one")
     again = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
     for path, A in first.items():
         shared = (3 * A @ again[path].t()).square().sum() / len(A)  # 1 where both span the same, 4 of 32 by chance
@@ -158,9 +158,9 @@ def test_what_a_pair_begins_with_is_measured_beside_other_adapters_too(finished:
 @pytest.mark.parametrize("start", ["gradient", "activation"])
 def test_pairs_begin_along_what_was_measured_and_resume_to_the_same_bytes(finished: Any, tmp_path: Path, start: str) -> None:
     config = settings(finished.model, finished.data, tmp_path / "run", {"lora.start": start, "train.steps": 4})
-    setup = assemble(config, quiet())
+    setup = assemble_text(config, quiet())
     found = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
-    task = ready_to_train(setup)
+    task = text_task(setup)
     for entry in setup.plan.entries:
         A, B = (task.parameters()[f"{entry.path}.{name}"] for name in "AB")
         assert torch.equal(A, found[entry.path]) and not B.any()
@@ -178,8 +178,8 @@ def test_pairs_begin_along_what_was_measured_and_resume_to_the_same_bytes(finish
 def test_starts_that_are_measured_need_linear_layers_and_a_model_in_memory(finished: Any, tmp_path: Path) -> None:
     changes = {"lora.start": "gradient", "lora.target_modules": "q_proj,embed_tokens"}
     with pytest.raises(ConfigError, match=r"lora\.start gradient is for linear layers, not for embedding weights"):
-        assemble(settings(finished.model, finished.data, tmp_path / "run", changes), quiet())
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", {"lora.start": "activation"}), quiet())
+        assemble_text(settings(finished.model, finished.data, tmp_path / "run", changes), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", {"lora.start": "activation"}), quiet())
     streamed = replace(setup.text, streamed=object())
     with pytest.raises(ConfigError, match=r"lora\.start activation reads .* memory\.budget streams this one"):
         start_directions(setup.config, streamed, setup.plan, setup.train.examples)

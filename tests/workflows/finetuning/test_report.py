@@ -1,4 +1,4 @@
-"""`workflows.page`: what a run's report says besides the measurements."""
+"""What a run's report says besides the measurements."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
-from lorakeet.config import read_run
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning import report as page
-from lorakeet.workflows.finetuning.assemble_text import assemble
-from lorakeet.workflows.finetuning.report import _memory, complete, curves, leaks
-from tiny.runs import quiet, reviews, settings, write_rows
+from lorakeet.workflows.finetuning.assemble_text import assemble_text
+from lorakeet.workflows.finetuning.report import curves, leaks, memory_use
+from lorakeet.workflows.finetuning.text import KIND
+from tiny.runs import quiet, reviews, run, settings, write_rows
 
 
 def test_the_curves_are_those_of_the_metrics(finished: Any) -> None:
@@ -41,7 +40,7 @@ def test_every_leak_is_named_with_its_fate(finished: Any, tmp_path: Path) -> Non
     assert leak.held_out == "judged.jsonl:13" and leak.train == "rows.jsonl:1" and leak.action == "dropped from training"
     assert leak.similarity == 1 and leak.text.endswith("GOOD")
     config = settings(finished.model, finished.data, tmp_path / "run", {"data.test": finished.test, "data.on_leak": "keep"})
-    (kept,) = leaks(assemble(config, quiet()).dataset.leaks)
+    (kept,) = leaks(assemble_text(config, quiet()).dataset.leaks)
     assert kept.action == "kept"
 
 
@@ -50,19 +49,18 @@ def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: P
     data = write_rows(tmp_path / "rows.jsonl", records)
     test = write_rows(tmp_path / "test.jsonl", [*reviews(5, seed=2), {"text": "far " * 60, "label": "bad"}])
     for too_long, said in (("truncate", "were shortened."), ("drop", "left out.")):
-        config = settings(finished.model, data, tmp_path / "run", {"data.test": test, "data.too_long": too_long})
-        result, setup = finished.result, assemble(config, quiet())
-        run, certificate = RunFolder(finished.path), result.report.certificate
-        report = complete(result.report, setup, result.outcome, run=run, metrics=[], certificate=certificate, drift=None)
-        parts = {warning.split()[1]: warning for warning in report.warnings}
-        assert set(parts) == {"test", "training"} or set(parts) == {"test", "held-out"}
+        changes = {"data.test": test, "data.too_long": too_long, "train.steps": 1, "evaluate.drift_texts": 0}
+        report = run(finished.model, data, tmp_path / too_long, changes).report
+        assert report is not None
+        parts = {warning.split()[1]: warning for warning in report.warnings if "rows were longer" in warning}
+        assert set(parts) in ({"test", "training"}, {"test", "held-out"})
         assert parts["test"] == f"1 test rows were longer than 120 tokens and {said}"
 
 
 def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished.path, run)
-    printed = [item.command.replace(str(finished.path), str(run)) for item in finished.result.report.next_commands]
+    copy = tmp_path / "run"
+    shutil.copytree(finished.path, copy)
+    printed = [item.command.replace(str(finished.path), str(copy)) for item in finished.result.report.next_commands]
     for command in printed[:3]:  # merge, export, verify: serving does not end, and evaluating wants a file
         assert main(shlex.split(command)[1:]) == 0, command
     assert main(shlex.split(printed[-1].replace("FILE", str(finished.test)))[1:]) == 0
@@ -81,8 +79,8 @@ def test_the_next_commands_name_the_run(finished: Any) -> None:
 
 
 def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> None:
-    config, run = read_run(finished.path / "config.yaml"), RunFolder(Path("my runs/a dog's"))
-    words = [shlex.split(item.command) for item in page._next(config, run)]
+    commands = KIND.next_commands(finished.result.setup, RunFolder(Path("my runs/a dog's")))
+    words = [shlex.split(item.command) for item in commands]
     assert words[0] == ["lorakeet", "merge", "my runs/a dog's", "--out", "my runs/a dog's-merged"]
     assert words[3][-1] == "a dog's=my runs/a dog's" and words[4][2] == "my runs/a dog's"
 
@@ -93,8 +91,8 @@ def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is
     monkeypatch.setattr("lorakeet.workflows.finetuning.report.gpu_peak_bytes", lambda _: 900)
     monkeypatch.setattr("lorakeet.workflows.finetuning.report.bytes_beside_torch", lambda _: 77)
     kept = replace(finished.result.setup.arrangement, budget=1000, card=torch.device("cuda", 0))
-    found = _memory(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
+    found = memory_use(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
     assert [use.used for use in found[:4]] == [800, 900, 900, 77] and found[2].planned == 1000 and found[3].planned == CONTEXT
-    assert found[1].what == "training, judging and certificate", "training resets the card's own peak"
-    assert found[2].what == "training and judging, against memory.budget"
+    assert found[1].what == "training, evaluation and certificate", "training resets the GPU's own peak"
+    assert found[2].what == "training and evaluation, against memory.budget"
     assert found[0].what == "training, on cuda:0" and found[4].planned is None and (found[4].used or 0) > 1 << 20

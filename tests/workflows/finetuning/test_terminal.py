@@ -1,4 +1,4 @@
-"""`workflows.show`: what a person reads in the terminal."""
+"""What a run prints in the terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
-from lorakeet.workflows.finetuning.assemble_text import assemble
-from lorakeet.workflows.finetuning.terminal import show_certificate, show_results, show_run_plan
+from lorakeet.workflows.finetuning.assemble_image import assemble_images
+from lorakeet.workflows.finetuning.assemble_text import assemble_text
+from lorakeet.workflows.finetuning.terminal import show_certificate, show_image_forecast, show_pictures, show_results, show_rows
+from tiny.image_runs import image_config
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, settings, write_rows
 
@@ -22,13 +24,13 @@ def printed(show: Any, what: Any, **console: Any) -> str:
     return file.getvalue()
 
 
-def test_the_plan_shows_rows_leaks_learnt_tokens_and_matrices(finished: Any) -> None:
-    text = printed(show_run_plan, finished.result.setup)
+def test_the_plan_shows_rows_leaks_target_tokens_and_matrices(finished: Any) -> None:
+    text = printed(show_rows, finished.result.setup)
     assert "53 training, 6 held-out, 13 test" in text
-    assert "1 row stands on both sides of a split (1 dropped)" in text and "judged.jsonl:13" in text
+    assert "1 row is on both sides of a split (1 dropped)" in text and "judged.jsonl:13" in text
     assert "model.layers.[0-1].self_attn.q_proj" in text and "14 pairs, 0 extras, 3,712 trained parameters" in text
-    assert "6 steps of 8 rows" in text and "float32 weights" in text and "tokens a pass" in text
-    coloured = printed(show_run_plan, finished.result.setup, force_terminal=True, color_system="standard")
+    assert "6 steps of 8 rows" in text and "float32 weights" in text and "tokens an epoch" in text
+    coloured = printed(show_rows, finished.result.setup, force_terminal=True, color_system="standard")
     example = finished.result.setup.train.examples[0]
     learnt = finished.result.setup.text.tokenizer.decode(example.ids[example.supervised].tolist())
     assert f"\x1b[1;32m{learnt}\x1b[0m" in coloured
@@ -36,14 +38,14 @@ def test_the_plan_shows_rows_leaks_learnt_tokens_and_matrices(finished: Any) -> 
 
 def test_rows_that_were_cut_are_counted(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [*reviews(30), {"text": "long " * 60, "label": "good"}])
-    setup = assemble(settings(finished.model, data, tmp_path / "run"), quiet())
-    assert "1 training rows shortened to 120 tokens, 0 left out" in printed(show_run_plan, setup)
+    setup = assemble_text(settings(finished.model, data, tmp_path / "run"), quiet())
+    assert "1 training rows shortened to 120 tokens, 0 left out" in printed(show_rows, setup)
 
 
 def test_brackets_in_rows_and_names_are_no_markup(finished: Any) -> None:
     setup = finished.result.setup
     odd = replace(setup, text=replace(setup.text, name="[bold]odd[/nothing]"))
-    assert "14 pairs" in printed(show_run_plan, odd)
+    assert "14 pairs" in printed(show_rows, odd)
     report = replace(finished.result.report, subtitle="[/x] on [red]rows.jsonl")
     assert "[/x] on [red]rows.jsonl" in printed(show_results, report)
 
@@ -69,10 +71,10 @@ def test_a_missing_chat_template_is_said(finished: Any, tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "model")
     (model / "chat_template.jinja").unlink()
     said = "The tokenizer has no chat template, so turns are joined as raw text"
-    setup = assemble(settings(model, finished.data, tmp_path / "run"), quiet())
-    assert said in printed(show_run_plan, setup) and said not in printed(show_run_plan, finished.result.setup)
-    chosen = assemble(settings(model, finished.data, tmp_path / "run", {"data.chat_template": "off"}), quiet())
-    assert said not in printed(show_run_plan, chosen)
+    setup = assemble_text(settings(model, finished.data, tmp_path / "run"), quiet())
+    assert said in printed(show_rows, setup) and said not in printed(show_rows, finished.result.setup)
+    chosen = assemble_text(settings(model, finished.data, tmp_path / "run", {"data.chat_template": "off"}), quiet())
+    assert said not in printed(show_rows, chosen)
 
 
 def test_what_became_of_an_adapter_is_shown_beside_its_own_verdict() -> None:
@@ -83,3 +85,12 @@ def test_what_became_of_an_adapter_is_shown_beside_its_own_verdict() -> None:
     assert "not checked: the stored weights of http://x, since a server does not tell them" in text
     assert text.rstrip().endswith("The own checks passed; http://x failed.")
     assert "own checks" not in printed(show_certificate, Certificate("run", (own,)))
+
+
+def test_pictures_plan_and_memory(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    setup = assemble_images(image_config(tiny_sd_folder, tmp_path), quiet(), forecast=True)
+    assert setup.arrangement.planned is not None and setup.arrangement.budget is None
+    text = printed(show_pictures, setup) + printed(show_image_forecast, setup.arrangement.planned)
+    assert "12 training, 8 held-out" in text and "16×16 pixels" in text and "8 steps of 4 pictures" in text
+    for word in ("encode", "train step", "saved: activations kept", "certify", "micro-batches of 4 × 16×16 pixels", "On a GPU"):
+        assert word in text

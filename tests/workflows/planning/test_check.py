@@ -11,7 +11,7 @@ import pytest
 
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.folded import PART_BYTES
+from lorakeet.export.compare_stored import PART_BYTES
 from lorakeet.memory.budget import enough_for
 from lorakeet.workflows.planning import check as forecast_check
 from lorakeet.workflows.planning.check import (
@@ -49,7 +49,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process of the tests holds is another thing."""
-    monkeypatch.setattr(forecast_check, "runtime_bytes", lambda precision: 300 << 20)
+    monkeypatch.setattr(forecast_check, "text_runtime_bytes", lambda precision: 300 << 20)
 
 
 def planner(opened: Opened, check: CheckSize = SIZE) -> CheckPlanner:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
-from lorakeet.export import packed_model
+from lorakeet.export import model_folder
 from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.budget import BETWEEN_PROCESSES
@@ -347,7 +347,7 @@ def test_every_store_is_closed_and_gone(
         def failing(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(packed_model, "stream_safetensors", failing)
+        monkeypatch.setattr(model_folder, "stream_safetensors", failing)
         with pytest.raises(EnvironmentProblem, match="Free some space"):
             merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
     else:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export import packed_model
+from lorakeet.export import model_folder
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Phase
 from lorakeet.memory.store import WeightStore
@@ -252,7 +252,7 @@ def test_every_store_is_closed(
     settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
     ends: Any = nullcontext()
     if full:
-        monkeypatch.setattr(packed_model, "stream_safetensors", failing)
+        monkeypatch.setattr(model_folder, "stream_safetensors", failing)
         ends = pytest.raises(EnvironmentProblem)
     with ends:
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="8GiB", **settings), console=quiet())

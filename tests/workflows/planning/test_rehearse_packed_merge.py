@@ -16,11 +16,11 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant import gguf_codes
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gguf_codes import HIGHEST
+from lorakeet.quant.grids import FixedGrid, Nf4Grid, UniformGrid, grid_of
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.regrid import EvenGrid, FixedGrid, LevelGrid, grid_of
-from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.rehearse_packed_merge import outlined_grid, rehearse_rounding
 from lorakeet.workflows.planning.rehearse_text import RowShape, made_up_rows
@@ -30,9 +30,9 @@ WEIGHT = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
 
 
 def shapes(grid: FixedGrid) -> list[Any]:
-    if isinstance(grid, LevelGrid):
+    if isinstance(grid, Nf4Grid):
         return [grid.largest.shape]
-    assert isinstance(grid, EvenGrid)
+    assert isinstance(grid, UniformGrid)
     return [part.shape for part in (grid.step, grid.inverse, grid.offset)] + [grid.group_of]
 
 

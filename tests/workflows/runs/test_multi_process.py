@@ -37,7 +37,7 @@ def test_what_cannot_be_shared_is_named_in_one_message() -> None:
         train__shard="true", lora__variant="dora", model__kernels="triton",
     )  # fmt: skip
     with pytest.raises(ConfigError) as error:
-        require_combinable(asked, TWO)
+        require_combinable(asked, TWO, several=False)
     message = str(error.value)
     assert message.startswith("2 processes cannot train this run together (7 problems):")
     named = (

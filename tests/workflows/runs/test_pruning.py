@@ -20,7 +20,7 @@ from lorakeet.ranks.allocate import pair_parameters, rank_cost
 from lorakeet.train import checkpoint
 from lorakeet.workflows.compress import compress
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
 from lorakeet.workflows.options import CompressOptions, FinetuneOptions, TuneOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.tune import tune
@@ -38,7 +38,7 @@ def pruned(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_adapter_keeps_the_budget_and_nothing_that_fits_is_missing(pruned: Any) -> None:
-    begun, left = pruned.setup.begun, pruned.setup.plan
+    begun, left = pruned.setup.initial_plan, pruned.setup.plan
     adapter = peft.read(pruned.run.adapter)
     assert {path: pair.rank for path, pair in adapter.pairs.items()} == {entry.path: entry.rank for entry in left.entries}
     ranks = {entry.path: adapter.pairs[entry.path].rank if entry.path in adapter.pairs else 0 for entry in begun.entries}
@@ -68,7 +68,7 @@ def test_the_installed_peft_loads_it_and_computes_the_same(pruned: Any, finished
 
 
 def test_the_report_has_the_map_and_the_cuts(pruned: Any) -> None:
-    ranks, begun = pruned.report.ranks, pruned.setup.begun
+    ranks, begun = pruned.report.ranks, pruned.setup.initial_plan
     final = {entry.path: entry.rank for entry in pruned.setup.plan.entries}
     assert {(cell.layer, cell.matrix): cell.rank for cell in ranks.cells} == {
         (e.path.split(".")[2], e.path.split(".", 3)[3]): final.get(e.path, 0) for e in begun.entries
@@ -79,7 +79,7 @@ def test_the_report_has_the_map_and_the_cuts(pruned: Any) -> None:
     assert ranks.cuts[-1].parameters == pair_parameters(pruned.setup.plan)
     assert all(cut.parameters <= budgets[cut.step] for cut in ranks.cuts[1:]) and ranks.cuts[-1].lowest == 0
     page = pruned.run.page.read_text()
-    assert "How the ranks fell in training" in page and "pruned in training by AdaLoRA" in page
+    assert "Rank cuts during training" in page and "pruned in training by AdaLoRA" in page
     assert pruned.to_mapping()["trained_parameters"] == pair_parameters(pruned.setup.plan)
 
 
@@ -110,7 +110,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
 def test_a_dry_run_says_the_cuts_and_a_resumed_run_keeps_its_budget(pruned: Any, finished: Any, tmp_path: Path) -> None:
     config = settings(finished.model, finished.data, tmp_path / "dry", {**PRUNE, "ranks.budget": str(BUDGET)})
     dry = finetune(config, FinetuneOptions(dry_run=True), console=quiet())
-    assert dry.setup.plan == pruned.setup.begun and not (tmp_path / "dry").exists()
+    assert dry.setup.plan == pruned.setup.initial_plan and not (tmp_path / "dry").exists()
     assert list(dry.to_mapping()["cuts"].values())[-1] == BUDGET and len(dry.to_mapping()["cuts"]) == 4
     out = tmp_path / "copy"
     shutil.copytree(pruned.run.path, out)
@@ -128,18 +128,18 @@ def test_a_compressed_run_that_trains_again_has_the_pairs_of_its_adapter_alone(p
     """A matrix that lost its pair does not get one of lora.rank from the saved settings."""
     compress(CompressOptions(str(pruned.run.path), out=tmp_path / "cut", to="700"), console=quiet())
     adapter = peft.read(tmp_path / "cut" / "adapter")
-    setup = assemble(read_run(tmp_path / "cut" / "config.yaml"), quiet())
+    setup = assemble_text(read_run(tmp_path / "cut" / "config.yaml"), quiet())
     assert {entry.path: entry.rank for entry in setup.plan.entries} == {path: pair.rank for path, pair in adapter.pairs.items()}
-    assert len(adapter.pairs) < len(pruned.setup.begun.entries) and setup.cuts == {}
+    assert len(adapter.pairs) < len(pruned.setup.initial_plan.entries) and setup.cuts == {}
 
 
 def test_the_budget_is_two_thirds_where_none_is_given(finished: Any, tmp_path: Path) -> None:
-    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", PRUNE), quiet())
+    setup = assemble_text(settings(finished.model, finished.data, tmp_path / "run", PRUNE), quiet())
     assert list(setup.cuts.values())[-1] == int(pair_parameters(setup.plan) / 1.5)
-    task = ready_to_train(setup)
+    task = text_task(setup)
     assert task.pruning is not None and task.pruning.cuts == setup.cuts
-    plain = assemble(settings(finished.model, finished.data, tmp_path / "run"), quiet())
-    assert plain.cuts == {} and ready_to_train(plain).pruning is None
+    plain = assemble_text(settings(finished.model, finished.data, tmp_path / "run"), quiet())
+    assert plain.cuts == {} and text_task(plain).pruning is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_budget_is_two_thirds_where_none_is_given(finished: Any, tmp_path: P
     [
         ({"train.steps": "5"}, "1000", ["A run of 5 steps would be pruned after step 1", "--ranks auto"]),
         ({}, "20", ["budget of 20 parameters is below one rank of the smallest target"]),
-        ({}, "9M", ["9,000,000 parameters is not below those at first", "raise lora.rank"]),
+        ({}, "9M", ["9,000,000 parameters is not below the initial", "raise the initial lora.rank"]),
         ({"lora.variant": "dora"}, "1000", ["lora.variant is dora", "Use lora"]),
         ({"lora.start": "pissa"}, "1000", ["lora.start is pissa", "kaiming"]),
     ],

@@ -23,7 +23,7 @@ def test_settings_and_split_are_written_and_compared(tmp_path: Path) -> None:
     run_folder.begin_run(run, CONFIG, split_record([], []), resume=False)
     assert read_run(run.config) == CONFIG and run.split.is_file()
     run_folder.begin_run(run, CONFIG, split_record([], []), resume=True)
-    with pytest.raises(DataError, match="not what this run started with"):
+    with pytest.raises(DataError, match="data has changed since this run started"):
         run_folder.begin_run(run, CONFIG, {**split_record([], []), "held_out": ["x"]}, resume=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.runs.search_space import SearchPoint, plan_of_point, space_for
 from tiny.runs import quiet, settings
 
@@ -16,11 +16,11 @@ WIDE: dict[str, Any] = {"rate_factors": (0.25, 4.0), "rank_choices": (2, 4), "ta
 
 
 @pytest.fixture(scope="module")
-def setup(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
-    return assemble(settings(finished.model, finished.data, tmp_path_factory.mktemp("space") / "run"), quiet())
+def setup(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> TextAssembly:
+    return assemble_text(settings(finished.model, finished.data, tmp_path_factory.mktemp("space") / "run"), quiet())
 
 
-def test_a_point_is_the_run_file_with_other_settings(setup: Assembly) -> None:
+def test_a_point_is_the_run_file_with_other_settings(setup: TextAssembly) -> None:
     space = space_for(setup.config, setup.text, **WIDE)
     point = space.draw(lambda name, low, high: (low * high) ** 0.5 * 2, lambda name, choices: choices[-1])
     assert point == SearchPoint(2.0, 4, "mlp") and point.words(space.rate) == "learning rate 4.00e-02 (×2), rank 4, targets mlp"
@@ -30,13 +30,13 @@ def test_a_point_is_the_run_file_with_other_settings(setup: Assembly) -> None:
     assert space.lora(SearchPoint()) == setup.config.lora and SearchPoint().words(0.02) == "learning rate 2.00e-02 (×1)"
 
 
-def test_without_a_rate_in_the_run_file_the_factors_are_of_the_rule(finished: Any, setup: Assembly, tmp_path: Path) -> None:
+def test_without_a_rate_in_the_run_file_the_factors_are_of_the_rule(finished: Any, setup: TextAssembly, tmp_path: Path) -> None:
     config = settings(finished.model, finished.data, tmp_path, {"train.learning_rate": "none"})
     space = space_for(config, setup.text, **WIDE)
     assert space.rate == pytest.approx(5e-4 * (2000 / 32) ** 0.781)
 
 
-def test_what_has_one_value_is_not_drawn(setup: Assembly) -> None:
+def test_what_has_one_value_is_not_drawn(setup: TextAssembly) -> None:
     def never(*arguments: Any) -> Any:
         raise AssertionError(arguments)
 
@@ -56,7 +56,7 @@ def test_what_has_one_value_is_not_drawn(setup: Assembly) -> None:
         ({"target_choices": ("mlp", "q_prj")}, "Did you mean 'q_proj'"),
     ],
 )
-def test_spaces_that_cannot_be_used(setup: Assembly, changes: dict[str, Any], words: str) -> None:
+def test_spaces_that_cannot_be_used(setup: TextAssembly, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         space_for(setup.config, setup.text, **{**WIDE, **changes})
     assert words in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.models.inject import adapter_names
-from lorakeet.workflows.finetuning.assemble_text import Assembly
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import SearchPoint
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
 from lorakeet.workflows.tuning.trials import SPENT, START, Trial
@@ -17,11 +17,11 @@ from tiny.searches import HOT, assembled, trials_of
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+def setup(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TextAssembly:
     return assembled(tiny_llama_folder, tmp_path_factory.mktemp("search"))
 
 
-def test_where_the_run_files_settings_diverge_the_best_is_unconfirmed(setup: Assembly) -> None:
+def test_where_the_run_files_settings_diverge_the_best_is_unconfirmed(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint(HOT)), Trial("mild", SearchPoint())], rungs=())
     best = trials.best()
@@ -30,7 +30,7 @@ def test_where_the_run_files_settings_diverge_the_best_is_unconfirmed(setup: Ass
     assert "own settings diverged" in confirmed.conclusion
 
 
-def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(setup: Assembly) -> None:
+def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0, 2, "mlp"))], rungs=())
     winner, trained = trials.all[1], []
@@ -48,7 +48,7 @@ def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(se
     assert "n = 9, 2 new seeds each" in of_two.conclusion
 
 
-def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: Assembly) -> None:
+def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
     trials.all[1].point = SearchPoint(HOT)
@@ -61,7 +61,7 @@ def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: Assem
     assert "unconfirmed: with seed 1 other diverged (step" in said and said.endswith("The run file's stay.")
 
 
-def test_new_seeds_trained_to_their_end_are_shown_also_where_the_budget_ended_the_search_early(setup: Assembly) -> None:
+def test_new_seeds_trained_to_their_end_are_shown_also_where_the_budget_ended_the_search_early(setup: TextAssembly) -> None:
     trials = trials_of(setup, seconds=0.0)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
     start, winner = trials.all
@@ -73,7 +73,7 @@ def test_new_seeds_trained_to_their_end_are_shown_also_where_the_budget_ended_th
         assert replace(confirmed, found=replace(better, verdict="no difference shown")).chosen is start
 
 
-def test_where_nothing_differs_that_is_what_is_said(setup: Assembly) -> None:
+def test_where_nothing_differs_that_is_what_is_said(setup: TextAssembly) -> None:
     """At rates of next to nothing all trials are the base."""
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint(1e-28)), Trial("other", SearchPoint(2e-28))], rungs=())

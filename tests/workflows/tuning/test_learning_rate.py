@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from lorakeet.models.inject import adapter_names
 from lorakeet.train import schedule, stopping
 from lorakeet.train.text.task import learning_rate_of
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.run_folder import rates_of
 from lorakeet.workflows.runs.search_space import Space
@@ -34,11 +35,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(100))
 
 
-def assembled(model: Path, rows: Path, out: Path, **changes: Any) -> Assembly:
-    return assemble(settings(model, rows, out, {**LONG, **{key.replace("__", "."): v for key, v in changes.items()}}), quiet())
+def assembled(model: Path, rows: Path, out: Path, **changes: Any) -> TextAssembly:
+    given = {**LONG, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return assemble_text(settings(model, rows, out, given), quiet())
 
 
-def tried(setup: Assembly, **options: bool) -> tuple[Assembly, Any, str]:
+def tried(setup: TextAssembly, **options: bool) -> tuple[TextAssembly, Any, str]:
     said = io.StringIO()
     chosen, found = choose_rate(setup, Console(file=said, width=400), **options)
     return chosen, found, said.getvalue()
@@ -69,7 +71,7 @@ def test_the_rate_is_tried_saved_and_the_run_is_that_of_the_rate(tiny_llama_fold
 
 def test_a_rate_that_is_far_too_low_is_raised(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run", train__learning_rate=0.004, train__steps=72)
-    chosen, found, said = tried(setup, asked=True)
+    chosen, found, said = tried(setup, requested=True)
     assert chosen.config.train.learning_rate == 0.008 and found.winner == "rate ×2"
     assert "The learning rate 8.00e-03 (×2) is taken, after 12 steps on 40 held-out rows." in said
     assert "×2: −0." in said and "], better" in said and "×0.5: +0." in said and "], worse" in said
@@ -79,7 +81,7 @@ def test_a_rate_that_is_far_too_low_is_raised(tiny_llama_folder: Path, rows: Pat
 
 def test_without_a_difference_the_rate_stays(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run", train__learning_rate=1e-30)
-    chosen, found, said = tried(setup, asked=True)
+    chosen, found, said = tried(setup, requested=True)
     assert chosen.config.train.learning_rate == 1e-30 and found.winner == "rate ×1"
     assert "stays" in said and said.count("no difference shown") == 2
 
@@ -95,7 +97,7 @@ def test_a_given_rate_is_not_tried(tiny_llama_folder: Path, rows: Path, tmp_path
     ("changes", "words"),
     [
         ({"train__steps": 47}, "a run of 47 steps is too short for a trial of 8"),
-        ({"train__rate_trial_steps": 7}, "train.rate_trial_steps is 7, and a trial means something from 8 on"),
+        ({"train__rate_trial_steps": 7}, "train.rate_trial_steps is 7, and a trial needs 8 or more"),
         ({"model__attention": "sdpa"}, "model.attention varlen"),
         ({"lora__target_modules": "q_proj,lm_head"}, "an adapter on lm_head cannot share a batch with others"),
         ({"lora__extra_modules": "norm"}, "an adapter on model.norm cannot share a batch with others"),
@@ -106,7 +108,8 @@ def test_where_rates_cannot_be_tried_that_is_said(
 ) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run", **changes)
     chosen, found, said = tried(setup)
-    assert (chosen, found) == (setup, None) and said.startswith("No other learning rate than") and words in said
+    assert (chosen, found) == (setup, None) and words in said
+    assert re.match(r"The learning rate is \S+; no other is tried, since", said)
 
 
 def test_memory_and_rows_decide_too(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_memory_and_rows_decide_too(tiny_llama_folder: Path, rows: Path, tmp_pat
     unknown = replace(setup, arrangement=replace(setup.arrangement, budget=1, forecast=None))
     assert "is not known, and memory.budget is set" in tried(unknown)[2]
     few = replace(setup, held_out=replace(setup.held_out, examples=setup.held_out.examples[:1]))
-    assert "1 held-out rows tell no two rates apart" in tried(few)[2]
+    assert "1 held-out rows cannot distinguish two rates" in tried(few)[2]
 
 
 def test_rates_that_diverge_are_marked_and_all_three_are_an_error(
@@ -157,7 +160,7 @@ def test_where_all_three_diverge_before_the_run_itself_would_have_risen_its_rate
     monkeypatch.setattr(choosing, "space_for", lambda config, *_, **__: Space(config, 1e4, 1.0, 1.0, (), ()))
     chosen, found, said = tried(setup)
     assert chosen.config.train.learning_rate == 1e4 and all(trial.diverged for trial in found.trials)
-    assert "×1 diverged, risen in 2 of 8 steps. It stays, since this run rises to it in 24 steps." in said
+    assert "×1 diverged after a warm-up of 2 of 8 steps. It stays, since the run warms up for 24 steps." in said
 
 
 def test_a_rate_that_makes_rows_far_less_likely_has_diverged(
@@ -176,7 +179,7 @@ def test_rows_of_one_group_tell_no_rates_apart(tiny_llama_folder: Path, tmp_path
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", data__group_column="who", data__held_out=held_out)
     assert {row.group for row in setup.dataset.held_out} == {"another"}
     chosen, found, said = tried(setup)
-    assert (chosen, found) == (setup, None) and "1 groups of held-out rows tell no two rates apart" in said
+    assert (chosen, found) == (setup, None) and "1 groups of held-out rows cannot distinguish two rates" in said
 
 
 def test_quick_that_can_mean_nothing_is_refused(finished: Any, tmp_path: Path) -> None:

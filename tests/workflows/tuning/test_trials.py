@@ -16,7 +16,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.assemble_text import Assembly
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import SearchPoint, plan_of_point
 from lorakeet.workflows.tuning.confirm import confirm
 from lorakeet.workflows.tuning.trials import HALVED, RUNGS, SPENT, START, Budget, Trial, loss_of
@@ -24,11 +24,11 @@ from tiny.searches import HOT, assembled, trials_of
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+def setup(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TextAssembly:
     return assembled(tiny_llama_folder, tmp_path_factory.mktemp("search"))
 
 
-def test_a_trial_is_what_its_single_run_would_be_and_leaves_the_model_bare(setup: Assembly, tmp_path: Path) -> None:
+def test_a_trial_is_what_its_single_run_would_be_and_leaves_the_model_bare(setup: TextAssembly, tmp_path: Path) -> None:
     trials = trials_of(setup)
     point = SearchPoint(2.0, 2, "mlp")
     trials.generation([Trial(START, SearchPoint()), Trial("other", point)], rungs=())
@@ -43,7 +43,7 @@ def test_a_trial_is_what_its_single_run_would_be_and_leaves_the_model_bare(setup
     assert loss_of(trials.all[0]) != pytest.approx(loss_of(trials.all[1]), rel=1e-3)
 
 
-def test_the_worse_half_is_given_up_twice(setup: Assembly) -> None:
+def test_the_worse_half_is_given_up_twice(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(f"×{factor}", SearchPoint(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=(0.25, 0.5))
     ended = {trial.name: (trial.at.step, trial.at.done) for trial in trials.all if trial.at is not None}
@@ -55,7 +55,7 @@ def test_the_worse_half_is_given_up_twice(setup: Assembly) -> None:
     assert [trial.against_start is None for trial in found.trials] == [True, True, True, False]  # given up: no fair comparison
 
 
-def test_a_rung_waits_for_a_measurement_at_it_and_one_measurement_is_no_two_rungs(setup: Assembly) -> None:
+def test_a_rung_waits_for_a_measurement_at_it_and_one_measurement_is_no_two_rungs(setup: TextAssembly) -> None:
     """Held-out losses at steps 5 and 8 of 8, rungs at 2 and 4: both would see those of step 5."""
     trials = trials_of(setup)
     seldom = replace(setup.config.train, evaluate_every=5)
@@ -87,7 +87,7 @@ class Study:
         self.told.append((value, state))
 
 
-def test_a_sampler_learns_that_a_rate_diverged(setup: Assembly) -> None:
+def test_a_sampler_learns_that_a_rate_diverged(setup: TextAssembly) -> None:
     """A failure it would leave out, and draw the next one beside it."""
     trials, study = trials_of(setup, tokens=2500), Study()
     trials.power(0.05)
@@ -96,7 +96,7 @@ def test_a_sampler_learns_that_a_rate_diverged(setup: Assembly) -> None:
     assert study.told == [(trials.base_loss + 10.0, None)]
 
 
-def test_a_trial_whose_last_step_blew_up_has_diverged(setup: Assembly) -> None:
+def test_a_trial_whose_last_step_blew_up_has_diverged(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.base_loss = -100.0  # 10 nats above that every loss is
     trials.generation([Trial(START, SearchPoint())], rungs=(), steps=1)
@@ -104,7 +104,7 @@ def test_a_trial_whose_last_step_blew_up_has_diverged(setup: Assembly) -> None:
     assert at is not None and at.diverged and at.done.startswith("step 1: the held-out loss is") and trials.all[0].losses is None
 
 
-def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(setup: Assembly) -> None:
+def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(setup: TextAssembly) -> None:
     """Else a fast starter would be better than a run file of a quarter of its steps."""
     trials = trials_of(setup)
     points = [Trial(START, SearchPoint(0.01)), *(Trial(f"×{f}", SearchPoint(f)) for f in (0.1, 1.0, 2.0))]
@@ -115,7 +115,7 @@ def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(
     assert trials.result(trials.all[0], "", "").trials[2].against_start is not None
 
 
-def test_those_given_up_count_among_the_comparisons(setup: Assembly) -> None:
+def test_those_given_up_count_among_the_comparisons(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint()), *(Trial(f"×{f}", SearchPoint(f)) for f in (0.01, 0.1, 2.0))], rungs=(0.25,))
     against = [line.against_start for line in trials.result(trials.all[3], "", "").trials]
@@ -123,7 +123,7 @@ def test_those_given_up_count_among_the_comparisons(setup: Assembly) -> None:
     assert against[3] is not None and against[3].test.endswith("Holm over 3")
 
 
-def test_trials_that_diverge_are_marked_and_the_others_go_on(setup: Assembly) -> None:
+def test_trials_that_diverge_are_marked_and_the_others_go_on(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint()), Trial("hot", SearchPoint(HOT))], rungs=())
     start, hot = trials.all
@@ -138,7 +138,7 @@ def test_trials_that_diverge_are_marked_and_the_others_go_on(setup: Assembly) ->
 
 
 @pytest.mark.parametrize("limit", [{"tokens": 2500}, {"seconds": 0.0}])
-def test_the_budget_ends_the_search(setup: Assembly, limit: dict[str, Any]) -> None:
+def test_the_budget_ends_the_search(setup: TextAssembly, limit: dict[str, Any]) -> None:
     trials = trials_of(setup, **limit)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
     assert {trial.at.done for trial in trials.all if trial.at is not None} == {SPENT} and trials.budget.spent()
@@ -149,7 +149,7 @@ def test_the_budget_ends_the_search(setup: Assembly, limit: dict[str, Any]) -> N
     assert said.endswith("favours high rates. The run file's settings stay. Raise the budget.")
 
 
-def test_the_budget_holds_what_the_confirmation_takes(setup: Assembly) -> None:
+def test_the_budget_holds_what_the_confirmation_takes(setup: TextAssembly) -> None:
     budget = Budget(None, 1000, used=300, kept=320)  # and a quarter more
     assert not budget.spent(299) and budget.spent(300) and budget.times(200) == 3 and budget.times(800) == 0
     assert Budget(None, 1000, used=499, kept=10**9).spent(1), "half of it at most"
@@ -164,7 +164,7 @@ def test_the_budget_holds_what_the_confirmation_takes(setup: Assembly) -> None:
     assert confirmed.found is not None and confirmed.found.test == "paired randomisation" and confirmed.seeds == 1
 
 
-def test_losses_that_are_no_numbers_are_a_divergence(setup: Assembly, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_are_no_numbers_are_a_divergence(setup: TextAssembly, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = trials_of(setup)
 
     def broken(system: str, rows: Any, name: str | None) -> RowLosses:

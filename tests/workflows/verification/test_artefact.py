@@ -16,7 +16,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.tolerances import BF16, F32, Q4
 from lorakeet.memory.mapped_files import releasing_pages
-from lorakeet.merge.fold import merge_into
+from lorakeet.merge.merged_folder import merge_into
 from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.verification import artefact as artefacts

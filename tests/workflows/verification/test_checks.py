@@ -13,7 +13,7 @@ import torch
 
 from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.export.folded import StoredTensor
+from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.export.llama_cpp import PASS
 from lorakeet.export.tolerances import F32, Q4
 from lorakeet.workflows.planning.check import COMPARED, ROW_LOGITS

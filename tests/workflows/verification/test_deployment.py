@@ -11,7 +11,7 @@ import pytest
 from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
-from lorakeet.export.deployment import Runtime
+from lorakeet.export.runtime_support import Runtime
 from lorakeet.formats.peft import peft
 from lorakeet.workflows.verification.deployment import check_deployment
 from tiny.adapters import random_adapter

@@ -16,9 +16,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.batched.mixture import Copied, Factors, Held, Mixture, factors_of, mixtures
+from lorakeet.core.batched.mixture import CopySource, Factors, Held, Mixture, factors_of, mixtures
 from lorakeet.core.selection import PATIENCE, BatchAssignment, Mix, Selection, Standing
-from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairKind, PairLayout, Shares, readable
+from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairKind, PairLayout, Shares, as_readable
 
 LAYOUTS = 8  # of mixes, that are remembered
 
@@ -44,7 +44,7 @@ class _Copy:
 
     def __init__(self, what: Standing) -> None:
         self.what = what
-        self.parts: list[Copied] = []  # one for the layers that were known when the mix came, more for those that came later
+        self.parts: list[CopySource] = []  # one for the layers that were known when the mix came, more for those that came later
         self.memory: list[Tensor] = []
         self.at = torch.empty(0, 2, dtype=torch.int64)  # address and rank of each layer
         self.held = self.special = 0  # a bit for each layer: with a pair that is copied; with one that is more than A and B
@@ -65,7 +65,7 @@ class _Copy:
         part.layout.copy(part.factors, memory)
         self.held |= part.layout.held << self.layers
         self.special |= part.special << self.layers
-        self.parts.append(Copied.of(self.what, part.mixtures))
+        self.parts.append(CopySource.of(self.what, part.mixtures))
         self.memory.append(memory)
         self.at = torch.cat([self.at, part.layout.at(memory)])
 
@@ -189,7 +189,7 @@ class MixCopies:
             for A, B, scale in own:
                 if A.shape[1:] != (shape[1],) or B.shape != (shape[0], len(A)):
                     raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no pair for a weight of {shape}")
-                a, b = readable(A), readable(B)
+                a, b = as_readable(A), as_readable(B)
                 factors.append((a, b, scale))
                 kinds.append((number, a.size(0), a.dtype, b.dtype))
         return _Part(own_of, factors, self._layout(copy.layers, kinds), special)

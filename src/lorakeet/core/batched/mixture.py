@@ -18,7 +18,7 @@ Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by ada
 
 
 @dataclass(frozen=True)
-class Copied:
+class CopySource:
     """What a copy was made of: a mix, and the trainable tensors that it was copied from, with how often these had been written
     to by then. Frozen ones are not written to."""
 
@@ -27,7 +27,7 @@ class Copied:
     written: int
 
     @classmethod
-    def of(cls, what: Standing, layers: Iterable[Mixture]) -> Copied:
+    def of(cls, what: Standing, layers: Iterable[Mixture]) -> CopySource:
         pairs = [pair for mixture in layers for pair, _ in mixture if not isinstance(pair, FrozenPair)]
         factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
         tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
@@ -43,7 +43,7 @@ def mixtures(mix: Mix, pairs: Held) -> list[Mixture]:
     return [[(held[name], weight) for name, weight in mix if name in held] for held in pairs]
 
 
-def plain(mixture: Mixture) -> bool:
+def all_plain(mixture: Mixture) -> bool:
     """Whether all its pairs are A and B and no more."""
     return all(pair.plain for pair, _ in mixture)
 

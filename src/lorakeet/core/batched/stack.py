@@ -25,11 +25,11 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.batched.gathered import row_dots, row_sums
-from lorakeet.core.batched.mixture import Copied, Factors, Held, factors_of, mixtures, plain
+from lorakeet.core.batched.mixture import CopySource, Factors, Held, all_plain, factors_of, mixtures
 from lorakeet.core.batched.padded_parts import PaddedPart, PaddedParts, padded
 from lorakeet.core.batched.row_table import RowTable
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.pair_products import PairProducts, Placed, by_turns
+from lorakeet.core.pair_products import PairProducts, PairSpan, alternated
 from lorakeet.core.selection import PATIENCE, BatchAssignment, Selection, Share, Standing
 
 
@@ -69,7 +69,7 @@ class SharedLowRank(torch.autograd.Function):
         grad_x = ctx.base.matmul_t(grad) if ctx.needs_input_grad[0] else None
         through, of_b = pairs.backward(grad_x, [grad], shrunk, factors)
         of_a = pairs.of_a(through, wide, factors) if any(ctx.needs_input_grad[4::2]) else [None] * len(of_b)
-        wanted = zip(ctx.needs_input_grad[4:], by_turns(of_a, of_b), strict=True)
+        wanted = zip(ctx.needs_input_grad[4:], alternated(of_a, of_b), strict=True)
         grads = (found if wants else None for wants, found in wanted)
         return None if grad_x is None else grad_x.to(x.dtype), None, None, None, *grads
 
@@ -83,7 +83,7 @@ def shared_low_rank(
     products: torch.dtype | None = None,
 ) -> Tensor:
     """x (tokens, in) to (tokens, out), each share with its plain pair (no dropout, no bias, no DoRA), differentiable."""
-    places = [Placed(share.start, share.stop, share.weight * pair.scale) for share, pair in shares]
+    places = [PairSpan(share.start, share.stop, share.weight * pair.scale) for share, pair in shares]
     factors = [factor for _, pair in shares for factor in pair.factors()]
     apply: Any = SharedLowRank.apply
     return cast(Tensor, apply(x, base, bias, PairProducts(places, products or x.dtype), *factors))
@@ -178,7 +178,7 @@ class PairStack:
         self._table = tuple(itertools.accumulate(others, initial=0))  # of B's, by layer
         self._Bs = [RowTable(out, products, device) for out, _ in itertools.groupby(outs)]
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
-        self._copies: dict[int, Copied] = {}  # by place
+        self._copies: dict[int, CopySource] = {}  # by place
         self._seats: dict[int, _PairRows] = {}  # by place
         self._picked: tuple[BatchAssignment, _Picks] | None = None  # the last ones
         self._roomy = 0  # batches in a row that needed less than half of the rows
@@ -204,10 +204,10 @@ class PairStack:
             factors = {place: [factors_of(mixture) for mixture in layers] for place, layers in new.items()}
             self._make_room(factors, wanted)
             for place, layers in new.items():
-                if not all(map(plain, layers)):
+                if not all(map(all_plain, layers)):
                     self.special.add(place)
                 self._copy(place, factors[place])
-                self._copies[place] = Copied.of(wanted[place], layers)
+                self._copies[place] = CopySource.of(wanted[place], layers)
             self.empty = not any(map(any, self._ranks.values()))
         needed = sum(sum(self._ranks[place]) for place in wanted)
         self._roomy = self._roomy + 1 if 2 * needed < len(self._A.numbers) else 0

@@ -18,24 +18,24 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
 from lorakeet.core.fused import flash_varlen
 from lorakeet.core.fused.elementwise import passes_over
-from lorakeet.core.fused.flash_varlen_recorded import RowOffsets, card_kernel
+from lorakeet.core.fused.flash_varlen_recorded import RowOffsets, flash_kernel
 from lorakeet.core.fused.mlp_and_norm import (
     FrozenRmsNorm,
-    Normed,
-    kept_of,
+    NormInputs,
     kernels_of,
-    made_again,
-    normed,
-    normed_backward,
-    placed,
-    spread,
+    pair_products,
+    recomputed,
+    rms_norm,
+    rms_norm_backward,
+    saved_for,
+    scattered,
 )
 from lorakeet.core.fused.packed_attention import Kernel, kernel_for
-from lorakeet.core.layers.linear import LoraLinear, StandIn
-from lorakeet.core.pair_products import PairProducts, by_turns
+from lorakeet.core.layers.linear import LoraLinear, Replacement
+from lorakeet.core.pair_products import PairProducts, alternated
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.device import is_cpu
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 HEAD_NORMS = ("q_norm", "k_norm")  # which some models have
@@ -51,7 +51,7 @@ class HeadNorm:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class AttentionInputs:
     """What q, k and v are multiplied with: three frozen weights, their biases, and the pairs, each on its tokens.
 
     `norms` are those of the heads of q and k; none where the model has none.
@@ -65,7 +65,7 @@ class Inputs:
     kernel: Kernel
 
     @property
-    def kernels(self) -> Kernels | None:
+    def kernels(self) -> TritonRequest | None:
         """Triton's, where they are asked for."""
         return kernels_of(self.bases)
 
@@ -80,12 +80,12 @@ class RotaryAttentionFunction(torch.autograd.Function):
 
     Within a part of the tokens one product with all A's shrinks x, one with all u's gives all ∂A. Saved: x (or what it was
     normed from), the three states, the rank-sized products. Where the heads of Q and K are normed before they are turned, these
-    two are saved as they were before, with ρ of each head (core/fused/mlp_and_norm.normed), and normed and turned again.
+    two are saved as they were before, with ρ of each head (core/fused/mlp_and_norm.rms_norm), and normed and turned again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, made_of: Normed | None, *factors: Tensor
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: AttentionInputs, made_of: NormInputs | None, *factors: Tensor
     ) -> Tensor:
         products = inputs.pairs.products
         wide = x.to(products)
@@ -98,12 +98,12 @@ class RotaryAttentionFunction(torch.autograd.Function):
         query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
         before = [states.to(x.dtype) for states, _ in zip((query, key), inputs.norms, strict=False)]
         by = inputs.kernels
-        by_norm = [normed(each, norm.weight, norm.epsilon, by) for each, norm in zip(before, inputs.norms, strict=True)]
+        by_norm = [rms_norm(each, norm.weight, norm.epsilon, by) for each, norm in zip(before, inputs.norms, strict=True)]
         if by_norm:
             query, key = (states.to(products) for states, _ in by_norm)
-        states = [_laid(each, x.dtype) for each in (turned(query, *turn, kernels=by), turned(key, *turn, kernels=by), value)]
+        states = [_laid(each, x.dtype) for each in (rotated(query, *turn, kernels=by), rotated(key, *turn, kernels=by), value)]
         result, kept = inputs.kernel.forward(*states)
-        source, held = kept_of(x, made_of), states
+        source, held = saved_for(x, made_of), states
         if by_norm:
             held = [part for each, (_, rho) in zip(before, by_norm, strict=True) for part in (each, rho)] + states[2:]
         ctx.save_for_backward(cos, sin, *source, *held, *kept, *shrunk, *factors)
@@ -113,31 +113,31 @@ class RotaryAttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs: Inputs = ctx.inputs
+        inputs: AttentionInputs = ctx.inputs
         products = inputs.pairs.products
         cos, sin, *rest = ctx.saved_tensors
         ends = list(accumulate(ctx.counts, initial=0))
         source, states, kept, shrunk = (rest[start:stop] for start, stop in pairwise(ends))
         by = inputs.kernels
-        x, factors = made_again(source, by), rest[ends[-1] :]
+        x, factors = recomputed(source, by), rest[ends[-1] :]
         turn = cos.to(products), sin.to(products)
         before = [(states[2 * number], states[2 * number + 1], norm.weight) for number, norm in enumerate(inputs.norms)]
         if before:
-            again = [turned(made_again(each, by).to(products), *turn, kernels=by) for each in before]
+            again = [rotated(recomputed(each, by).to(products), *turn, kernels=by) for each in before]
             states = [*(_laid(each, x.dtype) for each in again), states[-1]]
         found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
         query, key, value = (states[0].transpose(0, 1).to(products) for states in found)  # (tokens, heads, head)
-        back = [*(turned(states, *turn, back=True, kernels=by) for states in (query, key)), value]
+        back = [*(rotated(states, *turn, back=True, kernels=by) for states in (query, key)), value]
         for number, each in enumerate(before):
-            back[number] = normed_backward(back[number].to(x.dtype).contiguous(), *each, by).to(products)
+            back[number] = rms_norm_backward(back[number].to(x.dtype).contiguous(), *each, by).to(products)
         grads = [states.reshape(len(x), -1) for states in back]
         grad_x = sum_of_matmul_t(inputs.bases, grads) if ctx.needs_input_grad[0] else None
         through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
         of_a = inputs.pairs.of_a(through, x.to(products), factors)
-        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *by_turns(of_a, of_b)
+        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *alternated(of_a, of_b)
 
 
-def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, kernels: Kernels | None = None) -> Tensor:
+def rotated(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, kernels: TritonRequest | None = None) -> Tensor:
     """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May be written over `states`."""
     if (by := passes_over(states, cos, sin, kernels=kernels, width=2 * operators.LANES)) is not None:
         by.turn_(states, cos, sin, back)
@@ -159,7 +159,7 @@ def _laid(states: Tensor, dtype: torch.dtype) -> Tensor:
     return states.to(dtype).transpose(0, 1)[None]
 
 
-class RotaryAttention(StandIn):
+class RotaryAttention(Replacement):
     """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads, which the
     model may norm before.
 
@@ -183,16 +183,16 @@ class RotaryAttention(StandIn):
                 self.original(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **settings),
             )
         cos, sin = (part[0] for part in position_embeddings)
-        given = hidden_states[0], cos, sin, inputs, Normed.of(hidden_states)
+        given = hidden_states[0], cos, sin, inputs, NormInputs.of(hidden_states)
         states = cast(Tensor, RotaryAttentionFunction.apply(*given, *factors))  # type: ignore[no-untyped-call]
         outward = cast(nn.Module, self.original.o_proj)
         if self.only is None:
             return outward(states[None]), None
-        return spread(outward(states.index_select(0, self.only)), self.only, hidden_states.shape), None
+        return scattered(outward(states.index_select(0, self.only)), self.only, hidden_states.shape), None
 
     def _inputs(
         self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None, settings: dict[str, Any]
-    ) -> tuple[Inputs | None, list[Tensor]]:
+    ) -> tuple[AttentionInputs | None, list[Tensor]]:
         """What the fused function works with, and A and B of each pair; None where it is not to be used."""
         nothing: tuple[None, list[Tensor]] = None, []
         rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in CACHES)
@@ -223,10 +223,10 @@ class RotaryAttention(StandIn):
         scale = cast(float, self.original.scaling)
         kernel: Kernel
         if on_card:
-            kernel = card_kernel(places, rows, scale, prefix)
+            kernel = flash_kernel(places, rows, scale, prefix)
         else:
             kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)(rows, scale, prefix)
-        inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), norms, head, kernel)
+        inputs = AttentionInputs(bases, [layer.bias for layer in layers], pair_products(uses, products), norms, head, kernel)
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 
     def head_norms(self) -> list[HeadNorm] | None:

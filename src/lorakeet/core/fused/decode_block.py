@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.batched.mix_copies import MixRows
-from lorakeet.core.fused.attention import INPUTS, turned
-from lorakeet.core.layers.linear import BLOCK_PARTS, BlockStandIn, HeldPairs, LoraLinear, SharedInput
+from lorakeet.core.fused.attention import INPUTS, rotated
+from lorakeet.core.layers.linear import BLOCK_PARTS, BlockReplacement, LoraLinear, PairCopies, SharedInput
 from lorakeet.core.reordered import Order, ReorderedBase
 from lorakeet.core.selection import BatchAssignment
 from lorakeet.kernels.cpu import operators
@@ -24,7 +24,7 @@ from lorakeet.kernels.cpu.block import NO_PAIRS, Block, BlockPairs, BlockParts, 
 from lorakeet.kernels.cpu.panels import Panels
 
 
-class Attended(Protocol):
+class DecodeCache(Protocol):
     """The keys and values of earlier tokens, as models/generate/kv_cache keeps them."""
 
     capacity: int
@@ -39,7 +39,7 @@ class Attended(Protocol):
         """q (tokens, heads, d), k and v (tokens, kv heads, d) of the new tokens to (tokens, heads, d)."""
 
 
-class DecodeBlock(BlockStandIn):
+class DecodeBlock(BlockReplacement):
     """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
 
     Used where no gradient is asked for and earlier tokens are in a cache; anything else is left to the original's own code. Parts
@@ -128,15 +128,15 @@ class DecodeBlock(BlockStandIn):
         parts = BlockParts(norms, epsilons, weights, biases, own.head_dim, own.scaling)
         return Block(parts) if parts.fit else None
 
-    def _suits(self, cache: Attended, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
+    def _suits(self, cache: DecodeCache, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
         head = self._parts[0].head_dim
         return len(x) == 1 and turn[0].shape == (1, x.shape[1], head) and (self._limit is None or cache.capacity <= self._limit)
 
-    def _attention(self, x: Tensor, cache: Attended, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, cache: DecodeCache, cos: Tensor, sin: Tensor) -> Tensor:
         """x (tokens, hidden), after the norm, to what attention adds."""
         own = self._parts[0]
         q, k, v = self._inward(x)
-        both = turned(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
+        both = rotated(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
         heads = q.shape[1] // own.head_dim
         values = v.view(len(x), -1, own.head_dim)
         found = cache.attend(own.layer_idx, both[:, :heads], both[:, heads:], values, scale=own.scaling)
@@ -163,7 +163,7 @@ class _SameInput:
         self._adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self._shared = SharedInput() if len(self._adapted) == len(layers) else None
 
-    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[BatchAssignment, HeldPairs]:
+    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[BatchAssignment, PairCopies]:
         """As SharedInput.prepared; all of the layers can be adapted."""
         return cast(SharedInput, self._shared).prepared(self._adapted, tokens, products, device)
 

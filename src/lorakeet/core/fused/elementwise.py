@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lorakeet.core import kernels as triton_kernels
-from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.cpu import elementwise, operators
+from lorakeet.kernels.tiled_weight import TritonRequest
 
 
 class Passes(NamedTuple):
@@ -28,13 +28,14 @@ class Passes(NamedTuple):
 
 
 IN_C = Passes(
-    operators.NORM, operators.NORM_AGAIN, operators.NORM_BACKWARD, operators.GATED, operators.GATED_BACKWARD, operators.TURN
+    elementwise.norm, elementwise.norm_again, elementwise.norm_backward,
+    elementwise.gated, elementwise.gated_backward_, elementwise.rotate_,
 )
 WIDEST = 1 << 14  # numbers of a row, which a program of Triton's holds at once
 
 
 def passes_over(
-    *states: Tensor, kernels: Kernels | None = None, width: int = operators.LANES, by_rows: bool = False
+    *states: Tensor, kernels: TritonRequest | None = None, width: int = operators.LANES, by_rows: bool = False
 ) -> Passes | None:
     """Who makes passes over these states, all of one dtype, whose last dimensions are multiples of `width` for C; None: torch.
 
@@ -53,4 +54,4 @@ def passes_over(
 def _of_triton() -> Passes:
     from lorakeet.kernels.triton import elementwise as found
 
-    return Passes(found.norm, found.norm_again, found.norm_backward, found.gated, found.gated_backward_, found.turn_)
+    return Passes(found.norm, found.norm_again, found.norm_backward, found.gated, found.gated_backward_, found.rotate_)

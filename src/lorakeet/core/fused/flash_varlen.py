@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu.operators import attention_backward_shapes, attention_shapes, define, scores_of
+from lorakeet.kernels.cpu.attention import attention_backward_shapes, attention_shapes, scores_of
+from lorakeet.kernels.cpu.operators import define
 from lorakeet.kernels.device import is_cpu
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def serves(like: Tensor, heads: int, kv: int, d: int) -> bool:
     if like.dtype not in DTYPES or d > WIDEST or d % STEP or is_cpu(device) or device.type not in ("cuda", "cpu"):
         return False
     few, group = min(2, kv), min(8, heads // kv)  # these show which head sees which, and take little memory
-    return _has_kernel(device) and (device.type == "cpu" or proved(device, like.dtype, group * few, few, d))
+    return _has_kernel(device) and (device.type == "cpu" or matches_definition(device, like.dtype, group * few, few, d))
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device if device.type == "cuda" else None) >= CAPABILITY
 
 
-class CardRows:
+class FlashVarlen:
     """Attention of rows by the flash kernel, all at once, for core/fused/packed_attention.CausalRows. Keeps O and log-sums
     beside Q, K, V.
 
@@ -70,7 +71,7 @@ class CardRows:
     @property
     def operators(self) -> tuple[Any, Any]:
         """That of the forward pass, and that of the backward pass."""
-        return CARD_ROWS, CARD_ROWS_BACKWARD
+        return FLASH_ROWS, FLASH_ROWS_BACKWARD
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
@@ -109,7 +110,7 @@ class Sequences:
     shared: Tensor | None = None
 
 
-def lengths_of(rows: Sequence[int], prefix: int, tokens: int) -> tuple[list[int], list[int]]:
+def sequence_lengths(rows: Sequence[int], prefix: int, tokens: int) -> tuple[list[int], list[int]]:
     """Queries and keys of each sequence: the prefix, the rows, what fills up."""
     filler = tokens - prefix - sum(rows)
     ends = [prefix] if prefix else [], [filler] if filler else []
@@ -119,7 +120,7 @@ def lengths_of(rows: Sequence[int], prefix: int, tokens: int) -> tuple[list[int]
 @functools.lru_cache(maxsize=64)  # micro-batches that pass a block together, one after the other
 def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.device) -> Sequences:
     """The same for as many layers as have these rows: what is copied to the card is copied once."""
-    queries, keys = lengths_of(rows, prefix, tokens)
+    queries, keys = sequence_lengths(rows, prefix, tokens)
     of_queries, of_keys = (torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (queries, keys))
     if not prefix:
         return Sequences(of_queries, of_keys, max(queries), max(keys))
@@ -156,7 +157,7 @@ def flash_backward(
     return of_q, of_k, of_v
 
 
-def card_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+def flash_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are rows, prefix,
     scale and window."""
     rows, prefix, scale, window = given
@@ -165,10 +166,10 @@ def card_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Ten
     return flash_forward(laid, (q, keys, values), scale, window)
 
 
-def card_rows_backward(
+def flash_rows_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `card_rows` was given and gave.
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `flash_rows` was given and gave.
 
     A prefix's key stands in every sequence; ∂L/∂k is the sum of what arrives in each of its places, in fp32.
     """
@@ -200,16 +201,16 @@ def _seen_in(window: int) -> dict[str, int]:
     return {"window_size_left": EVERYTHING if window == EVERYTHING else window - 1, "window_size_right": 0}
 
 
-def workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, *_: Any) -> int:
-    """Bytes that `card_rows` holds for as long as it computes: keys and values of sequences that share a prefix."""
+def _workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, *_: Any) -> int:
+    """Bytes that `flash_rows` holds for as long as it computes: keys and values of sequences that share a prefix."""
     return 2 * _gathered_bytes(q, k, rows, prefix)
 
 
-def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any) -> int:
-    """The same of `card_rows_backward`: the kernel's fp32 sums of ∂Q and of rows, ∂K and ∂V of every head of a group, and, with
+def _backward_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any) -> int:
+    """The same of `flash_rows_backward`: the kernel's fp32 sums of ∂Q and of rows, ∂K and ∂V of every head of a group, and, with
     a prefix, K, V, ∂K and ∂V of all sequences, and the prefix's parts of a gradient with their sum."""
     rows, prefix, _, _ = given
-    queries, keys = lengths_of(rows, prefix, len(q))
+    queries, keys = sequence_lengths(rows, prefix, len(q))
     (tokens, heads, d), kv = q.shape, k.shape[1]
     sums = 4 * (tokens + BLOCK * len(queries)) * heads * (1 + -(-d // 32) * 32)
     expanded = 2 * sum(keys) * heads * d * q.itemsize if heads != kv else 0
@@ -220,11 +221,11 @@ def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
 def _gathered_bytes(q: Tensor, k: Tensor, rows: list[int], prefix: int) -> int:
     if not prefix:
         return 0
-    return sum(lengths_of(rows, prefix, len(q))[1]) * k.shape[1] * k.shape[2] * k.itemsize
+    return sum(sequence_lengths(rows, prefix, len(q))[1]) * k.shape[1] * k.shape[2] * k.itemsize
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
-    """Of the two products of `card_rows`, of the scores that mask and window let through."""
+def _flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
+    """Of the two products of `flash_rows`, of the scores that mask and window let through."""
     rows, prefix, _scale, window = given
     scores = scores_of(rows, prefix)
     if window != EVERYTHING:
@@ -232,9 +233,9 @@ def flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
     return 4 * scores * q.shape[1] * q.shape[2]
 
 
-def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any, **_: Any) -> int:
-    """Of the five products of `card_rows_backward`."""
-    return 5 * flops(q, k, v, *given) // 2
+def _backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any, **_: Any) -> int:
+    """Of the five products of `flash_rows_backward`."""
+    return 5 * _flops(q, k, v, *given) // 2
 
 
 def _places(rows: Sequence[int], prefix: int) -> list[int]:
@@ -243,7 +244,7 @@ def _places(rows: Sequence[int], prefix: int) -> list[int]:
 
 
 @functools.cache
-def proved(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
+def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
     """Whether the kernel computes made-up rows, both ways, as the definition does in fp32; where not, that is said once."""
     rows, prefix, window = PROOF
     said = ""
@@ -271,7 +272,7 @@ def _difference(
     tokens = shared + sum(rows) + 2  # and two that fill up
     draw = torch.Generator().manual_seed(tokens)
     q, k, v, grad = (torch.randn(1, many, tokens, d, generator=draw).to(device, dtype) for many in (heads, kv, kv, heads))
-    kernel = CardRows(rows, d**-0.5, shared, window)
+    kernel = FlashVarlen(rows, d**-0.5, shared, window)
     out, kept = kernel.forward(q, k, v)
     found = out, *kernel.backward(grad.transpose(1, 2), q, k, v, *kept)
     for name, mine, theirs in zip(("O", "∂Q", "∂K", "∂V"), found, by_definition((q, k, v), grad, kernel.laid), strict=True):
@@ -305,15 +306,19 @@ def by_definition(states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int
 
 
 _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float scale, int window"
-CARD_ROWS = define(
-    f"card_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
-    card_rows,
+FLASH_ROWS = define(
+    f"flash_card_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
+    flash_rows,
     attention_shapes,
+    _flops,
+    _workspace,
     key=EVERYWHERE,
 )
-CARD_ROWS_BACKWARD = define(
-    f"card_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
-    card_rows_backward,
+FLASH_ROWS_BACKWARD = define(
+    f"flash_card_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
+    flash_rows_backward,
     attention_backward_shapes,
+    _backward_flops,
+    _backward_workspace,
     key=EVERYWHERE,
 )

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakeet.core.fused.flash_varlen import EVERYTHING, EVERYWHERE, CardRows, Sequences, flash_backward, flash_forward
-from lorakeet.kernels.cpu.operators import attention_backward_shapes, attention_shapes, define
+from lorakeet.core.fused.flash_varlen import EVERYTHING, EVERYWHERE, FlashVarlen, Sequences, flash_backward, flash_forward
+from lorakeet.kernels.cpu.attention import attention_backward_shapes, attention_shapes
+from lorakeet.kernels.cpu.operators import define
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class RowOffsets:
     longest: int
 
 
-class PlacedRows(CardRows):
+class FlashVarlenAtOffsets(FlashVarlen):
     """Attention of rows at `places`, for core/fused/packed_attention.CausalRows; `window` as in CardRows."""
 
     def __init__(self, places: RowOffsets, scale: float, window: int | None = None) -> None:
@@ -37,41 +38,41 @@ class PlacedRows(CardRows):
 
     @property
     def operators(self) -> tuple[Any, Any]:
-        return PLACED_ROWS, PLACED_ROWS_BACKWARD
+        return OFFSET_ROWS, OFFSET_ROWS_BACKWARD
 
 
-def card_kernel(
+def flash_kernel(
     places: RowOffsets | None, rows: tuple[int, ...], scale: float, prefix: int, window: int | None = None
-) -> CardRows:
+) -> FlashVarlen:
     """The kernel for rows of those lengths, or of those places where there are any."""
-    return CardRows(rows, scale, prefix, window) if places is None else PlacedRows(places, scale, window)
+    return FlashVarlen(rows, scale, prefix, window) if places is None else FlashVarlenAtOffsets(places, scale, window)
 
 
-def placed_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+def offset_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are starts, the
     longest, scale and window."""
     starts, longest, scale, window = given
     return flash_forward(Sequences(starts, starts, longest, longest), (q, k, v), scale, window)
 
 
-def placed_rows_backward(
+def offset_rows_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `placed_rows` was given and gave."""
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `offset_rows` was given and gave."""
     starts, longest, scale, window = given
     return flash_backward(Sequences(starts, starts, longest, longest), (grad, q, k, v, out, logs), scale, window)
 
 
 _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "Tensor starts, int longest, float scale, int window"
-PLACED_ROWS = define(
-    f"placed_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
-    placed_rows,
+OFFSET_ROWS = define(
+    f"offset_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
+    offset_rows,
     attention_shapes,
     key=EVERYWHERE,
 )
-PLACED_ROWS_BACKWARD = define(
-    f"placed_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
-    placed_rows_backward,
+OFFSET_ROWS_BACKWARD = define(
+    f"offset_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
+    offset_rows_backward,
     attention_backward_shapes,
     key=EVERYWHERE,
 )

@@ -18,12 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase, matmul_each, sum_of_matmul_t
 from lorakeet.core.fused.elementwise import passes_over
-from lorakeet.core.layers.linear import LoraLinear, StandIn, dense_base_of
+from lorakeet.core.layers.linear import LoraLinear, Replacement, dense_base_of
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.pair_products import PairProducts, Placed, by_turns
+from lorakeet.core.pair_products import PairProducts, PairSpan, alternated
 from lorakeet.core.selection import Share
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Projections:
     out_of: PairProducts
 
     @property
-    def kernels(self) -> Kernels | None:
+    def kernels(self) -> TritonRequest | None:
         """Triton's, where they are asked for."""
         return kernels_of((self.gate, self.up, self.down))
 
 
 @dataclass(frozen=True)
-class Normed:
+class NormInputs:
     """How y = w ∘ (x·ρ) came about. What is multiplied with y may keep x and ρ, which are kept anyway, and make y again."""
 
     x: Tensor
@@ -81,21 +81,21 @@ class Normed:
     version: int = 0  # of y, when this was noted: what was changed in place since is another y
 
     @staticmethod
-    def of(y: Tensor) -> Normed | None:
+    def of(y: Tensor) -> NormInputs | None:
         """What a FrozenRmsNorm noted on its result, its rows end to end; None for any other tensor."""
-        found = cast("Normed | None", getattr(y, _NOTE, None))
+        found = cast("NormInputs | None", getattr(y, _NOTE, None))
         if found is None or found.version != y._version:
             return None
-        return Normed(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
+        return NormInputs(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
 
 
-def kept_of(y: Tensor, made_of: Normed | None) -> tuple[Tensor, ...]:
+def saved_for(y: Tensor, made_of: NormInputs | None) -> tuple[Tensor, ...]:
     """What to save of `y` for the backward pass: itself, or what it was normed from."""
     return (y,) if made_of is None else (made_of.x, made_of.rho, made_of.weight)
 
 
-def made_again(kept: Sequence[Tensor], kernels: Kernels | None = None) -> Tensor:
-    """y, to the last bit, from what `kept_of` gave; `kernels`: what its norm was asked to use."""
+def recomputed(kept: Sequence[Tensor], kernels: TritonRequest | None = None) -> Tensor:
+    """y, to the last bit, from what `saved_for` gave; `kernels`: what its norm was asked to use."""
     if len(kept) == 1:
         return kept[0]
     x, rho, weight = kept
@@ -122,7 +122,7 @@ class GatedMlpFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: Projections, made_of: Normed | None, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, projections: Projections, made_of: NormInputs | None, *factors: Tensor) -> Tensor:
         p = projections
         of_into, of_down = _factors_of(p, factors)
         wide = x.to(p.products)
@@ -131,7 +131,7 @@ class GatedMlpFunction(torch.autograd.Function):
         inner = _gated(p, gate, up)
         y = p.down.matmul(inner)
         for_down = p.out_of.add([y], inner, of_down)  # h·Aᵀ
-        source = kept_of(x, made_of) if factors else ()
+        source = saved_for(x, made_of) if factors else ()
         ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *for_down, *factors)
         ctx.projections, ctx.counts = p, (len(source), len(shrunk), len(for_down))
         return y.to(x.dtype)
@@ -149,13 +149,13 @@ class GatedMlpFunction(torch.autograd.Function):
         through, grads_b = p.out_of.backward(grad_inner, [grad], for_down, of_down)
         del grad
         grad_gate, grad_up, grads_a = _gated_backward(p, gate, up, grad_inner, through, of_down)
-        down = by_turns(grads_a, grads_b)
+        down = alternated(grads_a, grads_b)
         del gate, up, grad_inner
-        wide = made_again(x, p.kernels).to(p.products) if x else grad_gate  # which only the gradients of pairs need
+        wide = recomputed(x, p.kernels).to(p.products) if x else grad_gate  # which only the gradients of pairs need
         grad_x = sum_of_matmul_t((p.gate, p.up), (grad_gate, grad_up)) if ctx.needs_input_grad[0] else None
         through, grads_b = p.into.backward(grad_x, [grad_gate, grad_up], shrunk, of_into)
         del grad_gate, grad_up
-        into = by_turns(p.into.of_a(through, wide, of_into), grads_b)
+        into = alternated(p.into.of_a(through, wide, of_into), grads_b)
         return None if grad_x is None else grad_x.to(dtype), None, None, *into, *down
 
 
@@ -164,9 +164,9 @@ def _factors_of(p: Projections, factors: Sequence[Tensor]) -> tuple[Sequence[Ten
     return factors[: 2 * len(p.into.places)], factors[2 * len(p.into.places) :]
 
 
-def kernels_of(bases: Iterable[FrozenBase]) -> Kernels | None:
+def kernels_of(bases: Iterable[FrozenBase]) -> TritonRequest | None:
     """Triton's kernels, where one of the weights is asked to use them."""
-    found = (cast("Kernels | None", getattr(base, "kernels", None)) for base in bases)
+    found = (cast("TritonRequest | None", getattr(base, "kernels", None)) for base in bases)
     return next((kernels for kernels in found if kernels is not None), None)
 
 
@@ -198,7 +198,7 @@ def _times_product(left: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return torch.cat([torch.mm(left, a * b) for a, b in parts], dim=1)
 
 
-class GatedMlp(StandIn):
+class GatedMlp(Replacement):
     """Stands for an MLP of transformers with gate_proj, up_proj, down_proj.
 
     Fused where all three carry plain pairs of the same adapters, and in training where none carries anything; anything else is
@@ -214,7 +214,7 @@ class GatedMlp(StandIn):
     def forward(self, x: Tensor) -> Tensor:
         if self.only is None:
             return self._of(x)
-        return spread(self._of(x.flatten(0, -2).index_select(0, self.only)), self.only, x.shape)
+        return scattered(self._of(x.flatten(0, -2).index_select(0, self.only)), self.only, x.shape)
 
     def _of(self, x: Tensor) -> Tensor:
         """The MLP of every token of x (…, hidden)."""
@@ -231,20 +231,20 @@ class GatedMlp(StandIn):
         products = cast("torch.dtype | None", getattr(layers[0], "products", None)) or x.dtype
         into = [(share, pair, layer) for share, *pairs in uses for layer, pair in enumerate(pairs[:2])]
         out_of = [(share, pair, 0) for share, *_, pair in uses]
-        out = placed(out_of, products, in_c=self.activation.native)  # who would want φ(g) ∘ u whole
-        projections = Projections(gate, up, down, self.activation, products, placed(into, products), out)
+        out = pair_products(out_of, products, in_c=self.activation.native)  # who would want φ(g) ∘ u whole
+        projections = Projections(gate, up, down, self.activation, products, pair_products(into, products), out)
         factors = [factor for _, pair, _ in (*into, *out_of) for factor in pair.factors()]
-        y = cast(Tensor, GatedMlpFunction.apply(flat, projections, Normed.of(x), *factors))  # type: ignore[no-untyped-call]
+        y = cast(Tensor, GatedMlpFunction.apply(flat, projections, NormInputs.of(x), *factors))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
 
-def placed(uses: Sequence[tuple[Share, LoraPair, int]], products: torch.dtype, *, in_c: bool = True) -> PairProducts:
+def pair_products(uses: Sequence[tuple[Share, LoraPair, int]], products: torch.dtype, *, in_c: bool = True) -> PairProducts:
     """The products of pairs, each on the tokens of its share, that add to the layers of these numbers."""
-    places = [Placed(share.start, share.stop, share.weight * pair.scale, layer) for share, pair, layer in uses]
+    places = [PairSpan(share.start, share.stop, share.weight * pair.scale, layer) for share, pair, layer in uses]
     return PairProducts(places, products, in_c=in_c)
 
 
-def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+def scattered(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     """(n, hidden) at `places` (n,), each named once, of the tokens of a tensor of `shape` (…, hidden), and zeros elsewhere."""
     return found.new_zeros(shape).flatten(0, -2).index_copy(0, places, found).view(shape)
 
@@ -289,7 +289,7 @@ def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Sh
     return uses if all(pair.plain for _, pair in uses) else []
 
 
-def normed(x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest | None = None) -> tuple[Tensor, Tensor]:
     """y and ρ (…, 1), as RmsNormFunction has them, of x (…, width)."""
     if (by := passes_over(x, weight, kernels=kernels, by_rows=True)) is not None:
         return by.norm(x, weight, epsilon)
@@ -298,7 +298,7 @@ def normed(x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None = 
     return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
 
 
-def normed_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: Kernels | None = None) -> Tensor:
+def rms_norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: TritonRequest | None = None) -> Tensor:
     """∂x of it, in the dtype of x."""
     if (by := passes_over(x, weight, grad, kernels=kernels, by_rows=True)) is not None:
         return by.norm_backward(grad, x, rho, weight)
@@ -312,8 +312,8 @@ class RmsNormFunction(torch.autograd.Function):
     """(y, ρ): y = w ∘ x̂, x̂ = x·ρ, ρ = 1/√(mean(x²) + ε), in fp32;  ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)). Saves x and ρ; w is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None) -> tuple[Tensor, Tensor]:
-        y, rho = normed(x, weight, epsilon, kernels)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest | None) -> tuple[Tensor, Tensor]:
+        y, rho = rms_norm(x, weight, epsilon, kernels)
         ctx.save_for_backward(x, rho, weight)
         ctx.mark_non_differentiable(rho)
         ctx.kernels = kernels
@@ -323,13 +323,13 @@ class RmsNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, rho, weight = ctx.saved_tensors
-        return normed_backward(grad, x, rho, weight, ctx.kernels) if ctx.needs_input_grad[0] else None, None, None, None
+        return rms_norm_backward(grad, x, rho, weight, ctx.kernels) if ctx.needs_input_grad[0] else None, None, None, None
 
 
-class FrozenRmsNorm(StandIn):
+class FrozenRmsNorm(Replacement):
     """Stands for a frozen RMSNorm with `weight` and `variance_epsilon`."""
 
-    kernels: Kernels | None = None  # Triton's, where they are asked for
+    kernels: TritonRequest | None = None  # Triton's, where they are asked for
 
     @property
     def weight(self) -> Tensor:
@@ -340,5 +340,5 @@ class FrozenRmsNorm(StandIn):
         epsilon = cast(float, self.original.variance_epsilon)
         y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon, self.kernels))  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled():
-            setattr(y, _NOTE, Normed(x.detach(), rho, self.weight, y._version))
+            setattr(y, _NOTE, NormInputs(x.detach(), rho, self.weight, y._version))
         return y

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.fused.flash_varlen import CardRows
+from lorakeet.core.fused.flash_varlen import FlashVarlen
 from lorakeet.core.fused.packed_blocks import Indexed, QueryBlocks, blocks_of_queries, token_indices, whole_row_blocks
-from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.cpu import attention, operators
 from lorakeet.kernels.device import is_cpu
 
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
@@ -37,7 +37,7 @@ def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they 
     return cast(Tensor, CausalRows.apply(query, key, value, kernel))  # type: ignore[no-untyped-call]
 
 
-def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefix: int, head: int = 0) -> type[OnCpu]:
+def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefix: int, head: int = 0) -> type[CpuKernel]:
     """How rows are computed whose states are `like` these, in heads of `head` numbers (0: as many as the last dimension has).
 
     `products` is the dtype of matrix products, `prefix` what the rows share.
@@ -45,7 +45,7 @@ def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefi
     enough = sum(rows) + prefix * len(rows) >= TILED * len(rows)
     if enough and native_serves(like.dtype, head or like.shape[-1], products, like.device):
         return NativeRows
-    return ProductRows if products != torch.float32 and products == like.dtype else FlashRows
+    return ProductRows if products != torch.float32 and products == like.dtype else CpuFlashRows
 
 
 def native_serves(dtype: torch.dtype, head: int, products: torch.dtype, device: torch.device) -> bool:
@@ -78,7 +78,7 @@ class NativeRows:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result, and what `backward` needs beside Q, K and V."""
-        result, logs = operators.ROW_ATTENTION(*map(_token_by_token, (query, key, value)), *self.laid)
+        result, logs = attention.ROW_ATTENTION(*map(_token_by_token, (query, key, value)), *self.laid)
         return result[None], (result, logs)
 
     def backward(
@@ -86,7 +86,7 @@ class NativeRows:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
         given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
-        found = operators.ROW_ATTENTION_BACKWARD(*given, *self.laid)
+        found = attention.ROW_ATTENTION_BACKWARD(*given, *self.laid)
         of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in found)
         return of_q, of_k, of_v
 
@@ -195,7 +195,7 @@ def _by_token(found: Tensor, shape: tuple[int, ...]) -> Tensor:
     return found.view(shape[0], -1, shape[1], found.shape[2]).transpose(1, 2)
 
 
-class FlashRows:
+class CpuFlashRows:
     """Attention by torch's CPU flash kernel in fp32, rows of nearly equal length at once.
 
     Keeps O in its own dtype and the log-sums beside Q, K, V. For the time of a call K and V are repeated for each head of a
@@ -262,5 +262,5 @@ def _heads_of(places: Indexed, states: Tensor, times: int) -> Tensor:
     return found.to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
 
 
-OnCpu = NativeRows | ProductRows | FlashRows
-Kernel = OnCpu | CardRows  # or core/fused/flash_varlen_recorded, which is one
+CpuKernel = NativeRows | ProductRows | CpuFlashRows
+Kernel = CpuKernel | FlashVarlen  # or core/fused/flash_varlen_recorded, which is one

@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.base import stored
+from lorakeet.core.base import stored_weight
 from lorakeet.core.fused.attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.fused.mlp_and_norm import MLP, FrozenRmsNorm, GatedMlp, shared_uses
 from lorakeet.core.fused.packed_attention import NativeRows, kernel_for
-from lorakeet.core.fused.trained_block_cache import HOOKS, Look, Noted, cached_arguments, selection_in
-from lorakeet.core.layers.linear import BLOCK_PARTS, BlockStandIn, LoraLinear
+from lorakeet.core.fused.trained_block_cache import HOOKS, BlockArguments, Fingerprint, block_arguments, selection_in
+from lorakeet.core.layers.linear import BLOCK_PARTS, BlockReplacement, LoraLinear
 from lorakeet.core.selection import Share
+from lorakeet.kernels.cpu import attention as row_attention
 from lorakeet.kernels.cpu import dense, operators, trained_pairs
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.cpu.trained_block import BlockCall, Pairs, Weights
-from lorakeet.kernels.cpu.workspace import ROOMS
+from lorakeet.kernels.cpu.workspace import WORKSPACES
 
 
 class TrainedBlockFunction(torch.autograd.Function):
@@ -62,10 +63,10 @@ class TrainedBlockFunction(torch.autograd.Function):
         return None if grad_x is None else grad_x[None], None, None, None, *of_factors
 
 
-class Before(NamedTuple):
+class CachedCall(NamedTuple):
     """What C was last told of a block: addresses, which are valid as long as a look sees what was `noted`. It holds no tensor."""
 
-    noted: Noted
+    noted: Fingerprint
     weights: Any
     states: tuple[int, int, int]  # heads of queries, of keys, and numbers of each
     shares: tuple[Share, ...]
@@ -77,7 +78,7 @@ class Before(NamedTuple):
         """Of the adapters."""
         return tuple([share.name for share in self.shares])
 
-    def of(self, seen: Look, shares: tuple[Share, ...], tokens: int) -> Before:
+    def of(self, seen: BlockArguments, shares: tuple[Share, ...], tokens: int) -> CachedCall:
         """The same for other rows of the same adapters."""
         weights = [share.weight for share in shares for _ in range(len(seen.scales) // len(shares))]
         scales = [weight * scale for weight, scale in zip(weights, seen.scales, strict=True)]
@@ -87,13 +88,13 @@ class Before(NamedTuple):
 class _Memory:
     """Of a block, with `before` if it has been asked; a copy of it, and one that is read back, remember nothing."""
 
-    before: Before | None = None
+    before: CachedCall | None = None
 
     def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
         return _Memory, ()
 
 
-class TrainedBlock(BlockStandIn):
+class TrainedBlock(BlockReplacement):
     """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
 
     Used where rows lie end to end in bf16, and all seven layers have plain pairs for the same tokens, with gradients and without,
@@ -111,8 +112,8 @@ class TrainedBlock(BlockStandIn):
             given = hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
             asked = self._as_before(*given) or self._noted(*given)
         if asked is None:
-            if not torch.is_grad_enabled() and not ROOMS.taken:
-                ROOMS.release()  # this is no pass that takes any, and holds memory of its own
+            if not torch.is_grad_enabled() and not WORKSPACES.taken:
+                WORKSPACES.release()  # this is no pass that takes any, and holds memory of its own
             return self.original(hidden_states, *args, **settings)
         call, factors = asked
         cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
@@ -141,7 +142,7 @@ class TrainedBlock(BlockStandIn):
         shares = selection.all_shares(tokens)
         if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
             return None
-        seen = cached_arguments(block, before.names, x)
+        seen = block_arguments(block, before.names, x)
         if seen is None or not before.noted.same(seen) or seen.attention.looks_back_less(prefix + max(rows)):
             return None
         if shares != before.shares or tokens != before.tokens:
@@ -156,13 +157,14 @@ class TrainedBlock(BlockStandIn):
         """
         selection, tokens = selection_in(self._modules["original"]), x.shape[1]
         shares = () if selection is None else selection.all_shares(tokens)
-        seen = cached_arguments(self._modules["original"], [share.name for share in shares], x)
+        seen = block_arguments(self._modules["original"], [share.name for share in shares], x)
         asked = self._asked(x, rows, prefix)
         if asked is None or seen is None or len(seen.factors) != len(asked[1]):  # where some shares have no pair here
             return asked
         if all(one is other for one, other in zip(seen.factors, asked[1], strict=True)):
             call, shape = asked[0], asked[0].shape
-            self.memory.before = Before(Noted(seen), call.weights, (shape.heads, shape.kv, shape.d), shares, tokens, call.pairs)
+            states = shape.heads, shape.kv, shape.d
+            self.memory.before = CachedCall(Fingerprint(seen), call.weights, states, shares, tokens, call.pairs)
         return asked
 
     def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
@@ -182,7 +184,7 @@ class TrainedBlock(BlockStandIn):
         factors = [factor for pair in pairs for factor in pair.factors()]
         spans = _spans([share for share, *_ in uses])
         shapes = tuple([weight[1:3] for weight in weights.layers])
-        taken = all(trained_pairs.takes(factor) and factor.is_cpu for factor in factors)
+        taken = all(trained_pairs.is_factor(factor) and factor.is_cpu for factor in factors)
         if not taken or not _fit(shapes, x.shape[2], own.head_dim) or not _apart(spans):
             return None
         changed = [(len(B), A.shape[1]) for A, B in zip(factors[::2], factors[1::2], strict=True)]
@@ -192,7 +194,7 @@ class TrainedBlock(BlockStandIn):
         heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
         held = [*weights.held(), *(factor.detach() for factor in factors)]
-        return BlockCall(weights.told(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
+        return BlockCall(weights.as_struct(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
@@ -247,7 +249,7 @@ def _stored(layer: nn.Module, x: Tensor) -> StoredWeight | None:
     """What C is told of its frozen weight, if that is to be multiplied in bf16 and by the library alone."""
     if type(layer) is not LoraLinear or layer.products not in (None, torch.bfloat16):
         return None
-    return stored(layer.base, x)
+    return stored_weight(layer.base, x)
 
 
 @lru_cache(maxsize=8)
@@ -268,7 +270,8 @@ def _spans(shares: Sequence[Share]) -> tuple[tuple[int, int], ...]:
 @lru_cache(maxsize=8)
 def _apart(spans: tuple[tuple[int, int], ...]) -> bool:
     """Whether every share has tokens, and none of another's; a mix of adapters on the same ones is left to the parts."""
-    return len(set(spans)) == len(spans) and trained_pairs.apart([number for start, stop in spans for number in (start, stop, 0)])
+    places = [number for start, stop in spans for number in (start, stop, 0)]
+    return len(set(spans)) == len(spans) and trained_pairs.parts_are_disjoint(places)
 
 
-_shape_of = lru_cache(maxsize=8)(operators.shape_of)  # all blocks of a pass ask for the same
+_shape_of = lru_cache(maxsize=8)(row_attention.attention_shape)  # all blocks of a pass ask for the same

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.base import coding
+from lorakeet.core.base import multiplies_int8
 from lorakeet.core.fused.attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.fused.mlp_and_norm import MLP
 from lorakeet.core.layers.linear import BLOCK_PARTS
@@ -26,7 +26,7 @@ Place = tuple[int, torch.Size, torch.dtype, bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class BlockArguments:
     """What there is: `objects` and tensors are compared by identity, `values` by what they are, tensors also by where they lie.
 
     `factors` are A and B of the pairs by turns, `scales` theirs, in the order of the names and, within a name, of the layers.
@@ -61,7 +61,7 @@ def selection_in(block: Any) -> Selection | None:
     return found if isinstance(found, Selection) else None
 
 
-def cached_arguments(block: Any, names: Sequence[str], x: Tensor) -> Look | None:
+def block_arguments(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
     """At a decoder block and the pairs of these names on its seven layers, for states like x.
 
     None where it has other parts or somebody listens to them, and for pairs with an anchor, whose factors are made for each pass.
@@ -72,7 +72,7 @@ def cached_arguments(block: Any, names: Sequence[str], x: Tensor) -> Look | None
         return None
 
 
-def _look(block: Any, names: Sequence[str], x: Tensor) -> Look | None:
+def _look(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
     """The same, of the plain dicts of the modules: 30 blocks are looked at in every pass."""
     parts = [block._modules[name] for name in BLOCK_PARTS]
     first, attention, second, mlp = parts
@@ -100,12 +100,12 @@ def _look(block: Any, names: Sequence[str], x: Tensor) -> Look | None:
         block.__dict__.get("gradient_checkpointing"),
         *[norm.variance_epsilon for norm in norms],
         *[layer.products for layer in layers], *[base.kernels for base in bases],
-        *[coding(base, x) for base in bases],
+        *[multiplies_int8(base, x) for base in bases],
         *[bias is None for bias in biases],
         *[pair.plain for pair in pairs],
         *[(each.requires_grad, -1 if each.is_inference() else each._version) for each in frozen],
     ]  # fmt: skip
-    return Look(
+    return BlockArguments(
         selection,
         attention,
         [selection, *parts, own, inner, *heads, *norms, *layers, *originals, *bases, *pairs, mlp.activation],
@@ -117,14 +117,14 @@ def _look(block: Any, names: Sequence[str], x: Tensor) -> Look | None:
     )
 
 
-class Noted:
+class Fingerprint:
     """A look that was taken, to compare others with. It keeps nothing of what was seen alive."""
 
-    def __init__(self, seen: Look) -> None:
+    def __init__(self, seen: BlockArguments) -> None:
         self._identities = [weakref.ref(each) for each in seen.identities()]
         self._values, self._scales, self._places = seen.values, seen.scales, seen.places()
 
-    def same(self, seen: Look) -> bool:
+    def same(self, seen: BlockArguments) -> bool:
         """Whether nothing is other than it was."""
         found = seen.identities()
         if len(found) != len(self._identities) or self._values != seen.values or self._scales != seen.scales:

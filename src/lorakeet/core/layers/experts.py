@@ -31,7 +31,7 @@ class LoraExperts(AdaptedLayer):
             return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
         pairs = cast(ExpertPairs, self.adapters[self.active])
         result = torch.zeros_like(hidden_states)
-        for expert in chosen(top_k_index):
+        for expert in chosen_experts(top_k_index):
             if expert >= self._experts():  # transformers marks a dropped choice by an index past the last expert
                 continue
             token, choice = torch.where(top_k_index == expert)
@@ -53,7 +53,7 @@ class LoraExperts(AdaptedLayer):
         return low_rank_linear(x, SliceBase(stacked, expert), factors, dropout=dropout, products=self.products)
 
 
-def chosen(top_k_index: Tensor) -> list[int]:
+def chosen_experts(top_k_index: Tensor) -> list[int]:
     """The experts that any token chose, in order; few numbers are asked for, each of which costs a rehearsal (memory/ledger)."""
     numbers = top_k_index.flatten().sort().values
     return cast(list[int], torch.unique_consecutive(numbers).tolist())
@@ -68,7 +68,7 @@ _UNFIT = {  # what transformers 5 notes on a block of experts, and what it means
 }
 
 
-def supports(module: nn.Module) -> str:
+def why_not_experts(module: nn.Module) -> str:
     """Why LoRA cannot be put on this block of experts; an empty string when it can."""
     for name, (unfit, why) in _UNFIT.items():
         if getattr(module, name, not unfit) is unfit:

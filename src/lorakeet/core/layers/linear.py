@@ -21,10 +21,10 @@ from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
 from lorakeet.core.batched.mix_copies import MixRows
 from lorakeet.core.batched.stack import PairStack, shared_low_rank
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.initialise import begin
+from lorakeet.core.initialise import initialise
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.reordered import ReorderedBase, Together
+from lorakeet.core.reordered import ReorderedBase, ReorderedProducts
 from lorakeet.core.selection import BatchAssignment, Selection, Share
 from lorakeet.core.spec import ANCHORED
 from lorakeet.kernels.cpu.inference_pairs import fits_shapes
@@ -32,7 +32,7 @@ from lorakeet.kernels.cpu.inference_pairs import fits_shapes
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
 
 
-class StandIn(nn.Module):
+class Replacement(nn.Module):
     """A module that stands in a model in place of `original`, which it holds untouched."""
 
     def __init__(self, original: nn.Module) -> None:
@@ -44,7 +44,7 @@ class StandIn(nn.Module):
         return nullcontext()
 
 
-class BlockStandIn(StandIn):
+class BlockReplacement(Replacement):
     """Stands for a whole decoder block, and answers what the decoder asks of it, such as the kind of its attention."""
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +54,7 @@ class BlockStandIn(StandIn):
             return getattr(super().__getattr__("original"), name)
 
 
-class AdaptedLayer(StandIn):
+class AdaptedLayer(Replacement):
     """A frozen module with any number of named adapters, one of which may be active."""
 
     products: torch.dtype | None = None  # dtype of the matrix products (core/precision); None: that of the input
@@ -167,7 +167,7 @@ class LoraLinear(AdaptedLayer):
     def _one_by_one(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]]) -> Tensor:
         """Where some pairs are more than A and B: their shares by themselves, what lies between them, mixed or not, together."""
         parts, done = [], 0
-        for special, pair in sorted(require_unmixed(shares), key=lambda one: one[0].start):
+        for special, pair in sorted(require_no_mix(shares), key=lambda one: one[0].start):
             if done < special.start:
                 parts.append(self._plain(x, shares, done, special.start))
             parts.append(self.by_itself(x, special, pair))
@@ -190,7 +190,7 @@ class LoraLinear(AdaptedLayer):
         return shared_low_rank(x[start:stop], self.base, own, bias=self.bias, products=self.products)
 
 
-def require_unmixed(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Share, LoraPair]]:
+def require_no_mix(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Share, LoraPair]]:
     """The shares of one layer whose pairs are more than A and B. ValueError where one is weighted, or shares a token."""
     found = [(share, pair) for share, pair in shares if not pair.plain]
     for share, _ in found:
@@ -200,7 +200,7 @@ def require_unmixed(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Shar
     return found
 
 
-HeldPairs = PairStack | MixRows  # pairs of layers that see the same x
+PairCopies = PairStack | MixRows  # pairs of layers that see the same x
 
 
 class SharedInput:
@@ -210,13 +210,13 @@ class SharedInput:
     """
 
     def __init__(self) -> None:
-        self._stack: HeldPairs | None = None
+        self._stack: PairCopies | None = None
         self._selection: Selection | None = None  # whose mixes the stack holds
         self._to: BatchAssignment | None = None  # what the stack is made for, after which change of adapters
         self._changes = -1
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
-        self._together: Together | None = None  # the frozen weights
+        self._together: ReorderedProducts | None = None  # the frozen weights
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
         """For other layers, which hold nothing yet."""
@@ -240,13 +240,13 @@ class SharedInput:
         ys = ys if products == x.dtype else [y.to(x.dtype) for y in ys]
         if special:
             for layer, y in zip(layers, ys, strict=True):
-                for share, pair in require_unmixed(layer.uses(len(x))):
+                for share, pair in require_no_mix(layer.uses(len(x))):
                     y[share.start : share.stop] = layer.by_itself(x, share, pair)
         return ys
 
     def prepared(
         self, layers: Sequence[LoraLinear], tokens: int, products: torch.dtype, device: torch.device
-    ) -> tuple[BatchAssignment, HeldPairs]:
+    ) -> tuple[BatchAssignment, PairCopies]:
         """How the divided batch is computed by layers that see so many tokens, and what holds the pairs that it uses."""
         selection, stack = layers[0].selection, self._stack
         to = selection.arranged(tokens, device)
@@ -254,15 +254,15 @@ class SharedInput:
             stack = self._holding(layers, to, products, device)
         return to, stack
 
-    def _frozen(self, layers: Sequence[LoraLinear]) -> Together:
+    def _frozen(self, layers: Sequence[LoraLinear]) -> ReorderedProducts:
         bases = [layer.base for layer in layers]
         if self._together is None or not all(map(operator.is_, self._together.bases, bases)):
-            self._together = Together(bases)
+            self._together = ReorderedProducts(bases)
         return self._together
 
     def _holding(
         self, layers: Sequence[LoraLinear], to: BatchAssignment, products: torch.dtype, device: torch.device
-    ) -> HeldPairs:
+    ) -> PairCopies:
         """The stack, with the mixes of `to` in it."""
         selection, stack = layers[0].selection, self._stack
         changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
@@ -280,7 +280,7 @@ class SharedInput:
         return stack
 
 
-def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> HeldPairs:
+def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> PairCopies:
     """What holds pairs of layers that see the same x; nothing yet."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
     if fits_shapes(products, device, shapes):
@@ -357,12 +357,12 @@ def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, devic
     """A pair as `entry` plans it, begun; `weight()` gives the frozen W with output rows first, and is called only if needed."""
     pair: LoraPair = DoraPair(entry, device=device) if entry.variant == "dora" else LoraPair(entry, device=device)
     needs_weight = entry.start in ANCHORED
-    begin(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)
+    initialise(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)
     if isinstance(pair, DoraPair):
         pair.measure(weight())
     return pair
 
 
 def dense_base_of(module: Any, kind: str) -> FrozenBase:
-    """The FrozenBase over a dense linear module; quantised ones come from `quant/replace`."""
+    """The FrozenBase over a dense linear module; quantised ones come from `quant/construct`."""
     return TransposedBase(module) if kind == "conv1d" else DenseBase(module)

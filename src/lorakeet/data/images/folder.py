@@ -1,4 +1,4 @@
-"""A folder of captioned pictures as rows: every file is read, turned upright and hashed, or named with the reason why not."""
+"""Reads a folder of captioned pictures: each is rotated upright and hashed, or named with the reason it cannot be used."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lorakeet.data.images.spec import ImageSpec
 from lorakeet.errors import DataError, EnvironmentProblem, Problems
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-IF_BUILT_IN = (".avif",)  # of Pillow's formats those that it may be built without
+IF_BUILT_IN = (".avif",)  # formats that Pillow may be built without
 NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".tga", ".svg", ".eps", ".dng", ".cr2", ".cr3", ".nef",
             ".arw", ".orf", ".rw2", ".raf")  # fmt: skip
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 HASH_SIDE = 16
 LIGHT_SIDE, COLOUR_SIDE = 64, 16
 _ORIENTATION = 0x0112  # EXIF tag
-_CLEARLY = 3  # grey levels of 255
-_ENDS, _CLIPPED = (5, 250), 0.02  # levels that may be clipped, and the share of a place's pixels that makes it a clipped one
-_OR_SETTING = ", or remove it, so that images.caption counts"
+_CLEARLY = 3  # grey levels of 255 that count as a difference
+_ENDS, _CLIPPED = (5, 250), 0.02  # levels that may be clipped, and the share of a cell's pixels that makes it clipped
+_OR_SETTING = ", or remove it to use images.caption"
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One picture: `pixels_key` is the hash of its upright pixels, `key` that of pixels and caption."""
+    """One picture: `pixels_key` is the hash of its upright pixels, `key` of pixels and caption."""
 
     path: Path
     caption: str
@@ -44,7 +44,7 @@ class ImageRow:
     pixels_key: str
     difference_hash: int  # 256 bits; similar pictures differ in few of them
     source: str
-    thumb: bytes = field(default=b"", repr=False)  # 5.5 KB by which copies are told from others (data/images/match)
+    thumb: bytes = field(default=b"", repr=False)  # 5.5 KB by which copies are recognised (data/images/match)
 
     @property
     def key(self) -> str:
@@ -53,19 +53,19 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Album:
-    """The pictures of a folder that can be used, and a sentence about every file that was changed or left out."""
+    """The usable pictures of a folder, and a sentence about every file that was changed or left out."""
 
     rows: tuple[ImageRow, ...]
     remarks: tuple[str, ...]
 
 
 def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setting: str = "data.train") -> Album:
-    """The pictures below `folder`, which `setting` named, in the order of their paths, exact copies once.
+    """Reads the pictures below `folder` in the order of their paths, exact copies once; `setting` named the folder.
 
-    A caption stands in metadata.jsonl (file_name, and text, caption or prompt), else in NAME.txt beside NAME.png, else it is
-    `spec.caption`. Files that are broken, of a format that is not read, or smaller than `spec.smallest`, are left out with a
-    remark. DataError names every picture without a caption and every file of metadata.jsonl that is not read, and says so where
-    no picture is left.
+    A caption is in metadata.jsonl (file_name, and text, caption or prompt), else in NAME.txt beside NAME.png, else it is
+    `spec.caption`. Broken files, unsupported formats, and pictures smaller than `spec.smallest` are left out with a remark.
+    Raises DataError that names every picture without a caption and every unusable line of metadata.jsonl, or if no picture
+    is left.
     """
     require_folder(folder, setting)
     endings = _readable()
@@ -73,7 +73,7 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
     files = [path for path in found if path.suffix.lower() in endings]
     skipped = _not_read([path.relative_to(folder).as_posix() for path in found if path.suffix.lower() not in endings])
     if not files:
-        raise DataError(f"{folder} holds no picture ({', '.join(endings)}).{''.join(f' {line}' for line in skipped)}")
+        raise DataError(f"{folder} has no picture ({', '.join(endings)}).{''.join(f' {line}' for line in skipped)}")
     captions = _listed_captions(folder)
     problems = Problems(f"The pictures in {folder} cannot be used", DataError)
     rows: dict[str, ImageRow] = {}
@@ -82,7 +82,7 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
         name = path.relative_to(folder).as_posix()
         row = _row(path, name, captions, spec, remarks, problems)
         if row is not None and (twin := rows.setdefault(row.pixels_key, row)) is not row:
-            remarks.append(f"{name} is a copy of {twin.source}; it counts once.")
+            remarks.append(f"{name} is a copy of {twin.source}; it is used once.")
     problems.raise_if_any()
     if not rows:
         listed = "\n".join(f"  - {line}" for line in remarks)
@@ -91,17 +91,17 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
 
 
 def require_folder(folder: Path, setting: str) -> None:
-    """Raises DataError unless `folder`, which `setting` named, is one."""
+    """Raises DataError unless `folder`, named by `setting`, is a folder."""
     if not folder.is_dir():
-        raise DataError(f"{setting} {folder} is no folder; kind: image expects a folder of pictures with captions.")
+        raise DataError(f"{setting} {folder} is not a folder; kind: image expects a folder of pictures with captions.")
 
 
 def read_named(folder: Path, names: Iterable[str], spec: ImageSpec) -> Iterator[ImageRow | None]:
-    """Those pictures below `folder`, read as `read_album` reads them; None for one that is gone or could not be used any more.
+    """Reads the named pictures below `folder` as `read_album` does; yields None for one that is gone or unusable.
 
-    What is wrong with other pictures, and with their lines in metadata.jsonl, is passed over.
+    Problems of other pictures, and of their lines in metadata.jsonl, are ignored.
     """
-    captions = _listed_captions(folder, all_right=False)
+    captions = _listed_captions(folder, strict=False)
     for name in names:
         path = folder / name
         try:
@@ -111,21 +111,21 @@ def read_named(folder: Path, names: Iterable[str], spec: ImageSpec) -> Iterator[
 
 
 def names_in(folder: Path) -> list[str]:
-    """The pictures below `folder` of formats that are read, in the order in which `read_album` has them."""
+    """Names of the pictures below `folder` in supported formats, in the order of `read_album`."""
     return [path.relative_to(folder).as_posix() for path in _files(folder, _readable())]
 
 
 def _files(folder: Path, endings: Iterable[str]) -> list[Path]:
-    """The files below `folder` with one of these endings, in order."""
-    asked = set(endings)
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in asked and path.is_file())
+    """The files below `folder` with one of these suffixes, sorted."""
+    wanted = set(endings)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in wanted and path.is_file())
 
 
 def open_pixels(path: Path) -> tuple[Pixels, list[str]]:
-    """The upright RGB pixels (height, width, 3) of a picture, and what had to be done to it, in words.
+    """Returns the upright RGB pixels (height, width, 3) of a picture, and the changes made to it, in words.
 
-    Turns it by its EXIF tag, takes the first frame of an animation, converts CMYK, grey, palette and 16-bit pictures, and lays
-    transparent ones on white. OSError or ValueError where it cannot be read whole.
+    Applies the EXIF rotation, takes the first frame of an animation, converts CMYK, grey, palette and 16-bit pictures, and
+    puts transparent ones on white. Raises OSError or ValueError if it cannot be read completely.
     """
     image_module, operations = _pillow()
     done: list[str] = []
@@ -139,43 +139,43 @@ def open_pixels(path: Path) -> tuple[Pixels, list[str]]:
                     done.append(f"has {image.n_frames} frames, of which the first is used")
                 image.load()
                 if image.getexif().get(_ORIENTATION, 1) != 1:
-                    done.append("was turned upright by its EXIF tag")
+                    done.append("was rotated upright by its EXIF tag")
                 upright = operations.exif_transpose(image)
                 if upright.mode == "CMYK":
                     done.append("was converted from CMYK")
                 return _rgb(upright, image_module, done), done
-        except (*too_large, SyntaxError, EOFError) as error:  # besides OSError, what Pillow raises for broken files
+        except (*too_large, SyntaxError, EOFError) as error:  # what Pillow raises for broken files besides OSError
             raise ValueError(str(error)) from error
 
 
 def scaled_to_cover(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a picture with `sides` (height, width) that is scaled until it covers `size`."""
+    """Height and width of a picture of `sides` (height, width), scaled to cover `size`."""
     scale = max(size[0] / sides[0], size[1] / sides[1])
     return max(size[0], round(sides[0] * scale)), max(size[1], round(sides[1] * scale))
 
 
 def crop_to_cover(pixels: Pixels, size: tuple[int, int], *, crop: int = 0, key: str = "") -> tuple[Pixels, tuple[int, int]]:
-    """`pixels` scaled to cover `size` (height, width) and cut to it, with the cut's (top, left) in the scaled picture.
+    """Scales `pixels` to cover `size` (height, width) and crops; also returns the crop's (top, left) in the scaled picture.
 
-    Crop 0 is the middle; further ones lie where a hash of `key` and the number says.
+    Crop 0 is the middle; a hash of `key` and the number places further ones.
     """
     height, width = size
     image_module, _ = _pillow()
     scaled = scaled_to_cover((pixels.shape[0], pixels.shape[1]), size)
     image = image_module.fromarray(pixels).resize(scaled[::-1], image_module.Resampling.LANCZOS)
-    room = scaled[0] - height, scaled[1] - width
+    spare = scaled[0] - height, scaled[1] - width
     if crop == 0:
-        top, left = room[0] // 2, room[1] // 2
+        top, left = spare[0] // 2, spare[1] // 2
     else:
         digest = hashlib.sha256(f"crop {crop} {key}".encode()).digest()
-        top, left = (int.from_bytes(digest[at : at + 8], "little") % (space + 1) for at, space in ((0, room[0]), (8, room[1])))
+        top, left = (int.from_bytes(digest[at : at + 8], "little") % (space + 1) for at, space in ((0, spare[0]), (8, spare[1])))
     return np.asarray(image)[top : top + height, left : left + width].copy(), (top, left)
 
 
 def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
-    """The sizes (height, width) of examples: multiples of `step`, of at most resolution² pixels, sides between half and twice it.
+    """Sizes (height, width) of examples: multiples of `step`, at most resolution² pixels, sides from half to twice `resolution`.
 
-    For each height, the widest that fits; the square is one of them where `step` divides `resolution`.
+    For each height the greatest width that fits; includes the square if `step` divides `resolution`.
     """
     found = set()
     for height in range(step, 2 * resolution + 1, step):
@@ -186,13 +186,13 @@ def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
 
 
 def bucket_of(row: ImageRow, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """The size whose shape is nearest to the picture's: the least |log| of the ratio of their aspects."""
+    """The size with the aspect ratio nearest to the picture's: least |log| of the ratio of the two."""
     aspect = row.height / row.width
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), -size[0] * size[1], size))
 
 
 def fit_remarks(rows: Sequence[ImageRow], sizes: list[tuple[int, int]]) -> list[str]:
-    """A sentence about the pictures that are enlarged more than twice, and one about those that lose more than half."""
+    """Remarks on pictures that are enlarged more than twice, and on those cropped by more than half."""
     enlarged, cut_off = [], []
     for row in rows:
         height, width = bucket_of(row, sizes)
@@ -202,28 +202,28 @@ def fit_remarks(rows: Sequence[ImageRow], sizes: list[tuple[int, int]]) -> list[
         cut_off += [f"{row.source} keeps {kept:.0%}"] if kept < 0.5 else []
     found = []
     if enlarged:
-        advice = "what is drawn will be as soft; set images.resolution lower, or images.smallest higher"
+        advice = "samples will be as blurred; lower images.resolution, or raise images.smallest"
         found.append(f"{_named(enlarged, 'picture')} enlarged more than twice: {advice}.")
     if cut_off:
-        found.append(f"{_named(cut_off, 'picture')} cut by more than half to fit; cut out yourself what shall be learnt.")
+        found.append(f"{_named(cut_off, 'picture')} cropped by more than half to fit; crop them yourself to the part to train.")
     return found
 
 
 def _named(names: Sequence[str], what: str, shown: int = 3) -> str:
-    """How many there are, the first few, and the verb."""
+    """The count, the first few names and the verb."""
     more = ", …" if len(names) > shown else ""
     return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(names[:shown])}{more}) {'are' if len(names) > 1 else 'is'}"
 
 
 def _readable() -> tuple[str, ...]:
-    """The endings of the files that this installation of Pillow reads."""
+    """The suffixes of the files that this installation of Pillow reads."""
     image_module, _ = _pillow()
     known = image_module.registered_extensions()
     return (*ENDINGS, *(ending for ending in IF_BUILT_IN if known.get(ending) in image_module.OPEN))
 
 
 def _not_read(names: Sequence[str]) -> list[str]:
-    return [f"{_named(names, 'file')} of a format that is not read, and left out; convert to JPEG or PNG."] if names else []
+    return [f"{_named(names, 'file')} of an unsupported format and left out; convert to JPEG or PNG."] if names else []
 
 
 def _row(
@@ -240,9 +240,9 @@ def _row(
         remarks.append(f"{name} has {width}×{height} pixels, a side below images.smallest {spec.smallest}; it is left out.")
         return None
     caption, beside = captions.get(name), path.with_suffix(".txt")
-    blank = f"its line in metadata.jsonl has a blank one; write one there{_OR_SETTING}"
+    blank = f"its line in metadata.jsonl is blank; write one there{_OR_SETTING}"
     if caption is None and beside.is_file():
-        caption, blank = _text(beside), f"{beside.name} is blank; write one into it{_OR_SETTING}"
+        caption, blank = _text(beside), f"{beside.name} is blank; write a caption into it{_OR_SETTING}"
     if caption is not None and not caption.strip():
         problems.add(f"{name} has no caption: {blank}.")
         return None
@@ -255,9 +255,9 @@ def _row(
 
 
 def difference_hash_of(pixels: Pixels) -> int:
-    """The difference hash: for 16×16 places of a small grey picture, whether the next place to the right is clearly brighter.
+    """The difference hash of 256 bits: for 16×16 cells of the grey picture, 1 if the cell to the right is clearly brighter.
 
-    Clearly, so that noise in an even background decides no bit.
+    "Clearly" keeps noise in an even background from setting bits.
     """
     image_module, _ = _pillow()
     small = image_module.fromarray(pixels).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), image_module.Resampling.BOX)
@@ -266,11 +266,10 @@ def difference_hash_of(pixels: Pixels) -> int:
 
 
 def thumb_of(pixels: Pixels) -> bytes:
-    """5,632 bytes: 64×64 of luminance, 16×16 each of Cb and Cr, and two bits for each of the 64×64 places.
+    """The thumbnail of 5,632 bytes: 64×64 luminance, 16×16 each of Cb and Cr, and two bits for each of 64×64 cells.
 
-    These say whether pixels of the place are as bright, and as dark, as a channel can be.
-
-    Scaled by a triangle as wide as two places, so that what is finer than a place does not depend on where the places lie.
+    The bits are set if a channel is clipped at its bright end, and at its dark end.
+    Scaled by a triangle filter two cells wide, so that finer detail does not depend on the position of the cells.
     """
     image_module, _ = _pillow()
     bilinear, box = image_module.Resampling.BILINEAR, image_module.Resampling.BOX
@@ -290,7 +289,7 @@ def _rgb(image: Any, image_module: Any, done: list[str]) -> Pixels:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         wide = image.convert("RGBA")
         if np.asarray(wide)[..., 3].min() < 255:
-            done.append("has transparent places, which were laid on white")
+            done.append("has transparent parts, which were put on white")
         image = image_module.alpha_composite(image_module.new("RGBA", wide.size, "white"), wide)
     elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, np.float64)
@@ -300,8 +299,8 @@ def _rgb(image: Any, image_module: Any, done: list[str]) -> Pixels:
     return np.asarray(image.convert("RGB"), np.uint8)
 
 
-def _listed_captions(folder: Path, *, all_right: bool = True) -> dict[str, str]:
-    """Captions by path from metadata.jsonl; where they must be `all_right`, DataError names every line that cannot be used."""
+def _listed_captions(folder: Path, *, strict: bool = True) -> dict[str, str]:
+    """Captions by path from metadata.jsonl. If `strict`, raises DataError that names every unusable line."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         return {}
@@ -316,10 +315,10 @@ def _listed_captions(folder: Path, *, all_right: bool = True) -> dict[str, str]:
         elif not (folder / name).is_file():
             problems.add(f"{file.name}:{number} names {name}, which does not exist in {folder}.")
         elif Path(name).suffix.lower() not in _readable():
-            problems.add(f"{file.name}:{number} names {name}, of a format that is not read; convert it to JPEG or PNG.")
+            problems.add(f"{file.name}:{number} names {name}, of an unsupported format; convert it to JPEG or PNG.")
         else:
             found[Path(name).as_posix()] = caption
-    if all_right:
+    if strict:
         problems.raise_if_any()
     return found
 
@@ -336,7 +335,7 @@ def _records(text: str, file: Path, problems: Problems) -> Iterator[tuple[int, d
         if isinstance(record, dict):
             yield number, record
         else:
-            problems.add(f"{file.name}:{number} holds {record!r:.40}; expected an object with file_name and a caption.")
+            problems.add(f"{file.name}:{number} has {record!r:.40}; expected an object with file_name and a caption.")
 
 
 def _text(path: Path) -> str:
@@ -357,7 +356,7 @@ def _pillow() -> tuple[Any, Any]:
 
 
 def png_of(pixels: Pixels, *, largest: int | None = None) -> bytes:
-    """The picture as a PNG file's bytes, scaled down so that no side is above `largest`."""
+    """The picture as PNG, scaled down so that no side exceeds `largest`."""
     image_module, _ = _pillow()
     image = image_module.fromarray(np.ascontiguousarray(pixels))
     if largest is not None and max(image.size) > largest:

@@ -1,23 +1,22 @@
-"""Whether two pictures show one photo: one is registered onto the other, and what is left is measured place by place.
+"""Decides if two pictures show the same photo: registers one onto the other and measures the residual cell by cell.
 
 Registration is that of Lucas and Kanade (1981), with gain and offset (Baker, Gross and Matthews 2003, "20 years on", part 3).
-Of a picture a and a target b, both smoothed, with x from 0 to 1, the warp a(x + p₀·(1 − x) + p₁·x), which is a cut by p₀ and
-p₁ of the side at its two ends, and likewise down, is improved by the least squares of
+Picture a and target b are smoothed; x runs from 0 to 1. The warp a(x + p₀·(1 − x) + p₁·x) crops the side by p₀ and p₁ at its
+two ends, and likewise vertically. It is improved by the least squares of
 
     b ≈ g·a + o + Σ qₖ·tₖ        t: (1 − x)·∂a/∂x, x·∂a/∂x, (1 − y)·∂a/∂y, y·∂a/∂y        p ← p + q/g
 
-at 16, 32 and 64 places. Copies then agree in what is fine everywhere, while different pictures may agree in what is coarse. With
-r = b − (g·a + o) three things are asked, H taking away what is coarse and ⟨⟩ the mean around a place:
+on grids of 16, 32 and 64 cells. Copies then agree in fine detail everywhere; different pictures may agree in coarse structure.
+With residual r = b − (g·a + o), high-pass filter H and ⟨⟩ the mean around a cell, a match needs:
 
-    Σ (Hr)² ≤ DETAIL · Σ (Hb)²              a common sky says nothing
-    √⟨r²⟩ ≤ REST + SLOPE · √⟨|∇|²⟩          at every place: coding leaves some levels, resampling some of the slope of both
-    |r| ≤ COLOUR + SLOPE · √⟨|∇|²⟩          the same of Cb and Cr, whose gain is one number more
+    Σ (Hr)² ≤ DETAIL · Σ (Hb)²              fine detail agrees (a common sky is no evidence)
+    √⟨r²⟩ ≤ REST + SLOPE · √⟨|∇|²⟩          in every cell: lossy coding leaves some levels, resampling a share of the slope
+    |r| ≤ COLOUR + SLOPE · √⟨|∇|²⟩          likewise for Cb and Cr, with one further gain
 
-Where pixels of a place are clipped, b may be anything between a, g·a + o and what clipping makes of the colour of that, since
-clipped channels kept their value; or, where the picture is the clipped one, a may be anything between b and what takes b to a.
-Of p pixels to a side of a place, PIXELS / p > 1, coding is averaged less: REST grows by √(PIXELS / p). Where the detail of a
-picture is weak or in few places, a cut, a gain or an offset would make another picture of it fit: such pairs are compared as
-they lie.
+In cells with clipped pixels, b may be anything between a, g·a + o and the clipped colour of that, since clipped channels kept
+their value. If a is the clipped picture, a may be anything between b and the inverse of the tone applied to b.
+With p < PIXELS pixels along a cell, coding errors average out less: REST grows by √(PIXELS / p). If the detail of a picture is
+weak or in few cells, a crop, gain or offset could make a different picture fit: such pairs are compared unchanged.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from numpy.typing import NDArray
 
 from lorakeet.data.images.folder import COLOUR_SIDE, LIGHT_SIDE
 
-DETAIL = 0.05  # the share of the detail's variance that may be left
-CODED = 0.5  # squared grey levels, on the average, that coding leaves in any case
-REST, SLOPE = 2.5, 0.2  # grey levels, and share of the change from place to place, that may be left around a place
-PIXELS = 4.0  # along a place; where there are fewer, more levels may be left
-COLOUR, COLOUR_SLOPE = 3.0, 0.35  # the same of Cb and Cr, whose places are four times as wide; twice the levels where clipped
-CUT = 0.05  # of a side, at either end
-GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # a gain may be so much or one by it; grey levels
-WEAK = 1.5  # grey levels of detail, below which pictures are compared as they lie
-FEW, SOME = 60.0, 200.0  # over how many places detail tells another brightness, and a cut
-PALER = 1.5  # by how much a clipped channel may make a colour paler or stronger
-COARSELY = 2.0  # by how much the bounds are wider above the finest level
-LEVELS = (16, 32, 64)  # places along a side
-_TIMES = 2  # how often the warp is improved at each of them
-_TOUCHED = 0.1  # the weight of clipped places around a place from which it counts as clipped
-_COLOURFUL = 4.0  # squared levels of Cb and Cr, on the average, that tell a gain
-_UNCLIPPED = 0.04  # share of the places: where fewer are not clipped, so many of the least clipped are fitted
+DETAIL = 0.05  # largest residual share of the variance of fine detail
+CODING = 0.5  # mean squared grey levels that lossy coding always leaves
+REST, SLOPE = 2.5, 0.2  # largest residual around a cell: grey levels, and share of the slope
+PIXELS = 4.0  # along a cell; with fewer, a larger residual is allowed
+COLOUR, COLOUR_SLOPE = 3.0, 0.35  # the same for Cb and Cr, whose cells are four times as wide; twice the levels if clipped
+CUT = 0.05  # largest crop, share of a side at either end
+GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # largest gain, and 1 over it; grey levels; largest gain of Cb and Cr
+WEAK = 1.5  # grey levels of detail, below which pictures are compared unchanged
+FEW, SOME = 60.0, 200.0  # cells with detail needed to fit a brightness, and a crop
+PALER = 1.5  # factor by which clipping may make a colour paler or stronger
+COARSELY = 2.0  # factor of the bounds above the finest level
+LEVELS = (16, 32, 64)  # cells along a side
+_TIMES = 2  # warp iterations at each level
+_TOUCHED = 0.1  # weight of clipped cells around a cell from which it counts as clipped
+_COLOURFUL = 4.0  # mean squared levels of Cb and Cr needed to fit a gain
+_UNCLIPPED = 0.04  # smallest share of cells to fit; if fewer are unclipped, the least clipped are taken
 
 Floats = NDArray[np.float32]
 Reals = NDArray[np.floating[Any]]
@@ -56,23 +55,23 @@ Places = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Prints:
-    """What is kept of pictures to compare them by."""
+    """The features of n pictures by which they are compared."""
 
     light: Floats  # (n, 64, 64): luminance
     colour: Floats  # (n, 2, 16, 16): Cb and Cr, 0 in a grey picture
-    clipped: Floats  # (n, 2, 64, 64): 1 where pixels of a place have a channel at its bright end, or at its dark one, else 0
+    clipped: Floats  # (n, 2, 64, 64): 1 if a channel of the cell is clipped at its bright, or at its dark end
 
     def of(self, places: Places) -> Prints:
-        """Those of some of the pictures."""
+        """Selects pictures."""
         return Prints(self.light[places], self.colour[places], self.clipped[places])
 
     def mirrored(self) -> Prints:
-        """Those of the mirrored pictures."""
+        """The features of the mirrored pictures."""
         return Prints(self.light[..., ::-1], self.colour[..., ::-1], self.clipped[..., ::-1])
 
 
 def read_prints(thumbs: Sequence[bytes]) -> Prints:
-    """What `images.thumb_of` made of some pictures."""
+    """Decodes thumbnails from `thumb_of`."""
     light, colour = LIGHT_SIDE**2, 2 * COLOUR_SIDE**2
     packed = np.frombuffer(b"".join(thumbs), np.uint8).reshape(len(thumbs), -1)
     clipped = np.unpackbits(packed[:, light + colour :], axis=1)
@@ -84,26 +83,25 @@ def read_prints(thumbs: Sequence[bytes]) -> Prints:
 
 
 def enough_detail(light: Floats) -> tuple[Bools, Bools]:
-    """(n,) each: whether the detail of pictures is enough, in places enough, to tell another brightness, and a cut."""
+    """(n,) each: true if a picture has enough detail, in enough cells, to fit a brightness, and a crop."""
     energy = _around(_fine(_around(light, _BINOMIAL[LIGHT_SIDE])) ** 2, _WINDOW[LIGHT_SIDE])
     total = _sum(energy)
-    places = total**2 / np.maximum(_sum(energy, energy), 1e-6)  # if all had as much: how many
+    places = total**2 / np.maximum(_sum(energy, energy), 1e-6)  # effective number of cells with detail
     strong = total >= WEAK**2 * LIGHT_SIDE**2
     return np.asarray(strong & (places >= FEW)), np.asarray(strong & (places >= SOME))
 
 
 def level(prints: Prints, side: int) -> Prints:
-    """The smoothed pictures at `side` places, with the share of clipped places."""
+    """The smoothed pictures at `side`×`side` cells, with the share of clipped cells."""
     clipped = _reduced(prints.clipped, side)
     return Prints(_around(_reduced(prints.light, side), _BINOMIAL[side]), prints.colour, _around(clipped, _BINOMIAL[side]))
 
 
 def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools, across: Floats) -> tuple[Floats, Floats]:
-    """(n,): of pairs at one `level`, the share of the other's variance that the one leaves, 1 where they are not one photo.
+    """Compares pairs at one `level`: the unexplained share (n,) of the other's variance, 1 if the photos differ; and the warps.
 
-    And the warps (n, 4) from which the next level starts. Which pairs are detailed enough for a `tone` and a `cut` is given,
-    and how many pixels the smaller picture has `across`. Before the finest level the bounds
-    are wider and colours are not compared.
+    The warps (n, 4) start the next level. `tone` and `cut` (n,) say which pairs have enough detail for them, `across` (n,) how
+    many pixels the smaller picture has along a side. Before the finest level the bounds are wider and colours are ignored.
     """
     side = ones.light.shape[-1]
     finest = side == LIGHT_SIDE
@@ -114,7 +112,7 @@ def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools
     coding = np.sqrt(np.maximum(PIXELS * side / np.maximum(across, 1), 1))
     fine, whole = _fine(left), _fine(found.target) * over
     wider = 1 if finest else COARSELY
-    detail = _sum(fine, fine) <= wider**2 * (DETAIL * _sum(whole, whole) + CODED * side**2)
+    detail = _sum(fine, fine) <= wider**2 * (DETAIL * _sum(whole, whole) + CODING * side**2)
     around = np.sqrt(_around(left**2, _WINDOW[side]))
     slope = np.sqrt(np.minimum(_steepness(found.fitted, _WIDE[side]), _steepness(found.target, _WIDE[side])))
     same = alike & (detail | ~tone) & (around <= wider * (REST * coding[:, None, None] + SLOPE * slope)).all((1, 2))
@@ -124,9 +122,9 @@ def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools
 
 @dataclass(frozen=True)
 class _Registration:
-    """Pictures fitted to their targets (n, side, side): what is `left`, `over` which places, where clipping leaves it `free`.
+    """Pictures fitted to their targets (n, side, side): the residual `left`, compared cells `over`, cells `free` by clipping.
 
-    `fitted` is the picture in another tone: tone (n, 2, 1) is its gain and its offset.
+    `fitted` is the picture after `tone` (n, 2, 1), its gain and offset.
     """
 
     target: Floats
@@ -134,14 +132,14 @@ class _Registration:
     left: Floats
     over: Bools
     free: Bools
-    clipped: Bools  # where anything is clipped, be it without effect on the luminance
+    clipped: Bools  # true if anything is clipped, even without effect on the luminance
     tone: Floats
     warp: Floats  # (n, 4)
     tone_fitted: Bools  # (n,): True if another tone was tried
 
 
 def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> _Registration:
-    """The better of the pictures as they lie and registered, both in the best tone, as far as their detail allows either."""
+    """The better of the unchanged and the registered pictures, both in the best tone, as far as their detail allows."""
     target = others.light
     warp = np.where(cut[:, None], _registered(ones.light, target, warp), np.float32(0))
     fits = []
@@ -158,7 +156,7 @@ def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools)
 
 
 def _registered(pictures: Floats, targets: Floats, warp: Floats) -> Floats:
-    """(n, 4): a better warp of each picture onto its target. Clipped places count too: often all edges are among them."""
+    """(n, 4): the improved warp of each picture onto its target. Includes clipped cells, which often have all edges."""
     size = targets[0].size if len(targets) else 1
     aim = (targets - targets.mean((1, 2), keepdims=True)).reshape(-1, size, 1)
     pictures = pictures - pictures.mean((1, 2), keepdims=True)
@@ -175,7 +173,7 @@ def _registered(pictures: Floats, targets: Floats, warp: Floats) -> Floats:
 
 
 def _tangents(pictures: Floats) -> Floats:
-    """(n, 6, side²): the picture, a constant, and the derivatives by the four ends of the warp."""
+    """(n, 6, side²): the picture, a constant, and the derivatives with respect to the four ends of the warp."""
     side = pictures.shape[-1]
     place = ((np.arange(side) + 0.5) / side).astype(np.float32)
     tall = place[:, None]
@@ -188,14 +186,14 @@ def _tangents(pictures: Floats) -> Floats:
 
 
 def _warped(pictures: Floats, warp: Floats) -> tuple[Floats, Bools]:
-    """The warped pictures, by cubic convolution (Keys 1981), and which places (n, side, side) lie well within them.
+    """The warped pictures, by cubic convolution (Keys 1981), and the mask (n, side, side) of cells well within them.
 
     Pictures are (n, side, side) and warps (n, 4), or (n, k, side, side) and (n, 1, 4).
     """
     side = pictures.shape[-1]
     place = ((np.arange(side) + 0.5) / side).astype(np.float32)
     columns, rows = (warp[..., end, None] * (1 - place) + warp[..., end + 1, None] * place + place for end in (0, 2))
-    edge = 1 / side  # the outermost place is half of what is beyond
+    edge = 1 / side  # half of the outermost cell is beyond the picture
     inside = [(np.minimum(each, place) > edge) & (np.maximum(each, place) < 1 - edge) for each in (rows, columns)]
     within = [each.reshape(-1, side) for each in inside]
     seen = _sampling(rows) @ pictures @ np.swapaxes(_sampling(columns), -1, -2)
@@ -203,7 +201,7 @@ def _warped(pictures: Floats, warp: Floats) -> tuple[Floats, Bools]:
 
 
 def _sampling(positions: Floats) -> Floats:
-    """(…, side, side): the weights of the places at positions (…, side) from 0 to 1."""
+    """(…, side, side): the weights of the cells at positions (…, side) from 0 to 1."""
     side = positions.shape[-1]
     at = np.clip(positions * side - 0.5, 0, side - 1)
     first = np.floor(at).astype(np.intp) - 1
@@ -212,22 +210,22 @@ def _sampling(positions: Floats) -> Floats:
     total = np.sum(weights, axis=0)
     found = np.zeros((*positions.shape, side), np.float32)
     for (tap, _), weight in zip(taps, weights, strict=True):
-        held = np.clip(tap, 0, side - 1)[..., None]
-        np.put_along_axis(found, held, np.take_along_axis(found, held, -1) + (weight / total)[..., None], -1)
+        cell = np.clip(tap, 0, side - 1)[..., None]
+        np.put_along_axis(found, cell, np.take_along_axis(found, cell, -1) + (weight / total)[..., None], -1)
     return found
 
 
 def _cubic(distance: Floats) -> Floats:
-    """The kernel of cubic convolution, up to 2 places away."""
+    """The kernel of cubic convolution, up to a distance of 2 cells."""
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
     return np.asarray(np.where(distance < 1, near, far), np.float32)
 
 
 def _least(seen: Floats, target: Floats, over: Bools, clipped: Floats) -> tuple[Floats, Floats, Bools, Floats]:
-    """What is left of the targets, the fitted pictures, where they are free, and the tone (n, 2, 1), that which leaves least.
+    """The residual, the fitted pictures, the free cells and the tone (n, 2, 1) of the best of three fits.
 
-    Tried are: bright pixels are clipped, and the others tell the tone; bright and dark ones are; and all tell the tone.
+    The tone is fitted to all cells without bright clipping, to those without any clipping, and to all.
     """
     bright, either = clipped[:, 0], clipped.max(1)
     found = []
@@ -246,7 +244,7 @@ def _least(seen: Floats, target: Floats, over: Bools, clipped: Floats) -> tuple[
 
 
 def _least_clipped(over: Bools, share: Floats) -> Bools:
-    """The places of `over` where nothing is clipped, or, where these are few, the least clipped ones."""
+    """The unclipped cells of `over`, or the least clipped ones if these are few."""
     side = over.shape[-1]
     ranked = np.where(over, share, 2).reshape(-1, side * side)
     place = round(_UNCLIPPED * side * side)
@@ -255,7 +253,7 @@ def _least_clipped(over: Bools, share: Floats) -> Bools:
 
 
 def _tone(seen: Floats, target: Floats, weight: Floats) -> Floats:
-    """(n, 2, 1): the gain and offset that bring the places of `weight` nearest to the target."""
+    """(n, 2, 1): the gain and offset that fit the weighted cells best to the target."""
     count = np.maximum(_sum(weight), 1)
     mean, aim = _sum(seen, weight) / count, _sum(target, weight) / count
     one = np.asarray((seen - mean[:, None, None]) * weight, np.float32)
@@ -266,7 +264,7 @@ def _tone(seen: Floats, target: Floats, weight: Floats) -> Floats:
 
 
 def _chosen(which: Bools, one: _Registration, other: _Registration) -> _Registration:
-    """Of each pair `one` where `which` says so, else the `other`."""
+    """Selects for each pair `one` if `which` is true, else `other`."""
 
     def of(mine: Any, theirs: Any) -> Any:
         return np.where(which.reshape(-1, *(1,) * (mine.ndim - 1)), mine, theirs)
@@ -275,10 +273,10 @@ def _chosen(which: Bools, one: _Registration, other: _Registration) -> _Registra
 
 
 def _coloured(ones: Prints, others: Prints, found: _Registration) -> tuple[Floats, Bools]:
-    """What is left of luminance once clipped colours are known, and (n,) whether the colours are the same but for one gain.
+    """The luminance residual given clipped colours, and (n,) whether the colours agree up to one gain.
 
-    It is 1 where the pictures are compared as they lie. Tried besides the best one is the gain of the luminance, which is that of
-    all channels where a photo was made brighter or of more contrast: where much is clipped, the best one says little.
+    The gain is 1 for pictures compared unchanged. The gain of the luminance is tried too: it applies to all channels of a photo
+    made brighter or of more contrast, and the best fit says little if much is clipped.
     """
     smooth = _BINOMIAL[COLOUR_SIDE]
     seen, over = _warped(_around(ones.colour, smooth), found.warp[:, None])
@@ -301,7 +299,7 @@ def _coloured(ones: Prints, others: Prints, found: _Registration) -> tuple[Float
 
 
 def _unclipped_left(found: _Registration, seen: Floats, target: Floats, gain: Reals, free: Bools) -> tuple[Floats, Floats]:
-    """What is left of luminance (signed) and of colours (not), in `free` places what clipping explains neither way."""
+    """The residuals of luminance (signed) and colour (absolute); in `free` cells, what clipping does not explain."""
     tone, offset = found.tone[:, :1], found.tone[:, 1:]
     plain, back = ((light - offset) / tone for light in (found.fitted, found.target))
     light, colour = _clipped(found.fitted, gain * seen)
@@ -317,12 +315,12 @@ def _unclipped_left(found: _Registration, seen: Floats, target: Floats, gain: Re
 
 
 def _outside(values: Reals, *bounds: Reals) -> Floats:
-    """By how much values lie outside of what the bounds enclose."""
+    """The distance of values from the range of the bounds."""
     return np.asarray(values - np.clip(values, np.minimum.reduce(bounds), np.maximum.reduce(bounds)), np.float32)
 
 
 def _clipped(light: Reals, colour: Reals) -> tuple[Floats, Floats]:
-    """Luminance (n, 64, 64), and Cb and Cr (n, 2, 16, 16), after red, green and blue were clipped."""
+    """Luminance (n, 64, 64), and Cb and Cr (n, 2, 16, 16), after clipping red, green and blue."""
     wide = _around(np.asarray(colour, np.float32), _WIDEN)
     channels = np.clip(light[:, None] + np.einsum("ck,nkyx->ncyx", _CHANNELS, wide), 0, 255)
     found = np.einsum("kc,ncyx->nkyx", _YCC, channels)
@@ -330,14 +328,14 @@ def _clipped(light: Reals, colour: Reals) -> tuple[Floats, Floats]:
 
 
 def _weighed(over: Bools, where: Bools) -> Floats:
-    """1 for the places that are fitted: of those `over` both pictures the ones `where` nothing is clipped, if they are enough."""
+    """1 for the cells to fit: those `over` both pictures that are unclipped (`where`), or all if these are few."""
     both = over & where
     few = both.sum((1, 2), keepdims=True) < _UNCLIPPED * over[0].size if len(over) else both
     return np.where(few, over, both).astype(np.float32)
 
 
 def _reduced(pictures: Floats, side: int) -> Floats:
-    """(…, side, side): the means of the places."""
+    """(…, side, side): the means of cells."""
     while pictures.shape[-1] > side:
         rows = pictures[..., ::2, :] + pictures[..., 1::2, :]
         pictures = np.asarray((rows[..., ::2] + rows[..., 1::2]) / 4, np.float32)
@@ -345,7 +343,7 @@ def _reduced(pictures: Floats, side: int) -> Floats:
 
 
 def _sum(pictures: Floats, others: Floats | None = None) -> Floats:
-    """(n,): the sums of pictures, or of their products with others, over all places."""
+    """(n,): the sums of pictures, or of their products with others, over all cells."""
     flat = pictures.reshape(len(pictures), -1) if len(pictures) else np.zeros((0, 1), np.float32)
     if others is None:
         return np.asarray(flat.sum(1))
@@ -353,37 +351,37 @@ def _sum(pictures: Floats, others: Floats | None = None) -> Floats:
 
 
 def _fine(pictures: Floats) -> Floats:
-    """`pictures` without what is coarse."""
+    """High-pass filter."""
     return pictures - _around(pictures, _COARSE[pictures.shape[-1]])
 
 
 def _steepness(pictures: Floats, window: Floats) -> Floats:
-    """The squared change from place to place, meant over `window`."""
+    """The squared gradient, averaged over `window`."""
     slope = _SLOPE[pictures.shape[-1]]
     return _around((slope @ pictures) ** 2 + (pictures @ slope.T) ** 2, window)
 
 
 def _around(pictures: Floats, window: Floats) -> Floats:
-    """The weighted means around every place."""
+    """The weighted means around every cell."""
     return np.asarray(window @ pictures @ window.T, np.float32)
 
 
 def gaussian(side: int, width: float) -> Floats:
-    """(side, side): for each place the weights of all, a bell of `width` places; they sum to 1."""
+    """(side, side): Gaussian weights of `width` cells around each cell; rows sum to 1."""
     place = np.arange(side, dtype=np.float64)
     found = np.exp(-(((place[:, None] - place) / width) ** 2) / 2)
     return np.asarray(found / found.sum(1, keepdims=True), np.float32)
 
 
 def _binomial(side: int) -> Floats:
-    """(side, side): 1-2-1, the outermost place counting for what is beyond."""
+    """(side, side): the 1-2-1 filter with repeated edges."""
     found = np.eye(side) / 2 + np.eye(side, k=1) / 4 + np.eye(side, k=-1) / 4
     found[0, 0] = found[-1, -1] = 0.75
     return found.astype(np.float32)
 
 
 def _difference(side: int) -> Floats:
-    """(side, side): the central differences, one-sided at the ends."""
+    """(side, side): central differences, one-sided at the ends."""
     found = (np.eye(side, k=1) - np.eye(side, k=-1)) / 2
     found[0, :2] = found[-1, -2:] = -1, 1
     return found.astype(np.float32)
@@ -394,5 +392,5 @@ _SLOPE = {side: _difference(side) for side in LEVELS}
 _COARSE, _WINDOW, _WIDE = ({side: gaussian(side, side * width / 64) for side in LEVELS} for width in (4, 1.5, 2.5))
 _NEAR = gaussian(COLOUR_SIDE, 0.75)
 _WIDEN = np.asarray(_BINOMIAL[LIGHT_SIDE] @ np.kron(np.eye(COLOUR_SIDE), np.ones((LIGHT_SIDE // COLOUR_SIDE, 1))), np.float32)
-_CHANNELS = np.array([[0, 1.402], [-0.344136, -0.714136], [1.772, 0]], np.float32)  # of Cb and Cr, besides the luminance
+_CHANNELS = np.array([[0, 1.402], [-0.344136, -0.714136], [1.772, 0]], np.float32)  # contribution of Cb and Cr
 _YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)

@@ -1,10 +1,10 @@
-"""Which pictures show one photo: re-encoded, scaled, cut a little, brighter, paler, mirrored. From 5.5 KB kept of each.
+"""Finds pictures of the same photo: re-encoded, scaled, cropped a little, brighter, paler or mirrored.
 
-Pairs are sieved before `image_match` compares them. A copy has the fine structure of its photo at 16×16 places, up to tangents,
-which are small cuts (tangent distance: Simard, LeCun, Denker 1993), and its own square, which is what clipping does to a tone:
-with f, a picture without what is coarse and of length 1, and an orthonormal basis U of the other's tangents, |Uf|² is the
-explained share. That is a product of matrices for a block of pairs. Pictures of little detail are sieved by their difference as
-they lie, and those whose difference hashes match are compared in any case, where enough bits are set to say something.
+Candidate pairs are filtered before data/images/match compares them. A copy has the fine structure of its photo at 16×16 cells,
+up to its tangents: small crops (tangent distance: Simard, LeCun, Denker 1993) and its own square, for clipped tones. With f, a
+high-pass filtered picture of norm 1, and an orthonormal basis U of the other's tangents, |Uf|² is the explained share: one
+matrix product for a block of pairs. Pictures of little detail are filtered by their plain difference. Pairs with matching
+difference hashes are always compared, if enough bits are set.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from lorakeet.data.images.match import (
     read_prints,
 )
 
-ALIKE, EXPLAINED = 0.7, 0.75  # the correlation of fine structure as it lies, and the share explained by tangents
-DIFFERENT = 5.0  # grey levels, root mean square, between pictures of little detail
-TELLING = 64  # bits set in a hash that says more than one of a plain ground
+ALIKE, EXPLAINED = 0.7, 0.75  # smallest correlation of fine structure, and smallest share explained by tangents
+DIFFERENT = 5.0  # largest RMS difference, grey levels, of pictures of little detail
+TELLING = 64  # fewest bits set in an informative hash
 _SIDE = LEVELS[0]
-_BLOCK, _BATCH = 1024, (1024, 256, 64)  # pictures that are sieved at once, and pairs that are compared at once at each level
+_BLOCK, _BATCH = 1024, (1024, 256, 64)  # pictures filtered at once, and pairs compared at once at each level
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Pictures number `left` and `right` are one photo; `apart` is the share of the variance that differs."""
+    """Pictures number `left` and `right` show the same photo; `apart` is the share of the variance that differs."""
 
     left: int
     right: int
@@ -47,22 +47,22 @@ class Copy:
 
     @property
     def words(self) -> str:
-        """How they differ."""
-        share = f"{self.apart:.1%} of its contrast differs" if self.apart else "not a pixel differs"
+        """The difference, in words."""
+        share = f"{self.apart:.1%} of its contrast differs" if self.apart else "no pixel differs"
         return f"mirrored; {share}" if self.mirrored else share
 
 
 @dataclass(frozen=True)
 class DuplicatePairs:
-    """Which pictures of an album are one photo: `pairs` (n, 2) are numbers of pictures, and `keys` the hashes of their pixels."""
+    """Pairs (n, 2) of numbers of pictures that show the same photo; `keys` are the hashes of all pictures' pixels."""
 
     keys: tuple[str, ...]
     pairs: NDArray[np.int32]
 
     def groups(self, of: Sequence[int] | None = None) -> list[int]:
-        """A group number for each picture, or for each of those numbered; those of a group are copies of one among them.
+        """A group number for each picture, or for each picture numbered in `of`; a group is one picture and its copies.
 
-        Not of each other's copies: a chain of pictures, each a little unlike the last, is not one photo.
+        Copies of copies are not included: a chain of slightly different pictures is not one photo.
         """
         chosen = np.arange(len(self.keys)) if of is None else np.asarray(of, np.intp)
         number = np.full(len(self.keys), -1)
@@ -82,21 +82,21 @@ class DuplicatePairs:
 
 
 def duplicate_pairs(rows: Sequence[ImageRow], bits: int) -> DuplicatePairs:
-    """Which of `rows` are one photo."""
+    """Finds all pairs of `rows` that show the same photo."""
     found = [np.stack([left, right], 1) for left, right, _, _ in _found(rows, rows, bits)]
     pairs = np.concatenate(found) if found else np.empty((0, 2), np.int32)
     return DuplicatePairs(tuple(row.pixels_key for row in rows), pairs[pairs[:, 0] != pairs[:, 1]])
 
 
 def duplicate_groups(rows: Sequence[ImageRow], bits: int) -> list[int]:
-    """A group number for each picture; those of a group are copies of one among them."""
+    """A group number for each picture; a group is one picture and its copies."""
     return duplicate_pairs(rows, bits).groups()
 
 
 def copies(left: Sequence[ImageRow], right: Sequence[ImageRow], bits: int) -> Iterator[Copy]:
-    """The pairs of `left` and `right` that are one photo, the nearest way only; `bits` 0 finds equal pixels alone.
+    """Yields the pairs of `left` and `right` that show the same photo; `bits` 0 finds equal pixels only.
 
-    Where both are one list, a pair may be named once instead of twice.
+    Of a plain and a mirrored match, only the nearer is given. If both lists are the same object, a pair may occur once.
     """
     for ones, others, apart, mirrored in _found(left, right, bits):
         for number, place, share, way in zip(ones.tolist(), others.tolist(), apart.tolist(), mirrored.tolist(), strict=True):
@@ -107,7 +107,7 @@ _Found = tuple[NDArray[np.int32], NDArray[np.int32], Floats, Bools]
 
 
 def _found(left: Sequence[ImageRow], right: Sequence[ImageRow], bits: int) -> Iterator[_Found]:
-    """The copies as arrays: left, right, apart, mirrored."""
+    """Yields copies as arrays: left, right, apart, mirrored."""
     if not left or not right:
         return
     _, order = np.unique([row.pixels_key for row in (*left, *right)], return_inverse=True)
@@ -122,12 +122,12 @@ def _found(left: Sequence[ImageRow], right: Sequence[ImageRow], bits: int) -> It
         chunk = np.arange(start, min(start + _BLOCK, len(left)))
         for first in range(start if ones is others else 0, len(right), _BLOCK):
             block = np.arange(first, min(first + _BLOCK, len(right)))
-            ways = [_compared(ones, others, _sieved(ones, others, chunk, block, bits, way), way) for way in (False, True)]
+            ways = [_compared(ones, others, _candidates(ones, others, chunk, block, bits, way), way) for way in (False, True)]
             yield _nearest(ways)
 
 
 def _equal(mine: Places, theirs: Places) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The pairs of equal numbers, as places of both lists."""
+    """The pairs of equal numbers, as indices of both lists."""
     order = np.argsort(theirs, kind="stable")
     low, high = (np.searchsorted(theirs[order], mine, side) for side in ("left", "right"))
     counts = high - low
@@ -137,7 +137,7 @@ def _equal(mine: Places, theirs: Places) -> tuple[NDArray[np.int32], NDArray[np.
 
 
 class _Features:
-    """What pairs of pictures are sieved by. `order` numbers all pictures that are compared, by their pixels."""
+    """Features for filtering pairs. `order` numbers all compared pictures by their pixels."""
 
     def __init__(self, rows: Sequence[ImageRow], order: Places) -> None:
         self.order = order
@@ -145,7 +145,7 @@ class _Features:
         self.across = np.array([(row.width * row.height) ** 0.5 for row in rows], np.float32)  # pixels of a side
         self.small = np.empty((len(rows), _SIDE, _SIDE), np.float32)
         self.clipped = np.empty((len(rows), 2, _SIDE, _SIDE), np.float16)
-        self.tone, self.cut = np.empty(len(rows), bool), np.empty(len(rows), bool)  # whether the detail tells either
+        self.tone, self.cut = np.empty(len(rows), bool), np.empty(len(rows), bool)  # true if there is enough detail for it
         for start in range(0, len(rows), _BLOCK):
             prints = read_prints(self.thumbs[start : start + _BLOCK])
             coarsest = level(prints, _SIDE)
@@ -161,12 +161,14 @@ class _Features:
         return self.small[places][..., ::-1] if mirrored else self.small[places]
 
 
-def _sieved(ones: _Features, others: _Features, chunk: Places, block: Places, bits: int, mirrored: bool) -> tuple[Places, Places]:
-    """The pairs of pictures `chunk` and `block` that are worth comparing."""
+def _candidates(
+    ones: _Features, others: _Features, chunk: Places, block: Places, bits: int, mirrored: bool
+) -> tuple[Places, Places]:
+    """The candidate pairs of pictures `chunk` and `block`."""
     mine, theirs = ones.of(chunk, mirrored=mirrored), others.of(block)
     rich, rich_too = np.flatnonzero(ones.tone[chunk]), np.flatnonzero(others.tone[block])
     near = np.zeros((len(chunk), len(block)), bool)
-    near[np.ix_(rich, rich_too)] = _alike(mine[rich], theirs[rich_too])
+    near[np.ix_(rich, rich_too)] = _same_structure(mine[rich], theirs[rich_too])
     for plain, other in ((~ones.tone[chunk], np.ones(len(block), bool)), (ones.tone[chunk], ~others.tone[block])):
         near[np.ix_(plain, other)] = _equal_levels(mine[plain], theirs[other])
     if not mirrored:
@@ -178,8 +180,8 @@ def _sieved(ones: _Features, others: _Features, chunk: Places, block: Places, bi
     return chunk[left], block[right]
 
 
-def _alike(mine: Floats, theirs: Floats) -> Bools:
-    """(n, m): whether the fine structure is alike as it lies, and one's is explained by the other's tangents."""
+def _same_structure(mine: Floats, theirs: Floats) -> Bools:
+    """(n, m): true if fine structure correlates, and the tangents of one explain the other."""
     one, other = _unit(_fine(mine)), _unit(_fine(theirs))
     near = one @ other.T > ALIKE
     rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
@@ -191,13 +193,13 @@ def _alike(mine: Floats, theirs: Floats) -> Bools:
 
 
 def _explained(fine: Floats, bases: Floats) -> Floats:
-    """(n, m): the share of each of `fine` (n, 256) that lies in the span of each of `bases` (m, k, 256)."""
+    """(n, m): the share of each of `fine` (n, 256) in the span of each of `bases` (m, k, 256)."""
     along = fine @ bases.reshape(-1, fine.shape[1]).T
     return np.asarray((along.reshape(len(fine), *bases.shape[:2]) ** 2).sum(2))
 
 
 def _bases(small: Floats) -> Floats:
-    """(n, 6, 256): orthonormal, of a picture, its square and its derivatives by a cut at each end, without what is coarse."""
+    """(n, 6, 256): orthonormal bases of a high-pass filtered picture, its square and its derivatives by a crop at each end."""
     place = ((np.arange(_SIDE) + 0.5) / _SIDE).astype(np.float32)
     down, across = np.gradient(small, axis=(1, 2))
     ends = across * place, across * (1 - place), down * place[:, None], down * (1 - place[:, None])
@@ -208,14 +210,14 @@ def _bases(small: Floats) -> Floats:
 
 
 def _equal_levels(mine: Floats, theirs: Floats) -> Bools:
-    """(n, m): whether the pictures are much the same as they lie."""
+    """(n, m): true if the RMS difference of the unchanged pictures is small."""
     one, other = mine.reshape(-1, _SIDE**2), theirs.reshape(-1, _SIDE**2)
     apart = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
     return np.asarray(apart <= DIFFERENT**2 * one.shape[1])
 
 
 def _hashes_match(mine: NDArray[np.uint8], theirs: NDArray[np.uint8], bits: int) -> Bools:
-    """(n, m): whether hashes that say something differ in at most `bits` bits."""
+    """(n, m): true if informative hashes differ in at most `bits` bits."""
     one, other = mine.astype(np.float32), theirs.astype(np.float32)
     sums, other_sums = one.sum(1), other.sum(1)
     apart = sums[:, None] + other_sums - 2 * one @ other.T
@@ -223,16 +225,16 @@ def _hashes_match(mine: NDArray[np.uint8], theirs: NDArray[np.uint8], bits: int)
 
 
 def _compared(ones: _Features, others: _Features, pairs: tuple[Places, Places], mirrored: bool) -> _Found:
-    """Those of `pairs` that are copies. Which of two is registered onto the other depends on their pixels alone."""
+    """The copies among `pairs`. Pixels alone decide which of two is registered onto the other."""
     left, right = pairs
     swapped = ones.order[left] > others.order[right]
     tone, cut = ones.tone[left] & others.tone[right], ones.cut[left] & others.cut[right]
     across = np.minimum(ones.across[left], others.across[right])
     warp, apart = np.zeros((len(left), 4), np.float32), np.zeros(len(left), np.float32)
     for side, batch in zip(LEVELS, _BATCH, strict=True):
-        hopeful = np.flatnonzero(apart < 1)
-        for start in range(0, len(hopeful), batch):
-            these = hopeful[start : start + batch]
+        remaining = np.flatnonzero(apart < 1)
+        for start in range(0, len(remaining), batch):
+            these = remaining[start : start + batch]
             first, second = _prints(ones, others, left[these], right[these], side)
             swap = swapped[these]
             one, other = _either(swap, second, first), _either(swap, first, second)
@@ -243,7 +245,7 @@ def _compared(ones: _Features, others: _Features, pairs: tuple[Places, Places], 
 
 
 def _prints(ones: _Features, others: _Features, left: Places, right: Places, side: int) -> tuple[Prints, Prints]:
-    """What the pictures `left` of ones and `right` of others are compared by at one level."""
+    """The features of the pictures `left` of ones and `right` of others at one level."""
     if side == _SIDE:
         nothing = np.zeros((len(left), 0), np.float32)
         sides = ((ones, left), (others, right))
@@ -254,7 +256,7 @@ def _prints(ones: _Features, others: _Features, left: Places, right: Places, sid
 
 
 def _either(which: Bools, one: Prints, other: Prints) -> Prints:
-    """Of each pair the print of `one` where `which` says so, else of the `other`."""
+    """Selects for each pair the features of `one` if `which` is true, else of `other`."""
     wide = which[:, None, None]
     return Prints(
         np.where(wide, one.light, other.light),
@@ -264,7 +266,7 @@ def _either(which: Bools, one: Prints, other: Prints) -> Prints:
 
 
 def _nearest(ways: Sequence[_Found]) -> _Found:
-    """Each pair once, the nearest way."""
+    """Each pair once, plain or mirrored, whichever is nearer."""
     left, right, apart, mirrored = (np.concatenate(parts) for parts in zip(*ways, strict=True))
     order = np.lexsort((mirrored, apart, right, left))
     first = np.ones(len(order), bool)
@@ -274,12 +276,12 @@ def _nearest(ways: Sequence[_Found]) -> _Found:
 
 
 def _fine(small: Floats) -> Floats:
-    """(n, 256): without what is coarse."""
+    """High-pass filter, flattened to (n, 256)."""
     return np.asarray((small - _COARSE @ small @ _COARSE.T).reshape(-1, _SIDE**2), np.float32)
 
 
 def _unit(vectors: Floats) -> Floats:
-    """`vectors` (n, 256) of length 1."""
+    """`vectors` (n, 256) scaled to norm 1."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-3), np.float32)
 
 

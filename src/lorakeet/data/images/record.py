@@ -1,6 +1,6 @@
-"""Which pictures a run began with, as its split.json has them; and the same ones again when it is resumed.
+"""Records the pictures of a run in split.json, and finds the same ones again on resume.
 
-A resumed run is not split anew: neither pictures that came to its folders since nor other rules about copies change it.
+A resumed run is not split again: neither new pictures in its folders nor new rules about copies change it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMES = {key: name for name, key in _KEYS.items()}
 
 @dataclass(frozen=True)
 class RecordedImage:
-    """A picture as split.json has it."""
+    """A picture as recorded in split.json."""
 
     file: str
     pixels: str  # ImageRow.pixels_key
@@ -38,7 +38,7 @@ class RecordedImage:
 
 
 def image_record(dataset: ImageDataset, data: DataSpec) -> dict[str, object]:
-    """The content of split.json: the hashes of every split, the pictures of each part in their order, and what was found."""
+    """The content of split.json: hashes of each part, its pictures in order, near-duplicates and remarks."""
     pictures = {
         part: [asdict(RecordedImage(row.source, row.pixels_key, row.caption)) for row in getattr(dataset, part)] for part in PARTS
     }
@@ -55,10 +55,10 @@ def image_record(dataset: ImageDataset, data: DataSpec) -> dict[str, object]:
 def recorded_images(
     record: Mapping[str, Any], data: DataSpec, images: ImageSpec, *, tables: Path, run: Path
 ) -> ImageDataset | None:
-    """The pictures of `run` again, by its split.json; None where that is of a version that did not name them.
+    """Finds the pictures of `run` again by its split.json; None if its version did not name them.
 
-    A picture is known by its pixels and caption, so that it may have been renamed within its folder. DataError names every one
-    that is gone or has changed, ConfigError every setting of the split that has.
+    A picture is identified by pixels and caption, so it may have been renamed within its folder. Raises DataError that names
+    every missing or changed picture, ConfigError that names every changed setting of the split.
     """
     if "pictures" not in record:
         return None
@@ -71,8 +71,8 @@ def recorded_images(
         raise DataError(f"split.json of {run} cannot be read ({error!r}); restore it, or start a new run.") from error
     _require_same_split(split_by, _split_by(data), run)
     problems = Problems(
-        f"The pictures of {run} are not those that it began with", DataError,
-        remedy="Bring back what was there, or start a new run with another --out.", shown=_SHOWN,
+        f"The pictures of {run} have changed since it started", DataError,
+        remedy="Restore the old pictures, or start a new run with another --out.", shown=_SHOWN,
     )  # fmt: skip
     spec_of_prior = replace(images, caption=images.prior_caption)
     named = (
@@ -99,7 +99,7 @@ def recorded_images(
 
 
 def _again(folder: Path, known: Sequence[RecordedImage], spec: ImageSpec, problems: Problems) -> tuple[ImageRow, ...]:
-    """The known pictures in their order: under their names, else under another name in the same folder, else a problem."""
+    """The known pictures in order, found by name, else under another name in the same folder; adds a problem if missing."""
     rows = list(read_named(folder, [one.file for one in known], spec))
     right = {one.file for one, row in zip(known, rows, strict=True) if _is(one, row)}
     missing = [place for place, one in enumerate(known) if one.file not in right]
@@ -120,26 +120,26 @@ def _is(one: RecordedImage, row: ImageRow | None) -> bool:
 def _difference(folder: Path, one: RecordedImage, now: ImageRow | None) -> str:
     path = folder / one.file
     if now is None:
-        return f"{path} {'cannot be used any more: its picture or its caption cannot be read' if path.is_file() else 'is gone'}."
+        return f"{path} {'cannot be used: its picture or its caption cannot be read' if path.is_file() else 'is gone'}."
     if now.pixels_key != one.pixels:
         return f"{path} shows another picture."
     return f"The caption of {path} was '{one.caption}' and is '{now.caption}'."
 
 
 def _split_by(data: DataSpec) -> dict[str, Any]:
-    """The settings by which pictures are parted; a folder may move, so that only whether one is given counts."""
+    """The settings of the split. A folder may move, so only whether one is given is recorded."""
     return {**{name: getattr(data, name) for name in _SPLITTING}, **{name: bool(getattr(data, name)) for name in _FOLDERS}}
 
 
 def _require_same_split(before: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
     problems = Problems(
-        f"The run {run} cannot go on with another split than it began with", ConfigError,
-        remedy="Take the old values to resume, or start a new run with another --out.",
+        f"The run {run} cannot be resumed with another split", ConfigError,
+        remedy="Use the old values to resume, or start a new run with another --out.",
     )  # fmt: skip
-    for name in sorted(before.keys() & now.keys()):  # a setting that a run was begun without did not part its pictures
+    for name in sorted(before.keys() & now.keys()):  # a setting that is newer than the run had no effect on its split
         if before[name] == now[name]:
             continue
         words: dict[Any, str] = {True: "a folder", False: "none"} if name in _FOLDERS else {}
         was, said = (words.get(value, repr(value)) for value in (before[name], now[name]))
-        problems.add(f"data.{name} was {was} when {run} began and is {said} now.")
+        problems.add(f"data.{name} was {was} when {run} started and is {said} now.")
     problems.raise_if_any()

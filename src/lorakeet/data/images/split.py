@@ -1,4 +1,4 @@
-"""Pictures parted into training and held-out ones by their content; copies and near-copies stay on one side."""
+"""Splits pictures into training and held-out ones by content; copies and near-copies stay on one side."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import split_record, split_rows
 from lorakeet.errors import DataError
 
-ENOUGH, MANY = 6, 20  # the fewest independent pictures that can show a difference, and from how many so many are held out
-MUCH = 0.3  # of an album that counts as copies of one picture: more may be one scene instead of one photo
+ENOUGH, MANY = 6, 20  # fewest independent pictures that can show a difference; albums of MANY or more hold out at least ENOUGH
+MUCH = 0.3  # share of an album that are copies of one picture; above it, they may be one scene and not one photo
 _OWN_SPLIT = DataSpec().held_out_fraction
 
 
@@ -51,15 +51,15 @@ class ImageDataset:
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 
     def split_record(self) -> dict[str, object]:
-        """What split.json says of every split: hashes. With the pictures themselves it is data/images/record."""
+        """The hashes in split.json; data/images/record adds the pictures themselves."""
         train, held_out, test = ([_as_row(row, None) for row in part] for part in (self.train, self.held_out, self.test))
         return split_record(train, held_out, test)
 
 
 def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageDataset:
-    """The pictures that `data` names, split and compared; those in tables are unpacked below `tables`.
+    """Loads, splits and compares the pictures that `data` names; tables are unpacked below `tables`.
 
-    DataError for what cannot be used, and where nothing is held out.
+    Raises DataError for unusable pictures, and if none is held out.
     """
     album = read_album(album_folder(data.train, tables, data.limit), images, limit=data.limit)
     remarks = list(album.remarks)
@@ -70,14 +70,14 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
     policy = data.on_leak
     if not data.held_out:
         train, held_out = _split_off(train, data, images, remarks)
-        policy = "keep" if policy == "keep" else "drop"  # the split is ours: what its groups left is no fault of the files
-    held_out, told = _without_leaks(held_out, test, images, policy=data.on_leak, part="held-out")
-    if told and not held_out:
+        policy = "keep" if policy == "keep" else "drop"  # an own split cannot be refused: the files are not at fault
+    held_out, in_test = _without_leaks(held_out, test, images, policy=data.on_leak, part="held-out")
+    if in_test and not held_out:
         raise DataError("Every held-out picture is also a test one; give other pictures, or set data.on_leak keep.")
     train, alike = _without_leaks(train, (*held_out, *test), images, policy=policy)
     if not held_out:
         raise DataError(
-            "No pictures are held out, so nothing could be proved; set data.held_out_fraction above 0, or name a folder as "
+            "No pictures are held out, so nothing can be measured; set data.held_out_fraction above 0, or name a folder as "
             "data.held_out."
         )
     if not train:
@@ -85,11 +85,11 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
     prior = _other_album(images.prior, of_prior, tables, remarks, "images.prior")
     prior, known = _without_leaks(prior, (*held_out, *test), images, policy=data.on_leak)
     groups = evaluation_groups(test or held_out, images)
-    return ImageDataset(train, held_out, test, (*told, *alike, *known), tuple(remarks), prior, groups)
+    return ImageDataset(train, held_out, test, (*in_test, *alike, *known), tuple(remarks), prior, groups)
 
 
 def album_folder(name: str, tables: Path, limit: int | None = None) -> Path:
-    """The folder of the pictures that a setting names; those of a table are unpacked below `tables`."""
+    """The folder of pictures that a setting names; a table is unpacked below `tables`."""
     return unpack_pictures(name, tables, limit=limit) if is_table(name) else Path(name).expanduser()
 
 
@@ -104,9 +104,9 @@ def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[
 def _split_off(
     rows: Sequence[ImageRow], data: DataSpec, images: ImageSpec, remarks: list[str]
 ) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
-    """Training and held-out pictures. With `data.held_out_fraction` as it comes, of MANY or more at least ENOUGH are held out.
+    """Training and held-out pictures. With the default `data.held_out_fraction`, MANY or more hold out at least ENOUGH.
 
-    Where much of an album counts as copies of one picture, a remark, or the DataError of the split, names two of them.
+    If much of an album are copies of one picture, a remark, or the DataError of the split, names two of them.
     """
     alike = duplicate_pairs(rows, images.near_duplicates)
     said = _mostly_copies(rows, alike.groups())
@@ -120,38 +120,38 @@ def _split_off(
 
 
 def _mostly_copies(rows: Sequence[ImageRow], groups: Sequence[int]) -> str:
-    """What to say where more than MUCH of the pictures count as copies of one; empty elsewhere."""
+    """A remark if more than MUCH of the pictures are copies of one; empty otherwise."""
     largest = [group for group, _ in Counter(groups).most_common(1)]
     members = [row for row, group in zip(rows, groups, strict=True) if group in largest]
     if len(members) < 2 or len(members) <= MUCH * len(rows):
         return ""
     one, other = members[0].source, members[1].source
     return (
-        f"{len(members)} of {len(rows)} pictures look like copies of one, such as {one} and {other}. Where they are "
-        "different pictures (one pose, scene or coloured ground), set images.near_duplicates 0, so that only equal ones count."
+        f"{len(members)} of {len(rows)} pictures look like copies of one, such as {one} and {other}. If they are "
+        "different pictures (one pose, scene or background colour), set images.near_duplicates 0 to drop only equal ones."
     )
 
 
 def _split(rows: Sequence[ImageRow], alike: DuplicatePairs, data: DataSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
-    """Training and held-out pictures. ENOUGH are the groups that the held-out ones have by themselves, as they are judged.
+    """Training and held-out pictures. ENOUGH counts the groups of the held-out pictures alone, as in evaluation.
 
-    The album may have more: where copies of a picture are not held out with it, it may no longer stand in the middle of a group.
+    These may be fewer than the album's groups of them, since the middle of a group may stay in training.
     """
     plain = {row.source: row for row in rows}
-    place_of = {row.source: place for place, row in enumerate(rows)}
+    index_of = {row.source: index for index, row in enumerate(rows)}
     groups = alike.groups()
     given = [_as_row(row, f"pictures {group}") for row, group in zip(rows, groups, strict=True)]
     split = split_rows(given, data)
     if data.held_out_fraction == _OWN_SPLIT and len(set(groups)) >= MANY:
         wanted = max(ENOUGH, len(split.held_out))
-        while len(set(alike.groups([place_of[row.source] for row in split.held_out]))) < ENOUGH and wanted <= len(rows) // 2:
+        while len(set(alike.groups([index_of[row.source] for row in split.held_out]))) < ENOUGH and wanted <= len(rows) // 2:
             split = split_rows(given, replace(data, held_out_fraction=wanted / len(rows), held_out_minimum=0))
             wanted += 1
     return tuple(plain[row.source] for row in split.train), tuple(plain[row.source] for row in split.held_out)
 
 
 def evaluation_groups(rows: Sequence[ImageRow], images: ImageSpec) -> tuple[int, ...] | None:
-    """A group number for each picture to judge by, where some are copies of others; None where all are independent."""
+    """A group number for each evaluation picture if some are copies of others; None if all are independent."""
     groups = duplicate_groups(rows, images.near_duplicates)
     return None if len(set(groups)) == len(groups) else tuple(groups)
 
@@ -159,7 +159,7 @@ def evaluation_groups(rows: Sequence[ImageRow], images: ImageSpec) -> tuple[int,
 def _without_leaks(
     rows: Sequence[ImageRow], evaluated: Sequence[ImageRow], images: ImageSpec, *, policy: str, part: str = "training"
 ) -> tuple[tuple[ImageRow, ...], tuple[NearDuplicate, ...]]:
-    """The pictures of `part` that are not copies of `judged`, mirrored ones included, and the nearest of each that is."""
+    """The pictures of `part` without copies of `evaluated` (mirrored ones included), and the nearest match of each copy."""
     nearest: dict[int, Copy] = {}
     for copy in copies(rows, evaluated, images.near_duplicates):
         if copy.left not in nearest or (copy.apart, copy.right) < (nearest[copy.left].apart, nearest[copy.left].right):

@@ -1,4 +1,4 @@
-"""Pictures out of Parquet files, `datasets` folders and hub ids: unpacked once into a folder that data/images/folder reads."""
+"""Unpacks pictures from Parquet files, `datasets` folders and hub ids into a folder that data/images/folder reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8"
 
 
 def is_table(name: str) -> bool:
-    """Whether `name` means rows with pictures in them, rather than a folder of picture files."""
+    """True if `name` is a table with pictures, false for a folder of picture files."""
     base, mark, _ = name.partition("#")
     folder = Path(base).expanduser()
     if folder.is_dir():
@@ -32,10 +32,10 @@ def is_table(name: str) -> bool:
 
 
 def unpack_pictures(name: str, into: Path, *, limit: int | None = None) -> Path:
-    """A folder below `into` with the pictures of the table `name`, byte for byte, and their captions in metadata.jsonl.
+    """Writes the pictures of the table `name`, byte for byte, and their captions in metadata.jsonl to a folder below `into`.
 
-    The picture is the first column that holds one (datasets' image feature, or plain bytes), the caption stands in text, caption
-    or prompt. The folder's name is a hash of its content: the same rows are the same folder. DataError names rows without one.
+    The picture is in the first column that has one (datasets' image feature, or plain bytes), the caption in text, caption or
+    prompt. The folder's name is a hash of its content. Raises DataError that names rows without a picture.
     """
     partial = into / f"unpacking-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +57,7 @@ def unpack_pictures(name: str, into: Path, *, limit: int | None = None) -> Path:
 
 
 def _pictures(name: str, limit: int | None) -> Iterator[tuple[bytes, str | None]]:
-    """The bytes and the caption of each row; None for no caption."""
+    """Yields the bytes and the caption of each row; None for no caption."""
     problems = RowProblems(f"{name} cannot be used as it is")
     column: str | None = None
     for record in islice(read_records(name, problems), limit):
@@ -66,7 +66,7 @@ def _pictures(name: str, limit: int | None) -> Iterator[tuple[bytes, str | None]
             if column is None:
                 raise DataError(
                     f"{record.source} has no picture in {', '.join(record.values)}; expected a column with the bytes of picture "
-                    "files, as datasets' Image feature keeps them."
+                    "files, such as datasets' Image feature."
                 )
         content = _bytes_of(record.values.get(column))
         if content is None:
@@ -76,11 +76,11 @@ def _pictures(name: str, limit: int | None) -> Iterator[tuple[bytes, str | None]
         yield content, caption
     problems.raise_if_any()
     if column is None:
-        raise DataError(f"{name} holds no rows; expected rows with a picture and a caption.")
+        raise DataError(f"{name} has no rows; expected rows with a picture and a caption.")
 
 
 def _bytes_of(value: Any) -> bytes | None:
-    """The bytes of a picture file: as they are, in datasets' {bytes, path}, or of a picture that datasets has opened, as PNG."""
+    """The bytes of a picture file: plain, in datasets' {bytes, path}, or as PNG of a picture that datasets has opened."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     if isinstance(value, bytes) and value:

@@ -1,6 +1,6 @@
-"""Drawings of the report as inline SVG and HTML; they take values and return markup whose data is escaped.
+"""Charts of the report as inline SVG and HTML; all data is escaped.
 
-Coordinates are percentages, so that a drawing fills its column at any width while its text keeps its size. Colours are
+Coordinates are percentages, so that a chart fills its column at any width while its text keeps its size. Colours are
 classes that report.css defines for light, dark and print.
 """
 
@@ -17,12 +17,12 @@ from lorakeet.evaluate.compare import Paired
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.wording import number
 
-_SQUARES = 1000  # squares drawn at most; each then stands for several rows
+_SQUARES = 1000  # most squares drawn; with more rows, each stands for several
 
 
 @dataclass(frozen=True)
 class ChartPoint:
-    """A value after `step` optimizer steps, with its interval where it has one."""
+    """A value after `step` optimizer steps, with its interval if it has one."""
 
     step: int
     value: float
@@ -32,7 +32,7 @@ class ChartPoint:
 
 @dataclass(frozen=True)
 class Curves:
-    """Train and held-out loss and learning rate by step; `best_step` is the checkpoint kept, `ended` says why training did."""
+    """Train and held-out loss and learning rate by step; `best_step` is the kept checkpoint, `ended` why training ended."""
 
     train: tuple[ChartPoint, ...] = ()
     held_out: tuple[ChartPoint, ...] = ()
@@ -43,16 +43,16 @@ class Curves:
 
 @dataclass(frozen=True)
 class Axis:
-    """A stretch of numbers drawn over 0 to 100 % of a width, with round ticks."""
+    """A range of numbers drawn over 0 to 100 % of a width, with round ticks."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
 
     def at(self, value: float) -> float:
-        """The place of `value` in percent, kept inside the drawing."""
-        place = 100 * (value - self.low) / (self.high - self.low)
-        return round(min(100.0, max(0.0, place)), 2) if math.isfinite(place) else 100.0
+        """The position of `value` in percent, clamped to the chart."""
+        position = 100 * (value - self.low) / (self.high - self.low)
+        return round(min(100.0, max(0.0, position)), 2) if math.isfinite(position) else 100.0
 
     def label(self, tick: float) -> str:
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else tick
@@ -61,7 +61,7 @@ class Axis:
 
 
 def axis(values: Sequence[float], *, zero: bool = False, count: int = 4) -> Axis:
-    """The axis around the finite `values`, with about `count` ticks; `zero` keeps 0 on it."""
+    """The axis around the finite `values`, with about `count` ticks; `zero` includes 0."""
     finite = [value for value in values if math.isfinite(value)] + ([0.0] if zero else [])
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     span = (high - low) or abs(high) or 1.0
@@ -75,12 +75,12 @@ def axis(values: Sequence[float], *, zero: bool = False, count: int = 4) -> Axis
 
 
 def interval_axis(estimates: Sequence[Estimate], *, zero: bool = False) -> Axis:
-    """The axis that holds every value and interval of `estimates`."""
+    """The axis that includes every value and interval of `estimates`."""
     return axis([edge for item in estimates for edge in (item.low, item.value, item.high)], zero=zero)
 
 
 def interval_bar(estimate: Estimate, scale: Axis, role: str, *, zero: bool = False) -> Markup:
-    """A dot at the value with a line over its interval, on light tick lines; the number itself stands in the page's text."""
+    """A dot at the value with a line over its interval, on light tick lines; the page's text has the number."""
     parts = [svg_line(scale.at(tick), 0, scale.at(tick), 100, "zero" if zero and tick == 0 else "tick") for tick in scale.ticks]
     low, high, middle = scale.at(estimate.low), scale.at(estimate.high), scale.at(estimate.value)
     parts.append(svg_line(low, 50, high, 50, f"bar {role}"))
@@ -89,13 +89,13 @@ def interval_bar(estimate: Estimate, scale: Axis, role: str, *, zero: bool = Fal
 
 
 def axis_labels(scale: Axis) -> Markup:
-    """The ticks' numbers, each centred on its place."""
+    """The numbers of the ticks, each centred on its tick."""
     spans = [Markup('<span style="left:{}%">{}</span>').format(scale.at(tick), scale.label(tick)) for tick in scale.ticks]
     return Markup('<div class="ticks" aria-hidden="true">{}</div>').format(Markup("").join(spans))
 
 
 def squares(paired: Paired) -> Markup:
-    """One square for each held-out row, coloured by which system is right; above 1000 rows a square stands for several."""
+    """One square per held-out row, coloured by which system is right; above 1000 rows a square stands for several."""
     each = max(1, math.ceil(paired.n / _SQUARES))
     counts = (
         ("both-right", paired.both),
@@ -117,15 +117,15 @@ def learning_curves(curves: Curves) -> Markup:
     values = axis(_without_extremes(edges))
     shapes = [svg_line(0, 100 - values.at(tick), 100, 100 - values.at(tick), "tick") for tick in values.ticks]
     shapes += [polyline(curves.train, steps, values, "train raw"), polyline(_running_mean(curves.train), steps, values, "train")]
-    shapes.append(polyline(curves.held_out, steps, values, "held"))
+    shapes.append(polyline(curves.held_out, steps, values, "held-out"))
     best = next((point for point in curves.held_out if point.step == curves.best_step), None)
     if best is not None:
         shapes.append(svg_line(steps.at(best.step), 0, steps.at(best.step), 100, "best"))
     for point in curves.held_out:
         x, y = steps.at(point.step), 100 - values.at(point.value)
         if point.low is not None and point.high is not None:
-            shapes.append(svg_line(x, 100 - values.at(point.low), x, 100 - values.at(point.high), "whisker held"))
-        mark = "dot held kept" if point is best else "dot held"
+            shapes.append(svg_line(x, 100 - values.at(point.low), x, 100 - values.at(point.high), "whisker held-out"))
+        mark = "dot held-out kept" if point is best else "dot held-out"
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, 6.5 if point is best else 3.5, mark))
     return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}{}</div>').format(
         Markup("").join(
@@ -143,12 +143,12 @@ def _rate_strip(rates: Sequence[ChartPoint], steps: Axis) -> Markup:
     if top <= 0:
         return Markup("")
     shape = polyline(rates, steps, Axis(0, top * 1.08, ()), "rate")
-    label = Markup('<span class="strip-label">learning rate, at most {}</span>').format(f"{top:.1e}".replace("e-0", "e-"))
+    label = Markup('<span class="strip-label">learning rate, peak {}</span>').format(f"{top:.1e}".replace("e-0", "e-"))
     return Markup('<div class="strip">{}<svg class="area" aria-hidden="true">{}</svg></div>').format(label, shape)
 
 
 def reliability_plot(bins: Sequence[ReliabilityBin], role: str) -> Markup:
-    """Accuracy against confidence, one dot a bin with its interval; a perfectly calibrated system lies on the diagonal."""
+    """Accuracy against confidence, one dot per bin with its interval; a perfectly calibrated system is on the diagonal."""
     unit = Axis(0, 1, (0.0, 0.25, 0.5, 0.75, 1.0))
     shapes = [svg_line(0, 100 - unit.at(tick), 100, 100 - unit.at(tick), "tick") for tick in unit.ticks]
     shapes.append(svg_line(0, 100, 100, 0, "diagonal"))
@@ -163,21 +163,21 @@ def reliability_plot(bins: Sequence[ReliabilityBin], role: str) -> Markup:
 
 
 def svg_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    """A straight line between two places in percent."""
-    place = (round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2))
-    return Markup('<line x1="{}%" y1="{}%" x2="{}%" y2="{}%" class="{}"/>').format(*place, kind)
+    """A straight line between two points in percent."""
+    ends = (round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2))
+    return Markup('<line x1="{}%" y1="{}%" x2="{}%" y2="{}%" class="{}"/>').format(*ends, kind)
 
 
 def polyline(points: Sequence[ChartPoint], steps: Axis, values: Axis, kind: str) -> Markup:
-    """A line through `points`, in a box of 100 by 100 that is stretched while its stroke is not."""
+    """A line through `points`, in a stretched box of 100 by 100 with a constant stroke width."""
     usable = [point for point in points if math.isfinite(point.value)]
     if len(usable) < 2:
         return Markup("")
-    places = " ".join(f"{steps.at(point.step)},{round(100 - values.at(point.value), 2)}" for point in usable)
+    coordinates = " ".join(f"{steps.at(point.step)},{round(100 - values.at(point.value), 2)}" for point in usable)
     return Markup(
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" x="0" y="0">'
         '<polyline points="{}" class="{}"/></svg>'
-    ).format(places, kind)
+    ).format(coordinates, kind)
 
 
 def _running_mean(points: Sequence[ChartPoint]) -> list[ChartPoint]:
@@ -191,7 +191,7 @@ def _running_mean(points: Sequence[ChartPoint]) -> list[ChartPoint]:
 
 
 def _without_extremes(edges: Sequence[float]) -> list[float]:
-    """The values, without the highest 2 % where these would take up more than half of the drawing."""
+    """The values, without the highest 2 % if these would take up more than half of the chart."""
     finite = sorted(edge for edge in edges if math.isfinite(edge))
     usual = finite[: max(1, math.ceil(len(finite) * 0.98))]
     return usual if finite and finite[-1] - finite[0] > 2 * (usual[-1] - usual[0]) else finite

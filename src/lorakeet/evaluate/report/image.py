@@ -1,4 +1,4 @@
-"""A report on pictures: paired denoising losses of base and adapter, and how far samples are from prompts and pictures."""
+"""The report of an image run: paired denoising losses of base and adapter, and distances of samples."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "
 def denoising_report(
     title: str, *, adapter: RowLosses, base: RowLosses, captions: Sequence[str], sources: Sequence[str], spec: EvaluateSpec
 ) -> Report:
-    """Loss of each system with its interval, the paired difference and the verdict; a row is a picture.
+    """The loss of each system with its interval, the paired difference and the verdict; a row is a picture.
 
-    `losses` of a row are the squared errors added up over its fixed timesteps, `tokens` the number of these.
+    `losses` are sums of squared errors over fixed timesteps, `tokens` the number of timesteps.
     """
     roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
     systems = tuple(SystemResult(rows.system, role, {METRIC: measure_losses(rows, spec)["loss"]}) for rows, role in roles)
@@ -50,9 +50,9 @@ def denoising_report(
 
 
 def with_distances(report: Report, distances: Mapping[str, tuple[RowLosses, RowLosses]], spec: EvaluateSpec) -> Report:
-    """`report` with further metrics by name, each of (adapter, base) on the same samples; less is better.
+    """Adds metrics by name, each of (adapter, base) on the same samples; lower is better.
 
-    The verdict stays that of the denoising loss: what an encoder likes is a second opinion, and samples are few.
+    The verdict stays that of the denoising loss: samples are few, and the encoder is only a second opinion.
     """
     adapter, base = report.systems
     comparisons = list(report.comparisons)
@@ -64,23 +64,23 @@ def with_distances(report: Report, distances: Mapping[str, tuple[RowLosses, RowL
 
 
 def independent(rows: RowLosses) -> int:
-    """How many pictures are no copies of each other."""
+    """The number of pictures that are not copies of each other."""
     return len(rows.losses) if rows.groups is None else len(set(rows.groups))
 
 
 def too_few(pictures: int, groups: int | None = None) -> tuple[str, ...]:
-    """What must be said where so few pictures are judged that nothing could be shown, whatever the adapter learnt.
+    """A warning if there are too few evaluation pictures to show any difference.
 
-    `groups` is how many they are without copies of each other.
+    `groups` is the number of pictures without copies of each other.
     """
     count = pictures if groups is None else groups
     least = 2.0 ** (1 - count)
     if least <= 0.05:
         return ()
-    held = f"Only {count} pictures are held out"
+    said = f"Only {count} pictures are held out"
     if count < pictures:
-        held = f"The {pictures} held-out pictures are {count} and copies of these"
+        said = f"The {pictures} held-out pictures are {count} and copies of these"
     return (
-        f"{held}: the paired test cannot give a p-value below {least:g}, so no difference can be shown. "
+        f"{said}: the paired test cannot give a p-value below {least:g}, so no difference can be shown. "
         "Hold out 6 or more (data.held_out_fraction, or a folder as data.held_out).",
     )

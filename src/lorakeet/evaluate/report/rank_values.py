@@ -1,4 +1,4 @@
-"""What a report shows of ranks: the map of layer × matrix, the rank curve, and the trials of a search."""
+"""Ranks in a report: the map of layer × matrix, the rank curve, and the trials of a search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RankCell:
 
 @dataclass(frozen=True)
 class RankCut:
-    """What a cut in training left after a step: parameters of all pairs, pairs of rank 1 or more, the lowest and highest rank."""
+    """The state after a rank cut: parameters of all pairs, pairs of rank 1 or more, the lowest and highest rank."""
 
     step: int
     parameters: int
@@ -33,9 +33,9 @@ class RankCut:
 
 @dataclass(frozen=True)
 class RankMap:
-    """The ranks of a plan, to be drawn as layer × matrix; `cuts` are those that led there, where ranks fell in training.
+    """The ranks of a plan, drawn as layer × matrix; `cuts` are the rank cuts during training, if any.
 
-    The first of them, of step 0, is what training began with.
+    The first, of step 0, is the state at the start of training.
     """
 
     cells: tuple[RankCell, ...]
@@ -54,13 +54,15 @@ class RankMap:
         return max(cell.rank for cell in self.cells)
 
     def rank(self, layer: str, matrix: str) -> int:
-        """0 where there is no pair."""
+        """The rank of a matrix; 0 without a pair."""
         return next((cell.rank for cell in self.cells if (cell.layer, cell.matrix) == (layer, matrix)), 0)
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """An adapter cut to `parameters`: its gain over the base in nats a token, and its comparison with the adapter as trained."""
+    """An adapter cut to `parameters`: its gain over the base in nats per token, and its comparison with the adapter as
+    trained.
+    """
 
     name: str
     parameters: int
@@ -70,7 +72,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class RankCurve:
-    """Held-out gain by parameters; `marked` is the smallest point that satisfies `rule`, empty where none does."""
+    """Held-out gain by parameters; `marked` is the smallest point that satisfies `rule`, empty if none does."""
 
     points: tuple[CurvePoint, ...]
     rule: str
@@ -79,7 +81,7 @@ class RankCurve:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial of a search: its held-out loss, and its comparison with the settings of the run file, where it has them."""
+    """One trial of a search: its held-out loss, and its comparison with the settings of the run file, if measured."""
 
     name: str
     settings: str
@@ -93,9 +95,9 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Search:
-    """All trials of a search on `rows` held-out rows, how large a difference these can show, and what was confirmed elsewhere.
+    """All trials of a search on `rows` held-out rows, the power of the comparison, and the conclusion.
 
-    `winner` is the trial whose settings were taken, `best` the one of lowest loss, which other rows may not have confirmed.
+    `winner` is the trial whose settings were taken, `best` the one of lowest loss, perhaps not confirmed on other rows.
     """
 
     trials: tuple[TrialResult, ...]
@@ -115,12 +117,12 @@ def curve_plot(curve: RankCurve) -> Markup:
     values = axis([edge for point in points for edge in (point.low, point.value, point.high) if edge is not None], zero=True)
     heights = [(100 - values.at(tick), "zero" if tick == 0 else "tick") for tick in values.ticks]
     shapes = [svg_line(0, height, 100, height, kind) for height, kind in heights]
-    shapes.append(polyline(points, across, values, "held"))
+    shapes.append(polyline(points, across, values, "held-out"))
     for point, named in zip(points, curve.points, strict=True):
         x, y = across.at(point.step), 100 - values.at(point.value)
-        shapes.append(svg_line(x, 100 - values.at(point.low or 0.0), x, 100 - values.at(point.high or 0.0), "whisker held"))
+        shapes.append(svg_line(x, 100 - values.at(point.low or 0.0), x, 100 - values.at(point.high or 0.0), "whisker held-out"))
         mark = named.name == curve.marked
-        kind, radius = ("dot held kept", 6.5) if mark else ("dot held", 3.5)
+        kind, radius = ("dot held-out kept", 6.5) if mark else ("dot held-out", 3.5)
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, radius, kind))
     marks = Markup("").join(
         Markup('<span style="top:{}%">{}</span>').format(round(100 - values.at(tick), 2), values.label(tick))

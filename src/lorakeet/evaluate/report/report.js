@@ -32,12 +32,12 @@ document.documentElement.classList.add("js");
     const more = document.createElement("button");
     more.className = "more";
     more.type = "button";
-    more.textContent = "Show all of it";
+    more.textContent = "Show all";
     more.setAttribute("aria-expanded", "false");
     more.addEventListener("click", function () {
       const open = quote.classList.toggle("open");
       more.setAttribute("aria-expanded", String(open));
-      more.textContent = open ? "Show less" : "Show all of it";
+      more.textContent = open ? "Show less" : "Show all";
     });
     quote.after(more);
   }

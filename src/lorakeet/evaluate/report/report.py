@@ -1,4 +1,4 @@
-"""report.json and report.html: everything that a run measured, as one value and as one page."""
+"""report.json and report.html: all measurements of a run, as JSON and as one page."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class SystemResult:
-    """One line of the table: a system, its part in the comparison, its metrics by name, and what must be known about it."""
+    """One row of the table: a system, its role, its metrics by name, and a note."""
 
     name: str
     role: Role
@@ -75,7 +75,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """What one system said to a row: the text, its probability, whether it is right, and its loss in nats a token."""
+    """One system's answer to a row: text, probability, correctness, and loss in nats per token."""
 
     text: str = ""
     probability: float | None = None
@@ -85,7 +85,7 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A held-out row with the base's and the adapter's reply."""
+    """A held-out row with the replies of base and adapter."""
 
     text: str
     truth: str
@@ -95,7 +95,7 @@ class SideBySide:
 
     @property
     def outcome(self) -> str:
-        """fixed, broke, both-right or both-wrong; empty where replies are not right or wrong."""
+        """fixed, broke, both-right or both-wrong; empty if replies are not right or wrong."""
         if self.base.right is None or self.adapter.right is None:
             return ""
         if self.base.right == self.adapter.right:
@@ -105,7 +105,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Leak:
-    """A row that stands in both parts of the data: where, how alike, and what was done about it."""
+    """A row in two parts of the data: its sources, the similarity, and the action taken."""
 
     held_out: str
     train: str
@@ -116,7 +116,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the adapter moved from its base on `texts` texts that the base sampled: mean KL(base ‖ adapter) a token."""
+    """The adapter's drift from its base on `texts` texts sampled from the base: mean KL(base ‖ adapter) per token."""
 
     mean_kl: Estimate
     texts: int
@@ -125,7 +125,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one part of the run, as planned and as seen; None where unknown."""
+    """Bytes of one part of the run, planned and measured; None if unknown."""
 
     what: str
     planned: int | None
@@ -134,7 +134,7 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Command:
-    """A command that the reader may run next, and what for."""
+    """A suggested next command and its purpose."""
 
     command: str
     purpose: str
@@ -142,10 +142,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Report:
-    """All sections of a report; whatever is empty or None is left out of the page.
+    """All sections of a report; empty or None sections are left out of the page.
 
-    `facts` are the circumstances (model, data, rows, seed, versions, hardware, commit), `speed` the rates and times, both
-    as name and text. `rows_of` is the number of held-out rows that `rows` were drawn from.
+    `facts` are model, data, rows, seed, versions, hardware and commit, `speed` the rates and times, both as name and text.
+    `rows` were drawn from `rows_of` held-out rows.
     """
 
     title: str
@@ -177,13 +177,13 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes report.json and report.html into `folder`; each is there whole or as it was before."""
+    """Writes report.json and report.html into `folder`, each atomically."""
     put_text(folder / "report.json", to_text(report))
     put_text(folder / "report.html", render_html(report))
 
 
 def read_report(path: Path) -> Report:
-    """The report in a report.json."""
+    """Reads a report.json. Raises DataError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -197,7 +197,7 @@ def _asset(name: str) -> str:
 
 @cache
 def _templates() -> jinja2.Environment:
-    """The page's templates, compiled when they are first asked for."""
+    """The page's templates, compiled on first use."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -213,7 +213,7 @@ def _templates() -> jinja2.Environment:
 
 
 def render_html(report: Report) -> str:
-    """One self-contained page: inline style, script and drawings, nothing fetched, all data escaped."""
+    """Renders one self-contained page: inline style, script and charts, nothing fetched, all data escaped."""
     template = _templates().get_template("report.html.j2")
     return template.render(
         report=report,
@@ -231,7 +231,7 @@ def render_html(report: Report) -> str:
 
 
 def _metrics_shown(report: Report) -> list[str]:
-    """Names of the metrics that any system has, in the order of METRIC_WORDS, unknown ones last."""
+    """Names of all metrics of the systems, in the order of METRIC_WORDS, unknown ones last."""
     present = {name: None for system in report.systems for name in system.metrics}
     return [name for name in METRIC_WORDS if name in present] + [name for name in present if name not in METRIC_WORDS]
 
@@ -243,7 +243,7 @@ def _estimates(report: Report) -> list[Estimate]:
 
 
 def _differences(report: Report) -> list[tuple[str, list[Comparison]]]:
-    """Comparisons by metric, in the order in which the metrics were compared."""
+    """Comparisons by metric, in order."""
     found: dict[str, list[Comparison]] = {}
     for comparison in report.comparisons:
         found.setdefault(comparison.metric, []).append(comparison)
@@ -251,5 +251,5 @@ def _differences(report: Report) -> list[tuple[str, list[Comparison]]]:
 
 
 def _main_pair(report: Report) -> Comparison | None:
-    """The comparison whose counts of rows are drawn: the first one that has them."""
+    """The comparison whose row counts are drawn: the first that has them."""
     return next((comparison for comparison in report.comparisons if comparison.paired is not None), None)

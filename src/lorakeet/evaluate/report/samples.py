@@ -1,4 +1,4 @@
-"""Drawn samples side by side, and how near each one comes to a picture that was trained on."""
+"""Samples side by side, and their distances from training pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as base64 of a PNG; `column` says with which weight of the adapter it was drawn."""
+    """One picture as base64 of a PNG; `column` names the adapter weight it was drawn with."""
 
     column: str
     png: str
@@ -22,7 +22,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """The same prompt and seed, drawn with each weight."""
+    """Samples of one prompt and seed, one for each weight."""
 
     prompt: str
     seed: int
@@ -31,7 +31,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Prompts × weights of the adapter, at equal seeds."""
+    """Prompts × adapter weights, at equal seeds."""
 
     columns: tuple[str, ...]
     rows: tuple[SampleRow, ...]
@@ -40,7 +40,7 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class Near:
-    """A sample and the training picture that is nearest to it."""
+    """A sample and its nearest training picture."""
 
     prompt: str
     seed: int
@@ -52,17 +52,17 @@ class Near:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Whether samples repeat training pictures: each sample's nearest one, against how near judged pictures come.
+    """Checks samples for repeated training pictures, with the evaluation pictures as reference.
 
-    `floor` is the distance at which a judged picture, which was not trained on, comes nearest to a training picture: a sample
-    that is nearer than that is suspicious. `typical` is the median of the judged pictures' nearest distances.
+    `floor` is the least distance of an evaluation picture (not trained on) from a training picture; a nearer sample is
+    suspicious. `typical` is the median of the evaluation pictures' nearest distances.
     """
 
     nearest: tuple[Near, ...]
     floor: float
     typical: float
     evaluated: int = field(metadata={"key": "judged"})
-    space: str  # what the distance is measured in
+    space: str  # the space of the distance
 
     @property
     def suspicious(self) -> int:
@@ -70,16 +70,16 @@ class Memorisation:
 
 
 def nearest_distances(pictures: Floats, training: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """For each of `pictures` (n, features) the cosine distance 1 − cos to its nearest of `training` (m, features), and its place.
+    """For each of `pictures` (n, features), the cosine distance to its nearest of `training` (m, features), and the index.
 
-    All features have the mean of `training` taken off, so that what every picture shares does not count.
+    The mean of `training` is subtracted from all features.
     """
     if not len(training) or pictures.shape[1:] != training.shape[1:]:
         raise DataError(f"{pictures.shape} features cannot be compared with {training.shape}; expected as many for each picture.")
     centre = training.mean(0)
     distance = 1 - _unit(pictures - centre) @ _unit(training - centre).T
-    place = distance.argmin(1)
-    return distance[np.arange(len(place)), place], place.astype(np.int64)
+    nearest = distance.argmin(1)
+    return distance[np.arange(len(nearest)), nearest], nearest.astype(np.int64)
 
 
 def _unit(rows: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""A report's measured sections from the answers or losses of the systems; runs add their own facts with `replace`."""
+"""The report of a text run, from the answers or losses of the systems; runs add their facts with `replace`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def classification_report(
 ) -> Report:
     """A report with systems, comparisons, verdict, confusion matrices, calibration and rows side by side.
 
-    The adapter is compared with its base and with the last of `floors`, the strongest; majority class first, TF-IDF last.
+    The adapter is compared with its base and with the last of `floors` (majority class first, TF-IDF, the strongest, last).
     """
     _same_length(len(adapter.truth), texts, sources)
     roles: list[tuple[Answers, Role]] = [(adapter, "adapter"), (base, "base"), *((floor, "floor") for floor in reversed(floors))]
@@ -106,7 +106,7 @@ def language_report(
 
 
 def _rows_to_show(outcome: np.ndarray[tuple[int, ...], np.dtype[np.int64]], spec: EvaluateSpec) -> list[int]:
-    """Up to `show_rows` rows, drawn evenly from the four outcomes, in random order that the seed fixes."""
+    """Up to `show_rows` rows, drawn evenly from the four outcomes, in seeded random order."""
     generator = np.random.default_rng([spec.seed, 2])
     piles = [list(generator.permutation(np.flatnonzero(outcome == kind))) for kind in (1, 2, 0, 3)]
     chosen: list[int] = []

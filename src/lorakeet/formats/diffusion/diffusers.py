@@ -23,14 +23,15 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
-from lorakeet.formats.files.limits import all_or_none_dora, check_holds
+from lorakeet.formats.components import COMPONENTS, canonical_path, component_of
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors
 from lorakeet.formats.files.tensors import factor_problem, read_tensors
+from lorakeet.formats.limits import check_supported, check_uniform_dora
 from lorakeet.formats.peft.peft_config import PeftConfig, parse_config
-from lorakeet.formats.sd_names import COMPONENTS, canonical, component_of
 
 MODEL_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
+NAME, SUFFIX, WEIGHTS, MAGIC = "diffusers", ".safetensors", "", b""  # as `AdapterFormat` says
 _SLOT = re.compile(
     r"(?P<path>.+?)(?P<processor>\.processor)?"
     r"(?:\.(?P<old>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight"
@@ -55,14 +56,19 @@ def parse_key(name: str) -> tuple[str, str] | None:
     return match["path"] + (match["processor"] or ""), part
 
 
-def read(path: Path) -> Adapter:
+def owns(tensor: str) -> bool:
+    """True for the names of diffusers' tensors."""
+    return parse_key(tensor) is not None
+
+
+def read(path: Path, **_unused: object) -> Adapter:
     """The adapter in the file `path`. DataError and ConfigError list everything that cannot be understood."""
     file = open_safetensors(path)
     problems = Problems(f"The adapter in {path} cannot be read", DataError)
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(file, problems).items():
         found = parse_key(name)
-        module = "" if found is None else canonical(found[0])
+        module = "" if found is None else canonical_path(found[0])
         if found is None:
             problems.add(f"{path}: {name} {tuple(tensor.shape)} is a kind of tensor that is not known here.")
         elif not component_of(module):
@@ -142,13 +148,13 @@ def _alpha(module: str, slots: Mapping[str, Tensor], config: PeftConfig | None, 
     return float(slots["alpha"])
 
 
-def write(adapter: Adapter, path: Path) -> None:
+def write(adapter: Adapter, path: Path, **_unused: object) -> None:
     """Writes `adapter` to the file `path`, which appears whole or not at all; the same adapter gives the same bytes.
 
     ConfigError names what diffusers' format has no place for.
     """
-    check_holds(adapter, "diffusers", kinds=("linear", "conv2d"), dora=True)
-    all_or_none_dora(adapter, "diffusers")
+    check_supported(adapter, "diffusers", kinds=("linear", "conv2d"), dora=True)
+    check_uniform_dora(adapter, "diffusers")
     strange = [module for module in adapter.pairs if not component_of(module)]
     if strange:
         raise ConfigError(

@@ -18,7 +18,7 @@ hashes, and made where it is missing (formats/diffusion/kohya_metadata).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,28 +27,29 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
+from lorakeet.formats.adapter_format import Say
+from lorakeet.formats.components import in_transformer
+from lorakeet.formats.compress import Compression, fit_pair
 from lorakeet.formats.diffusion import lycoris
-from lorakeet.formats.diffusion.dense import Compression, fit_pair
-from lorakeet.formats.diffusion.kohya_metadata import HASH, hash_of, network_metadata
-from lorakeet.formats.diffusion.kohya_transformer import changes_of_module, keyed, of_module, unread_by_diffusers
-from lorakeet.formats.diffusion.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
-from lorakeet.formats.files.base_model import BaseModel
-from lorakeet.formats.files.limits import check_holds
-from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
-from lorakeet.formats.files.tensors import factor_problem, read_tensors
-from lorakeet.formats.sd_names import (
+from lorakeet.formats.diffusion.kohya_keys import (
     FAMILY_KEY,
     Family,
     diffusion_family,
     flat,
     flat_keys,
-    in_transformer,
     kohya_key,
     ldm_keys,
     unet_modules,
 )
+from lorakeet.formats.diffusion.kohya_metadata import HASH, hash_of, network_metadata
+from lorakeet.formats.diffusion.kohya_transformer import changes_of_module, keyed, of_module, unread_by_diffusers
+from lorakeet.formats.diffusion.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
+from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.formats.files.tensors import factor_problem, read_tensors
+from lorakeet.formats.limits import check_supported
 
-Say = Callable[[str], None]
+NAME, SUFFIX, WEIGHTS, MAGIC = "kohya", ".safetensors", "", b""  # as `AdapterFormat` says
 _COMFY, _T5 = "diffusion_model.", "lora_te3_"
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", _T5, "lora_transformer_", _COMFY)
 _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
@@ -56,6 +57,11 @@ SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
 _LINEAR_TEXTS = (1024, 2048)  # width of the texts of UNets whose projections are linear
 _HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
 _PEFT_ONLY = ("task_type", "revision", "lora_dropout")
+
+
+def owns(tensor: str) -> bool:
+    """True for the names of kohya's and LyCORIS's tensors."""
+    return tensor.startswith(PREFIXES)
 
 
 def read(path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print) -> Adapter:
@@ -212,7 +218,7 @@ def _compressed(
     DataError where a change of a convolution has no kernel's shape and no `base` tells it.
     """
     names = sorted({lycoris.algorithm(slots) for _, slots in dense.values()})
-    if compression is None or not compression.asked:
+    if compression is None or not compression.given:
         told = sorted(module for modules, _ in dense.values() for module in modules)
         raise ConfigError(
             f"{path} holds {' and '.join(names)}, which are not pairs, for {len(told)} modules: {', '.join(told[:3])}. "
@@ -269,7 +275,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
     `say` hears what diffusers does not read of it. ConfigError names what kohya's format has no place for, and modules that the
     model (or `base`) does not have.
     """
-    check_holds(adapter, "kohya", kinds=("linear", "conv2d"), dora=True)
+    check_supported(adapter, "kohya", kinds=("linear", "conv2d"), dora=True)
     advice = "Name another image model's folder with --base; an adapter of a language model goes --to peft, gguf or mlx."
     problems = Problems("The adapter cannot be written as kohya", remedy=advice)
     transformer = any(in_transformer(module) for module in adapter.pairs)

@@ -20,9 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from lorakeet.core.adapter import Pair
+from lorakeet.formats.components import component_of
+from lorakeet.formats.diffusion.kohya_keys import Family
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily
 from lorakeet.formats.files.safetensors_file import bytes_of_tensor, in_order
-from lorakeet.formats.sd_names import Family, component_of
 
 HASH = "sshs_model_hash"
 _DYNAMIC = "Dynamic"

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Pair
 from lorakeet.errors import Problems, nearest
-from lorakeet.formats.diffusion.fused import join_pairs, parted, rows_of_parts, split, swapped
+from lorakeet.formats.components import in_transformer
+from lorakeet.formats.diffusion.fused_pairs import join_pairs, parted, rows_of_parts, split, swapped
+from lorakeet.formats.diffusion.kohya_keys import Family, kohya_key
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily, transformer_modules, written_keys
 from lorakeet.formats.files.base_model import BaseModel
-from lorakeet.formats.sd_names import Family, in_transformer, kohya_key
 
 _MLP = 4  # times the width of FLUX's single blocks is that of their MLP, where nothing else tells
 _ENCODERS = {"flux": ("text_encoder",), "sd3": ("text_encoder", "text_encoder_2")}  # CLIP's; T5 is never adapted

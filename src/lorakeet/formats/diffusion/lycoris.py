@@ -19,6 +19,11 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
+def owns(tensor: str) -> bool:
+    """True for the names of the tensors of LoHa and LoKr."""
+    return tensor.removesuffix(".weight").endswith(tuple(f".{name}" for name in (*LOHA, *LOKR)))
+
+
 def is_dense(slots: Mapping[str, Tensor]) -> bool:
     """Whether the tensors of one module are those of LoHa or LoKr."""
     return any(name in slots for name in (*LOHA, *LOKR))

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from lorakeet.core.adapter import Pair
 from lorakeet.errors import ConfigError, nearest
-from lorakeet.formats.sd_names import FAMILY_KEY, flat, in_transformer, table
+from lorakeet.formats.components import in_transformer, table
+from lorakeet.formats.diffusion.kohya_keys import FAMILY_KEY, flat
 
 TransformerFamily = Literal["flux", "sd3"]
 FAMILIES: tuple[TransformerFamily, ...] = ("flux", "sd3")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import DataError, Problems, nearest
+from lorakeet.formats.components import COMPONENTS, canonical_path
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors
-from lorakeet.formats.sd_names import COMPONENTS, canonical
 
 CONFIG = "config.json"
 
@@ -66,7 +66,7 @@ def open_base(path: Path) -> BaseModel:
             for name in file.tensors:
                 if name.endswith(".weight"):
                     module = name.removesuffix(".weight")
-                    weights[canonical(f"{component}.{module}" if component else module)] = (file, name)
+                    weights[canonical_path(f"{component}.{module}" if component else module)] = (file, name)
     return BaseModel(path, configs, weights)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from lorakeet.core.tiled_product import RowSource, matrix_shape
 from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.whole_output import whole_file
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _MOST_DIMENSIONS = 64  # torch's own limit
@@ -101,7 +102,7 @@ class SafeFile:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     finite: bool = False  # whether it is known already that no number is NaN or infinite
-    header: Header | None = None  # where it is remembered for files that begin alike (formats/files/slab)
+    header: Header | None = None  # where it is remembered for files that begin alike (formats/files/loaded_file)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own."""
@@ -314,26 +315,15 @@ def stored_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], meta
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
     """Writes `tensors` to `path`, which appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with whole_file(path) as partial:
         stream_safetensors(partial, shapes, fetch=tensors.__getitem__, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_text(path: Path, text: str) -> None:
     """Writes `text` to `path`, which appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def bytes_of_tensor(tensor: Tensor) -> memoryview:

@@ -40,10 +40,11 @@ from lorakeet.formats.peft.peft_config import (
     config_text,
     read_peft_config,
 )
-from lorakeet.formats.peft.peft_recipe import RECIPES, Names, recipe_of
+from lorakeet.formats.peft.shared_layout import RECIPES, Names, shared_layout_of
 
 MODEL_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+NAME, SUFFIX, WEIGHTS, MAGIC = "peft", "", MODEL_NAME, b""  # as `AdapterFormat` says
 _PREFIX = "base_model.model."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _SLOT = re.compile(
@@ -55,11 +56,18 @@ _CONFIG_KEYS = ("task_type", "revision", "lora_dropout")  # Adapter.metadata tha
 Slots = dict[str, Tensor]
 
 
-def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors, configured: bytes | None = None) -> Adapter:
+def owns(tensor: str) -> bool:
+    """True for the names of PEFT's tensors."""
+    return tensor.startswith(_PREFIX)
+
+
+def read(
+    folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors, configured: bytes | None = None, **_unused: object
+) -> Adapter:
     """The adapter in `folder`. ConfigError and DataError list everything that cannot be understood; nothing is dropped.
 
-    `opened` decides how the tensors come in (formats/files/slab); `configured` is what adapter_config.json holds, if it has been
-    read.
+    `opened` opens the tensors' file (formats/files/loaded_file has others); `configured` are the bytes of adapter_config.json,
+    if they have been read.
     """
     configured = config_bytes(folder) if configured is None else configured
     config = read_peft_config(folder, configured)
@@ -78,7 +86,7 @@ def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors,
     if adapter is None:
         adapter = _read(folder, config, file)  # says what is wrong, if anything is
         names = {path: _names(path, pair.kind) for path, pair in adapter.pairs.items()}
-        if recipe is None and (recipe := recipe_of(adapter, file.header, names)) is not None:
+        if recipe is None and (recipe := shared_layout_of(adapter, file.header, names)) is not None:
             adapter = RECIPES.keep(key, recipe).filled(file) or adapter
     return adapter
 
@@ -258,7 +266,7 @@ def _token_rows(
     return found
 
 
-def write(adapter: Adapter, folder: Path) -> None:
+def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
     """Writes `adapter` into `folder` (made if missing) so that PEFT loads it; the same adapter gives the same bytes.
 
     Each file appears whole or not at all, the tensors before the configuration. ConfigError where PEFT has no place for

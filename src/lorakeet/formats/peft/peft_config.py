@@ -20,10 +20,10 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import ScaleRule, alpha_for
 from lorakeet.core.spec import pattern_value
 from lorakeet.errors import ConfigError, Problems
+from lorakeet.formats.components import of_image_model
 from lorakeet.formats.files.json_object import parse_object, read_bytes
-from lorakeet.formats.files.memo import Remembered
+from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.peft.regex_cost import pattern_problem
-from lorakeet.formats.sd_names import of_image_model
 
 CONFIG_NAME = "adapter_config.json"
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter that has no pair at all
@@ -108,7 +108,7 @@ class PeftConfig:
 
 
 LONGEST = 1 << 20  # bytes of a configuration that is remembered
-_KNOWN: Remembered[bytes, PeftConfig] = Remembered(8)
+_KNOWN: LruCache[bytes, PeftConfig] = LruCache(8)
 
 
 def read_peft_config(folder: Path, raw: bytes | None = None) -> PeftConfig:

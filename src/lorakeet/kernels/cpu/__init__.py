@@ -1,1 +1,1 @@
-"""Row attention, passes between products and whole blocks that write tokens, compiled on this machine from C."""
+"""Kernels in C, compiled on this machine: products, attention, elementwise ops, losses, and whole decoder blocks."""

@@ -38,13 +38,13 @@ class _NewTokens(ctypes.Structure):
 
 
 class BlockPairs(ctypes.Structure):
-    """The pairs that tokens have on the layers of a block."""
+    """The pairs of the tokens on the layers of a block."""
 
     _fields_ = (("shares", ctypes.c_void_p), ("count", ctypes.c_int64), ("numbers", ctypes.c_int64 * LAYERS))
 
     @classmethod
     def of(cls, shares: Shares | None, numbers: Sequence[int | None]) -> BlockPairs:
-        """`numbers` are those that copies know the layers by, as BlockParts has these; None where nobody has a pair."""
+        """`numbers` are the copies' numbers of the layers, in the order of BlockParts; None for a layer without pairs."""
         found = (ctypes.c_int64 * LAYERS)(*(-1 if number is None else number for number in numbers))
         pairs = cls(None, 0, found) if shares is None else cls(shares.address, shares.count, found)
         pairs.held = shares
@@ -55,10 +55,10 @@ NO_PAIRS = BlockPairs.of(None, [None] * LAYERS)
 
 
 class NewTokens:
-    """Where in a cache the tokens of a step go, the slot and the position of each, and what blocks need room for meanwhile."""
+    """The slot and the position of each token of a step in a KV cache, and the workspace that blocks share."""
 
     def __init__(self, slots: Sequence[int], positions: Sequence[int], capacity: int) -> None:
-        """ValueError for positions beyond a slot's `capacity`, and for what is no slot."""
+        """ValueError for positions beyond a slot's `capacity`, and for negative slots."""
         if len(slots) != len(positions) or min(slots) < 0 or not 0 <= min(positions) <= max(positions) < capacity:
             raise ValueError(f"slots {list(slots)} and positions {list(positions)} do not fit slots of {capacity} tokens")
         array = ctypes.c_int64 * len(slots)
@@ -67,10 +67,10 @@ class NewTokens:
         addresses = (ctypes.addressof(places) for places in self._places)
         self._shape = _NewTokens(None, None, *addresses, len(slots), max(positions) + 1, capacity)
         self._turn: tuple[Tensor, Tensor] | None = None
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def turned_by(self, turn: tuple[Tensor, Tensor]) -> _NewTokens:
-        """This for the library, with cos and sin of each token's position (1, tokens, d)."""
+        """The arguments for C, with cos and sin of each token's position (1, tokens, d)."""
         if self._turn is not turn:
             cos, sin = (each.bfloat16().contiguous() for each in turn)
             self._shape.cos, self._shape.sin = cos.data_ptr(), sin.data_ptr()
@@ -79,19 +79,19 @@ class NewTokens:
 
     @property
     def longest(self) -> int:
-        """The most keys that a token sees."""
+        """The most keys that a token attends to."""
         return int(self._shape.longest)
 
-    def room(self, size: int) -> int:
-        """Where there are so many bytes of scratch."""
-        if len(self._room) < size:
-            self._room = torch.empty(size, dtype=torch.uint8)
-        return self._room.data_ptr()
+    def workspace(self, size: int) -> int:
+        """The address of a workspace of at least `size` bytes."""
+        if len(self._workspace) < size:
+            self._workspace = torch.empty(size, dtype=torch.uint8)
+        return self._workspace.data_ptr()
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What a block computes with: norms of (hidden,) and their ε; weights and biases of q, k, v, o, gate, up and down."""
+    """What a block computes with: norms (hidden,) and their ε; weights and biases of q, k, v, o, gate, up and down."""
 
     norms: tuple[Tensor, Tensor]
     epsilons: tuple[float, float]
@@ -102,7 +102,7 @@ class BlockParts:
 
     @property
     def fit(self) -> bool:
-        """Whether the library takes them."""
+        """True if the C block supports these shapes, dtypes and layouts."""
         q, k, v, o, gate, up, down = (weight.shape for weight in self.weights)
         (hidden,) = self.norms[0].shape
         given = [*self.norms, *(bias for bias in self.biases if bias is not None)]
@@ -114,10 +114,10 @@ class BlockParts:
 
 
 class Block:
-    """The parts laid out for the library, which holds addresses of their numbers."""
+    """The arguments of the C block: addresses of the parts' numbers."""
 
     def __init__(self, parts: BlockParts) -> None:
-        """`parts` are `fit`."""
+        """`parts` must be `fit`."""
         self.parts = parts
         q, k, _, _, gate, _, down = (weight.shape[0] for weight in parts.weights)
         columns = (0, q, q + k, 0, 0, gate, 0)
@@ -131,15 +131,16 @@ class Block:
         self._shape = _BlockArguments(inward, products[3], apart, products[6], norms, epsilons, down, gate, heads)
         self.hidden, self.cached = down, (k // parts.head, parts.head)
         given = [*parts.norms, *(bias for bias in parts.biases if bias is not None)]
-        self._given = [(each, each.detach(), each.data_ptr()) for each in given]  # whose numbers stay, even if these get others
+        # aliases keep the numbers alive if the tensors get others
+        self._given = [(each, each.detach(), each.data_ptr()) for each in given]
 
     @property
     def moved(self) -> bool:
-        """Whether a norm or a bias has been given other memory since."""
+        """True if a norm or a bias has been given other memory since."""
         return any(each.data_ptr() != address for each, _, address in self._given)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Block:
-        """Over copies of the parts."""
+        """A block over copies of the parts."""
         return Block(copy.deepcopy(self.parts, memo))
 
     def forward(
@@ -147,10 +148,10 @@ class Block:
     ) -> Tensor:
         """x (tokens, hidden) to the same, each token with its `pairs`.
 
-        `held` are the keys and values (slots, kv, capacity, d), which get those of the `new` tokens, the first of x. The others
-        see nothing. `turn` are cos and sin (1, tokens, d).
-
-        ValueError for tensors that do not suit.
+        `held` are the cached keys and values (slots, kv, capacity, d). Those of the `new` tokens, the first of x, are written to
+        them;
+        the other tokens attend to nothing. `turn` are cos and sin (1, tokens, d). ValueError for shapes and layouts that do not
+        fit.
         """
         keys, values = held
         kv, head = self.cached
@@ -158,10 +159,11 @@ class Block:
                   new.count <= len(x), new.slots <= len(keys), turn[0].shape == turn[1].shape == (1, len(x), head))  # fmt: skip
         plain = (each.dtype == torch.bfloat16 and each.is_contiguous() and each.is_cpu for each in (x, keys, values))
         if not (all(states) and all(plain)):
-            raise ValueError(f"x {tuple(x.shape)} and a cache of {tuple(keys.shape)} are no states of this block")
+            sizes = f"x {tuple(x.shape)} and a cache of {tuple(keys.shape)}"
+            raise ValueError(f"{sizes} do not fit this block, which takes contiguous bf16 on the CPU")
         library, threads, y = loaded(), torch.get_num_threads(), torch.empty_like(x)
         tokens, block = ctypes.c_int64(len(x)), ctypes.byref(self._shape)
         size = library.block_scratch(block, tokens, ctypes.c_int64(new.longest), threads)
         shapes = block, ctypes.byref(pairs), ctypes.byref(new.turned_by(turn))
-        library.block(*shapes, *pointers(x, y, keys, values), tokens, ctypes.c_void_p(new.room(size)), threads)
+        library.block(*shapes, *pointers(x, y, keys, values), tokens, ctypes.c_void_p(new.workspace(size)), threads)
         return y

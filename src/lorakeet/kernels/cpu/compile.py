@@ -1,8 +1,8 @@
-"""The C files beside this one as a library, compiled by the machine's own gcc when they are first used, and kept from then on.
+"""The C files of the folder c/ as a library, compiled by the machine's own gcc at first use and cached.
 
-They are for processors that multiply bf16 numbers (AVX512_BF16), on Linux. Where that, or a compiler, is missing, torch's own
-operations compute the same to rounding; `why_not` says what is missing. Threads are those of torch: the library is linked to the
-OpenMP that torch has loaded, since a second one would have threads of its own, waiting in the way of the first.
+They need a processor that multiplies bf16 numbers (AVX512_BF16), on Linux. Without that, or without a compiler, torch's own
+operations compute the same to rounding; `why_not` says what is missing. The library is linked to the OpenMP that torch has
+loaded: a second OpenMP would have threads of its own, which compete with torch's.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import torch
 
 from lorakeet.kernels.cache import cache_folder
 
-HERE = Path(__file__).parent
+C_FILES = Path(__file__).parent / "c"
+INCLUDE = C_FILES / "include"
 HEADERS = ("lanes.h", "elementwise.h", "pairs.h", "panels.h", "cached.h", "attention.h", "tiles.h", "dense.h",
            "unpack_panels.h", "stored.h", "gptq.h", "int8_rows.h", "trained_pairs.h")
 SOURCES = ("attention.c", "elementwise.c", "pairs.c", "panels.c", "cached.c", "block.c", "int8_rows.c", "dense.c",
            "unpack_panels.c", "stored.c", "gguf.c", "head.c", "trained_pairs.c", "trained_block.c")
-SIZES = ("attention_scratch", "coded_scratch", "dense_scratch", "block_scratch", "trained_block_kept", "trained_block_scratch")
+SIZES = ("attention_scratch", "int8_scratch", "dense_scratch", "block_scratch", "trained_block_saved", "trained_block_scratch")
 INSTRUCTIONS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", *INSTRUCTIONS, "-falign-loops=64", "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 WANTED = frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # in /proc/cpuinfo
@@ -38,12 +39,12 @@ OFF = "LORAKEET_NATIVE"  # an environment variable: 0 leaves the library out
 
 
 class CannotBuild(Exception):
-    """There is no library here; the message says why."""
+    """The library cannot be built here; the message says why."""
 
 
 @functools.cache
 def why_not() -> str:
-    """Why the library cannot be had here, in words; empty where it can. Compiles it if nobody has yet."""
+    """Why the library is not available here; empty if it is. Compiles it if needed."""
     try:
         _library()
     except CannotBuild as error:
@@ -52,23 +53,23 @@ def why_not() -> str:
 
 
 def library() -> ctypes.CDLL | None:
-    """The library; None where it cannot be had."""
+    """The library; None if it is not available."""
     return None if why_not() else _library()
 
 
 def suits_machine() -> bool:
-    """Whether the library is for this machine, were there a compiler."""
+    """True if the processor and the system can run the library, were there a compiler."""
     return not _lacks()
 
 
 def has(feature: str) -> bool:
-    """Whether the processor has a feature, in the words of /proc/cpuinfo."""
+    """True if the processor has a feature, by its name in /proc/cpuinfo."""
     return feature in _processor()
 
 
 @functools.cache
 def _lacks() -> str:
-    """What the machine lacks for it, in words; empty where it lacks nothing."""
+    """What the machine lacks for the library; empty if nothing."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "the system is not Linux on x86-64"
     missing = WANTED - _processor()
@@ -92,7 +93,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def _processor() -> frozenset[str]:
-    """What the processor can do, in the words of /proc/cpuinfo."""
+    """The processor's features, by their names in /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -102,11 +103,11 @@ def _processor() -> frozenset[str]:
 
 
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
-    """The library from the cache, where it is compiled if it is not there; without a cache, from a folder that goes away."""
+    """The library from the cache, compiled first if needed; without a usable cache, from a temporary folder."""
     openmp = _openmp()
-    texts = [(HERE / name).read_bytes() for name in (*HEADERS, *SOURCES)]
-    told = *FLAGS, *compiler, _run([*compiler, "--version"]), str(openmp)
-    digest = hashlib.sha256(b"/".join([*texts, *(each.encode() for each in told)])).hexdigest()
+    texts = [*((INCLUDE / name).read_bytes() for name in HEADERS), *((C_FILES / name).read_bytes() for name in SOURCES)]
+    given = *FLAGS, *compiler, _run([*compiler, "--version"]), str(openmp)
+    digest = hashlib.sha256(b"/".join([*texts, *(each.encode() for each in given)])).hexdigest()
     name = f"native-{digest[:16]}.so"
     cache = cache_folder() / "native"
     if not _own(cache):
@@ -117,12 +118,12 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
         try:
             return _opened(target)
         except (OSError, AttributeError):
-            target.unlink()  # it was not written to its end
+            target.unlink()  # an unfinished file
     return _opened(_compile(compiler, openmp, target))
 
 
 def _own(folder: Path) -> bool:
-    """Whether the folder is there, or can be made, and nobody else can write into it: what lies there is run."""
+    """True if the folder exists or can be made, and no other user can write into it: its files are executed."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()
@@ -139,12 +140,12 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], openmp: Path, target: Path) -> Path:
-    """Compiles beside `target` and moves it there when it is on the disk, so that processes that start together do not meet."""
+    """Compiles beside `target` and moves the finished file there, so that processes that start together do not collide."""
     with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as name:
         objects = []
         for source in SOURCES:
             objects.append(str(Path(name) / source.replace(".c", ".o")))
-            _run([*compiler, *FLAGS, "-c", str(HERE / source), "-o", objects[-1]])
+            _run([*compiler, *FLAGS, f"-I{INCLUDE}", "-c", str(C_FILES / source), "-o", objects[-1]])
         made = Path(name) / target.name
         _run([*compiler, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *objects, str(openmp), "-lm", "-o", str(made)])
         with made.open("rb") as written:
@@ -154,7 +155,7 @@ def _compile(compiler: list[str], openmp: Path, target: Path) -> Path:
 
 
 def _openmp() -> Path:
-    """The GNU OpenMP that torch has loaded into this process: its own, else the system's; other packages bring more of them."""
+    """The GNU OpenMP that torch has loaded into this process: its own, else the system's. Other packages bring more of them."""
     text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     loaded = {Path(line.split(maxsplit=5)[-1]) for line in text.splitlines() if "/libgomp" in line}
     own = [path for path in loaded if path.is_relative_to(Path(torch.__file__).parent)]

@@ -1,7 +1,7 @@
 """Products of bf16 rows with a frozen weight in bf16, as operators of torch (dense.c).
 
-They are torch.mm to rounding: sums in fp32, rounded once. A weight is read as it is stored, and nothing is kept for the number of
-tokens, of which oneDNN keeps code (docs/log.md). Where a processor has AMX, oneDNN multiplies, which uses it.
+They equal torch.mm to rounding: fp32 sums, rounded once. The weight is read as it is stored, and nothing is cached for a number
+of tokens, for which oneDNN compiles code (docs/log.md). Processors with AMX use oneDNN, which supports it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorakeet.kernels.cpu import compile, operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 from lorakeet.kernels.cpu.workspace import ALIGNED, address
 
-AMX = "amx_bf16"  # in /proc/cpuinfo: tiles of bf16, many times what the vectors here multiply
+AMX = "amx_bf16"  # in /proc/cpuinfo: tiles of bf16, many times faster than vectors
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -29,62 +29,66 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def multiplies() -> bool:
-    """Whether bf16 weights are for the library on this machine, where it is there; with AMX they are oneDNN's (not measured)."""
+    """True if bf16 weights are multiplied by the library on this machine; with AMX oneDNN multiplies them (not measured)."""
     return not compile.has(AMX)
 
 
 def dense_product(x: Tensor, weight: Tensor, across: bool) -> Tensor:
-    """x·Wᵀ, or, `across`, x·W, of a weight (out, in)."""
+    """x·Wᵀ, or x·W if `across`, of a weight (out, in)."""
     y = x.new_empty(len(x), weight.shape[1 if across else 0])
     dense_product_add_(y, x, weight, across, add=False)
     return y
 
 
 def dense_product_add_(y: Tensor, x: Tensor, weight: Tensor, across: bool, add: bool = True) -> None:
-    """Adds that to y (tokens, width), in fp32, rounded once; y shares no memory with x. Without `add`, writes it there."""
+    """Adds that to y (tokens, width), in fp32, rounded once; without `add`, writes it there. y shares no memory with x."""
     depth, width = weight.shape if across else weight.shape[::-1]
     if x.shape[1] != depth or y.shape != (len(x), width) or not depth or depth % operators.LANES or width % operators.LANES:
         shapes = f"rows {tuple(x.shape)}, a weight {tuple(weight.shape)} and a result {tuple(y.shape)}"
         raise ValueError(f"{shapes} do not fit each other, or are not in whole {operators.LANES}")
-    room = torch.empty(scratch(depth, width), dtype=torch.uint8)
+    memory = torch.empty(scratch(depth, width), dtype=torch.uint8)
     sizes = (ctypes.c_int64(size) for size in (len(x), depth, width))
-    given = *pointers(x, weight, y), address(room)
+    given = *pointers(x, weight, y), address(memory)
     loaded().dense_product(*given, *sizes, int(across), int(add), torch.get_num_threads())
 
 
-def workspace(x: Tensor, weight: Tensor, across: bool) -> int:
-    """Bytes that a product holds for as long as it computes."""
+def _workspace(x: Tensor, weight: Tensor, across: bool) -> int:
+    """Bytes of workspace of a product."""
     depth, width = weight.shape if across else weight.shape[::-1]
     return scratch(depth, width) if depth else 0
 
 
 def scratch(depth: int, width: int) -> int:
-    """Bytes in which sums of so many terms are computed, of so many columns."""
+    """Bytes of workspace for `width` columns of sums of `depth` terms."""
     return ALIGNED + int(loaded().dense_scratch(ctypes.c_int64(depth), ctypes.c_int64(width), torch.get_num_threads()))
 
 
-def workspace_of_sum(y: Tensor, x: Tensor, weight: Tensor, across: bool, *_: object) -> int:
-    """The same of `dense_product_add_`."""
-    return workspace(x, weight, across)
+def _sum_workspace(y: Tensor, x: Tensor, weight: Tensor, across: bool, *_: object) -> int:
+    """Bytes of workspace of `dense_product_add_`."""
+    return _workspace(x, weight, across)
 
 
-def flops(x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
-    """Of the product."""
+def _flops(x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
+    """FLOPs of a product."""
     return 2 * len(x) * weight.numel()
 
 
-def flops_of_sum(y: Tensor, x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
-    """The same of `dense_product_add_`."""
-    return flops(x, weight)
+def _sum_flops(y: Tensor, x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
+    """FLOPs of `dense_product_add_`."""
+    return _flops(x, weight)
 
 
 DENSE_PRODUCT = define(
     "dense_product(Tensor x, Tensor weight, bool across) -> Tensor",
     dense_product,
     lambda x, weight, across: x.new_empty(len(x), weight.shape[int(across)]),
+    _flops,
+    _workspace,
 )
 DENSE_PRODUCT_ADD = define(
     "dense_product_add_(Tensor(a!) y, Tensor x, Tensor weight, bool across, bool add=True) -> ()",
     dense_product_add_,
     lambda *_: None,
+    _sum_flops,
+    _sum_workspace,
 )

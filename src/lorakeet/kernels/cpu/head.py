@@ -1,6 +1,6 @@
 """Losses of a head's logits and their gradients, as an operator of torch (head.c).
 
-Logits (tokens, vocabulary) are bf16 and lie in tiles: for each `tile` columns one block (tokens, columns), end to end, as the
+Logits (tokens, vocabulary) are bf16, stored in tiles: one block (tokens, columns) after another, each of `tile` columns, as the
 products with a head's tiles of rows give them.
 """
 
@@ -21,7 +21,7 @@ def serves(hidden: Tensor, dtype: torch.dtype) -> bool:
 
 
 def blocks(logits: Tensor, tile: int) -> list[tuple[slice, Tensor]]:
-    """The columns of each tile, and their block (tokens, columns) in the memory of `logits`."""
+    """The columns of each tile, and its block (tokens, columns) in the memory of `logits`."""
     tokens, vocabulary = logits.shape
     flat, found = logits.view(-1), []
     for start in range(0, vocabulary, tile):
@@ -31,10 +31,11 @@ def blocks(logits: Tensor, tile: int) -> list[tuple[slice, Tensor]]:
 
 
 def head_losses_(logits: Tensor, targets: Tensor, tile: int, wants_grad: bool) -> Tensor:
-    """−log p(target) (tokens,) in fp32; with `wants_grad` the logits become ∂L/∂z in their place, rounded once."""
+    """−log p(target) (tokens,) in fp32; with `wants_grad` the logits are overwritten with ∂L/∂z, rounded once."""
     tokens, vocabulary = logits.shape
     if targets.shape != (tokens,) or tile <= 0 or (tokens and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary):
-        raise ValueError(f"targets {tuple(targets.shape)} are none of {vocabulary} for each of {tokens} rows in tiles of {tile}")
+        received = f"given: {tuple(targets.shape)}, tile {tile}"
+        raise ValueError(f"expected {tokens} targets in 0 … {vocabulary - 1} and a tile above 0; {received}")
     losses = logits.new_empty(tokens, dtype=torch.float32)
     given = *pointers(logits), *pointers(targets, dtype=torch.int64), *pointers(losses, dtype=torch.float32)
     sizes = (ctypes.c_int64(size) for size in (tokens, vocabulary, tile))

@@ -1,6 +1,6 @@
-"""Copies of pairs as pairs.c reads them, and what it adds with them to the outputs of layers.
+"""Low-rank pairs of many adapters, copied into the layout of pairs.c, and added to the outputs of layers.
 
-A step of a server asks for this a hundred times, for 20 µs of work each, so that what does not change is laid out once.
+A server's step calls this a hundred times, for 20 µs of work each, so everything constant is prepared once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakeet.kernels.cpu.operators import loaded, serves
 from lorakeet.kernels.device import is_cpu
 
-WIDTH, OUTPUTS = 32, 16  # what the sizes of layers are multiples of
+WIDTH, OUTPUTS = 32, 16  # the sizes of layers are multiples of these
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 2
 _ADD = [ctypes.c_void_p, ctypes.c_int64] * 3 + [ctypes.c_int64, ctypes.c_int]
@@ -26,7 +26,7 @@ PairKind = tuple[int, int, torch.dtype, torch.dtype]  # the layer, the rank, and
 
 
 def even(rank: int) -> int:
-    """What a copy fills a rank up to: numbers are multiplied two at a time along it."""
+    """`rank` padded to an even number: C multiplies two numbers at a time along it."""
     return rank + rank % 2
 
 
@@ -35,10 +35,10 @@ class _LayerLayout(ctypes.Structure):
 
 
 class Shares:
-    """Tokens that use one mix each, and where the copies of its pairs are: (layers, 2), address and rank of each layer."""
+    """Tokens that use one mix of adapters each, and the copies of its pairs: (layers, 2), address and rank of each layer."""
 
     def __init__(self, shares: Iterable[tuple[Sequence[int], Tensor]]) -> None:
-        """Whoever made the copies keeps them."""
+        """The caller must keep the copies alive."""
         self._held = [(array("q", tokens), copies) for tokens, copies in shares]
         self.count = len(self._held)
         numbers = [(own.buffer_info()[0], len(own), copies.data_ptr()) for own, copies in self._held]
@@ -47,10 +47,10 @@ class Shares:
 
 
 class LayerRows:
-    """Layers that see the same x, with the numbers that copies know them by."""
+    """Layers that share their input, with the numbers that copies know them by."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], numbers: Sequence[int]) -> None:
-        """For weights of `shapes` (out, in) for which there are `fits_shapes`."""
+        """For weights of `shapes` (out, in) for which `fits_shapes` is true."""
         self.width = shapes[0][1]
         self._layers = (_LayerLayout * len(shapes))()
         for layer, number, (outputs, _) in zip(self._layers, numbers, shapes, strict=True):
@@ -59,7 +59,7 @@ class LayerRows:
         self._add = _function("add_pairs", _ADD)
 
     def add(self, ys: Sequence[Tensor], x: Tensor, shares: Shares) -> None:
-        """Adds to each layer's y (tokens, out), in place; rows of y may lie apart, those of x (tokens, in) too. All bf16."""
+        """Adds the pairs to each layer's y (tokens, out), in place; rows of y and of x (tokens, in) may be strided. All bf16."""
         for layer, y in zip(self._all, ys, strict=True):
             layer.y, layer.stride = y.data_ptr(), _row(y, layer.outputs)
         rows = len(self._all)
@@ -68,10 +68,11 @@ class LayerRows:
 
 
 def _row(x: Tensor, width: int) -> int:
-    """How far one row is from the next; ValueError for what C cannot read so."""
+    """The stride of a row; ValueError for a layout that C cannot read."""
     row, column = x.stride()
     if column != 1 or x.dtype is not torch.bfloat16 or x.shape[1] != width or not x.is_cpu:
-        raise ValueError(f"{tuple(x.shape)} in {x.dtype}, {column} apart in a row, are no rows of {width} in bfloat16")
+        given = f"{tuple(x.shape)} in {x.dtype}, {column} apart"
+        raise ValueError(f"expected rows of {width} contiguous bfloat16 numbers; given: {given}")
     return row
 
 
@@ -81,13 +82,13 @@ def fits_shapes(products: torch.dtype, device: torch.device, shapes: Iterable[tu
 
 
 class PairLayout:
-    """Where the pairs of a mix go in its copy, layer below layer, each with an even rank.
+    """The layout of a mix's pairs in its copy, layer after layer, each with an even rank.
 
-    Alike for many mixes, of which each then costs a few operations.
+    It is shared by mixes with the same shapes, each of which then costs a few operations.
     """
 
     def __init__(self, pairs: Sequence[PairKind], shapes: Sequence[tuple[int, int]]) -> None:
-        """For `pairs` in the order of their layers, of which `shapes` has those of all."""
+        """For `pairs` in the order of their layers, whose weights have the `shapes` (out, in)."""
         ranks = [0] * len(shapes)
         for layer, rank, _, _ in pairs:
             ranks[layer] += even(rank)
@@ -105,11 +106,11 @@ class PairLayout:
         self._factors = torch.tensor(rows, dtype=torch.int64).view(-1, 10)
 
     def at(self, memory: Tensor) -> Tensor:
-        """(layers, 2): address and rank of each layer in a copy that lies in `memory`."""
+        """(layers, 2): address and rank of each layer in a copy stored in `memory`."""
         return self._at + torch.tensor([memory.data_ptr(), 0])
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor, float]], memory: Tensor) -> None:
-        """Copies A (rank, in) and scale·B (out, rank) of each pair, all `readable`, into `memory`."""
+        """Copies A (rank, in) and scale·B (out, rank) of each pair, all `as_readable`, into `memory`."""
         factors = self._factors.clone()
         factors[:, :2] = torch.tensor([(A.data_ptr(), B.data_ptr()) for A, B, _ in pairs], dtype=torch.int64).view(-1, 2)
         factors[:, 8:] += memory.data_ptr()
@@ -117,12 +118,12 @@ class PairLayout:
         _function("copy_pairs", _COPY)(factors.data_ptr(), scales.data_ptr(), len(pairs), torch.get_num_threads())
 
 
-def readable(x: Tensor) -> Tensor:
-    """x, or a copy of it, as it can be copied from."""
+def as_readable(x: Tensor) -> Tensor:
+    """x itself if C can copy from it, else a copy that C can read."""
     return x if x.dtype in _KINDS and x.is_contiguous() and x.is_cpu else x.to("cpu", torch.float32).contiguous()
 
 
 def _function(name: str, kinds: Sequence[Any]) -> Any:
-    function = loaded()[name]  # one of its own, not that which others call otherwise
+    function = loaded()[name]  # a function object of its own, so that argtypes are not shared
     function.argtypes, function.restype = list(kinds), None
     return function

@@ -1,8 +1,7 @@
-"""Rows of bf16 coded in int8, and their products with a weight in int8, as operators of torch (int8_rows.c).
+"""Products of rows quantised to int8 with a weight in int8, as operators of torch (int8_rows.c).
 
-They compute what torch's own operations do (quant/int8), of finite rows to the last bit, since sums of products of whole numbers
-are exact; but results below 1.2e-38 are zeros. A product reads the weight as it is stored, and its sums, which are int32, never
-leave the processor's registers.
+They compute what torch's own operations do (quant/int8), for finite rows to the last bit, since integer sums are exact; but
+results below 1.2e-38 are zeros. The weight is read as it is stored; the int32 sums stay in registers.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch import Tensor
 from lorakeet.kernels.cpu import compile, operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 
-APART = 8  # columns of x at most that are kept in bf16 (docs/log.md)
-AMX = "amx_int8"  # in /proc/cpuinfo: tiles of int8, which oneDNN multiplies with (not measured)
-MOST = 1 << 17  # terms of a sum that int32 holds
+OUTLIERS = 8  # most outlier columns of x that stay in bf16 (docs/log.md)
+AMX = "amx_int8"  # in /proc/cpuinfo: tiles of int8, which oneDNN uses (not measured)
+MOST = 1 << 17  # terms of a sum that fits into int32
 
 
 def serves(x: Tensor) -> bool:
@@ -26,28 +25,28 @@ def serves(x: Tensor) -> bool:
     return not compile.has(AMX) and operators.serves(x.dtype, x) and x.shape[-1] <= MOST
 
 
-def apart_of(width: int) -> int:
-    """How many columns of rows of this width are kept apart."""
-    return min(APART, width // 32 * 2)
+def outliers_of(width: int) -> int:
+    """The number of outlier columns in rows of this width."""
+    return min(OUTLIERS, width // 32 * 2)
 
 
-def loud_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The columns (count,) of x (tokens, width) with the largest absolute values, and what stands in them (tokens, count)."""
-    if x.dim() != 2 or x.shape[1] % operators.LANES or not 0 <= count <= min(APART, x.shape[1]) or count % 2:
-        wanted = f"an even number up to {APART} of whole {operators.LANES}"
-        raise ValueError(f"{count} columns of {tuple(x.shape)}: wanted are {wanted}")
+def outlier_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The columns (count,) of x (tokens, width) with the largest absolute values, and their values (tokens, count)."""
+    if x.dim() != 2 or x.shape[1] % operators.LANES or not 0 <= count <= min(OUTLIERS, x.shape[1]) or count % 2:
+        wanted = f"expected an even number up to {OUTLIERS}, and widths in whole {operators.LANES}"
+        raise ValueError(f"{count} outlier columns of {tuple(x.shape)}: {wanted}")
     columns, apart = x.new_empty(count, dtype=torch.int64), x.new_empty(len(x), count)
     peaks = x.new_empty(x.shape[1], dtype=torch.int16)
     (numbers,), (places,), (scratch,) = pointers(x), pointers(columns, dtype=torch.int64), pointers(peaks, dtype=torch.int16)
     sizes = (ctypes.c_int64(size) for size in (*x.shape, count))
-    loaded().loud_columns(numbers, scratch, places, *pointers(apart), *sizes, torch.get_num_threads())
+    loaded().outlier_columns(numbers, scratch, places, *pointers(apart), *sizes, torch.get_num_threads())
     return columns, apart
 
 
-def code_rows(x: Tensor, by: Tensor | None, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x, or x ∘ by (width,) in fp32, as (q + 128) in uint8 (tokens, width), and what a step of each row is worth (tokens, 1).
+def quantise_rows(x: Tensor, by: Tensor | None, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantises x, or x ∘ by (width,) in fp32: codes (q + 128) in uint8 (tokens, width), and the step of each row (tokens, 1).
 
-    `columns` (count,) count as zeros.
+    The outlier `columns` (count,) are quantised as zeros.
     """
     if x.dim() != 2 or x.shape[1] % operators.LANES or (by is not None and by.shape != x.shape[1:]):
         factor = "no factor" if by is None else f"a factor {tuple(by.shape)}"
@@ -57,20 +56,20 @@ def code_rows(x: Tensor, by: Tensor | None, columns: Tensor | None = None) -> tu
     first = None if by is None else wide[0]
     sizes = ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1])
     given = *pointers(x), first, *_places(columns, x.shape[1])
-    loaded().code_rows(*given, *pointers(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
+    loaded().quantise_rows(*given, *pointers(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
     return codes, steps
 
 
 def _places(columns: Tensor | None, width: int) -> tuple[ctypes.c_void_p | None, ctypes.c_int64]:
-    """Columns and their number for C, which trusts them."""
+    """The outlier columns and their number for C, which does not check them."""
     if columns is None:
         return None, ctypes.c_int64(0)
-    if columns.dim() != 1 or len(columns) > APART or len(columns) % 2 or not bool(((columns >= 0) & (columns < width)).all()):
-        raise ValueError(f"{columns.tolist()} are no even number of columns of {width}, {APART} at most")
+    if columns.dim() != 1 or len(columns) > OUTLIERS or len(columns) % 2 or not bool(((columns >= 0) & (columns < width)).all()):
+        raise ValueError(f"expected an even number of columns below {width}, {OUTLIERS} at most; given: {columns.tolist()}")
     return pointers(columns, dtype=torch.int64)[0], ctypes.c_int64(len(columns))
 
 
-def coded_product(  # noqa: PLR0917 - an operator of torch
+def int8_product(  # noqa: PLR0917 - an operator of torch
     codes: Tensor,
     steps: Tensor,
     weight: Tensor,
@@ -79,8 +78,10 @@ def coded_product(  # noqa: PLR0917 - an operator of torch
     columns: Tensor | None = None,
     apart: Tensor | None = None,
 ) -> Tensor:
-    """(steps ∘ (q·Wᵀ) + apart·Wᵀ[columns]) ∘ scale, or, `across`, steps ∘ (q·W), in bf16, of W (out, in) in int8; no scale counts
-    as ones. `apart` (tokens, count) are the `columns` of x that the codes have zeros for."""
+    """(steps ∘ (q·Wᵀ) + apart·Wᵀ[columns]) ∘ scale, or steps ∘ (q·W) if `across`, in bf16, of W (out, in) in int8.
+
+    Without a scale it counts as ones. `apart` (tokens, count) are the outlier `columns` of x, which the codes have zeros for.
+    """
     width, depth = weight.shape if not across else weight.shape[::-1]
     alike = codes.shape[1] == depth and len(steps) == len(codes) and (scale is None or (not across and len(scale) == width))
     alike = alike and (columns is None) == (apart is None) and not (across and columns is not None)
@@ -89,47 +90,49 @@ def coded_product(  # noqa: PLR0917 - an operator of torch
         shapes = f"codes {tuple(codes.shape)}, {len(steps)} steps, a weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes} and its scale do not fit each other, or the codes are not in whole {operators.LANES}")
     y = codes.new_empty(len(codes), width, dtype=torch.bfloat16)
-    scratch = codes.new_empty(workspace(codes, steps, weight, scale, across))
+    scratch = codes.new_empty(_workspace(codes, steps, weight, scale, across))
     narrow, (signed,), (out,) = pointers(codes, scratch, dtype=torch.uint8), pointers(weight, dtype=torch.int8), pointers(y)
     wide = pointers(steps, *([] if scale is None else [scale]), dtype=torch.float32)
     places, count = _places(columns, depth)
     kept = None if apart is None else pointers(apart)[0]
     given = narrow[0], wide[0], signed, None if scale is None else wide[1], places, kept, count, out, narrow[1]
     sizes = (ctypes.c_int64(size) for size in (len(codes), depth, width))
-    loaded().coded_product(*given, *sizes, int(across), _threads(len(codes), width))
+    loaded().int8_product(*given, *sizes, int(across), _threads(len(codes), width))
     return y
 
 
 def _threads(tokens: int, width: int) -> int:
-    """How many threads compute: no more than there are pieces of the result, since each has scratch."""
-    return int(loaded().coded_threads(ctypes.c_int64(tokens), ctypes.c_int64(width), torch.get_num_threads()))
+    """How many threads compute: at most one for each piece of the result, since each needs a workspace."""
+    return int(loaded().int8_threads(ctypes.c_int64(tokens), ctypes.c_int64(width), torch.get_num_threads()))
 
 
-def workspace(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool, *_: Any) -> int:
-    """Bytes that `coded_product` holds for as long as it computes."""
+def _workspace(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool, *_: Any) -> int:
+    """Bytes of workspace of `int8_product`."""
     threads = _threads(len(codes), weight.shape[1 if across else 0])
-    return threads * int(loaded().coded_scratch(ctypes.c_int64(codes.shape[1])))
+    return threads * int(loaded().int8_scratch(ctypes.c_int64(codes.shape[1])))
 
 
-def flops(codes: Tensor, steps: Tensor, weight: Tensor, *more: Any, **_: Any) -> int:
-    """Of the product, of whole numbers, and of the columns that are apart."""
+def _flops(codes: Tensor, steps: Tensor, weight: Tensor, *more: Any, **_: Any) -> int:
+    """FLOPs of the integer product and of the outlier columns."""
     columns = more[2] if len(more) > 2 else None
     return 2 * len(codes) * (weight.numel() + (0 if columns is None else weight.shape[0] * len(columns)))
 
 
-LOUD_COLUMNS = define(
-    "loud_columns(Tensor x, int count) -> (Tensor, Tensor)",
-    loud_columns,
+OUTLIER_COLUMNS = define(
+    "outlier_columns(Tensor x, int count) -> (Tensor, Tensor)",
+    outlier_columns,
     lambda x, count: (x.new_empty(count, dtype=torch.int64), x.new_empty(len(x), count)),
 )
-CODE_ROWS = define(
-    "code_rows(Tensor x, Tensor? by, Tensor? columns=None) -> (Tensor, Tensor)",
-    code_rows,
+QUANTISE_ROWS = define(
+    "quantise_rows(Tensor x, Tensor? by, Tensor? columns=None) -> (Tensor, Tensor)",
+    quantise_rows,
     lambda x, *_: (torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)),
 )
-CODED_PRODUCT = define(
-    "coded_product(Tensor codes, Tensor steps, Tensor weight, Tensor? scale, bool across, Tensor? columns=None, "
+INT8_PRODUCT = define(
+    "int8_product(Tensor codes, Tensor steps, Tensor weight, Tensor? scale, bool across, Tensor? columns=None, "
     "Tensor? apart=None) -> Tensor",
-    coded_product,
+    int8_product,
     lambda codes, _, weight, __, across, *___: codes.new_empty(len(codes), weight.shape[int(across)], dtype=torch.bfloat16),
+    _flops,
+    _workspace,
 )

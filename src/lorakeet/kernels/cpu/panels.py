@@ -1,4 +1,4 @@
-"""Weights laid out for products of a few tokens (panels.c), which cost as much as reading the weights."""
+"""Weights packed for products of a few tokens (panels.c), which cost as much as reading the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorakeet.kernels.cpu.operators import LANES, in_use, loaded, pointers
 
 
 class Product(ctypes.Structure):
-    """A weight, its bias or none, and where in y its outputs go: panels.h."""
+    """The Product of panels.h: a weight, its bias (may be null), and its columns in y."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
@@ -21,23 +21,23 @@ class Product(ctypes.Structure):
 
 
 class Panels:
-    """A bf16 weight (out, in) in panels of 16 outputs: (panels, in/2, 16) words of two numbers, the last filled with zeros."""
+    """A bf16 weight (out, in) in panels of 16 outputs: (panels, in/2, 16) words of two numbers, the last one padded."""
 
     def __init__(self, weight: Tensor) -> None:
-        """`weight` is one that `can_panel` takes."""
+        """`weight` must satisfy `can_panel`."""
         outputs, width = weight.shape
         self.shape = (outputs, width)
         filled = weight.detach().contiguous()
         if outputs % LANES:
             filled = torch.nn.functional.pad(filled, (0, 0, 0, -outputs % LANES))
         self.numbers = filled.view(-1, LANES, width // 2, 2).transpose(1, 2).contiguous()  # (panels, in/2, 16, 2)
-        self._alone = Beside([self])
+        self._alone = SideBySide([self])
 
     def __deepcopy__(self, memo: dict[int, object]) -> Panels:
         return Panels(self.dense())
 
     def dense(self) -> Tensor:
-        """The weight (out, in) again, to the last bit."""
+        """Restores the weight (out, in), to the last bit."""
         outputs, width = self.shape
         return self.numbers.transpose(1, 2).reshape(-1, width)[:outputs].contiguous()
 
@@ -46,8 +46,8 @@ class Panels:
         return self._alone.product(x)
 
 
-class Beside:
-    """Weights that are multiplied with the same x, in one call."""
+class SideBySide:
+    """Weights that are multiplied with the same x in one call."""
 
     def __init__(self, weights: Sequence[Panels]) -> None:
         self.outputs = [weight.shape[0] for weight in weights]
@@ -62,7 +62,7 @@ class Beside:
         self._sizes = ctypes.c_int64(self.width), ctypes.c_int64(column)
 
     def product(self, x: Tensor) -> Tensor:
-        """x (tokens, in) to (tokens, out of the first and then of the others), both bf16."""
+        """x (tokens, in) to the outputs of all weights side by side (tokens, columns), both bf16."""
         if x.dtype != torch.bfloat16 or x.shape[1:] != (self.width,):
             raise ValueError(f"x is {tuple(x.shape)} in {x.dtype}; the weights take (tokens, {self.width}) in bfloat16")
         x = x.contiguous()
@@ -73,6 +73,6 @@ class Beside:
 
 
 def can_panel(weight: Tensor) -> bool:
-    """Whether the library multiplies with such a weight here."""
+    """True if the library can multiply with such a weight here."""
     plain = type(weight) in (Tensor, torch.nn.Parameter)
     return plain and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 2 == 0 and in_use()

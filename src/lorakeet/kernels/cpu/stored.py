@@ -1,7 +1,7 @@
-"""Frozen weights as they are stored, told to kernels in C, and products of bf16 rows with them, as operators of torch.
+"""Frozen weights as they are stored, described to C, and products of bf16 rows with them, as operators of torch.
 
-A product lays some columns of the weight out in bf16 at a time, in scratch (unpack_panels.c); `bring_back` writes all of it
-(stored.c). The numbers are the same, and so are the sums of kernels/cpu/dense.
+A product packs a few columns of the weight in bf16 at a time (unpack_panels.c); `dequantise` writes the whole weight (stored.c).
+The bits are the same, and so are the sums of kernels/cpu/dense.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lorakeet.kernels.cpu.operators import define, loaded, pointers
 from lorakeet.kernels.cpu.workspace import address
 from lorakeet.kernels.device import is_cpu
 
-DENSE, NF4, GPTQ, INT8, CODED = range(5)  # kinds, as stored.h has them
+DENSE, NF4, GPTQ, INT8, INT8_ROWS = range(5)  # kinds, as stored.h has them
 GGUF = {name: 5 + number for number, name in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))}
-NUMBERS = 11  # of a Stored, before what it holds
-_CODES = 3  # of these, the address of the codes
+NUMBERS = 11  # of a Stored: the fields before `held`
+_CODES = 3  # index of the address of the codes
 
 
 class StoredWeight(NamedTuple):
-    """A weight (out, width): its kind, and addresses and numbers as stored.h explains them, valid as long as this is kept."""
+    """A weight (out, width): its kind, and the addresses and numbers of stored.h, valid as long as this object is kept."""
 
     kind: int
     out: int
@@ -39,57 +39,57 @@ class StoredWeight(NamedTuple):
     steps: int = 0
     size: int = 0
     groups: int = 0
-    held: tuple[Tensor, ...] = ()  # what the addresses are of, also when another tensor takes its module's place
+    held: tuple[Tensor, ...] = ()  # the tensors that the addresses belong to, even after their modules get others
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """What C is told."""
+        """The struct that C reads."""
         return self[:NUMBERS]  # type: ignore[return-value]
 
 
 def serves(shape: tuple[int, int], held: Sequence[Tensor]) -> bool:
-    """Whether C may read a weight (out, in) in these tensors."""
+    """True if C may read a weight (out, in) that is stored in these tensors."""
     if any(size <= 0 or size % operators.LANES for size in shape):
         return False
     plain = all(type(each) in operators.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in held)
     return plain and operators.in_use()
 
 
-def at(tensor: Tensor) -> int:
-    """Where its numbers begin; 0 for one that has only a shape, as in a rehearsal."""
+def address_of(tensor: Tensor) -> int:
+    """The address of its numbers; 0 for a tensor that has only a shape, as in a rehearsal."""
     return tensor.data_ptr() if type(tensor) in operators.READ else 0
 
 
-def bring_back(weight: StoredWeight, out: Tensor) -> Tensor:
-    """Writes the weight to `out` (out, in), bf16, which it returns; a shape alone is left as it is."""
+def dequantise(weight: StoredWeight, out: Tensor) -> Tensor:
+    """Dequantises the weight into `out` (out, in), bf16, which is returned; does nothing to a tensor without numbers."""
     if type(out) not in operators.READ:
         return out
     if out.shape != weight[1:3] or not weight.codes:
-        raise ValueError(f"a weight {weight[1:3]} is not brought back into {tuple(out.shape)}, or has no numbers")
+        raise ValueError(f"a weight {weight[1:3]} does not fit {tuple(out.shape)}, or has no numbers")
     numbers = array("q", weight.numbers)
-    loaded().stored_back(ctypes.c_void_p(numbers.buffer_info()[0]), *pointers(out), torch.get_num_threads())
+    loaded().stored_unpack(ctypes.c_void_p(numbers.buffer_info()[0]), *pointers(out), torch.get_num_threads())
     return out
 
 
 def multiplies(x: Tensor) -> bool:
-    """Whether x (tokens, ·) is to be multiplied with weights as they are stored; one that autograd follows is torch's."""
+    """True if x (tokens, ·) is multiplied with weights as they are stored; torch multiplies if x needs a gradient."""
     plain = x.dim() == 2 and not (torch.is_grad_enabled() and x.requires_grad)
     return plain and dense.multiplies() and operators.serves(x.dtype, x)
 
 
-def product(x: Tensor, weight: StoredWeight, across: bool = False) -> Tensor:
-    """x·Wᵀ, or, `across`, x·W, of x (tokens, ·), bf16: each sum in fp32, rounded once."""
+def stored_product(x: Tensor, weight: StoredWeight, across: bool = False) -> Tensor:
+    """x·Wᵀ, or x·W if `across`, of x (tokens, ·), bf16: fp32 sums, rounded once."""
     return cast(Tensor, STORED_PRODUCT(x, weight.held, weight.numbers, across))
 
 
-def add_product(to: Tensor, x: Tensor, weight: StoredWeight, across: bool = False) -> None:
-    """Adds that to `to` (tokens, ·), in place, and rounds it with the sum."""
+def add_stored_product(to: Tensor, x: Tensor, weight: StoredWeight, across: bool = False) -> None:
+    """Adds the product to `to` (tokens, ·), in place; the sum is rounded once."""
     STORED_PRODUCT_ADD(to, x, weight.held, weight.numbers, across)
     torch.autograd.graph.increment_version(to)
 
 
 def _product(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
-    y = _room_of(x, held, numbers, across)
+    y = _empty_result(x, held, numbers, across)
     _write(y, x, numbers, across, add=False)
     return y
 
@@ -105,42 +105,44 @@ def _write(y: Tensor, x: Tensor, numbers: Sequence[int], across: bool, *, add: b
     if not fit or not numbers[_CODES]:
         shapes = f"rows {tuple(x.shape)}, a weight {tuple(numbers[1:3])} and a result {tuple(y.shape)}"
         raise ValueError(f"{shapes} do not fit each other, are not in whole {operators.LANES}, or the weight has no numbers")
-    told, scratch = array("q", numbers), torch.empty(dense.scratch(depth, width), dtype=torch.uint8)
+    given_weight, scratch = array("q", numbers), torch.empty(dense.scratch(depth, width), dtype=torch.uint8)
     rows, to = pointers(x, y)
-    given = rows, ctypes.c_void_p(told.buffer_info()[0]), to, address(scratch), ctypes.c_int64(len(x))
+    given = rows, ctypes.c_void_p(given_weight.buffer_info()[0]), to, address(scratch), ctypes.c_int64(len(x))
     loaded().stored_product(*given, int(across), int(add), None, torch.get_num_threads())
 
 
 def _sizes(numbers: Sequence[int], across: bool) -> tuple[int, int]:
-    """Terms of a sum, and columns of the result."""
+    """Depth of the sums, and width of the result."""
     out, width = numbers[1:3]
     return (out, width) if across else (width, out)
 
 
-def _room_of(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
+def _empty_result(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
     return x.new_empty(len(x), _sizes(numbers, across)[1])
 
 
-def workspace(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> int:
-    """Bytes that a product holds for as long as it computes."""
+def _workspace(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> int:
+    """Bytes of workspace of a product."""
     return dense.scratch(*_sizes(numbers, across))
 
 
-def workspace_of_sum(y: Tensor, *given: Any) -> int:
-    """The same of a product that is added."""
-    return workspace(*given)
+def _sum_workspace(y: Tensor, *given: Any) -> int:
+    """Bytes of workspace of a product that is added."""
+    return _workspace(*given)
 
 
-def flops(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], *_: object, **__: object) -> int:
-    """Of a product."""
+def _flops(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], *_: object, **__: object) -> int:
+    """FLOPs of a product."""
     return 2 * len(x) * numbers[1] * numbers[2]
 
 
-def flops_of_sum(y: Tensor, *given: Any, **_: object) -> int:
-    """The same of a product that is added."""
-    return flops(*given)
+def _sum_flops(y: Tensor, *given: Any, **_: object) -> int:
+    """FLOPs of a product that is added."""
+    return _flops(*given)
 
 
 _WEIGHT = "Tensor[] held, int[] numbers, bool across"  # Stored's
-STORED_PRODUCT = define(f"stored_product(Tensor x, {_WEIGHT}) -> Tensor", _product, _room_of)
-STORED_PRODUCT_ADD = define(f"stored_product_add_(Tensor(a!) y, Tensor x, {_WEIGHT}) -> ()", _add_product, lambda *_: None)
+STORED_PRODUCT = define(f"stored_product(Tensor x, {_WEIGHT}) -> Tensor", _product, _empty_result, _flops, _workspace)
+STORED_PRODUCT_ADD = define(
+    f"stored_product_add_(Tensor(a!) y, Tensor x, {_WEIGHT}) -> ()", _add_product, lambda *_: None, _sum_flops, _sum_workspace
+)

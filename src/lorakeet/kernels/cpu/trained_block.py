@@ -1,7 +1,7 @@
 """A decoder block with pairs, forward and backward in one call each (trained_block.c).
 
-Its kernels are those of the parts by themselves, in their order: results and gradients are the same to the last bit. What one
-call saves is the asking, some 45 times a block, for each of which Python finds its objects no longer in the processor's caches.
+It runs the kernels of the separate parts in their order: results and gradients are the same to the last bit. One call saves some
+45 Python calls a block, each of which would miss the processor's caches.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu import trained_pairs
-from lorakeet.kernels.cpu.operators import AttentionShape, loaded, pointers
+from lorakeet.kernels.cpu.attention import AttentionShape
+from lorakeet.kernels.cpu.operators import loaded, pointers
 from lorakeet.kernels.cpu.stored import NUMBERS, StoredWeight
-from lorakeet.kernels.cpu.workspace import ROOMS, address, room
+from lorakeet.kernels.cpu.workspace import WORKSPACES, address, aligned_bytes
 
 LAYERS = 7  # q, k, v, o, gate, up, down
-GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that see the same x
-FORWARD, BACKWARD, ALONE = range(3)  # passes, as trained_block.c has them
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # layers that share their input
+FORWARD, BACKWARD, ALONE = range(3)  # kinds of pass, as in trained_block.c
 
 _Layers, _Biases = ctypes.c_int64 * (LAYERS * NUMBERS), ctypes.c_void_p * 3
 _Pointers, _Floats = ctypes.c_void_p * 2, ctypes.c_float * 2
@@ -31,7 +32,7 @@ Place = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    """Theirs, and none of those that are none."""
+    """Addresses of the tensors; None for None."""
     return [None if each is None else pointers(each)[0].value for each in tensors]
 
 
@@ -48,24 +49,26 @@ class _Weights(ctypes.Structure):
 class _Group(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("pairs", "scales")),
-        *((name, ctypes.c_int64) for name in ("count", "numbers", "forward", "backward", "woven", "of_a", "of_b")),
+        *((name, ctypes.c_int64) for name in ("count", "numbers", "forward", "backward", "interleaved", "of_a", "of_b")),
     )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The seven weights, by LAYERS, biases of q, k and v, gain and ε of the norms of q's and k's heads, and those of both norms.
+    """The seven weights (by LAYERS), biases of q, k and v, gain and ε of the norms of q's and k's heads, and of both norms.
 
-    They are those of a moment: what takes a tensor's place in its module afterwards is nothing to a pass that has begun.
+    They are a snapshot: replacing a module's tensor later does not affect a pass that has started.
     """
 
     layers: Sequence[StoredWeight]
     biases: Sequence[Tensor | None]
-    heads: Sequence[tuple[Tensor, float]]  # none, or both
+    heads: Sequence[tuple[Tensor, float]]  # empty, or both
     norms: Sequence[tuple[Tensor, float]]
 
-    def told(self) -> Any:
-        """What C is told of them, addresses, which hold nothing; ValueError for biases and gains that it cannot read so."""
+    def as_struct(self) -> Any:
+        """The weights as C reads them: addresses, which keep nothing alive. ValueError for biases and gains that C cannot
+        read.
+        """
         inner, hidden = self.layers[4][1:3]
         layers = _Layers(*[number for layer in self.layers for number in layer.numbers])
         heads, norms = (_addresses([gain for gain, _ in of]) for of in (self.heads, self.norms))
@@ -74,57 +77,57 @@ class Weights:
         return _Weights(layers, *gains, epsilons, of_heads, hidden, inner)
 
     def held(self) -> list[Tensor]:
-        """The tensors that C is told of, which are to be held as long as it may read them."""
+        """The tensors whose memory C reads, to be kept alive as long as it may."""
         gains = [gain for gain, _ in (*self.heads, *self.norms)]
         biases = [bias for bias in self.biases if bias is not None]
         return [*gains, *biases, *(each for layer in self.layers for each in layer.held)]
 
 
 class Pairs:
-    """The pairs of a block's layers, all at the same places: the rows start … stop − 1, with a scale for each layer.
+    """The pairs of a block's layers, all on the same spans: rows start … stop − 1, with a scale for each layer.
 
-    `factors` are A and B by turns, place by place and, within a place, by LAYERS. Of them it has the addresses, and holds none.
+    `factors` are A and B alternating, span by span and, within a span, by LAYERS. Only their addresses are stored.
     """
 
     def __init__(self, factors: Sequence[Tensor], rows: Sequence[tuple[int, int]], scales: Sequence[float], tokens: int) -> None:
-        """ValueError where C cannot read them so."""
+        """ValueError where C cannot read them."""
         shapes = trained_pairs.shapes_of(factors)
         self._groups = (_Group * len(GROUPS))()
-        self._held: list[Any] = []  # what C is pointed to, beside the factors
+        self._held: list[Any] = []  # memory that C points to, beside the factors
         lie, self._places = _lie(shapes, tuple(rows), tokens), _places(shapes, tuple(rows), tokens)
-        for told, (numbers, laid, of_a, of_b) in zip(self._groups, lie, strict=True):
+        for group, (numbers, laid, of_a, of_b) in zip(self._groups, lie, strict=True):
             own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]
-            held = laid.told(own), laid.scaled([scales[number] for number in numbers])
+            held = laid.as_array(own), laid.scaled([scales[number] for number in numbers])
             self._held += held
-            told.pairs, told.scales = (each.buffer_info()[0] for each in held)
-            told.count, told.numbers, told.forward = len(numbers), laid.numbers, laid.forward
-            told.backward, told.woven, told.of_a, told.of_b = laid.backward, laid.woven, of_a, of_b
+            group.pairs, group.scales = (each.buffer_info()[0] for each in held)
+            group.count, group.numbers, group.forward = len(numbers), laid.numbers, laid.forward
+            group.backward, group.interleaved, group.of_a, group.of_b = laid.backward, laid.interleaved, of_a, of_b
 
-    def told(self) -> Any:
-        """What C is told of them."""
+    def as_struct(self) -> Any:
+        """The pairs as C reads them."""
         return ctypes.byref(self._groups)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Room for those of all A's, and of all B's, in fp32."""
-        return torch.empty(sum(told.of_a for told in self._groups)), torch.empty(sum(told.of_b for told in self._groups))
+        """Memory for the gradients of all A's, and of all B's, in fp32."""
+        return torch.empty(sum(group.of_a for group in self._groups)), torch.empty(sum(group.of_b for group in self._groups))
 
     def cut(self, found: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """The gradients of the factors, in their order: views of what the backward pass found."""
+        """The gradients of the factors, in their order: views of the backward pass's result."""
         return [found[number % 2].as_strided(*place) for number, place in enumerate(self._places)]
 
 
-@lru_cache(maxsize=8)  # all blocks of a pass ask for the same
+@lru_cache(maxsize=8)  # shared by all blocks of a pass
 def _lie(
     shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ...], tokens: int
-) -> list[tuple[list[int], trained_pairs.Laid, int, int]]:
-    """Of each of GROUPS the numbers of its pairs, in the order of their gradients, how their products lie, and how many numbers
-    all A's and all B's have; ValueError for pairs that do not fit the tokens."""
+) -> list[tuple[list[int], trained_pairs.PairsLayout, int, int]]:
+    """For each of GROUPS: its pairs' numbers in the order of their gradients, the layout of their products, and the numbers of
+    elements of all A's and of all B's. ValueError for pairs that do not fit the tokens."""
     found = []
     for layers in GROUPS:
         numbers = [LAYERS * place + layer for place in range(len(rows)) for layer in layers]
         own = tuple([shape for number in numbers for shape in shapes[2 * number : 2 * number + 2]])
         places = tuple([n for start, stop in rows for layer in range(len(layers)) for n in (start, stop, layer)])
-        laid = trained_pairs.laid_by(own, places, None, tokens, own[0][1])
+        laid = trained_pairs.cached_layout(own, places, None, tokens, own[0][1])
         of_a, of_b = (sum(map(math.prod, own[first::2])) for first in (0, 1))
         found.append((numbers, laid, of_a, of_b))
     return found
@@ -132,7 +135,7 @@ def _lie(
 
 @lru_cache(maxsize=8)
 def _places(shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ...], tokens: int) -> list[Place]:
-    """Shape, strides and first number of each factor's gradient among those of all A's, or of all B's."""
+    """Shape, strides and offset of each factor's gradient among those of all A's, or of all B's."""
     found: list[Place] = [((0,), (0,), 0)] * len(shapes)
     for which in (0, 1):
         first = 0
@@ -145,9 +148,9 @@ def _places(shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ..
 
 @dataclass(frozen=True)
 class BlockCall:
-    """A block over the tokens of a batch: what C is told of its weights, how their rows lie, and the pairs.
+    """A block over the tokens of a batch: its weights, its rows and its pairs, as C reads them.
 
-    `held` are tensors that hold all numbers that C is told of, those of the `factors` too, whatever takes their place.
+    `held` keeps all their numbers alive, including the `factors`', whatever replaces them in their modules.
     """
 
     weights: Any
@@ -157,26 +160,26 @@ class BlockCall:
     held: Sequence[Tensor]
 
     @cached_property
-    def _told(self) -> tuple[Any, Any, Any]:
-        return ctypes.byref(self.weights), ctypes.byref(self.shape), self.pairs.told()
+    def _arguments(self) -> tuple[Any, Any, Any]:
+        return ctypes.byref(self.weights), ctypes.byref(self.shape), self.pairs.as_struct()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
-        """y of x (tokens, hidden), and what `backward` wants, unless the pass is `alone`; cos and sin are (tokens, d)."""
-        told, threads, which = self._told, torch.get_num_threads(), ALONE if alone else FORWARD
-        kept, y = ROOMS.take(int(loaded().trained_block_kept(*told, which))), torch.empty_like(x)
-        scratch = room(int(loaded().trained_block_scratch(*told, which, threads)))
+        """y of x (tokens, hidden), and what `backward` needs (empty if `alone`); cos and sin are (tokens, d)."""
+        arguments, threads, which = self._arguments, torch.get_num_threads(), ALONE if alone else FORWARD
+        kept, y = WORKSPACES.take(int(loaded().trained_block_saved(*arguments, which))), torch.empty_like(x)
+        scratch = aligned_bytes(int(loaded().trained_block_scratch(*arguments, which, threads)))
         given = *pointers(cos, sin, x, y), address(kept)
-        loaded().trained_block(*told, *given, address(scratch), which, threads)
+        loaded().trained_block(*arguments, *given, address(scratch), which, threads)
         return y, kept
 
     def backward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, grad: Tensor, *, wants_x: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """∂L/∂x, if it is wanted, and the gradients of the factors, from ∂L/∂y (tokens, hidden). Uses up what was `kept`."""
-        told, threads = self._told, torch.get_num_threads()
+        """∂L/∂x, if wanted, and the gradients of the factors, from ∂L/∂y (tokens, hidden). Overwrites what was saved."""
+        arguments, threads = self._arguments, torch.get_num_threads()
         grad_x, found = torch.empty_like(x) if wants_x else None, self.pairs.gradients()
-        scratch = room(int(loaded().trained_block_scratch(*told, BACKWARD, threads)))
+        scratch = aligned_bytes(int(loaded().trained_block_scratch(*arguments, BACKWARD, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
         given = *pointers(cos, sin, x), address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
-        loaded().trained_block_backward(*told, *given, address(scratch), threads)
+        loaded().trained_block_backward(*arguments, *given, address(scratch), threads)
         return grad_x, self.pairs.cut(found)

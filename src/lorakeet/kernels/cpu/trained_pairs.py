@@ -1,8 +1,8 @@
-"""Low-rank products of pairs in training, each pair on rows of its own, as operators of torch (trained_pairs.c).
+"""Low-rank products of pairs in training, each pair on its own rows, as operators of torch (trained_pairs.c).
 
-Pairs are given as `factors`, A and B of each by turns, with `scales`, and as `places`, three numbers each: the first of its rows,
-the one behind the last, and which of the layers it belongs to. Neighbours on the same rows are a part; parts share no row. The
-h = x·Aᵀ and u = s·g·B of all parts lie one behind the other in one tensor, as the C file says.
+Pairs are given as `factors`, A and B alternating, with `scales`, and `places`, three numbers each: the first row, the row after
+the last, and the layer. Consecutive pairs on the same rows form a part; parts share no row. h = x·Aᵀ and u = s·g·B of all parts
+are stored one after another in one tensor, as trained_pairs.c describes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.inference_pairs import even
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 
-WIDTH = 32  # what widths are multiples of
+WIDTH = 32  # widths are multiples of this
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 Shape = tuple[int, ...]
 
@@ -30,27 +30,27 @@ def serves(products: torch.dtype, states: Sequence[Tensor], factors: Sequence[Te
     """Whether pairs `factors` at `places` are to be multiplied here with `states`, x and all y's, for products in that dtype."""
     if not factors or not operators.serves(products, *states, width=WIDTH):
         return False
-    return all(map(takes, factors)) and apart(places)
+    return all(map(is_factor, factors)) and parts_are_disjoint(places)
 
 
-def takes(factor: Tensor) -> bool:
-    """Whether it can be read as A or B of a pair; one of rank 0 is none."""
+def is_factor(factor: Tensor) -> bool:
+    """True if C can read the tensor as A or B of a pair; rank 0 is not supported."""
     return type(factor) in operators.PLAIN and factor.dtype in KINDS and factor.is_contiguous() and factor.numel() > 0
 
 
-def apart(places: Sequence[int]) -> bool:
-    """Whether every part has rows, and none of another's: parts are computed side by side."""
+def parts_are_disjoint(places: Sequence[int]) -> bool:
+    """True if every part has rows, and no two parts share one: they are computed in parallel."""
     spans = sorted((places[3 * part[0]], places[3 * part[0] + 1]) for part in _parts(places))
     return all(start < stop for start, stop in spans) and all(before[1] <= behind[0] for before, behind in pairwise(spans))
 
 
-class Laid:
-    """Where the products of pairs lie, and how many numbers of scratch they take."""
+class PairsLayout:
+    """The layout of pairs' products in h and u, and how many numbers of workspace they need."""
 
     def __init__(self, shapes: Sequence[Shape], places: Sequence[int]) -> None:
         """For factors of these shapes."""
-        self.pairs: list[tuple[int, ...]] = []  # rank, start, stop, layer, from, columns, column: as the C file has it
-        self.numbers = self.forward = self.woven = 0  # of h, and of scratch: of the forward pass, and of rows that are woven
+        self.pairs: list[tuple[int, ...]] = []  # rank, start, stop, layer, from, columns, column: as in trained_pairs.h
+        self.numbers = self.forward = self.interleaved = 0  # of h; of workspace, forward and for interleaved rows
         wide = 0
         for part in _parts(places):
             start, stop = places[3 * part[0] : 3 * part[0] + 2]
@@ -61,30 +61,30 @@ class Laid:
                 column += even(rank)
             width = shapes[2 * part[0]][1]
             self.numbers += (stop - start) * columns
-            self.woven += even(stop - start) * columns
+            self.interleaved += even(stop - start) * columns
             self.forward += width * _whole(columns)
             wide += width * columns
         each = [(pair[0], B[0]) for pair, B in zip(self.pairs, shapes[1::2], strict=True)]
         self.forward += sum(outputs * even(rank) for rank, outputs in each)
-        self.backward = self.woven + wide + sum(outputs * _whole(rank) for rank, outputs in each)
+        self.backward = self.interleaved + wide + sum(outputs * _whole(rank) for rank, outputs in each)
 
-    def told(self, factors: Sequence[Tensor]) -> array[int]:
-        """What C is told of each pair."""
-        told = array("q")
+    def as_array(self, factors: Sequence[Tensor]) -> array[int]:
+        """The pairs as C reads them."""
+        pairs = array("q")
         for A, B, pair in zip(factors[::2], factors[1::2], self.pairs, strict=True):
-            told.extend((A.data_ptr(), B.data_ptr(), KINDS[A.dtype], KINDS[B.dtype], *pair))
-        return told
+            pairs.extend((A.data_ptr(), B.data_ptr(), KINDS[A.dtype], KINDS[B.dtype], *pair))
+        return pairs
 
     def scaled(self, scales: Sequence[float]) -> array[float]:
-        """What C multiplies each pair's product with."""
+        """The scale of each pair, for C."""
         if len(scales) != len(self.pairs):
             raise ValueError(f"{len(scales)} scales are not one for each of {len(self.pairs)} pairs")
         return array("f", scales)
 
 
-@lru_cache(maxsize=64)  # a few are asked for again and again within a step
-def laid_by(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, tokens: int, width: int) -> Laid:
-    """ValueError where a pair does not fit rows (tokens, width), or those of its layer, as wide as `outputs` says."""
+@lru_cache(maxsize=64)  # a few recur within a step
+def cached_layout(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, tokens: int, width: int) -> PairsLayout:
+    """The layout for these shapes. ValueError if a pair does not fit rows (tokens, width), or its layer's `outputs`."""
     for number, (A, B) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
         start, stop, layer = places[3 * number : 3 * number + 3]
         fit = (A[0], width) == A and (B[0], A[0]) == B and A[0] > 0 and not width % WIDTH and not B[0] % WIDTH
@@ -92,35 +92,35 @@ def laid_by(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, tok
         if not (fit and own and 0 <= start <= stop <= tokens):
             y = f" and ({tokens}, {outputs[layer]})" if outputs and 0 <= layer < len(outputs) else ""
             raise ValueError(f"A {A} and B {B} on rows {start} to {stop} do not fit rows ({tokens}, {width}){y} in whole {WIDTH}")
-    if not apart(places):
-        raise ValueError(f"parts of no rows, or of the same rows, at {list(places)} do not fit beside each other")
-    return Laid(shapes, places)
+    if not parts_are_disjoint(places):
+        raise ValueError(f"parts must have rows, and share none; given places: {list(places)}")
+    return PairsLayout(shapes, places)
 
 
 def shapes_of(factors: Sequence[Tensor]) -> tuple[Shape, ...]:
-    """Theirs; ValueError for numbers that C cannot read."""
+    """The factors' shapes; ValueError for numbers that C cannot read."""
     if any(factor.dtype not in KINDS or not factor.is_contiguous() for factor in factors):
         raise ValueError(f"factors are contiguous, in {' or '.join(map(str, KINDS))}; given: {[each.dtype for each in factors]}")
     return tuple([tuple(factor.shape) for factor in factors])
 
 
-def laid_of(
+def pairs_layout(
     factors: Sequence[Tensor], places: Sequence[int], tokens: int, ys: Sequence[Tensor] | None = None, h: Tensor | None = None
-) -> Laid:
-    """How the products lie; ValueError for what C cannot read so."""
+) -> PairsLayout:
+    """The layout of the products; ValueError for factors, places or states that do not fit each other."""
     shapes = shapes_of(factors)
     outputs = None if ys is None else tuple([y.shape[1] for y in ys])
     if not shapes or len(places) * 2 != len(shapes) * 3 or any(len(y) != tokens for y in ys or ()):
         given = f"{len(shapes)} factors, {len(places)} numbers of places"
         raise ValueError(f"{given}, {tokens} tokens of x and {[*map(len, ys or ())]} of y do not fit each other")
-    laid = laid_by(shapes, tuple(places), outputs, tokens, shapes[0][1])
+    laid = cached_layout(shapes, tuple(places), outputs, tokens, shapes[0][1])
     if h is not None and h.numel() != laid.numbers:
-        raise ValueError(f"{h.numel()} numbers are not the {laid.numbers} that these pairs' parts have")
+        raise ValueError(f"h has {h.numel()} numbers; these pairs' parts have {laid.numbers}")
     return laid
 
 
 def _parts(places: Sequence[int]) -> Iterator[list[int]]:
-    """The numbers of pairs that are neighbours on the same rows."""
+    """The indices of consecutive pairs on the same rows."""
     part: list[int] = []
     for pair in range(len(places) // 3):
         if part and places[3 * pair : 3 * pair + 2] != places[3 * part[0] : 3 * part[0] + 2]:
@@ -136,7 +136,7 @@ def _whole(columns: int) -> int:
 
 
 def _layers(rows: Sequence[Tensor]) -> array[int]:
-    """y's or g's for C."""
+    """The y or g of each layer as C reads it."""
     return array("q", [number for at, y in zip(pointers(*rows), rows, strict=True) for number in (at.value or 0, y.shape[1])])
 
 
@@ -145,11 +145,11 @@ def _address(numbers: array[Any]) -> ctypes.c_void_p:
 
 
 def trained_pairs_(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], scales: list[float]) -> Tensor:
-    """Adds s·x·Aᵀ·Bᵀ to the rows of each pair's y (tokens, out), in place, for x (tokens, in); h of all parts."""
-    laid = laid_of(factors, places, len(x), ys)
+    """Adds s·x·Aᵀ·Bᵀ to the rows of each pair's y (tokens, out), in place, for x (tokens, in); returns h of all parts."""
+    laid = pairs_layout(factors, places, len(x), ys)
     h, scratch = x.new_empty(laid.numbers), x.new_empty(laid.forward)
-    told, scaled, layers = laid.told(factors), laid.scaled(scales), _layers(ys)
-    given = _address(told), _address(scaled), ctypes.c_int64(len(scaled)), _address(layers), *pointers(x), _width(x, factors)
+    pairs, scaled, layers = laid.as_array(factors), laid.scaled(scales), _layers(ys)
+    given = _address(pairs), _address(scaled), ctypes.c_int64(len(scaled)), _address(layers), *pointers(x), _width(x, factors)
     loaded().trained_pairs(*given, *pointers(h, scratch), torch.get_num_threads())
     return h
 
@@ -157,84 +157,86 @@ def trained_pairs_(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: l
 def trained_pairs_backward_(
     grad_x: Tensor | None, grads: list[Tensor], h: Tensor, factors: list[Tensor], places: list[int], scales: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """u = s·g·B of all parts, and ∂B = s·gᵀ·h (out, rank) in fp32, one pair's behind the other's, of all layers' g (tokens, out).
+    """u = s·g·B of all parts, and ∂B = s·gᵀ·h (out, rank) in fp32, pair after pair, from each layer's g (tokens, out).
 
-    Adds u·A to `grad_x` (tokens, in), in place, where it is given.
+    Adds u·A to `grad_x` (tokens, in), in place, unless it is None.
     """
-    laid = laid_of(factors, places, len(grads[0] if grad_x is None else grad_x), grads, h)
+    laid = pairs_layout(factors, places, len(grads[0] if grad_x is None else grad_x), grads, h)
     u, scratch = torch.empty_like(h), h.new_empty(laid.backward)
     of_b = h.new_empty(sum(B.numel() for B in factors[1::2]), dtype=torch.float32)
-    told, scaled, layers = laid.told(factors), laid.scaled(scales), _layers(grads)
+    pairs, scaled, layers = laid.as_array(factors), laid.scaled(scales), _layers(grads)
     to, width = (None, ctypes.c_int64(factors[0].shape[1])) if grad_x is None else (*pointers(grad_x), _width(grad_x, factors))
-    given = _address(told), _address(scaled), ctypes.c_int64(len(scaled)), _address(layers), to, width
+    given = _address(pairs), _address(scaled), ctypes.c_int64(len(scaled)), _address(layers), to, width
     found = *pointers(h, u), *pointers(of_b, dtype=torch.float32), *pointers(scratch)
     loaded().trained_pairs_backward(*given, *found, torch.get_num_threads())
     return u, of_b
 
 
 def trained_pairs_of_a(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int]) -> Tensor:
-    """∂A = uᵀ·x (rank, in) in fp32, one pair's behind the other's, of the u of all parts and x (tokens, in)."""
-    laid = laid_of(factors, places, len(x), None, u)
-    scratch, of_a = x.new_empty(laid.woven), x.new_empty(sum(A.numel() for A in factors[::2]), dtype=torch.float32)
-    told = laid.told(factors)
-    given = _address(told), ctypes.c_int64(len(laid.pairs)), *pointers(u, x), _width(x, factors)
+    """∂A = uᵀ·x (rank, in) in fp32, pair after pair, from u of all parts and x (tokens, in)."""
+    laid = pairs_layout(factors, places, len(x), None, u)
+    scratch, of_a = x.new_empty(laid.interleaved), x.new_empty(sum(A.numel() for A in factors[::2]), dtype=torch.float32)
+    pairs = laid.as_array(factors)
+    given = _address(pairs), ctypes.c_int64(len(laid.pairs)), *pointers(u, x), _width(x, factors)
     loaded().trained_pairs_of_a(*given, *pointers(of_a, dtype=torch.float32), *pointers(scratch), torch.get_num_threads())
     return of_a
 
 
 def _width(x: Tensor, factors: Sequence[Tensor]) -> ctypes.c_int64:
-    """How wide x is, which A says too."""
+    """The width of x, checked against A's."""
     if x.shape[1] != factors[0].shape[1]:
-        raise ValueError(f"rows {tuple(x.shape)} are no rows for A {tuple(factors[0].shape)}")
+        raise ValueError(f"rows {tuple(x.shape)} do not fit A {tuple(factors[0].shape)}")
     return ctypes.c_int64(x.shape[1])
 
 
 def _sizes(factors: Sequence[Tensor], places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Tokens times rank, the width and the outputs of each pair."""
+    """Tokens × rank, the width and the outputs of each pair."""
     for number, (A, B) in enumerate(zip(factors[::2], factors[1::2], strict=True)):
         yield (places[3 * number + 1] - places[3 * number]) * len(A), A.shape[1], len(B)
 
 
-def flops(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], *_: Any, **__: Any) -> int:
-    """Of the two products of `trained_pairs_`."""
+def _flops(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], *_: Any, **__: Any) -> int:
+    """FLOPs of the two products of `trained_pairs_`."""
     return sum(2 * times * (width + outputs) for times, width, outputs in _sizes(factors, places))
 
 
-def flops_backward(
+def _backward_flops(
     grad_x: Tensor | None, grads: list[Tensor], h: Tensor, factors: list[Tensor], places: list[int], *_: Any, **__: Any
 ) -> int:
-    """Of the two or three products of `trained_pairs_backward_`."""
+    """FLOPs of the two or three products of `trained_pairs_backward_`."""
     wide = grad_x is not None
     return sum(2 * times * (width * wide + 2 * outputs) for times, width, outputs in _sizes(factors, places))
 
 
-def flops_of_a(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int], **_: Any) -> int:
-    """Of the product of `trained_pairs_of_a`."""
+def _of_a_flops(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int], **_: Any) -> int:
+    """FLOPs of the product of `trained_pairs_of_a`."""
     return sum(2 * times * width for times, width, _ in _sizes(factors, places))
 
 
-def workspace(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], *_: Any) -> int:
-    """Bytes that `trained_pairs_` holds for as long as it computes."""
-    return 2 * laid_of(factors, places, len(x), ys).forward
+def _workspace(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], *_: Any) -> int:
+    """Bytes of workspace of `trained_pairs_`."""
+    return 2 * pairs_layout(factors, places, len(x), ys).forward
 
 
-def workspace_backward(
+def _backward_workspace(
     grad_x: Tensor | None, grads: list[Tensor], h: Tensor, factors: list[Tensor], places: list[int], *_: Any
 ) -> int:
-    """The same of `trained_pairs_backward_`."""
-    return 2 * laid_of(factors, places, len(grads[0]), grads).backward
+    """Bytes of workspace of `trained_pairs_backward_`."""
+    return 2 * pairs_layout(factors, places, len(grads[0]), grads).backward
 
 
-def workspace_of_a(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int]) -> int:
-    """The same of `trained_pairs_of_a`."""
-    return 2 * laid_of(factors, places, len(x), None).woven
+def _of_a_workspace(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int]) -> int:
+    """Bytes of workspace of `trained_pairs_of_a`."""
+    return 2 * pairs_layout(factors, places, len(x), None).interleaved
 
 
 _PAIRS = "Tensor[] factors, int[] places"
 TRAINED_PAIRS = define(
     f"trained_pairs_(Tensor(a!)[] ys, Tensor x, {_PAIRS}, float[] scales) -> Tensor",
     trained_pairs_,
-    lambda ys, x, factors, places, _: x.new_empty(laid_of(factors, places, len(x), ys).numbers),
+    lambda ys, x, factors, places, _: x.new_empty(pairs_layout(factors, places, len(x), ys).numbers),
+    _flops,
+    _workspace,
 )
 TRAINED_PAIRS_BACKWARD = define(
     f"trained_pairs_backward_(Tensor(a!)? grad_x, Tensor[] grads, Tensor h, {_PAIRS}, float[] scales) -> (Tensor, Tensor)",
@@ -243,9 +245,13 @@ TRAINED_PAIRS_BACKWARD = define(
         torch.empty_like(h),
         h.new_empty(sum(B.numel() for B in factors[1::2]), dtype=torch.float32),
     ),
+    _backward_flops,
+    _backward_workspace,
 )
 TRAINED_PAIRS_OF_A = define(
     f"trained_pairs_of_a(Tensor u, Tensor x, {_PAIRS}) -> Tensor",
     trained_pairs_of_a,
     lambda u, _, factors, __: u.new_empty(sum(A.numel() for A in factors[::2]), dtype=torch.float32),
+    _of_a_flops,
+    _of_a_workspace,
 )

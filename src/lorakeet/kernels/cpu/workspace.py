@@ -1,4 +1,4 @@
-"""Memory that the library's kernels work in: aligned scratch, and what whole blocks keep between their passes."""
+"""Memory for the library's kernels: aligned workspace, and what whole blocks save between their passes."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from functools import partial
 import torch
 from torch import Tensor
 
-ALIGNED = 64  # bytes: what a register's pieces begin at multiples of
+ALIGNED = 64  # bytes: alignment of a register's loads
 
 
-def room(count: int) -> Tensor:
-    """So many bytes from `address` on, uint8, of the heap."""
+def aligned_bytes(count: int) -> Tensor:
+    """A uint8 tensor with at least `count` bytes from `address` on, on the heap."""
     return torch.empty(count + ALIGNED, dtype=torch.uint8)
 
 
 def address(numbers: Tensor) -> ctypes.c_void_p:
-    """The first byte in it at which a register's pieces may begin."""
+    """The first aligned byte of a tensor."""
     return ctypes.c_void_p(-(-numbers.data_ptr() // ALIGNED) * ALIGNED)
 
 
-class Rooms:
-    """Memory for what blocks keep between their passes, one piece behind the other, in address space of its own.
+class Workspaces:
+    """Memory for what blocks save between their passes, allocated as a stack in its own address space.
 
-    Backward passes give the pieces back from the last one on, so that they leave no holes, whatever their sizes are. On the heap
-    small pieces lie between them, which outlive them or which the C library holds for the next of their size: a pass of other
-    sizes then finds its places too small, and the heap grows (docs/log.md). A page is the system's until it is written to for the
-    first time, and stays with the process then, until `release`.
+    Backward passes free the pieces from the last one on, so that no holes remain, whatever the sizes. On the heap, small
+    allocations
+    between them outlive them or are cached by the C library for their size; a pass with other sizes then does not fit, and the
+    heap grows (docs/log.md). A page belongs to the system until it is first written, and then to the process until `release`.
     """
 
     def __init__(self, space: int = 1 << 36) -> None:
-        """At most `space` bytes, of which none is held; pieces beyond, and all where the system grants none, are the heap's."""
+        """At most `space` bytes of address space; pieces beyond it, or all where the system grants none, come from the heap."""
         self.space = space
-        self.keeps = True  # pages of pieces that are gone, for the next ones
+        self.keeps = True  # whether pages of freed pieces are kept for the next ones
         self._pages: mmap.mmap | None = None
-        self._taken: dict[int, int] = {}  # where each piece begins, and where it ends
-        self._pieces: dict[int, weakref.ref[memoryview]] = {}  # which say when they are gone
-        self._reached = 0  # the farthest end since the last release: no page behind it is held
-        self._lock = threading.Lock()  # not for `_gone`, which may be called within, wherever Python collects what is gone
+        self._taken: dict[int, int] = {}  # start and end of each piece
+        self._pieces: dict[int, weakref.ref[memoryview]] = {}  # which report when they are freed
+        self._reached = 0  # the farthest end since the last release: pages behind it are not in use
+        self._lock = threading.Lock()  # not for `_gone`, which the garbage collector may call anywhere
 
     def take(self, count: int) -> Tensor:
-        """So many bytes (count,), uint8, which are free again when the tensor is gone."""
+        """`count` bytes, uint8 (count,), which are freed with the tensor."""
         with self._lock:
             start = self._first_gap(-(-count // ALIGNED) * ALIGNED)
             stop = start + -(-count // ALIGNED) * ALIGNED
             pages = self._mapped() if stop <= self.space else None
             if pages is None:
-                return room(count)
+                return aligned_bytes(count)
             self._taken[start] = stop
             self._reached = max(self._reached, stop)
         piece = memoryview(pages)[start : start + count]
@@ -58,17 +58,17 @@ class Rooms:
         return torch.frombuffer(piece, dtype=torch.uint8)
 
     def release(self) -> None:
-        """Gives the pages behind the last piece back to the system."""
+        """Returns the pages behind the last piece to the system."""
         with self._lock:
             end = max([*self._taken.values()], default=0)
             self._give_back(end, -(-self._reached // mmap.PAGESIZE) * mmap.PAGESIZE)
             self._reached = end
 
     def _first_gap(self, size: int) -> int:
-        taken = self._taken.copy()  # pieces may go at any time
+        taken = self._taken.copy()  # pieces may be freed at any time
         end = max(taken.values(), default=0)
         if end == sum(taken.values()) - sum(taken):
-            return end  # one behind the other, as nearly always
+            return end  # without gaps, as nearly always
         end = 0
         for start, stop in sorted(taken.items()):
             if start - end >= size:
@@ -80,7 +80,7 @@ class Rooms:
         if not self.keeps:
             self._give_back(start, self._taken[start])
         del self._pieces[start]
-        del self._taken[start]  # last: from now on the place may be somebody else's
+        del self._taken[start]  # last: from here on another piece may use the memory
 
     def _give_back(self, start: int, stop: int) -> None:
         first, last = -(-start // mmap.PAGESIZE), stop // mmap.PAGESIZE
@@ -89,17 +89,17 @@ class Rooms:
 
     @property
     def taken(self) -> int:
-        """How many pieces are."""
+        """How many pieces are in use."""
         return len(self._taken)
 
     def _mapped(self) -> mmap.mmap | None:
         if self._pages is None and self.space:
             try:
                 self._pages = mmap.mmap(-1, self.space, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-            except OSError:  # as where address space is limited
+            except OSError:  # address space is limited
                 self.space = 0
         return self._pages
 
 
-_NO_RESERVE = 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for: what is not written to is not counted
-ROOMS = Rooms()
+_NO_RESERVE = 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for: unwritten pages are not counted
+WORKSPACES = Workspaces()

@@ -1,10 +1,10 @@
-"""Passes between the products of a block as one Triton kernel each: RMSNorm, the gate of an MLP, rotary positions.
+"""Elementwise ops of a block as one Triton kernel each: RMSNorm, the gate of an MLP, rotary positions.
 
 **Not run on a GPU yet.**
 
-Torch makes a handful of operations of each, which a card launches one by one, and waits for where few tokens are computed at once
-(benchmarks/launches.py). Arguments and formulas are those of the functions of the same names in kernels/cpu/operators, which a
-CPU has. All compute in fp32 and round what they write; a norm rounds x·ρ before its gain too, as transformers does.
+torch needs several operations for each; a GPU launches them one by one, which dominates when few tokens are computed at once
+(benchmarks/launches.py). Arguments and formulas are those of kernels/cpu/elementwise, the same for a CPU. All compute in fp32 and
+round what they write; a norm also rounds x·ρ before its gain, as transformers does.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakeet.kernels.triton.tiles import on
+from lorakeet.kernels.triton.tiles import on_device
 
 NUMBERS = 1024  # that a program of the gate computes
 
@@ -25,7 +25,7 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 def norm_again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
-    """The y of `norm`, to the last bit, from its ρ."""
+    """Recomputes the y of `norm`, to the last bit, from its ρ."""
     y = torch.empty_like(x)
     _by_rows(_norm, x, x, weight, y, rho, x.shape[-1], 0.0, True)
     return y
@@ -46,39 +46,39 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
-    """With the gradient g of y = silu(z) ∘ u: writes ∂z and ∂u into gate and up, and y into `grad`. With σ = 1/(1 + exp(−z)),
+    """Given the gradient g of y = silu(z) ∘ u, overwrites gate and up with ∂z, ∂u, and `grad` with y. With σ = 1/(1 + exp(−z)),
 
         silu(z) = z·σ      dsilu/dz = σ + z·σ·(1 − σ)      ∂z = g ∘ u ∘ (σ + z·σ·(1 − σ))      ∂u = g ∘ z·σ
     """
     _by_numbers(_gated_backward, gate, gate, up, grad)
 
 
-def turn_(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
-    """Turns (tokens, heads, head) by the angles (tokens, head), or back, in place: core/fused/attention.turned."""
+def rotate_(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Rotates (tokens, heads, head) by the angles (tokens, head), or back, in place: core/fused/attention.rotated."""
     tokens, heads, head = states.shape
     if tokens * heads:
-        with on(states.device):
+        with on_device(states.device):
             _turn[(tokens * heads,)](states, cos, sin, heads, head // 2, back, triton.next_power_of_2(head // 2), num_warps=1)
 
 
 def _by_rows(kernel, x: Tensor, *given: object) -> None:
-    """A program for each row of x."""
+    """Launches a program for each row of x."""
     width = x.shape[-1]
     if x.numel():
-        with on(x.device):
+        with on_device(x.device):
             kernel[(x.numel() // width,)](*given, triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8)
 
 
 def _by_numbers(kernel, x: Tensor, *given: Tensor) -> None:
-    """A program for every NUMBERS of x."""
+    """Launches a program for every NUMBERS of x."""
     if x.numel():
-        with on(x.device):
+        with on_device(x.device):
             kernel[(triton.cdiv(x.numel(), NUMBERS),)](*given, x.numel(), NUMBERS, num_warps=4)
 
 
 @triton.jit
 def _wide(places, inside):
-    """The numbers there in fp32, zeros outside."""
+    """Loads numbers in fp32, zeros outside."""
     return tl.load(places, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -113,7 +113,7 @@ def _norm_backward(grad, x, rho, weight, found, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sigmoid(z):
-    below = tl.exp(-tl.abs(z))  # which never overflows
+    below = tl.exp(-tl.abs(z))  # never overflows
     return tl.where(z >= 0, 1.0, below) / (1.0 + below)
 
 

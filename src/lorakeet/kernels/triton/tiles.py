@@ -1,12 +1,13 @@
-"""Triton kernels over a frozen weight that is read tile by tile, however it is stored. **Not run on a GPU yet.**
+"""Triton kernels over a frozen weight that is read tile by tile, in any storage. **Not run on a GPU yet.**
 
-How W lies in memory is known to one function, which every kernel takes as an argument:
+One function knows how W is stored; every kernel takes it as an argument:
 
-    load(weight, rows, start, HOW, OUT, IN, COLUMNS)      → (rows, COLUMNS); outside of W finite numbers, which nobody sees
+    load(weight, rows, start, HOW, OUT, IN, COLUMNS)      → (rows, COLUMNS); finite numbers outside of W, which are not used
 
-`weight` are the pointers and HOW the numbers of `InTiles`, `rows` a vector of row numbers, `start` the first column, a multiple
-of COLUMNS. `dense_tile` is the one for plain matrices; those for packed ones stand in the folder `quant`. Such files are
-imported only where kernels are asked for, Triton being optional. Their annotations are no strings: its interpreter reads them.
+`weight` are the pointers and HOW the numbers of `TiledWeight`, `rows` a vector of row numbers, `start` the first column, a
+multiple
+of COLUMNS. `dense_tile` loads plain matrices; kernels/triton/nf4 and gptq load packed ones. These files are imported only if
+Triton kernels are requested, since Triton is optional. Their annotations are no strings: its interpreter reads them.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from lorakeet.kernels.tiled_weight import InTiles
+from lorakeet.kernels.tiled_weight import TiledWeight
 
-UNPACKED = 4096  # numbers that a program brings back, at most 128 columns of W
-# A product and the sum after it are rounded one by one, as torch does it; the compiler would make one instruction of them.
+UNPACKED = 4096  # elements that a program dequantises, at most 128 columns of W
+# A product and the sum after it are rounded separately, as in torch; the compiler would fuse them.
 EXACT = {"enable_fp_fusion": False}
 
 
@@ -36,7 +37,7 @@ class TilePair:
 
 @dataclass(frozen=True)
 class TileSizes:
-    """How a product is cut: tokens, rows and columns of W in a tile, tiles under way at once, and warps of a program."""
+    """Tile sizes of a product: tokens, rows and columns of W, pipeline stages, and warps of a program."""
 
     tokens: int
     rows: int
@@ -45,48 +46,50 @@ class TileSizes:
     warps: int
 
 
-def blocks_for(tokens: int, itemsize: int, *, transposed: bool) -> TileSizes:
-    """Narrow tiles for few tokens, so that there are programs for all processors of a card. Reasoned, not measured.
+def tile_sizes(tokens: int, itemsize: int, *, transposed: bool) -> TileSizes:
+    """Narrow tiles for few tokens, so that all processors of a GPU have programs. Reasoned, not measured.
 
-    What is on the chip at once (x, A and W of every stage) is below 99 KB, the least of the cards since 2020. fp32 has no tensor
-    cores without loss, and its products are written out number by number: its tiles are small.
+    Shared memory (x, A and W of every stage) stays below 99 KB, the least of GPUs since 2020. fp32 has no exact tensor cores, so
+    its products are unrolled element by element, in small tiles.
     """
     if itemsize == 4:
         return TileSizes(16, 32, 32, stages=2, warps=4)
     height = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    across, warps = (32, 4) if tokens <= 16 else (64, 8)  # across: of the side of W along which programs are parted
+    across, warps = (32, 4) if tokens <= 16 else (64, 8)  # the side of W along which programs are split
     rows, columns = (64, across) if transposed else (across, 64)
     return TileSizes(height, rows, columns, stages=3, warps=warps)
 
 
-def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:
-    """Rows of W from `first` on into `out`, contiguous, as many numbers as it has; returns it."""
+def unpack_tiles(tiles: TiledWeight, out: Tensor, first: int = 0) -> Tensor:
+    """Dequantises rows of W from `first` on into `out`, contiguous, until it is full; returns it."""
     width = tiles.shape[1]
     columns = min(128, triton.next_power_of_2(width))
     rows = UNPACKED // columns
     grid = triton.cdiv(triton.cdiv(out.numel(), width), rows), triton.cdiv(width, columns)
-    with on(out.device):
+    with on_device(out.device):
         _unpack[grid](
             out, _pointers(tiles), first, out.numel(), tiles.load, tiles.how, *tiles.shape, rows, columns, num_warps=4, **EXACT
         )
     return out
 
 
-def product(tiles: InTiles, x: Tensor, pair: TilePair | None = None, *, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
-    """x (tokens, depth) to x·Wᵀ, or x·W if `transposed`, (tokens, width), with what `pair` adds; and before · x·shrinkᵀ."""
+def fused_product(
+    tiles: TiledWeight, x: Tensor, pair: TilePair | None = None, *, transposed: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """x (tokens, depth) to x·Wᵀ, or x·W if `transposed`, (tokens, width), plus `pair`; and before · x·shrinkᵀ."""
     out, inner = tiles.shape
     depth, width = (out, inner) if transposed else (inner, out)
     if x.shape[1] != depth:
-        raise ValueError(f"x is {tuple(x.shape)}, but the weight wants (tokens, {depth})")
+        raise ValueError(f"x is {tuple(x.shape)}, but the weight takes (tokens, {depth})")
     x = x.contiguous()
     tokens = len(x)
-    blocks = blocks_for(tokens, x.element_size(), transposed=transposed)
+    blocks = tile_sizes(tokens, x.element_size(), transposed=transposed)
     y = x.new_empty(tokens, width)
     rank = 0 if pair is None else len(pair.shrink)
-    shrink, expand = (x, x) if pair is None else (pair.shrink, pair.expand)  # not looked at without a pair
+    shrink, expand = (x, x) if pair is None else (pair.shrink, pair.expand)  # not read without a pair
     shrunk = x.new_empty(tokens, rank) if rank else None
     grid = triton.cdiv(width, blocks.columns if transposed else blocks.rows), triton.cdiv(tokens, blocks.tokens)
-    with on(x.device):
+    with on_device(x.device):
         _product[grid](
             y, x if shrunk is None else shrunk, x, _pointers(tiles), tokens,
             shrink, *shrink.stride(), expand, *expand.stride(),
@@ -98,18 +101,18 @@ def product(tiles: InTiles, x: Tensor, pair: TilePair | None = None, *, transpos
     return y, shrunk
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which Triton launches on `device`: it takes torch's current one, which need not be that of the tensors."""
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which Triton launches on `device`: it uses torch's current device, which may be another."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def dense_tiles(weight: Tensor) -> InTiles:
-    """A plain matrix (out, in), its rows or its columns contiguous."""
+def dense_tiles(weight: Tensor) -> TiledWeight:
+    """A plain matrix (out, in) with contiguous rows or columns."""
     held = weight.detach() if isinstance(weight, nn.Parameter) else weight
-    return InTiles(dense_tile, (held,), (held.shape[0], held.shape[1]), held.stride())
+    return TiledWeight(dense_tile, (held,), (held.shape[0], held.shape[1]), held.stride())
 
 
-def _pointers(tiles: InTiles) -> tuple[Tensor, ...]:
+def _pointers(tiles: TiledWeight) -> tuple[Tensor, ...]:
     return tuple(tensor.detach() for tensor in tiles.tensors)
 
 

@@ -30,13 +30,14 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from lorakeet.errors import DataError, Problems, unreadable
+from lorakeet.formats.files.gguf_file import FileTensor, GgufFile
 from lorakeet.formats.files.safetensors_file import stored_bytes, stream_safetensors
 from lorakeet.kernels.cache import cache_folder
 from lorakeet.models.files.gguf_copy import content_digest, make_whole, require_disk_space
 from lorakeet.models.files.gguf_validate import config_of_gguf, reading, require_gguf
 from lorakeet.models.files.quantized import packable, skeleton
-from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, read_gguf
-from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
+from lorakeet.quant.gguf import BLOCK_TYPES
+from lorakeet.quant.safetensors_layout import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
 
 _LAYOUT = 1  # version of the copy's content
 _PLAIN = ("F32", "F16", "BF16")
@@ -148,7 +149,8 @@ def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTen
     Without `packed`, for an architecture that is read `one_by_one`, every tensor is read in fp32, and tensors that are not in the
     model are left out, as transformers does.
     """
-    architecture, stored = read_gguf(path)
+    file = GgufFile(path)
+    architecture = file.text("general.architecture")
     if not packed and not one_by_one(architecture):
         raise NotImplementedError(f"tensors of {architecture} cannot be read one by one")
     model = skeleton(config)
@@ -158,7 +160,7 @@ def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTen
     layers = packable(model, head=False)
     problems = Problems(f"{path} cannot be trained on as it is", DataError)
     found = []
-    for entry in stored:
+    for _, entry in file.tensors():
         if len(entry.shape) > 2:
             problems.add(f"{entry.name} has experts, whose blocks are not supported; use model.quantize none, a dense copy.")
             continue

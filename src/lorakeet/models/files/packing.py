@@ -14,10 +14,10 @@ from lorakeet.models import modules
 from lorakeet.models.files.gguf_packed import packed_types
 from lorakeet.models.files.quantized import owners, packable
 from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
-from lorakeet.quant import gptq_config, on_disk
+from lorakeet.quant import gptq_config, safetensors_layout
 from lorakeet.quant.spec import QuantSpec
 
-Packing = Mapping[str, Mapping[str, Any]]  # layer path → arguments of quant/replace.empty_base, such as method and shape
+Packing = Mapping[str, Mapping[str, Any]]  # layer path → arguments of quant/construct.empty_base, such as method and shape
 
 
 def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | None = None) -> Packing:
@@ -61,14 +61,14 @@ def _gguf_file(model: nn.Module, files: Path | None) -> Packing:
 
 def _packed_in(model: nn.Module, files: Mapping[str, SafeFile]) -> dict[str, nn.Module]:
     """Returns the layers that are packed in the files, by the extra tensors of a packed weight."""
-    ends = (".qweight", f".weight{on_disk.NF4_STATE}", ".weight_scale", f".weight{on_disk.GGUF_TYPE}")
+    ends = (".qweight", f".weight{safetensors_layout.NF4_STATE}", ".weight_scale", f".weight{safetensors_layout.GGUF_TYPE}")
     names = {f"{name.removesuffix(end)}.weight": None for name in files for end in ends if name.endswith(end)}
     return {path: model.get_submodule(path) for path in owners(model, names).values()}
 
 
 def _types_in(files: Mapping[str, SafeFile], path: str) -> str:
     """Returns the ggml type of a layer in a folder of packed GGUF blocks."""
-    name = next((name for name in files if name.endswith(f"{path}.weight{on_disk.GGUF_TYPE}")), None)
+    name = next((name for name in files if name.endswith(f"{path}.weight{safetensors_layout.GGUF_TYPE}")), None)
     if name is None:
         raise ConfigError(f"The folder has no GGUF blocks of {path}. Name the .gguf file, or fetch the folder again.")
     return files[name].bytes_of(name).decode("ascii", "replace")  # not as a tensor: a ledger may be active

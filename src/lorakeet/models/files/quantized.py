@@ -27,10 +27,10 @@ from lorakeet.models import modules
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import misfits_in, refused, require_whole
-from lorakeet.quant import on_disk
-from lorakeet.quant.nf4 import Nf4Base, missing_kernels
+from lorakeet.quant import safetensors_layout
+from lorakeet.quant.construct import quantise_weight
+from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.replace import quantised
 from lorakeet.quant.spec import QuantSpec
 
 _METHOD = "lorakeet_packed"  # the name of this way of loading in transformers
@@ -56,7 +56,7 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
 def limits_of_packing(model: nn.Module) -> list[str]:
     """Returns messages on a packed model's limits: what stays unpacked, and what makes dequantisation slow."""
     packed = any(isinstance(module, Nf4Base) for module in model.modules())
-    return [line for line in (kept_experts(model), missing_kernels() if packed else "") if line]
+    return [line for line in (kept_experts(model), bitsandbytes_advice() if packed else "") if line]
 
 
 def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
@@ -72,7 +72,7 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
             f"{source} has weights quantised by '{method}'; readable are {', '.join(READERS)}.{nearest(method, READERS)} "
             "Name the unquantised model."
         )
-    if stored and spec.method != "none" and (spec.method, method) != ("gguf", on_disk.GGUF_METHOD):
+    if stored and spec.method != "none" and (spec.method, method) != ("gguf", safetensors_layout.GGUF_METHOD):
         raise ConfigError(
             f"model.quantize.method is {spec.method}, but the weights in {source} are quantised already ({method}), and rounding "
             "them twice would lose more. Set model.quantize.method to none, or name the unquantised model."
@@ -109,7 +109,7 @@ def quantised_model(stock: StoredModel, config: Any, spec: QuantSpec) -> StoredM
 
         def make() -> PackedBase:
             weight = stock.dense[name]()
-            return quantised(weight.t() if transposed else weight, spec)
+            return quantise_weight(weight.t() if transposed else weight, spec)
 
         return make
 

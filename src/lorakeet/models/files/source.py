@@ -27,7 +27,7 @@ from lorakeet.models.files.gguf_packed import packed_copy, packed_folder_of
 from lorakeet.models.files.gguf_validate import require_gguf
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
-from lorakeet.quant.on_disk import GGUF_METHOD
+from lorakeet.quant.safetensors_layout import GGUF_METHOD
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, read_index
 from lorakeet.models.files.validate import require_finite
-from lorakeet.quant import gptq, gptq_config, on_disk
+from lorakeet.quant import gptq, gptq_config, safetensors_layout
 from lorakeet.quant.packed import PackedBase
 
 INDEX = "model.safetensors.index.json"
@@ -125,15 +125,21 @@ def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stor
         raise ConfigError(
             f"The quantised weights are {kind} of bitsandbytes, of which only nf4 is supported. Name the unquantised model."
         )
-    return _stock_of(files, on_disk.NF4_STATE, on_disk.NF4_PARTS, on_disk.nf4_base, optional=on_disk.NF4_NESTED)
+    return _stock_of(
+        files,
+        safetensors_layout.NF4_STATE,
+        safetensors_layout.NF4_PARTS,
+        safetensors_layout.nf4_base,
+        optional=safetensors_layout.NF4_NESTED,
+    )
 
 
 def _int8_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
-    return _stock_of(files, "_scale", on_disk.INT8_PARTS, on_disk.int8_base)
+    return _stock_of(files, "_scale", safetensors_layout.INT8_PARTS, safetensors_layout.int8_base)
 
 
 def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
-    return _stock_of(files, on_disk.GGUF_TYPE, ("", on_disk.GGUF_TYPE), on_disk.gguf_base)
+    return _stock_of(files, safetensors_layout.GGUF_TYPE, ("", safetensors_layout.GGUF_TYPE), safetensors_layout.gguf_base)
 
 
 def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
@@ -166,7 +172,7 @@ def _gptq_reader(name: str, parts: Mapping[str, SafeFile], settings: gptq_config
 # Readers by the quant_method of config.json: a new method is a line here.
 READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], StoredModel]] = {
     "bitsandbytes": _nf4_stock,
-    on_disk.INT8_METHOD: _int8_stock,
-    on_disk.GGUF_METHOD: _gguf_stock,
+    safetensors_layout.INT8_METHOD: _int8_stock,
+    safetensors_layout.GGUF_METHOD: _gguf_stock,
     gptq_config.METHOD: _gptq_stock,
 }

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lorakeet.data.chat import Candidates, Example, Ids
 from lorakeet.data.pack import Batch
-from lorakeet.kernels.cpu.workspace import ROOMS
+from lorakeet.kernels.cpu.workspace import WORKSPACES
 from lorakeet.models.text.model import TextModel, token_logprobs
 
 Floats = NDArray[np.float64]
@@ -25,7 +25,7 @@ def row_losses(
 ) -> tuple[Floats, Floats]:
     """Returns −Σ log p over the targets of each row (rows,), in the order of `rows`, and their number (rows,)."""
     text.model.eval()
-    ROOMS.release()  # frees the buffers of a training step for the logits
+    WORKSPACES.release()  # frees the buffers of a training step for the logits
     sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
     for batch in _numbered_batches(text, rows, micro_tokens):
         losses = -token_logprobs(text, batch.to(text.device), chunk=chunk).double().cpu().numpy()

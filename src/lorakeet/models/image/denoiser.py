@@ -16,9 +16,9 @@ from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors
 from lorakeet.models.files.packing import Packing
 from lorakeet.models.files.stored_tensors import indexed_tensors
-from lorakeet.quant.nf4 import missing_kernels
+from lorakeet.quant.construct import quantise_weight, weights_in
+from lorakeet.quant.nf4 import bitsandbytes_advice
 from lorakeet.quant.packed import PackedLinear
-from lorakeet.quant.replace import quantised, weights_in
 from lorakeet.quant.spec import QuantSpec
 
 METHODS = ("nf4", "int8")
@@ -68,8 +68,8 @@ def load_denoiser(
         bases = [module.base for module in model.modules() if isinstance(module, PackedLinear)]
         packed, dense = sum(base.bytes for base in bases), weights_in(nn.ModuleList(bases)) * dtype.itemsize
         say(f"{len(packing)} linear layers are {spec.method}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
-        if spec.method == "nf4" and missing_kernels():
-            say(missing_kernels())
+        if spec.method == "nf4" and bitsandbytes_advice():
+            say(bitsandbytes_advice())
     return model.requires_grad_(False).eval()
 
 
@@ -78,7 +78,7 @@ def _set_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype,
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if packing is not None and leaf == "weight":
-        model.set_submodule(path, PackedLinear(quantised(tensor, packing), getattr(module, "bias", None)))
+        model.set_submodule(path, PackedLinear(quantise_weight(tensor, packing), getattr(module, "bias", None)))
         return
     copy = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype).copy_(tensor)
     if leaf in module._parameters:

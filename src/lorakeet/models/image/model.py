@@ -18,7 +18,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
-from lorakeet.formats.sd_names import with_components
+from lorakeet.formats.components import with_components
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.image.denoiser import METHODS, denoiser_files, load_denoiser, variant_in
 from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quiet_diffusers

@@ -33,8 +33,8 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import refused, require_whole
 from lorakeet.models.streaming.model import NotStreamed, StreamedBlocks, StreamedEmbedding, StreamedHead
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 
 Changes = Mapping[str, Callable[[Tensor], Tensor]]  # by the parameter's name in the model

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.linear import BlockStandIn, StandIn
+from lorakeet.core.layers.linear import BlockReplacement, Replacement
 from lorakeet.core.plan import Plan
 from lorakeet.core.tiled_product import tiled_product
 from lorakeet.errors import ConfigError, DataError
@@ -117,7 +117,7 @@ class StreamedBlocks:
         return cast(Tensor, self._replay) if last else states
 
 
-class StreamedBlock(BlockStandIn):
+class StreamedBlock(BlockReplacement):
     """Wraps a decoder block whose weights are streamed."""
 
     def __init__(self, original: nn.Module, index: int, streamed: StreamedBlocks) -> None:
@@ -140,7 +140,7 @@ class StreamedBlock(BlockStandIn):
             return plain_output(block(states, *args, **kwargs))
 
 
-class StreamedEmbedding(StandIn):
+class StreamedEmbedding(Replacement):
     """Wraps an nn.Embedding whose rows are read from the store one by one."""
 
     def __init__(self, original: nn.Embedding, rows: StoredRows) -> None:
@@ -162,7 +162,7 @@ class StreamedEmbedding(StandIn):
         return found if scale is None else found * scale.to(found.dtype)
 
 
-class StreamedHead(StandIn):
+class StreamedHead(Replacement):
     """Wraps a head without bias, whose weight is read tile by tile."""
 
     def __init__(self, original: nn.Linear, rows: StoredRows) -> None:

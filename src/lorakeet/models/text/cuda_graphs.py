@@ -33,7 +33,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.pack import Batch, to_device
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.text.model import COUNTS, MULTIPLE, TextModel, padded_count
 
 SETTING = "train.cuda_graphs"
@@ -154,7 +154,7 @@ class GraphedModel:
         return self.text.head_weight
 
     @property
-    def kernels(self) -> Kernels | None:
+    def kernels(self) -> TritonRequest | None:
         return self.text.kernels
 
     def head(self, hidden: Tensor) -> Tensor:

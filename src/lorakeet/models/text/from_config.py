@@ -33,10 +33,10 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gptq_pack import WORD
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
-from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 
 
@@ -131,7 +131,7 @@ def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_i
             base = ShapeBase(base)
         model.set_submodule(path, PackedLinear(base, bias, transposed=not isinstance(module, nn.Linear)))
     if in_int8:
-        multiply_in_int8(model)
+        enable_int8_products(model)
 
 
 class ShapeBase(PackedBase):

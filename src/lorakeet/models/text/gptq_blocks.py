@@ -28,7 +28,7 @@ from lorakeet.models.files.quantized import packable
 from lorakeet.models.text.calibration import CalibrationStates
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import gptq_buffer_shapes
-from lorakeet.quant.gptq_solve import GptqLayout, Hessian, Sensitivity, output_error, sensitivity, solve
+from lorakeet.quant.gptq_solve import GptqLayout, Hessian, Sensitivity, gptq_quantise, output_error, sensitivity
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
 Pack = Callable[[str, Tensor, Sensitivity, RowSource], PackedBase]  # path, weight (out, in), its inputs, their H
@@ -122,7 +122,7 @@ def quantise_blocks(
     yield from pack_blocks(
         text,
         rows,
-        lambda path, weight, inputs, hessian: solve(weight, inputs, layout),
+        lambda path, weight, inputs, hessian: gptq_quantise(weight, inputs, layout),
         taken_by_block(layers),
         damping=damping,
         micro_tokens=micro_tokens,

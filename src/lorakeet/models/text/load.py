@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.kernels.cpu import compile as native
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
 from lorakeet.models.files.dense import load_dense, take_generation_settings
@@ -32,7 +32,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes, Residence, streamed_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 
@@ -72,7 +72,7 @@ def load_text_model(
             changes=changes, say=say,
         )
         take_generation_settings(model, source)
-    if spec.quantize.int8_products and not multiply_in_int8(model):
+    if spec.quantize.int8_products and not enable_int8_products(model):
         raise ConfigError(
             f"model.quantize.int8_products is true, but no weight of {spec.path} is in int8. Set model.quantize.method to "
             "int8."
@@ -101,7 +101,7 @@ def load_text_model(
     return text
 
 
-def _use_checked_kernels(text: TextModel, kernels: Kernels, vocabulary: int) -> None:
+def _use_checked_kernels(text: TextModel, kernels: TritonRequest, vocabulary: int) -> None:
     """Checks the kernels on this device and makes the model use them; EnvironmentProblem if they differ from torch."""
     check_kernels(_modules(text), kernels, text.products)
     check_loss(vocabulary, text.device)

@@ -28,7 +28,7 @@ from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
@@ -71,7 +71,7 @@ class TextModel:
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
-    kernels: Kernels | None = None  # Triton's for the frozen weights, where requested (core/kernels)
+    kernels: TritonRequest | None = None  # Triton's for the frozen weights, where requested (core/kernels)
     streamed: StreamedBlocks | None = None  # the blocks, where they are streamed from a store
     sharded: bool = False  # whether the blocks are sharded over processes, so that every pass gathers them
     options: PassOptions = PassOptions()

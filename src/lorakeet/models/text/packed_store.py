@@ -21,8 +21,8 @@ from lorakeet.models.streaming.load import Residence, open_streamed
 from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import read_config, set_attention
 from lorakeet.models.text.model import TextModel
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import empty_base
 
 _PACKED = "packed"  # key of a store's identity: the settings of its packed layers, by path
 

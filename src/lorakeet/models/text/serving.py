@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.adapter import Adapter, AlikePairs, Pair, PairsOutline
+from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair
 from lorakeet.core.batched.frozen_pair import FrozenPair
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.layers.linear import AdaptedLayer, LoraLinear
@@ -23,14 +23,14 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedLinear, can_reorder
 from lorakeet.errors import ConfigError, Problems, nearest
-from lorakeet.formats.files.memo import Remembered
+from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import selection_of, use_products
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.replace import base_of
+from lorakeet.quant.construct import base_of
 
 LARGEST_COPY = 128 << 20  # bytes of a tied head up to which it gets a reordered copy: 16 tokens take 3.3 ms for 6.8 (SmolLM2)
 CACHED_FITS = 8  # adapter outlines whose check against the model is cached
@@ -74,7 +74,7 @@ class ServingModel:
         self.text = text
         self._targets: dict[str, _LinearTarget] = {}
         self._adapters: dict[str, _FittedAdapter] = {}
-        self._fits: Remembered[PairsOutline, _FittedAdapter] = Remembered(CACHED_FITS)
+        self._fits: LruCache[FlatPairsLayout, _FittedAdapter] = LruCache(CACHED_FITS)
         model = text.model
         head = modules.output_layer(model)
         for path, module in list(modules.original_modules(model)):
@@ -120,7 +120,7 @@ class ServingModel:
 
     def _fit(self, adapter: Adapter) -> _FittedAdapter:
         """Returns the slots of the pairs of `adapter`, cached for the last few outlines."""
-        if not isinstance(adapter.pairs, AlikePairs) or adapter.extras or adapter.token_rows:
+        if not isinstance(adapter.pairs, FlatPairs) or adapter.extras or adapter.token_rows:
             return self._checked(adapter)
         return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
 
@@ -193,7 +193,7 @@ _Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # A, B, magnitude,
 
 
 def _parts(pairs: Mapping[str, Pair]) -> Iterable[_Parts]:
-    if isinstance(pairs, AlikePairs):
+    if isinstance(pairs, FlatPairs):
         return pairs.parts()
     return ((pair.A, pair.B, pair.magnitude, pair.bias) for pair in pairs.values())
 

@@ -22,9 +22,9 @@ from lorakeet.models.streaming.load import Residence, empty_packed, open_streame
 from lorakeet.models.text.from_config import ShapeBase
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
-from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.construct import empty_base
+from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 
 
@@ -51,7 +51,7 @@ def streamed_model_from_config(
     base_of = partial(empty_base, device="meta") if quantize.int8_products else _shape_base
     model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
     if quantize.int8_products:
-        multiply_in_int8(model)
+        enable_int8_products(model)
     set_attention(model, "varlen" if attention == "auto" else attention)
     return TextModel(
         model=model, tokenizer=None, name=name, source=Path(), family=family, device=device, dtype=dtype, products=products,

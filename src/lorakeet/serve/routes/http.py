@@ -26,11 +26,11 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Lorakeet
 from lorakeet.kernels.threads import compute_alone
 from lorakeet.serve.access import Caller, NotAllowed, QuotaSpent
 from lorakeet.serve.engine import Draining, QueueFull
-from lorakeet.serve.naming import UnknownModel
+from lorakeet.serve.model_names import UnknownModel
 from lorakeet.serve.registry import AdapterMemoryFull
-from lorakeet.serve.routes import lifecycle, ollama, openai
-from lorakeet.serve.routes.lifecycle import TooLarge
-from lorakeet.serve.routes.reply import HttpReply, Stalled, pieces
+from lorakeet.serve.routes import adapters, ollama, openai
+from lorakeet.serve.routes.adapters import TooLarge
+from lorakeet.serve.routes.reply import HttpReply, Stalled, body_pieces
 from lorakeet.serve.service import Service
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
@@ -69,10 +69,10 @@ def build_app(service: Service) -> Starlette:
         Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
         Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
         Route("/tokenize", _of_body(service, openai.tokenize), methods=["POST"]),
-        Route("/v1/load_lora_adapter", _of_body(service, lifecycle.load_adapter), methods=["POST"]),
-        Route("/v1/unload_lora_adapter", _of_body(service, lifecycle.unload), methods=["POST"]),
-        Route("/lora-adapters", _of_caller(service, lambda caller: lifecycle.scales(service, caller)), methods=["GET"]),
-        Route("/lora-adapters", _of_body(service, lifecycle.set_scales), methods=["POST"]),
+        Route("/v1/load_lora_adapter", _of_body(service, adapters.load_adapter), methods=["POST"]),
+        Route("/v1/unload_lora_adapter", _of_body(service, adapters.unload), methods=["POST"]),
+        Route("/lora-adapters", _of_caller(service, lambda caller: adapters.scales(service, caller)), methods=["GET"]),
+        Route("/lora-adapters", _of_body(service, adapters.set_scales), methods=["POST"]),
         Route("/api/tags", _of_caller(service, lambda caller: ollama.tags(service, caller))),
         Route("/api/ps", _of_caller(service, lambda caller: ollama.tags(service, caller, loaded=True))),
         Route("/api/version", _of_caller(service, lambda caller: ollama.version(service, caller))),
@@ -100,24 +100,24 @@ def _adapter_routes(service: Service) -> list[Route]:
         return request.query_params.get("upload", "")
 
     async def look(request: HttpRequest) -> Response:
-        return _sent(await lifecycle.look(service, _caller(service, request), name(request)))
+        return _sent(await adapters.show(service, _caller(service, request), name(request)))
 
     async def accept(request: HttpRequest) -> Response:
         caller = _caller(service, request)
-        return _sent(await lifecycle.accept(service, caller, name(request), await _body(service, request), upload(request)))
+        return _sent(await adapters.accept(service, caller, name(request), await _body(service, request), upload(request)))
 
     async def pin(request: HttpRequest) -> Response:
-        return _sent(await lifecycle.pin(service, _caller(service, request), name(request), await _body(service, request)))
+        return _sent(await adapters.pin(service, _caller(service, request), name(request), await _body(service, request)))
 
     async def certify(request: HttpRequest) -> Response:
-        return _sent(await lifecycle.certify(service, _caller(service, request), name(request)))
+        return _sent(await adapters.certify(service, _caller(service, request), name(request)))
 
     async def remove(request: HttpRequest) -> Response:
-        return _sent(await lifecycle.remove(service, _caller(service, request), name(request)))
+        return _sent(await adapters.remove(service, _caller(service, request), name(request)))
 
     async def receive(request: HttpRequest) -> Response:
         file = str(request.path_params["file"])
-        return _sent(await lifecycle.receive(service, _caller(service, request), request, name(request), file, upload(request)))
+        return _sent(await adapters.receive(service, _caller(service, request), request, name(request), file, upload(request)))
 
     one = "/v1/adapters/{name}"
     return [
@@ -265,7 +265,7 @@ def _local(host: str) -> bool:
 async def _body(service: Service, request: HttpRequest) -> Any:
     """The JSON of a request; an empty body is an empty object."""
     raw = bytearray()
-    async for piece in pieces(request, service.limits.pause):
+    async for piece in body_pieces(request, service.limits.pause):
         raw += piece
         if len(raw) > service.limits.body:
             raise TooLarge(f"The request is larger than the {service.limits.body:,} bytes that this server takes.")

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Sequence
 
 from lorakeet.serve.engine import Event
 from lorakeet.serve.routes.reply import Incoming
-from lorakeet.serve.service import Service, Text, Writing
+from lorakeet.serve.service import GeneratedText, Generation, Service
 
 
-async def merged(texts: Sequence[Text]) -> AsyncIterator[tuple[int, Event]]:
+async def merge_events(texts: Sequence[GeneratedText]) -> AsyncIterator[tuple[int, Event]]:
     """(index, event) of all texts, in the order in which they come, until all have ended."""
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    async def pump(text: Text) -> None:
+    async def pump(text: GeneratedText) -> None:
         async for event in text.events():
             await queue.put((text.index, event))
 
@@ -31,12 +31,12 @@ async def merged(texts: Sequence[Text]) -> AsyncIterator[tuple[int, Event]]:
             task.cancel()
 
 
-async def collect(request: Incoming, writing: Writing) -> list[list[Event]] | None:
+async def collect(request: Incoming, writing: Generation) -> list[list[Event]] | None:
     """All events of each text, or None once the client is gone."""
     found: list[list[Event]] = [[] for _ in writing.texts]
 
     async def read() -> None:
-        async for index, event in merged(writing.texts):
+        async for index, event in merge_events(writing.texts):
             found[index].append(event)
 
     reading, leaving = asyncio.create_task(read()), asyncio.create_task(_gone(request))
@@ -50,7 +50,7 @@ async def collect(request: Incoming, writing: Writing) -> list[list[Event]] | No
                 await task
 
 
-async def answered(service: Service, request: Incoming, writing: Writing) -> list[list[Event]] | None:
+async def collect_and_close(service: Service, request: Incoming, writing: Generation) -> list[list[Event]] | None:
     """As `collect`; the writing is closed then, whatever came of it."""
     try:
         return await collect(request, writing)

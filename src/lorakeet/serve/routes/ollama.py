@@ -11,13 +11,13 @@ from typing import Any
 from lorakeet import __version__
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
-from lorakeet.serve.fields import Fields
 from lorakeet.serve.grammar import ANY_OBJECT
-from lorakeet.serve.routes.multiplex import answered, merged
+from lorakeet.serve.request_fields import Fields
+from lorakeet.serve.routes.multiplex import collect_and_close, merge_events
 from lorakeet.serve.routes.openai import messages
 from lorakeet.serve.routes.reply import NOBODY, HttpReply, Incoming, as_json
 from lorakeet.serve.sampling import Sampling
-from lorakeet.serve.service import Service, Writing
+from lorakeet.serve.service import Generation, Service
 
 _CHAT = {"model", "messages", "stream", "options", "keep_alive", "format"}
 _GENERATE = {"model", "prompt", "stream", "options", "keep_alive", "format", "system", "raw"}
@@ -74,7 +74,7 @@ async def _answer(
     writing = await service.write(caller, service.weigh(caller, model, fields), [ids], sampling, schema=_schema(fields))
     if fields.flag("stream", True):
         return HttpReply(_stream(service, writing, model, chat), "application/x-ndjson")
-    found = await answered(service, request, writing)
+    found = await collect_and_close(service, request, writing)
     if found is None:
         return NOBODY
     last = found[0][-1]
@@ -93,10 +93,10 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
     return fields.inner("format").data if asked else None
 
 
-async def _stream(service: Service, writing: Writing, model: str, chat: bool) -> AsyncIterator[str]:
+async def _stream(service: Service, writing: Generation, model: str, chat: bool) -> AsyncIterator[str]:
     """One JSON object a line."""
     try:
-        async for _, event in merged(writing.texts):
+        async for _, event in merge_events(writing.texts):
             if event.reason == "error":
                 yield json.dumps({"error": event.error}) + "\n"
             elif event.text or event.reason:
@@ -105,7 +105,7 @@ async def _stream(service: Service, writing: Writing, model: str, chat: bool) ->
         service.close(writing)
 
 
-def _line(model: str, text: str, chat: bool, reason: str | None, writing: Writing) -> dict[str, Any]:
+def _line(model: str, text: str, chat: bool, reason: str | None, writing: Generation) -> dict[str, Any]:
     body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
     line = {"model": model, "created_at": _now(), **body, "done": reason is not None}
     job = writing.texts[0].job

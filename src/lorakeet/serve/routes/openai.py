@@ -15,12 +15,12 @@ from typing import Any
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.engine import Event
-from lorakeet.serve.fields import Fields
 from lorakeet.serve.grammar import ANY_OBJECT
-from lorakeet.serve.routes.multiplex import answered, merged
+from lorakeet.serve.request_fields import Fields
+from lorakeet.serve.routes.multiplex import collect_and_close, merge_events
 from lorakeet.serve.routes.reply import NOBODY, HttpReply, Incoming, as_json
-from lorakeet.serve.sampling import Chosen, Sampling
-from lorakeet.serve.service import Service, Writing
+from lorakeet.serve.sampling import SampledToken, Sampling
+from lorakeet.serve.service import Generation, Service
 from lorakeet.serve.text_stream import token_bytes
 
 _COMMON = {
@@ -173,7 +173,7 @@ async def _answer(service: Service, caller: Caller, request: Incoming, asked: _A
     }
     if asked.stream:
         return HttpReply(_stream(service, writing, asked, head), "text/event-stream")
-    found = await answered(service, request, writing)
+    found = await collect_and_close(service, request, writing)
     if found is None:
         return NOBODY
     choices = [_whole(service, asked, index, events) for index, events in enumerate(found)]
@@ -181,7 +181,7 @@ async def _answer(service: Service, caller: Caller, request: Incoming, asked: _A
     return as_json({**head, "object": kind, "choices": choices, "usage": _usage(writing)})
 
 
-async def _stream(service: Service, writing: Writing, asked: _Asked, head: dict[str, Any]) -> AsyncIterator[str]:
+async def _stream(service: Service, writing: Generation, asked: _Asked, head: dict[str, Any]) -> AsyncIterator[str]:
     """Server-sent events, one for each piece of text that can be shown."""
     kind = "chat.completion.chunk" if asked.chat else "text_completion"
     try:
@@ -189,7 +189,7 @@ async def _stream(service: Service, writing: Writing, asked: _Asked, head: dict[
             for text in writing.texts:
                 delta = {"role": "assistant", "content": ""}
                 yield _sse({**head, "object": kind, "choices": [{"index": text.index, "delta": delta, "finish_reason": None}]})
-        async for index, event in merged(writing.texts):
+        async for index, event in merge_events(writing.texts):
             if event.reason == "error":
                 yield _sse({"error": {"message": event.error, "type": "server_error", "param": None, "code": None}})
             elif event.text or event.reason or event.chosen is not None:
@@ -227,7 +227,7 @@ def _finish(event: Event) -> str | None:
     return "stop" if event.reason == "stop" else "length"
 
 
-def _logprobs(service: Service, asked: _Asked, chosen: list[Chosen]) -> dict[str, Any] | None:
+def _logprobs(service: Service, asked: _Asked, chosen: list[SampledToken]) -> dict[str, Any] | None:
     if not asked.tell:
         return None
     if asked.chat:
@@ -254,7 +254,7 @@ def _token(service: Service, number: int) -> str:
     return str(service.text.tokenizer.decode([number], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _usage(writing: Writing) -> dict[str, Any]:
+def _usage(writing: Generation) -> dict[str, Any]:
     return {
         "prompt_tokens": writing.prompt,
         "completion_tokens": writing.written,

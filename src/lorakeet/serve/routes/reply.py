@@ -35,7 +35,7 @@ class Stalled(LorakeetError):
     """Nothing more comes of a body that is not whole."""
 
 
-async def pieces(request: Incoming, pause: float) -> AsyncIterator[bytes]:
+async def body_pieces(request: Incoming, pause: float) -> AsyncIterator[bytes]:
     """The body as it comes; Stalled where nothing comes for `pause` seconds, so that no client holds the server up for ever."""
     stream = request.stream()
     while True:

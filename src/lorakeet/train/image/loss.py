@@ -1,4 +1,4 @@
-"""The loss of images: noise is added to latents, and the model's guess of it is compared with what it should have been.
+"""The diffusion loss: noise is added to latents, and the model's prediction is compared with the target.
 
 x are the clean latents, ε is standard normal noise, a_t and b_t are signal and noise of step t (models/image/noise):
 
@@ -22,16 +22,16 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.models.image.noise import Noising
 from lorakeet.train.image_spec import DiffusionSpec
 
-MODE_SCALE = 1.29  # the best one of the SD3 paper
+MODE_SCALE = 1.29  # the best value in the SD3 paper
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What chance decides about one picture of one step."""
+    """The random draw for one picture of one step."""
 
     timestep: int
     variant: int
-    dropped: bool  # the caption is left out
+    dropped: bool  # true if the caption is left out
     noise: Tensor  # (channels, h, w)
 
 
@@ -41,16 +41,16 @@ def draw(
     *,
     seed: int,
     step: int,
-    place: int,
+    index: int,
     variants: int,
     timesteps: int,
     dropout: float,
 ) -> Draw:
-    """The draw for the picture at `place` of step `step`: a function of these and `seed`, whatever ran before.
+    """The draw for picture `index` of step `step`: a function of these and `seed` alone.
 
-    `shape` is that of one latent, `variants` the number of cut-outs to choose from, `timesteps` how many there are.
+    `shape` is that of one latent, `variants` the number of crops, `timesteps` the number of timesteps.
     """
-    generator = torch.Generator().manual_seed(seed_for(seed, f"picture {place} of step {step}"))
+    generator = torch.Generator().manual_seed(seed_for(seed, f"picture {index} of step {step}"))
     chance = torch.rand(3, generator=generator, dtype=torch.float64)
     position = float(chance[0])
     if spec.timesteps == "logit-normal":
@@ -71,7 +71,7 @@ def draw(
 
 
 def fixed_draws(shape: tuple[int, ...], key: str, *, count: int, timesteps: int) -> tuple[Tensor, Tensor]:
-    """Timesteps (count,) evenly spread and noises (count, channels, h, w) that depend on `key` alone."""
+    """Evenly spread timesteps (count,) and noises (count, channels, h, w), both functions of `key`."""
     generator = torch.Generator().manual_seed(seed_for(0, f"held-out {key}"))
     spread = ((torch.arange(count, dtype=torch.float64) + 0.5) * timesteps / count).long()
     return spread, torch.randn((count, *shape), generator=generator)
@@ -83,7 +83,7 @@ def add_noise(latents: Tensor, noise: Tensor, at: Noising) -> Tensor:
 
 
 def target_of(latents: Tensor, noise: Tensor, at: Noising, prediction: str) -> Tensor:
-    """What the model should predict of x_t: ε, v for `v_prediction`, the velocity for `flow`. Shapes as in `add_noise`."""
+    """The target of the model at x_t: ε, v for `v_prediction`, the velocity for `flow`. Shapes as in `add_noise`."""
     if prediction == "epsilon":
         return noise
     if prediction == "flow":
@@ -94,7 +94,7 @@ def target_of(latents: Tensor, noise: Tensor, at: Noising, prediction: str) -> T
 def weights_of(at: Noising, prediction: str, gamma: float) -> Tensor:
     """The weight (n,) of each example; all 1 where `gamma` is 0.
 
-    Where no signal is left (SNR 0, a schedule that ends in pure noise), ε's weight is its limit, 1.
+    Without signal (SNR 0, a schedule that ends in pure noise), ε's weight is its limit, 1.
     """
     snr = at.ratio
     if not gamma:
@@ -106,7 +106,7 @@ def weights_of(at: Noising, prediction: str, gamma: float) -> Tensor:
 
 
 def errors_of(predicted: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error of each example (n,), over channels and places, in fp32."""
+    """The mean squared error of each example (n,), over channels and pixels, in fp32."""
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 

@@ -1,4 +1,4 @@
-"""Pictures as a task of the loop: an ImageModel with one injected adapter, encoded training and held-out pictures."""
+"""The training task of images: an ImageModel with one injected adapter, encoded training and held-out pictures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.images.spec import ImageSpec
+from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.peft import peft
-from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models import inject
 from lorakeet.models.image.kinds import Conditioning
 from lorakeet.models.image.latent_cache import Captions, EncodedImage
@@ -35,21 +35,21 @@ LEARNING_RATE = 1e-4  # what diffusers' and kohya's documentation use for LoRA o
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """n pictures of one size, with everything that chance decided about them."""
+    """n pictures of one size with their random draws."""
 
     latents: Tensor  # (n, channels, h, w)
     noise: Tensor  # the same shape
-    timesteps: Tensor  # (n,): numbers of steps, least noise first
+    timesteps: Tensor  # (n,): timesteps, least noise first
     captions: tuple[str, ...]
     sizes: Tensor  # (n, 6)
-    shares: Tensor | None = None  # (n,) by which their errors count, where there are pictures of the subject's kind
+    shares: Tensor | None = None  # (n,): weights of their errors, if there are prior pictures
 
 
 class ImageTask:
     """Trains the adapter `name`, which must have been injected into `model.parts` and be active.
 
-    With `prior`, pictures of the subject's kind, a step sees as many of them as of the subject, and its loss is the mean error of
-    the subject's pictures + `diffusion.prior_weight` · that of the others (DreamBooth, https://arxiv.org/abs/2208.12242).
+    With `prior`, pictures of the subject's kind, a step has as many of them as of the subject, and its loss is the mean error of
+    the subject's pictures + `diffusion.prior_weight` · that of the prior (DreamBooth, https://arxiv.org/abs/2208.12242).
     `watch` is called with the number of steps taken after each held-out evaluation.
     """
 
@@ -107,13 +107,13 @@ class ImageTask:
         return isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
 
     def batches(self, step: int) -> list[ImageBatch]:
-        """The step's pictures in parts of one size and at most `at_once`; their noise does not depend on how they are cut."""
+        """The step's pictures in batches of one size, at most `at_once` each; noise does not depend on the batching."""
         self.taken = step + 1
         drawn: dict[tuple[int, ...], list[tuple[EncodedImage, Draw, float]]] = {}
-        for place, (picture, share) in enumerate(self._pictures(step)):
+        for index, (picture, share) in enumerate(self._pictures(step)):
             shape = tuple(picture.latents.shape[1:])
             chance = draw(
-                shape, self.diffusion, seed=self.spec.seed, step=step, place=place, variants=len(picture.latents),
+                shape, self.diffusion, seed=self.spec.seed, step=step, index=index, variants=len(picture.latents),
                 timesteps=len(self.model.noising), dropout=self.images.caption_dropout,
             )  # fmt: skip
             drawn.setdefault(shape, []).append((picture, chance, share))
@@ -121,7 +121,7 @@ class ImageTask:
         return [_batch(same[at : at + size]) for same in drawn.values() for at in range(0, len(same), size)]
 
     def _pictures(self, step: int) -> list[tuple[EncodedImage, float]]:
-        """The pictures of a step and by how much each counts, so that Σ share·error / all pictures is the step's loss."""
+        """The pictures of a step and their weights: Σ weight·error / pictures is the step's loss."""
         own = [self.train[number] for number in self.order.indices(step)]
         if not self.prior:
             return [(picture, 1.0) for picture in own]
@@ -140,7 +140,7 @@ class ImageTask:
     def loss(self, batch: ImageBatch) -> Tensor:
         """The sum of the weighted errors of a batch's pictures, with gradient; dropout in the pairs alone.
 
-        The base computes as it does where it is judged and drawn with: T5's own dropout would have its captions read otherwise.
+        The base is in evaluation mode, as in evaluation and sampling: T5's own dropout would change its captions.
         """
         for pair in self.pairs:
             if not pair.training:
@@ -153,7 +153,7 @@ class ImageTask:
         return (errors * weights.to(errors.device)).sum()
 
     def held_out(self) -> HeldOut | None:
-        """For each held-out picture the sum of its plain errors at fixed timesteps and noises, and how many those are."""
+        """For each held-out picture the sum of its unweighted errors at fixed timesteps and noises, and their number."""
         if not self.held_out_rows:
             return None
         found = HeldOut(*denoising_errors(self.model, self.held_out_rows, self.captions, self.diffusion))
@@ -162,17 +162,17 @@ class ImageTask:
         return found
 
     def adapter(self) -> Adapter:
-        """The adapter as it is now, as a value whose paths begin with the component, as every format has them."""
+        """The adapter's current value; paths start with the component, as in every format."""
         return with_components(inject.adapter_of(self.model.parts, self.name, base=self.model.name))
 
     def save(self, folder: Path) -> None:
-        """Writes adapter/ in PEFT's layout; that of a denoiser alone has the denoiser's paths, so that PEFT can load it."""
+        """Writes adapter/ in PEFT's layout; an adapter of the denoiser alone has its paths, so that PEFT can load it."""
         peft.write(without_component(self.adapter()), folder)
 
     def _errors(self, batch: ImageBatch, steps: Noising) -> Tensor:
-        return _errors(self.model, batch, steps, self._told)
+        return _errors(self.model, batch, steps, self._conditioning)
 
-    def _told(self, captions: Sequence[str]) -> Conditioning:
+    def _conditioning(self, captions: Sequence[str]) -> Conditioning:
         if self.diffusion.text_encoder:
             return self.model.describe(captions)
         return stack([self.captions.of(caption) for caption in captions])
@@ -186,15 +186,15 @@ def denoising_errors(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """For each picture, the sum of its squared errors at `spec.held_out_timesteps` fixed timesteps, and how many those are.
+    """For each picture, the sum of its squared errors at `spec.held_out_timesteps` fixed timesteps, and their number.
 
-    Timesteps and noises depend on the picture alone, so that two models, or two steps of one run, are compared on the same ones.
-    No weighting: the numbers of runs with and without min-SNR can be compared.
+    Timesteps and noises depend on the picture alone, so that models and steps are comparable. Errors are unweighted, so that
+    runs with and without min-SNR are comparable.
     """
     model.parts.eval()
     sums = np.zeros(len(rows))
 
-    def told(texts: Sequence[str]) -> Conditioning:
+    def conditioning(texts: Sequence[str]) -> Conditioning:
         return model.describe(texts) if spec.text_encoder else stack([captions.of(text) for text in texts])
 
     with torch.no_grad():
@@ -210,16 +210,16 @@ def denoising_errors(
                     latents.expand(count, *latents.shape), noises[at : at + count], some, (picture.row.caption,) * count,
                     picture.sizes[:1].expand(count, 6),
                 )  # fmt: skip
-                sums[number] += float(_errors(model, batch, model.noising.at(some), told).double().sum())
+                sums[number] += float(_errors(model, batch, model.noising.at(some), conditioning).double().sum())
             if progress:
                 progress(1)
     return sums, np.full(len(rows), float(spec.held_out_timesteps))
 
 
-def _errors(model: ImageModel, batch: ImageBatch, steps: Noising, told: Callable[[Sequence[str]], Conditioning]) -> Tensor:
+def _errors(model: ImageModel, batch: ImageBatch, steps: Noising, condition: Callable[[Sequence[str]], Conditioning]) -> Tensor:
     latents, noise = batch.latents.to(model.device), batch.noise.to(model.device)
     noisy = add_noise(latents, noise, steps)
-    predicted = model.predict(noisy, steps.times, told(batch.captions), batch.sizes)
+    predicted = model.predict(noisy, steps.times, condition(batch.captions), batch.sizes)
     return errors_of(predicted, target_of(latents, noise, steps, model.prediction))
 
 

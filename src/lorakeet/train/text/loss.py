@@ -1,7 +1,7 @@
-"""The loss of text: cross-entropy on supervised tokens only, with the head applied to those positions alone, in chunks.
+"""The text loss: cross-entropy on target tokens, with the head applied to those positions alone, in chunks.
 
 A vocabulary is far wider than a hidden state: logits of 2,048 tokens over 128,000 words take 1 GB in fp32, their gradient
-another. Here at most `chunk` × vocabulary logits exist at any moment.
+another. Here at most `chunk` × vocabulary logits exist at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakeet.core.kernels import runs_on
 from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back_product, tiles
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.cpu import head as native
-from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.kernels.tiled_weight import TritonRequest
 
 CHUNK = 256
 
@@ -31,7 +31,7 @@ class TextHead(Protocol):
     def head_weight(self) -> RowSource | None: ...
 
     @property
-    def kernels(self) -> Kernels | None: ...
+    def kernels(self) -> TritonRequest | None: ...
 
     def hidden(self, batch: Batch) -> Tensor: ...
 
@@ -39,12 +39,12 @@ class TextHead(Protocol):
 
 
 def text_loss(text: TextHead, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
-    """The sum of −log p(target) over the supervised tokens of `batch`, with gradient, and how many tokens that are."""
+    """The sum of −log p(target) over the target tokens of `batch`, with gradient, and their number."""
     return head_losses(text, text.hidden(batch), batch.target_ids, chunk=chunk).sum(), batch.targets
 
 
 def head_losses(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """−log p(target) (n,) of hidden states (n, hidden) that the decoder has given already, targets (n,), with gradient."""
+    """−log p(target) (n,) from the decoder's hidden states (n, hidden) and targets (n,), with gradient."""
     targets = targets.to(hidden.device)
     weight = text.head_weight
     if weight is not None:
@@ -53,22 +53,21 @@ def head_losses(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int =
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropies under a frozen head W (vocab, hidden), with each ∂L/∂h ready when the forward pass ends.
+    """Cross-entropies under a frozen head W (vocab, hidden); each ∂L/∂h is computed in forward.
 
     With z = W·h and p = softmax(z) for one position with target t:
 
         L = log Σ exp z − z_t        ∂L/∂z = p − onehot(t)        ∂L/∂h = (p − onehot(t))·W
 
-    W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a number for each. It is computed
-    per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32. W is used in tiles of
-    rows, whether it is in memory or in a store, so that both give the same bits. Where Triton kernels are asked for, one of them
-    makes loss and ∂L/∂z of z (kernels/triton/loss); in bf16 on a CPU a kernel in C does so in place (kernels/cpu/head), where
-    else z takes twice the memory, in fp32.
+    W gets no gradient, so ∂L/∂h needs only the factor ∂/∂L, one number each, from backward. It is computed per chunk from the
+    current z: no logits are stored and none are computed twice. Softmax runs in fp32. W is used in tiles of rows, in memory or
+    from a store, so that both give the same bits. With Triton kernels, one of them computes loss and ∂L/∂z from z
+    (kernels/triton/loss); in bf16 on a CPU a C kernel does so in place (kernels/cpu/head), which saves z in fp32.
     """
 
     @staticmethod
     def forward(  # noqa: PLR0917 - apply() takes positional arguments only
-        ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool, kernels: Kernels | None
+        ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool, kernels: TritonRequest | None
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
@@ -87,7 +86,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernels)
             if grad is not None:
                 grad[part] = back_product(logits, weight, weight.dtype)
-            del logits  # before the next ones are there
+            del logits  # before the next chunk allocates its own
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses
@@ -113,8 +112,8 @@ def _by_native(hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: b
     return losses, total
 
 
-def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:
-    """Logits z (n, vocabulary) and targets (n,) to the losses (n,). z is used up: ∂L/∂z if wanted, else anything."""
+def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: TritonRequest | None) -> Tensor:
+    """Logits z (n, vocabulary) and targets (n,) to the losses (n,). Overwrites z: with ∂L/∂z if wanted, else undefined."""
     if logits.dtype == torch.float32 and runs_on(kernels, logits, targets):
         from lorakeet.kernels.triton.loss import loss_in_place
 
@@ -130,17 +129,17 @@ def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: K
 
 
 def frozen_head_losses(
-    hidden: Tensor, weight: RowSource, targets: Tensor, *, chunk: int = CHUNK, kernels: Kernels | None = None
+    hidden: Tensor, weight: RowSource, targets: Tensor, *, chunk: int = CHUNK, kernels: TritonRequest | None = None
 ) -> Tensor:
     """−log softmax(hidden·Wᵀ)[target] (n,); hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)
-    wants_grad = torch.is_grad_enabled() and hidden.requires_grad  # inside forward() gradients are off for everyone
+    wants_grad = torch.is_grad_enabled() and hidden.requires_grad  # inside forward() gradients are always off
     return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad, kernels))  # type: ignore[no-untyped-call]
 
 
 def any_head_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """The same under any head: adapted, with new rows, biased or soft-capped. Each chunk is computed again in backward."""
+    """The same for any head: adapted, with new rows, biased or soft-capped. Backward recomputes each chunk."""
     found = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)

@@ -1,13 +1,13 @@
-"""Several adapters trained in one pass over one frozen base, each to what it would become alone.
+"""Trains several adapters together on one frozen base, with the results of single runs.
 
-    each round   every member that is still learning takes one step of its own:
-                 small steps laid end to end, others by themselves (train/text/joint_batches) → forward and back → gradients of
-                 each member → its own checks, clipping, learning rate and AdamW
-    now and then its held-out loss → its best values; a member that is done, or diverges, leaves the round
+    each round    every active member takes one step of its own: small steps packed together, others alone
+                  (train/text/joint_batches) → forward and backward → gradients of each member → its own checks, clipping,
+                  learning rate and AdamW
+    at intervals  its held-out loss → its best values; a member that is done, or diverges, leaves
 
-The base stands in memory once, and where steps are small its weights are read once for all members' tokens. Rows attend to
-themselves alone and each token uses its own member's pairs (core/batched/stack), so a member's gradients are those of its single
-run, to rounding; dropout alone draws other numbers than there, from the first member's seed and the round.
+The base is in memory once, and for small steps its weights are read once for all members' tokens. Rows attend only to
+themselves and each token uses its own member's pairs (core/batched/stack), so a member's gradients are those of its single run,
+to rounding. Only dropout draws other numbers, from the first member's seed and the round.
 """
 
 from __future__ import annotations
@@ -58,27 +58,27 @@ class Member:
 
 @dataclass
 class Progress:
-    """Where a member stands; what it learnt is in the model, at its last or (when it is done) its best step."""
+    """The progress of a member; the model has its values of the last or, when done, of the best step."""
 
     member: Member
     total: int
     learning_rate: float
     step: int = 0
-    losses: list[float] = field(default_factory=list)  # of each step, nats a supervised token
+    losses: list[float] = field(default_factory=list)  # of each step, nats per target token
     held_out: list[tuple[int, Estimate]] = field(default_factory=list)  # (step, loss)
     watch: EarlyStopping = field(default_factory=EarlyStopping)
-    done: str = ""  # why it learns no more; empty while it does
+    done: str = ""  # the reason it stopped; empty while active
     diverged: bool = False
     tokens: int = 0
 
     @property
     def best(self) -> Estimate | None:
-        """The held-out loss at the step whose values it keeps."""
+        """The held-out loss at the best step."""
         return next((loss for step, loss in self.held_out if step == self.watch.best_step), None)
 
 
 class MultiAdapterTraining:
-    """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
+    """Members in training. `round` takes one step of each active member; `finish` restores the best values of each."""
 
     def __init__(
         self,
@@ -89,89 +89,88 @@ class MultiAdapterTraining:
         together: int = 0,
         folder: Path | None = None,
     ) -> None:
-        """Best values are kept in scratch files in `folder`, or in memory where it is left out or will not take them.
+        """Best values are stored in scratch files in `folder`, or in memory without it or if writing fails.
 
-        Raises ConfigError for no members, equal names, or adapters that cannot share a batch.
-
-        Of a streamed model, `together` passes (0: all of a step) go through a block while it is in, and the inputs of blocks are
-        kept in `aside`; left out, where they are.
+        With a streamed model, `together` batches (0: all of a step) go through a loaded block, and the inputs of blocks are
+        stored in `spill` (default: where they are). Raises ConfigError for no members, equal names, or adapters that cannot
+        share a batch.
         """
         names = [member.name for member in members]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"Adapters that are trained together need different names, one or more; given: {names}.")
+            raise ConfigError(f"Adapters that are trained together need different names, at least one; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
         self.text, self.spill, self.together = text, spill or Spill(), together
         _require_sharable(text, names)
-        self._divided = text.with_every_token(cached=True, pad=True)  # for passes whose tokens have different adapters
+        self._divided = text.with_every_token(cached=True, pad=True)  # for batches whose tokens have different adapters
         self.selection: Selection = selection_of(text.model)
         self._members = [_Learner(text, member, folder) for member in members]
         self._rounds = 0
 
     @property
     def progress(self) -> list[Progress]:
-        """Where each member stands, in the order in which they were given."""
+        """The progress of each member, in the given order."""
         return [learner.at for learner in self._members]
 
     def round(self) -> None:
-        """One optimizer step of every member that still learns."""
-        learning = [learner for learner in self._members if not learner.at.done]
-        for learner in learning:
+        """Takes one optimizer step of every active member."""
+        active = [learner for learner in self._members if not learner.at.done]
+        for learner in active:
             if learner.at.step == 0:
                 self._evaluate(learner)
-        learning = [learner for learner in learning if not learner.at.done]
-        if not learning:
+        active = [learner for learner in active if not learner.at.done]
+        if not active:
             return
-        for learner in learning:
+        for learner in active:
             cache_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
         self.text.train()
-        tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
-        groups = groups_of([learner.begin(self.text) for learner in learning], tokens)
+        tokens = max(learner.at.member.spec.micro_tokens for learner in active)
+        groups = groups_of([learner.start_step(self.text) for learner in active], tokens)
         if self.text.streamed is not None:
             groups = [merge_groups(groups)]
         self._rounds += 1
         with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
             torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
             for group in groups:
-                self._gradients(learning, group.passes)
+                self._gradients(active, group.batches)
                 for index in group.members:
-                    self._step(learning[index])  # and its gradients are forgotten
+                    self._step(active[index])  # also drops its gradients
 
     def finish(self) -> None:
-        """Every member's best values in the model; members that had not finished stay where they are."""
+        """Restores every member's best values in the model; members without any are unchanged."""
         for learner in self._members:
             learner.restore()
         self.selection.use(None)
 
     def stop(self, name: str, reason: str) -> None:
-        """Member `name` learns no more (a search has given it up); its best values stay."""
+        """Stops member `name` (a search has rejected it); its best values stay."""
         learner = next(learner for learner in self._members if learner.at.member.name == name)
         learner.at.done = learner.at.done or reason
 
-    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[JointBatch]) -> None:
-        """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
-        batches = [one.batch.to(self.text.device) for one in passes]
-        texts = [self._divided if one.alone is None else self.text for one in passes]
+    def _gradients(self, active: Sequence[_Learner], joint: Sequence[JointBatch]) -> None:
+        """Adds the gradients of each member's mean loss, and sums its losses."""
+        batches = [one.batch.to(self.text.device) for one in joint]
+        texts = [self._divided if one.alone is None else self.text for one in joint]
 
         def prepare(number: int) -> TextModel:
-            """Selects the members' adapters for a pass; a member by itself is computed as in its single run."""
-            one, text = passes[number], texts[number]
+            """Selects the members' adapters for a batch; a single member is computed as in its single run."""
+            one, text = joint[number], texts[number]
             if one.alone is not None:
-                self.selection.use(learning[one.alone].at.member.name)
+                self.selection.use(active[one.alone].at.member.name)
             else:
-                self.selection.divide(_shares(learning, one), units=text.computed_tokens(batches[number].tokens))
+                self.selection.divide(_shares(active, one), units=text.computed_tokens(batches[number].tokens))
             return text
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
-            """Σ of the members' means, to be differentiated, and Σ of their losses."""
-            hidden, parts = texts[number].hidden(batches[number]), passes[number].parts
-            chunk = min(learning[index].at.member.spec.head_chunk for index, _ in parts)
+            """Σ of the members' mean losses, to differentiate, and Σ of their losses."""
+            hidden, parts = texts[number].hidden(batches[number]), joint[number].parts
+            chunk = min(active[index].at.member.spec.head_chunk for index, _ in parts)
             losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
             means = []
             for (index, _), own in zip(parts, torch.split(losses, [batch.targets for _, batch in parts]), strict=True):
                 summed = own.sum()
-                means.append(summed / learning[index].targets)
-                learning[index].summed += summed.item()
+                means.append(summed / active[index].targets)
+                active[index].summed += summed.item()
             return torch.stack(means).sum(), losses.detach().sum()
 
         if self.text.streamed is not None:
@@ -179,14 +178,14 @@ class MultiAdapterTraining:
                 self.text, self.text.streamed, batches, loss, spill=self.spill, together=self.together, prepare=prepare
             )
             return
-        for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
+        for number, seed in enumerate(batch_seeds(len(joint))):  # as a streamed model draws them
             with torch.random.fork_rng(devices=rng.cuda_devices(self.text.device)):
                 torch.manual_seed(seed)
                 prepare(number)
                 loss(number)[0].backward()  # type: ignore[no-untyped-call]
 
     def _step(self, learner: _Learner) -> None:
-        """The step of a member whose gradients are all there, and what follows it."""
+        """Takes the step of a member with complete gradients, and evaluates it if due."""
         learner.step()
         if not learner.at.done and learner.wants_evaluation:
             self._evaluate(learner)
@@ -205,7 +204,7 @@ class MultiAdapterTraining:
 
 
 class _Learner:
-    """One member with its optimizer and its place; its best values in a scratch file in `folder`, or in memory."""
+    """One member with its optimizer and progress; its best values are in a scratch file in `folder`, or in memory."""
 
     def __init__(self, text: TextModel, member: Member, folder: Path | None) -> None:
         spec = member.spec
@@ -222,10 +221,10 @@ class _Learner:
         self._best: Spill | None = None
         self._folder = folder
 
-    def begin(self, text: TextModel) -> list[Batch]:
-        """This step's rows in micro-batches; none of their losses is summed yet."""
+    def start_step(self, text: TextModel) -> list[Batch]:
+        """Splits this step's rows into micro-batches, and resets the sum of losses."""
         rows, most = self.rows, self.at.member.spec.micro_tokens
-        small = sum(len(row.ids) for row in rows) <= SMALL  # is computed beside others' rows, if it is one batch
+        small = sum(len(row.ids) for row in rows) <= SMALL  # joins others' rows if it is one batch
         found = micro_batches(rows, most) if small else text.micro_batches(rows, most)
         self.targets, self.summed = sum(batch.targets for batch in found), 0.0
         return found
@@ -236,7 +235,7 @@ class _Learner:
         return [self.at.member.train[row] for row in self.order.indices(self.at.step)]
 
     def step(self) -> None:
-        """Takes the step whose gradients are there, unless they or the loss are no numbers."""
+        """Takes the step, unless the loss or the gradients are not finite."""
         at, spec = self.at, self.at.member.spec
         norm = gradients.gradient_norm(self.parameters)
         mean = self.summed / max(self.targets, 1)
@@ -248,7 +247,7 @@ class _Learner:
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g} nats a token", True
             return
-        if at.step < 2 and not self._all_arrived(mean):
+        if at.step < 2 and not self._check_gradients(mean):
             return
         gradients.clip(self.parameters, spec.clip_norm, norm=norm)
         at.step += 1
@@ -256,9 +255,8 @@ class _Learner:
         at.losses.append(mean)
         self.optimizer.step(at.learning_rate * schedule.factor(at.step, at.total, warmup=self.warmup, shape=spec.schedule))
 
-    def _all_arrived(self, mean: float) -> bool:
-        """Whether the gradient reached every trained tensor. One that is lost after a first step is that step's doing: then this
-        member has diverged, and the others go on."""
+    def _check_gradients(self, mean: float) -> bool:
+        """True if the gradient reached every trained tensor. If the first step lost it, this member has diverged."""
         at = self.at
         try:
             gradients.require_gradients(self.parameters, at.step + 1)
@@ -266,7 +264,7 @@ class _Learner:
             if at.step == 0 or mean <= at.losses[0]:
                 raise
             self.optimizer.adamw.zero_grad(set_to_none=True)
-            at.done = f"step {at.step + 1}: the loss is {mean:.4g} nats a token, with gradients that are only zeros"
+            at.done = f"step {at.step + 1}: the loss is {mean:.4g} nats a token, with zero gradients"
             at.diverged = True
         return not at.diverged
 
@@ -275,7 +273,7 @@ class _Learner:
         return self.at.step == self.at.total or self.at.step % self.every == 0
 
     def see(self, loss: Estimate) -> None:
-        """Takes in a held-out loss: keeps the values if it is the best, ends the member where it diverged or learns no more."""
+        """Records a held-out loss: stores the values if it is the best; ends the member if it diverged or stopped improving."""
         at, watch, spec = self.at, self.at.watch, self.at.member.spec
         at.held_out.append((at.step, loss))
         if not math.isfinite(loss.value) or watch.diverged(loss.value):
@@ -287,7 +285,7 @@ class _Learner:
             at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
 
     def _kept(self) -> Spill:
-        """The values of now. A disk that is full, or may not be written, ends no training: a plan has room for them in memory."""
+        """Copies the current values. If the disk fails, training continues with copies in memory, which the plan allows for."""
         if self._folder is not None:
             try:
                 kept = Spill(self._folder)
@@ -303,7 +301,7 @@ class _Learner:
         return kept
 
     def restore(self) -> None:
-        """The best values, where held-out rows have chosen some."""
+        """Restores the best values, if any."""
         if self._best is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
@@ -311,7 +309,7 @@ class _Learner:
 
 
 def why_not_together(text: TextModel, plan: Plan) -> str:
-    """Why adapters of this plan cannot be trained together on this model, in words; empty where they can."""
+    """The reason why adapters of this plan cannot be trained together on this model; empty if they can."""
     if text.attention != "varlen":
         return "several adapters at once need model.attention varlen"
     head = output_layer(text.model)
@@ -322,7 +320,7 @@ def why_not_together(text: TextModel, plan: Plan) -> str:
 
 
 def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
-    """Raises ConfigError that lists what of the adapters cannot differ within a batch."""
+    """Raises ConfigError that lists the layers whose adapters cannot differ within a batch."""
     head = text.model.get_output_embeddings()
     wrong = [
         path
@@ -333,15 +331,15 @@ def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise ConfigError(
             f"Adapters on the output head, on experts and convolutions, whole trained modules and token rows cannot be trained "
-            f"together in one batch: {shown}. Leave these out, or train one adapter at a time."
+            f"together in one batch: {shown}. Exclude these, or train one adapter at a time."
         )
 
 
-def _shares(learning: Sequence[_Learner], one: JointBatch) -> list[Share]:
-    """Whose adapter the tokens of a pass use."""
+def _shares(active: Sequence[_Learner], one: JointBatch) -> list[Share]:
+    """The member of each range of tokens of a batch."""
     shares, place = [], 0
     for index, batch in one.parts:
-        shares.append(Share(place, place + batch.tokens, learning[index].at.member.name))
+        shares.append(Share(place, place + batch.tokens, active[index].at.member.name))
         place += batch.tokens
     return shares
 
@@ -356,7 +354,7 @@ def train_many(
     budget: int | None = None,
     folder: Path | None = None,
 ) -> list[Progress]:
-    """Trains all members to their ends and leaves the best values of each in the model, no adapter active; `folder` as in Many.
+    """Trains all members to the end and leaves the best values of each in the model, no adapter active.
 
     `watch` is called after every round and may stop members (`MultiAdapterTraining.stop`). Without a `budget` in bytes for the
     process it keeps the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;

@@ -1,4 +1,4 @@
-"""The finish of a merge into a quantised model: a few steps that train the pairs through the quantiser they end up in."""
+"""Quantisation-aware finish of a merge into a quantised model: a few steps that train the pairs through the quantiser."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lorakeet.train.text.loss import text_loss
 from lorakeet.train.text.task import learning_rate_of, order_of
 
 CLIP = 1.0
-RATE = 0.1  # of the run's: at its full rate 20 steps on SmolLM2 in GPTQ undid part of what error feedback had kept
-WARMUP = 0.1  # of the steps, since AdamW's first ones are as long as the rate whatever the gradient is
+RATE = 0.1  # share of the run's rate: at the full rate, 20 steps on SmolLM2 in GPTQ undid part of the error feedback
+WARMUP = 0.1  # share of the steps: AdamW's first steps are as long as the rate for any gradient
 
 
 def quantisation_aware_finish(
@@ -38,18 +38,18 @@ def quantisation_aware_finish(
     products: torch.dtype,
     on_step: Callable[[int, float], None],
 ) -> dict[str, PackedBase]:
-    """Trains the pairs of `adapter` through the grids of `solved`, whose packed layers are in `text`; returns the layers then.
+    """Trains the pairs of `adapter` through the grids of `solved`, whose packed layers are in `text`; returns the new layers.
 
-    Steps and seed are those of the run; the rate rises to `RATE` of its and falls in a line. The matrix products run in
-    `products` (core/precision), codes are chosen in fp32. `on_step` hears of each step and its loss in nats a token. `text`
-    holds what is returned. What can be trained on is taken out of `solved`: it is as large as the model in fp32.
+    The seed is that of the run; the rate rises to `RATE` times the run's and falls linearly. Matrix products run in `products`
+    (core/precision), codes are chosen in fp32. `on_step` gets each step and its loss in nats per token. `text` contains the
+    returned layers. The latent weights are removed from `solved`: they are as large as the model in fp32.
     """
     layers: dict[str, StraightThroughLinear] = {}
     for path, pair in adapter.pairs.items():
         if path in solved:
             latent = solved[path].latent
             if latent is None:
-                raise ValueError(f"{path} was packed without the numbers before rounding, which are trained here")
+                raise ValueError(f"{path} was packed without its unrounded weights, which are trained here")
             bias = cast("Tensor | None", cast(nn.Module, find(text.model, path)).bias)
             layers[path] = StraightThroughLinear(latent.numbers, pair, latent.grid, bias, products=products)
             replace(text.model, path, layers[path])

@@ -1,11 +1,11 @@
-"""Gradients of a streamed text model: every micro-batch of a step passes through a block before the block leaves.
+"""Gradients of a streamed text model: all micro-batches of a step go through a block while it is loaded.
 
-    forward   block 0 … n−1    of each batch only the block's input is kept
+    forward   block 0 … n−1    stores only the block's input of each batch
     head      the loss of each batch, and ∂loss/∂(output of block n−1)
-    backward  block n−1 … 0    the block is computed again with gradients, then differentiated; its weights come in once
+    backward  block n−1 … 0    recomputes the block with gradients and differentiates it; its weights are loaded once
 
-The operations are those of a resident model, and each parameter's gradients are added up batch after batch as there: the sums
-are the same to the last bit. Only the order among blocks differs, which no sum sees.
+The operations are those of a resident model, and each parameter's gradients are summed in the same order of batches, so results
+are equal to the last bit. Only the order of blocks differs, which affects no sum.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def gradients_by_block(
     chunk: int,
     together: int = 0,
 ) -> Tensor:
-    """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
+    """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; returns Σ losses, fp64, detached.
 
-    `aside` keeps the inputs of the blocks until the backward pass; `chunk` supervised tokens go through the head at once.
-    At most `together` micro-batches (0: all) pass through a block while it is in; more of them cost more memory.
+    `spill` stores the inputs of blocks until the backward pass; `chunk` target tokens go through the head at once.
+    At most `together` micro-batches (0: all) go through a loaded block; more cost more memory.
     """
 
     def loss(number: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def loss_gradients_by_block(
     together: int = 0,
     prepare: Callable[[int], TextModel] | None = None,
 ) -> Tensor:
-    """The same for any loss of each batch: `loss(number)` is what is differentiated and what is summed of batch `number`.
+    """The same for any loss: `loss(number)` returns the values of batch `number` to differentiate and to sum.
 
     `prepare(number)` is called before each use of the batch; it selects the adapters of its tokens and returns the model with
     the batch's options (`text` if left out).
@@ -86,7 +86,7 @@ def _from(start: int, of: Callable[[int], Given]) -> Callable[[int], Given]:
 
 
 class _Step:
-    """One optimizer step's micro-batches on their way."""
+    """The state of one optimizer step's micro-batches."""
 
     prepare: Callable[[int], TextModel]
     loss: Callable[[int], tuple[Tensor, Tensor]]
@@ -95,13 +95,13 @@ class _Step:
         self.text, self.streamed, self.batches, self.spill = text, streamed, batches, spill
         self.random = [_Random(seed, text.device) for seed in seeds]
         self.passages: list[BlockInputs] = []
-        self.states: list[Tensor] = []  # outputs of the last block so far; in the backward pass their gradients
-        self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients of what lies outside the blocks, from the head
+        self.states: list[Tensor] = []  # outputs of the latest block; in the backward pass their gradients
+        self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients outside the blocks, from the head
         self.parameters = [parameter for parameter in text.model.parameters() if parameter.requires_grad]
         self.lowest = next((block.index for block in streamed.blocks if _is_trained(block)), len(streamed.blocks))
 
     def enter(self) -> None:
-        """The embeddings of each batch, and what the decoder hands to its blocks."""
+        """Computes the embeddings of each batch, and records the arguments of the blocks."""
         for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
             text = self.prepare(number)
             with random.drawing(), self.streamed.recording() as passage:
@@ -116,7 +116,7 @@ class _Step:
         return any(cast(Tensor, passage.entry).requires_grad for passage in self.passages)
 
     def forward(self) -> None:
-        """All batches through all blocks, without gradients."""
+        """Runs all batches through all blocks without gradients."""
         last = len(self.streamed.blocks) - 1
         for index in range(last + 1):
             with self.streamed.present(index, min(index + 1, last)) as block, torch.no_grad():
@@ -129,7 +129,7 @@ class _Step:
                         self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
 
     def head(self, total: Tensor) -> Tensor:
-        """`total` with the losses added, and in `states` their gradients with respect to the last block's outputs."""
+        """Returns `total` plus the losses; sets `states` to their gradients with respect to the last block's outputs."""
         before = self._taken_gradients() if self._trains_entry else {}
         for number, random in enumerate(self.random):
             self.prepare(number)
@@ -147,7 +147,7 @@ class _Step:
         return total
 
     def backward(self) -> None:
-        """All batches back through the blocks that train something, and into the embeddings where these do."""
+        """Runs backward of all batches through the trained blocks, and into trained embeddings."""
         for index in reversed(range(self.lowest, len(self.streamed.blocks))):
             with self.streamed.present(index, max(index - 1, 0)) as block:
                 for number, random in enumerate(self.random):
@@ -169,20 +169,22 @@ class _Step:
         return text.narrowing_last_block(text.layout(self.batches[number])) if last else nullcontext()
 
     def _into_entry(self) -> None:
-        """Gradients of trained embeddings. What head and embedding share is summed within a batch first, as autograd does."""
-        held = self._taken_gradients()  # of the blocks, and of batches before these
+        """Adds gradients of trained embeddings. A weight shared by head and embedding is summed within a batch first, as in
+        autograd.
+        """
+        totals = self._taken_gradients()  # of the blocks, and of earlier batches
         for passage, grad, from_head in zip(self.passages, self.states, self.outer, strict=True):
             torch.autograd.backward(cast(Tensor, passage.entry), grad)
             found = self._taken_gradients()
             for parameter in {**from_head, **found}:
                 parts = [part[parameter] for part in (from_head, found) if parameter in part]
                 of_batch = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-                held[parameter] = of_batch if parameter not in held else held[parameter] + of_batch
-        for parameter, total in held.items():
+                totals[parameter] = of_batch if parameter not in totals else totals[parameter] + of_batch
+        for parameter, total in totals.items():
             parameter.grad = total
 
     def _taken_gradients(self) -> dict[nn.Parameter, Tensor]:
-        """The gradients that are there now, taken off the parameters."""
+        """Removes the gradients from the parameters and returns them."""
         found = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
         for parameter in found:
             parameter.grad = None
@@ -190,8 +192,7 @@ class _Step:
 
 
 class _Random:
-    """The random numbers of one micro-batch, of the CPU and of the device: they go on from block to block, and come again in the
-    backward pass."""
+    """The random state of one micro-batch on CPU and device: continues from block to block, and is replayed in backward."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device, self._state = device, rng.seeded(seed, device)
@@ -199,7 +200,7 @@ class _Random:
 
     @contextmanager
     def drawing(self, keep_for: int | None = None) -> Iterator[None]:
-        """torch draws from this micro-batch's numbers; where they stand at block `keep_for` is kept."""
+        """A context with this micro-batch's random state; stores the state at block `keep_for`."""
         if keep_for is not None:
             self._kept[keep_for] = self._state
         with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
@@ -209,7 +210,7 @@ class _Random:
 
     @contextmanager
     def again(self, index: int) -> Iterator[None]:
-        """torch draws once more what block `index` drew."""
+        """A context that replays the random numbers of block `index`."""
         with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
             rng.draw_from(self._kept.pop(index), self.device)
             yield

@@ -1,4 +1,4 @@
-"""Text as a task of the loop: a TextModel with one injected adapter, training rows and held-out rows."""
+"""The training task of text: a TextModel with one injected adapter, training rows and held-out rows."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from lorakeet.train.text.streamed_gradients import gradients_by_block
 class TextTask:
     """Trains the adapter `name`, which must have been injected into `text.model` and be active.
 
-    Of a streamed model, `together` micro-batches (0: all) pass through a block while it is in, and the inputs of its blocks
-    are kept in `aside`; left out, where they are.
-    The rows of a step, and the held-out rows, are dealt out to `processes` by their lengths. Where these have parted the model
-    itself (models/text/shard), all pass as many micro-batches, and all the held-out rows.
+    With a streamed model, `together` micro-batches (0: all) go through a loaded block, and the inputs of its blocks are stored
+    in `spill` (default: where they are).
+    The rows of a step, and the held-out rows, are distributed over `processes` by length. With a sharded model
+    (models/text/shard), all processes run the same number of micro-batches, and all held-out rows.
     """
 
     pruning: Pruning | None = None
-    replayed: GraphedModel | None = None  # where the passes of micro-batches are recorded
+    replayed: GraphedModel | None = None  # with CUDA graphs
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class TextTask:
 
     def batches(self, step: int) -> list[Batch]:
         rows = [self.train[row] for row in self.order.indices(step)]
-        cut = self.text.micro_batches if self.replayed is None else micro_batches  # recorded passes share no beginnings
+        cut = self.text.micro_batches if self.replayed is None else micro_batches  # CUDA graphs share no prefixes
         return cut([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
 
     def _own(self, rows: Sequence[Example]) -> Sequence[int]:
-        """The numbers of those rows that this process computes with."""
+        """The numbers of the rows of this process."""
         if self.processes.count == 1:
             return range(len(rows))
         return distribute_rows([len(row.ids) for row in rows], self.processes.count)[self.processes.rank]
@@ -107,7 +107,7 @@ class TextTask:
                 self.text, streamed, batches, targets, spill=self.spill, chunk=self.spec.head_chunk, together=self.together
             )
         with self.processes.own_random():
-            idle = self.processes.maximum(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
+            idle = self.processes.maximum(len(batches)) - len(batches) if self.in_step else 0  # exchanged before any forward pass
             with self._passing():
                 total = gradients_by_batch(self.loss, batches, targets)
                 if idle:
@@ -119,7 +119,7 @@ class TextTask:
 
     @cached_property
     def _shortest(self) -> Example:
-        """The row with which a process keeps pace with others that have more micro-batches."""
+        """The row for idle micro-batches, while other processes have more of them."""
         return min((row for row in self.train if row.supervised.any()), key=lambda row: len(row.ids))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -137,21 +137,21 @@ class TextTask:
             found = row_losses(self.text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
         if self.processes.count == 1:
             return HeldOut(*found)
-        if self.in_step:  # all have all rows, but another machine may round otherwise, and all must decide alike
+        if self.in_step:  # all have all rows, but machines may round differently, and all must decide equally
             same = torch.from_numpy(np.stack(found))
             self.processes.broadcast([same])
             return HeldOut(*same.numpy())
         whole = np.zeros((2, len(self.held_out_rows)))
         whole[:, own] = found
-        sums, weights = self.processes.summed(torch.from_numpy(whole)).numpy()  # each row by the one process that has it
+        sums, weights = self.processes.summed(torch.from_numpy(whole)).numpy()  # each row comes from one process
         return HeldOut(sums, weights)
 
     def adapter(self) -> Adapter:
-        """The adapter as it is now, as a value."""
+        """The adapter's current value."""
         return inject.adapter_of(self.text.model, self.name, base=self.text.name)
 
     def save(self, folder: Path) -> None:
-        """Writes adapter/ in PEFT's layout; where the run added tokens, the tokenizer that has them goes with it."""
+        """Writes adapter/ in PEFT's layout, with the tokenizer if the run added tokens."""
         adapter = self.adapter()
         peft.write(adapter, folder)
         if any(rows.tokens for rows in adapter.token_rows.values()):
@@ -160,11 +160,11 @@ class TextTask:
 
 
 def order_of(rows: Sequence[Example], spec: TrainSpec) -> StepOrder:
-    """Which of `rows` each step sees, rows of similar length together where the settings say so."""
+    """The order of `rows`; steps have rows of similar length if `spec.length_grouping`."""
     lengths = tuple(len(example.ids) for example in rows) if spec.length_grouping else None
     return StepOrder(len(rows), spec.batch_size, spec.seed, lengths)
 
 
 def learning_rate_of(text: TextModel) -> float:
-    """The rate that the rule gives for this model, where the settings name none."""
+    """The default learning rate for this model."""
     return learning_rate_for(int(text.model.config.get_text_config().hidden_size), text.family.rate_exponent)

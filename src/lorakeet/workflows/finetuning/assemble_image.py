@@ -1,4 +1,4 @@
-"""From the settings of a run on images to all it works with: pictures, model, plan, latents; writes nothing but caches."""
+"""Assembles a run on images from its settings: pictures, model, plan and latents. Writes nothing but caches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lorakeet.config import RunConfig
-from lorakeet.core.plan import Plan
-from lorakeet.data.batches import StepOrder
 from lorakeet.data.images.folder import ImageRow, fit_remarks
 from lorakeet.data.images.record import recorded_images
 from lorakeet.data.images.split import ImageDataset, load_images
@@ -31,42 +30,48 @@ from lorakeet.models.image.sample import Sampler
 from lorakeet.models.inject import inject
 from lorakeet.train.image.task import ImageTask
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.planning.image_run import ImageArrangement, arrange_images
 
 
-@dataclass(frozen=True)
-class ImageAssembly:
-    """What a run on images works with. `config` is resolved: dtype, device and prediction are what this machine chose."""
+@dataclass(frozen=True, kw_only=True)
+class ImageAssembly(Assembly):
+    """What a run on images works with."""
 
-    config: RunConfig
     dataset: ImageDataset
     model: ImageModel
-    plan: Plan
     captions: Captions
     train: list[EncodedImage]
     held_out: list[EncodedImage]
     test: list[EncodedImage]
-    prior: list[EncodedImage]  # of the subject's kind
+    prior: list[EncodedImage]  # of the subject's class
     arrangement: ImageArrangement
 
     @property
-    def judged(self) -> tuple[str, list[EncodedImage]]:
-        """The pictures that the verdict is about, and what they are called."""
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def evaluated(self) -> tuple[str, list[EncodedImage]]:
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 
     @property
-    def steps(self) -> int:
-        order = StepOrder(len(self.train), self.config.train.batch_size, self.config.train.seed)
-        return self.config.train.total_steps(order.steps_per_epoch)
+    def planned(self) -> tuple[int | None, int | None]:
+        found = self.arrangement.planned
+        return (None, None) if found is None else (found.training_peak, found.peak)
 
 
 def assemble_images(
-    config: RunConfig, console: Console, *, asked: bool = False, resumed: RunFolder | None = None
+    config: RunConfig, console: Console, *, forecast: bool = False, resumed: RunFolder | None = None
 ) -> ImageAssembly:
-    """Pictures first (quick to fail), then memory (`asked`: without a budget too), model, plan and latents.
+    """Reads the pictures first (quick to fail), then plans memory, loads the model, and makes plan and latents.
 
-    ConfigError and DataError as they arise. A `resumed` run has the pictures that it began with, and settings of text models may
-    stand in it (`check_settings`).
+    `forecast` plans memory without a budget too. Raises ConfigError and DataError. A `resumed` run keeps the pictures that it
+    started with, and may have settings of text models (`check_settings`).
     """
     say = partial(console.print, markup=False, soft_wrap=True)
     check_settings(config, ignored=say if resumed else None)
@@ -80,8 +85,8 @@ def assemble_images(
     for warning in too_few(count, len(set(dataset.groups or range(count)))):
         say(warning)
     if config.diffusion.scorer:
-        load_scorer(config.diffusion.scorer)  # not needed until the end, when it would be late to hear that it is not there
-    arrangement = arrange_images(config, say, asked=asked)
+        load_scorer(config.diffusion.scorer)  # used at the end only, but raises now if it is missing
+    arrangement = arrange_images(config, say, asked=forecast)
     config = arrangement.config
     model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
     if not model.kind.flow:
@@ -94,7 +99,7 @@ def assemble_images(
     every = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
     for caption in model.cut_off(sorted({row.caption for row in every})):
         say(f"A caption is longer than the text encoder reads, so its end does not count: {caption[:60]}…")
-    fit = () if recorded else fit_remarks(every, Sizes.of(model, config.images).allowed)  # which a record has among its remarks
+    fit = () if recorded else fit_remarks(every, Sizes.of(model, config.images).allowed)  # a record has them among its remarks
     for remark in fit:
         say(remark)
     dataset = dataclasses.replace(dataset, remarks=(*dataset.remarks, *fit))
@@ -103,27 +108,33 @@ def assemble_images(
     if config.images.prior_caption and not config.images.prior:
         prior = _drawn(model, config, console)
     captions = Captions(model, config.images, say=say)
-    return ImageAssembly(_resolved(config, model), dataset, model, plan, captions, train, held_out, test, prior, arrangement)
+    return ImageAssembly(
+        config=_resolved(config, model), plan=plan, dataset=dataset, model=model, captions=captions, train=train,
+        held_out=held_out, test=test, prior=prior, arrangement=arrangement,
+    )  # fmt: skip
 
 
 def _recorded(config: RunConfig, resumed: RunFolder | None, say: Callable[[str], None]) -> ImageDataset | None:
-    """The pictures that a resumed run began with; None for a new one, and one begun by a version that did not name them."""
+    """The pictures that a resumed run started with; None for a new run, and for one of a version that did not record them."""
     if resumed is None or not resumed.split.exists():
         return None
     found = recorded_images(
         read_split_record(resumed.split), config.data, config.images, tables=cache_in(config.images, "tables"), run=resumed.path
     )
     if found is not None:
-        say(f"The pictures are those of {resumed.split}; others that came to their folders since are not part of this run.")
+        say(f"The pictures are those of {resumed.split}; pictures added to their folders since are not part of this run.")
     return found
 
 
-def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:
-    """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed. `watch` as in ImageTask."""
+def image_task(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:
+    """The task that `train` runs; adds the pairs of the plan to the model, initialised from the run's seed.
+
+    `watch` is called with the number of steps done, as in ImageTask.
+    """
     trained = setup.config.diffusion.text_encoder
     rows = (*setup.train, *setup.held_out, *setup.test, *setup.prior)
     for caption in sorted({"", *(picture.row.caption for picture in rows)}) if not trained else ():
-        setup.captions.of(caption)  # before the text encoders make room
+        setup.captions.of(caption)  # before the text encoders are moved off the device
     setup.model.stage(setup.model.kind.denoiser, *(ENCODERS if trained else ()))
     inject(setup.model.parts, setup.plan, seed=setup.config.train.seed)
     task = ImageTask(
@@ -135,10 +146,10 @@ def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = N
 
 
 def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None = None) -> None:
-    """ConfigError for every setting that a run on images does not have.
+    """Raises ConfigError that names every setting of text models.
 
-    Those that earlier versions took and that never did anything only `ignored` hears, where it is given: a run that was begun
-    with them goes on with them, since without them its settings would be others.
+    Earlier versions accepted some of them without effect. A run that was started with them goes on with them: then `ignored` is
+    given, and called with a message for each.
     """
     problems = Problems("These settings do not go with kind: image")
     if config.lora.new_tokens or config.lora.extra_modules:
@@ -147,25 +158,25 @@ def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None =
         problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
     if config.diffusion.scorer and config.memory.bytes is not None:
         problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
-    for name, instead in _OF_TEXT.items():
+    for name, instead in TEXT_SETTINGS.items():
         part, key = name.split(".")
         given = getattr(getattr(config, part), key)
         if given != getattr(getattr(RunConfig(), part), key):
             if ignored is None:
                 problems.add(f"{name} is {given}, which is for text models. {instead}")
             else:
-                ignored(f"{name} is {given}, which is for text models and does nothing here; the run goes on as it began.")
+                ignored(f"{name} is {given}, which is for text models and has no effect here; the run goes on as it started.")
     problems.raise_if_any()
 
 
-_OF_TEXT = {
-    "data.text_column": "A caption stands in NAME.txt, or as text, caption or prompt in metadata.jsonl or the table.",
+TEXT_SETTINGS = {
+    "data.text_column": "Give captions in NAME.txt, or as text, caption or prompt in metadata.jsonl or the table.",
     "data.label_column": "Leave it out.",
     "data.group_column": "Give the held-out pictures as a folder of their own (data.held_out).",
     "data.near_duplicates": "Set images.near_duplicates.",
-    "data.supervise": "Leave it out; images.caption_dropout says how many captions are left out.",
-    "train.keep_prefix_states": "Leave it out; latents and captions are kept anyway (images.cache).",
-    "train.cuda_graphs": "Leave it out; passes of text models alone are recorded.",
+    "data.supervise": "Leave it out; images.caption_dropout is the share of captions left out.",
+    "train.keep_prefix_states": "Leave it out; latents and captions are always cached (images.cache).",
+    "train.cuda_graphs": "Leave it out; only text models are recorded as CUDA graphs.",
     "train.shard": "Leave it out; to save memory, set memory.budget or model.quantize.",
     "model.products": "Leave it out; set model.dtype.",
     "model.attention": "Leave it out; diffusers chooses torch's own.",
@@ -174,7 +185,7 @@ _OF_TEXT = {
 
 
 def _parts(encoded: list[EncodedImage], parts: Sequence[Sequence[ImageRow]]) -> list[list[EncodedImage]]:
-    """What was encoded together, apart again."""
+    """Splits `encoded` into lists as long as `parts`."""
     found = iter(encoded)
     return [list(islice(found, len(part))) for part in parts]
 
@@ -182,12 +193,12 @@ def _parts(encoded: list[EncodedImage], parts: Sequence[Sequence[ImageRow]]) -> 
 def _drawn(model: ImageModel, config: RunConfig, console: Console) -> list[EncodedImage]:
     say = partial(console.print, markup=False, soft_wrap=True)
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("pictures of the subject's kind", total=config.images.prior_count)
+        task = bar.add_task("pictures of the subject's class", total=config.images.prior_count)
         return drawn_prior(model, config.images, sampler_of(config), say=say, progress=partial(bar.advance, task))
 
 
 def sampler_of(config: RunConfig) -> Sampler:
-    """How the settings have pictures drawn."""
+    """The sampler of the settings."""
     spec, side = config.diffusion, config.images.resolution
     return Sampler(spec.sample_steps, spec.guidance, size=None if side is None else (side, side), at_once=spec.at_once)
 

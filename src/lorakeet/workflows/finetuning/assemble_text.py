@@ -1,4 +1,4 @@
-"""From a run's settings to everything it works with: rows, model, plan and token ids, checked before anything is written."""
+"""Assembles a run on text from its settings: rows, model, plan and token ids. Writes nothing."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
-from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import release_free_memory
-from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.planning.forecast_choices import reads_weights
 from lorakeet.workflows.planning.text_run import Arrangement, Loaded, arrange
@@ -33,38 +31,37 @@ from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
 
 
-@dataclass(frozen=True)
-class Assembly:
-    """What a run works with. `config` is resolved: nothing in it is "auto" where this machine decided."""
+@dataclass(frozen=True, kw_only=True)
+class TextAssembly(Assembly):
+    """What a run on text works with."""
 
-    config: RunConfig
     dataset: Dataset
     text: TextModel
-    plan: Plan
     encoder: Encoder
     train: Encoded
     held_out: Encoded
     test: Encoded
     new_token_ids: tuple[int, ...]
-    arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
-    processes: Processes = ALONE  # that train together
-    memory: PeakMemory | None = None  # what the process holds from before the model is loaded on
-    begun: Plan | None = None  # once ranks were pruned: the Plan with which training began
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    initial_plan: Plan | None = None  # once ranks were pruned: the plan with which training started
+
+    @property
+    def name(self) -> str:
+        return self.text.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    @property
+    def planned(self) -> tuple[int | None, int | None]:
+        forecast = self.arrangement.forecast
+        return self.arrangement.planned, None if forecast is None else forecast.peak
 
     @property
     def cuts(self) -> dict[int, int]:
-        """Under ranks.choose prune: after which steps pairs are cut, and to how many parameters; else empty."""
-        return cuts_of(self.config, self.begun or self.plan, self.steps)
-
-    @property
-    def parted(self) -> bool:
-        """Whether the processes part the frozen blocks among themselves."""
-        return self.config.train.shard and self.processes.count > 1
-
-    @property
-    def judged(self) -> tuple[str, tuple[Row, ...]]:
-        """The rows that the verdict is about, and what they are called: the test rows, or else the held-out ones."""
-        return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
+        """With ranks.choose prune: the steps after which pairs are cut, and the parameters that are left; else empty."""
+        return cuts_of(self.config, self.initial_plan or self.plan, self.steps)
 
     @property
     def encoded(self) -> dict[str, Encoded]:
@@ -77,69 +74,67 @@ class Assembly:
 
     @property
     def tokens_of_run(self) -> int:
-        """About as many tokens as all of the run's steps see."""
+        """Approximate number of tokens over all steps of the run."""
         rows = self.steps * min(self.config.train.batch_size, len(self.train.examples))
         return self.tokens_per_epoch * rows // len(self.train.examples)
 
-    @property
-    def steps(self) -> int:
-        order = StepOrder(len(self.train.examples), self.config.train.batch_size, self.config.train.seed)
-        return self.config.train.total_steps(order.steps_per_epoch)
 
-
-def assemble(
+def assemble_text(
     config: RunConfig,
     console: Console,
     processes: Processes = ALONE,
     *,
     members: int = 1,
     largest: LoraSpec | None = None,
-) -> Assembly:
-    """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise.
+) -> TextAssembly:
+    """Reads the rows first (quick to fail), then loads the model, then makes plan and ids. Raises ConfigError and DataError.
 
-    A search says how many adapters it has in training at once, and which pairs the largest of them has.
+    `members` and `largest` are for a search: how many adapters train at once, and the pairs of the largest.
     """
     config = on_own_device(config, processes)
     dataset = load_dataset(config.data)
     if not dataset.held_out:
         raise DataError(
-            "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
+            "No rows are held out, so nothing could be proved. Set data.held_out_fraction above 0, or name a data.held_out file."
         )
     parts = (dataset.train, dataset.held_out, dataset.test)
     loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
     arrangement = arrange(config, _say(console), loaded)
-    place = config.model.device
-    parted = config.train.shard and processes.count > 1  # a device has room for a part: the whole is loaded beside it
-    model = dataclasses.replace(config.model, device="cpu") if parted else config.model
+    device = config.model.device
+    sharded = config.train.shard and processes.count > 1  # a device holds its shard only: the whole model is loaded on the host
+    model = dataclasses.replace(config.model, device="cpu") if sharded else config.model
     text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots, pinned=arrangement.pinned)
     if text.dtype == torch.float16:
         raise ConfigError(
-            "model.dtype is float16, in which models of pictures alone are trained: on text, rates and ranks are tried without a "
-            "loss scale, so that small gradients would become 0 without a word. Train with bfloat16 or float32."
+            "model.dtype is float16, in which only image models are trained: text runs have no loss scale, so small gradients "
+            "would become 0. Train with bfloat16 or float32."
         )
     config = within_context(resolved(config, text), text, console)
-    if parted:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=place))
+    if sharded:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
     plan = plan_for(text.model, config.lora, text.family)
     new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded
     encoder = Encoder(text.tokenizer, config.data, dataset.labels)
     train, held_out, test = (encode_rows(rows, encoder) for rows in parts)
     if dataset.labels:
-        encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
+        encoder.candidates(dataset.held_out[0])  # raises now if the template keeps answers from being compared
     if config.ranks.choose == "auto":
         config, plan = choose_ranks(config, text, plan, train.examples, console)
-    setup = Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement, processes)
-    _ = setup.cuts  # that cannot be made are refused now
+    setup = TextAssembly(
+        config=config, plan=plan, dataset=dataset, text=text, encoder=encoder, train=train, held_out=held_out, test=test,
+        new_token_ids=new_token_ids, arrangement=arrangement, processes=processes,
+    )  # fmt: skip
+    _ = setup.cuts  # raises now if they cannot be made
     return setup
 
 
-def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
-    """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed.
+def text_task(setup: TextAssembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
+    """The task that `train` runs; adds the pairs of the plan to the model, initialised from the run's seed.
 
-    `held_out` are the rows to choose the best adapter by: the run's, unless others (or none) are named.
+    `held_out` are the rows that choose the best adapter; by default the run's own.
     """
     spec = setup.config.train
-    text = begin_pairs(setup, setup.plan, seed=spec.seed)
+    text = add_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     task = TextTask(
@@ -150,13 +145,12 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     return task
 
 
-def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default") -> TextModel:
-    """Adds the pairs of `plan`, initialised as lora.start says, perhaps from training rows; returns the model as it is trained.
-    """
+def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "default") -> TextModel:
+    """Adds the pairs of `plan`, initialised as lora.start says, if need be from training rows. Returns the model to train."""
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
     if directions or reads_weights(setup.config):
-        release_free_memory()  # what measuring, or a matrix in fp32, grew to is not held beside the steps
+        release_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
     return text
 
 
@@ -165,17 +159,17 @@ def _say(console: Console) -> Callable[[str], None]:
 
 
 def within_context(config: RunConfig, text: TextModel, console: Console) -> RunConfig:
-    """The settings with data.max_tokens no longer than the rows that the model can take; says so where it is."""
-    limit, asked = text.context, config.data.max_tokens
-    if limit is None or asked <= limit:
+    """The settings with data.max_tokens at most the model's context length; prints a line if it was lowered."""
+    limit, requested = text.context, config.data.max_tokens
+    if limit is None or requested <= limit:
         return config
-    said = f"data.max_tokens is {asked}, but {text.name} takes rows of at most {limit} tokens; {limit} is used."
-    console.print(said, markup=False, soft_wrap=True)
+    message = f"data.max_tokens is {requested}, but {text.name} takes rows of at most {limit} tokens; {limit} is used."
+    console.print(message, markup=False, soft_wrap=True)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=limit))
 
 
 def resolved(config: RunConfig, text: TextModel) -> RunConfig:
-    """The settings with the dtype, device, attention and products that this machine chose, so that a resumed run keeps them."""
+    """The settings with the dtype, device, attention and products that "auto" became here; a resumed run keeps them."""
     model = dataclasses.replace(
         config.model,
         dtype=str(text.dtype).removeprefix("torch."),  # type: ignore[arg-type]

@@ -1,16 +1,16 @@
-"""The certificate of a run on images: what is on disk draws what was trained, on a base that training left as it was.
+"""The certificate of an image run: the adapter on disk draws what was trained, and the base has not changed.
 
 frozen weights   the digest of every frozen number, before training and after it
-adapter on disk  the pipeline loaded once more with the adapter read from disk, against the live one: latents of samples; what
-                 they differ by is also a small share of what the adapter changes, so that a weak one cannot be exchanged unseen
+adapter on disk  the pipeline loaded once more with the adapter read from disk, against the live one: latents of samples; their
+                 difference is also a small share of the adapter's effect, so that no weak adapter is mistaken for another
 base untouched   the pipeline loaded once more, against the live one with its adapter off: latents of samples
 
-Both sides do the same arithmetic in the same dtype, so fp32's tolerance holds whatever the dtype is, as in certify_run, unless
-the machine itself rounds otherwise from one time to the next, as CUDA's libraries do, which choose kernels by alignment and
-workspace. That is measured: the live adapter draws twice, and where the base read again has the live one's numbers to the bit,
-what their latents differ by is rounding too. Tolerances are at least four times the larger of the two (`latent_check`).
+Both sides do the same arithmetic in the same dtype, so the tolerance of fp32 applies to every dtype, as in certify_text. But
+CUDA's libraries choose kernels by alignment and workspace, so they may round differently from one time to the next. That is
+measured: the live adapter draws twice, and if the base read again equals the live one to the bit, the difference of their latents
+is rounding too. Tolerances are at least four times the larger of the two (`latent_check`).
 
-Under a memory budget, which has room for one base, the adapter from disk is put on the live one and the last check is left out.
+With a memory budget, which fits one base only, the adapter from disk is added to the live base, and the last check is left out.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ STEPS = 4  # of the sampler: enough for a difference to grow, few enough to be q
 TOLERANCE = 1e-4  # of the largest latent
 AT_MOST = 2e-2  # of the largest latent, however much the machine rounds
 OF_EFFECT = 0.01  # of the largest difference that the adapter makes
-FLOORS = 4  # times what rounding was measured to do: two drawings show less than the most that it does
+FLOORS = 4  # times the measured rounding, since two drawings show less than its maximum
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def image_digests(model: ImageModel) -> dict[str, str]:
+def frozen_image_digests(model: ImageModel) -> dict[str, str]:
     """The digest of every frozen number of UNet, text encoders and autoencoder."""
     return {**frozen_digests(model.parts), **frozen_digests(nn.ModuleDict({"vae": model.vae}))}
 
@@ -49,9 +49,9 @@ def certify_images(
     live: ImageModel, adapter: Path, prompts: Sequence[str], *, before: Mapping[str, str], spec: ModelSpec | None,
     sampler: Sampler, name: str = "default",
 ) -> Certificate:  # fmt: skip
-    """The checks of the table above; `before` are the digests that `image_digests` gave before training.
+    """The checks of the table above; `before` is `frozen_image_digests` before training.
 
-    `spec` says how the pipeline is loaded once more, and None that there is room for one only.
+    `spec` says how to load the pipeline again; None if memory fits one only.
     """
     sampler = replace(sampler, steps=STEPS)
 
@@ -69,8 +69,8 @@ def certify_images(
         eject(live.parts, _READ)
     fresh.stage()
     floor = _largest(drawn(live, name) - wanted)
-    after = image_digests(live)
-    if spec is not None and image_digests(fresh) == after:
+    after = frozen_image_digests(live)
+    if spec is not None and frozen_image_digests(fresh) == after:
         floor = max(floor, _largest(other - base))
     again = "on the same base" if spec is None else "on the base, both read again"
     between = ("live adapter", f"{adapter.name}/ {again}")
@@ -94,12 +94,11 @@ def certify_images(
 def latent_check(
     name: str, left: Tensor, right: Tensor, *, between: tuple[str, str], base: Tensor | None = None, floor: float = 0.0
 ) -> Check:
-    """Whether two sets of latents (n, channels, h, w) agree: the largest difference, as a share of the largest latent.
+    """The check that two sets of latents (n, channels, h, w) agree: the largest difference, as a share of the largest latent.
 
-    With `base`, latents without the adapter, also as a share of the largest difference that the adapter makes. One that makes
-    none agrees with nothing but one that makes none. `floor` is the largest difference that rounding alone was seen to make:
-    4·floor is allowed, up to 2e-2 of the largest latent. Where it is more than 1 % of what the adapter makes, that share says
-    nothing and is not measured, which `detail` says.
+    With `base`, the latents without the adapter, also as a share of the adapter's largest effect. An adapter without effect only
+    agrees with another one without effect. `floor` is the largest measured difference by rounding: 4·floor is allowed, up to 2e-2
+    of the largest latent. If `floor` is more than 1 % of the adapter's effect, that share is not measured, and `detail` says so.
     """
     differ, largest = _largest(left - right), max(_largest(left), _TINY)
     measured, tolerance = {"latent": differ / largest}, {"latent": max(TOLERANCE, min(FLOORS * floor / largest, AT_MOST))}
@@ -118,24 +117,24 @@ def latent_check(
 
 
 def _hidden(floor: float, effect: float) -> str:
-    """Why the adapter's effect on latents cannot be told from rounding; empty where it can."""
+    """Why the adapter's effect on latents cannot be distinguished from rounding; empty if it can."""
     if not floor > OF_EFFECT * effect:
         return ""
-    return f"it cannot be told from rounding, which makes latents differ by up to {floor:.2g}, and the adapter by {effect:.2g}"
+    return f"rounding changes latents by up to {floor:.2g}, and the adapter by {effect:.2g}, too little to distinguish"
 
 
 def _rounding(floor: float, drawn: Tensor) -> str:
-    """What the same samples drawn again differ by, in words."""
+    """The difference between two drawings of the same samples, in words."""
     if not floor:
         return "none: the same samples drawn again are the same to the bit"
     return f"up to {floor / max(_largest(drawn), _TINY):.2g} of the largest latent between two drawings of the same samples"
 
 
 def _effect(adapted: Tensor, base: Tensor) -> str:
-    """What the adapter changes in the samples of the checks, in words."""
+    """The effect of the adapter on the samples of the checks, in words."""
     effect = _largest(adapted - base)
     if not effect:
-        return "none: the samples are the base's own, so they cannot tell it from another adapter without effect"
+        return "none: the samples equal the base's, as they would with any adapter without effect"
     return f"up to {effect / max(_largest(base), _TINY):.2g} of the base's largest latent"
 
 

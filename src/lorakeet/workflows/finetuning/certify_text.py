@@ -1,8 +1,8 @@
-"""The certificate of a run: what is on disk computes what was trained, on a base that training left as it was.
+"""The certificate of a text run: the adapter on disk computes what was trained, and the base has not changed.
 
-    frozen weights   the digest of every frozen number, before training and after it
-    adapter on disk  the base loaded once more with the adapter read from disk, against the live model: logits, token by token
-    base untouched   the base loaded once more, against the live model with its adapter off: logits, token by token
+frozen weights   the digest of every frozen number, before training and after it
+adapter on disk  the base loaded once more with the adapter read from disk, against the live model: logits, token by token
+base untouched   the base loaded once more, against the live model with its adapter off: logits, token by token
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MICRO_TOKENS = 1024
 REREAD = "reread"
 
 
-def certify_run(
+def certify_text(
     live: TextModel,
     adapter: Path,
     rows: Sequence[Example],
@@ -43,13 +43,13 @@ def certify_run(
     spec: EvaluateSpec,
     name: str = "default",
 ) -> Certificate:
-    """The three checks of the table above on real rows; `before` are the digests that `frozen_digests` gave before training.
+    """The three checks of the table above on `rows`; `before` is `frozen_digests` before training.
 
-    Both sides do the same arithmetic in the same dtype, so fp32's tolerance holds whatever the dtype is. `model` says how the
-    base is loaded once more; None, where memory has no room for a second one, puts the adapter from disk on the live base and
-    leaves the base to the digests.
+    Both sides do the same arithmetic in the same dtype, so the tolerance of fp32 applies to every dtype. `model` says how to load
+    the base again. If it is None, since memory is too small for a second base, the adapter from disk is added to the live base,
+    and only the digests check the base.
     """
-    batches = micro_batches(first_rows(rows), MICRO_TOKENS)
+    batches = micro_batches(rows_to_compare(rows), MICRO_TOKENS)
     checks = [check_frozen(before, frozen_digests(live.model))] if before else []
     if model is None:
         checks.insert(0, _within(live, adapter, batches, name=name, spec=spec))
@@ -65,7 +65,7 @@ def certify_run(
         ]
     activate(live.model, name)
     facts = {"model": live.name, "dtype": str(live.dtype).removeprefix("torch."), "rows": "held-out"}
-    facts[FACT] = record(live, name).to_text()  # what a server compares with before it serves the adapter
+    facts[FACT] = record(live, name).to_text()  # a server compares itself with it before it serves the adapter
     if not before or model is None:
         missing = ["frozen weights"] * (not before) + ["base untouched"] * (model is None)
         facts["not checked, for want of memory"] = ", ".join(missing)
@@ -93,7 +93,7 @@ def _within(live: TextModel, adapter: Path, batches: Sequence[Batch], *, name: s
 
 
 def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
-    """The check that no frozen tensor changed by a bit; names those that did."""
+    """The check that no frozen tensor changed by a bit; names those that changed."""
     changed = changed_tensors(before, after)
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
     return tolerance_check(
@@ -106,6 +106,6 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
     )
 
 
-def first_rows(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:
-    """The first rows up to so many tokens, one at least, with every token but a row's first a target."""
+def rows_to_compare(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:
+    """The first rows, up to `tokens` tokens but at least one row; every token but the first of a row is a target."""
     return [replace(row, supervised=np.arange(len(row.ids)) > 0) for row in first_tokens(rows, tokens)]

@@ -1,4 +1,4 @@
-"""Measures an image model with and without its adapter: denoising loss on judged pictures, samples side by side, memorisation."""
+"""Evaluates an image model with and without its adapter: denoising loss, samples side by side, memorisation."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from lorakeet.workflows.finetuning.assemble_image import sampler_of
 BASE, ADAPTER = "base", "adapter"
 WEIGHTS = (0.5, 1.0, 1.5)
 SHOWN = 256  # pixels: the larger side of a sample in the report; the files have all
-POOLED = 16  # places to a side at which latents are compared
-SPACE = "1 − cosine of the autoencoder's latents, averaged to at most 16×16 places, the training pictures' mean taken off"
+POOLED = 16  # latents are compared as at most POOLED × POOLED averages
+SPACE = "1 − cosine of the autoencoder's latents, averaged to at most 16×16 positions, minus the mean of the training pictures"
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,22 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class ImageJudge:
-    """Measures `model` on the judged pictures with the adapter `name` on and off, and its samples where there is a `scorer`."""
+class ImageEvaluator:
+    """Measures `model` on pictures with the adapter `name` on and off; with a `scorer` also its samples."""
 
     config: RunConfig
     model: ImageModel
     captions: Captions
-    judged: Sequence[EncodedImage]
+    pictures: Sequence[EncodedImage]  # to evaluate on
     train: Sequence[EncodedImage]
     console: Console
     name: str = "default"
     scorer: ImageScorer | None = None
-    prior: Sequence[EncodedImage] = ()  # of the subject's kind, from a folder, which were trained on too
-    groups: tuple[int, ...] | None = None  # which judged pictures are copies of each other
+    prior: Sequence[EncodedImage] = ()  # of the subject's class, from a folder; they were trained on too
+    groups: tuple[int, ...] | None = None  # of `pictures`: copies of each other have the same
 
     def report(self, title: str, folder: Path) -> Report:
-        """The measured sections; the samples are written to `folder` as PNG files, in one go."""
+        """The measured sections; writes the samples to `folder` as PNG files, all or none."""
         base, adapter = self.losses(BASE), self.losses(ADAPTER)
         rows = self._rows
         report = denoising_report(
@@ -81,49 +81,49 @@ class ImageJudge:
         return replace(report, samples=self._grid(drawn, pictures), memorisation=self.memorisation(drawn))
 
     def losses(self, system: str) -> RowLosses:
-        """The denoising loss of each judged picture, summed over its fixed timesteps."""
+        """The denoising loss of each picture, summed over its fixed timesteps."""
         activate(self.model.parts, None if system == BASE else self.name)
         with _bar(self.console) as bar:
-            task = bar.add_task(f"{system} sees {len(self.judged)} pictures", total=len(self.judged))
+            task = bar.add_task(f"{system} sees {len(self.pictures)} pictures", total=len(self.pictures))
             sums, counts = denoising_errors(
-                self.model, self.judged, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
+                self.model, self.pictures, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
             )
         return RowLosses(system, sums, counts.astype(np.int64), self.groups)
 
     @property
     def _rows(self) -> list[ImageRow]:
-        return [picture.row for picture in self.judged]
+        return [picture.row for picture in self.pictures]
 
     @property
-    def asked(self) -> list[tuple[str, int]]:
+    def requests(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each row of samples."""
-        found = self.config.diffusion.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.judged))[:3]
+        found = self.config.diffusion.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.pictures))[:3]
         return [(prompt, self.config.evaluate.seed + number) for prompt in found for number in range(self.config.diffusion.seeds)]
 
     @property
     def sampler(self) -> Sampler:
-        """How the settings have samples drawn."""
+        """The sampler of the settings."""
         return sampler_of(self.config)
 
     def draw_progress(self, folder: Path) -> None:
-        """Draws every prompt with the adapter as it is, in one go into `folder`; takes no random numbers from the run."""
-        prompts, seeds = [prompt for prompt, _ in self.asked], [seed for _, seed in self.asked]
+        """Draws every prompt with the adapter as it is into `folder`, all or none; uses no random numbers of the run."""
+        prompts, seeds = [prompt for prompt, _ in self.requests], [seed for _, seed in self.requests]
         with torch.random.fork_rng():
             latents = draw_latents(self.model, prompts, seeds, self.sampler)
         self._write(folder, [Drawn(ADAPTER, latents)], [self.model.decode(latents).numpy()])
 
     def samples(self) -> list[Drawn]:
         """The base's samples, and the adapter's at each weight, all from the same noise."""
-        held = adapter_of(self.model.parts, self.name)
+        adapter = adapter_of(self.model.parts, self.name)
         sampler = self.sampler
-        prompts, seeds = [prompt for prompt, _ in self.asked], [seed for _, seed in self.asked]
+        prompts, seeds = [prompt for prompt, _ in self.requests], [seed for _, seed in self.requests]
         found = []
         with _bar(self.console) as bar:
             task = bar.add_task("samples", total=len(prompts) * (1 + len(WEIGHTS)))
             for weight in (0.0, *WEIGHTS):
                 column = f"{ADAPTER} × {weight:g}" if weight else BASE
                 if weight:
-                    attach(self.model.parts, scaled_adapter(held, weight), "sampled")
+                    attach(self.model.parts, scaled_adapter(adapter, weight), "sampled")
                 else:
                     activate(self.model.parts, None)
                 try:
@@ -136,26 +136,26 @@ class ImageJudge:
         return found
 
     def memorisation(self, drawn: Sequence[Drawn]) -> Memorisation:
-        """Each sample's nearest training picture, as any of its cut-outs, against how near the judged pictures come."""
-        learnt = [(picture, latents) for picture in (*self.train, *self.prior) for latents in picture.latents]
-        own, given = [latents for _, latents in learnt], [picture.latents[0] for picture in self.judged]
-        side = places_of([*own, *given, *(latents for one in drawn for latents in one.latents)])
+        """Each sample's nearest training picture, over all its cut-outs, and how near the evaluated pictures come."""
+        trained = [(picture, latents) for picture in (*self.train, *self.prior) for latents in picture.latents]
+        own, given = [latents for _, latents in trained], [picture.latents[0] for picture in self.pictures]
+        side = pooled_side([*own, *given, *(latents for one in drawn for latents in one.latents)])
         training = features_of(own, side)
-        judged, _ = nearest_distances(features_of(given, side), training)
-        floor = float(judged.min())
+        reference, _ = nearest_distances(features_of(given, side), training)
+        floor = float(reference.min())
         found = []
         for one in drawn:
-            distances, places = nearest_distances(features_of(list(one.latents), side), training)
-            for (prompt, seed), distance, place in zip(self.asked, distances, places, strict=True):
-                source = learnt[int(place)][0].row.source
+            distances, indices = nearest_distances(features_of(list(one.latents), side), training)
+            for (prompt, seed), distance, index in zip(self.requests, distances, indices, strict=True):
+                source = trained[int(index)][0].row.source
                 found.append(Near(prompt, seed, one.column, source, float(distance), bool(distance < floor)))
-        return Memorisation(tuple(found), floor, float(np.median(judged)), len(self.judged), SPACE)
+        return Memorisation(tuple(found), floor, float(np.median(reference)), len(self.pictures), SPACE)
 
     def _scored(self, report: Report, scorer: ImageScorer, *, base: np.ndarray, adapter: np.ndarray) -> Report:
-        """With how far the samples of both are from their prompts and from the judged pictures; seeds of a prompt are a group."""
-        prompts = tuple(prompt for prompt, _ in self.asked)
+        """Adds the distances of samples from their prompts and from the pictures; the seeds of a prompt are one group."""
+        prompts = tuple(prompt for prompt, _ in self.requests)
         texts = scorer.prompts(prompts)
-        real = scorer.pictures(_pixels_of(picture.row.path) for picture in self.judged)
+        real = scorer.pictures(_pixels_of(picture.row.path) for picture in self.pictures)
         ones = np.ones(len(prompts), np.int64)
         found: dict[str, list[RowLosses]] = {PROMPT_DISTANCE: [], STYLE_DISTANCE: []}
         for system, pictures in ((ADAPTER, adapter), (BASE, base)):
@@ -166,9 +166,9 @@ class ImageJudge:
 
     def _grid(self, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> SampleGrid:
         rows = []
-        for place, (prompt, seed) in enumerate(self.asked):
+        for number, (prompt, seed) in enumerate(self.requests):
             cells = [
-                Sample(one.column, base64.b64encode(png_of(column[place], largest=SHOWN)).decode())
+                Sample(one.column, base64.b64encode(png_of(column[number], largest=SHOWN)).decode())
                 for one, column in zip(drawn, pictures, strict=True)
             ]
             rows.append(SampleRow(prompt, seed, tuple(cells)))
@@ -179,10 +179,10 @@ class ImageJudge:
     def _write(self, folder: Path, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> None:
         with durable.new_folder(folder) as made:
             for one, column in zip(drawn, pictures, strict=True):
-                for place, (_, seed) in enumerate(self.asked):
+                for number, (_, seed) in enumerate(self.requests):
                     name = one.column.replace(" × ", "-")
-                    prompt = place // self.config.diffusion.seeds
-                    durable.write_plain(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[place]))
+                    prompt = number // self.config.diffusion.seeds
+                    durable.write_plain(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[number]))
 
 
 def scaled_adapter(adapter: Adapter, weight: float) -> Adapter:
@@ -191,13 +191,13 @@ def scaled_adapter(adapter: Adapter, weight: float) -> Adapter:
     return dataclasses.replace(adapter, pairs=pairs)
 
 
-def places_of(latents: Sequence[Tensor]) -> int:
-    """How many places to a side all of these latents (channels, h, w) can be averaged to: at most POOLED."""
+def pooled_side(latents: Sequence[Tensor]) -> int:
+    """The largest side, at most POOLED, that all of these latents (channels, h, w) can be averaged to."""
     return min(POOLED, *(min(one.shape[1:]) for one in latents))
 
 
 def features_of(latents: Sequence[Tensor], side: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Latents (channels, h, w) of any size averaged to `side` × `side` places: (n, features)."""
+    """Latents (channels, h, w) of any size averaged to `side` × `side`: (n, features)."""
     pooled = [torch.nn.functional.adaptive_avg_pool2d(one.float().cpu()[None], side).flatten() for one in latents]
     return torch.stack(pooled).double().numpy()
 
@@ -207,8 +207,10 @@ def _bar(console: Console) -> Bar:
 
 
 def _pixels_of(path: Path) -> Pixels:
-    """As `open_pixels`; DataError where the picture, which the run has read, cannot be read any more."""
+    """As `open_pixels`; raises DataError for a picture that was removed or broken during the run."""
     try:
         return open_pixels(path)[0]
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} was read when the run began, and cannot be now: {error}. The samples are not scored.") from error
+        raise DataError(
+            f"{path} was read at the start of the run, and cannot be read now: {error}. Restore it, then resume the run."
+        ) from error

@@ -1,4 +1,4 @@
-"""Measures a model with and without its adapter on the same rows, and makes the measured part of the report of it."""
+"""Evaluates a text model with and without its adapter on the same rows, and makes the measured sections of the report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BASE, ADAPTER = "base", "adapter"
 
 
 @dataclass(frozen=True)
-class Judge:
+class TextEvaluator:
     """Measures `text` on `rows` with the adapter `name` on and off."""
 
     config: RunConfig
@@ -40,36 +40,36 @@ class Judge:
     console: Console
     name: str = "default"
 
-    def report(self, title: str, *, learnt_from: Sequence[Row]) -> Report:
-        """The measured sections: classification where the rows have labels, loss and perplexity elsewhere.
+    def report(self, title: str, *, baseline_rows: Sequence[Row]) -> Report:
+        """The measured sections: classification if the rows have labels, else loss and perplexity.
 
-        `learnt_from` are the rows that the floors (majority class, TF-IDF) learn from.
+        `baseline_rows` are the rows that the simple baselines (majority class, TF-IDF) are fitted to.
         """
         rows = self.fitting()
         if not rows:
-            raise DataError("There is no row to judge by; name a file with rows, or raise data.max_tokens.")
+            raise DataError("There are no rows to evaluate on. Name a file with rows, or raise data.max_tokens.")
         if self.encoder.labels:
-            report = self._classification_report(title, rows, learnt_from)
+            report = self._classification_report(title, rows, baseline_rows)
         else:
             report = self._language_report(title, rows)
         left_out = len(self.rows) - len(rows)
-        said = (f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the judgement.",)
-        return replace(report, warnings=said if left_out else ())
+        warning = f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."
+        return replace(report, warnings=(warning,) if left_out else ())
 
-    def _classification_report(self, title: str, rows: Sequence[Row], learnt_from: Sequence[Row]) -> Report:
+    def _classification_report(self, title: str, rows: Sequence[Row], baseline_rows: Sequence[Row]) -> Report:
         base, adapter = self.answers(rows, BASE), self.answers(rows, ADAPTER)
         return classification_report(
             title,
             adapter=adapter,
             base=base,
-            floors=self._floors(rows, learnt_from) if self.config.evaluate.baselines and learnt_from else [],
+            floors=self._floors(rows, baseline_rows) if self.config.evaluate.baselines and baseline_rows else [],
             texts=[row.text for row in rows],
             sources=[row.source for row in rows],
             spec=self.config.evaluate,
         )
 
     def drift(self) -> Drift | None:
-        """Mean KL(base ‖ adapter) a token on texts that the base samples once, from its begin token, seeded."""
+        """Mean KL(base ‖ adapter) per token on texts that the base samples, seeded; None if there are none."""
         spec = self.config.evaluate
         if spec.drift_texts == 0:
             return None
@@ -81,11 +81,11 @@ class Judge:
         return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
 
     def fitting(self) -> list[Row]:
-        """The rows that are short enough to be judged."""
+        """The rows of at most data.max_tokens tokens."""
         return [row for row in self.rows if self.encoder.encode(row) is not None]
 
     def answers(self, rows: Sequence[Row], system: str) -> Answers:
-        """What the system says of labelled rows."""
+        """The label probabilities of `system` on labelled rows."""
         candidates: list[Candidates] = [found for row in rows if (found := self.encoder.candidates(row)) is not None]
         activate(self.text.model, None if system == BASE else self.name)
         with counted(self.console, f"{system} answers {len(rows)} rows", len(candidates)) as advance:
@@ -93,14 +93,14 @@ class Judge:
         truth = np.array([row.label for row in candidates], dtype=np.int64)
         return Answers(system, self.encoder.labels, truth, label_log_probs(scores), _groups(rows))
 
-    def _floors(self, rows: Sequence[Row], learnt_from: Sequence[Row]) -> list[Answers]:
+    def _floors(self, rows: Sequence[Row], baseline_rows: Sequence[Row]) -> list[Answers]:
         labels, groups = self.encoder.labels, _groups(rows)
-        train_labels, truth = [_label(row) for row in learnt_from], [_label(row) for row in rows]
+        train_labels, truth = [_label(row) for row in baseline_rows], [_label(row) for row in rows]
         majority = majority_class(train_labels, truth, labels=labels, groups=groups)
         texts = [row.text for row in rows]
-        known = [row.text for row in learnt_from]
+        known = [row.text for row in baseline_rows]
         tfidf = tfidf_logistic(known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups)
-        note = f"learnt from {len(learnt_from)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
+        note = f"fitted to {len(baseline_rows)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
         return [majority, replace(tfidf, note=note)]
 
     def _language_report(self, title: str, rows: Sequence[Row]) -> Report:
@@ -116,7 +116,7 @@ class Judge:
         )
 
     def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
-        """How likely the system finds the supervised tokens of rows."""
+        """The loss of `system` on the target tokens of each row."""
         activate(self.text.model, None if system == BASE else self.name)
         examples, tokens = encode_rows(rows, self.encoder).examples, self.config.train.micro_tokens
         with counted(self.console, f"{system} reads {len(rows)} rows", len(examples)) as advance:
@@ -125,7 +125,7 @@ class Judge:
 
 
 def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:
-    """Texts that the base writes from its begin token at temperature 1, every token but the first a target."""
+    """Texts that the base samples from its BOS token at temperature 1; every token but the first is a target."""
     activate(text.model, None)
     start = next((t for t in (text.tokenizer.bos_token_id, text.tokenizer.eos_token_id) if t is not None), 0)
     written = sample(text, [[int(start)]] * count, max_tokens=tokens, seed=seed_for(seed, "drift") % 2**31, temperature=1.0)
@@ -133,7 +133,7 @@ def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> lis
 
 
 def _groups(rows: Sequence[Row]) -> tuple[str, ...] | None:
-    """Group ids where rows have any; rows without one are a group of their own."""
+    """The group of each row, or its own source; None if no row has a group."""
     if not any(row.group for row in rows):
         return None
     return tuple(row.group or row.source for row in rows)
@@ -141,7 +141,7 @@ def _groups(rows: Sequence[Row]) -> tuple[str, ...] | None:
 
 def _label(row: Row) -> str:
     if row.label is None:
-        raise DataError(f"{row.source} has no label, though other rows have one; give every row a label or none.")
+        raise DataError(f"{row.source} has no label, but other rows have one. Give every row a label, or none.")
     return row.label
 
 

@@ -1,4 +1,4 @@
-"""`--ranks auto`: what ranks are worth is measured on training rows, and the budget becomes an ordinary lora.rank_pattern."""
+"""`--ranks auto`: measures what ranks are worth on training rows and turns the budget into an ordinary lora.rank_pattern."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ from lorakeet.ranks.score import (
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.planning.forecast_choices import budget_of
 
-NAME = "ranks"  # of the pairs that gradients are read from, while they are
+NAME = "ranks"  # of the temporary pairs whose gradients are measured
 
 
 def choose_ranks(
     config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example], console: Console
 ) -> tuple[RunConfig, Plan]:
-    """The settings with the chosen ranks in `lora.rank_pattern` and ranks.choose given, and the Plan that they mean.
+    """The settings with the chosen ranks in `lora.rank_pattern` and ranks.choose given, and the plan of them.
 
-    So the saved run file says the ranks themselves: they can be read, edited and resumed. Raises ConfigError for a budget that
-    does not fit or a model that cannot be scored, DataError for scores that are no numbers.
+    So the saved run file names the ranks, which can be read, edited and resumed. Raises ConfigError for a budget that does not
+    fit or a model that cannot be scored, and DataError for scores that are not finite.
     """
     spec = config.ranks
     budget = budget_of(config, plan)
     step = 2 if config.lora.start == "orthogonal" else 1
     gains = _gains(config, text, plan, examples)
-    release_free_memory()  # what scoring grew to is not held beside the run
+    release_free_memory()  # scoring leaves freed memory that the run has no use for
     chosen = allocate(plan, gains, budget, largest=spec.max_rank, step=step)
     lora = replace(config.lora, rank_pattern=rank_pattern(chosen, config.lora))
     ranks = [entry.rank for entry in chosen.entries]
     used = pair_parameters(chosen)
     console.print(
         f"Ranks by {spec.score} on {min(spec.rows, len(examples))} training rows: {used:,} of {budget:,} parameters, ranks "
-        f"{min(ranks)} to {max(ranks)}. They stand in lora.rank_pattern of the saved run file.",
+        f"{min(ranks)} to {max(ranks)}. The saved run file has them in lora.rank_pattern.",
         markup=False,
         soft_wrap=True,
     )
@@ -70,9 +70,9 @@ def choose_ranks(
 
 
 def start_directions(config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """The A of every pair where lora.start is measured (gradient, activation) on ranks.rows rows; empty for other starts.
+    """The initial A of every pair if lora.start measures it (gradient, activation) on ranks.rows rows; else empty.
 
-    The same for a run and for its resumption. Raises as `choose_ranks` does.
+    A resumed run gets the same. Raises as `choose_ranks` does.
     """
     start = config.lora.start
     if start not in MEASURED:
@@ -94,7 +94,7 @@ def _gains(config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Ex
 
 
 def _rows(config: RunConfig, text: TextModel, examples: Sequence[Example], what: str) -> list[Example]:
-    """The training rows on which is measured; ConfigError and DataError where that cannot be."""
+    """The training rows to measure on. Raises ConfigError for a streamed model, and DataError for fewer than 2 rows."""
     if text.streamed is not None:
         raise ConfigError(
             f"{what} reads gradients or states of a model in memory, but memory.budget streams this one. Choose the ranks in a "
@@ -111,25 +111,25 @@ def _rows(config: RunConfig, text: TextModel, examples: Sequence[Example], what:
 def _sketches(
     config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], of: Literal["input", "output"], largest: int
 ) -> dict[str, Sketch]:
-    """Of the states of the bare base on the rows."""
+    """Sketches of the base model's inputs or outputs of each matrix on the rows."""
 
     head, watched = output_layer(text.model), text.with_every_token()
-    heeds_head = any(find(text.model, entry.path) is head for entry in plan.entries)
+    sketches_head = any(find(text.model, entry.path) is head for entry in plan.entries)
 
     def forward() -> None:
         for batch in micro_batches(rows, config.train.micro_tokens):
             states = watched.hidden(batch.to(text.device))
-            for some in torch.split(states, config.train.head_chunk) if heeds_head else ():
-                cast(nn.Module, head)(some)  # which a pass up to the last states does not call
+            for some in torch.split(states, config.train.head_chunk) if sketches_head else ():
+                cast(nn.Module, head)(some)  # text.hidden does not call the head
 
-    unfuse(text.model)  # so that every matrix is called by itself, whatever adapters are there; initialise_adapter fuses again
+    unfuse(text.model)  # every matrix is called by itself; initialise_adapter fuses again
     activate(text.model, None)
     text.model.eval()
     return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
 
 
 def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], largest: int) -> Halves:
-    """Training's own backward pass over temporary pairs; the model is as before afterwards."""
+    """Gradients of temporary pairs on two halves of the rows; leaves the model as it was."""
     sketch = sketch_plan(plan, largest)
     with torch.random.fork_rng(devices=[]):
         adapted = initialise_adapter(text, sketch, seed=config.train.seed, name=NAME)

@@ -1,30 +1,38 @@
-"""What a run prints in the terminal: the plan, an example with its learnt tokens, memory, and the table of results."""
+"""Prints a run in the terminal: rows or pictures, plan, memory, results and certificate."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lorakeet.core.plan import Plan
 from lorakeet.data.chat import show_example
+from lorakeet.data.prepare import Dataset
 from lorakeet.data.template import uses_template
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
 from lorakeet.memory.forecast import KINDS, Forecast
-from lorakeet.workflows.finetuning.assemble_text import Assembly
 from lorakeet.workflows.runs.pruning import cuts_text
+
+if TYPE_CHECKING:  # a run imports the modules of its own kind only
+    from lorakeet.data.images.split import ImageDataset
+    from lorakeet.workflows.finetuning.assemble_image import ImageAssembly
+    from lorakeet.workflows.finetuning.assemble_text import TextAssembly
+    from lorakeet.workflows.planning.image_run import ImagePlanned
 
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
 
 
-def show_run_plan(setup: Assembly, console: Console) -> None:
-    """The rows, the leaks, one example in colour, and which matrices get which rank."""
-    data = setup.dataset
-    counts = f": {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
-    console.print(Text.assemble(("Rows", "bold"), counts))
-    for line in data.leaks.lines():
+def show_rows(setup: TextAssembly, console: Console) -> None:
+    """Prints the rows, the leaks, one example with its target tokens in colour, the plan, and the memory that is planned."""
+    _show_counts("Rows", setup.dataset, console)
+    for line in setup.dataset.leaks.lines():
         console.print(Text(line))
     for name, encoded in setup.encoded.items():
         if encoded.truncated or encoded.dropped:
@@ -32,35 +40,70 @@ def show_run_plan(setup: Assembly, console: Console) -> None:
             console.print(f"{encoded.truncated} {name} rows shortened to {limit}, {len(encoded.dropped)} left out")
     if _lacks_template(setup):
         console.print("The tokenizer has no chat template, so turns are joined as raw text.", soft_wrap=True)
-    console.print(Text.assemble(("One training row", "bold"), " (learnt tokens in green):"))
+    console.print(Text.assemble(("One training row", "bold"), " (target tokens in green):"))
     console.print(show_example(setup.train.examples[0], setup.text.tokenizer))
-    table = Table("path", "weight", "rank", "scale", "parameters", title="Plan", title_justify="left")
-    for row in setup.plan.rows():
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    model = setup.config.model
-    console.print(Text(setup.plan.summary()))
+    _show_plan(("path", "weight"), setup.plan.rows(), setup.plan, console)
     if cuts := setup.cuts:
         console.print(cuts_text(cuts, setup.plan), soft_wrap=True)
+    model = setup.config.model
     console.print(
-        f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens a pass; "
+        f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens an epoch; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
     planned = setup.arrangement.forecast
     if planned is not None:
         most = max((phase for phase in planned.forecast.phases if phase.bytes == planned.peak), key=lambda phase: phase.bytes)
-        place = "of this process" if setup.arrangement.card is None else f"on {setup.arrangement.card}"
-        console.print(f"Memory: at most {bytes_text(planned.peak)} {place} planned, in the phase: {most.name}")
+        where = "of this process" if setup.arrangement.card is None else f"on {setup.arrangement.card}"
+        console.print(f"Memory: at most {bytes_text(planned.peak)} {where} planned, in the phase: {most.name}")
 
 
-def _lacks_template(setup: Assembly) -> bool:
-    """Whether turns with roles go without the template that they would otherwise get."""
+def show_pictures(setup: ImageAssembly, console: Console) -> None:
+    """Prints the pictures, their sizes and the plan."""
+    _show_counts("Pictures", setup.dataset, console)
+    factor = setup.model.factor
+    sizes = sorted({(int(p.latents.shape[2]) * factor, int(p.latents.shape[3]) * factor) for p in setup.train})
+    console.print(f"Examples of {', '.join(f'{width}×{height}' for height, width in sizes)} pixels")
+    _show_plan(("module", "pairs"), _rows_by_module(setup.plan), setup.plan, console)
+    config = setup.config
+    console.print(
+        f"{setup.steps} steps of {config.train.batch_size} pictures; {config.model.dtype} weights on {config.model.device}; "
+        f"the model predicts {config.diffusion.prediction}"
+    )
+
+
+def _show_counts(name: str, data: Dataset | ImageDataset, console: Console) -> None:
+    counts = f": {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
+    console.print(Text.assemble((name, "bold"), counts))
+
+
+def _show_plan(columns: tuple[str, str], rows: Iterable[tuple[str, ...]], plan: Plan, console: Console) -> None:
+    table = Table(*columns, "rank", "scale", "parameters", title="Plan", title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    console.print(Text(plan.summary()))
+
+
+def _rows_by_module(plan: Plan) -> list[tuple[str, ...]]:
+    """Rows of the table, one for all modules of the same name, rank and scale: a UNet has too many to list."""
+    groups: dict[tuple[str, int, float], list[int]] = {}
+    for entry in plan.entries:
+        parts = entry.path.split(".")
+        name = ".".join([parts[0], "…", *[part for part in parts[-3:] if not part.isdigit()]])
+        groups.setdefault((name, entry.rank, entry.scale), []).append(entry.parameters)
+    return [
+        (name, str(len(counts)), str(rank), f"{scale:g}", f"{sum(counts):,}") for (name, rank, scale), counts in groups.items()
+    ]
+
+
+def _lacks_template(setup: TextAssembly) -> bool:
+    """True if rows have roles, but the tokenizer has no chat template for them."""
     data, row = setup.config.data, setup.dataset.train[0]
     return data.chat_template == "auto" and bool(row.turns[0].role) and not uses_template(setup.text.tokenizer, data)
 
 
 def show_results(report: Report, console: Console) -> None:
-    """The verdict, every system's metrics with their intervals, and the paired differences."""
+    """Prints every system's metrics with their intervals, the paired differences, and the verdict."""
     names = [name for name in METRIC_WORDS if any(name in system.metrics for system in report.systems)]
     table = Table("", *(metric_words(name).title for name in names), title=Text(report.subtitle), title_justify="left")
     for system in report.systems:
@@ -79,10 +122,13 @@ def show_results(report: Report, console: Console) -> None:
         console.print(Text(f"Drift from the base: {_cell(report.drift.mean_kl, 4)} nats a token on {report.drift.texts} texts"))
     if report.verdict is not None:
         console.print(Text(report.verdict.sentence, style="bold"))
+    if report.memorisation is not None:
+        near, count = report.memorisation.suspicious, len(report.memorisation.nearest)
+        console.print(f"{near} of {count} samples are nearer to a training picture than any evaluated picture is")
 
 
 def show_certificate(certificate: Certificate, console: Console) -> None:
-    """One line a check, and one for each thing that was not checked."""
+    """Prints a line for each check, and one for each thing that was not checked."""
     for check in certificate.checks:
         console.print(Text(str(check), style="green" if check.passed else "bold red"))
     for missing in certificate.unchecked:
@@ -91,12 +137,25 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
         console.print(Text(f"{certificate.verdict}.", style="bold yellow"))
 
 
+def show_image_forecast(planned: ImagePlanned, console: Console) -> None:
+    """Prints the memory of an image run by phase, and the size of its micro-batches."""
+    console.print(memory_table(planned.forecast, None if planned.card is None else str(planned.card)))
+    pictures = planned.pictures
+    height, width = pictures.example
+    console.print(
+        f"{planned.plan.parameters:,} trained parameters; micro-batches of {pictures.micro_batch} × {width}×{height} pixels, "
+        f"{planned.work.flops / 1e9:,.0f} GFLOP each. On a GPU, where unused parts are offloaded, at most "
+        f"{bytes_text(planned.tensors)} of tensors.",
+        soft_wrap=True,
+    )
+
+
 def memory_table(forecast: Forecast, device: str | None = None) -> Table:
-    """What a run will hold at the peak of each phase, by kind: the process, or of a CUDA `device`; within 80 columns."""
+    """A table of the bytes at the peak of each phase, by kind: of the process, or on a CUDA `device`; within 80 columns."""
     shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
     unit, size, digits = ("GB", 1e9, 2) if forecast.peak.bytes >= 1e9 else ("MB", 1e6, 1)
-    place, keeper = (f"on {device}", "torch's allocator") if device else ("of the process", "the C library")
-    title = f"Memory {place} at the peak of each phase, in {unit}"
+    where, keeper = (f"on {device}", "torch's allocator") if device else ("of the process", "the C library")
+    title = f"Memory {where} at the peak of each phase, in {unit}"
     caption = f"saved: activations kept for the backward pass; alloc.: freed memory that {keeper} keeps"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("phase", *shown, "all"):

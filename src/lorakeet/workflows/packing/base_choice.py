@@ -19,7 +19,7 @@ from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.values import encode
 from lorakeet.models.files.origin import origin_of, packed_folder, stored_as
 from lorakeet.models.files.source import on_this_machine
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, Judge
+from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, TextEvaluator
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.planning.quantizing import stream_closed
 from lorakeet.workflows.planning.text_run import Loaded
@@ -170,7 +170,7 @@ def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> An
     loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in dataset.held_out))
     text = opened.text_model(console, within_budget=loaded)
     encoder = Encoder(text.tokenizer, opened.config.data, dataset.labels)
-    judge = Judge(opened.config, text, encoder, dataset.held_out, console, NAME)
+    judge = TextEvaluator(opened.config, text, encoder, dataset.held_out, console, NAME)
     with stream_closed(text):
         rows = judge.fitting()
         return replace(judge.answers(rows, ADAPTER) if dataset.labels else judge.losses(rows, ADAPTER), system=base)

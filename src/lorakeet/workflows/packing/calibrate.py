@@ -16,7 +16,7 @@ from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.export.packed_model import TensorGroup, write_model
+from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.memory.budget import parse_budget
 from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import files_along, open_checkpoint

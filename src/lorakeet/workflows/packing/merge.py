@@ -25,7 +25,7 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Scores, surviving_share
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.export.repacked import write_repacked
+from lorakeet.export.repack_model import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.generate.score import row_losses
@@ -38,10 +38,10 @@ from lorakeet.models.text.gptq_blocks import LayerSource, check_tokens, pack_blo
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
+from lorakeet.quant.construct import meta_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.replace import without_numbers
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, Judge
+from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, TextEvaluator
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.planning.packed_merge import (
@@ -125,7 +125,7 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
         console.print(f"{len(solved)} layers packed: {scales}.", soft_wrap=True)
         written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
         console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
-    outcome = {path: replace(found, base=without_numbers(found.base), latent=None) for path, found in solved.items()}
+    outcome = {path: replace(found, base=meta_base(found.base), latent=None) for path, found in solved.items()}
     _drop(text)
     del text, solved, bases  # one model at a time
     gc.collect()
@@ -193,7 +193,7 @@ class Merging:
         encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
         judged = self.dataset.test or self.dataset.held_out
         config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
-        judge_ = Judge(config, text, encoder, judged, self.console, NAME)
+        judge_ = TextEvaluator(config, text, encoder, judged, self.console, NAME)
         rows = judge_.fitting()
         return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
 
@@ -262,7 +262,7 @@ class Merging:
         def pack(path: str, *given: object) -> PackedBase:
             latent = self._finishes and path in self.opened.adapter.pairs
             found = round_with_feedback(self.layout.layers[path](), *given, latent=latent)  # type: ignore[arg-type]
-            solved[path] = found if text.streamed is None else replace(found, base=without_numbers(found.base))
+            solved[path] = found if text.streamed is None else replace(found, base=meta_base(found.base))
             return found.base
 
         def layers_of(block: str) -> dict[str, nn.Module]:

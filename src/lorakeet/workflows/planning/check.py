@@ -28,7 +28,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.parity import CELLS
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.export.folded import PART_BYTES
+from lorakeet.export.compare_stored import PART_BYTES
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of

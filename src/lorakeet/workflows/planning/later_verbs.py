@@ -15,7 +15,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError
 from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.memory.forecast import Forecast, Phase
-from lorakeet.merge.fold import FP32_COPIES
+from lorakeet.merge.merged_folder import FP32_COPIES
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.merge import size_of_merge

@@ -26,7 +26,7 @@ from torch import Tensor
 from lorakeet.data.chat import Example
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.export.packed_model import SHARD_BYTES
+from lorakeet.export.model_folder import SHARD_BYTES
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
@@ -44,9 +44,9 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.repeated_blocks import run_each_kind
 from lorakeet.models.text.streamed_from_config import streamed_model_from_config
+from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gptq_solve import GptqLayout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import empty_base
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.forecast_text_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, text_runtime_bytes
 from lorakeet.workflows.planning.rehearse_text import NotPlanned, RowShape, made_up_batch, matrix_sizes, on_shapes

@@ -24,7 +24,7 @@ from lorakeet.models.image.kinds import ENCODERS, Conditioning, predicted
 from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel, image_plan
 from lorakeet.models.inject import inject
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 from lorakeet.train.image.task import ImageBatch, ImageTask
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.loop import Training

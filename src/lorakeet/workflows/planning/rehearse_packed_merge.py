@@ -24,9 +24,9 @@ from lorakeet.models.text.from_config import ShapeBase
 from lorakeet.models.text.gptq_blocks import LayerSource, pack_blocks
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.repeated_blocks import run_each_kind
+from lorakeet.quant.construct import empty_base
+from lorakeet.quant.grids import FixedGrid, Nf4Grid, UniformGrid
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.regrid import EvenGrid, FixedGrid, LevelGrid
-from lorakeet.quant.replace import empty_base
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
 from lorakeet.workflows.planning.rehearse_text import on_shapes
@@ -109,11 +109,11 @@ def rehearse_finish(
 
 
 def outlined_grid(base: PackedBase) -> FixedGrid:
-    """The grid of a base that has shapes alone, as large as `quant/regrid.grid_of` makes it."""
+    """The grid of a base that has shapes alone, as large as `quant/grids.grid_of` makes it."""
     settings, (out, width) = base.settings, base.shape
     if settings["method"] == "nf4":
-        return LevelGrid(torch.empty(base.shape), lambda codes: base)
+        return Nf4Grid(torch.empty(base.shape), lambda codes: base)
     finest = 16 if settings.get("type") == "Q6_K" else 32  # numbers under a scale of GGUF's types
     groups = int(settings["groups"]) if settings["method"] == "gptq" else width // finest
     step, inverse, offset = (torch.empty(groups, out) for _ in range(3))
-    return EvenGrid(step, inverse, offset, [column * groups // width for column in range(width)], 15, lambda codes: base)
+    return UniformGrid(step, inverse, offset, [column * groups // width for column in range(width)], 15, lambda codes: base)

@@ -44,8 +44,8 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel, token_logprobs
 from lorakeet.models.text.repeated_blocks import blocks_of, count_repeated_blocks, first_blocks_of_plan
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.replace import weights_in
 from lorakeet.train.log import MetricsLog, Record
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Silent

@@ -18,14 +18,16 @@ from lorakeet.train.processes import Processes, ProcessLost
 from lorakeet.train.run import RunFolder
 
 
-def require_combinable(config: RunConfig, launch: Launch) -> None:
-    """Raises ConfigError that names every setting which several processes cannot share yet; one process shares nothing."""
+def require_combinable(config: RunConfig, launch: Launch, *, several: bool = True) -> None:
+    """Raises ConfigError that names every setting which several processes cannot share; `several`: the kind of run can be."""
     if launch.count == 1:
         return
     problems = Problems(f"{launch.count} processes cannot train this run together")
     alone = f"Leave it out, or start one process (not {launch.count})."
-    if config.kind == "image":
-        problems.add(f"kind is image, which one process trains. Start lorakeet without torchrun (not {launch.count} processes).")
+    if not several:
+        problems.add(
+            f"kind is {config.kind}, which one process trains. Start lorakeet without torchrun (not {launch.count} processes)."
+        )
     if config.memory.budget:
         problems.add(f"memory.budget is {config.memory.budget}, which one process keeps by streaming its blocks. {alone}")
     if config.train.keep_prefix_states:

@@ -27,7 +27,7 @@ from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.replace import weights_in
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.planning.measuring import arrange_judging

@@ -1,4 +1,4 @@
-"""The winner of a search against the run file's settings: on rows, and from seeds, that had no part in choosing it."""
+"""Confirms the winner of a search against the run file's settings, on rows and with seeds that did not choose it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ CONFIRM = "confirm"
 
 @dataclass
 class Confirmation:
-    """What became of the `winner` of `trials` on other rows. `found` is None where it was not compared with the run file's
-    settings: it is these, or they or it diverge."""
+    """The result of the `winner` of `trials` on other rows.
+
+    `found` is None if it was not compared with the run file's settings: it has these settings, or one of the two diverged.
+    """
 
     trials: Trials
     winner: Trial
-    seeds: int = 1  # with which it was confirmed
-    unconfirmed: str = ""  # why it could not be, where a seed of it diverged
+    seeds: int = 1  # of the confirmation
+    unconfirmed: str = ""  # why not, if a seed diverged
     found: Comparison | None = None
 
     @property
     def chosen(self) -> Trial:
-        """Whose settings to train with: the winner's where they are shown to be better, or the run file's diverged.
+        """The trial whose settings to train with: the winner if it is shown to be better, or if the run file's diverged.
 
-        A trial that the budget ended early shows it only by new seeds, which are trained to their end.
+        A trial that the budget ended early is shown to be better by new seeds only, which are trained to their end.
         """
         start, found = self.trials.all[0], self.found
         shown = found is not None and found.verdict == "better" and (self.winner.whole or self.seeds > 1)
@@ -39,7 +41,7 @@ class Confirmation:
 
     @property
     def conclusion(self) -> str:
-        """What was found, in words."""
+        """The result in words."""
         trials, winner, confirmed = self.trials, self.winner, self.found
         words, start = winner.point.words(trials.space.rate), trials.all[0]
         if confirmed is None:
@@ -63,7 +65,7 @@ class Confirmation:
 
     @property
     def _cut_short(self) -> str:
-        """A sentence, after a space, where the budget ended the best trial before its end; else empty."""
+        """A sentence, after a space, if the budget ended the best trial early; else empty."""
         at = self.winner.at
         if at is None or at.done != SPENT:
             return ""
@@ -75,10 +77,10 @@ class Confirmation:
 
 
 def confirm(trials: Trials, winner: Trial, seeds: int, together: int = 2) -> Confirmation:
-    """The winner against the run file's settings on rows that the search never saw.
+    """Compares the winner with the run file's settings on rows that the search never saw.
 
-    With 2 seeds or more, each is trained anew from so many seeds that the search did not see either: the seed of the search
-    had a part in choosing. As many as the budget leaves, which is said; below 2, the adapters of the search are compared.
+    With 2 seeds or more, both are trained again with as many new seeds, since the search's own seed helped to choose. If the
+    budget leaves fewer, a line says so; with fewer than 2, the adapters of the search are compared.
     """
     made, start = Confirmation(trials, winner), trials.all[0]
     if winner is start or start.adapter is None or start.losses is None:
@@ -104,7 +106,7 @@ def confirm(trials: Trials, winner: Trial, seeds: int, together: int = 2) -> Con
 
 
 def _affordable(trials: Trials, winner: Trial, seeds: int) -> int:
-    """How many seeds of both settings the budget still trains, said where they are fewer than `seeds`; 1 where below 2."""
+    """How many of `seeds` the budget still allows for both settings; prints a line if fewer. At least 1."""
     tokens = sum(_whole_tokens(trial.at) for trial in (winner, trials.all[0]) if trial.at is not None)
     times = trials.budget.times(max(1, tokens))
     if seeds < 2 or times is None or times >= seeds:
@@ -117,7 +119,7 @@ def _affordable(trials: Trials, winner: Trial, seeds: int) -> int:
 
 
 def _again(made: Confirmation, both: Sequence[Trial], seeds: Sequence[int]) -> list[list[RowLosses]]:
-    """By seed the losses of `both`, trained with it, on the rows of the confirmation; where one diverges that is noted."""
+    """For each seed the losses of `both` on the rows of the confirmation; sets `made.unconfirmed` if one diverges."""
     trials, found = made.trials, []
     setup = trials.setup
     names = {f"{number}_{seed}": (trial, seed) for seed in seeds for number, trial in enumerate(both)}
@@ -132,7 +134,7 @@ def _again(made: Confirmation, both: Sequence[Trial], seeds: Sequence[int]) -> l
             of_seed = [(trial, f"{number}_{seed}") for number, trial in enumerate(both)]
             found.append([trials.losses(trial.name, trials.rows.confirm, name) for trial, name in of_seed])
     except DataError as error:
-        made.unconfirmed = f"losses under another seed are no numbers ({error})"
+        made.unconfirmed = f"losses with another seed are not finite ({error})"
     finally:
         for name in names:
             trials.take_out(name)
@@ -140,5 +142,5 @@ def _again(made: Confirmation, both: Sequence[Trial], seeds: Sequence[int]) -> l
 
 
 def _whole_tokens(at: Progress) -> int:
-    """The tokens of a trial, as many as it would have had where the budget ended it."""
+    """The tokens of a trial, or those that it would have had if the budget had not ended it."""
     return at.tokens if at.done != SPENT else at.tokens * at.total // max(1, at.step)

@@ -1,7 +1,8 @@
-"""A rate for a run that names none: half, once and twice the rule's are trained for a few steps, and held-out rows decide.
+"""Chooses the learning rate of a run that names none: trains half, once and twice the default for a few steps.
 
-The three are members of one pass over the base (train/text/multi_adapter). Their values are thrown away: the run begins anew
-with the rate that was chosen, which stands in its saved run file, so that it can be resumed and run again without another trial.
+The three are members of one pass over the base (train/text/multi_adapter). Held-out rows decide. The
+trained values are dropped: the run starts again with the chosen rate, which its saved run file names, so that it needs no trial
+when it is resumed or run again.
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ from lorakeet.evaluate.wording import bytes_text, signed
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
-from lorakeet.workflows.finetuning.assemble_text import Assembly
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
 from lorakeet.workflows.tuning.trials import RISE, Budget, SearchRows, Trial, Trials
 
-MOST_OF_A_RUN = 6  # a trial has at most this part of the run's steps, so that three of them cost half a run at most
-FEWEST_STEPS = 8  # of a trial: fewer tell only which rate is further (docs/log.md)
+MOST_OF_A_RUN = 6  # a trial has at most 1/6 of the run's steps, so three of them cost at most half a run
+FEWEST_STEPS = 8  # of a trial: fewer only show which rate goes further (docs/log.md)
 ROWS = 256  # held-out rows that decide, at most
-DIFFERENCE = 0.05  # nats a token that the rows should be able to show
+DIFFERENCE = 0.05  # nats per token that the rows should be able to show
 
 
-def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tuple[Assembly, Search | None]:
-    """The assembly with train.learning_rate chosen, and the trial; as it was, and None, where there is none.
+def choose_rate(setup: TextAssembly, console: Console, *, requested: bool = False) -> tuple[TextAssembly, Search | None]:
+    """The assembly with the chosen train.learning_rate, and the trial; or the same assembly and None.
 
-    There is none where the rate is given and a trial is not `asked` for, where train.rate_trial_steps is 0, and where it cannot
-    be, which is said. Another rate than the run's own is taken only where it is shown to be better, or where its own diverges;
-    not so where the run rises for the whole length of the trial or longer. Raises DataError where all three diverge else.
+    There is no trial if the rate is given and no trial is `requested`, if train.rate_trial_steps is 0, and if it is not possible,
+    which is printed. Another rate than the run's is chosen only if it is shown to be better, or if the run's own diverges after
+    its warm-up. Raises DataError if all three diverge.
     """
     spec = setup.config.train
-    if spec.rate_trial_steps == 0 or (spec.learning_rate is not None and not asked):
+    if spec.rate_trial_steps == 0 or (spec.learning_rate is not None and not requested):
         return setup, None
     space = space_for(setup.config, setup.text, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
     steps = min(spec.rate_trial_steps, setup.steps // MOST_OF_A_RUN)
     rows = _rows(setup)
     if refusal := _why_not(setup, rows, steps):
-        _say(console, f"No other learning rate than {space.rate:.2e} is tried: {refusal}.")
+        _say(console, f"The learning rate is {space.rate:.2e}; no other is tried, since {refusal}.")
         return setup, None
     trials = Trials(setup, space, rows, Budget(None, None), console)
     rates = ", ".join(f"{space.rate * factor:.2e}" for factor in QUICK_FACTORS)
@@ -49,39 +50,39 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
     factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)
     points = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in factors]
     trials.generation(points, rungs=(), steps=steps)
-    release_free_memory()  # what three adapters took is not held beside the run's own
+    release_free_memory()  # the memory of three adapters, before the run's own
     chosen, found = _decided(trials, steps)
     _say(console, found.conclusion)
     rate = space.resolved(chosen.point).train.learning_rate
     return replace(setup, config=replace(setup.config, train=replace(spec, learning_rate=rate))), found
 
 
-def _why_not(setup: Assembly, rows: SearchRows, steps: int) -> str:
-    """Why three adapters cannot or should not be trained together here; empty where they should."""
-    asked = setup.config.train.rate_trial_steps
-    if asked < FEWEST_STEPS:
-        return f"train.rate_trial_steps is {asked}, and a trial means something from {FEWEST_STEPS} on"
+def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
+    """Why three adapters cannot or should not be trained together here; empty if they should."""
+    given = setup.config.train.rate_trial_steps
+    if given < FEWEST_STEPS:
+        return f"train.rate_trial_steps is {given}, and a trial needs {FEWEST_STEPS} or more"
     if steps < FEWEST_STEPS:
         return f"a run of {setup.steps} steps is too short for a trial of {FEWEST_STEPS}"
     units = {rows.groups.get(example.key, example.key) for example in rows.search}
     if len(units) < 2:
-        return f"{len(units)} {'groups of ' if rows.groups else ''}held-out rows tell no two rates apart"
+        return f"{len(units)} {'groups of ' if rows.groups else ''}held-out rows cannot distinguish two rates"
     if refusal := why_not_together(setup.text, setup.plan):
         return refusal
-    if setup.parted:
-        return "train.shard parts the base, and adapters that are trained at once are tried on a whole one"
+    if setup.sharded:
+        return "train.shard is on, and a trial needs the whole base"
     kept = setup.arrangement
     if kept.forecast is None or kept.store is not None:
-        return "how much memory it would take is not known, and memory.budget is set" if kept.budget is not None else ""
+        return "memory.budget is set, and the memory of a trial is not known" if kept.budget is not None else ""
     planned, most = kept.forecast.rate_trial, kept.budget or kept.forecast.peak
     if planned > most:
         what = "memory.budget" if kept.budget is not None else "what the run itself takes"
-        return f"three adapters in training would hold {bytes_text(planned)}, more than {what} ({bytes_text(most)})"
+        return f"three adapters in training would take {bytes_text(planned)}, more than {what} ({bytes_text(most)})"
     return ""
 
 
-def _rows(setup: Assembly) -> SearchRows:
-    """The held-out rows that decide, chosen by content where there are more than `ROWS`."""
+def _rows(setup: TextAssembly) -> SearchRows:
+    """The held-out rows that decide, at most `ROWS`, chosen by content."""
     seed = setup.config.data.split_seed
     held_out = sorted(setup.held_out.examples, key=lambda example: seed_for(seed, f"rate/{example.key}"))[:ROWS]
     rows = setup.dataset.held_out
@@ -90,21 +91,22 @@ def _rows(setup: Assembly) -> SearchRows:
 
 
 def _decided(trials: Trials, steps: int) -> tuple[Trial, Search]:
-    """The run's own rate, unless another is better on the same rows with both comparisons counted (Holm)."""
+    """The run's own rate, unless another is better on the same rows, Holm-corrected over both comparisons."""
     start = trials.all[0]
     found = trials.result(start, "", "")
     lines = {line.name: line for line in found.trials}
     better = [trial for trial in trials.all if (one := lines[trial.name].against_start) and one.verdict == "better"]
     kept = [trial for trial in trials.all if trial.losses is not None]
     spec = trials.setup.config.train
-    rise = schedule.warmup_steps(trials.setup.steps, spec.warmup_fraction)
-    if start.losses is None and rise >= steps:
-        said = f"×1 diverged, risen in {steps // RISE} of {steps} steps. It stays, since this run rises to it in {rise} steps."
-        return start, replace(found, conclusion=said)
+    warmup = schedule.warmup_steps(trials.setup.steps, spec.warmup_fraction)
+    if start.losses is None and warmup >= steps:
+        trial = f"×1 diverged after a warm-up of {steps // RISE} of {steps} steps"
+        conclusion = f"{trial}. It stays, since the run warms up for {warmup} steps."
+        return start, replace(found, conclusion=conclusion)
     if not kept:
         raise DataError(
             f"All three learning rates diverged within {steps} steps: {', '.join(line.settings for line in found.trials)}. Give "
-            "a far lower train.learning_rate, and look at the rows if that diverges too."
+            "a far lower train.learning_rate, and check the rows if that diverges too."
         )
     pool = better or ([start] if start.losses is not None else kept)
     chosen = min(pool, key=lambda trial: lines[trial.name].loss.value)  # type: ignore[union-attr]
@@ -112,7 +114,7 @@ def _decided(trials: Trials, steps: int) -> tuple[Trial, Search]:
 
 
 def _conclusion(found: Search, chosen: Trial, start: Trial, steps: int) -> str:
-    """What was chosen and by what margin, in words."""
+    """The choice and its margin, in words."""
     margins = []
     for line in found.trials:
         if line.diverged:

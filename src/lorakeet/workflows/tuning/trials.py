@@ -1,4 +1,4 @@
-"""Trials of a search: trained in generations over one base, the worse given up on the way."""
+"""Trials of a search: trained together over one base in generations; the worse half is stopped at each rung."""
 
 from __future__ import annotations
 
@@ -26,54 +26,54 @@ from lorakeet.train.progress import counted
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, Progress, train_many
-from lorakeet.workflows.finetuning.assemble_text import Assembly, begin_pairs
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, add_pairs
 from lorakeet.workflows.runs.search_space import SearchPoint, Space, plan_of_point
 
-RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
-START = "run file"  # the trial with the run file's own settings, which all others are compared with
-HALVED, SPENT = "given up at a rung", "the budget is spent"
-RISE = 4  # the rate of a short trial rises in a fourth of its steps at most
+RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is stopped
+START = "run file"  # the trial with the run file's settings, which all others are compared with
+HALVED, SPENT = "stopped at a rung", "the budget is spent"
+RISE = 4  # the warm-up of a short trial is at most a fourth of its steps
 
 
 @dataclass
 class Trial:
-    """One choice of settings and what became of it."""
+    """One choice of settings and its result."""
 
     name: str
     point: SearchPoint
     at: Progress | None = None
     losses: RowLosses | None = None
     adapter: Adapter | None = None
-    asked: Any = None  # the sampler's own handle
+    handle: Any = None  # of the sampler
 
     @property
     def whole(self) -> bool:
-        """Whether it was trained to its own end."""
+        """True if it was trained to its own end."""
         return self.at is not None and not self.at.diverged and self.at.done not in (HALVED, SPENT)
 
 
 @dataclass
 class Budget:
-    """What is left of the time and the tokens. `kept` tokens are for the confirmation: at most half of all, and their time.
+    """The time and the tokens that are left. `reserved` tokens, at most half of all, and their time are for the confirmation.
 
-    A quarter more is kept: the search ends up to a round late, other seeds see other rows, and held-out rows take time too.
+    A quarter more is reserved: a search ends up to a round late, other seeds see other rows, and held-out rows take time too.
     """
 
     seconds: float | None
     tokens: int | None
-    began: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     used: int = 0
-    kept: int = 0
+    reserved: int = 0
 
     def spent(self, more: int = 0) -> bool:
-        """Whether nothing is left for the search, `more` tokens of trials in progress counted."""
-        used, late, kept = self.used + more, False, 1.25 * self.kept
+        """True if nothing is left for the search, with `more` tokens of trials in progress."""
+        used, late, reserved = self.used + more, False, 1.25 * self.reserved
         if self.seconds is not None:
-            late = self.elapsed + min(kept * self._pace(used), self.seconds / 2) > self.seconds
-        return late or (self.tokens is not None and used + min(kept, self.tokens // 2) >= self.tokens)
+            late = self.elapsed + min(reserved * self._pace(used), self.seconds / 2) > self.seconds
+        return late or (self.tokens is not None and used + min(reserved, self.tokens // 2) >= self.tokens)
 
     def times(self, tokens: int) -> int | None:
-        """How often so many tokens can be trained with what is left; None where there is no limit."""
+        """How many times `tokens` can be trained with what is left; None without a limit."""
         found = [] if self.tokens is None else [(self.tokens - self.used) // tokens]
         if self.seconds is not None:
             found.append(int((self.seconds - self.elapsed) / (tokens * self._pace(self.used))) if self.used else 0)
@@ -81,43 +81,43 @@ class Budget:
 
     @property
     def elapsed(self) -> float:
-        return time.monotonic() - self.began
+        return time.monotonic() - self.started
 
     def _pace(self, used: int) -> float:
-        """Seconds a token so far, all that was done beside training counted."""
+        """Seconds per token so far, everything beside training included."""
         return self.elapsed / used if used else 0.0
 
 
 @dataclass(frozen=True)
 class SearchRows:
-    """Which rows choose and which confirm."""
+    """The rows that choose, and those that confirm the choice."""
 
     search: list[Example]
     confirm: list[Example]
-    groups: dict[str, str]  # by key of the example; empty where rows have none
-    where: str  # what the rows of the confirmation are called
-    of: str = ""  # what the rows of the search are a half of, where they are
+    groups: dict[str, str]  # by key of the example; empty if rows have none
+    where: str  # a name for the rows of the confirmation
+    of: str = ""  # the rows of which those of the search are a half, if they are
 
 
 class Trials:
-    """Trials over one model in memory."""
+    """The trials of a search over one model in memory."""
 
     def __init__(
         self,
-        setup: Assembly,
+        setup: TextAssembly,
         space: Space,
         rows: SearchRows,
         budget: Budget,
         console: Console,
         folder: Path | None = None,
     ) -> None:
-        """Best values are kept on the disk of `folder` while trials are trained, or else in memory."""
+        """The best values of trials in training are stored in `folder`, or else in memory."""
         self.setup, self.space, self.rows, self.budget, self.console, self.folder = setup, space, rows, budget, console, folder
         self.all: list[Trial] = []
-        self.base_loss: float | None = None  # nats a token on the rows of the search, once they were measured
+        self.base_loss: float | None = None  # nats per token on the rows of the search, once measured
 
     def power(self, difference: float) -> str:
-        """What the rows of the search can show, from the bare base's losses."""
+        """The smallest difference that the rows of the search can show, in words."""
         base = self.losses("base", self.rows.search, None)
         self.base_loss = _mean(base)
         confidence = self.setup.config.evaluate.confidence
@@ -125,7 +125,7 @@ class Trials:
         return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference, self.rows.of)
 
     def losses(self, system: str, rows: Sequence[Example], name: str | None) -> RowLosses:
-        """The losses of the adapter `name` on the model, None for the bare base."""
+        """The losses with the adapter `name`; None for the base alone."""
         text, spec = self.setup.text, self.setup.config.train
         activate(text.model, name)
         cache_states(text, rows, micro_tokens=spec.micro_tokens)
@@ -134,29 +134,29 @@ class Trials:
         return RowLosses(system, sums, counts.astype(np.int64), groups)
 
     def run(self, study: Any, together: int) -> None:
-        """Generations until the budget is spent; the run file's own settings are in the first one, to their end."""
+        """Trains generations until the budget is spent; the first one includes the run file's settings, trained to their end."""
         while not self.all or not self.budget.spent():
             fresh = [] if self.all else [Trial(START, SearchPoint())]
             fresh += [self._ask(study, len(self.all) + number) for number in range(len(fresh), together)]
             self.generation(fresh, rungs=RUNGS)
             for trial in fresh:
-                if trial.asked is not None:
+                if trial.handle is not None:
                     _tell(study, trial, lost=(self.base_loss or 0.0) + DIVERGED)
 
     def _ask(self, study: Any, count: int) -> Trial:
-        asked = study.ask()
+        handle = study.ask()
 
         def number(name: str, low: float, high: float) -> float:
-            return float(asked.suggest_float(name, low, high, log=True))
+            return float(handle.suggest_float(name, low, high, log=True))
 
-        point = self.space.draw(number, asked.suggest_categorical)
-        return Trial(f"trial {count}", point, asked=asked)
+        point = self.space.draw(number, handle.suggest_categorical)
+        return Trial(f"trial {count}", point, handle=handle)
 
     def generation(self, trials: Sequence[Trial], *, rungs: Sequence[float], steps: int | None = None) -> None:
-        """Trains `trials` in one pass over the base; their losses are on them, the model is bare again afterwards.
+        """Trains `trials` together, sets their losses, and takes their adapters out of the model.
 
-        `steps`: only so many, with no look at held-out rows before they are done. Where the run's own rate rises for longer than
-        a fourth of them, it rises in that, and stays then: all of a long run's first steps are at a fraction of its rate.
+        With `steps`, each has so many steps and no held-out evaluation before the end. Its warm-up is at most a fourth of them,
+        and the rate is constant then: the first steps of a long run would all be at a fraction of its rate.
         """
         names = {f"trial_{index}": trial for index, trial in enumerate(trials)}
         held_out = self.rows.search if steps is None else []
@@ -169,7 +169,7 @@ class Trials:
             def watch(many: MultiAdapterTraining) -> None:
                 _halve(many, left, keep=measure)
                 for at in many.progress:
-                    if at.watch.base_loss is None:  # of members that look at no held-out rows
+                    if at.watch.base_loss is None:  # of members without held-out rows
                         at.watch.base_loss = self.base_loss
                 if self.budget.spent(sum(at.tokens for at in many.progress)):
                     for name in names:
@@ -189,7 +189,7 @@ class Trials:
             self._say(trial)
 
     def train(self, members: Sequence[Member], watch: Callable[[MultiAdapterTraining], None] | None = None) -> list[Progress]:
-        """Trains `members`, which are on the model, to their ends, within the run's memory."""
+        """Trains `members`, whose adapters are in the model, to their ends, within memory.budget."""
         kept = self.setup.arrangement
         about: dict[str, Any] = {"spill": kept.spill(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
@@ -203,12 +203,12 @@ class Trials:
             return train_many(self.setup.text, members, watch=after_round, **about)
 
     def take_out(self, name: str) -> None:
-        """Takes the adapter `name` out, if it got as far as being on the model."""
+        """Takes the adapter `name` out of the model, if it is there."""
         if name in adapter_names(self.setup.text.model):
             eject(self.setup.text.model, name)
 
     def _keep_best(self) -> None:
-        """Lets go of all adapters but those that may be confirmed: the run file's, and the best one so far."""
+        """Drops all adapters but those that may be confirmed: that of the run file, and the best one so far."""
         measured = any(trial.losses is not None for trial in self.all)
         best = self.best() if measured else self.all[0]
         for trial in self.all[1:]:
@@ -216,14 +216,14 @@ class Trials:
                 trial.adapter = None
 
     def _finite(self, trial: Trial, name: str) -> RowLosses | None:
-        """Its losses on the rows of the search; a trial whose losses are no numbers has diverged after all."""
+        """The losses on the rows of the search; None, with the trial marked as diverged, if not finite or far too high."""
         text, at = self.setup.text, trial.at
         assert at is not None
         trial.adapter = adapter_of(text.model, name, base=text.name)
         try:
             found = self.losses(trial.name, self.rows.search, name)
         except DataError:
-            at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are no numbers"
+            at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are not finite"
             return None
         loss = _mean(found)
         if at.watch.diverged(loss):
@@ -231,43 +231,44 @@ class Trials:
             return None
         return found
 
-    def member(
-        self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0, steps: int | None = None
-    ) -> Member:
-        """The pairs of `trial`, now in the model as `name`, to be trained with the run's seed and `seed` more; `steps` as in
-        `generation`."""
+    def member(self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0, steps: int | None = None) -> Member:
+        """Adds the pairs of `trial` to the model as `name`, with the run's seed plus `seed`; `steps` as in `generation`."""
         setup = self.setup
         plan = plan_of_point(setup.text, self.space, trial.point)
         spec = self._train_spec(self.space.resolved(trial.point).train, seed)
         spec = spec if steps is None else _first_steps(spec, steps)
-        self.setup = replace(setup, text=begin_pairs(setup, plan, seed=spec.seed, name=name))
+        self.setup = replace(setup, text=add_pairs(setup, plan, seed=spec.seed, name=name))
         return Member(name, spec, setup.train.examples, held_out)
 
     def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:
-        """The run's own length, with held-out losses at the rungs."""
+        """The run's length, with held-out losses at the rungs."""
         every = max(1, self.setup.steps // 8) if spec.evaluate_every is None else spec.evaluate_every
         return replace(spec, steps=self.setup.steps, evaluate_every=every, seed=spec.seed + seed)
 
     def best(self) -> Trial:
-        """The trial of lowest held-out loss, of those that were trained to their end where there are any."""
+        """The trial of lowest held-out loss, among those trained to their end if there are any."""
         measured = [trial for trial in self.all if trial.losses is not None]
         whole = [trial for trial in measured if trial.whole] or measured
         if not whole:
             raise DataError(
-                "Every trial diverged: the learning rates are far too high for these rows, or the rows are broken. Lower "
+                "Every trial diverged: the learning rates are far too high, or the rows are broken. Lower "
                 "--rate-factors or train.learning_rate."
             )
         return min(whole, key=loss_of)
 
     def result(self, chosen: Trial, conclusion: str, power: str, best: Trial | None = None) -> Search:
-        """Every trial with its interval and its comparison with the run file's settings, Holm-corrected; which was `chosen`, and
-        which was `best` before other rows were asked."""
+        """Every trial with its interval and its comparison with the run file's settings, Holm-corrected.
+
+        Which trial was `chosen`, and which was `best` before the confirmation.
+        """
         start, spec = self.all[0], self.setup.config.evaluate
-        whole = [trial for trial in self.all[1:] if trial.whole]  # one that was given up is behind for that reason alone
+        whole = [trial for trial in self.all[1:] if trial.whole]  # one that was stopped is worse for that reason alone
         others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
-        given_up = sum(not trial.whole and trial.losses is not None for trial in self.all[1:])  # the same rows chose them too
+        stopped = sum(
+            not trial.whole and trial.losses is not None for trial in self.all[1:]
+        )  # they count too: the same rows chose them
         compared = [compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None]
-        against = holm(compared, beside=given_up)
+        against = holm(compared, beside=stopped)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
         results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
         return Search(results, len(self.rows.search), power, chosen.name, conclusion, "" if best is None else best.name)
@@ -288,7 +289,7 @@ class Trials:
 
 
 def loss_of(trial: Trial) -> float:
-    """Its held-out loss in nats a token."""
+    """The held-out loss of a trial in nats per token."""
     assert trial.losses is not None
     return _mean(trial.losses)
 
@@ -298,15 +299,15 @@ def _mean(found: RowLosses) -> float:
 
 
 def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:
-    """Settings of so many steps that rise as the run's own, or in a fourth of them (RISE), and are at the whole rate then."""
+    """Settings of `steps` steps with a constant rate after the run's warm-up, which is at most a fourth of them (RISE)."""
     rise = min(schedule.warmup_steps(spec.total_steps(1), spec.warmup_fraction), steps // RISE)
     return replace(spec, steps=steps, schedule="constant", warmup_fraction=max(0.0, (rise - 0.5) / steps))  # rounded up again
 
 
 def _halve(many: MultiAdapterTraining, left: list[float], *, keep: Sequence[str]) -> None:
-    """Gives up the worse half by held-out loss once every trial has been measured at the next rung, or after several at once.
+    """Stops the worse half by held-out loss, once every trial has been measured at the next rung.
 
-    Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.
+    Trials in `keep` are ranked with the others but go on: what trials are compared with must be trained as long as the best one.
     """
     learning = [at for at in many.progress if not at.done]
     if not left or len(learning) < 2 or any(at.step < left[0] * at.total for at in learning):
@@ -316,22 +317,22 @@ def _halve(many: MultiAdapterTraining, left: list[float], *, keep: Sequence[str]
     if len(seen) < len(learning):
         return
     while left and all(at.held_out[-1][0] >= left[0] * at.total for at in measured):
-        left.pop(0)  # one look gives up one half, however many rungs it has passed
+        left.pop(0)  # one evaluation stops one half, even if it is past several rungs
     for _, name in sorted(seen)[(len(seen) + 1) // 2 :]:
         if name not in keep:
             many.stop(name, HALVED)
 
 
 def _tell(study: Any, trial: Trial, lost: float) -> None:
-    """The result to the sampler: a loss, one that was given up, or `lost` for one that diverged, since failures teach nothing."""
+    """Reports a trial to the sampler: its loss, as pruned if it was stopped, or `lost` if it diverged."""
     from optuna.trial import TrialState
 
     if trial.losses is None:
-        study.tell(trial.asked, lost)
+        study.tell(trial.handle, lost)
         return
     if trial.whole:
-        study.tell(trial.asked, loss_of(trial))
+        study.tell(trial.handle, loss_of(trial))
         return
     assert trial.at is not None
-    trial.asked.report(loss_of(trial), trial.at.step)
-    study.tell(trial.asked, state=TrialState.PRUNED)
+    trial.handle.report(loss_of(trial), trial.at.step)
+    study.tell(trial.handle, state=TrialState.PRUNED)

@@ -21,12 +21,14 @@ from torch import Tensor
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError
-from lorakeet.export.folded import Folded, StoredTensor, compare_stored
-from lorakeet.export.gguf_model import GgufFile, GgufTensors
+from lorakeet.export.compare_stored import StoredTensor, compare_stored
+from lorakeet.export.gguf_model import GgufTensors
 from lorakeet.export.llama_cpp import PASS, LlamaCpp
+from lorakeet.export.merged_tensors import MergedTensors
 from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.gguf_header import begins_as_gguf
 from lorakeet.memory.mapped_files import releasing_pages
 from lorakeet.merge.checkpoint import open_checkpoint
@@ -120,7 +122,7 @@ class InTorch:
         self.text.release()
         folder = self.text.source
         held = open_checkpoint(folder)
-        expected = Folded(source, opened.adapter)
+        expected = MergedTensors(source, opened.adapter)
         names = {held.find(name) or name: name for name in expected.names}
         stored = ((names.get(name, name), held.shards[file].rows(name)) for name, file in held.home.items())
         return compare_stored(expected, stored)

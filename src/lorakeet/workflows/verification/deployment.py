@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import VerificationFailed
-from lorakeet.export.deployment import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
+from lorakeet.export.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lorakeet.export.folded import StoredTensor
+from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.runs.open_adapter import Opened

@@ -1,0 +1,93 @@
+"""Measures how much of an adapter's change the tensors of an exported file hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.tiled_product import PART, RowSource, as_matrix, parts
+
+PART_BYTES = 48 * PART  # peak while two tensors are compared, or one is written, in parts (asserted by tests)
+
+
+class Expected(Protocol):
+    """What tensors should be, by name: `MergedTensors`, or a layout of it under other names."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def changes(self, name: str) -> bool: ...
+
+    def fetch(self, name: str, *, folded: bool = True) -> Tensor: ...
+
+    def rows(self, name: str) -> RowSource: ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How one stored tensor relates to what it should be, W + Δ.
+
+    share: ⟨stored − W, Δ⟩ / ⟨Δ, Δ⟩: 1 when the whole change is there, 0 when none is, c when it was scaled by c; NaN where Δ = 0.
+    Rounding to a few bits is nearly independent of Δ, so `share` stays readable where rounding is larger than the change;
+    `share_error` is how far rounding alone moves it, ‖stored − W − Δ‖ / (‖Δ‖·√n).
+    rounding: ‖stored − (W + Δ)‖ / ‖W + Δ‖. moved: ‖stored − W‖ / ‖Δ‖, large where another adapter was folded in.
+    noise: ‖stored − (W + Δ)‖ / ‖Δ‖; above 1 the rounding is larger than the change, and where W itself lies on the grid of the
+    few bits it swallows the change instead of adding noise to it.
+    """
+
+    share: float
+    share_error: float
+    rounding: float
+    moved: float
+    noise: float = 0.0
+
+
+def compare_stored(expected: Expected, stored: Iterable[tuple[str, RowSource]]) -> dict[str, StoredTensor]:
+    """Every tensor of `expected` against the stored one of its name; infinite differences where one is missing or misshapen.
+
+    What the adapter changes is made whole, with and without the change; all else is read in parts.
+    """
+    lost = StoredTensor(0.0, 0.0, math.inf, 0.0)
+    found = dict.fromkeys(expected.names, lost)
+    for name, tensor in stored:
+        if name in found:
+            base = expected.fetch(name, folded=False) if expected.changes(name) else None
+            found[name] = _compare(base, expected.rows(name), tensor)
+    return found
+
+
+def _compare(base: RowSource | None, wanted: RowSource, stored: RowSource) -> StoredTensor:
+    """In parts, in fp64; `base` is None where the adapter changes nothing."""
+    shape = tuple(wanted.shape)
+    if tuple(stored.shape) != shape:
+        return StoredTensor(0.0, 0.0, math.inf, 0.0)
+    if base is not None and (tuple(base.shape) != shape or _equal(base, wanted)):
+        base = None
+    wanted, stored, base = as_matrix(wanted), as_matrix(stored), None if base is None else as_matrix(base)
+    error = size = change = moved = both = 0.0  # sums of squares; the last of products
+    for part in parts(tuple(wanted.shape)) if shape else [...]:
+        right, given = wanted[part].double(), stored[part].double()  # type: ignore[index]
+        error, size = error + _squares(given - right), size + _squares(right)
+        if base is not None:
+            before = base[part].double()  # type: ignore[index]
+            change, moved = change + _squares(right - before), moved + _squares(given - before)
+            both += float(((given - before) * (right - before)).sum())
+    rounding = math.sqrt(error) / max(math.sqrt(size), 1e-30)
+    if base is None:
+        return StoredTensor(math.nan, 0.0, rounding, 0.0)
+    noise = math.sqrt(error / change)
+    return StoredTensor(both / change, noise / math.sqrt(math.prod(shape)), rounding, math.sqrt(moved / change), noise)
+
+
+def _equal(one: RowSource, other: RowSource) -> bool:
+    """Whether both are in memory, and the same."""
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(tensor.square().sum())

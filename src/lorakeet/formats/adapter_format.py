@@ -1,0 +1,38 @@
+"""What a module must define to be an adapter format.
+
+To add a format, write a module like this, list it in `formats/detect.FORMATS`, and name it in `workflows/convert.Target`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.formats.compress import Compression
+from lorakeet.formats.files.base_model import BaseModel
+
+Say = Callable[[str], None]
+
+
+class AdapterFormat(Protocol):
+    """A module that reads and writes adapters of one format. Arguments that it does not need it ignores."""
+
+    NAME: str  # in --to and in messages
+    SUFFIX: str  # of its files; empty if an adapter is a folder
+    WEIGHTS: str  # the file of a folder that holds the tensors; empty if an adapter is one file
+    MAGIC: bytes  # the first bytes of its files; empty if they are safetensors
+
+    def owns(self, tensor: str, /) -> bool:
+        """True if a safetensors file of this format may have a tensor of that name."""
+
+    def read(self, path: Path, /, *, base: BaseModel | None, compression: Compression | None, say: Say) -> Adapter:
+        """The adapter in `path`. DataError and ConfigError list everything that is wrong.
+
+        `base`: the model, if the format needs its names or shapes; `compression`: for changes that are no pair; `say` gets notes
+        on what is assumed or lost.
+        """
+
+    def write(self, adapter: Adapter, path: Path, /, *, base: BaseModel | None, say: Say) -> None:
+        """Writes `adapter` to `path`. ConfigError names what the format cannot hold."""

@@ -1,0 +1,160 @@
+"""Module names of SD 1.x and SDXL: diffusers' and LDM's paths, and kohya's flat keys.
+
+Flattening (dots to underscores) loses information. A flat key is therefore looked up among the modules that exist (names/*.json,
+or the base on disk), never parsed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from lorakeet.core.adapter import Pair
+from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.formats.components import component_of, table
+
+Family = Literal["sd1", "sdxl"]
+FAMILY_KEY = "sd_family"  # Adapter.metadata: SD 1.x or SDXL, as the spelling of a kohya file's keys says
+_ENCODERS = ("text_encoder", "text_encoder_2")
+_CONTEXT = {768: "sd1", 1024: "sd1", 2048: "sdxl"}  # width of the text states that a UNet attends to
+
+
+def expand(template: str) -> list[str]:
+    """Every name that a template means: `a.{0..2}.{x,y}` is six names."""
+    parts = re.split(r"\{([^}]*)\}", template)
+    choices = [[part] if index % 2 == 0 else _choices(part) for index, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _choices(text: str) -> list[str]:
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        return [str(number) for number in range(int(match[1]), int(match[2]) + 1)]
+    return text.split(",")
+
+
+@functools.cache
+def unet_modules(family: Family) -> frozenset[str]:
+    """The paths of every linear layer and convolution of the UNet of SD 1.x or SDXL, in diffusers' spelling."""
+    return frozenset(name for template in table(f"unet_{family}")["modules"] for name in expand(template))
+
+
+@functools.cache
+def clip_modules() -> frozenset[str]:
+    """The paths of every linear layer of CLIP's text encoders, with as many layers as the larger one has."""
+    return frozenset(name for template in table("clip")["modules"] for name in expand(template))
+
+
+@functools.cache
+def ldm_names(family: Family) -> dict[str, str]:
+    """From diffusers' path of each UNet module to the one of Stability's own code (LDM), which kohya uses for SDXL."""
+    names = table(f"unet_{family}")
+    blocks = sorted(((ours, theirs) for theirs, ours in names["ldm"].items()), key=lambda item: -len(item[0]))
+    inner = {ours: theirs for theirs, ours in names["ldm_resnet"].items()}
+    found: dict[str, str] = {}
+    for path in unet_modules(family):
+        for ours, theirs in blocks:
+            if path == ours or path.startswith(ours + "."):
+                rest = path[len(ours) + 1 :]
+                found[path] = f"{theirs}.{inner.get(rest, rest) if '.resnets.' in path else rest}".rstrip(".")
+                break
+    return found
+
+
+def flat(path: str) -> str:
+    """Kohya's spelling of a module path: dots become underscores."""
+    return path.replace(".", "_")
+
+
+def flat_keys(extra: Iterable[str] = ()) -> dict[str, str]:
+    """From kohya's flat keys to paths with components, for SD 1.x, SDXL (both spellings), and the modules in `extra`.
+
+    ConfigError where two modules of `extra` share one flat key.
+    """
+    found = dict(_known_keys())
+    problems = Problems("The base has modules whose flat keys coincide, so a kohya file cannot tell them apart")
+    own: dict[str, str] = {}
+    for path in extra:
+        component, _, rest = path.partition(".")
+        for prefix in _prefixes(component):
+            key = f"{prefix}_{flat(rest)}"
+            if own.setdefault(key, path) != path:
+                problems.add(f"{own[key]} and {path} are both {key}.")
+    problems.raise_if_any()
+    return found | own
+
+
+@functools.cache
+def _known_keys() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for family in ("sd1", "sdxl"):
+        for ours, theirs in ldm_names(family).items():
+            found.setdefault(f"lora_unet_{flat(theirs)}", f"unet.{ours}")
+    for ours in unet_modules("sd1") | unet_modules("sdxl"):
+        found[f"lora_unet_{flat(ours)}"] = f"unet.{ours}"
+    for component in _ENCODERS:
+        for path in clip_modules():
+            found |= {f"{prefix}_{flat(path)}": f"{component}.{path}" for prefix in _prefixes(component)}
+    return found
+
+
+@functools.cache
+def ldm_keys() -> frozenset[str]:
+    """Kohya's keys of SDXL's UNet in the names of Stability's code, which differ from diffusers' there."""
+    return frozenset(f"lora_unet_{flat(theirs)}" for ours, theirs in ldm_names("sdxl").items() if ours != theirs)
+
+
+def _prefixes(component: str) -> tuple[str, ...]:
+    known = {"unet": ("lora_unet",), "transformer": ("lora_transformer",), "text_encoder": ("lora_te", "lora_te1")}
+    return {**known, "text_encoder_2": ("lora_te2",)}.get(component, ())
+
+
+def diffusion_family(pairs: dict[str, Pair], metadata: Any = None, config: Any = None) -> Family:
+    """SD 1.x or SDXL: what the base's UNet configuration says, else the file's own note, else names and widths.
+
+    ConfigError where none of them tells.
+    """
+    if config and "cross_attention_dim" in config:
+        return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
+    version = str((metadata or {}).get("ss_base_model_version") or (metadata or {}).get(FAMILY_KEY, ""))
+    if version.startswith("sd"):
+        return "sdxl" if version.startswith("sdxl") else "sd1"
+    unet = {path.partition(".")[2]: pair for path, pair in pairs.items() if component_of(path) == "unet"}
+    if any(component_of(path) == "text_encoder_2" for path in pairs):
+        return "sdxl"
+    fitting: list[Family] = [family for family in ("sd1", "sdxl") if unet.keys() <= unet_modules(family)]
+    if not unet or len(fitting) == 1:
+        return fitting[0]
+    for path, pair in unet.items():
+        if path.endswith(("attn2.to_k", "attn2.to_v")) and pair.A.shape[1] in _CONTEXT and fitting:
+            return "sdxl" if _CONTEXT[pair.A.shape[1]] == "sdxl" else "sd1"
+    if fitting:
+        raise ConfigError(
+            f"Nothing says whether the {len(unet)} pairs of the UNet belong to SD 1.x or to SDXL, whose keys differ in kohya's "
+            "format. Name the base with --base (a folder, or the UNet's config.json)."
+        )
+    known = unet_modules("sd1") | unet_modules("sdxl")
+    strange = sorted(unet.keys() - known) or sorted(unet)
+    raise ConfigError(
+        f"{len(strange)} modules belong neither to the UNet of SD 1.x nor to that of SDXL: {', '.join(strange[:3])}."
+        f"{nearest(strange[0], known)} Name the base with --base, so that its own modules count."
+    )
+
+
+def kohya_key(path: str, family: Family, own: Iterable[str] = (), *, ldm: bool = True) -> str | None:
+    """Kohya's key of the module at `path` (component first), or None where the family has no such module.
+
+    SDXL's UNet is spelled in LDM's names; `own`, the modules of a base of another shape, are spelled as they are. Without `ldm`
+    all of them are: of a file that has both spellings diffusers drops the modules in LDM's without a word.
+    """
+    component, _, rest = path.partition(".")
+    if component == "unet":
+        if ldm and family == "sdxl" and rest in ldm_names("sdxl"):
+            return f"lora_unet_{flat(ldm_names('sdxl')[rest])}"
+        return f"lora_unet_{flat(rest)}" if rest in unet_modules(family) or path in own else None
+    if component in _ENCODERS and (rest in clip_modules() or path in own):
+        number = "1" if component == "text_encoder" else "2"
+        return f"lora_te{number if family == 'sdxl' else ''}_{flat(rest)}" if (family, number) != ("sd1", "2") else None
+    return None

@@ -1,0 +1,129 @@
+"""A GGUF file opened for reading: its metadata, and its tensors, whose bytes stay in the file until they are used."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorakeet.core.tiled_product import matrix_shape
+from lorakeet.errors import DataError, unreadable
+from lorakeet.formats.files.gguf_header import MOST_PARTS, check_gguf, gguf_package
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a .gguf file: its ggml type, its shape with rows first, and where its bytes lie. They stay in the file."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int  # where the bytes begin in the file
+    layout: tuple[np.dtype[Any], tuple[int, ...]]  # of `data`
+
+    @property
+    def data(self) -> NDArray[Any]:
+        """The bytes as they lie in the file, rows first, read now: no page of the file stays with the process."""
+        return self._read(0, self.layout[1])
+
+    def numbers(self) -> NDArray[np.float32]:
+        """What the bytes mean, whatever the type, in fp32."""
+        return self._meaning(self.data)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what rows mean."""
+        return torch.float32
+
+    def as_matrix(self) -> FileTensor:
+        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
+        dtype, stored = self.layout
+        return replace(self, shape=matrix_shape(self.shape), layout=(dtype, matrix_shape(stored)))
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts
+        (core/tiled_product.RowSource).
+
+        A vector is read whole: its bytes may be no row for each number.
+        """
+        if len(self.shape) < 2:
+            return torch.from_numpy(np.require(self.numbers()[part], requirements="W"))
+        start, stop, _ = part.indices(self.shape[0])
+        shape = (max(0, stop - start), *self.layout[1][1:])
+        return torch.from_numpy(np.require(self._meaning(self._read(start, shape)), requirements="W"))
+
+    def _read(self, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        """`shape` of the stored numbers or bytes, from row `first` on."""
+        dtype, whole = self.layout
+        with self.path.open("rb") as file:
+            file.seek(self.offset + first * math.prod(whole[1:]) * dtype.itemsize)
+            return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+
+    def _meaning(self, data: NDArray[Any]) -> NDArray[np.float32]:
+        from gguf import GGMLQuantizationType, quants
+
+        return np.asarray(quants.dequantize(data, GGMLQuantizationType[self.kind]), dtype=np.float32)
+
+
+class GgufFile:
+    """The metadata of a GGUF file by key, and its tensors one at a time."""
+
+    def __init__(self, path: Path, *, most_parts: int = MOST_PARTS) -> None:
+        """DataError if the file cannot be read; `most_parts` as in `check_gguf`."""
+        check_gguf(path, most_parts=most_parts)
+        self.path = path
+        try:
+            self._reader = gguf_package().GGUFReader(path)
+        except OSError as error:
+            raise DataError(unreadable(path, error)) from error
+        except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+            raise DataError(f"{path} is not a whole GGUF file ({error}). It may have been cut off; fetch it again.") from error
+
+    def value(self, key: str) -> Any:
+        """The value of a metadata key; None if the file has none."""
+        field = self._reader.get_field(key)
+        return None if field is None else field.contents()
+
+    def text(self, key: str) -> str:
+        """As `value`, for a text; empty if there is none."""
+        value = self.value(key)
+        return value if isinstance(value, str) else ""
+
+    @property
+    def is_adapter(self) -> bool:
+        """True for a LoRA adapter, False for a model."""
+        return self.text("general.type") == "adapter"
+
+    @property
+    def tensor_types(self) -> Counter[str]:
+        """The number of tensors of each type."""
+        return Counter(str(tensor.tensor_type.name) for tensor in self._reader.tensors)
+
+    @property
+    def types(self) -> Counter[str]:
+        """The number of weights in matrices of each type."""
+        counts: Counter[str] = Counter()
+        for tensor in self._reader.tensors:
+            if len(tensor.shape) > 1:
+                counts[str(tensor.tensor_type.name)] += int(tensor.n_elements)
+        return counts
+
+    def tensors(self) -> Iterator[tuple[str, FileTensor]]:
+        """(name, tensor) in the order of the file."""
+        for entry in self._reader.tensors:
+            layout = entry.data.dtype, _sizes(entry.data.shape)
+            shape, start = _sizes(reversed(entry.shape)), int(entry.data_offset)
+            yield entry.name, FileTensor(entry.name, entry.tensor_type.name, shape, self.path, start, layout)
+
+
+def _sizes(shape: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(int(size) for size in shape)

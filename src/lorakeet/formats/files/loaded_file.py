@@ -1,0 +1,224 @@
+"""A safetensors file in one piece of memory: tensors are views, and the memory goes back when the last of them goes.
+
+Serving loads adapters this way. A mapped file is there at once, but who cuts a mapped file short kills the process that reads it,
+and who writes into it changes what is served. So only files that nobody else writes may be mapped. A copy keeps what the file had
+and costs little more: the bytes are read once, into pages of 2 MiB where the system has them, since handing out memory 4 KiB at a
+time takes several times as long as copying into it.
+
+Adapters of one recipe have the same header, byte for byte, in files of the same length. What such a header says is checked and
+worked out once, as long as it is among the last few.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import mmap
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorakeet.errors import DataError, unreadable
+from lorakeet.formats.files.lru_cache import LruCache
+from lorakeet.formats.files.safetensors_file import Header, SafeFile, check_header, read_header
+
+_AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)  # Linux hands out all pages in one call
+_LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
+_LARGE = 2 << 20  # bytes of such a page
+MOST_HEADERS = 8
+LONGEST_HEADER = 128 << 10  # bytes of one that is remembered, which takes some ten times as many: 210 pairs have 50,000
+LARGEST_SPARE = 64 << 20  # bytes
+_SPARE: deque[mmap.mmap] = deque(maxlen=1)  # memory that no tensor uses
+_HEADERS: LruCache[tuple[bytes, int], Header] = LruCache(MOST_HEADERS)  # by their bytes and the length of the file
+_NAMED: LruCache[Header, hashlib._Hash] = LruCache(MOST_HEADERS)  # the hash of what they say of the tensors, to be copied
+
+
+@dataclass(frozen=True)
+class LoadedFile(SafeFile):
+    """A checked file whose tensors lie in `data`, one mapping that ends with the last of its tensors."""
+
+    data: NDArray[np.uint8] | None = None
+    start: int = 0  # where in the file `data` begins
+    tensors_at: int = 0  # where in the file the tensors begin
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` as a view of the slab, in the dtype of the file."""
+        stored = self.tensors[name]
+        first, count = stored.begin - self.start, stored.end - stored.begin
+        if self.data is None or not count:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        if first % stored.dtype.itemsize:  # some writers do not align: only then a copy
+            return torch.frombuffer(bytearray(self.data[first : first + count]), dtype=stored.dtype).view(stored.shape)
+        numbers = count // stored.dtype.itemsize
+        return torch.frombuffer(self.data, dtype=stored.dtype, count=numbers, offset=first).view(stored.shape)
+
+    def rows(self, name: str) -> Tensor:
+        """As `read`: what is in memory already is not read from the file again, which may have changed."""
+        return self.read(name)
+
+    def numbers(self) -> Tensor | None:
+        """Those of all tensors in fp32, end to end, as one view of the slab if that is their dtype.
+
+        None where the dtypes are several or no floating ones, a tensor is empty, or the numbers are not aligned.
+        """
+        if self.data is None or self.header is None or self.header.has_empty:
+            return None
+        found = _all_numbers(self.data, self.header, self.header.start - self.start)
+        return None if found is None else found.float()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, dtypes and numbers: two files with one digest hold the same tensors."""
+        header = self.header
+        named = _named(self, self.tensors_at) if header is None else _NAMED.of(header, lambda: _named(self, self.tensors_at))
+        found = named.copy()
+        if self.data is not None:
+            found.update(self.data[self.tensors_at - self.start :].data)
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class HeaderOnlyFile(SafeFile):
+    """A checked file of which only the header is read: its tensors have shapes and dtypes, and no numbers."""
+
+    finite: bool = True  # nothing to look at
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` on the meta device."""
+        stored = self.tensors[name]
+        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+    def rows(self, name: str) -> Tensor:
+        """As `read`."""
+        return self.read(name)
+
+    def numbers(self) -> Tensor | None:
+        """As many on the meta device."""
+        if self.header is None or self.header.has_empty:
+            return None
+        return torch.empty(self.header.count, device="meta", dtype=torch.float32)
+
+
+def load_safetensors(path: Path, *, mapped: bool = False) -> LoadedFile:
+    """The whole file in memory, copied or `mapped`.
+
+    DataError as in `open_safetensors`, and where the file changes while it is read.
+    """
+    with _opened(path) as file:
+        header, known = _header(path, file)
+        length = header.size - header.start
+        if not length:
+            return LoadedFile(path, header.tensors, header.metadata, header=known)
+        if mapped:  # privately: writing to it would not reach the file
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE), np.uint8)
+            whole, start = len(data) == header.size, 0
+        else:
+            data = _memory(length)
+            whole, start = _filled(path, file, data), header.start
+    if not whole:
+        raise DataError(f"{path} became shorter while it was read. Fetch the file again.")
+    finite = _finite(data, header, header.start - start)
+    return LoadedFile(path, header.tensors, header.metadata, finite, known, data, start, header.start)
+
+
+def open_header(path: Path) -> HeaderOnlyFile:
+    """The header of the file, checked; DataError as in `open_safetensors`."""
+    with _opened(path) as file:
+        header, known = _header(path, file)
+    return HeaderOnlyFile(path, header.tensors, header.metadata, header=known)
+
+
+def _opened(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from error
+
+
+def _header(path: Path, file: FileIO) -> tuple[Header, Header | None]:
+    """The checked header, twice, the second None where it is too long to be remembered; `file` is then at the first tensor."""
+    try:
+        raw, size = read_header(path, file)
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from error
+    if len(raw) > LONGEST_HEADER:
+        return check_header(path, raw, size), None
+    header = _HEADERS.of((raw, size), lambda: check_header(path, raw, size))
+    return header, header
+
+
+def _filled(path: Path, file: FileIO, data: NDArray[np.uint8]) -> bool:
+    """Whether the file has enough bytes left to fill `data` with."""
+    done = 0
+    with data.data as view:
+        try:
+            while done < len(view) and (count := file.readinto(view[done:])):
+                done += count
+        except OSError as error:
+            raise DataError(unreadable(path, error)) from error
+        return done == len(view)
+
+
+def _memory(length: int) -> NDArray[np.uint8]:
+    """Memory to read a file into. When the last tensor in it has gone, it is kept for the next file of that length."""
+    data = _spare(length) or _new(length)
+    held = np.frombuffer(data, np.uint8)
+    if length <= LARGEST_SPARE:
+        weakref.finalize(held, _SPARE.append, data).atexit = False
+    return held
+
+
+def _spare(length: int) -> mmap.mmap | None:
+    """What is kept, if it has that length; else it goes, before more is taken."""
+    try:
+        data = _SPARE.pop()
+    except IndexError:
+        return None
+    return data if len(data) == length else None
+
+
+def free_spare_memory() -> None:
+    """Lets go of the memory that is kept for the next file."""
+    _SPARE.clear()
+
+
+def _new(length: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if _LARGE_PAGES is None or length < _LARGE:
+        return mmap.mmap(-1, length, flags=flags | _AT_ONCE)
+    data = mmap.mmap(-1, length, flags=flags)
+    with contextlib.suppress(OSError):  # a kernel that was built without them
+        data.madvise(_LARGE_PAGES)
+    return data
+
+
+def _named(file: SafeFile, start: int) -> hashlib._Hash:
+    """The hash of what a file says of its tensors."""
+    found = hashlib.sha256()
+    for name, stored in sorted(file.tensors.items()):
+        found.update(f"{name} {stored.dtype} {stored.shape} {stored.begin - start}\n".encode())
+    return found
+
+
+def _all_numbers(data: NDArray[np.uint8], header: Header, begin: int) -> Tensor | None:
+    """The numbers of all tensors, from the byte `begin` of `data` on; None where the dtypes are several, no floating ones or of a
+    byte, and where they are not aligned."""
+    dtype = header.dtype
+    if dtype is None or not dtype.is_floating_point or dtype.itemsize == 1 or begin % dtype.itemsize:
+        return None
+    return torch.frombuffer(data, dtype=dtype, count=(len(data) - begin) // dtype.itemsize, offset=begin)
+
+
+def _finite(data: NDArray[np.uint8], header: Header, begin: int) -> bool:
+    """Whether one sum shows that all numbers are finite in fp32; False means that each tensor has to be looked at."""
+    numbers = _all_numbers(data, header, begin)
+    return numbers is not None and math.isfinite(numbers.sum(dtype=torch.float32).item())

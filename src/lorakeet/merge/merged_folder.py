@@ -1,0 +1,188 @@
+"""An adapter folded into its base, on disk: a new folder that transformers loads without Lorakeet or PEFT.
+
+Tensors pass through one at a time: read, changed in fp32, rounded once, written. Neither a shard nor the model is ever held.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
+from lorakeet.formats.files.whole_output import new_output, require_new
+from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, copy_along, files_along, open_checkpoint
+from lorakeet.merge.edits import Change, Edit, Edits, edits_for
+from lorakeet.quant.gptq_config import OLD_CONFIG
+
+Dtype = Literal["same", "float32", "bfloat16", "float16"]
+Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
+FP32_COPIES = 4  # of a changed tensor: before, its change, after, and the rounding that is measured
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written, and how far rounding to the stored dtype moved each changed tensor."""
+
+    folder: Path
+    tensors: int
+    changed: int
+    bytes: int
+    rounding: Mapping[str, float] = field(default_factory=dict)  # largest absolute difference to the fp32 sum, by tensor
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The changed tensor that rounding moved most, and by how much; ("", 0.0) when none was rounded."""
+        moved = [item for item in self.rounding.items() if item[1] > 0]
+        return max(moved, key=lambda item: (item[1], item[0]), default=("", 0.0))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a merge takes while it is written: bytes of memory beside the adapter, and bytes of disk."""
+
+    memory: int
+    disk: int
+
+
+def merge_into(
+    source: Path | Checkpoint,
+    adapter: Adapter,
+    out: Path,
+    *,
+    dtype: Dtype = "same",
+    tokenizer: Path | None = None,
+    change: Change | None = None,
+    before: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    on_progress: Progress | None = None,
+) -> MergeResult:
+    """Writes the model `source` with `adapter` folded in to the new folder `out`, which appears whole or not at all.
+
+    `dtype` converts every floating tensor, "same" keeps each one's. Tokenizer files come from `tokenizer` where given (a run
+    that added tokens), else from `source`. `change` and `before` as in `edits_for`. ConfigError: `out` exists, or
+    the adapter does not fit (all of it listed). EnvironmentProblem: the disk is too full, checked before and during the writing.
+    """
+    require_new(out)
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
+    edits = edits_for(checkpoint, adapter, change=change, before=before)
+    shards = _shards(checkpoint, edits, dtype)
+    files = [file for file in files_along(checkpoint.folder, tokenizer) if file.name != OLD_CONFIG]  # what is written is dense
+    metadata = {file: checkpoint.shards[file].metadata or {"format": "pt"} for file in shards}
+    needed = sum(stored_bytes(shapes, metadata[file]) for file, shapes in shards.items())
+    needed_with_files = needed + sum(file.stat().st_size for file in files)
+    with new_output(out, needed_with_files, "The merged model") as partial:
+        partial.mkdir()
+        writer = _Writer(checkpoint, edits, sum(map(len, shards.values())), on_progress)
+        for file, shapes in shards.items():
+            writer.shapes = shapes
+            stream_safetensors(partial / file, shapes, fetch=writer.fetch, metadata=metadata[file])
+        _write_small_files(partial, checkpoint, edits, shards=shards, dtype=dtype)
+        copy_along(files, partial)
+    return MergeResult(out, writer.done, len(edits.by_name), needed, writer.rounding, edits.notes)
+
+
+def needs_of(source: Path | Checkpoint, adapter: Adapter, *, dtype: Dtype = "same", adapters: int = 0) -> Needs:
+    """What `merge_into` will take; a changed tensor is held as it is stored and four times in fp32, and once more for each of the
+    `adapters` of which a change is combined. ConfigError as there.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    edits = edits_for(checkpoint, adapter)
+    held = 0
+    shards = _shards(checkpoint, edits, dtype)
+    for name, (kept, shape) in (item for shapes in shards.values() for item in shapes.items()):
+        edit = edits.by_name.get(name)
+        stored = checkpoint.stored(edit.source if edit else name).dtype.itemsize
+        exact = 4 * (FP32_COPIES + adapters) if edit and edit.steps else 0
+        held = max(held, math.prod(shape) * (stored + (exact or kept.itemsize)))
+    disk = sum(stored_bytes(shapes, checkpoint.shards[file].metadata) for file, shapes in shards.items())
+    return Needs(held, disk)
+
+
+class _Writer:
+    """Fetches the tensors to write, one by one, and keeps account."""
+
+    def __init__(self, checkpoint: Checkpoint, edits: Edits, total: int, on_progress: Progress | None) -> None:
+        self.checkpoint = checkpoint
+        self.edits = edits
+        self.total = total
+        self.on_progress = on_progress
+        self.shapes: Shapes = {}
+        self.done = 0
+        self.rounding: dict[str, float] = {}
+
+    def fetch(self, name: str) -> Tensor:
+        edit = self.edits.by_name.get(name)
+        source = edit.source if edit else name
+        tensor = self.checkpoint.shards[self.checkpoint.home[source]].read(source)
+        if edit is not None and edit.steps:
+            tensor = self._changed(name, edit, tensor)
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total, name)
+        return tensor.to(self.shapes[name][0])
+
+    @torch.no_grad()
+    def _changed(self, name: str, edit: Edit, tensor: Tensor) -> Tensor:
+        exact = tensor.float()
+        del tensor
+        for step in edit.steps:
+            exact = step(exact)
+        rounded = exact.to(self.shapes[name][0])
+        narrower = rounded.dtype.itemsize < exact.dtype.itemsize and exact.numel() > 0
+        self.rounding[name] = float((exact - rounded.float()).abs_().max()) if narrower else 0.0
+        return rounded
+
+
+def _shards(checkpoint: Checkpoint, edits: Edits, dtype: Dtype) -> dict[str, Shapes]:
+    """Dtype and shape of every tensor to write, by file; a new tensor goes where the one it is made from lies."""
+    home = dict(checkpoint.home) | {name: checkpoint.home[edit.source] for name, edit in edits.by_name.items()}
+    shards: dict[str, Shapes] = {file: {} for file in checkpoint.shards}
+    for name, file in home.items():
+        edit = edits.by_name.get(name)
+        stored = checkpoint.stored(edit.source if edit else name)
+        kept = dtype == "same" or not stored.dtype.is_floating_point
+        shards[file][name] = (stored.dtype if kept else getattr(torch, dtype), edit.shape if edit else stored.shape)
+    return shards
+
+
+def _write_small_files(folder: Path, checkpoint: Checkpoint, edits: Edits, *, shards: Mapping[str, Shapes], dtype: Dtype) -> None:
+    if list(shards) != [SINGLE]:
+        sizes = [shape.numel() * kind.itemsize for shapes in shards.values() for kind, shape in map(_sized, shapes.values())]
+        index = {
+            "metadata": {"total_size": sum(sizes)},
+            "weight_map": {name: file for file, shapes in shards.items() for name in shapes},
+        }
+        save_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if checkpoint.config:
+        config = _config(dict(checkpoint.config), edits.config, dtype)
+        save_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _sized(entry: tuple[torch.dtype, tuple[int, ...]]) -> tuple[torch.dtype, torch.Size]:
+    return entry[0], torch.Size(entry[1])
+
+
+def _config(config: dict[str, Any], changes: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
+    """config.json with the changed settings, in the text_config too where there is one that has them."""
+    text = dict(config["text_config"]) if isinstance(config.get("text_config"), dict) else None
+    if text is not None:
+        config["text_config"] = text
+    for key, value in changes.items():
+        if text is not None and (key in text or key not in config):
+            text[key] = value
+        if text is None or key in config or key == "tie_word_embeddings":
+            config[key] = value
+    if dtype != "same":
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+    return config

@@ -1,0 +1,60 @@
+"""Which base a module's weight becomes: packed as the settings ask, or the one that the module already holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.base import FrozenBase
+from lorakeet.core.layers import linear
+from lorakeet.quant.gguf import GgufBase
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
+
+
+def base_of(module: nn.Module, kind: str) -> FrozenBase:
+    """The FrozenBase over a linear module of that kind, packed or dense."""
+    return module.base if isinstance(module, PackedLinear) else linear.dense_base_of(module, kind)
+
+
+def quantise_weight(weight: Tensor, spec: QuantSpec) -> PackedBase:
+    """`weight` (out, in), packed as `spec` asks."""
+    if spec.method == "int8":
+        return Int8Base.of(weight)
+    if spec.method == "nf4":
+        return Nf4Base.of(weight, block_size=spec.block_size, double_quant=spec.double_quant)
+    raise ValueError(f"method is {spec.method!r}; expected nf4 or int8")
+
+
+def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> PackedBase:
+    """A base as `PackedBase.settings` describes it, its buffers zero, to be filled with `load_state_dict` or by hand."""
+    out, width = settings["shape"]
+    if settings["method"] == "int8":
+        return Int8Base((out, width), device=device)
+    if settings["method"] == "nf4":
+        block_size, double_quant = int(settings["block_size"]), bool(settings["double_quant"])
+        return Nf4Base((out, width), block_size=block_size, double_quant=double_quant, device=device)
+    if settings["method"] == "gguf":
+        return GgufBase((out, width), str(settings["type"]), device=device)
+    if settings["method"] == "gptq":
+        sizes = {name: int(settings[name]) for name in ("bits", "groups")}
+        return GptqBase((out, width), **sizes, sym=settings["sym"], zero_format=settings["zero_format"], device=device)
+    raise ValueError(f"method is {settings['method']!r}; expected gguf, gptq, nf4 or int8")
+
+
+def meta_base(base: PackedBase) -> PackedBase:
+    """What tells how `base` is packed, and holds nothing."""
+    return empty_base(base.settings, device="meta")
+
+
+def weights_in(module: nn.Module) -> int:
+    """How many frozen and trained weights `module` has, packed ones counted as the numbers that they stand for."""
+    packed = sum(math.prod(base.shape) for base in module.modules() if isinstance(base, PackedBase))
+    return packed + sum(parameter.numel() for parameter in module.parameters())

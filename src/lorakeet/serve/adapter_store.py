@@ -1,0 +1,175 @@
+"""The folder in which a server keeps uploaded adapters and its list of names: whole or not at all, whatever kills the server.
+
+Every uploader has a place of its own in which files come in, so that two who send the same name at once never mix their files;
+which of them is served is decided one after the other, by loading it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorakeet.errors import ConfigError, DataError, LorakeetError
+from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.safetensors_file import save_text
+from lorakeet.formats.peft.peft import MODEL_NAME
+from lorakeet.formats.peft.peft_config import CONFIG_NAME
+from lorakeet.serve.model_names import check_name
+from lorakeet.serve.probe import CERTIFICATE, Probe
+from lorakeet.serve.registry import Registry
+
+LIST = "registry.json"
+UPLOADS = "uploads"
+_INCOMING = ".incoming"
+ACCEPTED = (CONFIG_NAME, MODEL_NAME, CERTIFICATE)  # the files of an upload; no pickle, no code
+
+
+class AdapterStore:
+    """Uploads and the list of names of one registry."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()  # the list
+        self._changing = threading.Lock()  # which uploads there are
+        self._restoring = False
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # what a killed server had not finished
+        self._absent = self._listed()  # entries of the list that are not served, or not yet, kept for another start
+
+    def remember(self, registry: Registry) -> None:
+        """Writes the list of names: it appears whole, so that a server that is killed finds the last state or the one before."""
+        if self._restoring:
+            return
+        with self._lock:
+            entries = {name: entry for name, entry in self._absent.items() if name not in registry.names}
+            absent = dict(entries)
+            for version in registry.versions:
+                probe = None if version.probe is None else version.probe.to_text()
+                path, digest = str(version.source.path.resolve()), version.source.digest
+                entries[version.name] = {"path": path, "digest": digest, "pinned": version.pinned, "probe": probe}
+            save_text(self.folder / LIST, json.dumps({"adapters": entries}, indent=1, ensure_ascii=False) + "\n")
+            self._absent = absent
+
+    def restore(self, registry: Registry, say: Callable[[str], None]) -> None:
+        """Registers what the list named, then every adapter that lies in the folder by itself; `say` hears what is left out.
+
+        A name that is registered already keeps what it has. What cannot be served, since its disk is away or the base is another,
+        stays in the list.
+        """
+        self._restoring = True
+        try:
+            for name, entry in self._absent.items():
+                if name in registry.names:
+                    continue
+                try:
+                    probe = Probe.from_text(entry["probe"], str(self.folder / LIST)) if entry["probe"] else None
+                    pinned, digest = bool(entry["pinned"]), str(entry["digest"])
+                    path = Path(entry["path"])
+                    private = path.parent == (self.folder / UPLOADS).resolve()
+                    registry.register(name, path, pinned=pinned, probe=probe, digest=digest, private=private)
+                except (LorakeetError, OSError, KeyError, TypeError) as error:
+                    say(f"'{name}' is not served: {error} It stays in {self.folder / LIST} until it is unloaded.")
+            for path in sorted(self.folder.iterdir()):
+                name = path.name.removesuffix(path.suffix) if path.is_file() else path.name
+                if path.name in (LIST, UPLOADS) or path.name.startswith(".") or name in registry.names:
+                    continue
+                try:
+                    registry.register(name, path)
+                except (LorakeetError, OSError) as error:
+                    say(f"{path.name} is not served: {error}")
+        finally:
+            self._restoring = False
+        self.remember(registry)
+
+    def _listed(self) -> dict[str, Any]:
+        path = self.folder / LIST
+        found: dict[str, Any] = {}
+        if path.is_file():
+            found = read_object(path, expected="the list of adapters that a server wrote").get("adapters", {})
+        if not isinstance(found, dict):
+            raise DataError(f"{path} has no object of adapters by name; put back the file that the server wrote, or remove it.")
+        return found
+
+    def forget(self, name: str, registry: Registry) -> bool:
+        """Strikes a name off the list that could not be served when the server started; False where there is none."""
+        with self._lock:
+            entry = self._absent.pop(name, None)
+        if entry is None:
+            return False
+        try:
+            self.tidy(name, registry)
+            self.remember(registry)
+        except BaseException:
+            with self._lock:
+                self._absent[name] = entry  # it is in the list still, and can be struck off again
+            raise
+        return True
+
+    @contextmanager
+    def incoming(self, name: str, file: str, uploader: str = "") -> Iterator[Path]:
+        """Where a file of an upload is written while it comes in; it counts, whole, when the block ends without an error.
+
+        ConfigError for names that are none.
+        """
+        check_name(name)
+        if file not in ACCEPTED:
+            raise ConfigError(f"The file {file!r} is not taken; an upload is {', '.join(ACCEPTED)}.")
+        part = self.folder / _INCOMING / f"{uuid.uuid4().hex}.part"
+        part.parent.mkdir(exist_ok=True)
+        try:
+            yield part
+            place = self._coming(name, uploader)
+            place.mkdir(parents=True, exist_ok=True)
+            os.replace(part, place / file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def accept(self, name: str, registry: Registry, *, replace: bool, uploader: str = "") -> None:
+        """Loads what came in for `name`; only if every check passes is it kept and visible. Errors as in Registry.load, and
+        ConfigError where the list keeps another upload of that name for another start, unless it is to `replace` it."""
+        check_name(name)
+        with self._changing:
+            if name in self._absent and name not in registry.names and not replace:
+                raise ConfigError(
+                    f"'{name}' is in the server's list, but could not be served when it started: its files are away, or fit "
+                    "another base. Unload it first, replace it, or take another name."
+                )
+            came = self._coming(name, uploader)
+            if not (came / CONFIG_NAME).is_file() or not (came / MODEL_NAME).is_file():
+                raise DataError(f"The upload of '{name}' is not whole: it needs {CONFIG_NAME} and {MODEL_NAME}.")
+            (self.folder / UPLOADS).mkdir(exist_ok=True)
+            number = 1 + max((int(p.name.rpartition("@")[2]) for p in self._uploads(name)), default=0)
+            place = self.folder / UPLOADS / f"{name}@{number}"
+            os.rename(came, place)
+            try:
+                registry.load(name, place, replace=replace, private=True)
+            except BaseException:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+            self._tidy(name, registry)
+
+    def tidy(self, name: str, registry: Registry) -> None:
+        """Removes the uploads of a name but the one that it points to; what is in memory stays as long as it is used."""
+        with self._changing:
+            self._tidy(name, registry)
+
+    def _tidy(self, name: str, registry: Registry) -> None:
+        served = {version.source.path for version in registry.versions if version.name == name}
+        for place in self._uploads(name):
+            if place not in served:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _uploads(self, name: str) -> list[Path]:
+        return list((self.folder / UPLOADS).glob(f"{name}@*"))
+
+    def _coming(self, name: str, uploader: str) -> Path:
+        """The place of one uploader's files of `name`; who it is may be any text, so that its hash is the folder's name."""
+        return self.folder / _INCOMING / hashlib.sha256(uploader.encode()).hexdigest()[:16] / name

@@ -1,0 +1,152 @@
+"""Runs on images: a diffusion model trained on pictures with captions, evaluated by its loss and its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from functools import partial
+from shlex import quote
+from typing import Any
+
+from rich.console import Console
+
+from lorakeet.config import RunConfig
+from lorakeet.data.images.record import image_record
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.report.report import Command, Leak, Report
+from lorakeet.models.image.clip_scorer import load_scorer
+from lorakeet.train.image.task import ImageTask
+from lorakeet.train.processes import Processes
+from lorakeet.train.progress import PICTURES
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble_images, image_task, sampler_of
+from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests
+from lorakeet.workflows.finetuning.evaluate_image import ImageEvaluator
+from lorakeet.workflows.finetuning.kind import Digests, RunKind
+from lorakeet.workflows.finetuning.terminal import show_image_forecast, show_pictures
+from lorakeet.workflows.runs.output_paths import writing
+from lorakeet.workflows.runs.run_folder import hashes_of_parts
+
+# The version of how latents and conditioning are computed. 2: SDXL's latents are standardised by latents_mean and latents_std,
+# mirrored cut-outs know their own offset, and T5 has no dropout while other encoders train.
+ARITHMETIC = 2
+
+
+class ImageKind(RunKind[ImageAssembly]):
+    """A diffusion model on pictures with captions."""
+
+    words = PICTURES
+
+    def assemble(
+        self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
+    ) -> ImageAssembly:
+        return assemble_images(config, console, forecast=dry_run, resumed=resumed)
+
+    def summary(self, setup: ImageAssembly, *, dry_run: bool) -> dict[str, Any]:
+        planned = setup.arrangement.planned
+        return {} if planned is None else {"memory": planned.to_mapping()}
+
+    def show(self, setup: ImageAssembly, console: Console, *, dry_run: bool) -> None:
+        show_pictures(setup, console)
+        if dry_run and setup.arrangement.planned is not None:
+            show_image_forecast(setup.arrangement.planned, console)
+
+    def task(self, setup: ImageAssembly, run: RunFolder, console: Console) -> ImageTask:
+        return image_task(setup, partial(_draw_progress, setup, run, console) if setup.config.diffusion.progress else None)
+
+    def split_record(self, setup: ImageAssembly) -> dict[str, object]:
+        return image_record(setup.dataset, setup.config.data)
+
+    def frozen_digests(self, setup: ImageAssembly) -> Digests:
+        return frozen_image_digests(setup.model)
+
+    def identity(self, setup: ImageAssembly, digests: Digests) -> dict[str, str | list[str]]:
+        config = setup.config
+        model = replace(config.model, config=None)  # identified by its digests
+        parts = {
+            "model settings": model.identity(),
+            "lora settings": dataclasses.asdict(config.lora),
+            "images settings": {**dataclasses.asdict(config.images), "cache": ""},
+            "diffusion settings": dataclasses.asdict(replace(config.diffusion, scorer="")),  # measures only
+            "pictures": [picture.row.key for picture in (*setup.train, *setup.held_out, *setup.prior)],
+            "base model": digests,
+            "latents and conditioning": [setup.model.autoencoder_digest, setup.model.encoders_digest],
+            "image arithmetic (this version of Lorakeet computes pictures otherwise)": ARITHMETIC,
+        }
+        return hashes_of_parts(parts, model)
+
+    def evaluate(self, setup: ImageAssembly, run: RunFolder, console: Console) -> Report:
+        name = setup.config.diffusion.scorer
+        evaluator = _evaluator(setup, console)
+        evaluator = replace(
+            evaluator,
+            scorer=load_scorer(name) if name and setup.config.diffusion.seeds else None,
+            groups=setup.dataset.groups,
+            prior=setup.prior if setup.config.images.prior else (),  # samples may repeat what the base itself drew
+        )
+        with writing(f"The samples in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
+            report = evaluator.report(f"Fine-tuning {setup.name}", run.path / "samples")
+        data = setup.dataset
+        warnings = [*report.warnings, *data.remarks]
+        if not data.test:
+            warnings.append(
+                "There are no test pictures: the checkpoint was chosen on the same held-out pictures that it is evaluated on."
+            )
+        found = tuple(Leak(one.evaluated, one.train, 1 - one.apart, one.action, one.caption) for one in data.alike)
+        return replace(report, leaks=found, warnings=tuple(warnings))
+
+    def certify(self, setup: ImageAssembly, run: RunFolder, before: Digests) -> Certificate:
+        prompts = [picture.row.caption for picture in setup.evaluated[1][:2]]
+        return certify_images(
+            setup.model, run.adapter, prompts, before=before, sampler=sampler_of(setup.config),
+            spec=setup.config.model if setup.arrangement.budget is None else None,
+        )  # fmt: skip
+
+    def model_text(self, setup: ImageAssembly) -> str:
+        model = setup.config.model
+        method = model.quantize.method
+        packed = "" if method == "none" else f", linear layers of the UNet in {method}"
+        return f"{setup.name}, {model.dtype} weights{packed}, predicts {setup.config.diffusion.prediction}"
+
+    def facts(self, setup: ImageAssembly) -> dict[str, str]:
+        config = setup.config
+        timesteps = config.diffusion.held_out_timesteps
+        found = {name: counts + _prior_text(setup) for name, counts in super().facts(setup).items()}
+        found["Evaluated at"] = f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted"
+        if config.diffusion.scorer and config.diffusion.seeds:
+            found["Samples scored by"] = f"{config.diffusion.scorer}; the seeds of one prompt count as one group"
+        else:
+            missing = "draw samples (diffusion.seeds)" if config.diffusion.scorer else "name a CLIP model as diffusion.scorer"
+            found["Not run"] = f"prompt-following and style scores; to have them, {missing}"
+        return found
+
+    def next_commands(self, setup: ImageAssembly, run: RunFolder) -> tuple[Command, ...]:
+        prompt, folder = quote(setup.evaluated[1][0].row.caption), quote(str(run.path))
+        pictures = quote(f"{run.path.name}-pictures")
+        to, programs = ("diffusers", "diffusers and ComfyUI") if setup.model.kind.flow else ("kohya", "ComfyUI and A1111")
+        return (
+            Command(f"lorakeet generate --adapter {folder} --prompt {prompt} --out {pictures}", "draw with it"),
+            Command(f"lorakeet convert {folder} {quote(f'{run.path.name}.safetensors')} --to {to}", f"for {programs}"),
+        )
+
+
+KIND = ImageKind()
+
+
+def _evaluator(setup: ImageAssembly, console: Console) -> ImageEvaluator:
+    return ImageEvaluator(setup.config, setup.model, setup.captions, setup.evaluated[1], setup.train, console)
+
+
+def _draw_progress(setup: ImageAssembly, run: RunFolder, console: Console, step: int) -> None:
+    """Draws the prompts of the run with the adapter as it is after `step` steps, into RUN/progress."""
+    with writing(f"The samples in {run.path}", f"Free some space, then: {run.resume_command}"):
+        _evaluator(setup, console).draw_progress(run.path / "progress" / f"step-{step:06}")
+
+
+def _prior_text(setup: ImageAssembly) -> str:
+    """The pictures of the subject's class, where there are any."""
+    spec = setup.config.images
+    if not setup.prior:
+        return ""
+    source = spec.prior or f"drawn by the base of '{spec.prior_caption}'"
+    return f"; {len(setup.prior)} of the subject's class ({source}), weight {setup.config.diffusion.prior_weight:g}"

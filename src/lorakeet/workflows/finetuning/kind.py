@@ -1,0 +1,162 @@
+"""A kind of run: what text and images each answer, so that one `finetune` and one `plan` serve both.
+
+A new kind is one file beside text.py and image.py: a subclass of `RunKind`, an instance of it named KIND, and a line in
+config.KINDS. A kind that is much like another (preferences between two replies, over a text model) subclasses that one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from rich.console import Console
+
+from lorakeet.config import KINDS, RunConfig
+from lorakeet.core.plan import Plan
+from lorakeet.data.batches import StepOrder
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.report.rank_values import RankMap
+from lorakeet.evaluate.report.report import Command, Report
+from lorakeet.memory.measure import PeakMemory
+from lorakeet.train.processes import ALONE, Processes
+from lorakeet.train.progress import TEXT, Words
+from lorakeet.train.run import RunFolder
+from lorakeet.train.task import Task
+
+Digests = Mapping[str, str]  # SHA-256 of each frozen tensor, by its path in the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """What a run works with, checked before anything is written. `config` holds what "auto" became on this machine."""
+
+    config: RunConfig
+    plan: Plan  # of the pairs that are trained
+    dataset: Any  # its `train`, `held_out` and `test` are the rows of each part
+    arrangement: Any  # how memory.budget is kept
+    processes: Processes = ALONE  # that train together
+    memory: PeakMemory | None = None  # of the process, from before the model was loaded
+
+    @property
+    def name(self) -> str:
+        """The name of the base model."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        raise NotImplementedError
+
+    @property
+    def evaluated(self) -> tuple[str, Sequence[Any]]:
+        """The name and the rows of the part that the report is about: the test rows, or else the held-out ones."""
+        return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
+
+    @property
+    def planned(self) -> tuple[int | None, int | None]:
+        """Planned bytes until training ends, and of the whole run; None where it was not planned."""
+        return None, None
+
+    @property
+    def steps(self) -> int:
+        """The steps of the run."""
+        order = StepOrder(len(self.dataset.train), self.config.train.batch_size, self.config.train.seed)
+        return self.config.train.total_steps(order.steps_per_epoch)
+
+    @property
+    def sharded(self) -> bool:
+        """True if each process holds only a part of every frozen block."""
+        return self.config.train.shard and self.processes.count > 1
+
+    def with_learning_rate(self: AssemblyT, rate: float | None) -> AssemblyT:
+        """The same with another learning rate."""
+        return replace(self, config=replace(self.config, train=replace(self.config.train, learning_rate=rate)))
+
+
+AssemblyT = TypeVar("AssemblyT", bound=Assembly)
+
+
+class RunKind(ABC, Generic[AssemblyT]):
+    """One kind of run. `finetune` calls the methods in the order in which they stand here."""
+
+    words: ClassVar[Words] = TEXT  # what is computed and evaluated, in the plural
+    several_processes: ClassVar[bool] = False  # can be started by torchrun
+    tries_rates: ClassVar[bool] = False  # workflows/tuning can compare learning rates of it
+
+    def check(self, config: RunConfig, processes: int) -> None:
+        """Raises ConfigError or EnvironmentProblem for settings that cannot be used; called before anything is loaded."""
+
+    @abstractmethod
+    def assemble(
+        self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
+    ) -> AssemblyT:
+        """Reads the rows, loads the model and makes the plan. Raises ConfigError and DataError; writes no run folder."""
+
+    def summary(self, setup: AssemblyT, *, dry_run: bool) -> dict[str, Any]:
+        """Keys of --json that only this kind has."""
+        return {}
+
+    def show(self, setup: AssemblyT, console: Console, *, dry_run: bool) -> None:
+        """Prints the rows and the plan before training."""
+        console.print(setup.plan.summary(), markup=False, soft_wrap=True)
+
+    @abstractmethod
+    def task(self, setup: AssemblyT, run: RunFolder, console: Console) -> Task[Any]:
+        """The task that `train` runs; adds the pairs of the plan to the model. Raises ConfigError; writes nothing."""
+
+    def split_record(self, setup: AssemblyT) -> dict[str, object]:
+        """Which rows are in which part, as split.json records it; a resumed run must have the same."""
+        record: dict[str, object] = setup.dataset.split_record()
+        return record
+
+    def frozen_digests(self, setup: AssemblyT) -> Digests:
+        """The digest of each frozen tensor in memory."""
+        return {}
+
+    @abstractmethod
+    def identity(self, setup: AssemblyT, digests: Digests) -> dict[str, str | list[str]]:
+        """Hashes of what must be the same when a run is resumed, besides the training settings."""
+
+    def training(self, setup: AssemblyT, task: Any, run: RunFolder, console: Console) -> AbstractContextManager[None]:
+        """A context around training."""
+        return nullcontext()
+
+    def trained(self, setup: AssemblyT, task: Any) -> AssemblyT:
+        """The assembly after training, with the trained model, and the plan that pruning left."""
+        return setup
+
+    @abstractmethod
+    def evaluate(self, setup: AssemblyT, run: RunFolder, console: Console) -> Report:
+        """The measured sections of the report, with its leaks and warnings: base and adapter on the evaluated rows."""
+
+    @abstractmethod
+    def certify(self, setup: AssemblyT, run: RunFolder, before: Digests) -> Certificate:
+        """Compares RUN/adapter, read again, with the trained one, and the frozen tensors with those `before` training."""
+
+    @abstractmethod
+    def model_text(self, setup: AssemblyT) -> str:
+        """The base model and its precision, for the report."""
+
+    def facts(self, setup: AssemblyT) -> dict[str, str]:
+        """What the report says of the rows and of how they were evaluated."""
+        data = setup.dataset
+        counts = f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
+        return {self.words.evaluated.capitalize(): counts}
+
+    def rank_map(self, setup: AssemblyT, metrics: Sequence[dict[str, Any]]) -> RankMap | None:
+        """The ranks by block and matrix, where the report shows them."""
+        return None
+
+    def next_commands(self, setup: AssemblyT, run: RunFolder) -> tuple[Command, ...]:
+        """Commands that the report recommends."""
+        return ()
+
+
+def kind_of(config: RunConfig) -> RunKind[Any]:
+    """The kind that config.kind names; only its own modules are imported."""
+    return cast("RunKind[Any]", import_module(KINDS[config.kind]).KIND)

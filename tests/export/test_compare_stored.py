@@ -1,0 +1,80 @@
+"""The share of a change that a stored tensor holds is read through heavy rounding."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.core.tiled_product import PART, parts
+from lorakeet.export.compare_stored import PART_BYTES, compare_stored
+from lorakeet.export.merged_tensors import Fp32Rows
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from tiny.held import held_bytes
+
+
+class Base:
+    """One matrix W with the change Δ, and one that nothing changes."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(64, 64, generator=generator)
+        self.change = 0.05 * torch.randn(64, 64, generator=generator)
+        self.names = ["a", "b"]
+
+    def changes(self, name: str) -> bool:
+        return name == "a"
+
+    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
+        return self.weight + self.change if folded and name == "a" else self.weight
+
+    def rows(self, name: str) -> Tensor:
+        return self.fetch(name)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0, 1 / 3, 3.0])
+def test_the_share_is_found_under_noise_larger_than_the_change(share: float) -> None:
+    base = Base()
+    noise = 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    found = compare_stored(base, [("a", base.weight + share * base.change + noise), ("b", base.weight)])
+    assert found["a"].share == pytest.approx(share, abs=5 * found["a"].share_error) and found["a"].share_error < 0.06
+    assert math.isnan(found["b"].share) and found["b"].rounding == 0
+
+
+def test_missing_and_misshapen_tensors_are_infinitely_far() -> None:
+    base = Base()
+    found = compare_stored(base, [("a", torch.zeros(3)), ("c", torch.zeros(1))])
+    assert found["a"].rounding == found["b"].rounding == math.inf and set(found) == {"a", "b"}
+
+
+class InFile(Base):
+    """A file's matrix "b", whole or in parts."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.names = open_safetensors(path), ["b"]
+
+    def rows(self, name: str) -> Fp32Rows:
+        return Fp32Rows(self.file.rows(name))
+
+
+@pytest.mark.parametrize("shape", [(12_000, 256), (4, 3000, 256)], ids=["matrix", "experts"])
+def test_of_a_tensor_that_nothing_changes_a_part_is_held(
+    shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of a stack of experts has more numbers than a part."""
+    number = 1 << 15
+    weight = torch.randn(shape)
+    save_tensors(tmp_path / "wide", {"b": weight}, metadata={})
+    save_tensors(tmp_path / "narrow", {"b": weight.bfloat16()}, metadata={})
+    del weight
+    base, given = InFile(tmp_path / "wide"), open_safetensors(tmp_path / "narrow")
+    whole = compare_stored(base, [("b", given.read("b"))])["b"]
+    monkeypatch.setattr("lorakeet.export.compare_stored.parts", partial(parts, numbers=number))
+    with held_bytes() as most:
+        found = compare_stored(base, [("b", given.rows("b"))])["b"]
+    assert found.rounding == pytest.approx(whole.rounding, rel=1e-9) and 1e-3 < found.rounding < 4e-3
+    assert 16 * number < most() <= PART_BYTES // PART * number < 4 * math.prod(shape)

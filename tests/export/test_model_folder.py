@@ -1,0 +1,101 @@
+"""A model folder written shard by shard: each part made once, little held, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.export.model_folder import TensorGroup, write_model
+from lorakeet.memory.spill import Spill
+
+
+def parts_of(count: int, made: list[str]) -> list[TensorGroup]:
+    """Parts of two tensors, 400 and 10 bytes."""
+
+    def part(number: int) -> TensorGroup:
+        tensors = {f"w{number}": torch.full((100,), float(number)), f"w{number}.code": torch.full((10,), number).byte()}
+
+        def make() -> dict[str, Tensor]:
+            made.append(f"w{number}")
+            return tensors
+
+        return TensorGroup({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, make)
+
+    return [part(number) for number in range(count)]
+
+
+def test_one_file_where_it_fits(tmp_path: Path) -> None:
+    made: list[str] = []
+    along = tmp_path / "tokenizer.json"
+    along.write_text("{}")
+    seen: list[tuple[int, int, str]] = []
+    size = write_model(
+        tmp_path / "out", parts_of(3, made), config={"a": 1}, along=[along], on_progress=lambda *step: seen.append(step)
+    )
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"model.safetensors", "config.json", "tokenizer.json"}
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["w2"].eq(2).all() and tensors["w1.code"].dtype == torch.uint8 and len(tensors) == 6
+    assert made == ["w0", "w1", "w2"] and [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert size == (tmp_path / "out" / "model.safetensors").stat().st_size + 2
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    write_model(tmp_path / "out", parts_of(5, []), config={}, shard_bytes=900)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert index["metadata"]["total_size"] == 5 * 410
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "out" / file)
+
+
+def test_tensors_that_wait_on_disk_make_the_same_file(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    write_model(tmp_path / "one", parts_of(4, []), config={})
+    made: list[str] = []
+    write_model(tmp_path / "other", parts_of(4, made), config={}, waiting=Spill(scratch))
+    one, other = (tmp_path / name / "model.safetensors" for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes() and len(made) == 4 and list(scratch.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="never overwritten"):
+        write_model(tmp_path / "out", parts_of(1, []), config={})
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_full_disk_leaves_nothing_behind(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of(2, [])
+    if when == "before":
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    else:
+
+        def refused() -> dict[str, Tensor]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        parts[1] = TensorGroup(parts[1].shapes, refused)
+    with pytest.raises(EnvironmentProblem, match=r"needs [\d,]+ bytes"):
+        write_model(tmp_path / "out", parts, config={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_goes_wrong_in_a_part_is_passed_on(tmp_path: Path) -> None:
+    def broken() -> dict[str, Tensor]:
+        raise RuntimeError("no numbers")
+
+    make: Callable[[], dict[str, Tensor]] = broken
+    with pytest.raises(RuntimeError, match="no numbers"):
+        write_model(tmp_path / "out", [TensorGroup({"w": (torch.float32, (1,))}, make)], config={})
+    assert list(tmp_path.iterdir()) == []

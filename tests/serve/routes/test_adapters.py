@@ -1,0 +1,196 @@
+"""Adapters over HTTP: vLLM's and llama.cpp's calls, uploads, pins, upgrades while streams run, and certificates."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
+from lorakeet.formats.peft import peft
+from lorakeet.serve import adapter_store
+from lorakeet.serve.service import RequestLimits
+
+
+@pytest.fixture
+def served(site: Callable[..., Any], tmp_path: Path) -> Any:
+    return site(store=tmp_path / "store")
+
+
+@pytest.fixture
+def http(served: Any) -> Any:
+    with httpx.Client(base_url=served.url, timeout=30) as client:
+        yield client
+
+
+def text(http: Any, model: str, **more: Any) -> str:
+    body = {"model": model, "prompt": "This drug", "temperature": 0, "max_tokens": 10, **more}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    found: str = answer.json()["choices"][0]["text"]
+    return found
+
+
+def send(http: Any, name: str, folder: Path, **more: Any) -> Any:
+    for file in ("adapter_config.json", peft.MODEL_NAME):
+        assert http.put(f"/v1/adapters/{name}/{file}", content=(folder / file).read_bytes()).status_code == 200
+    return http.post(f"/v1/adapters/{name}", json=more)
+
+
+def test_vllms_calls(http: Any, saved: Callable[..., Path]) -> None:
+    folder = saved("c", seed=5)
+    loaded = http.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": str(folder)})
+    assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'c' added successfully.")
+    assert text(http, "c") != text(http, "tiny")
+    again = http.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": str(folder)})
+    assert again.status_code == 400 and "is loaded already" in again.json()["error"]["message"]
+    gone = http.post("/v1/unload_lora_adapter", json={"lora_name": "c"})
+    assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'c' removed successfully.")
+    missing = http.post("/v1/unload_lora_adapter", json={"lora_name": "c"})
+    assert missing.status_code == 404 and missing.json()["error"]["type"] == "NotFoundError"
+    nowhere = http.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": str(folder / "no")})
+    assert nowhere.status_code == 400 and "does not exist" in nowhere.json()["error"]["message"]
+
+
+def test_llama_cpps_scales(http: Any) -> None:
+    listed = http.get("/lora-adapters").json()
+    assert [(entry["id"], entry["scale"], entry["task_name"]) for entry in listed] == [(0, 0.0, "a"), (1, 0.0, "b")]
+    base, mixed = text(http, "tiny"), text(http, "a*0.2+b*0.8")
+    assert text(http, "tiny", lora=[{"id": 0, "scale": 0.2}, {"id": 1, "scale": 0.8}]) == mixed != base
+    assert text(http, "tiny", lora=[]) == base
+    assert http.post("/lora-adapters", json=[{"id": 0, "scale": 1.0}]).json() == {"success": True}
+    assert text(http, "tiny") == text(http, "a") and text(http, "tiny", lora=[]) == base
+    assert http.post("/lora-adapters", json=[]).json() == {"success": True}
+    assert text(http, "tiny") == base
+    assert http.post("/lora-adapters", json=[{"id": 9}]).status_code == 400
+
+
+def test_an_upload_is_served_once_it_is_whole_and_checked(http: Any, served: Any, saved: Callable[..., Path]) -> None:
+    folder = saved("up", seed=6)
+    assert http.put("/v1/adapters/up/adapter_model.safetensors", content=b"x").status_code == 200
+    assert http.post("/v1/adapters/up", json={}).status_code == 400, "half an upload"
+    assert http.get("/v1/adapters/up").status_code == 404
+    about = send(http, "up", folder).json()
+    assert (about["loaded"], about["ranks"], about["scales"]) == (True, [4], [3.0]) and about["effect"] > 0.1
+    assert text(http, "up") != text(http, "tiny")
+    assert http.delete("/v1/adapters/up").json()["removed"]
+    assert http.get("/v1/adapters/up").status_code == 404 and not list(served.service.store.folder.glob("uploads/*"))
+    for path in ("/v1/adapters/..%2Fx/adapter_model.safetensors", "/v1/adapters/up/adapter_model.bin", "/v1/adapters/up/x.py"):
+        assert http.put(path, content=b"x").status_code in (400, 404)
+
+
+def test_two_uploads_of_one_name_keep_their_files_apart(http: Any, saved: Callable[..., Path]) -> None:
+    first, second = saved("first", seed=1), saved("second", seed=2, rank=6)
+    for file in ("adapter_config.json", peft.MODEL_NAME):
+        for upload, folder in (("1", first), ("2", second)):
+            assert http.put(f"/v1/adapters/up/{file}?upload={upload}", content=(folder / file).read_bytes()).status_code == 200
+    assert http.post("/v1/adapters/up", json={}).status_code == 400, "nothing came under no id"
+    assert http.post("/v1/adapters/up?upload=2", json={}).json()["ranks"] == [6]
+    taken = http.post("/v1/adapters/up?upload=1", json={})
+    assert taken.status_code == 400 and "is loaded already" in taken.json()["error"]["message"]
+    assert http.get("/v1/adapters/up").json()["ranks"] == [6]
+
+
+def test_an_upload_has_a_limit(site: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path) -> None:
+    served = site(store=tmp_path / "small", limits=RequestLimits(upload=1000))
+    answer = httpx.put(f"{served.url}/v1/adapters/up/adapter_model.safetensors", content=bytes(2000))
+    assert answer.status_code == 413 and "larger than the 1,000 bytes" in answer.json()["error"]["message"]
+    assert not list((tmp_path / "small").rglob("*.safetensors"))
+
+
+def test_an_upgrade_while_a_stream_runs(http: Any, saved: Callable[..., Path]) -> None:
+    expected = text(http, "a", max_tokens=60)
+    body = {"model": "a", "prompt": "This drug", "temperature": 0, "max_tokens": 60, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        first = next(lines)
+        upgrade = {"lora_name": "a", "lora_path": str(saved("a-new", seed=9)), "load_inplace": True}
+        assert http.post("/v1/load_lora_adapter", json=upgrade).status_code == 200
+        new = text(http, "a")
+        pieces = [line for line in (first, *lines) if line.startswith("data: {")]
+    assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in pieces) == expected
+    assert not expected.startswith(new)
+
+
+def test_pins(http: Any) -> None:
+    assert http.get("/v1/adapters/a").json()["loaded"] is False
+    about = http.post("/v1/adapters/a/pin", json={"pinned": True}).json()
+    assert about["loaded"] and about["pinned"] and about["users"] == 0
+    assert not http.post("/v1/adapters/a/pin", json={"pinned": False}).json()["pinned"]
+
+
+def test_a_certificate_is_extended(http: Any, saved: Callable[..., Path]) -> None:
+    assert http.post("/v1/adapters/a/certificate").status_code == 400, "none came with it"
+    folder = saved("run", seed=7)
+    check = tolerance_check("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    export = tolerance_check("run-merged/: logits", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    Certificate("The run", (check, export)).write(folder / "certificate.json")
+    assert send(http, "unrelated", saved("z")).status_code == 200
+    http.post("/v1/load_lora_adapter", json={"lora_name": "run", "lora_path": str(folder)})
+    answer = http.post("/v1/adapters/run/certificate").json()
+    assert answer["passed"] and "served" in answer["checks"][2] and answer["artefacts"] == {"run-merged/": False}
+    names = [found.name for found in read_certificate(folder / "certificate.json").checks]
+    assert names == ["run", "run-merged/: logits", "served"]
+
+
+def test_scales_that_are_no_numbers_are_refused(http: Any) -> None:
+    for scale in ("NaN", "1e999", "-1e31"):
+        entry = f'[{{"id": 0, "scale": {scale}}}]'
+        request = f'{{"lora": {entry}, "model": "tiny", "prompt": "x"}}'
+        for path, body in (("/lora-adapters", entry), ("/v1/completions", request)):
+            answer = http.post(path, content=body)
+            assert answer.status_code == 400 and "The scale of adapter 0 is" in answer.json()["error"]["message"]
+    assert text(http, "tiny")
+
+
+def test_an_upload_goes_from_a_full_disk(
+    http: Any, served: Any, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of names cannot be written before there is room, which what is removed makes."""
+    assert send(http, "up", saved("up", seed=5)).status_code == 200
+    uploads, write = served.service.store.folder / "uploads", adapter_store.save_text
+
+    def full(*given: Any) -> None:
+        if list(uploads.iterdir()):
+            raise OSError(28, "No space left on device")
+        write(*given)
+
+    monkeypatch.setattr(adapter_store, "save_text", full)
+    assert http.delete("/v1/adapters/a").status_code == 507, "nothing of it can be removed"
+    assert http.delete("/v1/adapters/up").status_code == 200
+    assert list(json.loads((served.service.store.folder / adapter_store.LIST).read_text())["adapters"]) == ["b"]
+
+
+def test_every_load_is_counted(http: Any, served: Any, saved: Callable[..., Path]) -> None:
+    assert http.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": str(saved("c", seed=5))}).status_code == 200
+    assert http.post("/v1/adapters/a/pin", json={}).status_code == 200
+    text(http, "a")
+    page = http.get("/metrics").text
+    assert 'adapter_loads_total{adapter="c"} 1' in page and 'adapter_loads_total{adapter="a"} 1' in page
+
+
+def test_no_adapter_takes_the_name_of_the_base(http: Any, saved: Callable[..., Path]) -> None:
+    answer = http.post("/v1/load_lora_adapter", json={"lora_name": "tiny", "lora_path": str(saved("c", seed=5))})
+    assert answer.status_code == 400 and "since the base is" in answer.json()["error"]["message"]
+
+
+def test_a_scale_goes_with_its_adapter_at_once(http: Any, served: Any) -> None:
+    """Uploads of somebody else may be looked at meanwhile, for which the removal of files waits."""
+    base = text(http, "tiny")
+    assert http.post("/lora-adapters", json=[{"id": 0, "scale": 1.0}]).status_code == 200
+    assert text(http, "tiny") != base
+    with ThreadPoolExecutor() as pool:
+        with served.service.store._changing:
+            removing = pool.submit(http.delete, "/v1/adapters/a")
+            for _ in range(3000):
+                if not served.service.scales:
+                    break
+                time.sleep(0.01)
+            assert text(http, "tiny") == base and not removing.done()
+        assert removing.result().status_code == 200

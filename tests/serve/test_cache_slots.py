@@ -1,0 +1,71 @@
+"""Slots: the longest beginning with the same key is gone on from, in place or by a copy, and never one of another key."""
+
+from __future__ import annotations
+
+import torch
+
+from lorakeet.models.generate.kv_cache import KeyValues
+from lorakeet.serve.cache_slots import CacheSlots, prefix_key
+
+A, B = prefix_key({"a@1": 1.0}), prefix_key({"a@2": 1.0})
+LONG = tuple(range(40))
+
+
+def filled(slots: CacheSlots, key: object, ids: tuple[int, ...]) -> int:
+    number, count = slots.take(key, ids)  # type: ignore[arg-type]
+    slots.wrote(number, ids[count:])
+    return number
+
+
+def test_a_free_slot_goes_on_from_what_it_holds() -> None:
+    slots = CacheSlots(KeyValues(slots=2, capacity=64))
+    number = filled(slots, A, LONG)
+    slots.release(number)
+    assert slots.take(A, (*LONG, 7)) == (number, 40)
+    assert slots.free == 1
+
+
+def test_one_token_is_always_left_to_compute() -> None:
+    slots = CacheSlots(KeyValues(slots=1, capacity=64))
+    slots.release(filled(slots, A, LONG))
+    assert slots.take(A, LONG) == (0, 39)
+
+
+def test_another_version_or_weight_begins_anew() -> None:
+    slots = CacheSlots(KeyValues(slots=1, capacity=64))
+    for key in (B, prefix_key({"a@1": 0.5}), prefix_key({}), prefix_key({"a@1": 1.0, "b@1": 1.0})):
+        slots.release(filled(slots, A, LONG))
+        assert slots.take(key, LONG)[1] == 0
+        slots.release(0)
+
+
+def test_the_order_of_names_makes_no_key() -> None:
+    assert prefix_key({"a": 0.7, "b": 0.3}) == prefix_key({"b": 0.3, "a": 0.7})
+
+
+def test_a_busy_slot_lends_its_beginning() -> None:
+    cache = KeyValues(slots=2, capacity=64)
+    key, value = cache.layer(0, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))
+    slots = CacheSlots(cache)
+    number = filled(slots, A, LONG)
+    key[number].fill_(3.0)
+    value[number].fill_(4.0)
+    other, count = slots.take(A, (*LONG[:30], 99))
+    assert (other, count) == (1 - number, 30)
+    assert float(key[other, :, :30].min()) == 3.0 and float(value[other, :, :30].max()) == 4.0
+
+
+def test_the_slot_that_was_used_longest_ago_is_written_over() -> None:
+    slots = CacheSlots(KeyValues(slots=2, capacity=64))
+    first = filled(slots, A, LONG)
+    second = filled(slots, B, LONG)
+    slots.release(first)
+    slots.release(second)
+    assert slots.take(prefix_key({}), LONG) == (first, 0)
+
+
+def test_what_a_version_computed_is_forgotten() -> None:
+    slots = CacheSlots(KeyValues(slots=1, capacity=64))
+    slots.release(filled(slots, A, LONG))
+    slots.forget("a@1")
+    assert slots.take(A, LONG) == (0, 0)

@@ -1,0 +1,97 @@
+"""The cores that other programs leave to the engine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lorakeet.serve import free_cores
+from lorakeet.serve.free_cores import INTERVAL, LONGEST, FreeCores, available, seconds
+
+
+class Machine:
+    """A clock and what was computed, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = self.everybody = self.own = 0.0
+
+    def go_on(self, passed: float, *, own: float, others: float) -> None:
+        """So many seconds later, in which this process had `own` cores and the others had `others`."""
+        self.now += passed
+        self.everybody += (own + others) * passed
+        self.own += own * passed
+
+    def free(self, most: int, cores: int | None = None) -> FreeCores:
+        return FreeCores(most, cores=cores or most, look=lambda: (self.everybody, self.own), clock=lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("most", "others", "expected"),
+    [(2, 0.0, 2), (2, 0.2, 2), (2, 0.5, 1), (2, 1.0, 1), (2, 5.0, 1), (8, 1.2, 7), (8, 1.5, 6), (1, 1.0, 1)],
+)
+def test_cores_that_others_use_are_left_to_them(most: int, others: float, expected: int) -> None:
+    machine = Machine()
+    free = machine.free(most)
+    machine.go_on(2 * INTERVAL, own=most - 1, others=others)
+    assert free() == expected
+    machine.go_on(INTERVAL, own=most, others=0.0)
+    assert free() == most
+
+
+@pytest.mark.parametrize(("others", "expected"), [(0.0, 4), (1.0, 4), (4.2, 4), (4.5, 3), (6.0, 2), (9.0, 1)])
+def test_others_take_the_cores_that_the_engine_does_not_use_first(others: float, expected: int) -> None:
+    machine = Machine()
+    free = machine.free(4, cores=8)
+    machine.go_on(2 * INTERVAL, own=4, others=others)
+    assert free() == expected
+
+
+def test_what_was_long_ago_does_not_decide() -> None:
+    machine = Machine()
+    free = machine.free(2)
+    machine.go_on(100 * LONGEST, own=0, others=2.0)  # nobody asked: the engine had nothing to do
+    assert free() == 2
+    machine.go_on(INTERVAL, own=0, others=1.0)
+    assert free() == 1, "a new window began"
+    machine.go_on(100 * LONGEST, own=0, others=0.0)
+    assert free() == 1
+    machine.go_on(INTERVAL, own=1, others=0.0)
+    assert free() == 2
+
+
+def test_there_are_as_many_cores_as_this_process_may_use() -> None:
+    assert 1 <= available() <= (os.cpu_count() or 1)
+    assert FreeCores(1).cores == available() and FreeCores(10_000).cores == 10_000
+
+
+def test_a_look_is_taken_now_and_then_only() -> None:
+    machine = Machine()
+    free = machine.free(2)
+    machine.go_on(INTERVAL / 2, own=0, others=2.0)
+    assert free() == 2
+    machine.go_on(INTERVAL / 2, own=0, others=2.0)
+    assert free() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux tells what its cores do")
+def test_what_this_process_computes_is_its_own_and_what_another_does_is_not() -> None:
+    everybody, own = seconds()
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    after, mine = seconds()
+    assert mine - own >= 0.25 and after - everybody >= 0.25
+    code = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    later, still_mine = seconds()
+    assert later - after >= 0.4 and still_mine - mine < 0.3
+
+
+def test_where_the_system_does_not_tell_all_cores_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_cores, "_STAT", free_cores._STAT.with_name("no-such-file"))
+    assert seconds() == (0.0, 0.0)
+    assert FreeCores(4)() == 4
