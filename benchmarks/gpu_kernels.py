@@ -35,9 +35,9 @@ from harness.processes import rotated
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.kernels import why_not
 from lorakeet.core.lowrank import low_rank_linear
 from lorakeet.kernels.tiled_weight import TritonRequest
+from lorakeet.kernels.triton.support import why_not_on
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     reason = "" if torch.cuda.is_available() else "torch sees no CUDA device here"
-    reason = reason or why_not(torch.device("cuda"))
+    reason = reason or why_not_on(torch.device("cuda"))
     if reason:
         print(f"Nothing was measured: {reason}. This benchmark needs a CUDA device.", file=sys.stderr)
         return 2

@@ -33,7 +33,7 @@ from harness.machine import origin, write_result
 from plan_accuracy import published_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.fused.elementwise import IN_C
+from lorakeet.kernels.cpu import elementwise
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.targets import plan_for
@@ -113,8 +113,8 @@ def passes_by(kernels: str) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        for module in ("fused", "fused_attention"):
-            stack.enter_context(patch(f"lorakeet.core.{module}.passes_over", lambda *_, **__: IN_C))
+        for module in ("mlp_and_norm", "attention"):
+            stack.enter_context(patch(f"lorakeet.core.fused.{module}.elementwise_ops", lambda *_, **__: elementwise))
         yield
 
 

@@ -109,9 +109,9 @@ NOTES = (
     "Under a budget the number of blocks in memory follows from that memory too. 7B NF4 keeps 3 blocks and 13B GPTQ 6 as long as "
     "the process takes at most 50 MB more than here, or 50 MB less.",
     "packed merge, quantize, evaluate: these verbs print their plan in MiB only, so a change below the tolerance is not seen.",
-    "Of report.json and certificate.json these keys are left out: created, speed, memory, Versions, Machine.",
+    "Of report.json and certificate.json these keys are left out: created, speed, memory, Versions, Machine, Kernels.",
 )
-DROPPED = {"created", "speed", "memory", "Versions", "Machine"}  # keys of report.json and certificate.json: time, machine
+DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most"}  # keys of a plan
 PEAKS = {"peak", "planned", "streamed_least"}  # keys of a plan: bytes with the process in them
 _SIZE = re.compile(r"([\d,]*\.?\d+) (GiB|MiB|GB|MB|kB|bytes)")

@@ -26,7 +26,9 @@ pytestmark = needs_triton
 LENGTHS = 7, 4
 
 
-@pytest.mark.parametrize(("fused", "launches"), [(64, {"product", "loss_in_place"}), (0, {"unpack", "loss_in_place"})])
+@pytest.mark.parametrize(
+    ("fused", "launches"), [(64, {"fused_product", "loss_in_place"}), (0, {"unpack_tiles", "loss_in_place"})]
+)
 def test_gradients_of_a_model_in_nf4(
     fused: int, launches: set[str], tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +64,6 @@ def _launches(patch: pytest.MonkeyPatch) -> set[str]:
 
         return noted
 
-    for module, name in ((tiles, "unpack"), (tiles, "product"), (triton_loss, "loss_in_place")):
+    for module, name in ((tiles, "unpack_tiles"), (tiles, "fused_product"), (triton_loss, "loss_in_place")):
         patch.setattr(module, name, watched(name, getattr(module, name)))
     return seen

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core import kernels as dispatch
+from lorakeet.core import triton_products
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.tiled_weight import TritonRequest
+from lorakeet.kernels.triton import support
 from lorakeet.models import kernels
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
@@ -37,14 +38,14 @@ from lorakeet.quant.spec import QuantSpec
 from tiny.adapters import random_adapter
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
-if dispatch.has_triton():
+if support.has_triton():
     from lorakeet.kernels.triton import elementwise, loss
     from lorakeet.kernels.triton import tiles as triton_tiles
 
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    if dispatch.has_triton():
+    if support.has_triton():
         behave_like_a_card(monkeypatch)
 
 
@@ -65,7 +66,7 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     for text in (fused, plain):
         add_adapter(text, adapter)
     calls: list[int] = []
-    launch = dispatch.low_rank_product
+    launch = triton_products.low_rank_product
     monkeypatch.setattr("lorakeet.core.lowrank.low_rank_product", lambda *given: calls.append(1) or launch(*given))
     found, expected = (text.head(text.hidden(batch)) for text in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -82,7 +83,7 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     ],
 )
 def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right: Callable[..., Any] = getattr(dispatch, kernel)
+    right: Callable[..., Any] = getattr(triton_products, kernel)
 
     def wrong(*given: Any) -> Any:
         found = right(*given)
@@ -95,22 +96,22 @@ def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: s
 
 @needs_triton
 def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dispatch.unpack
+    right = triton_products.unpack_rows
 
     def wrong(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first).view(-1)[-1].mul_(1 + 2e-7)
         return out
 
-    monkeypatch.setattr(dispatch, "unpack", wrong)
+    monkeypatch.setattr(triton_products, "unpack_rows", wrong)
     with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
         load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
 
 
 def test_the_tokens_and_ranks_of_the_proof_follow_what_is_fused() -> None:
-    every = [(1, 0), (1, 8), (17, 0), (17, 8), (33, 0), (33, 8), (33, dispatch.RANK)]
+    every = [(1, 0), (1, 8), (17, 0), (17, 8), (33, 0), (33, 8), (33, support.RANK)]
     assert checked_products(TritonRequest()) == every
-    assert checked_products(TritonRequest(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
-    assert checked_products(TritonRequest(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and checked_products(TritonRequest(0)) == []
+    assert checked_products(TritonRequest(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, support.RANK)]
+    assert checked_products(TritonRequest(1)) == [(1, 0), (1, 8), (1, support.RANK)] and checked_products(TritonRequest(0)) == []
 
 
 SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how it is called
@@ -195,14 +196,14 @@ def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str
 
 
 def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    monkeypatch.setattr(support, "_interpreted", lambda: False)
     with pytest.raises(EnvironmentProblem, match=r"model.kernels is triton: .* is on 'cpu'. Set model.kernels to torch"):
         kernels_for(spec(Path("model"), device="cpu"), torch.device("cpu"))
     assert kernels_for(ModelSpec(path="model"), torch.device("cpu")) is None
     made_elsewhere = spec(Path("model"), device="cpu")
     assert with_runnable_kernels(made_elsewhere) == replace(made_elsewhere, kernels="torch")
-    monkeypatch.setattr(dispatch, "_interpreted", dispatch.has_triton)
-    assert with_runnable_kernels(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
+    monkeypatch.setattr(support, "_interpreted", support.has_triton)
+    assert with_runnable_kernels(made_elsewhere).kernels == ("triton" if support.has_triton() else "torch")
 
 
 def test_image_models_refuse_them() -> None:

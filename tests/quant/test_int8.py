@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakeet.core.base import matmul_each
+from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import int8_rows, operators
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.int8 import Int8Base, enable_int8_products
@@ -117,7 +118,7 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
 
     with nullcontext() if native else operators.torch_only(), pytest.MonkeyPatch.context() as patch:
         near = off()
-        patch.setattr(int8_rows, "APART", 0)
+        patch.setattr(int8_rows, "OUTLIERS", 0)
         assert near < 0.004 < off()
 
 
@@ -126,7 +127,7 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
 def test_the_native_library_gives_torch_s_bits(trained: Int8Base, tokens: int) -> None:
     draw = torch.Generator().manual_seed(6)
     x, grad = (torch.randn(tokens, width, generator=draw).bfloat16() for width in (64, 48))
-    assert int8_rows.serves(x) and int8_rows.serves(grad)
+    assert choose.multiplies_int8(x) and choose.multiplies_int8(grad)
     found = trained.matmul(x), trained.matmul_t(grad)
     with operators.torch_only():
         assert torch.equal(found[0], trained.matmul(x)) and torch.equal(found[1], trained.matmul_t(grad))

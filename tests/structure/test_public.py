@@ -94,17 +94,47 @@ def test_every_module_and_public_name_is_documented() -> None:
     assert not missing, "no docstring:\n" + "\n".join(missing)
 
 
-def used_names() -> set[str]:
-    """Every name that the package calls, inherits from or annotates with, and every word of its templates."""
-    found = {verb.function.rpartition(":")[2] or verb.name for verb in VERBS}
+def used_definitions() -> set[tuple[str, str]]:
+    """(module, name) of every definition that the package imports, reaches through a module, names in its own module, or calls
+    by a string or from a template."""
+    found = {(module, name) for name, module in lorakeet._PLACES.items()}
+    for verb in VERBS:
+        module, _, name = (verb.function or f"{verb.name}:{verb.name}").partition(":")
+        found |= {(f"lorakeet.workflows.{module}", name), (f"lorakeet.workflows.{verb.name}", "config_path")}
+    tables, attributes = set[str](), set[str]()
     for path in source_files():
-        for statement in parsed(path).body:
-            own = getattr(statement, "name", "")  # that a function calls itself is no use of it
-            nodes = [node for node in ast.walk(statement) if isinstance(node, NAMES)]
-            found |= {node.id if isinstance(node, ast.Name) else node.attr for node in nodes} - {own}
+        uses, values, names = used_in(module_name(path), parsed(path))
+        found, tables, attributes = found | uses, tables | values, attributes | names
+    found |= {(module, name) for module in tables for name in attributes}
+    charts = "lorakeet.evaluate.report.charts"
     for template in SOURCE.rglob("*.j2"):
-        found |= set(re.findall(r"\w+", template.read_text(encoding="utf-8")))
+        found |= {(charts, name) for name in re.findall(r"\bcharts\.(\w+)", template.read_text(encoding="utf-8"))}
     return found
+
+
+def used_in(module: str, tree: ast.Module) -> tuple[set[tuple[str, str]], set[str], set[str]]:
+    """The uses in one module, the modules that are values in it (as in a table of formats), and all names of attributes.
+
+    That a definition names itself is no use of it, nor is an attribute of some other object.
+    """
+    imports = [(node.module, name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
+    found = {(str(source), name.name) for source, name in imports}
+    modules = {name.asname or name.name: f"{source}.{name.name}" for source, name in imports}
+    attributes, through = set(), set()
+    for statement in tree.body:
+        own = getattr(statement, "name", "")
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id != own:
+                found.add((module, node.id))
+            elif isinstance(node, ast.Attribute):
+                attributes.add(node.attr)
+                if isinstance(node.value, ast.Name) and node.value.id in modules:
+                    found.add((modules[node.value.id], node.attr))
+                    through.add(id(node.value))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("lorakeet."):
+                found.add((node.value.partition(":")[0], node.value.partition(":")[2]))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in through]
+    return found, {modules[node.id] for node in names if node.id in modules}, attributes
 
 
 def registers(node: ast.stmt) -> bool:
@@ -113,14 +143,23 @@ def registers(node: ast.stmt) -> bool:
 
 
 def test_every_public_function_and_class_is_used_or_offered() -> None:
-    used = used_names() | set(lorakeet.__all__)
+    used = used_definitions()
     idle = [
         f"{named(path)}:{node.lineno} {node.name}"
         for path in source_files()
         for node in parsed(path).body
-        if isinstance(node, DEFINITIONS) and not node.name.startswith("_") and node.name not in used and not registers(node)
+        if isinstance(node, DEFINITIONS) and not node.name.startswith("_")
+        if (module_name(path), node.name) not in used and not registers(node)
     ]
     assert not idle, "used nowhere in the package and not in lorakeet.__all__; call them or take them out:\n" + "\n".join(idle)
+
+
+def test_an_attribute_of_the_same_name_is_no_use() -> None:
+    source = ["from lorakeet.a import b, c as d", "def run():", "    run(), thing.write(), b.read()", "TABLE = [d]", "old()"]
+    found, tables, attributes = used_in("lorakeet.m", ast.parse("\n".join(source)))
+    assert {("lorakeet.a", "b"), ("lorakeet.a", "c"), ("lorakeet.a.b", "read"), ("lorakeet.m", "old")} <= found
+    assert not {("lorakeet.m", "run"), ("lorakeet.m", "write"), ("lorakeet.m", "read"), ("lorakeet.a.b", "write")} & found
+    assert tables == {"lorakeet.a.c"} and attributes == {"write", "read"}
 
 
 def test_what_the_package_offers_can_be_imported_from_it() -> None:

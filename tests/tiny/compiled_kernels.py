@@ -18,12 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorakeet.core.fused.elementwise import WIDEST
-from lorakeet.core.kernels import RANK
 from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.kernels.triton import elementwise, loss
 from lorakeet.kernels.triton import tiles as triton_tiles
 from lorakeet.kernels.triton.loss import loss_in_place
+from lorakeet.kernels.triton.support import RANK, WIDEST
 from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, fused_product, unpack_tiles
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base

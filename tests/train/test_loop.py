@@ -378,8 +378,10 @@ def test_rows_without_targets_are_refused(tmp_path: Path) -> None:
 
 def test_metrics_are_json_lines(tmp_path: Path) -> None:
     go(tmp_path / "run")
-    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
+    assert [record["step"] for record in found if "loss" in record] == list(range(1, 13))
+    assert [record["step"] for record in found if "held_out_loss" in record] == [0, 3, 6, 9, 12]
 
 
 def test_a_broken_memory_budget_is_said_once_and_a_kept_one_never(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from lorakeet.kernels.choose import TABLE, passed_over
+from lorakeet.kernels.protocol import Situation
 from lorakeet.workflows import doctor as module
 from lorakeet.workflows.doctor import Checkup, Finding, available_memory, doctor, pip_command
 
@@ -80,3 +83,19 @@ def test_the_hub_is_never_contacted(monkeypatch: pytest.MonkeyPatch, value: str,
 def test_commands_can_be_pasted_into_a_shell() -> None:
     command = pip_command([Requirement("a>=1,<2"), Requirement("b==3")], "--no-deps")
     assert command.endswith("-m pip install --no-deps 'a<2,>=1' b==3")
+
+
+def test_the_kernels_of_each_task_are_listed_in_the_order_of_the_table_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkup, text = printed(monkeypatch)
+    on_cpu = [use for use in checkup.kernels if use.device.startswith("cpu")]
+    assert [use.task for use in on_cpu] == list(TABLE)
+    places = [text.index(f"\n{use.task} ") for use in on_cpu]
+    assert places == sorted(places)
+    dtype = getattr(torch, on_cpu[0].device.removeprefix("cpu, "))
+    for use in on_cpu:
+        kernel, skipped = passed_over(use.task, Situation(torch.device("cpu"), dtype, module._products()))
+        assert use.used == kernel.name and use.needs == kernel.needs
+        assert list(use.passed_over.items()) == [(each.name, reason) for each, reason in skipped]
+        words = " ".join(text.split())
+        assert all(name.split(":")[0] in words for name in use.passed_over)
+    assert json.loads(json.dumps(checkup.to_mapping()))["kernels"][0]["task"] == on_cpu[0].task

@@ -42,7 +42,7 @@ def test_a_run_is_measured_on_a_file_and_writes_a_report_where_it_is_told(finish
     found = evaluate(EvaluateOptions(str(finished.path), data=str(data), out=tmp_path / "out"), console=quiet())
     assert found.report.systems[0].metrics["accuracy"].n == 9
     assert [system.role for system in found.report.systems] == ["adapter", "base", "floor", "floor"]
-    assert "learnt from 59 rows" in found.report.systems[2].note
+    assert "fitted to 59 rows" in found.report.systems[2].note
     assert read_report(tmp_path / "out" / "report.json") == found.report and (tmp_path / "out" / "report.html").is_file()
     assert json.loads(json.dumps(found.to_mapping()))["subtitle"].endswith("9 rows of fresh.jsonl")
 
@@ -109,7 +109,7 @@ def test_a_bare_adapter_takes_rows_and_template_from_a_run_file(finished: Any) -
 
 
 def test_a_bare_adapter_without_rows_is_asked_for_some(finished: Any) -> None:
-    with pytest.raises(ConfigError, match="name a file with --data, or a run file with --config"):
+    with pytest.raises(ConfigError, match="Name a file with --data, or a run file with --config"):
         evaluate(EvaluateOptions(str(finished.path / "adapter")), console=quiet())
 
 

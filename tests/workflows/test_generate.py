@@ -111,7 +111,7 @@ def test_the_command_line_says_the_prediction_and_leaves_guidance_to_the_kind(
         ({"adapter": ("a=x",), "each": ("a", "a", "a")}, "3 mixes for 1 prompts"),
         ({"adapter": ("a=x",), "each": ("a",), "weights": {"a": 1.0}}, "give one of them"),
         ({"adapter": ("a=x", "a=y")}, "is given twice"),
-        ({}, "name it with --model"),
+        ({}, "Give --model"),
         ({"count": 0, "steps": 0}, r"2 problems[\s\S]*--count is 0; expected 1 or more[\s\S]*--steps is 0; expected 1 or more"),
         ({"count": -1}, "--count is -1"),
         ({"seed": 2**64}, r"--seed is 18446744073709551616.*up to 18446744073709551615"),

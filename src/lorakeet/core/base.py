@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lorakeet.kernels.cpu import dense, operators
+from lorakeet.kernels.choose import dense_products
+from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.int8_rows import MOST
 from lorakeet.kernels.cpu.stored import DENSE, INT8_ROWS, StoredWeight
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
@@ -144,16 +145,17 @@ def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Ten
 def frozen_product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     """x·Wᵀ, or, `across`, x·W, of x (tokens, ·) and a frozen W (out, in), which is cast to the dtype of x."""
     weight = weight.to(x.dtype)
-    if dense.serves(x, weight):
-        return cast(Tensor, dense.DENSE_PRODUCT(x, weight, across))
+    if (kernel := dense_products(x, weight)) is not None:
+        return kernel.DENSE_PRODUCT(x, weight, across)
     return torch.mm(x, weight if across else weight.t())
 
 
 def write_frozen_product(to: Tensor, x: Tensor, weight: Tensor) -> None:
     """Writes x·Wᵀ to `to` (tokens, out), of the dtype of x."""
     weight = weight.to(x.dtype)
-    if dense.serves(x, weight) and to.dtype == x.dtype and to.is_contiguous():
-        dense.DENSE_PRODUCT_ADD(to, x, weight, False, False)
+    kernel = dense_products(x, weight)
+    if kernel is not None and to.dtype == x.dtype and to.is_contiguous():
+        kernel.DENSE_PRODUCT_ADD(to, x, weight, False, False)
     else:
         torch.mm(x, weight.t(), out=to)
 
@@ -161,8 +163,9 @@ def write_frozen_product(to: Tensor, x: Tensor, weight: Tensor) -> None:
 def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = False) -> None:
     """Adds that to `to` (tokens, ·), in place."""
     weight = weight.to(x.dtype)
-    if dense.serves(x, weight) and to.dtype == x.dtype and to.is_contiguous():
-        dense.DENSE_PRODUCT_ADD(to, x, weight, across)
+    kernel = dense_products(x, weight)
+    if kernel is not None and to.dtype == x.dtype and to.is_contiguous():
+        kernel.DENSE_PRODUCT_ADD(to, x, weight, across)
         torch.autograd.graph.increment_version(to)
     else:
         to.add_(frozen_product(x, weight, across=across))
@@ -205,7 +208,7 @@ class DenseBase:
         weight = self.weight
         if self.turned or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
             return None
-        read = type(weight) in operators.READ and operators.serves(torch.bfloat16, weight)
+        read = type(weight) in operators.READ and operators.supports(weight)
         return StoredWeight(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
 
     def tensors(self) -> Sequence[Tensor]:

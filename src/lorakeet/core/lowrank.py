@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
-from lorakeet.core.kernels import low_rank_product, low_rank_product_t
 from lorakeet.core.math import Kind, ScaleRule, alpha_for, delta, fold, grad_of_b, term_dims
 from lorakeet.core.pair_products import PairProducts, PairSpan
 from lorakeet.core.plan import PlanEntry
+from lorakeet.core.triton_products import low_rank_product, low_rank_product_t
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -32,7 +32,7 @@ class LowRankLinear(torch.autograd.Function):
     dequantised weight: the base brings W back itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
     All products run in `products` (core/precision): x is cast once, y and ∂L/∂x are rounded once to the dtype of x, and the
     gradients of A and B come back in their own dtype. A and B may so be kept in fp32 under a bf16 x. Where Triton kernels are
-    asked for, y and h, and u and ∂L/∂x, each come out of one pass over W (core/kernels).
+    requested, y and h, and u and ∂L/∂x, each come out of one pass over W (core/triton_products).
     """
 
     @staticmethod
@@ -48,8 +48,8 @@ class LowRankLinear(torch.autograd.Function):
         products: torch.dtype,
     ) -> Tensor:
         wide = x.to(products)
-        asked = dropped is None and getattr(base, "kernels", None) is not None
-        fused = low_rank_product(base, wide, A.to(products), B.to(products), scale) if asked else None
+        fusible = dropped is None and getattr(base, "kernels", None) is not None
+        fused = low_rank_product(base, wide, A.to(products), B.to(products), scale) if fusible else None
         y, h = fused or (base.matmul(wide), None)
         if bias is not None:
             y.add_(bias)

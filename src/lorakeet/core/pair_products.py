@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
-from lorakeet.kernels.cpu import trained_pairs as native
+from lorakeet.kernels.choose import low_rank_products
+from lorakeet.kernels.protocol import LowRankProducts
 
 
 class PairSpan(NamedTuple):
@@ -43,7 +44,7 @@ class PairProducts:
     def __init__(self, places: Sequence[PairSpan], products: torch.dtype, *, in_c: bool = True) -> None:
         """For products in that dtype; `in_c`: by kernels/cpu where it serves."""
         self.places, self.products = tuple(places), products
-        self.in_one_call = False  # whether kernels/cpu multiplies
+        self.kernel: LowRankProducts | None = None  # that multiplies all pairs in one call; None: torch
         alike = groupby(range(len(self.places)), lambda pair: self.places[pair][:2])
         self.parts = [(slice(*rows), list(pairs)) for rows, pairs in alike]  # rows, and the numbers of the pairs
         self._in_c = in_c
@@ -57,9 +58,9 @@ class PairProducts:
         """
         if not self.places:
             return ()
-        self.in_one_call = self._in_c and native.serves(self.products, [x, *ys], factors, self._numbers)
-        if self.in_one_call:
-            return (native.TRAINED_PAIRS(list(ys), x, list(factors), self._numbers, self._scales),)
+        self.kernel = low_rank_products(self.products, [x, *ys], factors, self._numbers) if self._in_c and factors else None
+        if self.kernel is not None:
+            return (self.kernel.TRAINED_PAIRS(list(ys), x, list(factors), self._numbers, self._scales),)
         shrunk: list[Tensor] = []
         for rows, pairs in self.parts:
             together = torch.mm(x[rows], self._all_a(pairs, factors).t())  # (tokens of the part, all its ranks)
@@ -79,8 +80,9 @@ class PairProducts:
         """
         if not self.places:
             return (), []
-        if self.in_one_call:
-            u, of_b = native.TRAINED_PAIRS_BACKWARD(grad_x, list(grads), shrunk[0], list(factors), self._numbers, self._scales)
+        if self.kernel is not None:
+            given = list(grads), shrunk[0], list(factors), self._numbers, self._scales
+            u, of_b = self.kernel.TRAINED_PAIRS_BACKWARD(grad_x, *given)
             return (u,), _cut(of_b, factors[1::2])
         through, of_bs = [], []
         for rows, pairs in self.parts:
@@ -99,8 +101,8 @@ class PairProducts:
         """∂A of each pair, in its own dtype."""
         if not self.places:
             return []
-        if self.in_one_call:
-            return _cut(cast(Tensor, native.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers)), factors[::2])
+        if self.kernel is not None:
+            return _cut(self.kernel.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers), factors[::2])
         found = [torch.mm(u.t(), x[rows]) for (rows, _), u in zip(self.parts, through, strict=True)]
         return self.parted(found, factors)
 

@@ -8,7 +8,6 @@ The plain weight is not kept beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Protocol, cast
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.lowrank import frozen_linear
-from lorakeet.kernels.cpu.panels import Panels, SideBySide, can_panel
-from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.choose import inference_layout
+from lorakeet.kernels.cpu.panels import Panels, SideBySide
 
 
 class Order(Protocol):
@@ -30,21 +29,6 @@ class Order(Protocol):
     def dense(self) -> Tensor:
         """The weight again, to the last bit."""
         ...
-
-
-class OneDnnOrder:
-    """The order of oneDNN, which is its own affair."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self._product = torch.ops.mkldnn._linear_pointwise.default
-
-    def product(self, x: Tensor) -> Tensor:
-        y: Tensor = self._product(x, self._weight, None, "none", [], "")
-        return y
-
-    def dense(self) -> Tensor:
-        return self._weight.to_dense()  # type: ignore[no-any-return]
 
 
 class ReorderedBase:
@@ -69,7 +53,7 @@ class ReorderedBase:
 
     def store(self, weight: Tensor) -> None:
         weight = weight.detach().to(self.dtype)
-        self.order: Order = Panels(weight) if can_panel(weight) else OneDnnOrder(weight)
+        self.order: Order = inference_layout(weight).load()(weight)
 
 
 class ReorderedLinear(nn.Module):
@@ -118,21 +102,5 @@ class ReorderedProducts:
 
 
 def can_reorder(weight: Tensor) -> bool:
-    """Whether there is an order for such a weight on this machine."""
-    if weight.dim() != 2 or not weight.is_floating_point() or not is_cpu(weight.device):
-        return False
-    return can_panel(weight) or _works(weight.dtype)
-
-
-@cache
-def _works(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's order does, tried on a small weight: which dtypes there are, depends on the processor."""
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
-        return False
-    weight = torch.linspace(-1, 1, 48 * 32).view(48, 32).to(dtype)
-    try:
-        order = OneDnnOrder(weight)
-        found = order.product(weight[:3])
-    except RuntimeError:
-        return False
-    return torch.equal(order.dense(), weight) and torch.allclose(found, torch.mm(weight[:3], weight.t()), rtol=0.02, atol=0.02)
+    """True if there is an inference layout for such a weight on this machine."""
+    return inference_layout(weight).load() is not None

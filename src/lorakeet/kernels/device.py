@@ -8,20 +8,20 @@ from contextvars import ContextVar
 
 import torch
 
-_ELSEWHERE = ContextVar("lorakeet_elsewhere", default=False)
+REHEARSED = ContextVar("lorakeet_rehearsed", default=False)  # whether tensors on the CPU stand for those of another device
 
 
 def is_cpu(device: torch.device) -> bool:
     """True if `device` is the CPU and does not stand for another device."""
-    return device.type == "cpu" and not _ELSEWHERE.get()
+    return device.type == "cpu" and not REHEARSED.get()
 
 
 @contextmanager
 def standing_for(device: torch.device) -> Iterator[None]:
     """A context in which tensors on the CPU are treated as if they were on `device`. torch has no fake tensors of a GPU with a
     backward pass where there is no GPU."""
-    before = _ELSEWHERE.set(device.type != "cpu")
+    before = REHEARSED.set(device.type != "cpu")
     try:
         yield
     finally:
-        _ELSEWHERE.reset(before)
+        REHEARSED.reset(before)

@@ -4,7 +4,7 @@ The model runs on one sequence (1, tokens) with the keyword argument `row_length
 at each row. Each row attends only to itself, so the cost is Σn² and not (Σn)²; tokens after the last row are padding.
 
 On a CPU, core/fused/packed_attention computes the rows (torch's own bf16 backward is several times slower); on a GPU in half
-precision, torch's flash kernel computes all at once (core/fused/flash_varlen). Otherwise rows are computed one by one.
+precision, torch's flash kernel computes all at once (kernels/flash_varlen). Otherwise rows are computed one by one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lorakeet.core.fused import flash_varlen
-from lorakeet.core.fused.flash_varlen_recorded import flash_kernel
-from lorakeet.core.fused.packed_attention import CausalRows, causal_rows
+from lorakeet.core.fused.packed_attention import CausalRows, causal_rows, kernel_of
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.choose import packed_rows
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.flash_varlen import FlashVarlen, flash_kernel
 
 VARLEN = "lorakeet_varlen"
 
@@ -41,7 +41,7 @@ def packed_attention(
     """Returns the outputs (1, tokens, heads, d) of query (1, heads, tokens, d), key and value (1, kv heads, tokens, d).
 
     Settings used: `row_lengths`, `row_prefix` (tokens before all rows that belong to each), `row_offsets` (row offsets in a
-    tensor, with the longest row as the one length: core/fused/flash_varlen_recorded), `row_cache` (earlier tokens of the rows),
+    tensor, with the longest row as the one length: kernels/flash_varlen), `row_cache` (earlier tokens of the rows),
     `row_products` (dtype of the products on a CPU; fp32 by default), `scaling`, `dropout`, `sliding_window`, `softcap`. Raises
     EnvironmentProblem for anything else (attention sinks, position biases, non-causal attention), so that nothing is ignored.
     """
@@ -55,14 +55,15 @@ def packed_attention(
         return cast(Tensor, cache.attend(module.layer_idx, q, k, v, scale=scale, window=window, cap=softcap))[None], None
     plain = softcap is None and dropout == 0.0
     alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    if alike and flash_varlen.serves(query, query.shape[1], key.shape[1], query.shape[-1]):
+    products = settings.get("row_products") or torch.float32
+    shape = query.shape[1], key.shape[1], query.shape[-1]
+    if alike and kernel_of(packed_rows(query, products, *shape, rows, prefix)) is FlashVarlen:
         kernel = flash_kernel(settings.get("row_offsets"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
     if settings.get("row_offsets") is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")
     plain = plain and (window is None or prefix + max(rows) <= window)
     if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
-        products = settings.get("row_products") or torch.float32
         return causal_rows(query, key, value, rows, scale, products, prefix), None
     outputs = []
     parts = [prefix, *rows, query.shape[2] - prefix - sum(rows)]  # padding is a row of its own

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
 from lorakeet.core.fused.attention import rotated
-from lorakeet.core.fused.elementwise import passes_over
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, recomputed, rms_norm, rms_norm_backward
-from lorakeet.core.kernels import RANK, low_rank_product, low_rank_product_t, why_not
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
+from lorakeet.core.triton_products import low_rank_product, low_rank_product_t
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.choose import elementwise_ops
 from lorakeet.kernels.tiled_weight import TritonRequest
+from lorakeet.kernels.triton.support import RANK, why_not_on
 from lorakeet.models import modules
 from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
@@ -44,7 +45,7 @@ def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
     """Returns the kernels of the settings, None for torch's own; EnvironmentProblem if they cannot run."""
     if spec.kernels == "torch":
         return None
-    reason = why_not(device)
+    reason = why_not_on(device)
     if reason:
         raise EnvironmentProblem(f"model.kernels is triton: {reason}")
     return TritonRequest(spec.fused_tokens)
@@ -52,7 +53,7 @@ def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
 
 def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:
     """Returns `spec` with torch's own kernels if its kernels cannot run here: for settings from another machine."""
-    return spec if spec.kernels == "torch" or not why_not(device_for(spec.device)) else replace(spec, kernels="torch")
+    return spec if spec.kernels == "torch" or not why_not_on(device_for(spec.device)) else replace(spec, kernels="torch")
 
 
 def use_kernels(model: nn.Module, kernels: TritonRequest | None) -> None:
@@ -151,7 +152,7 @@ def _elementwise(kernels: TritonRequest | None, width: int, dtype: torch.dtype, 
         "a norm again": recomputed((x, rho, gain[0]), kernels),
         "the gradient of a norm": rms_norm_backward(grad, x, rho, gain[0], kernels),
     }
-    by = None if kernels is None else passes_over(x, up, grad, kernels=kernels)
+    by = None if kernels is None else elementwise_ops(x, up, grad, triton=kernels)
     if by is None:
         part = x.float().sigmoid()
         active = x.float() * part

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core import kernels
+from lorakeet.core import triton_products
 from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, address_of
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.tiled_weight import TiledWeight
@@ -141,8 +141,8 @@ class GptqBase(PackedBase):
         return self._there
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if kernels.unpacks(self, out, self._held()):
-            return kernels.unpack(self.in_tiles(), out, first)
+        if triton_products.dequantises(self, out, self._held()):
+            return triton_products.unpack_rows(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
         step = tile_size(self.device, columns * WORD) // columns

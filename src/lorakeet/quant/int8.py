@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import QuantisedRows
+from lorakeet.kernels.choose import multiplies_int8
 from lorakeet.kernels.cpu import int8_rows as native
 from lorakeet.kernels.cpu.stored import INT8, StoredWeight, address_of
 from lorakeet.quant.packed import PackedBase, tile_size
@@ -79,7 +80,7 @@ class Int8Base(PackedBase):
     def matmul_t(self, grad: Tensor) -> Tensor:
         if not self.takes_codes(grad):
             return super().matmul_t(grad)
-        if native.serves(grad):
+        if multiplies_int8(grad):
             codes, scale = native.QUANTISE_ROWS(grad, self.scale)
             return cast(Tensor, native.INT8_PRODUCT(codes, scale, self.packed, None, True))
         steps, scale = _in_steps(grad * self.scale)
@@ -94,7 +95,7 @@ class Int8Base(PackedBase):
     def code(self, x: Tensor) -> QuantisedRows:
         """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for kernels/cpu; its largest columns apart."""
         count = native.outliers_of(x.shape[1]) if len(x) else 0
-        if native.serves(x):
+        if multiplies_int8(x):
             columns, apart = native.OUTLIER_COLUMNS(x, count)
             codes, scale = native.QUANTISE_ROWS(x, None, columns)
             return QuantisedRows(codes, scale, x.dtype, columns, apart)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core import kernels
+from lorakeet.core import triton_products
 from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
 from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import PackedBase, tile_size
@@ -140,10 +140,10 @@ class Nf4Base(PackedBase):
         return StoredWeight(NF4, *self.shape, codes, scales, outer, mean, *tables, self.block_size)
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if kernels.unpacks(self, out, self._held()):
+        if triton_products.dequantises(self, out, self._held()):
             blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
             tiles = self._in_tiles((blocks, self.block_size))
-            return kernels.unpack(tiles, out, first * self.shape[1] // self.block_size)
+            return triton_products.unpack_rows(tiles, out, first * self.shape[1] // self.block_size)
         flat, size, before = out.view(-1), self.block_size, first * self.shape[1]
         step = tile_size(self.device, size * SCALE_BLOCK)
         for start in range(0, len(flat), step):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import add_frozen_product, frozen_product
-from lorakeet.core.kernels import product
 from lorakeet.core.lowrank import frozen_linear
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.triton_products import product
+from lorakeet.kernels.choose import multiplies_stored
 from lorakeet.kernels.cpu import stored as native
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.device import is_cpu
@@ -95,7 +96,7 @@ class PackedBase(nn.Module):
         """W as C reads it (kernels/cpu/stored); None where it cannot."""
         held = self.tensors()
         plain = self.kernels is None and not self._parameters
-        told = self._told() if plain and native.serves(self.shape, held) else None
+        told = self._told() if plain and native.is_readable(self.shape, held) else None
         return None if told is None else told._replace(held=tuple([each.detach() for each in held]))
 
     def tensors(self) -> list[Tensor]:
@@ -146,7 +147,7 @@ class PackedBase(nn.Module):
 
     def _multiplied(self, x: Tensor) -> StoredWeight | None:
         """What C is told where it multiplies x by the packed buffers; None where W is brought back."""
-        return self.stored() if native.multiplies(x) else None
+        return self.stored() if multiplies_stored(x) else None
 
     def _parts(self, dtype: torch.dtype) -> list[slice]:
         """The rows that are brought back at once: all of them, but for fp32 on a CPU no more than `PART_BYTES`."""

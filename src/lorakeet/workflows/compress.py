@@ -23,7 +23,7 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.pack import micro_batches
-from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.prepare import Dataset
 from lorakeet.data.split import write_split_record
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
@@ -116,7 +116,7 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
         raise ConfigError(
             "An adapter without a run has no rows to measure on. Give the run file that it was trained with in --config."
         )
-    dataset = load_dataset(opened.config.data)
+    dataset = opened.dataset
     if not dataset.held_out:
         raise DataError("The run has no held-out rows, so no cut can be evaluated. Name a data.held_out file in its run file.")
     budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,10 +49,22 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class KernelUse:
+    """The kernel that a task uses on a device of this machine, and why not each one before it in kernels/choose.TABLE."""
+
+    task: str
+    device: str
+    used: str
+    needs: str  # what a call must have; others use the next kernel
+    passed_over: dict[str, str]  # reasons by kernel
+
+
+@dataclass(frozen=True)
 class Checkup:
     """All checks; `exit_code` is 2 if something required is missing."""
 
     findings: tuple[Finding, ...]
+    kernels: tuple[KernelUse, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -59,7 +72,8 @@ class Checkup:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        return {"ok": self.exit_code == 0, "findings": [asdict(finding) for finding in self.findings]}
+        findings, kernels = ([asdict(each) for each in self.findings], [asdict(each) for each in self.kernels])
+        return {"ok": self.exit_code == 0, "findings": findings, "kernels": kernels}
 
 
 def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Checkup:
@@ -70,12 +84,14 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
         findings += _torch()
     findings += [_extra(name, purpose) for name, purpose in USER_EXTRAS.items()]
     findings += [_quickstart_packages(), _memory(), _disk(Path.cwd())]
+    kernels: tuple[KernelUse, ...] = ()
     if all(finding.good for finding in findings if finding.required):
+        kernels = tuple(kernels_used())
         from lorakeet.kernels.cache import cache_folder  # needs the packages checked above
 
         findings.append(_cache(cache_folder()))
     findings.append(_hub(os.environ))
-    checkup = Checkup(tuple(findings))
+    checkup = Checkup(tuple(findings), kernels)
     _print(checkup, console)
     return checkup
 
@@ -136,13 +152,12 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
-    from lorakeet.core.precision import fastest_products
     from lorakeet.kernels.cpu.compile import suits_machine, why_not
     from lorakeet.models.placement import device_for, dtype_for
 
     processor = torch.device("cpu")
     stored = dtype_for("auto", processor)
-    products = fastest_products(stored, processor)
+    products = _products()
     dtypes = f"weights stored as {_word(stored)}, multiplied as {_word(products)} (measured)"
     name = str(torch.cpu.get_capabilities().get("cpu_name") or torch.backends.cpu.get_cpu_capability())
     return [
@@ -159,6 +174,37 @@ def _native(fits: bool, reason: str) -> Finding:
         return Finding("kernels", True, "attention and elementwise operations in C, compiled here")
     remedy = "Install gcc 12 or later (on Debian: apt install gcc), or set CC to it." if fits else ""
     return Finding("kernels", not fits, f"torch's own: {reason}", remedy)
+
+
+@functools.cache
+def _products() -> Any:
+    """The dtype in which the processor multiplies fastest, measured once."""
+    import torch
+
+    from lorakeet.core.precision import fastest_products
+    from lorakeet.models.placement import dtype_for
+
+    processor = torch.device("cpu")
+    return fastest_products(dtype_for("auto", processor), processor)
+
+
+def kernels_used() -> list[KernelUse]:
+    """For the processor, and a GPU if there is one, the kernel of every task, in the order of the table."""
+    import torch
+
+    from lorakeet.kernels.choose import TABLE, passed_over
+    from lorakeet.kernels.protocol import Situation
+    from lorakeet.models.placement import device_for, dtype_for
+
+    found = []
+    for device in dict.fromkeys((torch.device("cpu"), device_for("auto"))):
+        dtype = dtype_for("auto", device)
+        situation = Situation(device, dtype, _products() if device.type == "cpu" else dtype)
+        for task in TABLE:
+            kernel, skipped = passed_over(task, situation)
+            reasons = {each.name: reason for each, reason in skipped}
+            found.append(KernelUse(task, f"{device.type}, {_word(dtype)}", kernel.name, kernel.needs, reasons))
+    return found
 
 
 def _word(dtype: Any) -> str:
@@ -230,9 +276,27 @@ def _print(checkup: Checkup, console: Console) -> None:
         mark = Text("ok", "green") if finding.good else Text("missing", "bold red" if finding.required else "yellow")
         table.add_row(mark, Text(finding.name), Text(finding.found))
     console.print(table)
+    _print_kernels(checkup.kernels, console)
     broken = [finding for finding in checkup.findings if not finding.good]
     for finding in broken:
         kind = "required" if finding.required else "optional"
         console.print(Text(f"\n{finding.name} ({kind}), to fix it:\n  {finding.remedy}"), soft_wrap=True)
     if checkup.exit_code == 0:
         console.print("\nEverything required is installed.")
+
+
+def _print_kernels(kernels: Sequence[KernelUse], console: Console) -> None:
+    """A table for each device: the tasks, the kernel of each, and why not the ones before it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for device in dict.fromkeys(use.device for use in kernels):
+        table = Table(box=None, pad_edge=False)
+        for heading in (f"Kernels ({device})", "Used", "Not used, since"):
+            table.add_column(heading)
+        for use in kernels:
+            if use.device == device:
+                reasons = "\n".join(f"{name}: {reason}" for name, reason in use.passed_over.items())
+                table.add_row(Text(use.task), Text(use.used), Text(reasons))
+        console.print()
+        console.print(table)

@@ -12,7 +12,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder
 from lorakeet.data.leaks import LeakReport, find_duplicates
-from lorakeet.data.prepare import check_labels, find_labels, load_dataset
+from lorakeet.data.prepare import check_labels, find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
@@ -98,7 +98,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
 def _rows_of_run(opened: Opened) -> _EvaluationRows:
     if not opened.config.data.train:
         raise ConfigError("An adapter without a run has no rows. Name a file with --data, or a run file with --config.")
-    dataset = load_dataset(opened.config.data)
+    dataset = opened.dataset
     if dataset.test:
         return _EvaluationRows(dataset.test, "the test file", dataset.labels, (*dataset.train, *dataset.held_out))
     return _EvaluationRows(dataset.held_out, "the held-out rows", dataset.labels, dataset.train)
@@ -114,7 +114,7 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     if not settings.data.train:
         return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), ())
     try:
-        dataset = load_dataset(settings.data)
+        dataset = opened.dataset
     except (DataError, EnvironmentProblem) as error:
         return _rows_without_training(opened, rows, Path(data).name, error)
     check_labels({"evaluated": rows}, dataset.labels)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.pack import micro_batches
-from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.prepare import Dataset
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
@@ -109,7 +109,7 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
     if options.into == "packed":
         _require_alone(alone and to != "adapter" and options.dtype == "same")
-        dataset = load_dataset(opened[0].config.data) if opened[0].run else None
+        dataset = opened[0].dataset if opened[0].run else None
         certificate, surviving = merge_packed(opened[0], dataset, options, console)
         return Merged(out, certificate, surviving=surviving)
     if PACKED_ONLY & non_default(options).keys():
@@ -208,7 +208,7 @@ class _ModelMerge:
     def run(self) -> Merged:
         first, plan, console = self.opened[0], self.plan, self.console
         judged = next((item for item in self.opened if item.run is not None), first)
-        dataset = load_dataset(judged.config.data) if judged.run else None  # missing rows are found before anything is written
+        dataset = judged.dataset if judged.run else None  # missing rows are found before anything is written
         bases = both_bases(first)
         choice = choose_base(self.into, self.opened, bases, dataset, console)
         base = bases.of(choice.base)

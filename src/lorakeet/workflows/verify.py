@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from lorakeet.data.chat import Candidates, Encoder, Example, Ids
-from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
 from lorakeet.errors import ConfigError, DataError
@@ -117,7 +117,7 @@ def certify_artefacts(
     opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None
 ) -> Certificate:
     """Returns the checks of every artefact of `options.against` against the live adapter, each named by the artefact's path."""
-    dataset = load_dataset(opened.config.data) if opened.run else None
+    dataset = opened.dataset if opened.run else None
     source = find_source(opened.config.model, console.print)
     live = live_side(opened, console)
     probes = probes_of(opened, dataset, live, options.rows)
@@ -212,7 +212,7 @@ def _measured(opened: Opened, source: Path, rows: int) -> tuple[int, int]:
     logits; data.max_tokens and none where there is no budget to keep."""
     if opened.config.memory.bytes is None:
         return opened.config.data.max_tokens, 0
-    dataset, tokenizer = load_dataset(opened.config.data), load_tokenizer(opened.tokenizer or source)
+    dataset, tokenizer = opened.dataset, load_tokenizer(opened.tokenizer or source)
     encoder = Encoder(tokenizer, opened.config.data, dataset.labels)
     chosen = _compared(dataset, encoder, rows)
     labelled = _labelled(dataset, encoder, chosen)

@@ -21,6 +21,7 @@ from lorakeet.core.selection import Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
+from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.kernels.cpu.trained_block import BlockCall
 from lorakeet.kernels.cpu.workspace import WORKSPACES, Workspaces
@@ -50,6 +51,7 @@ SHAPE = {
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor with AMX, which multiplies by that."""
     monkeypatch.setattr(dense, "multiplies", lambda: True)
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     monkeypatch.setattr(int8_rows, "AMX", "no such feature")
 
 

@@ -102,7 +102,7 @@ def test_what_is_gone_or_has_changed_is_named_with_the_remedy(tmp_path: Path) ->
     assert lines[5] == "Restore the old pictures, or start a new run with another --out."
     for row in (*found.train, *found.held_out):
         row.path.unlink(missing_ok=True)
-    with pytest.raises(DataError, match=r"\(17 problems\):\n(  - .* is gone\.\n){12}  - and 5 more\.\nBring back"):
+    with pytest.raises(DataError, match=r"\(17 problems\):\n(  - .* is gone\.\n){12}  - and 5 more\.\nRestore"):
         again(record, spec, tmp_path)
 
 

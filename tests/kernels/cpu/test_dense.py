@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.base import DenseBase, TransposedBase, frozen_product, sum_of_matmul_t
+from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import compile, dense, operators
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
@@ -27,6 +28,7 @@ ROUNDED = 2.0**-8  # half a step of bf16, of a number
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor with AMX, which multiplies by that."""
     monkeypatch.setattr(dense, "multiplies", lambda: True)
+    monkeypatch.setattr(choose, "CANDIDATES", {})
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -98,22 +100,24 @@ def test_bases_multiply_so_where_the_operators_serve() -> None:
 
 def test_serves_frozen_weights_in_bf16_that_lie_in_whole_sixteens(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = drawn(3, 32), drawn(48, 32)
-    assert dense.serves(x, weight) and dense.serves(x, nn.Parameter(weight, requires_grad=False))
-    assert not dense.serves(x.float(), weight) and not dense.serves(x.float(), weight.float())
-    assert not dense.serves(x, drawn(40, 32)) and not dense.serves(drawn(3, 24), drawn(48, 24))
-    assert not dense.serves(x, drawn(32, 48).t()) and not dense.serves(drawn(2, 3, 32), weight)
+    assert choose.dense_products(x, weight) is not None
+    assert choose.dense_products(x, nn.Parameter(weight, requires_grad=False)) is not None
+    assert choose.dense_products(x.float(), weight) is None and choose.dense_products(x.float(), weight.float()) is None
+    assert choose.dense_products(x, drawn(40, 32)) is None and choose.dense_products(drawn(3, 24), drawn(48, 24)) is None
+    assert choose.dense_products(x, drawn(32, 48).t()) is None and choose.dense_products(drawn(2, 3, 32), weight) is None
     learnt = x.clone().requires_grad_()
-    assert not dense.serves(learnt, weight)
+    assert choose.dense_products(learnt, weight) is None
     with torch.no_grad():
-        assert dense.serves(learnt, weight)
+        assert choose.dense_products(learnt, weight) is not None
     assert frozen_product(learnt, weight).requires_grad
     with operators.torch_only():
-        assert not dense.serves(x, weight)
+        assert choose.dense_products(x, weight) is None
     monkeypatch.undo()
     monkeypatch.setattr(compile, "has", lambda feature: feature == "amx_bf16")
     dense.multiplies.cache_clear()
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     try:
-        assert not dense.serves(x, weight)
+        assert choose.dense_products(x, weight) is None
     finally:
         dense.multiplies.cache_clear()
 
@@ -128,8 +132,8 @@ def test_empty_weights_are_left_to_torch() -> None:
 def test_a_plan_for_a_card_follows_torch() -> None:
     x, weight = drawn(3, 32), drawn(48, 32)
     with standing_for(torch.device("cuda")):
-        assert not dense.serves(x, weight) and not operators.serves(x.dtype, x)
-    assert dense.serves(x, weight) and operators.serves(x.dtype, x)
+        assert choose.dense_products(x, weight) is None and not operators.supports(x)
+    assert choose.dense_products(x, weight) is not None and operators.supports(x)
 
 
 def test_a_frozen_weight_that_needs_a_gradient_gets_one() -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu.head import HEAD_LOSSES, blocks, serves
+from lorakeet.kernels.choose import loss_kernel
+from lorakeet.kernels.cpu import head
+from lorakeet.kernels.cpu.head import HEAD_LOSSES, blocks
 from lorakeet.memory.ledger import Ledger
 from tiny.native import needs_native
 
@@ -80,8 +82,9 @@ def test_a_word_that_is_sure_costs_nothing() -> None:
 
 def test_it_is_for_bf16_alone() -> None:
     states = torch.zeros(2, 32)
-    assert serves(states.bfloat16(), torch.bfloat16)
-    assert not serves(states, torch.float32) and not serves(states.bfloat16(), torch.float32)
+    assert loss_kernel(states.bfloat16(), torch.bfloat16, None).load() is head
+    assert loss_kernel(states, torch.float32, None).load() is not head
+    assert loss_kernel(states.bfloat16(), torch.float32, None).load() is not head
 
 
 def test_shapes_alone_hold_what_numbers_hold() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import int8_rows, operators
 from lorakeet.memory.ledger import Ledger
 from tiny.native import needs_native
@@ -20,6 +21,7 @@ pytestmark = needs_native
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor with AMX, which multiplies by that."""
     monkeypatch.setattr(int8_rows, "AMX", "no such feature")
+    monkeypatch.setattr(choose, "CANDIDATES", {})
 
 
 def drawn(tokens: int, width: int, seed: int = 0) -> Tensor:
@@ -136,8 +138,8 @@ def test_the_largest_sums_are_exact() -> None:
     found = int8_rows.INT8_PRODUCT(codes, torch.ones(2, 1), weight.to(torch.int8), torch.ones(2), False)
     most = float(torch.tensor(127.0 * 127 * width).bfloat16())
     assert found.tolist() == [[most, -most], [-most, most]]
-    assert not int8_rows.serves(torch.zeros(1, width + 16, dtype=torch.bfloat16))
-    assert int8_rows.serves(torch.zeros(1, width).bfloat16())
+    assert not choose.multiplies_int8(torch.zeros(1, width + 16, dtype=torch.bfloat16))
+    assert choose.multiplies_int8(torch.zeros(1, width).bfloat16())
 
 
 def others_than(row: int) -> list[int]:
@@ -255,8 +257,10 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
 
 
 def test_serves_where_the_other_operators_do_but_not_where_tiles_of_int8_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert int8_rows.serves(drawn(3, 32)) and not int8_rows.serves(drawn(3, 24)) and not int8_rows.serves(drawn(3, 32).float())
+    assert choose.multiplies_int8(drawn(3, 32)) and not choose.multiplies_int8(drawn(3, 24))
+    assert not choose.multiplies_int8(drawn(3, 32).float())
     with operators.torch_only():
-        assert not int8_rows.serves(drawn(3, 32))
+        assert not choose.multiplies_int8(drawn(3, 32))
     monkeypatch.setattr(int8_rows, "AMX", "avx512f")  # which every processor has that the library is built for
-    assert not int8_rows.serves(drawn(3, 32))
+    monkeypatch.setattr(choose, "CANDIDATES", {})
+    assert not choose.multiplies_int8(drawn(3, 32))

@@ -21,7 +21,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("states_given", "serves"),
+    ("states_given", "supported"),
     [
         (lambda: [numbers(4, 32)], True),
         (lambda: [torch.nn.Parameter(numbers(4, 32))], True),
@@ -32,19 +32,18 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
         (lambda: [torch.empty(4, 32, dtype=torch.bfloat16, device="meta")], False),
     ],
 )
-def test_serves_contiguous_bf16_of_whole_lanes(states_given: Callable[[], list[Tensor]], serves: bool) -> None:
+def test_c_supports_contiguous_bf16_of_whole_lanes(states_given: Callable[[], list[Tensor]], supported: bool) -> None:
     assert not why_not()
-    assert operators.serves(torch.bfloat16, *states_given()) is serves
-    assert not operators.serves(torch.float32, *states_given())
+    assert operators.supports(*states_given()) is supported
     with operators.torch_only():
-        assert not operators.serves(torch.bfloat16, *states_given())
+        assert not operators.supports(*states_given())
 
 
 def test_leaving_them_out_is_of_one_thread() -> None:
     found: list[bool] = []
     with operators.torch_only():
-        other = Thread(target=lambda: found.append(operators.serves(torch.bfloat16, numbers(4, 32))))
+        other = Thread(target=lambda: found.append(operators.supports(numbers(4, 32))))
         other.start()
         other.join()
-        found.append(operators.serves(torch.bfloat16, numbers(4, 32)))
+        found.append(operators.supports(numbers(4, 32)))
     assert found == [True, False]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorakeet.kernels.choose import C_PANELS, inference_layout
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.cpu.panels import Panels, SideBySide, can_panel
+from lorakeet.kernels.cpu.panels import Panels, SideBySide
 from tiny.native import needs_native
 
 pytestmark = needs_native
@@ -68,10 +69,11 @@ def test_numbers_that_are_none_stay_in_their_row() -> None:
 
 def test_what_the_library_does_not_take() -> None:
     weight = numbers(16, 32)
-    assert can_panel(weight)
-    assert not can_panel(weight.float()) and not can_panel(numbers(16, 33)) and not can_panel(weight.to("meta"))
+    assert inference_layout(weight) is C_PANELS
+    for other in (weight.float(), numbers(16, 33), weight.to("meta")):
+        assert inference_layout(other) is not C_PANELS
     with operators.torch_only():
-        assert not can_panel(weight)
+        assert inference_layout(weight) is not C_PANELS
     panels = Panels(weight)
     for wrong in (numbers(2, 30), numbers(2, 32).float(), numbers(32)):
         with pytest.raises(ValueError, match=r"the weights take \(tokens, 32\) in bfloat16"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import dense, operators
 from lorakeet.kernels.cpu.stored import (
     GGUF,
@@ -121,6 +122,7 @@ def test_more_than_is_laid_out_at_once(kind: str, shape: tuple[int, int]) -> Non
 
 def test_bases_multiply_so_and_bring_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     base, x, grad = MADE["nf4 of 64"](), torch.randn(5, SHAPE[1]).bfloat16(), torch.randn(5, SHAPE[0]).bfloat16()
     weight_of = base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16))
     expected, back = torch.mm(x, weight_of.t()), torch.mm(grad, weight_of)
@@ -139,6 +141,7 @@ def test_bases_multiply_so_and_bring_nothing_back(monkeypatch: pytest.MonkeyPatc
 
 def test_with_amx_they_are_brought_back_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "multiplies", lambda: False)
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     base, x = MADE["int8"](), torch.randn(5, SHAPE[1]).bfloat16()
     SCRATCH.clear()
     torch.testing.assert_close(base.matmul(x), torch.mm(x, base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16)).t()))
@@ -171,6 +174,7 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
 
 def test_a_product_that_is_added_is_rounded_with_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     base, grad, to = MADE["int8"](), torch.randn(6, SHAPE[0]).bfloat16(), torch.randn(6, SHAPE[1]).bfloat16()
     exact = to.double() + grad.double() @ base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16)).double()
     base.add_matmul_t(to, grad)
@@ -202,6 +206,7 @@ def test_sizes_in_no_whole_lanes_are_not_for_c() -> None:
 def test_shapes_alone_hold_what_numbers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rehearsal counts what a product works in, and no matrix that is brought back."""
     monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     ledger = Ledger()
     SCRATCH.clear()
     with ledger, ledger.phase("product"):

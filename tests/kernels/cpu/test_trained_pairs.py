@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu import operators, trained_pairs
+from lorakeet.kernels import choose
+from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.operators import FLOPS, WORKSPACES
 from lorakeet.kernels.cpu.trained_pairs import TRAINED_PAIRS, TRAINED_PAIRS_BACKWARD, TRAINED_PAIRS_OF_A
 from tiny.native import needs_native
@@ -137,26 +138,26 @@ def test_h_and_u_of_other_pairs_are_refused() -> None:
         TRAINED_PAIRS_OF_A(h, given.x, given.factors, given.places)
 
 
-def test_whom_it_serves() -> None:
+def test_which_pairs_c_multiplies() -> None:
     given = Given(*CASES["parts of odd ranks"], torch.float32)
 
-    def serves(**other: Any) -> bool:
+    def supported(**other: Any) -> bool:
         pairs = {"factors": given.factors, "places": given.places}
         wanted = {"products": torch.bfloat16, "states": [given.x, *given.ys], **pairs, **other}
-        return trained_pairs.serves(**wanted)
+        return choose.low_rank_products(**wanted) is not None
 
-    assert serves()
-    assert not serves(products=torch.float32)
-    assert not serves(states=[given.x.float()])
-    assert not serves(states=[given.x, given.ys[0][:, :31]])
-    assert not serves(factors=[])
-    assert not serves(states=[given.x, torch.zeros(90, 48).bfloat16()])
-    assert not serves(places=[0, 40, 0, 0, 40, 1, *given.places[6:12], 39, 90, 0, 39, 90, 1])  # two for one token
-    assert not serves(places=[0, 40, 0, 40, 90, 1, 40, 90, 0, 40, 90, 1, 0, 40, 0, 0, 40, 1])  # the same rows, and no neighbours
-    assert not serves(places=[0, 0, 0, 0, 0, 1, *given.places[6:]])
-    assert not serves(factors=[given.factors[0][:0], given.factors[1][:, :0], *given.factors[2:]])
+    assert supported()
+    assert not supported(products=torch.float32)
+    assert not supported(states=[given.x.float()])
+    assert not supported(states=[given.x, given.ys[0][:, :31]])
+    assert not supported(factors=[])
+    assert not supported(states=[given.x, torch.zeros(90, 48).bfloat16()])
+    assert not supported(places=[0, 40, 0, 0, 40, 1, *given.places[6:12], 39, 90, 0, 39, 90, 1])  # two for one token
+    assert not supported(places=[0, 40, 0, 40, 90, 1, 40, 90, 0, 40, 90, 1, 0, 40, 0, 0, 40, 1])  # the same rows, apart
+    assert not supported(places=[0, 0, 0, 0, 0, 1, *given.places[6:]])
+    assert not supported(factors=[given.factors[0][:0], given.factors[1][:, :0], *given.factors[2:]])
     with operators.torch_only():
-        assert not serves()
+        assert not supported()
 
 
 def test_flops_and_bytes_are_those_of_the_products() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.errors import ConfigError
+from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import dense
 from lorakeet.kernels.cpu.int8_rows import outliers_of
 from lorakeet.memory.ledger import Ledger
@@ -112,6 +113,7 @@ def test_one_tile_of_an_outlined_base_is_worked_through() -> None:
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_an_outlined_base_is_multiplied_as_it_is_where_a_run_s_is(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     spec = QuantSpec(method=method)
     SCRATCH.clear()
     with Ledger() as ledger:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorakeet.core.fused.packed_attention import TILED
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.cpu.attention import TILED
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.spec import ModelSpec

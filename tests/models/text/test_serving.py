@@ -212,7 +212,7 @@ def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> No
     )
     with pytest.raises(ConfigError) as error:
         live.check(wrong)
-    for part in ("q_porj': no pair", "Did you mean 'model.layers.0.self_attn.q_proj'",
+    for part in ("q_porj': a pair on it cannot", "Did you mean 'model.layers.0.self_attn.q_proj'",
                  "B is (16, 4), but this base needs (32, 4)",
                  "model.embed_tokens", "whole parameters (model.norm.weight)"):  # fmt: skip
         assert part in str(error.value)
@@ -251,7 +251,7 @@ def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextMod
     for seed in range(2):
         peft.write(random_adapter(bare, "embed_tokens", "q_proj", seed=seed), tmp_path / str(seed))
         for opened in (open_header, load_safetensors):
-            with pytest.raises(ConfigError, match=r"'model\.embed_tokens': no pair can be served there"):
+            with pytest.raises(ConfigError, match=r"'model\.embed_tokens': a pair on it cannot be served"):
                 live.check(peft.read(tmp_path / str(seed), opened=opened))
     assert live.names == () and len(live._fits) == 0
 

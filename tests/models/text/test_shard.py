@@ -46,7 +46,7 @@ def forked() -> Iterator[Together]:
 
 
 def batch() -> Batch:
-    """Rows of so many tokens on average that the C library's attention is the faster one (core/fused/packed_attention.TILED)."""
+    """Rows of so many tokens on average that the C library's attention is the faster one (kernels/cpu/attention.TILED)."""
     rows = [Example(np.arange(4 + n, 34 + 2 * n), np.arange(30 + n) >= 8, str(n), None, False) for n in range(3)]
     return pack_examples(rows)
 
@@ -117,7 +117,7 @@ def test_so_it_does_in_bf16_for_which_a_whole_model_has_kernels(forked: Together
     for found in forked.call("models.text.test_shard:in_this_process", str(folder), method, "all", "bfloat16"):
         assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
         assert 0.45 <= found["kept"] <= 0.55 and (found["codes"] > 0) == (method != "none"), found
-        assert (found["in C"][0] > 0) == operators.serves(torch.bfloat16) and found["in C"][1] == 0, found
+        assert (found["in C"][0] > 0) == operators.in_use() and found["in C"][1] == 0, found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

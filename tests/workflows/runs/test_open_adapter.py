@@ -31,6 +31,14 @@ def test_a_run_brings_its_settings_and_its_adapter(finished: Any) -> None:
     assert opened.text_model(quiet(), dtype="bfloat16").dtype == torch.bfloat16
 
 
+def test_rows_are_read_once_for_an_adapter_and_its_copies(finished: Any) -> None:
+    opened = open_adapter(finished.path)
+    first = opened.within("64GiB").dataset
+    assert first.train and opened.dataset is first
+    other = replace(opened.config, data=replace(opened.config.data, split_seed=1))
+    assert replace(opened, config=other).dataset is not first
+
+
 def test_the_adapter_folder_of_a_run_stands_alone(finished: Any) -> None:
     opened = open_adapter(finished.path / "adapter")
     assert opened.run is None and opened.config.model.path == str(finished.model) and opened.config.data.train == ""

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
-from lorakeet.core.fused import flash_varlen
-from lorakeet.core.fused.elementwise import passes_over
-from lorakeet.core.fused.flash_varlen_recorded import RowOffsets, flash_kernel
 from lorakeet.core.fused.mlp_and_norm import (
     FrozenRmsNorm,
     NormInputs,
@@ -30,11 +27,13 @@ from lorakeet.core.fused.mlp_and_norm import (
     saved_for,
     scattered,
 )
-from lorakeet.core.fused.packed_attention import Kernel, kernel_for
+from lorakeet.core.fused.packed_attention import kernel_of
 from lorakeet.core.layers.linear import LoraLinear, Replacement
 from lorakeet.core.pair_products import PairProducts, alternated
+from lorakeet.kernels.choose import elementwise_ops, packed_rows
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.flash_varlen import FlashVarlen, RowOffsets, flash_kernel
+from lorakeet.kernels.protocol import PackedAttention
 from lorakeet.kernels.tiled_weight import TritonRequest
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -62,7 +61,7 @@ class AttentionInputs:
     pairs: PairProducts
     norms: Sequence[HeadNorm]
     head: int  # numbers of one head
-    kernel: Kernel
+    kernel: PackedAttention
 
     @property
     def kernels(self) -> TritonRequest | None:
@@ -139,8 +138,8 @@ class RotaryAttentionFunction(torch.autograd.Function):
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, kernels: TritonRequest | None = None) -> Tensor:
     """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May be written over `states`."""
-    if (by := passes_over(states, cos, sin, kernels=kernels, width=2 * operators.LANES)) is not None:
-        by.turn_(states, cos, sin, back)
+    if (by := elementwise_ops(states, cos, sin, triton=kernels, width=2 * operators.LANES)) is not None:
+        by.rotate_(states, cos, sin, back)
         return states
     half = states.shape[2] // 2
     a, b = states[..., :half], states[..., half:]
@@ -215,17 +214,13 @@ class RotaryAttention(Replacement):
         uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens are neighbours: one part
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         heads, kv = (base.shape[0] // head for base in bases[:2])
-        on_card = flash_varlen.serves(x, heads, kv, head)
-        places = cast("RowOffsets | None", settings.get("row_offsets"))
-        if not on_card and (places is not None or not is_cpu(x.device)):
+        offsets = cast("RowOffsets | None", settings.get("row_offsets"))
+        own = kernel_of(packed_rows(x, settings.get("row_products") or torch.float32, heads, kv, head, rows, prefix))
+        if own is None or (offsets is not None and own is not FlashVarlen):
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
         scale = cast(float, self.original.scaling)
-        kernel: Kernel
-        if on_card:
-            kernel = flash_kernel(places, rows, scale, prefix)
-        else:
-            kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)(rows, scale, prefix)
+        kernel = own(rows, scale, prefix) if offsets is None else flash_kernel(offsets, rows, scale, prefix)
         inputs = AttentionInputs(bases, [layer.bias for layer in layers], pair_products(uses, products), norms, head, kernel)
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 

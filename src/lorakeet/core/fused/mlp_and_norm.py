@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase, matmul_each, sum_of_matmul_t
-from lorakeet.core.fused.elementwise import passes_over
 from lorakeet.core.layers.linear import LoraLinear, Replacement, dense_base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.pair_products import PairProducts, PairSpan, alternated
 from lorakeet.core.selection import Share
+from lorakeet.kernels.choose import elementwise_ops
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.tiled_weight import TritonRequest
 
@@ -99,7 +99,7 @@ def recomputed(kept: Sequence[Tensor], kernels: TritonRequest | None = None) -> 
     if len(kept) == 1:
         return kept[0]
     x, rho, weight = kept
-    if (by := passes_over(x, weight, kernels=kernels, by_rows=True)) is not None:
+    if (by := elementwise_ops(x, weight, triton=kernels, by_rows=True)) is not None:
         return by.norm_again(x, rho, weight)
     return weight * (x.float() * rho).to(x.dtype)
 
@@ -172,7 +172,7 @@ def kernels_of(bases: Iterable[FrozenBase]) -> TritonRequest | None:
 
 def _gated(p: Projections, gate: Tensor, up: Tensor) -> Tensor:
     """φ(gate) ∘ up (tokens, width)."""
-    if p.activation.native and (by := passes_over(gate, up, kernels=p.kernels)) is not None:
+    if p.activation.native and (by := elementwise_ops(gate, up, triton=p.kernels)) is not None:
         return by.gated(gate, up)
     return p.activation.forward(gate).mul_(up)
 
@@ -181,7 +181,7 @@ def _gated_backward(
     p: Projections, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, who see h. Overwrites what it is given."""
-    if p.activation.native and (by := passes_over(gate, up, grad, kernels=p.kernels)) is not None:
+    if p.activation.native and (by := elementwise_ops(gate, up, grad, triton=p.kernels)) is not None:
         by.gated_backward_(gate, up, grad)
         torch.autograd.graph.increment_version([gate, up, grad])  # so that another backward pass through them is refused
         return gate, up, p.out_of.of_a(through, grad, factors)
@@ -255,7 +255,7 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
     The layers' own code keeps what the activation gives beside what it was given. It also rounds that, where the native gate does
     not, and multiplies by oneDNN: where C serves there is one way, with gradients and without, since a streamed block goes both.
     """
-    if not (operators.serves(x.dtype, x) or (torch.is_grad_enabled() and x.requires_grad)):
+    if not (operators.supports(x) or (torch.is_grad_enabled() and x.requires_grad)):
         return []
     if any(getattr(layer, "bias", None) is not None for layer in layers):
         return []
@@ -291,7 +291,7 @@ def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Sh
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest | None = None) -> tuple[Tensor, Tensor]:
     """y and ρ (…, 1), as RmsNormFunction has them, of x (…, width)."""
-    if (by := passes_over(x, weight, kernels=kernels, by_rows=True)) is not None:
+    if (by := elementwise_ops(x, weight, triton=kernels, by_rows=True)) is not None:
         return by.norm(x, weight, epsilon)
     wide = x.float()
     rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
@@ -300,7 +300,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest |
 
 def rms_norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: TritonRequest | None = None) -> Tensor:
     """∂x of it, in the dtype of x."""
-    if (by := passes_over(x, weight, grad, kernels=kernels, by_rows=True)) is not None:
+    if (by := elementwise_ops(x, weight, grad, triton=kernels, by_rows=True)) is not None:
         return by.norm_backward(grad, x, rho, weight)
     scaled = grad.float() * weight.float()
     normal = x.float() * rho

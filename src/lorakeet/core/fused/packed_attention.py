@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.fused.flash_varlen import FlashVarlen
 from lorakeet.core.fused.packed_blocks import Indexed, QueryBlocks, blocks_of_queries, token_indices, whole_row_blocks
-from lorakeet.kernels.cpu import attention, operators
-from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.choose import BATCHED_ROWS, CPU_FLASH_ROWS, packed_rows
+from lorakeet.kernels.protocol import Kernel, PackedAttention
 
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
 KEPT_KEYS = 128  # up to so many P is kept: no more bytes a token than a gated MLP keeps, and 4 % of a training step (docs/log.md)
 SCORES = 1 << 21  # scores (of all heads, of all blocks taken together) that exist at once, unless one block has more
-TILED = 24  # keys of an average row from which on Lorakeet's kernel, whose tiles have 64, is the faster (docs/log.md)
 TOKENS = 1 << 12  # tokens of rows, each with its prefix, that the flash kernel is given at once, unless one row has more
 
 
@@ -33,31 +31,21 @@ def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they 
     query: Tensor, key: Tensor, value: Tensor, rows: tuple[int, ...], scale: float, products: torch.dtype, prefix: int = 0
 ) -> Tensor:
     """softmax(scale·Q·Kᵀ + causal mask)·V of each row; products in `products` if the states have that dtype, else in fp32."""
-    kernel = kernel_for(query, rows, products, prefix)(rows, scale, prefix)
+    shape = query.shape[1], key.shape[1], query.shape[3]
+    kernel = kernel_of(packed_rows(query, products, *shape, rows, prefix))(rows, scale, prefix)
     return cast(Tensor, CausalRows.apply(query, key, value, kernel))  # type: ignore[no-untyped-call]
 
 
-def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefix: int, head: int = 0) -> type[CpuKernel]:
-    """How rows are computed whose states are `like` these, in heads of `head` numbers (0: as many as the last dimension has).
-
-    `products` is the dtype of matrix products, `prefix` what the rows share.
-    """
-    enough = sum(rows) + prefix * len(rows) >= TILED * len(rows)
-    if enough and native_serves(like.dtype, head or like.shape[-1], products, like.device):
-        return NativeRows
-    return ProductRows if products != torch.float32 and products == like.dtype else CpuFlashRows
-
-
-def native_serves(dtype: torch.dtype, head: int, products: torch.dtype, device: torch.device) -> bool:
-    """Whether Lorakeet's own kernel computes with states of that dtype in heads of so many numbers, where it pays (TILED)."""
-    return dtype == torch.bfloat16 and head % operators.HEAD == 0 and is_cpu(device) and operators.serves(products)
+def kernel_of(chosen: Kernel) -> Any:
+    """The class of the kernel that kernels/choose.packed_rows has chosen (kernels/protocol.PackedAttention); None: row by row."""
+    return chosen.load() or TORCH_ROWS.get(chosen.name)
 
 
 class CausalRows(torch.autograd.Function):
     """Row attention by a kernel, which says what it keeps for the backward pass beside Q, K and V."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: PackedAttention) -> Tensor:
         result, kept = kernel.forward(query, key, value)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.kernel = kernel
@@ -68,32 +56,6 @@ class CausalRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.kernel.backward(grad, *ctx.saved_tensors)
         return *(states.to(grad.dtype) for states in found), None
-
-
-class NativeRows:
-    """Attention by Lorakeet's own kernel (kernels/cpu/attention.c), all rows at once. Keeps O and the log-sums beside Q, K, V."""
-
-    def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0) -> None:
-        self.laid = list(rows), prefix, scale
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The result, and what `backward` needs beside Q, K and V."""
-        result, logs = attention.ROW_ATTENTION(*map(_token_by_token, (query, key, value)), *self.laid)
-        return result[None], (result, logs)
-
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
-        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
-        found = attention.ROW_ATTENTION_BACKWARD(*given, *self.laid)
-        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in found)
-        return of_q, of_k, of_v
-
-
-def _token_by_token(states: Tensor) -> Tensor:
-    """(1, heads, tokens, d) as (tokens, heads, d), contiguous."""
-    return states[0].transpose(0, 1).contiguous()
 
 
 class ProductRows:
@@ -262,5 +224,4 @@ def _heads_of(places: Indexed, states: Tensor, times: int) -> Tensor:
     return found.to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
 
 
-CpuKernel = NativeRows | ProductRows | CpuFlashRows
-Kernel = CpuKernel | FlashVarlen  # or core/fused/flash_varlen_recorded, which is one
+TORCH_ROWS: dict[str, type[Any]] = {BATCHED_ROWS.name: ProductRows, CPU_FLASH_ROWS.name: CpuFlashRows}

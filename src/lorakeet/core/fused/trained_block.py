@@ -21,12 +21,12 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.base import stored_weight
 from lorakeet.core.fused.attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.fused.mlp_and_norm import MLP, FrozenRmsNorm, GatedMlp, shared_uses
-from lorakeet.core.fused.packed_attention import NativeRows, kernel_for
 from lorakeet.core.fused.trained_block_cache import HOOKS, BlockArguments, Fingerprint, block_arguments, selection_in
 from lorakeet.core.layers.linear import BLOCK_PARTS, BlockReplacement, LoraLinear
 from lorakeet.core.selection import Share
+from lorakeet.kernels.choose import C_ROWS, candidates, packed_rows
 from lorakeet.kernels.cpu import attention as row_attention
-from lorakeet.kernels.cpu import dense, operators, trained_pairs
+from lorakeet.kernels.cpu import operators, trained_pairs
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.cpu.trained_block import BlockCall, Pairs, Weights
 from lorakeet.kernels.cpu.workspace import WORKSPACES
@@ -126,12 +126,15 @@ class TrainedBlock(BlockReplacement):
         rows, turn = settings.get("row_lengths"), settings.get("position_embeddings")
         if rows is None or turn is None or any(settings.get(name) is not None for name in ("attention_mask", *CACHES)):
             return False
-        if not _readable(x) or x.dim() != 3 or len(x) != 1 or not dense.multiplies():
+        if not _readable(x) or x.dim() != 3 or len(x) != 1:
+            return False
+        if not candidates("decoder block, training", x.device, x.dtype)[0].source:
             return False
         head = cast(Any, self.original)._modules["self_attn"].original.head_dim
-        kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, settings.get("row_prefix", 0), head)
+        products, prefix = settings.get("row_products") or torch.float32, settings.get("row_prefix", 0)
+        kernel = packed_rows(x, products, 1, 1, head, rows, prefix)
         whole = all(part.shape == (1, x.shape[1], head) for part in turn)
-        return kernel is NativeRows and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
+        return kernel is C_ROWS and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
 
     def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
         """What `_asked` would answer, where all that it depends on is as it was when it was last asked; else None."""
@@ -216,7 +219,7 @@ class TrainedBlock(BlockReplacement):
 
 def _readable(*states: Tensor) -> bool:
     """Whether C can read them, in numbers and not as shapes alone."""
-    return all(type(each) in operators.READ for each in states) and operators.serves(torch.bfloat16, *states)
+    return all(type(each) in operators.READ for each in states) and operators.supports(*states)
 
 
 def _weights_of(

@@ -27,7 +27,7 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, ReorderedProducts
 from lorakeet.core.selection import BatchAssignment, Selection, Share
 from lorakeet.core.spec import ANCHORED
-from lorakeet.kernels.cpu.inference_pairs import fits_shapes
+from lorakeet.kernels.choose import copies_pairs
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
 
@@ -283,7 +283,7 @@ class SharedInput:
 def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> PairCopies:
     """What holds pairs of layers that see the same x; nothing yet."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
-    if fits_shapes(products, device, shapes):
+    if copies_pairs(products, device, shapes):
         return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
     stack = PairStack(shapes, products, device)
     selection.holds(stack)

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.operators import HEAD, define, loaded, pointers
+from lorakeet.kernels.protocol import Situation
 
+TILED = 24  # keys of an average row from which on this kernel, with tiles of 64, is faster than torch's products (docs/log.md)
+NEEDS = f"heads in multiples of {HEAD}, rows of {TILED} keys or more on average"
 GROUPS = 8  # at most so many groups of rows split the backward pass
 FEW = 256  # tokens of a prefix, over all groups but the first, below which separate sums cost nothing noticeable
 WORK = 32  # enough parts of work (heads × groups of rows) for the threads
@@ -183,3 +187,38 @@ ROW_ATTENTION_BACKWARD = define(
     _backward_flops,
     _backward_workspace,
 )
+
+
+def why_not(situation: Situation) -> str:
+    """Why row attention does not run here."""
+    return operators.why_not(situation)
+
+
+def takes(like: Tensor, heads: int, kv: int, d: int, rows: Sequence[int], prefix: int) -> bool:
+    """True for heads of d numbers, and rows that are long enough."""
+    return d % HEAD == 0 and sum(rows) + prefix * len(rows) >= TILED * len(rows)
+
+
+class NativeRows:
+    """Attention of all rows at once (kernels/protocol.PackedAttention). Saves O and the log-sums beside Q, K, V."""
+
+    def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0) -> None:
+        self.rows = list(rows), prefix, scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
+        result, logs = ROW_ATTENTION(*map(_token_by_token, (query, key, value)), *self.rows)
+        return result[None], (result, logs)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
+        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
+        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in ROW_ATTENTION_BACKWARD(*given, *self.rows))
+        return of_q, of_k, of_v
+
+
+def _token_by_token(states: Tensor) -> Tensor:
+    """(1, heads, tokens, d) as (tokens, heads, d), contiguous."""
+    return states[0].transpose(0, 1).contiguous()

@@ -15,16 +15,23 @@ from torch import Tensor
 from lorakeet.kernels.cpu import compile, operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 from lorakeet.kernels.cpu.workspace import ALIGNED, address
+from lorakeet.kernels.protocol import Situation
 
+NEEDS = f"contiguous bfloat16 matrices in multiples of {operators.LANES}, outside of autograd"
 AMX = "amx_bf16"  # in /proc/cpuinfo: tiles of bf16, many times faster than vectors
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether x (tokens, ·) is to be multiplied with the weight (out, in) here; one that autograd follows is torch's."""
-    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or x.dim() != 2 or len(weight) % operators.LANES or not multiplies():
+def why_not(situation: Situation) -> str:
+    """Why products with frozen weights do not run here."""
+    return operators.why_not(situation) or ("" if multiplies() else "oneDNN multiplies faster, with AMX")
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """True for x (tokens, ·) and a weight (out, in) that C can read; torch multiplies what autograd follows."""
+    if weight.dtype is not torch.bfloat16 or weight.dim() != 2 or x.dim() != 2 or len(weight) % operators.LANES:
         return False
     graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not graph and weight.numel() > 0 and operators.serves(x.dtype, x, weight)
+    return not graph and weight.numel() > 0 and operators.takes((x, weight))
 
 
 @functools.cache

@@ -13,11 +13,19 @@ from torch import Tensor
 
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
+from lorakeet.kernels.protocol import Situation
+
+NEEDS = operators.NEEDS
 
 
-def serves(hidden: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits of such states (tokens, hidden) under a head of that dtype are for this."""
-    return dtype == torch.bfloat16 and operators.serves(hidden.dtype, hidden)
+def why_not(situation: Situation) -> str:
+    """Why losses are not computed here."""
+    return "Triton kernels are requested" if situation.triton else operators.why_not(situation)
+
+
+def takes(hidden: Tensor) -> bool:
+    """True for states (tokens, hidden) that C can read."""
+    return operators.takes((hidden,))
 
 
 def blocks(logits: Tensor, tile: int) -> list[tuple[slice, Tensor]]:

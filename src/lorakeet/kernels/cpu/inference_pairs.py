@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu.operators import loaded, serves
-from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.cpu.operators import loaded
 
 WIDTH, OUTPUTS = 32, 16  # the sizes of layers are multiples of these
+NEEDS = f"widths in multiples of {WIDTH}, outputs of {OUTPUTS}"
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 2
 _ADD = [ctypes.c_void_p, ctypes.c_int64] * 3 + [ctypes.c_int64, ctypes.c_int]
@@ -50,7 +50,7 @@ class LayerRows:
     """Layers that share their input, with the numbers that copies know them by."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], numbers: Sequence[int]) -> None:
-        """For weights of `shapes` (out, in) for which `fits_shapes` is true."""
+        """For weights of `shapes` (out, in) that `takes` accepts."""
         self.width = shapes[0][1]
         self._layers = (_LayerLayout * len(shapes))()
         for layer, number, (outputs, _) in zip(self._layers, numbers, shapes, strict=True):
@@ -76,9 +76,9 @@ def _row(x: Tensor, width: int) -> int:
     return row
 
 
-def fits_shapes(products: torch.dtype, device: torch.device, shapes: Iterable[tuple[int, int]]) -> bool:
-    """Whether layers with weights of `shapes` (out, in) are for this."""
-    return is_cpu(device) and all(not out % OUTPUTS and not width % WIDTH for out, width in shapes) and serves(products)
+def takes(shapes: Iterable[tuple[int, int]]) -> bool:
+    """True for layers with weights of such `shapes` (out, in)."""
+    return all(not out % OUTPUTS and not width % WIDTH for out, width in shapes)
 
 
 class PairLayout:

@@ -14,15 +14,22 @@ from torch import Tensor
 
 from lorakeet.kernels.cpu import compile, operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
+from lorakeet.kernels.protocol import Situation
 
 OUTLIERS = 8  # most outlier columns of x that stay in bf16 (docs/log.md)
 AMX = "amx_int8"  # in /proc/cpuinfo: tiles of int8, which oneDNN uses (not measured)
 MOST = 1 << 17  # terms of a sum that fits into int32
+NEEDS = f"contiguous bfloat16 rows, widths in multiples of {operators.LANES} up to {MOST}"
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the rows of x (tokens, width) are to be coded and multiplied here; where there is AMX for int8, that is torch's."""
-    return not compile.has(AMX) and operators.serves(x.dtype, x) and x.shape[-1] <= MOST
+def why_not(situation: Situation) -> str:
+    """Why products in int8 do not run here."""
+    return operators.why_not(situation) or ("oneDNN multiplies faster, with AMX" if compile.has(AMX) else "")
+
+
+def takes(x: Tensor) -> bool:
+    """True for rows x (tokens, width) that C can quantise and multiply."""
+    return operators.takes((x,)) and x.shape[-1] <= MOST
 
 
 def outliers_of(width: int) -> int:

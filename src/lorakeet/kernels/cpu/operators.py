@@ -7,7 +7,7 @@ of 16.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
 
+from lorakeet.kernels.cpu import compile
 from lorakeet.kernels.cpu.compile import library
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.protocol import Situation
 
 READ = (Tensor, nn.Parameter)  # tensors whose memory C may read
 PLAIN = (*READ, FakeTensor)
@@ -27,31 +29,51 @@ FLOPS: dict[Any, Callable[..., int]] = {}  # by operator, of its arguments: the 
 WORKSPACES: dict[Any, Callable[..., int]] = {}  # by operator, of its arguments: bytes that it allocates while it runs
 
 _DEFINED = torch.library.Library("lorakeet", "FRAGMENT")  # type: ignore[no-untyped-call]
-_used: ContextVar[bool] = ContextVar("used", default=True)  # of a thread: others may compute at the same time
+ENABLED: ContextVar[bool] = ContextVar("enabled", default=True)  # of a thread: others may compute at the same time
+NEEDS = f"contiguous bfloat16, widths in multiples of {LANES}"
 
 
 @contextmanager
 def torch_only() -> Iterator[None]:
     """A context in which torch's own operations compute, except with weights and pairs that were already copied into the
     library's layout for inference."""
-    before = _used.set(False)
+    before = ENABLED.set(False)
     try:
         yield
     finally:
-        _used.reset(before)
+        ENABLED.reset(before)
 
 
 def in_use() -> bool:
     """True if the library is available and enabled in this thread."""
-    return _used.get() and library() is not None
+    return ENABLED.get() and library() is not None
 
 
-def serves(products: torch.dtype, *states: Tensor, width: int = LANES) -> bool:
-    """Whether the operators are to compute with these states, where matrix products run in `products`."""
-    if not _used.get() or products != torch.bfloat16:
-        return False
-    fit = (type(x) in PLAIN and x.dtype == torch.bfloat16 and is_cpu(x.device) and x.is_contiguous() for x in states)
-    return all(fit) and all(x.shape[-1] % width == 0 for x in states) and library() is not None
+def why_not(situation: Situation) -> str:
+    """Why C kernels do not run in a situation."""
+    if situation.device.type != "cpu" or situation.rehearsed:
+        return "it is a kernel for the CPU"
+    if situation.products != torch.bfloat16 or situation.dtype != torch.bfloat16:
+        narrow = f"states are {situation.dtype}, matrix products run in {situation.products}".replace("torch.", "")
+        return f"takes bfloat16; {narrow}"
+    if not situation.c:
+        return "C kernels are off in this thread"
+    return compile.why_not()
+
+
+def takes(states: Sequence[Tensor], width: int = LANES, *_: object) -> bool:
+    """True if C can read the states: contiguous bf16 on the CPU, with last dimensions in multiples of `width`."""
+    for x in states:
+        if type(x) not in PLAIN or x.dtype is not torch.bfloat16 or not is_cpu(x.device):
+            return False
+        if x.shape[-1] % width or not x.is_contiguous():
+            return False
+    return True
+
+
+def supports(*states: Tensor, width: int = LANES) -> bool:
+    """True if the library is in use, and can read the states."""
+    return ENABLED.get() and takes(states, width) and library() is not None
 
 
 def pointers(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[ctypes.c_void_p]:

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu.operators import LANES, in_use, loaded, pointers
+from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.cpu.operators import LANES, loaded, pointers
+from lorakeet.kernels.protocol import Situation
+
+NEEDS = "matrices of an even width"
 
 
 class Product(ctypes.Structure):
@@ -24,7 +28,7 @@ class Panels:
     """A bf16 weight (out, in) in panels of 16 outputs: (panels, in/2, 16) words of two numbers, the last one padded."""
 
     def __init__(self, weight: Tensor) -> None:
-        """`weight` must satisfy `can_panel`."""
+        """`weight` must satisfy `takes`."""
         outputs, width = weight.shape
         self.shape = (outputs, width)
         filled = weight.detach().contiguous()
@@ -72,7 +76,11 @@ class SideBySide:
         return y
 
 
-def can_panel(weight: Tensor) -> bool:
-    """True if the library can multiply with such a weight here."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter)
-    return plain and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 2 == 0 and in_use()
+def why_not(situation: Situation) -> str:
+    """Why weights are not packed here."""
+    return operators.why_not(situation)
+
+
+def takes(weight: Tensor) -> bool:
+    """True for a weight (out, in) that can be packed."""
+    return type(weight) in operators.READ and weight.dim() == 2 and weight.shape[1] % 2 == 0

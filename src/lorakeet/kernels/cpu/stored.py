@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,9 +18,12 @@ from lorakeet.kernels.cpu import dense, operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 from lorakeet.kernels.cpu.workspace import address
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.protocol import Situation
 
 DENSE, NF4, GPTQ, INT8, INT8_ROWS = range(5)  # kinds, as stored.h has them
 GGUF = {name: 5 + number for number, name in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))}
+NEEDS = "contiguous bfloat16 rows, outside of autograd"
+READABLE = f"whole weights in multiples of {operators.LANES}"
 NUMBERS = 11  # of a Stored: the fields before `held`
 _CODES = 3  # index of the address of the codes
 
@@ -47,12 +50,27 @@ class StoredWeight(NamedTuple):
         return self[:NUMBERS]  # type: ignore[return-value]
 
 
-def serves(shape: tuple[int, int], held: Sequence[Tensor]) -> bool:
+def why_not(situation: Situation) -> str:
+    """Why products with quantised weights do not run here."""
+    return "Triton kernels are requested" if situation.triton else dense.why_not(situation)
+
+
+def why_not_dequantise(situation: Situation) -> str:
+    """Why weights are not dequantised here."""
+    return "Triton kernels are requested" if situation.triton else operators.why_not(situation)
+
+
+def is_readable(shape: tuple[int, ...], held: Iterable[Tensor]) -> bool:
     """True if C may read a weight (out, in) that is stored in these tensors."""
     if any(size <= 0 or size % operators.LANES for size in shape):
         return False
     plain = all(type(each) in operators.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in held)
     return plain and operators.in_use()
+
+
+def takes_buffers(out: Tensor, buffers: Iterable[Tensor]) -> bool:
+    """True if C can dequantise these buffers into `out`."""
+    return is_readable(out.shape, buffers)
 
 
 def address_of(tensor: Tensor) -> int:
@@ -71,10 +89,9 @@ def dequantise(weight: StoredWeight, out: Tensor) -> Tensor:
     return out
 
 
-def multiplies(x: Tensor) -> bool:
-    """True if x (tokens, ·) is multiplied with weights as they are stored; torch multiplies if x needs a gradient."""
-    plain = x.dim() == 2 and not (torch.is_grad_enabled() and x.requires_grad)
-    return plain and dense.multiplies() and operators.serves(x.dtype, x)
+def takes(x: Tensor, *_: object) -> bool:
+    """True for x (tokens, ·) that C can multiply with weights as they are stored; torch multiplies if x needs a gradient."""
+    return x.dim() == 2 and not (torch.is_grad_enabled() and x.requires_grad) and operators.takes((x,))
 
 
 def stored_product(x: Tensor, weight: StoredWeight, across: bool = False) -> Tensor:

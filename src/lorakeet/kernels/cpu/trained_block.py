@@ -22,6 +22,7 @@ from lorakeet.kernels.cpu.operators import loaded, pointers
 from lorakeet.kernels.cpu.stored import NUMBERS, StoredWeight
 from lorakeet.kernels.cpu.workspace import WORKSPACES, address, aligned_bytes
 
+NEEDS = "packed rows, plain pairs on all seven layers, no hooks"
 LAYERS = 7  # q, k, v, o, gate, up, down
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # layers that share their input
 FORWARD, BACKWARD, ALONE = range(3)  # kinds of pass, as in trained_block.c

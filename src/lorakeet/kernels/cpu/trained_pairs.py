@@ -22,15 +22,14 @@ from lorakeet.kernels.cpu.inference_pairs import even
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 
 WIDTH = 32  # widths are multiples of this
+NEEDS = f"contiguous bfloat16, widths in multiples of {WIDTH}"
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 Shape = tuple[int, ...]
 
 
-def serves(products: torch.dtype, states: Sequence[Tensor], factors: Sequence[Tensor], places: Sequence[int]) -> bool:
-    """Whether pairs `factors` at `places` are to be multiplied here with `states`, x and all y's, for products in that dtype."""
-    if not factors or not operators.serves(products, *states, width=WIDTH):
-        return False
-    return all(map(is_factor, factors)) and parts_are_disjoint(places)
+def takes(states: Sequence[Tensor], factors: Sequence[Tensor], places: Sequence[int]) -> bool:
+    """True for states (x, and all y's) and pairs that C can multiply."""
+    return bool(factors) and operators.takes(states, WIDTH) and all(map(is_factor, factors)) and parts_are_disjoint(places)
 
 
 def is_factor(factor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 The host takes some microseconds to launch an operation on a GPU, and a small model has so many that the GPU waits. A CUDA graph
 is the operations of a pass with their addresses, launched as one. So everything that differs between micro-batches lies in fixed
-buffers: tokens, positions and row offsets (core/fused/flash_varlen_recorded). The optimizer updates the adapter in place.
+buffers: tokens, positions and row offsets (kernels/flash_varlen). The optimizer updates the adapter in place.
 
     BatchShape  tokens, padded to one of 8 counts between two powers of two; rows, to a power of two; the longest row
     hidden      fills the buffers and replays the forward graph; the result is a leaf of autograd's graph
@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.pack import Batch, to_device
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.text.model import COUNTS, MULTIPLE, TextModel, padded_count
 

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.fused.attention import RotaryAttention
-from lorakeet.core.fused.flash_varlen_recorded import RowOffsets
 from lorakeet.core.fused.mlp_and_norm import GatedMlp
-from lorakeet.core.fused.packed_attention import TILED, native_serves
 from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
+from lorakeet.kernels.choose import attends_in_c
+from lorakeet.kernels.cpu.attention import TILED
+from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
@@ -176,7 +177,7 @@ class TextModel:
         attention = next((part for part in self._last_parts() if isinstance(part, RotaryAttention)), None)
         if attention is None or min(lengths, default=0) < TILED or attention.looks_back_less(max(lengths)):
             return False
-        return native_serves(self.dtype, cast(Any, attention.original).head_dim, self.products, self.device)
+        return attends_in_c(self.dtype, self.products, cast(Any, attention.original).head_dim, self.device)
 
     @contextmanager
     def narrowing_last_block(self, layout: PrefixLayout) -> Iterator[None]:

@@ -15,10 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lorakeet.core.base import frozen_product, write_frozen_product
-from lorakeet.core.kernels import runs_on
 from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back_product, tiles
 from lorakeet.data.pack import Batch
+from lorakeet.kernels.choose import loss_kernel
 from lorakeet.kernels.cpu import head as native
+from lorakeet.kernels.protocol import Kernel
 from lorakeet.kernels.tiled_weight import TritonRequest
 
 CHUNK = 256
@@ -72,10 +73,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
-        narrow = kernels is None and native.serves(hidden, weight.dtype)
+        kernel = loss_kernel(hidden, weight.dtype, kernels)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            if narrow:
+            if kernel.load() is native:
                 losses[part], found = _by_native(hidden[part], weight, targets[part], wants_grad)
                 if grad is not None and found is not None:
                     grad[part] = found
@@ -83,7 +84,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
             for tile in tiles(weight.shape[0]):
                 logits[:, tile] = frozen_product(hidden[part], weight[tile])
-            losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernels)
+            losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernel)
             if grad is not None:
                 grad[part] = back_product(logits, weight, weight.dtype)
             del logits  # before the next chunk allocates its own
@@ -112,12 +113,10 @@ def _by_native(hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: b
     return losses, total
 
 
-def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: TritonRequest | None) -> Tensor:
+def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernel: Kernel) -> Tensor:
     """Logits z (n, vocabulary) and targets (n,) to the losses (n,). Overwrites z: with ∂L/∂z if wanted, else undefined."""
-    if logits.dtype == torch.float32 and runs_on(kernels, logits, targets):
-        from lorakeet.kernels.triton.loss import loss_in_place
-
-        return loss_in_place(logits, targets, wants_grad=wants_grad)
+    if (by := kernel.load()) is not None:
+        return cast(Tensor, by.loss_in_place(logits, targets, wants_grad=wants_grad))
     index = targets.unsqueeze(1)
     chosen = logits.gather(1, index).squeeze(1)
     top = logits.amax(1, keepdim=True)

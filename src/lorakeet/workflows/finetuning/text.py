@@ -17,7 +17,9 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
+from lorakeet.kernels.choose import in_words
 from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.protocol import Situation
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.text.cached_states import cached_states, frozen_depth
@@ -132,11 +134,12 @@ class TextKind(RunKind[TextAssembly]):
     def model_text(self, setup: TextAssembly) -> str:
         model = setup.config.model
         text = f"{setup.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
-        native = setup.device.type == "cpu" and operators.serves(setup.text.products)
+        native = setup.device.type == "cpu" and setup.text.products == torch.bfloat16 and operators.in_use()
         return text + (", native kernels" if native else "")
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
-        found = super().facts(setup)
+        found, text = super().facts(setup), setup.text
+        found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None))
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
         if (count := setup.processes.count) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.detect import read_adapter
@@ -46,6 +48,16 @@ class Opened:
     run: RunFolder | None
     folder: Path
     kept: Arrangement | None = None  # how its models keep the budget of a check (workflows/planning/check)
+
+    _datasets: dict[DataSpec, Dataset] = field(default_factory=dict, repr=False, compare=False)  # shared by copies
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows of config.data: read, split and checked once for this adapter and its copies. Raises DataError."""
+        data = self.config.data
+        if data not in self._datasets:
+            self._datasets[data] = load_dataset(data)
+        return self._datasets[data]
 
     @property
     def dense_spec(self) -> ModelSpec:

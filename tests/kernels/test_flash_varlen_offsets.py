@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.fused import flash_varlen
-from lorakeet.core.fused.flash_varlen_recorded import (
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels import flash_varlen
+from lorakeet.kernels.flash_varlen import (
     OFFSET_ROWS,
     OFFSET_ROWS_BACKWARD,
     FlashVarlenAtOffsets,
@@ -15,7 +16,6 @@ from lorakeet.core.fused.flash_varlen_recorded import (
     offset_rows,
     offset_rows_backward,
 )
-from lorakeet.errors import EnvironmentProblem
 from lorakeet.models.attention import packed_attention
 from tiny.flash import Flash
 from tiny.tape import Tape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorakeet.core import kernels
 from lorakeet.core.base import DenseBase, FrozenBase
-from lorakeet.core.kernels import low_rank_product, low_rank_product_t, product, why_not
 from lorakeet.core.lowrank import frozen_linear, low_rank_linear
+from lorakeet.core.triton_products import low_rank_product, low_rank_product_t, product
+from lorakeet.kernels import choose
 from lorakeet.kernels.tiled_weight import TritonRequest
+from lorakeet.kernels.triton import support
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.nf4 import Nf4Base
@@ -26,7 +26,7 @@ OUT, IN, RANK, SCALE = 64, 96, 4, 3.0
 
 @pytest.fixture(autouse=True)
 def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.has_triton():
+    if support.has_triton():
         behave_like_a_card(monkeypatch)
 
 
@@ -90,11 +90,12 @@ def test_the_bounds_of_the_dispatch(make: Callable[[torch.dtype], FrozenBase], m
     assert low_rank_product(base, x.double(), A.double(), B.double(), SCALE) is None  # no kernel for it
     assert low_rank_product(base, x, A.bfloat16(), B, SCALE) is None
     assert product(base, x[:0]) is None
-    wide = kernels.RANK + 1
+    wide = support.RANK + 1
     assert low_rank_product(base, x, numbers(wide, IN, seed=3), numbers(OUT, wide, seed=4), SCALE) is None
     base.kernels = TritonRequest(4)  # type: ignore[attr-defined]
     assert product(base, x) is None and product(base, x[:4]) is not None
-    monkeypatch.setattr(kernels, "why_not", lambda device: "not here")
+    monkeypatch.setattr(support, "why_not_on", lambda device: "not here")
+    monkeypatch.setattr(choose, "CANDIDATES", {})
     assert product(base, x[:4]) is None
 
 
@@ -124,32 +125,8 @@ def test_dropout_and_bare_weights() -> None:
     torch.testing.assert_close(frozen_linear(x, base), bare)
 
 
-def test_where_they_cannot_run_one_message_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
-    assert "this model is on 'cpu'. Set model.kernels to torch" in why_not(torch.device("cpu"))
-    monkeypatch.setattr(kernels, "has_triton", lambda: False)
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert "pip install triton" in why_not(torch.device("cuda", 0))
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert why_not(torch.device("cuda", 0)) == "Triton is there for Linux only. Set model.kernels to torch."
-
-
-def test_cards_that_the_kernels_were_not_compiled_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_triton", lambda: True)
-    monkeypatch.setattr(torch.version, "hip", None)
-    cards = [(7, 5), (8, 0), (9, 0)]
-    monkeypatch.setattr(kernels, "_capability", cards.__getitem__)
-    said = [why_not(torch.device("cuda", index)) for index in range(3)]
-    assert said[0].startswith("Triton kernels need an NVIDIA card of compute capability 8.0 or higher; this card has 7.5. ")
-    assert said[1:] == ["", ""]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert why_not(torch.device("cuda")) == said[0]
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "8.0 or higher; this torch is for AMD cards (ROCm 6.4). Set model.kernels" in why_not(torch.device("cuda", 1))
-
-
 @pytest.mark.parametrize("make", [nf4, gptq])
-def test_who_does_not_ask_pays_no_look_at_the_buffers(
+def test_without_a_request_no_buffer_is_read(
     make: Callable[[torch.dtype], FrozenBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, looked = make(torch.float32), []
@@ -164,7 +141,7 @@ def test_who_does_not_ask_pays_no_look_at_the_buffers(
     monkeypatch.setattr(base, "_held", held)
     base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
     assert not looked
-    if kernels.has_triton():
+    if support.has_triton():
         base.kernels = TritonRequest()  # type: ignore[attr-defined]
         base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
         assert looked
@@ -183,5 +160,5 @@ def test_tests_interpret_where_no_card_is_and_compile_on_one(monkeypatch: pytest
 
 @needs_triton
 def test_the_interpreter_is_for_the_cpu_alone() -> None:
-    assert COMPILED or why_not(torch.device("cpu")) == ""
-    assert why_not(torch.device("mps"))
+    assert COMPILED or support.why_not_on(torch.device("cpu")) == ""
+    assert support.why_not_on(torch.device("mps"))

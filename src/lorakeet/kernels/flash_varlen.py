@@ -23,10 +23,11 @@ from torch import Tensor
 
 from lorakeet.kernels.cpu.attention import attention_backward_shapes, attention_shapes, scores_of
 from lorakeet.kernels.cpu.operators import define
-from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.protocol import Situation
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST, STEP = 192, 8  # of a head: beyond the first, some cards cannot go back; all are multiples of the second
+NEEDS = f"heads of up to {WIDEST} numbers, in multiples of {STEP}"
 CAPABILITY = (8, 0)  # the least of a card
 BLOCK = 128  # tokens by which the kernel's sums of a sequence are longer, backward
 EVERYTHING = -1  # for a window: there is none
@@ -36,14 +37,22 @@ EVERYWHERE = "CompositeExplicitAutograd"  # torch's word for every device: what 
 CLOSE = 3e-2  # of the largest number: a few roundings of bf16
 
 
-def serves(like: Tensor, heads: int, kv: int, d: int) -> bool:
-    """Whether the kernel computes with states `like` these, in half precision and on a card, in so many heads of d numbers, `kv`
-    of keys."""
-    device = like.device
-    if like.dtype not in DTYPES or d > WIDEST or d % STEP or is_cpu(device) or device.type not in ("cuda", "cpu"):
+def why_not(situation: Situation) -> str:
+    """Why the kernel does not run in a situation."""
+    device = situation.device
+    if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not situation.rehearsed):
+        return "it is a kernel for CUDA GPUs"
+    if situation.dtype not in DTYPES:
+        return f"takes bfloat16 and float16; states are {str(situation.dtype).removeprefix('torch.')}"
+    return "" if _has_kernel(device) else "this torch has no flash attention for the GPU"
+
+
+def takes(like: Tensor, heads: int, kv: int, d: int, *_: object) -> bool:
+    """True for heads of d numbers, where the kernel has proved to compute what attention is."""
+    if d > WIDEST or d % STEP:
         return False
     few, group = min(2, kv), min(8, heads // kv)  # these show which head sees which, and take little memory
-    return _has_kernel(device) and (device.type == "cpu" or matches_definition(device, like.dtype, group * few, few, d))
+    return like.device.type == "cpu" or matches_definition(like.device, like.dtype, group * few, few, d)
 
 
 @functools.cache
@@ -305,9 +314,51 @@ def by_definition(states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int
         return out.detach().transpose(1, 2), *torch.autograd.grad(out, (q, k, v), grad.float())
 
 
+@dataclass(frozen=True, eq=False)
+class RowOffsets:
+    """Where rows lie among the tokens: row i from starts[i] to starts[i + 1], int32, the last of which is how many tokens there
+    are; none has more than `longest`."""
+
+    starts: Tensor  # (rows + 1,)
+    longest: int
+
+
+class FlashVarlenAtOffsets(FlashVarlen):
+    """Attention of rows at `places`, for core/fused/packed_attention.CausalRows; `window` as in CardRows."""
+
+    def __init__(self, places: RowOffsets, scale: float, window: int | None = None) -> None:
+        self.laid = places.starts, places.longest, scale, EVERYTHING if window is None else window
+
+    @property
+    def operators(self) -> tuple[Any, Any]:
+        return OFFSET_ROWS, OFFSET_ROWS_BACKWARD
+
+
+def flash_kernel(
+    places: RowOffsets | None, rows: tuple[int, ...], scale: float, prefix: int, window: int | None = None
+) -> FlashVarlen:
+    """The kernel for rows of those lengths, or of those places where there are any."""
+    return FlashVarlen(rows, scale, prefix, window) if places is None else FlashVarlenAtOffsets(places, scale, window)
+
+
+def offset_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are starts, the
+    longest, scale and window."""
+    starts, longest, scale, window = given
+    return flash_forward(Sequences(starts, starts, longest, longest), (q, k, v), scale, window)
+
+
+def offset_rows_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `offset_rows` was given and gave."""
+    starts, longest, scale, window = given
+    return flash_backward(Sequences(starts, starts, longest, longest), (grad, q, k, v, out, logs), scale, window)
+
+
 _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float scale, int window"
 FLASH_ROWS = define(
-    f"flash_card_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
+    f"flash_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
     flash_rows,
     attention_shapes,
     _flops,
@@ -315,10 +366,23 @@ FLASH_ROWS = define(
     key=EVERYWHERE,
 )
 FLASH_ROWS_BACKWARD = define(
-    f"flash_card_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
+    f"flash_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
     flash_rows_backward,
     attention_backward_shapes,
     _backward_flops,
     _backward_workspace,
+    key=EVERYWHERE,
+)
+_AT_OFFSETS = "Tensor starts, int longest, float scale, int window"
+OFFSET_ROWS = define(
+    f"offset_rows({_STATES}, {_AT_OFFSETS}) -> (Tensor, Tensor)",
+    offset_rows,
+    attention_shapes,
+    key=EVERYWHERE,
+)
+OFFSET_ROWS_BACKWARD = define(
+    f"offset_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_AT_OFFSETS}) -> (Tensor, Tensor, Tensor)",
+    offset_rows_backward,
+    attention_backward_shapes,
     key=EVERYWHERE,
 )

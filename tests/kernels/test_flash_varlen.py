@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.fused import flash_varlen
 from lorakeet.core.fused.attention import RotaryAttention
-from lorakeet.core.fused.flash_varlen import FlashVarlen
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
+from lorakeet.kernels import flash_varlen
 from lorakeet.kernels.device import standing_for
+from lorakeet.kernels.flash_varlen import FlashVarlen
+from lorakeet.kernels.protocol import Situation
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.attention import packed_attention
 from lorakeet.models.inject import trained_parameters
@@ -151,11 +152,11 @@ def test_states_that_the_kernel_does_not_take_go_row_by_row(flash: Flash) -> Non
     assert flash.calls == 0
     wide = [torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)] * 3
     packed_attention(nn.Module(), *wide, row_lengths=(2,))
-    assert flash.calls == 0 and flash_varlen.serves(q, HEADS, KV, WIDTH)
+    assert flash.calls == 0 and flash_varlen.takes(q, HEADS, KV, WIDTH)
 
 
 def test_on_a_cpu_that_stands_for_itself_nothing_is_for_it() -> None:
-    assert not flash_varlen.serves(states(3)[0], HEADS, KV, WIDTH)
+    assert flash_varlen.why_not(Situation(CPU, torch.bfloat16, torch.bfloat16)) == "it is a kernel for CUDA GPUs"
 
 
 def test_the_kernel_is_proved_and_one_that_counts_otherwise_is_left(

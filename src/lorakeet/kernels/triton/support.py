@@ -1,0 +1,112 @@
+"""Whether Triton kernels run: only on request, on an NVIDIA GPU since 2020 or in Triton's interpreter. Does not import Triton.
+
+**Not run on a GPU yet**: the kernels were run by Triton's interpreter and compiled for GPUs that were not available. So they are
+used on request only, after a proof on the model's own device (models/kernels).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.kernels.protocol import Situation
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY = (8, 0)  # of a GPU, at least: bf16 on tensor cores, and what the kernels were compiled for
+RANK = 64  # the highest that runs within a product: tiles of A and B must fit into shared memory beside those of x and W
+WIDEST = 1 << 14  # numbers of a row, which a program of a norm has in registers
+NUMBERS = (Tensor, nn.Parameter)  # not the tensors of a trace, nor sharded ones
+
+
+def why_not_on(device: torch.device) -> str:
+    """Why Triton kernels cannot run on `device`, and the remedy; empty if they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return f"Triton kernels run on CUDA devices, and this model is on '{device}'. Set model.kernels to torch."
+    if not has_triton():
+        if sys.platform != "linux":
+            return "Triton is there for Linux only. Set model.kernels to torch."
+        return (
+            "Triton is not installed: torch for CUDA on Linux brings it. Install it with: pip install triton, or set "
+            "model.kernels to torch."
+        )
+    return _why_not_gpu(device) if device.type == "cuda" else ""
+
+
+def why_not(situation: Situation) -> str:
+    """Why Triton kernels do not run in a situation."""
+    if not situation.triton:
+        return "not requested (model.kernels is torch)"
+    if situation.dtype not in DTYPES:
+        return f"takes {', '.join(map(_named, DTYPES))}; states are {_named(situation.dtype)}"
+    return why_not_on(situation.device)
+
+
+def are_numbers(*tensors: Tensor) -> bool:
+    """True unless one of the tensors belongs to a trace or is sharded."""
+    return all(type(tensor) in NUMBERS for tensor in tensors)
+
+
+def takes_states(states: Sequence[Tensor], width: int, by_rows: bool) -> bool:
+    """Elementwise ops: contiguous states of one dtype; norms (`by_rows`) of at most WIDEST numbers a row."""
+    first = states[0].dtype
+    if any(each.dtype != first or not each.is_contiguous() for each in states) or not are_numbers(*states):
+        return False
+    return not by_rows or states[0].shape[-1] <= WIDEST
+
+
+def takes_rows(x: Tensor, tokens: int, *factors: Tensor) -> bool:
+    """Products: at most `tokens` rows, and the factors of a pair, all in one dtype."""
+    return 0 < len(x) <= tokens and all(each.dtype == x.dtype for each in factors) and are_numbers(x, *factors)
+
+
+def takes_loss(hidden: Tensor) -> bool:
+    """Losses: plain states."""
+    return are_numbers(hidden)
+
+
+def takes_buffers(out: Tensor, buffers: Iterable[Tensor]) -> bool:
+    """Dequantisation: contiguous `out`, plain buffers."""
+    return out.is_contiguous() and are_numbers(out, *buffers)
+
+
+def _why_not_gpu(device: torch.device) -> str:
+    """Why they cannot run on a GPU: they were compiled for NVIDIA's since 2020 alone."""
+    if torch.version.hip:
+        found = f"this torch is for AMD GPUs (ROCm {torch.version.hip})"
+    else:
+        capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+        if capability >= CAPABILITY:
+            return ""
+        found = f"this GPU has {capability[0]}.{capability[1]}"
+    least = ".".join(map(str, CAPABILITY))
+    return f"Triton kernels need an NVIDIA GPU of compute capability {least} or higher; {found}. Set model.kernels to torch."
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """True if the package is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    """True if Triton interprets its kernels on the CPU (its own switch TRITON_INTERPRET), as the tests do."""
+    if not has_triton():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
