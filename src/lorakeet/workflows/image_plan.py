@@ -10,13 +10,13 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import Budget, larger_than_machine
 from lorakeet.models.image.from_config import shapes_of_images
 from lorakeet.models.placement import planned_on
 from lorakeet.workflows.finetuning import image as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.finetuning.assemble_image import check_settings
 from lorakeet.workflows.finetuning.terminal import show_image_forecast
-from lorakeet.workflows.planning.image_run import ImagePlanned, advice, forecast_images, machine_of, ways
+from lorakeet.workflows.planning.image_run import ImageRunPlan, changes_that_help, forecast_images, machine_of, ways
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class ImagePlanResult:
     """What a run will take; where that is more than its budget, `choices` (change, peak) are what it can do about it."""
 
     config: RunConfig
-    planned: ImagePlanned
-    budget: int | None
+    planned: ImageRunPlan
+    budget: Budget
     choices: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -42,8 +42,8 @@ class ImagePlanResult:
             "trained_parameters": self.planned.plan.parameters,
             "micro_batch": {"pictures": pictures.micro_batch, "size": list(pictures.example)},
             **self.planned.to_mapping(),
-            "budget": self.budget,
-            "fits": None if self.budget is None else self.peak <= self.budget,
+            "budget": self.budget.limit,
+            "fits": self.peak <= self.budget.bytes if self.budget else None,
             "choices": [{"change": change, "peak": peak} for change, peak in self.choices],
             "speed": dataclasses.asdict(work),
         }
@@ -55,9 +55,9 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
     ConfigError for a model that is not known and for settings that do not fit it.
     """
     check_settings(config)
-    budget = config.memory.bytes
+    budget = config.memory.limit
     on_card = planned_on(config.model.device).type == "cuda"
-    if budget is not None and not on_card and (warning := larger_than_machine(budget)):
+    if not on_card and (warning := larger_than_machine(budget)):
         console.print(warning, soft_wrap=True)
 
     def say(text: str) -> None:
@@ -66,15 +66,15 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
     if config.diffusion.scorer:
         say(f"Not counted: diffusion.scorer {config.diffusion.scorer}, in memory while the samples are judged.")
     shapes = shapes_of_images(config.model, say)
-    machine = machine_of(config, returning=budget is not None)
+    machine = machine_of(config, returning=bool(budget))
     planned = forecast_images(config, shapes, machine)
     choices: list[tuple[str, int]] = []
-    if budget is not None and planned.peak > budget:
+    if planned.peak > budget.bytes:
         last = config
         for change, last in ways(config):
             if change:
                 choices.append((change, forecast_images(last, shapes, machine).peak))
-        choices += [(change, found.peak) for change, found in advice(last, shapes, machine)]
+        choices += [(change, found.peak) for change, found in changes_that_help(last, shapes, machine)]
     result = ImagePlanResult(config, planned, budget, tuple(choices))
     show_image_forecast(planned, console)
     _show_against(result, console)
@@ -83,11 +83,11 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
 
 def _show_against(result: ImagePlanResult, console: Console) -> None:
     against = ""
-    if result.budget is not None:
-        left = result.budget - result.peak
+    if result.budget:
+        left = result.budget.bytes - result.peak
         said = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
-        against = f", {said} the budget of {bytes_text(result.budget)}"
+        against = f", {said} the budget of {result.budget}"
     console.print(f"Peak of the run: {bytes_text(result.peak)}{against}.", soft_wrap=True)
     for change, peak in result.choices:
-        fits = "fits" if result.budget is not None and peak <= result.budget else "is still too much"
+        fits = "fits" if peak <= result.budget.bytes else "is still too much"
         console.print(f"  {change}: {bytes_text(peak)}, {fits}", soft_wrap=True)

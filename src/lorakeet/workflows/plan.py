@@ -16,7 +16,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory, slack
-from lorakeet.memory.budget import enough_for, larger_than_machine
+from lorakeet.memory.budget import Budget, enough_for, larger_than_machine
 from lorakeet.memory.forecast import Forecast, Phase, phase_at
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
@@ -28,19 +28,12 @@ from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has i
 from lorakeet.workflows.finetuning.terminal import memory_table
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from lorakeet.workflows.options import PlanOptions
-from lorakeet.workflows.planning.forecast_choices import decomposes
-from lorakeet.workflows.planning.forecast_text_run import Planned, Precision, forecast_run, text_runtime_bytes
+from lorakeet.workflows.planning.fit import Choice, choose, host_memory, refusal
+from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.later_verbs import later_phases, with_later
-from lorakeet.workflows.planning.streaming import StreamingChoice, choose_streaming, least_streamed
-from lorakeet.workflows.planning.text_run import (
-    Loaded,
-    batches_of,
-    beside_card,
-    not_streamed,
-    precision_of,
-    streamed_plans,
-    streaming_text,
-)
+from lorakeet.workflows.planning.streaming import LEAST, bytes_moved
+from lorakeet.workflows.planning.text_run import TextRun, Workload, precision_of
+from lorakeet.workflows.runs.residency import RESIDENT
 
 UNPACK = "unpack"
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
@@ -64,16 +57,31 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A run that streams its blocks: how, in words, and the bytes that a step moves from and to the disk."""
+
+    choice: Choice[TextRunPlan]
+    words: str
+    moved: int
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        way, plan = self.choice.way, self.choice.plan
+        how = {"slots": way.slots, "together": way.together, "aside": way.spilled, "moved": self.moved}
+        return {"planned": plan.peak, **how, "phases": plan.to_mapping()["phases"]}
+
+
+@dataclass(frozen=True)
 class PlanResult:
     """What a run will take; `least` and `advice` where its budget cannot be kept."""
 
     config: RunConfig
-    planned: Planned
+    planned: TextRunPlan
     precision: Precision
     speed: Speed | None  # None for a CUDA device, whose speed is not estimated
-    budget: int | None
-    beside_card: str = ""  # what a streamed run on a CUDA device takes of the host's memory, in words
-    streamed: StreamingChoice | None = None  # how `lorakeet finetune` keeps a budget that is too small for weights in memory
+    budget: Budget
+    host_memory: str = ""  # what a streamed run on a CUDA device takes of the host's memory, in words
+    streamed: Streamed | None = None  # how `lorakeet finetune` keeps a budget that is too small for weights in memory
     least: int | None = None  # the smallest budget that streaming keeps; of the same runs
     advice: tuple[Advice, ...] = ()
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or at the least that they take
@@ -87,7 +95,7 @@ class PlanResult:
     def unpacks_too_much(self) -> bool:
         """Whether a .gguf file is still to be unpacked, and that alone takes more than the budget."""
         first = self.planned.forecast.phases[0]
-        return first.name == UNPACK and self.budget is not None and first.bytes > self.budget
+        return first.name == UNPACK and first.bytes > self.budget.bytes
 
     @property
     def seconds(self) -> float:
@@ -105,9 +113,9 @@ class PlanResult:
             "micro_batch": {"rows": planned.rows.count, "tokens": planned.rows.tokens},
             "phases": [phase.to_mapping() for phase in planned.forecast.phases],
             "peak": self.peak,
-            "budget": self.budget,
-            "fits": None if self.budget is None else self.peak <= self.budget,
-            "streamed": None if self.streamed is None else _streamed_mapping(self.streamed),
+            "budget": self.budget.limit,
+            "fits": self.peak <= self.budget.bytes if self.budget else None,
+            "streamed": None if self.streamed is None else self.streamed.to_mapping(),
             "streamed_least": self.least,
             "advice": [dataclasses.asdict(item) for item in self.advice],
             "later": [phase.to_mapping() for phase in self.later],
@@ -134,43 +142,50 @@ def plan(config: RunConfig, options: PlanOptions = PlanOptions(), *, console: Co
     config = _with(config, options)
     if config.kind == "image":
         return plan_images(config, console)
-    budget = config.memory.bytes
-    precision = precision_of(config)
-    if budget is not None and not precision.on_card:
+    budget, precision = config.memory.limit, precision_of(config)
+    if budget and not precision.on_card:
         if warning := larger_than_machine(budget):
             console.print(warning, soft_wrap=True)
         return_freed_memory()  # as a run under a budget does
     model_config, files = config_of(config.model, console.print), local_files(config.model.path)
     speed = None if precision.on_card else _speed(precision.products)
-    runtime = text_runtime_bytes(precision, decomposing=decomposes(config))
-    forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
-    planned = forecast(config, precision=precision)
+    run = TextRun(config, Workload(), console.print, (model_config, files))
+    planned = run.plan(RESIDENT)
     later: tuple[Phase, ...] = ()
-    if budget is not None and not precision.on_card:  # merging and exporting are checked on the CPU
+    if budget and not precision.on_card:  # merging and exporting are checked on the CPU
         later = later_phases(config, model_config, planned.plan, budget)
-        planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
+    planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
     result = PlanResult(config, _unpacked_first(planned, config, precision), precision, speed, budget, later=later)
-    refusal = not_streamed(config, planned.peak)
-    if budget is not None and planned.peak > budget and refusal:
-        console.print(f"finetune refuses: {refusal}", soft_wrap=True)
-    elif budget is not None and planned.peak > budget:
-        rehearsed, batches = streamed_plans(config, model_config, files, Loaded()), batches_of(config, model_config)
-        streamed = choose_streaming(rehearsed, batches, budget)
-        beside = "" if streamed is None or not precision.on_card else beside_card(streamed, batches, config.memory.keep)[1]
-        if streamed is not None:
-            whole = dataclasses.replace(streamed.planned, forecast=with_later(streamed.planned.forecast, later))
-            whole = whole if result.unpacks_too_much else _unpacked_first(whole, config, precision)
-            streamed = dataclasses.replace(streamed, planned=whole)
-        result = dataclasses.replace(result, streamed=streamed, beside_card=beside)
-        if streamed is None:
-            plans = partial(streamed_plans, model_config=model_config, files=files, loaded=Loaded())
-            advice = _advice(config, precision, planned, forecast, lambda other: least_streamed(plans(other)))
-            result = dataclasses.replace(result, least=least_streamed(rehearsed), advice=advice)
+    if planned.peak > budget.bytes:
+        result = _within_budget(result, run, planned, console)
     show_memory_plan(result, console)
     return result
 
 
-def _unpacked_first(planned: Planned, config: RunConfig, precision: Precision) -> Planned:
+def _within_budget(result: PlanResult, run: TextRun, planned: TextRunPlan, console: Console) -> PlanResult:
+    """`result` with how the run keeps its budget by streaming, or else with what would help."""
+    config, precision, choice = result.config, result.precision, choose(run, result.budget)
+    if choice.why_no_more:
+        console.print(f"finetune refuses: {refusal(run, choice, result.budget)}", soft_wrap=True)
+        return result
+    if choice.fits:
+        way, plan = choice.way, choice.plan
+        whole = dataclasses.replace(plan, forecast=with_later(plan.forecast, result.later))
+        whole = whole if result.unpacks_too_much else _unpacked_first(whole, config, precision)
+        streamed = Streamed(dataclasses.replace(choice, plan=whole), run.words(way, plan), bytes_moved(way, plan, run.batches))
+        beside = host_memory(run, way, plan)[1] if precision.on_card else ""
+        return dataclasses.replace(result, streamed=streamed, host_memory=beside)
+    model, runtime = run.model, run.runtime(streamed=False)
+    forecast = partial(forecast_run, model_config=model[0], runtime=runtime, files=model[1], returning=True)
+
+    def least(other: RunConfig) -> int:
+        return TextRun(other, Workload(), console.print, model).plan(LEAST).peak
+
+    advice = _advice(config, precision, planned, forecast, least)
+    return dataclasses.replace(result, least=run.plan(LEAST).peak, advice=advice)
+
+
+def _unpacked_first(planned: TextRunPlan, config: RunConfig, precision: Precision) -> TextRunPlan:
     """`planned` with the phase in which a .gguf file is unpacked, where that is still to be done, which takes none of a card."""
     held = 0 if precision.on_card else bytes_to_unpack(config.model)
     if not held:
@@ -195,7 +210,7 @@ def show_memory_plan(result: PlanResult, console: Console) -> None:
     console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
     if result.config.train.cuda_graphs:
-        also = " finetune refuses it together with memory.budget." if result.budget is not None else ""
+        also = " finetune refuses it together with memory.budget." if result.budget else ""
         console.print(
             "train.cuda_graphs is true: what recorded passes hold is not counted, and to prove them a micro-batch's activations "
             f"are there twice.{also}", soft_wrap=True,
@@ -207,24 +222,23 @@ def show_memory_plan(result: PlanResult, console: Console) -> None:
             "that stays.", soft_wrap=True,
         )  # fmt: skip
     if result.streamed is not None:
-        console.print(memory_table(result.streamed.planned.forecast, device))
-        keep = result.config.memory.keep
-        kept, how = bytes_text(result.streamed.planned.peak), streaming_text(result.streamed, result.precision, keep)
+        plan, how = result.streamed.choice.plan, result.streamed.words
+        console.print(memory_table(plan.forecast, device))
         when = "Once it is unpacked, finetune" if result.unpacks_too_much else "finetune"
-        console.print(f"{when} keeps the budget: {kept} (the table above), {how}.", soft_wrap=True)
-        if result.beside_card:
-            console.print(result.beside_card, soft_wrap=True)
+        console.print(f"{when} keeps the budget: {bytes_text(plan.peak)} (the table above), {how}.", soft_wrap=True)
+        if result.host_memory:
+            console.print(result.host_memory, soft_wrap=True)
     if result.least is not None:
         console.print(
             f"finetune refuses: it needs at least {enough_for(min(result.least, result.peak))}, with its blocks streamed from "
             "disk. It would take:", soft_wrap=True,
         )  # fmt: skip
     for item in result.advice:
-        fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
+        fits = "fits" if item.peak <= result.budget.bytes else "is still too much"
         how = "streamed" if item.streamed else "with weights in memory"
         console.print(f"  {item.change}: {bytes_text(item.peak)} {how}, {fits}", soft_wrap=True)
     for phase in result.later:
-        if result.budget is not None and phase.bytes > result.budget:
+        if phase.bytes > result.budget.bytes:
             asked = enough_for(phase.bytes).replace(" ", "")
             console.print(f"lorakeet {phase.name} of its adapter will ask for --memory {asked}, streamed.", soft_wrap=True)
     console.print(_speed_text(result, work), soft_wrap=True)
@@ -246,16 +260,11 @@ def _speed_text(result: PlanResult, work: Work) -> str:
 
 
 def _against(result: PlanResult) -> str:
-    if result.budget is None:
+    if not result.budget:
         return ""
-    left = result.budget - result.peak
+    left = result.budget.bytes - result.peak
     said = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
-    return f" with its weights in memory, {said} the budget of {bytes_text(result.budget)}"
-
-
-def _streamed_mapping(choice: StreamingChoice) -> dict[str, Any]:
-    how = {"slots": choice.slots, "together": choice.together, "aside": choice.spill, "moved": choice.moved}
-    return {"planned": choice.planned.peak, **how, "phases": choice.planned.to_mapping()["phases"]}
+    return f" with its weights in memory, {said} the budget of {result.budget}"
 
 
 def _with(config: RunConfig, options: PlanOptions) -> RunConfig:
@@ -273,14 +282,14 @@ def _with(config: RunConfig, options: PlanOptions) -> RunConfig:
 def _advice(
     config: RunConfig,
     precision: Precision,
-    planned: Planned,
-    forecast: Callable[..., Planned],
+    planned: TextRunPlan,
+    forecast: Callable[..., TextRunPlan],
     streamed_least: Callable[[RunConfig], int],
 ) -> tuple[Advice, ...]:
     """What would help, the least first. Where the weights alone are more than the budget, other settings help a streamed run:
     these are tried until one fits.
     """
-    budget, found = config.memory.bytes or 0, list[Advice]()
+    budget, found = config.memory.limit.bytes, list[Advice]()
     for change, other, kept in _changes(config, precision, planned):
         streamed = kept == precision and planned.base > budget
         if not streamed:
@@ -290,7 +299,7 @@ def _advice(
     return tuple(sorted(found, key=lambda item: item.peak))
 
 
-def _changes(config: RunConfig, precision: Precision, planned: Planned) -> Iterator[tuple[str, RunConfig, Precision]]:
+def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> Iterator[tuple[str, RunConfig, Precision]]:
     """Settings that take less memory: what to say of each, and the run with it."""
     if precision.dtype == torch.float32:
         narrow = dataclasses.replace(precision, dtype=torch.bfloat16)

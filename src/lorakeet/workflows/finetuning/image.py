@@ -43,13 +43,14 @@ class ImageKind(RunKind[ImageAssembly]):
         return assemble_images(config, console, forecast=dry_run, resumed=resumed)
 
     def summary(self, setup: ImageAssembly, *, dry_run: bool) -> dict[str, Any]:
-        planned = setup.arrangement.planned
-        return {} if planned is None else {"memory": planned.to_mapping()}
+        data, planned = setup.dataset, setup.residency.plan
+        pictures = {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)}
+        return {"pictures": pictures, **({} if planned is None else {"memory": planned.to_mapping()})}
 
     def show(self, setup: ImageAssembly, console: Console, *, dry_run: bool) -> None:
         show_pictures(setup, console)
-        if dry_run and setup.arrangement.planned is not None:
-            show_image_forecast(setup.arrangement.planned, console)
+        if dry_run and setup.residency.plan is not None:
+            show_image_forecast(setup.residency.plan, console)
 
     def task(self, setup: ImageAssembly, run: RunFolder, console: Console) -> ImageTask:
         return image_task(setup, partial(_draw_progress, setup, run, console) if setup.config.diffusion.progress else None)
@@ -99,7 +100,7 @@ class ImageKind(RunKind[ImageAssembly]):
         prompts = [picture.row.caption for picture in setup.evaluated[1][:2]]
         return certify_images(
             setup.model, run.adapter, prompts, before=before, sampler=sampler_of(setup.config),
-            spec=setup.config.model if setup.arrangement.budget is None else None,
+            spec=setup.config.model if not setup.residency.budget else None,
         )  # fmt: skip
 
     def model_text(self, setup: ImageAssembly) -> str:

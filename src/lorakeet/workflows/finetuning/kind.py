@@ -38,7 +38,7 @@ class Assembly:
     config: RunConfig
     plan: Plan  # of the pairs that are trained
     dataset: Any  # its `train`, `held_out` and `test` are the rows of each part
-    arrangement: Any  # how memory.budget is kept
+    residency: Any  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
     memory: PeakMemory | None = None  # of the process, from before the model was loaded
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.data.images.split import ImageDataset
     from lorakeet.workflows.finetuning.assemble_image import ImageAssembly
     from lorakeet.workflows.finetuning.assemble_text import TextAssembly
-    from lorakeet.workflows.planning.image_run import ImagePlanned
+    from lorakeet.workflows.planning.image_run import ImageRunPlan
 
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
 
@@ -50,11 +50,10 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens an epoch; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
-    planned = setup.arrangement.forecast
+    planned = setup.residency.plan
     if planned is not None:
-        most = max((phase for phase in planned.forecast.phases if phase.bytes == planned.peak), key=lambda phase: phase.bytes)
-        where = "of this process" if setup.arrangement.card is None else f"on {setup.arrangement.card}"
-        console.print(f"Memory: at most {bytes_text(planned.peak)} {where} planned, in the phase: {most.name}")
+        where = "of this process" if setup.residency.gpu is None else f"on {setup.residency.gpu}"
+        console.print(f"Memory: at most {bytes_text(planned.peak)} {where} planned, in the phase: {planned.highest.name}")
 
 
 def show_pictures(setup: ImageAssembly, console: Console) -> None:
@@ -137,7 +136,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
         console.print(Text(f"{certificate.verdict}.", style="bold yellow"))
 
 
-def show_image_forecast(planned: ImagePlanned, console: Console) -> None:
+def show_image_forecast(planned: ImageRunPlan, console: Console) -> None:
     """Prints the memory of an image run by phase, and the size of its micro-batches."""
     console.print(memory_table(planned.forecast, None if planned.card is None else str(planned.card)))
     pictures = planned.pictures
@@ -153,7 +152,7 @@ def show_image_forecast(planned: ImagePlanned, console: Console) -> None:
 def memory_table(forecast: Forecast, device: str | None = None) -> Table:
     """A table of the bytes at the peak of each phase, by kind: of the process, or on a CUDA `device`; within 80 columns."""
     shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
-    unit, size, digits = ("GB", 1e9, 2) if forecast.peak.bytes >= 1e9 else ("MB", 1e6, 1)
+    unit, size, digits = ("GiB", 1 << 30, 2) if forecast.peak.bytes >= 1 << 30 else ("MiB", 1 << 20, 1)
     where, keeper = (f"on {device}", "torch's allocator") if device else ("of the process", "the C library")
     title = f"Memory {where} at the peak of each phase, in {unit}"
     caption = f"saved: activations kept for the backward pass; alloc.: freed memory that {keeper} keeps"

@@ -54,9 +54,11 @@ class TextKind(RunKind[TextAssembly]):
         return assemble_text(config, console, processes)
 
     def summary(self, setup: TextAssembly, *, dry_run: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch}
-        if setup.arrangement.forecast is not None:
-            found["memory"] = setup.arrangement.forecast.to_mapping()
+        data, forecast = setup.dataset, setup.residency.plan
+        rows = {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)}
+        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch, "rows": rows}
+        if forecast is not None:
+            found["memory"] = forecast.to_mapping()
         if cuts := setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         return {**found, "rank_pattern": dict(setup.config.lora.rank_pattern)} if dry_run else found
@@ -72,7 +74,7 @@ class TextKind(RunKind[TextAssembly]):
         return task
 
     def frozen_digests(self, setup: TextAssembly) -> Digests:
-        return {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
+        return {} if setup.residency.store else frozen_digests(setup.text.model)  # streamed weights are only read
 
     def identity(self, setup: TextAssembly, digests: Digests) -> dict[str, str | list[str]]:
         config = setup.config
@@ -121,7 +123,7 @@ class TextKind(RunKind[TextAssembly]):
         )
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
-        one_base = setup.sharded or setup.arrangement.budget is not None
+        one_base = setup.sharded or bool(setup.residency.budget)
         return certify_text(
             setup.text,
             run.adapter,
