@@ -10,11 +10,11 @@ from typing import Any
 
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Candidates, Encoder, Example, Ids
-from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
 from lorakeet.evaluate.parity import CELLS
-from lorakeet.export.folded import PART_BYTES
+from lorakeet.export.compare_stored import PART_BYTES
 from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.models.generate.score import distinguishing
 from lorakeet.models.text.load import load_tokenizer, read_config
@@ -115,7 +115,7 @@ def _measured(opened: Opened, source: Path, rows: int) -> tuple[int, int]:
     """
     if not opened.config.memory.limit:
         return opened.config.data.max_tokens, 0
-    dataset, tokenizer = load_dataset(opened.config.data), load_tokenizer(opened.tokenizer or source)
+    dataset, tokenizer = opened.dataset, load_tokenizer(opened.tokenizer or source)
     encoder = Encoder(tokenizer, opened.config.data, dataset.labels)
     chosen = compared_rows(dataset, encoder, rows)
     labelled = labelled_rows(dataset, encoder, chosen)
