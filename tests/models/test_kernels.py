@@ -90,7 +90,7 @@ def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: s
         return None if found is None else (found[0] * 1.001, found[1])
 
     monkeypatch.setattr(kernels, kernel, wrong)
-    with pytest.raises(EnvironmentProblem, match=f"{said} than torch .*Set model.kernels to torch"):
+    with pytest.raises(EnvironmentProblem, match=f"{said} from torch .*Set model.kernels to torch"):
         load_text_model(spec(tiny_llama_folder))
 
 
@@ -231,7 +231,7 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
         return found
 
     monkeypatch.setattr(elementwise, kernel, wrong)
-    with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
+    with pytest.raises(EnvironmentProblem, match=f"{said} from torch on this device, for rows of 48 numbers in float32"):
         check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.spec import ANCHORED, MEASURED
+from lorakeet.core.spec import FACTORED, MEASURED
 
 EXACT_SVD_UP_TO = 256  # smaller matrices get an exact SVD; larger ones the randomised one (Halko et al. 2011)
 OVERSAMPLING = 16
@@ -23,7 +23,7 @@ def initialise(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: i
     """Fills A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
     generator = torch.Generator().manual_seed(seed_for(seed, path))
     with torch.no_grad():
-        if start in ANCHORED:
+        if start in FACTORED:
             A, B = (leading_factors if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
             # PiSSA's scale·B·A is the part that was cut out; OLoRA's B stays orthonormal, as its authors' code has it.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0

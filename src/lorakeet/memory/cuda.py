@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Phase, phase_at
 from lorakeet.memory.usage import PERSISTENT, Usage
 
@@ -71,26 +73,26 @@ def bytes_beside_torch(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def gpu_warning(device: torch.device, budget: int) -> str:
+def gpu_warning(device: torch.device, budget: Budget) -> str:
     """Returns a warning if less than the budget is free on `device`; else an empty string."""
     free, total = torch.cuda.mem_get_info(device)
-    if budget <= free + torch.cuda.memory_reserved(device):
+    if budget.bytes <= free + torch.cuda.memory_reserved(device):
         return ""
     return (
-        f"The memory budget is {budget:,} bytes, but {device} has {total:,}, of which {free:,} are free: a run within the budget "
-        "may still not fit."
+        f"The memory budget is {budget}, but {device} has {bytes_text(total)}, of which {bytes_text(free)} are free: a run "
+        "within the budget may still not fit."
     )
 
 
 @contextmanager
-def enforcing_gpu_budget(budget: int | None, remedy: str) -> Iterator[None]:
+def enforcing_gpu_budget(budget: Budget, remedy: str) -> Iterator[None]:
     """A context that turns running out of a GPU budget into EnvironmentProblem with `remedy`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if budget is None:
+        if not budget:
             raise
         raise EnvironmentProblem(
-            f"memory.budget is {budget:,} bytes, and the run would exceed it on its device, contrary to its plan: "
+            f"The memory budget is {budget}, and the run would exceed it on its device, contrary to its plan: "
             f"{str(error).splitlines()[0]} The run was stopped; please report the model and the settings. {remedy}"
         ) from error

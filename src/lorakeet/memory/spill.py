@@ -17,7 +17,7 @@ from lorakeet.core.tiled_product import RowSource
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory.store import raw_bytes
 
-_OF_A_RUN = "Free some space there, or name another folder with memory.store. Checkpoints are as they were."
+OF_A_RUN = "Free some space there, or name another folder with memory.store. Checkpoints are as they were."
 
 
 class Spill:
@@ -26,7 +26,7 @@ class Spill:
     Raises EnvironmentProblem, which ends with `remedy`, if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None = None, remedy: str = _OF_A_RUN) -> None:
+    def __init__(self, folder: Path | None = None, remedy: str = OF_A_RUN) -> None:
         self._remedy = remedy
         self._tensors: dict[Hashable, Tensor] = {}
         self._in_file: dict[Hashable, tuple[int, torch.dtype, tuple[int, ...]]] = {}  # offset, dtype, shape

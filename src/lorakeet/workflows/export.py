@@ -33,12 +33,14 @@ from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import ExportOptions, VerifyOptions
-from lorakeet.workflows.planning.check import FP32, stores, tensor_peak
+from lorakeet.workflows.planning.check import fit_check
+from lorakeet.workflows.planning.check_sizes import FP32, size_of_check, tensor_peak
 from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
-from lorakeet.workflows.runs.peak_memory import held_at_most
-from lorakeet.workflows.verify import certify_artefacts, plan_rows, size_of_check
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import temporary_stores
+from lorakeet.workflows.verify import certify_artefacts
 
 CERTIFICATE, CARD = "certificate.json", "README.md"
 CHECK_ROWS = 8
@@ -96,12 +98,13 @@ def export(options: ExportOptions, *, console: Console) -> Exported:
     opened = open_adapter(Path(options.run_or_adapter), base=options.base, say=console.print).within(options.memory)
     source = find_source(opened.config.model, console.print)
     if is_installed() and not written:
-        held, disk = _taken(source, opened, options.quant)
-        what = "the check of an export"
-        size = partial(size_of_check, opened, [str(out)], source, what, rows=CHECK_ROWS, memory=held, disk=disk)
-        opened = plan_rows(opened, size, out, console)
+        peak, disk = _taken(source, opened, options.quant)
+        size = partial(
+            size_of_check, opened, [str(out)], source, "the check of an export", rows=CHECK_ROWS, memory=peak, disk=disk
+        )
+        opened = fit_check(opened, lambda longest: size(longest=longest), out, console)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), options, console)
-    with held_at_most(*opened.allowed, console, mapped=is_installed()):
+    with peak_said(opened.residency, console, mapped=is_installed()):
         found = _written_before(job) if written else _written(job)
     if options.push:
         checked = found.certificate is not None
@@ -262,7 +265,7 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         job.console.print("Not checked: llama.cpp is not installed here. pip install 'lorakeet[llama]', then: lorakeet verify")
         return None
     try:
-        with stores(job.opened, f"{out} itself is written, but not checked: remove it and export again."):
+        with temporary_stores(job.opened.residency, f"{out} itself is written, but not checked: remove it and export again."):
             check_options = VerifyOptions(job.options.run_or_adapter, against=(str(out),), rows=CHECK_ROWS)
             found = certify_artefacts(job.opened, check_options, job.console)
     except ModelRefused as error:

@@ -90,8 +90,10 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
             processes.from_first(lambda: _require_run(run, resume=resume))
         require_sink(config.train.log_to)
         _check_quick(config, options, kind)
-        with enforcing_gpu_budget(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
-            setup = kind.assemble(config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run)
+        with enforcing_gpu_budget(config.memory.limit, "Raise the budget."), PeakMemory() as memory:
+            setup = kind.assemble(
+                config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run
+            )
             setup = dataclasses.replace(setup, memory=memory)
             kind.show(setup, console, dry_run=options.dry_run)
             if options.dry_run:
@@ -119,7 +121,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
             identity=kind.identity(setup, before),
             resume=resume,
             report=reporter_for(console, words=kind.words),
-            budget=setup.arrangement.budget,
+            budget=setup.residency.budget.limit,
         )
     setup = kind.trained(setup, task)
     with _evaluating(run), judged_together(processes, run, outcome):
@@ -148,10 +150,10 @@ def _reported(
     """
     measured = kind.evaluate(setup, run, console)
     certificate = kind.certify(setup, run, before)
-    kept = setup.arrangement
-    if kept.budget is not None and kept.card is None:
+    residency = setup.residency
+    if residency.budget and residency.gpu is None:
         setup.memory.now()
-        say_peak(setup.memory, kept.budget, setup.planned[1], console)
+        say_peak(setup.memory, residency, console)
     setup.processes.disband()  # no collective operation from here on
     if not setup.processes.first:
         return None

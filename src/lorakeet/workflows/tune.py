@@ -87,7 +87,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         raise ConfigError(f"--quick compares half, once and twice the learning rate only. Leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
-    with enforcing_gpu_budget(config.memory.bytes, "Raise the budget, or lower --together."):
+    with enforcing_gpu_budget(config.memory.limit, "Raise the budget, or lower --together."):
         if quick:
             options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
         ranks, targets = options.rank_choices, options.target_choices

@@ -27,8 +27,8 @@ from lorakeet.workflows.planning.forecast_text_run import (
     STEP,
     TOKENIZER_ENTRY,
     Again,
-    Planned,
     Precision,
+    TextRunPlan,
     forecast_run,
     judging_of,
     largest_rows,
@@ -49,7 +49,7 @@ def settings(**changes: str) -> RunConfig:
     return read_run(None, {**given, **{name.replace("__", "."): value for name, value in changes.items()}})
 
 
-def planned(precision: Precision = FP32, **changes: str) -> Planned:
+def planned(precision: Precision = FP32, **changes: str) -> TextRunPlan:
     return forecast_run(settings(**changes), config_from_settings(SMALL), precision, runtime=RUNTIME)
 
 

@@ -18,7 +18,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.rehearse_image import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP
+from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP, NotPlanned
 
 LORA = LoraSpec(rank=4, alpha=12, target_modules=("attention",))
 PICTURES = Pictures((16, 24), 2, 2, (16, 16), 2)
@@ -106,3 +106,15 @@ def test_the_same_code_runs_on_numbers(shapes: Shapes) -> None:
     go_through(model, image_plan(model, LORA, text_encoder=False), TrainSpec(), DiffusionSpec(at_once=2), PICTURES)
     assert adapter_names(model.parts) == ["default"]
     assert any(p.abs().max() > 0 for name, p in model.parts.named_parameters() if name.endswith(".B"))
+
+
+def test_a_model_that_cannot_be_followed_is_no_plan(shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose shapes depend on its numbers: that is said as for text, and a budget is refused with what to do."""
+
+    def chosen_by_numbers(*_: object) -> None:
+        numbers = torch.ones(4)
+        numbers[numbers > 0].sum()
+
+    monkeypatch.setattr(ShapeImageModel, "encode", chosen_by_numbers)
+    with pytest.raises(NotPlanned, match="cannot be planned: what it computes depends on its numbers"):
+        rehearsed(shapes)

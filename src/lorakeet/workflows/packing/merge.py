@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -47,16 +47,14 @@ from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.planning.packed_merge import (
     PackedMergeJob,
     calibration,
-    check_layout_room,
-    keep_room,
+    fit_packed_merge,
     reloaded,
-    require_planned,
-    within_room,
+    require_space_for_layout,
 )
-from lorakeet.workflows.planning.quantizing import stream_closed
-from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
 from lorakeet.workflows.runs.output_paths import writing_certificate
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import Residency, require_planned_attention, stream_closed, temporary_stores
 
 CERTIFICATE = "certificate.json"
 MICRO_TOKENS = 4096  # through the model at once, without gradients; every packed layer is unpacked once for them
@@ -84,14 +82,14 @@ def merge_packed(
     anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `options.keep` survives.
     """
     out, like = options.out, options.like
-    check_layout_room(opened, like)
+    require_space_for_layout(opened, like)
     layout = read_layout(like or opened.config.model.path, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
     _check(opened, layout, options)
     job = PackedMergeJob(opened, dataset, layout, options.calibration_rows, options.finish_steps > 0, MICRO_TOKENS)
-    opened = keep_room(job, out, console)
-    with within_room(opened, out, console):
+    opened = fit_packed_merge(job, out, console)
+    with temporary_stores(opened.residency), peak_said(opened.residency, console):
         solved, shares = _written(Merging(opened, dataset, layout, options, console, Measured()), out)
     _show(shares, console)
     certificate = _certificate(opened, layout, shares, options)
@@ -123,7 +121,7 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
         kept = sum(found.scales == "kept" for found in solved.values())
         scales = f"{kept} with the file's own scales, the others with fitted ones"
         console.print(f"{len(solved)} layers packed: {scales}.", soft_wrap=True)
-        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
+        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.residency.waiting())
         console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
     outcome = {path: replace(found, base=meta_base(found.base), latent=None) for path, found in solved.items()}
     _drop(text)
@@ -181,7 +179,7 @@ class Merging:
         """The run's base and its adapter, in fp32."""
         text = self.live()
         with stream_closed(text):
-            require_planned(self.opened, text)
+            require_planned_attention(self.residency, text, self.opened.config.model.attention)
             for system in (BASE, ADAPTER):
                 self.measured.scores[system] = self._scores(text, system)
 
@@ -204,9 +202,9 @@ class Merging:
         return cast(nn.Module, find(text.model, path))
 
     @property
-    def kept(self) -> Arrangement:
+    def residency(self) -> Residency[Any]:
         """Where the models are."""
-        return self.opened.kept or Arrangement()
+        return self.opened.residency
 
     def rounded(self) -> TextModel:
         """Every layer rounded to the nearest, with scales fitted to it; one at a time is plain numbers."""
@@ -239,7 +237,7 @@ class Merging:
 
     def _repacked(self, text: TextModel, blocks: Iterator[Mapping[str, PackedBase]], name: str) -> TextModel:
         """The model that streams the packed `blocks` from a store of their own, in place of the streamed `text`."""
-        path = cast(Path, self.kept.store) / f"{name}.safetensors"
+        path = cast(Path, self.residency.store) / f"{name}.safetensors"
         with stream_closed(text):
             write_packed(text, blocks, path)
             return open_packed(text, path)
@@ -270,7 +268,7 @@ class Merging:
 
         def packed() -> Iterator[dict[str, PackedBase]]:
             layers = LayerSource(layers_of, partial(self._folded, text))
-            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.kept.spill):
+            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.residency.spilled_states):
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 

@@ -49,11 +49,11 @@ from lorakeet.workflows.planning.rehearse_text import (
     Judging,
     Rehearsal,
     RowShape,
-    Streaming,
     made_up_batch,
     rehearse,
     training_on,
 )
+from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Way
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS
 
 LOAD, SCORE, CERTIFY, MERGE, EXPORT, SEARCH = "load", "measure ranks", "certify", "merge", "export", "search"
@@ -87,29 +87,26 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The forecast of a run, with what it is made of."""
+class TextRunPlan(MemoryPlan):
+    """The memory of a run, with what the forecast is made of."""
 
-    forecast: Forecast
     plan: Plan
     rows: RowShape
     work: Work  # of one micro-batch in training
     base: int  # bytes
     rate_trial: int = 0  # bytes of three adapters in training (tuning/learning_rate), tried only where that is not the peak
-    blocks: int = 0  # that are streamed
-    block_bytes: int = 0  # of each of the places that they come into
     together: Callable[[int], Phase] | None = None  # a search with so many adapters in training (workflows/tune)
 
-    def searching(self, members: int) -> Planned:
-        """The same with the phase in which `members` adapters are trained together; as it is where there is one."""
+    def searching(self, members: int) -> TextRunPlan:
+        """The same with the phase in which `members` adapters are trained together; as it is for one."""
         if members == 1 or self.together is None:
             return self
         return replace(self, forecast=Forecast((*self.forecast.phases, self.together(members))))
 
     @property
-    def peak(self) -> int:
-        """The most bytes that `lorakeet finetune` will hold: of training, judging and certifying."""
-        return max(phase.bytes for phase in self.forecast.phases if phase.name not in LATER)
+    def highest(self) -> Phase:
+        """The phase of `lorakeet finetune` with the most bytes: of training, evaluating and certifying."""
+        return max((phase for phase in self.forecast.phases if phase.name not in LATER), key=lambda phase: phase.bytes)
 
     @property
     def training_peak(self) -> int:
@@ -199,24 +196,23 @@ def forecast_run(
     files: Path | None = None,
     returning: bool = False,
     labelled: bool = True,
-    streaming: Streaming | None = None,
-) -> Planned:
+    way: Way = RESIDENT,
+) -> TextRunPlan:
     """What a run of `config` on the model of `model_config` will hold; `returning` (a run under a budget) as in memory/forecast.
 
     `runtime` is what the process holds beside tensors and tokenizer, `files` the model's folder or .gguf file where there is one,
-    `labelled` whether rows may have labels, `streaming` how blocks are streamed, where they are: two at a time. Raises
+    `labelled` whether rows may have labels, `way` how blocks are streamed, if they are. Raises
     ConfigError where the settings do not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
     on_card = precision.on_card
     words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = largest_rows(config)
-    build = build_of(
-        model_from_config if streaming is None else streamed_model_from_config, config, model_config, precision, files
-    )
-    micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
+    make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
+    build = build_of(make, config, model_config, precision, files)
+    micro_batches = max(2 if config.train.batch_size > rows.count else 1, way.together)
     rehearsed = _standing_for(precision.device, partial(
         rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches,
-        judging=judging_of(config), streaming=streaming, best_in_memory=not returning and not on_card,
+        judging=judging_of(config), way=way, best_in_memory=not returning and not on_card,
     ))  # fmt: skip
     found, before = _before_steps(config, rehearsed)
     training = with_importance(config, found)
@@ -242,13 +238,16 @@ def forecast_run(
         held = while_trying(config, found, rows, members, searching=searching)
         return phases({SEARCH: held}, runtime + words, returning=returning)[0]
 
-    if streaming is not None:
+    if way.streamed:
         block_bytes = allocated_bytes(found.block_bytes) if on_card else found.block_bytes
-        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes, together)
+        return TextRunPlan(
+            Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks,
+            block_bytes=block_bytes,
+        )  # fmt: skip
     models = {} if on_card else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
     later = [phases_of({name: peak}, runtime + words)[0] for name, peak in models.items()]
     trial = together(len(QUICK_FACTORS), searching=False).bytes
-    return Planned(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
+    return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
 
 
 def build_of(

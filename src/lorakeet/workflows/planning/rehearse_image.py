@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.plan import Plan
-from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.images.folder import ImageRow
 from lorakeet.data.images.spec import ImageSpec
@@ -37,6 +36,7 @@ from lorakeet.workflows.planning.rehearse_text import (
     STEP,
     copy_for_checkpoint,
     matrix_sizes,
+    on_shapes,
     silent_training,
     step_in_account,
 )
@@ -70,23 +70,22 @@ class ImageRehearsal:
 def rehearse_images(
     build: Callable[[], ImageModel], lora: LoraSpec, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures
 ) -> ImageRehearsal:
-    """Runs `build`, then encodes, trains, evaluates, saves and draws, on shapes alone. ConfigError where `lora` does not fit."""
-    SCRATCH.clear()  # as in workflows/planning/rehearse_text
-    try:
-        with torch.random.fork_rng(devices=[]), Ledger() as ledger:
-            model = build()
-            ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
-            base = ledger.in_use["base"]
-            others = [model.vae, *(part for name, part in model.parts.items() if name != model.kind.denoiser)]
-            other_part, largest = max(map(weights_in, others)), matrix_sizes(model.denoiser)[0]
-            plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
-            go_through(model, plan, train, diffusion, pictures, ledger)
-            ledger.close()
-            step = ledger.work[STEP]
-            work = Work(step.flops // pictures.micro_batches, step.written // pictures.micro_batches)
-            return ImageRehearsal(plan, base, ledger.peaks, work, other_part, largest)
-    finally:
-        SCRATCH.clear()
+    """Runs `build`, then encodes, trains, evaluates, saves and draws, on shapes alone.
+
+    Raises ConfigError if `lora` does not fit, NotPlanned for a model whose arithmetic cannot be followed.
+    """
+    with on_shapes() as ledger:
+        model = build()
+        ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
+        base = ledger.in_use["base"]
+        others = [model.vae, *(part for name, part in model.parts.items() if name != model.kind.denoiser)]
+        other_part, largest = max(map(weights_in, others)), matrix_sizes(model.denoiser)[0]
+        plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
+        go_through(model, plan, train, diffusion, pictures, ledger)
+        ledger.close()
+        step = ledger.work[STEP]
+        work = Work(step.flops // pictures.micro_batches, step.written // pictures.micro_batches)
+        return ImageRehearsal(plan, base, ledger.peaks, work, other_part, largest)
 
 
 def go_through(

@@ -53,6 +53,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import Task
 from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.runs.residency import RESIDENT, Way
 
 BEGIN, EVALUATE, STEP, CHECKPOINT, JUDGE = "begin pairs", "evaluate", "train step", "checkpoint", "judge"
 FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
@@ -98,14 +99,6 @@ class NotPlanned(ConfigError):
 
 
 @dataclass(frozen=True)
-class Streaming:
-    """How a streamed model is run: micro-batches that pass a block together (0: all), and whether its inputs go to disk."""
-
-    together: int = 0
-    spill: bool = False
-
-
-@dataclass(frozen=True)
 class Judging:
     """What a run judges by: texts that the base writes, and the rows that go through models at once."""
 
@@ -122,21 +115,21 @@ def rehearse(
     rows: RowShape,
     micro_batches: int = MICRO_BATCHES,
     judging: Judging | None = None,
-    streaming: Streaming | None = None,
+    way: Way = RESIDENT,
     best_in_memory: bool = True,
 ) -> Rehearsal:
     """Runs `build` and then steps, held-out evaluation, a checkpoint and judging of its model, on shapes alone.
 
-    `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else; `streaming` is for a
-    model that streams; under a budget the best values so far are not in memory. Where all blocks of the model are alike,
+    `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else; `way` is for a model
+    that streams; under a budget the best values so far are not in memory. Where all blocks of the model are alike,
     `build(blocks=n)` makes one with a few of them, which stand for all (memory/extrapolate). Raises ConfigError where `lora`
     does not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
-    judging, streaming = judging or Judging(rows), streaming or Streaming()
+    judging = judging or Judging(rows)
     ids = tuple(range(len(lora.new_tokens)))
 
     def run(rehearsing: _Rehearsing) -> Rehearsal:
-        return rehearsing.go(spec, rows, micro_batches, judging, streaming, best_in_memory)
+        return rehearsing.go(spec, rows, micro_batches, judging, way, best_in_memory)
 
     def planned(text: TextModel) -> Plan:
         return plan_for(text.model, lora, text.family)
@@ -250,9 +243,9 @@ class _Rehearsing:
         self.ledger.name("adapter", [*pair.parameters(), *pair.buffers()])
 
     def go(
-        self, spec: TrainSpec, rows: RowShape, micro_batches: int, judging: Judging, streaming: Streaming, best_in_memory: bool
+        self, spec: TrainSpec, rows: RowShape, micro_batches: int, judging: Judging, way: Way, best_in_memory: bool
     ) -> Rehearsal:
-        training = training_on(self.text, spec, rows, micro_batches, streaming)
+        training = training_on(self.text, spec, rows, micro_batches, way)
         best = step_in_account(training, self.ledger, best_in_memory)
         with self.ledger.phase(EVALUATE):
             self.text.model.eval()
@@ -331,14 +324,13 @@ def copy_for_checkpoint(training: Training[Any]) -> None:
 
 
 def training_on(
-    text: TextModel, spec: TrainSpec, rows: RowShape, micro_batches: int = MICRO_BATCHES, streaming: Streaming | None = None
+    text: TextModel, spec: TrainSpec, rows: RowShape, micro_batches: int = MICRO_BATCHES, way: Way = RESIDENT
 ) -> Training[Any]:
     """A Training of the adapter in `text` on made-up rows, ready to `step`, that writes nothing."""
-    streaming = streaming or Streaming()
     examples = [_row(rows, number) for number in range(rows.count * micro_batches)]
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
-    task = TextTask(text, examples, held_out=(), spec=spec, together=streaming.together)
-    if streaming.spill:
+    task = TextTask(text, examples, held_out=(), spec=spec, together=way.together)
+    if way.spilled:
         task.spill = ShapeSpill()
     return silent_training(task, spec)
 

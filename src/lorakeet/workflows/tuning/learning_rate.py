@@ -71,12 +71,12 @@ def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
         return refusal
     if setup.sharded:
         return "train.shard is on, and a trial needs the whole base"
-    kept = setup.arrangement
-    if kept.forecast is None or kept.store is not None:
-        return "memory.budget is set, and the memory of a trial is not known" if kept.budget is not None else ""
-    planned, most = kept.forecast.rate_trial, kept.budget or kept.forecast.peak
+    kept = setup.residency
+    if kept.plan is None or kept.store is not None:
+        return "memory.budget is set, and the memory of a trial is not known" if kept.budget else ""
+    planned, most = kept.plan.rate_trial, kept.budget.limit or kept.plan.peak
     if planned > most:
-        what = "memory.budget" if kept.budget is not None else "what the run itself takes"
+        what = "memory.budget" if kept.budget else "what the run itself takes"
         return f"three adapters in training would take {bytes_text(planned)}, more than {what} ({bytes_text(most)})"
     return ""
 

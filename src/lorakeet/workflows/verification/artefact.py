@@ -37,7 +37,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.planning.check_sizes import SERVERS
 from lorakeet.workflows.runs.open_adapter import Opened
 
 Messages = Sequence[dict[str, str]]
@@ -216,7 +216,6 @@ def render_template(template: str, messages: Messages, *, bos: str, eos: str) ->
 
 
 _JOINED = " + "  # between a base and an adapter that is applied as it runs
-SERVERS = ("http://", "https://")
 
 
 def artefact_name(path: Path, beside: Path | None) -> str:
@@ -288,7 +287,7 @@ def open_artefact(
 def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> Iterator[LlamaCpp]:
     """llama.cpp with its model; under a budget it makes no copy of the file, and the pages that it has read are given back: also
     while it begins, when it asks for the whole file at once, and may fail and remove its mapping."""
-    if opened.kept is None:
+    if not opened.residency.budget:
         with LlamaCpp(model, adapter=adapter, context=context) as engine:
             yield engine
         return
@@ -302,10 +301,10 @@ def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> I
 @contextmanager
 def _merged(folder: Path, opened: Opened, console: Console) -> Iterator[TextModel]:
     """The model in `folder` in fp32; its store, where it has one, goes when the context ends."""
-    kept = opened.kept or Arrangement()
-    store = None if kept.store is None else kept.store / "artefact"
-    spec = ModelSpec(path=str(folder), dtype="float32", products="float32", device=opened.checked_on)
-    text = load_text_model(spec, say=console.print, store=store, slots=kept.slots)
+    residency = opened.residency
+    store = None if residency.store is None else residency.store / "artefact"
+    spec = ModelSpec(path=str(folder), dtype="float32", products="float32", device=opened.config.model.device)
+    text = load_text_model(spec, say=console.print, store=store, slots=residency.way.slots)
     try:
         yield text
     finally:

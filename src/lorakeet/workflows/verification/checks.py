@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.export.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
-from lorakeet.models.generate.score import distinguishing
+from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS, distinguishing_endings
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
 
-GREEDY_TOKENS = 64
 _SWALLOWED = 1.5  # rounding so many times larger than the change, and no larger than it has to be, is no mistake
 _SIGMA = 5  # of what rounding alone explains
 
@@ -153,7 +151,7 @@ def judge_answers(
 def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
     """The likeliest label: Σ log p over what distinguishes each label's tokens."""
     scores = []
-    endings = _endings(row, live.text.tokenizer)
+    endings = distinguishing_endings(row, live.text.tokenizer)
     prompt = row.prompt.tolist()
     shared = side.logits(prompt, 1)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
     for ending in endings:
@@ -164,17 +162,6 @@ def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
         rows = side.logits(ids, len(ending) + 1)[:-1].log_softmax(-1)
         scores.append(float(rows.gather(1, torch.from_numpy(ending)[:, None]).sum()))
     return int(np.argmax(scores))
-
-
-def positions_of_answer(row: Candidates, tokenizer: Any) -> int:
-    """After how many tokens `answer` asks a side for logits."""
-    endings = _endings(row, tokenizer)
-    return 1 if all(len(ending) == 1 for ending in endings) else sum(len(ending) + 1 for ending in endings)
-
-
-def _endings(row: Candidates, tokenizer: Any) -> list[Ids]:
-    """What distinguishes each label's tokens."""
-    return distinguishing(row.completions, frozenset(int(number) for number in tokenizer.all_special_ids))
 
 
 def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:

@@ -18,9 +18,10 @@ from torch import Tensor
 from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
+from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS
 from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
-from lorakeet.workflows.verification.checks import GREEDY_TOKENS, Probes, answer
+from lorakeet.workflows.verification.checks import Probes, answer
 
 Answer = TypeVar("Answer")
 

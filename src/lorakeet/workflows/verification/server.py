@@ -21,8 +21,9 @@ from lorakeet.evaluate.parity import kl_lower_bound
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
+from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch
-from lorakeet.workflows.verification.checks import GREEDY_TOKENS, Probes, check_ids, judge_answers
+from lorakeet.workflows.verification.checks import Probes, check_ids, judge_answers
 from lorakeet.workflows.verification.diagnose import cause_from_told
 from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
