@@ -202,7 +202,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
 
     def on_card() -> ImageRehearsal:
         with standing_for(machine.card or torch.device("cuda")):
-            return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+            return rehearse_images(partial(build, gpu=True), config.lora, config.train, config.diffusion, pictures)
 
     if machine.card is not None:
         found = on_card()
