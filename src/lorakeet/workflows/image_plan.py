@@ -38,7 +38,7 @@ class ImagePlanResult:
         work, pictures = self.planned.work, self.planned.pictures
         return {
             "model": self.config.model.path,
-            "device": "cpu" if self.planned.card is None else str(self.planned.card),
+            "device": "cpu" if self.planned.gpu is None else str(self.planned.gpu),
             "trained_parameters": self.planned.plan.parameters,
             "micro_batch": {"pictures": pictures.micro_batch, "size": list(pictures.example)},
             **self.planned.to_mapping(),
@@ -56,8 +56,8 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
     """
     check_settings(config)
     budget = config.memory.limit
-    on_card = planned_on(config.model.device).type == "cuda"
-    if not on_card and (warning := larger_than_machine(budget)):
+    on_gpu = planned_on(config.model.device).type == "cuda"
+    if not on_gpu and (warning := larger_than_machine(budget)):
         console.print(warning, soft_wrap=True)
 
     def say(text: str) -> None:

@@ -28,7 +28,7 @@ from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has i
 from lorakeet.workflows.finetuning.terminal import memory_table
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from lorakeet.workflows.options import PlanOptions
-from lorakeet.workflows.planning.fit import Choice, choose, host_memory, refusal
+from lorakeet.workflows.planning.fit import WayChoice, choose, host_memory, too_small_text
 from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.later_verbs import later_phases, with_later
 from lorakeet.workflows.planning.streaming import LEAST, bytes_moved
@@ -60,7 +60,7 @@ class Advice:
 class Streamed:
     """A run that streams its blocks: how, in words, and the bytes that a step moves from and to the disk."""
 
-    choice: Choice[TextRunPlan]
+    choice: WayChoice[TextRunPlan]
     words: str
     moved: int
 
@@ -143,16 +143,16 @@ def plan(config: RunConfig, options: PlanOptions = PlanOptions(), *, console: Co
     if config.kind == "image":
         return plan_images(config, console)
     budget, precision = config.memory.limit, precision_of(config)
-    if budget and not precision.on_card:
+    if budget and not precision.on_gpu:
         if warning := larger_than_machine(budget):
             console.print(warning, soft_wrap=True)
         return_freed_memory()  # as a run under a budget does
     model_config, files = config_of(config.model, console.print), local_files(config.model.path)
-    speed = None if precision.on_card else _speed(precision.products)
+    speed = None if precision.on_gpu else _speed(precision.products)
     run = TextRun(config, Workload(), console.print, (model_config, files))
     planned = run.plan(RESIDENT)
     later: tuple[Phase, ...] = ()
-    if budget and not precision.on_card:  # merging and exporting are checked on the CPU
+    if budget and not precision.on_gpu:  # merging and exporting are checked on the CPU
         later = later_phases(config, model_config, planned.plan, budget)
     planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
     result = PlanResult(config, _unpacked_first(planned, config, precision), precision, speed, budget, later=later)
@@ -166,14 +166,14 @@ def _within_budget(result: PlanResult, run: TextRun, planned: TextRunPlan, conso
     """`result` with how the run keeps its budget by streaming, or else with what would help."""
     config, precision, choice = result.config, result.precision, choose(run, result.budget)
     if choice.why_no_more:
-        console.print(f"finetune refuses: {refusal(run, choice, result.budget)}", soft_wrap=True)
+        console.print(f"finetune refuses: {too_small_text(run, choice, result.budget)}", soft_wrap=True)
         return result
     if choice.fits:
         way, plan = choice.way, choice.plan
         whole = dataclasses.replace(plan, forecast=with_later(plan.forecast, result.later))
         whole = whole if result.unpacks_too_much else _unpacked_first(whole, config, precision)
         streamed = Streamed(dataclasses.replace(choice, plan=whole), run.words(way, plan), bytes_moved(way, plan, run.batches))
-        beside = host_memory(run, way, plan)[1] if precision.on_card else ""
+        beside = host_memory(run, way, plan)[1] if precision.on_gpu else ""
         return dataclasses.replace(result, streamed=streamed, host_memory=beside)
     model, runtime = run.model, run.runtime(streamed=False)
     forecast = partial(forecast_run, model_config=model[0], runtime=runtime, files=model[1], returning=True)
@@ -187,7 +187,7 @@ def _within_budget(result: PlanResult, run: TextRun, planned: TextRunPlan, conso
 
 def _unpacked_first(planned: TextRunPlan, config: RunConfig, precision: Precision) -> TextRunPlan:
     """`planned` with the phase in which a .gguf file is unpacked, where that is still to be done, which takes none of a card."""
-    held = 0 if precision.on_card else bytes_to_unpack(config.model)
+    held = 0 if precision.on_gpu else bytes_to_unpack(config.model)
     if not held:
         return planned
     unpacking = phase_at(UNPACK, Usage(held, {"scratch": held}), resident_bytes(), slack(0))
@@ -198,7 +198,7 @@ def show_memory_plan(result: PlanResult, console: Console) -> None:
     """The table of phases and kinds, the peak against the budget, what would help, and the bound of speed."""
     planned = result.planned
     rows, work = planned.rows, planned.work
-    device = str(result.precision.device) if result.precision.on_card else None
+    device = str(result.precision.device) if result.precision.on_gpu else None
     console.print(memory_table(planned.forecast, device))
     trained = f"{planned.plan.parameters:,} trained parameters"
     if result.config.ranks.choose == "auto":
