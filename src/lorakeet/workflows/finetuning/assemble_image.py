@@ -60,11 +60,6 @@ class ImageAssembly(Assembly):
     def evaluated(self) -> tuple[str, list[EncodedImage]]:
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 
-    @property
-    def planned(self) -> tuple[int | None, int | None]:
-        found = self.residency.plan
-        return (None, None) if found is None else (found.training_peak, found.peak)
-
 
 def assemble_images(
     config: RunConfig, console: Console, *, forecast: bool = False, resumed: RunFolder | None = None
