@@ -67,7 +67,7 @@ def test_a_packed_unet_takes_less(shapes: Shapes) -> None:
 
 def test_a_card_holds_a_part_only_while_it_computes(shapes: Shapes) -> None:
     all_along, card = rehearsed(shapes), rehearse_images(
-        partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, card=True), LORA, TrainSpec(),
+        partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, gpu=True), LORA, TrainSpec(),
         DiffusionSpec(at_once=2),
         PICTURES,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.files.origin import packed_card
+from lorakeet.models.files.origin import packed_readme
 from lorakeet.models.files.quantized import kept_experts, owners, skeleton, with_quantisation
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
@@ -183,7 +183,7 @@ def _write(
     ]
     words = gptq_mapping(_settings(layout), damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
-    readme, along = packed_card(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
+    readme, along = packed_readme(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
     return write_model(out, parts, config=config, along=along, card=readme, waiting=residency.waiting())
 
 

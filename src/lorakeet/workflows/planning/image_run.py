@@ -202,7 +202,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
 
     def on_gpu() -> ImageRehearsal:
         with standing_for(machine.gpu or torch.device("cuda")):
-            return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+            return rehearse_images(partial(build, gpu=True), config.lora, config.train, config.diffusion, pictures)
 
     if machine.gpu is not None:
         found = on_gpu()

@@ -175,7 +175,7 @@ def _rehearsed(job: QuantizeJob, way: Way) -> _Rehearsed:
     with on_shapes() as ledger:
         text = make(job.config, name=job.name, dtype=job.dtype, products=job.dtype)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
-        base, largest = ledger.held["base"], matrix_sizes(text.model)[0]
+        base, largest = ledger.in_use["base"], matrix_sizes(text.model)[0]
         with ledger.phase(CHECK), torch.no_grad():
             if text.streamed is not None:
                 text.streamed.stream.fill()

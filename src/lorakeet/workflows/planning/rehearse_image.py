@@ -79,7 +79,7 @@ def rehearse_images(
     with on_shapes() as ledger:
         model = build()
         ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
-        base = ledger.held["base"]
+        base = ledger.in_use["base"]
         others = [model.vae, *(part for name, part in model.parts.items() if name != model.kind.denoiser)]
         other_part, largest = max(map(weights_in, others)), matrix_sizes(model.denoiser)[0]
         plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)

@@ -267,7 +267,7 @@ class _Rehearsing:
         ledger.close()
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
-        base, matrices = ledger.held["base"], matrix_sizes(text.model)
+        base, matrices = ledger.in_use["base"], matrix_sizes(text.model)
         largest = matrices[0]
         at_once = largest + sum(matrices[:AT_ONCE])  # a head that is the embedding table may lie in the file by itself
         stream = None if text.streamed is None else text.streamed.stream

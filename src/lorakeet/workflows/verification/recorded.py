@@ -53,12 +53,12 @@ class RecordedArtefact:
     def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
         key = ("logits", tuple(ids), last)
         self._once(key, lambda artefact: self._spill.put(key, artefact.logits(ids, last)))
-        return self._spill.look(key)
+        return self._spill.get(key)
 
     def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
         row = tuple(ids)
         for number in range(self._once(("parts", row), lambda artefact: self._put(row, artefact.logit_parts(ids)))):
-            yield self._spill.look((row, number))
+            yield self._spill.get((row, number))
 
     def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
         return self._once(("stored", source), lambda artefact: artefact.stored(source, opened))
