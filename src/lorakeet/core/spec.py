@@ -1,4 +1,4 @@
-"""What the user asks of LoRA: `LoraSpec`, the `lora:` part of a run file. Imports no torch, so that `--help` is quick."""
+"""The settings of LoRA: `LoraSpec`, the `lora:` part of a run file. Imports no torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from lorakeet.errors import Problems
 
-ANCHORED = ("pissa", "olora")  # starts that are factors of the frozen weight, kept beside A and B (core/lowrank)
+ANCHORED = ("pissa", "olora")  # starts that factorise the frozen weight; their initial values stay beside A and B (core/lowrank)
 MEASURED = ("gradient", "activation")  # starts whose A is measured on training rows (ranks/score)
 
 
