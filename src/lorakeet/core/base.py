@@ -55,28 +55,28 @@ class QuantisedRows(NamedTuple):
 
 
 @runtime_checkable
-class Int8Base(Protocol):
+class Int8Multiplier(Protocol):
     """A base that may multiply quantised rows (quant/int8). Rows are quantised in the same way for every such base."""
 
-    def takes_codes(self, x: Tensor) -> bool:
+    def runs_in_int8(self, x: Tensor) -> bool:
         """True if a product with x runs in int8 now."""
 
-    def code(self, x: Tensor) -> QuantisedRows:
+    def quantise(self, x: Tensor) -> QuantisedRows:
         """Quantises x (tokens, in)."""
 
-    def matmul_codes(self, coded: QuantisedRows) -> Tensor:
+    def matmul_int8(self, rows: QuantisedRows) -> Tensor:
         """The result of `matmul` for the quantised x."""
 
 
 def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
     """x·Wᵀ of several bases with the same input x, which is quantised once for all products in int8."""
-    coded: QuantisedRows | None = None
+    rows: QuantisedRows | None = None
     found = []
     for base in bases:
         if multiplies_int8(base, x):
-            by_codes = cast(Int8Base, base)
-            coded = coded or by_codes.code(x)
-            found.append(by_codes.matmul_codes(coded))
+            in_int8 = cast(Int8Multiplier, base)
+            rows = rows or in_int8.quantise(x)
+            found.append(in_int8.matmul_int8(rows))
         else:
             found.append(base.matmul(x))
     return found
@@ -112,7 +112,7 @@ def _keeps(kind: type, protocol: type) -> bool:
 
 def multiplies_int8(base: FrozenBase, x: Tensor) -> bool:
     """True if a product of the base with x runs in int8 now."""
-    return _is(base, Int8Base) and cast(Int8Base, base).takes_codes(x)
+    return _is(base, Int8Multiplier) and cast(Int8Multiplier, base).runs_in_int8(x)
 
 
 def stored_weight(base: FrozenBase, x: Tensor) -> StoredWeight | None:
@@ -175,7 +175,7 @@ class DenseBase:
     """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts take effect."""
 
     kernels: TritonRequest | None = None  # a request to fuse products with a pair (core/triton_products)
-    turned = False  # whether the module stores it as (in, out)
+    transposed = False  # whether the module stores it as (in, out)
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -191,14 +191,14 @@ class DenseBase:
         return self.weight.shape[0], self.weight.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return frozen_product(x, self.weight, across=self.turned)
+        return frozen_product(x, self.weight, across=self.transposed)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return frozen_product(grad, self.weight, across=not self.turned)
+        return frozen_product(grad, self.weight, across=not self.transposed)
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in), in place."""
-        add_frozen_product(to, grad, self.weight, across=not self.turned)
+        add_frozen_product(to, grad, self.weight, across=not self.transposed)
 
     def dense(self) -> Tensor:
         return self.weight.detach()
@@ -206,10 +206,12 @@ class DenseBase:
     def stored(self) -> StoredWeight | None:
         """As C reads it; None if it is trained, transposed, not bf16 on the CPU, or read by Triton kernels."""
         weight = self.weight
-        if self.turned or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
+        if self.transposed or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
             return None
         read = type(weight) in operators.READ and operators.supports(weight)
-        return StoredWeight(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
+        if not read:
+            return None
+        return StoredWeight(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), owners=(weight.detach(),))
 
     def tensors(self) -> Sequence[Tensor]:
         """The tensors in which it is stored."""
@@ -230,7 +232,7 @@ class DenseBase:
 class TransposedBase(DenseBase):
     """GPT-2's Conv1D stores its weight as (in, out); this base presents it as (out, in)."""
 
-    turned = True
+    transposed = True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.spec import ANCHORED, MEASURED
+from lorakeet.core.spec import FROM_WEIGHT, MEASURED
 
 EXACT_SVD_UP_TO = 256  # smaller matrices get an exact SVD; larger ones the randomised one (Halko et al. 2011)
 OVERSAMPLING = 16
@@ -23,11 +23,11 @@ def initialise(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: i
     """Initialises A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
     generator = torch.Generator().manual_seed(seed_for(seed, path))
     with torch.no_grad():
-        if start in ANCHORED:
+        if start in FROM_WEIGHT:
             A, B = (leading_factors if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
             # PiSSA: scale·B·A is the part that is cut out. OLoRA: B stays orthonormal, as in its authors' code.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0
-            _set_anchored(pair, A / root, B / root)
+            _set_initial(pair, A / root, B / root)
         elif start in MEASURED:
             pair.A.zero_()  # with B = 0 nothing would be trained, which the check of the first steps' gradients would report
             pair.B.zero_()
@@ -52,7 +52,7 @@ def seed_for(seed: int, path: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:7], "big")
 
 
-def _set_anchored(pair: LoraPair, A: Tensor, B: Tensor) -> None:
+def _set_initial(pair: LoraPair, A: Tensor, B: Tensor) -> None:
     pair.A.copy_(A)
     pair.B.copy_(B)
     pair.anchor_A = pair.A.detach().clone()

@@ -29,9 +29,9 @@ class LowRankLinear(torch.autograd.Function):
         ∂L/∂B = s·gᵀ·h      ∂L/∂A = uᵀ·x̃      ∂L/∂x̃ = u·A      ∂L/∂x = g·W
 
     The rank-sized factor is multiplied first, so no (out, in) gradient is ever formed. Saved are x̃ and h, never a
-    dequantised weight: the base brings W back itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
+    dequantised weight: the base dequantises W itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
     All products run in `products` (core/precision): x is cast once, y and ∂L/∂x are rounded once to the dtype of x, and the
-    gradients of A and B come back in their own dtype. A and B may so be kept in fp32 under a bf16 x. Where Triton kernels are
+    gradients of A and B keep their own dtype. A and B may so be kept in fp32 under a bf16 x. Where Triton kernels are
     requested, y and h, and u and ∂L/∂x, each come out of one pass over W (core/triton_products).
     """
 
@@ -199,7 +199,7 @@ class LoraPair(nn.Module):
         them has the cut ones; no graph may wait for its backward pass. ValueError for a pair that is more than s·B·A.
         """
         if self.anchor_A is not None or self.bias is not None or self._magnitude_value() is not None:
-            raise ValueError("a pair with an anchor, a bias or a trained length is not a sum of rank-one terms alone")
+            raise ValueError("a pair with initial values, a bias or a trained length is not a sum of rank-one terms alone")
         for factor, dim in zip((self.A, self.B), term_dims(self.kind), strict=True):
             factor.grad = None
             factor.data = factor.data.index_select(dim, terms.to(factor.device))

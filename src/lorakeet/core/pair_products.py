@@ -104,9 +104,9 @@ class PairProducts:
         if self.kernel is not None:
             return _cut(self.kernel.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers), factors[::2])
         found = [torch.mm(u.t(), x[rows]) for (rows, _), u in zip(self.parts, through, strict=True)]
-        return self.parted(found, factors)
+        return self.split(found, factors)
 
-    def parted(self, found: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    def split(self, found: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
         """Splits uᵀ·x of each part (all its ranks, in) into ∂A of each pair."""
         each: list[Tensor] = []
         for (_, pairs), of_part in zip(self.parts, found, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.lowrank import frozen_linear
 from lorakeet.kernels.choose import inference_layout
-from lorakeet.kernels.cpu.panels import Panels, SideBySide
+from lorakeet.kernels.cpu.panels import PanelGroup, Panels
 
 
 class Order(Protocol):
@@ -87,7 +87,7 @@ class ReorderedProducts:
     def __init__(self, bases: Sequence[FrozenBase]) -> None:
         self.bases = tuple(bases)
         self._orders: list[Order] = []
-        self._beside: SideBySide | None = None
+        self._beside: PanelGroup | None = None
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (tokens, in) to x·Wᵀ (tokens, out) of each, which may be views of one tensor."""
@@ -96,7 +96,7 @@ class ReorderedProducts:
             if self._orders != orders:  # `store` may have replaced a base's weight
                 self._orders = orders
                 panels = [order for order in orders if isinstance(order, Panels)]
-                self._beside = SideBySide(panels) if len(panels) == len(orders) else None
+                self._beside = PanelGroup(panels) if len(panels) == len(orders) else None
             if self._beside is not None:
                 return list(torch.split(self._beside.product(x), self._beside.outputs, dim=1))
         return matmul_each(self.bases, x)

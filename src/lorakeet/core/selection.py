@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 Mix = tuple[tuple[str, float], ...]  # the adapters that a token uses, with weights
-Standing = tuple[Mix, tuple[int | None, ...]]  # a mix, and the change at which each of its adapters was last attached
+MixState = tuple[Mix, tuple[int | None, ...]]  # a mix, and the change at which each of its adapters was last attached
 Run = tuple[int, int, Mix]  # the units start … stop − 1 use one mix
 PATIENCE = 64  # batches in a row that need less than half of the memory, after which it is freed
-_STANDING = "standing"
+_STATES = "states"
 FEW = 16  # up to so many tokens of one mix gather their rows one by one; more are multiplied together
 
 
@@ -38,9 +38,8 @@ class BatchAssignment:
     """A divided batch as layers compute it: each mix has a slot in which its pairs are stored.
 
     `places` are the mixes by slot, some of them not in use; `used` are the slots in use. `long` are the tokens of a mix that has
-    many,
-    with its slot. `at` are the other tokens that have a mix, with its slot: the `tokens` (k,), or all of them if that is None. `picked`
-    caches what layers derive from this, by what it depends on.
+    many, with its slot. `at` are the other tokens that have a mix, with its slot: the `tokens` (k,), or all of them if that is
+    None. `picked` caches what layers derive from this, by what it depends on.
     """
 
     places: tuple[Mix, ...]
@@ -69,12 +68,12 @@ class Selection:
         self.shares: tuple[Share, ...] | None = None
         self.units = 0
         self.changes = 0  # counts adapters that were attached to or detached from a layer
-        self.comings: dict[str, int] = {}  # `changes` at the last such event, by adapter
+        self.attached_at: dict[str, int] = {}  # `changes` at the last such event, by adapter
         self._numbers = itertools.count(1)
         self._places: tuple[Mix, ...] = ()
         self._runs: tuple[Run, ...] | None = None  # of the shares; computed on first use
-        self._arranged: dict[tuple[int, torch.device], BatchAssignment] = {}
-        self._roomy = 0  # divisions in a row that used less than half of the slots
+        self._assignments: dict[tuple[int, torch.device], BatchAssignment] = {}
+        self._oversized = 0  # divisions in a row that used less than half of the slots
         self._tables: list[weakref.ref[Tables]] = []
         self.copies: Tables | None = None  # of mixes on all layers, if they are made together (core/batched/mix_copies)
 
@@ -82,14 +81,14 @@ class Selection:
         """For copies of the layers: the same adapters are active; what layers derive from them is derived anew."""
         found = Selection()
         found.active, found.shares, found.units = self.active, self.shares, self.units
-        found.changes, found.comings = self.changes, dict(self.comings)
+        found.changes, found.attached_at = self.changes, dict(self.attached_at)
         found._numbers = itertools.count(self.changes + 1)
         return found
 
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""
         self.active, self.shares, self._runs = name, None, None
-        self._arranged = {}
+        self._assignments = {}
 
     def divide(self, shares: Iterable[Share], *, units: int) -> None:
         """The next batches have `units` units, and each share of them its adapter; units in no share use the bare base.
@@ -105,7 +104,7 @@ class Selection:
             return  # the same rows generate another token: everything derived still holds
         self.shares, self.units = given, units
         self._runs = None
-        self._arranged = {}
+        self._assignments = {}
 
     def changed(self, name: str, *, gone: bool = False) -> None:
         """Records that the adapter `name` was attached or detached, or removed from all layers (`gone`): copies of its pairs are
@@ -115,12 +114,12 @@ class Selection:
         """
         number = next(self._numbers)
         if gone:
-            self.comings.pop(name, None)
+            self.attached_at.pop(name, None)
         else:
-            self.comings[name] = number
+            self.attached_at[name] = number
         self.changes = number
 
-    def holds(self, tables: Tables) -> None:
+    def register(self, tables: Tables) -> None:
         """Registers copies that layers use for divided batches, for as long as they are alive."""
         self._tables = [known for known in self._tables if known() is not None] + [weakref.ref(tables)]
 
@@ -136,15 +135,15 @@ class Selection:
                 tables.release()
         self.changes = next(self._numbers)  # layers check their copies again
 
-    def standing(self, to: BatchAssignment) -> dict[int, Standing]:
+    def states(self, to: BatchAssignment) -> dict[int, MixState]:
         """The state that each slot in use must have now."""
         changes = self.changes
-        known = cast("tuple[int, dict[int, Standing]] | None", to.picked.get(_STANDING))
+        known = cast("tuple[int, dict[int, MixState]] | None", to.picked.get(_STATES))
         if known is not None and known[0] == changes:
             return known[1]
         mixes = {place: to.places[place] for place in to.used}
-        found = {place: (mix, tuple(self.comings.get(name) for name, _ in mix)) for place, mix in mixes.items()}
-        to.picked[_STANDING] = changes, found  # replaces the last one: the same rows may outlive thousands of changes
+        found = {place: (mix, tuple(self.attached_at.get(name) for name, _ in mix)) for place, mix in mixes.items()}
+        to.picked[_STATES] = changes, found  # replaces the last one: the same rows may outlive thousands of changes
         return found
 
     def shares_over(self, tokens: int) -> tuple[Share, ...]:
@@ -160,22 +159,22 @@ class Selection:
             return self.shares_over(tokens)
         return () if self.active is None else _whole(tokens, self.active)
 
-    def arranged(self, tokens: int, device: torch.device) -> BatchAssignment:
+    def assignment(self, tokens: int, device: torch.device) -> BatchAssignment:
         """How layers with `tokens` tokens compute the divided batch; computed once for all of them.
 
         A mix keeps its slot from one batch to the next, so that its pairs need not be copied again. The tuple of slots is the
         same object as long as all mixes had one.
         """
-        found = self._arranged.get((tokens, device))
+        found = self._assignments.get((tokens, device))
         if found is None:
             each = self._each(tokens)
             if self._runs is None:
                 self._runs = _runs(self.shares or ())
                 mixes = dict.fromkeys(mix for _, _, mix in self._runs)
-                self._roomy = self._roomy + 1 if len(self._places) > 2 * len(mixes) else 0
-                self._places = tuple(mixes) if self._roomy >= PATIENCE else _placed(self._places, mixes)
+                self._oversized = self._oversized + 1 if len(self._places) > 2 * len(mixes) else 0
+                self._places = tuple(mixes) if self._oversized >= PATIENCE else _placed(self._places, mixes)
             spans = [(slice(start * each, stop * each), mix) for start, stop, mix in self._runs]
-            found = self._arranged[tokens, device] = _assignment(spans, self._places, tokens, device)
+            found = self._assignments[tokens, device] = _assignment(spans, self._places, tokens, device)
         return found
 
     def _each(self, tokens: int) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lorakeet.errors import Problems
 
-ANCHORED = ("pissa", "olora")  # starts that factorise the frozen weight; their initial values stay beside A and B (core/lowrank)
+FROM_WEIGHT = ("pissa", "olora")  # starts that factorise the frozen weight; A and B keep their initial values (core/lowrank)
 MEASURED = ("gradient", "activation")  # starts whose A is measured on training rows (ranks/score)
 
 

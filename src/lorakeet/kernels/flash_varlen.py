@@ -1,14 +1,13 @@
 """Causal attention of packed rows on a CUDA GPU: torch's flash kernel, once for all rows. **Not run on a GPU yet.**
 
 FlashAttention-2 (arXiv 2307.08691), as torch has it, takes packed sequences and their offsets among queries and among keys, and
-aligns the causal mask to the end of each sequence. Rows are such sequences. A prefix is stored once and belongs to every row:
-for a
-call its keys and values are copied before each row's own, so that the row's queries, the last ones of their sequence, see it
+aligns the causal mask to the end of each sequence. Rows are such sequences. A prefix is stored once and belongs to every row: for
+a call its keys and values are copied before each row's own, so that the row's queries, the last ones of their sequence, see it
 whole. Padding tokens after the last row form one more sequence.
 
 A kernel that reads the offsets differently would give numbers that look right. So before the first rows in heads of a shape,
-made-up
-rows are computed by the kernel and by the definition; if these differ, a warning says so, and rows are computed one by one.
+made-up rows are computed by the kernel and by the definition; if these differ, a warning says so, and rows are computed one by
+one.
 
 CUDA graphs (models/text/cuda_graphs) need offsets in a tensor at a fixed address: `FlashVarlenAtOffsets`. The number of rows and
 their longest length are fixed when the graph is recorded; unused offsets are empty rows. Such rows share no prefix.

@@ -8,7 +8,7 @@ The layouts are those of ggml (block_q4_0 … block_q6_K in its ggml-common.h). 
     Q6_K                  x = (d·s)·(q − 32), s an int8 for each 16
 
 Products and sums are taken in fp32 in this order, as ggml's own reference does, so that the numbers are the same to the bit; by
-kernels/cpu/gguf.c where whole weights come back to bf16.
+kernels/cpu/c/gguf.c where whole weights come back to bf16.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class PackedBase(nn.Module):
     they are, for those that tell it what their buffers mean (`_told`). Else W is brought back for each product into one buffer
     that all bases share (core/scratch), in fp32 some rows at a time, so that however many layers a model has, one dense matrix
     exists at a time, and autograd never sees it. Where Triton kernels are asked for, products of few tokens run without it
-    (core/kernels).
+    (core/triton_products).
     """
 
     kernels: TritonRequest | None = None
@@ -97,7 +97,7 @@ class PackedBase(nn.Module):
         held = self.tensors()
         plain = self.kernels is None and not self._parameters
         told = self._told() if plain and native.is_readable(self.shape, held) else None
-        return None if told is None else told._replace(held=tuple([each.detach() for each in held]))
+        return None if told is None else told._replace(owners=tuple([each.detach() for each in held]))
 
     def tensors(self) -> list[Tensor]:
         """The packed buffers; those that are parameters are none that C reads."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.batched.mixture import CopySource, Factors, Held, Mixture, factors_of, mixtures
-from lorakeet.core.selection import PATIENCE, BatchAssignment, Mix, Selection, Standing
+from lorakeet.core.selection import PATIENCE, BatchAssignment, Mix, MixState, Selection
 from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairKind, PairLayout, Shares, as_readable
 
 LAYOUTS = 8  # cached
@@ -42,7 +42,7 @@ class _Part(NamedTuple):
 class _Copy:
     """The copy of a mix on the first `layers` layers."""
 
-    def __init__(self, what: Standing) -> None:
+    def __init__(self, what: MixState) -> None:
         self.what = what
         self.parts: list[CopySource] = []  # one for the layers that were known when the mix came, more for later ones
         self.memory: list[Tensor] = []
@@ -57,7 +57,7 @@ class _Copy:
     def bytes(self) -> int:
         return sum(memory.nbytes for memory in self.memory)
 
-    def stands_for(self, what: Standing) -> bool:
+    def stands_for(self, what: MixState) -> bool:
         return self.what == what and all(part.stands_for(what) for part in self.parts)
 
     def take(self, part: _Part, memory: Tensor) -> None:
@@ -103,14 +103,14 @@ class MixCopies:
         self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], PairLayout] = {}  # by the layers and their pairs
         self._version = 0  # rises when a copy is made, or a layer comes
         self._most = 0  # the most bytes that a batch needed
-        self._roomy = 0  # batches in a row that needed less than half of the memory
+        self._oversized = 0  # batches in a row that needed less than half of the memory
 
     @classmethod
     def of(cls, selection: Selection) -> MixCopies:
         """The copies of a selection."""
         if selection.copies is None:
             selection.copies = cls()
-            selection.holds(selection.copies)
+            selection.register(selection.copies)
         return cast(MixCopies, selection.copies)
 
     def number(self, adapters: nn.ModuleDict, shape: tuple[int, int]) -> int:
@@ -126,7 +126,7 @@ class MixCopies:
         """Frees all copies."""
         self._copies.clear()
         self._version += 1
-        self.bytes = self._most = self._roomy = 0
+        self.bytes = self._most = self._oversized = 0
 
     def hold(self, to: BatchAssignment, selection: Selection) -> _InUse:
         """Copies each mix in use; an adapter without a pair on a layer adds nothing there.
@@ -137,13 +137,13 @@ class MixCopies:
         found = cast("_InUse | None", to.picked.get(self))
         if found is not None and found.stage == (changes, self._version):
             return found
-        wanted, kept = dict(selection.standing(to).values()), {}
+        wanted, kept = dict(selection.states(to).values()), {}
         spare: list[Tensor] = []
-        for mix, comings in wanted.items():
+        for mix, attached_at in wanted.items():
             copy = self._copies.pop(mix, None)
-            if copy is None or not copy.stands_for((mix, comings)):
+            if copy is None or not copy.stands_for((mix, attached_at)):
                 spare += [] if copy is None else copy.memory
-                copy = _Copy((mix, comings))
+                copy = _Copy((mix, attached_at))
             kept[mix] = copy
         try:
             self._complete(kept.values(), spare)
@@ -151,9 +151,9 @@ class MixCopies:
             self._copies.update(kept)  # also if memory ran out: layers may have addresses of the others
             self.bytes = sum(copy.bytes for copy in self._copies.values())
         needed = sum(copy.bytes for copy in kept.values())
-        self._roomy = self._roomy + 1 if 2 * needed < self.bytes else 0
-        if self._roomy >= PATIENCE:
-            self._copies, self.bytes, self._most, self._roomy = kept, needed, needed, 0
+        self._oversized = self._oversized + 1 if 2 * needed < self.bytes else 0
+        if self._oversized >= PATIENCE:
+            self._copies, self.bytes, self._most, self._oversized = kept, needed, needed, 0
         found = to.picked[self] = _InUse(to, kept, (changes, self._version))
         return found
 
@@ -212,15 +212,15 @@ class MixRows:
         self.empty = True  # whether no mix of the last assignment has a pair here
         self._copies = MixCopies.of(selection)
         self.numbers = [self._copies.number(adapters, shape) for adapters, shape in layers]  # the layers' numbers in the copies
-        self.shares: Shares | None = None  # of what is held
+        self.shares: Shares | None = None  # of the last assignment
         self._rows = LayerRows([shape for _, shape in layers], self.numbers)
         self._bits = sum(1 << number for number in self.numbers)
         self._special = False
 
     def hold(self, to: BatchAssignment, selection: Selection) -> None:
         """Copies what the assignment uses, if needed."""
-        held = self._copies.hold(to, selection)
-        self.empty, self._special, self.shares = not held.held & self._bits, bool(held.special & self._bits), held.shares
+        found = self._copies.hold(to, selection)
+        self.empty, self._special, self.shares = not found.held & self._bits, bool(found.special & self._bits), found.shares
 
     def meets_special(self, to: BatchAssignment) -> bool:
         """True if a mix of the last assignment has a special pair here."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakeet.core.batched.frozen_pair import FrozenPair
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.selection import Mix, Standing
+from lorakeet.core.selection import Mix, MixState
 
 Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, with weights
 Factors = tuple[Tensor, Tensor, float]  # A and B of a pair as used, and what their product is multiplied by
@@ -23,18 +23,18 @@ class CopySource:
     change.
     """
 
-    what: Standing
+    what: MixState
     tensors: tuple[weakref.ref[Tensor], ...]
     written: int
 
     @classmethod
-    def of(cls, what: Standing, layers: Iterable[Mixture]) -> CopySource:
+    def of(cls, what: MixState, layers: Iterable[Mixture]) -> CopySource:
         pairs = [pair for mixture in layers for pair, _ in mixture if not isinstance(pair, FrozenPair)]
         factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
         tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
         return cls(what, tensors, _written(tensors))
 
-    def stands_for(self, what: Standing) -> bool:
+    def stands_for(self, what: MixState) -> bool:
         """True if the copy is still valid for that."""
         return self.what == what and self.written == _written(self.tensors)
 

@@ -6,9 +6,8 @@
 
 There are two ways, equal to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
 inference, each mix has rows in one table of A's and one of B's, for layers with the same input. Generated tokens gather their
-rows
-one by one, and prompts of many tokens are multiplied together (core/batched/padded_parts): the number of products does not depend
-on the number of adapters. With C kernels, core/batched/mix_copies takes the place of a stack.
+rows one by one, and prompts of many tokens are multiplied together (core/batched/padded_parts): the number of products does not
+depend on the number of adapters. With C kernels, core/batched/mix_copies takes the place of a stack.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lorakeet.core.batched.padded_parts import PaddedPart, PaddedParts, padded
 from lorakeet.core.batched.row_table import RowTable
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.pair_products import PairProducts, PairSpan, alternated
-from lorakeet.core.selection import PATIENCE, BatchAssignment, Selection, Share, Standing
+from lorakeet.core.selection import PATIENCE, BatchAssignment, MixState, Selection, Share
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -158,10 +157,9 @@ class PairStack:
     """The pairs of several adapters on layers with the same input, by the slots of a BatchAssignment; for inference.
 
     All A's are one table (rows, in), the B's of consecutive layers of one width one of (rows, out), since each access to a table
-    has a
-    fixed cost. A slot has as many rows as its mix has ranks, layer after layer; B's include weight and scale. Copies are made in
-    the dtype
-    `products` when a mix gets a slot, so that A and B are rounded as the layers round them for an adapter that all tokens use.
+    has a fixed cost. A slot has as many rows as its mix has ranks, layer after layer; B's include weight and scale. Copies are
+    made in the dtype `products` when a mix gets a slot, so that A and B are rounded as the layers round them for an adapter that
+    all tokens use.
 
     The tables have at most as many rows as one batch needed; unused mixes stay while their rows are not needed. The tables shrink
     after PATIENCE batches in a row that needed less than half.
@@ -182,7 +180,7 @@ class PairStack:
         self._copies: dict[int, CopySource] = {}  # by place
         self._seats: dict[int, _PairRows] = {}  # by place
         self._picked: tuple[BatchAssignment, _Picks] | None = None  # the last ones
-        self._roomy = 0  # batches in a row that needed less than half of the rows
+        self._oversized = 0  # batches in a row that needed less than half of the rows
 
     @property
     def _tables(self) -> tuple[RowTable, ...]:
@@ -199,11 +197,11 @@ class PairStack:
 
         Copies what is missing, or was copied before an adapter was attached, detached or trained.
         """
-        wanted = selection.standing(to)
+        wanted = selection.states(to)
         new = {place: mixtures(to.places[place], pairs) for place, what in wanted.items() if not self._stands(place, what)}
         if new:
             factors = {place: [factors_of(mixture) for mixture in layers] for place, layers in new.items()}
-            self._make_room(factors, wanted)
+            self._allocate(factors, wanted)
             for place, layers in new.items():
                 if not all(map(all_plain, layers)):
                     self.special.add(place)
@@ -211,15 +209,15 @@ class PairStack:
                 self._copies[place] = CopySource.of(wanted[place], layers)
             self.empty = not any(map(any, self._ranks.values()))
         needed = sum(sum(self._ranks[place]) for place in wanted)
-        self._roomy = self._roomy + 1 if 2 * needed < len(self._A.numbers) else 0
-        if self._roomy >= PATIENCE:
+        self._oversized = self._oversized + 1 if 2 * needed < len(self._A.numbers) else 0
+        if self._oversized >= PATIENCE:
             self._remake(wanted, fit=True)
 
     def meets_special(self, to: BatchAssignment) -> bool:
         """True if a mix of the assignment has a special pair here."""
         return not self.special.isdisjoint(to.used)
 
-    def _stands(self, place: int, what: Standing) -> bool:
+    def _stands(self, place: int, what: MixState) -> bool:
         known = self._copies.get(place)
         return known is not None and known.stands_for(what)
 
@@ -250,9 +248,9 @@ class PairStack:
             self._picked = to, cast(_Picks, found)
         return self._picked[1]
 
-    def _make_room(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
+    def _allocate(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
         """Allocates rows for the `new` mixes among the `wanted` slots; frees unused ones, the oldest first, if needed."""
-        homeless = []
+        unseated = []
         for place, layers in new.items():
             ranks = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
             if place in self._seats and self._ranks[place] == ranks:  # it reuses the rows of the slot's last mix
@@ -262,10 +260,10 @@ class PairStack:
                 continue
             self._drop(place)
             self._ranks[place] = ranks
-            homeless.append(place)
+            unseated.append(place)
         keep = set(wanted)
         unused = [place for place in self._ranks if place not in keep]
-        for place in homeless:
+        for place in unseated:
             while not self._seat(place):
                 if not unused:
                     self._remake(keep)
@@ -301,7 +299,7 @@ class PairStack:
 
     def _remake(self, wanted: Iterable[int], *, fit: bool = False) -> None:
         """Remakes the tables with the `wanted` slots only; with `fit`, without spare rows. Valid copies are kept."""
-        self._picked, self._roomy = None, 0
+        self._picked, self._oversized = None, 0
         keep = set(wanted)
         for place in self._ranks.keys() - keep:
             self._drop(place)

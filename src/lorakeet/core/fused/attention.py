@@ -200,8 +200,8 @@ class RotaryAttention(Replacement):
         head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
         if (
             turn[0].shape != (1, x.shape[1], head)
-            or self.looks_back_less(prefix + max(rows))
-            or self.drops
+            or self.exceeds_window(prefix + max(rows))
+            or self.has_dropout
         ):
             return nothing
         layers, norms = [getattr(self.original, name) for name in INPUTS], self.head_norms()
@@ -237,12 +237,12 @@ class RotaryAttention(Replacement):
         limits = [getattr(holder, "sliding_window", None) for holder in (original, getattr(original, "config", None))]
         return [limit for limit in limits if isinstance(limit, int)]
 
-    def looks_back_less(self, tokens: int) -> bool:
+    def exceeds_window(self, tokens: int) -> bool:
         """True if a query cannot see so many tokens."""
         return any(tokens > limit for limit in self.windows())
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """True if attention dropout is active."""
         return bool(self.training and getattr(self.original, "attention_dropout", 0.0))
 

@@ -50,7 +50,7 @@ class DecodeBlock(BlockReplacement):
         super().__init__(original)
         first, attention, second, mlp = (getattr(original, name) for name in BLOCK_PARTS)
         own: Any = attention.original
-        self._parts: tuple[Any, Any, Any] = (own, mlp.original.down_proj, mlp.activation.forward)  # a tuple, so that submodules are not registered twice
+        self._parts: tuple[Any, Any, Any] = (own, mlp.original.down_proj, mlp.activation.forward)  # a tuple: no submodules twice
         gated = mlp.original
         groups = [getattr(own, name) for name in INPUTS], [own.o_proj], [gated.gate_proj, gated.up_proj], [gated.down_proj]
         self._groups = tuple(map(_SameInput, groups))
@@ -98,13 +98,13 @@ class DecodeBlock(BlockReplacement):
         selection = self._layers[0].selection
         if selection.shares is None:
             return NO_PAIRS if selection.active is None else None
-        to, changes = selection.arranged(len(x), x.device), selection.changes
+        to, changes = selection.assignment(len(x), x.device), selection.changes
         last = self._lookup
         if last.to is not to or last.changes != changes:
-            last = self._lookup = _Lookup(self._looked_up(len(x), x.device), to, changes)
+            last = self._lookup = _Lookup(self._prepared_pairs(len(x), x.device), to, changes)
         return last.pairs
 
-    def _looked_up(self, tokens: int, device: torch.device) -> BlockPairs | None:
+    def _prepared_pairs(self, tokens: int, device: torch.device) -> BlockPairs | None:
         numbers: list[int | None] = []
         shares = None
         for group in self._groups:

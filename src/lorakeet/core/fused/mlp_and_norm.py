@@ -187,7 +187,7 @@ def _gated_backward(
         return gate, up, p.out_of.of_a(through, grad, factors)
     active = p.activation.forward(gate)
     parts = zip(p.out_of.parts, through, strict=True)
-    of_a = p.out_of.parted([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
+    of_a = p.out_of.split([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
     grad_gate = p.activation.backward(up.mul_(grad), gate)
     return grad_gate, active.mul_(grad), of_a
 

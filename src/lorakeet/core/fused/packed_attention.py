@@ -22,7 +22,7 @@ from lorakeet.kernels.choose import BATCHED_ROWS, CPU_FLASH_ROWS, packed_rows
 from lorakeet.kernels.protocol import Kernel, PackedAttention
 
 QUERIES = 256  # queries of a row whose scores exist at once, for any length of the row
-KEPT_KEYS = 128  # up to so many keys P is saved: no more bytes a token than a gated MLP saves, and 4 % of a training step (docs/log.md)
+KEPT_KEYS = 128  # up to so many keys P is saved: bytes of a gated MLP at most, and 4 % of a training step (docs/log.md)
 SCORES = 1 << 21  # scores (of all heads and blocks in one product) that exist at once, unless one block has more
 TOKENS = 1 << 12  # tokens of rows, each with its prefix, in one call of the flash kernel, unless one row has more
 

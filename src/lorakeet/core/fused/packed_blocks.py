@@ -1,10 +1,9 @@
 """Packed rows as blocks of equal shape, so that many short rows share one product or one kernel call.
 
 A row is its own tokens after a shared prefix, if any, which is stored once before all rows. A block is some of a row's queries
-with
-the keys up to the last of them; blocks of equal shape are computed together. A block is padded with its row's last token: as keys
-after every real query, which the causal mask hides, and as queries whose results are not read. So no number of one row affects
-another row, not even infinities or NaN.
+with the keys up to the last of them; blocks of equal shape are computed together. A block is padded with its row's last token: as
+keys after every real query, which the causal mask hides, and as queries whose results are not read. So no number of one row
+affects another row, not even infinities or NaN.
 """
 
 from __future__ import annotations
@@ -64,10 +63,10 @@ def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: i
             shapes.setdefault((_whole(stop - start), start), []).append((row, stop))
     found = []
     for (width, offset), blocks in shapes.items():
-        for chosen in _parted(blocks, scores // (heads * width * (offset + width))):
-            asked = _places(chosen, offset, width)
-            keys = asked if offset == 0 else _places(chosen, 0, offset + width)
-            found.append(QueryBlocks(asked, keys, offset, prefix))
+        for chosen in _split(blocks, scores // (heads * width * (offset + width))):
+            queries_of = _places(chosen, offset, width)
+            keys = queries_of if offset == 0 else _places(chosen, 0, offset + width)
+            found.append(QueryBlocks(queries_of, keys, offset, prefix))
     return tuple(found)
 
 
@@ -94,7 +93,7 @@ def whole_row_blocks(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Q
     return tuple(found)
 
 
-def _parted(blocks: list[tuple[_Row, int]], together: int) -> Iterator[list[tuple[_Row, int]]]:
+def _split(blocks: list[tuple[_Row, int]], together: int) -> Iterator[list[tuple[_Row, int]]]:
     """Splits `blocks` into parts of `together`, at least one."""
     size = max(1, together)
     for start in range(0, len(blocks), size):

@@ -106,15 +106,15 @@ class TrainedBlock(BlockReplacement):
         self.memory = _Memory()
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
-        asked = None
+        prepared = None
         if not args and self._suits(hidden_states, settings):
             given = hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
-            asked = self._as_before(*given) or self._noted(*given)
-        if asked is None:
+            prepared = self._cached(*given) or self._prepared_and_cached(*given)
+        if prepared is None:
             if not torch.is_grad_enabled() and not WORKSPACES.taken:
                 WORKSPACES.release()  # this pass needs none, and has memory of its own
             return self.original(hidden_states, *args, **settings)
-        call, factors = asked
+        call, factors = prepared
         cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
         if not torch.is_grad_enabled():
             return call.forward(hidden_states[0], cos, sin, alone=True)[0][None]
@@ -135,7 +135,7 @@ class TrainedBlock(BlockReplacement):
         whole = all(part.shape == (1, x.shape[1], head) for part in turn)
         return kernel is C_ROWS and whole and not torch._C._len_torch_dispatch_stack()  # as when operations are counted
 
-    def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+    def _cached(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
         """The call from the cache, if nothing that it depends on has changed; else None."""
         before, tokens, block = self.memory.before, x.shape[1], self._modules["original"]
         selection = None if before is None else selection_in(block)
@@ -145,14 +145,14 @@ class TrainedBlock(BlockReplacement):
         if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
             return None
         seen = block_arguments(block, before.names, x)
-        if seen is None or not before.noted.same(seen) or seen.attention.looks_back_less(prefix + max(rows)):
+        if seen is None or not before.noted.same(seen) or seen.attention.exceeds_window(prefix + max(rows)):
             return None
         if shares != before.shares or tokens != before.tokens:
             self.memory.before = before = before.of(seen, shares, tokens)
         shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
-        return BlockCall(before.weights, shape, before.pairs, seen.factors, seen.held), seen.factors
+        return BlockCall(before.weights, shape, before.pairs, seen.factors, seen.owners), seen.factors
 
-    def _noted(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+    def _prepared_and_cached(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
         """Prepares the call, and caches it if it depends only on what the fingerprint covers.
 
         The arguments are read first: a later change, in another thread, is then seen by the next call.
@@ -160,24 +160,24 @@ class TrainedBlock(BlockReplacement):
         selection, tokens = selection_in(self._modules["original"]), x.shape[1]
         shares = () if selection is None else selection.all_shares(tokens)
         seen = block_arguments(self._modules["original"], [share.name for share in shares], x)
-        asked = self._asked(x, rows, prefix)
-        if asked is None or seen is None or len(seen.factors) != len(asked[1]):  # some shares have no pair here
-            return asked
-        if all(one is other for one, other in zip(seen.factors, asked[1], strict=True)):
-            call, shape = asked[0], asked[0].shape
+        prepared = self._prepared(x, rows, prefix)
+        if prepared is None or seen is None or len(seen.factors) != len(prepared[1]):  # some shares have no pair here
+            return prepared
+        if all(one is other for one, other in zip(seen.factors, prepared[1], strict=True)):
+            call, shape = prepared[0], prepared[0].shape
             states = shape.heads, shape.kv, shape.d
             self.memory.before = CachedCall(Fingerprint(seen), call.weights, states, shares, tokens, call.pairs)
-        return asked
+        return prepared
 
-    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+    def _prepared(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
         """Prepares the call, and A and B of all pairs; None if the block's parts must compute."""
         parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
         if parts is None:
             return None
         first, attention, second, mlp = parts
         own: Any = attention.original
-        held, inner = own._modules, mlp.original._modules  # plain dicts: 30 blocks need this in every pass
-        layers = [*(held[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
+        owners, inner = own._modules, mlp.original._modules  # plain dicts: 30 blocks need this in every pass
+        layers = [*(owners[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
         weights = _weights_of((first, second), attention, layers, x)
         uses = [] if weights is None else shared_uses(layers, tokens, biased=len(INPUTS))
         pairs = [pair for _, *of_layers in uses for pair in of_layers]
@@ -195,21 +195,21 @@ class TrainedBlock(BlockReplacement):
         scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
         heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        held = [*weights.held(), *(factor.detach() for factor in factors)]
-        return BlockCall(weights.as_struct(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
+        owners = [*weights.owners(), *(factor.detach() for factor in factors)]
+        return BlockCall(weights.as_struct(), shape, Pairs(factors, spans, scales, tokens), factors, owners), factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, if all are fused, compute every token, see so many keys, and have no hooks."""
         block = self.original
-        held = [block._modules[name] for name in BLOCK_PARTS]
-        first, attention, second, mlp = held
+        owners = [block._modules[name] for name in BLOCK_PARTS]
+        first, attention, second, mlp = owners
         if type(first) is not FrozenRmsNorm or type(second) is not FrozenRmsNorm:
             return None
         if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.native:
             return None
-        if attention.only is not None or mlp.only is not None or attention.drops or attention.looks_back_less(keys):
+        if attention.only is not None or mlp.only is not None or attention.has_dropout or attention.exceeds_window(keys):
             return None
-        heard = (block, *held, attention.original.o_proj)
+        heard = (block, *owners, attention.original.o_proj)
         again = getattr(block, "gradient_checkpointing", False)
         if again or any(getattr(module, hooks) for module in heard for hooks in HOOKS):
             return None

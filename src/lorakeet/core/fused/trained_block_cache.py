@@ -30,10 +30,9 @@ class BlockArguments:
     """Everything that the arguments depend on. `objects` and tensors are compared by identity, `values` by value, tensors also
     by address.
 
-    `factors` are A and B of the pairs, alternating, `scales` theirs, in the order of the names and, within a name, of the
-    layers. `frozen`
-    are the tensors of weights, biases and gains. `held` are aliases of all of them, which keep the numbers alive. All layers
-    have the one `selection`.
+    `factors` are A and B of the pairs, alternating, `scales` theirs, in the order of the names and, within a name, of the layers.
+    `frozen` are the tensors of weights, biases and gains. `owners` are aliases of all of them, which keep the numbers alive. All
+    layers have the one `selection`.
     """
 
     selection: Selection
@@ -43,7 +42,7 @@ class BlockArguments:
     scales: list[float]
     factors: list[Tensor]
     frozen: list[Tensor]
-    held: list[Tensor]
+    owners: list[Tensor]
 
     def identities(self) -> list[Any]:
         """Everything that is compared by identity."""
@@ -51,7 +50,7 @@ class BlockArguments:
 
     def places(self) -> list[Place]:
         """Address and layout of the tensors."""
-        return [(each.data_ptr(), each.shape, each.dtype, each.is_contiguous()) for each in self.held]
+        return [(each.data_ptr(), each.shape, each.dtype, each.is_contiguous()) for each in self.owners]
 
 
 def selection_in(block: Any) -> Selection | None:
@@ -69,20 +68,20 @@ def block_arguments(block: Any, names: Sequence[str], x: Tensor) -> BlockArgumen
     None for blocks with other parts or with hooks, and for pairs with initial values, whose factors are made in each pass.
     """
     try:
-        return _look(block, names, x)
+        return _read_arguments(block, names, x)
     except (KeyError, AttributeError):
         return None
 
 
-def _look(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
+def _read_arguments(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
     """Reads the arguments from the modules' plain dicts: 30 blocks need this in every pass."""
     parts = [block._modules[name] for name in BLOCK_PARTS]
     first, attention, second, mlp = parts
     own, inner = attention._modules["original"], mlp._modules["original"]
-    held, wide = own._modules, inner._modules
-    heads = [held[name] for name in HEAD_NORMS if name in held]
+    owners, wide = own._modules, inner._modules
+    heads = [owners[name] for name in HEAD_NORMS if name in owners]
     norms = [norm._modules["original"] for norm in (first, second, *heads)]
-    layers = [*[held[name] for name in (*INPUTS, "o_proj")], *[wide[name] for name in MLP]]
+    layers = [*[owners[name] for name in (*INPUTS, "o_proj")], *[wide[name] for name in MLP]]
     originals = [layer._modules["original"] for layer in layers]
     bases = [layer.__dict__["base"] if "base" in layer.__dict__ else layer._modules["base"] for layer in layers]
     adapters = [layer._modules["adapters"]._modules for layer in layers]
@@ -98,7 +97,7 @@ def _look(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
     given = [norm._parameters["weight"] for norm in norms], biases, *[base.tensors() for base in bases]
     frozen = [each for tensors in given for each in tensors if each is not None]
     values = [
-        x.shape[2], own.head_dim, own.scaling, attention.drops, attention.only is None, mlp.only is None,
+        x.shape[2], own.head_dim, own.scaling, attention.has_dropout, attention.only is None, mlp.only is None,
         block.__dict__.get("gradient_checkpointing"),
         *[norm.variance_epsilon for norm in norms],
         *[layer.products for layer in layers], *[base.kernels for base in bases],

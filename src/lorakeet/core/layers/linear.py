@@ -26,7 +26,7 @@ from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, ReorderedProducts
 from lorakeet.core.selection import BatchAssignment, Selection, Share
-from lorakeet.core.spec import ANCHORED
+from lorakeet.core.spec import FROM_WEIGHT
 from lorakeet.kernels.choose import copies_pairs
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
@@ -93,7 +93,7 @@ class AdaptedLayer(Replacement):
         self.selection.changed(name)
 
     @property
-    def _held(self) -> dict[str, nn.Module | None]:
+    def _adapters(self) -> dict[str, nn.Module | None]:
         """The adapters as a plain dict, which is faster than nn.Module's lookup: every layer needs it in every pass."""
         return cast(nn.Module, self._modules["adapters"])._modules
 
@@ -113,7 +113,7 @@ class AdaptedLayer(Replacement):
 
     def uses(self, tokens: int) -> list[tuple[Share, LoraPair]]:
         """Which of `tokens` tokens use which pair here, in a divided batch or in one with a single adapter."""
-        held = self._held
+        held = self._adapters
         return [(share, cast(LoraPair, held[share.name])) for share in self.selection.all_shares(tokens) if share.name in held]
 
     def require_undivided(self, what: str) -> None:
@@ -250,7 +250,7 @@ class SharedInput:
     ) -> tuple[BatchAssignment, PairCopies]:
         """How layers with so many tokens compute the divided batch, and the copies of the pairs that it uses."""
         selection, stack = layers[0].selection, self._stack
-        to = selection.arranged(tokens, device)
+        to = selection.assignment(tokens, device)
         if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
             stack = self._holding(layers, to, products, device)
         return to, stack
@@ -287,7 +287,7 @@ def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch
     if copies_pairs(products, device, shapes):
         return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
     stack = PairStack(shapes, products, device)
-    selection.holds(stack)
+    selection.register(stack)
     return stack
 
 
@@ -359,7 +359,7 @@ def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, devic
     needed.
     """
     pair: LoraPair = DoraPair(entry, device=device) if entry.variant == "dora" else LoraPair(entry, device=device)
-    needs_weight = entry.start in ANCHORED
+    needs_weight = entry.start in FROM_WEIGHT
     initialise(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)
     if isinstance(pair, DoraPair):
         pair.measure(weight())

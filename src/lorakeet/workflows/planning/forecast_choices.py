@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
-from lorakeet.core.spec import ANCHORED, MEASURED, LoraSpec
+from lorakeet.core.spec import FROM_WEIGHT, MEASURED, LoraSpec
 from lorakeet.kernels.cpu.operators import LANES
 from lorakeet.memory.lapack import eigh_bytes, svd_bytes
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
@@ -132,17 +132,17 @@ def measures_rows(config: RunConfig) -> str:
 
 def reads_weights(config: RunConfig) -> bool:
     """Whether pairs begin from the weights, one matrix in fp32 at a time; all others begin with less than a step takes."""
-    return config.lora.start in ANCHORED or config.lora.variant == "dora"
+    return config.lora.start in FROM_WEIGHT or config.lora.variant == "dora"
 
 
 def decomposes(config: RunConfig) -> bool:
     """Whether a run takes matrices apart before its first step: those of the model, or what it measured on training rows."""
-    return config.lora.start in ("orthogonal", *ANCHORED) or bool(measures_rows(config))
+    return config.lora.start in ("orthogonal", *FROM_WEIGHT) or bool(measures_rows(config))
 
 
 def finished_plan(config: RunConfig, plan: Plan) -> Plan:
     """The Plan of the adapter that a run with `plan` writes: a pair with an anchor is there of twice the rank."""
-    if config.lora.start not in ANCHORED:
+    if config.lora.start not in FROM_WEIGHT:
         return plan
     doubled = (replace(entry, rank=2 * entry.rank, alpha=2 * entry.alpha, start="kaiming") for entry in plan.entries)
     return replace(plan, entries=tuple(doubled))
