@@ -32,7 +32,8 @@ def test_compact_numbers() -> None:
 
 
 def test_sizes() -> None:
-    assert [bytes_text(size) for size in (None, 12, 94_000_000, 1_720_000_000)] == ["–", "12 bytes", "94 MB", "1.72 GB"]
+    sizes = (None, 12, 3000, 94 << 20, 1_720_000_000)
+    assert [bytes_text(size) for size in sizes] == ["–", "12 bytes", "3 KiB", "94 MiB", "1.60 GiB"]
 
 
 def test_unknown_names_are_said_as_they_are() -> None:

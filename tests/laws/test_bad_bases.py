@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakeet.cli.main import main
-from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.memory.budget import Budget
+from lorakeet.workflows.runs.residency import Residency, Way
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import save_tiny_llama
 from tiny.refusals import Bench
@@ -38,8 +39,8 @@ def streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], P
 
     def begin() -> Path:
         store = tmp_path.parent / f"{tmp_path.name}-store"
-        kept = Arrangement(budget=8 << 30, planned=8 << 30, store=store)
-        monkeypatch.setattr("lorakeet.workflows.finetuning.assemble_text.arrange", lambda *_: kept)
+        residency = Residency(Budget.parse("8GiB"), Way(streamed=True), folder=store)
+        monkeypatch.setattr("lorakeet.workflows.finetuning.assemble_text.fit_text_run", lambda *_: residency)
         return store
 
     return begin
@@ -213,7 +214,7 @@ def test_too_few_calibration_tokens(bench: Bench) -> None:
         ("0GiB", ["memory is '0GiB'", "above 0"]),
         ("2 parsec", ["'parsec' is no unit of memory", "GiB"]),
         ("much", ["memory is 'much'", "such as 2GiB"]),
-        ("64MiB", ["memory.budget is 64 MiB, but this run takes at least", "Raise the budget"]),
+        ("64MiB", ["memory budget is 64MiB, but this run takes at least", "Raise the budget"]),
     ],
 )
 def test_a_budget_that_cannot_be_kept(bench: Bench, budget: str, words: list[str]) -> None:

@@ -22,7 +22,8 @@ from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.export import export
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import ExportOptions, MergeOptions, VerifyOptions
-from lorakeet.workflows.planning.check import CheckPlanner
+from lorakeet.workflows.planning.check import ModelCheck
+from lorakeet.workflows.runs.residency import MemoryPlan, Way
 from lorakeet.workflows.verify import verify
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
@@ -45,21 +46,21 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def forecasts() -> Iterator[dict[bool, int]]:
     """The last forecasts within the context, by whether the models are streamed."""
     found: dict[bool, int] = {}
-    before = CheckPlanner.forecast
+    before = ModelCheck.plan
 
-    def noted(self: CheckPlanner, *, streamed: bool, **given: Any) -> Any:
-        forecast = before(self, streamed=streamed, **given)
-        found[streamed] = forecast.peak
-        return forecast
+    def noted(check: ModelCheck, way: Way) -> MemoryPlan:
+        plan = before(check, way)
+        found[way.streamed] = plan.peak
+        return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckPlanner, "forecast", noted)
+        patch.setattr(ModelCheck, "plan", noted)
         yield found
 
 
 def middling(verb: Callable[..., Any]) -> str:
     """A budget between what the check takes streamed and with its models in memory, found by asking for too little."""
-    with forecasts() as found, pytest.raises(ConfigError, match=r"takes at least .* streamed from disk block by block"):
+    with forecasts() as found, pytest.raises(ConfigError, match=r"takes at least .* with blocks streamed from disk"):
         verb(memory="1MiB")
     assert found[True] < found[False]
     return f"{(found[True] + found[False]) // 2000}KB"
@@ -138,8 +139,8 @@ def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monke
         with pytest.raises(EnvironmentProblem, match=r"its disk is full.*/merged itself is written, but not checked: remove it"):
             merging(wide, tmp_path)(memory=budget)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
-    monkeypatch.setattr("lorakeet.workflows.planning.check.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
-    with pytest.raises(EnvironmentProblem, match=r"writes the weights in fp32 to .*\.merged\.check until it is done"):
+    monkeypatch.setattr("lorakeet.workflows.planning.fit.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
+    with pytest.raises(EnvironmentProblem, match=r"needs .* in .*\.merged\.blocks .*on disk, where 1 MiB are free"):
         merging(wide, tmp_path / "other")(memory=budget)
     assert not (tmp_path / "other").exists()
 
@@ -172,8 +173,8 @@ def test_longer_rows_are_compared_as_far_as_there_is_room(
 ) -> None:
     """A token is made to take 8 MiB of llama.cpp's memory."""
     monkeypatch.setattr("lorakeet.workflows.verify.GREEDY", 1)
-    monkeypatch.setattr("lorakeet.workflows.verify.FEWEST_TOKENS", 16)
-    monkeypatch.setattr("lorakeet.workflows.verify.context_bytes", lambda config, context: context << 23)
+    monkeypatch.setattr("lorakeet.workflows.planning.check.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("lorakeet.workflows.planning.check_sizes.context_bytes", lambda config, context: context << 23)
 
     def exported(memory: str) -> Any:
         return export(ExportOptions(str(wide), out=tmp_path / "model.gguf", quant="f32", memory=memory), console=quiet())

@@ -22,30 +22,31 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.rehearse_image import Pictures, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import Judging, RowShape, Streaming, rehearse
+from lorakeet.workflows.planning.rehearse_text import EvaluationSize, RowShape, rehearse
+from lorakeet.workflows.runs.residency import RESIDENT, Way
 from tiny.models import FAMILIES
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
 
 
-def text(family: str, streaming: Streaming | None = None, *, method: str = "none", stored: Any = None, **lora: Any) -> Any:
+def text(family: str, way: Way = RESIDENT, *, method: str = "none", stored: Any = None, **lora: Any) -> Any:
     """The rehearsal of a run on a tiny model with all of its phases."""
     name, _, settings = FAMILIES[family]
     config = getattr(transformers, name)(**{**settings, **({} if stored is None else {"quantization_config": stored})})
     make = partial(
-        model_from_config if streaming is None else streamed_model_from_config, name="made-up", dtype=torch.bfloat16,
+        streamed_model_from_config if way.streamed else model_from_config, name="made-up", dtype=torch.bfloat16,
         products=torch.float32,
         quantize=QuantSpec(method=method),  # type: ignore[arg-type]
     )  # fmt: skip
     return rehearse(
         ModelBuilder(make, config), LoraSpec(**{"rank": 2, "alpha": 4, **lora}), TrainSpec(), rows=RowShape(16, 2),
-        judging=Judging(RowShape(24, 1), 2, 4), streaming=streaming,
+        evaluation=EvaluationSize(RowShape(24, 1), 2, 4), way=way,
     )  # fmt: skip
 
 
 TEXTS: dict[str, Callable[[], Any]] = {
     "llama in NF4, DoRA, PiSSA": lambda: text("llama", method="nf4", variant="dora", start="pissa"),
-    "llama in GPTQ, streamed": lambda: text("llama", Streaming(together=2, spill=True), stored=GPTQ),
+    "llama in GPTQ, streamed": lambda: text("llama", Way(True, together=2, spilled=True), stored=GPTQ),
     "experts, dropout": lambda: text("qwen3_moe", dropout=0.1),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.memory.budget import BETWEEN_PROCESSES, enough_for, larger_than_machine, machine_bytes, parse_budget
+from lorakeet.memory.budget import BETWEEN_PROCESSES, Budget, enough_for, larger_than_machine, machine_bytes, parse_size
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from lorakeet.memory.budget import BETWEEN_PROCESSES, enough_for, larger_than_ma
     [("2GiB", 2 << 30), ("6 GB", 6 * 10**9), ("500MB", 500 * 10**6), (" 1.5 gib ", 3 << 29), ("1,5GB", 1_500_000_000)],
 )
 def test_numbers_with_units(text: str, expected: int) -> None:
-    assert parse_budget(text) == expected
+    assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -29,26 +29,35 @@ def test_numbers_with_units(text: str, expected: int) -> None:
 )
 def test_what_is_no_budget_is_refused_with_an_example(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
-        parse_budget(text)
+        parse_size(text)
     assert repr(text) in str(error.value) and "2GiB" in str(error.value)
 
 
 def test_more_than_the_machine_has_is_said() -> None:
     have = machine_bytes()
     assert have > 1 << 28
-    assert larger_than_machine(have) == ""
-    assert f"{have + 1:,}" in larger_than_machine(have + 1)
+    assert larger_than_machine(Budget(have, "all")) == "" and larger_than_machine(Budget()) == ""
+    assert "is 900TiB, but this machine has" in larger_than_machine(Budget.parse("900TiB"))
 
 
 def test_more_digits_than_any_machine_has_bytes_are_refused_too() -> None:
     with pytest.raises(ConfigError, match=r"more than any machine has.*such as 2GiB"):
-        parse_budget("9" * 5000 + "GiB")
+        parse_size("9" * 5000 + "GiB")
     with pytest.raises(ConfigError, match="memory is '99999999TiB', more than"):
-        parse_budget("99999999TiB")
-    assert parse_budget("0.1GB") == 10**8, "decimals are taken as they are written"
+        parse_size("99999999TiB")
+    assert parse_size("0.1GB") == 10**8, "decimals are taken as they are written"
 
 
 def test_what_a_refusal_names_is_enough_for_a_process_that_holds_a_little_more() -> None:
     for planned in (1, 547 << 20, (547 << 20) + 1):
-        named = parse_budget(enough_for(planned))
+        named = parse_size(enough_for(planned))
         assert planned + BETWEEN_PROCESSES <= named <= planned + BETWEEN_PROCESSES + (1 << 20)
+
+
+def test_a_budget_is_a_value_and_none_is_no_limit() -> None:
+    given = Budget.parse(" 2GiB")
+    assert given and (given.bytes, given.limit, str(given)) == (2 << 30, 2 << 30, "2GiB")
+    none = Budget.parse(None)
+    assert not none and none.limit is None and none.bytes > 1 << 60 and none == Budget()
+    with pytest.raises(ConfigError, match="expected a number"):
+        Budget.parse("")

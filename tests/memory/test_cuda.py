@@ -9,6 +9,7 @@ import torch
 
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory import cuda
+from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT, SEGMENTS, WORKSPACES
 from lorakeet.memory.usage import Usage
 
@@ -38,7 +39,7 @@ def test_torch_is_held_to_what_the_budget_leaves_beside_the_context(limits: list
 def test_what_is_held_is_what_torch_took_and_the_context() -> None:
     assert cuda.gpu_peak_bytes(CARD) == 2 * GIB + CONTEXT
     assert cuda.bytes_beside_torch(CARD) == 2 * GIB
-    assert cuda.gpu_warning(CARD, 6 * GIB) == "" and "8,589,934,592" in cuda.gpu_warning(CARD, 6 * GIB + 1)
+    assert cuda.gpu_warning(CARD, Budget.parse("6GiB")) == "" and "8.00 GiB" in cuda.gpu_warning(CARD, Budget.parse("6.1GiB"))
 
 
 def test_a_phase_has_its_tensors_the_context_and_room_around_them() -> None:
@@ -56,8 +57,8 @@ def test_the_device_is_that_of_the_tensors() -> None:
 
 
 def test_the_limit_that_is_met_is_told_with_the_remedy_under_a_budget_alone() -> None:
-    said = r"memory.budget is 1,024 bytes.* tried to allocate.* Raise it\."
-    with pytest.raises(EnvironmentProblem, match=said), cuda.enforcing_gpu_budget(1024, "Raise it."):
+    said = r"memory budget is 1KiB.* tried to allocate.* Raise it\."
+    with pytest.raises(EnvironmentProblem, match=said), cuda.enforcing_gpu_budget(Budget.parse("1KiB"), "Raise it."):
         raise torch.OutOfMemoryError("tried to allocate 2 MiB.\nmore")
-    with pytest.raises(torch.OutOfMemoryError), cuda.enforcing_gpu_budget(None, ""):
+    with pytest.raises(torch.OutOfMemoryError), cuda.enforcing_gpu_budget(Budget(), ""):
         raise torch.OutOfMemoryError("no")

@@ -8,8 +8,8 @@ from lorakeet.memory.spec import MemorySpec
 
 
 def test_no_budget_is_none_and_a_budget_is_bytes() -> None:
-    assert MemorySpec().bytes is None and MemorySpec().validate() == []
-    assert MemorySpec("2GiB").bytes == 2 << 30 and MemorySpec("2GiB").validate() == []
+    assert not MemorySpec().limit and MemorySpec().validate() == []
+    assert MemorySpec("2GiB").limit.bytes == 2 << 30 and MemorySpec("2GiB").validate() == []
 
 
 @pytest.mark.parametrize("budget", ["2", "-1GiB", "0GB", "2 parsecs", "much"])

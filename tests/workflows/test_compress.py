@@ -120,7 +120,7 @@ def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
         ({"to": "rank 8"}, r"--to is 'rank 8'; expected parameters such as 0\.5M, or 'rank N' with N from 1 to 7"),
         ({"to": "100"}, r"budget of 100 parameters is below rank 1 for each of the 14 targets"),
         ({"to": "9M"}, r"above that of the highest measured rank|above the full rank"),
-        ({"tolerance": "much"}, r"--tolerance is 'much'; expected a share"),
+        ({"tolerance": "much"}, r"--tolerance is 'much'; expected the share"),
         ({"tolerance": "150%"}, r"--tolerance is '150%'"),
         ({"rows": 0}, r"--rows is 0"),
     ],
@@ -152,7 +152,7 @@ def test_why_no_cut_will_do_is_said() -> None:
     ends there, and 61.8 times as many one that ends below it with a probability of 80 %.
     """
     said = _why_none(curve_of(0.3, (0.001, -0.009, 0.012)), 0.01)
-    assert "by +0.0010 nats a token; if that is so, about 2,473 held-out rows show that it is good enough" in said
+    assert "by +0.0010 nats a token; if that is its true value, about 2,473 held-out rows show that it is good enough" in said
     assert _why_none(curve_of(0.3, (0.004, -0.009, 0.012)), 0.01) == ""
     assert "gains nothing there (−0.1000 nats a token)" in _why_none(curve_of(-0.1, (0.001, -0.009, 0.012)), 0.01)
 

@@ -33,7 +33,7 @@ def test_a_run_is_measured_on_its_own_test_rows_as_its_report_says(finished: Any
 
 
 def test_a_budget_that_cannot_be_kept_is_refused(finished: Any) -> None:
-    with pytest.raises(ConfigError, match=r"is 50 MiB, but measuring this adapter takes at least \d+ MiB, .*--memory, or"):
+    with pytest.raises(ConfigError, match=r"is 50MiB, but measuring this adapter takes at least \d+ MiB, .*--memory, or"):
         evaluate(EvaluateOptions(str(finished.path), memory="50MiB"), console=quiet())
 
 
@@ -109,7 +109,7 @@ def test_a_bare_adapter_takes_rows_and_template_from_a_run_file(finished: Any) -
 
 
 def test_a_bare_adapter_without_rows_is_asked_for_some(finished: Any) -> None:
-    with pytest.raises(ConfigError, match="name a file with --data, or a run file with --config"):
+    with pytest.raises(ConfigError, match="Name a file with --data, or a run file with --config"):
         evaluate(EvaluateOptions(str(finished.path / "adapter")), console=quiet())
 
 

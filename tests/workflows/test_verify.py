@@ -25,10 +25,10 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.serve.probe import read_record
 from lorakeet.workflows.options import VerifyOptions
-from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS, positions_of_answer
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.runs.residency import Residency, Way
 from lorakeet.workflows.verification.artefact import live_side
-from lorakeet.workflows.verification.checks import GREEDY_TOKENS, positions_of_answer
 from lorakeet.workflows.verify import certify_artefacts, probes_of, size_of_check, verify
 from tiny.exports import loud_run, write_folder, write_lora, write_model
 from tiny.runs import quiet
@@ -98,7 +98,7 @@ def test_labelled_rows_that_are_left_out_are_counted_and_said(loud: Loud, tmp_pa
     most = lengths[-1] - 1
     left = sum(length > most for length in lengths)
     assert 0 < left < len(lengths)
-    cut = dataclasses.replace(opened, kept=Arrangement(most=most))
+    cut = dataclasses.replace(opened, residency=Residency(way=Way(longest=most)))
     found = certify_artefacts(cut, VerifyOptions("x", against=(str(target),), rows=4), quiet())
     assert found.facts["labelled rows left out"] == f"{left} of {len(lengths)}, longer than {most} tokens"
     assert next(check.n for check in found.checks if kind(check) == "answers") == len(lengths) - left

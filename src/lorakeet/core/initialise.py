@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.spec import FROM_WEIGHT, MEASURED
+from lorakeet.core.spec import FACTORED, MEASURED
 
 EXACT_SVD_UP_TO = 256  # smaller matrices get an exact SVD; larger ones the randomised one (Halko et al. 2011)
 OVERSAMPLING = 16
@@ -23,7 +23,7 @@ def initialise(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: i
     """Initialises A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
     generator = torch.Generator().manual_seed(seed_for(seed, path))
     with torch.no_grad():
-        if start in FROM_WEIGHT:
+        if start in FACTORED:
             A, B = (leading_factors if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
             # PiSSA: scale·B·A is the part that is cut out. OLoRA: B stays orthonormal, as in its authors' code.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lorakeet.errors import Problems
 
-FROM_WEIGHT = ("pissa", "olora")  # starts that factorise the frozen weight; A and B keep their initial values (core/lowrank)
+FACTORED = ("pissa", "olora")  # starts from factors of the frozen weight, whose initial values are stored too (core/lowrank)
 MEASURED = ("gradient", "activation")  # starts whose A is measured on training rows (ranks/score)
 
 

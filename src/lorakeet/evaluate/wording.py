@@ -83,10 +83,10 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def bytes_text(count: int | None) -> str:
-    """A size as text, 1 GB = 1e9 bytes."""
+    """A size as text in GiB, MiB or KiB: 1 GiB = 2^30 bytes."""
     if count is None:
         return "–"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.{2 if unit == 'GB' else 0}f} {unit}"
+    for unit, bits, digits in (("GiB", 30, 2), ("MiB", 20, 0), ("KiB", 10, 0)):
+        if count >= 1 << bits:
+            return f"{count / (1 << bits):.{digits}f} {unit}"
     return f"{count} bytes"

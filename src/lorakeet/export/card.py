@@ -16,7 +16,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
-from lorakeet.models.files.origin import card_facts
+from lorakeet.models.files.origin import readme_metadata
 
 _HUB = "hub:"
 
@@ -105,7 +105,7 @@ def _checks(certificate: Certificate) -> list[str]:
 
 def licence_of(folder: Path) -> str:
     """The licence that a model folder's README.md names in its front matter; empty where it names none."""
-    found = card_facts(folder).get("license")
+    found = readme_metadata(folder).get("license")
     return found if isinstance(found, str) else ""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
 from lorakeet.errors import ConfigError
+from lorakeet.evaluate.wording import bytes_text
 
 UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 BETWEEN_PROCESSES = 8 << 20  # bytes by which two processes differ that did the same before their models; 2 MiB were seen
@@ -17,7 +19,31 @@ _NUMBER = re.compile(r"([+-]?)(\d+(?:[.,]\d+)?|[.,]\d+)\s*([A-Za-z]*)")
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def parse_budget(text: str) -> int:
+@dataclass(frozen=True)
+class Budget:
+    """The most bytes that may be in use, and the text that the user gave. `Budget()` is no limit, and false: everything fits."""
+
+    bytes: int = _MOST
+    text: str = ""
+
+    @classmethod
+    def parse(cls, text: str | None) -> Budget:
+        """The budget of "2GiB", "1.5 GB" or "500MB", no limit for None. Raises ConfigError as `parse_size` does."""
+        return cls() if text is None else cls(parse_size(text), text.strip())
+
+    def __bool__(self) -> bool:
+        return bool(self.text)
+
+    def __str__(self) -> str:
+        return self.text or "no limit"
+
+    @property
+    def limit(self) -> int | None:
+        """The bytes for JSON and reports; None without a limit."""
+        return self.bytes if self else None
+
+
+def parse_size(text: str) -> int:
     """Bytes of "2GiB", "1.5 GB" or "500MB". Raises ConfigError without a unit, with an unknown one, and for zero or less."""
     example = f"expected a number and one of {', '.join(UNITS)}, such as 2GiB or 500MB"
     match = _NUMBER.fullmatch(text.strip())
@@ -39,18 +65,13 @@ def parse_budget(text: str) -> int:
     return size
 
 
-def gib_text(count: int) -> str:
-    """Bytes as text, in the unit in which budgets are given."""
-    return f"{count / 2**30:.2f} GiB"
-
-
 def enough_for(planned: int) -> str:
-    """The budget that a refusal names where so many bytes are planned, in MiB: the next process, which plans anew, keeps it."""
+    """The budget that a refusal suggests for `planned` bytes, in MiB, with a margin: the next process plans anew and differs."""
     return f"{-(-(planned + BETWEEN_PROCESSES) >> 20)} MiB"
 
 
 def machine_bytes() -> int:
-    """The memory of this machine in bytes, or of the container that this process is kept in, whichever is less."""
+    """The memory of this machine in bytes, or the limit of the container of this process, whichever is less."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in map(Path, _LIMITS):
         try:
@@ -62,9 +83,9 @@ def machine_bytes() -> int:
     return found
 
 
-def larger_than_machine(budget: int) -> str:
-    """A warning where the budget is more than this machine has; else empty."""
+def larger_than_machine(budget: Budget) -> str:
+    """A warning if the budget is more than this machine has; else empty."""
     have = machine_bytes()
-    if budget <= have:
+    if not budget or budget.bytes <= have:
         return ""
-    return f"The memory budget is {budget:,} bytes, but this machine has {have:,}: keeping the budget does not make the run fit."
+    return f"The memory budget is {budget}, but this machine has {bytes_text(have)}: keeping it does not make the run fit."

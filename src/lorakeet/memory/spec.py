@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from lorakeet.errors import ConfigError
-from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,15 @@ class MemorySpec:
         metadata={"help": "Where a CUDA device's blocks are streamed from: disk, or host, whose pinned memory caches them."},
     )
 
-    @property
-    def bytes(self) -> int | None:
-        """The budget in bytes, or None for no limit; ConfigError where it is none."""
-        return parse_budget(self.budget) if self.budget else None
+    @cached_property
+    def limit(self) -> Budget:
+        """The budget as a value, parsed once. Raises ConfigError where it is not a size."""
+        return Budget.parse(self.budget or None)
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""
         try:
-            _ = self.bytes
+            _ = self.limit
         except ConfigError as error:
             return [str(error)]
         return []

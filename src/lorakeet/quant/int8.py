@@ -9,7 +9,7 @@ In training, products can run in int8 too (`in_int8`): each row of what is multi
 with sums in int32, which are exact. Coding a row of normal numbers moves it by about 0.8 % of its size. What a model's norms
 give has a few columns that are large in every row: the eight largest of x are kept apart and added in x's own dtype (LLM.int8,
 Dettmers 2022, https://arxiv.org/abs/2208.07339), which brings the products of q, k and v five times nearer (docs/log.md). Which
-ones they are is for all rows that are multiplied at once. Judging never does any of this.
+ones they are is for all rows that are multiplied at once. EvaluationSize never does any of this.
 Rows of bf16 on a CPU are coded and multiplied by kernels/cpu/int8_rows where that can be had, others by torch; the bits are the
 same.
 """

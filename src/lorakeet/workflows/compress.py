@@ -61,14 +61,15 @@ from lorakeet.workflows.finetuning.evaluate_text import BASE, TextEvaluator
 from lorakeet.workflows.finetuning.report import rank_map
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import CompressOptions
+from lorakeet.workflows.planning.evaluation import fit_compression
 from lorakeet.workflows.planning.forecast_text_run import largest_rows
-from lorakeet.workflows.planning.measuring import arrange_cutting
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
-from lorakeet.workflows.planning.text_run import Arrangement, Loaded
+from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
-from lorakeet.workflows.runs.peak_memory import held_at_most
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import MemoryPlan, Residency
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, its spectra, every cut, that of --to, one in the model, one from disk
@@ -119,22 +120,21 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     dataset = opened.dataset
     if not dataset.held_out:
         raise DataError("The run has no held-out rows, so no cut can be evaluated. Name a data.held_out file in its run file.")
-    budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)
-    of_process = None if kept.card is not None else budget
-    with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
+    residency = _residency(opened, dataset, console)
+    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = opened.text_model(console)
         chosen, curve, evaluator = _chosen(opened, text, dataset, options, share, console)
         return _write(opened, chosen, curve, evaluator, dataset, options.out)
 
 
-def _arranged(opened: Opened, dataset: Dataset, console: Console) -> Arrangement:
-    """How memory.budget is kept. Raises ConfigError if it is too small."""
+def _residency(opened: Opened, dataset: Dataset, console: Console) -> Residency[MemoryPlan]:
+    """How memory.budget is kept. Raises ConfigError if it cannot be."""
     config = opened.config
     most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
-    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in parts))
+    workload = Workload(bool(dataset.labels), sum(len(row.text) for row in parts))
     made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on, gradients are accumulated
-    return arrange_cutting(
-        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), loaded, copies=COPIES,
+    return fit_compression(
+        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload, copies=COPIES,
         weigh=lambda text: _moments(text, config, made_up, NAME),
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Lorakeet
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
-from lorakeet.models.placement import device_for
 from lorakeet.workflows.finetuning.assemble_text import within_context
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
-from lorakeet.workflows.planning.text_run import Loaded
+from lorakeet.workflows.planning.evaluation import fit_evaluation
+from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
-from lorakeet.workflows.runs.peak_memory import held_at_most
+from lorakeet.workflows.runs.peak_memory import peak_said
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,10 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     path = Path(options.run_or_adapter)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
-    loaded = Loaded(bool(rows.labels), sum(len(row.text) for row in rows.rows))
-    budget = opened.config.memory.bytes
-    of_process = budget if device_for(opened.config.model.device).type == "cpu" else None
-    with enforcing_gpu_budget(budget, "Raise it with --memory."), held_at_most(of_process, None, console):
-        text = opened.text_model(console, within_budget=loaded)
+    workload = Workload(bool(rows.labels), sum(len(row.text) for row in rows.rows))
+    residency = fit_evaluation(opened.config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload)
+    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
+        text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
         evaluator = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)

@@ -36,9 +36,9 @@ from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.options import ExtractOptions
+from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS
 from lorakeet.workflows.runs.open_adapter import NAME
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
-from lorakeet.workflows.verification.merged_model import MICRO_TOKENS
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], 
     spec = EvaluateSpec()
     specs = (ModelSpec(path=name, dtype="float32", products="float32") for name in (tuned, base))
     theirs, mine = (load_text_model(model, say=console.print) for model in specs)
-    batches = micro_batches(_examples(*data, theirs), MICRO_TOKENS)
+    batches = micro_batches(_examples(*data, theirs), MERGE_TOKENS)
     before = compare_outputs((theirs, None), (mine, None), batches, spec=spec)
     add_adapter(mine, peft.read(out), NAME)
     after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)

@@ -35,7 +35,7 @@ from lorakeet.workflows.finetuning.kind import Digests, RunKind, kind_of
 from lorakeet.workflows.finetuning.report import complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import FinetuneOptions
-from lorakeet.workflows.runs.multi_process import begun_together, judged_together, require_combinable
+from lorakeet.workflows.runs.multi_process import evaluating_together, require_combinable, starting_together
 from lorakeet.workflows.runs.output_paths import require_place, writing
 from lorakeet.workflows.runs.peak_memory import say_peak
 from lorakeet.workflows.runs.run_folder import begin_run, rates_of
@@ -83,15 +83,17 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
     config = _with_budget(config, options.budget)
     kind, launch, resume = kind_of(config), launched(), options.resume is not None
     run = RunFolder(options.resume or Path(config.out), launch.command)
-    with joined(launch) as processes, begun_together(run):
+    with joined(launch) as processes, starting_together(run):
         require_combinable(config, launch, several=kind.several_processes)
         kind.check(config, launch.count)
         if not options.dry_run:
             processes.from_first(lambda: _require_run(run, resume=resume))
         require_sink(config.train.log_to)
         _check_quick(config, options, kind)
-        with enforcing_gpu_budget(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
-            setup = kind.assemble(config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run)
+        with enforcing_gpu_budget(config.memory.limit, "Raise the budget."), PeakMemory() as memory:
+            setup = kind.assemble(
+                config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run
+            )
             setup = dataclasses.replace(setup, memory=memory)
             kind.show(setup, console, dry_run=options.dry_run)
             if options.dry_run:
@@ -119,10 +121,10 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
             identity=kind.identity(setup, before),
             resume=resume,
             report=reporter_for(console, words=kind.words),
-            budget=setup.arrangement.budget,
+            budget=setup.residency.budget.limit,
         )
     setup = kind.trained(setup, task)
-    with _evaluating(run), judged_together(processes, run, outcome):
+    with _evaluating(run), evaluating_together(processes, run, outcome):
         if not setup.sharded:
             processes.disband()
             if not processes.first:
@@ -148,10 +150,10 @@ def _reported(
     """
     measured = kind.evaluate(setup, run, console)
     certificate = kind.certify(setup, run, before)
-    kept = setup.arrangement
-    if kept.budget is not None and kept.card is None:
+    residency = setup.residency
+    if residency.budget and residency.gpu is None:
         setup.memory.now()
-        say_peak(setup.memory, kept.budget, setup.planned[1], console)
+        say_peak(setup.memory, residency, console)
     setup.processes.disband()  # no collective operation from here on
     if not setup.processes.first:
         return None

@@ -44,14 +44,13 @@ from lorakeet.workflows.options import MergeOptions, non_default
 from lorakeet.workflows.packing.base_choice import AT_LOAD, BaseChoice, both_bases, choose_base
 from lorakeet.workflows.packing.base_choice import Into as DenseInto
 from lorakeet.workflows.packing.merge import merge_packed
-from lorakeet.workflows.planning.check import CheckSize, plan_check, stores
-from lorakeet.workflows.planning.forecast_text_run import filling_rows
-from lorakeet.workflows.planning.rehearse_text import Judging
-from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.planning.check import fit_check
+from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS, CheckSize, size_of_merge
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
-from lorakeet.workflows.runs.peak_memory import held_at_most
-from lorakeet.workflows.verification.merged_model import MICRO_TOKENS, certify_combined, certify_merge, changes_of, fold_in_place
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import temporary_stores
+from lorakeet.workflows.verification.merged_model import certify_combined, certify_merge, changes_of, fold_in_place
 
 CERTIFICATE = "certificate.json"
 CHECK_TOKENS = 8192  # at most so many tokens of held-out rows go through both models
@@ -96,8 +95,8 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
 
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
     written stays for inspection, with a certificate that says so. ConfigError lists what keeps adapters from being combined.
-    `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
-    With `into` "packed" the model stays quantised (workflows/packing/merge), which PACKED_ONLY are for.
+    `memory`, or else the run's memory.budget, has to be enough for the check, or nothing is written (ConfigError).
+    With `into` "packed" the model stays quantised (workflows/packing/merge); the options of PACKED_ONLY are for that.
     """
     paths, out, to = options.runs_or_adapters, options.out, options.to
     if out.exists():
@@ -106,7 +105,7 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     opened = [item.within(options.memory) for item in _opened(paths, options.base, console)]
     density, seed = options.density, options.seed
     spec = CombineSpec(options.method, tuple(options.weights), options.rank, density, seed)
-    alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
+    alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # no option combines or compresses
     if options.into == "packed":
         _require_alone(alone and to != "adapter" and options.dtype == "same")
         dataset = opened[0].dataset if opened[0].run else None
@@ -131,15 +130,6 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     if to == "adapter" and plan is not None:
         return _into_adapter(plan, opened[0], out, console)
     return _ModelMerge(opened, plan, out, options.dtype, options.into, console).run()
-
-
-def size_of_merge(longest: int, writing: int, texts: tuple[int, int] = (0, 0)) -> CheckSize:
-    """What the check of a merged model holds, with rows of `longest` tokens or `texts` (count, tokens) that the base writes.
-
-    `writing` is what writing the model takes, in bytes.
-    """
-    judging = Judging(filling_rows(longest, max(longest, MICRO_TOKENS)), *texts)
-    return CheckSize("the check of a merged model", judging, writing=writing)
 
 
 def _require_alone(alone: bool) -> None:
@@ -170,7 +160,7 @@ def _opened(paths: Sequence[str], base: str | None, console: Console) -> list[Op
 def _into_adapter(plan: Combination, first: Opened, out: Path, console: Console) -> Merged:
     """Writes the combined adapter in PEFT's layout, reads it again, and checks every matrix against the combined ΔW."""
     if budget := first.config.memory.budget:
-        said = f"memory.budget {budget} is not kept here: no model is loaded, and adapters lie in memory as they are."
+        said = f"memory.budget {budget} does not apply here: no model is loaded, and adapters are in memory as they are."
         console.print(said, soft_wrap=True)
     with _progress(console, "combining") as step:
         combined = plan.combined(step)
@@ -202,13 +192,13 @@ class _ModelMerge:
 
     @property
     def folds_whole(self) -> bool:
-        """Whether ΔW is folded as it is, since its method makes it dense and no rank was asked for."""
+        """True if ΔW is folded as it is, since its method makes it dense and no rank was requested."""
         return self.plan is not None and not self.plan.method.exact and self.plan.spec.rank is None
 
     def run(self) -> Merged:
         first, plan, console = self.opened[0], self.plan, self.console
-        judged = next((item for item in self.opened if item.run is not None), first)
-        dataset = judged.dataset if judged.run else None  # missing rows are found before anything is written
+        evaluated = next((item for item in self.opened if item.run is not None), first)
+        dataset = evaluated.dataset if evaluated.run else None  # missing rows are found before anything is written
         bases = both_bases(first)
         choice = choose_base(self.into, self.opened, bases, dataset, console)
         base = bases.of(choice.base)
@@ -222,23 +212,23 @@ class _ModelMerge:
             raise ConfigError("The dequantised base takes pairs only: give the changes a --rank, or merge --into original.")
         whole = plan if self.folds_whole else None
         adapter = whole.outline() if whole else combined.adapter if combined else first.adapter
-        said = dataclasses.replace(judged, adapter=adapter, folder=first.folder)
+        said = dataclasses.replace(evaluated, adapter=adapter, folder=first.folder)
         said = said.over(base.config.model if packed else base.dense_spec)
         quantize, source = base.config.model.quantize, find_source(base.dense_spec, console.print)
         at_load = packed and quantize.method in AT_LOAD
         model = open_dequantised(source) if packed and not at_load else source
-        said = plan_check(said, self._check(said, model, whole), self.out, console)
+        said = fit_check(said, self._check(said, model, whole), self.out, console)
         if whole is not None:
-            _require_parted(said, whole)
+            _require_separate(said, whole)
         before = rounding_steps(source, quantize) if at_load else None
-        with held_at_most(*said.allowed, console):
+        with peak_said(said.residency, console):
             result = self._write(model, adapter, whole, before)
             notes = tuple(note for note in (*result.notes, choice.why) if note)
             for note in notes:
                 console.print(note, soft_wrap=True)
-            with stores(said, f"{self.out} itself is written, but not checked: remove it and merge again."):
+            with temporary_stores(said.residency, f"{self.out} itself is written, but not checked: remove it and merge again."):
                 live, rows, effect, merged = self._sides(said, whole, dataset)
-                certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
+                certificate = certify_merge(live, merged, rows, out=self.out, spec=evaluated.config.evaluate, effect=effect)
         show_certificate(certificate, console)
         with writing_certificate(self.out, "merge"):
             certificate.write(self.out / CERTIFICATE)
@@ -278,17 +268,17 @@ class _ModelMerge:
         self, opened: Opened, whole: Combination | None, dataset: Dataset | None
     ) -> tuple[tuple[TextModel, str | None], Sequence[Example], Parity | None, TextModel]:
         """What should be, the rows to compare on, how far it is from the base where that is known, and what was written."""
-        console, kept = self.console, opened.kept or Arrangement()
+        console, residency = self.console, opened.residency
         live = opened.text_model(console, dtype="float32", with_adapter=whole is None)
         rows = _check_rows(opened, dataset, live, console)
         live.release()
-        spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.checked_on)
-        merged = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
+        spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.config.model.device)
+        merged = load_text_model(spec, say=console.print, store=residency.store, slots=residency.way.slots)
         merged.release()
         if whole is None:
             activate(live.model, NAME)
             return (live, NAME), rows, None, merged
-        effect = compare_outputs((merged, None), (live, None), micro_batches(rows, MICRO_TOKENS), spec=opened.config.evaluate)
+        effect = compare_outputs((merged, None), (live, None), micro_batches(rows, MERGE_TOKENS), spec=opened.config.evaluate)
         live = _with_changes(live, whole, opened, console)
         rest = Adapter({}, whole.extras, whole.token_rows)
         if not rest.parameters:
@@ -299,10 +289,10 @@ class _ModelMerge:
         return (live, NAME), rows, effect, merged
 
 
-def _require_parted(opened: Opened, whole: Combination) -> None:
+def _require_separate(opened: Opened, whole: Combination) -> None:
     """Raises ConfigError where a weight that embedding and head may share would be changed on its way into a store."""
     ends = [path for path in whole.paths if path.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)]
-    if ends and opened.kept is not None and opened.kept.store is not None:
+    if ends and opened.residency.store is not None:
         raise ConfigError(
             f"{whole.method.name} changes {', '.join(ends)} by more than a pair, which is checked with models in memory: give "
             "the changes a --rank, or the check more --memory."
@@ -311,12 +301,13 @@ def _require_parted(opened: Opened, whole: Combination) -> None:
 
 def _with_changes(live: TextModel, whole: Combination, opened: Opened, console: Console) -> TextModel:
     """The dense base with the combined changes in its weights: in memory, or in a store that is made of it."""
-    if opened.kept is None or opened.kept.store is None:
+    residency = opened.residency
+    if residency.folder is None:
         fold_in_place(live, whole)
         return live
-    apart = dataclasses.replace(opened.kept, store=opened.kept.store / "combined")
+    apart = dataclasses.replace(residency, folder=residency.folder / "combined")
     changes = changes_of(live.model, whole)
-    return dataclasses.replace(opened, kept=apart).text_model(
+    return dataclasses.replace(opened, residency=apart).text_model(
         console, dtype="float32", with_adapter=False, changes=changes
     )
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lorakeet.errors import ConfigError
 from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
-from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.budget import Budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.files.origin import packed_card
+from lorakeet.models.files.origin import packed_readme
 from lorakeet.models.files.quantized import linear_layers, owners, packable, skeleton, with_quantisation
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import method_of, stored_dtype, stored_quantisation, tensor_files
@@ -36,8 +36,10 @@ from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
 from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.packing.calibrate import write_gptq
-from lorakeet.workflows.planning.quantizing import QuantizeJob, keep_budget
+from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing
 from lorakeet.workflows.runs.output_paths import require_place
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import temporary_stores
 
 COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
 TILE_COPIES = 20  # bytes of each number of those that are packed at once (quant/packed)
@@ -117,7 +119,7 @@ def quantize(options: QuantizeOptions, *, console: Console) -> Quantized:
 def _pack(options: QuantizeOptions, console: Console) -> Quantized:
     """nf4 and int8: each weight by itself."""
     model, method, out = options.model, options.method, options.out
-    budget = None if options.memory is None else parse_budget(options.memory)
+    budget = Budget.parse(options.memory)
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
@@ -139,10 +141,10 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
         model, config, with_quantisation(config, words), dtype_for("auto", torch.device("cpu")),
         packing=bytes_of_packing(largest, in_files),
     )  # fmt: skip
-    kept = keep_budget(budget, job, out, console)
+    residency = fit_quantizing(budget, job, out, console)
     places, error = owners(plain, files), dict[str, float]()
     parts = [_part(name, file, chosen.get(places.get(name, "")), layout, error) for name, file in files.items()]
-    with kept.measured(console):
+    with temporary_stores(residency), peak_said(residency, console):
         with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("packing")
             written = write_model(
@@ -150,8 +152,8 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
                 parts,
                 config={**checkpoint.config, "quantization_config": words},
                 along=files_along(source, None),
-                card=packed_card(model, method),
-                waiting=kept.waiting(),
+                card=packed_readme(model, method),
+                waiting=residency.waiting(),
                 on_progress=lambda done, total, name: bar.update(
                     task, completed=done, total=total, description=f"packing {name}"
                 ),
@@ -159,12 +161,12 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
         result = Quantized(out, method, written, error)
         console.print(f"Wrote {written:,} bytes to {out}: {len(error)} weights in {method}. {layout.note}", soft_wrap=True)
         console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
-        kept.check(out, job, console.print)
+        check_written(out, job, residency, console.print)
     return result
 
 
 def bytes_of_packing(numbers: int, stored: torch.dtype) -> int:
-    """The most that is held while one weight is packed by nf4 or int8, and compared with what it was."""
+    """The peak in bytes while one weight is packed by nf4 or int8, and compared with what it was."""
     return numbers * (stored.itemsize + COPIES) + TILE_COPIES * min(TILE, numbers)
 
 

@@ -23,8 +23,8 @@ from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
-from lorakeet.memory.budget import larger_than_machine, parse_budget
-from lorakeet.memory.onednn_code import SERVED, limit_code_cache
+from lorakeet.memory.budget import Budget, larger_than_machine, parse_size
+from lorakeet.memory.onednn_code import SERVING, limit_code_cache
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -66,14 +66,14 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     adapters = named_paths(options.adapter)
     if options.engine == "vllm":
         return _for_vllm(options, adapters, console)
-    limits = RequestLimits(timeout=options.timeout, upload=parse_budget(options.upload_limit))
-    budget = None if options.memory is None else parse_budget(options.memory)
+    limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit))
+    budget = Budget.parse(options.memory)
     _check(options, budget, console)
     run_server, build_app = _http()
     access = None if options.keys is None else read_keys(options.keys)
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
-    limit_code_cache(SERVED)
+    limit_code_cache(SERVING)
     text = load_text_model(spec, say=console.print)
     live = ServingModel(text)
     context = _context(text, options.context)
@@ -84,7 +84,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         if store is not None:
             store.remember(registry)
 
-    registry = Registry(live, runner, base=base_name(options.model), budget=budget, changed=changed)
+    registry = Registry(live, runner, base=base_name(options.model), budget=budget.limit, changed=changed)
     for name, path in adapters.items():
         registry.register(name, path)
     if store is not None:
@@ -127,7 +127,7 @@ def base_name(model: str) -> str:
     return Path(model.rpartition(":")[2]).name or model
 
 
-def _check(options: ServeOptions, budget: int | None, console: Console) -> None:
+def _check(options: ServeOptions, budget: Budget, console: Console) -> None:
     """Raises ConfigError for options that contradict each other."""
     problems = Problems("The server cannot be started")
     if options.keys is None and options.host not in LOOPBACK:
@@ -141,7 +141,7 @@ def _check(options: ServeOptions, budget: int | None, console: Console) -> None:
     if options.out is not None:
         problems.add("--out is for --engine vllm only; --adapters-dir is the folder for uploads.")
     problems.raise_if_any()
-    if budget is not None and (warning := larger_than_machine(budget)):
+    if warning := larger_than_machine(budget):
         console.print(warning, soft_wrap=True)
 
 

@@ -40,7 +40,7 @@ from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
-from lorakeet.workflows.tuning.trials import START, Budget, SearchRows, Trial, Trials
+from lorakeet.workflows.tuning.trials import START, SearchBudget, SearchRows, Trial, Trials
 
 SPACE = {"rate_factors", "rank_choices", "target_choices"}  # options that --quick replaces
 SEEDS = 3  # of the confirmation: a difference counts only beyond that between seeds
@@ -87,7 +87,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         raise ConfigError(f"--quick compares half, once and twice the learning rate only. Leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
-    with enforcing_gpu_budget(config.memory.bytes, "Raise the budget, or lower --together."):
+    with enforcing_gpu_budget(config.memory.limit, "Raise the budget, or lower --together."):
         if quick:
             options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
         ranks, targets = options.rank_choices, options.target_choices
@@ -95,7 +95,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         members = _members(together, quick=quick, seeds=seeds)
         setup = assemble_text(config, console, members=members, largest=largest)
         space = space_for(setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets)
-        budget = Budget(None if options.minutes is None else 60 * options.minutes, options.tokens)
+        budget = SearchBudget(None if options.minutes is None else 60 * options.minutes, options.tokens)
         search = Trials(setup, space, _rows(setup), budget, console, folder_above(out))
         with _cached_states(search, seeds, out):
             confirmed, found = _searched(search, sampler, options.difference, seeds, together)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -18,39 +18,45 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lorakeet.data.chat import Candidates, Encoder, Example, Ids
+from lorakeet.data.chat import Encoder, Ids
 from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
-from lorakeet.errors import ConfigError, DataError
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export.compare_stored import StoredTensor
-from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.export.tolerances import F16, PRECISIONS
-from lorakeet.memory.spill import Spill
 from lorakeet.models.files.source import find_source
-from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.serve.probe import FACT, record
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import VerifyOptions
-from lorakeet.workflows.planning.check import FP32, BudgetTooSmall, CheckSize, plan_check, stores
-from lorakeet.workflows.planning.rehearse_text import Judging, RowShape
+from lorakeet.workflows.planning.check import fit_check
+from lorakeet.workflows.planning.check_sizes import (
+    GREEDY_TOKENS,
+    MARGIN,
+    SAMPLED_TEXTS,
+    SAMPLED_TOKENS,
+    SERVERS,
+    compared_rows,
+    labelled_rows,
+    maps_a_file,
+    size_of_check,
+)
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import writing
-from lorakeet.workflows.runs.peak_memory import held_at_most
-from lorakeet.workflows.verification.artefact import SERVERS, Artefact, InTorch, Messages, is_there, live_side, open_artefact
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import temporary_stores
+from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages, is_there, live_side, open_artefact
 from lorakeet.workflows.verification.checks import (
-    GREEDY_TOKENS,
     Probes,
     check_answers,
     check_greedy,
     check_logits,
     check_prompts,
     check_stored,
-    positions_of_answer,
 )
 from lorakeet.workflows.verification.deployment import Deployable, check_deployment
 from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
@@ -59,10 +65,7 @@ from lorakeet.workflows.verification.server import Server, check_server
 
 TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
-SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
-FEWEST_TOKENS = 128  # of a row, below which a check says little: where not even they have room, it is refused
 CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
-MARGIN = 16  # positions of llama.cpp's context beyond the longest row and what is written after it
 
 
 @dataclass(frozen=True)
@@ -97,20 +100,15 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable
     options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
     size = partial(size_of_check, opened, options.against, source, "this check", rows=options.rows)
-    opened = plan_rows(opened, size, _place(opened), console)
-    with held_at_most(*opened.allowed, console, mapped=_maps(options.against)), stores(opened, "Nothing was compared."):
+    opened = fit_check(opened, lambda longest: size(longest=longest), _place(opened), console)
+    residency, mapped = opened.residency, maps_a_file(options.against)
+    with peak_said(residency, console, mapped=mapped), temporary_stores(residency, "Nothing was compared."):
         certificate = certify_artefacts(opened, options, console, beside=_place(opened).parent)
     show_certificate(certificate, console)
     if opened.run is not None:
         _keep(opened, certificate)
     certificate.raise_if_failed()
     return Verified(certificate)
-
-
-def _maps(targets: Sequence[str]) -> bool:
-    """Whether llama.cpp maps a file of one of these."""
-    files = [Path(target) for target in targets if not target.startswith(SERVERS)]
-    return any(not file.is_dir() or (file / "model.gguf").is_file() for file in files)
 
 
 def certify_artefacts(
@@ -137,7 +135,7 @@ def certify_artefacts(
         found = _compared_with(form, live, probes, opened, source)
         checks += found
         if probes.too_long and not probes.labelled:
-            why = f"every labelled row is longer than the {probes.most} tokens that the budget has room for"
+            why = f"every labelled row is longer than the {probes.most} tokens that fit into the budget"
             unchecked.append(Unchecked(found[0].artefact, "answers", why))
     facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
     facts |= _left_out(probes, facts["rows"])
@@ -148,7 +146,7 @@ def certify_artefacts(
 
 
 def _left_out(probes: Probes, rows: str) -> dict[str, str]:
-    """What facts say where the budget has no room for longer rows."""
+    """The facts of a certificate if longer rows do not fit into the budget."""
     if probes.most is None:
         return {}
     cut = {"rows": f"{rows}, their first {probes.most} tokens"}
@@ -158,95 +156,17 @@ def _left_out(probes: Probes, rows: str) -> dict[str, str]:
     return {**cut, "labelled rows left out": f"{probes.too_long} of {all_labelled}, longer than {probes.most} tokens"}
 
 
-def plan_rows(opened: Opened, size_of: Callable[..., CheckSize], place: Path, console: Console) -> Opened:
-    """`plan_check` of the check whose size `size_of(most=…)` gives; where longer rows have no room, of the first `most` tokens.
-
-    What computes with a row holds keys and values of it: of 2,048 tokens in Llama-2-7B 2 GiB in fp32, in llama.cpp at once.
-    """
-    most: int | None = None
-    while True:
-        size = size_of(most=most)
-        try:
-            planned = plan_check(opened, size, place, console)
-        except BudgetTooSmall:
-            length = size.judging.rows.length - GREEDY_TOKENS
-            if opened.run is None or length <= FEWEST_TOKENS:
-                raise
-            most = max(FEWEST_TOKENS, length // 2)
-            continue
-        if most is None or planned.kept is None:
-            return planned
-        console.print(f"Of longer rows the first {most} tokens are compared: the budget has no room for more.", soft_wrap=True)
-        return replace(planned, kept=replace(planned.kept, most=most))
-
-
-def size_of_check(
-    opened: Opened, targets: Sequence[str], source: Path, what: str, *, rows: int, memory: int = 0, disk: int = 0,
-    most: int | None = None,
-) -> CheckSize:  # fmt: skip
-    """What comparing `rows` rows with `targets` holds: a second model in torch for a merged folder, llama.cpp's for a GGUF file.
-
-    `memory` and `disk` are the bytes that writing them takes, where they are still to be written; of each row the first `most`
-    tokens are compared.
-    """
-    longest, answers = _measured(opened, source, rows) if opened.run else (SAMPLED_TOKENS + 1, 0)
-    longest = (longest if most is None else min(longest, most)) + GREEDY_TOKENS
-    files = [Path(target) for target in targets if not target.startswith(SERVERS)]
-    folders = [file for file in files if not _maps([str(file)])]
-    llama, text = len(files) > len(folders), read_config(source).get_text_config()
-    return CheckSize(
-        what,
-        Judging(RowShape(longest), 1 if opened.run else SAMPLED_TEXTS, longest if opened.run else SAMPLED_TOKENS),
-        models=2 if folders else 1,
-        row=min(longest, PASS) if len(files) == len(targets) else longest,
-        tensors=bool(files),
-        beside=context_bytes(text, longest + MARGIN) if llama else 0,
-        waiting=FP32 * ((rows + 1) * longest + answers) * int(text.vocab_size) if files else 0,
-        writing=memory,
-        artefact=disk,
-    )
-
-
-def _measured(opened: Opened, source: Path, rows: int) -> tuple[int, int]:
-    """Tokens of the longest of the held-out rows that will be compared, and after how many the answers of labelled ones take
-    logits; data.max_tokens and none where there is no budget to keep."""
-    if opened.config.memory.bytes is None:
-        return opened.config.data.max_tokens, 0
-    dataset, tokenizer = opened.dataset, load_tokenizer(opened.tokenizer or source)
-    encoder = Encoder(tokenizer, opened.config.data, dataset.labels)
-    chosen = _compared(dataset, encoder, rows)
-    labelled = _labelled(dataset, encoder, chosen)
-    return max(len(example.ids) for _, example in chosen), sum(positions_of_answer(row, tokenizer) for row in labelled)
-
-
-def _labelled(dataset: Dataset, encoder: Encoder, chosen: Sequence[tuple[Row, Example]]) -> list[Candidates]:
-    return [found for row, _ in chosen if dataset.labels and (found := encoder.candidates(row)) is not None]
-
-
-def _compared(dataset: Dataset, encoder: Encoder, rows: int) -> list[tuple[Row, Example]]:
-    """The first `rows` held-out rows that are short enough; DataError where none is."""
-    chosen: list[tuple[Row, Example]] = []
-    for row in dataset.held_out:
-        example = encoder.encode(row)
-        if example is not None and not example.truncated and len(chosen) < rows:
-            chosen.append((row, example))
-    if not chosen:
-        raise DataError("Every held-out row is longer than data.max_tokens; raise --data.max_tokens or hold out other rows.")
-    return chosen
-
-
 def _compared_with(
     form: Callable[[], AbstractContextManager[Artefact]], live: InTorch, probes: Probes, opened: Opened, source: Path
 ) -> list[Check]:
     """The checks of the artefact that `form` opens; where weights are streamed, it has gone before the live model computes."""
     live.text.release()
-    store = None if opened.kept is None else opened.kept.store
     with ExitStack() as stack:
         artefact = stack.enter_context(form())
         stored = artefact.stored(source, opened)
-        if store is None:
+        if opened.residency.store is None:
             return _checks(live, artefact, stored, probes, opened)
-        spill = Spill(store, "Free some space, or name another folder with memory.store.")
+        spill = opened.residency.waiting()
         with closing(spill):
             recorded = ask_all(artefact, probes, live, spill)
             recorded.let_go()
@@ -271,7 +191,7 @@ def _checks(
 
 
 def _cause_from_logits(live: InTorch, artefact: Artefact, row: list[int]) -> str:
-    """What the first tokens of a row tell of the cause: enough for it, and few enough to be held several times."""
+    """The likely cause from the first tokens of a row: enough to find it, and few enough to be in memory several times."""
     theirs = next(iter(artefact.logit_parts(row)))[:CAUSE_TOKENS]
     return cause_from_logits(live, row[: len(theirs)], theirs)
 
@@ -284,7 +204,7 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
         sampled = [ids for ids in sampled if len(ids) > 1]
         return Probes([], RAW_TEXTS, sampled, [], [ids[: max(1, len(ids) // 2)] for ids in sampled[:GREEDY]])
     encoder = Encoder(live.text.tokenizer, opened.config.data, dataset.labels)
-    chosen = _compared(dataset, encoder, rows)
+    chosen = compared_rows(dataset, encoder, rows)
     starts = [int(np.flatnonzero(example.supervised)[0]) for _, example in chosen]
     prompts = [example.ids[:start] for (_, example), start in zip(chosen, starts, strict=True)]
     talks: list[tuple[Messages, Ids]] = [
@@ -292,10 +212,11 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
         for (row, _), prompt in zip(chosen, prompts, strict=True)
         if is_templated(row, live.text.tokenizer, opened.config.data) and len(_messages(row)) > 0
     ]
-    labelled = _labelled(dataset, encoder, chosen)
+    labelled = labelled_rows(dataset, encoder, chosen)
     texts = (*RAW_TEXTS, *(row.text for row, _ in chosen[:TEXTS]))
-    most = None if opened.kept is None else opened.kept.most
-    return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY]).cut_to(most)
+    return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY]).cut_to(
+        opened.residency.way.longest
+    )
 
 
 def _messages(row: Row) -> Messages:

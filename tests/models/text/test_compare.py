@@ -17,8 +17,8 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import compare as compare_models
 from lorakeet.models.text.compare import compare_on, compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, set_attention
-from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from lorakeet.workflows.runs.residency import Residency, Way
 from tiny.runs import quiet
 
 SPEC = EvaluateSpec(resamples=100)
@@ -77,14 +77,14 @@ def test_two_streamed_models_run_one_after_the_other_and_give_the_same_numbers(f
     opened = open_adapter(finished.path)
     batches = micro_batches(finished.result.setup.held_out.examples, 100)
     spec = ModelSpec(str(finished.model), dtype="float32")
-    apart = replace(opened, kept=Arrangement(store=tmp_path / "live"))
+    apart = replace(opened, residency=Residency(way=Way(streamed=True), folder=tmp_path / "live"))
     left, right = apart.text_model(quiet(), dtype="float32"), load_text_model(spec, store=tmp_path / "base")
     assert left.streamed is not None and right.streamed is not None and left.store is not right.store
     left.release()
     right.release()
     both: list[bool] = []
     for text, other in ((left, right), (right, left)):
-        text.streamed.stream.bring = watched(text.streamed.stream, other.streamed.stream, both)  # type: ignore[union-attr]
+        text.streamed.stream.fetch = watched(text.streamed.stream, other.streamed.stream, both)  # type: ignore[union-attr]
     found = compare_outputs((left, NAME), (right, None), batches, spec=SPEC)
     assert both and not any(both), "blocks of one of them at a time"
     sides = (opened.text_model(quiet(), dtype="float32"), NAME), (load_text_model(spec), None)
@@ -94,10 +94,10 @@ def test_two_streamed_models_run_one_after_the_other_and_give_the_same_numbers(f
 
 
 def watched(stream: RecordStream, other: RecordStream, both: list[bool]) -> Any:
-    bring = stream.bring
+    fetch = stream.fetch
 
     def brought(index: int, then: int) -> Any:
         both.append(bool(other._slots))
-        return bring(index, then)
+        return fetch(index, then)
 
     return brought

@@ -25,7 +25,8 @@ from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning import rehearse_text
-from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, STEP, Judging, Rehearsal, RowShape, Streaming, rehearse
+from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, STEP, EvaluationSize, Rehearsal, RowShape, rehearse
+from lorakeet.workflows.runs.residency import RESIDENT, Way
 from tiny.models import FAMILIES, tiny_model
 
 BLOCKS = 6
@@ -38,17 +39,17 @@ def config_of(family: str, blocks: int = BLOCKS) -> Any:
     return getattr(transformers, name)(**{**settings, "n_layer" if family == "gpt2" else "num_hidden_layers": blocks})
 
 
-def rehearsed(config: Any, lora: LoraSpec = LORA, streaming: Streaming | None = None, **settings: Any) -> Rehearsal:
+def rehearsed(config: Any, lora: LoraSpec = LORA, way: Way = RESIDENT, **settings: Any) -> Rehearsal:
     method = settings.pop("quantize", "none")
     make = partial(
-        model_from_config if streaming is None else streamed_model_from_config, name="made-up", dtype=torch.bfloat16,
+        streamed_model_from_config if way.streamed else model_from_config, name="made-up", dtype=torch.bfloat16,
         products=torch.float32,
         quantize=QuantSpec(method=method),
     )  # fmt: skip
-    together = 1 if streaming is None else streaming.together
+    together = max(1, way.together)
     return rehearse(
         ModelBuilder(make, config), lora, TrainSpec(**settings), rows=RowShape(32, 2), micro_batches=max(2, together),
-        judging=Judging(RowShape(48, 1), 4, 8), streaming=streaming,
+        evaluation=EvaluationSize(RowShape(48, 1), 4, 8), way=way,
     )  # fmt: skip
 
 
@@ -79,11 +80,12 @@ def test_every_family_of_equal_blocks(family: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("quantize", "streaming"),
-    [("none", None), ("nf4", Streaming(3, False)), ("int8", Streaming(1, True)), ("nf4", None)], ids=str,
+    ("quantize", "way"),
+    [("none", RESIDENT), ("nf4", Way(True, together=3)), ("int8", Way(True, together=1, spilled=True)), ("nf4", RESIDENT)],
+    ids=str,
 )  # fmt: skip
-def test_every_way_to_keep_weights(quantize: str, streaming: Streaming | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_equal(*both(monkeypatch, config_of("llama"), streaming=streaming, quantize=quantize))
+def test_every_way_to_keep_weights(quantize: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_equal(*both(monkeypatch, config_of("llama"), way=way, quantize=quantize))
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,17 @@ from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, RowShape, Streaming, rehearse
+from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, RowShape, rehearse
+from lorakeet.workflows.runs.residency import Way
 from tiny.models import FAMILIES, save_tiny_llama, tiny_model
 from tiny.streams import loaded
 
 DTYPES = {"dtype": torch.float32, "products": torch.float32}
 
 
-def rehearsed(config: object, streaming: Streaming, batches: int = 2, **changes: object) -> Rehearsal:
+def rehearsed(config: object, way: Way, batches: int = 2, **changes: object) -> Rehearsal:
     build = ModelBuilder(partial(streamed_model_from_config, name="made-up", **{**DTYPES, **changes}), config)
-    return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2), micro_batches=batches, streaming=streaming)
+    return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2), micro_batches=batches, way=way)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +36,7 @@ def test_every_family_is_rehearsed_and_holds_less_than_resident(family: str) -> 
     resident = rehearse(
         partial(model_from_config, config, name="made-up", **DTYPES), LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2)
     )
-    streamed = rehearsed(config, Streaming(together=1, spill=True))
+    streamed = rehearsed(config, Way(True, together=1, spilled=True))
     assert streamed.plan == resident.plan
     assert streamed.peaks[STEP].bytes < resident.peaks[STEP].bytes
     assert resident.blocks == 0 and streamed.blocks == config.get_text_config().num_hidden_layers
@@ -61,7 +62,7 @@ def test_its_places_are_as_large_as_those_of_the_loaded_model(method: str, tmp_p
 def test_products_in_int8_are_rehearsed() -> None:
     config = tiny_model("llama").config
     exact, coded = (
-        rehearsed(config, Streaming(together=1), quantize=QuantSpec(method="int8", int8_products=products))
+        rehearsed(config, Way(True, together=1), quantize=QuantSpec(method="int8", int8_products=products))
         for products in (False, True)
     )
     assert coded.block_bytes == exact.block_bytes and coded.peaks[STEP].bytes != exact.peaks[STEP].bytes
@@ -70,14 +71,14 @@ def test_products_in_int8_are_rehearsed() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_over_a_mask_is_rehearsed_too_and_holds_more(attention: str) -> None:
     config = tiny_model("llama").config
-    by_rows = rehearsed(config, Streaming(together=1)).peaks[STEP].bytes
-    assert rehearsed(config, Streaming(together=1), attention=attention).peaks[STEP].bytes > by_rows
+    by_rows = rehearsed(config, Way(True, together=1)).peaks[STEP].bytes
+    assert rehearsed(config, Way(True, together=1), attention=attention).peaks[STEP].bytes > by_rows
 
 
 def test_inputs_on_disk_and_fewer_batches_together_hold_less() -> None:
     config = tiny_model("llama").config
     config.num_hidden_layers = 6
-    kept = rehearsed(config, Streaming(together=2)).peaks[STEP].bytes
-    one = rehearsed(config, Streaming(together=1)).peaks[STEP].bytes
-    spill = rehearsed(config, Streaming(together=1, spill=True)).peaks[STEP].bytes
-    assert spill < one < kept
+    kept = rehearsed(config, Way(True, together=2)).peaks[STEP].bytes
+    one = rehearsed(config, Way(True, together=1)).peaks[STEP].bytes
+    spilled = rehearsed(config, Way(True, together=1, spilled=True)).peaks[STEP].bytes
+    assert spilled < one < kept

@@ -20,7 +20,7 @@ def test_everything_is_there_and_resolved(tiny_sd_folder: Path, tmp_path: Path) 
     setup = assemble_images(image_config(tiny_sd_folder, tmp_path), Console(quiet=True))
     assert (len(setup.train), len(setup.held_out), setup.test) == (12, 8, []) and setup.steps == 8
     assert setup.config.diffusion.prediction == "epsilon" and setup.config.model.device == "cpu"
-    assert setup.evaluated == ("held-out", setup.held_out) and setup.arrangement.planned is None
+    assert setup.evaluated == ("held-out", setup.held_out) and setup.residency.plan is None
     task = image_task(setup)
     assert len(task.parameters()) == 2 * len(setup.plan.entries) and not (tmp_path / "run").exists()
 

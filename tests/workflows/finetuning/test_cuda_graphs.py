@@ -204,7 +204,7 @@ def test_models_that_cannot_be_recorded_are_refused(flash: Flash, tiny_llama_fol
 def test_experts_that_are_chosen_by_the_numbers_are_refused(flash: Flash, tmp_path: Path, data: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", family="mixtral")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "lora.target_modules": "experts"})
-    with pytest.raises(EnvironmentProblem, match="the model chooses experts by the numbers"):
+    with pytest.raises(EnvironmentProblem, match="the model chooses experts by values"):
         record_graphs(setup.text, text_task(setup), quiet(), Tape())
 
 

@@ -92,7 +92,7 @@ def test_a_transformer_is_trained_proved_and_written(kind: str, request: pytest.
     report, run = found.report, found.run
     assert report is not None and report.comparisons[0].verdict == "better" and read_certificate(run.certificate).passed
     assert read_run(run.config).diffusion.prediction == "flow" and len(list((run.path / "samples").iterdir())) == 4
-    assert found.setup.arrangement.planned is not None and found.setup.arrangement.planned.tensors > 0
+    assert found.setup.residency.plan is not None and found.setup.residency.plan.tensors > 0
     names = peft.read(run.adapter).pairs
     assert names and all(name.startswith(("transformer_blocks", "single_transformer_blocks")) for name in names)
     assert main(["convert", str(run.path), str(tmp_path / "x.safetensors"), "--to", "diffusers"]) == 0

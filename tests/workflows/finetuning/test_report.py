@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
+from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
@@ -90,8 +91,8 @@ def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is
 ) -> None:
     monkeypatch.setattr("lorakeet.workflows.finetuning.report.gpu_peak_bytes", lambda _: 900)
     monkeypatch.setattr("lorakeet.workflows.finetuning.report.bytes_beside_torch", lambda _: 77)
-    kept = replace(finished.result.setup.arrangement, budget=1000, card=torch.device("cuda", 0))
-    found = memory_use(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
+    kept = replace(finished.result.setup.residency, budget=Budget(1000, "1000"), gpu=torch.device("cuda", 0))
+    found = memory_use(replace(finished.result.setup, residency=kept), replace(finished.result.outcome, peak_bytes=800))
     assert [use.used for use in found[:4]] == [800, 900, 900, 77] and found[2].planned == 1000 and found[3].planned == CONTEXT
     assert found[1].what == "training, evaluation and certificate", "training resets the GPU's own peak"
     assert found[2].what == "training and evaluation, against memory.budget"

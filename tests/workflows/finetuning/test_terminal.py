@@ -89,8 +89,8 @@ def test_what_became_of_an_adapter_is_shown_beside_its_own_verdict() -> None:
 
 def test_pictures_plan_and_memory(tiny_sd_folder: Path, tmp_path: Path) -> None:
     setup = assemble_images(image_config(tiny_sd_folder, tmp_path), quiet(), forecast=True)
-    assert setup.arrangement.planned is not None and setup.arrangement.budget is None
-    text = printed(show_pictures, setup) + printed(show_image_forecast, setup.arrangement.planned)
+    assert setup.residency.plan is not None and not setup.residency.budget
+    text = printed(show_pictures, setup) + printed(show_image_forecast, setup.residency.plan)
     assert "12 training, 8 held-out" in text and "16×16 pixels" in text and "8 steps of 4 pictures" in text
     for word in ("encode", "train step", "saved: activations kept", "certify", "micro-batches of 4 × 16×16 pixels", "On a GPU"):
         assert word in text

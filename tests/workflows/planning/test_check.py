@@ -12,26 +12,19 @@ import pytest
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.compare_stored import PART_BYTES
-from lorakeet.memory.budget import enough_for
-from lorakeet.workflows.planning import check as forecast_check
-from lorakeet.workflows.planning.check import (
-    FP32,
-    CheckPlanner,
-    CheckSize,
-    adapted_bytes,
-    logits_bytes,
-    plan_check,
-    stores,
-    tensor_peak,
-)
-from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, RowShape
-from lorakeet.workflows.planning.streaming import ALONE
+from lorakeet.memory.budget import Budget, enough_for
+from lorakeet.workflows.planning import check as check_planning
+from lorakeet.workflows.planning.check import ModelCheck, fit_check
+from lorakeet.workflows.planning.check_sizes import FP32, CheckSize, adapted_bytes, logits_bytes, tensor_peak
+from lorakeet.workflows.planning.rehearse_text import EvaluationSize, NotPlanned, RowShape
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
+from lorakeet.workflows.runs.residency import ALONE, Way, temporary_stores
+from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
 from tiny.runs import quiet
 
-SIZE = CheckSize("a check", Judging(RowShape(32, 2), 0))
+SIZE = CheckSize("a check", EvaluationSize(RowShape(32, 2), 0))
 BLOCK = 4 * 512 * 512 - 2 * 512 * 256 + 3 * 512 * 2048 + 2 * 512  # numbers: q, k, v, o, the mlp, and two norms
 BASE = 8 * BLOCK
 
@@ -49,16 +42,15 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process of the tests holds is another thing."""
-    monkeypatch.setattr(forecast_check, "text_runtime_bytes", lambda precision: 300 << 20)
+    same_runtime(monkeypatch, 300 << 20)
 
 
-def planner(opened: Opened, check: CheckSize = SIZE) -> CheckPlanner:
-    source = Path(opened.config.model.path)
-    return CheckPlanner.of(check, opened.dense_spec, source, opened.adapter)
+def planner(opened: Opened, check: CheckSize = SIZE) -> ModelCheck:
+    return ModelCheck.of(lambda longest: check, opened, Path("out"), print)
 
 
 def peak(opened: Opened, streamed: bool, **changes: Any) -> int:
-    return planner(opened, replace(SIZE, **changes)).forecast(streamed=streamed).peak
+    return planner(opened, replace(SIZE, **changes)).plan(Way(streamed)).peak
 
 
 def test_models_in_memory_count_whole_and_streamed_ones_by_two_blocks(opened: Opened) -> None:
@@ -84,11 +76,11 @@ def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: O
 
 def test_keys_and_values_of_a_long_text_count_by_one_block(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all blocks' have no room they go to disk, in the rehearsal as in the run; a few blocks stand for all eight."""
-    long = Judging(RowShape(32, 2), 1, 3000)
+    long = EvaluationSize(RowShape(32, 2), 1, 3000)
     held = 2 * FP32 * 3000 * 256  # of one block: keys and values of two heads of 128
-    whole = peak(opened, True, judging=long)
+    whole = peak(opened, True, evaluation=long)
     monkeypatch.setattr("lorakeet.models.generate.sample.STREAMED_CACHE", 4 * held)
-    assert 7 * held <= whole - peak(opened, True, judging=long) <= 8 * held
+    assert 7 * held <= whole - peak(opened, True, evaluation=long) <= 8 * held
 
 
 def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
@@ -101,28 +93,29 @@ def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
 
 def test_more_budget_keeps_more_blocks_up_to_all(opened: Opened, tmp_path: Path) -> None:
     made = planner(opened)
-    found, whole = made.forecast(streamed=True), made.forecast(streamed=False)
+    found, whole = made.plan(Way(True)), made.plan(Way())
     slots = []
     for extra in (12, 76):
-        asked = plan_check(opened.within(f"{(found.peak + (extra << 20)) // 1000}KB"), SIZE, tmp_path / "out", quiet())
-        assert asked.kept is not None and asked.kept.planned is not None and asked.kept.budget is not None
-        assert asked.kept.planned <= asked.kept.budget < whole.peak and asked.kept.store == tmp_path / ".out.check"
-        slots.append(asked.kept.slots)
+        asked = fit_check(opened.within(f"{(found.peak + (extra << 20)) // 1000}KB"), SIZE, tmp_path / "out", quiet())
+        residency = asked.residency
+        assert residency.planned is not None and residency.planned <= residency.budget.bytes < whole.peak
+        assert residency.store == tmp_path / ".out.blocks"
+        slots.append(residency.way.slots)
     assert 2 <= slots[0] < slots[1] <= 8
-    assert plan_check(opened, SIZE, tmp_path / "out", quiet()) is opened
+    assert fit_check(opened, SIZE, tmp_path / "out", quiet()) is opened
 
 
-def test_where_two_blocks_have_no_room_one_may(opened: Opened, tmp_path: Path) -> None:
+def test_where_two_blocks_do_not_fit_one_may(opened: Opened, tmp_path: Path) -> None:
     """The least that is named is that of one block, and it is enough."""
     made = planner(opened)
-    two, one = made.forecast(streamed=True), made.forecast(streamed=True, slots=ALONE)
+    two, one = made.plan(Way(True)), made.plan(Way(True, ALONE))
     assert FP32 * BLOCK * 0.9 < two.peak - one.peak <= FP32 * BLOCK * 1.1
     with pytest.raises(ConfigError, match="but a check takes at least") as caught:
-        plan_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())
+        fit_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())
     least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
     assert f"{least} MiB" == enough_for(one.peak)
-    asked = plan_check(opened.within(f"{least}MiB"), SIZE, tmp_path / "out", quiet())
-    assert asked.kept is not None and asked.kept.slots == 1 and asked.kept.planned == one.peak
+    asked = fit_check(opened.within(f"{least}MiB"), SIZE, tmp_path / "out", quiet())
+    assert asked.residency.way.slots == 1 and asked.residency.planned == one.peak
 
 
 @pytest.mark.parametrize("changed", [0, 10])
@@ -138,11 +131,11 @@ def test_logits_count_by_their_tables_and_what_compares_a_part_of_two() -> None:
 
 
 def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opened: Opened, tmp_path: Path) -> None:
-    budget = f"{planner(opened).forecast(streamed=True).peak // 1000 + 20_000}KB"
+    budget = f"{planner(opened).plan(Way(True)).peak // 1000 + 20_000}KB"
     memory = replace(opened.config.memory, budget=budget, store=str(tmp_path / "there"))
-    asked = plan_check(replace(opened, config=replace(opened.config, memory=memory)), SIZE, tmp_path / "out", quiet())
-    with pytest.raises(KeyboardInterrupt), stores(asked, ""):
-        assert [path.suffix for path in (tmp_path / "there").iterdir()] == [".check"]
+    asked = fit_check(replace(opened, config=replace(opened.config, memory=memory)), SIZE, tmp_path / "out", quiet())
+    with pytest.raises(KeyboardInterrupt), temporary_stores(asked.residency):
+        assert [path.suffix for path in (tmp_path / "there").iterdir()] == [".blocks"]
         raise KeyboardInterrupt
     assert list((tmp_path / "there").iterdir()) == []
 
@@ -151,29 +144,40 @@ def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opene
 def test_a_disk_without_room_is_refused_before_the_work(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """Stores count, what waits, and keys and values that have no room in memory."""
-    size = replace(SIZE, judging=Judging(RowShape(32, 2), 1, 300))
-    budget = opened.within(f"{planner(opened, size).forecast(streamed=True).peak // 1000 + 20_000}KB")
+    """Stores count, what waits, and keys and values that do not fit into memory."""
+    size = replace(SIZE, evaluation=EvaluationSize(RowShape(32, 2), 1, 300))
+    budget = opened.within(f"{planner(opened, size).plan(Way(True)).peak // 1000 + 20_000}KB")
     free = SimpleNamespace(free=2 * FP32 * planner(opened, size).weights)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
-    plan_check(budget, size, tmp_path / "out", quiet())
+    fit_check(budget, size, tmp_path / "out", quiet())
     if part == "spilled":
         monkeypatch.setattr("lorakeet.models.generate.sample.STREAMED_CACHE", 1)
-        assert planner(opened, size).spilled(8) == 8 * 2 * FP32 * 301 * 256
+        assert planner(opened, size).spilled(size, 8) == 8 * 2 * FP32 * 301 * 256
     else:
         size = replace(size, **{part: 1 << 20})
-    with pytest.raises(EnvironmentProblem, match="are free there"):
-        plan_check(budget, size, tmp_path / "out", quiet())
+    with pytest.raises(EnvironmentProblem, match="are free"):
+        fit_check(budget, size, tmp_path / "out", quiet())
 
 
-def test_a_model_that_cannot_be_rehearsed_keeps_a_budget_only_in_memory(
+def test_a_model_that_cannot_be_planned_keeps_no_budget(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object, **__: object) -> None:
         raise NotPlanned("This model cannot be planned.")
 
-    monkeypatch.setattr(forecast_check, "rehearse_judging", refused)
-    asked = plan_check(opened.within("64GiB"), SIZE, tmp_path / "out", quiet())
-    assert asked.kept is not None and asked.kept.store is None
-    with pytest.raises(ConfigError, match="but a check takes about"):
-        plan_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())
+    monkeypatch.setattr(check_planning, "rehearse_evaluation", refused)
+    with pytest.raises(ConfigError, match=r"cannot be kept without a plan .* cannot be planned\. Leave --memory out\."):
+        fit_check(opened.within("64GiB"), SIZE, tmp_path / "out", quiet())
+
+
+def test_rows_are_cut_where_longer_ones_do_not_fit(opened: Opened) -> None:
+    """To half, again and again, down to the fewest tokens that a check is worth."""
+
+    def size(longest: int | None) -> CheckSize:
+        return replace(SIZE, evaluation=EvaluationSize(RowShape(64 + (longest or 1000)), 0))
+
+    def lengths(*, cut: bool) -> list[int | None]:
+        check = ModelCheck(size, opened.config.model, lambda: (None, None), lambda _: Plan((), (), 0), cut=cut)
+        return list(dict.fromkeys(way.longest for way in check.ways(Budget().bytes)))
+
+    assert lengths(cut=True) == [None, 500, 250, 128] and lengths(cut=False) == [None]

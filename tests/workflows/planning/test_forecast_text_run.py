@@ -27,10 +27,10 @@ from lorakeet.workflows.planning.forecast_text_run import (
     STEP,
     TOKENIZER_ENTRY,
     Again,
-    Planned,
     Precision,
+    TextRunPlan,
+    evaluation_of,
     forecast_run,
-    judging_of,
     largest_rows,
     text_runtime_bytes,
 )
@@ -49,7 +49,7 @@ def settings(**changes: str) -> RunConfig:
     return read_run(None, {**given, **{name.replace("__", "."): value for name, value in changes.items()}})
 
 
-def planned(precision: Precision = FP32, **changes: str) -> Planned:
+def planned(precision: Precision = FP32, **changes: str) -> TextRunPlan:
     return forecast_run(settings(**changes), config_from_settings(SMALL), precision, runtime=RUNTIME)
 
 
@@ -63,8 +63,8 @@ def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str,
 
 
 def test_judged_are_as_many_rows_as_fit_whatever_a_step_has() -> None:
-    assert judging_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == RowShape(32, 128)
-    assert judging_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 tokens at once"
+    assert evaluation_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == RowShape(32, 128)
+    assert evaluation_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 at once"
 
 
 def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:

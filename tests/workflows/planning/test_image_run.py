@@ -14,15 +14,16 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.models.image.from_config import shapes_of_images
+from lorakeet.workflows.planning import fit
 from lorakeet.workflows.planning import image_run as image_forecast
-from lorakeet.workflows.planning.image_run import Machine, advice, arrange_images, forecast_images, machine_of, ways
+from lorakeet.workflows.planning.image_run import Machine, changes_that_help, fit_images, forecast_images, machine_of, ways
 from tiny.image_runs import image_config, image_run
 
 
 @pytest.fixture(autouse=True)
 def heap_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order to the C library would outlast the test."""
-    monkeypatch.setattr(image_forecast, "return_freed_memory", lambda: True)
+    monkeypatch.setattr(fit, "return_freed_memory", lambda: True)
 
 
 def test_a_budget_is_kept_reported_and_certified_with_one_base(tiny_sd_folder: Path, tmp_path: Path) -> None:
@@ -45,10 +46,10 @@ def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path
     assert len(peaks) == 3 and peaks[0] > peaks[1] >= peaks[2]
     said: list[str] = []
     between = image_config(tiny_sd_folder, tmp_path, memory__budget=f"{(peaks[0] + peaks[1]) / 2e6:.3f}MB")
-    chosen = arrange_images(between, said.append)
-    assert chosen.config.diffusion.at_once == 1 and not chosen.config.diffusion.checkpointing and "at_once 1" in said[-1]
-    with pytest.raises(ConfigError, match=r"takes at least .* \(phase '[\w ]+'\)[\s\S]*model\.quantize nf4"):
-        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget=f"{peaks[2] / 4e6:.3f}MB"), said.append)
+    chosen, _ = fit_images(between, said.append)
+    assert chosen.diffusion.at_once == 1 and not chosen.diffusion.checkpointing and "at_once 1" in said[-1]
+    with pytest.raises(ConfigError, match=r"takes at least .* in phase '[\w ]+'[\s\S]*model\.quantize nf4"):
+        fit_images(image_config(tiny_sd_folder, tmp_path, memory__budget=f"{peaks[2] / 4e6:.3f}MB"), said.append)
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     found: list[tuple[torch.device, int]] = []
     monkeypatch.setattr(image_forecast, "device_for", torch.device)
     monkeypatch.setattr(image_forecast, "planned_on", torch.device)
-    monkeypatch.setattr(image_forecast, "gpu_warning", lambda device, budget: "")
-    monkeypatch.setattr(image_forecast, "limit_gpu_memory", lambda device, budget: found.append((device, budget)))
+    monkeypatch.setattr(fit, "gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(fit, "limit_gpu_memory", lambda device, budget: found.append((device, budget)))
     return found
 
 
@@ -67,20 +68,20 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
 ) -> None:
     said: list[str] = []
     card = torch.device("cuda", 0)
-    on_card = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="cuda:0")
-    whole = arrange_images(on_card, said.append)
-    assert whole.card == card and limited.pop() == (card, 8 << 30) and "on cuda:0" in said[-1] and whole.planned is not None
-    assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.planned.forecast.phases)
+    on_gpu = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="cuda:0")
+    _, whole = fit_images(on_gpu, said.append)
+    assert whole.gpu == card and limited.pop() == (card, 8 << 30) and "on cuda:0" in said[-1] and whole.plan is not None
+    assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.plan.forecast.phases)
     with pytest.raises(ConfigError, match="this run takes at least"):
-        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget="500MiB", model__device="cuda:0"), said.append)
+        fit_images(image_config(tiny_sd_folder, tmp_path, memory__budget="500MiB", model__device="cuda:0"), said.append)
     assert limited == []
     with pytest.raises(EnvironmentProblem, match="kept on the CPU and on CUDA devices"):
-        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="mps"), said.append)
+        fit_images(image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="mps"), said.append)
 
 
 def test_without_a_budget_nothing_is_planned(tiny_sd_folder: Path, tmp_path: Path) -> None:
     config = image_config(tiny_sd_folder, tmp_path)
-    assert arrange_images(config, print).planned is None
+    assert fit_images(config, print)[1].plan is None
 
 
 @pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", True), ("float32", False)])
@@ -95,9 +96,9 @@ def test_what_helps_on_a_card_without_bfloat16_is_float16_which_takes_no_more(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = image_config(tiny_sd_folder, tmp_path)
-    machine, shapes = Machine(torch.float32, 0, card=torch.device("cuda", 0)), shapes_of_images(config.model, print)
+    machine, shapes = Machine(torch.float32, 0, gpu=torch.device("cuda", 0)), shapes_of_images(config.model, print)
     monkeypatch.setattr(image_forecast, "narrow_for", lambda device: {"cuda": "float16"}[device.type])
-    change, planned = next(advice(config, shapes, machine))
+    change, planned = next(changes_that_help(config, shapes, machine))
     narrow = forecast_images(config, shapes, replace(machine, dtype=torch.bfloat16))
     assert change == "model.dtype float16" and planned.peak == narrow.peak and planned.work == narrow.work
 

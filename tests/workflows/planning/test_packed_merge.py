@@ -20,8 +20,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.export import model_folder
 from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.memory.allocator import slack
-from lorakeet.memory.budget import BETWEEN_PROCESSES
-from lorakeet.memory.forecast import Phase
+from lorakeet.memory.budget import BETWEEN_PROCESSES, Budget
 from lorakeet.memory.store import WeightStore
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models.files.gguf_dense import bytes_of_unpacking
@@ -32,15 +31,17 @@ from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing import merge as merge_packed
-from lorakeet.workflows.planning import packed_merge, text_run
-from lorakeet.workflows.planning.packed_merge import FP32, PackedMergeJob, keep_room, require_planned
-from lorakeet.workflows.planning.quantizing import RESIDENT, SPILLED, STREAMED, Way
+from lorakeet.workflows.planning import fit, packed_merge
+from lorakeet.workflows.planning.check_sizes import FP32
+from lorakeet.workflows.planning.packed_merge import SPILLED, STREAMED, PackedMergeJob, PackedMerging, fit_packed_merge
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
-from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
+from lorakeet.workflows.runs.output_paths import folder_above
+from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, Way, require_planned_attention
 from tiny.gguf_file import write_tiny_gguf
 from tiny.held import HeldBytes
+from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
 
@@ -83,26 +84,25 @@ def wide(runs: Path) -> Path:
 @pytest.fixture
 def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only tensors are planned."""
-    monkeypatch.setattr(packed_merge, "runtime_bytes", lambda precision: -slack(0))
+    same_runtime(monkeypatch, -slack(0))
     monkeypatch.setattr(packed_merge, "TOKENIZER_ENTRY", 0)
     monkeypatch.setattr(packed_merge, "INTERVALS", 0)
 
 
 @pytest.fixture
 def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
-    """Makes all other ways too large; what is planned for this one is in the list afterwards."""
-    real = packed_merge._MergePlanner.forecast
+    """Leaves this way alone; what is planned for it is in the list afterwards."""
+    real = PackedMerging.plan
 
     def going(wanted: Way) -> list[int]:
         planned: list[int] = []
 
-        def forecast(planner: Any, way: Way) -> Any:
-            if way != wanted:
-                return packed_merge._Forecast(Phase("too large", {"base": 1 << 60}))
-            planned.append((found := real(planner, way)).peak)
+        def plan(merging: PackedMerging, way: Way) -> MemoryPlan:
+            planned.append((found := real(merging, way)).peak)
             return found
 
-        monkeypatch.setattr(packed_merge._MergePlanner, "forecast", forecast)
+        monkeypatch.setattr(PackedMerging, "ways", lambda merging, budget: iter([wanted]))
+        monkeypatch.setattr(PackedMerging, "plan", plan)
         return planned
 
     return going
@@ -195,10 +195,11 @@ def test_layers_that_become_larger_are_planned(
 ) -> None:
     source, like = into_larger
     of_block = (4 * 256 * 256 + 3 * 256 * 704) * 34 // 32
-    forecast = packed_merge._MergePlanner(job(open_adapter(source), like)).forecast
+    plan = PackedMerging(job(open_adapter(source), like), tmp_path / "out.gguf").plan
     file = check_gguf(like)
-    assert forecast(RESIDENT).peak > bytes_of_unpacking(file, packed=True), "what was written is laid out to be loaded"
-    assert forecast(RESIDENT).comparing > 12 * of_block and forecast(STREAMED).block_bytes >= of_block
+    assert plan(RESIDENT).peak > bytes_of_unpacking(file, packed=True), "what was written is laid out to be loaded"
+    comparing = plan(RESIDENT).forecast.phase(packed_merge.COMPARE_MADE).bytes
+    assert comparing > 12 * of_block and plan(STREAMED).block_bytes >= of_block
     planned = going(RESIDENT)
     words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB"}
     with suppress(VerificationFailed):
@@ -213,8 +214,8 @@ def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: P
         source = save_tiny_llama(tmp_path / f"of{blocks}", **{**WIDE, "num_hidden_layers": blocks})
         run(source, runs / "rows.jsonl", tmp_path / f"run{blocks}", {"train.steps": 1, "evaluate.drift_texts": 0})
         quantize(QuantizeOptions(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}"), console=quiet())
-        planner = packed_merge._MergePlanner(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"))
-        peaks[blocks] = [planner.forecast(way).peak for way in (RESIDENT, STREAMED)]
+        merging = PackedMerging(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"), tmp_path / "out")
+        peaks[blocks] = [merging.plan(way).peak for way in (RESIDENT, STREAMED)]
     six_blocks = FP32 * 6 * (4 * 256 * 256 + 3 * 256 * 704)
     pairs = FP32 * 6 * 4 * (4 * 2 * 256 + 3 * (256 + 704))  # which stay in memory
     assert peaks[12][0] - peaks[6][0] >= six_blocks and peaks[12][1] - peaks[6][1] <= 1.1 * pairs < six_blocks / 10
@@ -226,13 +227,13 @@ def test_what_a_finish_holds_is_what_is_planned(
     like: str, wide: Path, held: HeldBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole merge with its steps; the numbers before rounding of all layers are most of it."""
-    planned, real = [], packed_merge._MergePlanner.forecast
+    planned, real = [], PackedMerging.plan
 
-    def noted(planner: Any, way: Way) -> Any:
-        planned.append(found := real(planner, way))
+    def noted(merging: PackedMerging, way: Way) -> MemoryPlan:
+        planned.append(found := real(merging, way))
         return found
 
-    monkeypatch.setattr(packed_merge._MergePlanner, "forecast", noted)
+    monkeypatch.setattr(PackedMerging, "plan", noted)
     words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / like)}
     with suppress(VerificationFailed):
         merge(
@@ -241,7 +242,7 @@ def test_what_a_finish_holds_is_what_is_planned(
             ),
             console=quiet(),
         )
-    assert planned[0].highest.name == "to finish"
+    assert planned[0].highest.name == "finish"
     assert held.peak <= planned[0].peak <= 1.3 * held.peak
 
 
@@ -250,22 +251,22 @@ def job(opened: Opened, like: Path, *, finishes: bool = False, rows: int = 8) ->
     return PackedMergeJob(opened, load_dataset(opened.config.data), layout, rows, finishes, 4096)
 
 
-def room(opened: Opened, like: Path, **more: Any) -> str:
+def said(opened: Opened, like: Path, **more: Any) -> str:
     console = Console(record=True, width=300, file=io.StringIO())
-    keep_room(job(opened, like, **more), like.parent / "out", console)
+    fit_packed_merge(job(opened, like, **more), like.parent / "out", console)
     return console.export_text()
 
 
-def test_a_budget_with_room_is_said_and_one_without_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_merge, "runtime_bytes", lambda _: 1 << 29)
+def test_a_budget_that_is_enough_is_said_and_one_that_is_not_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same_runtime(monkeypatch, 1 << 29)
     opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
-    assert room(opened, like) == ""
-    assert "planned of 8.59 GB for a merge into packed weights: the models stay in memory" in room(opened.within("8GiB"), like)
-    with pytest.raises(ConfigError, match=r"budget is 100 MiB, but a merge into packed .* at least \d+ MiB.*Fewer --calib"):
-        room(opened.within("100MiB"), like)
-    with pytest.raises(ConfigError, match=r"all of which are in memory\. Without it blocks may be streamed.*with --memory"):
-        room(opened.within("100MiB"), like, finishes=True)
-    assert "this machine has" in room(opened.within("900TiB"), like)
+    assert said(opened, like) == ""
+    assert "planned of 8GiB for a merge into packed weights: all weights stay in memory" in said(opened.within("8GiB"), like)
+    with pytest.raises(ConfigError, match=r"budget is 100MiB, but a merge into packed .* at least \d+ MiB.*Fewer --calib"):
+        said(opened.within("100MiB"), like)
+    with pytest.raises(ConfigError, match=r"all of which are in memory\. Leave it out.*be streamed.*with --memory"):
+        said(opened.within("100MiB"), like, finishes=True)
+    assert "this machine has" in said(opened.within("900TiB"), like)
 
 
 def test_a_gguf_file_that_is_still_to_be_laid_out_is_refused_before_that(
@@ -277,55 +278,54 @@ def test_a_gguf_file_that_is_still_to_be_laid_out_is_refused_before_that(
     with pytest.raises(ConfigError, match=r"but unpacking .*tiny\.gguf, which is done once, takes about"):
         merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out.gguf", **words), console=quiet())
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(text_run, "bytes_to_unpack", lambda spec: 1 << 50)
+    monkeypatch.setattr(fit, "bytes_to_unpack", lambda spec: 1 << 50)
     with pytest.raises(ConfigError, match=r"but unpacking .*nf4, which is done once"):
-        room(open_adapter(runs / "on_nf4").within("8GiB"), runs / "nf4")
+        said(open_adapter(runs / "on_nf4").within("8GiB"), runs / "nf4")
 
 
 def test_the_least_that_is_named_is_enough(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_merge, "runtime_bytes", lambda _: 1 << 29)
+    same_runtime(monkeypatch, 1 << 29)
     opened, like = open_adapter(runs / "on_dense"), runs / "nf4"
     with pytest.raises(ConfigError) as caught:
-        room(opened.within("300MiB"), like)
+        said(opened.within("300MiB"), like)
     least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
-    assert " for a merge into packed weights: " in room(opened.within(f"{least}MiB"), like)  # the models are that small
+    assert " for a merge into packed weights: " in said(opened.within(f"{least}MiB"), like)  # the models are that small
     with pytest.raises(ConfigError):
-        room(opened.within(f"{least - 1 - (BETWEEN_PROCESSES >> 20)}MiB"), like)
+        said(opened.within(f"{least - 1 - (BETWEEN_PROCESSES >> 20)}MiB"), like)
 
 
-def test_a_model_that_cannot_be_planned_counts_as_whole(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_planned_keeps_no_budget(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise NotPlanned("This model cannot be planned.")
 
-    monkeypatch.setattr(packed_merge, "rehearse_judging", refused)
+    monkeypatch.setattr(packed_merge, "rehearse_evaluation", refused)
     opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
-    assert "cannot be planned" in room(opened.within("8GiB"), like)
-    with pytest.raises(ConfigError, match="The budget is"):
-        room(opened.within("20MiB"), like)
+    with pytest.raises(ConfigError, match=r"cannot be kept without a plan .* Leave --memory out\."):
+        said(opened.within("8GiB"), like)
 
 
 def test_a_model_that_cannot_be_streamed_is_refused_with_the_reason(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = packed_merge._MergePlanner.forecast
+    real = PackedMerging.plan
 
-    def forecast(planner: Any, way: Way) -> Any:
+    def plan(merging: PackedMerging, way: Way) -> MemoryPlan:
         if way.streamed:
             raise NotStreamed("It has no list of blocks.")
-        return real(planner, way)
+        return real(merging, way)
 
-    monkeypatch.setattr(packed_merge._MergePlanner, "forecast", forecast)
+    monkeypatch.setattr(PackedMerging, "plan", plan)
     opened, like = open_adapter(runs / "on_nf4").within("100MiB"), runs / "nf4"
     with pytest.raises(ConfigError, match=r"It has no list of blocks\. Fewer --calibration-rows"):
-        room(opened, like)
+        said(opened, like)
 
 
-def test_another_attention_than_the_planned_one_is_refused_under_a_budget(runs: Path) -> None:
-    opened = open_adapter(runs / "on_nf4")
-    opened = opened.over(replace(opened.config.model, attention="auto"))
+def test_another_attention_than_the_planned_one_is_refused_under_a_budget() -> None:
     by_row = cast(TextModel, SimpleNamespace(name="a model", attention="sdpa"))
-    require_planned(opened, by_row)
+    limited: Residency[MemoryPlan] = Residency(Budget.parse("1GiB"))
+    require_planned_attention(Residency(), by_row)
     with pytest.raises(ConfigError, match="a model attends with sdpa, row by row, but --memory is planned for attention varlen"):
-        require_planned(replace(opened, kept=Arrangement(1, 1)), by_row)
-    require_planned(replace(opened, kept=Arrangement(1, 1)), cast(TextModel, SimpleNamespace(attention="varlen")))
+        require_planned_attention(limited, by_row)
+    require_planned_attention(limited, by_row, "sdpa")
+    require_planned_attention(limited, cast(TextModel, SimpleNamespace(attention="varlen")))
 
 
 @pytest.mark.usefixtures("no_runtime")
@@ -362,8 +362,8 @@ def test_a_disk_without_room_is_said_before_the_work(
     runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going(SPILLED)
-    monkeypatch.setattr(packed_merge.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(EnvironmentProblem, match=r"blocks lie in .*\.out\.blocks until all is done: .* MB with the result"):
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(EnvironmentProblem, match=r"packed weights needs .* in .*\.out\.blocks and .* in .*out on disk"):
         words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "memory": "8GiB"}
         merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
     assert not any(tmp_path.iterdir())
@@ -379,13 +379,13 @@ def test_the_result_is_counted_on_its_own_disk(runs: Path, going: Any, tmp_path:
     for folder in ("fast", "large"):
         (tmp_path / folder).mkdir()
     free = {"fast": 1 << 40, "large": 1000}
-    monkeypatch.setattr(packed_merge, "_disk_of", lambda place: place.name)
-    monkeypatch.setattr(packed_merge.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place.name]))
-    with pytest.raises(EnvironmentProblem, match=r"large/out takes .* and 1 kB are free there.*name an --out"):
-        keep_room(given, tmp_path / "large" / "out", quiet())
+    monkeypatch.setattr(fit, "disk_of", lambda path: folder_above(path).name)
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place.name]))
+    with pytest.raises(EnvironmentProblem, match=r"needs .* in .*large/out on disk, where 1000 bytes are free.*or --out"):
+        fit_packed_merge(given, tmp_path / "large" / "out", quiet())
     free.update(fast=1000, large=1 << 40)
-    with pytest.raises(EnvironmentProblem, match=r"blocks lie in .*fast/stores/\.out-.*\.blocks until all is done: [^w]*, and"):
-        keep_room(given, tmp_path / "large" / "out", quiet())
+    with pytest.raises(EnvironmentProblem, match=r"needs [^,]* in .*fast/stores/\.out-.*\.blocks on disk, where 1000 bytes"):
+        fit_packed_merge(given, tmp_path / "large" / "out", quiet())
 
 
 def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

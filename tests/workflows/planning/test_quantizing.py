@@ -15,7 +15,6 @@ import torch
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export import model_folder
 from lorakeet.memory.allocator import slack
-from lorakeet.memory.forecast import Phase
 from lorakeet.memory.store import WeightStore
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models.streaming import load as streamed_load
@@ -23,11 +22,14 @@ from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text import load
 from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.packing import calibrate
-from lorakeet.workflows.planning import quantizing
-from lorakeet.workflows.planning.quantizing import RESIDENT, SPILLED, STREAMED, Kept, QuantizeJob, Way
+from lorakeet.workflows.planning import fit
+from lorakeet.workflows.planning.packed_merge import SPILLED, STREAMED
+from lorakeet.workflows.planning.quantizing import QuantizeJob, Quantizing
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 from lorakeet.workflows.quantize import quantize
+from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Way
 from tiny.held import HeldBytes
+from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, write_rows
 
@@ -43,26 +45,25 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only tensors are planned."""
-    monkeypatch.setattr(quantizing, "runtime_bytes", lambda precision: -slack(0))
+    same_runtime(monkeypatch, -slack(0))
     monkeypatch.setattr(QuantizeJob, "beside", 0)
 
 
 @pytest.fixture
 def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
-    """Makes all other ways too large; what is planned for this one is in the list afterwards."""
-    real = quantizing.forecast
+    """Leaves this way alone; what is planned for it is in the list afterwards."""
+    real = Quantizing.plan
 
     def going(wanted: Way) -> list[int]:
         planned: list[int] = []
 
-        def forecast(job: QuantizeJob, way: Way) -> Phase:
-            if way != wanted:
-                return Phase("too large", {"base": 1 << 60})
+        def plan(job: Quantizing, way: Way) -> MemoryPlan:
             found = real(job, way)
-            planned.append(found.bytes)
+            planned.append(found.peak)
             return found
 
-        monkeypatch.setattr(quantizing, "forecast", forecast)
+        monkeypatch.setattr(Quantizing, "ways", lambda job, budget: iter([wanted]))
+        monkeypatch.setattr(Quantizing, "plan", plan)
         return planned
 
     return going
@@ -79,7 +80,7 @@ def test_gptq_writes_the_same_bytes_each_way(family: str, rows: str, going: Any,
     quantize(QuantizeOptions(str(source), out=tmp_path / "free", calibration=rows, **GPTQ), console=quiet())
     for way in (RESIDENT, STREAMED, SPILLED):
         going(way)
-        out = tmp_path / str(way.streamed + way.on_disk)
+        out = tmp_path / str(way.streamed + way.spilled)
         quantize(QuantizeOptions(str(source), out=out, calibration=rows, memory="8GiB", **GPTQ), console=quiet())
         assert contents(out) == contents(tmp_path / "free")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "free", "source"]
@@ -139,15 +140,15 @@ def test_the_store_of_a_check_is_in_the_plan(method: Any, going: Any, tmp_path: 
 @pytest.mark.usefixtures("no_runtime")
 def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in memory takes more by all of them, and by what they become: their pages stay while the packed layers wait."""
-    planned: dict[Way, list[int]] = {RESIDENT: [], STREAMED: []}
+    planned: dict[Way, list[int]] = {}
 
-    def forecast(job: QuantizeJob, way: Way) -> Phase:
-        planned.setdefault(way, []).append(real(job, way).bytes)
-        return Phase("too large", {"base": 1 << 60})
+    def plan(job: Quantizing, way: Way) -> MemoryPlan:
+        planned.setdefault(way, []).append((found := real(job, way)).peak)
+        return found
 
-    real = quantizing.forecast
-    monkeypatch.setattr(quantizing, "forecast", forecast)
-    settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
+    real = Quantizing.plan
+    monkeypatch.setattr(Quantizing, "plan", plan)
+    settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "1KiB"}
     for blocks in (6, 12):
         source = save_tiny_llama(tmp_path / str(blocks), **{**WIDE, "num_hidden_layers": blocks})
         with pytest.raises(ConfigError, match="takes at least"):
@@ -162,10 +163,10 @@ def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Pa
 def test_a_budget_below_the_least_is_refused_with_it(
     method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantizing, "runtime_bytes", lambda precision: 400 << 20)
+    same_runtime(monkeypatch, 400 << 20)
     source = save_tiny_llama(tmp_path / "source")
     settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
-    with pytest.raises(ConfigError, match=r"budget is 100 MiB, but quantising .* takes at least 4\d\d MiB: .*--memory"):
+    with pytest.raises(ConfigError, match=r"budget is 100MiB, but quantising .* takes at least 4\d\d MiB .*--memory"):
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="100MiB", **settings), console=quiet())
     for wrong, said in (("3", "without a unit"), ("-1GiB", "must be above 0"), ("2 lots", "no unit of memory")):
         with pytest.raises(ConfigError, match=said):
@@ -180,10 +181,10 @@ def test_a_model_that_cannot_be_planned_is_refused(
     def refused(*_: Any) -> None:
         raise NotPlanned("This model cannot be planned.")
 
-    monkeypatch.setattr(quantizing, "forecast", refused)
+    monkeypatch.setattr(Quantizing, "plan", refused)
     source = save_tiny_llama(tmp_path / "source")
     settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
-    with pytest.raises(ConfigError, match=r"cannot be kept without a plan: .* with every --method, .* Leave --memory out"):
+    with pytest.raises(ConfigError, match=r"--memory cannot be kept without a plan .* Leave --memory out"):
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="8GiB", **settings), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -192,25 +193,23 @@ def test_a_model_that_cannot_be_planned_is_refused(
 def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_of_this_verb(
     method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = quantizing.forecast
+    real = Quantizing.plan
 
-    def forecast(job: QuantizeJob, way: Way) -> Phase:
+    def plan(job: Quantizing, way: Way) -> MemoryPlan:
         if way.streamed:
             raise NotStreamed("It has no blocks.")
         return real(job, way)
 
-    monkeypatch.setattr(quantizing, "runtime_bytes", lambda precision: 400 << 20)
-    monkeypatch.setattr(quantizing, "forecast", forecast)
+    same_runtime(monkeypatch, 400 << 20)
+    monkeypatch.setattr(Quantizing, "plan", plan)
     source = save_tiny_llama(tmp_path / "source")
     settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
     with pytest.raises(
-        ConfigError, match=r"at least 4\d\d MiB: .*in memory\. It has no blocks\. Give that with --memory"
+        ConfigError, match=r"at least 4\d\d MiB .*in memory\. It has no blocks\. Give that with --memory"
     ) as caught:
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="100MiB", **settings), console=quiet())
     assert "memory.budget" not in str(caught.value)
     quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="12GiB", **settings), console=quiet())
-    with pytest.raises(ConfigError, match=r"^It has no blocks\. Leave --memory out\.$"), Kept(1, 1).measured(quiet()):
-        raise NotStreamed("It has no blocks.")
 
 
 @pytest.mark.usefixtures("no_runtime")
@@ -269,7 +268,7 @@ def test_a_disk_without_room_is_said_before_the_work(
 ) -> None:
     source = save_tiny_llama(tmp_path / "source")
     going(SPILLED)
-    monkeypatch.setattr(quantizing.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(EnvironmentProblem, match=r"until all is done: .* and 1 kB are free there\. Free some space"):
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(EnvironmentProblem, match=r"quantising .* needs .* on disk, where 1000 bytes are free\. Free some space"):
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", **GPTQ), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,19 @@ from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.spill import HostSpill
-from lorakeet.models.text.load import read_config
 from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
-from lorakeet.workflows.planning.streaming import least_streamed
-from lorakeet.workflows.planning.text_run import Arrangement, Loaded, arrange, batches_of, streamed_plans
-from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.planning.streaming import LEAST
+from lorakeet.workflows.planning.text_run import TextRun, Workload, fit_text_run
+from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
+from lorakeet.workflows.runs.residency import RESIDENT, Residency
+from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
 from tiny.runs import adapter_bytes, chats, quiet, run, settings, write_rows
 
 WIDE = {"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 2048}  # blocks of 16 MB, few, since each is rehearsed
-NO_LABELS = Loaded(labelled=False, characters=10_000)
+NO_LABELS = Workload(labelled=False, characters=10_000)
 CHANGES = {"train.steps": "2", "train.micro_tokens": "128", "evaluate.drift_texts": "0"}
 
 
@@ -31,69 +34,67 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("wide") / "model", **WIDE)
 
 
-def least(config: RunConfig, model: Path) -> int:
-    return least_streamed(streamed_plans(config, read_config(model), model, NO_LABELS))
+def least(config: RunConfig) -> int:
+    return TextRun(config, NO_LABELS, print).plan(LEAST).peak
 
 
-def test_without_a_budget_nothing_is_arranged(model: Path, tmp_path: Path) -> None:
-    assert arrange(settings(model, tmp_path / "rows", tmp_path / "run"), print) == Arrangement()
+def test_without_a_budget_nothing_is_planned(model: Path, tmp_path: Path) -> None:
+    assert fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run"), print) == Residency()
 
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process itself holds, which goes up and down from plan to plan, is the same for all."""
-    monkeypatch.setattr("lorakeet.workflows.planning.text_run.runtime_bytes", lambda _, **__: 1 << 29)
+    same_runtime(monkeypatch, 1 << 29)
 
 
 @pytest.mark.usefixtures("steady")
 def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "rows", tmp_path / "run", CHANGES)
-    assert batches_of(config, read_config(model)).count > 1
+    assert TextRun(config, NO_LABELS, print).batches.count > 1
     said: list[str] = []
     large = settings(model, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": "8GiB"})
-    whole = arrange(large, said.append, NO_LABELS)
-    assert whole.store is None and "stays in memory" in said[-1] and whole.forecast is not None
-    middle = (least(config, model) + whole.forecast.peak) // 2
+    whole = fit_text_run(large, said.append, NO_LABELS)
+    assert whole.way == RESIDENT and "all weights stay in memory" in said[-1] and whole.plan is not None
+    middle = (least(large) + whole.plan.peak) // 2
     smaller = settings(
         model, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": f"{middle // 1000}KB", "memory.store": "there"}
     )
-    found = arrange(smaller, said.append, NO_LABELS)
-    assert found.store == Path("there") and found.together >= 1 and found.slots > 2
+    found = fit_text_run(smaller, said.append, NO_LABELS)
+    assert found.store == Path("there") and found.way.together >= 1 and found.way.slots > 2
     pruned = {**CHANGES, "train.steps": "12", "memory.budget": f"{middle // 1000}KB", "ranks": "prune"}
-    words = r"memory\.budget is \d+ MiB.* ranks\.choose is prune.* the budget \(\d+ MiB.* or take ranks\.choose given"
+    words = r"memory budget is \d+KB.* at least \d+ MiB.* ranks\.choose is prune.* Take ranks\.choose given.* Raise the budget"
     with pytest.raises(ConfigError, match=words):
-        arrange(settings(model, tmp_path / "rows", tmp_path / "run", pruned), said.append, NO_LABELS)
+        fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", pruned), said.append, NO_LABELS)
     for change, said_of in (({"lora.start": "gradient"}, "lora.start gradient"), ({"ranks": "auto"}, "ranks.choose auto")):
         measured = settings(model, tmp_path / "rows", tmp_path / "run", {**pruned, "ranks": "given", **change})
-        words = rf"{said_of} measures training rows .* the budget \(\d+ MiB.* in lora\.rank_pattern"
+        words = rf"at least \d+ MiB.*{said_of} measures training rows .* in lora\.rank_pattern"
         with pytest.raises(ConfigError, match=words):
-            arrange(measured, said.append, NO_LABELS)
+            fit_text_run(measured, said.append, NO_LABELS)
     given = settings(model, tmp_path / "rows", tmp_path / "run", {**pruned, "ranks": "given"})
-    assert arrange(given, said.append, NO_LABELS).store is not None, "what the message advises"
+    assert fit_text_run(given, said.append, NO_LABELS).store is not None, "what the message advises"
     assert "streamed from disk" in said[-1] or "computed again" in said[-1]
-    assert found.planned is not None and found.budget is not None and found.planned <= found.budget
-    assert found.forecast is not None and found.forecast.peak <= found.budget
+    assert found.plan is not None and found.plan.training_peak <= found.plan.peak <= found.budget.bytes
 
 
 def test_a_run_is_forecast_without_a_budget_too(model: Path, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "rows", tmp_path / "run", CHANGES)
-    found = arrange(config, print, NO_LABELS)
-    assert found.store is None and found.budget is None and found.forecast is not None
-    assert found.planned == found.forecast.training_peak <= found.forecast.peak
+    found = fit_text_run(config, print, NO_LABELS)
+    assert found.way == RESIDENT and not found.budget and found.plan is not None
+    assert 0 < found.plan.training_peak <= found.plan.peak
 
 
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_keeps_a_budget_too(family: str, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", family=family, **WIDE)
-    config = settings(folder, tmp_path / "rows", tmp_path / "run", CHANGES)
     large = settings(folder, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": "8GiB"})
-    whole = arrange(large, print, NO_LABELS).forecast
+    whole = fit_text_run(large, print, NO_LABELS).plan
     assert whole is not None
-    middle = (least(config, folder) + whole.peak) // 2
+    middle = (least(large) + whole.peak) // 2
     budget = {**CHANGES, "memory.budget": f"{middle // 1000}KB", "memory.store": "there"}
-    found = arrange(settings(folder, tmp_path / "rows", tmp_path / "run", budget), print, NO_LABELS)
-    assert found.store == Path("there") and found.forecast is not None and found.forecast.peak <= middle
+    found = fit_text_run(settings(folder, tmp_path / "rows", tmp_path / "run", budget), print, NO_LABELS)
+    assert found.store == Path("there") and found.plan is not None and found.plan.peak <= middle
 
 
 def test_a_model_that_cannot_be_rehearsed_is_refused_a_budget_with_the_remedy(
@@ -104,27 +105,27 @@ def test_a_model_that_cannot_be_rehearsed_is_refused_a_budget_with_the_remedy(
 
     monkeypatch.setattr("lorakeet.workflows.planning.text_run.forecast_run", refused)
     small = settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "1GiB"})
-    with pytest.raises(ConfigError, match=r"memory.budget cannot be kept .* Leave the budget out\."):
-        arrange(small, print, NO_LABELS)
+    with pytest.raises(ConfigError, match=r"memory.budget cannot be kept without a plan.* Leave memory.budget out\."):
+        fit_text_run(small, print, NO_LABELS)
 
 
 def test_a_budget_below_the_floor_is_refused_with_the_least_that_works(model: Path, tmp_path: Path) -> None:
     small = settings(model, write_rows(tmp_path / "rows.jsonl", chats(30)), tmp_path / "run", {"memory.budget": "64MiB"})
-    with pytest.raises(ConfigError, match=r"memory.budget is 64 MiB, but this run takes at least \d+ MiB"):
+    with pytest.raises(ConfigError, match=r"memory budget is 64MiB, but this run takes at least \d+ MiB"):
         finetune(small, console=quiet())
     assert not (tmp_path / "run").exists()
 
 
 def test_more_than_the_machine_has_is_warned_of(model: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    arrange(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "900TiB"}), said.append)
+    fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "900TiB"}), said.append)
     assert "this machine has" in said[0]
 
 
 def test_a_device_that_cannot_stream_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorakeet.workflows.planning.text_run.device_for", lambda _: torch.device("mps"))
     with pytest.raises(EnvironmentProblem, match="on the CPU and on CUDA devices, but the model would be on mps"):
-        arrange(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "8GiB"}), print)
+        fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "8GiB"}), print)
 
 
 @pytest.fixture
@@ -132,9 +133,9 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     """As if there were a CUDA device; the limits that torch is held to."""
     found: list[tuple[torch.device, int]] = []
     monkeypatch.setattr("lorakeet.workflows.planning.text_run.device_for", torch.device)
-    monkeypatch.setattr("lorakeet.workflows.planning.text_run.gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr("lorakeet.workflows.planning.fit.gpu_warning", lambda device, budget: "")
     monkeypatch.setattr(
-        "lorakeet.workflows.planning.text_run.limit_gpu_memory", lambda device, budget: found.append((device, budget))
+        "lorakeet.workflows.planning.fit.limit_gpu_memory", lambda device, budget: found.append((device, budget))
     )
     return found
 
@@ -142,62 +143,68 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
 def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
     model: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
 ) -> None:
-    on_card = {**CHANGES, "model.device": "cuda:0"}
+    on_gpu = {**CHANGES, "model.device": "cuda:0"}
     said: list[str] = []
-    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "8GiB"})
-    whole = arrange(large, said.append, NO_LABELS)
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "8GiB"})
+    whole = fit_text_run(large, said.append, NO_LABELS)
     card = torch.device("cuda", 0)
-    assert "everything stays on cuda:0" in said[-1]
-    assert whole.store is None and whole.card == card and limited.pop() == (card, 8 << 30) and whole.forecast is not None
-    assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.forecast.forecast.phases)
-    budget = f"{(least(large, model) + (20 << 20)) // 1000}KB"  # room for one more block than two
+    assert "all weights stay on cuda:0" in said[-1]
+    assert whole.way == RESIDENT and whole.gpu == card and limited.pop() == (card, 8 << 30) and whole.plan is not None
+    assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.plan.forecast.phases)
+    budget = f"{(least(large) + (20 << 20)) // 1000}KB"  # room for one more block than two
     for keep in ("disk", "host"):
-        change = {**on_card, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
-        found = arrange(settings(model, tmp_path / "rows", tmp_path / "run", change), said.append, NO_LABELS)
-        assert found.store == Path("there") and found.card == card and limited.pop()[1] == found.budget
-        assert found.pinned == (keep == "host") and found.scratch is None and isinstance(found.spill(), HostSpill) == found.away
-        assert "Pinned of the host's memory" in said[-1] and "on cuda:0" in said[-2]
+        change = {**on_gpu, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
+        found = fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", change), said.append, NO_LABELS)
+        assert found.store == Path("there") and found.gpu == card and limited.pop()[1] == found.budget.bytes
+        assert found.pinned == (keep == "host") and isinstance(found.spilled_states(), HostSpill) == found.way.spilled
+        assert "Pinned host memory" in said[-1] and "on cuda:0" in said[-2]
     with pytest.raises(ConfigError, match=r"this run takes at least \d+ MiB"):
-        arrange(settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "600MiB"}), print, NO_LABELS)
+        little = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "600MiB"})
+        fit_text_run(little, print, NO_LABELS)
     assert limited == []
 
 
 @pytest.mark.usefixtures("limited")
 def test_more_of_the_hosts_memory_than_there_is_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_card = {**CHANGES, "model.device": "cuda:0", "memory.keep": "host"}
-    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "8GiB"})
-    budget = f"{(least(large, model) + (20 << 20)) // 1000}KB"
-    monkeypatch.setattr("lorakeet.workflows.planning.text_run.machine_bytes", lambda: 1 << 20)
-    with pytest.raises(ConfigError, match=r"This machine has 0\.00 GiB\. Leave memory\.keep out"):
-        arrange(settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": budget}), print, NO_LABELS)
+    on_gpu = {**CHANGES, "model.device": "cuda:0", "memory.keep": "host"}
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "8GiB"})
+    budget = f"{(least(large) + (20 << 20)) // 1000}KB"
+    monkeypatch.setattr("lorakeet.workflows.planning.fit.machine_bytes", lambda: 1 << 20)
+    with pytest.raises(ConfigError, match=r"This machine has 1 MiB\. Leave memory\.keep out"):
+        fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": budget}), print, NO_LABELS)
 
 
 def test_pinned_memory_is_no_way_on_the_cpu_which_is_said(model: Path, tmp_path: Path) -> None:
     said: list[str] = []
     changes = {**CHANGES, "memory.budget": "8GiB", "memory.keep": "host"}
-    found = arrange(settings(model, tmp_path / "rows", tmp_path / "run", changes), said.append, NO_LABELS)
-    assert "memory.keep host is for CUDA devices" in said[0] and not found.pinned and found.card is None
+    found = fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", changes), said.append, NO_LABELS)
+    assert "memory.keep host is for CUDA devices" in said[0] and not found.pinned and found.gpu is None
 
 
 def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", chats(40))
     plain = run(model, data, tmp_path / "plain", CHANGES)
-    config = settings(model, data, tmp_path / "kept", CHANGES)
-    whole = arrange(settings(model, data, tmp_path / "kept", {**CHANGES, "memory.budget": "8GiB"}), print, NO_LABELS).forecast
-    lowest = least(config, model)
+    large = settings(model, data, tmp_path / "kept", {**CHANGES, "memory.budget": "8GiB"})
+    whole, lowest = fit_text_run(large, print, NO_LABELS).plan, least(large)
     assert whole is not None and whole.peak > lowest
     budget = f"{(lowest + whole.peak) // 2000}KB"
     kept = run(model, data, tmp_path / "kept", {**CHANGES, "memory.budget": budget, "memory.store": str(tmp_path / "store")})
     assert kept.setup.text.streamed is not None and plain.outcome is not None and kept.outcome is not None
     assert kept.outcome.best_loss == plain.outcome.best_loss
     assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "plain")
+    opened = open_adapter(tmp_path / "kept")
+
+    def within(memory: str) -> Opened:
+        again = opened.within(memory)
+        return replace(again, residency=fit_evaluation(again.config, again.adapter, print, NO_LABELS))
+
     with pytest.raises(ConfigError, match="measuring this adapter takes at least") as caught:
-        open_adapter(tmp_path / "kept").within("9MiB").text_model(quiet(), within_budget=NO_LABELS)
-    grown = re.findall(r"at least (\d+ MiB)", str(caught.value))[0]  # with what this process holds by now, after two runs
-    again = open_adapter(tmp_path / "kept").within(grown).text_model(quiet(), within_budget=NO_LABELS)
-    without = open_adapter(tmp_path / "plain").text_model(quiet(), within_budget=NO_LABELS)
+        within("9MiB")
+    grown = re.findall(r"at least (\d+ MiB)", str(caught.value))[0]  # with what this process uses by now, after two runs
+    again = within(grown).text_model(quiet())
+    without = open_adapter(tmp_path / "plain").text_model(quiet())
     assert again.streamed is not None and without.streamed is None
     assert kept.report is not None
     training, _, against = kept.report.memory
-    assert training.planned is not None and training.used is not None and against.planned == kept.setup.arrangement.budget
+    assert training.planned is not None and training.used is not None and against.planned == kept.setup.residency.budget.limit
     assert plain.report is not None and all(use.planned and use.used for use in plain.report.memory)

@@ -15,6 +15,7 @@ from rich.console import Console
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.report.report import read_report
+from lorakeet.memory.budget import Budget
 from lorakeet.models.inject import adapter_names
 from lorakeet.train import schedule, stopping
 from lorakeet.train.text.task import learning_rate_of
@@ -114,14 +115,14 @@ def test_where_rates_cannot_be_tried_that_is_said(
 
 def test_memory_and_rows_decide_too(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run")
-    forecast = setup.arrangement.forecast
-    assert forecast is not None and 0 < forecast.rate_trial < forecast.peak, "the certificate holds a second base"
-    large = replace(setup, arrangement=replace(setup.arrangement, forecast=replace(forecast, rate_trial=forecast.peak + 1)))
+    plan = setup.residency.plan
+    assert plan is not None and 0 < plan.rate_trial < plan.peak, "the certificate holds a second base"
+    large = replace(setup, residency=replace(setup.residency, plan=replace(plan, rate_trial=plan.peak + 1)))
     assert "more than what the run itself takes" in tried(large)[2]
-    tight = replace(setup, arrangement=replace(setup.arrangement, budget=forecast.rate_trial - 1))
+    tight = replace(setup, residency=replace(setup.residency, budget=Budget(plan.rate_trial - 1, "little")))
     assert "more than memory.budget" in tried(tight)[2]
-    unknown = replace(setup, arrangement=replace(setup.arrangement, budget=1, forecast=None))
-    assert "is not known, and memory.budget is set" in tried(unknown)[2]
+    unknown = replace(setup, residency=replace(setup.residency, budget=Budget(1, "1"), plan=None))
+    assert "memory.budget is set, " in tried(unknown)[2]
     few = replace(setup, held_out=replace(setup.held_out, examples=setup.held_out.examples[:1]))
     assert "1 held-out rows cannot distinguish two rates" in tried(few)[2]
 
@@ -186,6 +187,6 @@ def test_quick_that_can_mean_nothing_is_refused(finished: Any, tmp_path: Path) -
     config = read_run(finished.path / "config.yaml", {"train.rate_trial_steps": "0", "out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"(?s)has its learning rate already.*rate_trial_steps is 0"):
         finetune(config, FinetuneOptions(resume=finished.path, quick=True), console=quiet())
-    with pytest.raises(ConfigError, match="for text models only"):
+    with pytest.raises(ConfigError, match="for text only"):
         finetune(replace(config, kind="image"), FinetuneOptions(quick=True), console=quiet())
     assert not (tmp_path / "run").exists()

@@ -15,10 +15,11 @@ import transformers
 from lorakeet.errors import ConfigError
 from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.tolerances import BF16, F32, Q4
+from lorakeet.memory.budget import Budget
 from lorakeet.memory.mapped_files import releasing_pages
 from lorakeet.merge.merged_folder import merge_into
-from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.runs.residency import Residency
 from lorakeet.workflows.verification import artefact as artefacts
 from lorakeet.workflows.verification.artefact import (
     InLlamaCpp,
@@ -86,9 +87,10 @@ def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
     monkeypatch.setattr(artefacts, "LlamaCpp", Counted)
     monkeypatch.setattr(artefacts, "releasing_pages", noted)
     found = []
-    for kept in (None, Arrangement(1 << 40)):
+    for budget in (None, "1TiB"):
+        residency: Residency[Any] = Residency(Budget.parse(budget))
         asked = {"base": None, "precision": "auto", "console": quiet(), "context": 64}
-        with open_artefact(str(tmp_path / "model.gguf"), replace(opened, kept=kept), **asked) as artefact:  # type: ignore[arg-type]
+        with open_artefact(str(tmp_path / "model.gguf"), replace(opened, residency=residency), **asked) as artefact:  # type: ignore[arg-type]
             before = len(begun)
             assert artefact.stored(finished.model, opened) and len(begun) == before
             found.append(artefact.logits(IDS))

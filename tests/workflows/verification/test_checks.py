@@ -16,7 +16,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.export.llama_cpp import PASS
 from lorakeet.export.tolerances import F32, Q4
-from lorakeet.workflows.planning.check import COMPARED, ROW_LOGITS
+from lorakeet.workflows.planning.check_sizes import COMPARED, ROW_LOGITS
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import (

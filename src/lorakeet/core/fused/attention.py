@@ -214,7 +214,7 @@ class RotaryAttention(Replacement):
         uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens become neighbours: one part
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         heads, kv = (base.shape[0] // head for base in bases[:2])
-        offsets = cast("RowOffsets | None", settings.get("row_places"))
+        offsets = cast("RowOffsets | None", settings.get("row_offsets"))
         own = kernel_of(packed_rows(x, settings.get("row_products") or torch.float32, heads, kv, head, rows, prefix))
         if own is None or (offsets is not None and own is not FlashVarlen):
             return nothing

@@ -26,7 +26,7 @@ from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, ReorderedProducts
 from lorakeet.core.selection import BatchAssignment, Selection, Share
-from lorakeet.core.spec import FROM_WEIGHT
+from lorakeet.core.spec import FACTORED
 from lorakeet.kernels.choose import copies_pairs
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
@@ -359,7 +359,7 @@ def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, devic
     needed.
     """
     pair: LoraPair = DoraPair(entry, device=device) if entry.variant == "dora" else LoraPair(entry, device=device)
-    needs_weight = entry.start in FROM_WEIGHT
+    needs_weight = entry.start in FACTORED
     initialise(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)
     if isinstance(pair, DoraPair):
         pair.measure(weight())

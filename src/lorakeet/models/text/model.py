@@ -133,7 +133,7 @@ class TextModel:
         The work depends only on the memory of the arguments and of the model, so a CUDA graph can capture it. With gradient if
         enabled. Raises EnvironmentProblem where the attention takes no offsets on the device.
         """
-        rows = {"row_lengths": (offsets.longest,), "row_places": offsets, "row_products": self.products}
+        rows = {"row_lengths": (offsets.longest,), "row_offsets": offsets, "row_products": self.products}
         return self._decode(ids[None], position_ids=positions[None], **rows)[0]
 
     def computed_tokens(self, tokens: int) -> int:

@@ -31,7 +31,8 @@ from lorakeet.models.inject import inject
 from lorakeet.train.image.task import ImageTask
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.kind import Assembly
-from lorakeet.workflows.planning.image_run import ImageArrangement, arrange_images
+from lorakeet.workflows.planning.image_run import ImageRunPlan, fit_images
+from lorakeet.workflows.runs.residency import Residency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class ImageAssembly(Assembly):
     held_out: list[EncodedImage]
     test: list[EncodedImage]
     prior: list[EncodedImage]  # of the subject's class
-    arrangement: ImageArrangement
+    residency: Residency[ImageRunPlan]
 
     @property
     def name(self) -> str:
@@ -58,11 +59,6 @@ class ImageAssembly(Assembly):
     @property
     def evaluated(self) -> tuple[str, list[EncodedImage]]:
         return ("test", self.test) if self.test else ("held-out", self.held_out)
-
-    @property
-    def planned(self) -> tuple[int | None, int | None]:
-        found = self.arrangement.planned
-        return (None, None) if found is None else (found.training_peak, found.peak)
 
 
 def assemble_images(
@@ -86,8 +82,7 @@ def assemble_images(
         say(warning)
     if config.diffusion.scorer:
         load_scorer(config.diffusion.scorer)  # used at the end only, but raises now if it is missing
-    arrangement = arrange_images(config, say, asked=forecast)
-    config = arrangement.config
+    config, residency = fit_images(config, say, forecast=forecast)
     model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
     if not model.kind.flow:
         check_betas(model.pipeline.scheduler.config)
@@ -110,7 +105,7 @@ def assemble_images(
     captions = Captions(model, config.images, say=say)
     return ImageAssembly(
         config=_resolved(config, model), plan=plan, dataset=dataset, model=model, captions=captions, train=train,
-        held_out=held_out, test=test, prior=prior, arrangement=arrangement,
+        held_out=held_out, test=test, prior=prior, residency=residency,
     )  # fmt: skip
 
 
@@ -156,7 +151,7 @@ def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None =
         problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
     if config.ranks.choose != "given":
         problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
-    if config.diffusion.scorer and config.memory.bytes is not None:
+    if config.diffusion.scorer and config.memory.limit:
         problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
     for name, instead in TEXT_SETTINGS.items():
         part, key = name.split(".")

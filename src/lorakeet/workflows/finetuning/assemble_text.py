@@ -26,9 +26,11 @@ from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.planning.forecast_choices import reads_weights
-from lorakeet.workflows.planning.text_run import Arrangement, Loaded, arrange
+from lorakeet.workflows.planning.forecast_text_run import TextRunPlan
+from lorakeet.workflows.planning.text_run import Workload, fit_text_run
 from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
+from lorakeet.workflows.runs.residency import Residency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class TextAssembly(Assembly):
     held_out: Encoded
     test: Encoded
     new_token_ids: tuple[int, ...]
-    arrangement: Arrangement = field(default_factory=Arrangement)
+    residency: Residency[TextRunPlan] = field(default_factory=Residency)
     initial_plan: Plan | None = None  # once ranks were pruned: the plan with which training started
 
     @property
@@ -52,11 +54,6 @@ class TextAssembly(Assembly):
     @property
     def device(self) -> torch.device:
         return self.text.device
-
-    @property
-    def planned(self) -> tuple[int | None, int | None]:
-        forecast = self.arrangement.forecast
-        return self.arrangement.planned, None if forecast is None else forecast.peak
 
     @property
     def cuts(self) -> dict[int, int]:
@@ -98,12 +95,12 @@ def assemble_text(
             "No rows are held out, so nothing could be proved. Set data.held_out_fraction above 0, or name a data.held_out file."
         )
     parts = (dataset.train, dataset.held_out, dataset.test)
-    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
-    arrangement = arrange(config, _say(console), loaded)
+    workload = Workload(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
+    residency = fit_text_run(config, _say(console), workload)
     device = config.model.device
     sharded = config.train.shard and processes.count > 1  # a device holds its shard only: the whole model is loaded on the host
     model = dataclasses.replace(config.model, device="cpu") if sharded else config.model
-    text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots, pinned=arrangement.pinned)
+    text = load_text_model(model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned)
     if text.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which only image models are trained: text runs have no loss scale, so small gradients "
@@ -122,7 +119,7 @@ def assemble_text(
         config, plan = choose_ranks(config, text, plan, train.examples, console)
     setup = TextAssembly(
         config=config, plan=plan, dataset=dataset, text=text, encoder=encoder, train=train, held_out=held_out, test=test,
-        new_token_ids=new_token_ids, arrangement=arrangement, processes=processes,
+        new_token_ids=new_token_ids, residency=residency, processes=processes,
     )  # fmt: skip
     _ = setup.cuts  # raises now if they cannot be made
     return setup
@@ -136,9 +133,9 @@ def text_task(setup: TextAssembly, *, held_out: Sequence[Example] | None = None)
     spec = setup.config.train
     text = add_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
-    kept = setup.arrangement
     task = TextTask(
-        text, setup.train.examples, held_out=rows, spec=spec, spill=kept.spill(), together=kept.together,
+        text, setup.train.examples, held_out=rows, spec=spec, spill=setup.residency.spilled_states(),
+        together=setup.residency.way.together,
         processes=setup.processes,
     )  # fmt: skip
     task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)

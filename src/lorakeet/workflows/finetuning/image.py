@@ -23,6 +23,7 @@ from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble
 from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests
 from lorakeet.workflows.finetuning.evaluate_image import ImageEvaluator
 from lorakeet.workflows.finetuning.kind import Digests, RunKind
+from lorakeet.workflows.finetuning.plan_image import ImagePlanResult, plan_images
 from lorakeet.workflows.finetuning.terminal import show_image_forecast, show_pictures
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
@@ -37,19 +38,22 @@ class ImageKind(RunKind[ImageAssembly]):
 
     words = PICTURES
 
+    def plan(self, config: RunConfig, console: Console) -> ImagePlanResult:
+        return plan_images(config, console)
+
     def assemble(
         self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
     ) -> ImageAssembly:
         return assemble_images(config, console, forecast=dry_run, resumed=resumed)
 
     def summary(self, setup: ImageAssembly, *, dry_run: bool) -> dict[str, Any]:
-        planned = setup.arrangement.planned
+        planned = setup.residency.plan
         return {} if planned is None else {"memory": planned.to_mapping()}
 
     def show(self, setup: ImageAssembly, console: Console, *, dry_run: bool) -> None:
         show_pictures(setup, console)
-        if dry_run and setup.arrangement.planned is not None:
-            show_image_forecast(setup.arrangement.planned, console)
+        if dry_run and setup.residency.plan is not None:
+            show_image_forecast(setup.residency.plan, console)
 
     def task(self, setup: ImageAssembly, run: RunFolder, console: Console) -> ImageTask:
         return image_task(setup, partial(_draw_progress, setup, run, console) if setup.config.diffusion.progress else None)
@@ -99,7 +103,7 @@ class ImageKind(RunKind[ImageAssembly]):
         prompts = [picture.row.caption for picture in setup.evaluated[1][:2]]
         return certify_images(
             setup.model, run.adapter, prompts, before=before, sampler=sampler_of(setup.config),
-            spec=setup.config.model if setup.arrangement.budget is None else None,
+            spec=setup.config.model if not setup.residency.budget else None,
         )  # fmt: skip
 
     def model_text(self, setup: ImageAssembly) -> str:

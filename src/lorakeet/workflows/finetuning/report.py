@@ -124,7 +124,7 @@ def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     They are the process's; with a budget on a CUDA device they are the device's since training started, with the context as
     planned, and what was not planned follows.
     """
-    budget, device = setup.arrangement.budget, setup.arrangement.card
+    budget, device = setup.residency.budget, setup.residency.gpu
     process = peak_bytes() if setup.memory is None else setup.memory.now()
     whole = process if device is None else gpu_peak_bytes(device)
     training, planned = setup.planned
@@ -133,10 +133,10 @@ def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
         MemoryUse(f"training, {'whole process' if device is None else f'on {device}'}", training, outcome.peak_bytes),
         MemoryUse(what, planned, whole),
     ]
-    if budget is not None:
+    if budget:
         what = "the whole run" if device is None else "training and evaluation"
-        used.append(MemoryUse(f"{what}, against memory.budget", budget, whole))
-    if budget is not None and device is not None:
+        used.append(MemoryUse(f"{what}, against memory.budget", budget.limit, whole))
+    if budget and device is not None:
         used.append(MemoryUse(f"CUDA context on {device}, and other processes there", CONTEXT, bytes_beside_torch(device)))
         used.append(MemoryUse("the process's own memory on the host", None, peak_bytes()))
     return tuple(used)

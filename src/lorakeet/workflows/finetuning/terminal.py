@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.data.images.split import ImageDataset
     from lorakeet.workflows.finetuning.assemble_image import ImageAssembly
     from lorakeet.workflows.finetuning.assemble_text import TextAssembly
-    from lorakeet.workflows.planning.image_run import ImagePlanned
+    from lorakeet.workflows.finetuning.kind import PlanResult
+    from lorakeet.workflows.planning.image_run import ImageRunPlan
 
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
 
@@ -50,11 +51,10 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens an epoch; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
-    planned = setup.arrangement.forecast
+    planned = setup.residency.plan
     if planned is not None:
-        most = max((phase for phase in planned.forecast.phases if phase.bytes == planned.peak), key=lambda phase: phase.bytes)
-        where = "of this process" if setup.arrangement.card is None else f"on {setup.arrangement.card}"
-        console.print(f"Memory: at most {bytes_text(planned.peak)} {where} planned, in the phase: {most.name}")
+        where = "of this process" if setup.residency.gpu is None else f"on {setup.residency.gpu}"
+        console.print(f"Memory: at most {bytes_text(planned.peak)} {where} planned, in the phase: {planned.highest.name}")
 
 
 def show_pictures(setup: ImageAssembly, console: Console) -> None:
@@ -137,9 +137,9 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
         console.print(Text(f"{certificate.verdict}.", style="bold yellow"))
 
 
-def show_image_forecast(planned: ImagePlanned, console: Console) -> None:
+def show_image_forecast(planned: ImageRunPlan, console: Console) -> None:
     """Prints the memory of an image run by phase, and the size of its micro-batches."""
-    console.print(memory_table(planned.forecast, None if planned.card is None else str(planned.card)))
+    console.print(memory_table(planned.forecast, None if planned.gpu is None else str(planned.gpu)))
     pictures = planned.pictures
     height, width = pictures.example
     console.print(
@@ -150,10 +150,27 @@ def show_image_forecast(planned: ImagePlanned, console: Console) -> None:
     )
 
 
+def show_peak(result: PlanResult, console: Console, how: str = "") -> None:
+    """Prints the peak of a planned run against its budget; `how` says how it is computed."""
+    against = ""
+    if result.budget:
+        left = result.budget.bytes - result.peak
+        difference = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
+        against = f"{how}, {difference} the budget of {result.budget}"
+    console.print(f"Peak of the run: {bytes_text(result.peak)}{against}.", soft_wrap=True)
+
+
+def show_advice(result: PlanResult, console: Console, hows: tuple[str, str] = ("", "")) -> None:
+    """Prints what would lower the peak of a planned run; `hows` are words for weights in memory and for streamed ones."""
+    for item in result.advice:
+        fits = "fits" if item.peak <= result.budget.bytes else "is still too much"
+        console.print(f"  {item.change}: {bytes_text(item.peak)}{hows[item.streamed]}, {fits}", soft_wrap=True)
+
+
 def memory_table(forecast: Forecast, device: str | None = None) -> Table:
     """A table of the bytes at the peak of each phase, by kind: of the process, or on a CUDA `device`; within 80 columns."""
     shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
-    unit, size, digits = ("GB", 1e9, 2) if forecast.peak.bytes >= 1e9 else ("MB", 1e6, 1)
+    unit, size, digits = ("GiB", 1 << 30, 2) if forecast.peak.bytes >= 1 << 30 else ("MiB", 1 << 20, 1)
     where, keeper = (f"on {device}", "torch's allocator") if device else ("of the process", "the C library")
     title = f"Memory {where} at the peak of each phase, in {unit}"
     caption = f"saved: activations kept for the backward pass; alloc.: freed memory that {keeper} keeps"

@@ -33,6 +33,7 @@ from lorakeet.workflows.finetuning.certify_text import certify_text
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.kind import Digests, RunKind
+from lorakeet.workflows.finetuning.plan_text import TextPlanResult, plan_text
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.terminal import show_rows
 from lorakeet.workflows.runs.pruning import pruned_plan
@@ -45,6 +46,9 @@ class TextKind(RunKind[TextAssembly]):
     several_processes = True
     tries_rates = True
 
+    def plan(self, config: RunConfig, console: Console) -> TextPlanResult:
+        return plan_text(config, console)
+
     def check(self, config: RunConfig, processes: int) -> None:
         require_graphable(config, processes)
 
@@ -55,8 +59,8 @@ class TextKind(RunKind[TextAssembly]):
 
     def summary(self, setup: TextAssembly, *, dry_run: bool) -> dict[str, Any]:
         found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch}
-        if setup.arrangement.forecast is not None:
-            found["memory"] = setup.arrangement.forecast.to_mapping()
+        if setup.residency.plan is not None:
+            found["memory"] = setup.residency.plan.to_mapping()
         if cuts := setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         return {**found, "rank_pattern": dict(setup.config.lora.rank_pattern)} if dry_run else found
@@ -72,7 +76,7 @@ class TextKind(RunKind[TextAssembly]):
         return task
 
     def frozen_digests(self, setup: TextAssembly) -> Digests:
-        return {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
+        return {} if setup.residency.store else frozen_digests(setup.text.model)  # streamed weights are only read
 
     def identity(self, setup: TextAssembly, digests: Digests) -> dict[str, str | list[str]]:
         config = setup.config
@@ -121,7 +125,7 @@ class TextKind(RunKind[TextAssembly]):
         )
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
-        one_base = setup.sharded or setup.arrangement.budget is not None
+        one_base = setup.sharded or bool(setup.residency.budget)
         return certify_text(
             setup.text,
             run.adapter,

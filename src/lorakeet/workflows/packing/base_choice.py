@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from rich.console import Console
@@ -21,9 +22,10 @@ from lorakeet.models.files.origin import origin_of, packed_folder, stored_as
 from lorakeet.models.files.source import on_this_machine
 from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, TextEvaluator
 from lorakeet.workflows.finetuning.terminal import show_results
-from lorakeet.workflows.planning.quantizing import stream_closed
-from lorakeet.workflows.planning.text_run import Loaded
+from lorakeet.workflows.planning.evaluation import fit_evaluation
+from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
+from lorakeet.workflows.runs.residency import stream_closed
 
 Base = Literal["original", "dequantised"]
 Into = Literal["original", "dequantised", "auto"]
@@ -81,9 +83,9 @@ def both_bases(opened: Opened) -> Bases:
 
 
 def choose_base(into: Into, opened: Sequence[Opened], bases: Bases, dataset: Dataset | None, console: Console) -> BaseChoice:
-    """What `into` comes to for these adapters, the first one's bases being `bases`. "auto" measures one run that has both.
+    """Resolves `into` for these adapters; `bases` are those of the first. "auto" measures one run that has both.
 
-    Raises ConfigError where a base is asked for that there is not, or that is not known.
+    Raises ConfigError if the requested base does not exist or is not known.
     """
     first = opened[0]
     if not bases.kind and into == "dequantised":
@@ -167,10 +169,11 @@ def _measured(bases: Bases, dataset: Dataset, console: Console) -> BaseChoice:
 def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> Answers | RowLosses:
     console.print(f"Measuring the adapter over the {base} base")
     gc.collect()  # a model before this one, whose parts know each other
-    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in dataset.held_out))
-    text = opened.text_model(console, within_budget=loaded)
+    workload = Workload(bool(dataset.labels), sum(len(row.text) for row in dataset.held_out))
+    residency = fit_evaluation(opened.config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload)
+    text = replace(opened, residency=residency).text_model(console)
     encoder = Encoder(text.tokenizer, opened.config.data, dataset.labels)
-    judge = TextEvaluator(opened.config, text, encoder, dataset.held_out, console, NAME)
+    evaluator = TextEvaluator(opened.config, text, encoder, dataset.held_out, console, NAME)
     with stream_closed(text):
-        rows = judge.fitting()
-        return replace(judge.answers(rows, ADAPTER) if dataset.labels else judge.losses(rows, ADAPTER), system=base)
+        rows = evaluator.fitting()
+        return replace(evaluator.answers(rows, ADAPTER) if dataset.labels else evaluator.losses(rows, ADAPTER), system=base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,10 +18,10 @@ from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.export.model_folder import TensorGroup, write_model
-from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.budget import Budget
 from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.files.origin import packed_card
+from lorakeet.models.files.origin import packed_readme
 from lorakeet.models.files.quantized import kept_experts, owners, skeleton, with_quantisation
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
@@ -41,8 +42,10 @@ from lorakeet.quant.gptq_config import GptqConfig, gptq_mapping
 from lorakeet.quant.gptq_pack import BITS
 from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.workflows.options import QuantizeOptions
-from lorakeet.workflows.planning.quantizing import Kept, QuantizeJob, keep_budget, stream_closed
+from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing
 from lorakeet.workflows.runs.output_paths import require_place
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import Residency, require_planned_attention, stream_closed, temporary_stores
 
 DAMPING = 0.01  # the paper's
 MICRO_TOKENS = 2048
@@ -52,19 +55,19 @@ def write_gptq(options: QuantizeOptions, layout: GptqLayout, console: Console) -
     """Writes `options.model` with GPTQ weights to `options.out` and loads it again as a check.
 
     Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and
-    the packed layers that are not written yet are held beside the model, whose weights stay where they are pages of its files.
-    Within a budget `memory`, such as "3GiB", all of that is held, or one block, with the states or not; the result is the same.
-    Raises ConfigError for layers that do not fit the
-    layout and a budget that cannot be kept, DataError for too few calibration tokens, before anything is written.
+    the packed layers that are not written yet are in memory beside the model, whose weights are pages of its files. Within a
+    budget `memory`, such as "3GiB", all of that is in memory, or one block, with the states or not; the result is the same.
+    Raises ConfigError for layers that do not fit the layout and for a budget that cannot be kept, DataError for too few
+    calibration tokens, before anything is written.
     """
     model, out = options.model, options.out
     _check(options, layout)
-    budget = None if options.memory is None else parse_budget(options.memory)
+    budget = Budget.parse(options.memory)
     tokens, limit = options.calibration_tokens, options.calibration_rows
     data = DataSpec(train=str(options.calibration), supervise="all", max_tokens=tokens, limit=limit)
     rows = read_rows(data.train, data)
     spec = _as_stored(model, console)
-    if budget is not None:  # which bounds the memory of the process
+    if budget:  # which bounds the memory of the process
         spec = replace(spec, device="cpu")
     config, plain = read_config(Path(spec.path)), skeleton(read_config(Path(spec.path)))
     examples = encode_rows(rows, Encoder(load_tokenizer(Path(spec.path)), data)).examples
@@ -76,18 +79,18 @@ def write_gptq(options: QuantizeOptions, layout: GptqLayout, console: Console) -
         model, config, with_quantisation(config, words), getattr(torch, spec.dtype), layout=layout, rows=examples,
         micro_tokens=MICRO_TOKENS,
     )  # fmt: skip
-    kept = keep_budget(budget, job, out, console)
-    with kept.measured(console):
-        return _quantised(job, spec, kept, layout, out, console)
+    residency = fit_quantizing(budget, job, out, console)
+    with temporary_stores(residency), peak_said(residency, console):
+        return _quantised(job, spec, residency, layout, out, console)
 
 
 def _quantised(
-    job: QuantizeJob, spec: ModelSpec, kept: Kept, layout: GptqLayout, out: Path, console: Console
+    job: QuantizeJob, spec: ModelSpec, residency: Residency[Any], layout: GptqLayout, out: Path, console: Console
 ) -> tuple[int, dict[str, float]]:
     """Loads the model, writes the folder, and loads that again."""
-    text = load_text_model(spec, say=console.print, store=kept.store)
+    text = load_text_model(spec, say=console.print, store=residency.store)
     with stream_closed(text):
-        kept.require_planned(text)
+        require_planned_attention(residency, text)
         experts = kept_experts(text.model)
         if experts:  # said before the long work, not after it
             console.print(experts, soft_wrap=True)
@@ -99,7 +102,7 @@ def _quantised(
                 errors.update(block.errors)
                 bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
 
-            written = _write(job, text, kept, layout, out, done)
+            written = _write(job, text, residency, layout, out, done)
     del text
     worst = max(errors, key=lambda path: (errors[path], path))
     console.print(
@@ -114,7 +117,7 @@ def _quantised(
         if line != experts:
             console.print(line)
 
-    kept.check(out, job, say)
+    check_written(out, job, residency, say)
     return written, errors
 
 
@@ -155,15 +158,22 @@ def _settings(layout: GptqLayout) -> GptqConfig:
 
 
 def _write(
-    job: QuantizeJob, text: TextModel, kept: Kept, layout: GptqLayout, out: Path, done: Callable[[QuantisedBlock], None]
+    job: QuantizeJob,
+    text: TextModel,
+    residency: Residency[Any],
+    layout: GptqLayout,
+    out: Path,
+    done: Callable[[QuantisedBlock], None],
 ) -> int:
     """Writes the folder, block by block as they are quantised; returns its bytes."""
     plain = skeleton(job.config)
     shapes = {path: weight_of(module).shape for path, module in layers_in_blocks(plain, job.name).items()}
     checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
     places = {name: path for name, path in owners(plain, files).items() if path in shapes}
-    blocks = quantise_blocks(text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, spill=kept.spill)
-    solved = _Solved(blocks, kept.waiting(), done)
+    blocks = quantise_blocks(
+        text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, spill=residency.spilled_states
+    )
+    solved = _Solved(blocks, residency.waiting(), done)
     solved.advance()  # what is wrong with rows or layers is said before anything is written
     parts = [
         _packed(name, places[name], shapes[places[name]], layout, solved)
@@ -173,12 +183,12 @@ def _write(
     ]
     words = gptq_mapping(_settings(layout), damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
-    card, along = packed_card(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
-    return write_model(out, parts, config=config, along=along, card=card, waiting=kept.waiting())
+    readme, along = packed_readme(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
+    return write_model(out, parts, config=config, along=along, card=readme, waiting=residency.waiting())
 
 
 class _Solved:
-    """The packed layers by path; the blocks are done as far as the next one asked for needs it, and wait in `waiting`."""
+    """The packed layers by path; blocks are quantised as they are needed, and wait in `waiting`."""
 
     def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Spill, done: Callable[[QuantisedBlock], None]) -> None:
         self.blocks, self.waiting, self.done = blocks, waiting, done

@@ -1,6 +1,6 @@
 """`lorakeet merge --into packed`: an adapter into a quantised model that stays quantised, and how much of its gain survives.
 
-Measured on the rows that judged the run: its test rows, or else its held-out ones. Nothing is chosen by them.
+Measured on the rows by which the run was evaluated: its test rows, or else its held-out ones. Nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -47,16 +47,14 @@ from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.planning.packed_merge import (
     PackedMergeJob,
     calibration,
-    check_layout_room,
-    keep_room,
+    fit_packed_merge,
     reloaded,
-    require_planned,
-    within_room,
+    require_space_for_layout,
 )
-from lorakeet.workflows.planning.quantizing import stream_closed
-from lorakeet.workflows.planning.text_run import Arrangement
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
 from lorakeet.workflows.runs.output_paths import writing_certificate
+from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import Residency, require_planned_attention, stream_closed, temporary_stores
 
 CERTIFICATE = "certificate.json"
 MICRO_TOKENS = 4096  # through the model at once, without gradients; every packed layer is unpacked once for them
@@ -79,19 +77,20 @@ def merge_packed(
     """Writes the quantised model with the adapter in it to `out`, loads it again and measures it on the held-out rows.
 
     Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The base is
-    held as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's memory.budget
-    the base is streamed where it has no room, and so is what is made of it; the same bytes are written. ConfigError, before
-    anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `options.keep` survives.
+    in memory as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's
+    memory.budget the base is streamed if it does not fit, and so is what is made of it; the same bytes are written. Raises
+    ConfigError, before anything is measured, for what cannot be merged so or does not fit; VerificationFailed if less than
+    `options.keep` survives.
     """
     out, like = options.out, options.like
-    check_layout_room(opened, like)
+    require_space_for_layout(opened, like)
     layout = read_layout(like or opened.config.model.path, console.print)
     if dataset is None:
-        raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
+        raise ConfigError("--into packed needs a run: its training rows calibrate, its held-out rows measure. Name one.")
     _check(opened, layout, options)
     job = PackedMergeJob(opened, dataset, layout, options.calibration_rows, options.finish_steps > 0, MICRO_TOKENS)
-    opened = keep_room(job, out, console)
-    with within_room(opened, out, console):
+    opened = fit_packed_merge(job, out, console)
+    with temporary_stores(opened.residency), peak_said(opened.residency, console):
         solved, shares = _written(Merging(opened, dataset, layout, options, console, Measured()), out)
     _show(shares, console)
     certificate = _certificate(opened, layout, shares, options)
@@ -123,7 +122,7 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
         kept = sum(found.scales == "kept" for found in solved.values())
         scales = f"{kept} with the file's own scales, the others with fitted ones"
         console.print(f"{len(solved)} layers packed: {scales}.", soft_wrap=True)
-        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
+        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.residency.waiting())
         console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
     outcome = {path: replace(found, base=meta_base(found.base), latent=None) for path, found in solved.items()}
     _drop(text)
@@ -181,7 +180,7 @@ class Merging:
         """The run's base and its adapter, in fp32."""
         text = self.live()
         with stream_closed(text):
-            require_planned(self.opened, text)
+            require_planned_attention(self.residency, text, self.opened.config.model.attention)
             for system in (BASE, ADAPTER):
                 self.measured.scores[system] = self._scores(text, system)
 
@@ -191,11 +190,11 @@ class Merging:
     def _scores(self, text: TextModel, system: str) -> Scores:
         use_products(text.model, self.products)
         encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
-        judged = self.dataset.test or self.dataset.held_out
+        evaluated = self.dataset.test or self.dataset.held_out
         config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
-        judge_ = TextEvaluator(config, text, encoder, judged, self.console, NAME)
-        rows = judge_.fitting()
-        return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
+        evaluator = TextEvaluator(config, text, encoder, evaluated, self.console, NAME)
+        rows = evaluator.fitting()
+        return evaluator.answers(rows, system) if self.dataset.labels else evaluator.losses(rows, system)
 
     @staticmethod
     def _folded(text: TextModel, path: str) -> nn.Module:
@@ -204,9 +203,9 @@ class Merging:
         return cast(nn.Module, find(text.model, path))
 
     @property
-    def kept(self) -> Arrangement:
+    def residency(self) -> Residency[Any]:
         """Where the models are."""
-        return self.opened.kept or Arrangement()
+        return self.opened.residency
 
     def rounded(self) -> TextModel:
         """Every layer rounded to the nearest, with scales fitted to it; one at a time is plain numbers."""
@@ -239,7 +238,7 @@ class Merging:
 
     def _repacked(self, text: TextModel, blocks: Iterator[Mapping[str, PackedBase]], name: str) -> TextModel:
         """The model that streams the packed `blocks` from a store of their own, in place of the streamed `text`."""
-        path = cast(Path, self.kept.store) / f"{name}.safetensors"
+        path = cast(Path, self.residency.store) / f"{name}.safetensors"
         with stream_closed(text):
             write_packed(text, blocks, path)
             return open_packed(text, path)
@@ -270,7 +269,7 @@ class Merging:
 
         def packed() -> Iterator[dict[str, PackedBase]]:
             layers = LayerSource(layers_of, partial(self._folded, text))
-            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.kept.spill):
+            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.residency.spilled_states):
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 
@@ -294,8 +293,8 @@ class Merging:
 
     def finished(self, text: TextModel, solved: dict[str, Requantised]) -> Mapping[str, PackedBase]:
         """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
-        judged, rows = calibration(self.opened, self.dataset, text.tokenizer, self.options.calibration_rows, self._finishes)
-        before = self._loss(text, judged)
+        evaluated, rows = calibration(self.opened, self.dataset, text.tokenizer, self.options.calibration_rows, self._finishes)
+        before = self._loss(text, evaluated)
         with self._bar() as bar:
             task = bar.add_task("finishing", total=self.options.finish_steps)
             bases = quantisation_aware_finish(
@@ -308,10 +307,10 @@ class Merging:
                 products=self.products,
                 on_step=lambda step, loss: bar.update(task, completed=step, description=f"finishing, loss {loss:.4f}"),
             )
-        after = self._loss(text, judged)
+        after = self._loss(text, evaluated)
         self.measure(text, FINISHED)
         self.console.print(
-            f"{self.options.finish_steps} steps through the quantiser moved the loss on {len(judged)} calibration rows from "
+            f"{self.options.finish_steps} steps through the quantiser moved the loss on {len(evaluated)} calibration rows from "
             f"{before:.4f} to {after:.4f}; {'they are kept' if after < before else 'error feedback alone is kept'}.",
             soft_wrap=True,
         )
@@ -324,7 +323,7 @@ class Merging:
 
 
 def packed_bases(text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
-    """The packed weights of `solved`, by path; of a streamed model each is read from its store when it is asked for."""
+    """The packed weights of `solved`, by path; of a streamed model each is read from its store when it is used."""
     if text.store is not None:
         return StoredBases(text.store, solved)
     return {path: found.base for path, found in solved.items()}
@@ -365,7 +364,7 @@ def _show(shares: Mapping[str, Estimate], console: Console) -> None:
 def _certificate(
     opened: Opened, layout: PackedLayout, shares: Mapping[str, Estimate], options: MergeOptions
 ) -> Certificate:
-    """One check: the share of the held-out gain that the written model has, against the least that was asked for."""
+    """One check: the share of the held-out gain that the written model has, against the least that was requested."""
     out, written, nearest = options.out, shares[WRITTEN], shares[NEAREST]
     check = tolerance_check(
         "held-out gain in the quantised model",

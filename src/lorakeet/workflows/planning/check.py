@@ -1,37 +1,28 @@
-"""How the check of a merged or exported model keeps a memory budget: its models whole in fp32, or streamed, or refused.
+"""How the check of a merged or exported model fits into a memory budget: its models whole in fp32, or streamed.
 
 A check compares what base + adapter compute with what the artefact computes. Its phases, each with a peak of its own:
 
     load       a model is read, or goes block by block into its store
     weights    every stored tensor against the one it should be
-    ask        where models are streamed: llama.cpp computes, and what it says waits on disk
-    compare    both compute; of streamed models one after the other, what the first says or makes of the batches waiting on disk
+    ask        if models are streamed: llama.cpp computes, and its outputs wait on disk
+    compare    both compute; streamed models one after the other, the outputs of the first or the batches waiting on disk
     intervals  of what was found, once no model computes
 """
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
-from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.evaluate.parity import CELLS
-from lorakeet.evaluate.wording import bytes_text
-from lorakeet.export.compare_stored import PART_BYTES
-from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import enough_for, larger_than_machine
-from lorakeet.memory.forecast import Phase, phases_of
+from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.families import family_of
 from lorakeet.models.files.source import find_source
@@ -44,211 +35,170 @@ from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import read_config
 from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.models.text.streamed_from_config import streamed_model_from_config
+from lorakeet.workflows.planning.check_sizes import (
+    FEWEST_TOKENS,
+    FP32,
+    GREEDY_TOKENS,
+    CheckSize,
+    adapted_bytes,
+    logits_bytes,
+    tensor_peak,
+)
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, text_runtime_bytes
-from lorakeet.workflows.planning.rehearse_text import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
-from lorakeet.workflows.planning.streaming import ALONE, FEWEST
-from lorakeet.workflows.planning.text_run import Arrangement, require_room_to_unpack
+from lorakeet.workflows.planning.rehearse_text import FINAL, Rehearsal, rehearse_evaluation
 from lorakeet.workflows.runs.open_adapter import Opened
-from lorakeet.workflows.runs.output_paths import folder_above, store_folder, temporary_folder
+from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Way
 
-FP32 = 4  # bytes
-COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is looked at
-UNCHANGED, CHANGED = 3, 6  # of a stored one, as it is read and compared or written: without a change, and with one
-ROW_LOGITS = 3  # tables of logits (tokens, vocabulary) at once: live, base and the artefact's
-COMPARED = 10 * 8  # bytes for each of the CELLS logits that are compared at once, in fp64 (evaluate/parity)
+COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is compared
 
 
-class BudgetTooSmall(ConfigError):
-    """A budget that is smaller than the least of a check."""
+def fit_check(
+    opened: Opened, size_of: CheckSize | Callable[[int | None], CheckSize], out: Path, console: Console
+) -> Opened:
+    """`opened` with how its models keep its budget in a check; as it was without a budget. Raises as `fit_budget`.
 
-
-@dataclass(frozen=True)
-class CheckSize:
-    """What is compared with base + adapter, and how much of it is held at once, beside the models."""
-
-    what: str  # such as "the check of a merged model"
-    judging: Judging  # the largest batch, and the texts that the base writes
-    models: int = 2  # in torch, base + adapter among them; the other side may be llama.cpp or a server
-    row: int = 0  # positions of a row whose logits are held at once
-    tensors: bool = False  # whether stored tensors are compared whole, also those that the adapter does not change
-    writing: int = 0  # bytes held while the artefact is written
-    beside: int = 0  # bytes that another program holds in this process
-    waiting: int = 0  # bytes of what the artefact says, which waits on disk where models are streamed
-    artefact: int = 0  # bytes of it on disk, where it is still to be written
-    more_stores: int = 0  # beside one for each model, where they are streamed
-
-
-@dataclass(frozen=True)
-class CheckForecast:
-    """The phase that holds most, and what streaming is made of."""
-
-    highest: Phase
-    blocks: int
-    block_bytes: int
-
-    @property
-    def peak(self) -> int:
-        """The most bytes held."""
-        return self.highest.bytes
-
-
-def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) -> Opened:
-    """`opened` with how its models keep its budget in `check`, which is said; as it was where it has none.
-
-    Stores go into memory.store where the run names it, else beside `place`; `with stores(…)` makes and removes their folder.
-    Raises NoRoom with the least that works, EnvironmentProblem where the disk lacks room.
+    With a function, which gives the size of the check of each row's first tokens (None: all), rows are cut if longer ones do not
+    fit: keys and values of 2,048 tokens of Llama-2-7B take 2 GiB in fp32, in llama.cpp at once. The folder of the stores is
+    beside `out` unless memory.store names one (runs/residency.temporary_stores).
     """
-    budget = opened.config.memory.bytes
-    if budget is None:
+    budget = opened.config.memory.limit
+    if not budget:
         return opened
+    opened = opened.over(replace(opened.config.model, device="cpu", kernels="torch"))  # the budget bounds the process
+    sizes = (lambda _: size_of) if isinstance(size_of, CheckSize) else size_of
+    cut = opened.run is not None and not isinstance(size_of, CheckSize)
     say = partial(console.print, markup=False, soft_wrap=True)
-    if warning := larger_than_machine(budget):
-        say(warning)
-    return_freed_memory()
-    spec = opened.config.model
-    require_room_to_unpack(spec, budget)
-    source = find_source(spec, say)
-    planner = CheckPlanner.of(check, spec, source, opened.adapter)
-    try:
-        fewest, whole = FEWEST, planner.forecast(streamed=False)
-        found = whole if whole.peak <= budget else planner.forecast(streamed=True)
-        if found.peak > budget:
-            fewest, found = ALONE, planner.forecast(streamed=True, slots=ALONE)
-    except NotPlanned as error:
-        say(str(error))
-        opened.require_room(check.models, check.what, console)
-        return replace(opened, kept=Arrangement(budget))
-    if check.beside and min(whole.peak, found.peak) <= budget:
-        say("llama.cpp maps its file: those pages are the system's to take back, and are not counted.")
-    if whole.peak <= budget:
-        say(f"Memory: {bytes_text(whole.peak)} planned of {bytes_text(budget)} for {check.what}; its models stay in memory.")
-        return replace(opened, kept=Arrangement(budget, whole.peak))
-    if found.peak > budget:
-        raise BudgetTooSmall(
-            f"The budget is {budget >> 20} MiB, but {check.what} takes at least {enough_for(min(found.peak, whole.peak))}, with "
-            f"its models streamed from disk block by block ({enough_for(whole.peak)} with them in memory). Give that with "
-            "--memory, or do it on a larger machine."
-        )
-    more = (budget - found.peak) // found.block_bytes if fewest != ALONE else 0  # two have no room, whatever is left
-    slots = min(found.blocks, fewest + more)
-    planned = found.peak + (slots - fewest) * found.block_bytes
-    folder = store_folder(opened.config.memory.store, place, "check")
-    needed = FP32 * planner.weights * (check.models + check.more_stores) + check.waiting + planner.spilled(found.blocks)
-    _require_disk(folder, check, needed, whole.peak)
-    say(
-        f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)} for {check.what}; weights are streamed from disk, "
-        f"{slots} of {found.blocks} blocks in memory."
-    )
-    return replace(opened, kept=Arrangement(budget, planned, folder, slots=slots))
+    check = ModelCheck.of(sizes, opened, out, say, cut=cut)
+    return replace(opened, residency=fit_budget(check, budget, say))
 
 
-@contextmanager
-def stores(opened: Opened, remedy: str) -> Iterator[None]:
-    """A context with the folder of the stores, which is removed when it ends; a disk that gets full is told with `remedy`."""
-    folder = None if opened.kept is None else opened.kept.store
-    with temporary_folder(folder, f"The folder {folder} of the check", remedy):
-        yield
+class ModelCheck(BudgetedWork[MemoryPlan]):
+    """A check of a model with pairs as in `pairs`; `ids` are those of trained token rows, `model` its configuration and files."""
 
+    out: Path
 
-def adapted_bytes(plan: Plan, largest: int) -> int:
-    """Bytes in fp32 of the largest matrix that the adapter changes; of a stack of experts, one of them.
-
-    What is trained whole or in rows counts as the `largest` of the model, in numbers.
-    """
-    sizes = [math.prod(entry.shape[1:] if entry.kind == "experts" else entry.shape) for entry in plan.entries]
-    return FP32 * max([*sizes, *(largest for _ in plan.extras)], default=0)
-
-
-def tensor_peak(changed: int, largest: int) -> int:
-    """What is held of one stored tensor while it is made and written, or read and compared: in fp32 the largest that an adapter
-    changes has `changed` bytes, and the largest of all `largest` numbers, of which a part is read at a time."""
-    return max(CHANGED * changed, min(UNCHANGED * FP32 * largest, PART_BYTES))
-
-
-def logits_bytes(row: int, vocabulary: int) -> int:
-    """What is held of logits while those after `row` tokens are compared: a table of each side, and copies of a part of two of
-    them, or while the last side computes the tiles that its table is put together from."""
-    table = row * vocabulary
-    return FP32 * ROW_LOGITS * table + max(COMPARED * min(CELLS, table), FP32 * table)
-
-
-class CheckPlanner:
-    """The forecasts of one check of a model with pairs as in `plan`; `ids` are those of trained token rows."""
-
-    def __init__(self, check: CheckSize, spec: ModelSpec, source: Path | None, config: Any, plan: Plan) -> None:
-        self.check, self.spec, self.source, self.config, self.plan = check, spec, source, config, plan
-        self.ids: tuple[int, ...] = ()
-        self.precision = Precision(torch.float32, torch.float32, spec.quantize)
-        self.empty = empty_model(config, torch.float32)
-        self.weights = sum(parameter.numel() for parameter in self.empty.parameters())
-        self.runtime = text_runtime_bytes(self.precision)
+    def __init__(
+        self,
+        sizes: Callable[[int | None], CheckSize],
+        spec: ModelSpec,
+        model: Callable[[], tuple[Any, Path | None]],
+        pairs: Callable[[nn.Module], Plan],
+        *,
+        ids: tuple[int, ...] = (),
+        cut: bool = False,
+    ) -> None:
+        self.sizes, self.spec, self.cut, self.ids = cache(sizes), spec, cut, ids
+        self._model, self._pairs = model, pairs
 
     @classmethod
-    def of(cls, check: CheckSize, spec: ModelSpec, source: Path, adapter: Adapter) -> CheckPlanner:
-        """That of the check of a finished adapter."""
-        config = read_config(source)
-        planner = cls(check, spec, source, config, plan_of(empty_model(config, torch.float32), adapter))
-        planner.ids = adapter.token_ids
-        return planner
+    def of(
+        cls, sizes: Callable[[int | None], CheckSize], opened: Opened, out: Path, say: Callable[[str], None], *, cut: bool = False
+    ) -> ModelCheck:
+        """The check of a finished adapter."""
+        adapter, spec = opened.adapter, opened.config.model
 
-    @property
-    def alone(self) -> int:
-        """Bytes of the models' weights, of which the forecast in memory is more."""
-        return int(FP32 * self.weights * self.check.models)
+        def model() -> tuple[Any, Path]:
+            source = find_source(spec, say)
+            return read_config(source), source
 
-    def forecast(self, *, streamed: bool, slots: int = FEWEST) -> CheckForecast:
-        """What is held with the models streamed, `slots` blocks in memory, or with all of their weights in memory."""
-        check = self.check
+        check = cls(sizes, spec, model, lambda empty: plan_of(empty, adapter), ids=adapter.token_ids, cut=cut)
+        check.out, check.named_store = out, opened.config.memory.store
+        check.what = sizes(None).what
+        check.remedy = "Free some space, or name a folder on another disk with memory.store in the run's config.yaml."
+        return check
+
+    @cached_property
+    def model(self) -> tuple[Any, Path | None]:
+        """The configuration of the model, and its files if they are here."""
+        return self._model()
+
+    @cached_property
+    def empty(self) -> nn.Module:
+        """The model without numbers."""
+        found: nn.Module = empty_model(self.model[0], torch.float32)
+        return found
+
+    @cached_property
+    def pairs(self) -> Plan:
+        """The adapter's pairs."""
+        return self._pairs(self.empty)
+
+    @cached_property
+    def weights(self) -> int:
+        """Numbers in the model."""
+        return sum(parameter.numel() for parameter in self.empty.parameters())
+
+    @cached_property
+    def runtime(self) -> int:
+        """Bytes of the process beside the tensors."""
+        return text_runtime_bytes(Precision(torch.float32, torch.float32, self.spec.quantize))
+
+    def ways(self, budget: int) -> Iterator[Way]:
+        """In memory, with two blocks of each model, with one; then the same of rows cut in half, again and again."""
+        longest: int | None = None
+        while True:
+            size = self.sizes(longest)
+            length = size.evaluation.rows.length - GREEDY_TOKENS
+            shortest = not self.cut or length <= FEWEST_TOKENS
+            if shortest or self.runtime + size.beside <= budget:  # else llama.cpp alone takes more
+                for way in (RESIDENT, Way(streamed=True, slots=FEWEST), Way(streamed=True, slots=ALONE)):
+                    yield replace(way, longest=longest)
+            if shortest:
+                return
+            longest = max(FEWEST_TOKENS, length // 2)
+
+    def plan(self, way: Way) -> MemoryPlan:
+        size, (config, source) = self.sizes(way.longest), self.model
         make = partial(
-            partial(streamed_model_from_config, slots=slots) if streamed else model_from_config, name=self.spec.path,
-            dtype=torch.float32,
-            products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize, files=self.source,
+            partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config, name=self.spec.path,
+            dtype=torch.float32, products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize,
+            files=source,
         )  # fmt: skip
-        found = rehearse_judging(ModelBuilder(make, self.config), self.plan, check.judging, token_ids=self.ids)
-        there = slots * found.block_bytes
-        own = (found.base - there) * check.models  # what models have in memory all along: all of it, where they are not streamed
-        text, adapter = self.config.get_text_config(), FP32 * self.plan.parameters
+        found = rehearse_evaluation(ModelBuilder(make, config), self.pairs, size.evaluation, token_ids=self.ids)
+        there = way.slots * found.block_bytes
+        own = (found.base - there) * size.models  # what models have in memory all along: all of it, if they are not streamed
+        text, adapter = config.get_text_config(), FP32 * self.pairs.parameters
         held = {
             "load": add_usage(Usage(), base=own, adapter=adapter, scratch=self._reading(found)),
-            "weights": add_usage(Usage(), base=own, adapter=adapter, scratch=self._looking(found)),
-            "ask": add_usage(Usage(), base=own, adapter=adapter, runtime=check.beside),
+            "weights": add_usage(Usage(), base=own, adapter=adapter, scratch=self._comparing(found, size)),
+            "ask": add_usage(Usage(), base=own, adapter=adapter, runtime=size.beside),
             "compare": add_usage(
-                found.peaks[JUDGE], base=own + there - found.base, runtime=0 if streamed else check.beside,
-                logits=logits_bytes(check.row, int(text.vocab_size)),
+                found.peaks[FINAL], base=own + there - found.base, runtime=0 if way.streamed else size.beside,
+                logits=logits_bytes(size.row, int(text.vocab_size)),
             ),
             "intervals": add_usage(Usage(), base=own + there, adapter=adapter, scratch=INTERVALS),
-            "write": add_usage(Usage(), scratch=check.writing),
+            "write": add_usage(Usage(), scratch=size.writing),
         }  # fmt: skip
-        words = TOKENIZER_ENTRY * int(text.vocab_size) * check.models
+        words = TOKENIZER_ENTRY * int(text.vocab_size) * size.models
         phases = phases_of(held, self.runtime + words, returning=True)
-        return CheckForecast(max(phases, key=lambda phase: phase.bytes), found.blocks, found.block_bytes)
+        growing = () if way.slots == ALONE else None  # two blocks did not fit
+        return MemoryPlan(Forecast(phases), blocks=found.blocks, block_bytes=found.block_bytes, growing=growing)
 
-    def spilled(self, blocks: int) -> int:
+    def words(self, way: Way, plan: MemoryPlan) -> str:
+        mapped = "; the pages of the file that llama.cpp maps are not counted" if self.sizes(way.longest).beside else ""
+        return super().words(way, plan) + mapped
+
+    def disk(self, way: Way, plan: MemoryPlan) -> Mapping[Path, int]:
+        size = self.sizes(way.longest)
+        stored = FP32 * self.weights * (size.models + size.more_stores)
+        return {self.folder: stored + size.waiting + self.spilled(size, plan.blocks), self.out: size.artefact}
+
+    def spilled(self, size: CheckSize, blocks: int) -> int:
         """Bytes on disk of the keys and values of a text that a streamed model writes, of which one at a time may be there."""
-        judging = self.check.judging
-        longest = max(judging.text_tokens + 1, judging.rows.length)
-        return spilled_bytes(self.config.get_text_config(), longest, blocks) if judging.texts else 0
+        evaluation = size.evaluation
+        longest = max(evaluation.text_tokens + 1, evaluation.rows.length)
+        return spilled_bytes(self.model[0].get_text_config(), longest, blocks) if evaluation.texts else 0
 
-    def _looking(self, found: Rehearsal) -> int:
-        """Beside what is in memory all along, while weights are compared: blocks have left, and llama.cpp has not begun."""
-        changed = adapted_bytes(self.plan, found.largest)
-        return tensor_peak(changed, found.largest) if self.check.tensors else COPIES * changed
+    def _comparing(self, found: Rehearsal, size: CheckSize) -> int:
+        """Bytes beside what is in memory all along, while weights are compared: blocks have left, llama.cpp has not started."""
+        changed = adapted_bytes(self.pairs, found.largest)
+        return tensor_peak(changed, found.largest) if size.tensors else COPIES * changed
 
     def _reading(self, found: Rehearsal) -> int:
-        """Beside the models, while one is read: a block on its way into the store, or some tensors in a file's other dtype."""
-        stored = stored_dtype(self.config)
+        """Bytes beside the models while one is read: a block on its way into the store, or tensors in a file's other dtype."""
+        stored = stored_dtype(self.model[0])
         if found.blocks:
-            family = family_of(self.config.get_text_config())
+            family = family_of(self.model[0].get_text_config())
             return bytes_of_storing(self.empty, family, found.block_bytes, stored.itemsize + FP32)
         return found.being_cast(stored, torch.float32)
-
-
-def _require_disk(folder: Path, check: CheckSize, needed: int, whole: int) -> None:
-    """Raises EnvironmentProblem where the disk of the stores has no room for them and for what is still to be written."""
-    free = shutil.disk_usage(folder_above(folder)).free
-    if needed + check.artefact > free:
-        raise EnvironmentProblem(
-            f"To keep the budget, {check.what} writes the weights in fp32 to {folder} until it is done: {bytes_text(needed)}, "
-            f"beside {bytes_text(check.artefact)} that stay; {bytes_text(free)} are free there. Free some space, name a folder "
-            f"on another disk with memory.store in the run's config.yaml, or give {enough_for(whole)} with --memory."
-        )

@@ -16,13 +16,10 @@ from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.safetensors_file import TensorEntry, open_safetensors
 from lorakeet.kernels.device import standing_for
-from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import enough_for, larger_than_machine
-from lorakeet.memory.cuda import CONTEXT, gpu_warning, limit_gpu_memory, phases_on_gpu
+from lorakeet.memory.cuda import CONTEXT, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
@@ -38,10 +35,12 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_choices import VALUE, decomposes, finished_plan, reads_weights
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, decompose
 from lorakeet.workflows.planning.rehearse_image import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP
+from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP
+from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, Way
 
 LOAD, CERTIFY = "load", "certify"
 PROMPTS = 3  # whose samples are drawn where the settings name none
@@ -60,25 +59,19 @@ _SMALL: Shapes = {
 
 
 @dataclass(frozen=True)
-class ImagePlanned:
-    """The forecast of a run, with what it is made of."""
+class ImageRunPlan(MemoryPlan):
+    """The memory of a run, with what the forecast is made of."""
 
-    forecast: Forecast
     plan: Plan
     pictures: Pictures
     work: Work  # of one micro-batch in training
-    on_card: Callable[[], int]
-    card: torch.device | None = None  # what the forecast is of; None for the process
+    on_gpu: Callable[[], int]
+    gpu: torch.device | None = None  # what the forecast is of; None for the process
 
     @cached_property
     def tensors(self) -> int:
-        """The most bytes of tensors on a card at once, on which parts are only while they compute."""
-        return self.on_card()
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that the process will hold, or take of the card."""
-        return self.forecast.peak.bytes
+        """The most bytes of tensors on a GPU at once, on which parts are only while they compute."""
+        return self.on_gpu()
 
     @property
     def training_peak(self) -> int:
@@ -93,69 +86,70 @@ class ImagePlanned:
 
 
 @dataclass(frozen=True)
-class ImageArrangement:
-    """How a run on pictures keeps its budget: `config` has the settings that do. Without a budget nothing is planned."""
-
-    config: RunConfig
-    budget: int | None = None
-    planned: ImagePlanned | None = None
-    card: torch.device | None = None  # the CUDA device whose memory the budget bounds; None for that of the process
-
-
-@dataclass(frozen=True)
 class Machine:
     """What of this machine and of the model's files a forecast needs."""
 
     dtype: torch.dtype
-    runtime: int  # bytes beside the tensors: of the process, or of the context on a card
+    runtime: int  # bytes beside the tensors: of the process, or of the context on a GPU
     mapped: int = 0  # bytes of files in memory while other parts than the denoiser are rounded; -1: unknown, taken to be fp32
     returning: bool = False  # whether freed memory goes back to the system at once, as in runs under a budget
-    card: torch.device | None = None  # the CUDA device whose memory is planned, this machine's or not; None for that of a process
+    gpu: torch.device | None = None  # the CUDA device whose memory is planned, this machine's or not; None for that of a process
 
 
-def arrange_images(config: RunConfig, say: Callable[[str], None], *, asked: bool = False) -> ImageArrangement:
-    """Plans the run if a budget is set, or it is `asked`; under a budget chooses what keeps it, and frees memory at once.
+def fit_images(
+    config: RunConfig, say: Callable[[str], None], *, forecast: bool = False
+) -> tuple[RunConfig, Residency[ImageRunPlan]]:
+    """The settings that keep memory.budget, and how they do. Without a budget the run is planned if it is `asked`.
 
-    On a CUDA device the budget bounds what the process holds there, and torch is held to it.
-    ConfigError with the least that works and what would help where no choice keeps it; EnvironmentProblem on other devices.
+    Raises as `fit_budget`.
     """
-    budget, device = config.memory.bytes, device_for(config.model.device)
-    card = device if device.type == "cuda" else None
-    if budget is None and not asked:
-        return ImageArrangement(config)
-    if budget is not None:
-        if card is None and device.type != "cpu":
-            raise EnvironmentProblem(
-                f"For images memory.budget is kept on the CPU and on CUDA devices, but the model would be on {device}. Set "
-                "model.device to cpu, or leave the budget out."
-            )
-        if warning := larger_than_machine(budget) if card is None else gpu_warning(card, budget):
-            say(warning)
-        return_freed_memory()
-    shapes = shapes_of_images(config.model, say)
-    machine = machine_of(config, returning=budget is not None)
-    if budget is None:
-        return ImageArrangement(config, None, forecast_images(config, shapes, machine))
-    tried: list[tuple[RunConfig, ImagePlanned]] = []
-    for change, other in ways(config):
-        planned = forecast_images(other, shapes, machine)
-        tried.append((other, planned))
-        if planned.peak <= budget:
-            with_it = f" with {change}" if change else ""
-            where = "" if card is None else f" on {card}"
-            say(f"Memory: {bytes_text(planned.peak)} planned of {bytes_text(budget)}{where}{with_it}.")
-            if card is not None:
-                limit_gpu_memory(card, budget)
-            return ImageArrangement(other, budget, planned, card)
-    last, least = min(tried, key=lambda one: one[1].peak)
-    helping = [
-        f"{change}: {bytes_text(found.peak)}" for change, found in advice(last, shapes, machine) if found.peak < least.peak
-    ]
-    raise ConfigError(
-        f"memory.budget is {bytes_text(budget)}, but this run takes at least {enough_for(least.peak)} (phase "
-        f"'{least.forecast.peak.name}'), one picture at a time and with checkpointing. Raise the budget"
-        + (f", or set {', '.join(helping)}." if helping else ".")
-    )
+    run = ImageRun(config, say)
+    if not config.memory.limit:
+        return config, Residency(plan=run.plan(RESIDENT)) if forecast else Residency()
+    found = fit_budget(run, config.memory.limit, say)
+    return run.settings[found.way.change], found
+
+
+class ImageRun(BudgetedWork[ImageRunPlan]):
+    """A run on pictures, with the settings as they are or with others that take less memory."""
+
+    what, option = "this run", "memory.budget"
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        self.config, self.say, self.spec = config, say, config.model
+        self.device = device_for(config.model.device)
+        self.settings = dict(ways(config))
+        self._plans: dict[str, ImageRunPlan] = {}
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The configurations of the model's parts."""
+        return shapes_of_images(self.spec, self.say)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """This machine's part of the forecasts."""
+        return machine_of(self.config, returning=bool(self.config.memory.limit))
+
+    def ways(self, budget: int) -> Iterator[Way]:
+        yield from (Way(change=change) for change in self.settings)
+
+    def plan(self, way: Way) -> ImageRunPlan:
+        if way.change not in self._plans:
+            self._plans[way.change] = forecast_images(self.settings[way.change], self.shapes, self.machine)
+        return self._plans[way.change]
+
+    def words(self, way: Way, plan: ImageRunPlan) -> str:
+        return super().words(way, plan) + (f", with {way.change}" if way.change else "")
+
+    def size_words(self) -> str:
+        return ", one picture at a time and with checkpointing"
+
+    def advice(self) -> str:
+        change, least = min(self._plans.items(), key=lambda one: one[1].peak)
+        changes = changes_that_help(self.settings[change], self.shapes, self.machine)
+        helping = [f"{change}: {bytes_text(found.peak)}" for change, found in changes if found.peak < least.peak]
+        return "Raise the budget" + (f", or set {', '.join(helping)}." if helping else ".")
 
 
 def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -169,11 +163,11 @@ def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         yield "diffusion.at_once 1 and diffusion.checkpointing", dataclasses.replace(config, diffusion=both)
 
 
-def advice(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, ImagePlanned]]:
+def changes_that_help(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, ImageRunPlan]]:
     """Changes of the result that take less memory, and the run with each."""
     model, lora = config.model, config.lora
     if machine.dtype == torch.float32:
-        name = narrow_for(machine.card)
+        name = narrow_for(machine.gpu)
         yield f"model.dtype {name}", forecast_images(config, shapes, dataclasses.replace(machine, dtype=DTYPES[name]))
     if model.quantize.method == "none":
         packed = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method="nf4"))
@@ -192,44 +186,44 @@ def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
     device = planned_on(config.model.device)
     dtype = dtype_for(config.model.dtype, device)
     if device.type == "cuda":
-        return Machine(dtype, CONTEXT, returning=returning, card=device)
+        return Machine(dtype, CONTEXT, returning=returning, gpu=device)
     return Machine(dtype, image_runtime_bytes(config, dtype), _mapped_bytes(config.model, dtype), returning)
 
 
-def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImagePlanned:
-    """What a run of `config` on the model of `shapes` will hold, in the process or on a card.
+def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImageRunPlan:
+    """The memory of a run of `config` on the model of `shapes`, in the process or on a GPU.
 
-    A model is read in the host's memory, from where its parts come to a card while they compute. ConfigError where the settings
-    do not fit the model.
+    A model is read in the host's memory, from where its parts come to a GPU while they compute. Raises ConfigError if the
+    settings do not fit the model.
     """
     pictures, quantize = pictures_of(config, shapes), config.model.quantize
-    begun = (BEGIN,) if reads_weights(config) else ()
+    initialised = (BEGIN,) if reads_weights(config) else ()
     build = partial(image_model_from_config, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
 
-    def on_card() -> ImageRehearsal:
-        with standing_for(machine.card or torch.device("cuda")):
-            return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+    def on_gpu() -> ImageRehearsal:
+        with standing_for(machine.gpu or torch.device("cuda")):
+            return rehearse_images(partial(build, gpu=True), config.lora, config.train, config.diffusion, pictures)
 
-    if machine.card is not None:
-        found = on_card()
-        held = {name: found.peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT, JUDGE)}
+    if machine.gpu is not None:
+        found = on_gpu()
+        held = {name: found.peaks[name] for name in (ENCODE, *initialised, STEP, EVALUATE, CHECKPOINT, FINAL)}
         # The adapter from disk, and that of before; one base is staged away before another comes.
-        held[CERTIFY] = add_usage(held[JUDGE], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
+        held[CERTIFY] = add_usage(held[FINAL], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
         phases = phases_on_gpu(held, machine.runtime)
-        return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.card)
+        return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.gpu)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
     peaks, adapter = found.peaks, VALUE * finished_plan(config, found.plan).parameters
     load = add_usage(Usage(), base=found.base, scratch=_read(found, machine))
     kept = add_usage(Usage(), base=found.base, adapter=2 * adapter)
-    judge = add_usage(peaks[JUDGE], scratch=INTERVALS)
-    certify = add_usage(judge, adapter=2 * adapter)  # the adapter from disk on the live model
+    evaluation = add_usage(peaks[FINAL], scratch=INTERVALS)
+    certify = add_usage(evaluation, adapter=2 * adapter)  # the adapter from disk on the live model
     if not machine.returning:  # or on a second one
         loading = add_usage(kept, **load.kinds)
         certify = larger_usage(loading, add_usage(certify, base=found.base))
-    traced = {name: peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT)}
-    held = {LOAD: load, **traced, JUDGE: judge, CERTIFY: certify}
+    traced = {name: peaks[name] for name in (ENCODE, *initialised, STEP, EVALUATE, CHECKPOINT)}
+    held = {LOAD: load, **traced, FINAL: evaluation, CERTIFY: certify}
     phases = phases_of(held, machine.runtime, returning=machine.returning)
-    return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, lambda: _most(on_card()))
+    return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, lambda: _most(on_gpu()))
 
 
 def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,27 +16,21 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.detect import read_adapter
-from lorakeet.memory.budget import enough_for, parse_budget
-from lorakeet.memory.measure import resident_bytes
+from lorakeet.memory.budget import Budget
 from lorakeet.models.files.origin import stored_as
-from lorakeet.models.files.quantized import skeleton
-from lorakeet.models.files.source import find_source, on_this_machine
+from lorakeet.models.files.source import on_this_machine
 from lorakeet.models.kernels import with_runnable_kernels
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.adapters import add_adapter
-from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
+from lorakeet.models.text.load import load_text_model, load_tokenizer
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.planning.measuring import arrange_judging
-from lorakeet.workflows.planning.text_run import Arrangement, Loaded
+from lorakeet.workflows.runs.residency import Residency
 
 NAME = "default"
-FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Opened:
     config: RunConfig
     run: RunFolder | None
     folder: Path
-    kept: Arrangement | None = None  # how its models keep the budget of a check (workflows/planning/check)
+    residency: Residency[Any] = field(default_factory=Residency)  # how its models keep the memory budget
 
     _datasets: dict[DataSpec, Dataset] = field(default_factory=dict, repr=False, compare=False)  # shared by copies
 
@@ -82,18 +76,8 @@ class Opened:
         return model.quantize.method.replace("none", "") or stored_as(here)
 
     def over(self, model: ModelSpec) -> Opened:
-        """The same adapter on another base, or on the same one held in another way."""
+        """The same adapter on another base, or on the same one loaded in another way."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
-
-    @property
-    def allowed(self) -> tuple[int | None, int | None]:
-        """The budget of a check, and what is planned of it where that is known."""
-        return (None, None) if self.kept is None else (self.kept.budget, self.kept.planned)
-
-    @property
-    def checked_on(self) -> str:
-        """The device of the models that a check compares: the CPU under a budget, which is then that of the process."""
-        return "cpu" if self.config.memory.budget else self.config.model.device
 
     def text_model(
         self,
@@ -101,23 +85,17 @@ class Opened:
         *,
         dtype: str | None = None,
         with_adapter: bool = True,
-        within_budget: Loaded | None = None,
         changes: Changes | None = None,
     ) -> TextModel:
-        """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in.
-
-        `within_budget`, the rows beside which it stands, keeps the run's memory.budget, if need be by streaming the weights: for
-        what only computes and reads no weight. `changes` are made to the weights on their way into the store of a streamed model.
+        """The base with the adapter attached and active, streamed if `residency` says so; `dtype` overrides the one that the run
+        was trained in. `changes` are made to the weights on their way into the store of a streamed model.
         """
-        spec = self.config.model
+        spec, residency = self.config.model, self.residency
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype, kernels="torch")  # type: ignore[arg-type]
-        say, kept = partial(console.print, markup=False, soft_wrap=True), Arrangement()
-        if self.kept is not None:
-            spec, kept = dataclasses.replace(spec, device=self.checked_on, kernels="torch"), self.kept
-        elif within_budget is not None and self.config.memory.budget:
-            kept = arrange_judging(dataclasses.replace(self.config, model=spec), self.adapter, say, within_budget)
-        text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, pinned=kept.pinned, changes=changes)
+        text = load_text_model(
+            spec, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned, changes=changes
+        )
         if self.tokenizer is not None:
             text = dataclasses.replace(text, tokenizer=load_tokenizer(self.tokenizer))
         if with_adapter:
@@ -130,22 +108,9 @@ class Opened:
         """The same, with `memory` (such as "2GiB") in place of the run's memory.budget; None keeps that."""
         if memory is None:
             return self
-        kept = dataclasses.replace(self.config.memory, budget=memory)
-        parse_budget(memory)
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, memory=kept))
-
-    def require_room(self, copies: float, what: str, console: Console) -> None:
-        """Raises ConfigError where memory.budget has no room for `copies` of the base in fp32, which `what` compares."""
-        budget = self.config.memory.bytes
-        if budget is None:
-            return
-        source = find_source(self.dense_spec, partial(console.print, markup=False, soft_wrap=True))
-        needed = resident_bytes() + int(copies * FP32 * weights_in(skeleton(read_config(source))))
-        if needed > budget:
-            raise ConfigError(
-                f"The budget is {bytes_text(budget)}, but {what} takes about {enough_for(needed)}: models are compared in fp32 "
-                "with their weights in memory, and are not streamed. Give that much with --memory, or do it on a larger machine."
-            )
+        limited = dataclasses.replace(self.config.memory, budget=memory)
+        Budget.parse(memory)  # refused now
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, memory=limited))
 
     @property
     def tokenizer(self) -> Path | None:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.kernels.cache import cache_folder
 from lorakeet.memory.store import StoreRefused
 from lorakeet.train.durable import refusal
 
@@ -35,20 +36,23 @@ def require_empty(out: Path) -> None:
     require_place(out)
 
 
-def store_folder(named: str | None, out: Path, kind: str) -> Path:
-    """Where stores lie while `out` is made: in the folder `named` (memory.store), where those of another `out` may be, or beside
-    it."""
+def store_folder(named: str, out: Path | None) -> Path:
+    """Where stores of streamed weights are: in the folder `named` (memory.store); else beside `out`, which is being written and
+    after which its stores are removed; stores that are kept for later runs (no `out`) are in the cache folder.
+    """
+    if out is None:
+        return Path(named).expanduser() if named else cache_folder() / "stores"
     whole = out.absolute()
     if not named:
-        return whole.parent / f".{out.name}.{kind}"
-    return Path(named).expanduser() / f".{out.name}-{sha256(str(whole).encode()).hexdigest()[:12]}.{kind}"
+        return whole.parent / f".{out.name}.blocks"
+    return Path(named).expanduser() / f".{out.name}-{sha256(str(whole).encode()).hexdigest()[:12]}.blocks"
 
 
 @contextmanager
 def temporary_folder(folder: Path | None, what: str, remedy: str) -> Iterator[None]:
     """A context in which `folder` is there, new and empty, and after which it is gone; None for no folder.
 
-    A disk that refuses it, or a store in it, is told with `remedy` (EnvironmentProblem).
+    A disk that refuses it, or a store in it, is reported with `remedy` (EnvironmentProblem).
     """
     if folder is None:
         yield

@@ -1,39 +1,41 @@
-"""What a process held at most, said beside its budget and its plan, by every verb that keeps a budget."""
+"""The peak memory of a process, printed beside its budget and plan by every verb that keeps a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.workflows.runs.residency import Residency
 
 
-def say_peak(memory: PeakMemory, budget: int, planned: int | None, console: Console, *, mapped: bool = False) -> None:
-    """What the process held at most, beside its plan and budget; a warning where that is more than the budget.
+def say_peak(memory: PeakMemory, residency: Residency[Any], console: Console, *, mapped: bool = False) -> None:
+    """Prints the peak of the process, its budget and its plan; with a warning if the budget was exceeded.
 
-    With `mapped`, pages of a file that llama.cpp has mapped are among it, which the budget leaves out: then nothing is warned of.
+    With `mapped`, pages of a file that llama.cpp has mapped are in the peak, which the budget leaves out: no warning then.
     """
-    found = f"{bytes_text(memory.bytes)} held at most{', looked at 20 times a second' if memory.sampled else ''}"
+    found = f"{bytes_text(memory.bytes)} in use at most{', sampled 20 times a second' if memory.sampled else ''}"
     found += ", pages of llama.cpp's file among it" * mapped
-    plan = "" if planned is None else f" and {bytes_text(planned)} planned"
-    text = f"Memory: {found}, of {bytes_text(budget)} allowed{plan}."
-    if memory.bytes > budget and not mapped:
+    plan = "" if residency.planned is None else f" and {bytes_text(residency.planned)} planned"
+    text = f"Memory: {found}, of {residency.budget} allowed{plan}."
+    if memory.bytes > residency.budget.bytes and not mapped:
         text = (
-            f"WARNING: the budget was not kept. {text} What was done is sound; give more next time, and please report the model "
+            f"WARNING: the budget was not kept. {text} The results are sound; give more next time, and please report the model "
             "and this line."
         )
     console.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def held_at_most(budget: int | None, planned: int | None, console: Console, *, mapped: bool = False) -> Iterator[None]:
-    """A context at whose end `say_peak` says what was held in it, where there is a budget."""
-    if budget is None:
+def peak_said(residency: Residency[Any], console: Console, *, mapped: bool = False) -> Iterator[None]:
+    """A context at whose end `say_peak` prints its peak, if there is a budget for the memory of the process."""
+    if not residency.budget or residency.gpu is not None:
         yield
         return
     with PeakMemory() as memory:
         yield
-    say_peak(memory, budget, planned, console, mapped=mapped)
+    say_peak(memory, residency, console, mapped=mapped)

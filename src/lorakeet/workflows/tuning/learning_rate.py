@@ -20,7 +20,7 @@ from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
-from lorakeet.workflows.tuning.trials import RISE, Budget, SearchRows, Trial, Trials
+from lorakeet.workflows.tuning.trials import RISE, SearchBudget, SearchRows, Trial, Trials
 
 MOST_OF_A_RUN = 6  # a trial has at most 1/6 of the run's steps, so three of them cost at most half a run
 FEWEST_STEPS = 8  # of a trial: fewer only show which rate goes further (docs/log.md)
@@ -44,7 +44,7 @@ def choose_rate(setup: TextAssembly, console: Console, *, requested: bool = Fals
     if refusal := _why_not(setup, rows, steps):
         _say(console, f"The learning rate is {space.rate:.2e}; no other is tried, since {refusal}.")
         return setup, None
-    trials = Trials(setup, space, rows, Budget(None, None), console)
+    trials = Trials(setup, space, rows, SearchBudget(None, None), console)
     rates = ", ".join(f"{space.rate * factor:.2e}" for factor in QUICK_FACTORS)
     _say(console, f"Learning rates {rates} are tried for {steps} steps each. {trials.power(DIFFERENCE)}")
     factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)
@@ -71,12 +71,12 @@ def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
         return refusal
     if setup.sharded:
         return "train.shard is on, and a trial needs the whole base"
-    kept = setup.arrangement
-    if kept.forecast is None or kept.store is not None:
-        return "memory.budget is set, and the memory of a trial is not known" if kept.budget is not None else ""
-    planned, most = kept.forecast.rate_trial, kept.budget or kept.forecast.peak
+    kept = setup.residency
+    if kept.plan is None or kept.store is not None:
+        return "memory.budget is set, and the memory of a trial is not known" if kept.budget else ""
+    planned, most = kept.plan.rate_trial, kept.budget.limit or kept.plan.peak
     if planned > most:
-        what = "memory.budget" if kept.budget is not None else "what the run itself takes"
+        what = "memory.budget" if kept.budget else "what the run itself takes"
         return f"three adapters in training would take {bytes_text(planned)}, more than {what} ({bytes_text(most)})"
     return ""
 

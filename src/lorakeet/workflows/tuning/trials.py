@@ -53,7 +53,7 @@ class Trial:
 
 
 @dataclass
-class Budget:
+class SearchBudget:
     """The time and the tokens that are left. `reserved` tokens, at most half of all, and their time are for the confirmation.
 
     A quarter more is reserved: a search ends up to a round late, other seeds see other rows, and held-out rows take time too.
@@ -107,7 +107,7 @@ class Trials:
         setup: TextAssembly,
         space: Space,
         rows: SearchRows,
-        budget: Budget,
+        budget: SearchBudget,
         console: Console,
         folder: Path | None = None,
     ) -> None:
@@ -189,9 +189,11 @@ class Trials:
             self._say(trial)
 
     def train(self, members: Sequence[Member], watch: Callable[[MultiAdapterTraining], None] | None = None) -> list[Progress]:
-        """Trains `members`, whose adapters are in the model, to their ends, within memory.budget."""
-        kept = self.setup.arrangement
-        about: dict[str, Any] = {"spill": kept.spill(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
+        """Trains `members`, which are on the model, to their ends, within the run's memory."""
+        kept = self.setup.residency
+        about: dict[str, Any] = {
+            "spill": kept.spilled_states(), "together": kept.way.together, "budget": kept.budget.limit, "folder": self.folder,
+        }  # fmt: skip
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
         with counted(self.console, what, steps) as advance:
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.export.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
-from lorakeet.models.generate.score import distinguishing
+from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS, distinguishing_endings
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
 
-GREEDY_TOKENS = 64
 _SWALLOWED = 1.5  # rounding so many times larger than the change, and no larger than it has to be, is no mistake
 _SIGMA = 5  # of what rounding alone explains
 
@@ -100,24 +98,24 @@ def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: Evalua
         sides = [side.logit_parts(row) for side in (live, artefact, base)]
         while count := _add_part(sides, following, number, (meter, effect)):
             following = following[count:]
-    judged = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
+    evaluated = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
     return meter.result(spec).check(
-        f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=judged
+        f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=evaluated
     )
 
 
 def _add_part(
     sides: Sequence[Iterator[torch.Tensor]], following: torch.Tensor, text: int, meters: tuple[ParityMeter, ParityMeter]
 ) -> int:
-    """Enters the next part of the logits of live, artefact and base, and says of how many tokens it is: 0 at the end of the row.
+    """Enters the next part of the logits of live, artefact and base, and returns its tokens: 0 at the end of the row.
 
-    It lets go of the part before the next is computed, so that of each side one table is held at a time.
+    A part is freed before the next is computed, so that one table of each side is in memory at a time.
     """
     parts = [part for side in sides if (part := next(side, None)) is not None]
     if not parts:
         return 0
     if len(parts) < len(sides):
-        raise ValueError("one side told the logits of fewer tokens of a row than another")
+        raise ValueError("one side gave the logits of fewer tokens of a row than another")
     targets = following[: len(parts[0])]
     if len(targets):  # nothing follows the last token
         ours, theirs, before = (part[: len(targets)] for part in parts)
@@ -130,10 +128,10 @@ def _add_part(
 def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
     """The task's metric on both sides, and the share of rows on which the likeliest label differs."""
     ours, theirs = ([answer(side, row, live) for row in probes.labelled] for side in (live, artefact))
-    return judge_answers((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
+    return compare_labels((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
 
 
-def judge_answers(
+def compare_labels(
     names: tuple[str, str], answers: tuple[list[int], list[int]], rows: Sequence[Candidates], allowed: Allowed, spec: EvaluateSpec
 ) -> Check:
     """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth."""
@@ -153,7 +151,7 @@ def judge_answers(
 def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
     """The likeliest label: Σ log p over what distinguishes each label's tokens."""
     scores = []
-    endings = _endings(row, live.text.tokenizer)
+    endings = distinguishing_endings(row, live.text.tokenizer)
     prompt = row.prompt.tolist()
     shared = side.logits(prompt, 1)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
     for ending in endings:
@@ -164,17 +162,6 @@ def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
         rows = side.logits(ids, len(ending) + 1)[:-1].log_softmax(-1)
         scores.append(float(rows.gather(1, torch.from_numpy(ending)[:, None]).sum()))
     return int(np.argmax(scores))
-
-
-def positions_of_answer(row: Candidates, tokenizer: Any) -> int:
-    """After how many tokens `answer` asks a side for logits."""
-    endings = _endings(row, tokenizer)
-    return 1 if all(len(ending) == 1 for ending in endings) else sum(len(ending) + 1 for ending in endings)
-
-
-def _endings(row: Candidates, tokenizer: Any) -> list[Ids]:
-    """What distinguishes each label's tokens."""
-    return distinguishing(row.completions, frozenset(int(number) for number in tokenizer.all_special_ids))
 
 
 def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:

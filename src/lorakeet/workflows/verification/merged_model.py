@@ -28,8 +28,8 @@ from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.compare import Side, compare_outputs
 from lorakeet.models.text.folded_weights import folded_weights, frozen_weights
 from lorakeet.models.text.model import TextModel
+from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS
 
-MICRO_TOKENS = 2048
 ROW_TOLERANCE = 1e-4  # of one row of a weight; a pair that matters moves it by 1e-3 and more
 FLIPS = 3
 COMBINED_TOLERANCE = 1e-4  # of a matrix's ΔW; fp32 sums differ by about 1e-6 of it
@@ -52,7 +52,7 @@ def certify_merge(
     missed layer even where bf16's rounding hides it from the logits. Where they fail, the detail names the worst weight.
     `effect`, how far the adapter moves its base, is measured here unless it is given.
     """
-    batches = micro_batches(rows, MICRO_TOKENS)
+    batches = micro_batches(rows, MERGE_TOKENS)
     text, name = live
     stored = StoredAs.of(merged)
     moved = effect or compare_outputs((text, name), (text, None), batches, spec=spec)
@@ -108,7 +108,7 @@ def changes_of(model: torch.nn.Module, plan: Combination) -> Changes:
 
 
 def fold_in_place(text: TextModel, plan: Combination) -> None:
-    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is parted."""
+    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is split."""
     for name, change in changes_of(text.model, plan).items():
         owner, _, leaf = name.rpartition(".")
         module = text.model.get_submodule(owner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +15,17 @@ from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.cuda import CONTEXT
-from lorakeet.workflows.planning import measuring
-from lorakeet.workflows.planning.measuring import arrange_cutting, arrange_judging
-from lorakeet.workflows.planning.streaming import ALONE, FEWEST
-from lorakeet.workflows.planning.text_run import Arrangement, Loaded
+from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.workflows.planning import evaluation, fit
+from lorakeet.workflows.planning.evaluation import Evaluation, fit_compression, fit_evaluation
+from lorakeet.workflows.planning.text_run import Workload
+from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
+from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
 from tiny.runs import settings
 
 WIDE = {"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 2048}  # blocks of 16 MB
-NO_LABELS = Loaded(labelled=False, characters=10_000)
+NO_LABELS = Workload(labelled=False, characters=10_000)
 CHANGES = {"train.micro_tokens": "128", "data.max_tokens": "32", "evaluate.drift_texts": "4", "memory.store": "there"}
 ADAPTER = Adapter(
     {f"model.layers.{n}.self_attn.q_proj": Pair(torch.ones(4, 512), torch.ones(512, 4), 12.0, "linear") for n in range(6)}
@@ -38,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process itself holds, which goes up and down from plan to plan, is the same for all."""
-    monkeypatch.setattr(measuring, "runtime_bytes", lambda *_, **__: 1 << 29)
+    same_runtime(monkeypatch, 1 << 29)
 
 
 @pytest.fixture
@@ -59,43 +62,50 @@ def least(refused: Callable[[], object], words: str) -> int:
 
 def test_the_base_stays_in_memory_streams_or_is_refused(within: Callable[..., RunConfig]) -> None:
     said: list[str] = []
-    judged = partial(arrange_judging, adapter=ADAPTER, say=said.append, loaded=NO_LABELS)
-    assert judged(within("")) == Arrangement() and said == []
+    judged = partial(fit_evaluation, adapter=ADAPTER, say=said.append, workload=NO_LABELS)
+    assert judged(within("")) == Residency() and said == []
     whole = judged(within("8GiB"))
-    assert whole.store is None and whole.planned is not None and "everything stays in memory" in said[-1]
-    lowest = least(lambda: judged(within("64MiB")), r"is 64 MiB, but measuring this adapter takes .* Give that with --memory, or")
+    assert whole.way == RESIDENT and whole.planned is not None and "all weights stay in memory" in said[-1]
+    lowest = least(lambda: judged(within("64MiB")), r"is 64MiB, but measuring this adapter takes .* Give that with --memory, or")
     assert lowest << 20 < whole.planned
     kept = judged(within(f"{lowest}MiB"))
-    assert kept.store == Path("there") and kept.slots == 1 and "are streamed from disk, 1 of 6 in memory" in said[-1]
+    assert kept.store == Path("there") and kept.way.slots == 1 and "are streamed from disk, 1 of 6 in memory" in said[-1]
     assert kept.planned is not None and kept.planned <= lowest << 20
     more = judged(within(f"{lowest + 40}MiB"))
-    assert 3 <= more.slots <= 4 and more.planned is not None and lowest << 20 < more.planned <= lowest + 40 << 20
-    step = arrange_cutting(within("8GiB"), ADAPTER, said.append, NO_LABELS, weigh=lambda _: torch.zeros(1 << 26), copies=1.0)
+    assert 3 <= more.way.slots <= 4 and more.planned is not None and lowest << 20 < more.planned <= lowest + 40 << 20
+    step = fit_compression(within("8GiB"), ADAPTER, said.append, NO_LABELS, weigh=lambda _: torch.zeros(1 << 26), copies=1.0)
     assert step.planned is not None and step.planned > whole.planned, "what weighing holds is in the plan"
 
 
-def test_where_two_blocks_have_no_room_one_stays_whatever_is_left(
+def test_where_two_blocks_do_not_fit_one_stays_whatever_is_left(
     within: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peaks = {None: 900, FEWEST: 300, ALONE: 100}  # MiB: what reads ahead takes more than its block
-    monkeypatch.setattr(measuring._Room, "forecast", lambda _, slots=None: measuring._Found(peaks[slots] << 20, 6, 50 << 20))
-    found = arrange_judging(within("200MiB"), ADAPTER, print, NO_LABELS)
-    assert found.slots == 1 and found.planned == 100 << 20
+    peaks = {RESIDENT: 900, Way(True, FEWEST): 300, Way(True, ALONE): 100}  # MiB: what reads ahead takes more than its block
+
+    def plan(self: Evaluation, way: Way) -> MemoryPlan:
+        phases = (Phase("judge", {"base": peaks[way] << 20}),)
+        return replace(real(self, way), forecast=Forecast(phases), block_bytes=50 << 20)
+
+    real = Evaluation.plan
+    monkeypatch.setattr(Evaluation, "plan", plan)
+    found = fit_evaluation(within("200MiB"), ADAPTER, print, NO_LABELS)
+    assert found.way.slots == 1 and found.planned == 100 << 20
 
 
 def test_a_passage_less_long_is_a_remedy(within: Callable[..., RunConfig]) -> None:
-    judged = partial(arrange_judging, adapter=ADAPTER, say=print, loaded=NO_LABELS)
+    judged = partial(fit_evaluation, adapter=ADAPTER, say=print, workload=NO_LABELS)
     long, short = (judged(within("8GiB", data__max_tokens=length)).planned for length in ("4096", "1024"))
     assert long is not None and short is not None and short < long
 
 
-def test_cutting_is_refused_where_the_base_has_no_room(within: Callable[..., RunConfig]) -> None:
-    def cut(budget: str, copies: float = 6.0) -> Arrangement:
-        return arrange_cutting(within(budget), ADAPTER, print, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=copies)
+def test_compression_is_refused_where_the_base_does_not_fit(within: Callable[..., RunConfig]) -> None:
+    def cut(budget: str, copies: float = 6.0) -> Residency[MemoryPlan]:
+        return fit_compression(within(budget), ADAPTER, print, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=copies)
 
-    enough = least(lambda: cut("600MiB"), r"is 600 MiB, but compressing this adapter takes \d+ MiB: .* is not streamed\. Give")
+    words = r"is 600MiB, but compressing this adapter takes at least \d+ MiB.* is not streamed\. Give"
+    enough = least(lambda: cut("600MiB"), words)
     found = cut(f"{enough}MiB")
-    assert found.store is None and found.planned is not None and found.planned <= enough << 20
+    assert found.way == RESIDENT and found.planned is not None and found.planned <= enough << 20
     more = cut("8GiB", copies=16.0).planned
     assert more is not None and more - found.planned == 10 * 4 * ADAPTER.parameters
 
@@ -103,19 +113,19 @@ def test_cutting_is_refused_where_the_base_has_no_room(within: Callable[..., Run
 def test_a_device_without_budgets_is_refused_and_a_cuda_device_is_held_to_its_own(
     within: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "device_for", torch.device)
+    monkeypatch.setattr(evaluation, "device_for", torch.device)
     with pytest.raises(EnvironmentProblem, match="on the CPU and on CUDA devices, but the model would be on mps"):
-        arrange_judging(within("8GiB", model__device="mps"), ADAPTER, print, NO_LABELS)
+        fit_evaluation(within("8GiB", model__device="mps"), ADAPTER, print, NO_LABELS)
     limits: list[tuple[torch.device, int]] = []
-    monkeypatch.setattr(measuring, "gpu_warning", lambda device, budget: "")
-    monkeypatch.setattr(measuring, "limit_gpu_memory", lambda device, budget: limits.append((device, budget)))
-    monkeypatch.setattr(measuring, "runtime_bytes", lambda *_, **__: CONTEXT)
+    monkeypatch.setattr(fit, "gpu_warning", lambda device, budget: "")
+    monkeypatch.setattr(fit, "limit_gpu_memory", lambda device, budget: limits.append((device, budget)))
+    same_runtime(monkeypatch, CONTEXT)
     said: list[str] = []
-    found = arrange_judging(within("8GiB", model__device="cuda:0"), ADAPTER, said.append, NO_LABELS)
-    assert found.card == torch.device("cuda", 0) and limits == [(found.card, 8 << 30)] and "stays on cuda:0" in said[-1]
-    cut = arrange_cutting(
+    found = fit_evaluation(within("8GiB", model__device="cuda:0"), ADAPTER, said.append, NO_LABELS)
+    assert found.gpu == torch.device("cuda", 0) and limits == [(found.gpu, 8 << 30)] and "stay on cuda:0" in said[-1]
+    cut = fit_compression(
         within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=9.0
     )
-    alone = arrange_judging(within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS)
+    alone = fit_evaluation(within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS)
     assert cut.planned is not None and alone.planned is not None
     assert cut.planned - alone.planned >= 4 * WIDER.parameters, "a cut that is measured is there beside the whole adapter"

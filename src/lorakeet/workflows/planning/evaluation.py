@@ -1,0 +1,152 @@
+"""How evaluating or compressing a finished adapter fits into memory.budget.
+
+Planned is what is really in use: the base as it is loaded, the adapter as it was read and again on the model, rows and texts as
+the evaluation takes them, and for `compress` a backward pass over the pairs and every cut beside it. No step, no moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakeet.config import RunConfig
+from lorakeet.core.adapter import Adapter
+from lorakeet.kernels.device import standing_for
+from lorakeet.memory.cuda import allocated_bytes, phases_on_gpu
+from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.usage import Usage, add_usage, larger_usage
+from lorakeet.models.files.source import find_source
+from lorakeet.models.fits import plan_of
+from lorakeet.models.placement import device_for
+from lorakeet.models.streaming.load import empty_model
+from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.load import read_config
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.streamed_from_config import streamed_model_from_config
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
+from lorakeet.workflows.planning.forecast_choices import VALUE
+from lorakeet.workflows.planning.forecast_text_run import (
+    FLOORS,
+    INTERVALS,
+    LOAD,
+    ROW_BYTES,
+    TOKENIZER_ENTRY,
+    build_of,
+    evaluation_of,
+    load_peak,
+    text_runtime_bytes,
+)
+from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, rehearse_evaluation
+from lorakeet.workflows.planning.text_run import Workload, precision_of
+from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
+
+
+def fit_evaluation(
+    config: RunConfig, adapter: Adapter, say: Callable[[str], None], workload: Workload
+) -> Residency[MemoryPlan]:
+    """How an evaluation of `adapter` keeps memory.budget. Raises as `fit_budget`."""
+    return fit_budget(Evaluation(config, adapter, say, workload), config.memory.limit, say)
+
+
+def fit_compression(
+    config: RunConfig,
+    adapter: Adapter,
+    say: Callable[[str], None],
+    workload: Workload,
+    *,
+    weigh: Callable[[TextModel], object],
+    copies: float,
+) -> Residency[MemoryPlan]:
+    """The same for `compress`, whose base is not streamed: `weigh` is its pass over rows, `copies` what it has in memory of the
+    adapter beside the one on the model.
+    """
+    return fit_budget(AdapterCompression(config, adapter, say, workload, weigh=weigh, copies=copies), config.memory.limit, say)
+
+
+class Evaluation(BudgetedWork[MemoryPlan]):
+    """An adapter on its base, evaluated on rows."""
+
+    what = "measuring this adapter"
+
+    def __init__(
+        self,
+        config: RunConfig,
+        adapter: Adapter,
+        say: Callable[[str], None],
+        workload: Workload,
+        *,
+        weigh: Callable[[TextModel], object] | None = None,
+        copies: float = 1.0,
+    ) -> None:
+        self.config, self.adapter, self.say, self.workload = config, adapter, say, workload
+        self.weigh, self.copies = weigh, copies
+        self.spec, self.keep, self.named_store = config.model, config.memory.keep, config.memory.store
+        self.device = device_for(config.model.device)
+
+    @cached_property
+    def source(self) -> Path:
+        """The folder of the base."""
+        return find_source(self.spec, self.say)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The configuration of the base."""
+        return read_config(self.source)
+
+    def ways(self, budget: int) -> Iterator[Way]:
+        yield from (RESIDENT, Way(streamed=True, slots=FEWEST), Way(streamed=True, slots=ALONE))
+
+    def plan(self, way: Way) -> MemoryPlan:
+        config, precision = self.config, precision_of(self.config)
+        pairs = plan_of(empty_model(self.model_config, torch.float32), self.adapter)
+        make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
+        build = build_of(make, config, self.model_config, precision, self.source)
+        with standing_for(precision.device):
+            found = rehearse_evaluation(build, pairs, evaluation_of(config), token_ids=self.adapter.token_ids, weigh=self.weigh)
+        own = VALUE * pairs.parameters
+        kept = add_usage(Usage(), base=found.base, adapter=own)
+        floors = FLOORS if self.workload.labelled and config.evaluate.baselines and not precision.on_gpu else 0
+        read = round(self.copies * own)  # as values; a GPU has none of them, but the cut that is measured
+        cut = own if precision.on_gpu and self.weigh is not None else 0
+        intervals = 0 if precision.on_gpu else INTERVALS
+        held = {
+            LOAD: load_peak(self.model_config, found, precision),
+            BEGIN: found.peaks[BEGIN],
+            STEP: found.peaks.get(STEP, Usage()),
+            FINAL: add_usage(larger_usage(found.peaks[FINAL], add_usage(kept, scratch=intervals)), adapter=cut, runtime=floors),
+        }
+        block_bytes = found.block_bytes
+        if precision.on_gpu:
+            phases = phases_on_gpu(held, text_runtime_bytes(precision))
+            block_bytes = allocated_bytes(block_bytes) if found.blocks else 0
+        else:
+            words = TOKENIZER_ENTRY * int(self.model_config.get_text_config().vocab_size) + ROW_BYTES * self.workload.characters
+            held = {name: add_usage(peak, adapter=read) for name, peak in held.items()}
+            phases = phases_of(held, text_runtime_bytes(precision, decomposing=self.weigh is not None) + words, returning=True)
+        growing = () if way.slots == ALONE else None  # two blocks did not fit
+        return MemoryPlan(Forecast(phases), blocks=found.blocks, block_bytes=block_bytes, growing=growing)
+
+    def advice(self) -> str:
+        return (
+            "Give that with --memory, or lower train.micro_tokens, data.max_tokens (longer rows are left out) or "
+            "evaluate.drift_tokens in its run file."
+        )
+
+
+class AdapterCompression(Evaluation):
+    """An adapter whose pairs are weighed by a backward pass over a base in memory, and every cut of it."""
+
+    what = "compressing this adapter"
+
+    def ways(self, budget: int) -> Iterator[Way]:
+        yield RESIDENT
+
+    def advice(self) -> str:
+        return (
+            "Its pairs are weighed by a backward pass over a base in memory, which is not streamed. Give that with --memory, or "
+            "lower train.micro_tokens or data.max_tokens (longer rows are left out) in its run file."
+        )

@@ -1,0 +1,137 @@
+"""Where the weights and states of a model are while it is used, so that a memory budget is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from lorakeet.errors import ConfigError
+from lorakeet.memory.budget import Budget
+from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.memory.spill import OF_A_RUN, HostSpill, Spill
+from lorakeet.models.text.model import TextModel
+from lorakeet.workflows.runs.output_paths import temporary_folder
+
+ALONE = 1  # block in memory: the next one is read only after it has left
+PLANNED_ATTENTION = "varlen"  # of a model on shapes
+FEWEST = 2  # blocks in memory where one computes while the next one is read
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to use a model: with all of its weights in memory, or with its blocks streamed from a store."""
+
+    streamed: bool = False
+    slots: int = FEWEST  # blocks in memory, if streamed
+    together: int = 0  # micro-batches of a training step that pass through a block while it is in memory; 0 for all
+    spilled: bool = False  # whether hidden states between blocks are on disk, or, of a model on a GPU, in host memory
+    longest: int | None = None  # tokens of a row that a check compares, if longer rows do not fit
+    change: str = ""  # of the settings, as a person reads it
+
+
+RESIDENT = Way()
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one way takes, phase by phase, and what each further block in memory adds to it."""
+
+    forecast: Forecast
+    blocks: int = field(default=0, kw_only=True)  # that are streamed
+    block_bytes: int = field(default=0, kw_only=True)  # of one slot
+    growing: Collection[str] | None = field(default=None, kw_only=True)  # phases that use further slots; None for all
+
+    @property
+    def highest(self) -> Phase:
+        """The phase with the most bytes."""
+        return self.forecast.peak
+
+    @property
+    def peak(self) -> int:
+        """The most bytes in use."""
+        return self.highest.bytes
+
+    def more_blocks(self, budget: int) -> int:
+        """How many further blocks fit into `budget` bytes."""
+        peaks = [phase.bytes for phase in self.forecast.phases if self.growing is None or phase.name in self.growing]
+        return max(0, (budget - max(peaks)) // self.block_bytes) if peaks and self.blocks else 0
+
+
+P = TypeVar("P", bound=MemoryPlan)
+
+
+def with_base(plan: P, size: int) -> P:
+    """The same plan with `size` more bytes of base weights in its growing phases."""
+
+    def grown(phase: Phase) -> Phase:
+        if plan.growing is not None and phase.name not in plan.growing:
+            return phase
+        return Phase(phase.name, {**phase.kinds, "base": phase.kinds.get("base", 0) + size})
+
+    return replace(plan, forecast=Forecast(tuple(map(grown, plan.forecast.phases)))) if size else plan
+
+
+@dataclass(frozen=True)
+class Residency(Generic[P]):
+    """How a memory budget is kept. Without a budget everything stays in memory."""
+
+    budget: Budget = field(default_factory=Budget)
+    way: Way = RESIDENT
+    plan: P | None = None  # None if nothing was planned
+    folder: Path | None = None  # of stores and scratch files
+    gpu: torch.device | None = None  # the CUDA device whose memory the budget bounds; None for that of the process
+    pinned: bool = False  # whether blocks stay in pinned host memory once they were read
+    remedy: str = OF_A_RUN  # for a full disk
+
+    @property
+    def planned(self) -> int | None:
+        """The peak of the plan in bytes; None if nothing was planned."""
+        return None if self.plan is None else self.plan.peak
+
+    @property
+    def store(self) -> Path | None:
+        """The folder of the stores; None where all weights are in memory."""
+        return self.folder if self.way.streamed else None
+
+    def spilled_states(self) -> Spill:
+        """New storage for hidden states between blocks: in memory, on disk, or in host memory for a model on a GPU."""
+        if self.gpu is not None and self.way.spilled:
+            return HostSpill()
+        return Spill(self.folder if self.way.spilled else None, self.remedy)
+
+    def waiting(self) -> Spill:
+        """New storage for tensors that wait to be written: on disk if blocks are streamed."""
+        return Spill(self.store, self.remedy)
+
+
+@contextmanager
+def stream_closed(text: TextModel) -> Iterator[Any]:
+    """A context at whose end the store of a streamed model is closed: before its folder is removed."""
+    try:
+        yield text
+    finally:
+        if text.streamed is not None:
+            text.streamed.stream.close()
+
+
+@contextmanager
+def temporary_stores(residency: Residency[Any], remedy: str | None = None) -> Iterator[None]:
+    """A context with the folder of the stores, which is removed when it ends; a full disk is reported with `remedy`."""
+    folder = residency.store
+    with temporary_folder(folder, f"The folder {folder} of streamed weights", remedy or residency.remedy):
+        yield
+
+
+def require_planned_attention(residency: Residency[Any], text: TextModel, requested: str = "auto") -> None:
+    """Raises ConfigError if the model cannot attend as it was planned under a budget, which shows when it is loaded."""
+    planned = PLANNED_ATTENTION if requested == "auto" else requested
+    if residency.budget and text.attention != planned:
+        raise ConfigError(
+            f"{text.name} attends with {text.attention}, row by row, but --memory is planned for attention {planned}, over "
+            "packed rows. Leave --memory out."
+        )
