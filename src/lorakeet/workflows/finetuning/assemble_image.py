@@ -82,7 +82,7 @@ def assemble_images(
         say(warning)
     if config.diffusion.scorer:
         load_scorer(config.diffusion.scorer)  # used at the end only, but raises now if it is missing
-    config, residency = fit_images(config, say, asked=forecast)
+    config, residency = fit_images(config, say, forecast=forecast)
     model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
     if not model.kind.flow:
         check_betas(model.pipeline.scheduler.config)
