@@ -182,7 +182,7 @@ class ShapeBase(PackedBase):
     def row_step(self) -> int:
         return self._row_step
 
-    def _told(self) -> StoredWeight | None:
+    def _stored_weight(self) -> StoredWeight | None:
         return self._stands_for
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:

@@ -122,7 +122,7 @@ class ServingModel:
         """Returns the slots of the pairs of `adapter`, cached for the last few outlines."""
         if not isinstance(adapter.pairs, FlatPairs) or adapter.extras or adapter.token_rows:
             return self._checked(adapter)
-        return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
+        return self._fits.get_or_make(adapter.pairs.outline, lambda: self._checked(adapter))
 
     def _checked(self, adapter: Adapter) -> _FittedAdapter:
         problems = Problems("The adapter cannot be served on this base")

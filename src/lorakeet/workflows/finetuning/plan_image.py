@@ -50,7 +50,7 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
     shapes = shapes_of_images(config.model, say)
     machine = machine_of(config, returning=bool(budget))
     planned = forecast_images(config, shapes, machine)
-    result = ImagePlanResult(config=config, device=planned.card or torch.device("cpu"), planned=planned)
+    result = ImagePlanResult(config=config, device=planned.gpu or torch.device("cpu"), planned=planned)
     if result.peak > budget.bytes:
         last, advice = config, list[Advice]()
         for change, last in ways(config):

@@ -25,7 +25,7 @@ from lorakeet.models.text.from_config import config_of, local_files
 from lorakeet.ranks.prune import final_budget
 from lorakeet.workflows.finetuning.kind import Advice, PlanResult
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak
-from lorakeet.workflows.planning.fit import Choice, choose, host_memory, refusal
+from lorakeet.workflows.planning.fit import WayChoice, choose, host_memory, too_small_text
 from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.later_verbs import later_phases, with_later
 from lorakeet.workflows.planning.streaming import LEAST, bytes_moved
@@ -48,7 +48,7 @@ class Speed:
 class Streamed:
     """A run with streamed blocks: the way, in words too, and the bytes that a step moves from and to the disk."""
 
-    choice: Choice[TextRunPlan]
+    choice: WayChoice[TextRunPlan]
     words: str
     moved: int
 
@@ -105,16 +105,16 @@ class TextPlanResult(PlanResult):
 def plan_text(config: RunConfig, console: Console) -> TextPlanResult:
     """Plans a run on text from the model's configuration, and prints the plan. Raises ConfigError for an unknown model."""
     budget, precision = config.memory.limit, precision_of(config)
-    if budget and not precision.on_card:
+    if budget and not precision.on_gpu:
         if warning := larger_than_machine(budget):
             console.print(warning, soft_wrap=True)
         return_freed_memory()  # as a run with a budget does
     model_config, files = config_of(config.model, console.print), local_files(config.model.path)
-    speed = None if precision.on_card else _measured_speed(precision.products)
+    speed = None if precision.on_gpu else _measured_speed(precision.products)
     run = TextRun(config, Workload(), console.print, (model_config, files))
     planned = run.plan(RESIDENT)
     later: tuple[Phase, ...] = ()
-    if budget and not precision.on_card:  # merging and exporting are checked on the CPU
+    if budget and not precision.on_gpu:  # merging and exporting are checked on the CPU
         later = later_phases(config, model_config, planned.plan, budget)
     planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
     result = TextPlanResult(
@@ -131,14 +131,14 @@ def _within_budget(result: TextPlanResult, run: TextRun, planned: TextRunPlan, c
     """`result` with the way in which streaming keeps the budget, or else with what would help."""
     config, precision, choice = result.config, result.precision, choose(run, result.budget)
     if choice.why_no_more:
-        console.print(f"finetune refuses: {refusal(run, choice, result.budget)}", soft_wrap=True)
+        console.print(f"finetune refuses: {too_small_text(run, choice, result.budget)}", soft_wrap=True)
         return result
     if choice.fits:
         way, plan = choice.way, choice.plan
         whole = dataclasses.replace(plan, forecast=with_later(plan.forecast, result.later))
         whole = whole if result.unpacks_too_much else _with_unpacking(whole, config, precision)
         streamed = Streamed(dataclasses.replace(choice, plan=whole), run.words(way, plan), bytes_moved(way, plan, run.batches))
-        pinned = host_memory(run, way, plan)[1] if precision.on_card else ""
+        pinned = host_memory(run, way, plan)[1] if precision.on_gpu else ""
         return dataclasses.replace(result, streamed=streamed, host_memory=pinned)
     model, runtime = run.model, run.runtime(streamed=False)
     forecast = partial(forecast_run, model_config=model[0], runtime=runtime, files=model[1], returning=True)
@@ -152,7 +152,7 @@ def _within_budget(result: TextPlanResult, run: TextRun, planned: TextRunPlan, c
 
 def _with_unpacking(planned: TextRunPlan, config: RunConfig, precision: Precision) -> TextRunPlan:
     """`planned` with a phase for unpacking a .gguf file, if that is still to be done; it takes no memory of a GPU."""
-    size = 0 if precision.on_card else bytes_to_unpack(config.model)
+    size = 0 if precision.on_gpu else bytes_to_unpack(config.model)
     if not size:
         return planned
     unpacking = phase_at(UNPACK, Usage(size, {"scratch": size}), resident_bytes(), slack(0))
@@ -163,7 +163,7 @@ def _show(result: TextPlanResult, console: Console) -> None:
     """Prints the memory table, the peak against the budget, what would help, and the bound on the speed."""
     say = partial(console.print, soft_wrap=True)
     planned, rows, config = result.planned, result.planned.rows, result.config
-    device = str(result.device) if result.precision.on_card else None
+    device = str(result.device) if result.precision.on_gpu else None
     console.print(memory_table(planned.forecast, device))
     trained = f"{planned.plan.parameters:,} trained parameters"
     if config.ranks.choose == "auto":

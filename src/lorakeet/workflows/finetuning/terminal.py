@@ -139,7 +139,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 
 def show_image_forecast(planned: ImageRunPlan, console: Console) -> None:
     """Prints the memory of an image run by phase, and the size of its micro-batches."""
-    console.print(memory_table(planned.forecast, None if planned.card is None else str(planned.card)))
+    console.print(memory_table(planned.forecast, None if planned.gpu is None else str(planned.gpu)))
     pictures = planned.pictures
     height, width = pictures.example
     console.print(

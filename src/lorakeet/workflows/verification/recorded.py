@@ -27,10 +27,10 @@ Answer = TypeVar("Answer")
 
 
 class RecordedArtefact:
-    """An artefact's answers, as an `Artefact`: what was asked once is known, and only that once the artefact has gone."""
+    """An artefact's answers, as an `Artefact`: answers are cached, and the only ones left once the artefact is closed."""
 
     def __init__(self, artefact: Artefact, spill: Spill) -> None:
-        """Logits wait in `aside`, which is the caller's to close."""
+        """Logits wait in `spill`, which the caller closes."""
         self.name, self.allowed = artefact.name, artefact.allowed
         self._artefact: Artefact | None = artefact
         self._spill = spill
