@@ -78,16 +78,16 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
             "them twice would lose more. Set model.quantize.method to none, or name the unquantised model."
         )
     files = tensor_files(source)
-    stock = READERS[method](files, stored) if stored else dense_model(files)
+    stored_model = READERS[method](files, stored) if stored else dense_model(files)
     plain = skeleton(config)
     known = plain.state_dict()
-    shapes = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stock.dense).items()}
+    shapes = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stored_model.dense).items()}
     misfits = {target: (found, tuple(known[target].shape)) for target, found in shapes.items() if found != known[target].shape}
     require_whole(source, config.model_type, misfits=misfits, missing=())
-    twice = sorted(set(shapes) & {f"{path}.weight" for path in owners(plain, stock.packed).values()})
+    twice = sorted(set(shapes) & {f"{path}.weight" for path in owners(plain, stored_model.packed).values()})
     if twice:
         raise DataError(f"{source} has {len(twice)} weights both packed and dense, such as {twice[0]}. Fetch the model again.")
-    return stock if stored or spec.method == "none" else quantised_model(stock, config, spec)
+    return stored_model if stored or spec.method == "none" else quantised_model(stored_model, config, spec)
 
 
 def kept_experts(model: nn.Module) -> str:
@@ -98,23 +98,23 @@ def kept_experts(model: nn.Module) -> str:
     return f"The experts of this model are no linear layers to transformers and stay as they are: {size / 1e6:,.1f} MB."
 
 
-def quantised_model(stock: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
+def quantised_model(stored_model: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
     """Returns the stored model with linear layers packed as they are read, from their stored dtype."""
     plain = skeleton(config)
     chosen = packable(plain, head=spec.head == "quantize")
-    targets = {name: path for name, path in owners(plain, stock.dense).items() if path in chosen}
+    targets = {name: path for name, path in owners(plain, stored_model.dense).items() if path in chosen}
 
     def packed(name: str, path: str) -> Callable[[], PackedBase]:
         transposed = isinstance(chosen[path], Conv1D)
 
         def make() -> PackedBase:
-            weight = stock.dense[name]()
+            weight = stored_model.dense[name]()
             return quantise_weight(weight.t() if transposed else weight, spec)
 
         return make
 
-    dense = {name: read for name, read in stock.dense.items() if name not in targets}
-    return replace(stock, dense=dense, packed={name: packed(name, path) for name, path in targets.items()})
+    dense = {name: read for name, read in stored_model.dense.items() if name not in targets}
+    return replace(stored_model, dense=dense, packed={name: packed(name, path) for name, path in targets.items()})
 
 
 def skeleton(config: Any) -> Any:
@@ -197,14 +197,14 @@ def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def load_packed(stock: StoredModel, config: Any, dtype: torch.dtype, source: Path) -> Any:
+def load_packed(stored_model: StoredModel, config: Any, dtype: torch.dtype, source: Path) -> Any:
     """Loads the frozen model in eval mode on the CPU, with eager attention, from lazy tensors; DataError lists what is wrong.
 
     Dense tensors are cast to `dtype`; packed ones stay unchanged.
     """
     empty = skeleton(config)
-    paths = owners(empty, stock.packed)
-    unknown = sorted(set(stock.packed) - set(paths))
+    paths = owners(empty, stored_model.packed)
+    unknown = sorted(set(stored_model.packed) - set(paths))
     if unknown:
         raise DataError(
             f"{source} has {len(unknown)} packed weights that no layer of a '{config.model_type}' model takes, such as "
@@ -213,7 +213,11 @@ def load_packed(stock: StoredModel, config: Any, dtype: torch.dtype, source: Pat
     weights, slot = {f"{path}.weight" for path in paths.values()}, _LinearSlot()
     try:  # misfits are refused below, with names and shapes
         model, report = read_into(
-            empty, stock.reads, dtype, quantization_config=WeightHook(slot, weights.__contains__), ignore_mismatched_sizes=True
+            empty,
+            stored_model.reads,
+            dtype,
+            quantization_config=WeightHook(slot, weights.__contains__),
+            ignore_mismatched_sizes=True,
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise refused(source, config.model_type, tensor_files(source), error) from error

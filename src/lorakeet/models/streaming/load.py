@@ -101,14 +101,14 @@ def write_store(
     changes: Changes | None = None,
 ) -> None:
     """Writes the store of a model folder to `path`, with one block in memory at a time."""
-    stock = stored_model_of(source, config, quantize)
+    stored_model = stored_model_of(source, config, quantize)
     empty = empty_model(config, dtype)
     records = records_of(empty, family)
     size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
     more: dict[str, str] = {}
-    with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stock.packed else size) as writer:
+    with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stored_model.packed else size) as writer:
         collected = _Collector(writer, empty, records, changes or {})
-        missing = _read_all(stock, config, dtype, collected, source)
+        missing = _read_all(stored_model, config, dtype, collected, source)
         require_whole(source, config.model_type, misfits=collected.misfits, missing=missing | collected.waiting)
         more.update(same, packed=json.dumps(collected.packed))
 
@@ -255,11 +255,13 @@ class _Send(ConversionOps):  # type: ignore[misc]
         return {}
 
 
-def _read_all(stock: StoredModel, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
-    """Lets transformers read all tensors of `stock`; returns the names of those that are missing."""
+def _read_all(stored_model: StoredModel, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
+    """Lets transformers read all tensors of `stored_model`; returns the names of those that are missing."""
     empty = skeleton(config)
     try:
-        _, report = read_into(empty, stock.reads, dtype, quantization_config=WeightHook(_Send(collector), lambda name: True))
+        _, report = read_into(
+            empty, stored_model.reads, dtype, quantization_config=WeightHook(_Send(collector), lambda name: True)
+        )
     except (ValueError, RuntimeError, KeyError) as error:
         if collector.refused is not None:
             raise collector.refused from error
