@@ -96,13 +96,13 @@ def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: s
 
 @needs_triton
 def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_products.unpack_rows
+    right = triton_products.dequantise_rows
 
     def wrong(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first).view(-1)[-1].mul_(1 + 2e-7)
         return out
 
-    monkeypatch.setattr(triton_products, "unpack_rows", wrong)
+    monkeypatch.setattr(triton_products, "dequantise_rows", wrong)
     with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
         load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
 

@@ -8,7 +8,7 @@ The layouts are those of ggml (block_q4_0 … block_q6_K in its ggml-common.h). 
     Q6_K                  x = (d·s)·(q − 32), s an int8 for each 16
 
 Products and sums are taken in fp32 in this order, as in ggml's reference, so that the numbers are equal to the bit. Whole weights
-are dequantised to bf16 by kernels/cpu/gguf.c.
+are dequantised to bf16 by kernels/cpu/c/gguf.c.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class GptqBase(PackedBase):
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         if triton_products.dequantises(self, out, self._packed_buffers()):
-            return triton_products.unpack_rows(self.in_tiles(), out, first)
+            return triton_products.dequantise_rows(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
         step = tile_size(self.device, columns * WORD) // columns

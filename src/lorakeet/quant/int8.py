@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import QuantisedRows
-from lorakeet.kernels.choose import multiplies_int8
+from lorakeet.kernels.choose import quantises_in_c
 from lorakeet.kernels.cpu import int8_rows as native
 from lorakeet.kernels.cpu.stored import INT8, StoredWeight, address_of
 from lorakeet.quant.packed import PackedBase, tile_size
@@ -75,27 +75,27 @@ class Int8Base(PackedBase):
         return out
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.matmul_codes(self.code(x)) if self.takes_codes(x) else super().matmul(x)
+        return self.matmul_int8(self.quantise(x)) if self.runs_in_int8(x) else super().matmul(x)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        if not self.takes_codes(grad):
+        if not self.runs_in_int8(grad):
             return super().matmul_t(grad)
-        if multiplies_int8(grad):
+        if quantises_in_c(grad):
             codes, scale = native.QUANTISE_ROWS(grad, self.scale)
             return cast(Tensor, native.INT8_PRODUCT(codes, scale, self.packed, None, True))
         steps, scale = _in_steps(grad * self.scale)
         return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
-        if self.takes_codes(grad):
+        if self.runs_in_int8(grad):
             to.add_(self.matmul_t(grad))
         else:
             super().add_matmul_t(to, grad)
 
-    def code(self, x: Tensor) -> QuantisedRows:
+    def quantise(self, x: Tensor) -> QuantisedRows:
         """Quantises x (tokens, in) to int8 for torch, or to uint8 (+128) for kernels/cpu; its largest columns are kept apart."""
         count = native.outliers_of(x.shape[1]) if len(x) else 0
-        if multiplies_int8(x):
+        if quantises_in_c(x):
             columns, apart = native.OUTLIER_COLUMNS(x, count)
             codes, scale = native.QUANTISE_ROWS(x, None, columns)
             return QuantisedRows(codes, scale, x.dtype, columns, apart)
@@ -106,8 +106,8 @@ class Int8Base(PackedBase):
         steps, scale = _in_steps(x.index_fill(1, columns, 0))
         return QuantisedRows(steps.to(torch.int8), scale, x.dtype, columns, x[:, columns])
 
-    def matmul_codes(self, rows: QuantisedRows) -> Tensor:
-        """Returns what `matmul` returns for the x that `code` quantised."""
+    def matmul_int8(self, rows: QuantisedRows) -> Tensor:
+        """Returns what `matmul` returns for the x that `quantise` took."""
         codes, steps, dtype, columns, apart = rows
         if codes.dtype == torch.uint8:
             return cast(Tensor, native.INT8_PRODUCT(codes, steps, self.packed, self.scale, False, columns, apart))
@@ -116,7 +116,7 @@ class Int8Base(PackedBase):
             y.addmm_(apart.float(), self.packed[:, columns].float().t())
         return y.mul_(self.scale).to(dtype)
 
-    def takes_codes(self, x: Tensor) -> bool:
+    def runs_in_int8(self, x: Tensor) -> bool:
         """True if x (tokens, ·) is multiplied in int8; CUDA needs over 16 tokens and sizes in multiples of 8. Not run on a
         GPU.
         """

@@ -143,7 +143,7 @@ class Nf4Base(PackedBase):
         if triton_products.dequantises(self, out, self._packed_buffers()):
             blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
             tiles = self._in_tiles((blocks, self.block_size))
-            return triton_products.unpack_rows(tiles, out, first * self.shape[1] // self.block_size)
+            return triton_products.dequantise_rows(tiles, out, first * self.shape[1] // self.block_size)
         flat, size, before = out.view(-1), self.block_size, first * self.shape[1]
         step = tile_size(self.device, size * SCALE_BLOCK)
         for start in range(0, len(flat), step):

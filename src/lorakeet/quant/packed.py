@@ -30,7 +30,7 @@ class PackedBase(nn.Module):
     A subclass registers its buffers and implements `unpack` and `store`. On a CPU the C library multiplies rows in bf16 by the
     packed buffers, if the subclass describes them (`_stored_weight`). Otherwise W is dequantised for each product into one buffer
     that all bases share (core/scratch), in fp32 some rows at a time. So one dense matrix exists at a time, and autograd never
-    sees it. With Triton kernels enabled, products of few tokens need no dense matrix (core/kernels).
+    sees it. With Triton kernels enabled, products of few tokens need no dense matrix (core/triton_products).
     """
 
     kernels: TritonRequest | None = None
@@ -96,7 +96,7 @@ class PackedBase(nn.Module):
         tensors = self.tensors()
         plain = self.kernels is None and not self._parameters
         weight = self._stored_weight() if plain and native.is_readable(self.shape, tensors) else None
-        return None if weight is None else weight._replace(held=tuple([each.detach() for each in tensors]))
+        return None if weight is None else weight._replace(owners=tuple([each.detach() for each in tensors]))
 
     def tensors(self) -> list[Tensor]:
         """The packed buffers that are no parameters."""

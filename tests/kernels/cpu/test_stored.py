@@ -167,7 +167,7 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
     told = MADE["nf4 of 64"]().stored()
     assert told is not None
     x, grad = torch.randn(5, SHAPE[1]).bfloat16(), torch.randn(5, SHAPE[0]).bfloat16()
-    weight_of = told.held, told.numbers
+    weight_of = told.owners, told.numbers
     for operator, given in ((STORED_PRODUCT, (x, *weight_of, False)), (STORED_PRODUCT_ADD, (x, grad, *weight_of, True))):
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 
