@@ -111,7 +111,7 @@ def test_page_says_what_was_measured(report: Report) -> None:
         "379 held-out rows",
         "drugsComTrain.tsv:402",
         "498 tokens/s",
-        "1.72 GB",
+        "1.60 GiB",
         "lorakeet merge runs/drug-reviews --out merged",
         "step 48",
         "adapter fixed",

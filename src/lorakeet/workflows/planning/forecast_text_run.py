@@ -240,11 +240,10 @@ def forecast_run(
         return phases({SEARCH: held}, runtime + words, returning=returning)[0]
 
     if way.streamed:
-        block_bytes = allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes
+        size = allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes
         return TextRunPlan(
-            Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks,
-            block_bytes=block_bytes,
-        )  # fmt: skip
+            Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks, block_bytes=size
+        )
     models = {} if on_gpu else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
     later = [phases_of({name: peak}, runtime + words)[0] for name, peak in models.items()]
     trial = together(len(QUICK_FACTORS), searching=False).bytes
