@@ -165,7 +165,7 @@ def test_a_disk_that_refuses_the_copy_is_said_and_nothing_is_left(
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("lorakeet.models.files.gguf_dense._convert", refuse)
+    monkeypatch.setattr("lorakeet.models.files.gguf_dense.stream_safetensors", refuse)
     with pytest.raises(EnvironmentProblem, match=rf"cannot be written: {os.strerror(code)}.*LORAKEET_CACHE"):
         dense_copy(made[0], print)
     assert [path.name for path in cache.iterdir()] == ["digests.json"]

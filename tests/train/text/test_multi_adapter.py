@@ -31,6 +31,7 @@ from lorakeet.train import gradients
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text import multi_adapter
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
 from lorakeet.train.text.task import TextTask
 from tiny.gptq_folder import save_mixed_gptq
@@ -116,15 +117,16 @@ def test_a_disk_that_takes_no_values_ends_no_training(tiny_llama_folder: Path, t
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many members' steps each pass holds, from now on."""
+    """The number of members in each forward pass from now on."""
     found: list[int] = []
-    usual = MultiAdapterTraining._gradients
+    usual = multi_adapter.groups_of
 
-    def watched(many: MultiAdapterTraining, learning: Any, passes: Any) -> None:
-        found.extend(len(one.parts) for one in passes)
-        usual(many, learning, passes)
+    def watched(*given: Any) -> list[Any]:
+        groups = usual(*given)
+        found.extend(len(one.parts) for group in groups for one in group.batches)
+        return groups
 
-    monkeypatch.setattr(MultiAdapterTraining, "_gradients", watched)
+    monkeypatch.setattr(multi_adapter, "groups_of", watched)
     return found
 
 
@@ -155,14 +157,14 @@ def test_steps_that_are_not_small_are_those_of_single_runs_to_the_last_bit(
     monkeypatch.setattr("lorakeet.train.text.joint_batches.SMALL", 0)
     text, members = together(tiny_llama_folder, "abc", micro_tokens=24)
     held = []
-    usual = MultiAdapterTraining._gradients
+    usual = multi_adapter.batch_seeds
 
-    def watched(many: MultiAdapterTraining, *given: Any) -> None:
+    def watched(count: int) -> Any:
         own = {name: inject.trained_parameters(text.model, name).values() for name in "abc"}
         held.append([name for name, parameters in own.items() if any(one.grad is not None for one in parameters)])
-        usual(many, *given)
+        return usual(count)
 
-    monkeypatch.setattr(MultiAdapterTraining, "_gradients", watched)
+    monkeypatch.setattr(multi_adapter, "batch_seeds", watched)
     for at in train_many(text, members):
         name = at.member.name
         expected, best = alone(tiny_llama_folder, name, tmp_path / name, micro_tokens=24)
