@@ -29,7 +29,7 @@ from lorakeet.train.log import MetricsLog
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
 from lorakeet.workflows.planning.forecast_choices import decomposes, reads_weights
-from lorakeet.workflows.planning.forecast_text_run import LOAD, Precision, judging_of, largest_rows, text_runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import LOAD, Precision, evaluation_of, largest_rows, text_runtime_bytes
 from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
 
 STEPS = 2
@@ -80,7 +80,7 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         training.metrics = MetricsLog(training.run.metrics)
         if asked["returning"]:  # as a run under a budget
             training.best = BestTensors(training.run.best)
-        training.task.held_out_rows = training_on(text, config.train, judging_of(config).rows).task.train
+        training.task.held_out_rows = training_on(text, config.train, evaluation_of(config).rows).task.train
         with _peak(peaks, STEP):
             for _ in range(STEPS):
                 training.step()

@@ -41,7 +41,7 @@ def test_rows_at_places_are_what_attention_is_defined_to_be(
     starts = torch.tensor([0, *rows, *[0] * empty]).cumsum(0).int()
     leaves = [each.detach().requires_grad_() for each in qkv]
     settings = {"sliding_window": window, "scaling": WIDTH**-0.5}
-    out, _ = packed_attention(nn.Module(), *leaves, row_lengths=(LONGEST,), row_places=RowOffsets(starts, LONGEST), **settings)
+    out, _ = packed_attention(nn.Module(), *leaves, row_lengths=(LONGEST,), row_offsets=RowOffsets(starts, LONGEST), **settings)
     found = out.detach(), *torch.autograd.grad(out, leaves, grad.transpose(1, 2))
     assert flash.calls == 1
     laid = list(rows), 0, WIDTH**-0.5, -1 if window is None else window
@@ -89,6 +89,6 @@ def test_attention_that_the_kernel_does_not_have_is_refused_where_a_tensor_tells
     places = RowOffsets(torch.tensor([0, 4, 10], dtype=torch.int32), LONGEST)
     for settings in ({"softcap": 2.0}, {"dropout": 0.5}):
         with pytest.raises(EnvironmentProblem, match="attends in a way that torch's flash kernel does not have"):
-            packed_attention(nn.Module(), q, k, v, row_lengths=(10,), row_places=places, **settings)
+            packed_attention(nn.Module(), q, k, v, row_lengths=(10,), row_offsets=places, **settings)
     with pytest.raises(EnvironmentProblem, match="flash kernel does not have"):
-        packed_attention(nn.Module(), *(each.float() for each in (q, k, v)), row_lengths=(10,), row_places=places)
+        packed_attention(nn.Module(), *(each.float() for each in (q, k, v)), row_lengths=(10,), row_offsets=places)

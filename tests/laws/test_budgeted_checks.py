@@ -22,7 +22,7 @@ from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.export import export
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import ExportOptions, MergeOptions, VerifyOptions
-from lorakeet.workflows.planning.check import Check
+from lorakeet.workflows.planning.check import ModelCheck
 from lorakeet.workflows.runs.residency import MemoryPlan, Way
 from lorakeet.workflows.verify import verify
 from tiny.models import save_tiny_llama
@@ -46,15 +46,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def forecasts() -> Iterator[dict[bool, int]]:
     """The last forecasts within the context, by whether the models are streamed."""
     found: dict[bool, int] = {}
-    before = Check.plan
+    before = ModelCheck.plan
 
-    def noted(check: Check, way: Way) -> MemoryPlan:
+    def noted(check: ModelCheck, way: Way) -> MemoryPlan:
         plan = before(check, way)
         found[way.streamed] = plan.peak
         return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Check, "plan", noted)
+        patch.setattr(ModelCheck, "plan", noted)
         yield found
 
 

@@ -22,7 +22,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.rehearse_image import Pictures, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import Judging, RowShape, rehearse
+from lorakeet.workflows.planning.rehearse_text import EvaluationSize, RowShape, rehearse
 from lorakeet.workflows.runs.residency import RESIDENT, Way
 from tiny.models import FAMILIES
 
@@ -40,7 +40,7 @@ def text(family: str, way: Way = RESIDENT, *, method: str = "none", stored: Any 
     )  # fmt: skip
     return rehearse(
         ModelBuilder(make, config), LoraSpec(**{"rank": 2, "alpha": 4, **lora}), TrainSpec(), rows=RowShape(16, 2),
-        judging=Judging(RowShape(24, 1), 2, 4), way=way,
+        evaluation=EvaluationSize(RowShape(24, 1), 2, 4), way=way,
     )  # fmt: skip
 
 

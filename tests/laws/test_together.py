@@ -234,7 +234,7 @@ def test_one_that_is_killed_while_a_parted_run_is_judged_is_named(
     command = re.escape(f"Go on with: torchrun --nproc-per-node 2 -m lorakeet {' '.join(go_on)}")
     begin = arguments(tiny_llama_folder, rows, run, train__steps="2", train__shard="true", evaluate__drift_texts="0")
     kept = rf"Kept: the checkpoint (\S+) and {run}/adapter \(held-out loss [\d.]+ at step \d\)\. {command}"
-    judging = r"After step 2, before the run was judged to the end: process {} of 2 died\. "
+    judging = r"After step 2, before the run was evaluated to the end: process {} of 2 died\. "
     newest = ended_at(forked, "workflows.finetuning.evaluate_text:row_losses", 1, begin, f"Error: {judging.format(1)}{kept}")
     assert newest == checkpoint.found(run / "checkpoints")[-1] and checkpoint.load_checkpoint(newest).position.step == 2  # whole
     adapter = adapter_bytes(run)

@@ -52,13 +52,13 @@ def test_saved_activations_live_until_the_backward_pass_lets_them_go() -> None:
             h = torch.mm(x, w).sigmoid()  # sigmoid saves its result
             loss = h.sum()
             del h
-            assert ledger.held["saved activations"] == MB
+            assert ledger.in_use["saved activations"] == MB
             loss.backward()
             del loss
-        assert ledger.held["saved activations"] == 0
-        assert ledger.held["gradients"] == MB
+        assert ledger.in_use["saved activations"] == 0
+        assert ledger.in_use["gradients"] == MB
         w.grad = None
-        assert ledger.held["gradients"] == 0
+        assert ledger.in_use["gradients"] == 0
         ledger.close()
     assert ledger.peaks["step"].kinds["saved activations"] == MB
 
@@ -66,7 +66,7 @@ def test_saved_activations_live_until_the_backward_pass_lets_them_go() -> None:
 def test_logits_are_known_by_their_width() -> None:
     with Ledger(vocabulary=1000) as ledger:
         logits = torch.zeros(7, 16) @ torch.zeros(16, 1000)
-        assert ledger.held["logits"] == logits.nbytes
+        assert ledger.in_use["logits"] == logits.nbytes
 
 
 def test_numbers_that_are_asked_for_are_one() -> None:

@@ -9,15 +9,15 @@ import sys
 import pytest
 import torch
 
-from lorakeet.memory.onednn_code import KEPT, limit_code_cache
+from lorakeet.memory.onednn_code import TRAINING, limit_code_cache
 
 
 def test_what_the_environment_says_stays() -> None:
     environment: dict[str, str] = {}
     limit_code_cache(environment=environment)
-    assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}
+    assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(TRAINING)}
     limit_code_cache(7, environment)
-    assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}, "whoever comes first is heeded"
+    assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(TRAINING)}, "whoever comes first is heeded"
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"):
         environment = {name: "7"}
         limit_code_cache(environment=environment)

@@ -63,7 +63,7 @@ def test_what_is_remembered_is_what_torch_makes(call: Callable[[Tensor, Tensor],
             shared = [[leaf.untyped_storage()._cdata == one.untyped_storage()._cdata for one in (x, y)]
                       for leaf in tree_leaves(result)]  # fmt: skip
             same = [[leaf is one for one in (x, y)] for leaf in tree_leaves(result)]
-            found.append((type(result), told(result), shared, same, account.bytes, dict(account.held), account.work))
+            found.append((type(result), told(result), shared, same, account.bytes, dict(account.in_use), account.work))
             asked.append("again")
     assert found[0] == found[1]
     assert asked.index("again") > 0 and asked[-1] == "again" and asked[-2] == "again", "the second time torch is not asked"

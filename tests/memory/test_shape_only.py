@@ -36,11 +36,11 @@ def test_rows_that_are_looked_up_are_held_with_those_that_were_read() -> None:
         ids = torch.zeros(2, 6, dtype=torch.long)
         before = ledger.bytes
         with ledger.phase("look up"):
-            found = rows.look_up(ids)
+            found = rows.lookup(ids)
         assert found.shape == (2, 6, 4) and found.dtype == torch.bfloat16
         assert ledger.bytes - before == found.nbytes
         assert ledger.peaks["look up"].bytes - before >= 2 * found.nbytes
-        assert rows.look_up(torch.zeros(9, 9, dtype=torch.long)).shape == (9, 9, 4), "no more rows are read than there are"
+        assert rows.lookup(torch.zeros(9, 9, dtype=torch.long)).shape == (9, 9, 4), "no more rows are read than there are"
 
 
 def test_what_is_put_aside_is_held_again_when_it_is_taken() -> None:
@@ -50,5 +50,5 @@ def test_what_is_put_aside_is_held_again_when_it_is_taken() -> None:
         spill.put("a", states)
         del states
         assert "a" in spill and ledger.bytes == whole - 160
-        assert spill.look("a").shape == (5, 8) and spill.take("a").dtype == torch.float32
+        assert spill.get("a").shape == (5, 8) and spill.take("a").dtype == torch.float32
         assert "a" not in spill

@@ -52,7 +52,7 @@ def test_the_host_keeps_a_copy_and_gives_it_back_on_its_device() -> None:
     kept = states.clone()
     spill.put((0, 1), states)
     states.zero_()
-    assert torch.equal(spill.look((0, 1)), kept) and (0, 1) in spill
+    assert torch.equal(spill.get((0, 1)), kept) and (0, 1) in spill
     found = spill.take((0, 1))
     assert torch.equal(found, kept) and found.device == states.device
     assert (0, 1) not in spill and spill._devices == {}

@@ -73,7 +73,7 @@ def test_rows_are_read_alone_and_in_parts(tmp_path: Path) -> None:
     assert torch.equal(rows[2:5], weight[2:5]) and torch.equal(rows[6:100], weight[6:])
     assert torch.equal(rows.gather([8, 0, 8]), weight[[8, 0, 8]])
     elsewhere = store.rows("embed.weight", torch.device("meta"))
-    assert elsewhere[2:5].is_meta and elsewhere.gather([1]).is_meta and elsewhere.look_up(torch.tensor([[1, 2]])).is_meta
+    assert elsewhere[2:5].is_meta and elsewhere.gather([1]).is_meta and elsewhere.lookup(torch.tensor([[1, 2]])).is_meta
     assert torch.equal(store.rows("embed.stack")[3:], stack[3:]) and torch.equal(store.rows("embed.norm")[:], stack[0, 0])
     store.close()
 
@@ -154,5 +154,5 @@ def test_names_are_used_once_and_the_header_has_its_room(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="already has"), new_store(tmp_path / "s", identity=IDENTITY, tensors=8) as writer:
         writer.add("a", {"w": torch.zeros(2)})
         writer.add("a", {"w": torch.zeros(2)})
-    with pytest.raises(ValueError, match="set aside"), new_store(tmp_path / "s", identity={"x": "y" * 10**5}, tensors=1):
+    with pytest.raises(ValueError, match="are reserved"), new_store(tmp_path / "s", identity={"x": "y" * 10**5}, tensors=1):
         pass

@@ -50,7 +50,7 @@ def wrong(device: Device, folder: Path, *, slots: int = 2, keep: bool = False, t
     seen: list[tuple[int, torch.Tensor]] = []
     order = TURN * turns
     for place, index in enumerate(order):
-        views = stream.bring(index, order[min(place + 1, len(order) - 1)])
+        views = stream.fetch(index, order[min(place + 1, len(order) - 1)])
         device.computing.ask("do", lambda index=index, view=views["w"]: seen.append((index, view.clone())))
     stream.release()
     stream.close()
@@ -104,7 +104,7 @@ def test_so_much_is_pinned(keep: bool, most: int, tmp_path: Path) -> None:
         store, CPU, keep=keep, cuda=device, pinned=pin
     ))  # fmt: skip
     for index in TURN * 2:
-        stream.bring(index, index)
+        stream.fetch(index, index)
     stream.close()
     assert len(taken) == most
 
@@ -114,7 +114,7 @@ def test_nothing_is_on_its_way_into_a_buffer_that_goes(tmp_path: Path) -> None:
         store, device = stored(tmp_path), Device(computing_first)
         transfer = CudaTransfer(store, CPU, cuda=device, pinned=pinned)
         stream = RecordStream(store, ["b.0", "b.1"], transfer=transfer)
-        stream.bring(0, 1)
+        stream.fetch(0, 1)
         leave(stream)
         device.computing.synchronize()  # behind which the memory is another tensor's
         assert not any(kind == "do" for kind, _ in device.copying.queue)
@@ -129,9 +129,9 @@ def test_a_store_that_was_cut_off_is_told_where_the_record_is_wanted(tmp_path: P
         store, CPU, cuda=Device(computing_first), pinned=pinned
     )):  # fmt: skip
         stream = RecordStream(store, [f"b.{number}" for number in range(RECORDS)], transfer=transfer)
-        stream.bring(2, 3)
+        stream.fetch(2, 3)
         with pytest.raises(DataError, match="cut off"):
-            stream.bring(3, 4)
+            stream.fetch(3, 4)
         transfer.close()
 
 

@@ -96,7 +96,7 @@ def test_a_window_that_only_the_mask_knows_is_refused() -> None:
     module = nn.Module()
     module.config = type("Config", (), {"sliding_window": 8})()
     q, k, v = states()
-    with pytest.raises(EnvironmentProblem, match="window of 8 tokens that only its mask knows, for a row of 9"):
+    with pytest.raises(EnvironmentProblem, match="window of 8 tokens that only its mask has, for a row of 9"):
         packed_attention(module, q, k, v, row_lengths=ROWS)
     packed_attention(module, q, k, v, row_lengths=ROWS, sliding_window=None)  # this layer says that it has none
 
@@ -122,7 +122,7 @@ def test_a_temperature_by_place_is_refused_where_it_is_not_one() -> None:
     q, k, v = states()
     packed_attention(module, q, k, v, row_lengths=ROWS)
     module.floor_scale -= 1
-    with pytest.raises(EnvironmentProblem, match="a temperature by place among 18 tokens, constant up to 18"):
+    with pytest.raises(EnvironmentProblem, match="a temperature by position, constant up to 18, for 18 tokens"):
         packed_attention(module, q, k, v, row_lengths=ROWS)
     module.use_rope = True
     packed_attention(module, q, k, v, row_lengths=ROWS)

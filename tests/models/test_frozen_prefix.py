@@ -44,7 +44,7 @@ def prefixed() -> tuple[Model, list[Block], FrozenPrefix]:
 
 def test_given_states_stand_for_the_blocks_below() -> None:
     model, blocks, prefix = prefixed()
-    with prefix.handing_on(torch.full((1, 2, 1), 10.0)):
+    with prefix.returning(torch.full((1, 2, 1), 10.0)):
         assert model(torch.zeros(1, 2, 1)).flatten().tolist() == [11, 11]
     assert [block.calls for block in blocks] == [0, 0, 1]
     assert model(torch.zeros(1, 2, 1)).flatten().tolist() == [3, 3]
@@ -61,7 +61,7 @@ def test_the_input_of_the_first_block_above_is_recorded_and_no_block_above_compu
 def test_rows_come_back_by_their_ids_with_a_shared_beginning_once() -> None:
     _, _, prefix = prefixed()
     ids, states = torch.tensor([7, 1, 2, 7, 3]), torch.arange(5.0)[:, None]
-    prefix.keep(ids, (3, 2), states)
+    prefix.add(ids, (3, 2), states)
     assert prefix.bytes == 5 * 4
     found = prefix.states_of(torch.tensor([7, 3, 7, 1, 2]), (2, 3), 1)
     assert found is not None and found.flatten().tolist() == [3, 4, 1, 2]

@@ -24,9 +24,9 @@ from lorakeet.models.kernels import (
     check_elementwise,
     check_kernels,
     check_loss,
+    checked_products,
     kernel_bases,
     kernels_for,
-    proved_products,
     with_runnable_kernels,
 )
 from lorakeet.models.spec import ModelSpec
@@ -78,8 +78,8 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
-        ("low_rank_product", r"compute y \(tokens 1, rank 8\) otherwise"),
-        ("low_rank_product_t", r"compute ∂L/∂x \(tokens 1, rank 8\) otherwise"),
+        ("low_rank_product", r"compute y \(tokens 1, rank 8\) differently"),
+        ("low_rank_product_t", r"compute ∂L/∂x \(tokens 1, rank 8\) differently"),
     ],
 )
 def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,28 +90,28 @@ def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: s
         return None if found is None else (found[0] * 1.001, found[1])
 
     monkeypatch.setattr(kernels, kernel, wrong)
-    with pytest.raises(EnvironmentProblem, match=f"{said} than torch .*Set model.kernels to torch"):
+    with pytest.raises(EnvironmentProblem, match=f"{said} from torch .*Set model.kernels to torch"):
         load_text_model(spec(tiny_llama_folder))
 
 
 @needs_triton
 def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_products.unpack_rows
+    right = triton_products.dequantise_rows
 
     def wrong(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first).view(-1)[-1].mul_(1 + 2e-7)
         return out
 
-    monkeypatch.setattr(triton_products, "unpack_rows", wrong)
-    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
+    monkeypatch.setattr(triton_products, "dequantise_rows", wrong)
+    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
         load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
 
 
 def test_the_tokens_and_ranks_of_the_proof_follow_what_is_fused() -> None:
     every = [(1, 0), (1, 8), (17, 0), (17, 8), (33, 0), (33, 8), (33, support.RANK)]
-    assert proved_products(TritonRequest()) == every
-    assert proved_products(TritonRequest(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, support.RANK)]
-    assert proved_products(TritonRequest(1)) == [(1, 0), (1, 8), (1, support.RANK)] and proved_products(TritonRequest(0)) == []
+    assert checked_products(TritonRequest()) == every
+    assert checked_products(TritonRequest(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, support.RANK)]
+    assert checked_products(TritonRequest(1)) == [(1, 0), (1, 8), (1, support.RANK)] and checked_products(TritonRequest(0)) == []
 
 
 SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how it is called
@@ -133,7 +133,7 @@ def test_one_wrong_program_of_the_products_is_refused(wrong: tuple[int, int, boo
         return (y * 1.01 if off else y), shrunk
 
     monkeypatch.setattr(triton_tiles, "fused_product", launch)
-    with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} otherwise than torch"):
+    with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} differently from torch"):
         check_kernels([packed_layer()], TritonRequest(4 if wrong[0] == 4 else 64), torch.float32)
 
 
@@ -152,7 +152,7 @@ def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypa
 
     check_kernels([layer], TritonRequest(1), torch.bfloat16)
     monkeypatch.setattr(triton_tiles, "unpack_tiles", launch)
-    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
+    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
         check_kernels([layer], TritonRequest(1), torch.bfloat16)
 
 
@@ -169,7 +169,9 @@ def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch
 
     monkeypatch.setattr(loss, "loss_in_place", launch)
     said = "the loss" if part == "losses" else "the gradient of the loss"
-    with pytest.raises(EnvironmentProblem, match=f"compute {said} otherwise than torch on this device, for [0-9]+ words"):
+    with pytest.raises(
+        EnvironmentProblem, match=f"compute {said} differently from torch on this device, for a vocabulary of [0-9]+"
+    ):
         load_text_model(spec(tiny_llama_folder, fused_tokens=0))
     vocabulary = json.loads((tiny_llama_folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     assert seen == [vocabulary]
@@ -214,7 +216,11 @@ def test_image_models_refuse_them() -> None:
 @needs_triton
 @pytest.mark.parametrize(
     ("kernel", "said"),
-    [("norm", "compute a norm otherwise"), ("gated", "compute a gate otherwise"), ("rotate_", "compute a rotation otherwise")],
+    [
+        ("norm", "compute a norm differently"),
+        ("gated", "compute a gate differently"),
+        ("rotate_", "compute a rotation differently"),
+    ],
 )
 def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
@@ -227,7 +233,7 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
         return found
 
     monkeypatch.setattr(elementwise, kernel, wrong)
-    with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
+    with pytest.raises(EnvironmentProblem, match=f"{said} from torch on this device, for rows of 48 numbers in float32"):
         check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
 
 

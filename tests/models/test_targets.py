@@ -148,7 +148,7 @@ def test_every_problem_at_once(planned: Planned) -> None:
         "'kproj' matches no module of the model. Did you mean 'k_proj'?",
         "'(' is no module of the model and not a regular expression",
         "2 blocks are 0 to 1; 2 is none",
-        "'model.layers.[0-1].self_attn' cannot be adapted: it is a LlamaAttention, which holds q_proj",
+        "'model.layers.[0-1].self_attn' cannot be adapted: it is a LlamaAttention, which contains q_proj",
         "'model.layers.[0-1].input_layernorm' cannot be adapted: it is a LlamaRMSNorm",
         "lora.rank_pattern 'v_prj' matches none",
         "Rank 64 is larger than model.layers.[0-1].self_attn.v_proj (16×32) allows: at most 16",

@@ -26,7 +26,7 @@ class Machine:
         self.own += own * passed
 
     def free(self, most: int, cores: int | None = None) -> FreeCores:
-        return FreeCores(most, cores=cores or most, look=lambda: (self.everybody, self.own), clock=lambda: self.now)
+        return FreeCores(most, cores=cores or most, measure=lambda: (self.everybody, self.own), clock=lambda: self.now)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_probes_tell_functions_apart(live: ServingModel, saved: Callable[..., Pa
     for seed, name in enumerate(("a", "b")):
         live.attach(name, peft.read(saved(name, seed=seed)))
     live.attach("nothing", peft.read(saved("zero", "q_proj")))
-    for pair in (seat.held["nothing"] for seat in live._held["nothing"].seats):
+    for pair in (slot.pairs["nothing"] for slot in live._adapters["nothing"].slots):
         pair.B.zero_()
     first, again, other, nothing = (prober.probe(name) for name in ("a", "a", "b", "nothing"))
     assert first.difference(again) == 0.0 and (first.difference(other) or 0.0) > 0.1

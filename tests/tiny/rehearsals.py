@@ -28,8 +28,8 @@ from lorakeet.kernels.device import is_cpu
 REHEARSED = {  # by module of lorakeet.workflows
     "forecast_run": ("rehearse",),
     "image_forecast": ("rehearse_images",),
-    "forecast_check": ("rehearse_judging",),
-    "room_packed": ("rehearse_judging", "rehearse_rounding"),
+    "forecast_check": ("rehearse_evaluation",),
+    "room_packed": ("rehearse_evaluation", "rehearse_rounding"),
     "room_quantize": ("_rehearsed",),
 }
 CONSTANTS = (("lorakeet.models.generate.sample", "STREAMED_CACHE"), ("lorakeet.quant.packed", "PART_BYTES"))  # that tests change

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.runs.search_space import space_for
-from lorakeet.workflows.tuning.trials import Budget, SearchRows, Trials
+from lorakeet.workflows.tuning.trials import SearchBudget, SearchRows, Trials
 from tiny.runs import quiet, reviews, settings, write_rows
 
 HOT = 1e6  # times the learning rate: one step leaves no number
@@ -25,4 +25,4 @@ def trials_of(setup: TextAssembly, *, tokens: int | None = None, seconds: float 
     space = space_for(setup.config, setup.text, rate_factors=(0.01, 100.0), **choices)
     examples = list(setup.held_out.examples)
     rows = SearchRows(examples[:9], examples[9:], {}, "other rows")
-    return Trials(setup, space, rows, Budget(seconds, tokens), quiet())
+    return Trials(setup, space, rows, SearchBudget(seconds, tokens), quiet())

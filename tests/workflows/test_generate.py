@@ -99,7 +99,7 @@ def test_the_command_line_says_the_prediction_and_leaves_guidance_to_the_kind(
         pictures.append(open_pixels(tmp_path / str(number) / "000.png")[0])
     assert np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(pictures[0], pictures[2]) and not np.array_equal(pictures[0], pictures[3])
-    assert "is taken to predict v_prediction" in capsys.readouterr().out
+    assert "is used as predicting v_prediction" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_pictures_that_hold_no_numbers_are_not_written(
 
 
 def test_more_steps_than_the_scheduler_has(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"1001 steps are asked for, .* has 1000"):
+    with pytest.raises(ConfigError, match=r"1001 steps are requested, .* has 1000"):
         drawn(tmp_path / "out", model=str(tiny_sd_folder), steps=1001)
 
 

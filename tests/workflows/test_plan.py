@@ -19,9 +19,10 @@ from lorakeet.cli.main import lorakeet
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows import plan as plan_module
+from lorakeet.workflows.finetuning import plan_text
+from lorakeet.workflows.finetuning.plan_text import TextPlanResult
 from lorakeet.workflows.options import PlanOptions
-from lorakeet.workflows.plan import PlanResult, plan
+from lorakeet.workflows.plan import plan
 from lorakeet.workflows.planning.forecast_text_run import Precision
 from lorakeet.workflows.planning.rehearse_text import RowShape
 from tiny.gguf_file import write_tiny_gguf
@@ -35,7 +36,7 @@ SMALL = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a config.json and nothing else; the order to the C library would outlast the test."""
-    monkeypatch.setattr(plan_module, "return_freed_memory", lambda: True)
+    monkeypatch.setattr(plan_text, "return_freed_memory", lambda: True)
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     return tmp_path
 
@@ -48,7 +49,7 @@ def planned(
     choose: str = "auto",
     settings: Mapping[str, str] | None = None,
     **options: object,
-) -> tuple[PlanResult, str]:
+) -> tuple[TextPlanResult, str]:
     given = {"model.path": str(folder), "data.train": "none", "lora.alpha": "12", "model.dtype": "float32"}
     given |= {"memory.budget": budget} if budget else {}
     given |= settings or {}
@@ -81,7 +82,7 @@ def test_ranks_that_will_fall_are_planned_as_they_begin(folder: Path) -> None:
     pruned, text = planned(folder, ranks="2k", choose="prune")
     assert pruned.planned.plan == given.planned.plan and pruned.peak >= given.peak
     assert f"{given.planned.plan.parameters:,} trained parameters at first, 2,000 in pairs once ranks.choose prune" in text
-    assert "(before, there is no adapter on disk)" in text
+    assert "(before that, no adapter is saved)" in text
     with pytest.raises(ConfigError, match="has nothing to cut"):
         planned(folder, ranks="9M", choose="prune")
     with pytest.raises(ConfigError, match=r"A run of 6 steps would be pruned after step 1.*needs 3 steps"):
@@ -93,12 +94,12 @@ def test_ranks_that_will_fall_are_planned_as_they_begin(folder: Path) -> None:
 
 def test_recorded_passes_are_said_not_to_be_counted(folder: Path) -> None:
     said = {asked: planned(folder, settings={"train.cuda_graphs": asked})[1] for asked in ("true", "false")}
-    assert "what recorded passes hold is not counted" in said["true"]
-    assert "recorded passes" not in said["false"]
+    assert "CUDA graphs are not counted" in said["true"]
+    assert "CUDA graphs" not in said["false"]
     _, narrow = planned(folder, "1MiB", settings={"train.cuda_graphs": "true"})
     assert "finetune refuses it together with memory.budget" in narrow
     refusal, _, advice = narrow.partition("It would take:")
-    assert advice.strip() and "recorded passes" in refusal  # the list stands behind its sentence
+    assert advice.strip() and "CUDA graphs" in refusal  # the list stands behind its sentence
 
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:
@@ -123,7 +124,7 @@ def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said(
         tried.append(other)
         return 1_200_000 if other.train.moments == "8bit" else 900_000
 
-    found = plan_module._advice(config, precision, planned, lambda *_, **__: SimpleNamespace(peak=3_000_000), least)
+    found = plan_text.text_advice(config, precision, planned, lambda *_, **__: SimpleNamespace(peak=3_000_000), least)
     streamed = [(item.change, item.peak) for item in found if item.streamed]
     shorter = "--data.max_tokens 256 --train.micro_tokens 256"
     assert streamed == [(shorter, 900_000), ("--train.moments 8bit", 1_200_000)] and len(tried) == 2
@@ -166,7 +167,7 @@ def test_a_cuda_device_that_is_not_here_is_planned_for(folder: Path, monkeypatch
     })  # fmt: skip
     text = io.StringIO()
     result = plan(config, PlanOptions(rank=4, tokens=32), console=Console(file=text, width=200))
-    assert isinstance(result, PlanResult)
+    assert isinstance(result, TextPlanResult)
     assert result.to_mapping()["device"] == "cuda" and result.speed is None and result.precision.dtype == torch.bfloat16
     names = [phase.name for phase in result.planned.forecast.phases]
     assert "train step" in names and "merge" not in names and 512 << 20 < result.peak < 1 << 30
@@ -187,15 +188,15 @@ def test_the_host_memory_of_unpacking_is_no_memory_of_a_card(packed_file: Path) 
     for device, unpacks in (("cuda", False), ("cpu", True)):
         there = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
         result = plan(there, PlanOptions(rank=4, tokens=32), console=Console(file=io.StringIO()))
-        assert isinstance(result, PlanResult)
-        assert (plan_module.UNPACK in [phase.name for phase in result.planned.forecast.phases]) == unpacks
+        assert isinstance(result, TextPlanResult)
+        assert (plan_text.UNPACK in [phase.name for phase in result.planned.forecast.phases]) == unpacks
 
 
 def test_where_only_unpacking_is_too_large_nothing_is_streamed(
     packed_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run may need streaming beside it, whose plan is of what comes after the unpacking."""
-    monkeypatch.setattr(plan_module, "bytes_to_unpack", lambda spec: 1 << 40)
+    monkeypatch.setattr(plan_text, "bytes_to_unpack", lambda spec: 1 << 40)
     result, text = planned(packed_file, budget="8GiB")
     assert result.unpacks_too_much and result.streamed is None and result.least is None and result.advice == ()
     assert result.to_mapping()["fits"] is False and "finetune refuses: unpacking" in text
@@ -213,7 +214,7 @@ def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds
         config = read_run(None, {**given, "memory.budget": f"{budget // 1000}KB", "memory.keep": keep})
         text = io.StringIO()
         result = plan(config, PlanOptions(rank=4, tokens=32), console=Console(file=text, width=300))
-        assert isinstance(result, PlanResult)
+        assert isinstance(result, TextPlanResult)
         found.append(result)
         kept = result.peak if result.streamed is None else result.streamed.choice.plan.peak
         budget = kept - less if less else budget

@@ -1,6 +1,6 @@
-"""README.md beside an export: what it is, how it was measured, with the run's own figures, and how to use it.
+"""The model card (README.md) of an export: what it is, how to use it, and what the run measured.
 
-The front matter is what model hubs read: base model, licence, data sets, tags. Nothing is stated that is not known.
+Model hubs read the front matter: base model, licence, data sets, tags. Only known facts are stated.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
-from lorakeet.models.files.origin import card_facts
+from lorakeet.models.files.origin import readme_metadata
 
 _HUB = "hub:"
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card states besides the run's report; empty fields are left out."""
+    """Facts for the README besides the run's report; empty fields are left out."""
 
     title: str
     base_model: str
@@ -104,8 +104,8 @@ def _checks(certificate: Certificate) -> list[str]:
 
 
 def licence_of(folder: Path) -> str:
-    """The licence that a model folder's README.md names in its front matter; empty where it names none."""
-    found = card_facts(folder).get("license")
+    """The licence in the front matter of a model folder's README.md; empty if there is none."""
+    found = readme_metadata(folder).get("license")
     return found if isinstance(found, str) else ""
 
 

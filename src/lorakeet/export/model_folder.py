@@ -1,4 +1,4 @@
-"""Writes a model folder whose tensors are made as they are written: shard by shard, there whole or not at all."""
+"""Writes a model folder shard by shard, with tensors that are made when they are written; it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lorakeet.formats.files.whole_output import new_output, require_new
 from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, copy_along
 
-SHARD_BYTES = 1 << 30  # tensors that are made together wait in memory for their place in the file: at most a shard of them
-_METADATA = {"format": "pt"}  # what transformers asks of its files
+SHARD_BYTES = 1 << 30  # tensors made together are kept in memory until they are written: at most a shard of them
+_METADATA = {"format": "pt"}  # which transformers requires
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, a tensor of the last one
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors that are made together, such as those of one packed weight; their dtypes and shapes are known before."""
+    """Tensors that are made together, such as those of a packed weight; dtypes and shapes are known before."""
 
     shapes: Shapes
     make: Callable[[], Mapping[str, Tensor]]
@@ -41,16 +41,18 @@ def write_model(
     *,
     config: Mapping[str, Any],
     along: Sequence[Path] = (),
-    card: str = "",
+    readme: str = "",
     shard_bytes: int = SHARD_BYTES,
     waiting: Spill | None = None,
     on_progress: Progress | None = None,
 ) -> int:
-    """Writes the tensors of `parts`, config.json, copies of the files `along` and README.md with `card` to the new folder `out`.
+    """Writes the tensors of `parts`, config.json, copies of the files `along` and README.md with the text `readme` to the new
+    folder `out`.
 
-    Returns its bytes. At most one shard of made tensors and what one `make` needs are in memory; with `waiting`, tensors wait
-    there for their place. ConfigError where `out` exists, EnvironmentProblem where the disk is too full, seen before or during
-    the writing; nothing is left behind then.
+    Returns its bytes. At most one shard of made tensors and the memory of one `make` are in use; with `waiting`, tensors are
+    spilled
+    there until they are written. ConfigError if `out` exists, EnvironmentProblem if the disk is too full, before or during
+    writing; nothing is left behind then.
     """
     require_new(out)
     shards = _shards(parts, shard_bytes)
@@ -66,13 +68,13 @@ def write_model(
             save_text(partial / INDEX, _index(shards))
         save_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_along(along, partial)
-        if card:
-            save_text(partial / "README.md", card)
+        if readme:
+            save_text(partial / "README.md", readme)
     return needed
 
 
 class _Maker:
-    """Makes a part when its first tensor is asked for, and holds the rest of it until that is asked for too."""
+    """Makes a part when its first tensor is requested, and keeps the rest until it is requested too."""
 
     def __init__(self, total: int, waiting: Spill, on_progress: Progress | None) -> None:
         self.total = total

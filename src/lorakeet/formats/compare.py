@@ -1,4 +1,4 @@
-"""Do two adapters change the weights alike? The effective ΔW of every pair, compared without forming it."""
+"""Compares the effective ΔW of every pair of two adapters without forming it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMIT = 1e-6  # relative; fp32 products in another order differ by about 1e-7
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """How far two adapters are apart: the largest relative difference of an effective ΔW, where, and what else differs."""
+    """The largest relative difference of an effective ΔW, the path of that pair, and all other differences in words."""
 
     worst: float
     path: str
@@ -27,9 +27,9 @@ class AdapterDifference:
 
 
 def compare_adapters(one: Adapter, two: Adapter) -> AdapterDifference:
-    """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ (Frobenius, float64) over the pairs; magnitudes, biases and extras must be equal bit by bit.
+    """Compares pairs by ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ (Frobenius, float64); magnitudes, biases and extras must be equal bit by bit.
 
-    A pair may be missing in one where it changes nothing in the other.
+    A pair that changes nothing may be missing in the other adapter.
     """
     alone = {**one.pairs, **two.pairs}
     alone = {path: alone[path] for path in one.pairs.keys() ^ two.pairs.keys()}
@@ -80,7 +80,7 @@ def _norm(B: Tensor, A: Tensor) -> float:
 
 
 def _weight(pair: Pair) -> tuple[int, ...]:
-    """The sizes of the changed weight as (experts, out, in, k, k); a transposed weight is the same as a straight one."""
+    """The shape of the changed weight as ([experts,] out, in[, k, k]), transposed or not."""
     if pair.kind == "experts":
         return (pair.A.shape[0], pair.B.shape[1], pair.A.shape[2])
     return (pair.B.shape[0], *pair.A.shape[1:])

@@ -11,7 +11,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import DataError, unreadable
 from lorakeet.formats import gguf, mlx
 from lorakeet.formats.adapter_format import AdapterFormat, Say
-from lorakeet.formats.compress import Compression
+from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.diffusion import diffusers, kohya, lycoris
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.safetensors_file import open_safetensors
@@ -130,7 +130,7 @@ def _by_names(path: Path, names: list[str]) -> Found:
 
 
 def read_adapter(
-    path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
+    path: Path, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print
 ) -> Adapter:
     """The adapter at `path` in whatever format (`detect`). DataError and ConfigError list everything that is wrong.
 
@@ -140,7 +140,7 @@ def read_adapter(
 
 
 def read_found(
-    found: Found, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
+    found: Found, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print
 ) -> Adapter:
     """The adapter that `detect` found; arguments and errors as in `read_adapter`."""
     module = kohya if found.format == LYCORIS else format_of(found.format)
@@ -151,10 +151,10 @@ def read_found(
 
 
 def surplus_rank(adapter: Adapter, named: str) -> str:
-    """One sentence on every pair whose rank is above min(in, out), by the shapes of its A and B; empty where there is none.
+    """A warning on all pairs whose rank is above min(in, out); empty if there are none.
 
-    Such a pair computes what it should, and PEFT and kohya write them for small layers, so it is read and converted as it is. A
-    Plan is refused instead (models/targets), since there the parameters that do nothing are yet to be trained.
+    Such a pair computes what it should, and PEFT and kohya write them for small layers, so it is read and converted unchanged. A
+    Plan is refused instead (models/targets), since its useless parameters are yet to be trained.
     """
     groups: dict[tuple[int, int, int], list[str]] = {}
     for path, pair in adapter.pairs.items():
@@ -175,7 +175,7 @@ def surplus_rank(adapter: Adapter, named: str) -> str:
 
 
 def _sizes(pair: Pair) -> tuple[int, int]:
-    """(out, in) of the matrix that the pair changes; kernels belong to in, and experts are matrices by themselves."""
+    """(out, in) of the matrix that the pair changes, with kernels counted to `in`; for experts, of one expert."""
     if pair.kind == "experts":
         return pair.B.shape[1], pair.A.shape[2]
     return pair.B.shape[0], math.prod(pair.A.shape[1:])

@@ -4,8 +4,8 @@
     PATH.lora_b   (rank, out)    B transposed
     PATH.m        (out,)         DoRA
 
-ΔW = scale·(lora_a·lora_b)ᵀ with one `scale` and one `rank` for the whole adapter, and no alpha. Where pairs differ, their
-scales are multiplied into lora_b (scale 1) and lower ranks are filled up with zeros: both leave ΔW as it was.
+ΔW = scale·(lora_a·lora_b)ᵀ with one `scale` and one `rank` for the whole adapter, and no alpha. If pairs differ, their scales are
+multiplied into lora_b (scale 1), and lower ranks are padded with zeros; neither changes ΔW.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _pair(module: str, slots: Mapping[str, Tensor], scale: float) -> Pair | str:
 def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
     """Writes `adapter` into `folder` (made if missing) so that mlx-lm loads it; the same adapter gives the same bytes.
 
-    ConfigError names what the format has no place for.
+    ConfigError names what the format cannot hold.
     """
     check_supported(adapter, "mlx", kinds=("linear",), dora=True)
     check_uniform_dora(adapter, "mlx")
@@ -120,7 +120,7 @@ def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
 
 
 def _rounded(scale: float) -> float:
-    """12 digits: alpha = scale·rank and back costs the last bit, which must not change what is written."""
+    """12 digits: converting scale to alpha and back may change the last bit, which must not change what is written."""
     return float(f"{scale:.12g}")
 
 
@@ -129,7 +129,7 @@ def _texts(adapter: Adapter) -> dict[str, str]:
 
 
 def _config_text(adapter: Adapter, rank: int, scale: float) -> str:
-    """adapter_config.json; num_layers −1 is mlx-lm's word for all layers, `keys` are names inside one of them."""
+    """adapter_config.json; num_layers −1 means all layers, `keys` are names inside a layer."""
     config: dict[str, Any] = {
         "fine_tune_type": "dora" if any(pair.magnitude is not None for pair in adapter.pairs.values()) else "lora",
         "lora_parameters": {

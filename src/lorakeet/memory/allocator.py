@@ -1,8 +1,8 @@
-"""What the C library's memory allocator holds beside the tensors, and how to make it hold less.
+"""The overhead of the C library's memory allocator beside the tensors, and how to reduce it.
 
-glibc serves pieces of less than 32 MiB from a heap that it grows and cuts, and a freed piece between two used ones stays with
-the process: torch asks for aligned pieces, which glibc cuts from larger ones, so that a freed piece seldom fits the next tensor
-of its size. Larger pieces are mapped one by one and go back to the system when they are freed.
+glibc allocates less than 32 MiB from a heap that grows and shrinks at its top, so that freed memory between two used pieces
+stays with the process. torch requests aligned memory, which glibc cuts from larger pieces, so that a freed piece seldom fits the
+next tensor of the same size. Larger tensors are mapped one by one and return to the system when they are freed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import platform
 from lorakeet.kernels.cpu.workspace import WORKSPACES
 
 LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3))
-SLACK = 0.36  # of the tensors that come and go on the heap, at their peak; benchmarks/plan_accuracy.py measures it
+SLACK = 0.36  # of the peak of temporary tensors on the heap; benchmarks/plan_accuracy.py measures it
 SMALL_SLACK = 24 << 20  # bytes: the heap's free top and Python's own growth during a run
-_THRESHOLD = 1 << 20  # bytes of the smallest piece that `return_freed_memory` has mapped
-_NEVER = (1 << 31) - 1  # bytes at the heap's top beyond which it is cut
+_THRESHOLD = 1 << 20  # bytes from which `return_freed_memory` maps a tensor by itself
+_NEVER = (1 << 31) - 1  # trim threshold in bytes that the heap's top never reaches
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def slack(heap: int) -> int:
-    """Bytes to count beside `heap` bytes of tensors on the heap."""
+    """Returns the overhead in bytes of `heap` bytes of tensors on the heap."""
     return math.ceil(heap * SLACK) + SMALL_SLACK
 
 
 def return_freed_memory() -> bool:
-    """Has every tensor of 1 MiB or more go back to the system as soon as it is freed; whether the C library takes the order.
+    """Makes tensors of 1 MiB or more return to the system as soon as they are freed; True if the C library can (glibc).
 
-    The process then holds what its tensors take, and nothing beside; the pages of each new tensor have to be cleared again,
-    which costs a small model about a fifth of its speed. Only glibc has the setting, and it stays until the process ends.
+    The process then uses no more than its tensors, but the system clears the pages of each new one, which makes a small model
+    about a fifth slower. The setting lasts until the process ends.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -40,10 +40,10 @@ def return_freed_memory() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Has pieces of up to 32 MiB come from the heap, whose free top stays; whether the C library takes the order (glibc).
+    """Allocates up to 32 MiB from the heap and never trims its top; True if the C library can (glibc).
 
-    Left to itself, glibc maps the first pieces of each size and cuts the heap whenever a step's activations are freed, and the
-    system clears every page again in the next step. The process holds no more for it than it did at its peak.
+    By default glibc maps the first tensors of each size and trims the heap whenever a step's activations are freed, and the
+    system clears every page again in the next step. The process never uses more than its peak.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -52,11 +52,10 @@ def keep_freed_memory() -> bool:
 
 
 def release_free_memory() -> bool:
-    """Has what the heap keeps of freed tensors go back to the system now, if the C library can (glibc), and what blocks no longer
-    keep; whether it could.
+    """Returns freed memory of the heap, and buffers of C blocks that no longer need them, to the system; True if it can (glibc).
 
-    Before training, what reading rows and weights has left does not lie between the tensors of the steps. Between training and
-    judging, what a step took is not held beside the models that judging compares.
+    Before training, so that leftovers of loading do not lie between the tensors of the steps; before the evaluation, so that the
+    memory of a step does not add to that of the compared models.
     """
     WORKSPACES.release()
     if platform.libc_ver()[0] != "glibc":

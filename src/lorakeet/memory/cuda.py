@@ -1,10 +1,10 @@
-"""What a budget bounds on a CUDA device, how torch is held to it, and what is planned there beside the tensors.
+"""The memory budget of a CUDA device: how torch is limited to it, and what a plan counts beside the tensors.
 
-    held on the device = tensors + what torch's caching allocator keeps around them + the CUDA context
+    memory in use = tensors + overhead of torch's caching allocator + the CUDA context
 
-The allocator serves tensors of up to 1 MiB out of segments of 2 MiB, larger ones out of 20 MiB, and from 10 MiB on rounds up to
-2 MiB (c10/cuda/CUDACachingAllocator.cpp); before it asks for more than its limit it gives whole free segments back. Its limit is
-the budget without the context. No GPU was there: the figures below are chosen with room, and none of this was run on one.
+The allocator puts tensors of up to 1 MiB into segments of 2 MiB, larger ones into segments of 20 MiB, and rounds sizes from
+10 MiB up to 2 MiB (c10/cuda/CUDACachingAllocator.cpp). Before it exceeds its limit it frees unused segments. The limit is the
+budget without the context. The figures below are generous estimates; none of this was run on a GPU.
 """
 
 from __future__ import annotations
@@ -21,78 +21,78 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Phase, phase_at
 from lorakeet.memory.usage import PERSISTENT, Usage
 
-CONTEXT = 512 << 20  # bytes: driver and kernels, loaded as they are needed; some 300 MB are reported (pytorch/pytorch#107667)
+CONTEXT = 512 << 20  # bytes: driver and kernels, loaded on demand; about 300 MB are reported (pytorch/pytorch#107667)
 WORKSPACES = 64 << 20  # bytes: cuBLAS and cuBLASLt, each the 32 MiB that NVIDIA recommends for Hopper; 4 MiB before it
-SEGMENTS = 2 * (2 + 20) << 20  # bytes: of each kind two that are used in part
-KEPT_SHARE = 1 / 32  # of what stays: at most 2 MiB of each large tensor
-MOVING_SHARE = 1 / 8  # of what comes and goes: pieces of segments that nothing fits into
+SEGMENTS = 2 * (2 + 20) << 20  # bytes: two partly used ones of each size
+PERSISTENT_SHARE = 1 / 32  # of persistent tensors: at most 2 MiB of each large one
+TEMPORARY_SHARE = 1 / 8  # of temporary tensors: fragmentation
 _ROUND = 2 << 20
 
 
 def allocated_bytes(size: int) -> int:
-    """What the allocator takes for a tensor of `size` bytes, 10 MiB or more."""
+    """Returns the bytes allocated for a tensor of `size` bytes, 10 MiB or more."""
     return size + -size % _ROUND
 
 
 def allocator_overhead(peak: Usage) -> int:
-    """Bytes to count for the allocator around the tensors of `peak`, and for the libraries that work beside them."""
-    kept = sum(size for kind, size in peak.kinds.items() if kind in PERSISTENT)
-    return int(KEPT_SHARE * kept + MOVING_SHARE * (peak.bytes - kept)) + SEGMENTS + WORKSPACES
+    """Returns the bytes to add for the allocator and the libraries' workspaces at `peak`."""
+    persistent = sum(size for kind, size in peak.kinds.items() if kind in PERSISTENT)
+    return int(PERSISTENT_SHARE * persistent + TEMPORARY_SHARE * (peak.bytes - persistent)) + SEGMENTS + WORKSPACES
 
 
 def phases_on_gpu(
-    held: Mapping[str, Usage], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
+    peaks: Mapping[str, Usage], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
 ) -> tuple[Phase, ...]:
-    """The phases at the peaks of a ledger, as memory/forecast gives them for a process: here of a CUDA device, beside `runtime`.
+    """Returns the phases of a CUDA device at the `peaks` of a ledger, beside `runtime` bytes (as memory/forecast.phases_of).
 
-    Freed memory always goes back to where other tensors find it, whatever `returning` and `trimmed_before` say of the host's.
+    `returning` and `trimmed_before` concern the host alone: torch's allocator always reuses freed memory.
     """
-    return tuple(phase_at(name, peak, runtime, allocator_overhead(peak)) for name, peak in held.items())
+    return tuple(phase_at(name, peak, runtime, allocator_overhead(peak)) for name, peak in peaks.items())
 
 
 def cuda_device_of(tensors: Iterable[Tensor]) -> torch.device | None:
-    """The CUDA device that they are on; None where they are not on one."""
+    """Returns the CUDA device of the tensors; None if they are not on one."""
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     return device if device.type == "cuda" else None
 
 
 def limit_gpu_memory(device: torch.device, budget: int) -> None:
-    """Lets torch's allocator take no more of `device` than the budget leaves beside the context."""
+    """Limits torch's allocator on `device` to the budget without the context."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget - CONTEXT) / total), device)
 
 
 def gpu_peak_bytes(device: torch.device) -> int:
-    """The most bytes that the process held on `device`: what torch took, as it counts itself, and the context as planned."""
+    """Returns the peak of the process on `device` in bytes: torch's reserved memory, and the context as planned."""
     return torch.cuda.max_memory_reserved(device) + CONTEXT
 
 
 def bytes_beside_torch(device: torch.device) -> int:
-    """Bytes of `device` that are used and are not torch's: this process's context, and other processes if there are any."""
+    """Returns the bytes in use on `device` outside torch: this process's context, and other processes."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
 
 
 def gpu_warning(device: torch.device, budget: Budget) -> str:
-    """A warning where `device` has less than the budget, or less of it free; else empty."""
+    """Returns a warning if less than the budget is free on `device`; else an empty string."""
     free, total = torch.cuda.mem_get_info(device)
     if budget.bytes <= free + torch.cuda.memory_reserved(device):
         return ""
     return (
-        f"The memory budget is {budget}, but {device} has {bytes_text(total)}, of which {bytes_text(free)} are free: keeping it "
-        "does not make the run fit."
+        f"The memory budget is {budget}, but {device} has {bytes_text(total)}, of which {bytes_text(free)} are free: a run "
+        "within the budget may still not fit."
     )
 
 
 @contextmanager
 def enforcing_gpu_budget(budget: Budget, remedy: str) -> Iterator[None]:
-    """A context in which the limit of a budget on a CUDA device, where it is met, is an EnvironmentProblem with `remedy`."""
+    """A context that turns running out of a GPU budget into EnvironmentProblem with `remedy`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         if not budget:
             raise
         raise EnvironmentProblem(
-            f"The memory budget is {budget}, and the run would go beyond it on its device, against its plan: "
-            f"{str(error).splitlines()[0]} It was stopped there; please report the model and the settings. {remedy}"
+            f"The memory budget is {budget}, and the run would exceed it on its device, contrary to its plan: "
+            f"{str(error).splitlines()[0]} The run was stopped; please report the model and the settings. {remedy}"
         ) from error

@@ -1,4 +1,4 @@
-"""What each phase of a run will hold, by kind: the numbers of a ledger with what the process holds beside its tensors."""
+"""Forecasts the memory of each phase of a run, by kind: a ledger's peaks and what the process needs beside its tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("runtime", "base", "adapter", "moments", "gradients", "saved activation
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase at its peak: bytes by kind. `runtime` is Python and its libraries, `allocator` what stays of freed tensors."""
+    """One phase at its peak: bytes by kind. `runtime` is Python and its libraries, `allocator` the allocator's overhead."""
 
     name: str
     kinds: Mapping[str, int]
@@ -30,30 +30,30 @@ class Phase:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The phases of a run in their order."""
+    """The phases of a run, in order."""
 
     phases: tuple[Phase, ...]
 
     @property
     def peak(self) -> Phase:
-        """The phase that holds most."""
+        """The phase with the most bytes."""
         return max(self.phases, key=lambda phase: phase.bytes)
 
     def phase(self, name: str) -> Phase:
-        """The phase of that name; KeyError where there is none."""
+        """Returns the phase of that name; KeyError if there is none."""
         return {phase.name: phase for phase in self.phases}[name]
 
 
 def phases_of(
-    held: Mapping[str, Usage], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
+    peaks: Mapping[str, Usage], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
 ) -> tuple[Phase, ...]:
-    """The phases, in their order, at the peaks of a ledger, in a process that holds `runtime` bytes beside its tensors.
+    """Returns the phases at the `peaks` of a ledger, in a process that uses `runtime` bytes beside its tensors.
 
-    `returning`: freed memory goes back to the system at once. Where it does not, the heap stays as large as it ever was
-    (memory/allocator), so that a phase may hold what an earlier one has freed; but not before the phases in `trimmed_before`.
+    With `returning`, freed memory returns to the system at once. Otherwise the heap keeps its largest size
+    (memory/allocator) through later phases, but is trimmed before those in `trimmed_before`.
     """
     found, heap = [], 0
-    for name, peak in held.items():
+    for name, peak in peaks.items():
         heap = 0 if name in trimmed_before else heap
         heap = 0 if returning else max(heap, peak.heap + slack(peak.heap))
         beside = slack(0) if returning else heap - peak.heap
@@ -62,6 +62,6 @@ def phases_of(
 
 
 def phase_at(name: str, peak: Usage, runtime: int, allocator: int) -> Phase:
-    """The phase at its `peak`, with `runtime` bytes and those that an allocator keeps beside the tensors."""
+    """Returns the phase at its `peak`, with `runtime` and `allocator` bytes beside the tensors."""
     kinds = {**peak.kinds, "runtime": runtime + peak.kinds.get("runtime", 0), "allocator": allocator}
     return Phase(name, {kind: kinds[kind] for kind in KINDS if kinds.get(kind)})

@@ -1,4 +1,4 @@
-"""What importing other people's libraries costs a process, where part of it has nothing to do there."""
+"""Avoids the memory cost of importing Triton where there is no GPU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_triton() -> Iterator[None]:
-    """Inside the block Triton counts as not installed, unless there is a card for it to compile for.
+    """A context in which Triton counts as not installed, unless there is a GPU to compile for.
 
-    torch's compiler and its counter of FLOPs, which transformers and memory/ledger import, import Triton wherever that is
-    installed: 70 MB of a process. What is imported inside may remember that it was not there. Nothing is done where Triton was
-    imported before, or where its interpreter is on (TRITON_INTERPRET), which needs no card.
+    torch's compiler and FLOP counter, which transformers and memory/ledger import, import Triton wherever it is installed, which
+    takes 70 MB. Modules imported inside may remember that it was missing. Does nothing if Triton was imported before, or if its
+    interpreter is on (TRITON_INTERPRET), which needs no GPU.
     """
-    if "triton" in sys.modules or os.environ.get("TRITON_INTERPRET") or _stays():
+    if "triton" in sys.modules or os.environ.get("TRITON_INTERPRET") or _needed():
         yield
         return
-    sys.modules["triton"] = None  # type: ignore[assignment]  # what Python takes for a package that is not there
+    sys.modules["triton"] = None  # type: ignore[assignment]  # Python treats it as not installed
     try:
         yield
     finally:
@@ -28,8 +28,8 @@ def without_triton() -> Iterator[None]:
             sys.modules.pop("triton", None)
 
 
-def _stays() -> bool:
-    """Whether Triton has a card, or is not installed, or there is no torch to ask: who needs one says what is wrong with it."""
+def _needed() -> bool:
+    """True if there is a GPU for Triton, if Triton is not installed, or if torch is missing or broken (reported elsewhere)."""
     if importlib.util.find_spec("triton") is None:
         return True
     try:

@@ -1,13 +1,13 @@
-"""A ledger of every tensor that a computation holds, kept while it runs on shapes alone: no weights, no arithmetic.
+"""A ledger of all tensors of a computation, recorded while it runs on shapes alone: no weights, no arithmetic.
 
-The real code runs, training step and all, on torch's fake tensors: tensors with shape, dtype and device but without memory.
-Each operator that makes a new storage is entered, each storage that Python or autograd lets go is struck out, so views are
-counted once, in-place results not at all, and what autograd saves for as long as it saves it.
+The real code, such as a training step, runs on torch's fake tensors: they have shape, dtype and device, but no memory. Each new
+storage of an operator is added, and each storage that Python or autograd frees is removed. So views count once, in-place results
+not at all, and saved activations as long as autograd saves them.
 
-A computation that asks a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) is answered 1, one that asks where
-something holds (`torch.where(chosen == expert)`): everywhere, which different numbers follow each other
-(`unique_consecutive`): one, and whether two tensors are equal: no. Planned is the run in which all is finite, every gradient
-arrives, one expert of a mixture gets every token, and GPTQ's columns are in no order.
+Reading a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) returns 1; where a condition is true
+(`torch.where(chosen == expert)`): everywhere; runs of different numbers (`unique_consecutive`): one; equality of two tensors:
+False. So the planned run is the one in which all numbers are finite, every gradient arrives, one expert of a mixture gets every
+token, and GPTQ's columns are unordered.
 """
 
 from __future__ import annotations
@@ -33,44 +33,45 @@ from lorakeet.memory.lapack import WORKSPACES as LAPACK
 from lorakeet.memory.operator_cache import CachedResult, ShapeMode, cacheable_result, call_of
 from lorakeet.memory.usage import NO_BLOCK, PERSISTENT, Usage, UsageSegment
 
-MOST_KNOWN = 1 << 13  # calls, of 1.4 KiB each; beyond these all are forgotten
-_KNOWN: dict[tuple[Any, ...], CachedResult] = {}  # what calls have made, by all ledgers of this process
+MOST_KNOWN = 1 << 13  # cached calls, of 1.4 KiB each; beyond these the cache is cleared
+_KNOWN: dict[tuple[Any, ...], CachedResult] = {}  # results by call, for all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
 
 
 @dataclass
 class Work:
-    """What one phase computes and moves: FLOPs of matrix products (2 a multiplication with addition), bytes of results."""
+    """The work of one phase: FLOPs of matrix products (2 per multiply-add), and bytes of results."""
 
     flops: int = 0
     written: int = 0
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context: runs what is in it on fake tensors and keeps the account. `vocabulary` tells logits by their width.
+    """A context in which code runs on fake tensors and its memory is recorded. `vocabulary` is the width that marks logits.
 
-    `peaks` and `work` are by the name of the phase; a phase's peak counts what was there before it began. `stretches` are all
-    moments of the run, where its blocks are watched.
+    `peaks` and `work` are by phase; a phase's peak includes tensors from before it. `segments` are all moments of the run, if
+    its blocks are watched.
     """
 
     def __init__(self, vocabulary: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary = vocabulary
-        self.held: Counter[str] = Counter()
+        self.in_use: Counter[str] = Counter()  # bytes by kind
         self.bytes = 0
         self.heap = 0
         self.peaks: dict[str, Usage] = {}
         self.work: dict[str, Work] = defaultdict(Work)
         self.segments: list[UsageSegment] = []
         self._phase = ""
-        self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # storage → bytes, kind, and the watch on its end
+        # By storage: bytes, kind, and a reference whose callback removes the entry.
+        self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._fake = ShapeMode()
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled in here, so that torch need not see to it at every call."""
+        """True: nothing is compiled in here, and torch would check for it at every call."""
         return False
 
     def __enter__(self) -> Ledger:
@@ -86,7 +87,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A stretch of the run with a peak of its own. Phases do not nest; the same name again raises that phase's peak."""
+        """A context for a part of the run with its own peak. Phases do not nest; the same name again may raise its peak."""
         before, self._phase = self._phase, name
         self._mark()
         self._start_segment("phase", NO_BLOCK)
@@ -97,7 +98,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._start_segment("phase", NO_BLOCK)
 
     def name(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """Says what these tensors are; until then a result is scratch."""
+        """Sets the kind of these tensors; results are scratch by default."""
         for tensor in tensors:
             if isinstance(tensor, FakeTensor):
                 self._enter_storage(tensor, kind)
@@ -105,7 +106,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._keep_moment()
 
     def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Counts what arrives in `.grad` of these as gradients."""
+        """Counts the `.grad` of these parameters as gradients."""
 
         def arrived(parameter: Tensor) -> None:
             if parameter.grad is not None:
@@ -115,7 +116,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hooks.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
 
     def watch_blocks(self, blocks: Sequence[nn.Module]) -> None:
-        """Keeps every moment from now on in `stretches`, with marks where the passes of these blocks begin and end."""
+        """Keeps every moment from now on in `segments`, with marks where the passes of these blocks start and end."""
         for index, block in enumerate(blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_block, index)))
             self._hooks.append(block.register_forward_hook(partial(self._after_block, index)))
@@ -142,7 +143,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.segments[-1].moments.append(self._now())
 
     def close(self) -> None:
-        """Takes the hooks off parameters and blocks again."""
+        """Removes the hooks from parameters and blocks."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -159,13 +160,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         work.flops += flops
         work.written += made
         if func in WORKSPACES:
-            self._pass_by(WORKSPACES[func](*args, **kwargs))
+            self._add_temporarily(WORKSPACES[func](*args, **kwargs))
         if made:
             self._keep_moment()
         return result
 
-    def _pass_by(self, size: int) -> None:
-        """A moment with `size` bytes more, which are gone when it ends."""
+    def _add_temporarily(self, size: int) -> None:
+        """Records a moment with `size` bytes more, and one without them."""
         for sign in (1, -1):
             self.bytes += sign * size
             self._count("scratch", sign * size)
@@ -173,7 +174,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._keep_moment()
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-        """What an operator makes, and the FLOPs of its products: as of the same call before, or by torch's rules."""
+        """Returns the result of an operator and the FLOPs of its products, from the cache or by torch's rules."""
         call = call_of(func, args, kwargs)
         known = None if call is None else _KNOWN.get(call.key)
         if call is not None and known is not None:
@@ -191,24 +192,24 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "logits" if self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "scratch"
 
     def _enter_storage(self, tensor: FakeTensor, kind: Kind | None = None) -> int:
-        """Enters the tensor's storage if it is new, as `kind` or as what its shape tells; the bytes that it adds."""
+        """Adds the tensor's storage if it is new, as `kind` or by its shape; returns the bytes added."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._entries or size == 0 or tensor.fake_device.type == "meta":  # a shape whose numbers are elsewhere
+        if key in self._entries or size == 0 or tensor.fake_device.type == "meta":  # a shape without memory
             return 0
         kind = kind or self._kind_of(tensor)
-        self._entries[key] = size, kind, weakref.ref(storage, lambda _: self._strike(key))
+        self._entries[key] = size, kind, weakref.ref(storage, lambda _: self._remove(key))
         self.bytes += size
         self._count(kind, size)
         self._mark()
         return size
 
     def _count(self, kind: str, size: int) -> None:
-        self.held[kind] += size
+        self.in_use[kind] += size
         if kind not in PERSISTENT and abs(size) < LARGEST_HEAP_PIECE:
             self.heap += size
 
-    def _strike(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         size, kind, _ = self._entries.pop(key)
         self._count(kind, -size)
         self.bytes -= size
@@ -225,7 +226,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _saved(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             _, kind, _ = self._entries.get(tensor.untyped_storage()._cdata, (0, "base", None))
-            if kind not in PERSISTENT:  # a tensor of these stays what it is when autograd saves it too
+            if kind not in PERSISTENT:  # a persistent tensor keeps its kind when autograd saves it too
                 self._rename(tensor, "saved activations")
         return tensor
 
@@ -234,15 +235,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peaks[self._phase] = self._now()
 
     def _now(self) -> Usage:
-        return Usage(self.bytes, {kind: size for kind, size in self.held.items() if size}, self.heap)
+        return Usage(self.bytes, {kind: size for kind, size in self.in_use.items() if size}, self.heap)
 
 
 def _attention_flops(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, *, products: int, **_: Any
 ) -> int:
-    """FLOPs of the scores and their use; under a causal mask of those that count: the kernel leaves out most of the others."""
+    """FLOPs of attention; under a causal mask only of the scores that count: the kernel skips most of the others."""
     queries, keys = query.shape[-2], key.shape[-2]
-    short = min(queries, keys)  # query i sees the keys up to i, whichever are more
+    short = min(queries, keys)  # query i attends to the keys up to i
     hidden = short * (keys - 1) - short * (short - 1) // 2 if causal else 0
     seen = queries * keys - hidden
     return products * 2 * query.shape[:-2].numel() * seen * (query.shape[-1] + value.shape[-1]) // 2
@@ -254,7 +255,7 @@ def _attention_backward_flops(  # noqa: PLR0917 - as the kernel takes them
     return _attention_flops(query, key, value, dropout, causal, products=5)
 
 
-# Of an aten operation and its result; torch itself leaves out integers, sums in place, and attention on a CPU.
+# FLOPs of an operation, from its arguments and result; torch's own table lacks integers, in-place sums and CPU attention.
 FLOPS: Mapping[Any, Callable[..., int]] = ChainMap({
     **flop_registry,
     torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
@@ -265,35 +266,35 @@ FLOPS: Mapping[Any, Callable[..., int]] = ChainMap({
 }, operators.FLOPS)  # and of Lorakeet's own kernels
 
 
-# Of an operation's arguments: what it holds while it runs, beside these and its results.
+# Bytes of an operation's workspace, beside its arguments and results.
 WORKSPACES: Mapping[Any, Callable[..., int]] = ChainMap({**LAPACK}, operators.WORKSPACES)
 
 
 def _everywhere(condition: Tensor) -> Tensor:
-    """Every place of `condition` (numel, dims), int64."""
+    """Indices of all elements of `condition` (numel, dims), int64."""
     return condition.new_empty((condition.numel(), condition.dim()), dtype=torch.int64)
 
 
 def _grouped_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Tensor:
-    """The shape of left (tokens, in) times right (groups, in, out), which torch's own rule gives for bf16 alone."""
+    """The result shape of left (tokens, in) times right (groups, in, out); torch's own rule knows only bf16."""
     return left.new_empty(left.shape[0], right.shape[-1])
 
 
 def _one_run(values: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None) -> Any:
-    """The only number that `values` has, since every number is one. Who asks for places or counts gets no answer."""
+    """The only value of `values`, since every number is one. With indices, counts or `dim`, torch's own rule answers."""
     if return_inverse or return_counts or dim is not None:
         return torch.ops.aten.unique_consecutive.default(values, return_inverse, return_counts, dim)
     return values.new_empty(1), values.new_empty(0), values.new_empty(0)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Tensors with numbers are compared; those without are not equal."""
+    """Compares tensors with numbers; those without are not equal."""
     numbered = not isinstance(one, FakeTensor) and not isinstance(other, FakeTensor)
     return numbered and bool(torch.ops.aten.equal.default(one, other))
 
 
 def _in_place(*_: Any, out: Any = None, L: Any = None, info: Any = None, **__: Any) -> Any:
-    """What LAPACK writes where it is told to, without the copy that torch's own rule for shapes makes."""
+    """The output of LAPACK in the given tensor, without the copy that torch's own shape rule makes."""
     return out if L is None else (L, info)
 
 

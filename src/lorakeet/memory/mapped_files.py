@@ -1,7 +1,7 @@
-"""The pages of a file that another library has mapped, given back to the system while that library goes through them.
+"""Releases the pages of a file that another library has mapped, while that library reads them.
 
-A mapped file's pages count as memory of the process as soon as they are read, and stay until the system needs room. They are
-copies of what is on disk: given back, the next look finds them in the system's cache, or on disk.
+A mapped file's pages count as memory of the process once they are read, and stay until the system needs memory. They are copies
+of the file: after a release, they are read again from the system's cache or from disk.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
-# Advice of madvise(2). That which drops the pages of a mapping empties memory that has no file behind it; that which pages out
-# loses nothing, but a file's pages leave the system's cache too.
+# Advice of madvise(2). DONTNEED clears memory without a file behind it; PAGEOUT loses nothing, but a file's pages leave the
+# system's cache too.
 _DONTNEED, _PAGEOUT = 4, 21
 
 
 def release_pages(path: Path, *, stays: bool = False) -> int:
-    """Gives back the pages of every read-only mapping of the file `path` in this process; the bytes of these mappings.
+    """Releases the pages of every read-only mapping of the file `path` in this process; returns the bytes of these mappings.
 
-    A library may remove its mapping at any time, and put other memory in its place while this looks: so pages are paged out,
-    which hurts no memory, and the next look at them may read the disk. Only with `stays`, a promise that no such mapping is
-    removed meanwhile, do they stay in the system's cache. 0 where the system does not tell what is mapped (it does on Linux),
-    or does not page out (Linux before 5.4); the pages of a file that this user may not write to stay.
+    A library may remove its mapping and map other memory there at any time, so pages are paged out, which is safe for any
+    memory; the next access may read the disk. With `stays`, a promise that no such mapping is removed meanwhile, they stay in
+    the system's cache. Returns 0 where the system does not list mappings (Linux does) or cannot page out (Linux before 5.4).
+    Pages of a file that this user may not write to stay.
     """
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -43,7 +43,7 @@ def release_pages(path: Path, *, stays: bool = False) -> int:
 
 @contextmanager
 def releasing_pages(path: Path, *, interval: float = 0.02, stays: bool = False) -> Iterator[None]:
-    """A context in which the mapped pages of `path` are given back every `interval` seconds, by a thread of its own.
+    """A context in which a thread releases the mapped pages of `path` every `interval` seconds.
 
     With `stays` no mapping of it may be removed within the context (`release_pages`).
     """

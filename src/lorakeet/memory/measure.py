@@ -1,4 +1,4 @@
-"""How much memory the process holds and held at most, as the system counts it: resident bytes, and CUDA's own count."""
+"""Measures the memory of the process, now and at its peak: resident bytes, and CUDA's own count."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that the process holds now; where the system does not say (macOS), the most it ever held."""
+    """Returns the resident bytes of the process; where the system does not report them (macOS), its peak."""
     return _status("VmRSS") or _resource_peak()
 
 
 def peak_bytes() -> int:
-    """The most bytes the process has held at once, since it started or since `reset_peak` last succeeded."""
+    """Returns the peak of resident bytes since the process started or `reset_peak` last succeeded."""
     return _status("VmHWM") or _resource_peak()
 
 
 def reset_peak() -> bool:
-    """Makes the present size the new peak; whether the system allowed it (Linux does, in most containers)."""
+    """Resets the peak to the present size; True if the system allows it (Linux does, in most containers)."""
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -34,18 +34,17 @@ def reset_peak() -> bool:
 
 
 def cuda_peak_bytes() -> int:
-    """The most bytes torch had allocated on all CUDA devices together; 0 without CUDA."""
+    """Returns the peak of torch's allocated bytes, summed over CUDA devices; 0 without CUDA."""
     if not torch.cuda.is_available():
         return 0
     return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
 
 
 class PeakMemory:
-    """A context that measures the most memory held inside it: `bytes` (resident) and `cuda_bytes`.
+    """A context that measures the peak of memory inside it: `bytes` (resident) and `cuda_bytes`.
 
-    Where the system's own peak can be reset it is exact; otherwise a thread looks every `interval` seconds, and
-    `sampled` says so: a spike shorter than the interval may then be missed. Within another one it begins anew, and the other has
-    all of it.
+    It is exact where the system's own peak can be reset. Otherwise `sampled` is True: a thread samples every `interval`
+    seconds and may miss a shorter spike. Contexts nest: the outer one includes the peak of the inner one.
     """
 
     _around: ClassVar[list[PeakMemory]] = []  # those that are measuring, the outermost first
@@ -60,7 +59,7 @@ class PeakMemory:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeakMemory:
-        for outer in self._around:  # what the system and CUDA are about to forget
+        for outer in self._around:  # before the counters of the system and of CUDA are reset
             outer.now()
             outer.cuda_bytes = max(outer.cuda_bytes, cuda_peak_bytes())
         for index in range(torch.cuda.device_count()):
@@ -83,7 +82,7 @@ class PeakMemory:
         self.cuda_bytes = max(self.cuda_bytes, cuda_peak_bytes())
 
     def now(self) -> int:
-        """The most resident bytes so far."""
+        """Returns the peak of resident bytes so far."""
         self.bytes = max(self.bytes, resident_bytes() if self.sampled else peak_bytes())
         return self.bytes
 
@@ -94,7 +93,7 @@ class PeakMemory:
 
 
 def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes, or 0 where there is none."""
+    """Returns a field of /proc/self/status in bytes; 0 without it."""
     try:
         text = _STATUS.read_text()
     except OSError:

@@ -1,6 +1,6 @@
-"""The disk of a rehearsal: a store and a scratch file of shapes alone, from which everything that is read is without numbers.
+"""Store and scratch file of a rehearsal: they keep shapes alone, and reading returns tensors without numbers.
 
-Read within a memory.ledger.Ledger, what is brought in takes its place in the account as it would from the files.
+Within a memory.ledger.Ledger, tensors that are read count as they would from the files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakeet.memory.store import CPU, LINE, StoredRows, TensorLocation, WeightS
 
 
 class ShapeStore(WeightStore):
-    """Records of the given tensors, by the record's name and the tensor's, laid out as a file of them would be."""
+    """Records of the given tensors, by the record's name and the tensor's, with the layout of a real store."""
 
     def __init__(self, records: Mapping[str, Mapping[str, Tensor]], identity: Mapping[str, str]) -> None:
         self.identity, self.tensors = dict(identity), {}
@@ -35,20 +35,20 @@ class ShapeStore(WeightStore):
         """Leaves `into` as it is."""
 
     def close(self) -> None:
-        """Closes nothing."""
+        """Does nothing: there is no file."""
 
 
 class ShapeRows(StoredRows):
-    """Rows without numbers. Which of them ids name is not known, so that all of them are taken to differ."""
+    """Rows without numbers. The ids are unknown and counted as all different."""
 
-    def look_up(self, ids: Tensor) -> Tensor:
+    def lookup(self, ids: Tensor) -> Tensor:
         found = torch.empty((min(ids.numel(), self.shape[0]), self.shape[1]), dtype=self.dtype)
         return nn.functional.embedding(torch.zeros_like(ids), found)
 
 
 @dataclass(frozen=True)
-class _OutlinedMatrix:
-    """Some rows at a time of a matrix without numbers (core/tiled_product.RowSource)."""
+class _ShapeMatrix:
+    """A matrix without numbers, read some rows at a time (core/tiled_product.RowSource)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class _OutlinedMatrix:
 
 
 class ShapeSpill(Spill):
-    """Tensors put aside in a file that does not exist."""
+    """A Spill that keeps only the shapes of its tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class ShapeSpill(Spill):
         del self._shapes[key]
 
     def rows(self, key: Hashable) -> RowSource:
-        return _OutlinedMatrix(*self._shapes[key])
+        return _ShapeMatrix(*self._shapes[key])
 
-    def look(self, key: Hashable) -> Tensor:
+    def get(self, key: Hashable) -> Tensor:
         dtype, shape = self._shapes[key]
         return torch.empty(shape, dtype=dtype)
 

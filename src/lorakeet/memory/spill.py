@@ -1,4 +1,4 @@
-"""Tensors put aside in order and taken back: in memory, in a scratch file of their own, or off a GPU in the host's memory."""
+"""Spills tensors and reads them again: in memory, in a scratch file, or from a GPU into host memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ OF_A_RUN = "Free some space there, or name another folder with memory.store. Che
 
 
 class Spill:
-    """Keeps CPU tensors by key until they are taken; with a `folder`, in a file there that vanishes with the process.
+    """Keeps CPU tensors by key; with a `folder`, in a scratch file there that is deleted with the process.
 
-    EnvironmentProblem, which ends with `remedy`, where the folder cannot be written.
+    Raises EnvironmentProblem, which ends with `remedy`, if the folder cannot be written.
     """
 
     def __init__(self, folder: Path | None = None, remedy: str = OF_A_RUN) -> None:
         self._remedy = remedy
-        self._held: dict[Hashable, Tensor] = {}
-        self._places: dict[Hashable, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._tensors: dict[Hashable, Tensor] = {}
+        self._in_file: dict[Hashable, tuple[int, torch.dtype, tuple[int, ...]]] = {}  # offset, dtype, shape
         self._end = 0
         self._folder = folder
         try:
@@ -39,9 +39,9 @@ class Spill:
         self._closing = None if self._file is None else weakref.finalize(self, self._file.close)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keeps `tensor`, which must not be written to afterwards; EnvironmentProblem where the disk is full."""
+        """Stores `tensor`, which must not be written to afterwards; EnvironmentProblem if the disk is full."""
         if self._file is None:
-            self._held[key] = tensor
+            self._tensors[key] = tensor
             return
         view = raw_bytes(tensor.contiguous())
         done = 0
@@ -50,36 +50,36 @@ class Spill:
                 done += os.pwrite(self._file.fileno(), view[done:], self._end + done)
         except OSError as error:
             raise self._refused(error) from error
-        self._places[key] = self._end, tensor.dtype, tuple(tensor.shape)
+        self._in_file[key] = self._end, tensor.dtype, tuple(tensor.shape)
         self._end += len(view)
 
     def _refused(self, error: OSError) -> EnvironmentProblem:
         return EnvironmentProblem(f"The scratch file in {self._folder} cannot be written: {error.strerror}. {self._remedy}")
 
     def take(self, key: Hashable) -> Tensor:
-        """The tensor kept under `key`, which is then forgotten; when all are taken, the file is empty again."""
-        found = self.look(key)
+        """Returns the tensor under `key` and drops it; without tensors, the file is overwritten from its start."""
+        found = self.get(key)
         self.drop(key)
         return found
 
     def drop(self, key: Hashable) -> None:
-        """Forgets the tensor kept under `key`."""
+        """Drops the tensor under `key`."""
         if self._file is None:
-            del self._held[key]
+            del self._tensors[key]
             return
-        del self._places[key]
-        if not self._places:
+        del self._in_file[key]
+        if not self._in_file:
             self._end = 0
 
-    def look(self, key: Hashable) -> Tensor:
-        """The tensor kept under `key`, which stays; it must not be written to."""
+    def get(self, key: Hashable) -> Tensor:
+        """Returns the tensor under `key`, which stays stored; it must not be written to."""
         if self._file is None:
-            return self._held[key]
-        return self._read(*self._places[key])
+            return self._tensors[key]
+        return self._read(*self._in_file[key])
 
     def rows(self, key: Hashable) -> RowSource:
-        """The matrix kept under `key`, some of whose rows are read at a time where it is in a file; not after it was dropped."""
-        return self._held[key] if self._file is None else _KeptRows(self._read, *self._places[key])
+        """Returns the matrix under `key`, from a file read some rows at a time; invalid once it is dropped."""
+        return self._tensors[key] if self._file is None else _RowsInFile(self._read, *self._in_file[key])
 
     def _read(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         found = torch.empty(shape, dtype=dtype)
@@ -90,18 +90,18 @@ class Spill:
         return found
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._held or key in self._places
+        return key in self._tensors or key in self._in_file
 
     def close(self) -> None:
-        """Forgets everything."""
-        self._held.clear()
-        self._places.clear()
+        """Drops all tensors and closes the file."""
+        self._tensors.clear()
+        self._in_file.clear()
         if self._closing is not None:
             self._closing()
 
 
 @dataclass(frozen=True)
-class _KeptRows:
+class _RowsInFile:
     """A matrix in a scratch file (core/tiled_product.RowSource)."""
 
     read: Callable[[int, torch.dtype, tuple[int, ...]], Tensor]
@@ -116,10 +116,9 @@ class _KeptRows:
 
 
 class HostSpill(Spill):
-    """Keeps tensors of a device in the host's memory until they are taken, and then gives them back on their device.
+    """Keeps tensors of a device in host memory and returns them on their device.
 
-    Copied by the device itself, between a CUDA device and pinned memory: what is computed before and after is in order with the
-    copies, and nobody waits. Not run on a GPU.
+    Copies between a CUDA device and pinned memory run in stream order with the computation, without waiting. Not run on a GPU.
     """
 
     def __init__(self) -> None:
@@ -127,16 +126,16 @@ class HostSpill(Spill):
         self._devices: dict[Hashable, torch.device] = {}
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keeps a copy of `tensor`."""
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-        self._held[key], self._devices[key] = kept.copy_(tensor, non_blocking=True), tensor.device
+        """Stores a copy of `tensor`."""
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        self._tensors[key], self._devices[key] = copy.copy_(tensor, non_blocking=True), tensor.device
 
-    def look(self, key: Hashable) -> Tensor:
-        """A copy on its device of the tensor kept under `key`, which stays."""
-        return self._held[key].to(self._devices[key], non_blocking=True)
+    def get(self, key: Hashable) -> Tensor:
+        """Returns a copy on its device of the tensor under `key`, which stays stored."""
+        return self._tensors[key].to(self._devices[key], non_blocking=True)
 
     def take(self, key: Hashable) -> Tensor:
-        """A copy on its device of the tensor kept under `key`, which is then forgotten."""
-        found = self.look(key)
-        del self._held[key], self._devices[key]
+        """Returns a copy on its device of the tensor under `key` and drops it."""
+        found = self.get(key)
+        del self._tensors[key], self._devices[key]
         return found

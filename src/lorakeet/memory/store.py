@@ -1,11 +1,10 @@
-"""The store: a model's frozen weights in one safetensors file on disk, laid out so that a whole block is one aligned read.
+"""The store: a model's frozen weights in one safetensors file on disk, in which a whole block is one aligned read.
 
     8 bytes │ JSON header, padded │ record │ padding │ record │ …        a record begins at a multiple of 4,096 bytes
                                     its tensors, each at a multiple of 64 bytes
 
-A record is what comes in and leaves together: a decoder block, the embedding, the head. The file can be read by anything that
-reads safetensors; what fills the gaps is called `padding.N`. It names the model whose weights it holds, and that of another
-model is refused.
+A record is loaded and freed as a whole: a decoder block, the embedding, the head. Any safetensors reader can read the file; gaps
+are tensors `padding.N`. The metadata name the model, and the store of another model is refused.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ _REFUSALS = {
     errno.EDQUOT: "the quota of its disk is used up",
     errno.EROFS: "its disk is read-only",
 }
-_ROOM_WOULD_DO = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "Delete it: it is made again."
-_ROOM = 256  # header bytes that are set aside for each tensor
+_ENTRY_BYTES = 256  # header bytes reserved for each tensor
 _PADDING = "padding."
 
 
 class StoreRefused(EnvironmentProblem):
-    """The disk takes no store."""
+    """The store cannot be written: the disk is full or read-only."""
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies in the file."""
+    """Dtype, shape and byte range of a tensor in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -62,7 +61,7 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class StoreRecord:
-    """Tensors that lie together: where, and each by its name without the record's."""
+    """Tensors that lie together: their byte range, and each by its name without the record's."""
 
     begin: int
     end: int
@@ -70,33 +69,33 @@ class StoreRecord:
 
     @property
     def bytes(self) -> int:
-        """How long the record is, gaps between its tensors included."""
+        """Length of the record, gaps between its tensors included."""
         return self.end - self.begin
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensors as views into `buffer` (bytes,), which holds the record from its first byte on."""
+        """Returns the tensors as views into `buffer` (bytes,), which starts with the record."""
         found, whole = {}, {}
-        for name, place in self.tensors.items():
-            size = place.dtype.itemsize
-            if place.dtype not in whole:
-                whole[place.dtype] = buffer[: len(buffer) // size * size].view(place.dtype)
-            strides = [prod(place.shape[axis + 1 :]) for axis in range(len(place.shape))]
-            found[name] = whole[place.dtype].as_strided(place.shape, strides, (place.begin - self.begin) // size)
+        for name, span in self.tensors.items():
+            size = span.dtype.itemsize
+            if span.dtype not in whole:
+                whole[span.dtype] = buffer[: len(buffer) // size * size].view(span.dtype)
+            strides = [prod(span.shape[axis + 1 :]) for axis in range(len(span.shape))]
+            found[name] = whole[span.dtype].as_strided(span.shape, strides, (span.begin - self.begin) // size)
         return found
 
 
 class StoreWriter:
-    """Takes records one after the other, so that no more than one has to be in memory; `new_store` makes it."""
+    """Writes records one after the other, so that at most one is in memory; `new_store` makes it."""
 
-    def __init__(self, file: Any, room: int) -> None:
+    def __init__(self, file: Any, header_bytes: int) -> None:
         self._file = file
-        self._start = _up(8 + room, PAGE)
+        self._start = _up(8 + header_bytes, PAGE)
         self._at = self._start
         self._header: dict[str, Any] = {}
         self._padding = 0
 
     def add(self, record: str, tensors: Mapping[str, Tensor]) -> None:
-        """Appends `tensors` as the record `record`; a name may be used once."""
+        """Appends `tensors` as the record `record`; each name may occur once."""
         self._pad(PAGE)
         for name, tensor in tensors.items():
             self._pad(LINE)
@@ -105,16 +104,16 @@ class StoreWriter:
             self._file.write(raw_bytes(flat) if flat.numel() else b"")
 
     def finish(self, identity: Mapping[str, str]) -> None:
-        """Writes the header before the records; ValueError where it is longer than the room that was set aside."""
+        """Writes the header before the records; ValueError if it is longer than the reserved space."""
         text = json.dumps({"__metadata__": dict(sorted(identity.items())), **self._header}, separators=(",", ":")).encode()
         if len(text) > self._start - 8:
-            raise ValueError(f"the header takes {len(text):,} bytes, but {self._start - 8:,} were set aside")
+            raise ValueError(f"the header takes {len(text):,} bytes, but {self._start - 8:,} are reserved")
         self._file.seek(0)
         self._file.write((self._start - 8).to_bytes(8, "little"))
         self._file.write(text + b" " * (self._start - 8 - len(text)))
 
     def begin(self) -> None:
-        """Leaves room for the header."""
+        """Reserves space for the header."""
         self._file.write(bytes(self._start))
 
     def _pad(self, alignment: int) -> None:
@@ -134,10 +133,10 @@ class StoreWriter:
 
 @contextmanager
 def new_store(path: Path, *, identity: Mapping[str, str], tensors: int, size: int = 0) -> Iterator[StoreWriter]:
-    """A store in the making, which appears at `path` whole or not at all. `identity` names the model; plain words.
+    """A context that writes a store, which appears at `path` whole or not at all. `identity` describes the model.
 
-    `tensors` is at least the number of tensors that will come, `size` about their bytes. Raises StoreRefused where the
-    folder cannot be written or the disk has no room.
+    `tensors` is at least the number of its tensors, `size` about their bytes. Raises StoreRefused if the folder cannot be
+    written or the disk is too full.
     """
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +150,7 @@ def new_store(path: Path, *, identity: Mapping[str, str], tensors: int, size: in
         partial = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
-                writer = StoreWriter(file, room=(2 * tensors + 16) * _ROOM)
+                writer = StoreWriter(file, header_bytes=(2 * tensors + 16) * _ENTRY_BYTES)
                 writer.begin()
                 yield writer
                 writer.finish(identity)
@@ -164,47 +163,47 @@ def new_store(path: Path, *, identity: Mapping[str, str], tensors: int, size: in
 
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """What the system refuses, in words."""
+    """A context that turns errors of the disk into StoreRefused."""
     try:
         yield
     except OSError as error:
         why = _REFUSALS.get(error.errno or 0, error.strerror)
-        first = "Free some space, or name" if error.errno in _ROOM_WOULD_DO else "Name"
+        first = "Free some space, or name" if error.errno in _DISK_FULL else "Name"
         raise StoreRefused(f"The store {path} cannot be written: {why}. {first} another folder with memory.store.") from error
 
 
 class WeightStore:
-    """An open store. Reads go around the process's memory map, so that only the buffers they fill are resident."""
+    """An open store. The file is read, not mapped, so that only the buffers are resident."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.identity, self.tensors = _read_header(path)
         self._descriptor = os.open(path, os.O_RDONLY)
-        self._closing = weakref.finalize(self, os.close, self._descriptor)  # also where nobody calls `close`
+        self._closing = weakref.finalize(self, os.close, self._descriptor)  # also without a call of `close`
 
     @classmethod
     def open(cls, path: Path, identity: Mapping[str, str]) -> WeightStore:
-        """The store at `path`; DataError where it is damaged or holds another model than `identity` says."""
+        """Opens the store at `path`; DataError if it is damaged or of another model than `identity`."""
         store = cls(path)
         wrong = [name for name, value in identity.items() if store.identity.get(name) != value]
         if wrong:
             store.close()
-            held = {name: store.identity.get(name, "not named") for name in wrong}
-            which = "; ".join(f"{name} is {held[name][:40]}, not {identity[name][:40]}" for name in wrong)
+            found = {name: store.identity.get(name, "not named") for name in wrong}
+            which = "; ".join(f"{name} is {found[name][:40]}, not {identity[name][:40]}" for name in wrong)
             raise DataError(
                 f"The store {path} holds another model ({which}). Delete it, or name another folder with memory.store."
             )
         return store
 
     def record(self, name: str) -> StoreRecord:
-        """The record of that name; KeyError where the store has none."""
-        tensors = {key[len(name) + 1 :]: place for key, place in self.tensors.items() if key.startswith(f"{name}.")}
+        """Returns the record of that name; KeyError if there is none."""
+        tensors = {key[len(name) + 1 :]: span for key, span in self.tensors.items() if key.startswith(f"{name}.")}
         if not tensors:
             raise KeyError(name)
-        return StoreRecord(min(place.begin for place in tensors.values()), max(place.end for place in tensors.values()), tensors)
+        return StoreRecord(min(span.begin for span in tensors.values()), max(span.end for span in tensors.values()), tensors)
 
     def read(self, begin: int, into: Tensor) -> None:
-        """Fills the contiguous `into` with the bytes from `begin` on; DataError where the file ends before."""
+        """Fills the contiguous `into` with the bytes from `begin` on; DataError if the file ends before."""
         view = raw_bytes(into)
         done = 0
         while done < len(view):
@@ -214,14 +213,14 @@ class WeightStore:
             done += count
 
     def tensor(self, name: str) -> Tensor:
-        """A fresh copy of one tensor, by its whole name."""
-        place = self.tensors[name]
-        found = torch.empty(place.shape, dtype=place.dtype)
-        self.read(place.begin, found.view(-1))
+        """Returns a copy of one tensor, by its full name."""
+        span = self.tensors[name]
+        found = torch.empty(span.shape, dtype=span.dtype)
+        self.read(span.begin, found.view(-1))
         return found
 
     def rows(self, name: str, device: torch.device = CPU) -> StoredRows:
-        """The tensor of that name, to be read some rows at a time, which then go to `device`."""
+        """Returns the tensor of that name for reading some rows at a time, onto `device`."""
         return StoredRows(self, name, device)
 
     def close(self) -> None:
@@ -230,39 +229,39 @@ class WeightStore:
 
 
 class StoredRows:
-    """A tensor in the store of which some rows at a time are read: an embedding, the weight of a head, a stack of experts."""
+    """A tensor in the store, read some rows at a time: an embedding, the weight of a head, a stack of experts."""
 
     def __init__(self, store: WeightStore, name: str, device: torch.device = CPU) -> None:
-        self._store, self._place, self.device = store, store.tensors[name], device
+        self._store, self._location, self.device = store, store.tensors[name], device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers."""
-        return self._place.dtype
+        """The dtype of the tensor."""
+        return self._location.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(rows, …)."""
-        return self._place.shape
+        return self._location.shape
 
     def __getitem__(self, part: slice) -> Tensor:
-        """The rows of `part`, whose step is 1, as a fresh tensor."""
+        """Returns the rows of `part` (step 1) as a new tensor."""
         start, stop, _ = part.indices(self.shape[0])
         found = torch.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype)
-        self._store.read(self._place.begin + start * self._row, found)
+        self._store.read(self._location.begin + start * self._row, found)
         return found.to(self.device)
 
     def gather(self, rows: Sequence[int]) -> Tensor:
-        """Those rows (len(rows), …), one read each."""
+        """Returns the given rows (len(rows), …), with one read each."""
         found = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
-        for place, row in enumerate(rows):
-            self._store.read(self._place.begin + row * self._row, found[place])
+        for number, row in enumerate(rows):
+            self._store.read(self._location.begin + row * self._row, found[number])
         return found.to(self.device)
 
-    def look_up(self, ids: Tensor) -> Tensor:
-        """The row of each of `ids` (…) as (…, columns); one read for each that differs."""
-        wanted, places = torch.unique(ids, return_inverse=True)
-        return nn.functional.embedding(places.to(self.device), self.gather(wanted.tolist()))
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Returns the row of each of `ids` (…) as (…, columns), with one read for each different id."""
+        wanted, indices = torch.unique(ids, return_inverse=True)
+        return nn.functional.embedding(indices.to(self.device), self.gather(wanted.tolist()))
 
     @property
     def _row(self) -> int:
@@ -270,12 +269,12 @@ class StoredRows:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, to be read or written."""
+    """Returns the memory of a contiguous CPU tensor, for reading or writing."""
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorLocation]]:
-    """The metadata and the tensors of a store, paddings left out; DataError where the file is not whole."""
+    """Returns the metadata and the tensors of a store, without padding; DataError if the file is incomplete."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -288,17 +287,17 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorLocation]]
     except ValueError as error:
         raise DataError(f"The store {path} has a damaged header ({error}). {_REMEDY}") from error
     start, identity = 8 + length, header.pop("__metadata__", {})
-    tensors = {name: _place(entry, start) for name, entry in header.items()}
-    wrong = [name for name, place in tensors.items() if place.end - place.begin != prod(place.shape) * place.dtype.itemsize]
-    end = max((place.end for place in tensors.values()), default=start)
+    tensors = {name: _location(entry, start) for name, entry in header.items()}
+    wrong = [name for name, span in tensors.items() if span.end - span.begin != prod(span.shape) * span.dtype.itemsize]
+    end = max((span.end for span in tensors.values()), default=start)
     if wrong or end != size:
         lengths = f"it is {size:,} bytes long, but its header describes {end:,}"
-        what = f"'{wrong[0]}' does not fill its place" if wrong else lengths
+        what = f"'{wrong[0]}' has another size than its shape" if wrong else lengths
         raise DataError(f"The store {path} is damaged: {what}. {_REMEDY}")
-    return identity, {name: place for name, place in tensors.items() if not name.startswith(_PADDING)}
+    return identity, {name: span for name, span in tensors.items() if not name.startswith(_PADDING)}
 
 
-def _place(entry: Mapping[str, Any], start: int) -> TensorLocation:
+def _location(entry: Mapping[str, Any], start: int) -> TensorLocation:
     begin, end = entry["data_offsets"]
     return TensorLocation(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, start + end)
 

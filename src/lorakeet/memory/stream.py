@@ -1,4 +1,4 @@
-"""Records of a store that come into buffers in turn: while one is computed with, a thread reads the next into another."""
+"""Streams records of a store into a few buffers: while one is in use, a thread reads the next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakeet.memory.transfer import HostTransfer, Transfer
 
 @dataclass(eq=False)
 class _Buffer:
-    """A buffer, the mark of its last use, the record in it or on its way, the fetching, and the record's tensors there."""
+    """A buffer with the mark of its last use, the number of its record, the running fetch, and the record's tensors."""
 
     buffer: Tensor
     free: Any
@@ -25,12 +25,11 @@ class _Buffer:
 
 
 class RecordStream:
-    """The records `names` of `store`, by their number. At most `slots` are in memory, each in a buffer as long as the longest.
+    """The records `names` of `store`, by number. At most `slots` are in memory, in buffers as long as the longest record.
 
-    With two slots one is read while the other is computed with; with one, whoever computes waits. With as many slots as records
-    each is read once and stays. Between the two, the record
-    that was used longest ago makes room, so that of n records in s slots a pass forth and back reads 2·(n − s). Where the buffers
-    are and how they are filled is the `transfer`'s to say; left out, they are in the CPU's memory.
+    With two slots one is read while the other is in use; with one, the caller waits. With as many slots as records, each is read
+    once and stays. Otherwise the least recently used is replaced, so that a forward and backward pass over n records in s slots
+    reads 2·(n − s). `transfer` allocates and fills the buffers; by default in CPU memory.
     """
 
     def __init__(self, store: WeightStore, names: Sequence[str], *, slots: int = 2, transfer: Transfer | None = None) -> None:
@@ -42,40 +41,40 @@ class RecordStream:
 
     @property
     def slot_bytes(self) -> int:
-        """How long each of the buffers is."""
+        """The length of each buffer in bytes."""
         return max(record.bytes for record in self.records)
 
-    def bring(self, index: int, then: int) -> dict[str, Tensor]:
-        """The tensors of record `index`, valid until the next call; `then` is read meanwhile where there is another buffer.
+    def fetch(self, index: int, then: int) -> dict[str, Tensor]:
+        """Returns the tensors of record `index`, valid until the next call; reads `then` meanwhile if there is another buffer.
 
-        Raises what reading raised: DataError where the store was cut off.
+        Raises the errors of the reading thread: DataError if the store was cut off.
         """
         if self._in_use is not None:
             self._in_use.free = self.transfer.mark()
-        slot = self._holding(index)
+        slot = self._slot_of(index)
         if slot is None:
             slot = self._fill(index, keep=None)
         self._await(slot)
         self._used(slot)
         self._in_use = slot
-        if self.slots > 1 and self._holding(then) is None:
+        if self.slots > 1 and self._slot_of(then) is None:
             self._fill(then, keep=slot)
         return slot.views
 
     def fill(self) -> list[Tensor]:
-        """Every buffer, made now; what they hold is what `bring` put there."""
+        """Allocates all buffers and returns them."""
         while len(self._slots) < min(self.slots, len(self.records)):
             self._slots.append(self._new_slot())
         return [slot.buffer for slot in self._slots]
 
     def release(self) -> None:
-        """Lets the buffers go, with what is in them; the next `bring` makes new ones. No view of `bring` may be in use."""
+        """Frees the buffers; the next `fetch` allocates new ones. No view of `fetch` may be in use."""
         for slot in self._slots:
             self._await(slot)
         self._slots, self._in_use = [], None
 
     def close(self) -> None:
-        """Ends the reading thread and closes the store."""
+        """Stops the reading thread and closes the store."""
         self.transfer.close()
         self._slots, self._in_use = [], None
         self.store.close()
@@ -84,21 +83,21 @@ class RecordStream:
         return _Buffer(self.transfer.buffer(self.slot_bytes), self.transfer.mark())
 
     def _await(self, slot: _Buffer) -> None:
-        """What is computed from now on finds in `slot` what was being fetched into it."""
+        """Waits until the fetch into `slot` is complete for later computation."""
         if slot.fetching is not None:
             self.transfer.wait_for(slot.fetching)
             slot.fetching = None
 
     def _used(self, slot: _Buffer) -> None:
-        """Puts `slot` last: slots stand in the order of their use."""
+        """Moves `slot` to the end: slots are in the order of their last use."""
         self._slots.remove(slot)
         self._slots.append(slot)
 
-    def _holding(self, index: int) -> _Buffer | None:
+    def _slot_of(self, index: int) -> _Buffer | None:
         return next((slot for slot in self._slots if slot.index == index), None)
 
     def _fill(self, index: int, *, keep: _Buffer | None) -> _Buffer:
-        """Begins to bring record `index` into a buffer other than `keep`: an empty one, else the one used longest ago."""
+        """Starts to fetch record `index` into a buffer other than `keep`: an empty one, else the least recently used."""
         slot = next((slot for slot in self._slots if slot.index is None), None)
         if slot is None and len(self._slots) < self.slots:
             slot = self._new_slot()

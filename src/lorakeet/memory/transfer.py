@@ -1,4 +1,4 @@
-"""How a record gets from the store into the buffer that is computed with: read into it, or read and copied to a CUDA device."""
+"""Transfers records from the store into buffers: read into CPU memory, or read and copied to a CUDA device."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ STAGINGS = 2  # pinned buffers: one is read into while the other is copied from
 
 
 class Transfer(Protocol):
-    """Where a RecordStream's buffers are, and how they are filled while something else is computed.
+    """Allocates a RecordStream's buffers and fills them while the device computes.
 
-    A device computes after it was asked to: a `mark` stands for all that it was asked to compute so far.
+    A device computes asynchronously: a `mark` stands for all work submitted to it so far.
     """
 
     def buffer(self, size: int) -> Tensor:
-        """A new buffer of `size` bytes where the records are computed with."""
+        """Returns a new buffer of `size` bytes on the computing device."""
         ...
 
     def mark(self) -> Any:
-        """A mark of all that is asked for until now."""
+        """Returns a mark of all work submitted so far."""
         ...
 
     def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
-        """Begins to fill the beginning of `into` with `record`, once what the mark `free` stands for is computed."""
+        """Starts to copy `record` to the start of `into`, once the work before the mark `free` is done."""
         ...
 
     def wait_for(self, fetching: Future[Any]) -> None:
-        """What is asked for from now on finds the record there. Raises what reading raised: DataError for a store cut off."""
+        """Makes later work wait for the record. Raises the errors of reading: DataError if the store was cut off."""
         ...
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """Stops the reading thread."""
         ...
 
 
 class HostTransfer:
-    """Records of `store` read straight into buffers of the CPU's memory, by a thread of its own."""
+    """Reads records of `store` straight into CPU memory, in a thread of its own."""
 
     def __init__(self, store: WeightStore) -> None:
         self._store = store
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
 
     def buffer(self, size: int) -> Tensor:
-        """A new buffer."""
+        """Returns a new buffer."""
         return torch.empty(size, dtype=torch.uint8)
 
     def mark(self) -> None:
-        """Nothing: the CPU has computed what it was asked for."""
+        """Returns None: the CPU computes synchronously."""
 
     def fetch(self, record: StoreRecord, into: Tensor, free: None) -> Future[None]:
-        """Begins to read."""
+        """Starts to read."""
         return self._reader.submit(self._store.read, record.begin, into[: record.bytes])
 
     def wait_for(self, fetching: Future[None]) -> None:
@@ -65,24 +65,24 @@ class HostTransfer:
         fetching.result()
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """Stops the reading thread."""
         self._reader.shutdown(wait=True)
 
 
 def pinned_bytes(size: int) -> Tensor:
-    """Memory of the host that a CUDA device copies from by itself; torch takes the next power of two for it."""
+    """Returns pinned host memory, which a CUDA device copies asynchronously; torch allocates the next power of two."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 class CudaTransfer:
-    """Records of `store` brought into buffers on a CUDA device, behind the back of what is computed there.
+    """Copies records of `store` into buffers on a CUDA device while it computes.
 
-        reading thread    wait until the copy out of a pinned buffer is over → read into it
-        copying stream    wait until the slot's last use is computed → copy → event
+        reading thread    wait for the copy out of a pinned buffer → read into it
+        copying stream    wait for the slot's last use → copy → event
         computing stream  wait for that event → compute → mark
 
-    The caller waits for the reading alone. With `keep`, every record stays in pinned memory once it was read, and none is read
-    again. `cuda` and `pinned` are torch's own unless a test simulates them; no GPU was there to run this on.
+    The caller waits only for reading. With `keep`, every record stays in pinned memory once it was read. `cuda` and `pinned` are
+    torch's own unless a test simulates them. Not run on a GPU.
     """
 
     def __init__(
@@ -97,43 +97,43 @@ class CudaTransfer:
         self._store, self.device, self.keep, self._cuda, self._pinned = store, device, keep, cuda, pinned
         self._copying = cuda.Stream(device)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
-        self._kept: dict[int, Tensor] = {}  # by the record's first byte
-        self._staging: deque[tuple[Tensor, Any]] = deque()  # the one used longest ago first, each with the event of its copy
+        self._kept: dict[int, Tensor] = {}  # by the record's offset
+        self._staging: deque[tuple[Tensor, Any]] = deque()  # the least recently used first, each with the event of its copy
 
     def buffer(self, size: int) -> Tensor:
-        """A new buffer on the device."""
+        """Returns a new buffer on the device."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def mark(self) -> Any:
-        """An event behind everything that the computing stream was given."""
+        """Returns an event after all work on the computing stream."""
         return self._cuda.current_stream(self.device).record_event()
 
     def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
-        """Begins to read and then to copy; the result is the event of the copy."""
-        return self._reader.submit(self._bring, record, into, free)
+        """Starts to read and then to copy; the future's result is the event of the copy."""
+        return self._reader.submit(self._copy, record, into, free)
 
     def wait_for(self, fetching: Future[Any]) -> None:
-        """Has the computing stream wait for the copy; this thread waits until it is asked for, no longer."""
+        """Makes the computing stream wait for the copy; this thread waits until the copy is submitted."""
         self._cuda.current_stream(self.device).wait_event(fetching.result())
 
     def close(self) -> None:
-        """Ends the reading thread, waits for the last copy, and lets the pinned memory go."""
+        """Stops the reading thread, waits for the last copy, and frees the pinned memory."""
         self._reader.shutdown(wait=True)
         self._copying.synchronize()
         self._kept.clear()
         self._staging.clear()
 
-    def _bring(self, record: StoreRecord, into: Tensor, free: Any) -> Any:
+    def _copy(self, record: StoreRecord, into: Tensor, free: Any) -> Any:
         source = self._read_kept(record) if self.keep else self._read_staged(record, len(into))
         with self._cuda.stream(self._copying):
             self._copying.wait_event(free)
             into[: record.bytes].copy_(source[: record.bytes], non_blocking=True)
             if into.is_cuda:
-                into.record_stream(self._copying)  # so that it is given to nobody while the copy goes on
-            over = self._copying.record_event()
+                into.record_stream(self._copying)  # so that it is not reused while the copy runs
+            copied = self._copying.record_event()
         if not self.keep:
-            self._staging.append((source, over))
-        return over
+            self._staging.append((source, copied))
+        return copied
 
     def _read_kept(self, record: StoreRecord) -> Tensor:
         kept = self._kept.get(record.begin)
@@ -144,11 +144,11 @@ class CudaTransfer:
         return kept
 
     def _read_staged(self, record: StoreRecord, size: int) -> Tensor:
-        """The record in a pinned buffer of `size` bytes whose last copy is over."""
+        """Returns the record in a pinned buffer of `size` bytes whose last copy is complete."""
         if len(self._staging) < STAGINGS:
             source = self._pinned(size)
         else:
-            source, over = self._staging.popleft()
-            over.synchronize()
+            source, copied = self._staging.popleft()
+            copied.synchronize()
         self._store.read(record.begin, source[: record.bytes])
         return source

@@ -1,11 +1,10 @@
-"""Causal attention over rows laid end to end: no padding, no attention across rows. Registered with transformers by name.
+"""Causal attention over packed rows: no padding, no attention across rows. Registered with transformers by name.
 
-The model runs on one sequence (1, tokens) with `row_lengths=(n₁, n₂, …)` among its keyword arguments and position ids that
-begin again at each row. Each row attends to itself alone, so the cost is Σn² and not (Σn)²; tokens behind the
-last row are filler.
+The model runs on one sequence (1, tokens) with the keyword argument `row_lengths=(n₁, n₂, …)` and position ids that start again
+at each row. Each row attends only to itself, so the cost is Σn² and not (Σn)²; tokens after the last row are padding.
 
-On a CPU the rows are computed by core/fused/packed_attention (torch's own bf16 backward is several times too slow there), on a
-card in half precision by torch's flash kernel, all at once (kernels/flash_varlen); one by one where neither can.
+On a CPU, core/fused/packed_attention computes the rows (torch's own bf16 backward is several times slower); on a GPU in half
+precision, torch's flash kernel computes all at once (kernels/flash_varlen). Otherwise rows are computed one by one.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ VARLEN = "lorakeet_varlen"
 
 
 def register() -> None:
-    """Makes the attention known to transformers under the name VARLEN; calling it again changes nothing."""
+    """Registers the attention with transformers under the name VARLEN; idempotent."""
     AttentionInterface.register(VARLEN, packed_attention)
     AttentionMaskInterface.register(VARLEN, _no_mask)
 
@@ -39,13 +38,12 @@ def _no_mask(*_: Any, **__: Any) -> None:
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
+    """Returns the outputs (1, tokens, heads, d) of query (1, heads, tokens, d), key and value (1, kv heads, tokens, d).
 
-    Settings used: `row_lengths`, `row_prefix` (tokens that stand once before all rows and belong to each), `row_places` (where
-    rows lie, if a tensor says so: kernels/flash_varlen, with the longest as the one length), `row_cache` (where
-    earlier tokens of the rows are), `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
-    `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
-    non-causal attention), so that nothing is left out in silence.
+    Settings used: `row_lengths`, `row_prefix` (tokens before all rows that belong to each), `row_offsets` (row offsets in a
+    tensor, with the longest row as the one length: kernels/flash_varlen), `row_cache` (earlier tokens of the rows),
+    `row_products` (dtype of the products on a CPU; fp32 by default), `scaling`, `dropout`, `sliding_window`, `softcap`. Raises
+    EnvironmentProblem for anything else (attention sinks, position biases, non-causal attention), so that nothing is ignored.
     """
     lengths = settings.get("row_lengths")
     _refuse_unknown(module, query, lengths, attention_mask, settings)
@@ -60,15 +58,15 @@ def packed_attention(
     products = settings.get("row_products") or torch.float32
     shape = query.shape[1], key.shape[1], query.shape[-1]
     if alike and kernel_of(packed_rows(query, products, *shape, rows, prefix)) is FlashVarlen:
-        kernel = flash_kernel(settings.get("row_places"), rows, scale, prefix, window)
+        kernel = flash_kernel(settings.get("row_offsets"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
-    if settings.get("row_places") is not None:
+    if settings.get("row_offsets") is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")
     plain = plain and (window is None or prefix + max(rows) <= window)
     if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
         return causal_rows(query, key, value, rows, scale, products, prefix), None
     outputs = []
-    parts = [prefix, *rows, query.shape[2] - prefix - sum(rows)]  # what fills up is a row of its own
+    parts = [prefix, *rows, query.shape[2] - prefix - sum(rows)]  # padding is a row of its own
     first, *others = zip(*(torch.split(states, parts, dim=2) for states in (query, key, value)), strict=True)
     for number, own in enumerate(others):
         q, k, v = (torch.cat(pair, dim=2) if prefix else pair[1] for pair in zip(first, own, strict=True))
@@ -86,7 +84,7 @@ def packed_attention(
 def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor | None, settings: dict[str, Any]) -> None:
     kind = type(module).__name__
     if lengths is None:
-        raise EnvironmentProblem(f"{kind} did not hand row_lengths on to its attention; load this model with attention: sdpa.")
+        raise EnvironmentProblem(f"{kind} did not pass row_lengths to its attention; load this model with attention: sdpa.")
     total, longest = (settings.get("row_prefix", 0) + of_rows for of_rows in (sum(lengths), max(lengths)))
     if query.shape[0] != 1 or query.shape[2] < total:
         raise EnvironmentProblem(
@@ -99,16 +97,18 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
     if mask is not None:
         unknown.append("attention_mask")
     if (limit := _limit_in_mask(module, settings)) is not None and longest > limit:
-        unknown.append(f"a window of {limit} tokens that only its mask knows, for a row of {longest} tokens")
-    places = getattr(module, "floor_scale", None) if getattr(module, "attn_temperature_tuning", False) else None
-    if places is not None and not getattr(module, "use_rope", True) and query.shape[2] >= places:
-        unknown.append(f"a temperature by place among {query.shape[2]} tokens, constant up to {places:g} (train.micro_tokens)")
+        unknown.append(f"a window of {limit} tokens that only its mask has, for a row of {longest} tokens")
+    constant = getattr(module, "floor_scale", None) if getattr(module, "attn_temperature_tuning", False) else None
+    if constant is not None and not getattr(module, "use_rope", True) and query.shape[2] >= constant:
+        unknown.append(
+            f"a temperature by position, constant up to {constant:g}, for {query.shape[2]} tokens (train.micro_tokens)"
+        )
     if unknown:
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
 
 
 def _limit_in_mask(module: nn.Module, settings: dict[str, Any]) -> int | None:
-    """The window or chunk of a model that does not hand it on to its attention (Qwen2-MoE, Llama 4), or None."""
+    """Returns the window or chunk of a model that does not pass it to its attention (Qwen2-MoE, Llama 4), or None."""
     if "sliding_window" in settings:
         return None
     config = getattr(module, "config", None)
@@ -117,14 +117,14 @@ def _limit_in_mask(module: nn.Module, settings: dict[str, Any]) -> int | None:
 
 
 def _band(n: int, window: int | None, device: torch.device) -> Tensor:
-    """True where query i may see key j: j ≤ i and, with a window, i − j < window. (n, n)"""
+    """Returns a mask (n, n), True where query i may attend to key j: j ≤ i and, with a window, i − j < window."""
     distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
     allowed = distance >= 0
     return allowed if window is None else allowed & (distance < window)
 
 
 def _softcapped(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int | None) -> Tensor:
-    """Gemma 2's attention: scores are squeezed by cap·tanh(score / cap) before the mask; softmax in fp32."""
+    """Returns Gemma 2's attention: scores are capped by cap·tanh(score / cap) before the mask; softmax in fp32."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = torch.tanh((q @ k.transpose(-1, -2)) * (scale / cap)) * cap

@@ -1,6 +1,6 @@
-"""Model families as data: where the blocks are, what their matrices are called, how the head ends, how fast to learn.
+"""Model families as data: path of the blocks, names of their matrices, scaling of the logits, learning-rate exponent.
 
-A new family is one line in `FAMILIES`. A model that is in no line gets `GENERIC`, which reads names off the module tree.
+A new family is one line in `FAMILIES`. Other models are `GENERIC`, which reads names from the module tree.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ QWEN_LIKE = 0.0775
 
 @dataclass(frozen=True)
 class Family:
-    """What Lorakeet has to know of an architecture; the defaults are Llama's."""
+    """What Lorakeet needs to know of an architecture; the defaults are Llama's."""
 
     name: str
     model_types: tuple[str, ...]  # `model_type` of config.json
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    fused: tuple[str, ...] = ()  # those of the above that hold several matrices side by side
+    fused: tuple[str, ...] = ()  # those of the above that contain several matrices
     blocks: str = "model.layers"
     rate_exponent: float = LLAMA_LIKE
     soft_cap: str = ""  # configuration key of a cap c: logits become c·tanh(logits/c)
@@ -61,13 +61,13 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers configuration (or of a bare `model_type`), or `GENERIC`."""
+    """Returns the family of a transformers configuration or `model_type`, or `GENERIC`."""
     model_type = config if isinstance(config, str) else getattr(config, "model_type", "")
     return next((family for family in FAMILIES if model_type in family.model_types), GENERIC)
 
 
 def in_group(path: str, names: Iterable[str], words: Iterable[str]) -> bool:
-    """Whether `path` ends in one of `names`; where there are none, whether a parent of it has one of `words` in its name."""
+    """True if `path` ends in one of `names`, or without names, if a parent of it has one of `words` in its name."""
     names = tuple(names)
     if names:
         return any(path == name or path.endswith(f".{name}") for name in names)

@@ -1,4 +1,4 @@
-"""Puts the fused pieces of core/fused/mlp_and_norm into a model, where they compute what the model's own modules compute."""
+"""Replaces a model's modules by the fused ones of core/fused, where these compute the same."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ from lorakeet.models.families import Family
 from lorakeet.models.frozen_prefix import PrefixBlock
 
 _PROBE_ROWS = 5
-_PROBE_LENGTHS = (4, 3)  # tokens of the two rows that an attention is probed with
-_WIDTH = 8  # of the small copy that is probed where a model has shapes but no numbers
-FUSED_TOLERANCE = 16  # in units of the dtype's rounding: the fused function rounds at other places
+_PROBE_LENGTHS = (4, 3)  # tokens of the two rows that probe an attention
+_WIDTH = 8  # width of the small copy that is probed if a model has no numbers
+FUSED_TOLERANCE = 16  # in units of the dtype's rounding: the fused function rounds differently
 
 
 def fuse(model: nn.Module) -> int:
-    """Lets stand-ins run gated MLPs, RMSNorms and row attention, each first compared with its original; returns how many.
+    """Replaces gated MLPs, RMSNorms and row attention by fused modules, each compared with its original; returns how many.
 
-    The stand-ins hold the originals, so that paths, weights and adapters stay as they are; `unfuse` takes them out.
+    The fused modules wrap the originals, so that paths, weights and adapters stay the same; `unfuse` removes them.
     """
     count = 0
     for path, module in list(modules.original_modules(model)):
-        standing = modules.find(model, path)
-        if isinstance(standing, Replacement) or standing is None or not path:
+        current = modules.find(model, path)
+        if isinstance(current, Replacement) or current is None or not path:
             continue
-        with native.torch_only():  # the stand-ins are compared to the last bit
-            stand_in = _stand_in(module)
-        if stand_in is not None:
-            stand_in.train(module.training)
-            modules.replace(model, path, stand_in)
+        with native.torch_only():  # they are compared bit for bit
+            fused = _fused(module)
+        if fused is not None:
+            fused.train(module.training)
+            modules.replace(model, path, fused)
             count += 1
     return count
 
 
 def fuse_blocks(model: nn.Module, family: Family, kind: type[DecodeBlock | TrainedBlock] = DecodeBlock) -> int:
-    """Lets blocks of this kind stand for the decoder blocks whose parts `fuse` has replaced and that do no more; how many.
+    """Replaces decoder blocks of fused parts, and nothing else, by fused blocks of this kind; returns how many.
 
-    One of the other kind gives way.
+    Fused blocks of the other kind are replaced too.
     """
     prefix, blocks = modules.block_prefix(model, family)
     count = 0
     for number in range(blocks):
         path = f"{prefix}.{number}"
-        standing = modules.find(model, path)
-        left_out = standing if isinstance(standing, PrefixBlock) else None
-        block = left_out.original if left_out is not None else standing
+        current = modules.find(model, path)
+        prefix_block = current if isinstance(current, PrefixBlock) else None
+        block = current if prefix_block is None else prefix_block.original
         if type(block) is kind:
             count += 1
             continue
@@ -69,8 +69,8 @@ def fuse_blocks(model: nn.Module, family: Family, kind: type[DecodeBlock | Train
         if block is None or not _is_plain(block, training=kind is TrainedBlock):
             continue
         fused = kind(block).train(block.training)
-        if left_out is not None:
-            left_out.original = fused
+        if prefix_block is not None:
+            prefix_block.original = fused
         else:
             modules.replace(model, path, fused)
         count += 1
@@ -78,7 +78,7 @@ def fuse_blocks(model: nn.Module, family: Family, kind: type[DecodeBlock | Train
 
 
 class _Stub(nn.Module):
-    """Stands for a part of a block while it is asked what it does with what its parts give."""
+    """Replaces a part of a block while the block's own code is probed."""
 
     def __init__(self, factor: float, *, pair: bool = False) -> None:
         super().__init__()
@@ -90,22 +90,22 @@ class _Stub(nn.Module):
 
 
 def _is_plain(block: nn.Module, *, training: bool = False) -> bool:
-    """Whether two norms, attention and MLP, each added to what came in, are all that the block does; also in `training`."""
+    """True if the block computes only x + attention(norm(x)) and x + mlp(norm(x)); in `training` mode if set."""
     if isinstance(block, Replacement) or block._parameters or set(block._modules) != set(BLOCK_PARTS):
         return False
     kinds = (FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp)
     if not all(isinstance(block._modules[name], kind) for name, kind in zip(BLOCK_PARTS, kinds, strict=True)):
         return False
     if not training and cast(RotaryAttention, block._modules["self_attn"]).head_norms() != []:
-        return False  # core/fused/decode_block knows none
+        return False  # core/fused/decode_block has none
     first, attention, second, mlp = stubs = (_Stub(0.7), _Stub(1.3, pair=True), _Stub(0.4), _Stub(2.1))
-    asked = copy.copy(block)
-    asked._forward_hooks, asked._forward_pre_hooks = OrderedDict(), OrderedDict()  # this is no pass that anybody listens to
-    asked.training = training
-    asked._modules = dict(zip(BLOCK_PARTS, stubs, strict=True))
+    probed = copy.copy(block)
+    probed._forward_hooks, probed._forward_pre_hooks = OrderedDict(), OrderedDict()  # no hook sees the probe
+    probed.training = training
+    probed._modules = dict(zip(BLOCK_PARTS, stubs, strict=True))
     x = torch.randn(1, sum(_PROBE_LENGTHS), _WIDTH, generator=torch.Generator().manual_seed(2))
     try:
-        theirs = asked(x, position_embeddings=(x, x), attention_mask=None)
+        theirs = probed(x, position_embeddings=(x, x), attention_mask=None)
     except (TypeError, RuntimeError, AttributeError, ValueError):
         return False
     added = x + attention(first(x))[0]
@@ -114,18 +114,20 @@ def _is_plain(block: nn.Module, *, training: bool = False) -> bool:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Takes every stand-in of `fuse` out again."""
+    """Removes all fused modules."""
     for path, module in list(modules.original_modules(model)):
-        standing = modules.find(model, path)
-        if isinstance(standing, PrefixBlock):
-            standing.original = module
-        elif isinstance(standing, (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock, TrainedBlock)):
+        current = modules.find(model, path)
+        if isinstance(current, PrefixBlock):
+            current.original = module
+        elif isinstance(current, (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock, TrainedBlock)):
             modules.replace(model, path, module)
 
 
-def _stand_in(module: nn.Module) -> Replacement | None:
-    """What may stand for `module`; a small copy of it is probed where it has shapes but no numbers (a planned model), and where
-    weights are packed, which would all be unpacked several times."""
+def _fused(module: nn.Module) -> Replacement | None:
+    """Returns the fused module that computes the same as `module`, or None.
+
+    A small copy is probed if it has no numbers (a planned model), or packed weights, which would be unpacked several times.
+    """
     if _has_attention_names(module):
         return _attention(module)
     no_numbers = any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters())
@@ -134,7 +136,7 @@ def _stand_in(module: nn.Module) -> Replacement | None:
     if not _has_mlp_names(module) and set(module._parameters) != {"weight"}:
         return None
     with unset_fake_temporarily():
-        found = _stand_in(_small_copy(module))
+        found = _fused(_small_copy(module))
     if isinstance(found, GatedMlp):
         return GatedMlp(module, next(name for name, activation in ACTIVATIONS.items() if activation is found.activation))
     return None if found is None else FrozenRmsNorm(module)
@@ -151,22 +153,22 @@ def _has_attention_names(module: nn.Module) -> bool:
 
 
 def _attention(module: nn.Module) -> RotaryAttention | None:
-    """A small fp32 copy with pairs is asked, so that the answer shows the function itself: no cap, other norm or way to turn."""
+    """Probes a small fp32 copy with pairs, which shows a cap, another norm or another rotation."""
     named = getattr(getattr(module, "config", None), "_attn_implementation", None)
     head, scaling = getattr(module, "head_dim", None), getattr(module, "scaling", None)
     if named != VARLEN or not isinstance(scaling, float) or not isinstance(head, int) or _drops(module, but="attention_dropout"):
         return None
     norms = [cast(nn.Module, module._modules[name]) for name in HEAD_NORMS if name in module._modules]
-    stood_for = [norm if isinstance(norm, FrozenRmsNorm) else _stand_in(norm) for norm in norms]
-    if len(norms) == 1 or not all(isinstance(norm, FrozenRmsNorm) for norm in stood_for):
-        return None  # of another kind, or rounded elsewhere than what stands for it
+    fused_norms = [norm if isinstance(norm, FrozenRmsNorm) else _fused(norm) for norm in norms]
+    if len(norms) == 1 or not all(isinstance(norm, FrozenRmsNorm) for norm in fused_norms):
+        return None  # another kind of norm, or one that rounds differently
     generator, count = torch.Generator().manual_seed(1), sum(_PROBE_LENGTHS)
     with unset_fake_temporarily(), torch.no_grad():
         small = _small_attention(module)
         x = torch.randn(1, count, _WIDTH, generator=generator)
         turn = torch.rand(1, count, head // 2, generator=generator).mul_(6).repeat(1, 1, 2)
         given = {"position_embeddings": (turn.cos(), turn.sin()), "row_lengths": _PROBE_LENGTHS, "attention_mask": None}
-        for size in (1, 100):  # of the input: what is cut off only where numbers are large shows too
+        for size in (1, 100):  # scale of the input: shows caps on large numbers too
             try:
                 theirs, ours = (cast(Any, attention)(size * x, **given)[0] for attention in (small, RotaryAttention(small)))
             except (TypeError, RuntimeError, AttributeError, ValueError, EnvironmentProblem):
@@ -177,12 +179,14 @@ def _attention(module: nn.Module) -> RotaryAttention | None:
 
 
 def _drops(module: nn.Module, *, but: str = "") -> bool:
-    """Whether the module's own code drops numbers in training, which a stand-in would not."""
+    """True if the module's own code has dropout, which a fused module lacks."""
     return any("dropout" in name and name != but and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
 
 
 def _small_attention(module: nn.Module) -> nn.Module:
-    """The attention over small random weights with pairs, wide enough for its heads; its scores are large, so that caps show."""
+    """Returns the attention with small random weights and pairs, wide enough for its heads; its scores are large, to show
+    caps.
+    """
     generator = torch.Generator().manual_seed(0)
     small = copy.copy(module)
     small._modules = dict(module._modules)
@@ -222,9 +226,9 @@ def _mlp(module: nn.Module) -> GatedMlp | None:
         for name, activation in ACTIVATIONS.items():
             ours = down(activation.forward(gate(x)) * up(x))
             if torch.equal(ours, theirs):
-                stand_in = GatedMlp(module, name)
-                off = (stand_in(x).float() - theirs.float()).abs().max()  # the pairs begin at B·A = 0, or are given as they are
-                return stand_in if off <= FUSED_TOLERANCE * torch.finfo(x.dtype).eps * theirs.float().abs().max() else None
+                fused = GatedMlp(module, name)
+                off = (fused(x).float() - theirs.float()).abs().max()  # with the pairs that are on it, if any
+                return fused if off <= FUSED_TOLERANCE * torch.finfo(x.dtype).eps * theirs.float().abs().max() else None
     return None
 
 
@@ -234,22 +238,22 @@ def _norm(module: nn.Module) -> FrozenRmsNorm | None:
         return None
     if not own["weight"].is_floating_point():
         return None
-    if len(inspect.signature(module.forward).parameters) != 1 or own["weight"].dim() != 1:  # a gated norm, or one of each head
+    if len(inspect.signature(module.forward).parameters) != 1 or own["weight"].dim() != 1:  # a gated norm, or one for each head
         return None
     x = _probe(own["weight"].shape[0], own["weight"])
-    stand_in = FrozenRmsNorm(module)
+    fused = FrozenRmsNorm(module)
     with torch.no_grad():
-        return stand_in if torch.equal(cast(Any, stand_in)(x), module(x)) else None
+        return fused if torch.equal(cast(Any, fused)(x), module(x)) else None
 
 
 def _probe(width: int, like: Tensor) -> Tensor:
-    """Random input (rows, width) in the dtype and on the device of a weight."""
+    """Returns random input (rows, width) in the dtype and on the device of a weight."""
     noise = torch.randn(_PROBE_ROWS, width, generator=torch.Generator().manual_seed(0))
     return noise.to(device=like.device, dtype=like.dtype)
 
 
 def _small_copy(module: nn.Module) -> nn.Module:
-    """The module over small random weights: which function it computes does not depend on how wide its matrices are."""
+    """Returns the module with small random weights: its function does not depend on the width of its matrices."""
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
     generator = torch.Generator().manual_seed(0)
     small = copy.copy(module)

@@ -1,8 +1,8 @@
-"""Puts pairs into a model as a Plan says, takes them out again, and moves adapters between model and value.
+"""Injects pairs into a model as a Plan says, ejects them, and converts adapters between model and value.
 
-Modules are replaced by adapted ones that hold them; no class is edited. Several adapters can sit on one model by name, at
-most one is active. Weights are never written: a pair on a tied embedding changes what the embedding looks up, not what
-the head computes, since both go on sharing the frozen original (and the other way round for a pair on the head).
+Modules are replaced by adapted ones that wrap them; no class is edited. A model can have several adapters by name, at most one
+of them active. Weights are never written: a pair on a tied embedding changes the embedding, not the head, since both keep
+sharing the frozen original (and the other way round for a pair on the head).
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ def inject(
     token_ids: tuple[int, ...] | None = None,
     on_pair: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Adds an adapter `name` to the model as `plan` says, on_pair from `seed`, makes it active and freezes everything else.
+    """Adds an adapter `name` as `plan` says, initialised from `seed`, makes it active and freezes everything else.
 
-    `token_ids` are the tokenizer's ids of the plan's new tokens; without them the rows after the last one are taken. `on_pair` is
-    told each pair as soon as it has its numbers.
-    Raises ConfigError when the plan is of another model or the name is taken.
+    `token_ids` are the tokenizer's ids of the plan's new tokens; by default the rows after the last one. `on_pair` is called
+    with each pair once it is initialised. Raises ConfigError if the plan is of another model or the name is taken.
     """
     _check_name(model, name)
-    _check_places(model, plan)
+    _check_paths(model, plan)
     _freeze(model)
     for entry in plan.entries:
         with modules.weights_loaded(model, entry.path):
@@ -63,14 +62,14 @@ def inject(
 
 
 def eject(model: nn.Module, name: str | None = None) -> None:
-    """Takes the adapter `name` (all of them for None) out; without any, the model has its own modules and bits again."""
+    """Removes the adapter `name` (None: all); without adapters the model has its own modules, bit for bit."""
     if name is not None and not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
     layers = list(modules.adapted_layers(model))
     for _, layer in layers:
-        for held in [name] if name is not None else list(layer.adapters):
-            if held in layer.adapters:
-                layer.detach(held)
+        for each in [name] if name is not None else list(layer.adapters):
+            if each in layer.adapters:
+                layer.detach(each)
     if not any(isinstance(layer, TokenRowsLayer) and len(layer.adapters) for _, layer in layers):
         shrink(model)
     for path, layer in layers:
@@ -81,9 +80,9 @@ def eject(model: nn.Module, name: str | None = None) -> None:
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Makes the adapter `name` count, or none of them: then every original module runs, bit for bit.
+    """Activates the adapter `name`, or none: then every original module runs, bit for bit.
 
-    What it takes does not depend on how many adapters are on the model.
+    The cost does not depend on the number of adapters on the model.
     """
     if name is not None and not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
@@ -91,7 +90,7 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """The one Selection of all adapted layers of the model: `use` switches it, `divide` gives tokens adapters of their own."""
+    """Returns the Selection of all adapted layers of the model: `use` switches it, `divide` assigns adapters to tokens."""
     layers = [layer for _, layer in modules.adapted_layers(model)]
     shared = layers[0].selection if layers else Selection()
     for layer in layers:
@@ -100,7 +99,7 @@ def selection_of(model: nn.Module) -> Selection:
 
 
 def use_products(model: nn.Module, products: torch.dtype) -> None:
-    """Makes every adapted and every packed layer run its products in `products` (core/precision), whatever its weights are."""
+    """Sets the dtype of the products of every adapted and packed layer (core/precision)."""
     for _, layer in modules.adapted_layers(model):
         layer.products = products
     for _, module in modules.original_modules(model):
@@ -133,42 +132,42 @@ def attach(model: nn.Module, adapter: Adapter, name: str = "default") -> None:
 
 
 def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Adapter:
-    """A copy of the adapter `name` as a plain value on the CPU, in fp32; `base` is the name of its base model."""
+    """Returns a copy of the adapter `name` as a value on the CPU, in fp32; `base` is the name of its base model."""
     if not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
     pairs: dict[str, Pair] = {}
     extras: dict[str, Tensor] = {}
     token_rows: dict[str, TokenRows] = {}
-    for path, held in _held(model, name):
-        if isinstance(held, LoraPair):
-            if held.rank:
-                pairs[path] = held.value()
-        elif isinstance(held, TrainedRows):
-            ids = tuple(int(number) for number in held.ids.tolist())
-            token_rows[path] = TokenRows(ids, _copy(held.values), held.tokens, held.tied)
+    for path, part in _parts(model, name):
+        if isinstance(part, LoraPair):
+            if part.rank:
+                pairs[path] = part.value()
+        elif isinstance(part, TrainedRows):
+            ids = tuple(int(number) for number in part.ids.tolist())
+            token_rows[path] = TokenRows(ids, _copy(part.values), part.tokens, part.tied)
         else:
-            extras.update({f"{path}.{key}": _copy(parameter) for key, parameter in held.named_parameters()})
+            extras.update({f"{path}.{key}": _copy(parameter) for key, parameter in part.named_parameters()})
     return Adapter(pairs, extras, token_rows, base)
 
 
 def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """Everything that the adapter `name` trains, in model order, by names such as `….q_proj.A`; shared rows stand once."""
+    """Returns all parameters of the adapter `name`, in model order, by names such as `….q_proj.A`; shared rows once."""
     if not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
-    return {f"{path}.{key}": parameter for path, held in _held(model, name) for key, parameter in held.named_parameters()}
+    return {f"{path}.{key}": parameter for path, part in _parts(model, name) for key, parameter in part.named_parameters()}
 
 
 def keep_terms(model: nn.Module, path: str, terms: Tensor, name: str = "default") -> None:
-    """Cuts the pair of the adapter `name` at `path` to some of its rank-one terms, for good (core/lowrank).
+    """Cuts the pair of the adapter `name` at `path` to some of its rank-one terms, permanently (core/lowrank).
 
-    A pair that keeps none stays in its place, of rank 0, so that the layers beside it compute as before; it is no part of the
-    adapter as a value, and `drop_empty` takes it out. ConfigError where there is no pair.
+    A pair that keeps none stays with rank 0, so that neighbouring layers compute as before; it is not part of the adapter as a
+    value, and `drop_empty` removes it. Raises ConfigError if there is no pair.
     """
     outer, _, leaf = path.rpartition(".")
     layer, block = modules.find(model, path), modules.find(model, outer)
     adapted = layer if isinstance(layer, AdaptedLayer) else block
-    held = adapted.adapters[name] if isinstance(adapted, AdaptedLayer) and name in adapted.adapters else None
-    pair = held[leaf] if isinstance(held, ExpertPairs) and leaf in held else held
+    part = adapted.adapters[name] if isinstance(adapted, AdaptedLayer) and name in adapted.adapters else None
+    pair = part[leaf] if isinstance(part, ExpertPairs) and leaf in part else part
     if not isinstance(pair, LoraPair) or not isinstance(adapted, AdaptedLayer):
         raise ConfigError(f"The adapter '{name}' has no pair at '{path}'.")
     pair.keep(terms)
@@ -176,40 +175,40 @@ def keep_terms(model: nn.Module, path: str, terms: Tensor, name: str = "default"
 
 
 def drop_empty(model: nn.Module, name: str = "default") -> None:
-    """Takes the pairs of rank 0 of the adapter `name` out; a layer without any other has its own module again."""
-    empty = {path for path, held in _held(model, name) if isinstance(held, LoraPair) and held.rank == 0}
+    """Removes the pairs of rank 0 of the adapter `name`; a layer without others becomes its own module again."""
+    empty = {path for path, part in _parts(model, name) if isinstance(part, LoraPair) and part.rank == 0}
     for path, layer in list(modules.adapted_layers(model)):
-        held = dict(layer.adapters).get(name)
-        if isinstance(held, ExpertPairs):
-            for leaf in [leaf for leaf in held if f"{path}.{leaf}" in empty]:
-                del held[leaf]
-        if path in empty or (isinstance(held, ExpertPairs) and not len(held)):
+        part = dict(layer.adapters).get(name)
+        if isinstance(part, ExpertPairs):
+            for leaf in [leaf for leaf in part if f"{path}.{leaf}" in empty]:
+                del part[leaf]
+        if path in empty or (isinstance(part, ExpertPairs) and not len(part)):
             layer.detach(name)
             if not len(layer.adapters):
                 modules.replace(model, path, layer.original)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters on the model, in the order in which they came."""
+    """Returns the names of the adapters on the model, in the order of their arrival."""
     return list(dict.fromkeys(name for _, layer in modules.adapted_layers(model) for name in layer.adapters))
 
 
 def has_adapter(model: nn.Module, name: str) -> bool:
-    """Whether an adapter `name` is on the model; unlike `adapter_names` it looks at no other adapter."""
+    """True if an adapter `name` is on the model; faster than `adapter_names`."""
     return any(name in layer.adapters for _, layer in modules.adapted_layers(model))
 
 
-def _held(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """(path, pair or rows or trained copy) of one adapter, in model order; rows that a tied head shares stand once."""
+def _parts(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """Returns (path, pair, rows or trained copy) of one adapter, in model order; rows that a tied head shares once."""
     found: list[tuple[str, nn.Module]] = []
     for path, layer in modules.adapted_layers(model):
         if name not in layer.adapters:
             continue
-        held = layer.adapters[name]
-        if isinstance(held, ExpertPairs):
-            found += [(f"{path}.{leaf}", pair) for leaf, pair in held.items()]
-        elif not (isinstance(held, TrainedRows) and held.tied == path):
-            found.append((path, held))
+        part = layer.adapters[name]
+        if isinstance(part, ExpertPairs):
+            found += [(f"{path}.{leaf}", pair) for leaf, pair in part.items()]
+        elif not (isinstance(part, TrainedRows) and part.tied == path):
+            found.append((path, part))
     return found
 
 
@@ -229,7 +228,7 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise ConfigError(f"An adapter '{name}' is already on the model; choose another name or eject it first.")
 
 
-def _check_places(model: nn.Module, plan: Plan) -> None:
+def _check_paths(model: nn.Module, plan: Plan) -> None:
     """Raises ConfigError for every place of the plan that the model lacks, has in another shape, or uses in another way."""
     problems = Problems("The plan does not fit this model")
     for entry in plan.entries:
@@ -309,7 +308,7 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
 
 
 def _check_experts(layer: LoraExperts, path: str) -> None:
-    """Raises ConfigError when our way through the experts is not what the block itself computes."""
+    """Raises ConfigError unless Lorakeet's computation of the experts equals the block's own."""
     stacked = cast(Tensor, layer.original.gate_up_proj)
     x = torch.randn(4, stacked.shape[2], generator=torch.Generator().manual_seed(0)).to(stacked.device, stacked.dtype)
     index = torch.arange(8, device=x.device).view(4, 2) % stacked.shape[0]
@@ -322,7 +321,7 @@ def _check_experts(layer: LoraExperts, path: str) -> None:
         layer.detach("check")
     if not (ours - theirs).abs().max() <= 8 * torch.finfo(x.dtype).eps * theirs.abs().max():
         raise ConfigError(
-            f"'{path}' cannot be adapted: its {type(layer.original).__name__} computes something else than "
+            f"'{path}' cannot be adapted: its {type(layer.original).__name__} does not compute "
             "down(act(gate)·up); leave it out with lora.exclude_modules."
         )
 

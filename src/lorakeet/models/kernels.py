@@ -1,9 +1,9 @@
-"""Triton kernels for a loaded model: whether they can be had, which weights use them, and a proof on the model's own weights.
+"""Triton kernels for a loaded model: if they are available, which weights use them, and a check on the model's own weights.
 
-No test here ran on a GPU, so a model that asks for them shows on its own device that they compute what torch computes, before
-they are used: one weight of each kind and shape, brought back bit for bit, multiplied forwards and backwards to rounding, by few
-and by more tokens, without a pair and with pairs of low and of the highest rank; the passes between products; and the loss over
-the model's words. Of a model whose blocks are streamed that is its first block, and what is not streamed.
+The tests do not run on a GPU, so a model that requests the kernels first checks on its own device that they compute the same as
+torch: one weight of each kind and shape, dequantised bit for bit and multiplied forwards and backwards up to rounding, for few
+and more tokens, without a pair and with pairs of low and of the highest rank; the elementwise operations; and the loss over the
+vocabulary. Of a streamed model it checks the first block and what is in memory.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
-TOKENS, LOW, SCALE = (1, 17, 33), 8, 1.5  # of the proof: tokens for each height of a tile, and a low rank beside the highest
-ROWS = 256  # of W that are compared at either end
+TOKENS, LOW_RANK, SCALE = (1, 17, 33), 8, 1.5  # of the check: tokens for each tile height, and a rank beside the highest
+ROWS = 256  # rows of W compared at either end
 WEIGHTS = "the first rows of W", "the last rows of W"
-LOSS_ROWS, LOSS_ROUNDINGS = 3, 16  # of fp32: sums over the vocabulary, in another order
-PASS_ROWS, PASS_EPSILON = 5, 1e-6  # tokens of the proof of passes, and ε of their norm
-SAID = 300  # characters of what Triton said
-ROUNDINGS = 4  # relative to the largest result: torch rounds a sum on the way that the kernel does not, and adds in another order
+LOSS_ROWS, LOSS_ROUNDINGS = 3, 16  # in units of fp32 rounding: sums over the vocabulary in another order
+ELEMENTWISE_ROWS, EPSILON = 5, 1e-6  # tokens of the check of elementwise operations, and ε of their norm
+ERROR_LENGTH = 300  # characters of Triton's message that are shown
+ROUNDINGS = 4  # relative to the largest result: torch rounds an intermediate sum that the kernel does not, in another order
 
 
 def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
-    """The kernels that the settings ask for, None for torch's own; EnvironmentProblem where they cannot run."""
+    """Returns the kernels of the settings, None for torch's own; EnvironmentProblem if they cannot run."""
     if spec.kernels == "torch":
         return None
     reason = why_not_on(device)
@@ -52,13 +52,15 @@ def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
 
 
 def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:
-    """`spec` with torch's own kernels where those that it asks for cannot run: for settings that were made on another machine."""
+    """Returns `spec` with torch's own kernels if its kernels cannot run here: for settings from another machine."""
     return spec if spec.kernels == "torch" or not why_not_on(device_for(spec.device)) else replace(spec, kernels="torch")
 
 
 def use_kernels(model: nn.Module, kernels: TritonRequest | None) -> None:
-    """Lets every packed weight, every weight that carries pairs, and every norm that stands for a frozen one (once models/fuse
-    has put them in) use the kernels; None: none of them. Gates and rotations ask their weights."""
+    """Sets the kernels (None: torch's own) of every packed weight, weight with pairs and fused norm (models/fuse).
+
+    Gates and rotary positions use the kernels of their weights.
+    """
     for base in kernel_bases(model):
         base.kernels = kernels
     for module in model.modules():
@@ -67,7 +69,7 @@ def use_kernels(model: nn.Module, kernels: TritonRequest | None) -> None:
 
 
 def kernel_bases(model: nn.Module) -> Iterator[Any]:
-    """The frozen weights of `model` that could: each a PackedBase or a DenseBase."""
+    """Yields the frozen weights of `model` that can use kernels: each a PackedBase or a DenseBase."""
     for _, layer in modules.adapted_layers(model):
         if isinstance(layer, LoraLinear) and isinstance(layer.base, (PackedBase, DenseBase)):
             yield layer.base
@@ -77,7 +79,7 @@ def kernel_bases(model: nn.Module) -> Iterator[Any]:
 
 
 def check_kernels(parts: Iterable[nn.Module], kernels: TritonRequest, products: torch.dtype) -> None:
-    """EnvironmentProblem unless the kernels compute on these modules what torch does, over one weight of each kind and shape."""
+    """Raises EnvironmentProblem unless the kernels compute the same as torch, for one weight of each kind and shape."""
     seen = set()
     for part in parts:
         for module in part.modules():
@@ -96,7 +98,7 @@ def check_kernels(parts: Iterable[nn.Module], kernels: TritonRequest, products: 
 
 @torch.no_grad()
 def _check(base: Any, kernels: TritonRequest, products: torch.dtype, kind: str, device: torch.device) -> None:
-    """Computes everything by torch and by the kernels, and compares."""
+    """Compares results of the kernels and of torch for one weight."""
     before, about = base.kernels, f"a weight {kind}"
     try:
         base.kernels = None
@@ -113,13 +115,13 @@ def _check(base: Any, kernels: TritonRequest, products: torch.dtype, kind: str, 
 
 @torch.no_grad()
 def check_loss(vocabulary: int, device: torch.device) -> None:
-    """EnvironmentProblem unless the kernel of the loss gives torch's losses and gradients for so many words."""
+    """Raises EnvironmentProblem unless the loss kernel gives torch's losses and gradients for this vocabulary size."""
     logits = _numbers(LOSS_ROWS, vocabulary, device)
     targets = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=device)
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     gradient = logits.softmax(1)
     gradient[torch.arange(LOSS_ROWS, device=device), targets] -= 1
-    about = f"{vocabulary} words"
+    about = f"a vocabulary of {vocabulary}"
     with _refused(about, device):
         from lorakeet.kernels.triton.loss import loss_in_place
 
@@ -131,21 +133,20 @@ def check_loss(vocabulary: int, device: torch.device) -> None:
 
 @torch.no_grad()
 def check_elementwise(widths: Iterable[int], kernels: TritonRequest, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
-    """EnvironmentProblem unless the kernels make the passes between products as torch's operations do, over rows of these widths
-    in these dtypes."""
+    """Raises EnvironmentProblem unless the elementwise kernels compute the same as torch for these widths and dtypes."""
     for width, dtype in itertools.product(widths, dtypes):
         about = f"rows of {width} numbers in {str(dtype).removeprefix('torch.')}"
-        expected = _passed(None, width, dtype, device)
+        expected = _elementwise(None, width, dtype, device)
         with _refused(about, device):
-            found = _passed(kernels, width, dtype, device)
+            found = _elementwise(kernels, width, dtype, device)
         for name, mine in found.items():
             _compare(name, about, mine, expected[name], ROUNDINGS * torch.finfo(dtype).eps)
 
 
-def _passed(kernels: TritonRequest | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """What norms, gates and, over an even width, rotations make of numbers that are always the same."""
-    x, up, grad, gain = (_numbers(PASS_ROWS + number, width, device)[:PASS_ROWS].to(dtype) for number in range(4))
-    y, rho = rms_norm(x, gain[0], PASS_EPSILON, kernels)
+def _elementwise(kernels: TritonRequest | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Returns norms, gates and, for an even width, rotations of fixed numbers."""
+    x, up, grad, gain = (_numbers(ELEMENTWISE_ROWS + number, width, device)[:ELEMENTWISE_ROWS].to(dtype) for number in range(4))
+    y, rho = rms_norm(x, gain[0], EPSILON, kernels)
     found = {
         "a norm": y,
         "a norm again": recomputed((x, rho, gain[0]), kernels),
@@ -163,58 +164,58 @@ def _passed(kernels: TritonRequest | None, width: int, dtype: torch.dtype, devic
         inner = by.gated(x, up)
     found |= {"a gate": inner, "the gradient of a gate": of_gate, "the gradient of what is gated": of_up}
     for back in (False, True) if width % 2 == 0 else ():
-        states = _numbers(2 * PASS_ROWS, width, device).to(dtype).view(PASS_ROWS, 2, width)
-        cos, sin = (_numbers(PASS_ROWS + number, width, device)[:PASS_ROWS].to(dtype) for number in range(2))
+        states = _numbers(2 * ELEMENTWISE_ROWS, width, device).to(dtype).view(ELEMENTWISE_ROWS, 2, width)
+        cos, sin = (_numbers(ELEMENTWISE_ROWS + number, width, device)[:ELEMENTWISE_ROWS].to(dtype) for number in range(2))
         found[f"a rotation{' back' * back}"] = rotated(states, cos, sin, back=back, kernels=kernels)
     return found
 
 
 @contextmanager
 def _refused(about: str, device: torch.device) -> Iterator[None]:
-    """Whatever is raised where Triton cannot compile or launch becomes an EnvironmentProblem; memory that is out stays that."""
+    """A context that turns errors of compiling and launching into EnvironmentProblem, but for running out of memory."""
     try:
         yield
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # where a kernel that was launched and failed says so
+            torch.cuda.synchronize(device)  # raises the error of a kernel that failed after its launch
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds: Triton's TritonError derives from nothing else
-        said = " ".join(str(error).split())[:SAID] or "no message"
+    except Exception as error:  # of many types: TritonError is only an Exception
+        reason = " ".join(str(error).split())[:ERROR_LENGTH] or "no message"
         raise EnvironmentProblem(
-            f"Lorakeet's Triton kernels do not run on this device, for {about} ({type(error).__name__}: {said.rstrip('.')}). "
+            f"Lorakeet's Triton kernels do not run on this device, for {about} ({type(error).__name__}: {reason.rstrip('.')}). "
             "Set model.kernels to torch, and please report it."
         ) from error
 
 
 def _compare(name: str, about: str, mine: Tensor, theirs: Tensor, rounding: float) -> None:
-    """EnvironmentProblem where they differ by more than `rounding`, relative to the largest number."""
+    """Raises EnvironmentProblem if they differ by more than `rounding`, relative to the largest number."""
     worst = float((mine.float() - theirs.float()).abs().max())
     allowed = rounding * float(theirs.float().abs().max())
     if not worst <= allowed:
         raise EnvironmentProblem(
-            f"Lorakeet's Triton kernels compute {name} otherwise than torch on this device, for {about}: the "
+            f"Lorakeet's Triton kernels compute {name} differently from torch on this device, for {about}: the "
             f"largest difference is {worst:.3g}, where rounding explains {allowed:.3g}. Set model.kernels to torch, and "
             "please report it."
         )
 
 
-def proved_products(kernels: TritonRequest) -> list[tuple[int, int]]:
-    """Tokens and rank of the products that are proved, rank 0 without a pair: a launch of each height, no longer than fused.
+def checked_products(kernels: TritonRequest) -> list[tuple[int, int]]:
+    """Returns tokens and rank (0: no pair) of the checked products: a launch for each tile height up to the fused tokens.
 
-    The highest rank, which wants most of the chip, is proved with the most of these tokens.
+    The highest rank, which needs most of the chip, is checked with the most tokens.
     """
     counts = sorted({min(count, kernels.tokens) for count in TOKENS} - {0})
-    return [(count, rank) for count in counts for rank in (0, LOW)] + [(count, RANK) for count in counts[-1:]]
+    return [(count, rank) for count in counts for rank in (0, LOW_RANK)] + [(count, RANK) for count in counts[-1:]]
 
 
 def _computed(base: Any, kernels: TritonRequest, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Rows of W at both ends of a packed base, in `products` and in fp32, and its products without a pair and with one, forwards
-    and backwards, for numbers that are always the same."""
+    """Returns products of fixed numbers with the base, without a pair and with one, forwards and backwards; of a packed base also
+    rows of W at both ends, in `products` and in fp32."""
     out, inner = base.shape
     named: dict[str, Tensor] = {}
     results: tuple[Tensor, ...]
     names: tuple[str, ...]
-    for tokens, rank in proved_products(kernels):
+    for tokens, rank in checked_products(kernels):
         x, grad = (_numbers(tokens, width, device).to(products) for width in (inner, out))
         if rank:
             a = (_numbers(rank, inner, device) / inner**0.5).to(products)
@@ -224,7 +225,7 @@ def _computed(base: Any, kernels: TritonRequest, products: torch.dtype, device: 
         elif isinstance(base, PackedBase):
             results, names = (base.matmul(x), base.matmul_t(grad)), ("x·Wᵀ", "g·W")
         else:
-            continue  # a plain weight without a pair is multiplied by torch
+            continue  # torch multiplies a dense weight without a pair
         case = f"tokens {tokens}, rank {rank}"
         named.update({f"{name} ({case})": found for name, found in zip(names, results, strict=True)})
     if isinstance(base, PackedBase):
@@ -253,5 +254,5 @@ def _backwards(base: Any, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, T
 
 
 def _numbers(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows, columns) of normal fp32 numbers, the same on every machine."""
+    """Returns normal fp32 numbers (rows, columns), the same on every machine."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)).to(device)

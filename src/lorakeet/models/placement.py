@@ -1,4 +1,4 @@
-"""On which device and in which dtype a model is held, where the settings leave it to the machine."""
+"""Chooses the device and dtypes of a model where the settings say auto."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CPU_BF16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # featur
 
 
 def device_for(name: str) -> torch.device:
-    """The device that `name` means; auto is CUDA, else Apple's GPU, else the CPU. Raises where it is not there."""
+    """Returns the device `name`; auto is CUDA, else Apple's GPU, else the CPU. Raises if this machine lacks it."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -25,9 +25,9 @@ def device_for(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise EnvironmentProblem(
                 f"model.device is '{name}', but torch {torch.__version__} sees {count} CUDA devices here; use model.device auto, "
-                "or install a torch that is built for your card."
+                "or install a torch that is built for your GPU."
             )
-        device = torch.device("cuda", device.index or 0)  # a limit of memory wants a device with its number
+        device = torch.device("cuda", device.index or 0)  # a memory limit needs a device with its number
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise EnvironmentProblem("model.device is 'mps', but torch sees no Apple GPU here; use model.device auto.")
     elif device.type not in ("cpu", "cuda", "mps"):
@@ -36,7 +36,7 @@ def device_for(name: str) -> torch.device:
 
 
 def planned_on(name: str) -> torch.device:
-    """The device that a plan for `name` is about: a CUDA device, whether this machine has it or not, else the CPU."""
+    """Returns the device that a plan for `name` assumes: a CUDA device, even if this machine lacks it, else the CPU."""
     if name != "auto" and _named(name).type == "cuda" and not torch.cuda.is_available():
         return _named(name)
     device = device_for(name)
@@ -51,9 +51,9 @@ def _named(name: str) -> torch.device:
 
 
 def dtype_for(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights; auto is bfloat16 where the device multiplies it itself, else float32.
+    """Returns the dtype of the frozen weights; auto is bfloat16 if the device multiplies it natively, else float32.
 
-    A CUDA device that is not there is taken to be one that does: all since 2020 do.
+    A CUDA device that this machine lacks is assumed to: all since 2020 do.
     """
     if name != "auto":
         return DTYPES[name]
@@ -67,15 +67,15 @@ def dtype_for(name: str, device: torch.device) -> torch.dtype:
 
 
 def narrow_for(device: torch.device | None) -> str:
-    """The 16-bit dtype to advise for `device`: bfloat16, or float16 on a CUDA device that is here and has no bfloat16."""
+    """Returns the 16-bit dtype to recommend for `device`: bfloat16, or float16 on an older CUDA device of this machine."""
     here = device is not None and device.type == "cuda" and torch.cuda.is_available()
     return "bfloat16" if not here or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def products_for(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products over the frozen weights; auto measures (core/precision).
+    """Returns the dtype of matrix products over the frozen weights; auto measures (core/precision).
 
-    Every model's first products come after this, so that oneDNN hears here how much of their code to keep (memory/onednn_code).
+    It runs before every model's first product, so it also limits oneDNN's code cache (memory/onednn_code).
     """
     if device.type == "cpu":
         limit_code_cache()

@@ -1,4 +1,4 @@
-"""From settings and a model to a Plan. Looks at names and shapes only, so a model on the meta device will do; changes nothing."""
+"""Makes the Plan of a model from the LoRA settings. Reads names and shapes only, so a model on the meta device suffices."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ff
 
 @dataclass(frozen=True)
 class Site:
-    """One weight that could carry a pair, or why it cannot."""
+    """A weight that can have a pair, or the reason why it cannot."""
 
     path: str
     kind: Kind | None
     shape: tuple[int, ...] = ()
     why_not: str = ""
-    common: bool = False  # a linear layer or experts that all-linear takes: no head, no router
+    common: bool = False  # a linear layer or experts in all-linear: no head, no router
 
 
 def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
-    """What `spec` means for `model`: every pair and extra, in model order.
+    """Returns the Plan of `spec` for `model`: every pair and extra, in model order.
 
     Targets are the keywords all-linear (linear layers and experts, without heads and routers), attention, mlp, experts and conv
     (2-D convolutions, without a UNet's first and last one), or names and path endings. Raises ConfigError with every problem.
@@ -58,14 +58,14 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
 
 
 def _sites(model: nn.Module) -> Iterable[Site]:
-    """Every module below the model (experts by parameter), in model order."""
+    """Yields every module below the model (experts by parameter), in model order."""
     for path, module in modules.original_modules(model):
         if not path:
             continue
         if stacks := modules.expert_stacks(module):
             refusal = why_not_experts(module)
             why = f"part of a {type(module).__name__} whose experts cannot be adapted: {refusal}" if refusal else ""
-            yield Site(path, None, (), f"a {type(module).__name__}, which holds {', '.join(stacks)}; name these instead")
+            yield Site(path, None, (), f"a {type(module).__name__}, which contains {', '.join(stacks)}; name these instead")
             for name in stacks:
                 shape = tuple(module.get_parameter(name).shape)
                 yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, True)
@@ -80,7 +80,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
 
 
 def named(path: str, name: str) -> bool:
-    """Whether `name` is `path` or its ending at a dot."""
+    """True if `name` is `path` or the end of it after a dot."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -133,7 +133,7 @@ def _without_excluded(chosen: list[Site], sites: list[Site], spec: LoraSpec, pro
 
 
 def _in_layers(chosen: list[Site], blocks: tuple[str, int], spec: LoraSpec, problems: Problems) -> list[Site]:
-    """Those of `chosen` that are in the wanted blocks or outside all blocks."""
+    """Returns the sites in the wanted blocks or outside all blocks."""
     if spec.layers == "all":
         return chosen
     prefix, count = blocks
@@ -175,7 +175,7 @@ def _entry(site: Site, spec: LoraSpec) -> PlanEntry:
         scale_rule=spec.scale_rule,
         variant=spec.variant,
         start=spec.start,
-        dropout=0.0 if site.kind == "embedding" else spec.dropout,  # the input of an embedding is ids: nothing to drop
+        dropout=0.0 if site.kind == "embedding" else spec.dropout,  # an embedding's inputs are ids: no dropout
     )
 
 
@@ -221,26 +221,26 @@ def _without_numbers(path: str) -> str:
 
 
 def leaf_names(paths: Iterable[str]) -> list[str]:
-    """The last names of `paths`, each once, in order, without the bare numbers of lists."""
+    """Returns the last names of `paths`, each once, in order, without list indices."""
     return list(dict.fromkeys(leaf for path in paths if not (leaf := path.rpartition(".")[2]).isdigit()))
 
 
 def listed(names: list[str], most: int = 12) -> str:
-    """The names, or the first of them and how many more there are."""
+    """Returns the names as text, or the first ones and the number of the others."""
     return ", ".join(names[:most]) + (f", … {len(names) - most} more" if len(names) > most else "")
 
 
 def _plan_extras(model: nn.Module, spec: LoraSpec, adapted: list[str], problems: Problems) -> tuple[ExtraEntry, ...]:
-    """The extras that `spec` asks for; `adapted` are the paths that get a pair, which no extra may share."""
+    """Returns the extras of `spec`; `adapted` are the paths with a pair, which no extra may share."""
     extras = [*_whole_modules(model, spec, problems), *_new_rows(model, spec, problems)]
     taken = [path for extra in extras for path in (extra.path, extra.tied) if path]  # a tied head gets the new rows too
-    for place in dict.fromkeys(taken):
-        clash = [path for path in adapted if path == place or path.startswith(f"{place}.")]
+    for extra in dict.fromkeys(taken):
+        clash = [path for path in adapted if path == extra or path.startswith(f"{extra}.")]
         if clash:
-            problems.add(f"'{place}' would be trained as an extra, and '{clash[0]}' gets a pair as well; choose one.")
-        inside = [path for path in taken if path.startswith(f"{place}.")]
+            problems.add(f"'{extra}' would be trained as an extra, and '{clash[0]}' gets a pair as well; choose one.")
+        inside = [path for path in taken if path.startswith(f"{extra}.")]
         if inside:
-            problems.add(f"'{place}' and '{inside[0]}' within it are both extras; name one.")
+            problems.add(f"'{extra}' and '{inside[0]}' within it are both extras; name one.")
     if len(set(taken)) < len(taken):
         problems.add("New tokens train rows of a module that lora.extra_modules trains whole; leave it out of extra_modules.")
     return tuple(extras)
@@ -269,7 +269,7 @@ def _whole_modules(model: nn.Module, spec: LoraSpec, problems: Problems) -> list
 
 
 def _new_rows(model: nn.Module, spec: LoraSpec, problems: Problems) -> list[ExtraEntry]:
-    """Rows of the input embedding, shared with a tied head; a head of its own gets rows of its own."""
+    """Returns rows of the input embedding, shared with a tied head; an untied head gets its own rows."""
     if not spec.new_tokens:
         return []
     repeated = sorted({token for token in spec.new_tokens if spec.new_tokens.count(token) > 1 or not token})

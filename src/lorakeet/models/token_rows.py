@@ -1,4 +1,4 @@
-"""Rows for added tokens: the embedding (and head) grow, only the new rows are trained, and can shrink back to what they were."""
+"""Trained rows for added tokens: the embedding (and head) grow by frozen rows, and can shrink again."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lorakeet.models import modules
 
 
 def put_rows(model: nn.Module, entry: ExtraEntry, name: str, ids: tuple[int, ...], values: Tensor | None = None) -> None:
-    """Gives the layer at `entry.path`, and a head tied to it, trained rows for `ids` under `name`.
+    """Adds trained rows for `ids` under `name` to the layer at `entry.path` and to a head tied to it.
 
-    Rows past the end are added to the frozen weight as the mean of the old ones, which is also where training begins
-    unless `values` (rows, hidden) are given. Old rows keep their bits.
+    The frozen weight grows by the mean of its rows, which is also the initial value of the trained rows, unless `values`
+    (rows, hidden) are given. Old rows keep their bits.
     """
     layer = _layer(model, entry.path)
     tied = _layer(model, entry.tied) if entry.tied else None
     mean = layer.weight[: layer.rows_before].mean(0, dtype=torch.float32)
     _grow([layer] if tied is None else [layer, tied], max(ids) + 1, mean)
-    _note_vocabulary(model, layer.weight.shape[0])
+    _set_vocabulary(model, layer.weight.shape[0])
     start = mean.expand(len(ids), -1) if values is None else values.to(mean.device)
     rows = TrainedRows(ids, start, tokens=entry.tokens, tied=entry.tied)
     layer.attach(name, rows)
@@ -31,15 +31,15 @@ def put_rows(model: nn.Module, entry: ExtraEntry, name: str, ids: tuple[int, ...
 
 
 def shrink(model: nn.Module) -> None:
-    """Takes off the rows that `put_rows` added, from every layer that has trained rows."""
-    shorter: dict[int, nn.Parameter] = {}  # by the identity of the grown weight, so that tied ones stay one
+    """Removes the rows that `put_rows` added to frozen weights."""
+    shorter: dict[int, nn.Parameter] = {}  # by the identity of the grown weight, so that tied ones stay tied
     for _, layer in modules.adapted_layers(model):
         if isinstance(layer, TokenRowsLayer) and layer.weight.shape[0] > layer.rows_before:
             grown = layer.weight
             if id(grown) not in shorter:
                 shorter[id(grown)] = nn.Parameter(grown.detach()[: layer.rows_before].clone(), requires_grad=False)
             _set_weight(layer.original, shorter[id(grown)])
-            _note_vocabulary(model, layer.rows_before)
+            _set_vocabulary(model, layer.rows_before)
 
 
 def _layer(model: nn.Module, path: str) -> TokenRowsLayer:
@@ -71,7 +71,7 @@ def _set_weight(module: nn.Module, weight: nn.Parameter) -> None:
         any_module.out_features = weight.shape[0]
 
 
-def _note_vocabulary(model: nn.Module, rows: int) -> None:
+def _set_vocabulary(model: nn.Module, rows: int) -> None:
     config = getattr(model, "config", None)
     if config is not None:
         config.get_text_config().vocab_size = rows

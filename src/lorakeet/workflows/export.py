@@ -1,4 +1,4 @@
-"""`lorakeet export`: the trained model as a GGUF file, or as a folder for Ollama, certified in llama.cpp, with its card."""
+"""`lorakeet export`: the trained model as a GGUF file, or as a folder for Ollama, certified in llama.cpp, with its model card."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lorakeet.workflows.runs.peak_memory import peak_said
 from lorakeet.workflows.runs.residency import temporary_stores
 from lorakeet.workflows.verify import certify_artefacts
 
-CERTIFICATE, CARD = "certificate.json", "README.md"
+CERTIFICATE, README = "certificate.json", "README.md"
 CHECK_ROWS = 8
 
 
@@ -83,7 +83,7 @@ class _Job:
 
 
 def export(options: ExportOptions, *, console: Console) -> Exported:
-    """Writes the merged model to `out`, checks it in llama.cpp against the live adapter, and writes card and certificate.
+    """Writes the merged model to `out`, checks it in llama.cpp against the live adapter, and writes model card and certificate.
 
     to: gguf (a file) or ollama (a folder with its Modelfile); `separate` keeps base and adapter in two files, for ollama.
     The check keeps `memory`, or else the run's memory.budget, if need be by streaming; where it cannot, nothing is written
@@ -130,7 +130,7 @@ def _check(options: ExportOptions, written: bool) -> None:
 
 
 def _written(job: _Job) -> Exported:
-    """Writes the model, then its certificate and card."""
+    """Writes the model, then its certificate and model card."""
     console, out = job.console, job.options.out
     if job.opened.config.model.quantize.method != "none":
         console.print("The adapter was trained on a quantised base; it is folded into the dense weights that were quantised.")
@@ -140,10 +140,10 @@ def _written(job: _Job) -> Exported:
         console.print(note, soft_wrap=True)
     console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
     certificate = _certify(job, out)
-    with writing_certificate(out, "export", "The certificate and the card"):
+    with writing_certificate(out, "export", "The certificate and the model card"):
         if certificate is not None:
             certificate.write(_beside(out, CERTIFICATE))
-        _write_card(job, out, written, certificate)
+        _write_readme(job, out, written, certificate)
     if certificate is not None:
         certificate.raise_if_failed()
     return Exported(out, written, certificate)
@@ -287,12 +287,12 @@ def _beside(out: Path, name: str) -> Path:
     return out / name if out.is_dir() else out.with_name(f"{out.stem}.{name}")
 
 
-def _write_card(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None) -> None:
+def _write_readme(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None) -> None:
     to, run, config = job.options.to, job.opened.run, job.opened.config
     report: Report | None = read_report(run.report) if run is not None and run.report.exists() else None
     files = {written.path.name: f"the model, {written.bytes:,} bytes (tensors: {_types(written)})"}
     if to == "ollama":
-        files |= {ollama.MODELFILE: "what Ollama is told"}
+        files |= {ollama.MODELFILE: "the instructions for Ollama"}
         if (out / ollama.ADAPTER).exists():
             files[ollama.ADAPTER] = "the adapter, applied to the model as it runs"
     usage = ["cd FOLDER", f"ollama create {job.name} -f {ollama.MODELFILE}", f"ollama run {job.name}"]
@@ -307,4 +307,4 @@ def _write_card(job: _Job, out: Path, written: GgufModel, certificate: Certifica
         notes=written.notes,
         settings={"Learning rows": Path(config.data.train).name or "not known"} if run else {},
     )
-    save_text(_beside(out, CARD), card(facts, report, certificate))
+    save_text(_beside(out, README), card(facts, report, certificate))

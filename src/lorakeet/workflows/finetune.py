@@ -35,7 +35,7 @@ from lorakeet.workflows.finetuning.kind import Digests, RunKind, kind_of
 from lorakeet.workflows.finetuning.report import complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import FinetuneOptions
-from lorakeet.workflows.runs.multi_process import begun_together, judged_together, require_combinable
+from lorakeet.workflows.runs.multi_process import evaluating_together, require_combinable, starting_together
 from lorakeet.workflows.runs.output_paths import require_place, writing
 from lorakeet.workflows.runs.peak_memory import say_peak
 from lorakeet.workflows.runs.run_folder import begin_run, rates_of
@@ -83,7 +83,7 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
     config = _with_budget(config, options.budget)
     kind, launch, resume = kind_of(config), launched(), options.resume is not None
     run = RunFolder(options.resume or Path(config.out), launch.command)
-    with joined(launch) as processes, begun_together(run):
+    with joined(launch) as processes, starting_together(run):
         require_combinable(config, launch, several=kind.several_processes)
         kind.check(config, launch.count)
         if not options.dry_run:
@@ -124,7 +124,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
             budget=setup.residency.budget.limit,
         )
     setup = kind.trained(setup, task)
-    with _evaluating(run), judged_together(processes, run, outcome):
+    with _evaluating(run), evaluating_together(processes, run, outcome):
         if not setup.sharded:
             processes.disband()
             if not processes.first:

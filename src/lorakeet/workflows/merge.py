@@ -95,8 +95,8 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
 
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
     written stays for inspection, with a certificate that says so. ConfigError lists what keeps adapters from being combined.
-    `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
-    With `into` "packed" the model stays quantised (workflows/packing/merge), which PACKED_ONLY are for.
+    `memory`, or else the run's memory.budget, has to be enough for the check, or nothing is written (ConfigError).
+    With `into` "packed" the model stays quantised (workflows/packing/merge); the options of PACKED_ONLY are for that.
     """
     paths, out, to = options.runs_or_adapters, options.out, options.to
     if out.exists():
@@ -105,7 +105,7 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     opened = [item.within(options.memory) for item in _opened(paths, options.base, console)]
     density, seed = options.density, options.seed
     spec = CombineSpec(options.method, tuple(options.weights), options.rank, density, seed)
-    alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
+    alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # no option combines or compresses
     if options.into == "packed":
         _require_alone(alone and to != "adapter" and options.dtype == "same")
         dataset = opened[0].dataset if opened[0].run else None
@@ -192,13 +192,13 @@ class _ModelMerge:
 
     @property
     def folds_whole(self) -> bool:
-        """Whether ΔW is folded as it is, since its method makes it dense and no rank was asked for."""
+        """True if ΔW is folded as it is, since its method makes it dense and no rank was requested."""
         return self.plan is not None and not self.plan.method.exact and self.plan.spec.rank is None
 
     def run(self) -> Merged:
         first, plan, console = self.opened[0], self.plan, self.console
-        judged = next((item for item in self.opened if item.run is not None), first)
-        dataset = judged.dataset if judged.run else None  # missing rows are found before anything is written
+        evaluated = next((item for item in self.opened if item.run is not None), first)
+        dataset = evaluated.dataset if evaluated.run else None  # missing rows are found before anything is written
         bases = both_bases(first)
         choice = choose_base(self.into, self.opened, bases, dataset, console)
         base = bases.of(choice.base)
@@ -212,14 +212,14 @@ class _ModelMerge:
             raise ConfigError("The dequantised base takes pairs only: give the changes a --rank, or merge --into original.")
         whole = plan if self.folds_whole else None
         adapter = whole.outline() if whole else combined.adapter if combined else first.adapter
-        said = dataclasses.replace(judged, adapter=adapter, folder=first.folder)
+        said = dataclasses.replace(evaluated, adapter=adapter, folder=first.folder)
         said = said.over(base.config.model if packed else base.dense_spec)
         quantize, source = base.config.model.quantize, find_source(base.dense_spec, console.print)
         at_load = packed and quantize.method in AT_LOAD
         model = open_dequantised(source) if packed and not at_load else source
         said = fit_check(said, self._check(said, model, whole), self.out, console)
         if whole is not None:
-            _require_parted(said, whole)
+            _require_separate(said, whole)
         before = rounding_steps(source, quantize) if at_load else None
         with peak_said(said.residency, console):
             result = self._write(model, adapter, whole, before)
@@ -228,7 +228,7 @@ class _ModelMerge:
                 console.print(note, soft_wrap=True)
             with temporary_stores(said.residency, f"{self.out} itself is written, but not checked: remove it and merge again."):
                 live, rows, effect, merged = self._sides(said, whole, dataset)
-                certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
+                certificate = certify_merge(live, merged, rows, out=self.out, spec=evaluated.config.evaluate, effect=effect)
         show_certificate(certificate, console)
         with writing_certificate(self.out, "merge"):
             certificate.write(self.out / CERTIFICATE)
@@ -289,7 +289,7 @@ class _ModelMerge:
         return (live, NAME), rows, effect, merged
 
 
-def _require_parted(opened: Opened, whole: Combination) -> None:
+def _require_separate(opened: Opened, whole: Combination) -> None:
     """Raises ConfigError where a weight that embedding and head may share would be changed on its way into a store."""
     ends = [path for path in whole.paths if path.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)]
     if ends and opened.residency.store is not None:

@@ -21,7 +21,7 @@ from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.budget import Budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.files.origin import packed_card
+from lorakeet.models.files.origin import packed_readme
 from lorakeet.models.files.quantized import linear_layers, owners, packable, skeleton, with_quantisation
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import method_of, stored_dtype, stored_quantisation, tensor_files
@@ -152,7 +152,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
                 parts,
                 config={**checkpoint.config, "quantization_config": words},
                 along=files_along(source, None),
-                card=packed_card(model, method),
+                readme=packed_readme(model, method),
                 waiting=residency.waiting(),
                 on_progress=lambda done, total, name: bar.update(
                     task, completed=done, total=total, description=f"packing {name}"
@@ -166,7 +166,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
 
 
 def bytes_of_packing(numbers: int, stored: torch.dtype) -> int:
-    """The most that is held while one weight is packed by nf4 or int8, and compared with what it was."""
+    """The peak in bytes while one weight is packed by nf4 or int8, and compared with what it was."""
     return numbers * (stored.itemsize + COPIES) + TILE_COPIES * min(TILE, numbers)
 
 

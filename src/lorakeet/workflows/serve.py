@@ -24,7 +24,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import Budget, larger_than_machine, parse_size
-from lorakeet.memory.onednn_code import SERVED, limit_code_cache
+from lorakeet.memory.onednn_code import SERVING, limit_code_cache
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -73,7 +73,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     access = None if options.keys is None else read_keys(options.keys)
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
-    limit_code_cache(SERVED)
+    limit_code_cache(SERVING)
     text = load_text_model(spec, say=console.print)
     live = ServingModel(text)
     context = _context(text, options.context)

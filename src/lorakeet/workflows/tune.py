@@ -40,7 +40,7 @@ from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
-from lorakeet.workflows.tuning.trials import START, Budget, SearchRows, Trial, Trials
+from lorakeet.workflows.tuning.trials import START, SearchBudget, SearchRows, Trial, Trials
 
 SPACE = {"rate_factors", "rank_choices", "target_choices"}  # options that --quick replaces
 SEEDS = 3  # of the confirmation: a difference counts only beyond that between seeds
@@ -95,7 +95,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         members = _members(together, quick=quick, seeds=seeds)
         setup = assemble_text(config, console, members=members, largest=largest)
         space = space_for(setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets)
-        budget = Budget(None if options.minutes is None else 60 * options.minutes, options.tokens)
+        budget = SearchBudget(None if options.minutes is None else 60 * options.minutes, options.tokens)
         search = Trials(setup, space, _rows(setup), budget, console, folder_above(out))
         with _cached_states(search, seeds, out):
             confirmed, found = _searched(search, sampler, options.difference, seeds, together)

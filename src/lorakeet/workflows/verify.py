@@ -146,7 +146,7 @@ def certify_artefacts(
 
 
 def _left_out(probes: Probes, rows: str) -> dict[str, str]:
-    """What facts say where the budget has no room for longer rows."""
+    """The facts of a certificate if longer rows do not fit into the budget."""
     if probes.most is None:
         return {}
     cut = {"rows": f"{rows}, their first {probes.most} tokens"}
@@ -191,7 +191,7 @@ def _checks(
 
 
 def _cause_from_logits(live: InTorch, artefact: Artefact, row: list[int]) -> str:
-    """What the first tokens of a row tell of the cause: enough for it, and few enough to be held several times."""
+    """The likely cause from the first tokens of a row: enough to find it, and few enough to be in memory several times."""
     theirs = next(iter(artefact.logit_parts(row)))[:CAUSE_TOKENS]
     return cause_from_logits(live, row[: len(theirs)], theirs)
 

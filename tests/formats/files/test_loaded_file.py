@@ -117,8 +117,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return safetensors_file.check_header(path, raw, size)
 
     monkeypatch.setattr(loaded_file, "check_header", check)
-    loaded_file._HEADERS.forget()
-    loaded_file._NAMED.forget()
+    loaded_file._HEADERS.clear()
+    loaded_file._NAMED.clear()
     return found
 
 

@@ -90,7 +90,7 @@ def test_a_missing_tensor_is_no_random_one(file: Path) -> None:
 def test_no_architecture_and_an_unknown_one(file: Path) -> None:
     data = file.read_bytes()
     rename(file, b"general.architecture", b"general.archiTECTURE")
-    with pytest.raises(DataError, match=r"names no general\.architecture.* Fetch the file again"):
+    with pytest.raises(DataError, match=r"has no general\.architecture.* Fetch the file again"):
         require_gguf(file)
     length = struct.pack("<Q", 5)
     file.write_bytes(data.replace(length + b"llama", length + b"lhama").replace(b"llama.block", b"lhama.block"))

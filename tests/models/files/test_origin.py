@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import DataError
-from lorakeet.models.files.origin import card_facts, origin_of, packed_card, packed_folder, stored_as
+from lorakeet.models.files.origin import origin_of, packed_folder, packed_readme, readme_metadata, stored_as
 from lorakeet.models.spec import ModelSpec
 from tiny.gguf_file import write_tiny_gguf
 
@@ -39,13 +39,13 @@ def test_the_card_of_a_folder_names_its_origin(front: str, origin: str, tmp_path
 def test_without_a_card_or_a_place_nothing_is_known(tmp_path: Path) -> None:
     assert origin_of(folder_with(tmp_path / "model", "# Title\n")) == ""
     assert origin_of(ModelSpec(path=str(tmp_path / "gone"))) == "" == stored_as(ModelSpec(path=str(tmp_path / "gone")))
-    assert origin_of(ModelSpec(path="no-one/at-all")) == "" and card_facts(tmp_path) == {}
+    assert origin_of(ModelSpec(path="no-one/at-all")) == "" and readme_metadata(tmp_path) == {}
 
 
 def test_what_quantize_writes_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "dense").mkdir()
     for model in (str(tmp_path / "dense"), "meta/one", "package:some"):
-        spec = folder_with(tmp_path / model.replace("/", "_"), packed_card(model, "nf4"))
+        spec = folder_with(tmp_path / model.replace("/", "_"), packed_readme(model, "nf4"))
         assert origin_of(spec) == model
 
 

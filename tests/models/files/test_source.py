@@ -83,9 +83,9 @@ def problem(folder: Path) -> str:
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
     assert "has no config.json, so it is no model folder. Name a folder with config.json" in problem(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "It holds an adapter: name its base model here." in problem(tmp_path)
+    assert "It contains an adapter: name its base model here." in problem(tmp_path)
     (tmp_path / "x.gguf").write_text("")
-    assert "It holds x.gguf: name that file." in problem(tmp_path)
+    assert "It contains x.gguf: name that file." in problem(tmp_path)
 
 
 def test_a_pickle_is_never_loaded(folder: Path) -> None:

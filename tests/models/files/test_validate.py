@@ -67,7 +67,10 @@ def test_what_transformers_gives_up_on_is_looked_for_among_tensors_of_a_kind(tmp
     file = open_safetensors(tmp_path / "model.safetensors")
     files = dict.fromkeys(file.tensors, file)
     said = str(refused(tmp_path, "mixtral", files, RuntimeError("We encountered some issues during automatic conversion of …")))
-    assert "1 weights that do not go with the others: layers.1.experts.2.w is 5×3, its like are 4×3. Fetch it again." in said
+    assert (
+        "1 weights that do not go with the others: layers.1.experts.2.w is 5×3, similar ones are 4×3. Fetch it again."
+        in said
+    )
     del files["layers.1.experts.2.w"]
     said = str(refused(tmp_path, "mixtral", files, RuntimeError("We encountered some issues during automatic conversion of …")))
     assert "cannot be loaded for text generation: its weights do not go together" in said and "fetch both again" in said

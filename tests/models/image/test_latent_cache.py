@@ -65,12 +65,12 @@ def test_the_cache_is_used_and_depends_on_everything(tmp_path: Path, model: Imag
         picture.path.write_bytes(b"gone")
     again = encode_images(model, pictures, spec, say=print)
     assert all(torch.equal(one.latents, other.latents) for one, other in zip(first, again, strict=True))
-    with pytest.raises(DataError, match="could be read when the run began"):
+    with pytest.raises(DataError, match="could be read when the run started"):
         encode_images(model, pictures, replace(spec, flip=False), say=print)
     with torch.no_grad():
         model.vae.encoder.conv_in.weight.mul_(2)
     del model.__dict__["autoencoder_digest"]
-    with pytest.raises(DataError, match="could be read when the run began"):
+    with pytest.raises(DataError, match="could be read when the run started"):
         encode_images(model, pictures, spec, say=print)
 
 

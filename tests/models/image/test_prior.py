@@ -22,7 +22,7 @@ def test_they_are_drawn_once_from_seeds(tiny_sd_folder: Path, tmp_path: Path) ->
     said: list[str] = []
     first = drawn_prior(model, spec, SAMPLER, say=said.append)
     again = drawn_prior(model, spec, SAMPLER, say=said.append)
-    assert len(said) == 1 and "draws 3 pictures of 'a box'" in said[0]
+    assert len(said) == 1 and "samples 3 images of 'a box'" in said[0]
     wanted = draw_latents(model, ["a box"] * 3, [0, 1, 2], SAMPLER)
     for number, (one, other) in enumerate(zip(first, again, strict=True)):
         assert torch.equal(one.latents[0], wanted[number]) and torch.equal(one.latents, other.latents)

@@ -20,7 +20,7 @@ def test_another_prediction_rebuilds_the_scheduler(name: str) -> None:
     assert scheduler_for(scheduler, KINDS["sd"], "auto", "m", said.append) is scheduler
     assert scheduler_for(scheduler, KINDS["sd"], "epsilon", "m", said.append) is scheduler and not said
     found = scheduler_for(scheduler, KINDS["sd"], "v_prediction", "m", said.append)
-    assert said == ["m is taken to predict v_prediction, though its scheduler says epsilon."]
+    assert said == ["m is used as predicting v_prediction, though its scheduler says epsilon."]
     assert type(found) is type(scheduler) and scheduler.config.prediction_type == "epsilon"
     own, wanted = ({key: value for key, value in one.config.items() if key[0] != "_"} for one in (found, scheduler))
     assert own == {**wanted, "prediction_type": "v_prediction"}

@@ -74,6 +74,6 @@ def test_a_tensor_that_every_block_gets_is_kept_once(tmp_path: Path) -> None:
         return places[-1]
 
     CalibrationStates(text, blocks, batches(), place)
-    states, behind, shared = (len(spill._held) for spill in places)
+    states, behind, shared = (len(spill._tensors) for spill in places)
     assert (states, behind) == (2, 0)
     assert 2 * 2 <= shared < 2 * 2 * len(blocks)  # cosines and sines at least, of each batch, and not of each block

@@ -84,7 +84,7 @@ def test_two_streamed_models_run_one_after_the_other_and_give_the_same_numbers(f
     right.release()
     both: list[bool] = []
     for text, other in ((left, right), (right, left)):
-        text.streamed.stream.bring = watched(text.streamed.stream, other.streamed.stream, both)  # type: ignore[union-attr]
+        text.streamed.stream.fetch = watched(text.streamed.stream, other.streamed.stream, both)  # type: ignore[union-attr]
     found = compare_outputs((left, NAME), (right, None), batches, spec=SPEC)
     assert both and not any(both), "blocks of one of them at a time"
     sides = (opened.text_model(quiet(), dtype="float32"), NAME), (load_text_model(spec), None)
@@ -94,10 +94,10 @@ def test_two_streamed_models_run_one_after_the_other_and_give_the_same_numbers(f
 
 
 def watched(stream: RecordStream, other: RecordStream, both: list[bool]) -> Any:
-    bring = stream.bring
+    fetch = stream.fetch
 
     def brought(index: int, then: int) -> Any:
         both.append(bool(other._slots))
-        return bring(index, then)
+        return fetch(index, then)
 
     return brought

@@ -25,7 +25,7 @@ from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning import rehearse_text
-from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, STEP, Judging, Rehearsal, RowShape, rehearse
+from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, STEP, EvaluationSize, Rehearsal, RowShape, rehearse
 from lorakeet.workflows.runs.residency import RESIDENT, Way
 from tiny.models import FAMILIES, tiny_model
 
@@ -49,7 +49,7 @@ def rehearsed(config: Any, lora: LoraSpec = LORA, way: Way = RESIDENT, **setting
     together = max(1, way.together)
     return rehearse(
         ModelBuilder(make, config), lora, TrainSpec(**settings), rows=RowShape(32, 2), micro_batches=max(2, together),
-        judging=Judging(RowShape(48, 1), 4, 8), way=way,
+        evaluation=EvaluationSize(RowShape(48, 1), 4, 8), way=way,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.folded_weights import frozen_weights
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.serving import MOST_FITS, ServingModel
+from lorakeet.models.text.serving import CACHED_FITS, ServingModel
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
@@ -117,7 +117,7 @@ def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, t
     for row in range(4):
         torch.testing.assert_close(together[row], written([row])[0], rtol=1e-4, atol=1e-4)
     assert (together[0] - together[2]).abs().max() > 0.1
-    assert sum(isinstance(seat.layer.base, PackedBase) for fit in live._held.values() for seat in fit.seats) > 10
+    assert sum(isinstance(slot.layer.base, PackedBase) for fit in live._adapters.values() for slot in fit.slots) > 10
     after = dict(text.model.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items()), "the base stays as it was packed"
 
@@ -155,7 +155,7 @@ def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any)
 def test_weights_lie_in_the_order_of_their_products(
     tied: bool, twice: int, ordered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakeet.models.text.serving.TWICE", twice)  # bytes of an embedding that may be there once more
+    monkeypatch.setattr("lorakeet.models.text.serving.LARGEST_COPY", twice)  # bytes of an embedding that may be there once more
     folder = save_tiny_llama(tmp_path / "m", tie_word_embeddings=tied)
     text = load_text_model(ModelSpec(path=str(folder), dtype="float32"))
     before = {path: rows[:].clone() for path, rows in frozen_weights(text.model)}
@@ -214,7 +214,7 @@ def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> No
     )
     with pytest.raises(ConfigError) as error:
         live.check(wrong)
-    for part in ("q_porj': no pair", "Did you mean 'model.layers.0.self_attn.q_proj'",
+    for part in ("q_porj': a pair on it cannot", "Did you mean 'model.layers.0.self_attn.q_proj'",
                  "B is (16, 4), but this base needs (32, 4)",
                  "model.embed_tokens", "whole parameters (model.norm.weight)"):  # fmt: skip
         assert part in str(error.value)
@@ -257,27 +257,27 @@ def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextMod
     for seed in range(2):
         peft.write(random_adapter(bare, "embed_tokens", "q_proj", seed=seed), tmp_path / str(seed))
         for opened in (open_header, load_safetensors):
-            with pytest.raises(ConfigError, match=r"'model\.embed_tokens': no pair can be served there"):
+            with pytest.raises(ConfigError, match=r"'model\.embed_tokens': a pair on it cannot be served"):
                 live.check(peft.read(tmp_path / str(seed), opened=opened))
     assert live.names == () and len(live._fits) == 0
 
 
 def test_few_outlines_are_remembered(text: TextModel, bare: Any, tmp_path: Path) -> None:
     live = ServingModel(text)
-    for rank in range(1, MOST_FITS + 4):
+    for rank in range(1, CACHED_FITS + 4):
         peft.write(random_adapter(bare, "q_proj", rank=rank), tmp_path / str(rank))
         live.attach(f"r{rank}", peft.read(tmp_path / str(rank), opened=load_safetensors))
-    assert len(live._fits) == MOST_FITS and len(live.names) == MOST_FITS + 3
+    assert len(live._fits) == CACHED_FITS and len(live.names) == CACHED_FITS + 3
     for name in live.names:
         live.detach(name)
-    assert not any(place.layer.adapters for place in live._places.values())
+    assert not any(target.layer.adapters for target in live._targets.values())
 
 
 def test_a_name_that_torch_has_no_place_for_leaves_nothing(text: TextModel, bare: Any) -> None:
     live = ServingModel(text)
     with pytest.raises(KeyError):
         live.attach("a.b", random_adapter(bare))
-    assert live.names == () and not any(place.layer.adapters for place in live._places.values())
+    assert live.names == () and not any(target.layer.adapters for target in live._targets.values())
 
 
 @pytest.mark.parametrize("dora", [False, True])

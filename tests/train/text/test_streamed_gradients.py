@@ -83,7 +83,7 @@ def test_nothing_stays_aside(tmp_path: Path) -> None:
     spill, batches = Spill(), task.batches(0)
     assert task.text.streamed is not None
     gradients_by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), spill=spill, chunk=256)
-    assert spill._held == {}
+    assert spill._tensors == {}
 
 
 def test_a_micro_batch_draws_its_numbers_on_the_device_too_and_once_more_backwards(second_generator: torch.Generator) -> None:

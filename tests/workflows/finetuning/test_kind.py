@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,9 @@ from lorakeet.train.task import HeldOut, Size, gradients_by_batch
 from lorakeet.workflows.finetune import FinetuneResult, finetune
 from lorakeet.workflows.finetuning.kind import Assembly, RunKind
 from lorakeet.workflows.options import FinetuneOptions
+from lorakeet.workflows.plan import plan
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
 from tiny.runs import quiet, tree, write_rows
-
-NO_BUDGET = SimpleNamespace(budget=None, card=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +68,8 @@ class LineTask:
 
 class LineKind(RunKind[LineAssembly]):
     def assemble(self, config: RunConfig, console: Any, **_: Any) -> LineAssembly:
-        plan, data = Plan((PlanEntry("line", "linear", (1, 2), 1, 1.0),)), load_dataset(config.data)
-        return LineAssembly(config=config, plan=plan, dataset=data, arrangement=NO_BUDGET, weights=torch.zeros(1, 2))
+        pairs, data = Plan((PlanEntry("line", "linear", (1, 2), 1, 1.0),)), load_dataset(config.data)
+        return LineAssembly(config=config, plan=pairs, dataset=data, weights=torch.zeros(1, 2))
 
     def task(self, setup: LineAssembly, run: Any, console: Any) -> LineTask:
         return LineTask(setup)
@@ -95,6 +93,7 @@ class LineKind(RunKind[LineAssembly]):
 
     def model_text(self, setup: LineAssembly) -> str:
         return "two weights, zero at first"
+
 
 KIND = LineKind()
 
@@ -149,6 +148,8 @@ def test_it_is_resumed_to_the_same_bytes(config: RunConfig, tmp_path: Path) -> N
 def test_a_dry_run_writes_nothing_and_a_failed_check_is_raised(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(ConfigError, match="kind is line, whose memory cannot be planned"):
+        plan(config, console=quiet())
     assert trained(config, dry_run=True).to_mapping()["dry_run"] and not (tmp_path / "run").exists()
     monkeypatch.setattr(LineTask, "save", lambda self, folder: np.savetxt(folder / "line.txt", np.zeros((1, 2))))
     with pytest.raises(VerificationFailed, match="on disk"):

@@ -14,9 +14,9 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.compare_stored import PART_BYTES
 from lorakeet.memory.budget import Budget, enough_for
 from lorakeet.workflows.planning import check as check_planning
-from lorakeet.workflows.planning.check import Check, fit_check
+from lorakeet.workflows.planning.check import ModelCheck, fit_check
 from lorakeet.workflows.planning.check_sizes import FP32, CheckSize, adapted_bytes, logits_bytes, tensor_peak
-from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, RowShape
+from lorakeet.workflows.planning.rehearse_text import EvaluationSize, NotPlanned, RowShape
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.residency import ALONE, Way, temporary_stores
 from tiny.memory_plans import same_runtime
@@ -24,7 +24,7 @@ from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
 from tiny.runs import quiet
 
-SIZE = CheckSize("a check", Judging(RowShape(32, 2), 0))
+SIZE = CheckSize("a check", EvaluationSize(RowShape(32, 2), 0))
 BLOCK = 4 * 512 * 512 - 2 * 512 * 256 + 3 * 512 * 2048 + 2 * 512  # numbers: q, k, v, o, the mlp, and two norms
 BASE = 8 * BLOCK
 
@@ -45,8 +45,8 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     same_runtime(monkeypatch, 300 << 20)
 
 
-def planner(opened: Opened, check: CheckSize = SIZE) -> Check:
-    return Check.of(lambda longest: check, opened, Path("out"), print)
+def planner(opened: Opened, check: CheckSize = SIZE) -> ModelCheck:
+    return ModelCheck.of(lambda longest: check, opened, Path("out"), print)
 
 
 def peak(opened: Opened, streamed: bool, **changes: Any) -> int:
@@ -76,11 +76,11 @@ def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: O
 
 def test_keys_and_values_of_a_long_text_count_by_one_block(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all blocks' have no room they go to disk, in the rehearsal as in the run; a few blocks stand for all eight."""
-    long = Judging(RowShape(32, 2), 1, 3000)
+    long = EvaluationSize(RowShape(32, 2), 1, 3000)
     held = 2 * FP32 * 3000 * 256  # of one block: keys and values of two heads of 128
-    whole = peak(opened, True, judging=long)
+    whole = peak(opened, True, evaluation=long)
     monkeypatch.setattr("lorakeet.models.generate.sample.STREAMED_CACHE", 4 * held)
-    assert 7 * held <= whole - peak(opened, True, judging=long) <= 8 * held
+    assert 7 * held <= whole - peak(opened, True, evaluation=long) <= 8 * held
 
 
 def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
@@ -145,7 +145,7 @@ def test_a_disk_without_room_is_refused_before_the_work(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Stores count, what waits, and keys and values that do not fit into memory."""
-    size = replace(SIZE, judging=Judging(RowShape(32, 2), 1, 300))
+    size = replace(SIZE, evaluation=EvaluationSize(RowShape(32, 2), 1, 300))
     budget = opened.within(f"{planner(opened, size).plan(Way(True)).peak // 1000 + 20_000}KB")
     free = SimpleNamespace(free=2 * FP32 * planner(opened, size).weights)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_planned_keeps_no_budget(
     def refused(*_: object, **__: object) -> None:
         raise NotPlanned("This model cannot be planned.")
 
-    monkeypatch.setattr(check_planning, "rehearse_judging", refused)
+    monkeypatch.setattr(check_planning, "rehearse_evaluation", refused)
     with pytest.raises(ConfigError, match=r"cannot be kept without a plan .* cannot be planned\. Leave --memory out\."):
         fit_check(opened.within("64GiB"), SIZE, tmp_path / "out", quiet())
 
@@ -174,10 +174,10 @@ def test_rows_are_cut_where_longer_ones_do_not_fit(opened: Opened) -> None:
     """To half, again and again, down to the fewest tokens that a check is worth."""
 
     def size(longest: int | None) -> CheckSize:
-        return replace(SIZE, judging=Judging(RowShape(64 + (longest or 1000)), 0))
+        return replace(SIZE, evaluation=EvaluationSize(RowShape(64 + (longest or 1000)), 0))
 
     def lengths(*, cut: bool) -> list[int | None]:
-        check = Check(size, opened.config.model, lambda: (None, None), lambda _: Plan((), (), 0), cut=cut)
+        check = ModelCheck(size, opened.config.model, lambda: (None, None), lambda _: Plan((), (), 0), cut=cut)
         return list(dict.fromkeys(way.longest for way in check.ways(Budget().bytes)))
 
     assert lengths(cut=True) == [None, 500, 250, 128] and lengths(cut=False) == [None]

@@ -29,8 +29,8 @@ from lorakeet.workflows.planning.forecast_text_run import (
     Again,
     Precision,
     TextRunPlan,
+    evaluation_of,
     forecast_run,
-    judging_of,
     largest_rows,
     text_runtime_bytes,
 )
@@ -63,8 +63,8 @@ def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str,
 
 
 def test_judged_are_as_many_rows_as_fit_whatever_a_step_has() -> None:
-    assert judging_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == RowShape(32, 128)
-    assert judging_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 tokens at once"
+    assert evaluation_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == RowShape(32, 128)
+    assert evaluation_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 at once"
 
 
 def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:

@@ -68,8 +68,8 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
 ) -> None:
     said: list[str] = []
     card = torch.device("cuda", 0)
-    on_card = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="cuda:0")
-    _, whole = fit_images(on_card, said.append)
+    on_gpu = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="cuda:0")
+    _, whole = fit_images(on_gpu, said.append)
     assert whole.gpu == card and limited.pop() == (card, 8 << 30) and "on cuda:0" in said[-1] and whole.plan is not None
     assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.plan.forecast.phases)
     with pytest.raises(ConfigError, match="this run takes at least"):
@@ -96,7 +96,7 @@ def test_what_helps_on_a_card_without_bfloat16_is_float16_which_takes_no_more(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = image_config(tiny_sd_folder, tmp_path)
-    machine, shapes = Machine(torch.float32, 0, card=torch.device("cuda", 0)), shapes_of_images(config.model, print)
+    machine, shapes = Machine(torch.float32, 0, gpu=torch.device("cuda", 0)), shapes_of_images(config.model, print)
     monkeypatch.setattr(image_forecast, "narrow_for", lambda device: {"cuda": "float16"}[device.type])
     change, planned = next(changes_that_help(config, shapes, machine))
     narrow = forecast_images(config, shapes, replace(machine, dtype=torch.bfloat16))

@@ -17,7 +17,7 @@ from lorakeet.models.families import family_of
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.from_config import config_from_settings
-from lorakeet.workflows.planning.check import Check
+from lorakeet.workflows.planning.check import ModelCheck
 from lorakeet.workflows.planning.later_verbs import later_phases, with_later
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 
@@ -70,6 +70,6 @@ def test_a_model_that_cannot_be_followed_keeps_what_was_planned(monkeypatch: pyt
     def refused(*_: object, **__: object) -> None:
         raise NotPlanned("experts")
 
-    monkeypatch.setattr(Check, "plan", refused)
+    monkeypatch.setattr(ModelCheck, "plan", refused)
     config, model, plan = planned()
     assert later_phases(config, model, plan, Budget(1, "1")) == ()

@@ -292,7 +292,7 @@ def test_a_model_that_cannot_be_planned_keeps_no_budget(runs: Path, monkeypatch:
     def refused(*_: object, **__: object) -> None:
         raise NotPlanned("This model cannot be planned.")
 
-    monkeypatch.setattr(packed_merge, "rehearse_judging", refused)
+    monkeypatch.setattr(packed_merge, "rehearse_evaluation", refused)
     opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
     with pytest.raises(ConfigError, match=r"cannot be kept without a plan .* Leave --memory out\."):
         said(opened.within("8GiB"), like)

@@ -18,7 +18,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.rehearse_image import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP, NotPlanned
+from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP, NotPlanned
 
 LORA = LoraSpec(rank=4, alpha=12, target_modules=("attention",))
 PICTURES = Pictures((16, 24), 2, 2, (16, 16), 2)
@@ -47,7 +47,7 @@ def test_what_is_kept_all_along_is_counted_exactly(shapes: Shapes) -> None:
     assert found.largest == max(parameter.numel() for parameter in real.denoiser.parameters())
     adapter, step = 4 * found.plan.parameters, found.peaks[STEP].kinds
     assert step["adapter"] == 2 * adapter and 2 * adapter <= step["moments"] <= 2 * adapter + 16 * len(found.plan.entries)
-    assert step["gradients"] <= adapter and set(found.peaks) >= {ENCODE, BEGIN, STEP, EVALUATE, CHECKPOINT, JUDGE}
+    assert step["gradients"] <= adapter and set(found.peaks) >= {ENCODE, BEGIN, STEP, EVALUATE, CHECKPOINT, FINAL}
 
 
 def test_more_pictures_keep_more_and_checkpointing_keeps_less(shapes: Shapes) -> None:
@@ -67,7 +67,7 @@ def test_a_packed_unet_takes_less(shapes: Shapes) -> None:
 
 def test_a_card_holds_a_part_only_while_it_computes(shapes: Shapes) -> None:
     all_along, card = rehearsed(shapes), rehearse_images(
-        partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, card=True), LORA, TrainSpec(),
+        partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, gpu=True), LORA, TrainSpec(),
         DiffusionSpec(at_once=2),
         PICTURES,
     )  # fmt: skip
@@ -75,10 +75,12 @@ def test_a_card_holds_a_part_only_while_it_computes(shapes: Shapes) -> None:
     parts = {name: sum(tensor.nbytes for tensor in part.state_dict().values()) for name, part in real.parts.items()}
     vae = sum(tensor.nbytes for tensor in real.vae.state_dict().values())
     encoders = parts["text_encoder"] + parts["text_encoder_2"]
-    apart = {name: all_along.peaks[name].bytes - card.peaks[name].bytes for name in (STEP, EVALUATE, CHECKPOINT, JUDGE)}
+    apart = {
+        name: all_along.peaks[name].bytes - card.peaks[name].bytes for name in (STEP, EVALUATE, CHECKPOINT, FINAL)
+    }
     for name in (STEP, EVALUATE, CHECKPOINT):
         assert abs(apart[name] - encoders - vae) < 2000, name
-    assert apart[JUDGE] > encoders and all_along.peaks[ENCODE].bytes - card.peaks[ENCODE].bytes >= parts["unet"]
+    assert apart[FINAL] > encoders and all_along.peaks[ENCODE].bytes - card.peaks[ENCODE].bytes >= parts["unet"]
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])

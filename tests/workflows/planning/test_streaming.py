@@ -11,8 +11,8 @@ import pytest
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.models.spec import ModelSpec
-from lorakeet.workflows.planning.fit import Choice, Situation, choose
-from lorakeet.workflows.planning.forecast_text_run import JUDGE, TextRunPlan
+from lorakeet.workflows.planning.fit import BudgetedWork, WayChoice, choose
+from lorakeet.workflows.planning.forecast_text_run import FINAL, TextRunPlan
 from lorakeet.workflows.planning.rehearse_text import STEP, RowShape
 from lorakeet.workflows.planning.streaming import LEAST, STATES_ON_THE_WAY, Batches, bytes_moved, streaming_ways
 from lorakeet.workflows.runs.residency import Way
@@ -32,12 +32,12 @@ def states(way: Way, held: int) -> int:
 
 
 def made_up(activations: int) -> TextRunPlan:
-    phases = (Phase(STEP, {"runtime": 2000, "base": 2000, "saved activations": activations}), Phase(JUDGE, {"runtime": 4000}))
+    phases = (Phase(STEP, {"runtime": 2000, "base": 2000, "saved activations": activations}), Phase(FINAL, {"runtime": 4000}))
     unknown: Any = None
     return TextRunPlan(Forecast(phases), unknown, RowShape(1), unknown, 2000, blocks=BLOCKS, block_bytes=BLOCK)
 
 
-class Streamed(Situation[TextRunPlan]):
+class Streamed(BudgetedWork[TextRunPlan]):
     """A made-up run that has to stream."""
 
     what, spec = "this run", ModelSpec()
@@ -49,11 +49,11 @@ class Streamed(Situation[TextRunPlan]):
         return streaming_ways(self.plan, BATCHES, budget)
 
 
-def chosen(budget: int, plan: Callable[[Way], TextRunPlan] = plan) -> Choice[TextRunPlan]:
+def chosen(budget: int, plan: Callable[[Way], TextRunPlan] = plan) -> WayChoice[TextRunPlan]:
     return choose(Streamed(plan), Budget(budget, str(budget)))
 
 
-def moved(found: Choice[TextRunPlan]) -> int:
+def moved(found: WayChoice[TextRunPlan]) -> int:
     return bytes_moved(found.way, found.plan, BATCHES)
 
 
@@ -108,7 +108,7 @@ def test_more_budget_never_moves_more_and_every_plan_is_kept(step: int) -> None:
 def test_evaluation_may_be_what_decides() -> None:
     def evaluated(way: Way) -> TextRunPlan:
         unknown: Any = None
-        phases = (Phase(STEP, {"base": 2000}), Phase(JUDGE, {"runtime": 9000}))
+        phases = (Phase(STEP, {"base": 2000}), Phase(FINAL, {"runtime": 9000}))
         return TextRunPlan(Forecast(phases), unknown, RowShape(1), unknown, 2000, blocks=BLOCKS, block_bytes=BLOCK)
 
     assert evaluated(LEAST).peak == 9000

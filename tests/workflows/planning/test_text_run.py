@@ -143,9 +143,9 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
 def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
     model: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
 ) -> None:
-    on_card = {**CHANGES, "model.device": "cuda:0"}
+    on_gpu = {**CHANGES, "model.device": "cuda:0"}
     said: list[str] = []
-    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "8GiB"})
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "8GiB"})
     whole = fit_text_run(large, said.append, NO_LABELS)
     card = torch.device("cuda", 0)
     assert "all weights stay on cuda:0" in said[-1]
@@ -153,25 +153,25 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
     assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.plan.forecast.phases)
     budget = f"{(least(large) + (20 << 20)) // 1000}KB"  # room for one more block than two
     for keep in ("disk", "host"):
-        change = {**on_card, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
+        change = {**on_gpu, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
         found = fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", change), said.append, NO_LABELS)
         assert found.store == Path("there") and found.gpu == card and limited.pop()[1] == found.budget.bytes
         assert found.pinned == (keep == "host") and isinstance(found.spilled_states(), HostSpill) == found.way.spilled
         assert "Pinned host memory" in said[-1] and "on cuda:0" in said[-2]
     with pytest.raises(ConfigError, match=r"this run takes at least \d+ MiB"):
-        little = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "600MiB"})
+        little = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "600MiB"})
         fit_text_run(little, print, NO_LABELS)
     assert limited == []
 
 
 @pytest.mark.usefixtures("limited")
 def test_more_of_the_hosts_memory_than_there_is_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_card = {**CHANGES, "model.device": "cuda:0", "memory.keep": "host"}
-    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "8GiB"})
+    on_gpu = {**CHANGES, "model.device": "cuda:0", "memory.keep": "host"}
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "8GiB"})
     budget = f"{(least(large) + (20 << 20)) // 1000}KB"
     monkeypatch.setattr("lorakeet.workflows.planning.fit.machine_bytes", lambda: 1 << 20)
     with pytest.raises(ConfigError, match=r"This machine has 1 MiB\. Leave memory\.keep out"):
-        fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": budget}), print, NO_LABELS)
+        fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": budget}), print, NO_LABELS)
 
 
 def test_pinned_memory_is_no_way_on_the_cpu_which_is_said(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem, RunStopped
 from lorakeet.train.launch import Launch, launched
 from lorakeet.train.processes import ALONE, ProcessLost, joined
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.runs.multi_process import begun_together, on_own_device, require_combinable
+from lorakeet.workflows.runs.multi_process import on_own_device, require_combinable, starting_together
 from tiny.runs import reviews, write_rows
 from tiny.together import Together, together
 
@@ -91,11 +91,11 @@ def test_the_command_line_says_it_once(forked: Together, tiny_llama_folder: Path
 
 def test_one_that_dies_before_the_first_step_is_named_with_the_way_to_go_on(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run", TWO.command)
-    with pytest.raises(RunStopped) as caught, begun_together(run):
+    with pytest.raises(RunStopped) as caught, starting_together(run):
         raise ProcessLost("process 1 of 2 died")
     assert str(caught.value) == "Before training: process 1 of 2 died. Nothing was written. Start the run again."
     RunFolder.create(run.path)
     run.write(run.config, "kind: text\n")
-    with pytest.raises(RunStopped) as caught, begun_together(run):
+    with pytest.raises(RunStopped) as caught, starting_together(run):
         raise ProcessLost("process 1 of 2 died")
     assert str(caught.value) == f"Before training: process 1 of 2 died. Go on with: {run.resume_command}"

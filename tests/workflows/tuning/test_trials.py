@@ -19,7 +19,7 @@ from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import SearchPoint, plan_of_point
 from lorakeet.workflows.tuning.confirm import confirm
-from lorakeet.workflows.tuning.trials import HALVED, RUNGS, SPENT, START, Budget, Trial, loss_of
+from lorakeet.workflows.tuning.trials import HALVED, RUNGS, SPENT, START, SearchBudget, Trial, loss_of
 from tiny.searches import HOT, assembled, trials_of
 
 
@@ -150,13 +150,13 @@ def test_the_budget_ends_the_search(setup: TextAssembly, limit: dict[str, Any]) 
 
 
 def test_the_budget_holds_what_the_confirmation_takes(setup: TextAssembly) -> None:
-    budget = Budget(None, 1000, used=300, reserved=320)  # and a quarter more
+    budget = SearchBudget(None, 1000, used=300, reserved=320)  # and a quarter more
     assert not budget.spent(299) and budget.spent(300) and budget.times(200) == 3 and budget.times(800) == 0
-    assert Budget(None, 1000, used=499, reserved=10**9).spent(1), "half of it at most"
-    late = Budget(100.0, None, began=time.monotonic() - 60, used=100, reserved=60)
+    assert SearchBudget(None, 1000, used=499, reserved=10**9).spent(1), "half of it at most"
+    late = SearchBudget(100.0, None, began=time.monotonic() - 60, used=100, reserved=60)
     assert late.spent() and not replace(late, reserved=50).spent() and late.times(60) == 1  # 0.6 seconds a token
-    assert Budget(100.0, None, began=time.monotonic() - 51, used=1, reserved=10**9).spent()
-    assert Budget(None, None, used=10**9, reserved=10**9).spent() is False and Budget(None, None).times(1) is None
+    assert SearchBudget(100.0, None, began=time.monotonic() - 51, used=1, reserved=10**9).spent()
+    assert SearchBudget(None, None, used=10**9, reserved=10**9).spent() is False and SearchBudget(None, None).times(1) is None
     trials = trials_of(setup, tokens=20_000)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())
     trials.budget.used = 19_000

@@ -14,6 +14,7 @@ from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
+from lorakeet.workflows.planning.check_sizes import positions_of_answer
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import (
@@ -23,7 +24,6 @@ from lorakeet.workflows.verification.checks import (
     check_greedy,
     check_logits,
     check_prompts,
-    positions_of_answer,
 )
 from lorakeet.workflows.verification.recorded import RecordedArtefact, ask_all
 from tiny.exports import loud_run

@@ -1,7 +1,7 @@
-"""A dense model from its folder: the files' own pages where most numbers stay, else tensor by tensor, each cast as it is read.
+"""Loads a dense model: mapped files if most weights keep their dtype, else tensor by tensor, each cast as it is read.
 
-A mapped file counts as memory of the process with every page that was looked at. Where the dtype changes, each number would be
-held twice until the last one is cast: of a model stored in fp32, 6 bytes a weight for the 2 that stay.
+Every accessed page of a mapped file counts as memory of the process. If the dtype changes, each weight would be in memory twice
+until the last one is cast: for a model stored in fp32, 6 bytes a weight instead of 2.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import INDEX, SINGLE, tensor_files
 from lorakeet.models.files.validate import misfits_in, refused, require_whole
 
-AT_ONCE = 4  # tensors that transformers' loader reads and casts side by side, at most
+AT_ONCE = 4  # most tensors that transformers' loader reads and casts at the same time
 
 
 def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
-    """The frozen model of a folder in eval mode, with eager attention, on the CPU; DataError where its files are no whole."""
+    """Loads the frozen model of a folder in eval mode, with eager attention, on the CPU; DataError if it is not complete."""
     files = tensor_files(source)
     try:
         if _is_read_here(source, files, dtype):
@@ -38,7 +38,7 @@ def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _mapped(source: Path, config: Any, dtype: torch.dtype) -> Loaded:
-    """The model as transformers loads it, with its report."""
+    """Loads the model with transformers, and returns its report."""
     with quiet_transformers():
         found: Loaded = AutoModelForCausalLM.from_pretrained(
             source,
@@ -54,7 +54,7 @@ def _mapped(source: Path, config: Any, dtype: torch.dtype) -> Loaded:
 
 
 def _read(source: Path, files: Mapping[str, SafeFile], config: Any, dtype: torch.dtype) -> Loaded:
-    """The same of tensors that are read one by one, with what transformers adds where it is told the folder."""
+    """Loads the model from tensors that are read one by one, and adds what transformers takes from the folder."""
     reads = {name: partial(file.read, name) for name, file in files.items()}
     model, report = read_into(skeleton(config), reads, dtype, ignore_mismatched_sizes=True)
     model.name_or_path = model.config.name_or_path = str(source)
@@ -63,8 +63,10 @@ def _read(source: Path, files: Mapping[str, SafeFile], config: Any, dtype: torch
 
 
 def _is_read_here(source: Path, files: Mapping[str, SafeFile], dtype: torch.dtype) -> bool:
-    """Whether most numbers change their dtype (a few are cast from a page that stays), or an adapter lies beside the model, which
-    transformers would put into it unasked. Files that have other names than its own are left to it to refuse."""
+    """True if most weights change their dtype, or if there is an adapter beside the model, which transformers would load too.
+
+    Files with other names than transformers' own are left to it, which refuses them.
+    """
     if not any((source / name).is_file() for name in (SINGLE, INDEX)):
         return False
     if (source / "adapter_config.json").is_file():
@@ -75,14 +77,14 @@ def _is_read_here(source: Path, files: Mapping[str, SafeFile], dtype: torch.dtyp
 
 
 def take_generation_settings(model: Any, source: Path) -> None:
-    """Gives a model that was put together tensor by tensor the settings of its folder, such as the ids that end a text."""
+    """Sets the generation settings of the folder, such as end-of-text ids, of a model that was loaded tensor by tensor."""
     if model.can_generate():
         with quiet_transformers():
             model.generation_config = _generation(source)
 
 
 def _generation(source: Path) -> GenerationConfig:
-    """The folder's settings for generation as transformers finds them: in a file of their own, or in config.json."""
+    """Returns the folder's generation settings, from their own file or config.json."""
     try:
         return GenerationConfig.from_pretrained(source, local_files_only=True)
     except OSError:

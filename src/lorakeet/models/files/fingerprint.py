@@ -1,4 +1,4 @@
-"""A hash of what a model folder holds, by which a resumed run knows that its base is still the same."""
+"""A hash of a model folder, by which a resumed run checks that its base is unchanged."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from lorakeet.formats.files.digest import add_file
 from lorakeet.formats.files.safetensors_file import open_safetensors
 
-WHOLE = 256 * 2**20  # bytes: shards that are together smaller are hashed from end to end, about a second
-WINDOWS, WINDOW = 16, 256  # of each tensor of a larger model, so many pieces of so many bytes
+WHOLE = 256 * 2**20  # bytes: shards that are smaller together are hashed whole, in about a second
+WINDOWS, WINDOW = 16, 256  # pieces of each tensor of a larger model, and their bytes
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and the safetensors shards of `folder`; DataError for a damaged shard.
+    """Returns the SHA-256 of config.json and the safetensors shards of `folder`; DataError for a damaged shard.
 
-    Small models are read whole. Of larger ones: names, dtypes, shapes and file sizes, and of each tensor 16 evenly spread
-    pieces of 256 bytes: other training changes nearly every number, so it shows; a few numbers changed by hand may not.
+    Small models are hashed whole. Of larger ones: names, dtypes, shapes, file sizes, and 16 evenly spaced pieces of 256 bytes of
+    each tensor. Training changes nearly every number, so it is detected; a few numbers edited by hand may not be.
     """
     found = hashlib.sha256((folder / "config.json").read_bytes())
     shards = sorted(folder.glob("*.safetensors"))
@@ -36,6 +36,6 @@ def _add_pieces(found: hashlib._Hash, shard: Path) -> None:
         for name, stored in sorted(opened.tensors.items()):
             found.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
             last = max(stored.begin, stored.end - WINDOW)
-            for place in sorted({stored.begin + (last - stored.begin) * step // (WINDOWS - 1) for step in range(WINDOWS)}):
-                file.seek(place)
-                found.update(file.read(min(WINDOW, stored.end - place)))
+            for offset in sorted({stored.begin + (last - stored.begin) * step // (WINDOWS - 1) for step in range(WINDOWS)}):
+                file.seek(offset)
+                found.update(file.read(min(WINDOW, stored.end - offset)))

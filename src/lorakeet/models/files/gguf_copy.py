@@ -1,4 +1,4 @@
-"""The cache folder, in which a .gguf model is kept as a folder that transformers reads, made once and known by its content."""
+"""Copies of .gguf models in the cache folder, in the form that transformers reads, each made once and named by its content."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _NOTE = "digests.json"
 
 
 def make_whole(target: Path, make: Callable[[Path], None]) -> None:
-    """Lets `make` write a model folder elsewhere on the same disk and moves it to `target`, which appears whole or not at all.
+    """Calls `make` to write a model folder beside `target` and moves it there, so that it appears whole or not at all.
 
-    EnvironmentProblem where the disk refuses it.
+    Raises EnvironmentProblem if it cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +40,10 @@ def make_whole(target: Path, make: Callable[[Path], None]) -> None:
         raise _unwritten(target, error) from error
 
 
-def _unwritten(place: Path, error: Exception) -> EnvironmentProblem:
+def _unwritten(target: Path, error: Exception) -> EnvironmentProblem:
     why = getattr(error, "strerror", None) or first_line(error)
     return EnvironmentProblem(
-        f"{place} cannot be written: {why}. Free some space, or set LORAKEET_CACHE to a folder that can be written."
+        f"{target} cannot be written: {why}. Free some space, or set LORAKEET_CACHE to a folder that can be written."
     )
 
 
@@ -57,20 +57,20 @@ def _check_magic(path: Path) -> None:
         raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
 
 
-def require_room(path: Path, folder: Path, wanted: int) -> None:
-    """Raises EnvironmentProblem where the disk of `folder` has no `wanted` bytes for a copy of `path`."""
+def require_disk_space(path: Path, folder: Path, size: int) -> None:
+    """Raises EnvironmentProblem unless the disk of `folder` has `size` bytes free for a copy of `path`."""
     free = shutil.disk_usage(folder).free
-    if free < wanted:
+    if free < size:
         raise EnvironmentProblem(
-            f"The copy of {path.name} needs up to {wanted / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free. "
+            f"The copy of {path.name} needs up to {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free. "
             "Free some, or set LORAKEET_CACHE to a folder on a larger disk."
         )
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a .gguf file; computed once per path, size and time of change, and remembered in the cache.
+    """Returns the SHA-256 of a .gguf file, cached by path, size and modification time.
 
-    DataError for a file that cannot be read or is no GGUF, EnvironmentProblem for a cache that cannot be written.
+    Raises DataError if the file cannot be read or is not a GGUF, EnvironmentProblem if the cache cannot be written.
     """
     _check_magic(path)
     folder = cache_folder() / "gguf"
@@ -96,20 +96,17 @@ def content_digest(path: Path) -> str:
 
 
 def known_digest(path: Path) -> str:
-    """The sha256 of a .gguf file where it was computed before; empty where it was not, or the file has changed since."""
+    """Returns the cached SHA-256 of a .gguf file; empty if there is none, or the file has changed since."""
     stat, known = path.stat(), _remembered(cache_folder() / "gguf" / _NOTE)
     size, time, digest = known.get(str(path.resolve()), (0, 0, ""))
     return str(digest) if (size, time) == (stat.st_size, stat.st_mtime_ns) else ""
 
 
 def _remembered(note: Path) -> dict[str, Any]:
-    """What was noted; nothing where the note is missing or damaged, since it can be made again."""
+    """Returns the cached digests; empty if their file is missing or damaged, since they can be computed again."""
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return (
-        {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 3}
-        if isinstance(known, dict)
-        else {}
-    )
+    entries = known.items() if isinstance(known, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, list) and len(value) == 3}

@@ -1,10 +1,10 @@
-"""A .gguf model as a folder that keeps the file's own blocks, so that an adapter is trained on the file's own numbers.
+"""Copies a .gguf model to a folder that keeps the file's own blocks, so that an adapter is trained on exactly these weights.
 
-    x.weight              uint8 (out, bytes of a row)    the rows of a linear layer, as they stand in the file
+    x.weight              uint8 (out, bytes of a row)    the rows of a linear layer, as in the file
     x.weight.ggml_type    uint8 (n,)                     the name of their type, such as Q4_K, in ASCII
     all else              fp32                           embeddings, norms, and layers whose type is F32, F16 or BF16
 
-Rows are put in the order that transformers wants (llama.cpp permutes the queries and keys of Llama); a row's blocks stay whole.
+Rows are in transformers' order (llama.cpp permutes the queries and keys of Llama); the blocks of a row stay together.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.files.gguf_file import FileTensor, GgufFile
 from lorakeet.formats.files.safetensors_file import stored_bytes, stream_safetensors
 from lorakeet.kernels.cache import cache_folder
-from lorakeet.models.files.gguf_copy import content_digest, make_whole, require_room
+from lorakeet.models.files.gguf_copy import content_digest, make_whole, require_disk_space
 from lorakeet.models.files.gguf_validate import config_of_gguf, reading, require_gguf
 from lorakeet.models.files.quantized import packable, skeleton
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.safetensors_layout import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
 
-_LAYOUT = 1  # counted up when what is written into a copy changes
+_LAYOUT = 1  # version of the copy's content
 _PLAIN = ("F32", "F16", "BF16")
-# Which give each tensor back under its own name, in the shape that it has. GPT-2's keeps the head aside, others split or reshape.
+# These return each tensor under its own name and shape. GPT-2's saves the head for later, others split or reshape.
 _ONE_BY_ONE = (TensorProcessor, LlamaTensorProcessor, NemotronTensorProcessor, Gemma2TensorProcessor)
 
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One tensor of the file: what it will be called, its rows in the model's order, and whether it stays packed."""
+    """One tensor of the file: its name in the model, its rows in the model's order, and whether it stays packed."""
 
     name: str
     stored: FileTensor
@@ -55,14 +55,14 @@ class ModelTensor:
     packed: bool
 
     def rows(self) -> NDArray[np.int64]:
-        """Which row of the file is each of the model's."""
+        """Returns the row of the file for each row of the model."""
         rows = self.process(np.arange(self.stored.shape[0], dtype=np.int64)[:, None]).reshape(-1)
         if not np.array_equal(np.sort(rows), np.arange(len(rows))):
             raise NotImplementedError(f"transformers changes the numbers of {self.name} as it reads them")
         return rows
 
     def read(self) -> Tensor:
-        """The blocks (out, bytes of a row), or the numbers in fp32. DataError where the system does not read the file."""
+        """Returns the blocks (out, bytes of a row), or the values in fp32; DataError if the file cannot be read."""
         try:
             stored = self.stored.data if self.packed else self.stored.numbers()
         except OSError as error:
@@ -73,33 +73,35 @@ class ModelTensor:
 
 
 def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
-    """The folder with the blocks, configuration and tokenizer of a .gguf file; made if the cache has none of this content.
+    """Returns the folder with the blocks, configuration and tokenizer of a .gguf file; made if the cache has none of this
+    content.
 
-    Raises DataError for a file that is no readable GGUF or has layers of a type that is not read (all of them named),
-    EnvironmentProblem where a package or room on the disk is missing.
+    Raises DataError if the file is not a readable GGUF or has layers of unsupported types (all are named), EnvironmentProblem if
+    a package or disk space is missing.
     """
-    target = packed_place(path, content_digest(path))
+    target = packed_folder_of(path, content_digest(path))
     if (target / "config.json").is_file():
         return target
     require_gguf(path)
-    say(f"Laying out the blocks of {path.name} once in {target}; later runs read that folder.")
+    say(f"Copying the blocks of {path.name} once to {target}; later runs read that folder.")
     with reading(path):
         make_whole(target, lambda partial: _write(path, partial))
     return target
 
 
-def packed_place(path: Path, digest: str) -> Path:
-    """Where the folder of a .gguf file of that content is, once it has been made."""
+def packed_folder_of(path: Path, digest: str) -> Path:
+    """Returns the folder for a .gguf file with this content, which may not exist yet."""
     return cache_folder() / "gguf-packed" / f"{path.stem}-{digest[:16]}-{_LAYOUT}"
 
 
 def file_blocks(path: Path, names: Collection[str], blocks_of: Callable[[str], Tensor]) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes): what stands there in the .gguf file `path` once the weights of `names`, by transformers' names, have the
-    blocks (out, bytes of a row) of `blocks_of`, which is asked for one at a time. DataError for names that the file lacks.
+    """Yields (offset, bytes) of new blocks in the .gguf file `path`, for the weights `names` (transformers' names).
+
+    `blocks_of` returns the blocks (out, bytes of a row) of one weight. Raises DataError for names that the file lacks.
     """
     tensors = tensors_of(path, config_of_gguf(path))
     if missing := sorted(set(names) - {tensor.name for tensor in tensors}):
-        raise DataError(f"{path} does not hold {', '.join(missing[:8])}, whose blocks would be written to it.")
+        raise DataError(f"{path} has no tensors {', '.join(missing[:8])}, whose blocks would be written to it.")
     for tensor in tensors:
         if tensor.name in names:
             given = blocks_of(tensor.name).cpu().numpy()
@@ -109,7 +111,7 @@ def file_blocks(path: Path, names: Collection[str], blocks_of: Callable[[str], T
 
 
 def packed_types(path: Path) -> dict[str, str]:
-    """The ggml type of each linear layer that stays packed, by the layer's path; from the file's header.
+    """Returns the ggml type of each linear layer that stays packed, by the layer's path, from the file's header.
 
     Raises DataError and EnvironmentProblem as `packed_copy` does.
     """
@@ -122,7 +124,7 @@ def _write(path: Path, out: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tensors = {tensor.name: tensor for tensor in tensors_of(path, config)}
     shapes = {name: shape for tensor in tensors.values() for name, shape in stored_shapes(tensor).items()}
-    require_room(path, out.parent, stored_bytes(shapes, {"format": "pt"}))
+    require_disk_space(path, out.parent, stored_bytes(shapes, {"format": "pt"}))
     out.mkdir()
 
     def fetch(name: str) -> Tensor:
@@ -137,15 +139,15 @@ def _write(path: Path, out: Path) -> None:
 
 
 def one_by_one(architecture: str) -> bool:
-    """Whether transformers makes each tensor of a model of that architecture of one tensor of the file, in any order."""
+    """True if transformers makes each tensor of a model of this architecture from one tensor of the file, in any order."""
     return TENSOR_PROCESSORS.get(architecture, TensorProcessor) in _ONE_BY_ONE
 
 
 def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTensor]:
-    """What the file holds, under transformers' names; DataError with every layer whose type is not read.
+    """Returns the tensors of the file by transformers' names; DataError with every layer of an unsupported type.
 
-    Without `packed`, for an architecture that is read `one_by_one`, every tensor is read as numbers in fp32, and one that has no
-    place in the model is left out, as transformers does.
+    Without `packed`, for an architecture that is read `one_by_one`, every tensor is read in fp32, and tensors that are not in the
+    model are left out, as transformers does.
     """
     file = GgufFile(path)
     architecture = file.text("general.architecture")
@@ -160,7 +162,7 @@ def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTen
     found = []
     for _, entry in file.tensors():
         if len(entry.shape) > 2:
-            problems.add(f"{entry.name} holds experts, whose blocks are not trained on; use model.quantize none, a dense copy.")
+            problems.add(f"{entry.name} has experts, whose blocks are not supported; use model.quantize none, a dense copy.")
             continue
         renamed = processor.process(
             weights=np.zeros((1, 1)) if len(entry.shape) < 2 else np.zeros((entry.shape[0], 1)),
@@ -170,7 +172,7 @@ def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTen
         if name is None and not packed:
             continue
         if name is None:
-            problems.add(f"{entry.name} has no place in transformers' model; use the model's safetensors folder.")
+            problems.add(f"{entry.name} is not in transformers' model; use the model's safetensors folder.")
             continue
         layer = packed and name.removesuffix(".weight") in layers and kind not in _PLAIN
         if layer and kind not in BLOCK_TYPES:
@@ -183,7 +185,7 @@ def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTen
 def _process(
     processor: Any, name: str, names: Mapping[str, str], parsed: Mapping[str, Any]
 ) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """What transformers does to the numbers of a tensor of that name."""
+    """Returns transformers' conversion of the values of a tensor of that name."""
 
     def process(weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         done = processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parsed)
@@ -193,9 +195,9 @@ def _process(
 
 
 def stored_shapes(tensor: ModelTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of what is written for one tensor."""
+    """Returns dtype and shape of the tensors that are written for one tensor."""
     if not tensor.packed:
-        shape = tensor.process(np.zeros(tensor.stored.shape, np.float32)).shape  # nothing is dequantised for it
+        shape = tensor.process(np.zeros(tensor.stored.shape, np.float32)).shape  # dequantises nothing
         return {tensor.name: (torch.float32, tuple(shape))}
     blocks = tensor.stored.layout[1]
     kind = (torch.uint8, (len(tensor.stored.kind),))

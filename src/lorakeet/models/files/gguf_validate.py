@@ -1,7 +1,7 @@
-"""Whether a .gguf file is a whole model: its header against the file, and the described model against its tensors.
+"""Checks that a .gguf file is a whole model: its header against the file, and the described model against its tensors.
 
-transformers believes the counts in a header: it builds as many blocks as are announced, and fills what the file lacks with
-random numbers. So nothing is built before the blocks are counted, and nothing is filled before every shape has been compared.
+transformers trusts the counts in a header: it builds as many blocks as it says, and initialises missing tensors at random. So
+the blocks are counted before a model is built, and all shapes are compared before it is loaded.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ ARCHITECTURE = "general.architecture"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ROTARY = ("rope_freqs.", "rope_factors")  # of Llama 3.1 and later, and of long Phi-3
 _ADVICE = "Fetch the file again, or use the model's safetensors folder."
-# What transformers and gguf raise for a header whose values make no model.
+# Errors of transformers and gguf for a header that describes no model.
 READING = (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, TypeError, AttributeError, ArithmeticError)
 
 
 def require_gguf(path: Path) -> GgufHeader:
-    """The checked header of the .gguf model `path`, after which packages may read it.
+    """Returns the checked header of the .gguf model `path`; afterwards other packages may read the file.
 
-    EnvironmentProblem where a package that reads such files is missing; DataError for a header that the file does not bear out,
-    or that names no architecture or more blocks than there are tensors of.
+    Raises EnvironmentProblem if a package is missing, DataError if the header does not match the file, has no architecture, or
+    has more blocks than the tensors.
     """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
@@ -43,29 +43,29 @@ def require_gguf(path: Path) -> GgufHeader:
     header = check_gguf(path)
     architecture = header.values.get(ARCHITECTURE)
     if not isinstance(architecture, str) or not architecture:
-        raise DataError(f"{path} names no {ARCHITECTURE}, so that nothing says what model it holds. {_ADVICE}")
+        raise DataError(f"{path} has no {ARCHITECTURE}, so that its kind of model is unknown. {_ADVICE}")
     parts = header.values.get("split.count")
     if isinstance(parts, int) and parts > 1:
         join = "llama-gguf-split --merge FIRST-PART OUT.gguf"
         raise DataError(f"{path} is one of {parts} parts of a model. Join them, then name the whole: {join}")
     blocks = header.values.get(f"{architecture}.block_count")
-    held = {found.group(1) for name in header.tensors if (found := _BLOCK.match(name))}
-    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 < blocks <= len(held):
+    found = {match.group(1) for name in header.tensors if (match := _BLOCK.match(name))}
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 < blocks <= len(found):
         raise DataError(
-            f"{path} has tensors of {len(held):,} blocks, but {architecture}.block_count is {_shown(blocks)}. {_ADVICE}"
+            f"{path} has tensors of {len(found):,} blocks, but {architecture}.block_count is {_shown(blocks)}. {_ADVICE}"
         )
     return header
 
 
 def config_of_gguf(path: Path) -> Any:
-    """The configuration that the header of a .gguf model gives; its tensors have the shapes that go with it.
+    """Returns the configuration of a .gguf model from its header, checked against the shapes of its tensors.
 
-    Raises as `require_gguf` does, and DataError with every tensor that is missing or has another size.
+    Raises the errors of `require_gguf`, and DataError with every tensor that is missing or has another size.
     """
     header = require_gguf(path)
-    if turned := sorted(name for name in header.tensors if name.startswith(_ROTARY)):
+    if rotary := sorted(name for name in header.tensors if name.startswith(_ROTARY)):
         raise DataError(
-            f"{path} scales its rotary positions by {turned[0]}, which transformers does not read from GGUF: the model would "
+            f"{path} scales its rotary positions by {rotary[0]}, which transformers does not read from GGUF: the model would "
             "compute something else. Use the model's safetensors folder."
         )
     with reading(path):
@@ -76,9 +76,9 @@ def config_of_gguf(path: Path) -> Any:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """While transformers reads the .gguf file `path`: its progress bars are silent, and what it raises is a DataError."""
+    """A context for transformers to read the .gguf file `path`: without progress bars, its errors become DataError."""
     try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar ignores the settings
             yield
     except READING as error:
         raise DataError(
@@ -89,7 +89,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def _check_shapes(path: Path, header: GgufHeader, config: Any) -> None:
     """Raises DataError with every parameter of the described model that the file lacks or has in another size."""
-    problems = Problems(f"{path} does not hold the model that its header describes", DataError, remedy=_ADVICE)
+    problems = Problems(f"{path} does not contain the model that its header describes", DataError, remedy=_ADVICE)
     model = skeleton(config)
     processor = TENSOR_PROCESSORS.get(str(header.values[ARCHITECTURE]), TensorProcessor)(config=config.to_dict())
     names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
@@ -97,14 +97,15 @@ def _check_shapes(path: Path, header: GgufHeader, config: Any) -> None:
     tied = getattr(model, "all_tied_weights_keys", {})
     for stored, name in names.items():
         slot, parameter = header.tensors.get(stored), parameters.get(name)
-        if parameter is None or parameter.dim() > 2 or "_exps" in stored:  # experts: a tensor of the file is parts of several
+        if (
+            parameter is None or parameter.dim() > 2 or "_exps" in stored
+        ):  # experts: a tensor of the file has parts of several parameters
             continue
         if slot is None and name not in tied:
             problems.add(f"{path}: tensor {stored!r} is missing.")
         elif slot is not None and math.prod(slot.shape) != parameter.numel():
-            wanted = "×".join(map(str, parameter.shape))
-            held = "×".join(map(str, slot.shape))
-            problems.add(f"{path}: tensor {stored!r} is {held}; the header describes a model with {wanted}.")
+            wanted, shape = ("×".join(map(str, each.shape)) for each in (parameter, slot))
+            problems.add(f"{path}: tensor {stored!r} is {shape}; the header describes a model with {wanted}.")
     problems.raise_if_any()
 
 

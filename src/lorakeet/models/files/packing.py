@@ -1,4 +1,4 @@
-"""How each linear layer of a model will be packed, as settings, config.json and the headers of files tell; no weight is read."""
+"""Determines how each linear layer of a model is packed, from settings, config.json and file headers; reads no weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lorakeet.models.files.stored_tensors import method_of, stored_quantisation,
 from lorakeet.quant import gptq_config, safetensors_layout
 from lorakeet.quant.spec import QuantSpec
 
-Packing = Mapping[str, Mapping[str, Any]]  # path of the layer → what quant/construct.empty_base wants, such as method and shape
+Packing = Mapping[str, Mapping[str, Any]]  # layer path → arguments of quant/construct.empty_base, such as method and shape
 
 
 def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | None = None) -> Packing:
-    """The packed layers of `model`, which `config` describes, quantised as `spec` asks or as its files already are.
+    """Returns the packed layers of `model`, which `config` describes, quantised as `spec` says or as its files already are.
 
-    `files` is the model's folder or .gguf file, where there is one. Without it a packed model is taken to have every linear layer
-    packed as its config.json says, and the head not. Raises ConfigError where that does not say enough.
+    `files` is the model's folder or .gguf file, if there is one. Without it, a packed model is assumed to have every linear layer
+    but the head packed as its config.json says. Raises ConfigError if that is not enough.
     """
     stored = stored_quantisation(config)
     if spec.method == "gguf" and not stored:
@@ -60,18 +60,18 @@ def _gguf_file(model: nn.Module, files: Path | None) -> Packing:
 
 
 def _packed_in(model: nn.Module, files: Mapping[str, SafeFile]) -> dict[str, nn.Module]:
-    """The layers that the files hold packed: beside a weight or in its place stand the parts of its code."""
+    """Returns the layers that are packed in the files, by the extra tensors of a packed weight."""
     ends = (".qweight", f".weight{safetensors_layout.NF4_STATE}", ".weight_scale", f".weight{safetensors_layout.GGUF_TYPE}")
     names = {f"{name.removesuffix(end)}.weight": None for name in files for end in ends if name.endswith(end)}
     return {path: model.get_submodule(path) for path in owners(model, names).values()}
 
 
 def _types_in(files: Mapping[str, SafeFile], path: str) -> str:
-    """The ggml type of a layer in a folder of packed GGUF blocks."""
+    """Returns the ggml type of a layer in a folder of packed GGUF blocks."""
     name = next((name for name in files if name.endswith(f"{path}.weight{safetensors_layout.GGUF_TYPE}")), None)
     if name is None:
         raise ConfigError(f"The folder has no GGUF blocks of {path}. Name the .gguf file, or fetch the folder again.")
-    return files[name].bytes_of(name).decode("ascii", "replace")  # no tensor: the shapes are being traced
+    return files[name].bytes_of(name).decode("ascii", "replace")  # not as a tensor: a ledger may be active
 
 
 def _gptq(settings: gptq_config.GptqConfig | None, columns: int) -> Mapping[str, Any] | None:

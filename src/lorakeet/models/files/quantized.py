@@ -1,7 +1,7 @@
-"""Loads a text model with packed linear layers, tensor by tensor: the dense model is never in memory, one matrix at a time is.
+"""Loads a text model with packed linear layers, tensor by tensor: only one dense matrix at a time is in memory.
 
-transformers builds the model on the meta device, names the tensors, ties and initialises what belongs to it; what it is given
-as tensors are promises that are read when their turn comes. A promise of a packed weight ends in a PackedLinear.
+transformers builds the model on the meta device, names the tensors, and ties and initialises them. It gets lazy tensors, which
+are read when it needs them; a packed weight becomes a PackedLinear.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
-_METHOD = "lorakeet_packed"  # under which transformers knows our way of loading
-Loaded = tuple[Any, dict[str, Any]]  # a model with transformers' report on what was missing, or of another shape
+_METHOD = "lorakeet_packed"  # the name of this way of loading in transformers
+Loaded = tuple[Any, dict[str, Any]]  # a model with transformers' report of missing and mismatched tensors
 
 
 def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpec, say: Callable[[str], None]) -> Any:
-    """The frozen model in eval mode on the CPU, with eager attention: packed as `spec` asks, or as its files already are.
+    """Loads the frozen model in eval mode on the CPU, with eager attention, packed as `spec` says or as its files already are.
 
-    Raises ConfigError where the two contradict each other or the way of packing is unknown, DataError for damaged files.
+    Raises ConfigError if the two contradict each other or the method is unknown, DataError for damaged files.
     """
     model = load_packed(stored_model_of(source, config, spec), config, dtype, source)
     stored = stored_quantisation(config)
@@ -54,22 +54,22 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
 
 
 def limits_of_packing(model: nn.Module) -> list[str]:
-    """What a user should know of a model that is packed: what stays as it is, and what unpacks it more slowly than it could."""
+    """Returns messages on a packed model's limits: what stays unpacked, and what makes dequantisation slow."""
     packed = any(isinstance(module, Nf4Base) for module in model.modules())
     return [line for line in (kept_experts(model), bitsandbytes_advice() if packed else "") if line]
 
 
 def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
-    """What the files of a model promise: packed as they are, or dense, or packed as `spec` asks when they are read.
+    """Returns the lazy tensors of a model's files: packed as they are, or dense, or packed as `spec` says when they are read.
 
-    Raises ConfigError where the two contradict each other or the way of packing is unknown, DataError that names every tensor
-    that is not as config.json says, as far as the files' headers tell.
+    Raises ConfigError if the two contradict each other or the method is unknown, DataError with every tensor whose header does
+    not match config.json.
     """
     stored = stored_quantisation(config)
     method = str(stored.get("quant_method", "")) if stored else ""
     if stored and method not in READERS:
         raise ConfigError(
-            f"{source} holds weights quantised by '{method}'; readable are {', '.join(READERS)}.{nearest(method, READERS)} "
+            f"{source} has weights quantised by '{method}'; readable are {', '.join(READERS)}.{nearest(method, READERS)} "
             "Name the unquantised model."
         )
     if stored and spec.method != "none" and (spec.method, method) != ("gguf", safetensors_layout.GGUF_METHOD):
@@ -81,17 +81,17 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
     stock = READERS[method](files, stored) if stored else dense_model(files)
     plain = skeleton(config)
     known = plain.state_dict()
-    places = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stock.dense).items()}
-    misfits = {target: (found, tuple(known[target].shape)) for target, found in places.items() if found != known[target].shape}
+    shapes = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stock.dense).items()}
+    misfits = {target: (found, tuple(known[target].shape)) for target, found in shapes.items() if found != known[target].shape}
     require_whole(source, config.model_type, misfits=misfits, missing=())
-    twice = sorted(set(places) & {f"{path}.weight" for path in owners(plain, stock.packed).values()})
+    twice = sorted(set(shapes) & {f"{path}.weight" for path in owners(plain, stock.packed).values()})
     if twice:
         raise DataError(f"{source} has {len(twice)} weights both packed and dense, such as {twice[0]}. Fetch the model again.")
     return stock if stored or spec.method == "none" else quantised_model(stock, config, spec)
 
 
 def kept_experts(model: nn.Module) -> str:
-    """A sentence on the stacked experts of a model, which no way of packing takes; empty where it has none."""
+    """Returns a sentence on the stacked experts of a model, which are not packed; empty if it has none."""
     size = sum(module.get_parameter(name).nbytes for module in model.modules() for name in modules.expert_stacks(module))
     if not size:
         return ""
@@ -99,7 +99,7 @@ def kept_experts(model: nn.Module) -> str:
 
 
 def quantised_model(stock: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
-    """The stock with the weights of linear layers packed as they are read, from the dtype in which they are stored."""
+    """Returns the stored model with linear layers packed as they are read, from their stored dtype."""
     plain = skeleton(config)
     chosen = packable(plain, head=spec.head == "quantize")
     targets = {name: path for name, path in owners(plain, stock.dense).items() if path in chosen}
@@ -118,19 +118,18 @@ def quantised_model(stock: StoredModel, config: Any, spec: QuantSpec) -> StoredM
 
 
 def skeleton(config: Any) -> Any:
-    """The model that `config` describes, on the meta device: shapes without numbers."""
+    """Returns the model that `config` describes, on the meta device."""
     with torch.device("meta"), quiet_transformers():
         return AutoModelForCausalLM.from_config(plain_config(config))
 
 
 def read_into(empty: Any, reads: Mapping[str, Callable[[], Any]], dtype: torch.dtype, **settings: Any) -> Loaded:
-    """The model that is a skeleton so far, with eager attention, from what `reads` give when it is asked for; dense tensors are
-    cast to `dtype`."""
+    """Loads the empty model with eager attention from the lazy tensors `reads`; dense ones are cast to `dtype`."""
     with quiet_transformers():
         found: Loaded = type(empty).from_pretrained(
             None,
-            config=empty.config,  # of the text model, where the folder's holds others
-            state_dict={name: _Promise(read) for name, read in reads.items()},
+            config=empty.config,  # of the text model, if the folder's contains others
+            state_dict={name: _LazyTensor(read) for name, read in reads.items()},
             dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
@@ -139,8 +138,8 @@ def read_into(empty: Any, reads: Mapping[str, Callable[[], Any]], dtype: torch.d
     return found
 
 
-class _Promise:
-    """A tensor or a packed weight that is read when transformers asks for all of it."""
+class _LazyTensor:
+    """A tensor or a packed weight that is read when transformers indexes it."""
 
     def __init__(self, read: Callable[[], Any]) -> None:
         self._read = read
@@ -150,12 +149,12 @@ class _Promise:
 
 
 def packable(model: nn.Module, *, head: bool) -> dict[str, nn.Module]:
-    """The linear layers of a model that are packed, by path: no router, nothing tied, the head if asked.
+    """Returns the linear layers of a model that are packed, by path: no router, nothing tied, the head only with `head`.
 
-    Raises ConfigError where the head is asked for and is the embedding table, which stays dense.
+    Raises ConfigError with `head` if the head is the embedding table, which stays dense.
     """
     tied = {name.removesuffix(".weight") for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
-    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())  # what transformers' own quantisers leave alone too
+    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())  # transformers' own quantisers skip them too
     found: dict[str, nn.Module] = {}
     for path, module in linear_layers(model).items():
         if modules.is_router(model, path):
@@ -163,7 +162,7 @@ def packable(model: nn.Module, *, head: bool) -> dict[str, nn.Module]:
         is_head = modules.is_head(model, path, module)
         if is_head and head and path in tied:
             raise ConfigError(
-                f"model.quantize.head is quantize, but '{path}' is the embedding table of this model, which is kept as it is. "
+                f"model.quantize.head is quantize, but '{path}' is the embedding table of this model, which stays as it is. "
                 "Set model.quantize.head to keep."
             )
         if path not in tied and (head or not is_head) and not set(path.split(".")) & set(wide):
@@ -172,18 +171,18 @@ def packable(model: nn.Module, *, head: bool) -> dict[str, nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every dense linear layer of a model, by path: nn.Linear and GPT-2's Conv1D themselves, no class derived from them."""
+    """Returns every dense linear layer of a model, by path: exactly nn.Linear and GPT-2's Conv1D, no subclasses."""
     return {path: module for path, module in modules.original_modules(model) if type(module) in (nn.Linear, Conv1D)}
 
 
 def owners(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
-    """The path of the module whose `weight` each checkpoint tensor is; tensors that are joined into others are left out."""
+    """Returns the path of the module whose `weight` each checkpoint tensor is, without tensors that are joined into others."""
     targets = targets_of(model, names)
     return {name: target.removesuffix(".weight") for name, target in targets.items() if target.endswith(".weight")}
 
 
 def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
-    """What the model calls each checkpoint tensor; those that it does not have, or joins into others, are left out."""
+    """Returns the model's name of each checkpoint tensor, without those that it lacks or joins into others."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -199,20 +198,20 @@ def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_packed(stock: StoredModel, config: Any, dtype: torch.dtype, source: Path) -> Any:
-    """The frozen model in eval mode on the CPU, with eager attention, from what `stock` promises; DataError lists what is wrong.
+    """Loads the frozen model in eval mode on the CPU, with eager attention, from lazy tensors; DataError lists what is wrong.
 
-    Dense tensors are cast to `dtype`; packed ones are taken as they are.
+    Dense tensors are cast to `dtype`; packed ones stay unchanged.
     """
     _register()
     empty = skeleton(config)
-    places = owners(empty, stock.packed)
-    strange = sorted(set(stock.packed) - set(places))
-    if strange:
+    paths = owners(empty, stock.packed)
+    unknown = sorted(set(stock.packed) - set(paths))
+    if unknown:
         raise DataError(
-            f"{source} has {len(strange)} packed weights that no layer of a '{config.model_type}' model takes, such as "
-            f"{strange[0]}."
+            f"{source} has {len(unknown)} packed weights that no layer of a '{config.model_type}' model takes, such as "
+            f"{unknown[0]}. Fetch it again."
         )
-    loading = _PackedConfig({f"{path}.weight" for path in places.values()})
+    loading = _PackedConfig({f"{path}.weight" for path in paths.values()})
     try:  # misfits are refused below, with names and shapes
         model, report = read_into(empty, stock.reads, dtype, quantization_config=loading, ignore_mismatched_sizes=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -223,19 +222,19 @@ def load_packed(stock: StoredModel, config: Any, dtype: torch.dtype, source: Pat
 
 
 class _PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Which parameters arrive packed, and what was wrong with them."""
+    """The parameters that are packed, and those of wrong shapes."""
 
     def __init__(self, targets: set[str]) -> None:
         self.quant_method = _METHOD
         self.targets = targets
-        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: as found, and as it should be
+        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: found and expected shape
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method}
 
 
 class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """transformers' hook for weights that are set in another form than they are named in."""
+    """transformers' hook for weights in another form than in the files."""
 
     requires_calibration = False
     is_trainable = True
@@ -250,12 +249,12 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return _LinearSlot(self.quantization_config.misfits)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.remove_quantization_config(model)  # to transformers it is a plain model again
+        self.remove_quantization_config(model)  # for transformers it is a plain model again
         return model
 
 
 class _LinearSlot(ConversionOps):  # type: ignore[misc]
-    """Puts a PackedLinear where the linear layer of the skeleton is."""
+    """Replaces a linear layer of the empty model by a PackedLinear."""
 
     def __init__(self, misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
         self.misfits = misfits
@@ -277,21 +276,21 @@ class _LinearSlot(ConversionOps):  # type: ignore[misc]
 
 
 def _register() -> None:
-    """Tells transformers about our way of loading, through its own registry, once."""
+    """Registers this way of loading with transformers, once."""
     if _METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(_METHOD)(_PackedConfig)
         register_quantizer(_METHOD)(_PackedQuantizer)
 
 
-def with_quantisation(config: Any, words: Mapping[str, Any]) -> Any:
-    """The configuration of the same model with its weights quantised as `words`, a quantization_config, says."""
+def with_quantisation(config: Any, settings: Mapping[str, Any]) -> Any:
+    """Returns a copy of the configuration with the given quantization_config."""
     found = plain_config(config)
-    found.quantization_config = dict(words)
+    found.quantization_config = dict(settings)
     return found
 
 
 def plain_config(config: Any) -> Any:
-    """The configuration without its word about quantisation."""
+    """Returns a copy of the configuration without quantization_config."""
     found = copy.deepcopy(config)
     for part in (found, found.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:

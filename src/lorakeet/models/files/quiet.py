@@ -1,4 +1,4 @@
-"""transformers without its progress bars and notices, for the length of a block; its settings are then as they were."""
+"""A context in which transformers shows no progress bars and notices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lorakeet.quant.nf4 import quiet_bitsandbytes
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' log lines below an error, its progress bars and Python warnings inside the block.
+    """A context without transformers' log lines below errors, progress bars and Python warnings; restores its settings.
 
-    And what bitsandbytes says of a missing kernel when transformers, diffusers or PEFT import it there.
+    It also silences bitsandbytes' message on a missing kernel when transformers, diffusers or PEFT import it.
     """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

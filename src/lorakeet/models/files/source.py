@@ -1,4 +1,4 @@
-"""From what the user named to a folder that holds a whole text model: config.json, safetensors and a tokenizer."""
+"""Finds the folder of a text model by its name, and checks its files: config.json, safetensors and a tokenizer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.models.files.gguf_copy import known_digest
-from lorakeet.models.files.gguf_dense import bytes_of_unpacking, dense_copy, dense_place
-from lorakeet.models.files.gguf_packed import packed_copy, packed_place
+from lorakeet.models.files.gguf_dense import bytes_of_unpacking, dense_copy, dense_folder
+from lorakeet.models.files.gguf_packed import packed_copy, packed_folder_of
 from lorakeet.models.files.gguf_validate import require_gguf
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
@@ -36,9 +36,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 
 def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
-    """The folder of the model that `spec.path` names: a folder, a .gguf file, package:DIST[/FILE], or a hub id.
+    """Returns the folder of the model `spec.path`: a folder, a .gguf file, package:DIST[/FILE], or a hub id.
 
-    Its files are checked: nothing is loaded from a pickle, and a truncated file is named.
+    It checks the files: pickles are refused, and a truncated file is named.
     """
     for message in spec.validate():
         raise ConfigError(message)
@@ -51,32 +51,33 @@ def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
                 f"model.path '{spec.path}' is a {path.suffix or 'plain'} file; expected a model folder or a .gguf file."
             )
         path = packed_copy(path, say) if spec.quantize.method == "gguf" else dense_copy(path, say)
-    elif spec.quantize.method == "gguf" and not _holds_blocks(path):
+    elif spec.quantize.method == "gguf" and not _has_gguf_blocks(path):
         raise ConfigError(f"model.quantize.method is gguf, but '{spec.path}' is no .gguf file. Set it to none, or name one.")
     check_folder(path)
     return path
 
 
 def gguf_file(name: str) -> Path | None:
-    """The .gguf file that a model path names, as it is or as a package's; None where it names none."""
+    """Returns the .gguf file of a model path, also one of a package; None if it is not one."""
     path = _local(ModelSpec(path=name))
     return path if path is not None and path.is_file() and path.suffix.lower() == ".gguf" else None
 
 
 def bytes_to_unpack(spec: ModelSpec) -> int:
-    """What `find_source` holds at most while it unpacks the .gguf file that `spec` names; 0 where it names none, or it is known
-    that the copy is there. Reads the file's header, and writes nothing.
+    """Returns the peak in bytes of `find_source` converting the .gguf file of `spec`; 0 if it is not one, or its copy exists.
+
+    It reads the file's header and writes nothing.
     """
     file = gguf_file(spec.path)
     if file is None:
         return 0
     packed, digest = spec.quantize.method == "gguf", known_digest(file)
-    place = packed_place(file, digest) if packed else dense_place(file, digest)
-    return 0 if digest and (place / "config.json").is_file() else bytes_of_unpacking(require_gguf(file), packed=packed)
+    copy = packed_folder_of(file, digest) if packed else dense_folder(file, digest)
+    return 0 if digest and (copy / "config.json").is_file() else bytes_of_unpacking(require_gguf(file), packed=packed)
 
 
 def on_this_machine(spec: ModelSpec) -> Path | None:
-    """The file or folder that `spec.path` names where it is here already, a hub id in the hub's cache; nothing is fetched."""
+    """Returns the local file or folder of `spec.path`, a hub id in the hub's cache; None if it would have to be fetched."""
     try:
         local = _local(spec)
         if local is not None:
@@ -87,8 +88,8 @@ def on_this_machine(spec: ModelSpec) -> Path | None:
         return None
 
 
-def _holds_blocks(folder: Path) -> bool:
-    """Whether `folder` is what models/files/gguf_packed makes of a .gguf file, as a loaded model names its source."""
+def _has_gguf_blocks(folder: Path) -> bool:
+    """True if `folder` is a copy that models/files/gguf_packed made of a .gguf file: the source of a loaded model."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -98,7 +99,7 @@ def _holds_blocks(folder: Path) -> bool:
 
 
 def _local(spec: ModelSpec) -> Path | None:
-    """The file or folder on this machine, or None where `spec.path` can only be a hub id."""
+    """Returns the local file or folder, or None if `spec.path` can only be a hub id."""
     name = spec.path
     if name.startswith(PACKAGE):
         distribution, _, relative = name[len(PACKAGE) :].partition("/")
@@ -135,7 +136,7 @@ def _from_hub(spec: ModelSpec, say: Callable[[str], None]) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises DataError with everything that keeps `folder` from being a whole model of safetensors files."""
+    """Raises DataError with everything that `folder` lacks as a whole model of safetensors files."""
     problems = Problems(f"{folder} is not a whole model", DataError)
     config = folder / "config.json"
     if not config.is_file():
@@ -182,9 +183,9 @@ def _missing_shards(folder: Path, problems: Problems) -> list[str]:
 def _advice(folder: Path) -> str:
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
-        return f" It holds {ggufs[0].name}: name that file."
+        return f" It contains {ggufs[0].name}: name that file."
     if (folder / "adapter_config.json").is_file():
-        return " It holds an adapter: name its base model here."
+        return " It contains an adapter: name its base model here."
     return " Name a folder with config.json, .safetensors files and a tokenizer."
 
 

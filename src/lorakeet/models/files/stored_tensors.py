@@ -1,6 +1,6 @@
-"""What a model folder holds, by the names in its files: tensors as they lie there, and packed weights put together from theirs.
+"""The lazy tensors of a model folder, by the names in its files: dense tensors, and packed weights made of several tensors.
 
-Only headers are read here; a tensor or a packed weight is read when it is called for.
+Only headers are read here; a tensor or a packed weight is read when its function is called.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _REMEDY = "Fetch the model again, or make it again with lorakeet quantize."
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a model folder holds, by the names in its files; nothing is read before it is called."""
+    """The lazy tensors of a model folder, by the names in its files."""
 
     dense: Mapping[str, Callable[[], Tensor]]
-    packed: Mapping[str, Callable[[], PackedBase]]  # by the name that the dense weight would have, such as "….q_proj.weight"
+    packed: Mapping[str, Callable[[], PackedBase]]  # by the name of the dense weight, such as "….q_proj.weight"
 
     @property
     def reads(self) -> dict[str, Callable[[], Any]]:
-        """All of it."""
+        """All tensors."""
         return {**self.dense, **self.packed}
 
 
 def stored_quantisation(config: Any) -> dict[str, Any] | None:
-    """The quantization_config of a model's config.json as a mapping, or None where its weights are plain numbers."""
+    """Returns the quantization_config of a model's config.json as a mapping, or None if it is not quantised."""
     found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
     if not found:
         return None
@@ -46,18 +46,18 @@ def stored_quantisation(config: Any) -> dict[str, Any] | None:
 
 
 def stored_dtype(config: Any) -> torch.dtype:
-    """What a model's config.json says that its weights are stored in; fp32 where it says nothing."""
+    """Returns the stored dtype of a model's config.json; fp32 by default."""
     return getattr(config, "dtype", None) or torch.float32
 
 
 def method_of(stored: Mapping[str, Any]) -> str:
-    """What Lorakeet calls the way of packing that a quantization_config describes: nf4, int8, gptq, …; empty without one."""
+    """Returns Lorakeet's name for the method of a quantization_config: nf4, int8, gptq, …; empty without one."""
     method = str(stored.get("quant_method", ""))
     return "nf4" if method == "bitsandbytes" else method.removeprefix("lorakeet_")
 
 
 def tensor_files(folder: Path) -> dict[str, SafeFile]:
-    """The file of each tensor of a model folder, headers checked; nothing is read."""
+    """Returns the file of each tensor of a model folder, with checked headers; reads no tensors."""
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # of both, transformers takes the single file
         return indexed_tensors(folder / INDEX)
     shards = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
@@ -65,7 +65,7 @@ def tensor_files(folder: Path) -> dict[str, SafeFile]:
 
 
 def indexed_tensors(index: Path) -> dict[str, SafeFile]:
-    """The file of each tensor that an index beside several files lists, headers checked; nothing is read."""
+    """Returns the file of each tensor in an index of several files, with checked headers; reads no tensors."""
     home = read_index(index)
     files = {file: open_safetensors(index.parent / file) for file in sorted(set(home.values()))}
     lost = [name for name, file in home.items() if name not in files[file].tensors]
@@ -75,7 +75,7 @@ def indexed_tensors(index: Path) -> dict[str, SafeFile]:
 
 
 def dense_model(files: Mapping[str, SafeFile]) -> StoredModel:
-    """Every tensor as it lies in the files."""
+    """Returns every tensor as a dense one."""
     return StoredModel({name: _reader(file, name) for name, file in files.items()}, {})
 
 
@@ -84,7 +84,7 @@ def _reader(file: SafeFile, name: str) -> Callable[[], Tensor]:
 
 
 def _read(file: SafeFile, name: str) -> Tensor:
-    """A tensor of a file; DataError that names it where it has values that are no numbers."""
+    """Reads a tensor of a file; DataError with its name if it has values that are not finite."""
     tensor = file.read(name)
     require_finite(tensor, f"{file.path}: {name}")
     return tensor
@@ -98,9 +98,9 @@ def _stock_of(
     *,
     optional: tuple[str, ...] = (),
 ) -> StoredModel:
-    """The stock of a folder in which the tensor `x` + `mark` tells that `x` is packed, in tensors `x` + each of `parts`.
+    """Returns the lazy tensors of a folder in which a tensor `x` + `mark` marks `x` as packed in tensors `x` + each of `parts`.
 
-    DataError that names every part, of those that are not `optional`, which a packed weight lacks.
+    Raises DataError with every part, but `optional` ones, that a packed weight lacks.
     """
     names = [name.removesuffix(mark) for name in files if name.endswith(mark)]
     taken = {name + part for name in names for part in parts}
@@ -112,8 +112,8 @@ def _stock_of(
     problems.raise_if_any()
 
     def packed(name: str) -> Callable[[], PackedBase]:
-        held = [part for part in parts if name + part in files]
-        return lambda: decode(name, {part: _read(files[name + part], name + part) for part in held})
+        found = [part for part in parts if name + part in files]
+        return lambda: decode(name, {part: _read(files[name + part], name + part) for part in found})
 
     dense = {name: _reader(file, name) for name, file in files.items() if name not in taken}
     return StoredModel(dense, {name: packed(name) for name in names})
@@ -123,7 +123,7 @@ def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stor
     kind = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "LLM.int8"
     if kind != "nf4":
         raise ConfigError(
-            f"The quantised weights are {kind} of bitsandbytes, of whose ways only nf4 is read. Name the unquantised model."
+            f"The quantised weights are {kind} of bitsandbytes, of which only nf4 is supported. Name the unquantised model."
         )
     return _stock_of(
         files,
@@ -150,25 +150,26 @@ def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Sto
     packed: dict[str, Callable[[], PackedBase]] = {}
     for name in names:
         settings = config.for_layer(name)
-        held = {part: files[f"{name}.{part}"] for part in gptq.PARTS if f"{name}.{part}" in files}
-        kept = {part: file.tensors[f"{name}.{part}"] for part, file in held.items()}
+        parts = {part: files[f"{name}.{part}"] for part in gptq.PARTS if f"{name}.{part}" in files}
+        headers = {part: file.tensors[f"{name}.{part}"] for part, file in parts.items()}
         if settings is None:
             problems.add(f"'{name}' is packed, but 'dynamic' in config.json says that it is dense.")
             continue
-        where = next(iter(held.values())).path
-        for problem in gptq_config.layer_problems(name, {part: (one.dtype, one.shape) for part, one in kept.items()}, settings):
+        where = next(iter(parts.values())).path
+        shapes = {part: (header.dtype, header.shape) for part, header in headers.items()}
+        for problem in gptq_config.layer_problems(name, shapes, settings):
             problems.add(f"{where}: {problem}")
-        packed[f"{name}.weight"] = _gptq_reader(name, held, settings)
+        packed[f"{name}.weight"] = _gptq_reader(name, parts, settings)
     problems.raise_if_any()
     taken = {f"{name}{end}" for name in names for end in ends}
     return StoredModel({name: _reader(file, name) for name, file in files.items() if name not in taken}, packed)
 
 
-def _gptq_reader(name: str, held: Mapping[str, SafeFile], settings: gptq_config.GptqConfig) -> Callable[[], PackedBase]:
-    return lambda: gptq_config.base_from(name, {part: _read(file, f"{name}.{part}") for part, file in held.items()}, settings)
+def _gptq_reader(name: str, parts: Mapping[str, SafeFile], settings: gptq_config.GptqConfig) -> Callable[[], PackedBase]:
+    return lambda: gptq_config.base_from(name, {part: _read(file, f"{name}.{part}") for part, file in parts.items()}, settings)
 
 
-# What config.json calls a way of packing, and what reads a folder in it: a new one is a line here.
+# Readers by the quant_method of config.json: a new method is a line here.
 READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], StoredModel]] = {
     "bitsandbytes": _nf4_stock,
     safetensors_layout.INT8_METHOD: _int8_stock,

@@ -1,7 +1,7 @@
-"""Whether a model folder holds what its config.json describes; every weight that is missing, of another shape or no number.
+"""Checks a model folder against its config.json: weights that are missing, of another shape or not finite.
 
-transformers fills such weights with random numbers, or ends with a table in its own words. Every way of loading (resident,
-packed, streamed) brings what it found here, so that a user reads one message in any of them.
+transformers initialises such weights at random, or fails with its own table. Every way of loading (in memory, packed, streamed)
+reports its findings here, so that the user gets the same message.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from lorakeet.errors import DataError, Problems, nearest
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile
 
-Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by weight: as it was found, and as config.json says
-_SHOWN = 8  # weights in a message; a wrong config.json misfits them all
-_CONVERSION = "We encountered some issues during automatic conversion"  # how transformers begins to say that it joined in vain
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by weight: found shape, and that of config.json
+_SHOWN = 8  # weights in a message; a wrong config.json affects all
+_CONVERSION = (
+    "We encountered some issues during automatic conversion"  # the start of transformers' message about a failed conversion
+)
 
 
 def require_architecture(folder: Path) -> None:
-    """Raises DataError where config.json names no architecture, or one that transformers does not have."""
+    """Raises DataError if config.json names no architecture, or one that transformers lacks."""
     file = folder / "config.json"
     settings = read_object(file, expected="the settings of a model")
     kind = settings.get("model_type")
@@ -43,7 +45,7 @@ def require_architecture(folder: Path) -> None:
 
 
 def require_text_model(folder: Path, config: Any) -> None:
-    """Raises DataError where transformers has no model of that kind that writes text."""
+    """Raises DataError if transformers has no causal language model of that kind."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise DataError(
             f"{folder / 'config.json'} describes a model of type '{config.model_type}', which does not write text: transformers "
@@ -69,15 +71,15 @@ def require_whole(source: Path, kind: str, *, misfits: Shapes, missing: Iterable
 
 
 def misfits_in(report: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The weights of another shape in transformers' report of loading."""
+    """Returns the weights of another shape in transformers' loading report."""
     return {name: (tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]}
 
 
 def refused(source: Path, kind: str, files: Mapping[str, SafeFile], error: Exception) -> DataError:
-    """What to say where transformers ends loading with an error of its own."""
+    """Returns the DataError for an error of transformers while loading."""
     odd = _odd_ones(files)
     if odd:
-        others = [f"{name} is {_size(found)}, its like are {_size(wanted)}" for name, (found, wanted) in sorted(odd.items())]
+        others = [f"{name} is {_size(found)}, similar ones are {_size(usual)}" for name, (found, usual) in sorted(odd.items())]
         return DataError(f"{source} has {len(others)} weights that do not go with the others: {_some(others)}. Fetch it again.")
     first = first_line(error)
     why = "its weights do not go together as its code wants" if first.startswith(_CONVERSION) else first
@@ -88,16 +90,16 @@ def refused(source: Path, kind: str, files: Mapping[str, SafeFile], error: Excep
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error of another library says, with its type."""
+    """Returns the first line of another library's error message, with its type."""
     line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     return line if line.startswith(_CONVERSION) else ": ".join([type(error).__name__, *([line] if line else [])])
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
-    """Raises DataError where a tensor has NaN or infinite values; one pass over it."""
+    """Raises DataError if a tensor has NaN or infinite values, in one pass."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not compare numbers of 8 bits
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not compare 8-bit numbers
     low, high = torch.aminmax(wide)
     if not (bool(low.isfinite()) and bool(high.isfinite())):
         wrong = int((~wide.isfinite()).sum())
@@ -105,7 +107,7 @@ def require_finite(tensor: Tensor, name: str) -> None:
 
 
 def _odd_ones(files: Mapping[str, SafeFile]) -> Shapes:
-    """Tensors whose shape is not that of most others of the same name in other blocks and experts."""
+    """Returns tensors whose shape differs from most others of the same name in other blocks and experts."""
     kinds: dict[str, list[str]] = {}
     for name in files:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)

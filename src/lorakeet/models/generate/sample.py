@@ -1,4 +1,4 @@
-"""Texts that a model writes itself: greedy or sampled, seeded row by row."""
+"""Text generation: greedy or sampled, seeded row by row."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lorakeet.models.text.model import TextModel
 Ids = NDArray[np.int64]
 # transformers 5.24 renamed it; the last release for Python 3.10 is 5.20.
 CACHE = "cache" if "cache" in {part.name for part in fields(BaseModelOutputWithPast)} else "past_key_values"
-STREAMED_CACHE = 128 << 20  # bytes of keys and values beside a streamed model: less than a training step's moments
-ROWS_AT_ONCE = 64  # a step costs nearly the same for 64 rows as for 16: the weights are read once
+STREAMED_CACHE = 128 << 20  # bytes of a KV cache beside a streamed model: less than the optimizer state of training
+ROWS_AT_ONCE = 64  # a step takes about as long for 64 rows as for 16: the weights are read once
 
 
 def sample(
@@ -36,12 +36,12 @@ def sample(
     blocks: int | None = None,
     spill: Callable[[], Spill] | None = None,
 ) -> list[Ids]:
-    """What the model writes after each prompt: at most `max_tokens` ids, the end-of-text id included where it comes.
+    """Returns the model's continuation of each prompt: at most `max_tokens` ids, an end-of-text id included.
 
-    Temperature 0 takes the likeliest token. Row i draws from a generator of its own, seeded by `seed` and i, so that its
-    luck does not depend on the other rows. Uses the active adapter, or the base if none is active. Keys and values of a streamed
-    model of which not one row fits into STREAMED_CACHE lie in `aside`, left out: a file beside its store; `blocks` as in
-    `rows_at_once`. Raises ValueError for an empty prompt or a negative temperature.
+    Temperature 0 takes the likeliest token. Row i has its own generator, seeded by `seed` and i, so that its draws do not depend
+    on other rows. Uses the active adapter, or the base without one. The KV cache of a streamed model, if one row exceeds
+    STREAMED_CACHE, is in `spill` (default: a file beside its store); `blocks` as in `rows_at_once`. Raises ValueError for an
+    empty prompt or a negative temperature.
     """
     if temperature < 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"sample() needs a temperature of 0 or more (not {temperature}) and prompts of at least one token")
@@ -68,9 +68,9 @@ def sample(
 
 
 def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> int:
-    """How many rows of `length` tokens are written together: fewer under a memory budget, so that their keys and values fit.
+    """Returns how many rows of `length` tokens are generated together: fewer for a streamed model, so that their KV cache fits.
 
-    `blocks` are those of the model that `text` stands for, where it has a few of them (workflows/planning/rehearse_text).
+    `blocks` is the number of blocks of the real model, if `text` has only a few of them (workflows/planning/rehearse_text).
     """
     if text.streamed is None:
         return ROWS_AT_ONCE
@@ -79,7 +79,7 @@ def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> 
 
 @contextmanager
 def _cache_of(text: TextModel, length: int, blocks: int | None, spill: Callable[[], Spill] | None) -> Iterator[Any]:
-    """A cache on disk where that of one row has no room in memory; else None, and transformers makes its own."""
+    """A context with a KV cache on disk if one row is too large for memory; else None, and transformers makes its own."""
     store = text.store
     if store is None or text.streamed is None or text.device.type != "cpu":
         yield None
@@ -87,32 +87,32 @@ def _cache_of(text: TextModel, length: int, blocks: int | None, spill: Callable[
     if _row_bytes(text, length, blocks or len(text.streamed.blocks)) <= STREAMED_CACHE:
         yield None
         return
-    with closing(Spill(store.path.parent) if spill is None else spill()) as place:
-        yield spilled_cache(text.model.config, place)
+    with closing(Spill(store.path.parent) if spill is None else spill()) as scratch:
+        yield spilled_cache(text.model.config, scratch)
 
 
 def _row_bytes(text: TextModel, length: int, blocks: int) -> int:
-    """Keys and values of a row of `length` tokens in so many blocks."""
+    """Returns the KV cache bytes of a row of `length` tokens in `blocks` blocks."""
     return cache_bytes(text.model.config.get_text_config(), length, blocks, text.dtype.itemsize)
 
 
 def spilled_bytes(config: Any, length: int, blocks: int) -> int:
-    """What lies on disk of a row of `length` tokens beside a streamed model in fp32 with this text config: all keys and values,
-    or none where they fit into STREAMED_CACHE."""
+    """Returns the KV cache bytes on disk of a row of `length` tokens, for a streamed model in fp32 with this text config; 0 if
+    they fit into STREAMED_CACHE."""
     size = cache_bytes(config, length, blocks, torch.float32.itemsize)
     return size if size > STREAMED_CACHE else 0
 
 
 def cache_bytes(config: Any, length: int, blocks: int, itemsize: int) -> int:
-    """Keys and values of a row of `length` tokens in so many blocks of a model with this text config."""
+    """Returns the KV cache bytes of a row of `length` tokens in `blocks` blocks of a model with this text config."""
     heads = int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * length * kept * width * itemsize * blocks
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * length * kv_heads * width * itemsize * blocks
 
 
 def end_ids(text: TextModel) -> frozenset[int]:
-    """The ids after which the model has nothing more to say: the tokenizer's and the generation settings'."""
+    """Returns the ids that end a text: the tokenizer's and the generation settings'."""
     settings = getattr(text.model, "generation_config", None)
     ends: list[int] = []
     for end in (getattr(settings, "eos_token_id", None), getattr(text.tokenizer, "eos_token_id", None)):
@@ -127,7 +127,7 @@ def _write(
     drawing: tuple[frozenset[int], float, list[torch.Generator]],
     cache: Any = None,
 ) -> list[list[int]]:
-    """One batch, padded on the left, with transformers' own cache where none is given."""
+    """Generates one batch, padded on the left, with transformers' own cache by default."""
     ends, temperature, generators = drawing
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.stack([torch.cat([prompt.new_zeros(longest - len(prompt)), prompt]) for prompt in prompts]).to(text.device)
@@ -136,8 +136,8 @@ def _write(
     open_rows = set(range(len(prompts)))
     for _ in range(max_tokens):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        held = {CACHE: cache, "use_cache": True}
-        output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, **held)
+        cached = {CACHE: cache, "use_cache": True}
+        output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, **cached)
         cache = getattr(output, CACHE)
         logits = text.head(output.last_hidden_state[:, -1]).float().cpu()
         chosen = _draw(logits, temperature, generators)
@@ -153,18 +153,18 @@ def _write(
 
 
 def _draw(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> list[int]:
-    """One id for each row of logits (rows, vocabulary): the first whose cumulated probability passes the row's luck."""
+    """Returns one id for each row of logits (rows, vocabulary): the first whose cumulated probability exceeds a random number."""
     if temperature == 0:
         return [int(number) for number in logits.argmax(-1)]
     cumulated = (logits / temperature).softmax(-1).double().cumsum(-1)
-    luck = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    found = torch.searchsorted(cumulated, luck * cumulated[:, -1:], right=True).squeeze(1)
+    uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    found = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
     return [int(number) for number in found.clamp_max(logits.shape[1] - 1)]
 
 
 @contextmanager
 def _cached_attention(text: TextModel) -> Iterator[None]:
-    """Row attention has no cache, so sdpa (eager where the model has no sdpa) stands in while tokens are written."""
+    """A context with sdpa (or eager) in place of packed attention, which has no KV cache."""
     usual = text.attention
     if usual == "varlen":
         set_attention(text.model, "sdpa" if text.model._supports_sdpa else "eager")

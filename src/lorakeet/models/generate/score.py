@@ -1,4 +1,4 @@
-"""How likely a model finds rows and labels: summed log-probabilities, computed on rows laid end to end, without gradients."""
+"""Summed log-probabilities of rows and labels, computed on packed rows, without gradients."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ HEAD_CHUNK = 256
 def row_losses(
     text: TextModel, rows: Sequence[Example], *, micro_tokens: int, chunk: int = HEAD_CHUNK, progress: Progress | None = None
 ) -> tuple[Floats, Floats]:
-    """−Σ log p over the targets of each row, in the order of `rows` (rows,), and how many targets it has (rows,)."""
+    """Returns −Σ log p over the targets of each row (rows,), in the order of `rows`, and their number (rows,)."""
     text.model.eval()
-    WORKSPACES.release()  # what a step kept pages for; logits take their place
+    WORKSPACES.release()  # frees the buffers of a training step for the logits
     sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
     for batch in _numbered_batches(text, rows, micro_tokens):
         losses = -token_logprobs(text, batch.to(text.device), chunk=chunk).double().cpu().numpy()
-        places, count = batch.target_rows.cpu().numpy(), len(batch.lengths)
+        row_of_target, count = batch.target_rows.cpu().numpy(), len(batch.lengths)
         numbers = [int(key) for key in batch.keys]
-        sums[numbers] = np.bincount(places, weights=losses, minlength=count)
-        weights[numbers] = np.bincount(places, minlength=count)
+        sums[numbers] = np.bincount(row_of_target, weights=losses, minlength=count)
+        weights[numbers] = np.bincount(row_of_target, minlength=count)
         if progress is not None:
             progress(count)
     return sums, weights
@@ -41,10 +41,10 @@ def row_losses(
 def label_scores(
     text: TextModel, rows: Sequence[Candidates], *, micro_tokens: int, chunk: int = HEAD_CHUNK, progress: Progress | None = None
 ) -> Floats:
-    """log p(label | prompt) of every label of every row (rows, labels), summed over the label's tokens.
+    """Returns log p(label | prompt) of every label of every row (rows, labels), summed over the label's tokens.
 
-    What all labels end in (the end-of-turn token) is left out as long as no label is then the beginning of another. Labels of
-    one token are read off one pass over the prompt; longer ones take a pass each.
+    A common ending of all labels (the end-of-turn token) is left out unless one label would then be a prefix of another. Labels
+    of one token share one pass over the prompt; longer ones take a pass each.
     """
     text.model.eval()
     ends = frozenset(int(number) for number in text.tokenizer.all_special_ids)
@@ -68,7 +68,7 @@ def label_scores(
 
 
 def distinguishing(completions: Sequence[Ids], ends: frozenset[int]) -> list[Ids]:
-    """The completions without the special tokens that end all of them, unless one would then be the beginning of another."""
+    """Returns the completions without special tokens at the end of all, unless one would then be a prefix of another."""
     shared = 0
     shortest = min(len(completion) for completion in completions)
     while shared < shortest - 1 and _ending_of_all(completions, shared) & ends:
@@ -85,13 +85,13 @@ def distinguishing(completions: Sequence[Ids], ends: frozenset[int]) -> list[Ids
 
 
 def _ending_of_all(completions: Sequence[Ids], back: int) -> frozenset[int]:
-    """The one token that all completions have `back` places before their last; empty where they differ."""
+    """Returns the token that all completions have `back` positions before their last one; empty if they differ."""
     found = frozenset(int(completion[-1 - back]) for completion in completions)
     return found if len(found) == 1 else frozenset()
 
 
 def _numbered_batches(text: TextModel, rows: Sequence[Example], micro_tokens: int) -> list[Batch]:
-    """Micro-batches whose keys are the rows' numbers, since packing changes the order."""
+    """Returns micro-batches whose keys are the rows' numbers, since packing changes the order."""
     return text.micro_batches([replace(row, key=str(number)) for number, row in enumerate(rows)], micro_tokens)
 
 
@@ -102,7 +102,7 @@ def _example(prompt: Ids, ending: Ids) -> Example:
 
 
 def log_probs_at_targets(text: TextModel, batch: Batch, chunk: int) -> Iterator[torch.Tensor]:
-    """log p over the vocabulary at the one target of each row, (chunk, vocabulary) at a time, without gradient."""
+    """Yields log p over the vocabulary at the one target of each row, (chunk, vocabulary) at a time, without gradient."""
     with torch.no_grad():
         hidden = text.hidden(batch.to(text.device))
     for part in hidden.split(chunk):  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""CLIP as a judge of drawn pictures: its vectors of pictures and of prompts, whose cosines are the field's CLIP-T and CLIP-I."""
+"""CLIP embeddings of images and prompts for evaluating samples: their cosines are CLIP-T and CLIP-I."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lorakeet.data.images.folder import Pixels
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models.files.quiet import quiet_transformers
 
-AT_ONCE = 8  # pictures or prompts that go through CLIP together
+AT_ONCE = 8  # images or prompts in one batch
 Vectors = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class ImageScorer:
-    """A CLIP model in fp32 on the CPU, or wherever `load_scorer` put it, with what prepares its inputs."""
+    """A CLIP model in fp32 with its processor."""
 
     name: str
     model: Any
     processor: Any
 
     def pictures(self, pictures: Iterable[Pixels]) -> Vectors:
-        """Vectors (n, width) of length 1 of pictures (height, width, 3), uint8, of any sizes; a few are asked for at a time."""
+        """Returns unit vectors (n, width) of images (height, width, 3), uint8, of any sizes; the iterable is read in batches."""
         found, waiting = [], iter(pictures)
         while part := list(itertools.islice(waiting, AT_ONCE)):
             given = self.processor(images=part, return_tensors="pt")
@@ -39,7 +39,7 @@ class ImageScorer:
         return _unit(torch.cat(found))
 
     def prompts(self, prompts: Sequence[str]) -> Vectors:
-        """Vectors (n, width) of length 1; what is longer than CLIP reads is cut off."""
+        """Returns unit vectors (n, width) of prompts, which are cut to CLIP's length."""
         found = []
         for start in range(0, len(prompts), AT_ONCE):
             part = list(prompts[start : start + AT_ONCE])
@@ -50,9 +50,9 @@ class ImageScorer:
 
 
 def load_scorer(path: str, device: torch.device | None = None) -> ImageScorer:
-    """The CLIP model in the folder, or under the hub id, `path`.
+    """Loads the CLIP model of the folder or hub id `path`.
 
-    ConfigError where it is another model; EnvironmentProblem where it cannot be loaded.
+    Raises ConfigError for another kind of model, EnvironmentProblem if it cannot be loaded.
     """
     with quiet_transformers():
         try:
@@ -64,10 +64,10 @@ def load_scorer(path: str, device: torch.device | None = None) -> ImageScorer:
             model, report = transformers.CLIPModel.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-            if lacking := sorted(report["missing_keys"]):  # transformers makes them up
+            if lacking := sorted(report["missing_keys"]):  # transformers would initialise them at random
                 raise ValueError(f"it lacks {len(lacking)} of its weights ({', '.join(lacking[:3])}, …).")
             processor = transformers.CLIPProcessor.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:  # what is broken
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:  # from broken files
             raise EnvironmentProblem(
                 f"diffusion.scorer '{path}' cannot be loaded: {error} Expected a folder of a CLIP model with its tokenizer and "
                 "preprocessor_config.json, or a hub id that this machine can reach; leave it out to do without."

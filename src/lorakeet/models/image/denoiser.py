@@ -1,4 +1,4 @@
-"""A denoiser built empty and filled from its files, a tensor at a time; its linear layers are packed where asked."""
+"""Loads a denoiser from its files, a tensor at a time, and packs its linear layers if requested."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lorakeet.quant.spec import QuantSpec
 
 METHODS = ("nf4", "int8")
 _NAME = "diffusion_pytorch_model.safetensors"
-_SHARD = r"(?:-\d+-of-\d+)?"  # older diffusers numbered the files before the variant
+_SHARD = r"(?:-\d+-of-\d+)?"  # older diffusers versions put the number before the variant
 _VARIANT = re.compile(rf"[a-z_]+{_SHARD}\.(\w+){_SHARD}\.safetensors")  # model.fp16.safetensors, one file or several
-_WIDE = ("time_embedding", "add_embedding", "time_text_embed")  # few numbers, on which every result depends
+_WIDE = ("time_embedding", "add_embedding", "time_text_embed")  # few weights, on which every result depends
 Make = Callable[[Mapping[str, Any]], nn.Module]  # a denoiser from the content of its config.json
 
 
 @dataclass(frozen=True)
 class DenoiserFiles:
-    """A denoiser as it lies on disk: its configuration, and by diffusers' names the file of each tensor and its name there."""
+    """A denoiser on disk: its configuration, and by diffusers' names the file of each tensor and its name there."""
 
     where: Path
     config: Mapping[str, Any]
@@ -39,7 +39,7 @@ class DenoiserFiles:
 
 
 def packing_of_denoiser(model: nn.Module, spec: QuantSpec) -> Packing:
-    """How each linear layer of `model` is packed: all but those that embed timestep and sizes; convolutions stay as they are."""
+    """Returns the packing of each linear layer of `model`, but those that embed timestep and sizes."""
     if spec.method == "none":
         return {}
     settings = {"method": spec.method, "block_size": spec.block_size, "double_quant": spec.double_quant}
@@ -53,45 +53,44 @@ def packing_of_denoiser(model: nn.Module, spec: QuantSpec) -> Packing:
 def load_denoiser(
     files: DenoiserFiles, make: Make, dtype: torch.dtype, spec: QuantSpec, *, say: Callable[[str], None] = print
 ) -> nn.Module:
-    """The denoiser in `files` on the CPU; where `spec` packs, its linear layers are packed from the dtype of the file.
+    """Loads the denoiser of `files` on the CPU; linear layers that `spec` packs are packed from the dtype of the file.
 
-    All other numbers are rounded to `dtype`. Beside the model no more than one tensor of the file is in memory: diffusers' own
-    loader maps the files, whose pages are then resident beside what was made of them. DataError lists every tensor that is
-    missing, unknown or of another shape.
+    Other weights are rounded to `dtype`. At most one tensor of the file is in memory beside the model: diffusers' own loader maps
+    the files, whose pages are then resident too. DataError lists every tensor that is missing, unknown or of another shape.
     """
     with torch.device("meta"):
         model = make(files.config)
     packing = packing_of_denoiser(model, spec)
     _check(files, model)
     for name, (file, stored) in files.tensors.items():
-        _place(model, name, file.read(stored), dtype, spec if name.removesuffix(".weight") in packing else None)
+        _set_tensor(model, name, file.read(stored), dtype, spec if name.removesuffix(".weight") in packing else None)
     if packing:
         bases = [module.base for module in model.modules() if isinstance(module, PackedLinear)]
-        held, dense = sum(base.bytes for base in bases), weights_in(nn.ModuleList(bases)) * dtype.itemsize
-        say(f"{len(packing)} linear layers are {spec.method}: {held / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
+        packed, dense = sum(base.bytes for base in bases), weights_in(nn.ModuleList(bases)) * dtype.itemsize
+        say(f"{len(packing)} linear layers are {spec.method}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
         if spec.method == "nf4" and bitsandbytes_advice():
             say(bitsandbytes_advice())
     return model.requires_grad_(False).eval()
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, packing: QuantSpec | None) -> None:
-    """Puts a tensor of the file where it belongs, in memory of torch's own: what a file was read into begins anywhere."""
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, packing: QuantSpec | None) -> None:
+    """Sets a tensor of the model, copied into memory that torch aligns."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if packing is not None and leaf == "weight":
         model.set_submodule(path, PackedLinear(quantise_weight(tensor, packing), getattr(module, "bias", None)))
         return
-    held = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype).copy_(tensor)
+    copy = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype).copy_(tensor)
     if leaf in module._parameters:
-        setattr(module, leaf, nn.Parameter(held, requires_grad=False))
+        setattr(module, leaf, nn.Parameter(copy, requires_grad=False))
     else:
-        module._buffers[leaf] = held
+        module._buffers[leaf] = copy
 
 
 def variant_in(folder: Path, parts: Iterable[str]) -> str | None:
-    """The variant, such as fp16, of which alone a pipeline's folder has weights of some part; None where it has those without.
+    """Returns the variant, such as fp16, if a pipeline's folder has weights of some part only in it; else None.
 
-    DataError where there are several to choose from.
+    Raises DataError if there are several to choose from.
     """
     for part in parts:
         files = {path.name for path in (folder / part).glob("*.safetensors")}
@@ -100,22 +99,22 @@ def variant_in(folder: Path, parts: Iterable[str]) -> str | None:
             continue
         if len(variants) > 1:
             raise DataError(
-                f"{folder / part} holds weights of the variants {', '.join(variants)}, and none without; leave one of them there."
+                f"{folder / part} has weights of the variants {', '.join(variants)}, and none without; leave one of them there."
             )
         return variants[0]
     return None
 
 
 def denoiser_files(folder: Path, variant: str | None = None) -> DenoiserFiles:
-    """Those of a folder that diffusers saved (config.json and safetensors), headers checked; nothing is read.
+    """Returns the files of a folder that diffusers saved (config.json and safetensors), of a `variant` if it has one.
 
-    Of a `variant` where the folder has it. DataError where there are none.
+    It checks headers and reads no tensors. Raises DataError if there are none.
     """
     config = read_object(folder / "config.json", expected="the configuration of a UNet or transformer, as diffusers saves it")
-    places = [(_NAME, f"{_NAME}.index.json")]
+    names = [(_NAME, f"{_NAME}.index.json")]
     if variant is not None:
-        places.insert(0, (_NAME.replace(".", f".{variant}."), f"{_NAME}.index.{variant}.json"))
-    for name, index in places:
+        names.insert(0, (_NAME.replace(".", f".{variant}."), f"{_NAME}.index.{variant}.json"))
+    for name, index in names:
         if (folder / index).is_file():
             return DenoiserFiles(folder, config, {key: (file, key) for key, file in indexed_tensors(folder / index).items()})
         if (folder / name).is_file():

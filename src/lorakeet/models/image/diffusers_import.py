@@ -1,4 +1,4 @@
-"""The package diffusers: imported where an image model is needed, quiet, and asked for a denoiser by its configuration."""
+"""Imports the package diffusers when an image model is needed, silences it, and builds a denoiser from its configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorakeet.models.files.quiet import quiet_transformers
 
 
 def diffusers() -> Any:
-    """The package diffusers. EnvironmentProblem where it is not installed."""
+    """Returns the package diffusers; EnvironmentProblem if it is not installed."""
     with quiet_transformers():
         try:
             import diffusers as package
@@ -24,7 +24,7 @@ def diffusers() -> Any:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silences what transformers and diffusers say besides errors; afterwards their settings are as they were."""
+    """A context in which transformers and diffusers report errors only; their settings are restored afterwards."""
     logging = diffusers().utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

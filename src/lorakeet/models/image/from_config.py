@@ -1,6 +1,6 @@
-"""An image model from its configurations alone: shapes without weights, for what is planned before anything is loaded.
+"""Builds an image model from its configurations alone: shapes without weights, for planning before anything is loaded.
 
-Built inside a memory.ledger.Ledger its tensors take no memory; built outside they are real and random.
+Inside a memory.ledger.Ledger its tensors take no memory; outside they are real and random.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _CLIP = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPText
 
 
 def shapes_of_images(spec: ModelSpec, say: Callable[[str], None]) -> Shapes:
-    """The configurations of the pipeline that `spec.path` names; no weights are read or fetched.
+    """Returns the configurations of the pipeline `spec.path`; reads and fetches no weights.
 
-    Those of a single file, a folder, a published shape (which needs no network), or a hub id. ConfigError where there are none.
+    They are those of a single file, a folder, a published shape (without network), or a hub id. Raises ConfigError if there are
+    none.
     """
     single = open_single(spec, say)
     return shapes_in(spec.path, spec.revision, say) if single is None else single.shapes
@@ -41,7 +42,7 @@ def shapes_of_images(spec: ModelSpec, say: Callable[[str], None]) -> Shapes:
 
 @dataclass(frozen=True)
 class ShapeImageModel(ImageModel):
-    """An ImageModel without tokenizers: captions are made-up ids, as many as the text encoders read."""
+    """An ImageModel without tokenizers: captions are made-up ids of the text encoders' length."""
 
     def describe(self, captions: Sequence[str]) -> Conditioning:
         self.stage_to_describe()
@@ -68,11 +69,11 @@ class ShapeImageModel(ImageModel):
 
 
 def image_model_from_config(
-    shapes: Shapes, *, name: str, dtype: torch.dtype, quantize: QuantSpec | None = None, card: bool = False
+    shapes: Shapes, *, name: str, dtype: torch.dtype, quantize: QuantSpec | None = None, gpu: bool = False
 ) -> ShapeImageModel:
-    """The frozen model of `shapes`, on the CPU, in eval mode; the linear layers of its denoiser are packed as `quantize` asks.
+    """Returns the frozen model of `shapes`, in eval mode; the linear layers of its denoiser are packed as `quantize` says.
 
-    For a `card`, the CPU stands for it, and what waits aside is not there at all.
+    With `gpu`, the CPU represents the GPU, and idle parts are on the meta device.
     """
     package, kind = diffusers(), PIPELINES[shapes["_class_name"]]
     with quiet_diffusers():
@@ -91,11 +92,11 @@ def image_model_from_config(
         part.requires_grad_(False).eval()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pipeline = SimpleNamespace(scheduler=scheduler, vae=vae, vae_scale_factor=factor)
-    return ShapeImageModel(name, kind, pipeline, parts, torch.device("cpu"), dtype, torch.device("meta") if card else None)
+    return ShapeImageModel(name, kind, pipeline, parts, torch.device("cpu"), dtype, torch.device("meta") if gpu else None)
 
 
 def _encoder(shape: Mapping[str, Any]) -> Any:
-    """The text encoder of a configuration; CLIP's without a projection where it does not say its class."""
+    """Returns the text encoder of a configuration; by default CLIP's without a projection."""
     settings, name = {key: value for key, value in shape.items() if not key.startswith("_")}, shape.get("_class_name", "")
     if name.startswith("T5"):
         return T5EncoderModel(T5Config(**settings))

@@ -1,4 +1,4 @@
-"""Latents of pictures and embeddings of captions, computed once and kept on disk under a hash of all that they depend on."""
+"""Caches latents of images and embeddings of captions on disk, by a hash of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lorakeet.kernels.cache import cache_folder
 from lorakeet.models.image.kinds import Conditioning
 from lorakeet.models.image.model import ImageModel
 
-AT_ONCE = 4  # captions, and cut-outs of a picture, that are encoded together
+AT_ONCE = 4  # captions, or crops of an image, encoded in one batch
 Progress = Callable[[int], None]  # called with the number of pictures or captions just done
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A picture's cut-outs as latents (variants, channels, h, w), fp32 on the CPU; the first is the middle, not mirrored.
+    """The crops of an image as latents (variants, channels, h, w), fp32 on the CPU; the first is the centre crop, not mirrored.
 
-    sizes (variants, 6): the picture's height and width, top and left of the cut (of a mirrored one in the mirrored picture), the
-    example's height and width, in pixels.
+    sizes (variants, 6) in pixels: the image's height and width, top and left of the crop (in the mirrored image if it is
+    mirrored), the example's height and width.
     """
 
     row: ImageRow
@@ -38,13 +38,13 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The examples' sizes (height, width) in pixels that a model and the settings give."""
+    """The sizes (height, width) of examples, in pixels, that a model and the settings allow."""
 
     allowed: list[tuple[int, int]]
 
     @classmethod
     def of(cls, model: ImageModel, spec: ImageSpec) -> Sizes:
-        """ConfigError where the settings ask for a size that the denoiser cannot halve or lay into patches."""
+        """Returns the sizes; ConfigError if the settings have one that the denoiser cannot halve or cut into patches."""
         step = model.multiple
         resolution = spec.resolution or model.resolution
         wanted = spec.bucket_step or max(step, resolution // 8 // step * step)
@@ -65,7 +65,7 @@ class Sizes:
 def encode_images(
     model: ImageModel, rows: Sequence[ImageRow], spec: ImageSpec, *, say: Callable[[str], None], progress: Progress | None = None
 ) -> list[EncodedImage]:
-    """Every row's latents, from the cache where they are in it. EnvironmentProblem where the cache cannot be written."""
+    """Returns every row's latents, from the cache if possible. EnvironmentProblem if the cache cannot be written."""
     folder = cache_in(spec, "latents")
     sizes = Sizes.of(model, spec)
     found = []
@@ -73,15 +73,15 @@ def encode_images(
         size = bucket_of(row, sizes.allowed)
         mirrored = "mirrored at their own left" if spec.flip else "False"
         key = f"{row.pixels_key} {model.autoencoder_digest} {size} {spec.crops} {mirrored}"
-        held = cached_tensors(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
-        found.append(EncodedImage(row, held["latents"], held["sizes"]))
+        tensors = cached_tensors(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
+        found.append(EncodedImage(row, tensors["latents"], tensors["sizes"]))
         if progress:
             progress(1)
     return found
 
 
 class Captions:
-    """The conditioning of captions, each computed once; the empty caption is what a dropped one becomes."""
+    """The conditioning of captions, each computed once; a dropped caption becomes the empty one."""
 
     def __init__(self, model: ImageModel, spec: ImageSpec, *, say: Callable[[str], None]) -> None:
         self.model, self.say = model, say
@@ -89,22 +89,22 @@ class Captions:
         self.known: dict[str, Conditioning] = {}
 
     def of(self, caption: str) -> Conditioning:
-        """The conditioning of one caption, (1, tokens, width), fp32 on the CPU."""
+        """Returns the conditioning of one caption, (1, tokens, width), fp32 on the CPU."""
         if caption not in self.known:
             key = f"{self.model.kind.name} {self.model.encoders_digest}\n{caption}"
-            held = cached_tensors(self.folder, key, lambda: self._describe(caption), self.say)
-            self.known[caption] = Conditioning(held["states"], held.get("pooled"))
+            tensors = cached_tensors(self.folder, key, lambda: self._describe(caption), self.say)
+            self.known[caption] = Conditioning(tensors["states"], tensors.get("pooled"))
         return self.known[caption]
 
     def _describe(self, caption: str) -> dict[str, Tensor]:
         with torch.no_grad():
-            told = self.model.describe([caption])
-        found = {"states": told.states.float().cpu()}
-        return found if told.pooled is None else {**found, "pooled": told.pooled.float().cpu()}
+            embedded = self.model.describe([caption])
+        found = {"states": embedded.states.float().cpu()}
+        return found if embedded.pooled is None else {**found, "pooled": embedded.pooled.float().cpu()}
 
 
 def as_pixels(pictures: Sequence[Pixels]) -> Tensor:
-    """uint8 pictures (height, width, 3) of one size as the autoencoder takes them: (n, 3, height, width) in [−1, 1]."""
+    """Returns uint8 images (height, width, 3) of one size as the autoencoder's input (n, 3, height, width) in [−1, 1]."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     return stacked.float() / 127.5 - 1
 
@@ -113,7 +113,7 @@ def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: Ima
     try:
         pixels, _ = open_pixels(row.path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{row.path} could be read when the run began and cannot be read now: {error}.") from error
+        raise DataError(f"{row.path} could be read when the run started and cannot be read now: {error}.") from error
     pictures, sizes = [], []
     for crop in range(spec.crops):
         piece, (top, left) = crop_to_cover(pixels, size, crop=crop, key=row.pixels_key)
@@ -122,13 +122,13 @@ def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: Ima
         if spec.flip:
             pictures.append(piece[:, ::-1].copy())
             width = scaled_to_cover((row.height, row.width), size)[1]
-            sizes.append([row.height, row.width, top, width - size[1] - left, *size])  # where it lies in the mirrored picture
+            sizes.append([row.height, row.width, top, width - size[1] - left, *size])  # its position in the mirrored image
     parts = [as_pixels(pictures[start : start + AT_ONCE]) for start in range(0, len(pictures), AT_ONCE)]
     return {"latents": torch.cat([model.encode(part).cpu() for part in parts]), "sizes": torch.tensor(sizes, dtype=torch.float32)}
 
 
 def cache_in(spec: ImageSpec, name: str) -> Path:
-    """The folder of the cache for one sort of things, made if need be; EnvironmentProblem where it cannot be."""
+    """Returns the cache folder of one kind of tensors, made if missing; EnvironmentProblem if it cannot be made."""
     folder = (Path(spec.cache).expanduser() if spec.cache else cache_folder() / "images") / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def cache_in(spec: ImageSpec, name: str) -> Path:
 def cached_tensors(
     folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """What the cache holds under `key`, or what `make` gives, which is then kept."""
+    """Returns the cached tensors of `key`, or those of `make`, which are then cached."""
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}.safetensors"
     if path.is_file():
         try:

@@ -22,7 +22,7 @@ from lorakeet.formats.components import with_components
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.image.denoiser import METHODS, denoiser_files, load_denoiser, variant_in
 from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quiet_diffusers
-from lorakeet.models.image.kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
+from lorakeet.models.image.kinds import ENCODERS, FLUX_SIDE, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
 from lorakeet.models.image.noise import Noising, noising_of
 from lorakeet.models.image.scaling import scaled_latents, scaling_note, unscaled
 from lorakeet.models.image.schedule import scheduler_for
@@ -36,7 +36,7 @@ from lorakeet.models.text.digests import frozen_digests
 
 
 def stack(parts: Sequence[Conditioning]) -> Conditioning:
-    """Several conditionings as one, in order."""
+    """Returns several conditionings as one, in order."""
     pooled = [part.pooled for part in parts if part.pooled is not None]
     return Conditioning(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
@@ -46,8 +46,8 @@ class ImageModel:
     """The parts of a pipeline. `parts` holds those that adapters can be put on: the denoiser and the text encoders.
 
     The autoencoder stays in fp32 whatever `dtype` is: SDXL's overflows in fp16, and it runs once for each picture only.
-    With `aside`, a part is on `device` only while it computes, and waits there otherwise: on a card there is then room for
-    whichever part is the largest, not for all of them.
+    With `idle_device`, a part is on `device` only while it computes and on `idle_device` otherwise: a GPU then needs memory for
+    the largest part only.
     """
 
     name: str
@@ -59,30 +59,32 @@ class ImageModel:
     idle_device: torch.device | None = None
 
     def stage(self, *names: str) -> None:
-        """Brings the named parts ("vae" or a name in `parts`) onto the device, and all others aside; nothing without `aside`."""
+        """Moves the named parts ("vae" or a name in `parts`) to the device and all others to `idle_device`, if there is one."""
         if self.idle_device is None:
             return
         every = {**dict(self.parts.items()), "vae": self.vae}
-        for name in sorted(every, key=lambda name: name in names):  # make room first
+        for name in sorted(every, key=lambda name: name in names):  # free memory first
             move_part(every[name], self.device if name in names else self.idle_device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def stage_to_predict(self) -> None:
-        """Brings the denoiser onto the device, and the text encoders that are trained with it."""
+        """Moves the denoiser to the device, and the text encoders that are trained with it."""
         self.stage(self.kind.denoiser, *self._trained_encoders())
 
     def stage_to_describe(self) -> None:
-        """Brings the text encoders onto the device, and the denoiser where they are trained with it."""
+        """Moves the text encoders to the device, and the denoiser if they are trained with it."""
         self.stage(*ENCODERS, *([self.kind.denoiser] if self._trained_encoders() else []))
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Denoiser and autoencoder on the device, and the pipeline without the encoders: it runs where any of its parts is."""
+        """A context with denoiser and autoencoder on the device and the pipeline without idle encoders, whose device it would
+        use.
+        """
         self.stage(self.kind.denoiser, "vae")
         away = [] if self.idle_device is None else [name for name in ENCODERS if name in self.parts]
         for name in away:
-            object.__setattr__(self.pipeline, name, None)  # past diffusers' own, which would write it into the configuration
+            object.__setattr__(self.pipeline, name, None)  # diffusers' own setter would write it into the configuration
         try:
             yield
         finally:
@@ -105,7 +107,7 @@ class ImageModel:
 
     @property
     def prediction(self) -> str:
-        """What the denoiser predicts: flow, or what the scheduler says, epsilon or v_prediction."""
+        """What the denoiser predicts: flow, epsilon or v_prediction, by the scheduler's configuration."""
         return "flow" if self.kind.flow else str(self.pipeline.scheduler.config.prediction_type)
 
     @cached_property
@@ -115,23 +117,23 @@ class ImageModel:
 
     @property
     def resolution(self) -> int:
-        """Side in pixels of the pictures that the denoiser was made for. ConfigError where its configuration does not say one."""
-        side = FLUX_PLACES if self.kind.name == "flux" else self.denoiser.config.sample_size
+        """Side in pixels of the denoiser's training images. ConfigError if its configuration has none."""
+        side = FLUX_SIDE if self.kind.name == "flux" else self.denoiser.config.sample_size
         if not isinstance(side, int):
             raise ConfigError(
-                f"sample_size in {self.kind.denoiser}/config.json of {self.name} is {side}, so the size of its pictures is not "
-                "known; say it with images.resolution (generate: --size 512x512)."
+                f"sample_size in {self.kind.denoiser}/config.json of {self.name} is {side}, so the size of its images is not "
+                "known; set images.resolution (generate: --size 512x512)."
             )
         return int(side) * self.factor
 
     @property
     def factor(self) -> int:
-        """Pixels to one side of a latent's place."""
+        """Pixels per side of a latent position."""
         return int(self.pipeline.vae_scale_factor)
 
     @property
     def multiple(self) -> int:
-        """Pixels of which a picture's sides must be multiples: a UNet halves places, a transformer lays them into patches."""
+        """Pixels that an image's sides must be multiples of: a UNet halves its latents, a transformer cuts them into patches."""
         config = self.denoiser.config
         if self.kind.denoiser == "unet":
             return int(self.factor * 2 ** (len(config.block_out_channels) - 1))
@@ -139,48 +141,48 @@ class ImageModel:
 
     @cached_property
     def autoencoder_digest(self) -> str:
-        """SHA-256 over the autoencoder's numbers and scaling: latents are the same where it is."""
+        """SHA-256 of the autoencoder's weights and scaling, on which latents depend."""
         return _digest(self.vae, scaling_note(self.vae.config, self.kind))
 
     @cached_property
     def encoders_digest(self) -> str:
-        """SHA-256 over all that embeddings depend on: the text encoders' numbers, tokenizers, what the empty caption becomes."""
+        """SHA-256 of everything that embeddings depend on: text encoders, tokenizers, treatment of the empty caption."""
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self._tokenizers()]
         encoders = nn.ModuleDict({name: part for name, part in self.parts.items() if name in ENCODERS})
         return _digest(encoders, f"{vocabularies!r} {self._empty_is_zeros}")
 
     @cached_property
     def denoiser_digest(self) -> str:
-        """SHA-256 over the denoiser's frozen numbers: what the base draws is the same where it is."""
+        """SHA-256 of the denoiser's frozen weights, on which samples of the base depend."""
         return _digest(self.denoiser, self.prediction)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (n, 3, height, width) in [−1, 1] to latents (n, channels, height/factor, width/factor), fp32.
+        """Returns latents (n, channels, height/factor, width/factor), fp32, of pixels (n, 3, height, width) in [−1, 1].
 
-        The mean of the autoencoder's distribution, not a sample of it: the same picture always has the same latent. One picture
-        at a time, as in `decode`: at 1024² the autoencoder holds gigabytes for each.
+        They are the mean of the autoencoder's distribution, so that an image always has the same latent. It encodes one image at
+        a time, as `decode` does: at 1024² the autoencoder needs gigabytes for each.
         """
         self.stage("vae")
         with torch.no_grad():
             wide = pixels.to(self.device, torch.float32)
-            mean = torch.cat([self.vae.encode(wide[place : place + 1]).latent_dist.mean for place in range(len(wide))])
+            mean = torch.cat([self.vae.encode(wide[number : number + 1]).latent_dist.mean for number in range(len(wide))])
         return scaled_latents(mean, self.vae.config, self.kind)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pictures (n, height, width, 3), uint8 on the CPU."""
+        """Returns images (n, height, width, 3), uint8 on the CPU, of latents."""
         self.stage("vae")
         wide = unscaled(latents.to(self.device, torch.float32), self.vae.config, self.kind)
         found = []
         with torch.no_grad():
-            for place in range(len(wide)):
-                pixels = self.vae.decode(wide[place : place + 1], return_dict=False)[0]
+            for number in range(len(wide)):
+                pixels = self.vae.decode(wide[number : number + 1], return_dict=False)[0]
                 found.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
         return torch.cat(found).permute(0, 2, 3, 1).cpu()
 
     def describe(self, captions: Sequence[str]) -> Conditioning:
-        """The conditioning of `captions`, with gradient where one is asked for; what is longer than encoders read is cut off.
+        """Returns the conditioning of `captions`, with gradient if enabled; captions are cut to the encoders' length.
 
-        SDXL was trained with zeros for the empty caption, and its pipeline says so.
+        SDXL was trained with zeros for the empty caption, as its pipeline's configuration says.
         """
         self.stage_to_describe()
         with quiet_diffusers():
@@ -189,12 +191,12 @@ class ImageModel:
             )
         states, pooled = found[0], None if self.kind.pooled is None else found[self.kind.pooled]
         if pooled is not None and self._empty_is_zeros and "" in captions:
-            told = torch.tensor([float(caption != "") for caption in captions], device=states.device, dtype=states.dtype)
-            states, pooled = states * told.view(-1, 1, 1), pooled * told.view(-1, 1)
+            given = torch.tensor([float(caption != "") for caption in captions], device=states.device, dtype=states.dtype)
+            states, pooled = states * given.view(-1, 1, 1), pooled * given.view(-1, 1)
         return Conditioning(states, pooled)
 
     def cut_off(self, captions: Sequence[str]) -> list[str]:
-        """Those of `captions` of which no encoder reads all."""
+        """Returns the captions that are longer than every encoder reads."""
         tokenizers = self._tokenizers()
         if self.kind.reads and not type(tokenizers[-1]).__name__.startswith("CLIP"):
             limits = [(tokenizers[-1], self.kind.reads)]
@@ -203,14 +205,14 @@ class ImageModel:
         with quiet_diffusers():
             return [text for text in captions if any(len(tokenizer(text).input_ids) > limit for tokenizer, limit in limits)]
 
-    def predict(self, noisy: Tensor, times: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
-        """The denoiser's prediction (n, channels, h, w), fp32, of `noisy` latents at `times` (n,), as `noising` has them.
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """Returns the denoiser's prediction (n, channels, h, w), fp32, for `noisy` latents at `times` (n,) of `noising`.
 
-        sizes (n, 6): original height and width, top and left of the crop, target height and width, which SDXL is told.
+        sizes (n, 6): original height and width, top and left of the crop, target height and width, for SDXL.
         """
         self.stage_to_predict()
-        told, wide = told.to(self.device, self.dtype), (self.device, self.dtype)
-        found = predicted(self.kind, self.denoiser, noisy.to(*wide), times.to(self.device), told, sizes.to(*wide))
+        conditioning, wide = conditioning.to(self.device, self.dtype), (self.device, self.dtype)
+        found = predicted(self.kind, self.denoiser, noisy.to(*wide), times.to(self.device), conditioning, sizes.to(*wide))
         return found.float()
 
     @property
@@ -222,26 +224,26 @@ class ImageModel:
 
 
 def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable[[str], None] = print) -> ImageModel:
-    """The pipeline in the file or folder, or under the hub id, `spec.path`, frozen, on its device.
+    """Loads the pipeline of the file, folder or hub id `spec.path`, frozen, on its device.
 
-    `prediction` says what the denoiser predicts where the scheduler's configuration is wrong. ConfigError for what is none of
-    `image_kinds` and for settings that it cannot have; EnvironmentProblem where diffusers or the files are missing.
+    `prediction` overrides what the denoiser predicts by the scheduler's configuration. Raises ConfigError for other kinds of
+    models and unsupported settings, EnvironmentProblem if diffusers or files are missing.
     """
     for message in spec.validate():
         raise ConfigError(message)
     if spec.quantize.method not in ("none", *METHODS):
         raise ConfigError(f"model.quantize is {spec.quantize.method}; the layers of an image model can be {', '.join(METHODS)}.")
     if spec.quantize.int8_products:
-        raise ConfigError("model.quantize.int8_products is for text models; leave it out where pictures are trained on.")
+        raise ConfigError("model.quantize.int8_products is for text models; leave it out for image models.")
     if spec.kernels != "torch":
-        raise ConfigError(f"model.kernels {spec.kernels} is for text models; leave it out where pictures are trained on.")
+        raise ConfigError(f"model.kernels {spec.kernels} is for text models; leave it out for image models.")
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
     kind, pipeline = _pipeline_of(spec, dtype, say)
     pipeline.scheduler = scheduler_for(pipeline.scheduler, kind, prediction, spec.path, say)
     idle_device = torch.device("cpu") if device.type == "cuda" else None
     if idle_device is None:
-        with quiet_diffusers():  # which says of float16 on a CPU that it fails; it is slow there, and that is all
+        with quiet_diffusers():  # which warns that float16 fails on a CPU; it is only slow there
             pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.float()
@@ -253,11 +255,11 @@ def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable
 
 
 def move_part(part: nn.Module, device: torch.device) -> None:
-    """Moves `part` to the device, if it is not there. From and to `meta`, as in a rehearsal, its tensors are made anew."""
-    held = next(part.parameters()).device
-    if held.type == device.type:
+    """Moves `part` to the device. From and to `meta`, as in a rehearsal, it allocates new tensors."""
+    current = next(part.parameters()).device
+    if current.type == device.type:
         return
-    if "meta" not in (held.type, device.type):
+    if "meta" not in (current.type, device.type):
         part.to(device)
         return
     made: dict[int, Tensor] = {}
@@ -272,10 +274,10 @@ def move_part(part: nn.Module, device: torch.device) -> None:
 
 
 def image_plan(model: ImageModel, spec: LoraSpec, *, text_encoder: bool) -> Plan:
-    """What `spec` means for the denoiser and, where asked for, for the CLIP text encoders.
+    """Returns the Plan of `spec` for the denoiser and, with `text_encoder`, for the CLIP text encoders.
 
     Besides module names: attention, mlp (the feed-forward layers), all-linear, and conv (all convolutions but a UNet's first and
-    last one). Modules whose output is not used are left out (`_unused`). ConfigError with every problem.
+    last one). Modules whose output is unused are left out (`_unused`). Raises ConfigError with every problem.
     """
     if spec.layers != "all":
         raise ConfigError(
@@ -291,10 +293,10 @@ def image_plan(model: ImageModel, spec: LoraSpec, *, text_encoder: bool) -> Plan
 
 
 def _unused(model: ImageModel, path: str) -> bool:
-    """Whether what the module at `path` computes goes nowhere, so that a pair on it has no gradient.
+    """True if the output of the module at `path` is unused, so that a pair on it has no gradient.
 
-    The last block of SDXL's first text encoder: the states are taken before it. The text's queries in SD3's last block, which
-    gives pictures alone.
+    These are the last block of SDXL's first text encoder, whose states are taken before it, and the text's queries in SD3's last
+    block, which outputs images only.
     """
     if model.kind.name == "sd3":
         return path == f"transformer.transformer_blocks.{int(model.denoiser.config.num_layers) - 1}.attn.add_q_proj"
@@ -305,12 +307,12 @@ def _unused(model: ImageModel, path: str) -> bool:
 
 
 def put_image_adapter(model: ImageModel, adapter: Adapter, name: str = "default") -> None:
-    """Puts a finished adapter of any format on the model under `name`, active; ConfigError where it does not fit."""
+    """Adds a finished adapter of any format under `name` and activates it; ConfigError if it does not fit."""
     attach(model.parts, with_model_paths(model, adapter), name)
 
 
 def with_model_paths(model: ImageModel, adapter: Adapter) -> Adapter:
-    """The adapter with the paths that its modules have in `model`: newer text encoders have no part `text_model`."""
+    """Returns the adapter with the module paths of `model`: newer text encoders have no part `text_model`."""
 
     def own(path: str) -> str:
         shorter = path.replace(".text_model.", ".", 1)
@@ -321,7 +323,7 @@ def with_model_paths(model: ImageModel, adapter: Adapter) -> Adapter:
 
 
 def _folder_of(spec: ModelSpec, given: Mapping[str, Any]) -> Path:
-    """The folder of the pipeline, fetched first where `spec.path` is a hub id, without the parts that are `given`."""
+    """Returns the folder of the pipeline, downloaded for a hub id, without the parts in `given`."""
     path = Path(spec.path).expanduser()
     if path.is_dir():
         return path
@@ -352,7 +354,7 @@ def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]
 
 
 def _kind_of(spec: ModelSpec) -> tuple[ImageKind, dict[str, Any]]:
-    """The kind of a folder or a hub id, and further arguments of diffusers' loader."""
+    """Returns the kind of a folder or a hub id, and further arguments of diffusers' loader."""
     path = Path(spec.path).expanduser()
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise DataError(
@@ -371,7 +373,7 @@ def _kind_of(spec: ModelSpec) -> tuple[ImageKind, dict[str, Any]]:
 def _as_problem(spec: ModelSpec) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:  # what diffusers raises for files that lack or are broken
+    except (OSError, ValueError, SafetensorError) as error:  # diffusers' errors for missing or broken files
         raise EnvironmentProblem(
             f"model.path '{spec.path}' cannot be loaded: {error}. Expected a folder that diffusers saved, a single file, or a "
             "hub id that this machine can reach; pickled weights are not opened."

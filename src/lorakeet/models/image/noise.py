@@ -1,7 +1,7 @@
-"""How latents x are noised: x_t = signal_t·x + noise_t·ε, and what the model is told of t. Diffusion and rectified flow alike.
+"""Noise of latents x: x_t = signal_t·x + noise_t·ε, and the model's time input, for diffusion and rectified flow.
 
-    diffusion         signal √ᾱ_t, noise √(1 − ᾱ_t), told t                      (DDPM, arXiv 2006.11239)
-    rectified flow    signal 1 − σ_t, noise σ_t, told 1000·σ_t                    (SD3, arXiv 2403.03206)
+    diffusion         signal √ᾱ_t, noise √(1 − ᾱ_t), time t                      (DDPM, arXiv 2006.11239)
+    rectified flow    signal 1 − σ_t, noise σ_t, time 1000·σ_t                    (SD3, arXiv 2403.03206)
                       σ_t = s·u / (1 + (s − 1)·u) for u = t/1000 and the scheduler's shift s
 """
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from lorakeet.errors import ConfigError
 from lorakeet.models.image.diffusers_import import diffusers
 
-_DEFAULTS = "_use_default_values"  # of a built one: what its file left out, for which from_config would take its own class's
+_DEFAULTS = (
+    "_use_default_values"  # key of a built scheduler: settings that from_config would replace by the defaults of its own class
+)
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,19 @@ class Noising:
         return len(self.times)
 
     def at(self, steps: Tensor) -> Noising:
-        """Those of the examples (n,) whose numbers are `steps`."""
+        """Returns the noising of the given `steps` (n,)."""
         return Noising(self.signal[steps], self.noise[steps], self.times[steps])
 
     @property
     def ratio(self) -> Tensor:
-        """The signal-to-noise ratio of each step."""
+        """The signal-to-noise ratio of each step, (steps,)."""
         return (self.signal / self.noise).square()
 
 
 def check_betas(scheduler: Mapping[str, Any]) -> None:
-    """ConfigError where a scheduler has no betas, of which DDPM's steps are made: diffusers would assume some.
+    """Raises ConfigError if a scheduler has no betas, which DDPM's steps need: diffusers would assume some.
 
-    `scheduler` is the configuration of one that was built (`image_schedule.filled`): a file may leave betas to its class.
+    `scheduler` is a configuration with defaults (`schedule.with_defaults`): a file may leave betas to its class.
     """
     if scheduler.get("trained_betas") is None and not {"beta_start", "beta_schedule"} & set(scheduler):
         raise ConfigError(
@@ -55,14 +57,14 @@ def check_betas(scheduler: Mapping[str, Any]) -> None:
 
 
 def noising_of(scheduler: Mapping[str, Any], *, flow: bool) -> Noising:
-    """The noising that a scheduler's configuration describes; of a flow without its shift where that depends on the size.
+    """Returns the noising of a scheduler's configuration; of a flow without its shift if that depends on the size.
 
-    ConfigError where it describes none (`check_betas`).
+    Raises ConfigError if it has none (`check_betas`).
     """
     if not flow:
         check_betas(scheduler)
-        told = {key: value for key, value in scheduler.items() if key != _DEFAULTS}
-        alphas = diffusers().DDPMScheduler.from_config(told).alphas_cumprod.float()
+        settings = {key: value for key, value in scheduler.items() if key != _DEFAULTS}
+        alphas = diffusers().DDPMScheduler.from_config(settings).alphas_cumprod.float()
         return Noising(alphas.sqrt(), (1 - alphas).sqrt(), torch.arange(len(alphas)))
     count = int(scheduler.get("num_train_timesteps", 1000))
     shift = 1.0 if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))

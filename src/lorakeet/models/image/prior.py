@@ -1,4 +1,4 @@
-"""Pictures of the subject's kind that the base itself draws: DreamBooth's way to keep what the model knows of the kind."""
+"""Samples of the base for DreamBooth's prior preservation: images of the subject's class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def drawn_prior(
     say: Callable[[str], None],
     progress: Callable[[int], None] | None = None,
 ) -> list[EncodedImage]:
-    """`spec.prior_count` pictures of `spec.prior_caption` as latents, seeds 0, 1, …; kept in the cache. No adapter may be on."""
+    """Returns `spec.prior_count` samples of `spec.prior_caption` as latents, seeds 0, 1, …, cached. No adapter may be active."""
     caption, count = spec.prior_caption, spec.prior_count
     height, width = sampler.size or (model.resolution, model.resolution)
     scheduler = model.pipeline.scheduler
@@ -34,7 +34,7 @@ def drawn_prior(
     key = " ".join(map(str, (model.denoiser_digest, model.encoders_digest, model.dtype, *drawn))) + f"\n{caption}"
 
     def make() -> dict[str, Tensor]:
-        say(f"The base draws {count} pictures of '{caption}'; they are kept for other runs.")
+        say(f"The base samples {count} images of '{caption}'; they are cached for other runs.")
         latents = draw_latents(model, [caption] * count, list(range(count)), sampler, progress=progress)
         return {"latents": require_finite_latents(model, latents).cpu()}
 

@@ -1,4 +1,4 @@
-"""Pictures that a model draws: the same noise for the same seed, and for each picture of a batch its own adapters and weights."""
+"""Samples images: the same noise for the same seed, with its own adapters and weights for each image of a batch."""
 
 from __future__ import annotations
 
@@ -19,24 +19,22 @@ from lorakeet.models.image.model import ImageModel
 from lorakeet.models.inject import adapter_names, has_adapter, selection_of
 from lorakeet.models.modules import adapted_layers
 
-Mix = Mapping[str, float]  # adapters with their weights; none of them is the base
+Mix = Mapping[str, float]  # adapters with their weights; empty for the base
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are drawn: steps of the model's own scheduler, guidance (1 is off), what to stay away from, size in pixels.
-
-    Without a guidance it is that of the model's kind.
-    """
+    """Sampling settings: steps of the model's own scheduler, classifier-free guidance (1 is off; None: the default of the model's
+    kind), negative prompt, size in pixels."""
 
     steps: int = 30
     guidance: float | None = None
     negative: str = ""
-    size: tuple[int, int] | None = None  # height and width; None: what the model was made for
+    size: tuple[int, int] | None = None  # height and width; None: those of the model's training images
     at_once: int = 4
 
     def strength(self, model: ImageModel) -> float:
-        """The guidance that `model` draws with."""
+        """Returns the guidance scale for `model`."""
         return model.kind.guidance if self.guidance is None else self.guidance
 
 
@@ -49,17 +47,17 @@ def draw_latents(
     mixes: Sequence[Mix] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Latents (n, channels, h, w), fp32, of one picture for each prompt and seed.
+    """Returns latents (n, channels, h, w), fp32, of one image for each prompt and seed.
 
-    Up to rounding, a picture does not depend on those that are drawn beside it. `mixes` gives each picture its adapters; without
-    it the adapter that is active counts for all. Afterwards the selection is as it was. ConfigError where adapters cannot differ
-    within a batch (`why_not_mixed`).
+    Up to rounding, an image does not depend on the others in its batch. `mixes` are the adapters of each image; by default all
+    use the active one. The selection is restored afterwards. Raises ConfigError if adapters cannot differ within a batch
+    (`why_not_mixed`).
     """
     if sampler.negative and not model.kind.negative:
-        raise ConfigError(f"{model.name} is told its guidance as a number and takes no negative prompt; leave it out.")
+        raise ConfigError(f"{model.name} takes its guidance as a number and has no negative prompt; leave it out.")
     most = int(model.pipeline.scheduler.config.num_train_timesteps)
     if sampler.steps > most:
-        raise ConfigError(f"{sampler.steps} steps are asked for, but the scheduler of {model.name} has {most}; take fewer.")
+        raise ConfigError(f"{sampler.steps} steps are requested, but the scheduler of {model.name} has {most}; take fewer.")
     if mixes is not None:
         _check_mixes(model, mixes)
     model.parts.eval()
@@ -70,9 +68,9 @@ def draw_latents(
     found = []
     try:
         with torch.no_grad():
-            told = [_told(model, prompts[part], sampler, mix) for part, mix in zip(parts, shares, strict=True)]
+            embedded = [_embedded(model, prompts[part], sampler, mix) for part, mix in zip(parts, shares, strict=True)]
             with model.drawing():
-                for part, texts, mix in zip(parts, told, shares, strict=True):
+                for part, texts, mix in zip(parts, embedded, shares, strict=True):
                     found.append(_batch(model, texts, seeds[part], sampler, mix))
                     if progress:
                         progress(len(seeds[part]))
@@ -82,21 +80,21 @@ def draw_latents(
 
 
 def require_finite_latents(model: ImageModel, latents: Tensor) -> Tensor:
-    """The latents (n, …) of pictures to keep; DataError where one holds no numbers, which a decoder makes black."""
+    """Returns the latents (n, …); DataError if one is not finite, which a decoder turns black."""
     broken = int((~latents.isfinite().flatten(1).all(1)).sum())
     if broken:
         narrow = "float16 ends at 65504; take model.dtype (--dtype) bfloat16 or float32. " if model.dtype == torch.float16 else ""
         raise DataError(
-            f"{broken} of {len(latents)} pictures of {model.name} in {str(model.dtype).removeprefix('torch.')} are not finite. "
+            f"{broken} of {len(latents)} images of {model.name} in {str(model.dtype).removeprefix('torch.')} are not finite. "
             f"{narrow}Else weights of the model or of an adapter are not finite, or too large."
         )
     return latents
 
 
 def why_not_mixed(model: ImageModel, mixes: Sequence[Mix]) -> str:
-    """Why these mixes cannot share a batch, or cannot be weighted at all, as adapters side by side; empty where they can.
+    """Returns the reason why these mixes cannot share a batch or cannot be weighted; empty if they can.
 
-    What all pictures share, one adapter at weight 1 or none, is no mix and always works.
+    One adapter at weight 1, or none, for all images is no mix and always works.
     """
     if len({_single(mix) for mix in mixes}) == 1 and _single(mixes[0]) is not None:
         return ""
@@ -110,14 +108,14 @@ def why_not_mixed(model: ImageModel, mixes: Sequence[Mix]) -> str:
     return ""
 
 
-def _told(model: ImageModel, prompts: Sequence[str], sampler: Sampler, mixes: Sequence[Mix] | None) -> dict[str, Any]:
-    """What diffusers' pipeline is told of one batch's prompts."""
+def _embedded(model: ImageModel, prompts: Sequence[str], sampler: Sampler, mixes: Sequence[Mix] | None) -> dict[str, Any]:
+    """Returns the arguments of diffusers' pipeline for one batch's prompts."""
     _select(model, mixes, 1)
     return _texts(model.describe(prompts), model.describe([sampler.negative] * len(prompts)) if _guided(model, sampler) else None)
 
 
 def _guided(model: ImageModel, sampler: Sampler) -> bool:
-    """Whether the denoiser sees each picture twice, with and without its prompt; FLUX is told the guidance as a number."""
+    """True if the denoiser computes each image with and without its prompt; FLUX takes the guidance as a number."""
     return sampler.strength(model) > 1 and model.kind.negative
 
 
@@ -125,9 +123,9 @@ def _batch(
     model: ImageModel, texts: Mapping[str, Any], seeds: Sequence[int], sampler: Sampler, mixes: Sequence[Mix] | None
 ) -> Tensor:
     height, width = sampler.size or (model.resolution, model.resolution)
-    places = (int(model.vae.config.latent_channels), height // model.factor, width // model.factor)
+    shape = (int(model.vae.config.latent_channels), height // model.factor, width // model.factor)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(places, generator=generator) for generator in generators])
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     guided, flux = _guided(model, sampler), model.kind.name == "flux"
     _select(model, mixes, 2 if guided else 1)
     with quiet_diffusers():
@@ -141,18 +139,18 @@ def _batch(
             width=width,
             output_type="latent",
         ).images
-    return (unpacked_latents(found, *places[1:]) if flux else cast(Tensor, found)).float()
+    return (unpacked_latents(found, *shape[1:]) if flux else cast(Tensor, found)).float()
 
 
-def _texts(told: Conditioning, other: Conditioning | None) -> dict[str, Any]:
-    """The arguments by which diffusers' pipelines take embeddings in place of prompts."""
-    texts: dict[str, Any] = {"prompt_embeds": told.states}
-    if told.pooled is not None:
-        texts["pooled_prompt_embeds"] = told.pooled
-    if other is not None:
-        texts["negative_prompt_embeds"] = other.states
-        if other.pooled is not None:
-            texts["negative_pooled_prompt_embeds"] = other.pooled
+def _texts(prompts: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """Returns the arguments of diffusers' pipelines for embeddings instead of prompts."""
+    texts: dict[str, Any] = {"prompt_embeds": prompts.states}
+    if prompts.pooled is not None:
+        texts["pooled_prompt_embeds"] = prompts.pooled
+    if negative is not None:
+        texts["negative_prompt_embeds"] = negative.states
+        if negative.pooled is not None:
+            texts["negative_pooled_prompt_embeds"] = negative.pooled
     return texts
 
 
@@ -162,18 +160,18 @@ def _check_mixes(model: ImageModel, mixes: Sequence[Mix]) -> None:
         known = ", ".join(adapter_names(model.parts)) or "none"
         raise ConfigError(f"No adapter {', '.join(unknown)} is on the model (it has {known}).")
     if why := why_not_mixed(model, mixes):
-        raise ConfigError(f"These pictures cannot be drawn in one batch: {why}. Draw them one mix at a time.")
+        raise ConfigError(f"These images cannot be sampled in one batch: {why}. Sample one mix at a time.")
 
 
 def _single(mix: Mix) -> str | None:
-    """The adapter that is the whole mix, "" for the base, None for a weighted mix."""
+    """Returns the only adapter of a mix, "" for the base, None for a weighted mix."""
     if not mix:
         return ""
     return next(iter(mix)) if list(mix.values()) == [1.0] else None
 
 
 def _select(model: ImageModel, mixes: Sequence[Mix] | None, times: int) -> None:
-    """Gives each picture its mix, where the batch holds the pictures `times` times in a row (unguided, then guided)."""
+    """Selects each image's mix; the batch repeats the images `times` times (unguided, then guided)."""
     if mixes is None:
         return
     selection = selection_of(model.parts)
@@ -183,11 +181,11 @@ def _select(model: ImageModel, mixes: Sequence[Mix] | None, times: int) -> None:
         return
     count = len(mixes)
     shares: list[Share] = []
-    for place in range(count * times):
-        for name, weight in mixes[place % count].items():
+    for number in range(count * times):
+        for name, weight in mixes[number % count].items():
             last = next((share for share in reversed(shares) if share.name == name), None)
-            if last is not None and last.stop == place and last.weight == weight:
-                shares[shares.index(last)] = Share(last.start, place + 1, name, weight)
+            if last is not None and last.stop == number and last.weight == weight:
+                shares[shares.index(last)] = Share(last.start, number + 1, name, weight)
             else:
-                shares.append(Share(place, place + 1, name, weight))
+                shares.append(Share(number, number + 1, name, weight))
     selection.divide(shares, units=count * times)

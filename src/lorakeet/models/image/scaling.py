@@ -1,7 +1,7 @@
-"""From the numbers of an autoencoder to the latents that the denoiser was trained on, as diffusers' pipelines take them back.
+"""Scales an autoencoder's output to the denoiser's latents and back, as diffusers' pipelines do.
 
     SD, SD3, FLUX    x = s·(z − shift)                  s and shift: scaling_factor, shift_factor
-    SDXL             x = s·(z − mean) / std             where latents_mean and latents_std are there, one number a channel
+    SDXL             x = s·(z − mean) / std             if the configuration has latents_mean and latents_std, by channel
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from lorakeet.models.image.kinds import ImageKind
 
 
 def scaled_latents(latents: Tensor, config: Any, kind: ImageKind) -> Tensor:
-    """What the autoencoder gave, (n, channels, h, w), as the denoiser's latents."""
+    """Returns the denoiser's latents of the autoencoder's output (n, channels, h, w)."""
     shift, factor = _terms(latents, config, kind)
     return (latents - shift) * factor
 
 
 def unscaled(latents: Tensor, config: Any, kind: ImageKind) -> Tensor:
-    """The inverse of `scaled_latents`."""
+    """Returns the inverse of `scaled_latents`."""
     shift, factor = _terms(latents, config, kind)
     return latents / factor + shift
 
 
 def scaling_note(config: Any, kind: ImageKind) -> str:
-    """All that `scaled_latents` depends on, in words; latents are the same where it and the autoencoder's numbers are."""
+    """Returns a text of everything that `scaled_latents` depends on, for a digest."""
     note = f"{config.scaling_factor} {getattr(config, 'shift_factor', None)}"
     return f"{note} {list(config.latents_mean)} {list(config.latents_std)}" if _standardised(config, kind) else note
 
 
 def _terms(latents: Tensor, config: Any, kind: ImageKind) -> tuple[Tensor | float, Tensor | float]:
-    """The shift and the factor."""
+    """Returns the shift and the factor."""
     if not _standardised(config, kind):
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
     mean, std = (
@@ -44,6 +44,6 @@ def _terms(latents: Tensor, config: Any, kind: ImageKind) -> tuple[Tensor | floa
 
 
 def _standardised(config: Any, kind: ImageKind) -> bool:
-    """Whether means and deviations count: diffusers' pipelines of the other kinds do not look at them."""
+    """True if means and deviations are used: diffusers' pipelines of other kinds ignore them."""
     means, deviations = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     return kind.name == "sdxl" and means is not None and deviations is not None

@@ -1,4 +1,4 @@
-"""The scheduler of an image model: what its file leaves out, whether it goes with the model, and another prediction's."""
+"""The scheduler of an image model: defaults of its class, check against the model, and override of its prediction."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lorakeet.errors import ConfigError
 from lorakeet.models.image.diffusers_import import diffusers
 from lorakeet.models.image.kinds import ImageKind
 
-PREDICTIONS = ("epsilon", "v_prediction")  # of models that predict no flow
+PREDICTIONS = ("epsilon", "v_prediction")  # of models without a flow
 
 
 def with_defaults(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's configuration with what its file leaves out, as the class that it names has it: betas too, but not EDM's.
+    """Returns a scheduler's configuration with the defaults of its class, betas included, as a pipeline has it.
 
-    So it is what a pipeline has; nothing is built. As it stands where diffusers does not know the class.
+    Unchanged if diffusers does not know the class.
     """
     made = getattr(diffusers(), str(scheduler.get("_class_name")), None)
     settings = {} if made is None else inspect.signature(made.__init__).parameters
@@ -25,10 +25,10 @@ def with_defaults(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scheduler_for(scheduler: Any, kind: ImageKind, prediction: str, name: str, say: Callable[[str], None]) -> Any:
-    """diffusers' `scheduler` of the model `name`, rebuilt where it does not say `prediction`; auto takes its word.
+    """Returns diffusers' `scheduler` of the model `name`, rebuilt if its prediction is not `prediction`; auto keeps it.
 
-    So a checkpoint whose configuration is wrong is trained, judged and drawn with by what it predicts. ConfigError where the
-    scheduler or the prediction is none for this kind of model.
+    So a checkpoint with a wrong configuration is trained, evaluated and sampled correctly. Raises ConfigError if the scheduler
+    or the prediction does not fit this kind of model.
     """
     if kind.flow:
         if prediction not in ("auto", "flow"):
@@ -42,14 +42,14 @@ def scheduler_for(scheduler: Any, kind: ImageKind, prediction: str, name: str, s
             "scheduler that the model was trained with, such as EulerDiscreteScheduler, into its model_index.json and "
             "scheduler/scheduler_config.json."
         )
-    said = str(scheduler.config.prediction_type)
-    wanted = said if prediction == "auto" else prediction
+    configured = str(scheduler.config.prediction_type)
+    wanted = configured if prediction == "auto" else prediction
     if wanted not in PREDICTIONS:
         raise ConfigError(
-            f"{name} predicts '{wanted}'; expected {' or '.join(PREDICTIONS)}. If its scheduler's configuration is wrong, say "
-            "which with diffusion.prediction (generate: --prediction)."
+            f"{name} predicts '{wanted}'; expected {' or '.join(PREDICTIONS)}. If its scheduler's configuration is wrong, set "
+            "diffusion.prediction (generate: --prediction)."
         )
-    if wanted == said:
+    if wanted == configured:
         return scheduler
-    say(f"{name} is taken to predict {wanted}, though its scheduler says {said}.")
+    say(f"{name} is used as predicting {wanted}, though its scheduler says {configured}.")
     return type(scheduler).from_config(scheduler.config, prediction_type=wanted)

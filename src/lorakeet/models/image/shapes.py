@@ -1,4 +1,4 @@
-"""The configurations of a pipeline: those that ship with Lorakeet, of a folder, and of a hub id. No weights are read."""
+"""Reads the configurations of a pipeline: shipped with Lorakeet, in a folder, or of a hub id. Reads no weights."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Shapes = Mapping[str, Any]  # _class_name of the pipeline, and the configuration
 
 @cache
 def published_images() -> dict[str, Traversable]:
-    """The configurations of well-known pipelines that ship with Lorakeet, by hub id."""
+    """Returns the files of configurations of well-known pipelines that ship with Lorakeet, by hub id."""
     entries = [entry for entry in (files("lorakeet.models") / "shapes" / "images").iterdir() if entry.name.endswith(".json")]
     return {entry.name.removesuffix(".json").replace("--", "/"): entry for entry in entries}
 
 
 def published_shapes(name: str) -> dict[str, Any]:
-    """The shipped configurations of the pipeline under the hub id `name`."""
+    """Returns the shipped configurations of the pipeline with the hub id `name`."""
     found: dict[str, Any] = json.loads(published_images()[name].read_text(encoding="utf-8"))
     return found
 
 
 def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Shapes:
-    """The configurations of a folder, a published shape (which needs no network) or a hub id. ConfigError: there are none."""
+    """Returns the configurations of a folder, a published shape (without network) or a hub id; ConfigError if there are none."""
     found = {known.lower(): known for known in published_images()}.get(name.lower())
     if found is not None and not Path(name).expanduser().exists():
         return published_shapes(found)
     package = diffusers()
     if not Path(name).expanduser().exists():
-        say(f"Asking the model hub for the configurations of {name}.")
+        say(f"Fetching the configurations of {name} from the model hub.")
     try:
         with quiet_diffusers():
             index = package.DiffusionPipeline.load_config(name, revision=revision)
@@ -48,10 +48,10 @@ def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Sh
                 raise ConfigError(
                     f"{name} is a {index.get('_class_name', 'pipeline without a name')}; expected {', '.join(PIPELINES)}."
                 )
-            read = package.UNet2DConditionModel.load_config  # a dictionary, whatever class it is of
+            read = package.UNet2DConditionModel.load_config  # a dictionary for any class
             scheduler = package.DDPMScheduler.load_config(name, subfolder="scheduler", revision=revision)
             shapes = {part: read(name, subfolder=part, revision=revision) for part in (kind.denoiser, "vae")}
-            own = (index.get("scheduler") or [None, scheduler.get("_class_name")])[1]  # of two words the index's counts
+            own = (index.get("scheduler") or [None, scheduler.get("_class_name")])[1]  # the index takes precedence
             shapes["scheduler"] = {**scheduler, "_class_name": own}
             for part in ENCODERS:
                 encoder = (index.get(part) or [None, None])[1]

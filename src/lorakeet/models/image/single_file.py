@@ -1,10 +1,10 @@
-"""Stable Diffusion in a single file, as Stability's own code (LDM) names its tensors: which one it is, and what configures it.
+"""Stable Diffusion in a single file with the tensor names of Stability's own code (LDM): its version and configuration.
 
     model.diffusion_model.…   UNet      first_stage_model.…   autoencoder
     cond_stage_model.…        text encoder of SD 1.x and 2.x      conditioner.embedders.{0,1}.…   those of SDXL
 
-diffusers' `from_single_file` reads the weights. It would fetch configurations and tokenizer from a hub; here they are those of
-`model.config`, or those that ship with Lorakeet with CLIP's tokenizer from where there is one.
+diffusers' `from_single_file` reads the weights. It would fetch configurations and tokenizer from a hub; here they come from
+`model.config`, or ship with Lorakeet, with CLIP's tokenizer from an installed package or the hub.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LIBRARY = {"text_encoder": "transformers", "text_encoder_2": "transformers"}
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A checkpoint, its header checked, with the configurations of what is in it; `config` is what `model.config` names."""
+    """A checkpoint with a checked header, and the configurations of its parts; `config` is the value of `model.config`."""
 
     file: SafeFile
     shapes: Shapes
@@ -56,7 +56,7 @@ class SingleFile:
 
 
 def open_single(spec: ModelSpec, say: Callable[[str], None]) -> SingleFile | None:
-    """The single file that `spec.path` names, or None where it names none. ConfigError, DataError: it is not read."""
+    """Returns the single file `spec.path`, or None if it is not one. ConfigError or DataError if it cannot be used."""
     path = Path(spec.path).expanduser()
     if not path.is_file():
         if spec.config:
@@ -75,10 +75,10 @@ def open_single(spec: ModelSpec, say: Callable[[str], None]) -> SingleFile | Non
 
 
 def load_single(single: SingleFile, dtype: torch.dtype, unet: Callable[[], nn.Module], say: Callable[[str], None]) -> Any:
-    """The pipeline in the file, by diffusers' own `from_single_file`, but with what `unet` makes in place of the file's.
+    """Loads the pipeline of the file with diffusers' `from_single_file`, but with the UNet of `unet`.
 
-    The autoencoder is in fp32, whatever `dtype` is. DataError where the file lacks a tensor; EnvironmentProblem
-    where there is no tokenizer.
+    The autoencoder is in fp32, whatever `dtype` is. Raises DataError if the file lacks a tensor, EnvironmentProblem if there is
+    no tokenizer.
     """
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -106,7 +106,7 @@ def load_single(single: SingleFile, dtype: torch.dtype, unet: Callable[[], nn.Mo
 
 
 def single_denoiser_files(single: SingleFile) -> DenoiserFiles:
-    """Where the UNet's tensors lie in the file, by diffusers' names for them; nothing is read."""
+    """Returns the UNet's tensors in the file, by diffusers' names; reads none."""
     from diffusers.loaders import single_file_utils
 
     convert: Any = single_file_utils.convert_ldm_unet_checkpoint
@@ -118,7 +118,7 @@ def single_denoiser_files(single: SingleFile) -> DenoiserFiles:
 
 
 def _check_parts(file: SafeFile) -> None:
-    """ConfigError where `file` is not a whole Stable Diffusion in LDM's names."""
+    """Raises ConfigError unless `file` is a whole Stable Diffusion with LDM's names."""
     names = list(file.tensors)
     for mark, kind in _OTHERS.items():
         if any(name.removeprefix(_UNET).startswith(mark) for name in names):
@@ -140,7 +140,7 @@ def _check_parts(file: SafeFile) -> None:
 
 
 def _made_a_folder(file: SafeFile, kind: str) -> str:
-    """How a user makes a folder of a file of SD3 or FLUX, whose queries, keys and values are one matrix; empty for others."""
+    """Returns the commands that convert a file of SD3 or FLUX, whose q, k and v are one matrix, to a folder; empty for others."""
     if kind not in _TRANSFORMERS:
         return ""
     hub, pipeline, transformer = _TRANSFORMERS[kind]
@@ -156,7 +156,7 @@ def _made_a_folder(file: SafeFile, kind: str) -> str:
 
 
 def _published(file: SafeFile) -> str:
-    """The hub id of the published pipeline that the file's UNet has the shape of. ConfigError where there is none."""
+    """Returns the hub id of the published pipeline with the shape of the file's UNet; ConfigError if there is none."""
     marks = (name for name in file.tensors if name.startswith(_UNET) and name.endswith("attn2.to_k.weight"))
     width = next((file.tensors[name].shape[1] for name in marks), 0)
     if width not in _BY_CONTEXT:
@@ -168,17 +168,17 @@ def _published(file: SafeFile) -> str:
 
 
 def _with_prediction(shapes: dict[str, Any], file: SafeFile) -> tuple[Shapes, str]:
-    """`shapes` with what the file itself says of its prediction, and that in words.
+    """Returns `shapes` with the prediction type of the file, and a description of it.
 
-    Says: the key `modelspec.prediction_type` of the header (Stability's ModelSpec), or an empty tensor v_pred, and ztsnr for a
-    schedule that ends in pure noise, as fine-tunes of SDXL have them. Samples then begin at that noise, with the spacing
-    "trailing" (arXiv 2305.08891, and diffusers' documentation); "leading" would begin at a step that still has signal.
+    The file says it by the header's key `modelspec.prediction_type` (Stability's ModelSpec), or by an empty tensor v_pred, and by
+    ztsnr for a schedule that ends in pure noise (fine-tunes of SDXL). Sampling then starts at that noise, with the spacing
+    "trailing" (arXiv 2305.08891, and diffusers' documentation); "leading" would start at a step that still has signal.
     """
     scheduler = dict(shapes["scheduler"])
-    said = file.metadata.get("modelspec.prediction_type", "")
-    if "v_pred" in file.tensors or said.startswith("v"):
+    stated = file.metadata.get("modelspec.prediction_type", "")
+    if "v_pred" in file.tensors or stated.startswith("v"):
         scheduler["prediction_type"] = "v_prediction"
-    elif said.startswith("eps"):
+    elif stated.startswith("eps"):
         scheduler["prediction_type"] = "epsilon"
     else:
         note = "" if shapes["_class_name"].endswith("XLPipeline") or scheduler["prediction_type"] == "epsilon" else (
@@ -193,7 +193,7 @@ def _with_prediction(shapes: dict[str, Any], file: SafeFile) -> tuple[Shapes, st
 
 
 def _write_configurations(shapes: Shapes, folder: Path) -> str:
-    """Writes `shapes` as a pipeline's folder without weights, as `from_single_file` wants it."""
+    """Writes `shapes` as a pipeline's folder without weights, for `from_single_file`."""
     names = _tokenizer_names(shapes)
     index: dict[str, Any] = {"_class_name": shapes["_class_name"], **{name: ["transformers", "CLIPTokenizer"] for name in names}}
     for part, config in shapes.items():
@@ -209,7 +209,7 @@ def _write_configurations(shapes: Shapes, folder: Path) -> str:
 
 
 def _check_tensors(single: SingleFile) -> None:
-    """DataError naming tensors of UNet and autoencoder that the file lacks or has in another shape, before anything is read."""
+    """Raises DataError for tensors of UNet and autoencoder that the file lacks or has in another shape, before reading any."""
     from diffusers.loaders import single_file_utils
 
     convert: Any = single_file_utils.convert_ldm_vae_checkpoint
@@ -238,7 +238,7 @@ def _tokenizer_names(shapes: Shapes) -> list[str]:
 
 
 def _tokenizer(shapes: Shapes, name: str, say: Callable[[str], None]) -> Any:
-    """CLIP's tokenizer: from a package that has its vocabulary, or from the hub (or what was fetched from it)."""
+    """Returns CLIP's tokenizer, from an installed package with its vocabulary, or from the hub or its cache."""
     from transformers import CLIPTokenizer
 
     pad = shapes[name]["pad_token"]
@@ -250,10 +250,10 @@ def _tokenizer(shapes: Shapes, name: str, say: Callable[[str], None]) -> Any:
                 say(f"{name}: CLIP's vocabulary in the package {package}.")
                 return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=77)
     hub = SDXL if "text_encoder_2" in shapes else SD2 if pad == "!" else SD1
-    say(f"Asking the model hub for the tokenizer of {hub}.")
+    say(f"Fetching the tokenizer of {hub} from the model hub.")
     try:
         found = CLIPTokenizer.from_pretrained(hub, subfolder=name)
-        if len(found) < _MERGES:  # transformers makes an empty one where there are no files
+        if len(found) < _MERGES:  # without files, transformers returns an empty one
             raise OSError(f"the tokenizer that was found has {len(found)} tokens")
     except (OSError, ValueError) as error:
         raise EnvironmentProblem(
@@ -266,7 +266,7 @@ def _tokenizer(shapes: Shapes, name: str, say: Callable[[str], None]) -> Any:
 
 
 def clip_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's tokens with their ids, and its merges in order, from the file that OpenAI published. DataError: it is another."""
+    """Returns CLIP's tokens with their ids, and its merges in order, from OpenAI's file; DataError for another file."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : _MERGES + 1]
     except (OSError, EOFError, ValueError) as error:

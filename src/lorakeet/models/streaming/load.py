@@ -1,6 +1,6 @@
-"""From a model's files to a store, tensor by tensor, and from a store to a model that streams: never the whole in memory.
+"""Writes a model's files to a store, tensor by tensor, and opens a streamed model from it: the whole is never in memory.
 
-transformers names, joins and converts the tensors as it always does; what it would put into the model goes into the store.
+transformers names, joins and converts the tensors as usual; its results go into the store instead of the model.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
 Changes = Mapping[str, Callable[[Tensor], Tensor]]  # by the parameter's name in the model
-_METHOD = "lorakeet_store"  # under which transformers knows this way of loading
+_METHOD = "lorakeet_store"  # the name of this way of loading in transformers
 
 
 @dataclass(frozen=True)
 class Residence:
-    """Where the blocks of a streamed model are: the device that computes, and how many are there at a time."""
+    """Where the blocks of a streamed model are: the computing device, and how many are there at a time."""
 
     slots: int = 2
     device: torch.device = CPU
-    pinned: bool = False  # whether blocks stay in pinned memory of the host once they were read, for a CUDA device
+    pinned: bool = False  # whether blocks stay in pinned host memory once they were read, for a CUDA device
 
     def transfer(self, store: WeightStore) -> Transfer | None:
-        """How records get from `store` to the device; None for the CPU's own way."""
+        """Returns the transfer of records from `store` to the device; None for the CPU."""
         return CudaTransfer(store, self.device, keep=self.pinned) if self.device.type == "cuda" else None
 
 
@@ -68,11 +68,10 @@ def streamed_model(
     changes: Changes | None = None,
     say: Callable[[str], None],
 ) -> tuple[Any, StreamedBlocks]:
-    """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing.
-    `changes` are made to dense weights on their way into the store, which has to be made now then.
+    """Opens the frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`; writes it if missing.
 
-    Raises ConfigError where the model has no list of blocks, DataError for damaged files or a store of another model,
-    EnvironmentProblem where the store cannot be written.
+    `changes` are applied to dense weights as a missing store is written. Raises ConfigError if the model has no list of blocks,
+    DataError for damaged files or a store of another model, EnvironmentProblem if the store cannot be written.
     """
     same, family = identity(source, dtype, quantize), family_of(config.get_text_config())
     path = folder / f"{source.name}-{same['model'][:16]}-{quantize.method}-{same['dtype']}.safetensors"
@@ -89,7 +88,7 @@ def streamed_model(
 
 
 def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str, str]:
-    """What a store must have been made from."""
+    """Returns the identity of a store: its model, dtype and packing."""
     packing = f"{quantize.method} {quantize.block_size} {quantize.double_quant} {quantize.head}"
     return {"model": fingerprint(source), "dtype": str(dtype).removeprefix("torch."), "packing": packing}
 
@@ -105,7 +104,7 @@ def write_store(
     family: Family,
     changes: Changes | None = None,
 ) -> None:
-    """Writes the store of a model folder to `path`, one block in memory at a time."""
+    """Writes the store of a model folder to `path`, with one block in memory at a time."""
     stock = stored_model_of(source, config, quantize)
     empty = empty_model(config, dtype)
     records = records_of(empty, family)
@@ -131,9 +130,9 @@ def open_streamed(
     residence: Residence = ON_CPU,
     base_of: Callable[[Mapping[str, Any]], PackedBase] = _empty_on_meta,
 ) -> tuple[Any, StreamedBlocks]:
-    """The model over an open store whose records are its blocks, of which so many are on a device as `residence` says.
+    """Opens the model of a store whose records are its blocks; `residence` says where and how many are loaded.
 
-    `base_of` makes a packed weight, still without numbers, from its settings.
+    `base_of` makes an empty packed weight from its settings.
     """
     model = empty_model(config, dtype)
     for path, settings in json.loads(store.identity["packed"]).items():
@@ -143,7 +142,7 @@ def open_streamed(
     names = [f"{prefix}.{index}" for index in range(count)]
     streamed = StreamedBlocks(RecordStream(store, names, slots=residence.slots, transfer=residence.transfer(store)))
     device = residence.device
-    _make_small_ones_real(model, device)
+    _compute_buffers(model, device)
     blocks = cast(nn.ModuleList, model.get_submodule(prefix))
     for index in range(count):
         blocks[index] = streamed.add(blocks[index])
@@ -155,7 +154,7 @@ def open_streamed(
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """The model that `config` describes, on the meta device, with eager attention and weights tied; seen by no trace."""
+    """Returns the model that `config` describes, on the meta device, with eager attention and tied weights; outside ledgers."""
     with _disable_current_modes(), torch.device("meta"), quiet_transformers():
         plain = skeleton(config).config
         model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
@@ -164,7 +163,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
 
 
 def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Path | None = None) -> Any:
-    """The model on the meta device with its linear layers packed as they will be: as `quantize` asks, or as its `files` are."""
+    """Returns the model on the meta device with packed linear layers, as `quantize` says or as its `files` are."""
     model = empty_model(config, dtype)
     for path, settings in packing_of(model, config, quantize, files).items():
         _put_packed(model, path, _empty_on_meta(settings))
@@ -172,7 +171,7 @@ def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Pa
 
 
 def records_of(model: Any, family: Family) -> dict[str, set[str]]:
-    """The names of each block's tensors, by the block's path; NotStreamed where the model has no list of blocks."""
+    """Returns the names of each block's tensors, by the block's path; NotStreamed if the model has no list of blocks."""
     prefix, count = modules.block_prefix(model, family)
     if not count:
         raise NotStreamed(f"{type(model).__name__} has no list of blocks that could be streamed.")
@@ -184,10 +183,10 @@ def records_of(model: Any, family: Family) -> dict[str, set[str]]:
 
 
 def bytes_of_storing(model: Any, family: Family, block_bytes: int, number_bytes: int) -> int:
-    """What is held at most while the store of `model`, on the meta device, is written: a block of `block_bytes` until it is whole
-    and a matrix of it on its way, of `number_bytes` a number, or one matrix from elsewhere.
+    """Returns the peak in bytes of writing the store of `model`, which is on the meta device.
 
-    transformers reads tensors one by one in the natural order of their names, so that none comes between those of a block.
+    It is a block of `block_bytes` and one more matrix of it, with `number_bytes` a number, or one matrix outside the blocks:
+    transformers reads tensors one by one in the natural order of their names, so that those of a block are contiguous.
     """
     inside = {name for names in records_of(model, family).values() for name in names}
     sizes: dict[str, int] = {name: tensor.numel() for name, tensor in model.state_dict().items()}
@@ -197,26 +196,26 @@ def bytes_of_storing(model: Any, family: Family, block_bytes: int, number_bytes:
 
 
 class _Collector:
-    """Gathers what arrives until a block is whole, and hands it to the store."""
+    """Collects tensors until a block is complete, and writes it to the store."""
 
     def __init__(self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]], changes: Changes) -> None:
         self.writer, self.changes = writer, changes
         self.packed: dict[str, Any] = {}
-        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: as found, and as it should be
-        self.refused: OSError | None = None  # what the disk said
+        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: found and expected shape
+        self.refused: OSError | None = None  # the disk's error
         self.shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.state_dict().items()}
         self.transposed = {name for name, module in skeleton.named_modules() if modules.kind_of(module) == "conv1d"}
         self._record_of = {name: record for record, names in records.items() for name in names}
         self._waiting = {record: set(names) for record, names in records.items()}
-        self._held: dict[str, dict[str, Tensor]] = {record: {} for record in records}
+        self._collected: dict[str, dict[str, Tensor]] = {record: {} for record in records}
         self.seen: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Collector:
-        """transformers copies its settings, and this within them; there is one file all the same."""
+        """Returns itself: transformers copies its settings with this in them, but there is one file."""
         return self
 
     def take(self, name: str, value: Tensor | PackedBase) -> None:
-        """A tensor under its name in the model, or a packed weight under the name that the dense one would have."""
+        """Takes a tensor by its name in the model, or a packed weight by the name of the dense one."""
         shape, dtype = self.shapes[name]
         if isinstance(value, PackedBase):
             path = name.removesuffix(".weight")
@@ -235,14 +234,14 @@ class _Collector:
             for full, tensor in parts.items():
                 self.writer.add(full.rpartition(".")[0], {full.rpartition(".")[2]: tensor})
             return
-        self._held[record].update({full.removeprefix(f"{record}."): tensor for full, tensor in parts.items()})
+        self._collected[record].update({full.removeprefix(f"{record}."): tensor for full, tensor in parts.items()})
         self._waiting[record].discard(name)
         if not self._waiting[record]:
-            self.writer.add(record, self._held.pop(record))
+            self.writer.add(record, self._collected.pop(record))
 
     @property
     def waiting(self) -> set[str]:
-        """What has not come of the blocks."""
+        """The tensors of blocks that have not arrived."""
         return {name for names in self._waiting.values() for name in names}
 
 
@@ -258,7 +257,7 @@ class _StoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class _StoreQuantizer(HfQuantizer):  # type: ignore[misc]
-    """transformers' hook for weights that are set in another form than they are named in: here they are set nowhere."""
+    """transformers' hook for weights in another form than in the files: here none is set in the model."""
 
     requires_calibration = False
     is_trainable = True
@@ -278,7 +277,7 @@ class _StoreQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Send(ConversionOps):  # type: ignore[misc]
-    """Sends what arrives to the collector."""
+    """Sends tensors to the collector."""
 
     def __init__(self, collector: _Collector) -> None:
         self.collector = collector
@@ -288,7 +287,7 @@ class _Send(ConversionOps):  # type: ignore[misc]
             full = name if name in self.collector.shapes else context["full_layer_name"]
             try:
                 self.collector.take(full, value[0] if isinstance(value, list) else value)
-            except OSError as error:  # of which transformers would keep no more than a line in its log
+            except OSError as error:  # transformers would only log a line
                 self.collector.refused = error
                 raise
             context["missing_keys"].discard(full)
@@ -296,7 +295,7 @@ class _Send(ConversionOps):  # type: ignore[misc]
 
 
 def _read_all(stock: StoredModel, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
-    """Lets transformers read everything that `stock` promises; the names of what never came."""
+    """Lets transformers read all tensors of `stock`; returns the names of those that are missing."""
     if _METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(_METHOD)(_StoreConfig)
         register_quantizer(_METHOD)(_StoreQuantizer)
@@ -311,14 +310,14 @@ def _read_all(stock: StoredModel, config: Any, dtype: torch.dtype, collector: _C
 
 
 def _put_packed(model: Any, path: str, base: PackedBase) -> None:
-    """A packed layer over `base` in place of the linear one at `path`."""
+    """Replaces the linear layer at `path` by a packed one with `base`."""
     module = model.get_submodule(path)
     model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
 
 
-def _make_small_ones_real(model: Any, device: torch.device) -> None:
-    """Computes the buffers that are in no file (the angles of rotary positions), as transformers does when it loads: on the CPU,
-    from where they go to `device`."""
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Computes the buffers that are in no file (the angles of rotary positions) on the CPU, as transformers does, and moves them
+    to `device`."""
     with torch.no_grad():
         for module in model.modules():
             names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
@@ -326,14 +325,14 @@ def _make_small_ones_real(model: Any, device: torch.device) -> None:
                 for name in names:
                     empty = cast(Tensor, module._buffers[name])
                     module._buffers[name] = torch.empty(empty.shape, dtype=empty.dtype)
-                if not isinstance(module._buffers[names[0]], FakeTensor):  # a rehearsal's have no numbers
+                if not isinstance(module._buffers[names[0]], FakeTensor):  # in a rehearsal they have no numbers
                     model._init_weights(module)
                 for name in names:
                     module._buffers[name] = cast(Tensor, module._buffers[name]).to(device)
 
 
 def _stream_ends(model: Any, store: WeightStore, device: torch.device) -> None:
-    """Lets stand-ins read the embedding and a plain head row by row."""
+    """Wraps the embedding and a plain head, so that their rows are read from the store."""
     embedding, head = modules.input_layer(model), modules.output_layer(model)
     path = modules.path_of(model, embedding)
     tied = head is not None and embedding is not None and cast(Any, head).weight is cast(Any, embedding).weight
@@ -345,7 +344,7 @@ def _stream_ends(model: Any, store: WeightStore, device: torch.device) -> None:
 
 
 def _make_resident(model: Any, store: WeightStore, name: str, device: torch.device) -> None:
-    """Reads one tensor into its place on `device`, unless it is streamed."""
+    """Reads one tensor into its module on `device`, unless it is streamed."""
     path, _, leaf = name.rpartition(".")
     module = modules.find(model, path)
     if module is None or isinstance(module, (StreamedEmbedding, StreamedHead)):
@@ -353,9 +352,9 @@ def _make_resident(model: Any, store: WeightStore, name: str, device: torch.devi
     if leaf in module._parameters:
         tensor = nn.Parameter(store.tensor(name).to(device), requires_grad=False)
         empty = module._parameters[leaf]
-        for other in model.modules():  # tied ones stay one
-            for key, held in other._parameters.items():
-                if held is empty:
+        for other in model.modules():  # tied ones stay tied
+            for key, parameter in other._parameters.items():
+                if parameter is empty:
                     other._parameters[key] = tensor
     else:
         module._buffers[leaf] = store.tensor(name).to(device)

@@ -1,10 +1,10 @@
-"""A text model whose frozen weights come in from a store block by block; adapters, norms and moments stay.
+"""A text model whose frozen weights are streamed from a store block by block; adapters and optimizer state stay in memory.
 
     ids ──► rows of the embedding, read one by one ──► block 0 ──► … ──► block n−1 ──► norm ──► head, read tile by tile
-                                                        each brought in, computed with, and out again
+                                                        each loaded, computed and freed
 
-While a block is out, its frozen tensors are on the meta device: they have shapes, but no numbers. Without gradients the model
-runs as ever. With gradients its blocks are run one at a time by whoever drives `StreamedBlocks` (train/text/streamed_gradients).
+While a block is not loaded, its frozen tensors are on the meta device: they have shapes, but no numbers. Without gradients the
+model runs as usual. With gradients the caller runs its blocks one at a time (train/text/streamed_gradients).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorakeet.models import modules
 
 
 class NotStreamed(ConfigError):
-    """A model whose blocks cannot be streamed, with the `reason` as a sentence; the message is for a run under a budget."""
+    """The model's blocks cannot be streamed; `reason` is a sentence, the message is for a run with a budget."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason} Leave memory.budget out.")
@@ -36,7 +36,7 @@ class NotStreamed(ConfigError):
 
 @dataclass
 class BlockInputs:
-    """What the decoder hands to its blocks for one batch: the states before the first, and each block's other arguments."""
+    """The inputs of all blocks for one batch: the states before the first, and each block's other arguments."""
 
     entry: Tensor | None = None
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -44,53 +44,53 @@ class BlockInputs:
 
 @dataclass(frozen=True)
 class _TensorSlot:
-    """Where a stored tensor belongs in a block."""
+    """The attribute of a module that takes a stored tensor."""
 
     module: nn.Module
     leaf: str
     name: str  # in the record
-    empty: Tensor  # what stands there while the block is out
+    empty: Tensor  # the meta tensor while the block is not loaded
 
 
 class StreamedBlocks:
-    """The blocks of one model and the stream that brings them in; `stream_model` makes it."""
+    """The blocks of one model and the stream that loads them; `streaming.load` makes it."""
 
     def __init__(self, stream: RecordStream) -> None:
         self.stream = stream
         self.blocks: list[StreamedBlock] = []
-        self._seats: list[list[_TensorSlot]] = []
+        self._slots: list[list[_TensorSlot]] = []
         self._record: BlockInputs | None = None
         self._replay: Tensor | None = None
 
     def add(self, block: nn.Module) -> StreamedBlock:
-        """Takes over the next block, whose frozen tensors are on the meta device, and returns what stands for it."""
+        """Adds the next block, whose frozen tensors are on the meta device, and returns its wrapper."""
         index = len(self.blocks)
         stored = self.stream.records[index].tensors
-        self._seats.append([_seat(block, name) for name in stored])
+        self._slots.append([_slot_of(block, name) for name in stored])
         self.blocks.append(StreamedBlock(block, index, self))
         return self.blocks[-1]
 
     @property
     def running(self) -> bool:
-        """Whether blocks compute when they are called; not while a passage is recorded or replayed."""
+        """True if blocks compute when they are called: not while inputs are recorded or replayed."""
         return self._record is None and self._replay is None
 
     @contextmanager
     def present(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
-        """Block `index` with its weights, for the length of the context; `then` (default: the next) is read meanwhile."""
+        """A context with block `index` loaded; `then` (default: the next block) is read meanwhile."""
         after = (index + 1) % len(self.blocks) if then is None else then
-        views = self.stream.bring(index, after)
+        views = self.stream.fetch(index, after)
         try:
-            for seat in self._seats[index]:
-                _sit(seat, views[seat.name])
+            for slot in self._slots[index]:
+                _set(slot, views[slot.name])
             yield self.blocks[index].original
         finally:
-            for seat in self._seats[index]:
-                _sit(seat, seat.empty)
+            for slot in self._slots[index]:
+                _set(slot, slot.empty)
 
     @contextmanager
     def recording(self) -> Iterator[BlockInputs]:
-        """The decoder run in this context computes no block: it only tells what it would hand to them."""
+        """A context in which the decoder computes no block, but records their inputs."""
         self._record = BlockInputs()
         try:
             yield self._record
@@ -99,7 +99,7 @@ class StreamedBlocks:
 
     @contextmanager
     def replaying(self, states: Tensor) -> Iterator[None]:
-        """The decoder run in this context computes no block: `states` are taken for what the last one gives."""
+        """A context in which the decoder computes no block, and the last one returns `states`."""
         self._replay = states
         try:
             yield
@@ -107,7 +107,7 @@ class StreamedBlocks:
             self._replay = None
 
     def pass_through(self, index: int, states: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        """What a block gives while none computes."""
+        """Returns the output of a block while none computes."""
         if self._record is not None:
             if index == 0:
                 self._record.entry = states
@@ -118,7 +118,7 @@ class StreamedBlocks:
 
 
 class StreamedBlock(BlockReplacement):
-    """Stands for a decoder block whose weights come and go."""
+    """Wraps a decoder block whose weights are streamed."""
 
     def __init__(self, original: nn.Module, index: int, streamed: StreamedBlocks) -> None:
         super().__init__(original)
@@ -126,20 +126,22 @@ class StreamedBlock(BlockReplacement):
         self._streamed = streamed
 
     def weights_loaded(self) -> AbstractContextManager[nn.Module]:
-        """The block with its weights."""
+        """A context with the block's weights loaded."""
         return self._streamed.present(self.index)
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._streamed.running:
             return self._streamed.pass_through(self.index, states, (args, kwargs))
         if torch.is_grad_enabled():
-            raise RuntimeError("only train/text/streamed_gradients differentiates a streamed block: its weights leave too early")
+            raise RuntimeError(
+                "only train/text/streamed_gradients differentiates streamed blocks: their weights are freed early"
+            )
         with self._streamed.present(self.index) as block:
             return plain_output(block(states, *args, **kwargs))
 
 
 class StreamedEmbedding(Replacement):
-    """Stands for an nn.Embedding of which only the rows that are asked for are read."""
+    """Wraps an nn.Embedding whose rows are read from the store one by one."""
 
     def __init__(self, original: nn.Embedding, rows: StoredRows) -> None:
         super().__init__(original)
@@ -147,21 +149,21 @@ class StreamedEmbedding(Replacement):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, without numbers."""
+        """The frozen weight, on the meta device."""
         return cast(Tensor, self.original.weight)
 
     def weights_loaded(self) -> AbstractContextManager[nn.Module]:
-        """The embedding with its whole weight in memory."""
+        """A context with the whole weight in memory."""
         return _whole(self.original, self.rows)
 
     def forward(self, ids: Tensor) -> Tensor:
-        found = self.rows.look_up(ids)
+        found = self.rows.lookup(ids)
         scale = getattr(self.original, "embed_scale", None)  # Gemma's
         return found if scale is None else found * scale.to(found.dtype)
 
 
 class StreamedHead(Replacement):
-    """Stands for a head without bias, whose weight is read tile by tile."""
+    """Wraps a head without bias, whose weight is read tile by tile."""
 
     def __init__(self, original: nn.Linear, rows: StoredRows) -> None:
         super().__init__(original)
@@ -169,11 +171,11 @@ class StreamedHead(Replacement):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, without numbers."""
+        """The frozen weight, on the meta device."""
         return cast(Tensor, self.original.weight)
 
     def weights_loaded(self) -> AbstractContextManager[nn.Module]:
-        """The head with its whole weight in memory."""
+        """A context with the whole weight in memory."""
         return _whole(self.original, self.rows)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -181,28 +183,27 @@ class StreamedHead(Replacement):
 
 
 def plain_output(output: Any) -> Tensor:
-    """The states that a block gives; NotStreamed for blocks that give more than one thing."""
+    """Returns the states that a block returned; NotStreamed if it returned anything else."""
     if isinstance(output, Tensor):
         return output
     raise NotStreamed(
-        f"A block of this model gives a {type(output).__name__} where its hidden states were expected, so that it cannot be "
-        "streamed."
+        f"A block of this model returns a {type(output).__name__}; expected its hidden states alone. So it cannot be streamed."
     )
 
 
 def make_resident(model: nn.Module, plan: Plan) -> None:
-    """Makes the embedding and the head resident where `plan` puts something on them; the rest goes on streaming."""
+    """Loads the embedding and the head into memory if `plan` adapts them; other weights stay streamed."""
     paths = [entry.path for entry in plan.entries]
     paths += [path for extra in plan.extras for path in (extra.path, extra.tied) if path]
     found = [modules.find(model, path) for path in dict.fromkeys(paths)]
-    asked = {stand_in.weight for stand_in in found if isinstance(stand_in, (StreamedEmbedding, StreamedHead))}
-    shared: dict[Tensor, nn.Parameter] = {}  # by the empty weight, so that tied ones stay one
+    adapted = {stand_in.weight for stand_in in found if isinstance(stand_in, (StreamedEmbedding, StreamedHead))}
+    shared: dict[Tensor, nn.Parameter] = {}  # by the empty weight, so that tied ones stay tied
     for path, module in list(modules.original_modules(model)):
         stand_in = modules.find(model, path)
         if not isinstance(stand_in, (StreamedEmbedding, StreamedHead)):
             continue
         empty = stand_in.weight
-        if empty in asked:
+        if empty in adapted:
             if empty not in shared:
                 shared[empty] = nn.Parameter(stand_in.rows[0 : stand_in.rows.shape[0]], requires_grad=False)
             cast(Any, module).weight = shared[empty]
@@ -211,29 +212,29 @@ def make_resident(model: nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def _whole(module: nn.Module, rows: StoredRows) -> Iterator[nn.Module]:
-    seat = _TensorSlot(module, "weight", "weight", cast(Tensor, module.weight))
+    slot = _TensorSlot(module, "weight", "weight", cast(Tensor, module.weight))
     try:
-        _sit(seat, rows[:])
+        _set(slot, rows[:])
         yield module
     finally:
-        _sit(seat, seat.empty)
+        _set(slot, slot.empty)
 
 
-def _seat(block: nn.Module, name: str) -> _TensorSlot:
+def _slot_of(block: nn.Module, name: str) -> _TensorSlot:
     path, _, leaf = name.rpartition(".")
     module = cast(nn.Module, modules.find(block, path))
     module = modules.unwrapped(module)
-    held = module._parameters.get(leaf)
-    empty = cast(Tensor, held if held is not None else module._buffers[leaf])
+    parameter = module._parameters.get(leaf)
+    empty = cast(Tensor, parameter if parameter is not None else module._buffers[leaf])
     return _TensorSlot(module, leaf, name, empty)
 
 
-def _sit(seat: _TensorSlot, tensor: Tensor) -> None:
-    if seat.leaf in seat.module._parameters:
+def _set(slot: _TensorSlot, tensor: Tensor) -> None:
+    if slot.leaf in slot.module._parameters:
         is_parameter = isinstance(tensor, nn.Parameter)
-        seat.module._parameters[seat.leaf] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
+        slot.module._parameters[slot.leaf] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
     else:
-        if (tensor.shape, tensor.dtype) != (seat.empty.shape, seat.empty.dtype):
-            found, wanted = ((tuple(each.shape), each.dtype) for each in (tensor, seat.empty))
-            raise DataError(f"{seat.name} of the store is {found}, where the model has {wanted}. Make the store again.")
-        seat.module._buffers[seat.leaf] = tensor
+        if (tensor.shape, tensor.dtype) != (slot.empty.shape, slot.empty.dtype):
+            found, wanted = ((tuple(each.shape), each.dtype) for each in (tensor, slot.empty))
+            raise DataError(f"{slot.name} of the store is {found}, where the model has {wanted}. Make the store again.")
+        slot.module._buffers[slot.leaf] = tensor

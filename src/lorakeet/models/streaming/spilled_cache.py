@@ -1,8 +1,8 @@
-"""Keys and values of texts that a streamed model writes, in a scratch file: those of one block are in memory at a time.
+"""A KV cache in a scratch file, for generation with a streamed model: one block's keys and values are in memory at a time.
 
-    block i computes its new keys and values ──► appended to the file ──► all of block i read back, attended to, let go
+    block i computes its new keys and values ──► appended to the file ──► all of block i read, attended to, freed
 
-A token costs one reading of all of them, beside that of the blocks themselves, which are larger by far.
+Each token reads all of them once, beside the blocks themselves, which are far larger.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakeet.memory.spill import Spill
 
 
 def spilled_cache(config: Any, spill: Spill) -> DynamicCache:
-    """transformers' cache for a model of `config`, whose layers without a window keep their numbers in `aside`."""
+    """Returns transformers' cache for a model of `config`, whose layers without a window spill to `spill`."""
     cache = DynamicCache(config=config)
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
@@ -34,7 +34,7 @@ class _SpilledLayer(DynamicLayer):  # type: ignore[misc]
         self._pieces = self._length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Appends, and gives all there are."""
+        """Appends new keys and values and returns all."""
         self._length += key_states.shape[-2]
         return self._appended("keys", key_states), self._appended("values", value_states, last=True)
 
@@ -42,7 +42,7 @@ class _SpilledLayer(DynamicLayer):  # type: ignore[misc]
         return self._length
 
     def _appended(self, what: str, states: Tensor, *, last: bool = False) -> Tensor:
-        whole = torch.cat([*(self._spill.look((self._number, what, piece)) for piece in range(self._pieces)), states], dim=-2)
+        whole = torch.cat([*(self._spill.get((self._number, what, piece)) for piece in range(self._pieces)), states], dim=-2)
         self._spill.put((self._number, what, self._pieces), states.contiguous())
         self._pieces += last
         return whole

@@ -1,9 +1,9 @@
-"""What goes into the blocks of a text model on calibration rows, batch by batch, without any block being run.
+"""Records the inputs of a text model's blocks on calibration rows, batch by batch, without running a block.
 
     rows ─► embedding ─► states (of block 0) ─► [a block computes them] ─► states (of block 1) ─► …
-            beside them what else each block is called with, such as the angles of rotary positions
+            and the other arguments of each block, such as the angles of rotary positions
 
-Both are kept where the caller says: in memory, or in scratch files (memory/spill), so that no more than a batch is in memory.
+The caller chooses where they are kept: in memory, or in scratch files (memory/spill), with one batch in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from lorakeet.models.text.model import TextModel
 
 @dataclass(frozen=True)
 class _ArgumentStub:
-    """Stands for a tensor among the arguments of a call."""
+    """Replaces a spilled tensor among the arguments of a call."""
 
     batch: int
     number: int
 
 
 class CalibrationStates:
-    """The batches on their way through the blocks. `new` makes a place for tensors; three are made, two of which take turns."""
+    """The hidden states of all batches before one block after another. `new` makes a Spill; three are made."""
 
     def __init__(self, text: TextModel, blocks: nn.ModuleList, batches: Sequence[Batch], new: Callable[[], Spill]) -> None:
         self.count = len(batches)
         self._states, self._next, self._shared = new(), new(), new()
-        self._calls: list[list[Any]] = []  # of each batch, the call of each block, its tensors put aside
+        self._calls: list[list[Any]] = []  # by batch, the arguments of each block, with stubs for tensors
         self._record(text, blocks, batches)
 
     def states(self, batch: int) -> Tensor:
-        """What goes into the present block, which must not be written to."""
-        return self._states.look(batch)
+        """Returns the input of the current block, which must not be written to."""
+        return self._states.get(batch)
 
     def run(self, block: nn.Module, number: int, batch: int) -> Tensor:
-        """What `block`, the one of that number, gives for a batch."""
-        args, kwargs = tree_map_only(_ArgumentStub, self._shared.look, self._calls[batch][number])
+        """Returns the output of `block`, the one of that number, for a batch."""
+        args, kwargs = tree_map_only(_ArgumentStub, self._shared.get, self._calls[batch][number])
         found = block(self.states(batch), *args, **kwargs)
         return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
     def advance(self, block: nn.Module, number: int) -> None:
-        """Lets every batch through `block`: what it gives is what goes into the next one."""
+        """Runs every batch through `block`: its outputs are the inputs of the next one."""
         for batch in range(self.count):
             self._next.put(batch, self.run(block, number, batch))
             self._states.take(batch)
         self._states, self._next = self._next, self._states
 
     def close(self) -> None:
-        """Forgets everything, and ends the scratch files."""
+        """Drops everything and closes the scratch files."""
         for spill in (self._states, self._next, self._shared):
             spill.close()
 
@@ -76,16 +76,16 @@ class CalibrationStates:
                 blocks[number] = block
 
     def _keep(self, batch: int, recorders: Sequence[_Recorder]) -> None:
-        """Puts aside what the blocks were called with; a tensor that several of them get is kept once."""
-        places: dict[int, _ArgumentStub] = {}
+        """Spills the arguments of the blocks' calls; a tensor that several blocks get is stored once."""
+        stubs: dict[int, _ArgumentStub] = {}
 
         def spill(tensor: Tensor) -> _ArgumentStub:
-            if id(tensor) not in places:
-                places[id(tensor)] = _ArgumentStub(batch, len(places))
-                self._shared.put(places[id(tensor)], tensor)
-            return places[id(tensor)]
+            if id(tensor) not in stubs:
+                stubs[id(tensor)] = _ArgumentStub(batch, len(stubs))
+                self._shared.put(stubs[id(tensor)], tensor)
+            return stubs[id(tensor)]
 
-        calls = [recorder.call for recorder in recorders]  # held until all are kept: no two tensors have one id
+        calls = [recorder.call for recorder in recorders]  # kept alive until all are stored, so that ids stay unique
         self._states.put(batch, recorders[0].states)
         self._calls.append([tree_map_only(Tensor, spill, call) for call in calls])
         for recorder in recorders:
@@ -93,7 +93,7 @@ class CalibrationStates:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block, keeps what it is called with, and hands its input on as it is."""
+    """Replaces a block: records its arguments and returns its input unchanged."""
 
     states: Tensor
     call: Any
@@ -106,12 +106,12 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["block"][0], name)  # models read settings such as attention_type off their blocks
+            return getattr(self.__dict__["block"][0], name)  # models read settings such as attention_type from their blocks
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.__dict__["states"], self.__dict__["call"] = hidden_states, (args, kwargs)
         return hidden_states
 
     def forget(self) -> None:
-        """Lets go of what it was called with."""
+        """Drops the recorded arguments."""
         del self.__dict__["states"], self.__dict__["call"]

@@ -1,7 +1,7 @@
-"""Runs two functions of one or two models on the same batches and compares their logits chunk by chunk.
+"""Runs two models, or one with two adapters, on the same batches and compares their logits chunk by chunk.
 
-Of two streamed models one runs after the other, so that the blocks of one at a time are in memory; what the first one makes of
-the batches waits on disk, beside its store.
+Two streamed models run one after the other, so that only one has blocks in memory; the hidden states of the first are spilled to
+disk beside its store.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lorakeet.memory.spill import Spill
 from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 
-CHUNK = 256  # positions whose logits are held at once
+CHUNK = 256  # positions whose logits are in memory at once
 
-Side = tuple[TextModel, str | None]  # a model, and the adapter that is on (None for the bare base)
+Side = tuple[TextModel, str | None]  # a model and its active adapter (None for the bare base)
 
 
 def compare_outputs(left: Side, right: Side, batches: Sequence[Batch], *, spec: EvaluateSpec) -> Parity:
-    """How far `right` is from `left` on the targets of `batches`; the two may be one model with different adapters on."""
+    """Compares `right` with `left` on the targets of `batches`; they may be one model with different adapters."""
     meter = ParityMeter()
     with torch.no_grad():
         for number, (batch, (hidden_left, hidden_right)) in enumerate(zip(batches, _states(left, right, batches), strict=True)):
@@ -42,12 +42,12 @@ def compare_outputs(left: Side, right: Side, batches: Sequence[Batch], *, spec: 
 
 
 def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, right: str | None, spec: EvaluateSpec) -> Parity:
-    """`compare_outputs` for two adapters of one model."""
+    """Compares two adapters of one model, as `compare_outputs`."""
     return compare_outputs((text, left), (text, right), batches, spec=spec)
 
 
 def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The hidden states of both sides at the targets of each batch, (targets, hidden)."""
+    """Yields the hidden states of both sides at the targets of each batch, (targets, hidden)."""
     apart = left[0].model is not right[0].model and left[0].streamed is not None and right[0].streamed is not None
     store = left[0].store
     if not apart or store is None:
@@ -74,7 +74,7 @@ def _hidden(side: Side, batch: Batch) -> Tensor:
 
 
 def first_tokens(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The first examples that have at most so many tokens together; at least one."""
+    """Returns the first examples of at most `tokens` tokens together; at least one."""
     chosen: list[Example] = []
     for example in examples:
         tokens -= len(example.ids)

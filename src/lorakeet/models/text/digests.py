@@ -1,4 +1,4 @@
-"""What training must not change: a digest of every frozen number of a model, its adapters left out."""
+"""Digests of all frozen tensors of a model, without adapters: training must not change them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lorakeet.models.text.shard import whole
 
 
 def frozen_digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of each frozen parameter and buffer of the model, by its path as it was before adapters.
+    """Returns the SHA-256 of each frozen parameter and buffer of the model, by its path without adapters.
 
-    Reads every weight once: about a second for each gigabyte. A model that is streamed from disk has no numbers in memory; what
-    is on the meta device is left out. Where processes have parted the model (models/text/shard), all must ask together.
+    Reads every weight once: about a second per GB. Streamed weights, which are on the meta device, are left out. For a sharded
+    model (models/text/shard) it is a collective call.
     """
     found: dict[str, str] = {}
     for path, module in original_modules(model):
@@ -27,7 +27,7 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
 
 
 def changed_tensors(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """The tensors whose digest is another one, or that are in one of the two alone, sorted by name."""
+    """Returns the names of tensors whose digests differ or that are in only one of the two, sorted."""
     return sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
 
 

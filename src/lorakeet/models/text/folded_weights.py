@@ -1,6 +1,6 @@
-"""What every weight of a model should be once an adapter is folded in: the yardstick for a merged model, matrix by matrix.
+"""Computes every weight of a model with an adapter folded in, matrix by matrix: the reference for a merged model.
 
-The weights of a streamed model are read from its store as they are asked for, some rows at a time.
+The weights of a streamed model are read from its store on access, some rows at a time.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from lorakeet.quant.packed import PackedLinear
 
 
 def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterator[tuple[str, RowsOf]]:
-    """(path of the parameter, its numbers as they are without adapters) for every parameter; packed ones in fp32.
+    """Yields (path of the parameter, its values without adapters) for every parameter; packed ones in fp32.
 
-    With `store`, that of a streamed model, what is out is read from there when rows of it are asked for. What is unpacked is
-    valid until the next one is. A single number is given as (1,).
+    With the `store` of a streamed model, tensors on the meta device are read from there on access. An unpacked weight is valid
+    until the next one is unpacked. A scalar becomes (1,).
     """
     for path, module in original_modules(model):
         if isinstance(module, PackedLinear):
@@ -39,11 +39,11 @@ def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterat
                 yield f"{path}.weight", module.weight
         if isinstance(module, ReorderedLinear):
             yield f"{path}.weight", module.weight
-        standing = find(model, path)
+        current = find(model, path)
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}" if path else leaf
-            if isinstance(standing, (StreamedEmbedding, StreamedHead)):
-                yield full, standing.rows
+            if isinstance(current, (StreamedEmbedding, StreamedHead)):
+                yield full, current.rows
             elif store is not None and parameter.is_meta:
                 yield full, store.rows(full) if parameter.dim() else _rows(store.tensor(full))
             else:
@@ -51,26 +51,26 @@ def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterat
 
 
 def folded_weights(model: nn.Module, name: str | None, store: WeightStore | None = None) -> Iterator[tuple[str, RowsOf]]:
-    """(path of the parameter, W with adapter `name` folded in) for every parameter, as `frozen_weights` gives them.
+    """Yields (path of the parameter, W with adapter `name` folded in) for every parameter, in the form of `frozen_weights`.
 
-    One that the adapter changes is made whole, in memory; of a stack of experts only those that are asked for.
+    A weight that the adapter changes is computed whole, in memory; of a stack of experts, only those that are read.
     """
     changed: dict[str, tuple[nn.Module, str]] = {}
     for path, layer in adapted_layers(model):
         if name is None or name not in layer.adapters:
             continue
-        held = layer.adapters[name]
-        leaves = list(held.keys()) if isinstance(held, ExpertPairs) else _leaves(layer, held)
-        changed.update({f"{path}.{leaf}": (held, leaf) for leaf in leaves})
+        part = layer.adapters[name]
+        leaves = list(part.keys()) if isinstance(part, ExpertPairs) else _leaves(layer, part)
+        changed.update({f"{path}.{leaf}": (part, leaf) for leaf in leaves})
     for path, weight in frozen_weights(model, store):
         with torch.no_grad():
             yield path, _expected(weight, *changed[path]) if path in changed else weight
 
 
 def fold_layers(model: nn.Module, name: str, paths: Collection[str]) -> None:
-    """Puts a plain nn.Linear with W in fp32, the adapter `name` folded in, in the place of each linear layer of `paths`.
+    """Replaces each linear layer of `paths` by an nn.Linear with W in fp32 and the adapter `name` folded in.
 
-    Other layers keep what they have; fused pieces are taken out, since they look into the layers that go.
+    Other layers keep their adapters. Fused modules are removed, since they refer to the replaced layers.
     """
     unfuse(model)
     for path in paths:
@@ -78,10 +78,10 @@ def fold_layers(model: nn.Module, name: str, paths: Collection[str]) -> None:
         if module is None:
             raise ConfigError(f"The model has no layer '{path}', which is packed in the quantised file.")
         original = unwrapped(module)
-        held = module.adapters[name] if isinstance(module, AdaptedLayer) and name in module.adapters else None
+        part = module.adapters[name] if isinstance(module, AdaptedLayer) and name in module.adapters else None
         with torch.no_grad():
             weight = cast(Tensor, original.weight).detach().float()
-            weight = held.fold(weight) if isinstance(held, LoraPair) else weight
+            weight = part.fold(weight) if isinstance(part, LoraPair) else weight
             weight = weight.t().contiguous() if kind_of(original) == "conv1d" else weight
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -90,22 +90,22 @@ def fold_layers(model: nn.Module, name: str, paths: Collection[str]) -> None:
         replace(model, path, linear)
 
 
-def _leaves(layer: AdaptedLayer, held: nn.Module) -> list[str]:
+def _leaves(layer: AdaptedLayer, part: nn.Module) -> list[str]:
     if isinstance(layer, TrainedModule):
-        return [key for key, _ in held.named_parameters()]
-    return ["weight", "bias"] if isinstance(held, LoraPair) and held.bias is not None else ["weight"]
+        return [key for key, _ in part.named_parameters()]
+    return ["weight", "bias"] if isinstance(part, LoraPair) and part.bias is not None else ["weight"]
 
 
-def _expected(frozen: RowsOf, held: nn.Module, leaf: str) -> RowsOf:
-    if isinstance(held, ExpertPairs):
-        return _FoldedExperts(frozen, cast(LoraPair, held[leaf]))
-    if isinstance(held, LoraPair) and leaf == "bias" and held.bias is not None:
-        return fold(frozen[:], held.scale * held.bias.detach())
-    if isinstance(held, LoraPair):
-        return held.fold(frozen[:])
-    if isinstance(held, TrainedRows):
-        return frozen[:].float().index_copy(0, held.ids, held.values.detach())
-    return _rows(held.get_parameter(leaf).detach())
+def _expected(frozen: RowsOf, part: nn.Module, leaf: str) -> RowsOf:
+    if isinstance(part, ExpertPairs):
+        return _FoldedExperts(frozen, cast(LoraPair, part[leaf]))
+    if isinstance(part, LoraPair) and leaf == "bias" and part.bias is not None:
+        return fold(frozen[:], part.scale * part.bias.detach())
+    if isinstance(part, LoraPair):
+        return part.fold(frozen[:])
+    if isinstance(part, TrainedRows):
+        return frozen[:].float().index_copy(0, part.ids, part.values.detach())
+    return _rows(part.get_parameter(leaf).detach())
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _FoldedExperts:
-    """A stack of experts (experts, out, in) with the pair of each folded in, made for the experts that are asked for."""
+    """A stack of experts (experts, out, in) with their pairs folded in, computed for the experts that are read."""
 
     frozen: RowsOf
     pair: LoraPair

@@ -1,6 +1,6 @@
-"""A text model from its configuration alone: shapes without weights, for what is planned before anything is loaded.
+"""Builds a text model from its configuration alone: shapes without weights, for planning before anything is loaded.
 
-Built inside a memory.ledger.Ledger its tensors take no memory; built outside they are real and random.
+Inside a memory.ledger.Ledger its tensors take no memory; outside they are real and random.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from lorakeet.quant.spec import QuantSpec
 
 @cache
 def published_configs() -> dict[str, Traversable]:
-    """The config.json of well-known models that ships with Lorakeet, by hub id."""
+    """Returns the config.json files of well-known models that ship with Lorakeet, by hub id."""
     folder = files("lorakeet.models") / "shapes"
     shapes = [entry for entry in folder.iterdir() if entry.name.endswith(".json")]
     return {entry.name.removesuffix(".json").replace("--", "/"): entry for entry in shapes}
 
 
 def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
-    """The transformers configuration of the model that `spec.path` names; no weights are read or fetched.
+    """Returns the transformers configuration of the model `spec.path`; reads and fetches no weights.
 
-    A folder's own config.json, the header of a .gguf file, a published shape (which needs no network), or the config.json of
-    a hub id. Raises ConfigError where there is none.
+    It comes from a folder's config.json, the header of a .gguf file, a published shape (without network), or the config.json of
+    a hub id. Raises ConfigError if there is none.
     """
     name = spec.path
     found = {known.lower(): known for known in published_configs()}.get(name.lower())
@@ -62,7 +62,7 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
     try:
         with quiet_transformers():
             if local is None:
-                say(f"Asking the model hub for the config.json of {name}.")
+                say(f"Fetching the config.json of {name} from the model hub.")
                 return AutoConfig.from_pretrained(name, revision=spec.revision)
             if local.suffix.lower() == ".gguf":
                 return config_of_gguf(local)
@@ -77,7 +77,7 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
 
 
 def config_from_settings(settings: dict[str, Any]) -> Any:
-    """A transformers configuration from the content of a config.json."""
+    """Returns a transformers configuration from the content of a config.json."""
     kind = settings["model_type"]
     return AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key != "model_type"})
 
@@ -93,14 +93,14 @@ def model_from_config(
     quantize: QuantSpec | None = None,
     files: Path | None = None,
 ) -> TextModel:
-    """The frozen model that `config` describes, in eval mode, without a tokenizer; its linear layers are packed as `quantize`
-    asks, or as they are already in `files`, a folder or .gguf file.
+    """Returns the frozen model that `config` describes, in eval mode, without a tokenizer.
 
-    Attention auto is varlen, which is what nearly every model is found to run with when it is loaded.
+    Its linear layers are packed as `quantize` says, or as they are already in `files`, a folder or .gguf file. Attention auto is
+    varlen, which nearly every model can use.
     """
     device = torch.device(device)
     with quiet_transformers(), torch.device(device):
-        own = plain_config(config)  # a copy, in which transformers notes the dtype
+        own = plain_config(config)  # a copy, into which transformers writes the dtype
         model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
     model = model.requires_grad_(False).eval()
     quantize = quantize or QuantSpec()
@@ -121,7 +121,7 @@ def model_from_config(
 
 
 def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_int8: bool = False) -> None:
-    """Puts a packed layer of zeros where a loaded model would hold a packed weight; `in_int8` as in quant/int8."""
+    """Replaces the layers of `packing` by packed layers of zeros; `in_int8` as in quant/int8."""
     for path, settings in packing.items():
         module = model.get_submodule(path)
         weight: Any = module.weight
@@ -135,14 +135,14 @@ def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_i
 
 
 class ShapeBase(PackedBase):
-    """Stands in an outline for a packed base with the same buffers. Unpacked, it only holds for a moment what unpacking holds."""
+    """A packed base of shapes, with the same buffers. `unpack` only allocates, for a moment, what real unpacking does."""
 
     def __init__(self, base: PackedBase) -> None:
         super().__init__(base.shape)
         self._settings, self._row_step = base.settings, base.row_step
-        told = base.stored()
+        stored = base.stored()
         self._stands_for = (
-            None if told is None else StoredWeight(told.kind, *told[1:3], codes=0, size=told.size, groups=told.groups)
+            None if stored is None else StoredWeight(stored.kind, *stored[1:3], codes=0, size=stored.size, groups=stored.groups)
         )
         for name, buffer in base.named_buffers():
             self.register_buffer(name, buffer)
@@ -155,7 +155,7 @@ class ShapeBase(PackedBase):
     def row_step(self) -> int:
         return self._row_step
 
-    def _told(self) -> StoredWeight | None:
+    def _stored_weight(self) -> StoredWeight | None:
         return self._stands_for
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
@@ -166,10 +166,10 @@ class ShapeBase(PackedBase):
 
 @cache
 def _while_unpacking(settings: str, dtype: torch.dtype) -> int:
-    """The most bytes that unpacking such a weight holds beside the weight and its result: those of one of its equal tiles."""
+    """Returns the peak in bytes of unpacking such a weight, beside the weight and its result: that of one of its equal tiles."""
     packing = json.loads(settings)
     rows, columns = packing["shape"]
-    step = WORD if packing["method"] == "gptq" else 1  # whose zero points fill whole words
+    step = WORD if packing["method"] == "gptq" else 1  # zero points fill whole words
     rows = min(rows, max(1, -(-TILE // (columns * step))) * step)
     with _disable_current_modes(), Ledger() as ledger:
         base, out = empty_base({**packing, "shape": (rows, columns)}), torch.empty(rows, columns, dtype=dtype)
@@ -180,7 +180,7 @@ def _while_unpacking(settings: str, dtype: torch.dtype) -> int:
 
 
 def local_files(name: str) -> Path | None:
-    """The folder or .gguf file on this machine that a model path names; None for a hub id."""
+    """Returns the local folder or .gguf file of a model path; None for a hub id."""
     if name.startswith(PACKAGE):
         distribution, _, relative = name[len(PACKAGE) :].partition("/")
         return package_file(distribution, suffix=relative or ".gguf")

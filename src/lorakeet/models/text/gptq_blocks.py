@@ -1,9 +1,9 @@
-"""GPTQ over a text model, one decoder block at a time: what goes into a block is kept, everything else comes and goes.
+"""GPTQ over a text model, one decoder block at a time: only the inputs of the current block are kept.
 
     rows ─► embedding ─► inputs of block 0 ─► [its layers, stage by stage] ─► inputs of block 1 ─► …
 
-The layers of a block that read the same input make a stage (q, k, v; o; gate, up; down). A stage is quantised with the inputs
-that it gets from the quantised stages before it; then the whole quantised block computes the inputs of the next one.
+The layers of a block with the same input form a stage (q, k, v; o; gate, up; down). A stage is quantised with its inputs from
+the quantised stages before it; then the whole quantised block computes the inputs of the next one.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from lorakeet.quant.gptq_solve import GptqLayout, Hessian, Sensitivity, gptq_qua
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
 Pack = Callable[[str, Tensor, Sensitivity, RowSource], PackedBase]  # path, weight (out, in), its inputs, their H
-_STAGE = "H"  # under which that of a stage is kept
+_STAGE = "H"  # the key of a stage's H
 
 
 @dataclass(frozen=True)
 class LayerSource:
-    """Which layers are packed: those of a block, by its path, when its turn comes. They are dense, or as they stand, and then
-    `dense` makes a dense one of each, by its path, just before it is packed, and puts it in its place."""
+    """The layers to pack: `of(path of a block)` returns those of a block, by path. If they are not dense, `dense(path)` replaces
+    a layer by a dense one just before it is packed, and returns it."""
 
     of: Callable[[str], dict[str, nn.Module]]
     dense: Callable[[str], nn.Module] | None = None
@@ -46,7 +46,7 @@ class LayerSource:
 
 @dataclass(frozen=True)
 class QuantisedBlock:
-    """The packed layers of one block, by path in the model, and how far each one's outputs moved on the calibration rows."""
+    """The packed layers of one block, by path in the model, and the relative output error of each on the calibration rows."""
 
     number: int
     count: int
@@ -55,7 +55,7 @@ class QuantisedBlock:
 
 
 def layers_in_blocks(model: Any, name: str) -> dict[str, nn.Module]:
-    """The layers that GPTQ quantises, by path; ConfigError where the model, which the user calls `name`, has none."""
+    """Returns the layers that GPTQ quantises, by path; ConfigError if the model, `name` to the user, has none."""
     prefix, count = modules.block_prefix(model, family_of(model.config.get_text_config()))
     inside = packable(model, head=False).items() if count else ()
     layers = {path: module for path, module in inside if path.startswith(f"{prefix}.")}
@@ -83,13 +83,13 @@ def check_layers(layers: dict[str, nn.Module], layout: GptqLayout) -> None:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in)."""
+    """Returns the weight of a linear layer as (out, in)."""
     weight = cast(Tensor, module.weight).detach()
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def taken_by_block(layers: dict[str, nn.Module]) -> LayerSource:
-    """Dense layers, those of a block taken out of `layers` when its turn comes: whose dense weights can go with it."""
+    """Returns dense layers that are removed from `layers` block by block, so that their weights can be freed."""
 
     def layers_of(block: str) -> dict[str, nn.Module]:
         return {path: layers.pop(path) for path in list(layers) if path.startswith(f"{block}.")}
@@ -98,7 +98,7 @@ def taken_by_block(layers: dict[str, nn.Module]) -> LayerSource:
 
 
 def inputs_of_widest(layers: dict[str, nn.Module]) -> int:
-    """How many inputs the widest of the layers has; 0 without a layer."""
+    """Returns the largest number of inputs of a layer; 0 without layers."""
     return max((weight_of(module).shape[1] for module in layers.values()), default=0)
 
 
@@ -111,10 +111,10 @@ def quantise_blocks(
     micro_tokens: int = 2048,
     spill: Callable[[], Spill] = Spill,
 ) -> Iterator[QuantisedBlock]:
-    """Quantises the blocks of `text` in order, which it uses up: a block that has been handed out is no longer in the model.
+    """Quantises the blocks of `text` in order and yields them; a yielded block is no longer in the model.
 
-    What goes into blocks is kept in places that `aside` makes. Raises, before the first block, ConfigError for layers that do not
-    fit `layout`, DataError for too few tokens.
+    `spill` makes the stores of the blocks' inputs. Raises, before the first block, ConfigError for layers that do not fit
+    `layout`, DataError for too few tokens.
     """
     layers = layers_in_blocks(text.model, text.name)
     check_layers(layers, layout)
@@ -141,26 +141,26 @@ def pack_blocks(
     keep: bool = False,
     spill: Callable[[], Spill] = Spill,
 ) -> Iterator[QuantisedBlock]:
-    """Packs `layers` as `pack` says; others stay. `keep` leaves the packed blocks in the model, which else is used up.
+    """Packs `layers` with `pack`, block by block. `keep` leaves the packed blocks in the model; otherwise they are removed.
 
-    A streamed model's block comes in for its turn and goes as it came; `aside` makes places for what goes into blocks, and for
-    the H of a stage while it is used. Whether the rows have tokens enough is for the caller to ask (`check_tokens`).
+    A streamed model's block is loaded for its turn and freed unchanged. `spill` makes the stores of the blocks' inputs and of
+    the H of a stage. The caller checks that the rows have enough tokens (`check_tokens`).
     """
     prefix, count = modules.block_prefix(text.model, text.family)
     blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
-    passages, kept = CalibrationStates(text, blocks, _batches(text, rows, micro_tokens), spill), spill()
+    states, hessians = CalibrationStates(text, blocks, _batches(text, rows, micro_tokens), spill), spill()
     try:
         for number in range(count):
             start = f"{prefix}.{number}."
             with torch.no_grad(), _present(text, blocks, number) as module:
                 own = {path.removeprefix(start): layer for path, layer in layers.of(f"{prefix}.{number}").items()}
-                standing = {} if text.streamed is None else dict(own)
-                block = _QuantizedBlock(module, number, passages, start)
-                bases, errors = _quantise(block, own, pack, layers.dense, damping, kept)
-                if number + 1 < count:  # nobody reads what the last one gives
-                    passages.advance(module, number)
-                while standing:  # a streamed block goes with the layers that it came with
-                    module.set_submodule(*standing.popitem())
+                originals = {} if text.streamed is None else dict(own)
+                block = _QuantizedBlock(module, number, states, start)
+                bases, errors = _quantise(block, own, pack, layers.dense, damping, hessians)
+                if number + 1 < count:  # the output of the last one is not needed
+                    states.advance(module, number)
+                while originals:  # a streamed block keeps its own layers
+                    module.set_submodule(*originals.popitem())
                 own.clear()
             if not keep and text.streamed is None:
                 blocks[number] = nn.Identity()
@@ -168,17 +168,17 @@ def pack_blocks(
             yield QuantisedBlock(
                 number,
                 count,
-                {start + name: bases.pop(name) for name in list(bases)},  # held by whoever takes them alone
+                {start + name: bases.pop(name) for name in list(bases)},  # so that only the caller keeps them alive
                 {start + name: error for name, error in errors.items()},
             )
     finally:
-        passages.close()
-        kept.close()
+        states.close()
+        hessians.close()
 
 
 @contextmanager
 def _present(text: TextModel, blocks: nn.ModuleList, number: int) -> Iterator[nn.Module]:
-    """The block with its weights; of a streamed model it alone is in memory, and gone after that."""
+    """A context with the block and its weights; of a streamed model it is the only one in memory, and freed afterwards."""
     if text.streamed is None:
         yield blocks[number]
         return
@@ -189,7 +189,7 @@ def _present(text: TextModel, blocks: nn.ModuleList, number: int) -> Iterator[nn
 
 
 def check_tokens(rows: Sequence[Example], widest: int) -> None:
-    """Raises DataError where the rows have fewer tokens than the widest layer has inputs: its H could not have full rank."""
+    """Raises DataError if the rows have fewer tokens than the widest layer has inputs: its H could not have full rank."""
     tokens = sum(len(row.ids) for row in rows)
     if tokens < widest:
         raise DataError(
@@ -199,45 +199,45 @@ def check_tokens(rows: Sequence[Example], widest: int) -> None:
 
 
 def _batches(text: TextModel, rows: Sequence[Example], micro_tokens: int) -> list[Batch]:
-    """Rows laid end to end where the attention keeps them apart, else one by one: padding would count as inputs."""
+    """Returns packed rows if the attention separates them, else one row a batch: padding would count as inputs."""
     if text.attention == "varlen":
         return micro_batches(rows, micro_tokens)
     return [pack_examples([row]) for row in rows]
 
 
-class _Enough(Exception):
-    """Ends the pass through a block once the stage's inputs are known."""
+class _InputFound(Exception):
+    """Stops the pass through a block once a stage's inputs are known."""
 
 
 class _QuantizedBlock:
-    """A block with what goes into it, batch by batch; `start` is what paths in the model have before those in the block."""
+    """A block with its inputs, batch by batch; `start` is the prefix of its paths in the model."""
 
-    def __init__(self, module: nn.Module, number: int, passages: CalibrationStates, start: str) -> None:
-        self.module, self.number, self.passages, self.start = module, number, passages, start
+    def __init__(self, module: nn.Module, number: int, states: CalibrationStates, start: str) -> None:
+        self.module, self.number, self.states, self.start = module, number, states, start
 
     def run(self, batch: int) -> Tensor:
-        """The block's output for a batch."""
-        return self.passages.run(self.module, self.number, batch)
+        """Returns the block's output for a batch."""
+        return self.states.run(self.module, self.number, batch)
 
     def inputs_of(self, layer: nn.Module, take: Callable[[Tensor], None]) -> None:
         """Calls `take` with the input of `layer` for each batch; the block runs no further than that."""
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             take(args[0])
-            raise _Enough
+            raise _InputFound
 
         handle = layer.register_forward_pre_hook(stop)
         try:
-            for batch in range(self.passages.count):
+            for batch in range(self.states.count):
                 try:
                     self.run(batch)
-                except _Enough:
+                except _InputFound:
                     continue
         finally:
             handle.remove()
 
     def hessian_of(self, layer: nn.Module) -> Hessian:
-        """That of what goes into `layer`."""
+        """Returns H of the inputs of `layer`."""
         found: list[Hessian] = []
 
         def take(x: Tensor) -> None:
@@ -249,7 +249,7 @@ class _QuantizedBlock:
         return found[0]
 
     def stages(self, layers: dict[str, nn.Module]) -> list[list[str]]:
-        """The layers in the order in which they are called, those with the same input together."""
+        """Returns the names of the layers in the order of their calls, grouped by the same input."""
         seen: list[tuple[Tensor, list[str]]] = []
 
         def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -277,14 +277,14 @@ def _quantise(
     pack: Pack,
     dense_of: Callable[[str], nn.Module] | None,
     damping: float,
-    kept: Spill,
+    hessians: Spill,
 ) -> tuple[dict[str, PackedBase], dict[str, float]]:
-    """Puts a PackedLinear in the place of every layer, stage by stage, and takes it out of `layers`."""
+    """Replaces every layer by a PackedLinear, stage by stage, and removes it from `layers`."""
     bases: dict[str, PackedBase] = {}
     errors: dict[str, float] = {}
     for stage in block.stages(layers) if layers else []:
-        kept.put(_STAGE, block.hessian_of(layers[stage[0]]).matrix)
-        hessian = kept.rows(_STAGE)
+        hessians.put(_STAGE, block.hessian_of(layers[stage[0]]).matrix)
+        hessian = hessians.rows(_STAGE)
         inputs = sensitivity(hessian, damping=damping)
         dense = {name: layers.pop(name) for name in stage}
         for name in stage:
@@ -296,6 +296,6 @@ def _quantise(
             bases[name], errors[name] = base, output_error(weight, base, hessian)
             packed = PackedLinear(base, cast(Any, layer).bias, transposed=isinstance(layer, Conv1D))
             block.module.set_submodule(name, packed)
-        kept.drop(_STAGE)
-        del hessian, inputs, layer, weight, packed  # before the next stage's come
+        hessians.drop(_STAGE)
+        del hessian, inputs, layer, weight, packed  # before the next stage's are made
     return bases, errors

@@ -1,4 +1,4 @@
-"""Loads a text model and proves, on a few tokens, that Lorakeet's way through it gives the model's own logits."""
+"""Loads a text model and checks, on a few tokens, that Lorakeet computes the model's own logits."""
 
 from __future__ import annotations
 
@@ -50,31 +50,31 @@ def load_text_model(
     pinned: bool = False,
     changes: Changes | None = None,
 ) -> TextModel:
-    """The model that `spec` names, frozen and checked; `say` gets what the user should know (default: the log).
+    """Loads the model of `spec`, frozen and checked; `say` gets messages for the user (default: the log).
 
     With a folder `store`, its blocks are streamed from a store there, `slots` of them on the device (models/streaming/model),
-    with `changes` made to its weights; `pinned` keeps all of them in the host's pinned memory, for a CUDA device.
+    with `changes` made to its weights; `pinned` keeps all of them in pinned host memory, for a CUDA device.
 
-    Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem for what this machine lacks or
-    where the check of the head or of the attention fails.
+    Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem if the machine lacks something or
+    the check of the head or of the attention fails.
     """
-    tell = say or logging.getLogger("lorakeet").info
-    source = find_source(spec, tell)
+    say = say or logging.getLogger("lorakeet").info
+    source = find_source(spec, say)
     device = device_for(spec.device)
     dtype, kernels = dtype_for(spec.dtype, device), kernels_for(spec, device)
     streamed = None
     if store is None:
-        model = _model(source, dtype, spec.quantize, tell).to(device)
+        model = _model(source, dtype, spec.quantize, say).to(device)
     else:
         config = read_config(source)
         model, streamed = streamed_model(
             source, config, dtype, quantize=spec.quantize, folder=store, residence=Residence(slots, device, pinned),
-            changes=changes, say=tell,
+            changes=changes, say=say,
         )
         take_generation_settings(model, source)
     if spec.quantize.int8_products and not enable_int8_products(model):
         raise ConfigError(
-            f"model.quantize.int8_products is true, but no weight of {spec.path} is kept in int8. Set model.quantize.method to "
+            f"model.quantize.int8_products is true, but no weight of {spec.path} is in int8. Set model.quantize.method to "
             "int8."
         )
     text = TextModel(
@@ -93,30 +93,30 @@ def load_text_model(
         reference = _own_logits(text)
         _require_numbers(text, reference)
         check_head(text, reference)
-        _choose_attention(text, spec.attention, reference, tell)
+        _choose_attention(text, spec.attention, reference, say)
     if device.type == "cpu" and text.products == torch.bfloat16 and native.suits_machine() and (reason := native.why_not()):
-        tell(f"Attention and the passes between products run by torch's own operations, which is slower: {reason}.")
+        say(f"Attention and elementwise operations run by torch's own operations, which is slower: {reason}.")
     if kernels is not None:
-        _prove(text, kernels, reference.shape[1])
+        _use_checked_kernels(text, kernels, reference.shape[1])
     return text
 
 
-def _prove(text: TextModel, kernels: TritonRequest, words: int) -> None:
-    """Lets the model use the kernels; EnvironmentProblem where they compute otherwise than torch."""
+def _use_checked_kernels(text: TextModel, kernels: TritonRequest, vocabulary: int) -> None:
+    """Checks the kernels on this device and makes the model use them; EnvironmentProblem if they differ from torch."""
     check_kernels(_modules(text), kernels, text.products)
-    check_loss(words, text.device)
+    check_loss(vocabulary, text.device)
     check_elementwise(_widths(text.model), kernels, {text.dtype, text.products}, text.device)
     use_kernels(text.model, kernels)
 
 
 def _widths(model: Any) -> list[int]:
-    """Numbers of a token between blocks, and of the heads of every kind, as the modules have them."""
+    """Returns the hidden size and all head sizes of the model."""
     heads = {getattr(module, "head_dim", None) for module in model.modules()}
     return sorted({model.get_input_embeddings().weight.shape[1], *(head for head in heads if isinstance(head, int))})
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`; DataError where it cannot be read."""
+    """Loads the tokenizer in `folder`; DataError if it cannot be read."""
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -127,7 +127,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[[str], None]) -> Any:
-    """The frozen model in eval mode, with eager attention, on the CPU; the weights' pages stay those of the files if they can."""
+    """Loads the frozen model in eval mode, with eager attention, on the CPU; weights stay mapped files where possible."""
     config = read_config(source)
     if quantize.method != "none" or stored_quantisation(config):
         model = load_quantised(source, config, dtype, quantize, say)
@@ -137,7 +137,7 @@ def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[
 
 
 def read_config(source: Path) -> Any:
-    """The configuration of the model in a folder; DataError where transformers knows no such model, or it writes no text."""
+    """Reads the configuration of a model folder; DataError if transformers does not know the model, or it writes no text."""
     require_architecture(source)
     try:
         with quiet_transformers():
@@ -145,31 +145,31 @@ def read_config(source: Path) -> Any:
         if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
             config.quantization_config = {"quant_method": METHOD, **json.loads((source / OLD_CONFIG).read_text(encoding="utf-8"))}
     except (ValueError, OSError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
-        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         file = source / "config.json"
-        raise DataError(f"{file} cannot be read by transformers: {said.rstrip('.')}. Fetch it again.") from error
+        raise DataError(f"{file} cannot be read by transformers: {reason.rstrip('.')}. Fetch it again.") from error
     require_text_model(source, config)
     return config
 
 
 def _check_batch(text: TextModel) -> Batch:
-    """Two rows of ordinary ids that begin alike, with every position a target."""
+    """Returns two rows of ordinary ids with the same first token, every position a target."""
     size = text.model.get_input_embeddings().weight.shape[0]
     tokens = (torch.arange(sum(CHECK_ROWS)) * 7919 + 11) % size
-    tokens[CHECK_ROWS[0]] = tokens[0]  # so that a beginning that is computed once is checked too
+    tokens[CHECK_ROWS[0]] = tokens[0]  # so that a shared prefix is checked too
     keys = tuple(map(str, range(len(CHECK_ROWS))))
     return Batch(tokens, CHECK_ROWS, torch.arange(len(tokens)), tokens, keys).to(text.device)
 
 
 def _own_logits(text: TextModel) -> Tensor:
-    """What the model itself answers for the rows of the check, one at a time, with eager attention: (tokens, vocabulary)."""
+    """Returns the model's own logits for the rows of the check, one at a time, with eager attention: (tokens, vocabulary)."""
     batch = _check_batch(text)
     rows = batch.ids.split(list(batch.lengths))  # type: ignore[no-untyped-call]
     return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
 
 
 def _require_numbers(text: TextModel, reference: Tensor) -> None:
-    """Raises DataError where the model's own logits are no numbers, with the weight that is to blame where one is."""
+    """Raises DataError if the model's own logits are not finite, with the first weight that is not."""
     if bool(reference.isfinite().all()):
         return
     worst = next((name for name, weight in _weights(text) if not bool(weight.isfinite().all())), None)
@@ -180,7 +180,7 @@ def _require_numbers(text: TextModel, reference: Tensor) -> None:
 
 
 def _weights(text: TextModel) -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point weight by name, one at a time: packed ones dequantised, streamed ones read block by block."""
+    """Yields every floating-point weight by name: packed ones dequantised, streamed ones read block by block."""
     yield from _numbers_in(text.model, "")
     if text.streamed is not None:
         prefix, count = block_prefix(text.model, text.family)
@@ -190,7 +190,7 @@ def _weights(text: TextModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _modules(text: TextModel) -> Iterator[nn.Module]:
-    """The model, and where its blocks are streamed the first of them, with its weights at hand."""
+    """Yields the model, and the first block of a streamed one with its weights loaded."""
     yield text.model
     if text.streamed is not None:
         with text.streamed.present(0) as block:
@@ -209,7 +209,7 @@ def _numbers_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_head(text: TextModel, reference: Tensor) -> None:
-    """Raises EnvironmentProblem unless `head` of `hidden` is the model's own logits `reference`, from the same attention."""
+    """Raises EnvironmentProblem unless `head(hidden)` gives the model's own logits `reference`, with the same attention."""
     kind = text.model.config.model_type
     if text.model.get_output_embeddings() is None:
         raise EnvironmentProblem(f"Models of type '{kind}' have no output layer over the vocabulary that could be found.")
@@ -229,21 +229,21 @@ def check_head(text: TextModel, reference: Tensor) -> None:
         )
 
 
-def _choose_attention(text: TextModel, asked: str, reference: Tensor, say: Callable[[str], None]) -> None:
-    """Sets the first attention that gives the model's own logits; only the one `asked` for, unless that is auto."""
+def _choose_attention(text: TextModel, wanted: str, reference: Tensor, say: Callable[[str], None]) -> None:
+    """Sets the first attention that gives the model's own logits; only the `wanted` one, unless that is auto."""
     failures: list[str] = []
-    for attention in ("varlen", "sdpa", "eager") if asked == "auto" else (asked,):
+    for attention in ("varlen", "sdpa", "eager") if wanted == "auto" else (wanted,):
         failure = _try_attention(text, attention, reference)
         if failure is None:
             if failures:
                 say(f"Attention: {attention}, as {'; '.join(failures)}.")
             return
         failures.append(failure)
-    raise EnvironmentProblem(f"model.attention {asked} cannot be used: {'; '.join(failures)}. Use model.attention auto.")
+    raise EnvironmentProblem(f"model.attention {wanted} cannot be used: {'; '.join(failures)}. Use model.attention auto.")
 
 
 def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | None:
-    """None when the model now runs with `attention` and still gives its own logits; else why it does not."""
+    """Sets `attention` and returns None if the model still gives its own logits; else the reason."""
     kind = text.model.config.model_type
     try:
         set_attention(text.model, attention)
@@ -254,8 +254,8 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
         return str(error).rstrip(".")
     except (ValueError, ImportError, TypeError) as error:
         return f"'{kind}' models do not run with {attention} ({str(error).splitlines()[0].rstrip('.')})"
-    # The median over a row's tokens: rounding may send a single token of a mixture to another expert. The worst row counts: the
-    # first one cannot be reached by what leaks from another.
+    # The median over a row's tokens: rounding may send a single token of a mixture to another expert. The worst row counts:
+    # nothing can leak into the first one.
     differences = (logits.float() - reference.float()).abs().amax(1)
     worst = max(float(row.median()) for row in torch.split(differences, list(CHECK_ROWS)))
     allowed = ATTENTION_TOLERANCE[text.dtype] * float(reference.abs().max())
@@ -265,7 +265,7 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
 
 
 def set_attention(model: Any, attention: str) -> None:
-    """Makes the model attend by varlen, sdpa or eager, through transformers' own switch."""
+    """Sets the model's attention to varlen, sdpa or eager, through transformers' own switch."""
     if attention == "varlen":
         register()
     with quiet_transformers():

@@ -1,4 +1,4 @@
-"""The layout of a quantised model: which of its layers are packed and how, whether it is a folder or a .gguf file."""
+"""Reads which layers of a quantised model are packed and how, from a folder or a .gguf file."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ METHODS = ("gptq", "nf4", "gguf")
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The packed layers of a model, by path; none is read before it is called."""
+    """The packed layers of a model, by path; a layer is read when its function is called."""
 
     method: str  # one of METHODS
     folder: Path  # with the packed tensors; of a .gguf file a copy in the cache
     file: Path | None  # the .gguf file
     layers: Mapping[str, Callable[[], PackedBase]]
-    names: Mapping[str, str]  # path to what the layer's weight is called in the folder
+    names: Mapping[str, str]  # layer path to the name of its weight in the folder
 
 
 def read_layout(path: str, say: Callable[[str], None]) -> PackedLayout:
-    """The layout of the quantised model that `path` names; ConfigError where it is not quantised, or in another way."""
+    """Reads the layout of the quantised model `path`; ConfigError if it is not quantised, or by another method."""
     file = gguf_file(path)
     folder = packed_copy(file, say) if file is not None else find_source(ModelSpec(path=path), say)
     config = read_config(folder)
@@ -39,7 +39,7 @@ def read_layout(path: str, say: Callable[[str], None]) -> PackedLayout:
     if not stored or method not in METHODS:
         was = f"is in {method}" if method else "is not quantised"
         raise ConfigError(
-            f"{path} {was}; expected a model in {', '.join(METHODS)}, whose layout is to be kept. Make one with "
+            f"{path} {was}; expected a model in {', '.join(METHODS)}, whose layout is reused. Make one with "
             "lorakeet quantize, or lorakeet export --to gguf, and name it with --like."
         )
     stock = READERS[str(stored["quant_method"])](tensor_files(folder), stored)

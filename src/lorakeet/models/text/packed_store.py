@@ -1,8 +1,8 @@
-"""The packed form of a streamed text model, in a store of its own: made block by block, and streamed from there.
+"""Writes the packed form of a streamed text model to a store of its own, block by block, and streams it from there.
 
     store of the model    block 0 │ block 1 │ … │ embedding │ head │ …
-                          its layers folded and rounded, one block in memory
-    store of the packed   block 0 │ block 1 │ … │ embedding │ head │ …       the same but for those layers
+                          layers folded and rounded, with one block in memory
+    packed store          block 0 │ block 1 │ … │ embedding │ head │ …       the same but for those layers
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.packed import PackedBase
 
-_PACKED = "packed"  # of a store's identity: the settings of its packed layers, by path
+_PACKED = "packed"  # key of a store's identity: the settings of its packed layers, by path
 
 
 class StoredBases(Mapping[str, PackedBase]):
-    """The packed weights of a store by the path of their layer, each read when it is asked for."""
+    """The packed weights of a store by the path of their layer, each read on access."""
 
     def __init__(self, store: WeightStore, paths: Iterable[str]) -> None:
         self._store, self._settings = store, json.loads(store.identity[_PACKED])
@@ -49,10 +49,10 @@ class StoredBases(Mapping[str, PackedBase]):
 
 
 def write_packed(text: TextModel, blocks: Iterable[Mapping[str, PackedBase]], path: Path) -> list[str]:
-    """Writes to `path` the store of the streamed `text` with other layers: `blocks` gives those of each block, by path, in order.
+    """Writes the store of the streamed `text` to `path`, with the packed layers of `blocks` (by path, block by block, in order).
 
-    Returns the paths of these layers. The packed layers of one block are in memory at a time, or one tensor of what lies outside
-    the blocks. Raises StoreRefused where the disk takes no store.
+    Returns the paths of these layers. Only the packed layers of one block are in memory at a time, or one tensor outside the
+    blocks. Raises StoreRefused if the store cannot be written.
     """
     source = cast(WeightStore, text.store)
     prefix, _ = modules.block_prefix(text.model, text.family)
@@ -74,7 +74,7 @@ def write_packed(text: TextModel, blocks: Iterable[Mapping[str, PackedBase]], pa
 
 
 def open_packed(text: TextModel, path: Path) -> TextModel:
-    """The model in the store at `path`, which `write_packed` made of the streamed `text`: no adapter, the same attention."""
+    """Opens the store at `path` that `write_packed` made of the streamed `text`: no adapter, the same attention."""
     before = cast(StreamedBlocks, text.streamed).stream
     model, streamed = open_streamed(
         WeightStore.open(path, {}), read_config(text.source), text.dtype, text.family, residence=Residence(before.slots)
@@ -84,14 +84,14 @@ def open_packed(text: TextModel, path: Path) -> TextModel:
 
 
 def _record(source: WeightStore, block: str, layers: Mapping[str, PackedBase]) -> dict[str, Tensor]:
-    """The tensors of a block by their names in it: the packed ones of `layers`, and all else as it is in `source`."""
+    """Returns the tensors of a block by their names in it: packed ones of `layers`, the others from `source`."""
     found = {
         f"{path.removeprefix(f'{block}.')}.base.{leaf}": tensor
         for path, base in layers.items()
         for leaf, tensor in base.state_dict().items()
     }
     own = [path.removeprefix(f"{block}.") for path in layers]
-    gone = tuple(f"{path}.base." for path in own)
+    replaced = tuple(f"{path}.base." for path in own)
     dense = {f"{path}.weight" for path in own}
-    kept = [name for name in source.record(block).tensors if name not in dense and not name.startswith(gone)]
+    kept = [name for name in source.record(block).tensors if name not in dense and not name.startswith(replaced)]
     return {**found, **{name: source.tensor(f"{block}.{name}") for name in kept}}

@@ -1,7 +1,7 @@
-"""Whether all blocks of a model are alike, so that a few of them tell what all of them hold (memory/extrapolate); and those few.
+"""Checks if all blocks of a model are equal, so that its memory can be extrapolated from a few of them (memory/extrapolate).
 
-Alike are blocks of the same modules with the same tensors, packing, settings and pairs. That every sixth block of Gemma attends
-to all tokens, that a mixture of experts begins with dense blocks, that --ranks auto gave each block its own ranks is seen here.
+Blocks are equal if they have the same modules, with the same tensors, packing, settings and pairs. They are not if every sixth
+block attends to all tokens (Gemma), a mixture of experts starts with dense blocks, or --ranks auto gave blocks different ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lorakeet.models.families import Family
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
 
-NUMBER = "layer_idx"  # where transformers' modules keep the number of their block
+NUMBER = "layer_idx"  # the attribute in which transformers' modules keep the number of their block
 
 
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Makes the text model of a transformers configuration, with all of its blocks or only the first so many."""
+    """Builds the text model of a transformers configuration, with all blocks or only the first ones."""
 
     make: Callable[[Any], TextModel]
     config: Any
@@ -36,7 +36,7 @@ class ModelBuilder:
 
 
 def count_repeated_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
-    """How many blocks there are, where all are alike and have the same pairs; else 0."""
+    """Returns the number of blocks if all are equal and have the same pairs; else 0."""
     prefix, count = modules.block_prefix(model, family)
     if not count or not _counted_in(model, count) or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
         return 0
@@ -51,7 +51,7 @@ def count_repeated_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
 
 
 def last_new_kind_of_block(model: nn.Module, family: Family) -> int:
-    """The number of the first block after which, pairs aside, every block is like an earlier one."""
+    """Returns the number of the last block that, without its pairs, equals no earlier one."""
     seen: list[Any] = []
     last = 0
     for number, block in enumerate(blocks_of(model, family)):
@@ -62,19 +62,19 @@ def last_new_kind_of_block(model: nn.Module, family: Family) -> int:
 
 
 def run_each_kind(passes: Iterable[object], model: nn.Module, family: Family) -> None:
-    """Draws from `passes`, one for each block in order, until every kind has come, and one more, which finds their buffers."""
+    """Runs `passes`, one for each block in order, until every kind has run, and one more, which reuses the buffers."""
     for _ in islice(passes, 2 + last_new_kind_of_block(model, family)):
         pass
 
 
 def blocks_of(model: nn.Module, family: Family) -> list[nn.Module]:
-    """The model's decoder blocks in their order, each the module that computes; empty where there is no list of them."""
+    """Returns the model's decoder blocks in order, without wrappers; empty if it has no list of them."""
     prefix, count = modules.block_prefix(model, family)
     return [modules.unwrapped(cast(nn.Module, modules.find(model, f"{prefix}.{index}"))) for index in range(count)]
 
 
 def first_blocks_of_config(config: Any, count: int) -> Any:
-    """A transformers configuration of the same model with `count` blocks."""
+    """Returns a configuration of the same model with its first `count` blocks."""
     found = copy.deepcopy(config)
     text = found.get_text_config()
     for name, value in list(vars(text).items()):
@@ -85,7 +85,7 @@ def first_blocks_of_config(config: Any, count: int) -> Any:
 
 
 def first_blocks_of_plan(plan: Plan, model: nn.Module, family: Family) -> Plan:
-    """What of `plan` is on the modules of `model`, which has fewer blocks than the one that `plan` was made for."""
+    """Returns the part of `plan` for `model`, which has fewer blocks than the model of `plan`."""
     prefix, count = modules.block_prefix(model, family)
     kept = {f"{prefix}.{index}" for index in range(count)}
 
@@ -96,13 +96,13 @@ def first_blocks_of_plan(plan: Plan, model: nn.Module, family: Family) -> Plan:
 
 
 def _counted_in(model: Any, count: int) -> bool:
-    """Whether the configuration says how many blocks there are."""
+    """True if the configuration has the number of blocks."""
     text = model.config.get_text_config()
     return getattr(text, "num_hidden_layers", None) == count
 
 
 def _signature(block: nn.Module) -> list[Any]:
-    """Everything of a block that its arithmetic can hang on, but its number."""
+    """Returns everything that a block's computation may depend on, but its number."""
     return [part for path, module in modules.original_modules(block) for part in (path, type(module), *_settings(module))]
 
 

@@ -1,6 +1,7 @@
-"""A live model that adapters come to and leave while it runs: places for pairs are made once, so that nobody walks the model.
+"""A text model for serving: adapters can be attached and detached while it runs.
 
-Loading a second or a thousandth adapter costs the same: a look at its shapes, and one entry in a table for each of its pairs.
+Layers are prepared for pairs once, so that a later adapter costs a check of its shapes and one table entry for each of its
+pairs, without a walk over the model.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from lorakeet.models.kernels import use_kernels
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import base_of
 
-TWICE = 128 << 20  # bytes that may be in memory twice for a head: 16 tokens through SmolLM2's take 3.3 ms so, and 6.8 otherwise
-MOST_FITS = 8  # outlines of adapters whose look at the model is remembered
+LARGEST_COPY = 128 << 20  # bytes of a tied head up to which it gets a reordered copy: 16 tokens take 3.3 ms for 6.8 (SmolLM2)
+CACHED_FITS = 8  # adapter outlines whose check against the model is cached
 
 
 @dataclass(frozen=True)
 class _LinearTarget:
-    """A frozen linear weight that pairs can be put on."""
+    """A frozen linear layer that can have pairs."""
 
     layer: LoraLinear
     kind: Kind
@@ -45,83 +46,83 @@ class _LinearTarget:
 
 
 class _PairSlot(NamedTuple):
-    """Where a pair goes, and what it is."""
+    """The layer of a pair, and its settings."""
 
     layer: LoraLinear
-    held: dict[str, nn.Module]  # the layer's pairs by adapter; the plain dict, which nn.ModuleDict does not look up
+    pairs: dict[str, nn.Module]  # the layer's pairs by adapter: the plain dict inside its nn.ModuleDict, which is faster
     entry: PlanEntry
     scale: float
 
 
 @dataclass(frozen=True)
 class _FittedAdapter:
-    """An adapter that fits this model, without its numbers: the entries and seats of its pairs, in one order."""
+    """An adapter that fits this model, without its numbers: the entries and slots of its pairs, in the same order."""
 
     entries: Mapping[str, PlanEntry]
-    seats: tuple[_PairSlot, ...]
+    slots: tuple[_PairSlot, ...]
     bytes: int
 
 
 class ServingModel:
-    """A text model whose linear layers (the head and routers left out) hold any number of adapters by name.
+    """A text model whose linear layers (but head and routers) have any number of adapters by name.
 
-    `attach` and `detach` may be called while another thread runs the model with other adapters. Adapters whose pairs lie
-    elsewhere, or that train whole modules or token rows, are refused: their rows could not share a batch with others.
+    `attach` and `detach` may run while another thread uses the model with other adapters. Adapters with pairs elsewhere, whole
+    modules or token rows are refused: their rows could not share a batch with others.
     """
 
     def __init__(self, text: TextModel) -> None:
         self.text = text
-        self._places: dict[str, _LinearTarget] = {}
-        self._held: dict[str, _FittedAdapter] = {}
-        self._fits: LruCache[FlatPairsLayout, _FittedAdapter] = LruCache(MOST_FITS)
+        self._targets: dict[str, _LinearTarget] = {}
+        self._adapters: dict[str, _FittedAdapter] = {}
+        self._fits: LruCache[FlatPairsLayout, _FittedAdapter] = LruCache(CACHED_FITS)
         model = text.model
         head = modules.output_layer(model)
         for path, module in list(modules.original_modules(model)):
             kind = modules.kind_of(module)
             if kind not in ("linear", "conv1d") or module is head or modules.is_router(model, path):
                 continue
-            standing = modules.find(model, path)
-            if isinstance(standing, AdaptedLayer) and not isinstance(standing, LoraLinear):
+            current = modules.find(model, path)
+            if isinstance(current, AdaptedLayer) and not isinstance(current, LoraLinear):
                 continue
-            layer = standing if isinstance(standing, LoraLinear) else LoraLinear(module, base_of(module, kind))
-            if layer is not standing:
+            layer = current if isinstance(current, LoraLinear) else LoraLinear(module, base_of(module, kind))
+            if layer is not current:
                 modules.replace(model, path, layer)
-            self._places[path] = _LinearTarget(layer, kind, modules.weight_shape(module, kind))
+            self._targets[path] = _LinearTarget(layer, kind, modules.weight_shape(module, kind))
         self.selection = selection_of(model)
         use_products(model, text.products)
         fuse(model)
         use_kernels(model, text.kernels)
         fuse_blocks(model, text.family)
-        _reorder(text, [place.layer for place in self._places.values()])
-        release_free_memory()  # where the plain weights were: 200 MB of SmolLM2's
+        _reorder(text, [target.layer for target in self._targets.values()])
+        release_free_memory()  # of the plain weights: 200 MB of SmolLM2
         model.eval()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that are on the model."""
-        return tuple(self._held)
+        """The adapters on the model."""
+        return tuple(self._adapters)
 
     def bytes_of(self, name: str) -> int:
-        """What the numbers of an adapter on the model take, in fp32."""
-        return self._held[name].bytes
+        """Returns the bytes of an adapter on the model, in fp32."""
+        return self._adapters[name].bytes
 
     @property
     def table_bytes(self) -> int:
-        """What the copies of pairs take that layers hold for the texts of a batch (core/batched/stack)."""
+        """Bytes of the copies of pairs that layers make for a batch (core/batched/stack)."""
         return self.selection.table_bytes
 
     def check(self, adapter: Adapter) -> Mapping[str, PlanEntry]:
-        """The entries of the pairs of `adapter`, whose tensors may lie on the meta device.
+        """Returns the entries of the pairs of `adapter`, whose tensors may be on the meta device.
 
-        ConfigError "The adapter cannot be served on this base" lists every missing module, wrong shape and homeless part.
+        Raises ConfigError "The adapter cannot be served on this base" with every missing module, wrong shape or part.
         """
         return self._fit(adapter).entries
 
     def _fit(self, adapter: Adapter) -> _FittedAdapter:
-        """Where the pairs of `adapter` go; looked at once for all adapters of one outline, while it is among the last few."""
+        """Returns the slots of the pairs of `adapter`, cached for the last few outlines."""
         if not isinstance(adapter.pairs, FlatPairs) or adapter.extras or adapter.token_rows:
             return self._checked(adapter)
-        return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
+        return self._fits.get_or_make(adapter.pairs.outline, lambda: self._checked(adapter))
 
     def _checked(self, adapter: Adapter) -> _FittedAdapter:
         problems = Problems("The adapter cannot be served on this base")
@@ -131,60 +132,60 @@ class ServingModel:
             if found:
                 problems.add(f"It trains {what} ({', '.join(sorted(found)[:3])}), which cannot differ within a batch. {advice}")
         if not adapter.pairs and not problems.messages:
-            problems.add("It holds no pair.")
+            problems.add("It has no pairs.")
         problems.raise_if_any()
-        layers = {path: self._places[path].layer for path in entries}
-        seats = tuple(
+        layers = {path: self._targets[path].layer for path in entries}
+        slots = tuple(
             _PairSlot(layers[path], layers[path].adapters._modules, entry, entry.scale) for path, entry in entries.items()
         )
-        return _FittedAdapter(MappingProxyType(entries), seats, 4 * adapter.parameters)
+        return _FittedAdapter(MappingProxyType(entries), slots, 4 * adapter.parameters)
 
     def attach(self, name: str, adapter: Adapter) -> None:
-        """Puts `adapter` on the model under `name`; its tensors are taken as they are, without a copy.
+        """Adds `adapter` under `name`, without copying its tensors.
 
-        ConfigError as in `check`, and where the name is taken.
+        Raises ConfigError as `check` does, and if the name is taken.
         """
         fit = self._fit(adapter)
-        if name in self._held:
+        if name in self._adapters:
             raise ConfigError(f"An adapter '{name}' is already on the model; detach it first.")
         device = self.text.device
-        pairs = [_pair(seat, parts, device) for seat, parts in zip(fit.seats, _parts(adapter.pairs), strict=True)]
-        fit.seats[0].layer.adapters[name] = pairs[0]  # torch looks at the name, once and not hundreds of times
-        for seat, pair in zip(fit.seats, pairs, strict=True):
-            seat.held[name] = pair
+        pairs = [_pair(slot, parts, device) for slot, parts in zip(fit.slots, _parts(adapter.pairs), strict=True)]
+        fit.slots[0].layer.adapters[name] = pairs[0]  # torch checks the name, once and not hundreds of times
+        for slot, pair in zip(fit.slots, pairs, strict=True):
+            slot.pairs[name] = pair
         self.selection.changed(name)
-        self._held[name] = fit
+        self._adapters[name] = fit
 
     def detach(self, name: str) -> None:
-        """Takes the adapter off the model; its memory is free when nothing else refers to it. Not while rows use it."""
-        for seat in self._held.pop(name).seats:
-            del seat.held[name]
+        """Removes the adapter; its memory is freed once nothing refers to it. Not while rows use it."""
+        for slot in self._adapters.pop(name).slots:
+            del slot.pairs[name]
         self.selection.changed(name, gone=True)
         if self.selection.shares is None and self.selection.active == name:  # shares may belong to a step of another thread
             self.selection.use(None)
 
     def mixes(self, name: str) -> bool:
-        """Whether a weighted mix with this adapter is possible: all its pairs are plain LoRA."""
-        return all(cast(LoraPair, seat.held[name]).plain for seat in self._held[name].seats)
+        """True if a weighted mix with this adapter is possible: all its pairs are plain LoRA."""
+        return all(cast(LoraPair, slot.pairs[name]).plain for slot in self._adapters[name].slots)
 
     def _entry(self, path: str, pair: Pair, problems: Problems) -> PlanEntry | None:
-        place = self._places.get(path)
-        if place is None:
-            near = nearest(path, self._places)
-            problems.add(f"'{path}': no pair can be served there, or this base has no such module.{near}")
+        target = self._targets.get(path)
+        if target is None:
+            near = nearest(path, self._targets)
+            problems.add(f"'{path}': a pair on it cannot be served, or this base has no such module.{near}")
             return None
         entry = PlanEntry(
-            path, place.kind, place.shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora"
+            path, target.kind, target.shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora"
         )
         shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
         for part, tensor, expected in shapes:
             if tuple(tensor.shape) != expected:
                 problems.add(f"'{path}': {part} is {tuple(tensor.shape)}, but this base needs {expected}.")
         if pair.kind not in ("linear", "conv1d"):
-            problems.add(f"'{path}': the pair is for a weight of kind {pair.kind}, but this one is {place.kind}.")
+            problems.add(f"'{path}': the pair is for a weight of kind {pair.kind}, but this one is {target.kind}.")
         for part, vector in (("magnitude", pair.magnitude), ("bias", pair.bias)):
-            if vector is not None and tuple(vector.shape) != (place.shape[0],):
-                problems.add(f"'{path}': {part} is {tuple(vector.shape)}, but this base needs ({place.shape[0]},).")
+            if vector is not None and tuple(vector.shape) != (target.shape[0],):
+                problems.add(f"'{path}': {part} is {tuple(vector.shape)}, but this base needs ({target.shape[0]},).")
         return entry
 
 
@@ -197,32 +198,32 @@ def _parts(pairs: Mapping[str, Pair]) -> Iterable[_Parts]:
     return ((pair.A, pair.B, pair.magnitude, pair.bias) for pair in pairs.values())
 
 
-def _pair(seat: _PairSlot, parts: _Parts, device: torch.device) -> LoraPair:
-    (A, B, magnitude, bias), (entry, scale) = parts, seat[2:]
+def _pair(slot: _PairSlot, parts: _Parts, device: torch.device) -> LoraPair:
+    (A, B, magnitude, bias), (entry, scale) = parts, slot[2:]
     if magnitude is None and bias is None:
         if not A.device == device == B.device:
             A, B = A.to(device), B.to(device)
         return FrozenPair(A, B, scale, entry.kind, entry.scale_rule)
     pair = (LoraPair if magnitude is None else DoraPair)(entry, device=device, bias=bias is not None)
     if isinstance(pair, DoraPair):
-        pair.measure(seat.layer.base.dense())
+        pair.measure(slot.layer.base.dense())
     pair.load(Pair(A, B, entry.alpha, entry.kind, entry.scale_rule, magnitude, bias))
     return pair.requires_grad_(False).eval()
 
 
 def _reorder(text: TextModel, layers: list[LoraLinear]) -> None:
-    """Brings the plain weights of the layers and of the head into the order in which they are multiplied, where there is one.
+    """Reorders the dense weights of the layers and the head for faster products (core/reordered), where possible.
 
-    A head which is the input embedding too is in memory twice then, so that only small ones are.
+    A head tied to the input embedding is then in memory twice, so only small ones are reordered.
     """
     for layer in layers:
         if type(layer.original) is nn.Linear and text.products == layer.weight.dtype and can_reorder(layer.weight):
-            standing = ReorderedLinear(layer.original)
-            layer.original, layer.base = standing, standing.base
+            reordered = ReorderedLinear(layer.original)
+            layer.original, layer.base = reordered, reordered.base
     head = modules.output_layer(text.model)
     if type(head) is not nn.Linear:
         return
-    if head.weight is text.model.get_input_embeddings().weight and head.weight.nbytes > TWICE:
+    if head.weight is text.model.get_input_embeddings().weight and head.weight.nbytes > LARGEST_COPY:
         return
     if text.products == head.weight.dtype and can_reorder(head.weight):
         text.model.set_output_embeddings(ReorderedLinear(head))

@@ -1,6 +1,6 @@
-"""A streamed text model from its configuration alone: `outline` for runs whose frozen blocks come in from a store.
+"""Builds a streamed text model from its configuration alone, as `from_config` does for a model in memory.
 
-Built and run inside a memory.ledger.Ledger: what is brought in has shapes and no numbers.
+It is built and run inside a memory.ledger.Ledger: streamed tensors have shapes and no numbers.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ def streamed_model_from_config(
     files: Path | None = None,
     slots: int = 2,
 ) -> TextModel:
-    """The frozen model that `config` describes, in eval mode, without a tokenizer, `slots` of its blocks in memory at a time.
+    """Returns the frozen model that `config` describes, in eval mode, without a tokenizer, with `slots` blocks in memory.
 
-    As in `outline`, linear layers are packed as `quantize` asks or as they are in `files`, and attention auto is varlen. Raises
-    ConfigError where the model has no list of blocks.
+    As in `model_from_config`, linear layers are packed as `quantize` says or as they are in `files`, and attention auto is
+    varlen. Raises ConfigError if the model has no list of blocks.
     """
     family, device = family_of(config.get_text_config()), torch.device("cpu")
     quantize = quantize or QuantSpec()
-    with _disable_current_modes():  # what is not read yet is in no account
+    with _disable_current_modes():  # tensors on disk are not in the ledger
         store = shape_store(empty_packed(config, dtype, quantize, files), family)
-    base_of = partial(empty_base, device="meta") if quantize.int8_products else _outlined
+    base_of = partial(empty_base, device="meta") if quantize.int8_products else _shape_base
     model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
     if quantize.int8_products:
         enable_int8_products(model)
     set_attention(model, "varlen" if attention == "auto" else attention)
     return TextModel(
         model=model, tokenizer=None, name=name, source=Path(), family=family, device=device, dtype=dtype, products=products,
-        streamed=streamed, options=PassOptions(share_prefix=False),  # as in `outline`
+        streamed=streamed, options=PassOptions(share_prefix=False),  # as in `model_from_config`
     )  # fmt: skip
 
 
 def shape_store(model: Any, family: Family) -> ShapeStore:
-    """What the store of `model`, empty and packed as it will be, holds: a record for each block and for each tensor elsewhere."""
+    """Returns the store of the empty, packed `model`: a record for each block and for each module with tensors elsewhere."""
     records: dict[str, dict[str, Tensor]] = {record: {} for record in records_of(model, family)}
     prefix = next(iter(records)).rpartition(".")[0]
     tied = set(getattr(model, "all_tied_weights_keys", {}))
@@ -75,5 +75,5 @@ def shape_store(model: Any, family: Family) -> ShapeStore:
     return ShapeStore(records, {"packed": json.dumps(packed)})
 
 
-def _outlined(settings: Mapping[str, Any]) -> PackedBase:
+def _shape_base(settings: Mapping[str, Any]) -> PackedBase:
     return ShapeBase(empty_base(settings, device="meta"))

@@ -305,7 +305,7 @@ class _Learner:
         if self._best is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    parameter.copy_(self._best.look(name))
+                    parameter.copy_(self._best.get(name))
 
 
 def why_not_together(text: TextModel, plan: Plan) -> str:

@@ -60,11 +60,6 @@ class ImageAssembly(Assembly):
     def evaluated(self) -> tuple[str, list[EncodedImage]]:
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 
-    @property
-    def planned(self) -> tuple[int | None, int | None]:
-        found = self.residency.plan
-        return (None, None) if found is None else (found.training_peak, found.peak)
-
 
 def assemble_images(
     config: RunConfig, console: Console, *, forecast: bool = False, resumed: RunFolder | None = None
@@ -87,7 +82,7 @@ def assemble_images(
         say(warning)
     if config.diffusion.scorer:
         load_scorer(config.diffusion.scorer)  # used at the end only, but raises now if it is missing
-    config, residency = fit_images(config, say, asked=forecast)
+    config, residency = fit_images(config, say, forecast=forecast)
     model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
     if not model.kind.flow:
         check_betas(model.pipeline.scheduler.config)

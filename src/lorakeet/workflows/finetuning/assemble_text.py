@@ -56,11 +56,6 @@ class TextAssembly(Assembly):
         return self.text.device
 
     @property
-    def planned(self) -> tuple[int | None, int | None]:
-        plan = self.residency.plan
-        return (None, None) if plan is None else (plan.training_peak, plan.peak)
-
-    @property
     def cuts(self) -> dict[int, int]:
         """With ranks.choose prune: the steps after which pairs are cut, and the parameters that are left; else empty."""
         return cuts_of(self.config, self.initial_plan or self.plan, self.steps)

@@ -23,6 +23,7 @@ from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble
 from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests
 from lorakeet.workflows.finetuning.evaluate_image import ImageEvaluator
 from lorakeet.workflows.finetuning.kind import Digests, RunKind
+from lorakeet.workflows.finetuning.plan_image import ImagePlanResult, plan_images
 from lorakeet.workflows.finetuning.terminal import show_image_forecast, show_pictures
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
@@ -37,15 +38,17 @@ class ImageKind(RunKind[ImageAssembly]):
 
     words = PICTURES
 
+    def plan(self, config: RunConfig, console: Console) -> ImagePlanResult:
+        return plan_images(config, console)
+
     def assemble(
         self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
     ) -> ImageAssembly:
         return assemble_images(config, console, forecast=dry_run, resumed=resumed)
 
     def summary(self, setup: ImageAssembly, *, dry_run: bool) -> dict[str, Any]:
-        data, planned = setup.dataset, setup.residency.plan
-        pictures = {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)}
-        return {"pictures": pictures, **({} if planned is None else {"memory": planned.to_mapping()})}
+        planned = setup.residency.plan
+        return {} if planned is None else {"memory": planned.to_mapping()}
 
     def show(self, setup: ImageAssembly, console: Console, *, dry_run: bool) -> None:
         show_pictures(setup, console)

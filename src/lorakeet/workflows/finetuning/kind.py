@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -19,14 +19,17 @@ from rich.console import Console
 from lorakeet.config import KINDS, RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
+from lorakeet.memory.budget import Budget
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.progress import TEXT, Words
 from lorakeet.train.run import RunFolder
 from lorakeet.train.task import Task
+from lorakeet.workflows.runs.residency import Residency
 
 Digests = Mapping[str, str]  # SHA-256 of each frozen tensor, by its path in the model
 
@@ -38,7 +41,7 @@ class Assembly:
     config: RunConfig
     plan: Plan  # of the pairs that are trained
     dataset: Any  # its `train`, `held_out` and `test` are the rows of each part
-    residency: Any  # how memory.budget is kept
+    residency: Residency[Any] = field(default_factory=Residency)  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
     memory: PeakMemory | None = None  # of the process, from before the model was loaded
 
@@ -59,8 +62,9 @@ class Assembly:
 
     @property
     def planned(self) -> tuple[int | None, int | None]:
-        """Planned bytes until training ends, and of the whole run; None where it was not planned."""
-        return None, None
+        """Planned bytes until training ends, and of the whole run; None if it was not planned."""
+        plan = self.residency.plan
+        return (None, None) if plan is None else (plan.training_peak, plan.peak)
 
     @property
     def steps(self) -> int:
@@ -81,12 +85,57 @@ class Assembly:
 AssemblyT = TypeVar("AssemblyT", bound=Assembly)
 
 
+@dataclass(frozen=True)
+class Advice:
+    """A change of the settings, and the peak of the run with it: with weights in memory, or streamed."""
+
+    change: str
+    peak: int
+    streamed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """The forecast of a run with its weights in memory; `advice` if it does not fit the budget."""
+
+    config: RunConfig
+    device: torch.device
+    planned: Any  # a MemoryPlan with the plan of the pairs and the work of a micro-batch
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def budget(self) -> Budget:
+        return self.config.memory.limit
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of the run."""
+        return int(self.planned.peak)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "model": self.config.model.path,
+            "device": str(self.device),
+            "trained_parameters": self.planned.plan.parameters,
+            "phases": [phase.to_mapping() for phase in self.planned.forecast.phases],
+            "peak": self.peak,
+            "budget": self.budget.limit,
+            "fits": self.peak <= self.budget.bytes if self.budget else None,
+            "speed": asdict(self.planned.work),
+        }
+
+
 class RunKind(ABC, Generic[AssemblyT]):
-    """One kind of run. `finetune` calls the methods in the order in which they stand here."""
+    """One kind of run. `lorakeet plan` calls `plan`; `finetune` calls the other methods in the order in which they stand here."""
 
     words: ClassVar[Words] = TEXT  # what is computed and evaluated, in the plural
     several_processes: ClassVar[bool] = False  # can be started by torchrun
     tries_rates: ClassVar[bool] = False  # workflows/tuning can compare learning rates of it
+
+    def plan(self, config: RunConfig, console: Console) -> PlanResult:
+        """Forecasts a run from the model's configuration, and prints the forecast. Raises ConfigError if that is not possible."""
+        raise ConfigError(f"kind is {config.kind}, whose memory cannot be planned. Train it without a budget.")
 
     def check(self, config: RunConfig, processes: int) -> None:
         """Raises ConfigError or EnvironmentProblem for settings that cannot be used; called before anything is loaded."""

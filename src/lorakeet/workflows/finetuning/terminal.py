@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.data.images.split import ImageDataset
     from lorakeet.workflows.finetuning.assemble_image import ImageAssembly
     from lorakeet.workflows.finetuning.assemble_text import TextAssembly
+    from lorakeet.workflows.finetuning.kind import PlanResult
     from lorakeet.workflows.planning.image_run import ImageRunPlan
 
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
@@ -138,7 +139,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 
 def show_image_forecast(planned: ImageRunPlan, console: Console) -> None:
     """Prints the memory of an image run by phase, and the size of its micro-batches."""
-    console.print(memory_table(planned.forecast, None if planned.card is None else str(planned.card)))
+    console.print(memory_table(planned.forecast, None if planned.gpu is None else str(planned.gpu)))
     pictures = planned.pictures
     height, width = pictures.example
     console.print(
@@ -147,6 +148,23 @@ def show_image_forecast(planned: ImageRunPlan, console: Console) -> None:
         f"{bytes_text(planned.tensors)} of tensors.",
         soft_wrap=True,
     )
+
+
+def show_peak(result: PlanResult, console: Console, how: str = "") -> None:
+    """Prints the peak of a planned run against its budget; `how` says how it is computed."""
+    against = ""
+    if result.budget:
+        left = result.budget.bytes - result.peak
+        difference = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
+        against = f"{how}, {difference} the budget of {result.budget}"
+    console.print(f"Peak of the run: {bytes_text(result.peak)}{against}.", soft_wrap=True)
+
+
+def show_advice(result: PlanResult, console: Console, hows: tuple[str, str] = ("", "")) -> None:
+    """Prints what would lower the peak of a planned run; `hows` are words for weights in memory and for streamed ones."""
+    for item in result.advice:
+        fits = "fits" if item.peak <= result.budget.bytes else "is still too much"
+        console.print(f"  {item.change}: {bytes_text(item.peak)}{hows[item.streamed]}, {fits}", soft_wrap=True)
 
 
 def memory_table(forecast: Forecast, device: str | None = None) -> Table:

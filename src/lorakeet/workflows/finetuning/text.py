@@ -33,6 +33,7 @@ from lorakeet.workflows.finetuning.certify_text import certify_text
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.kind import Digests, RunKind
+from lorakeet.workflows.finetuning.plan_text import TextPlanResult, plan_text
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.terminal import show_rows
 from lorakeet.workflows.runs.pruning import pruned_plan
@@ -45,6 +46,9 @@ class TextKind(RunKind[TextAssembly]):
     several_processes = True
     tries_rates = True
 
+    def plan(self, config: RunConfig, console: Console) -> TextPlanResult:
+        return plan_text(config, console)
+
     def check(self, config: RunConfig, processes: int) -> None:
         require_graphable(config, processes)
 
@@ -54,11 +58,9 @@ class TextKind(RunKind[TextAssembly]):
         return assemble_text(config, console, processes)
 
     def summary(self, setup: TextAssembly, *, dry_run: bool) -> dict[str, Any]:
-        data, forecast = setup.dataset, setup.residency.plan
-        rows = {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)}
-        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch, "rows": rows}
-        if forecast is not None:
-            found["memory"] = forecast.to_mapping()
+        found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch}
+        if setup.residency.plan is not None:
+            found["memory"] = setup.residency.plan.to_mapping()
         if cuts := setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         return {**found, "rank_pattern": dict(setup.config.lora.rank_pattern)} if dry_run else found

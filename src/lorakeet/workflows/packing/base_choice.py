@@ -83,9 +83,9 @@ def both_bases(opened: Opened) -> Bases:
 
 
 def choose_base(into: Into, opened: Sequence[Opened], bases: Bases, dataset: Dataset | None, console: Console) -> BaseChoice:
-    """What `into` comes to for these adapters, the first one's bases being `bases`. "auto" measures one run that has both.
+    """Resolves `into` for these adapters; `bases` are those of the first. "auto" measures one run that has both.
 
-    Raises ConfigError where a base is asked for that there is not, or that is not known.
+    Raises ConfigError if the requested base does not exist or is not known.
     """
     first = opened[0]
     if not bases.kind and into == "dequantised":
@@ -173,7 +173,7 @@ def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> An
     residency = fit_evaluation(opened.config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload)
     text = replace(opened, residency=residency).text_model(console)
     encoder = Encoder(text.tokenizer, opened.config.data, dataset.labels)
-    judge = TextEvaluator(opened.config, text, encoder, dataset.held_out, console, NAME)
+    evaluator = TextEvaluator(opened.config, text, encoder, dataset.held_out, console, NAME)
     with stream_closed(text):
-        rows = judge.fitting()
-        return replace(judge.answers(rows, ADAPTER) if dataset.labels else judge.losses(rows, ADAPTER), system=base)
+        rows = evaluator.fitting()
+        return replace(evaluator.answers(rows, ADAPTER) if dataset.labels else evaluator.losses(rows, ADAPTER), system=base)

@@ -21,7 +21,7 @@ from lorakeet.export.model_folder import TensorGroup, write_model
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.spill import Spill
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.files.origin import packed_card
+from lorakeet.models.files.origin import packed_readme
 from lorakeet.models.files.quantized import kept_experts, owners, skeleton, with_quantisation
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
@@ -55,10 +55,10 @@ def write_gptq(options: QuantizeOptions, layout: GptqLayout, console: Console) -
     """Writes `options.model` with GPTQ weights to `options.out` and loads it again as a check.
 
     Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and
-    the packed layers that are not written yet are held beside the model, whose weights stay where they are pages of its files.
-    Within a budget `memory`, such as "3GiB", all of that is held, or one block, with the states or not; the result is the same.
-    Raises ConfigError for layers that do not fit the
-    layout and a budget that cannot be kept, DataError for too few calibration tokens, before anything is written.
+    the packed layers that are not written yet are in memory beside the model, whose weights are pages of its files. Within a
+    budget `memory`, such as "3GiB", all of that is in memory, or one block, with the states or not; the result is the same.
+    Raises ConfigError for layers that do not fit the layout and for a budget that cannot be kept, DataError for too few
+    calibration tokens, before anything is written.
     """
     model, out = options.model, options.out
     _check(options, layout)
@@ -183,12 +183,12 @@ def _write(
     ]
     words = gptq_mapping(_settings(layout), damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
-    card, along = packed_card(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
-    return write_model(out, parts, config=config, along=along, card=card, waiting=residency.waiting())
+    readme, along = packed_readme(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
+    return write_model(out, parts, config=config, along=along, readme=readme, waiting=residency.waiting())
 
 
 class _Solved:
-    """The packed layers by path; the blocks are done as far as the next one asked for needs it, and wait in `waiting`."""
+    """The packed layers by path; blocks are quantised as they are needed, and wait in `waiting`."""
 
     def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Spill, done: Callable[[QuantisedBlock], None]) -> None:
         self.blocks, self.waiting, self.done = blocks, waiting, done

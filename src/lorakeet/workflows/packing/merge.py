@@ -1,6 +1,6 @@
 """`lorakeet merge --into packed`: an adapter into a quantised model that stays quantised, and how much of its gain survives.
 
-Measured on the rows that judged the run: its test rows, or else its held-out ones. Nothing is chosen by them.
+Measured on the rows by which the run was evaluated: its test rows, or else its held-out ones. Nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -77,15 +77,16 @@ def merge_packed(
     """Writes the quantised model with the adapter in it to `out`, loads it again and measures it on the held-out rows.
 
     Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The base is
-    held as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's memory.budget
-    the base is streamed where it has no room, and so is what is made of it; the same bytes are written. ConfigError, before
-    anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `options.keep` survives.
+    in memory as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's
+    memory.budget the base is streamed if it does not fit, and so is what is made of it; the same bytes are written. Raises
+    ConfigError, before anything is measured, for what cannot be merged so or does not fit; VerificationFailed if less than
+    `options.keep` survives.
     """
     out, like = options.out, options.like
     require_space_for_layout(opened, like)
     layout = read_layout(like or opened.config.model.path, console.print)
     if dataset is None:
-        raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
+        raise ConfigError("--into packed needs a run: its training rows calibrate, its held-out rows measure. Name one.")
     _check(opened, layout, options)
     job = PackedMergeJob(opened, dataset, layout, options.calibration_rows, options.finish_steps > 0, MICRO_TOKENS)
     opened = fit_packed_merge(job, out, console)
@@ -189,11 +190,11 @@ class Merging:
     def _scores(self, text: TextModel, system: str) -> Scores:
         use_products(text.model, self.products)
         encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
-        judged = self.dataset.test or self.dataset.held_out
+        evaluated = self.dataset.test or self.dataset.held_out
         config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
-        judge_ = TextEvaluator(config, text, encoder, judged, self.console, NAME)
-        rows = judge_.fitting()
-        return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
+        evaluator = TextEvaluator(config, text, encoder, evaluated, self.console, NAME)
+        rows = evaluator.fitting()
+        return evaluator.answers(rows, system) if self.dataset.labels else evaluator.losses(rows, system)
 
     @staticmethod
     def _folded(text: TextModel, path: str) -> nn.Module:
@@ -292,8 +293,8 @@ class Merging:
 
     def finished(self, text: TextModel, solved: dict[str, Requantised]) -> Mapping[str, PackedBase]:
         """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
-        judged, rows = calibration(self.opened, self.dataset, text.tokenizer, self.options.calibration_rows, self._finishes)
-        before = self._loss(text, judged)
+        evaluated, rows = calibration(self.opened, self.dataset, text.tokenizer, self.options.calibration_rows, self._finishes)
+        before = self._loss(text, evaluated)
         with self._bar() as bar:
             task = bar.add_task("finishing", total=self.options.finish_steps)
             bases = quantisation_aware_finish(
@@ -306,10 +307,10 @@ class Merging:
                 products=self.products,
                 on_step=lambda step, loss: bar.update(task, completed=step, description=f"finishing, loss {loss:.4f}"),
             )
-        after = self._loss(text, judged)
+        after = self._loss(text, evaluated)
         self.measure(text, FINISHED)
         self.console.print(
-            f"{self.options.finish_steps} steps through the quantiser moved the loss on {len(judged)} calibration rows from "
+            f"{self.options.finish_steps} steps through the quantiser moved the loss on {len(evaluated)} calibration rows from "
             f"{before:.4f} to {after:.4f}; {'they are kept' if after < before else 'error feedback alone is kept'}.",
             soft_wrap=True,
         )
@@ -322,7 +323,7 @@ class Merging:
 
 
 def packed_bases(text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
-    """The packed weights of `solved`, by path; of a streamed model each is read from its store when it is asked for."""
+    """The packed weights of `solved`, by path; of a streamed model each is read from its store when it is used."""
     if text.store is not None:
         return StoredBases(text.store, solved)
     return {path: found.base for path, found in solved.items()}
@@ -363,7 +364,7 @@ def _show(shares: Mapping[str, Estimate], console: Console) -> None:
 def _certificate(
     opened: Opened, layout: PackedLayout, shares: Mapping[str, Estimate], options: MergeOptions
 ) -> Certificate:
-    """One check: the share of the held-out gain that the written model has, against the least that was asked for."""
+    """One check: the share of the held-out gain that the written model has, against the least that was requested."""
     out, written, nearest = options.out, shares[WRITTEN], shares[NEAREST]
     check = tolerance_check(
         "held-out gain in the quantised model",

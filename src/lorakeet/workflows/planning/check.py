@@ -44,9 +44,9 @@ from lorakeet.workflows.planning.check_sizes import (
     logits_bytes,
     tensor_peak,
 )
-from lorakeet.workflows.planning.fit import Situation, fit
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, text_runtime_bytes
-from lorakeet.workflows.planning.rehearse_text import JUDGE, Rehearsal, rehearse_judging
+from lorakeet.workflows.planning.rehearse_text import FINAL, Rehearsal, rehearse_evaluation
 from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Way
 
@@ -56,7 +56,7 @@ COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as i
 def fit_check(
     opened: Opened, size_of: CheckSize | Callable[[int | None], CheckSize], out: Path, console: Console
 ) -> Opened:
-    """`opened` with how its models keep its budget in a check; as it was without a budget. Raises as `fit`.
+    """`opened` with how its models keep its budget in a check; as it was without a budget. Raises as `fit_budget`.
 
     With a function, which gives the size of the check of each row's first tokens (None: all), rows are cut if longer ones do not
     fit: keys and values of 2,048 tokens of Llama-2-7B take 2 GiB in fp32, in llama.cpp at once. The folder of the stores is
@@ -69,11 +69,11 @@ def fit_check(
     sizes = (lambda _: size_of) if isinstance(size_of, CheckSize) else size_of
     cut = opened.run is not None and not isinstance(size_of, CheckSize)
     say = partial(console.print, markup=False, soft_wrap=True)
-    check = Check.of(sizes, opened, out, say, cut=cut)
-    return replace(opened, residency=fit(check, budget, say))
+    check = ModelCheck.of(sizes, opened, out, say, cut=cut)
+    return replace(opened, residency=fit_budget(check, budget, say))
 
 
-class Check(Situation[MemoryPlan]):
+class ModelCheck(BudgetedWork[MemoryPlan]):
     """A check of a model with pairs as in `pairs`; `ids` are those of trained token rows, `model` its configuration and files."""
 
     out: Path
@@ -94,7 +94,7 @@ class Check(Situation[MemoryPlan]):
     @classmethod
     def of(
         cls, sizes: Callable[[int | None], CheckSize], opened: Opened, out: Path, say: Callable[[str], None], *, cut: bool = False
-    ) -> Check:
+    ) -> ModelCheck:
         """The check of a finished adapter."""
         adapter, spec = opened.adapter, opened.config.model
 
@@ -139,7 +139,7 @@ class Check(Situation[MemoryPlan]):
         longest: int | None = None
         while True:
             size = self.sizes(longest)
-            length = size.judging.rows.length - GREEDY_TOKENS
+            length = size.evaluation.rows.length - GREEDY_TOKENS
             shortest = not self.cut or length <= FEWEST_TOKENS
             if shortest or self.runtime + size.beside <= budget:  # else llama.cpp alone takes more
                 for way in (RESIDENT, Way(streamed=True, slots=FEWEST), Way(streamed=True, slots=ALONE)):
@@ -155,7 +155,7 @@ class Check(Situation[MemoryPlan]):
             dtype=torch.float32, products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize,
             files=source,
         )  # fmt: skip
-        found = rehearse_judging(ModelBuilder(make, config), self.pairs, size.judging, token_ids=self.ids)
+        found = rehearse_evaluation(ModelBuilder(make, config), self.pairs, size.evaluation, token_ids=self.ids)
         there = way.slots * found.block_bytes
         own = (found.base - there) * size.models  # what models have in memory all along: all of it, if they are not streamed
         text, adapter = config.get_text_config(), FP32 * self.pairs.parameters
@@ -164,7 +164,7 @@ class Check(Situation[MemoryPlan]):
             "weights": add_usage(Usage(), base=own, adapter=adapter, scratch=self._comparing(found, size)),
             "ask": add_usage(Usage(), base=own, adapter=adapter, runtime=size.beside),
             "compare": add_usage(
-                found.peaks[JUDGE], base=own + there - found.base, runtime=0 if way.streamed else size.beside,
+                found.peaks[FINAL], base=own + there - found.base, runtime=0 if way.streamed else size.beside,
                 logits=logits_bytes(size.row, int(text.vocab_size)),
             ),
             "intervals": add_usage(Usage(), base=own + there, adapter=adapter, scratch=INTERVALS),
@@ -186,12 +186,12 @@ class Check(Situation[MemoryPlan]):
 
     def spilled(self, size: CheckSize, blocks: int) -> int:
         """Bytes on disk of the keys and values of a text that a streamed model writes, of which one at a time may be there."""
-        judging = size.judging
-        longest = max(judging.text_tokens + 1, judging.rows.length)
-        return spilled_bytes(self.model[0].get_text_config(), longest, blocks) if judging.texts else 0
+        evaluation = size.evaluation
+        longest = max(evaluation.text_tokens + 1, evaluation.rows.length)
+        return spilled_bytes(self.model[0].get_text_config(), longest, blocks) if evaluation.texts else 0
 
     def _comparing(self, found: Rehearsal, size: CheckSize) -> int:
-        """Bytes beside what is in memory all along, while weights are compared: blocks have left, llama.cpp has not begun."""
+        """Bytes beside what is in memory all along, while weights are compared: blocks have left, llama.cpp has not started."""
         changed = adapted_bytes(self.pairs, found.largest)
         return tensor_peak(changed, found.largest) if size.tensors else COPIES * changed
 

@@ -19,7 +19,7 @@ from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.models.generate.score import distinguishing
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.workflows.planning.forecast_text_run import filling_rows
-from lorakeet.workflows.planning.rehearse_text import Judging, RowShape
+from lorakeet.workflows.planning.rehearse_text import EvaluationSize, RowShape
 from lorakeet.workflows.runs.open_adapter import Opened
 
 FP32 = 4  # bytes
@@ -39,7 +39,7 @@ class CheckSize:
     """What is compared with base + adapter, and how much of it is in memory at once, beside the models."""
 
     what: str  # such as "the check of a merged model"
-    judging: Judging  # the largest batch, and the texts that the base writes
+    evaluation: EvaluationSize  # the largest batch, and the texts that the base writes
     models: int = 2  # in torch, base + adapter among them; the other side may be llama.cpp or a server
     row: int = 0  # positions of a row whose logits are in memory at once
     tensors: bool = False  # whether stored tensors are compared whole, also those that the adapter does not change
@@ -55,8 +55,8 @@ def size_of_merge(longest: int, writing: int, texts: tuple[int, int] = (0, 0)) -
 
     `writing` is what writing the model takes, in bytes.
     """
-    judging = Judging(filling_rows(longest, max(longest, MERGE_TOKENS)), *texts)
-    return CheckSize("the check of a merged model", judging, writing=writing)
+    evaluation = EvaluationSize(filling_rows(longest, max(longest, MERGE_TOKENS)), *texts)
+    return CheckSize("the check of a merged model", evaluation, writing=writing)
 
 
 def size_of_check(
@@ -75,7 +75,7 @@ def size_of_check(
     llama, text = len(files) > len(folders), read_config(source).get_text_config()
     return CheckSize(
         what,
-        Judging(RowShape(length), 1 if opened.run else SAMPLED_TEXTS, length if opened.run else SAMPLED_TOKENS),
+        EvaluationSize(RowShape(length), 1 if opened.run else SAMPLED_TEXTS, length if opened.run else SAMPLED_TOKENS),
         models=2 if folders else 1,
         row=min(length, PASS) if len(files) == len(targets) else length,
         tensors=bool(files),

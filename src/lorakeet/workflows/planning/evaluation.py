@@ -27,7 +27,7 @@ from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.streamed_from_config import streamed_model_from_config
-from lorakeet.workflows.planning.fit import Situation, fit
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_choices import VALUE
 from lorakeet.workflows.planning.forecast_text_run import (
     FLOORS,
@@ -36,11 +36,11 @@ from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
     TOKENIZER_ENTRY,
     build_of,
-    judging_of,
+    evaluation_of,
     load_peak,
     text_runtime_bytes,
 )
-from lorakeet.workflows.planning.rehearse_text import BEGIN, JUDGE, STEP, rehearse_judging
+from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, rehearse_evaluation
 from lorakeet.workflows.planning.text_run import Workload, precision_of
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 
@@ -48,8 +48,8 @@ from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPla
 def fit_evaluation(
     config: RunConfig, adapter: Adapter, say: Callable[[str], None], workload: Workload
 ) -> Residency[MemoryPlan]:
-    """How an evaluation of `adapter` keeps memory.budget. Raises as `fit`."""
-    return fit(Evaluation(config, adapter, say, workload), config.memory.limit, say)
+    """How an evaluation of `adapter` keeps memory.budget. Raises as `fit_budget`."""
+    return fit_budget(Evaluation(config, adapter, say, workload), config.memory.limit, say)
 
 
 def fit_compression(
@@ -64,10 +64,10 @@ def fit_compression(
     """The same for `compress`, whose base is not streamed: `weigh` is its pass over rows, `copies` what it has in memory of the
     adapter beside the one on the model.
     """
-    return fit(Compression(config, adapter, say, workload, weigh=weigh, copies=copies), config.memory.limit, say)
+    return fit_budget(AdapterCompression(config, adapter, say, workload, weigh=weigh, copies=copies), config.memory.limit, say)
 
 
-class Evaluation(Situation[MemoryPlan]):
+class Evaluation(BudgetedWork[MemoryPlan]):
     """An adapter on its base, evaluated on rows."""
 
     what = "measuring this adapter"
@@ -106,21 +106,21 @@ class Evaluation(Situation[MemoryPlan]):
         make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
         build = build_of(make, config, self.model_config, precision, self.source)
         with standing_for(precision.device):
-            found = rehearse_judging(build, pairs, judging_of(config), token_ids=self.adapter.token_ids, weigh=self.weigh)
+            found = rehearse_evaluation(build, pairs, evaluation_of(config), token_ids=self.adapter.token_ids, weigh=self.weigh)
         own = VALUE * pairs.parameters
         kept = add_usage(Usage(), base=found.base, adapter=own)
-        floors = FLOORS if self.workload.labelled and config.evaluate.baselines and not precision.on_card else 0
+        floors = FLOORS if self.workload.labelled and config.evaluate.baselines and not precision.on_gpu else 0
         read = round(self.copies * own)  # as values; a GPU has none of them, but the cut that is measured
-        cut = own if precision.on_card and self.weigh is not None else 0
-        intervals = 0 if precision.on_card else INTERVALS
+        cut = own if precision.on_gpu and self.weigh is not None else 0
+        intervals = 0 if precision.on_gpu else INTERVALS
         held = {
             LOAD: load_peak(self.model_config, found, precision),
             BEGIN: found.peaks[BEGIN],
             STEP: found.peaks.get(STEP, Usage()),
-            JUDGE: add_usage(larger_usage(found.peaks[JUDGE], add_usage(kept, scratch=intervals)), adapter=cut, runtime=floors),
+            FINAL: add_usage(larger_usage(found.peaks[FINAL], add_usage(kept, scratch=intervals)), adapter=cut, runtime=floors),
         }
         block_bytes = found.block_bytes
-        if precision.on_card:
+        if precision.on_gpu:
             phases = phases_on_gpu(held, text_runtime_bytes(precision))
             block_bytes = allocated_bytes(block_bytes) if found.blocks else 0
         else:
@@ -137,7 +137,7 @@ class Evaluation(Situation[MemoryPlan]):
         )
 
 
-class Compression(Evaluation):
+class AdapterCompression(Evaluation):
     """An adapter whose pairs are weighed by a backward pass over a base in memory, and every cut of it."""
 
     what = "compressing this adapter"

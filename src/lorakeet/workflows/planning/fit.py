@@ -1,6 +1,6 @@
 """How work fits into a memory budget: one decision for every verb.
 
-A situation (a text run, an evaluation, a check, …) says in which ways it can be done, the preferred one first, and what each
+A piece of work (a text run, an evaluation, a check, …) says in which ways it can be done, the preferred one first, and what each
 takes. The first way that fits is taken, and what is left of the budget goes to further blocks in memory. Where none fits, or the
 model cannot be planned, the work is refused before anything is loaded: a plan is a bound that is kept, not an estimate.
 """
@@ -34,7 +34,7 @@ from lorakeet.workflows.runs.residency import P, Residency, Way, with_base
 Say = Callable[[str], None]
 
 
-class Situation(Generic[P]):
+class BudgetedWork(Generic[P]):
     """Work that is to fit into a memory budget.
 
     Plans count what the process holds when they are made, so nothing is computed before `ways` or `plan` is called.
@@ -67,7 +67,7 @@ class Situation(Generic[P]):
         return way_text(way, plan.blocks, self.device, self.keep)
 
     def size_words(self) -> str:
-        """What decides the size, for a refusal; begins with a comma."""
+        """What decides the size, for a too_small_text; begins with a comma."""
         return ""
 
     def advice(self) -> str:
@@ -85,7 +85,7 @@ class Situation(Generic[P]):
 
 
 @dataclass(frozen=True)
-class Choice(Generic[P]):
+class WayChoice(Generic[P]):
     """The way that was chosen, with further blocks in memory; if none fits, the one that takes least."""
 
     way: Way
@@ -100,28 +100,28 @@ class Choice(Generic[P]):
         return min((plan for _, plan in self.tried), key=lambda plan: plan.peak)
 
 
-def choose(situation: Situation[P], budget: Budget) -> Choice[P]:
+def choose(work: BudgetedWork[P], budget: Budget) -> WayChoice[P]:
     """The first way that fits into `budget`, or the least. Raises ConfigError for a model that cannot be planned."""
     tried: list[tuple[Way, P]] = []
     why = ""
     try:
-        for way in situation.ways(budget.bytes):
-            tried.append((way, situation.plan(way)))
+        for way in work.ways(budget.bytes):
+            tried.append((way, work.plan(way)))
             if tried[-1][1].peak <= budget.bytes:
                 break
     except NotStreamed as error:
         why = error.reason
     way, plan = min(tried, key=lambda one: one[1].peak)
     if not plan.blocks:
-        return Choice(way, plan, plan.peak <= budget.bytes, tuple(tried), why)
+        return WayChoice(way, plan, plan.peak <= budget.bytes, tuple(tried), why)
     slots = min(way.slots, plan.blocks)
     more = min(plan.blocks - slots, plan.more_blocks(budget.bytes))
     filled = with_base(plan, more * plan.block_bytes)
-    return Choice(replace(way, slots=slots + more), filled, plan.peak <= budget.bytes, tuple(tried), why)
+    return WayChoice(replace(way, slots=slots + more), filled, plan.peak <= budget.bytes, tuple(tried), why)
 
 
-def fit(situation: Situation[P], budget: Budget, say: Say) -> Residency[P]:
-    """How `situation` keeps the budget, which is printed. From now on freed memory goes back to the system, and on a CUDA device
+def fit_budget(work: BudgetedWork[P], budget: Budget, say: Say) -> Residency[P]:
+    """How `work` keeps the budget, which is printed. From now on freed memory goes back to the system, and on a CUDA device
     torch is limited to the budget.
 
     Raises ConfigError with the least that works, or for a model that cannot be planned; EnvironmentProblem for a device on
@@ -129,36 +129,36 @@ def fit(situation: Situation[P], budget: Budget, say: Say) -> Residency[P]:
     """
     if not budget:
         return Residency()
-    device, gpu = situation.device, None if situation.device.type == "cpu" else situation.device
+    device, gpu = work.device, None if work.device.type == "cpu" else work.device
     if device.type not in ("cpu", "cuda"):
         raise EnvironmentProblem(
             f"A memory budget is kept on the CPU and on CUDA devices, but the model would be on {device}. Set model.device to "
-            f"cpu, or leave {situation.option} out."
+            f"cpu, or leave {work.option} out."
         )
     if gpu is None:
         return_freed_memory()
-        require_space_to_unpack(situation.spec, budget, situation.option)
+        require_space_to_unpack(work.spec, budget, work.option)
     if warning := larger_than_machine(budget) if gpu is None else gpu_warning(gpu, budget):
         say(warning)
-    if gpu is None and situation.keep == "host":
+    if gpu is None and work.keep == "host":
         say("memory.keep host is for CUDA devices. On the CPU, whose memory the budget bounds, blocks come from disk.")
     try:
-        choice = choose(situation, budget)
+        choice = choose(work, budget)
     except NotPlanned as error:
-        option = situation.option
+        option = work.option
         raise ConfigError(f"{option} cannot be kept without a plan of the memory: {error} Leave {option} out.") from error
     if not choice.fits:
-        raise ConfigError(refusal(situation, choice, budget))
+        raise ConfigError(too_small_text(work, choice, budget))
     way, plan = choice.way, choice.plan
-    pinned = way.streamed and gpu is not None and situation.keep == "host" and way.slots < plan.blocks
+    pinned = way.streamed and gpu is not None and work.keep == "host" and way.slots < plan.blocks
     if way.streamed:
-        _require_disk(situation, way, plan)
-    say(f"Memory: {bytes_text(plan.peak)} planned of {budget} for {situation.what}: {situation.words(way, plan)}.")
+        _require_disk(work, way, plan)
+    say(f"Memory: {bytes_text(plan.peak)} planned of {budget} for {work.what}: {work.words(way, plan)}.")
     if way.streamed and gpu is not None:
-        say(_require_host_memory(situation, way, plan))
+        say(_require_host_memory(work, way, plan))
     if gpu is not None:
         limit_gpu_memory(gpu, budget.bytes)
-    return Residency(budget, way, plan, situation.folder if way.streamed else None, gpu, pinned, situation.remedy)
+    return Residency(budget, way, plan, work.folder if way.streamed else None, gpu, pinned, work.remedy)
 
 
 def require_space_to_unpack(spec: ModelSpec, budget: Budget, option: str) -> None:
@@ -183,7 +183,7 @@ def way_text(way: Way, blocks: int, device: torch.device, keep: str) -> str:
     return f"{text}; of each row the first {way.longest} tokens are compared" if way.longest else text
 
 
-def refusal(situation: Situation[P], choice: Choice[P], budget: Budget) -> str:
+def too_small_text(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget) -> str:
     """The budget, the least that works and what would help."""
     least, how = choice.plan, "with all weights in memory"
     if choice.way.streamed:
@@ -191,23 +191,23 @@ def refusal(situation: Situation[P], choice: Choice[P], budget: Budget) -> str:
         how = "with blocks streamed from disk" + "".join(f" ({enough_for(peak)} with all weights in memory)" for peak in whole)
     why = f" {choice.why_no_more}" if choice.why_no_more else ""
     return (
-        f"The memory budget is {budget}, but {situation.what} takes at least {enough_for(least.peak)} in phase "
-        f"'{least.highest.name}', {how}{situation.size_words()}.{why} {situation.advice()}"
+        f"The memory budget is {budget}, but {work.what} takes at least {enough_for(least.peak)} in phase "
+        f"'{least.highest.name}', {how}{work.size_words()}.{why} {work.advice()}"
     )
 
 
-def _require_disk(situation: Situation[P], way: Way, plan: P) -> None:
+def _require_disk(work: BudgetedWork[P], way: Way, plan: P) -> None:
     """Raises EnvironmentProblem if a disk is too small for what is written while the work lasts."""
     disks: dict[int, dict[Path, int]] = {}
-    for path, size in situation.disk(way, plan).items():
+    for path, size in work.disk(way, plan).items():
         disks.setdefault(disk_of(path), {})[path] = size
     for parts in disks.values():
         needed, free = sum(parts.values()), shutil.disk_usage(folder_above(next(iter(parts)))).free
         if needed > free:
             sizes = " and ".join(f"{bytes_text(size)} in {path}" for path, size in parts.items() if size)
             raise EnvironmentProblem(
-                f"To keep the memory budget, {situation.what} needs {sizes} on disk, where {bytes_text(free)} are free. "
-                f"{situation.remedy}"
+                f"To keep the memory budget, {work.what} needs {sizes} on disk, where {bytes_text(free)} are free. "
+                f"{work.remedy}"
             )
 
 
@@ -216,10 +216,10 @@ def disk_of(path: Path) -> int:
     return folder_above(path).stat().st_dev
 
 
-def host_memory(situation: Situation[P], way: Way, plan: P) -> tuple[int, str]:
+def host_memory(work: BudgetedWork[P], way: Way, plan: P) -> tuple[int, str]:
     """What streaming to a CUDA device pins of the host's memory, in bytes and in words: torch takes powers of two for it."""
-    pinned = situation.keep == "host" and way.slots < plan.blocks
-    states = situation.state_bytes if way.spilled else 0
+    pinned = work.keep == "host" and way.slots < plan.blocks
+    states = work.state_bytes if way.spilled else 0
     blocks = plan.blocks if pinned else STAGINGS
     size = blocks * _power(plan.block_bytes) + (way.together * plan.blocks * _power(states) if states else 0)
     what = f"the {plan.blocks} frozen blocks" if pinned else f"{STAGINGS} buffers of a block"
@@ -227,9 +227,9 @@ def host_memory(situation: Situation[P], way: Way, plan: P) -> tuple[int, str]:
     return size, f"Pinned host memory: about {bytes_text(size)}, {what}{more}, beside what Python and its libraries use."
 
 
-def _require_host_memory(situation: Situation[P], way: Way, plan: P) -> str:
+def _require_host_memory(work: BudgetedWork[P], way: Way, plan: P) -> str:
     """The line on pinned memory. Raises ConfigError if this machine has less."""
-    size, line = host_memory(situation, way, plan)
+    size, line = host_memory(work, way, plan)
     if size > machine_bytes():
         raise ConfigError(
             f"{line} This machine has {bytes_text(machine_bytes())}. Leave memory.keep out, so that blocks come from disk, or "

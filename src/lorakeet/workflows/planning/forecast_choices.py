@@ -1,4 +1,4 @@
-"""What is held before a run's first step, while ranks are measured and rates tried, and the largest run that a budget buys."""
+"""The memory of a run before its first step, while ranks are measured and rates tried, and the largest run of a rank budget."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def with_importance(config: RunConfig, found: Rehearsal) -> Mapping[str, Usage]:
 
 
 def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Usage | None:
-    """The most held while training rows are measured, for --ranks auto or for lora.start; None where neither asks for it.
+    """The peak while training rows are measured, for --ranks auto or for lora.start; None if neither needs it.
 
     `run` is the rehearsal of the run, `rehearsed` rehearses one with other pairs.
     """
@@ -141,7 +141,9 @@ def decomposes(config: RunConfig) -> bool:
 
 
 def finished_plan(config: RunConfig, plan: Plan) -> Plan:
-    """The Plan of the adapter that a run with `plan` writes: a pair with an anchor is there of twice the rank."""
+    """The Plan of the adapter that a run with `plan` writes: a pair with initial values of its own is written with twice the
+    rank.
+    """
     if config.lora.start not in FACTORED:
         return plan
     doubled = (replace(entry, rank=2 * entry.rank, alpha=2 * entry.alpha, start="kaiming") for entry in plan.entries)
@@ -151,7 +153,7 @@ def finished_plan(config: RunConfig, plan: Plan) -> Plan:
 def while_trying(
     config: RunConfig, found: Rehearsal, rows: RowShape, members: int = len(QUICK_FACTORS), *, searching: bool = False
 ) -> Usage:
-    """The most held while `members` adapters are trained together, each with gradients and moments, in passes of micro_tokens or
+    """The peak while `members` adapters are trained together, each with gradients and moments, in passes of micro_tokens or
     one row. `searching` (workflows/tune) their best values are kept too, as where no disk takes them, and those of two others.
     """
     step = found.peaks[STEP]

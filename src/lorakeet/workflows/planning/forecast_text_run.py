@@ -44,9 +44,9 @@ from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,
     EVALUATE,
-    JUDGE,
+    FINAL,
     STEP,
-    Judging,
+    EvaluationSize,
     Rehearsal,
     RowShape,
     made_up_batch,
@@ -59,7 +59,7 @@ from lorakeet.workflows.runs.search_space import QUICK_FACTORS
 LOAD, SCORE, CERTIFY, MERGE, EXPORT, SEARCH = "load", "measure ranks", "certify", "merge", "export", "search"
 LATER = (MERGE, EXPORT)  # processes of their own
 TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 MiB for SmolLM2's 49,152
-ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is learnt
+ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is a target
 INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals), whatever the number of rows
 FLOORS = 128 << 20  # bytes: scikit-learn (63 MiB when imported) and its tables of words
 NARROW = 40 << 20  # bytes: oneDNN's code for shapes of narrow products that the probe does not meet, and what one lays out anew
@@ -81,7 +81,7 @@ class Precision:
     device: torch.device = CPU
 
     @property
-    def on_card(self) -> bool:
+    def on_gpu(self) -> bool:
         """Whether on a CUDA device, whose memory is then what is forecast."""
         return self.device.type == "cuda"
 
@@ -128,7 +128,7 @@ def text_runtime_bytes(precision: Precision, counts: int = COUNTS, *, decomposin
     `counts` numbers of tokens. What stays of it stays, so a process does it once for each precision. On a CUDA device it is what
     memory/cuda allows for the context.
     """
-    if precision.on_card:
+    if precision.on_gpu:
         return CONTEXT
     _do_everything(precision)
     if decomposing:
@@ -169,16 +169,18 @@ def decompose() -> None:
 
 
 def largest_rows(config: RunConfig) -> RowShape:
-    """The largest micro-batch that a run with these settings can meet, every token of it learnt."""
+    """The largest micro-batch that a run with these settings can meet, every token of it a target."""
     length, train = config.data.max_tokens, config.train
     return filling_rows(length, min(max(length, train.micro_tokens), length * train.batch_size))
 
 
-def judging_of(config: RunConfig) -> Judging:
-    """The largest micro-batch of held-out rows, of those of the judgement and of the certificate, and the texts of the drift."""
+def evaluation_of(config: RunConfig) -> EvaluationSize:
+    """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate, and the texts of the
+    drift.
+    """
     length, spec = config.data.max_tokens, config.evaluate
     at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
-    return Judging(filling_rows(length, at_once), spec.drift_texts, spec.drift_tokens)
+    return EvaluationSize(filling_rows(length, at_once), spec.drift_texts, spec.drift_tokens)
 
 
 def filling_rows(length: int, tokens: int) -> RowShape:
@@ -204,47 +206,47 @@ def forecast_run(
     `labelled` whether rows may have labels, `way` how blocks are streamed, if they are. Raises
     ConfigError where the settings do not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
-    on_card = precision.on_card
-    words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
+    on_gpu = precision.on_gpu
+    words = 0 if on_gpu else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = largest_rows(config)
     make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
     build = build_of(make, config, model_config, precision, files)
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, way.together)
     rehearsed = _standing_for(precision.device, partial(
         rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches,
-        judging=judging_of(config), way=way, best_in_memory=not returning and not on_card,
+        evaluation=evaluation_of(config), way=way, best_in_memory=not returning and not on_gpu,
     ))  # fmt: skip
     found, before = _before_steps(config, rehearsed)
     training = with_importance(config, found)
-    load, judge = load_peak(model_config, found, precision), found.peaks[JUDGE]
-    floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
+    load, final = load_peak(model_config, found, precision), found.peaks[FINAL]
+    floors = FLOORS if labelled and config.evaluate.baselines and not on_gpu else 0
     adapter = VALUE * finished_plan(config, found.plan).parameters
     kept = add_usage(Usage(), base=found.base, adapter=adapter)
-    judged = add_usage(larger_usage(judge, add_usage(kept, scratch=0 if on_card else INTERVALS)), runtime=floors)
-    again = Again(found, load, judge, words, adapter, second=not returning)
+    evaluated = add_usage(larger_usage(final, add_usage(kept, scratch=0 if on_gpu else INTERVALS)), runtime=floors)
+    again = Again(found, load, final, words, adapter, second=not returning)
     held = {
         LOAD: load,
         **before,
         STEP: training[STEP],
         EVALUATE: training[EVALUATE],
         CHECKPOINT: training[CHECKPOINT],
-        JUDGE: judged,
+        FINAL: evaluated,
         CERTIFY: add_usage(again.peak(kept), runtime=floors),
     }
-    phases = phases_on_gpu if on_card else phases_of
-    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
+    phases = phases_on_gpu if on_gpu else phases_of
+    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, FINAL) if before else (FINAL,))
 
     def together(members: int, *, searching: bool = True) -> Phase:
         held = while_trying(config, found, rows, members, searching=searching)
         return phases({SEARCH: held}, runtime + words, returning=returning)[0]
 
     if way.streamed:
-        block_bytes = allocated_bytes(found.block_bytes) if on_card else found.block_bytes
+        block_bytes = allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes
         return TextRunPlan(
             Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks,
             block_bytes=block_bytes,
         )  # fmt: skip
-    models = {} if on_card else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
+    models = {} if on_gpu else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
     later = [phases_of({name: peak}, runtime + words)[0] for name, peak in models.items()]
     trial = together(len(QUICK_FACTORS), searching=False).bytes
     return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
@@ -286,26 +288,26 @@ class Again:
 
     found: Rehearsal
     load: Usage
-    judge: Usage
+    final: Usage
     words: int  # bytes of a second tokenizer
     adapter: int  # bytes of the adapter from disk
     second: bool
 
     def peak(self, kept: Usage) -> Usage:
-        """The most held while the second base is loaded, or while the two are compared."""
+        """The peak while the second base is loaded, or while the two are compared."""
         adapter = self.adapter
         if not self.second:  # what is read has gone when anything computes: until then it stands beside the pairs it becomes
             unpacked = torch.float32.itemsize * self.found.largest if self.found.packed else 0  # the buffer of all packed weights
             reading = add_usage(kept, adapter=2 * adapter, scratch=unpacked)
-            return larger_usage(reading, add_usage(self.judge, adapter=adapter))
+            return larger_usage(reading, add_usage(self.final, adapter=adapter))
         loading = add_usage(kept, **self.load.kinds, runtime=self.words)
-        return larger_usage(loading, add_usage(self.judge, base=self.found.base, adapter=2 * adapter, runtime=self.words))
+        return larger_usage(loading, add_usage(self.final, base=self.found.base, adapter=2 * adapter, runtime=self.words))
 
 
 def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Usage:
     """The base, and while it is read: some tensors as stored where the dtype changes (models/files/dense), a matrix as stored
     where it is packed or goes into a store, there with its cast."""
-    if precision.on_card:  # where only what is whole arrives
+    if precision.on_gpu:  # where only what is whole arrives
         return add_usage(Usage(), base=found.base)
     stored = stored_dtype(model_config)
     if found.packed or found.blocks:

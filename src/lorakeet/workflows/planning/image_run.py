@@ -35,11 +35,11 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning.fit import Situation, fit
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_choices import VALUE, decomposes, finished_plan, reads_weights
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, decompose
 from lorakeet.workflows.planning.rehearse_image import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP
+from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP
 from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, Way
 
 LOAD, CERTIFY = "load", "certify"
@@ -65,13 +65,13 @@ class ImageRunPlan(MemoryPlan):
     plan: Plan
     pictures: Pictures
     work: Work  # of one micro-batch in training
-    on_card: Callable[[], int]
-    card: torch.device | None = None  # what the forecast is of; None for the process
+    on_gpu: Callable[[], int]
+    gpu: torch.device | None = None  # what the forecast is of; None for the process
 
     @cached_property
     def tensors(self) -> int:
         """The most bytes of tensors on a GPU at once, on which parts are only while they compute."""
-        return self.on_card()
+        return self.on_gpu()
 
     @property
     def training_peak(self) -> int:
@@ -90,27 +90,27 @@ class Machine:
     """What of this machine and of the model's files a forecast needs."""
 
     dtype: torch.dtype
-    runtime: int  # bytes beside the tensors: of the process, or of the context on a card
+    runtime: int  # bytes beside the tensors: of the process, or of the context on a GPU
     mapped: int = 0  # bytes of files in memory while other parts than the denoiser are rounded; -1: unknown, taken to be fp32
     returning: bool = False  # whether freed memory goes back to the system at once, as in runs under a budget
-    card: torch.device | None = None  # the CUDA device whose memory is planned, this machine's or not; None for that of a process
+    gpu: torch.device | None = None  # the CUDA device whose memory is planned, this machine's or not; None for that of a process
 
 
 def fit_images(
-    config: RunConfig, say: Callable[[str], None], *, asked: bool = False
+    config: RunConfig, say: Callable[[str], None], *, forecast: bool = False
 ) -> tuple[RunConfig, Residency[ImageRunPlan]]:
     """The settings that keep memory.budget, and how they do. Without a budget the run is planned if it is `asked`.
 
-    Raises as `fit`.
+    Raises as `fit_budget`.
     """
     run = ImageRun(config, say)
     if not config.memory.limit:
-        return config, Residency(plan=run.plan(RESIDENT)) if asked else Residency()
-    found = fit(run, config.memory.limit, say)
+        return config, Residency(plan=run.plan(RESIDENT)) if forecast else Residency()
+    found = fit_budget(run, config.memory.limit, say)
     return run.settings[found.way.change], found
 
 
-class ImageRun(Situation[ImageRunPlan]):
+class ImageRun(BudgetedWork[ImageRunPlan]):
     """A run on pictures, with the settings as they are or with others that take less memory."""
 
     what, option = "this run", "memory.budget"
@@ -167,7 +167,7 @@ def changes_that_help(config: RunConfig, shapes: Shapes, machine: Machine) -> It
     """Changes of the result that take less memory, and the run with each."""
     model, lora = config.model, config.lora
     if machine.dtype == torch.float32:
-        name = narrow_for(machine.card)
+        name = narrow_for(machine.gpu)
         yield f"model.dtype {name}", forecast_images(config, shapes, dataclasses.replace(machine, dtype=DTYPES[name]))
     if model.quantize.method == "none":
         packed = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method="nf4"))
@@ -186,44 +186,44 @@ def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
     device = planned_on(config.model.device)
     dtype = dtype_for(config.model.dtype, device)
     if device.type == "cuda":
-        return Machine(dtype, CONTEXT, returning=returning, card=device)
+        return Machine(dtype, CONTEXT, returning=returning, gpu=device)
     return Machine(dtype, image_runtime_bytes(config, dtype), _mapped_bytes(config.model, dtype), returning)
 
 
 def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImageRunPlan:
-    """What a run of `config` on the model of `shapes` will hold, in the process or on a card.
+    """The memory of a run of `config` on the model of `shapes`, in the process or on a GPU.
 
-    A model is read in the host's memory, from where its parts come to a card while they compute. ConfigError where the settings
-    do not fit the model.
+    A model is read in the host's memory, from where its parts come to a GPU while they compute. Raises ConfigError if the
+    settings do not fit the model.
     """
     pictures, quantize = pictures_of(config, shapes), config.model.quantize
-    begun = (BEGIN,) if reads_weights(config) else ()
+    initialised = (BEGIN,) if reads_weights(config) else ()
     build = partial(image_model_from_config, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
 
-    def on_card() -> ImageRehearsal:
-        with standing_for(machine.card or torch.device("cuda")):
-            return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+    def on_gpu() -> ImageRehearsal:
+        with standing_for(machine.gpu or torch.device("cuda")):
+            return rehearse_images(partial(build, gpu=True), config.lora, config.train, config.diffusion, pictures)
 
-    if machine.card is not None:
-        found = on_card()
-        held = {name: found.peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT, JUDGE)}
+    if machine.gpu is not None:
+        found = on_gpu()
+        held = {name: found.peaks[name] for name in (ENCODE, *initialised, STEP, EVALUATE, CHECKPOINT, FINAL)}
         # The adapter from disk, and that of before; one base is staged away before another comes.
-        held[CERTIFY] = add_usage(held[JUDGE], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
+        held[CERTIFY] = add_usage(held[FINAL], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
         phases = phases_on_gpu(held, machine.runtime)
-        return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.card)
+        return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.gpu)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
     peaks, adapter = found.peaks, VALUE * finished_plan(config, found.plan).parameters
     load = add_usage(Usage(), base=found.base, scratch=_read(found, machine))
     kept = add_usage(Usage(), base=found.base, adapter=2 * adapter)
-    judge = add_usage(peaks[JUDGE], scratch=INTERVALS)
-    certify = add_usage(judge, adapter=2 * adapter)  # the adapter from disk on the live model
+    evaluation = add_usage(peaks[FINAL], scratch=INTERVALS)
+    certify = add_usage(evaluation, adapter=2 * adapter)  # the adapter from disk on the live model
     if not machine.returning:  # or on a second one
         loading = add_usage(kept, **load.kinds)
         certify = larger_usage(loading, add_usage(certify, base=found.base))
-    traced = {name: peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT)}
-    held = {LOAD: load, **traced, JUDGE: judge, CERTIFY: certify}
+    traced = {name: peaks[name] for name in (ENCODE, *initialised, STEP, EVALUATE, CHECKPOINT)}
+    held = {LOAD: load, **traced, FINAL: evaluation, CERTIFY: certify}
     phases = phases_of(held, machine.runtime, returning=machine.returning)
-    return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, lambda: _most(on_card()))
+    return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, lambda: _most(on_gpu()))
 
 
 def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:

@@ -18,7 +18,7 @@ from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.merge.merged_folder import FP32_COPIES
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.check import Check
+from lorakeet.workflows.planning.check import ModelCheck
 from lorakeet.workflows.planning.check_sizes import (
     FP32,
     GREEDY_TOKENS,
@@ -31,7 +31,7 @@ from lorakeet.workflows.planning.check_sizes import (
 from lorakeet.workflows.planning.fit import choose
 from lorakeet.workflows.planning.forecast_choices import finished_plan
 from lorakeet.workflows.planning.forecast_text_run import EXPORT, MERGE
-from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, RowShape
+from lorakeet.workflows.planning.rehearse_text import EvaluationSize, NotPlanned, RowShape
 
 
 def later_phases(config: RunConfig, model_config: Any, plan: Plan, budget: Budget) -> tuple[Phase, ...]:
@@ -44,7 +44,7 @@ def later_phases(config: RunConfig, model_config: Any, plan: Plan, budget: Budge
     text = dense.get_text_config()
 
     def phase(name: str, sizes: Callable[[int | None], CheckSize]) -> Phase:
-        check = Check(sizes, spec, lambda: (dense, None), lambda _: pairs, ids=ids, cut=name == EXPORT)
+        check = ModelCheck(sizes, spec, lambda: (dense, None), lambda _: pairs, ids=ids, cut=name == EXPORT)
         return Phase(name, choose(check, budget).least.highest.kinds)
 
     try:
@@ -73,6 +73,6 @@ def _size_of_export(length: int, text: Any, plan: Plan) -> CheckSize:
     table, exported = int(text.vocab_size) * int(text.hidden_size), length + GREEDY_TOKENS
     changed = adapted_bytes(plan, table)
     return CheckSize(
-        "the check of an export", Judging(RowShape(exported), 1, exported), models=1, row=min(exported, PASS), tensors=True,
-        beside=context_bytes(text, exported + MARGIN), writing=tensor_peak(changed, table),
+        "the check of an export", EvaluationSize(RowShape(exported), 1, exported), models=1, row=min(exported, PASS),
+        tensors=True, beside=context_bytes(text, exported + MARGIN), writing=tensor_peak(changed, table),
     )  # fmt: skip

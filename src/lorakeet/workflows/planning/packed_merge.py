@@ -47,10 +47,10 @@ from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.check_sizes import FP32
-from lorakeet.workflows.planning.fit import Situation, fit, require_space_to_unpack
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, require_space_to_unpack
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, filling_rows, text_runtime_bytes
 from lorakeet.workflows.planning.rehearse_packed_merge import rehearse_finish, rehearse_rounding
-from lorakeet.workflows.planning.rehearse_text import JUDGE, Judging, Rehearsal, rehearse_judging
+from lorakeet.workflows.planning.rehearse_text import FINAL, EvaluationSize, Rehearsal, rehearse_evaluation
 from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.runs.residency import ALONE, RESIDENT, MemoryPlan, Way, stream_closed
 
@@ -62,7 +62,7 @@ COMPARE, COMPARE_MADE = "compare", "compare what was made"
 
 @dataclass(frozen=True)
 class PackedMergeJob:
-    """What is merged, as far as it decides what is held."""
+    """What is merged, as far as it decides the memory."""
 
     opened: Opened
     dataset: Dataset
@@ -95,13 +95,13 @@ def calibration(
 
 
 def fit_packed_merge(job: PackedMergeJob, out: Path, console: Console) -> Opened:
-    """The adapter of `job` with how its models keep the run's memory.budget; as it was without one. Raises as `fit`."""
+    """The adapter of `job` with how its models keep the run's memory.budget; as it was without one. Raises as `fit_budget`."""
     opened, budget = job.opened, job.opened.config.memory.limit
     if not budget:
         return opened
     opened = opened.over(replace(opened.config.model, device="cpu"))  # the budget bounds the process
     merge = PackedMerging(job, out)
-    return replace(opened, residency=fit(merge, budget, partial(console.print, markup=False, soft_wrap=True)))
+    return replace(opened, residency=fit_budget(merge, budget, partial(console.print, markup=False, soft_wrap=True)))
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def require_space_for_layout(opened: Opened, like: str | None) -> None:
     require_space_to_unpack(spec, opened.config.memory.limit, "--memory")
 
 
-class PackedMerging(Situation[MemoryPlan]):
+class PackedMerging(BudgetedWork[MemoryPlan]):
     """One merge into packed weights."""
 
     out: Path
@@ -176,10 +176,10 @@ class PackedMerging(Situation[MemoryPlan]):
         return bool(self.packing == packing_of(self.empty, self.config, self.spec.quantize, self.job.source))
 
     @cached_property
-    def judging(self) -> Judging:
+    def evaluation(self) -> EvaluationSize:
         """The largest batch that is evaluated."""
         longest = self.job.opened.config.data.max_tokens
-        return Judging(filling_rows(longest, max(longest, self.job.micro_tokens)), 0, 0)
+        return EvaluationSize(filling_rows(longest, max(longest, self.job.micro_tokens)), 0, 0)
 
     @cached_property
     def products(self) -> torch.dtype:
@@ -201,9 +201,9 @@ class PackedMerging(Situation[MemoryPlan]):
         adapter = FP32 * self.pairs.parameters
         held = {
             "load the base": add_usage(Usage(), base=base.base, adapter=adapter, scratch=self._reading(base)),
-            COMPARE: add_usage(base.peaks[JUDGE], scratch=INTERVALS),
+            COMPARE: add_usage(base.peaks[FINAL], scratch=INTERVALS),
             "round": add_usage(self._rounding(way), base=0 if way.streamed or self.same_layout else self._growth()),
-            COMPARE_MADE: add_usage(made.peaks[JUDGE], scratch=INTERVALS),
+            COMPARE_MADE: add_usage(made.peaks[FINAL], scratch=INTERVALS),
             "load what was written": add_usage(Usage(), base=made.base, adapter=adapter, scratch=self._reading(made)),
             **self._file(made, adapter),
         }
@@ -236,8 +236,10 @@ class PackedMerging(Situation[MemoryPlan]):
         """The base as it computes, and what is made of it; ways that differ only in where the rows' states are share these."""
         key = way.streamed, way.slots
         if key not in self._evaluated:
-            base = rehearse_judging(self._build(way), self.pairs, self.judging, token_ids=())
-            made = base if self.same_layout else rehearse_judging(self._build_made(way), self.pairs, self.judging, token_ids=())
+            base = rehearse_evaluation(self._build(way), self.pairs, self.evaluation, token_ids=())
+            made = base
+            if not self.same_layout:
+                made = rehearse_evaluation(self._build_made(way), self.pairs, self.evaluation, token_ids=())
             self._evaluated[key] = base, made
         return self._evaluated[key]
 

@@ -41,7 +41,7 @@ from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gptq_solve import GptqLayout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.fit import Situation, fit
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_text_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, text_runtime_bytes
 from lorakeet.workflows.planning.rehearse_text import RowShape, made_up_batch, matrix_sizes, on_shapes
 from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, Way, stream_closed
@@ -60,14 +60,14 @@ class QuantizeJob:
     config: Any
     packed: Any
     dtype: torch.dtype
-    packing: int = 0  # bytes held while one weight is packed by itself
+    packing: int = 0  # bytes in memory while one weight is packed by itself
     layout: GptqLayout | None = None  # of gptq, which rows are for
     rows: Sequence[Example] = ()
     micro_tokens: int = 1
 
     @property
     def state_bytes(self) -> int:
-        """Of all rows' states between two blocks."""
+        """Bytes of all rows' states between two blocks."""
         hidden = int(self.config.get_text_config().hidden_size)
         return sum(len(row.ids) for row in self.rows) * hidden * self.dtype.itemsize
 
@@ -82,8 +82,8 @@ class QuantizeJob:
 
 
 def fit_quantizing(budget: Budget, job: QuantizeJob, out: Path, console: Console) -> Residency[MemoryPlan]:
-    """How `job` keeps the budget. Raises as `fit`."""
-    return fit(Quantizing(job, out), budget, partial(console.print, markup=False, soft_wrap=True))
+    """How `job` keeps the budget. Raises as `fit_budget`."""
+    return fit_budget(Quantizing(job, out), budget, partial(console.print, markup=False, soft_wrap=True))
 
 
 def check_written(out: Path, job: QuantizeJob, residency: Residency[MemoryPlan], say: Callable[[str], None]) -> None:
@@ -96,7 +96,7 @@ def check_written(out: Path, job: QuantizeJob, residency: Residency[MemoryPlan],
         pass
 
 
-class Quantizing(Situation[MemoryPlan]):
+class Quantizing(BudgetedWork[MemoryPlan]):
     """A model that is quantised and loaded again."""
 
     out: Path
@@ -154,14 +154,14 @@ def plan_quantizing(job: QuantizeJob, way: Way) -> Forecast:
 
 
 def _storing(found: _Rehearsed, stored: torch.dtype, dtype: torch.dtype) -> int:
-    """Bytes held while a store is written: a block until it is whole, and a matrix as it was read with its cast."""
+    """Bytes in memory while a store is written: a block until it is whole, and a matrix as it was read with its cast."""
     cast = dtype.itemsize if stored != dtype else 0
     return found.block + found.largest * (stored.itemsize + cast)
 
 
 @dataclass(frozen=True)
 class _Rehearsed:
-    """What was held: the peaks by phase, bytes all along, numbers of the largest matrix, bytes of a streamed block."""
+    """The peaks by phase, bytes all along, numbers of the largest matrix, bytes of a streamed block."""
 
     peaks: Mapping[str, Usage]
     base: int
@@ -175,7 +175,7 @@ def _rehearsed(job: QuantizeJob, way: Way) -> _Rehearsed:
     with on_shapes() as ledger:
         text = make(job.config, name=job.name, dtype=job.dtype, products=job.dtype)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
-        base, largest = ledger.held["base"], matrix_sizes(text.model)[0]
+        base, largest = ledger.in_use["base"], matrix_sizes(text.model)[0]
         with ledger.phase(CHECK), torch.no_grad():
             if text.streamed is not None:
                 text.streamed.stream.fill()

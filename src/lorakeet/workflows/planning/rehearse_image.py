@@ -32,7 +32,7 @@ from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,
     EVALUATE,
-    JUDGE,
+    FINAL,
     STEP,
     copy_for_checkpoint,
     matrix_sizes,
@@ -57,7 +57,9 @@ class Pictures:
 
 @dataclass(frozen=True)
 class ImageRehearsal:
-    """What was held and done. `peaks` in bytes by phase, `base` the frozen pipeline, `work` that of one micro-batch of a step."""
+    """The memory and the work of a rehearsed run. `peaks` in bytes by phase, `base` the frozen pipeline, `work` that of one
+    micro-batch of a step.
+    """
 
     plan: Plan
     base: int
@@ -77,7 +79,7 @@ def rehearse_images(
     with on_shapes() as ledger:
         model = build()
         ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
-        base = ledger.held["base"]
+        base = ledger.in_use["base"]
         others = [model.vae, *(part for name, part in model.parts.items() if name != model.kind.denoiser)]
         other_part, largest = max(map(weights_in, others)), matrix_sizes(model.denoiser)[0]
         plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
@@ -98,19 +100,19 @@ def go_through(
     with account.phase(ENCODE):
         latents = model.encode(torch.zeros(1, 3, height, width)).cpu()
         with torch.no_grad():
-            told = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
+            embeddings = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
     model.stage(model.kind.denoiser, *(ENCODERS if diffusion.text_encoder else ()))
     account.name("base", _on_device(model))
     with account.phase(BEGIN):
         inject(model.parts, plan, on_pair=lambda pair: account.name("adapter", [*pair.parameters(), *pair.buffers()]))
-    training = _training(model, latents, told, train, diffusion, pictures)
+    training = _training(model, latents, embeddings, train, diffusion, pictures)
     best = step_in_account(training, account)
     task = cast(_MadeUp, training.task)
     with account.phase(EVALUATE):
-        task.judge(diffusion.at_once)
+        task.evaluate(diffusion.at_once)
     with account.phase(CHECKPOINT):
         copy_for_checkpoint(training)
-    with account.phase(JUDGE), torch.no_grad():
+    with account.phase(FINAL), torch.no_grad():
         model.parts.eval()
         count, place = 2 * pictures.drawn_at_once, tuple(side // model.factor for side in pictures.drawn)
         model.stage(model.kind.denoiser, "vae")  # as ImageModel.drawing does
@@ -118,19 +120,19 @@ def go_through(
         noisy, times = torch.zeros(count, *latents.shape[1:2], *place), torch.ones(count)
         wide = (model.device, model.dtype)
         sizes = task.train[0].sizes.expand(count, 6).to(*wide)
-        predicted(model.kind, model.denoiser, noisy.to(*wide), times, _repeated(told, count).to(*wide), sizes)
+        predicted(model.kind, model.denoiser, noisy.to(*wide), times, _repeated(embeddings, count).to(*wide), sizes)
         model.decode(noisy[:1])
     del best
 
 
 def _on_device(model: ImageModel) -> list[Tensor]:
-    """The frozen tensors of the parts that are where the model computes; on a card they are others after each `stage`."""
+    """The frozen tensors of the parts that are where the model computes; on a GPU they are others after each `stage`."""
     every = (*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters())
     return [tensor for tensor in every if tensor.device == model.device and not tensor.requires_grad]
 
 
 def _training(
-    model: ImageModel, latents: Tensor, told: Conditioning, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures
+    model: ImageModel, latents: Tensor, embeddings: Conditioning, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures
 ) -> Training[Any]:
     """A Training on made-up pictures, ready to `step`, that writes nothing."""
     height, width = pictures.example
@@ -138,7 +140,8 @@ def _training(
     picture = EncodedImage(row, latents, torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32))
     spec = replace(train, batch_size=pictures.micro_batch * pictures.micro_batches)
     task = _MadeUp(
-        model, [picture], held_out=[], captions=cast(Captions, _Told(told)), spec=spec, images=ImageSpec(), diffusion=diffusion
+        model, [picture], held_out=[], captions=cast(Captions, _Embeddings(embeddings)), spec=spec, images=ImageSpec(),
+        diffusion=diffusion,
     )
     task.cut = pictures
     return silent_training(task, spec)
@@ -152,7 +155,7 @@ class _MadeUp(ImageTask):
     def batches(self, step: int) -> list[ImageBatch]:
         return [self._batch(self.cut.micro_batch) for _ in range(self.cut.micro_batches)]
 
-    def judge(self, count: int) -> None:
+    def evaluate(self, count: int) -> None:
         """The errors of `count` timesteps of a picture, as held-out evaluation computes them."""
         self.model.parts.eval()
         with torch.no_grad():
@@ -166,14 +169,14 @@ class _MadeUp(ImageTask):
         return ImageBatch(latents, torch.randn_like(latents), timesteps, captions, picture.sizes.expand(count, 6))
 
 
-class _Told:
+class _Embeddings:
     """The embeddings of every caption."""
 
-    def __init__(self, told: Conditioning) -> None:
-        self.told = told
+    def __init__(self, embeddings: Conditioning) -> None:
+        self.embeddings = embeddings
 
     def of(self, caption: str) -> Conditioning:
-        return self.told
+        return self.embeddings
 
 
 class _NoLedger(Ledger):  # type: ignore[no-untyped-call]
@@ -183,6 +186,6 @@ class _NoLedger(Ledger):  # type: ignore[no-untyped-call]
         return None
 
 
-def _repeated(told: Conditioning, count: int) -> Conditioning:
-    pooled = None if told.pooled is None else told.pooled.expand(count, *told.pooled.shape[1:])
-    return Conditioning(told.states.expand(count, *told.states.shape[1:]), pooled)
+def _repeated(embeddings: Conditioning, count: int) -> Conditioning:
+    pooled = None if embeddings.pooled is None else embeddings.pooled.expand(count, *embeddings.pooled.shape[1:])
+    return Conditioning(embeddings.states.expand(count, *embeddings.states.shape[1:]), pooled)

@@ -42,9 +42,9 @@ def rehearse_rounding(
     packing: Mapping[str, Mapping[str, Any]],
     spill: Callable[[], Spill] = Spill,
 ) -> Usage:
-    """What is held at most while the first blocks of each kind are folded and rounded on calibration rows.
+    """The peak while the first blocks of each kind are folded and rounded on calibration rows.
 
-    `packing` tells how each layer will be packed, `aside` where the rows' states are.
+    `packing` tells how each layer will be packed, `spill` where the rows' states are.
     """
     with on_shapes() as ledger:
         text = build()
@@ -82,7 +82,7 @@ def rehearse_finish(
     spec: TrainSpec,
     products: torch.dtype,
 ) -> Usage:
-    """What is held at most while the pairs of `adapter` are trained through the grids of layers packed as `packing` says."""
+    """The peak while the pairs of `adapter` are trained through the grids of layers packed as `packing` says."""
     with on_shapes() as ledger:
         text = build()
         unfuse(text.model)

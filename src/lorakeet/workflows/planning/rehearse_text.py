@@ -1,4 +1,4 @@
-"""A run rehearsed on shapes: its real step, evaluation, checkpoint and judging, with their tensors entered in a ledger.
+"""A run rehearsed on shapes: its real step, evaluation, checkpoint and final evaluation, with their tensors entered in a ledger.
 
 Nothing here knows what a layer computes or keeps: the model is built as for a run, one adapter is put in, and `Training.step`
 takes a step over it, with the moments of an earlier one. What is planned is what is run.
@@ -55,14 +55,14 @@ from lorakeet.train.task import Task
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.runs.residency import RESIDENT, Way
 
-BEGIN, EVALUATE, STEP, CHECKPOINT, JUDGE = "begin pairs", "evaluate", "train step", "checkpoint", "judge"
+BEGIN, EVALUATE, STEP, CHECKPOINT, FINAL = "begin pairs", "evaluate", "train step", "checkpoint", "judge"
 FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
 MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """The rows of a micro-batch: `count` of `length` tokens, the first `prompt` of which are not learnt."""
+    """The rows of a micro-batch: `count` of `length` tokens, the first `prompt` of which are no targets."""
 
     length: int
     count: int = 1
@@ -75,7 +75,9 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was held and done. `peaks` in bytes by phase, `base` the frozen model, `work` that of one micro-batch of a step."""
+    """The memory and the work of a rehearsed run. `peaks` in bytes by phase, `base` the frozen model, `work` that of one
+    micro-batch of a step.
+    """
 
     plan: Plan
     base: int
@@ -90,7 +92,7 @@ class Rehearsal:
     cast_at_once: int = 0  # numbers in as many of its largest matrices as a file of another dtype is read at once
 
     def being_cast(self, stored: torch.dtype, kept: torch.dtype) -> int:
-        """Bytes held beside the base while a file of dense weights is read: tensors as `stored`, where they become `kept`."""
+        """Bytes beside the base while a file of dense weights is read: tensors as `stored`, where they become `kept`."""
         return self.cast_at_once * stored.itemsize if stored != kept else 0
 
 
@@ -99,8 +101,8 @@ class NotPlanned(ConfigError):
 
 
 @dataclass(frozen=True)
-class Judging:
-    """What a run judges by: texts that the base writes, and the rows that go through models at once."""
+class EvaluationSize:
+    """What an evaluation takes: texts that the base writes, and the rows that go through models at once."""
 
     rows: RowShape
     texts: int = 64
@@ -114,22 +116,22 @@ def rehearse(
     *,
     rows: RowShape,
     micro_batches: int = MICRO_BATCHES,
-    judging: Judging | None = None,
+    evaluation: EvaluationSize | None = None,
     way: Way = RESIDENT,
     best_in_memory: bool = True,
 ) -> Rehearsal:
-    """Runs `build` and then steps, held-out evaluation, a checkpoint and judging of its model, on shapes alone.
+    """Runs `build` and then steps, held-out evaluation, a checkpoint and the final evaluation of its model, on shapes alone.
 
-    `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else; `way` is for a model
+    `rows` is the largest micro-batch of a step, those of `evaluation` (left out: the same) that of all else; `way` is for a model
     that streams; under a budget the best values so far are not in memory. Where all blocks of the model are alike,
     `build(blocks=n)` makes one with a few of them, which stand for all (memory/extrapolate). Raises ConfigError where `lora`
     does not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
-    judging = judging or Judging(rows)
+    evaluation = evaluation or EvaluationSize(rows)
     ids = tuple(range(len(lora.new_tokens)))
 
     def run(rehearsing: _Rehearsing) -> Rehearsal:
-        return rehearsing.go(spec, rows, micro_batches, judging, way, best_in_memory)
+        return rehearsing.go(spec, rows, micro_batches, evaluation, way, best_in_memory)
 
     def planned(text: TextModel) -> Plan:
         return plan_for(text.model, lora, text.family)
@@ -137,18 +139,18 @@ def rehearse(
     return _rehearsed(build, planned, ids, run)
 
 
-def rehearse_judging(
+def rehearse_evaluation(
     build: Callable[..., TextModel],
     plan: Plan,
-    judging: Judging,
+    evaluation: EvaluationSize,
     *,
     token_ids: tuple[int, ...],
     weigh: Callable[[TextModel], object] | None = None,
 ) -> Rehearsal:
-    """Builds a model with the adapter of `plan` and judges it, on shapes alone; what it holds is in `peaks[JUDGE]`.
+    """Builds a model with the adapter of `plan` and evaluates it, on shapes alone; the peak is in `peaks[FINAL]`.
 
-    `token_ids` are those of trained token rows, `build` as in `rehearse`; `weigh` is done with the model before, and held what is
-    in `peaks[STEP]`. Raises NotPlanned as `rehearse` does.
+    `token_ids` are those of trained token rows, `build` as in `rehearse`; `weigh` is called with the model before, and its peak
+    is in `peaks[STEP]`. Raises NotPlanned as `rehearse` does.
     """
 
     def run(rehearsing: _Rehearsing) -> Rehearsal:
@@ -157,7 +159,7 @@ def rehearse_judging(
         if weigh is not None:
             with rehearsing.ledger.phase(STEP):
                 weigh(rehearsing.text)
-        return rehearsing.judged(judging)
+        return rehearsing.evaluated(evaluation)
 
     return _rehearsed(build, lambda _: plan, token_ids, run)
 
@@ -243,29 +245,29 @@ class _Rehearsing:
         self.ledger.name("adapter", [*pair.parameters(), *pair.buffers()])
 
     def go(
-        self, spec: TrainSpec, rows: RowShape, micro_batches: int, judging: Judging, way: Way, best_in_memory: bool
+        self, spec: TrainSpec, rows: RowShape, micro_batches: int, evaluation: EvaluationSize, way: Way, best_in_memory: bool
     ) -> Rehearsal:
         training = training_on(self.text, spec, rows, micro_batches, way)
         best = step_in_account(training, self.ledger, best_in_memory)
         with self.ledger.phase(EVALUATE):
             self.text.model.eval()
-            token_logprobs(self.text, made_up_batch(judging.rows).to(self.text.device), chunk=spec.head_chunk)
+            token_logprobs(self.text, made_up_batch(evaluation.rows).to(self.text.device), chunk=spec.head_chunk)
         with self.ledger.phase(CHECKPOINT):
             copy_for_checkpoint(training)
         del best, training
         step = self.ledger.work[STEP]
         work = Work(step.flops // micro_batches, step.written // micro_batches)
-        return replace(self.judged(judging), work=work, best_in_memory=best_in_memory)
+        return replace(self.evaluated(evaluation), work=work, best_in_memory=best_in_memory)
 
-    def judged(self, judging: Judging) -> Rehearsal:
-        """Judges, and says what was held since the rehearsal began."""
+    def evaluated(self, evaluation: EvaluationSize) -> Rehearsal:
+        """Evaluates, and returns the peaks since the rehearsal began."""
         ledger, text = self.ledger, self.text
-        with ledger.phase(JUDGE):
-            _judge(text, judging, self.blocks)
+        with ledger.phase(FINAL):
+            _evaluate(text, evaluation, self.blocks)
         ledger.close()
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
-        base, matrices = ledger.held["base"], matrix_sizes(text.model)
+        base, matrices = ledger.in_use["base"], matrix_sizes(text.model)
         largest = matrices[0]
         at_once = largest + sum(matrices[:AT_ONCE])  # a head that is the embedding table may lie in the file by itself
         stream = None if text.streamed is None else text.streamed.stream
@@ -289,10 +291,10 @@ def step_in_account(training: Training[Any], ledger: Ledger, best_in_memory: boo
     return best
 
 
-def _judge(text: TextModel, judging: Judging, blocks: int | None) -> None:
+def _evaluate(text: TextModel, evaluation: EvaluationSize, blocks: int | None) -> None:
     """Labels scored, two models' logits compared, texts written by the base: each with what it holds at its peak."""
     text.model.eval()
-    batch = made_up_batch(judging.rows).to(text.device)
+    batch = made_up_batch(evaluation.rows).to(text.device)
     with torch.no_grad():
         hidden = text.hidden(batch)
         text.head(hidden[:HEAD_CHUNK]).float().log_softmax(-1)
@@ -301,11 +303,11 @@ def _judge(text: TextModel, judging: Judging, blocks: int | None) -> None:
         part = slice(0, max(1, CELLS // left.shape[1]))
         differences(left[part].double(), right[part].double(), batch.target_ids[:HEAD_CHUNK][part])
         del hidden, other, left, right
-    if judging.texts:
+    if evaluation.texts:
         activate(text.model, None)
-        at_once = rows_at_once(text, judging.text_tokens + 1, blocks=blocks)
-        count = min(judging.texts, at_once)  # read at once, which holds as much
-        texts = [np.ones(judging.text_tokens, np.int64)] * count
+        at_once = rows_at_once(text, evaluation.text_tokens + 1, blocks=blocks)
+        count = min(evaluation.texts, at_once)  # read at once, which holds as much
+        texts = [np.ones(evaluation.text_tokens, np.int64)] * count
         sample(text, texts, max_tokens=1, blocks=blocks, spill=ShapeSpill)
 
 

@@ -15,7 +15,7 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text.load import read_config
-from lorakeet.workflows.planning.fit import Situation, fit, way_text
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, way_text
 from lorakeet.workflows.planning.forecast_choices import decomposes, measures_rows
 from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
@@ -44,10 +44,10 @@ class Workload:
 
 
 def fit_text_run(config: RunConfig, say: Callable[[str], None], workload: Workload | None = None) -> Residency[TextRunPlan]:
-    """How a run keeps memory.budget. With a `workload` it is planned without a budget too, on the CPU. Raises as `fit`."""
+    """How a run keeps memory.budget. With a `workload` it is planned without a budget too, on the CPU. Raises as `fit_budget`."""
     run = TextRun(config, workload or Workload(), say)
     if config.memory.limit:
-        return fit(run, config.memory.limit, say)
+        return fit_budget(run, config.memory.limit, say)
     if workload is None or run.device.type != "cpu":
         return Residency()
     try:
@@ -57,7 +57,7 @@ def fit_text_run(config: RunConfig, say: Callable[[str], None], workload: Worklo
         return Residency()
 
 
-class TextRun(Situation[TextRunPlan]):
+class TextRun(BudgetedWork[TextRunPlan]):
     """A run, or a search, whose model is read from `files` if given: what `lorakeet plan` knows of a model that is not here."""
 
     option = "memory.budget"
@@ -89,7 +89,7 @@ class TextRun(Situation[TextRunPlan]):
 
     def _measured_runtime(self) -> int:
         precision = precision_of(self.config)
-        rows = 0 if precision.on_card else ROW_BYTES * self.workload.characters
+        rows = 0 if precision.on_gpu else ROW_BYTES * self.workload.characters
         return text_runtime_bytes(precision, decomposing=decomposes(self.config)) + rows
 
     @cached_property

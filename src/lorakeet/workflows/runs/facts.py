@@ -32,7 +32,7 @@ def versions() -> str:
 
 
 def machine(device: torch.device) -> str:
-    """The processor or card, and how many threads of it torch uses."""
+    """The processor or GPU, and how many threads of it torch uses."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {platform.system()}"
     return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads, {platform.system()} {platform.machine()}"

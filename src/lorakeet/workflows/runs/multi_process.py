@@ -51,11 +51,11 @@ def on_own_device(config: RunConfig, processes: Processes) -> RunConfig:
 
     Process i of a machine computes on its CUDA device i. Raises EnvironmentProblem where there are fewer of them.
     """
-    launch, asked = processes.launch, config.model.device
+    launch, requested = processes.launch, config.model.device
     if launch.count == 1:
         return config
     device = torch.device("cpu")
-    if asked.startswith("cuda") or (asked == "auto" and torch.cuda.is_available()):
+    if requested.startswith("cuda") or (requested == "auto" and torch.cuda.is_available()):
         if torch.cuda.device_count() < launch.local_count:
             raise EnvironmentProblem(
                 f"{launch.local_count} processes were started on a machine where torch sees {torch.cuda.device_count()} CUDA "
@@ -63,8 +63,8 @@ def on_own_device(config: RunConfig, processes: Processes) -> RunConfig:
             )
         device = device_for(f"cuda:{launch.local_rank}")
         torch.cuda.set_device(device)
-    elif asked != "auto":
-        device = device_for(asked)
+    elif requested != "auto":
+        device = device_for(requested)
     model = replace(config.model, device=str(device))
 
     def chosen() -> tuple[str, str]:
@@ -76,7 +76,7 @@ def on_own_device(config: RunConfig, processes: Processes) -> RunConfig:
 
 
 @contextmanager
-def begun_together(run: RunFolder) -> Iterator[None]:
+def starting_together(run: RunFolder) -> Iterator[None]:
     """A context in which a process that is gone before the first step is named with the way to go on; `train` does it later."""
     try:
         yield
@@ -86,7 +86,7 @@ def begun_together(run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def judged_together(processes: Processes, run: RunFolder, outcome: Outcome) -> Iterator[None]:
+def evaluating_together(processes: Processes, run: RunFolder, outcome: Outcome) -> Iterator[None]:
     """A context for all that is computed after training: a process that is gone is named as `train` names it."""
     try:
         with processes.terminable(), processes.gathering():
@@ -95,5 +95,6 @@ def judged_together(processes: Processes, run: RunFolder, outcome: Outcome) -> I
         last = run.checkpoints / checkpoint.step_name(outcome.steps)
         kept = kept_text(last, run.adapter, outcome.best_loss, outcome.best_step)
         raise RunStopped(
-            f"After step {outcome.steps}, before the run was judged to the end: {lost}. {kept} Go on with: {run.resume_command}"
+            f"After step {outcome.steps}, before the run was evaluated to the end: {lost}. {kept} "
+            f"Go on with: {run.resume_command}"
         ) from lost

@@ -52,7 +52,7 @@ def store_folder(named: str, out: Path | None) -> Path:
 def temporary_folder(folder: Path | None, what: str, remedy: str) -> Iterator[None]:
     """A context in which `folder` is there, new and empty, and after which it is gone; None for no folder.
 
-    A disk that refuses it, or a store in it, is told with `remedy` (EnvironmentProblem).
+    A disk that refuses it, or a store in it, is reported with `remedy` (EnvironmentProblem).
     """
     if folder is None:
         yield

@@ -1,4 +1,4 @@
-"""A run folder begun: its settings and the record of its split, both or neither; or, on resuming, the split compared."""
+"""Starts a run folder: its settings and the record of its split, both or neither; or, on resuming, the split compared."""
 
 from __future__ import annotations
 

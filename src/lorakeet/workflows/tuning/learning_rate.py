@@ -20,7 +20,7 @@ from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
-from lorakeet.workflows.tuning.trials import RISE, Budget, SearchRows, Trial, Trials
+from lorakeet.workflows.tuning.trials import RISE, SearchBudget, SearchRows, Trial, Trials
 
 MOST_OF_A_RUN = 6  # a trial has at most 1/6 of the run's steps, so three of them cost at most half a run
 FEWEST_STEPS = 8  # of a trial: fewer only show which rate goes further (docs/log.md)
@@ -44,7 +44,7 @@ def choose_rate(setup: TextAssembly, console: Console, *, requested: bool = Fals
     if refusal := _why_not(setup, rows, steps):
         _say(console, f"The learning rate is {space.rate:.2e}; no other is tried, since {refusal}.")
         return setup, None
-    trials = Trials(setup, space, rows, Budget(None, None), console)
+    trials = Trials(setup, space, rows, SearchBudget(None, None), console)
     rates = ", ".join(f"{space.rate * factor:.2e}" for factor in QUICK_FACTORS)
     _say(console, f"Learning rates {rates} are tried for {steps} steps each. {trials.power(DIFFERENCE)}")
     factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)

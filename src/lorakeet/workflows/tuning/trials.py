@@ -53,7 +53,7 @@ class Trial:
 
 
 @dataclass
-class Budget:
+class SearchBudget:
     """The time and the tokens that are left. `reserved` tokens, at most half of all, and their time are for the confirmation.
 
     A quarter more is reserved: a search ends up to a round late, other seeds see other rows, and held-out rows take time too.
@@ -107,7 +107,7 @@ class Trials:
         setup: TextAssembly,
         space: Space,
         rows: SearchRows,
-        budget: Budget,
+        budget: SearchBudget,
         console: Console,
         folder: Path | None = None,
     ) -> None:

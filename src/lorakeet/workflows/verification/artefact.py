@@ -41,7 +41,7 @@ from lorakeet.workflows.planning.check_sizes import SERVERS
 from lorakeet.workflows.runs.open_adapter import Opened
 
 Messages = Sequence[dict[str, str]]
-BEGINNING = 0.002  # seconds between looks at a file that is being mapped (docs/log.md: 33 MiB of 442 are then there at most)
+BEGINNING = 0.002  # seconds between checks of a file that is being mapped (docs/log.md: 33 MiB of 442 are then there at most)
 
 
 class Artefact(Protocol):
@@ -60,7 +60,7 @@ class Artefact(Protocol):
         """The logits after each token, or after the `last` ones, (tokens, vocabulary), fp32."""
 
     def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """The logits after each token, PASS of them at a time; taken to the end before anything else is asked."""
+        """The logits after each token, PASS of them at a time; read to the end before any other call."""
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
         """The likeliest continuation, up to `tokens` or one of `ends`."""
@@ -92,7 +92,7 @@ class InTorch:
         return torch.cat(list(self._parts(ids, len(ids) if last is None else last)))
 
     def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """As the protocol says; another side of the same model may be asked in turn."""
+        """As the protocol says; calls may alternate with those of another side of the same model."""
         return self._parts(ids, len(ids))
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class InTorch:
 
     def _parts(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
         for part in torch.split(self._hidden(ids, last), PASS):
-            activate(self.text.model, self.adapter)  # whoever was asked meanwhile has its own
+            activate(self.text.model, self.adapter)  # another side of the model may have switched it
             yield self._table(part)  # under no name, which would keep it until the next one is there
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ class InLlamaCpp:
 
     @cached_property
     def engine(self) -> LlamaCpp:
-        """llama.cpp with the model, begun when it is first asked: weights are compared before it holds anything."""
+        """llama.cpp with the model, started by its first call: weights are compared before it takes memory."""
         return self.start()
 
     def tokenise(self, text: str) -> list[int]:
@@ -154,8 +154,8 @@ class InLlamaCpp:
         tokens = self.file.value("tokenizer.ggml.tokens")
         marks = {key: self._token(tokens, key) for key in ("bos", "eos")}
         text = render_template(str(template), messages, bos=marks["bos"], eos=marks["eos"])
-        begun = self.engine.adds_bos and bool(marks["bos"])
-        return self.engine.tokenise(text.removeprefix(marks["bos"]) if begun else text)
+        started = self.engine.adds_bos and bool(marks["bos"])
+        return self.engine.tokenise(text.removeprefix(marks["bos"]) if started else text)
 
     def _token(self, tokens: Sequence[str], key: str) -> str:
         number = self.file.value(f"tokenizer.ggml.{key}_token_id")
@@ -267,7 +267,7 @@ def open_artefact(
         with ExitStack() as stack:
 
             def start() -> LlamaCpp:
-                return stack.enter_context(_begun(path, None, context, opened))
+                return stack.enter_context(_started(path, None, context, opened))
 
             yield InLlamaCpp(start, file, artefact_name(path, beside), _row(precision, file.types))
         return
@@ -277,16 +277,16 @@ def open_artefact(
     with ExitStack() as stack:
 
         def start_both() -> LlamaCpp:
-            return stack.enter_context(_begun(base, path, context, opened))
+            return stack.enter_context(_started(base, path, context, opened))
 
         allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
         yield InLlamaCpp(start_both, model, _JOINED.join(artefact_name(file, beside) for file in (base, path)), allowed, path)
 
 
 @contextmanager
-def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> Iterator[LlamaCpp]:
-    """llama.cpp with its model; under a budget it makes no copy of the file, and the pages that it has read are given back: also
-    while it begins, when it asks for the whole file at once, and may fail and remove its mapping."""
+def _started(model: Path, adapter: Path | None, context: int, opened: Opened) -> Iterator[LlamaCpp]:
+    """llama.cpp with its model; under a budget it makes no copy of the file, and the pages that it has read are released: also
+    while it starts, when it reads the whole file at once, and may fail and remove its mapping."""
     if not opened.residency.budget:
         with LlamaCpp(model, adapter=adapter, context=context) as engine:
             yield engine

@@ -98,24 +98,24 @@ def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: Evalua
         sides = [side.logit_parts(row) for side in (live, artefact, base)]
         while count := _add_part(sides, following, number, (meter, effect)):
             following = following[count:]
-    judged = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
+    evaluated = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
     return meter.result(spec).check(
-        f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=judged
+        f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=evaluated
     )
 
 
 def _add_part(
     sides: Sequence[Iterator[torch.Tensor]], following: torch.Tensor, text: int, meters: tuple[ParityMeter, ParityMeter]
 ) -> int:
-    """Enters the next part of the logits of live, artefact and base, and says of how many tokens it is: 0 at the end of the row.
+    """Enters the next part of the logits of live, artefact and base, and returns its tokens: 0 at the end of the row.
 
-    It lets go of the part before the next is computed, so that of each side one table is held at a time.
+    A part is freed before the next is computed, so that one table of each side is in memory at a time.
     """
     parts = [part for side in sides if (part := next(side, None)) is not None]
     if not parts:
         return 0
     if len(parts) < len(sides):
-        raise ValueError("one side told the logits of fewer tokens of a row than another")
+        raise ValueError("one side gave the logits of fewer tokens of a row than another")
     targets = following[: len(parts[0])]
     if len(targets):  # nothing follows the last token
         ours, theirs, before = (part[: len(targets)] for part in parts)
@@ -128,10 +128,10 @@ def _add_part(
 def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
     """The task's metric on both sides, and the share of rows on which the likeliest label differs."""
     ours, theirs = ([answer(side, row, live) for row in probes.labelled] for side in (live, artefact))
-    return judge_answers((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
+    return compare_labels((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
 
 
-def judge_answers(
+def compare_labels(
     names: tuple[str, str], answers: tuple[list[int], list[int]], rows: Sequence[Candidates], allowed: Allowed, spec: EvaluateSpec
 ) -> Check:
     """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth."""

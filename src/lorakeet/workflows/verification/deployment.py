@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Deployable:
-    """Nothing stands in the way; `notes` are what the runtime must be told."""
+    """Nothing stands in the way; `notes` are what the runtime needs."""
 
     runtime: str
     features: tuple[str, ...]
@@ -95,7 +95,7 @@ def _planned_image(config: RunConfig, auto: int, say: Say) -> frozenset[Feature]
 
 
 def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say) -> frozenset[Feature]:
-    """Of an adapter as it is; its base is asked only where a pair is on the head and `runtime` minds a tied one."""
+    """Of an adapter as it is; its base is read only if a pair is on the head and `runtime` minds a tied one."""
     adapter = read_adapter(folder, say=say)
     asks = has_head(adapter.pairs) and bool(limits_of(runtime, ("tied head pairs",)))
     if not asks:

@@ -1,8 +1,8 @@
 """Why an artefact is not the trained adapter: the usual mistakes tried one by one, and the one that explains what was seen.
 
-Where stored weights can be read, they say it: every matrix with c times its change is a wrong scale, q and k alone a permutation
+If stored weights can be read, they show it: every matrix with c times its change is a wrong scale, q and k alone a permutation
 of the wrong factor, some matrices without any change names that were not found, all of them moved elsewhere another adapter.
-Else the live model is made wrong on purpose, in each way in turn, and the mistake whose logits are nearest is named.
+Else the live model is made wrong on purpose, in one way after another, and the mistake whose logits are nearest is named.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def cause_from_logits(live: InTorch, ids: Sequence[int], theirs: Tensor) -> str:
     return _likeliest(live, ids, lambda ours: _distance(ours, theirs))
 
 
-def cause_from_told(live: InTorch, ids: Sequence[int], told: Mapping[int, Mapping[int, float]]) -> str:
-    """As `cause_from_logits`, where of `theirs` only some log-probabilities are told: by place of `ids`, by token id."""
+def cause_from_reported(live: InTorch, ids: Sequence[int], reported: Mapping[int, Mapping[int, float]]) -> str:
+    """As `cause_from_logits`, if `theirs` has only some log-probabilities: by place of `ids`, by token id."""
 
     def distance(ours: Tensor) -> float:
-        return float(np.mean([kl_lower_bound(ours[place].log_softmax(-1), known) for place, known in told.items()]))
+        return float(np.mean([kl_lower_bound(ours[place].log_softmax(-1), known) for place, known in reported.items()]))
 
     return _likeliest(live, ids, distance)
 

@@ -108,7 +108,7 @@ def changes_of(model: torch.nn.Module, plan: Combination) -> Changes:
 
 
 def fold_in_place(text: TextModel, plan: Combination) -> None:
-    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is parted."""
+    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is split."""
     for name, change in changes_of(text.model, plan).items():
         owner, _, leaf = name.rpartition(".")
         module = text.model.get_submodule(owner)

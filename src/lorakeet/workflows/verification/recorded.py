@@ -27,10 +27,10 @@ Answer = TypeVar("Answer")
 
 
 class RecordedArtefact:
-    """An artefact's answers, as an `Artefact`: what was asked once is known, and only that once the artefact has gone."""
+    """An artefact's answers, as an `Artefact`: answers are cached, and the only ones left once the artefact is closed."""
 
     def __init__(self, artefact: Artefact, spill: Spill) -> None:
-        """Logits wait in `aside`, which is the caller's to close."""
+        """Logits wait in `spill`, which the caller closes."""
         self.name, self.allowed = artefact.name, artefact.allowed
         self._artefact: Artefact | None = artefact
         self._spill = spill
@@ -53,12 +53,12 @@ class RecordedArtefact:
     def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
         key = ("logits", tuple(ids), last)
         self._once(key, lambda artefact: self._spill.put(key, artefact.logits(ids, last)))
-        return self._spill.look(key)
+        return self._spill.get(key)
 
     def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
         row = tuple(ids)
         for number in range(self._once(("parts", row), lambda artefact: self._put(row, artefact.logit_parts(ids)))):
-            yield self._spill.look((row, number))
+            yield self._spill.get((row, number))
 
     def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
         return self._once(("stored", source), lambda artefact: artefact.stored(source, opened))

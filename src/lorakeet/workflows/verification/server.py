@@ -1,7 +1,8 @@
-"""A served model over HTTP, compared by what it tells: prompt ids, likeliest tokens with their log-probabilities, greedy texts.
+"""A served model over HTTP, compared by its answers: prompt ids, likeliest tokens with their log-probabilities, greedy texts.
 
-A server gives no whole logits. What it tells of a place, the likeliest tokens, is held against the live model's distribution:
-KL over those tokens and all others as one, a lower bound of the whole KL. What it does not tell is listed as not checked.
+A server gives no whole logits. What it reports of a position, the likeliest tokens, is compared with the live model's
+distribution:
+KL over those tokens and all others as one, a lower bound of the whole KL. What it does not report is listed as not checked.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from lorakeet.export.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch
-from lorakeet.workflows.verification.checks import Probes, check_ids, judge_answers
-from lorakeet.workflows.verification.diagnose import cause_from_told
+from lorakeet.workflows.verification.checks import Probes, check_ids, compare_labels
+from lorakeet.workflows.verification.diagnose import cause_from_reported
 from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
-PLACES = 8  # of a held-out row, where a server has to be asked about one place at a time
-_LOOKED_AT = 8 * TOP  # of the live model's likeliest tokens, before all of them are
+PLACES = 8  # of a held-out row, if a server answers one position at a time
+_READ_TOKENS = 8 * TOP  # of the live model's likeliest tokens, before all of them are
 _PIECE = "\ufffd"  # how a piece of a character reads
-_LIKELY = math.log(0.01)  # log-probabilities of less likely tokens are not held against each other one by one
+_LIKELY = math.log(0.01)  # log-probabilities of less likely tokens are not compared one by one
 
 
 class Server:
@@ -44,7 +45,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Told:
+class Reported:
     """What a server tells of the tokens after some places of a text: by place, log-probabilities by id."""
 
     ids: list[int]
@@ -77,8 +78,8 @@ class _Comparison:
             elif (count := api.prompt_length(messages)) is not None:
                 lengths = [lengths[0] + (count != len(ids)), lengths[1] + 1]
         talked = len(pairs)
-        told = [(text, api.tokenise(text)) for text in probes.texts]
-        raw = [(self.live.tokenise(text), theirs, "raw text") for text, theirs in told if theirs is not None]
+        reported = [(text, api.tokenise(text)) for text in probes.texts]
+        raw = [(self.live.tokenise(text), theirs, "raw text") for text, theirs in reported if theirs is not None]
         if pairs or raw:
             self.checks.append(check_ids(self.live, self.server.name, [*pairs, *raw]))
         if lengths[1]:
@@ -109,37 +110,37 @@ class _Comparison:
         messages = next((talk for talk, ids in self.probes.conversations if np.array_equal(ids, prompt)), None)
         return None if messages is None else api.chat(messages, tokens)
 
-    def check_told(self, told: Sequence[Told]) -> None:
+    def check_reported(self, reported: Sequence[Reported]) -> None:
         """Log-probabilities along held-out rows, or else along what the server wrote."""
-        if not any(one.places for one in told):
+        if not any(one.places for one in reported):
             self.skip("log-probabilities and their KL")
             return
         found = _Distances()
-        for number, one in enumerate(told):
+        for number, one in enumerate(reported):
             found.add(self.live, one, number)
         check = found.check(self.live, self.server, self.spec)
         if not check.passed:
-            worst = max(told, key=lambda one: len(one.places))
-            check = replace(check, detail=f"{check.detail} {cause_from_told(self.live, worst.ids, worst.places)}".strip())
+            worst = max(reported, key=lambda one: len(one.places))
+            check = replace(check, detail=f"{check.detail} {cause_from_reported(self.live, worst.ids, worst.places)}".strip())
         self.checks.append(check)
 
-    def along_rows(self) -> list[Told]:
-        """What is told along held-out rows; nothing where the server takes no ids."""
+    def along_rows(self) -> list[Reported]:
+        """What the server reports along held-out rows; empty if it takes no ids."""
         if not self.server.api.takes_ids:
             return []
-        return [Told(row.tolist(), self._along(row.tolist())) for row in self.probes.rows]
+        return [Reported(row.tolist(), self._along(row.tolist())) for row in self.probes.rows]
 
     def _along(self, ids: list[int]) -> dict[int, dict[int, float]]:
         api = self.server.api
-        told = api.along(ids)
-        if told is None:
+        reported = api.along(ids)
+        if reported is None:
             places = sorted({int(place) for place in np.linspace(0, len(ids) - 2, min(PLACES, len(ids) - 1))})
             answers = {place: api.write(ids[: place + 1], 1).steps for place in places}
-            told = {place: steps[0].top for place, steps in answers.items() if steps}
+            reported = {place: steps[0].top for place, steps in answers.items() if steps}
         logits = self.live.logits(ids)
         tokenizer = self.live.text.tokenizer
-        within = {place: top for place, top in told.items() if place < len(ids) - 1}
-        known = {place: _TextPosition(tokenizer, logits[place], ids[place]).told(top) for place, top in within.items()}
+        within = {place: top for place, top in reported.items() if place < len(ids) - 1}
+        known = {place: _TextPosition(tokenizer, logits[place], ids[place]).reported(top) for place, top in within.items()}
         return {place: found for place, found in known.items() if found}
 
     def check_answers(self) -> None:
@@ -156,11 +157,11 @@ class _Comparison:
             theirs.append(_label(labels, answer.text or "".join(step.token.text for step in answer.steps)))
         if rows:
             names = (self.live.name, self.server.name)
-            self.checks.append(judge_answers(names, (ours, theirs), rows, self.server.allowed, self.spec))
+            self.checks.append(compare_labels(names, (ours, theirs), rows, self.server.allowed, self.spec))
         elif self.probes.labelled:
             self.skip("the task's answers", "the server takes no token ids, and these prompts are no conversations")
 
-    def check_writing(self) -> list[Told]:
+    def check_writing(self) -> list[Reported]:
         """The live model's view of the server's texts: same log-probabilities, and no token that it found clearly worse."""
         texts = [(prompt.tolist(), found) for prompt in self.probes.prompts if (found := self.written(prompt, GREEDY_TOKENS))]
         if not texts:
@@ -170,7 +171,7 @@ class _Comparison:
         if not any(reading.tokens or reading.gap for reading in readings) and all(found.text for _, found in texts):
             self.skip("greedy texts", "they begin with pieces of characters and the server does not tell their tokens")
             return []
-        told = [reading.told for reading in readings if reading.told.places]
+        reported = [reading.reported for reading in readings if reading.reported.places]
         worst = max(readings, key=lambda reading: reading.gap)
         measured = {"gap": worst.gap}
         if any(reading.compared for reading in readings):
@@ -187,7 +188,7 @@ class _Comparison:
             detail=detail,
         )
         self.checks.append(check)
-        return told
+        return reported
 
 
 def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> tuple[list[Check], list[Unchecked]]:
@@ -195,8 +196,8 @@ def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSp
     found = _Comparison(live, server, probes, spec)
     found.check_prompts()
     along = found.along_rows()
-    told = found.check_writing()
-    found.check_told(along if any(one.places for one in along) else told)
+    reported = found.check_writing()
+    found.check_reported(along if any(one.places for one in along) else reported)
     found.check_answers()
     found.skip("the stored weights", "a server does not tell them")
     about = server.api.about()
@@ -205,7 +206,7 @@ def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSp
 
 @dataclass
 class _Distances:
-    """The told log-probabilities against the live ones, place by place."""
+    """The reported log-probabilities against the live ones, place by place."""
 
     kl: list[float] = field(default_factory=list)
     effect: list[float] = field(default_factory=list)  # of the base on the same tokens
@@ -214,10 +215,10 @@ class _Distances:
     worst: float = 0.0
     detail: str = ""
 
-    def add(self, live: InTorch, told: Told, number: int) -> None:
-        base = InTorch(live.text, None, "base").logits(told.ids).log_softmax(-1)
-        ours = live.logits(told.ids).log_softmax(-1)
-        for place, known in told.places.items():
+    def add(self, live: InTorch, reported: Reported, number: int) -> None:
+        base = InTorch(live.text, None, "base").logits(reported.ids).log_softmax(-1)
+        ours = live.logits(reported.ids).log_softmax(-1)
+        for place, known in reported.places.items():
             self.kl.append(kl_lower_bound(ours[place], known))
             self.effect.append(kl_lower_bound(ours[place], {token: float(base[place][token]) for token in known}))
             self.agrees.append(int(ours[place].argmax()) == max(known, key=lambda token: known[token]))
@@ -254,7 +255,7 @@ class _Distances:
 class _Reading:
     """How the live model reads a text that the server wrote."""
 
-    told: Told
+    reported: Reported
     gap: float = 0.0
     difference: float = 0.0
     tokens: int = 0
@@ -264,8 +265,8 @@ class _Reading:
 
 def _read(live: InTorch, prompt: list[int], written: Written, most: float) -> _Reading:
     """Follows the server's text token by token, until the live model finds one worse than its own by more than `most` nats."""
-    reading = _Reading(Told(list(prompt), {}))
-    ids, tokenizer = reading.told.ids, live.text.tokenizer
+    reading = _Reading(Reported(list(prompt), {}))
+    ids, tokenizer = reading.reported.ids, live.text.tokenizer
     steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
     rest = written.text
     for number, step in enumerate(steps):
@@ -284,8 +285,8 @@ def _read(live: InTorch, prompt: list[int], written: Written, most: float) -> _R
         if theirs is None:
             break
         if step is not None:
-            if known := place.told(step.top):
-                reading.told.places[len(ids) - 1] = known
+            if known := place.reported(step.top):
+                reading.reported.places[len(ids) - 1] = known
             if step.token.logprob is not None and not _ambiguous(step.token):
                 reading.difference = max(reading.difference, abs(float(place.after[theirs]) - step.token.logprob))
                 reading.compared += 1
@@ -311,7 +312,7 @@ class _TextPosition:
         return _PIECE in self.tokenizer.decode([int(self.after.argmax())])
 
     def find(self, token: Token) -> tuple[int | None, str]:
-        """The id of a token, and its text: as told, or else the likeliest of the live model's with that text."""
+        """The id of a token, and its text: as reported, or else the likeliest of the live model's with that text."""
         if token.number is not None:
             return token.number, token.text
         return self._likeliest(lambda text: text == token.text)
@@ -320,11 +321,11 @@ class _TextPosition:
         """The likeliest token with which `rest` begins, and its text."""
         return self._likeliest(lambda text: bool(text) and rest.startswith(text))
 
-    def told(self, top: Sequence[Token]) -> dict[int, float]:
+    def reported(self, top: Sequence[Token]) -> dict[int, float]:
         """Log-probabilities by id.
 
-        Pieces of characters have one text in common, so they are left out where no ids are told, and so is a place where one of
-        them is the likeliest here or there.
+        Pieces of characters have one text in common, so they are left out if no ids are reported, and so is a position where one
+        of them is the likeliest here or there.
         """
         found: dict[int, float] = {}
         if not top or (self.begins_a_piece and any(token.number is None for token in top)):
@@ -339,7 +340,7 @@ class _TextPosition:
         return found
 
     def _likeliest(self, fits: Callable[[str], bool]) -> tuple[int | None, str]:
-        for count in (min(_LOOKED_AT, len(self.after)), len(self.after)):  # mostly the first few hold it
+        for count in (min(_READ_TOKENS, len(self.after)), len(self.after)):  # mostly the first few hold it
             for number in self.after.topk(count).indices.tolist():
                 for text in self._spellings(number):
                     if fits(text):

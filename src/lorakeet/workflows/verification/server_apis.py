@@ -21,15 +21,15 @@ from typing import Any
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.workflows.verification.artefact import Messages
 
-TOP = 10  # likeliest tokens that are asked for; vLLM tells at most 20, OpenAI 20
+TOP = 10  # likeliest tokens that are requested; vLLM reports at most 20, OpenAI 20
 _TIMEOUT = 300
-_BY_ID = "token_id:"  # how vLLM writes a token where it is asked for ids
+_BY_ID = "token_id:"  # how vLLM writes a token if ids are requested
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token as the server tells it: its text, its id where that is told, and its log-probability where that is."""
+    """A token as the server reports it: its text, and its id and log-probability if they are reported."""
 
     text: str
     number: int | None = None
@@ -38,7 +38,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Step:
-    """A written token, and the likeliest ones in its place; none where they are not told."""
+    """A written token, and the likeliest ones in its place; none if they are not reported."""
 
     token: Token
     top: tuple[Token, ...] = ()
@@ -77,7 +77,7 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str,
 
 
 class Api:
-    """OpenAI's API, as lorakeet serve and most servers have it. What gives None is not told."""
+    """OpenAI's API, as lorakeet serve and most servers have it. None stands for what is not reported."""
 
     takes_ids = True
 
@@ -98,32 +98,32 @@ class Api:
 
     def prompt_length(self, messages: Messages) -> int | None:
         """How many tokens a conversation has there."""
-        asked = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
+        requested = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
         try:
-            count = (ask(self.url, "/v1/chat/completions", asked).get("usage") or {}).get("prompt_tokens")
+            count = (ask(self.url, "/v1/chat/completions", requested).get("usage") or {}).get("prompt_tokens")
         except CallRefused:
             return None
         return None if count is None else int(count)
 
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
         """The likeliest continuation of token ids."""
-        asked = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
-        found = ask(self.url, "/v1/completions", {**asked, **self._more()})["choices"][0]
-        told = found.get("logprobs") or {}
-        pairs = zip(told.get("tokens") or (), told.get("token_logprobs") or (), strict=True)
-        tops = told.get("top_logprobs") or ()
+        requested = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
+        found = ask(self.url, "/v1/completions", {**requested, **self._more()})["choices"][0]
+        reported = found.get("logprobs") or {}
+        pairs = zip(reported.get("tokens") or (), reported.get("token_logprobs") or (), strict=True)
+        tops = reported.get("top_logprobs") or ()
         steps = [Step(_token(text, value)) for text, value in pairs]
         steps = [Step(step.token, tuple(_token(*pair) for pair in (top or {}).items())) for step, top in _beside(steps, tops)]
         return Written(str(found.get("text", "")), tuple(steps))
 
     def chat(self, messages: Messages, tokens: int) -> Written:
         """The likeliest answer in a conversation."""
-        asked = {"model": self.model, "messages": list(messages), "max_tokens": tokens, "temperature": 0}
-        found = ask(self.url, "/v1/chat/completions", {**asked, "logprobs": True, "top_logprobs": TOP})["choices"][0]
+        requested = {"model": self.model, "messages": list(messages), "max_tokens": tokens, "temperature": 0}
+        found = ask(self.url, "/v1/chat/completions", {**requested, "logprobs": True, "top_logprobs": TOP})["choices"][0]
         return Written(str(found["message"]["content"]), _steps((found.get("logprobs") or {}).get("content") or ()))
 
     def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
-        """The likeliest tokens after ids[: place + 1], for all places of a text that is given; told by vLLM."""
+        """The likeliest tokens after ids[: place + 1], for all places of a given text; vLLM reports them."""
         return None
 
     def _more(self) -> dict[str, Any]:
@@ -145,16 +145,16 @@ class VllmApi(Api):
         return f"{self.model} by vLLM {ask(self.url, '/version').get('version', '')}"
 
     def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
-        asked = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP}
-        found = ask(self.url, "/v1/completions", asked)["choices"][0].get("prompt_logprobs")
+        requested = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP}
+        found = ask(self.url, "/v1/completions", requested)["choices"][0].get("prompt_logprobs")
         if not found:
             return None
         return {
             place - 1: tuple(
-                Token(str(one.get("decoded_token") or ""), int(number), float(one["logprob"])) for number, one in told.items()
+                Token(str(one.get("decoded_token") or ""), int(number), float(one["logprob"])) for number, one in reported.items()
             )
-            for place, told in enumerate(found)
-            if told
+            for place, reported in enumerate(found)
+            if reported
         }
 
     def _more(self) -> dict[str, Any]:
@@ -165,8 +165,8 @@ class LlamaCppApi(Api):
     """llama-server's own API."""
 
     def about(self) -> str:
-        told = ask(self.url, "/props")
-        return f"{told.get('model_path') or 'a model'} by llama.cpp {told.get('build_info') or ''}".strip()
+        reported = ask(self.url, "/props")
+        return f"{reported.get('model_path') or 'a model'} by llama.cpp {reported.get('build_info') or ''}".strip()
 
     def tokenise(self, text: str) -> list[int] | None:
         return self._tokens({"content": text, "add_special": True, "parse_special": True})
@@ -178,8 +178,8 @@ class LlamaCppApi(Api):
             return None
 
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
-        asked = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
-        found = ask(self.url, "/completion", asked)
+        requested = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
+        found = ask(self.url, "/completion", requested)
         return Written(str(found.get("content", "")), _steps(found.get("completion_probabilities") or ()))
 
 
@@ -212,8 +212,8 @@ class OllamaApi(Api):
 
     def _chat(self, messages: Messages, tokens: int) -> dict[str, Any]:
         options = {"temperature": 0, "num_predict": tokens, "repeat_penalty": 1.0}  # 1.1, its own, would write another text
-        asked = {"model": self.model, "messages": list(messages), "stream": False, "options": options}
-        return ask(self.url, "/api/chat", {**asked, "logprobs": True, "top_logprobs": TOP})
+        requested = {"model": self.model, "messages": list(messages), "stream": False, "options": options}
+        return ask(self.url, "/api/chat", {**requested, "logprobs": True, "top_logprobs": TOP})
 
     def _names(self) -> tuple[str, str]:
         return self.model, f"{self.model}:latest"
@@ -253,9 +253,9 @@ def _token(text: str, logprob: float | None) -> Token:
     return Token(text, int(named) if named.isdigit() else None, None if logprob is None else float(logprob))
 
 
-def _steps(told: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
+def _steps(reported: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
     """Steps as llama.cpp, OpenAI's chats and Ollama tell them."""
-    return tuple(Step(_entry(one), tuple(_entry(other) for other in one.get("top_logprobs") or ())) for one in told)
+    return tuple(Step(_entry(one), tuple(_entry(other) for other in one.get("top_logprobs") or ())) for one in reported)
 
 
 def _entry(one: Mapping[str, Any]) -> Token:
@@ -264,5 +264,5 @@ def _entry(one: Mapping[str, Any]) -> Token:
 
 
 def _beside(steps: Sequence[Step], tops: Sequence[Any]) -> Sequence[tuple[Step, Any]]:
-    """Each step with what is told beside it; nothing beside any where there is not one for each."""
+    """Each step with what is reported beside it; nothing beside any if there is not one for each."""
     return list(zip(steps, tops if len(tops) == len(steps) else [{}] * len(steps), strict=True))

@@ -14,7 +14,7 @@ from rich.console import Console
 from lorakeet.cli.main import lorakeet
 from lorakeet.errors import ConfigError
 from lorakeet.memory.cuda import CONTEXT
-from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
+from lorakeet.workflows.finetuning.plan_image import ImagePlanResult, plan_images
 from lorakeet.workflows.planning import image_run
 from tiny.image_runs import image_config
 
@@ -45,7 +45,7 @@ def planned(folder: Path, room: Path, budget: str = "", device: str = "cpu", **c
 def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, diffusion__scorer="some/clip")
     assert "Not counted: diffusion.scorer some/clip" in text
-    assert "Peak of the run" in text and "train step" in text and result.choices == ()
+    assert "Peak of the run" in text and "train step" in text and result.advice == ()
     mapping = result.to_mapping()
     assert mapping["fits"] is None and mapping["micro_batch"] == {"pictures": 4, "size": [16, 16]}
     assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["card_tensors"] > 0
@@ -66,7 +66,7 @@ def test_the_memory_of_a_card_is_planned_without_one(configurations: Path, tmp_p
         configurations, tmp_path, "600MiB", "cuda:1", diffusion__at_once=1, diffusion__checkpointing=True, model__quantize="nf4",
         lora__target_modules="attention",
     )  # fmt: skip
-    assert "more than the budget" in text and "this machine has" not in text and small.choices
+    assert "more than the budget" in text and "this machine has" not in text and small.advice
 
 
 def test_what_finetune_refuses_is_not_planned(configurations: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_what_finetune_refuses_is_not_planned(configurations: Path, tmp_path: Pa
 def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, budget="64MB")
     assert "more than the budget" in text and "is still too much" in text
-    changes = [change for change, _ in result.choices]
+    changes = [item.change for item in result.advice]
     assert changes == ["diffusion.at_once 1", "diffusion.at_once 1 and diffusion.checkpointing", "model.dtype bfloat16",
                        "model.quantize nf4", "lora.target_modules attention"]  # fmt: skip
     enough, text = planned(configurations, tmp_path, budget="100TB")
