@@ -7,8 +7,6 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,15 +14,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from lorakeet.cli.main import lorakeet
-from lorakeet.config import RunConfig, read_run
+from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
-from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.finetuning import plan_text
 from lorakeet.workflows.finetuning.plan_text import TextPlanResult
 from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.plan import plan
-from lorakeet.workflows.planning.forecast_text_run import Precision
-from lorakeet.workflows.planning.rehearse_text import RowShape
 from tiny.gguf_file import write_tiny_gguf
 
 SMALL = {
@@ -111,24 +106,6 @@ def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> 
     assert all(item.peak < result.peak for item in result.advice if "bfloat16" in item.change or "nf4" in item.change)
     enough, text = planned(folder, budget="100TB")
     assert enough.to_mapping()["fits"] is True and "less than the budget" in text and "this machine has" in text
-
-
-def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said() -> None:
-    """Settings are tried until one fits: with weights in memory none of them could."""
-    config = read_run(None, {"model.path": "none", "data.train": "none", "memory.budget": "1MB", "lora.rank": "8"})
-    precision = Precision(torch.float32, torch.float32, QuantSpec())
-    planned: Any = SimpleNamespace(base=2_000_000, rows=RowShape(512))
-    tried: list[RunConfig] = []
-
-    def least(other: RunConfig) -> int:
-        tried.append(other)
-        return 1_200_000 if other.train.moments == "8bit" else 900_000
-
-    found = plan_text.text_advice(config, precision, planned, lambda *_, **__: SimpleNamespace(peak=3_000_000), least)
-    streamed = [(item.change, item.peak) for item in found if item.streamed]
-    shorter = "--data.max_tokens 256 --train.micro_tokens 256"
-    assert streamed == [(shorter, 900_000), ("--train.moments 8bit", 1_200_000)] and len(tried) == 2
-    assert [item.change for item in found if not item.streamed] == ["--model.dtype bfloat16", "--model.quantize nf4"]
 
 
 def test_shorter_rows_are_advised_with_smaller_micro_batches(folder: Path) -> None:
