@@ -164,7 +164,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 def test_a_disk_that_refuses_the_copy_is_said_and_nothing_is_left(
     made: tuple[Path, Any], cache: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("lorakeet.models.files.gguf_dense.stream_safetensors", refuse)

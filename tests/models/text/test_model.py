@@ -139,6 +139,7 @@ def test_rows_with_one_long_beginning_pass_together_with_their_losses_and_gradie
     text, examples = load(tiny_llama_folder), behind_one_beginning()
     monkeypatch.setattr(model, "attends_in_c", lambda *_: True)
     adapted(text.model)
+    fuse(text.model)
     found = []
     for shares in (True, False):
         text = text.with_options(share_prefix=shares)
