@@ -143,8 +143,8 @@ def test_several_weights_code_what_they_see_once(
     x = x.bfloat16() if native else x
     expected = [base.matmul(x) for base in bases]
     calls: list[torch.Tensor] = []
-    code = Int8Base.code
-    monkeypatch.setattr(Int8Base, "code", lambda base, given: calls.append(given) or code(base, given))
+    code = Int8Base.quantise
+    monkeypatch.setattr(Int8Base, "quantise", lambda base, given: calls.append(given) or code(base, given))
     for found, one in zip(matmul_each(bases, x), expected, strict=True):
         assert torch.equal(found, one)
     assert len(calls) == 1

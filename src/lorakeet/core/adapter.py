@@ -36,6 +36,13 @@ class Pair:
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.scale_rule)
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out, in[, k, k]) of the weight that it changes, also if that is stored transposed; for experts (experts, out, in)."""
+        if self.kind == "experts":
+            return self.A.shape[0], self.B.shape[1], self.A.shape[2]
+        return self.B.shape[0], *self.A.shape[1:]
+
     def delta(self) -> Tensor:
         """scale·B·A in the shape of the frozen weight, fp32; for DoRA the change before the rows are rescaled."""
         return delta(self.A.float(), self.B.float(), self.scale, self.kind)

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
 from lorakeet.formats.files.whole_output import new_output, require_new
 from lorakeet.memory.spill import Spill
-from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, copy_along
+from lorakeet.merge.checkpoint import CONFIG, SINGLE, Shapes, copy_along, write_index
 
 SHARD_BYTES = 1 << 30  # tensors made together are kept in memory until they are written: at most a shard of them
 _METADATA = {"format": "pt"}  # which transformers requires
-Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, a tensor of the last one
 
 
@@ -56,16 +54,16 @@ def write_model(
     """
     require_new(out)
     shards = _shards(parts, shard_bytes)
-    needed = sum(stored_bytes(_shapes(shard), _METADATA) for shard in shards.values())
+    shapes = {file: _shapes(shard) for file, shard in shards.items()}
+    needed = sum(stored_bytes(found, _METADATA) for found in shapes.values())
     needed += sum(file.stat().st_size for file in along)
     with new_output(out, needed, "The model") as partial:
         partial.mkdir()
         maker = _Maker(len(parts), waiting or Spill(), on_progress)
         for file, shard in shards.items():
             maker.begin(shard)
-            stream_safetensors(partial / file, _shapes(shard), fetch=maker.fetch, metadata=_METADATA)
-        if list(shards) != [SINGLE]:
-            save_text(partial / INDEX, _index(shards))
+            stream_safetensors(partial / file, shapes[file], fetch=maker.fetch, metadata=_METADATA)
+        write_index(partial, shapes)
         save_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_along(along, partial)
         if readme:
@@ -111,11 +109,5 @@ def _shards(parts: Sequence[TensorGroup], most: int) -> dict[str, list[TensorGro
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": shard for number, shard in enumerate(files, 1)}
 
 
-def _shapes(shard: Sequence[TensorGroup]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _shapes(shard: Sequence[TensorGroup]) -> Shapes:
     return {name: stored for part in shard for name, stored in part.shapes.items()}
-
-
-def _index(shards: Mapping[str, Sequence[TensorGroup]]) -> str:
-    total = sum(part.bytes for shard in shards.values() for part in shard)
-    home = {name: file for file, shard in shards.items() for part in shard for name in part.shapes}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": home}, indent=2, sort_keys=True) + "\n"

@@ -37,8 +37,8 @@ def compare_adapters(one: Adapter, two: Adapter) -> AdapterDifference:
     worst, where = 0.0, ""
     for path in sorted(one.pairs.keys() & two.pairs.keys()):
         a, b = one.pairs[path], two.pairs[path]
-        if _weight(a) != _weight(b):
-            problems.append(f"{path} is for a weight {_weight(a)} in one and {_weight(b)} in the other")
+        if a.weight_shape != b.weight_shape:
+            problems.append(f"{path} is for a weight {a.weight_shape} in one and {b.weight_shape} in the other")
             continue
         if not _same(a.magnitude, b.magnitude) or not _same(a.bias, b.bias):
             problems.append(f"{path} has another magnitude or bias")
@@ -77,13 +77,6 @@ def _factors(pair: Pair) -> tuple[Tensor, Tensor]:
 def _norm(B: Tensor, A: Tensor) -> float:
     core_b, core_a = torch.linalg.qr(B).R, torch.linalg.qr(A.transpose(-1, -2)).R
     return float(torch.linalg.norm(core_b @ core_a.transpose(-1, -2)))
-
-
-def _weight(pair: Pair) -> tuple[int, ...]:
-    """The shape of the changed weight as ([experts,] out, in[, k, k]), transposed or not."""
-    if pair.kind == "experts":
-        return (pair.A.shape[0], pair.B.shape[1], pair.A.shape[2])
-    return (pair.B.shape[0], *pair.A.shape[1:])
 
 
 def _rows(adapter: Adapter) -> dict[str, Tensor]:

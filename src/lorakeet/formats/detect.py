@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.adapter import Adapter
 from lorakeet.errors import DataError, unreadable
 from lorakeet.formats import gguf, mlx
 from lorakeet.formats.adapter_format import AdapterFormat, Say
@@ -158,7 +158,8 @@ def surplus_rank(adapter: Adapter, named: str) -> str:
     """
     groups: dict[tuple[int, int, int], list[str]] = {}
     for path, pair in adapter.pairs.items():
-        out, width = _sizes(pair)
+        out, *inner = pair.weight_shape[-2:] if pair.kind == "experts" else pair.weight_shape
+        width = math.prod(inner)
         if pair.rank > min(out, width):
             groups.setdefault((pair.rank, out, width), []).append(path)
     if not groups:
@@ -172,10 +173,3 @@ def surplus_rank(adapter: Adapter, named: str) -> str:
         "What the pairs compute is right. Cut them without loss: "
         f"lorakeet merge {named} --to adapter --rank {largest}{base} --out OUT"
     )
-
-
-def _sizes(pair: Pair) -> tuple[int, int]:
-    """(out, in) of the matrix that the pair changes, with kernels counted to `in`; for experts, of one expert."""
-    if pair.kind == "experts":
-        return pair.B.shape[1], pair.A.shape[2]
-    return pair.B.shape[0], math.prod(pair.A.shape[1:])

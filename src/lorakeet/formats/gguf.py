@@ -30,7 +30,7 @@ from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.tensors import check_finite, factor_problem
-from lorakeet.formats.limits import check_supported
+from lorakeet.formats.limits import check_supported, metadata_without_peft
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -175,8 +175,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 
 def _note(adapter: Adapter, layout: GgufLayout) -> str:
-    metadata = {key: value for key, value in adapter.metadata.items() if key not in ("task_type", "revision", "lora_dropout")}
-    note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata}
+    note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata_without_peft(adapter)}
     return json.dumps(note, sort_keys=True, ensure_ascii=False)
 
 

@@ -10,6 +10,14 @@ from lorakeet.errors import ConfigError, Problems
 MERGE = "Merge the adapter into its base (lorakeet merge), or convert it --to peft, which holds everything."
 
 
+PEFT_KEYS = ("task_type", "revision", "lora_dropout")  # of Adapter.metadata, from adapter_config.json
+
+
+def metadata_without_peft(adapter: Adapter) -> dict[str, str]:
+    """The adapter's metadata for formats other than PEFT's."""
+    return {key: value for key, value in adapter.metadata.items() if key not in PEFT_KEYS}
+
+
 def check_supported(adapter: Adapter, name: str, *, kinds: Collection[str], dora: bool, folds: bool = False) -> None:
     """Raises ConfigError naming every tensor that the format called `name` cannot hold.
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry, open_safetensors, read_index
+from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry, open_safetensors, read_index, save_text
 
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -85,6 +90,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if lost:
         raise DataError(f"{folder / INDEX} lists {len(lost)} tensors that their files do not have: {', '.join(lost[:8])}.")
     return Checkpoint(folder, shards, home, config)
+
+
+def write_index(folder: Path, shards: Mapping[str, Shapes]) -> None:
+    """Writes the index of a model in several files to `folder`; none for a single file."""
+    if list(shards) != [SINGLE]:
+        sizes = (math.prod(shape) * dtype.itemsize for shapes in shards.values() for dtype, shape in shapes.values())
+        home = {name: file for file, shapes in shards.items() for name in shapes}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": home}
+        save_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def files_along(source: Path, tokenizer: Path | None) -> list[Path]:

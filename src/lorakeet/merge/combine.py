@@ -78,7 +78,7 @@ class Combination:
 
     def shape(self, path: str) -> tuple[int, ...]:
         """The shape of the pair's factors without the rank: (out, *in), or (experts, out, in)."""
-        return _outline(next(pair for pair, _, _ in self._parts(path)))
+        return next(pair for pair, _, _ in self._parts(path)).weight_shape
 
     def experts(self, path: str) -> int:
         """The number of matrices at `path`: 1 except for experts."""
@@ -192,9 +192,9 @@ def _check_pairs(names: Sequence[str], adapters: Sequence[Adapter], method: Meth
     for name, adapter in zip(names, adapters, strict=True):
         for path, pair in adapter.pairs.items():
             other, known = seen.setdefault(path, (name, pair))
-            if _alike(known.kind, pair.kind) and _outline(known) == _outline(pair):
+            if _alike(known.kind, pair.kind) and known.weight_shape == pair.weight_shape:
                 continue
-            problems.add(f"{path} is {known.kind} {_outline(known)} in {other} and {pair.kind} {_outline(pair)} in {name}.")
+            problems.add(f"{path} is {known.kind} {known.weight_shape} in {other} and {pair.kind} {pair.weight_shape} in {name}.")
 
 
 def _alike(one: Kind, other: Kind) -> bool:
@@ -236,12 +236,6 @@ def _uneven(adapters: Mapping[str, Adapter]) -> Iterator[str]:
     for name, adapter in adapters.items():
         if len(adapter.pairs) < len(everything):
             yield f"{name} changes {len(adapter.pairs)} of the {len(everything)} matrices; for the others it counts as no change."
-
-
-def _outline(pair: Pair) -> tuple[int, ...]:
-    if pair.kind == "experts":
-        return pair.A.shape[0], pair.B.shape[1], pair.A.shape[2]
-    return pair.B.shape[0], *pair.A.shape[1:]
 
 
 def dense_delta(pair: Pair, expert: int = 0) -> Tensor:

@@ -71,21 +71,21 @@ def open_dequantised(folder: Path) -> Checkpoint:
     if reader is None or stored is None:
         raise ConfigError(f"{folder} holds no weights in {', '.join(READERS)}; expected a quantised model folder.")
     files = tensor_files(folder)
-    stock = reader(files, stored)
+    stored_model = reader(files, stored)
     plain = skeleton(config)
-    places = owners(plain, stock.packed)
-    strange = sorted(set(stock.packed) - set(places))
+    places = owners(plain, stored_model.packed)
+    strange = sorted(set(stored_model.packed) - set(places))
     if strange:
         raise DataError(f"{folder} has {len(strange)} packed weights that belong to no layer of the model, such as {strange[0]}.")
-    dtype = _usual_dtype(config, stock, files)
+    dtype = _usual_dtype(config, stored_model, files)
     tensors: dict[str, dict[str, TensorEntry]] = {file.path.name: {} for file in files.values()}
-    for name in stock.dense:
+    for name in stored_model.dense:
         tensors[files[name].path.name][name] = files[name].tensors[name]
     made: dict[str, Callable[[], Tensor]] = {}
     for name, path in places.items():
         module = plain.get_submodule(path)
         tensors[_home(name, files).path.name][name] = TensorEntry(dtype, tuple(module.weight.shape), 0, 0)
-        made[name] = _dense(stock, name, modules.kind_of(module) == "conv1d")
+        made[name] = _dense(stored_model, name, modules.kind_of(module) == "conv1d")
     shards = {file.path.name: file for file in files.values()}
     unpacked = {name: _Unpacked(file.path, tensors[name], file.metadata, made=made) for name, file in shards.items()}
     home = {name: file for file, shard in unpacked.items() for name in shard.tensors}
@@ -101,9 +101,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _dense(stock: StoredModel, name: str, transposed: bool) -> Callable[[], Tensor]:
+def _dense(stored_model: StoredModel, name: str, transposed: bool) -> Callable[[], Tensor]:
     def made() -> Tensor:
-        dense = stock.packed[name]().dense()
+        dense = stored_model.packed[name]().dense()
         return dense.t().contiguous() if transposed else dense
 
     return made
@@ -114,9 +114,11 @@ def _home(name: str, files: Mapping[str, SafeFile]) -> SafeFile:
     return files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]
 
 
-def _usual_dtype(config: Any, stock: StoredModel, files: Mapping[str, SafeFile]) -> torch.dtype:
+def _usual_dtype(config: Any, stored_model: StoredModel, files: Mapping[str, SafeFile]) -> torch.dtype:
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(named, torch.dtype):
         return named
-    kinds = Counter(files[name].tensors[name].dtype for name in stock.dense if files[name].tensors[name].dtype.is_floating_point)
+    kinds = Counter(
+        files[name].tensors[name].dtype for name in stored_model.dense if files[name].tensors[name].dtype.is_floating_point
+    )
     return kinds.most_common(1)[0][0] if kinds else torch.float32

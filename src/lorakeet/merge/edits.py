@@ -209,7 +209,7 @@ class _EditPlanner:
             return
         if self.checkpoint.find(path) is not None:
             edit = self.edit(path)
-            shape = (pair.A.shape[0], pair.B.shape[1], pair.A.shape[2])
+            shape = pair.weight_shape
             if edit is not None and edit.shape != shape:
                 self.problems.add(f"{path} is {edit.shape} in the checkpoint; the pair is for {shape}.")
             elif edit is not None:
@@ -296,11 +296,7 @@ def module_of(path: str, pair: Pair, kind: Kind) -> LoraPair:
 
 def _weight_shape(pair: Pair, kind: Kind) -> tuple[int, ...]:
     """The shape of the stored weight that `pair` changes (table in core/math)."""
-    if kind == "experts":
-        return pair.A.shape[0], pair.B.shape[1], pair.A.shape[2]
-    if kind in ("conv1d", "embedding"):
-        return pair.A.shape[1], pair.B.shape[0]
-    return pair.B.shape[0], *pair.A.shape[1:]
+    return pair.weight_shape[::-1] if kind in ("conv1d", "embedding") else pair.weight_shape
 
 
 def _with_rows(weight: Tensor, rows: TokenRows, count: int) -> Tensor:

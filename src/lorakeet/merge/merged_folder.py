@@ -18,7 +18,7 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
 from lorakeet.formats.files.whole_output import new_output, require_new
-from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, copy_along, files_along, open_checkpoint
+from lorakeet.merge.checkpoint import CONFIG, Checkpoint, copy_along, files_along, open_checkpoint, write_index
 from lorakeet.merge.edits import Change, Edit, Edits, edits_for
 from lorakeet.quant.gptq_config import OLD_CONFIG
 
@@ -155,20 +155,10 @@ def _shards(checkpoint: Checkpoint, edits: Edits, dtype: Dtype) -> dict[str, Sha
 
 
 def _write_small_files(folder: Path, checkpoint: Checkpoint, edits: Edits, *, shards: Mapping[str, Shapes], dtype: Dtype) -> None:
-    if list(shards) != [SINGLE]:
-        sizes = [shape.numel() * kind.itemsize for shapes in shards.values() for kind, shape in map(_sized, shapes.values())]
-        index = {
-            "metadata": {"total_size": sum(sizes)},
-            "weight_map": {name: file for file, shapes in shards.items() for name in shapes},
-        }
-        save_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_index(folder, shards)
     if checkpoint.config:
         config = _config(dict(checkpoint.config), edits.config, dtype)
         save_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _sized(entry: tuple[torch.dtype, tuple[int, ...]]) -> tuple[torch.dtype, torch.Size]:
-    return entry[0], torch.Size(entry[1])
 
 
 def _config(config: dict[str, Any], changes: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import transformers
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models.families import family_of
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.repeated_blocks import (
     ModelBuilder,
     count_repeated_blocks,
@@ -21,7 +21,6 @@ from lorakeet.models.text.repeated_blocks import (
     first_blocks_of_plan,
     last_new_kind_of_block,
 )
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning import rehearse_text

@@ -215,10 +215,10 @@ def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> No
     with pytest.raises(ConfigError) as error:
         live.check(wrong)
     for part in ("q_porj': a pair on it cannot", "Did you mean 'model.layers.0.self_attn.q_proj'",
-                 "B is (16, 4), but this base needs (32, 4)",
+                 "B is 16×4, but this base needs 32×4",
                  "model.embed_tokens", "whole parameters (model.norm.weight)"):  # fmt: skip
         assert part in str(error.value)
-    with pytest.raises(ConfigError, match="holds no pair"):
+    with pytest.raises(ConfigError, match="has no pairs"):
         live.check(Adapter({}))
     live.attach("a@1", Adapter(fits))
     with pytest.raises(ConfigError, match="already on the model"):

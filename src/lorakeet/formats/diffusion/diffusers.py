@@ -26,7 +26,7 @@ from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.components import COMPONENTS, canonical_path, component_of
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors
 from lorakeet.formats.files.tensors import factor_problem, read_tensors
-from lorakeet.formats.limits import check_supported, check_uniform_dora
+from lorakeet.formats.limits import check_supported, check_uniform_dora, metadata_without_peft
 from lorakeet.formats.peft.peft_config import PeftConfig, parse_config
 
 MODEL_NAME = "pytorch_lora_weights.safetensors"
@@ -39,7 +39,6 @@ _SLOT = re.compile(
     r"|lora_magnitude_vector(?:\.weight)?))"
 )
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-_PEFT_ONLY = ("task_type", "revision", "lora_dropout")
 
 
 def parse_key(name: str) -> tuple[str, str] | None:
@@ -169,8 +168,7 @@ def write(adapter: Adapter, path: Path, **_unused: object) -> None:
         if pair.magnitude is not None:
             shape = (1, -1, 1, 1) if pair.kind == "conv2d" else (-1,)
             tensors[f"{module}.lora_magnitude_vector"] = pair.magnitude.float().reshape(shape)
-    metadata = {key: value for key, value in adapter.metadata.items() if key not in _PEFT_ONLY}
-    header = {"format": "pt", **metadata, METADATA_KEY: json.dumps(_lora_configs(adapter), sort_keys=True)}
+    header = {"format": "pt", **metadata_without_peft(adapter), METADATA_KEY: json.dumps(_lora_configs(adapter), sort_keys=True)}
     save_tensors(path, tensors, metadata=header)
 
 

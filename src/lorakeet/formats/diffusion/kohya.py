@@ -46,8 +46,8 @@ from lorakeet.formats.diffusion.kohya_transformer import changes_of_module, keye
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
-from lorakeet.formats.files.tensors import factor_problem, read_tensors
-from lorakeet.formats.limits import check_supported
+from lorakeet.formats.files.tensors import factor_problem, missing_slots, read_tensors
+from lorakeet.formats.limits import check_supported, metadata_without_peft
 
 NAME, SUFFIX, WEIGHTS, MAGIC = "kohya", ".safetensors", "", b""  # as `AdapterFormat` says
 _COMFY, _T5 = "diffusion_model.", "lora_te3_"
@@ -56,7 +56,6 @@ _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
 SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
 _LINEAR_TEXTS = (1024, 2048)  # width of the texts of UNets whose projections are linear
 _HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
-_PEFT_ONLY = ("task_type", "revision", "lora_dropout")
 
 
 def owns(tensor: str) -> bool:
@@ -185,9 +184,8 @@ def _alpha(slots: Mapping[str, Tensor]) -> float | None:
 
 
 def _pair(module: str, slots: Mapping[str, Tensor]) -> Pair | str:
-    missing = [slot for slot in (_DOWN, _UP) if slot not in slots]
-    if missing:
-        return f"{module} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}."
+    if missing := missing_slots(module, slots, (_DOWN, _UP)):
+        return missing
     A, B = slots[_DOWN], slots[_UP]
     if (core := slots.get(_MID)) is not None:
         if core.dim() != 4 or A.flatten(1).shape[0] != core.shape[1]:
@@ -299,7 +297,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
         tensors[f"{key}.alpha"] = torch.tensor(written)
         if pair.magnitude is not None:
             tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
-    known = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
+    known = {key: value for key, value in metadata_without_peft(adapter).items() if key != FAMILY_KEY}
     unet = {} if base is None else base.config("unet")
     metadata = network_metadata(pairs if transformer else adapter.pairs, alpha, family=family, known=known, unet=unet)
     save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})

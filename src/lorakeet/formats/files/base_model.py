@@ -98,6 +98,6 @@ def check_fits(adapter: Adapter, base: BaseModel) -> None:
 
 
 def _shape(pair: Pair) -> tuple[int, ...]:
-    out, inner = pair.B.shape[0], tuple(pair.A.shape[1:])
-    return (*inner, out) if pair.kind in ("conv1d", "embedding") else (out, *inner)
-
+    """The shape of the stored weight that `pair` changes."""
+    out, *inner = pair.weight_shape
+    return (*inner, out) if pair.kind in ("conv1d", "embedding") else pair.weight_shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ def check_finite(tensor: Tensor, name: str, problems: Problems) -> None:
     """Adds to `problems` if `tensor` has NaN or infinite values."""
     if not bool(torch.isfinite(tensor).all()):
         problems.add(f"{name} has NaN or infinite values. The training diverged; use an earlier checkpoint.")
+
+
+def missing_slots(path: str, slots: Collection[str], needed: Iterable[str]) -> str:
+    """The `needed` slots of the pair at `path` that are missing, in words; an empty string if there are none."""
+    missing = [slot for slot in needed if slot not in slots]
+    return f"{path} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}." if missing else ""
 
 
 def factor_problem(path: str, A: Tensor, B: Tensor) -> str:

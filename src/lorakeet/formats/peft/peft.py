@@ -29,7 +29,8 @@ from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.math import Kind
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors, save_text
-from lorakeet.formats.files.tensors import check_finite, named_like_a_part
+from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
+from lorakeet.formats.limits import metadata_without_peft
 from lorakeet.formats.peft import peft_experts
 from lorakeet.formats.peft.peft_config import (
     CONFIG_NAME,
@@ -51,7 +52,6 @@ _SLOT = re.compile(
     r"(?P<path>.+)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
 )
 _NOTE = "lorakeet"  # key of our note in the safetensors metadata
-_CONFIG_KEYS = ("task_type", "revision", "lora_dropout")  # Adapter.metadata that lives in adapter_config.json
 
 Slots = dict[str, Tensor]
 
@@ -178,9 +178,8 @@ def _kind(config: PeftConfig, note: Mapping[str, Any], path: str, slots: Slots) 
 
 def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs: dict[str, Pair], problems: Problems) -> None:
     first, second = _factor_slots(kind)
-    missing = [slot for slot in (first, second) if slot not in slots]
-    if missing:
-        problems.add(f"{path} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}.")
+    if missing := missing_slots(path, slots, (first, second)):
+        problems.add(missing)
         return
     A, B, rank = slots[first], slots[second], config.rank_of(path)
     if kind == "experts":
@@ -328,5 +327,5 @@ def _note_for(adapter: Adapter) -> dict[str, Any]:
         for path, rows in adapter.token_rows.items()
         if rows.tokens or rows.tied
     }
-    own = {key: value for key, value in adapter.metadata.items() if key not in _CONFIG_KEYS}
+    own = metadata_without_peft(adapter)
     return note | ({"tokens": tokens} if tokens else {}) | ({"metadata": own} if own else {})

@@ -25,10 +25,9 @@ from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.from_config import config_from_settings, model_from_config
+from lorakeet.models.text.from_config import config_from_settings, model_from_config, streamed_model_from_config
 from lorakeet.models.text.model import COUNTS, TextModel, token_logprobs
 from lorakeet.models.text.repeated_blocks import ModelBuilder
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.forecast_choices import (
