@@ -196,14 +196,16 @@ def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str
 
 
 def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "_interpreted", lambda: False)
+    cpu = torch.device("cpu")
+    expected = "torch" if support.why_not_on(cpu) else "triton"
+    monkeypatch.setattr(support, "has_triton", lambda: False)
     with pytest.raises(EnvironmentProblem, match=r"model.kernels is triton: .* is on 'cpu'. Set model.kernels to torch"):
-        kernels_for(spec(Path("model"), device="cpu"), torch.device("cpu"))
-    assert kernels_for(ModelSpec(path="model"), torch.device("cpu")) is None
+        kernels_for(spec(Path("model"), device="cpu"), cpu)
+    assert kernels_for(ModelSpec(path="model"), cpu) is None
     made_elsewhere = spec(Path("model"), device="cpu")
     assert with_runnable_kernels(made_elsewhere) == replace(made_elsewhere, kernels="torch")
-    monkeypatch.setattr(support, "_interpreted", support.has_triton)
-    assert with_runnable_kernels(made_elsewhere).kernels == ("triton" if support.has_triton() else "torch")
+    monkeypatch.undo()
+    assert with_runnable_kernels(made_elsewhere).kernels == expected
 
 
 def test_image_models_refuse_them() -> None:

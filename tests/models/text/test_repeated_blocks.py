@@ -55,8 +55,13 @@ def rehearsed(config: Any, lora: LoraSpec = LORA, way: Way = RESIDENT, **setting
 def both(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **settings: Any) -> tuple[Rehearsal, Rehearsal]:
     """Planned from a few blocks, which is seen to have happened, and from all."""
     ran: list[int] = []
-    few = rehearse_text._of_all
-    monkeypatch.setattr(rehearse_text, "_of_all", lambda plan, blocks, parts: ran.append(blocks) or few(plan, blocks, parts))
+    usual = rehearse_text.extrapolate_peaks
+
+    def noted(*given: Any, wanted: int) -> Any:
+        ran.append(wanted)
+        return usual(*given, wanted=wanted)
+
+    monkeypatch.setattr(rehearse_text, "extrapolate_peaks", noted)
     found = rehearsed(*arguments, **settings)
     assert ran == [BLOCKS]
     monkeypatch.setattr(rehearse_text, "count_repeated_blocks", lambda *_: 0)
