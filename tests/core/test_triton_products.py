@@ -138,7 +138,7 @@ def test_without_a_request_no_buffer_is_read(
 
     device = base.device  # type: ignore[attr-defined]
     monkeypatch.setattr(type(base), "device", property(lambda self: device))
-    monkeypatch.setattr(base, "_held", held)
+    monkeypatch.setattr(base, "_packed_buffers", held)
     base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
     assert not looked
     if support.has_triton():
