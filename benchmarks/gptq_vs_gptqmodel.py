@@ -34,7 +34,7 @@ from lorakeet.models.text.gptq_blocks import layers_in_blocks, quantise_blocks, 
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.packing.calibrate import write_gptq
@@ -93,7 +93,7 @@ def nearest(path: str, layout: GptqLayout) -> dict[str, torch.Tensor]:
     for layer, module in layers_in_blocks(text.model, text.name).items():
         weight = weight_of(module)
         g_idx = groups_in_order(weight.shape[1], layout.group_size)
-        codes, grid = nearest_codes(weight, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)
+        codes, grid = quantise_to_nearest(weight, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)
         found[layer] = GptqBase.of(codes, grid, bits=layout.bits, sym=layout.sym).dense()
     return found
 

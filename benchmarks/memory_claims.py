@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +33,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.spec import DataSpec
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.measure import peak_bytes
+from lorakeet.memory.spec import MemorySpec
 from lorakeet.memory.spill import Spill
 from lorakeet.memory.store import WeightStore
 from lorakeet.models.families import family_of
@@ -53,9 +54,11 @@ from lorakeet.train.progress import Record, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.rehearse_text import STEP, Streaming
-from lorakeet.workflows.planning.streaming import choose_streaming
-from lorakeet.workflows.planning.text_run import Loaded, batches_of, streamed_plans
+from lorakeet.workflows.planning.fit import choose
+from lorakeet.workflows.planning.rehearse_text import STEP
+from lorakeet.workflows.planning.streaming import LEAST, streaming_ways
+from lorakeet.workflows.planning.text_run import TextRun, Workload
+from lorakeet.workflows.runs.residency import Way
 
 NF4 = QuantSpec(method="nf4")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -104,14 +107,21 @@ class Clock(Silent):
         print(f"step {record['step']}: {self.seconds[-1]:.1f} s, peak {peak_bytes() / 1e9:.3f} GB", file=sys.stderr, flush=True)
 
 
+class StreamedRun(TextRun):
+    """A run that streams its blocks, also where all of its weights would fit."""
+
+    def ways(self, budget: int) -> Iterator[Way]:
+        yield from streaming_ways(self.plan, self.batches, budget)
+
+
 def work(claim: Claim, stores: Path) -> dict[str, Any]:
     """Runs one claim in this process."""
     return_freed_memory()
     config, settings = model_config(claim), run_config(claim)
-    plans, batches = streamed_plans(settings, config, None, Loaded(labelled=False)), batches_of(settings, config)
-    choice, least = choose_streaming(plans, batches, claim.budget), plans(Streaming(together=1, spill=True))
-    spill, together = (choice.spill, choice.together) if choice is not None else (True, 1)
-    slots = claim.slots if claim.slots is not None else 2 if choice is None else choice.slots
+    planned = StreamedRun(settings, Workload(labelled=False), print, (config, None))
+    choice, least = choose(planned, settings.memory.limit), planned.plan(LEAST)
+    way = choice.way if choice.fits else LEAST
+    slots = way.slots if claim.slots is None else claim.slots
     text = model_over(claim, config, stores, slots)
     assert text.streamed is not None
     initialise_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
@@ -120,17 +130,17 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
         examples = rows(claim)
         task = TextTask(
             text, examples[claim.held_out :], held_out=examples[: claim.held_out], spec=settings.train,
-            spill=Spill(stores) if spill else None, together=together,
+            spill=Spill(stores) if way.spilled else None, together=way.together,
         )  # fmt: skip
         clock.last = time.perf_counter()
         run = RunFolder.create(Path(folder) / "run")
         outcome: Outcome = train(task, settings.train, run=run, report=clock, budget=claim.budget)
-    step = plans(Streaming(together=1, spill=False)).forecast.phase(STEP)
+    step = planned.plan(Way(streamed=True, together=1)).forecast.phase(STEP)
     return {
         "model": claim.model, "blocks": least.blocks, "tokens": claim.tokens * claim.batches, "steps": outcome.steps,
-        "seconds": clock.seconds, "losses": clock.losses, "trained": least.plan.parameters, "inputs_on_disk": spill,
+        "seconds": clock.seconds, "losses": clock.losses, "trained": least.plan.parameters, "inputs_on_disk": way.spilled,
         "blocks_in_memory": slots or least.blocks, "budget": claim.budget,
-        "planned": (choice.planned if choice is not None else least).training_peak,
+        "planned": (choice.plan if choice.fits else least).training_peak,
         "peak": max(outcome.peak_bytes, peak_bytes()), "read_bytes": text.streamed.stream.bytes_read,
         "gpu_planned": sum(size for kind, size in step.kinds.items() if kind not in ("runtime", "allocator")),
         "parameters": weights_in(skeleton(config)),
@@ -152,6 +162,7 @@ def run_config(claim: Claim) -> RunConfig:
         model=ModelSpec(path=claim.model, dtype="bfloat16", device="cpu", quantize=QuantSpec() if claim.gptq else NF4),
         lora=LoraSpec(rank=16, alpha=32.0),
         data=DataSpec(train="random rows", max_tokens=claim.tokens),
+        memory=MemorySpec(budget=f"{claim.budget / 1024}KiB"),
         train=TrainSpec(steps=claim.steps, batch_size=claim.batches, micro_tokens=claim.tokens, learning_rate=1e-4),
     )
 

@@ -32,7 +32,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_from_settings, config_of, local_files, model_from_config, published_configs
 from lorakeet.models.text.load import read_config
 from lorakeet.workflows.planning.forecast_text_run import TOKENIZER_ENTRY, forecast_run
-from lorakeet.workflows.planning.rehearse_text import Streaming
+from lorakeet.workflows.runs.residency import Way
 
 ALLOWED_MEDIAN = 0.10
 MODULE, WHOLE = "contenders.planned_run", "contenders.whole_run"
@@ -256,7 +256,8 @@ class _Bench:
         _, precision = read_settings(asked)
         source, runtime = find_source(config.model, print), self._runtime(configuration, asked)
         forecast = forecast_run(
-            config, read_config(source), precision, runtime=runtime, files=source, returning=True, streaming=Streaming()
+            config, read_config(source), precision, runtime=runtime, files=source, returning=True,
+            way=Way(streamed=True),
         ).forecast
         used, commit = self.measured.get(configuration.name, lambda: self._child(asked))
         planned = {name: forecast.phase(name).bytes for name in used if name != "start"}

@@ -36,7 +36,7 @@ def test_a_unit_may_be_several_tokens() -> None:
 def arranged(shares: list[Share], *, units: int, selection: Selection | None = None) -> BatchAssignment:
     selection = selection or Selection()
     selection.divide(shares, units=units)
-    return selection.arranged(units, CPU)
+    return selection.assignment(units, CPU)
 
 
 def test_each_token_has_the_place_of_its_mix() -> None:
@@ -69,7 +69,7 @@ def test_a_mix_keeps_its_place_and_new_ones_take_those_of_the_gone() -> None:
         shares = [Share(token, token + 1, name) for token, name in enumerate(names)]
         before = selection._places
         found = arranged(shares, units=len(names), selection=selection)
-        assert selection.arranged(len(names), CPU) is found, "worked out once for all layers"
+        assert selection.assignment(len(names), CPU) is found, "worked out once for all layers"
         assert (found.places is before) == (found.places == before), "the same places are the same tuple"
         assert all(found.places[place] == (alone[names[token]],) for token, place in found.at)
         assert found.used == {place for _, place in found.at}
@@ -93,17 +93,17 @@ def test_what_stands_at_a_place_depends_on_who_came_last() -> None:
     selection.changed("a")
     selection.changed("b")
     found = arranged([Share(0, 1, "a"), Share(1, 2, "a"), Share(1, 2, "b")], units=2, selection=selection)
-    before = selection.standing(found)
-    assert selection.standing(found) is before and set(before) == found.used
+    before = selection.states(found)
+    assert selection.states(found) is before and set(before) == found.used
     selection.changed("c")
-    assert selection.standing(found) == before
+    assert selection.states(found) == before
     selection.changed("b", gone=True)
-    after = selection.standing(found)
+    after = selection.states(found)
     assert after[0] == before[0] and after[1] != before[1]
     selection.changed("b")
-    assert selection.standing(found)[1] not in (before[1], after[1]), "the same name, but perhaps another adapter"
+    assert selection.states(found)[1] not in (before[1], after[1]), "the same name, but perhaps another adapter"
     selection.changed("b", gone=True)
-    assert set(selection.comings) == {"a", "c"}, "thousands may come and go"
+    assert set(selection.attached_at) == {"a", "c"}, "thousands may come and go"
 
 
 def test_rows_that_outlive_many_changes_keep_the_newest_alone() -> None:
@@ -111,7 +111,7 @@ def test_rows_that_outlive_many_changes_keep_the_newest_alone() -> None:
     found = arranged([Share(0, 1, "a")], units=1, selection=selection)
     for _ in range(100):
         selection.changed("b")
-        selection.standing(found)
+        selection.states(found)
     assert len(found.picked) == 1
 
 
@@ -126,10 +126,10 @@ def test_the_same_rows_are_arranged_once() -> None:
 def test_units_of_several_tokens_are_arranged_in_tokens() -> None:
     selection = Selection()
     selection.divide([Share(0, 1, "a"), Share(1, 2, "b"), Share(2, 3, "c")], units=3)
-    assert selection.arranged(3, CPU).at == ((0, 0), (1, 1), (2, 2))
-    assert selection.arranged(6, CPU).at == ((0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2))
+    assert selection.assignment(3, CPU).at == ((0, 0), (1, 1), (2, 2))
+    assert selection.assignment(6, CPU).at == ((0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2))
     with pytest.raises(ValueError, match="13 tokens, which is no multiple of the batch's 3 units"):
-        selection.arranged(13, CPU)
+        selection.assignment(13, CPU)
 
 
 def test_weights_of_overlapping_shares_of_one_adapter_add_up() -> None:

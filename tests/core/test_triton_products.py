@@ -17,7 +17,7 @@ from lorakeet.kernels import choose
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton import support
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
 from lorakeet.quant.nf4 import Nf4Base
 from tiny.triton_device import COMPILED, DEVICE, behave_like_a_card, interpret_without_a_card, needs_triton
 
@@ -46,7 +46,7 @@ def nf4(dtype: torch.dtype = torch.float32) -> FrozenBase:
 
 def gptq(dtype: torch.dtype = torch.float32) -> FrozenBase:
     weight = numbers(OUT, IN, seed=0).cpu() / IN**0.5
-    codes, grid = nearest_codes(weight, 4, False, groups_in_order(IN, 32), 3)
+    codes, grid = quantise_to_nearest(weight, 4, False, groups_in_order(IN, 32), 3)
     return GptqBase.of(codes, grid, bits=4, sym=False).to(DEVICE)
 
 

@@ -1,7 +1,8 @@
-"""The share of a change that a stored tensor holds is read through heavy rounding."""
+"""Exported tensors against merged ones: the share of a change under heavy rounding, and the tolerances."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from lorakeet.core.tiled_product import PART, parts
 from lorakeet.export.compare_stored import PART_BYTES, compare_stored
-from lorakeet.export.merged_tensors import Fp32Rows
+from lorakeet.export.merged_tensors import Fp32Rows, MergedTensors
+from lorakeet.export.tolerances import BF16, F16, F32, PRECISIONS, Q4, Q6, Q8, allowed_for, row_of
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.merge.merged_folder import merge_into
+from tiny.adapters import random_adapter
 from tiny.held import held_bytes
+from tiny.models import tiny_model
 
 
 class Base:
@@ -78,3 +83,31 @@ def test_of_a_tensor_that_nothing_changes_a_part_is_held(
         found = compare_stored(base, [("b", given.rows("b"))])["b"]
     assert found.rounding == pytest.approx(whole.rounding, rel=1e-9) and 1e-3 < found.rounding < 4e-3
     assert 16 * number < most() <= PART_BYTES // PART * number < 4 * math.prod(shape)
+
+
+def test_the_coarsest_type_that_counts_decides() -> None:
+    assert allowed_for({"F32": 10}) is F32 and allowed_for({}) is F32
+    assert allowed_for({"Q8_0": 97, "F16": 3}) is Q8
+    assert allowed_for({"Q6_K": 40, "Q4_K": 60}) is Q4 and allowed_for({"Q6_K": 99, "Q4_K": 1}) is Q6
+    assert row_of("IQ4_NL") is Q4 and row_of("BF16") is BF16 and row_of("MXFP4") is Q4
+
+
+def test_fewer_bits_are_never_judged_more_strictly() -> None:
+    rows = [F32, F16, BF16, *(PRECISIONS[f"{bits}-bit"] for bits in (8, 6, 5, 4, 3, 2))]
+    for finer, coarser in itertools.pairwise(rows):
+        assert finer.rounding < coarser.rounding and finer.share < coarser.share and finer.gap < coarser.gap
+        assert finer.parity.mean_kl < coarser.parity.mean_kl and finer.parity.top1_agreement >= coarser.parity.top1_agreement
+
+
+def test_each_tensor_is_that_of_the_merge(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    adapter = random_adapter(model, "q_proj")
+    merge_into(tmp_path / "base", adapter, tmp_path / "merged")
+    tensors, written = MergedTensors(tmp_path / "base", adapter), open_safetensors(tmp_path / "merged" / "model.safetensors")
+    assert set(tensors.names) == set(written.tensors)
+    before = dict(model.state_dict())
+    for name in tensors.names:
+        assert torch.equal(tensors.fetch(name), written.read(name)) and torch.equal(tensors.rows(name)[:], written.read(name))
+        assert torch.equal(tensors.fetch(name, folded=False), before[name])
+        assert tensors.changes(name) is ("q_proj" in name) and tensors.shape(name) == written.tensors[name].shape

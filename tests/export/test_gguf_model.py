@@ -163,5 +163,5 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "base", family="gemma2")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     adapter = random_adapter(model, "embed_tokens")  # changes the embedding but not the head that shares it
-    with pytest.raises(ConfigError, match=r"lm_head\.weight has no place in llama\.cpp's gemma2"):
+    with pytest.raises(ConfigError, match=r"lm_head\.weight has no name in llama\.cpp's gemma2"):
         write_gguf(folder, adapter, tmp_path / "model.gguf", tokenizer=load_tokenizer(folder))

@@ -134,11 +134,11 @@ def test_spaces_that_llama_cpp_cannot_be_told_to_drop_are_said(tmp_path: Path) -
 def test_what_llama_cpp_could_not_repeat_is_refused() -> None:
     odd = tiny_tokenizer()
     odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ConfigError, match=r"no pre-tokenizer of llama\.cpp"):
+    with pytest.raises(ConfigError, match=r"as no known pre-tokenizer of llama\.cpp"):
         vocabulary_of(odd, len(odd))
     lowered = tiny_tokenizer()
     lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(ConfigError, match="changes texts before it cuts them"):
+    with pytest.raises(ConfigError, match="normalises texts before splitting"):
         vocabulary_of(lowered, len(lowered))
     with pytest.raises(ConfigError, match="is it the tokenizer of this model"):
         vocabulary_of(tiny_tokenizer(), 5)

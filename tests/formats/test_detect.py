@@ -123,7 +123,7 @@ def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
         ("q.safetensors", lambda path: save_file({"model.q.lora_a": torch.ones(2)}, path), r"rename it to adapters\.safetensors"),
         ("cut.safetensors", lambda path: path.write_bytes((GOLDEN / "kohya.safetensors").read_bytes()[:-40]), "it was cut off"),
         ("half.safetensors", lambda path: path.write_bytes((GOLDEN / "kohya.safetensors").read_bytes()[:200]), "have been cut"),
-        ("huge.safetensors", lambda path: path.write_bytes((2**63).to_bytes(8, "little") + b"{}"), "announces a header of 9,223"),
+        ("huge.safetensors", lambda path: path.write_bytes((2**63).to_bytes(8, "little") + b"{}"), "declares a header of 9,223"),
         ("shape.safetensors", hostile(spans((0, 8), (8, 16)).replace("[2]", "[4611686018427387904]")), "needs 18,446,744"),
         ("overlap.safetensors", hostile(spans((0, 8), (4, 12))), "overlaps another tensor"),
         ("hole.safetensors", hostile(spans((0, 8), (12, 20))), "leaves bytes before it"),

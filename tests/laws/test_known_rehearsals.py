@@ -15,9 +15,8 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.memory import ledger
 from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.repeated_blocks import ModelBuilder
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec

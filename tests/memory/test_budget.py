@@ -1,4 +1,4 @@
-"""Budgets as people write them, and what is no budget."""
+"""Memory budgets as people write them, in settings too, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from lorakeet.errors import ConfigError
 from lorakeet.memory.budget import BETWEEN_PROCESSES, Budget, enough_for, larger_than_machine, machine_bytes, parse_size
+from lorakeet.memory.spec import MemorySpec
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,18 @@ def test_a_budget_is_a_value_and_none_is_no_limit() -> None:
     assert not none and none.limit is None and none.bytes > 1 << 60 and none == Budget()
     with pytest.raises(ConfigError, match="expected a number"):
         Budget.parse("")
+
+
+def test_no_budget_is_none_and_a_budget_is_bytes() -> None:
+    assert not MemorySpec().limit and MemorySpec().validate() == []
+    assert MemorySpec("2GiB").limit.bytes == 2 << 30 and MemorySpec("2GiB").validate() == []
+
+
+@pytest.mark.parametrize("budget", ["2", "-1GiB", "0GB", "2 parsecs", "much"])
+def test_what_is_no_budget_is_a_problem_in_words(budget: str) -> None:
+    (problem,) = MemorySpec(budget).validate()
+    assert budget in problem and "such as 2GiB" in problem
+
+
+def test_blocks_come_from_disk_unless_the_host_is_to_keep_them() -> None:
+    assert MemorySpec().keep == "disk" and MemorySpec("2GiB", keep="host").validate() == []

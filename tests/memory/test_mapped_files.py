@@ -7,11 +7,13 @@ import mmap
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lorakeet.memory import mapped_files
 from lorakeet.memory.mapped_files import release_pages, releasing_pages
+from tiny.proc import proc_file
 
 SIZE = 8 << 20
 
@@ -62,7 +64,7 @@ def test_they_go_while_the_file_is_read(file: Path, stays: bool) -> None:
 
 @linux
 def test_memory_that_has_taken_the_place_of_a_mapping_keeps_its_numbers(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at what is mapped and the advice a library may remove its mapping, and something else get its place."""
     with mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as data:
@@ -70,8 +72,7 @@ def test_memory_that_has_taken_the_place_of_a_mapping_keeps_its_numbers(
         view = (ctypes.c_char * SIZE).from_buffer(data)
         begin = ctypes.addressof(view)
         del view
-        (tmp_path / "maps").write_text(f"{begin:x}-{begin + SIZE:x} r--s 00000000 fe:00 1234 {file}\n")
-        monkeypatch.setattr(mapped_files, "_MAPS", tmp_path / "maps")
+        proc_file(monkeypatch, "/proc/self/maps", f"{begin:x}-{begin + SIZE:x} r--s 00000000 fe:00 1234 {file}\n")
         release_pages(file)
         assert data[:] == b"\x07" * SIZE
 
@@ -80,7 +81,7 @@ def test_memory_that_has_taken_the_place_of_a_mapping_keeps_its_numbers(
 def test_a_system_that_does_not_page_out_gives_nothing_back(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         before = bytes(data)
-        monkeypatch.setattr(mapped_files, "_PAGEOUT", 9999)
+        monkeypatch.setattr(mapped_files.ctypes, "CDLL", lambda _: SimpleNamespace(madvise=lambda *_: -1))
         assert release_pages(file) == 0 and held(file) == SIZE and bytes(data) == before
 
 
@@ -91,6 +92,6 @@ def test_a_mapping_that_is_written_to_is_left_alone(file: Path) -> None:
         assert release_pages(file) == 0 and data[0] == 77
 
 
-def test_a_system_that_does_not_tell_gives_nothing_back(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(mapped_files, "_MAPS", tmp_path / "missing")
+def test_a_system_without_a_list_of_mappings_gives_nothing_back(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc_file(monkeypatch, "/proc/self/maps", None)
     assert release_pages(file) == 0

@@ -11,6 +11,7 @@ import pytest
 
 from lorakeet.memory import measure
 from lorakeet.memory.measure import PeakMemory, peak_bytes, reset_peak, resident_bytes
+from tiny.proc import proc_file
 
 MEGABYTE = 1 << 20
 
@@ -70,7 +71,10 @@ def test_what_cuda_forgets_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_CLEAR", Path("/nowhere/clear_refs"))
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
     before = resident_bytes()
     with PeakMemory(interval=0.005) as memory:
         use(120)
@@ -80,6 +84,6 @@ def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_proc_the_system_call_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     real = resident_bytes()
-    monkeypatch.setattr(measure, "_STATUS", Path("/nowhere/status"))
+    proc_file(monkeypatch, "/proc/self/status", None)
     assert resident_bytes() == peak_bytes()
     assert peak_bytes() > real / 2

@@ -129,7 +129,7 @@ def test_biases_are_summed_with_their_scales() -> None:
     pair = combination(adapters, CombineSpec("linear", WEIGHTS)).combined().adapter.pairs["a.q_proj"]
     assert pair.bias is not None
     torch.testing.assert_close(pair.bias * pair.scale, torch.full((6,), 6 * 0.3))
-    with pytest.raises(ConfigError, match=r"a has biases in its pairs \(first a\.q_proj\), for which ties says nothing"):
+    with pytest.raises(ConfigError, match=r"a has biases in its pairs \(first a\.q_proj\), which ties cannot combine"):
         combination({"a": adapters["a"]}, CombineSpec("ties")).combined()
 
 

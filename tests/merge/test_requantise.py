@@ -13,7 +13,7 @@ from lorakeet.merge.requantise import bytes_of_rounding, round_to_nearest, round
 from lorakeet.quant import gguf_codes, gptq_pack
 from lorakeet.quant import packed as packed_weights
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_solve import Hessian, sensitivity
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
@@ -34,7 +34,7 @@ def inputs() -> Tensor:
 def packed(kind: str) -> PackedBase:
     weight = 0.05 * numbers(OUT, IN, seed=4)
     if kind == "gptq":
-        codes, grid = nearest_codes(weight, 4, True, groups_in_order(IN, 64), IN // 64)
+        codes, grid = quantise_to_nearest(weight, 4, True, groups_in_order(IN, 64), IN // 64)
         return GptqBase.of(codes, grid, bits=4, sym=True)
     return Nf4Base.of(weight) if kind == "nf4" else gguf_codes.fit_gguf_scales(weight, kind)
 

@@ -96,13 +96,13 @@ def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: s
 
 @needs_triton
 def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_products.unpack_rows
+    right = triton_products.dequantise_rows
 
     def wrong(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first).view(-1)[-1].mul_(1 + 2e-7)
         return out
 
-    monkeypatch.setattr(triton_products, "unpack_rows", wrong)
+    monkeypatch.setattr(triton_products, "dequantise_rows", wrong)
     with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
         load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
 
@@ -196,14 +196,16 @@ def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str
 
 
 def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "_interpreted", lambda: False)
+    cpu = torch.device("cpu")
+    expected = "torch" if support.why_not_on(cpu) else "triton"
+    monkeypatch.setattr(support, "has_triton", lambda: False)
     with pytest.raises(EnvironmentProblem, match=r"model.kernels is triton: .* is on 'cpu'. Set model.kernels to torch"):
-        kernels_for(spec(Path("model"), device="cpu"), torch.device("cpu"))
-    assert kernels_for(ModelSpec(path="model"), torch.device("cpu")) is None
+        kernels_for(spec(Path("model"), device="cpu"), cpu)
+    assert kernels_for(ModelSpec(path="model"), cpu) is None
     made_elsewhere = spec(Path("model"), device="cpu")
     assert with_runnable_kernels(made_elsewhere) == replace(made_elsewhere, kernels="torch")
-    monkeypatch.setattr(support, "_interpreted", support.has_triton)
-    assert with_runnable_kernels(made_elsewhere).kernels == ("triton" if support.has_triton() else "torch")
+    monkeypatch.undo()
+    assert with_runnable_kernels(made_elsewhere).kernels == expected
 
 
 def test_image_models_refuse_them() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.quant.gptq import PARTS, GptqBase
 from lorakeet.quant.gptq_config import GptqConfig, base_from, gptq_mapping, layer_problems, parse
-from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
 
 STORED: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 
@@ -19,7 +19,7 @@ STORED: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "
 def tensors(**changes: Tensor) -> dict[str, Tensor]:
     """The parts of a layer of 16 outputs and 64 inputs."""
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    base = GptqBase.of(*nearest_codes(weight, 4, True, groups_in_order(64, 32), 2), bits=4, sym=True)
+    base = GptqBase.of(*quantise_to_nearest(weight, 4, True, groups_in_order(64, 32), 2), bits=4, sym=True)
     return {**{part: base.get_buffer(part) for part in PARTS}, **changes}
 
 

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant import gptq_pack
-from lorakeet.quant.gptq_pack import BITS, ZeroFormat, pack_words, pack_zeros, unpack_rows, unpack_words, unpack_zeros, words_for
+from lorakeet.quant.gptq_pack import (
+    BITS,
+    ZeroFormat,
+    pack_words,
+    pack_zeros,
+    unpack_word_rows,
+    unpack_words,
+    unpack_zeros,
+    words_for,
+)
 
 every_width = pytest.mark.parametrize("bits", BITS)
 
@@ -29,7 +38,7 @@ def test_words_hold_the_stream(bits: int) -> None:
     assert words.dtype == torch.int32 and words.shape == (64 * bits // 32, 5) and bool((words < 0).any())
     assert torch.equal(naive(words, bits), codes)
     assert torch.equal(unpack_words(words, bits).long(), codes)
-    assert torch.equal(unpack_rows(words.t().contiguous(), bits).long(), codes.t())
+    assert torch.equal(unpack_word_rows(words.t().contiguous(), bits).long(), codes.t())
 
 
 @every_width

@@ -12,7 +12,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.errors import DataError
 from lorakeet.memory.spill import Spill
 from lorakeet.quant import gptq_pack, gptq_solve
-from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_solve import GptqLayout, Hessian, bytes_of_solving, gptq_quantise, output_error, sensitivity
 from lorakeet.quant.packed import TILE
 from tiny.held import HeldBytes
@@ -79,7 +79,7 @@ def test_one_column_of_two_is_moved_to_make_up_for_the_other() -> None:
 
 
 def test_a_grid_that_is_given_is_kept(inputs: Tensor, weight: Tensor) -> None:
-    codes, grid = nearest_codes(weight, 4, True, torch.arange(IN, dtype=torch.int32) % 4, 4)
+    codes, grid = quantise_to_nearest(weight, 4, True, torch.arange(IN, dtype=torch.int32) % 4, 4)
     base = gptq_quantise(weight * 1.01, sensitivity(hessian_of(inputs)), GptqLayout(4, GROUP), grid=grid)
     for name in ("scales", "zeros", "g_idx"):
         assert torch.equal(getattr(base.grid, name), getattr(grid, name))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakeet.quant import gguf_codes
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import nearest_codes
+from lorakeet.quant.gptq_grid import quantise_to_nearest
 from lorakeet.quant.grids import grid_of, requantise_like
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
@@ -24,7 +24,7 @@ def weight(seed: int = 0) -> Tensor:
 def gptq(exact: Tensor, *, sym: bool) -> GptqBase:
     """Groups of 64 whose columns lie in a random order, as with desc_act."""
     g_idx = (torch.randperm(256, generator=torch.Generator().manual_seed(5)) // 64).to(torch.int32)
-    codes, grid = nearest_codes(exact, 4, sym, g_idx, 4)
+    codes, grid = quantise_to_nearest(exact, 4, sym, g_idx, 4)
     return GptqBase.of(codes, grid, bits=4, sym=sym, zero_format="gptq" if sym else "gptq_v2")
 
 

@@ -127,7 +127,7 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
 def test_the_native_library_gives_torch_s_bits(trained: Int8Base, tokens: int) -> None:
     draw = torch.Generator().manual_seed(6)
     x, grad = (torch.randn(tokens, width, generator=draw).bfloat16() for width in (64, 48))
-    assert choose.multiplies_int8(x) and choose.multiplies_int8(grad)
+    assert choose.quantises_in_c(x) and choose.quantises_in_c(grad)
     found = trained.matmul(x), trained.matmul_t(grad)
     with operators.torch_only():
         assert torch.equal(found[0], trained.matmul(x)) and torch.equal(found[1], trained.matmul_t(grad))
@@ -143,8 +143,8 @@ def test_several_weights_code_what_they_see_once(
     x = x.bfloat16() if native else x
     expected = [base.matmul(x) for base in bases]
     calls: list[torch.Tensor] = []
-    code = Int8Base.code
-    monkeypatch.setattr(Int8Base, "code", lambda base, given: calls.append(given) or code(base, given))
+    code = Int8Base.quantise
+    monkeypatch.setattr(Int8Base, "quantise", lambda base, given: calls.append(given) or code(base, given))
     for found, one in zip(matmul_each(bases, x), expected, strict=True):
         assert torch.equal(found, one)
     assert len(calls) == 1

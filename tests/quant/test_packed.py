@@ -1,13 +1,20 @@
-"""A packed weight behind the four methods, shown with the simplest packing there is: W as bf16."""
+"""A packed weight behind the four methods (W as bf16 for a packing), its settings, and the base of a module or weight."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from lorakeet.core.base import DenseBase, TransposedBase
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.quant import nf4
+from lorakeet.quant.construct import base_of, empty_base, meta_base, quantise_weight, weights_in
+from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import NF4_BLOCK_SIZES, QuantSpec
 
 
 class Narrow(PackedBase):
@@ -89,3 +96,63 @@ def test_products_run_in_the_dtype_that_is_set(weight: Tensor) -> None:
     layer, x = PackedLinear(Narrow(weight)), torch.randn(4, 10).bfloat16()
     layer.products = torch.float32
     assert torch.equal(layer(x), (x.float() @ weight.T).bfloat16())
+
+
+def test_nothing_is_quantised_unless_asked_for() -> None:
+    assert QuantSpec().method == "none" and QuantSpec().validate() == []
+
+
+@pytest.mark.parametrize("size", [0, 48, 2048])
+def test_a_block_size_that_is_none_is_refused_with_the_ones_that_are(size: int) -> None:
+    (problem,) = QuantSpec(method="nf4", block_size=size).validate()
+    assert str(size) in problem and "32, 64" in problem
+
+
+def test_int8_products_are_for_weights_in_int8() -> None:
+    assert QuantSpec(method="int8", int8_products=True).validate() == []
+    assert QuantSpec(method="none", int8_products=True).validate() == []  # of a folder that is stored in int8
+    (problem,) = QuantSpec(method="nf4", int8_products=True).validate()
+    assert "nf4" in problem and "Set the method to int8" in problem
+
+
+def test_settings_and_code_know_the_same_block_sizes() -> None:
+    assert NF4_BLOCK_SIZES == nf4.BLOCK_SIZES
+
+
+WEIGHT = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_base_of_a_module() -> None:
+    packed = PackedLinear(Int8Base.of(WEIGHT))
+    assert base_of(packed, "linear") is packed.base
+    assert type(base_of(nn.Linear(4, 3), "linear")) is DenseBase
+    assert type(base_of(Conv1D(4, 3), "conv1d")) is TransposedBase
+
+
+def test_packed_as_the_settings_ask() -> None:
+    assert isinstance(quantise_weight(WEIGHT, QuantSpec(method="int8")), Int8Base)
+    nf4 = quantise_weight(WEIGHT, QuantSpec(method="nf4", block_size=32, double_quant=False))
+    assert isinstance(nf4, Nf4Base) and (nf4.block_size, nf4.double_quant) == (32, False)
+    with pytest.raises(ValueError, match="'none'"):
+        quantise_weight(WEIGHT, QuantSpec())
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_an_empty_base_is_like_the_one_described(method: str) -> None:
+    base = quantise_weight(WEIGHT, QuantSpec(method=method))  # type: ignore[arg-type]
+    empty = empty_base(base.settings, device="meta")
+    described = {name: (buffer.shape, buffer.dtype) for name, buffer in base.named_buffers()}
+    assert {name: (buffer.shape, buffer.dtype) for name, buffer in empty.named_buffers()} == described
+    with pytest.raises(ValueError, match="int2"):
+        empty_base({**base.settings, "method": "int2"})
+
+
+def test_packed_weights_count_as_the_numbers_that_they_stand_for() -> None:
+    model = nn.Sequential(nn.Linear(64, 6), PackedLinear(Nf4Base.of(WEIGHT), torch.zeros(6)))
+    assert weights_in(model) == 2 * (6 * 64 + 6)
+
+
+def test_without_numbers_a_base_still_says_how_it_is_packed() -> None:
+    base = quantise_weight(WEIGHT, QuantSpec(method="nf4"))
+    found = meta_base(base)
+    assert found.settings == base.settings and all(buffer.is_meta for buffer in found.buffers())

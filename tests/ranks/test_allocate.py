@@ -1,4 +1,4 @@
-"""`ranks.allocate`: the greedy spending of a budget, and what is refused."""
+"""`ranks`: the settings, the greedy spending of a budget, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
+from lorakeet.ranks.spec import RanksSpec, parameter_count
 
 WIDE = PlanEntry("layers.0.wide", "linear", (12, 8), 4, 12.0)
 THIN = PlanEntry("layers.0.thin", "linear", (4, 6), 4, 12.0)
@@ -76,3 +77,31 @@ def test_gains_that_are_no_numbers_are_named(bad: float) -> None:
     worth = {**gains(0), "layers.0.thin": [bad, 1.0]}
     with pytest.raises(DataError, match=r"'layers\.0\.thin' are not finite \(of 3 matrices\).*float32"):
         allocate(PLAN, worth, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1.5M", 1_500_000), ("500k", 500_000), ("2e6", 2_000_000), ("1_000", 1000), ("3,000", 3000), ("0.5 m", 500_000)],
+)
+def test_numbers_as_people_write_them(text: str, count: int) -> None:
+    assert parameter_count(text, "--to") == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "-5M", "0", "1.5X", "M", "nan"])
+def test_what_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"ranks\.budget is .*expected a number of parameters such as 500k"):
+        parameter_count(text, "ranks.budget")
+
+
+def test_every_problem_is_found() -> None:
+    assert RanksSpec().validate() == [] and RanksSpec(choose="auto", budget="1.5M").validate() == []
+    found = RanksSpec(budget="lots", rows=1, max_rank=0).validate()
+    assert [words.split(" is ")[0] for words in found] == ["ranks.rows", "ranks.max_rank", "ranks.budget", "ranks.budget"]
+    assert "Add --ranks auto" in found[-1]
+
+
+def test_what_prune_cannot_do_is_found() -> None:
+    assert RanksSpec(choose="prune", budget="1.5M").validate() == []
+    found = RanksSpec(choose="prune", prune_from=0.5, prune_until=0.5, prune_cuts=0).validate()
+    assert [words.split(" is ")[0] for words in found] == ["ranks.prune_from", "ranks.prune_cuts"]
+    assert RanksSpec(prune_from=-0.1).validate() and RanksSpec(prune_until=1.1).validate()

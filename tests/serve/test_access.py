@@ -54,12 +54,12 @@ def test_a_quota_is_by_the_minute() -> None:
         now[0] = moment
         caller.count(now=lambda: now[0])
     now[0] = 20.0
-    with pytest.raises(QuotaSpent, match="'one' may ask 2 times a minute; try again in 40 s") as error:
+    with pytest.raises(QuotaSpent, match="'one' may make 2 requests a minute; try again in 40 s") as error:
         caller.count(now=lambda: now[0])
     assert error.value.retry_after == 40
     now[0] = 60.0
     caller.count(now=lambda: now[0])
-    with pytest.raises(ConfigError, match="3 prompts came at once, but the key of 'one' may ask 2 times a minute"):
+    with pytest.raises(ConfigError, match="3 prompts came at once, but the key of 'one' may make 2 requests a minute"):
         Caller("one", per_minute=2).count(3)
 
 

@@ -50,7 +50,7 @@ def test_content_is_known_again(live: ServingModel, saved: Callable[..., Path], 
 
 def test_what_does_not_fit_is_refused_by_its_header(live: ServingModel, saved: Callable[..., Path]) -> None:
     folder = saved("a", "embed_tokens", "q_proj")
-    with pytest.raises(ConfigError, match=r"'model\.embed_tokens': no pair can be served there"):
+    with pytest.raises(ConfigError, match=r"'model\.embed_tokens': a pair on it cannot be served"):
         inspect_adapter(folder, live)
 
 

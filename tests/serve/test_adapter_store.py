@@ -81,7 +81,7 @@ def test_uploads_are_kept_only_when_they_pass(registry: Registry, saved: Callabl
     store.accept("a", registry, replace=False)
     first = registry.get("a").source.path
     upload(store, "a", saved("wrong", "embed_tokens"))
-    with pytest.raises(ConfigError, match="no pair can be served there"):
+    with pytest.raises(ConfigError, match="a pair on it cannot be served"):
         store.accept("a", registry, replace=True)
     assert registry.get("a").source.path == first and first.is_dir()
     upload(store, "a", saved("a2", seed=2))

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from lorakeet.serve import free_cores
 from lorakeet.serve.free_cores import INTERVAL, LONGEST, FreeCores, available, seconds
+from tiny.proc import proc_file
 
 
 class Machine:
@@ -26,7 +26,7 @@ class Machine:
         self.own += own * passed
 
     def free(self, most: int, cores: int | None = None) -> FreeCores:
-        return FreeCores(most, cores=cores or most, look=lambda: (self.everybody, self.own), clock=lambda: self.now)
+        return FreeCores(most, cores=cores or most, measure=lambda: (self.everybody, self.own), clock=lambda: self.now)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_what_this_process_computes_is_its_own_and_what_another_does_is_not() ->
 
 
 def test_where_the_system_does_not_tell_all_cores_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_cores, "_STAT", free_cores._STAT.with_name("no-such-file"))
+    proc_file(monkeypatch, "/proc/stat", None)
     assert seconds() == (0.0, 0.0)
     assert FreeCores(4)() == 4

@@ -16,7 +16,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.engine import Request
 from lorakeet.serve.grammar import ANY_OBJECT, GrammarFailed, Grammars
-from lorakeet.serve.sampling import Sampler, Sampling
+from lorakeet.serve.sampling import Sampling, TokenSampler
 
 SCHEMA = {
     "type": "object",
@@ -36,7 +36,7 @@ def test_whatever_the_logits_are_the_text_is_an_instance(text: Any, temperature:
     made = Grammars(text).of_schema(SCHEMA)
     noise = torch.Generator().manual_seed(0)
     for seed in range(8):
-        chooser, ids = Sampler(Sampling(temperature=temperature, seed=seed), made.begin()), list[int]()
+        chooser, ids = TokenSampler(Sampling(temperature=temperature, seed=seed), made.begin()), list[int]()
         assert chooser.guide is not None
         while not chooser.guide.finished:
             ids.append(chooser.choose(torch.randn(text.model.config.vocab_size, generator=noise) * 5).token)
@@ -46,7 +46,7 @@ def test_whatever_the_logits_are_the_text_is_an_instance(text: Any, temperature:
 
 def test_the_log_probability_told_is_the_models_own(text: Any) -> None:
     logits = torch.randn(text.model.config.vocab_size, generator=torch.Generator().manual_seed(1))
-    chosen = Sampler(Sampling(temperature=0.0, logprobs=1), Grammars(text).of_schema(SCHEMA).begin()).choose(logits)
+    chosen = TokenSampler(Sampling(temperature=0.0, logprobs=1), Grammars(text).of_schema(SCHEMA).begin()).choose(logits)
     assert text.tokenizer.decode([chosen.token]).strip()[:1] in ("{", "")
     assert chosen.logprob == pytest.approx(float(logits.log_softmax(-1)[chosen.token]))
 
@@ -70,7 +70,7 @@ def test_an_engine_keeps_to_it_beside_free_texts(asking: Callable[..., Any], tex
 
 def test_a_token_that_may_not_come_ends_the_text(text: Any) -> None:
     guide = Grammars(text).of_schema(ANY_OBJECT).begin()
-    with pytest.raises(GrammarFailed, match="cannot be gone on with under its schema"):
+    with pytest.raises(GrammarFailed, match="cannot be continued under its schema"):
         guide.take(text.tokenizer.encode("x", add_special_tokens=False)[0])
 
 
@@ -83,7 +83,7 @@ def test_a_token_that_may_not_come_ends_the_text(text: Any) -> None:
     ],
 )
 def test_wrong_schemas_are_refused(text: Any, schema: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="cannot be kept to"):
+    with pytest.raises(ConfigError, match="cannot be used"):
         Grammars(text).of_schema(schema)
 
 

@@ -139,7 +139,7 @@ def test_copies_count_in_the_memory_of_adapters(live: ServingModel, server: Any,
         registry.register(f"a{number}", saved("a"))
     leases = [registry.lease(f"a{number}") for number in range(9)]
     assert registry.resident == 9, "no more copies than texts are written at once"
-    said = f"takes {size:,} bytes, and copies for the texts that are written {slots * size:,}"
+    said = f"takes {size:,} bytes, and copies of {slots * size:,} bytes for running texts"
     with pytest.raises(AdapterMemoryFull, match=said):
         registry.lease("a9")
     for lease in leases:
@@ -171,7 +171,7 @@ def test_a_mix_needs_room_for_its_copy(live: ServingModel, server: Any, saved: C
     for name in ("a", "b"):
         registry.register(name, saved(name))
     leases = [registry.lease(f"a*0.{number}+b") for number in range(1, slots)]
-    said = f"The mix has copies for the texts that are written {2 * slots * size:,}; {2 * size:,} of"
+    said = f"The mix needs copies of {2 * slots * size:,} bytes for running texts; {2 * size:,} of"
     with pytest.raises(AdapterMemoryFull, match=said):
         registry.lease("a+b*0.5")
     leases.append(registry.lease("a*0.1+b"))  # a copy that is there already

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from lorakeet.serve.sampling import Sampler, Sampling, rows_finite
+from lorakeet.serve.sampling import Sampling, TokenSampler, rows_finite
 
 LOGITS = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()
 
 
 def drawn(count: int, **settings: float) -> Counter[int]:
-    chooser = Sampler(Sampling(seed=3, **settings))  # type: ignore[arg-type]
+    chooser = TokenSampler(Sampling(seed=3, **settings))  # type: ignore[arg-type]
     return Counter(chooser.choose(LOGITS).token for _ in range(count))
 
 
@@ -40,16 +40,16 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
 
 
 def test_a_seed_decides() -> None:
-    first, second = (Sampler(Sampling(seed=5)) for _ in range(2))
+    first, second = (TokenSampler(Sampling(seed=5)) for _ in range(2))
     assert [first.choose(LOGITS).token for _ in range(20)] == [second.choose(LOGITS).token for _ in range(20)]
 
 
 def test_logprobs_do_not_depend_on_temperature() -> None:
     for temperature in (0.0, 2.0):
-        chosen = Sampler(Sampling(temperature=temperature, seed=0, logprobs=2)).choose(LOGITS)
+        chosen = TokenSampler(Sampling(temperature=temperature, seed=0, logprobs=2)).choose(LOGITS)
         assert chosen.logprob == pytest.approx(float(LOGITS[chosen.token]))
         assert [token for token, _ in chosen.top] == [0, 2]
-    assert Sampler(Sampling(seed=0)).choose(LOGITS).logprob is None
+    assert TokenSampler(Sampling(seed=0)).choose(LOGITS).logprob is None
 
 
 def test_rows_that_hold_a_number_which_is_not_finite_are_told() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from structure.tree import ROOT, committed_files, named, parsed, source_files
+from structure.tree import ROOT, committed_files, named, parsed
 
 FILE_LINES = 600
 TEST_FILE_LINES = 600
@@ -60,17 +60,3 @@ def test_no_file_or_folder_is_a_drawer() -> None:
 )
 def test_drawers_are_recognised(name: str, drawer: bool) -> None:
     assert bool(DRAWERS.fullmatch(name)) is drawer
-
-
-def test_source_and_tests_mirror_each_other() -> None:
-    own = {"structure", "laws", "golden", "tiny"}
-    sources = [Path(named(path)) for path in source_files()]
-    modules = {path.with_suffix("") for path in sources if not path.name.startswith("__")}
-    tests = {
-        path.parent / path.stem.removeprefix("test_")
-        for path in (file.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py"))
-        if path.parts[0] not in own
-    }
-    strays = [f"tests/{path.parent / f'test_{path.name}.py'} belongs to no file of src/lorakeet" for path in tests - modules]
-    untested = [f"{path}.py wants tests/{path.parent / f'test_{path.name}.py'}" for path in modules - tests]
-    assert not strays + untested, "\n".join(sorted(strays + untested)) + "\nlaws across files belong into tests/laws"

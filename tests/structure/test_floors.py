@@ -15,7 +15,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("models/",),
     "diffusers": ("models/image/",),
     "bitsandbytes": ("quant/", "kernels/"),
-    "triton": ("core/kernels.py", "kernels/triton/"),
+    "triton": ("kernels/triton/",),
     "gguf": ("formats/files/gguf_header.py", "quant/gguf.py"),
     "llama_cpp_py_sync": ("export/llama_cpp.py",),
     "peft": (),

@@ -14,6 +14,7 @@ import pytest
 
 import lorakeet
 from lorakeet.config import RunConfig, read_run
+from lorakeet.kernels.choose import TABLE
 from lorakeet.settings import fields_of
 from lorakeet.workflows.options import VERBS
 from structure.tree import SOURCE, named, parsed, source_files
@@ -105,6 +106,9 @@ def used_definitions() -> set[tuple[str, str]]:
     for path in source_files():
         uses, values, names = used_in(module_name(path), parsed(path))
         found, tables, attributes = found | uses, tables | values, attributes | names
+    sources = [kernel.source.partition(":") for kernels in TABLE.values() for kernel in kernels]
+    found |= {(module, name) for module, _, name in sources}
+    tables |= {module for module, _, _ in sources}
     found |= {(module, name) for module in tables for name in attributes}
     charts = "lorakeet.evaluate.report.charts"
     for template in SOURCE.rglob("*.j2"):

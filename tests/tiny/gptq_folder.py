@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakeet.quant.gptq import PARTS, GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_pack import ZeroFormat
 from tiny.models import save_tiny_llama
 
@@ -44,6 +44,6 @@ def _packed(weight: Tensor, own: dict[str, Any], zero_format: ZeroFormat) -> dic
     g_idx = groups_in_order(columns, own["group_size"])
     if own["desc_act"]:
         g_idx = g_idx[torch.randperm(columns, generator=torch.Generator().manual_seed(1))]
-    codes, grid = nearest_codes(weight, own["bits"], own["sym"], g_idx, int(g_idx.max()) + 1)
+    codes, grid = quantise_to_nearest(weight, own["bits"], own["sym"], g_idx, int(g_idx.max()) + 1)
     base = GptqBase.of(codes, grid, bits=own["bits"], sym=own["sym"], zero_format=zero_format)
     return {part: base.get_buffer(part) for part in PARTS}

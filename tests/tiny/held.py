@@ -5,9 +5,10 @@ from __future__ import annotations
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,3 +63,18 @@ def held_bytes() -> Iterator[Callable[[], int]]:
             found.append(held.peak + tracemalloc.get_traced_memory()[1] - before)
     finally:
         tracemalloc.stop()
+
+
+@contextmanager
+def counted_from(owner: object, name: str) -> Iterator[HeldBytes]:
+    """Counts the tensors that are made from the first call of `owner.name` to the end of the context."""
+    held, real = HeldBytes(), getattr(owner, name)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as counting:
+
+        def called(*given: Any, **more: Any) -> Any:
+            patch.setattr(owner, name, real)
+            counting.enter_context(held)
+            return real(*given, **more)
+
+        patch.setattr(owner, name, called)
+        yield held

@@ -19,7 +19,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import nearest_codes
+from lorakeet.quant.gptq_grid import quantise_to_nearest
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -51,7 +51,7 @@ def packed(weight: Tensor, kind: str, path: str) -> PackedBase:
     if kind in ("int8", "mixed"):
         return Int8Base.of(weight)
     groups = torch.arange(weight.shape[1], dtype=torch.int32) // 32
-    codes, grid = nearest_codes(weight.float(), 4, False, groups, int(groups.max()) + 1)
+    codes, grid = quantise_to_nearest(weight.float(), 4, False, groups, int(groups.max()) + 1)
     return GptqBase.of(codes, grid, bits=4, sym=False)
 
 

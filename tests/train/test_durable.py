@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,19 +51,20 @@ def test_a_kill_between_any_two_renames_leaves_old_or_new(tmp_path: Path, monkey
         pass
 
     def counted(real: object) -> object:
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **named: object) -> object:
             nonlocal calls
             if calls == kill_at:
                 raise Killed
             calls += 1
-            return real(*arguments)  # type: ignore[operator]
+            return real(*arguments, **named)  # type: ignore[operator]
 
         return call
 
     with monkeypatch.context() as patch:
         patch.setattr(durable.os, "rename", counted(os.rename))
         patch.setattr(durable, "flush", counted(durable.flush))
-        patch.setattr(durable, "_remove", counted(durable._remove))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
         finished = False
         try:
             fill(tmp_path / "x", "two")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,8 @@ def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_budget_without_room_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is 50 MiB, but compressing this adapter takes \d+ MiB: .* Give that with --memory"):
+    words = r"is 50MiB, but compressing this adapter takes at least \d+ MiB.* Give that with --memory"
+    with pytest.raises(ConfigError, match=words):
         compress(CompressOptions(str(trained), out=tmp_path / "cut", memory="50MiB"), console=quiet())
     assert not (tmp_path / "cut").exists()
 
@@ -157,16 +159,32 @@ def test_why_no_cut_will_do_is_said() -> None:
     assert "gains nothing there (−0.1000 nats a token)" in _why_none(curve_of(-0.1, (0.001, -0.009, 0.012)), 0.01)
 
 
-def test_a_cut_is_taken_only_below_larger_ones_that_are_good(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the luckiest of eight looks would be taken for the smallest that loses nothing."""
-    found = iter([True, True, False, True, True])
-    monkeypatch.setattr(compressing, "_good", lambda point, gain, share: next(found))
-    monkeypatch.setattr(compressing, "_losses_of", lambda judged, rows, item: judged.losses(rows, ""))
-    losses = RowLosses("any", np.array([1.0, 2.0]), np.array([1, 1]))
-    config = SimpleNamespace(evaluate=EvaluateSpec())
-    judged: Any = SimpleNamespace(fitting=lambda: [1, 2], config=config, losses=lambda *_: losses)
-    cuts: list[Any] = [SimpleNamespace(name=f"cut to {size}", parameters=size) for size in (10, 50, 40, 30, 20)]
-    assert compressing._curve(judged, cuts, 60, 0.01).marked == "cut to 40"
+@dataclass(frozen=True)
+class MadeUpEvaluator:
+    """Forty rows whose mean loss is 3 with the base, 1 with the whole adapter, and as `mean` says with the cut on the model."""
+
+    mean: dict[str, float]
+    config: Any
+    text: Any
+    name: str = ""
+
+    def fitting(self) -> list[int]:
+        return list(range(40))
+
+    def losses(self, rows: list[int], system: str) -> RowLosses:
+        mean = {"base": 3.0, "default": 1.0, **self.mean}[system]
+        return RowLosses(system, mean + 0.2 * np.sin(np.arange(40.0)), np.ones(40, int))
+
+
+def test_a_cut_is_taken_only_below_larger_ones_that_are_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the luckiest of eight cuts would pass for the smallest that loses nothing."""
+    mean: dict[str, float] = {}
+    monkeypatch.setattr(compressing, "attach", lambda model, adapter, name: mean.update({name: adapter}))
+    monkeypatch.setattr(compressing, "eject", lambda model, name: mean.pop(name))
+    lost = {10: 0.0, 50: 0.0, 40: 0.001, 30: 0.5, 20: 0.0}
+    cuts: list[Any] = [SimpleNamespace(name=f"cut to {size}", parameters=size, adapter=1 + less) for size, less in lost.items()]
+    evaluator: Any = MadeUpEvaluator(mean, SimpleNamespace(evaluate=EvaluateSpec()), SimpleNamespace(model=None))
+    assert compressing._curve(evaluator, cuts, 60, 0.01).marked == "cut to 40"
 
 
 def test_what_there_is_to_lose(finished: Any, trained: Path, tmp_path: Path) -> None:

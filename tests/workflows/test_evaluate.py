@@ -33,7 +33,7 @@ def test_a_run_is_measured_on_its_own_test_rows_as_its_report_says(finished: Any
 
 
 def test_a_budget_that_cannot_be_kept_is_refused(finished: Any) -> None:
-    with pytest.raises(ConfigError, match=r"is 50MiB, but measuring this adapter takes at least \d+ MiB, .*--memory, or"):
+    with pytest.raises(ConfigError, match=r"is 50MiB, but measuring this adapter takes at least \d+ MiB.*--memory, or"):
         evaluate(EvaluateOptions(str(finished.path), memory="50MiB"), console=quiet())
 
 

@@ -28,7 +28,7 @@ from lorakeet.train.log import read_metrics
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import assemble_text as assembling
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
-from lorakeet.workflows.finetuning.text import TextKind
+from lorakeet.workflows.finetuning.text import TextRunKind
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.models import save_tiny_llama
@@ -286,7 +286,7 @@ def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
 ) -> None:
     copy, bad = tmp_path / "copy", tolerance_check("base untouched", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"), n=3)
     shutil.copytree(finished.path, copy)
-    monkeypatch.setattr(TextKind, "certify", lambda *_: Certificate("x", (bad,)))
+    monkeypatch.setattr(TextRunKind, "certify", lambda *_: Certificate("x", (bad,)))
     console = Console(record=True, width=200, file=io.StringIO())
     with pytest.raises(VerificationFailed, match="base untouched"):
         finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console)

@@ -212,7 +212,7 @@ def test_what_is_missing_is_said_of_all_adapters_at_once(tmp_path: Path) -> None
         drawn(tmp_path / "out", adapter=(f"a={begun}", f"b={texts}", f"c={tmp_path / 'gone'}"), each=("a",))
     lines = str(error.value).splitlines()
     assert lines[0] == "These adapters cannot be drawn with (3 problems):" and len(lines) == 4
-    assert f"{begun} is a run that has no adapter yet: {begun / 'adapter'} comes with its first held-out" in lines[1]
+    assert f"{begun} is a run that has no adapter yet: {begun / 'adapter'} is written at its first held-out" in lines[1]
     assert lines[1].endswith(f"lorakeet finetune --resume {begun}")
     assert f"{texts} is a run of kind text" in lines[2] and f"{tmp_path / 'gone'} does not exist" in lines[3]
     with pytest.raises(DataError, match=rf"^{begun} is a run that has no adapter yet"):

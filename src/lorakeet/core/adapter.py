@@ -36,19 +36,26 @@ class Pair:
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.scale_rule)
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out, in[, k, k]) of the weight that it changes, also if that is stored transposed; for experts (experts, out, in)."""
+        if self.kind == "experts":
+            return self.A.shape[0], self.B.shape[1], self.A.shape[2]
+        return self.B.shape[0], *self.A.shape[1:]
+
     def delta(self) -> Tensor:
         """scale·B·A in the shape of the frozen weight, fp32; for DoRA the change before the rows are rescaled."""
         return delta(self.A.float(), self.B.float(), self.scale, self.kind)
 
 
-Places = tuple[int, int, int | None, int | None]  # of the A, B, magnitude and bias of a pair in a row of tensors
+Places = tuple[int, int, int | None, int | None]  # indices of A, B, magnitude and bias of a pair among the tensors
 
 
 @dataclass(frozen=True, eq=False)
 class FlatPairsLayout:
-    """What the pairs of adapters of one recipe have in common: paths, shapes and scales; all but the numbers.
+    """Paths, shapes and scales of the pairs of adapters with one recipe: everything but the numbers.
 
-    Nobody may change it, and one is another only if it is the same object: what was found out about it holds for all such pairs.
+    It is immutable and compared by identity: what is derived from it holds for all such pairs.
     """
 
     pairs: Mapping[str, Pair]  # on the meta device
@@ -57,18 +64,19 @@ class FlatPairsLayout:
 
     @cached_property
     def parameters(self) -> int:
-        """How many numbers the pairs have."""
+        """The number of elements of all pairs."""
         return sum(map(_numbers, self.pairs.values()))
 
 
 class FlatPairs(Mapping[str, Pair]):
-    """The pairs of one adapter by path: numbers of its own in the shapes of an outline that it shares, made when asked for."""
+    """The pairs of one adapter by path: views of one flat tensor, in the shapes of a shared layout, created on access."""
 
     __slots__ = ("outline", "tensors")
 
     def __init__(self, outline: FlatPairsLayout, numbers: Tensor) -> None:
-        """`numbers`: those of all tensors end to end in fp32, of which the pairs are views. ValueError where they are too few or
-        too many."""
+        """`numbers`: all tensors, flattened and concatenated, fp32; the pairs are views of it. ValueError for another size or
+        dtype.
+        """
         if numbers.dim() != 1 or numbers.dtype != torch.float32 or len(numbers) != outline.parameters:
             given = f"{tuple(numbers.shape)} in {numbers.dtype}"
             raise ValueError(f"the outline has {outline.parameters} numbers in fp32; given are {given}")
@@ -76,7 +84,7 @@ class FlatPairs(Mapping[str, Pair]):
         if numbers.is_meta:
             self.tensors = outline.tensors
         else:
-            with torch.no_grad():  # by one call: hundreds would hand Python's lock to other threads and back each time
+            with torch.no_grad():  # one call: hundreds would pass Python's lock to other threads and back each time
                 self.tensors = tuple(_unflatten_dense_tensors(numbers, outline.tensors))  # type: ignore[no-untyped-call]
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
@@ -112,7 +120,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole set of pairs, by the path of the module (of the parameter, for experts) that each belongs to."""
+    """All pairs of an adapter, by the path of the module (of the parameter, for experts) that each belongs to."""
 
     pairs: Mapping[str, Pair]
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # whole parameters by their path in the model

@@ -1,8 +1,8 @@
 """Frozen bases: a weight that is never trained, behind four methods.
 
 A base answers `matmul(x)` = x·Wᵀ, `matmul_t(g)` = g·W, `dense()` = W, and `store(weight)`, which writes a new W into it.
-Quantised bases (folder `quant`) answer the same four, so that one autograd function serves all of them. Some also say how Triton
-kernels read them (`in_tiles`, see core/kernels).
+Quantised bases (folder `quant`) answer the same four, so that one autograd function works for all of them. Some also say how
+Triton kernels read them (`in_tiles`, see core/triton_products).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class FrozenBase(Protocol):
 
 
 class QuantisedRows(NamedTuple):
-    """Rows of whole numbers (tokens, width), what one step of each row is worth (tokens, 1), and the dtype that they were in.
+    """Rows quantised to int8 (tokens, width), the step of each row (tokens, 1), and the dtype that they had.
 
-    The `columns` (count,), if any, are zeros in the codes; what stood in them is `apart` (tokens, count).
+    The outlier `columns` (count,), if any, are zeros in the codes; their values are `apart` (tokens, count).
     """
 
     codes: Tensor
@@ -55,28 +55,28 @@ class QuantisedRows(NamedTuple):
 
 
 @runtime_checkable
-class Int8Base(Protocol):
-    """A base that may multiply codes of x in place of x (quant/int8). They are the same for every such base."""
+class Int8Multiplier(Protocol):
+    """A base that may multiply quantised rows (quant/int8). Rows are quantised in the same way for every such base."""
 
-    def takes_codes(self, x: Tensor) -> bool:
-        """Whether a product with x now runs over its codes."""
+    def runs_in_int8(self, x: Tensor) -> bool:
+        """True if a product with x runs in int8 now."""
 
-    def code(self, x: Tensor) -> QuantisedRows:
-        """x (tokens, in), coded."""
+    def quantise(self, x: Tensor) -> QuantisedRows:
+        """Quantises x (tokens, in)."""
 
-    def matmul_codes(self, coded: QuantisedRows) -> Tensor:
-        """What `matmul` answers for the x that was coded."""
+    def matmul_int8(self, rows: QuantisedRows) -> Tensor:
+        """The result of `matmul` for the quantised x."""
 
 
 def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
-    """x·Wᵀ of each of several bases over the same x, which is coded once for those that multiply codes."""
-    coded: QuantisedRows | None = None
+    """x·Wᵀ of several bases with the same input x, which is quantised once for all products in int8."""
+    rows: QuantisedRows | None = None
     found = []
     for base in bases:
         if multiplies_int8(base, x):
-            by_codes = cast(Int8Base, base)
-            coded = coded or by_codes.code(x)
-            found.append(by_codes.matmul_codes(coded))
+            in_int8 = cast(Int8Multiplier, base)
+            rows = rows or in_int8.quantise(x)
+            found.append(in_int8.matmul_int8(rows))
         else:
             found.append(base.matmul(x))
     return found
@@ -84,7 +84,7 @@ def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
 
 @runtime_checkable
 class AddingBase(Protocol):
-    """A base that rounds a product with the sum that it is added to, where C multiplies it."""
+    """A base whose product can be added to a sum and rounded once, where C multiplies."""
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in), in place."""
@@ -92,31 +92,31 @@ class AddingBase(Protocol):
 
 @runtime_checkable
 class StoredBase(Protocol):
-    """A base that C may read as it is stored."""
+    """A base that C can read as it is stored."""
 
     def stored(self) -> StoredWeight | None:
-        """What C is told of it; None where it cannot read it."""
+        """The weight as C reads it; None if C cannot read it."""
 
     def tensors(self) -> Sequence[Tensor]:
-        """Those in which it is stored."""
+        """The tensors in which it is stored."""
 
 
 def _is(base: FrozenBase, protocol: type) -> bool:
     return _keeps(type(base), protocol)
 
 
-@functools.cache  # a protocol takes longer to look at than a small product
+@functools.cache  # checking a protocol takes longer than a small product
 def _keeps(kind: type, protocol: type) -> bool:
     return issubclass(kind, protocol)
 
 
 def multiplies_int8(base: FrozenBase, x: Tensor) -> bool:
-    """Whether a product of the base with x now runs over codes of x."""
-    return _is(base, Int8Base) and cast(Int8Base, base).takes_codes(x)
+    """True if a product of the base with x runs in int8 now."""
+    return _is(base, Int8Multiplier) and cast(Int8Multiplier, base).runs_in_int8(x)
 
 
 def stored_weight(base: FrozenBase, x: Tensor) -> StoredWeight | None:
-    """What C is told of a base that it may multiply bf16 rows such as x with; None where the base's own code is to."""
+    """The weight that C multiplies with bf16 rows such as x; None if the base multiplies itself."""
     if not _is(base, StoredBase):
         return None
     found = cast(StoredBase, base).stored()
@@ -126,9 +126,9 @@ def stored_weight(base: FrozenBase, x: Tensor) -> StoredWeight | None:
 
 
 def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Tensor:
-    """Σ g·W (tokens, in) of bases that have seen the same x, from the gradient (tokens, out) of what each has answered.
+    """Σ g·W (tokens, in) of bases with the same input, from the gradient (tokens, out) of each output.
 
-    What dense and packed bases add is rounded with the sum where C multiplies; else it is rounded by itself before.
+    Where C multiplies, dense and packed bases round each product with the sum; else each product is rounded first.
     """
     found: Tensor | None = None
     for base, grad in zip(bases, grads, strict=True):
@@ -143,7 +143,7 @@ def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Ten
 
 
 def frozen_product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
-    """x·Wᵀ, or, `across`, x·W, of x (tokens, ·) and a frozen W (out, in), which is cast to the dtype of x."""
+    """x·Wᵀ, or x·W if `across`, of x (tokens, ·) and a frozen W (out, in), which is cast to the dtype of x."""
     weight = weight.to(x.dtype)
     if (kernel := dense_products(x, weight)) is not None:
         return kernel.DENSE_PRODUCT(x, weight, across)
@@ -161,7 +161,7 @@ def write_frozen_product(to: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = False) -> None:
-    """Adds that to `to` (tokens, ·), in place."""
+    """Adds the product of `frozen_product` to `to` (tokens, ·), in place."""
     weight = weight.to(x.dtype)
     kernel = dense_products(x, weight)
     if kernel is not None and to.dtype == x.dtype and to.is_contiguous():
@@ -172,10 +172,10 @@ def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = 
 
 
 class DenseBase:
-    """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts are seen."""
+    """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts take effect."""
 
-    kernels: TritonRequest | None = None  # where products with a pair may run fused (core/kernels)
-    turned = False  # whether the module keeps it as (in, out)
+    kernels: TritonRequest | None = None  # a request to fuse products with a pair (core/triton_products)
+    transposed = False  # whether the module stores it as (in, out)
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -191,32 +191,34 @@ class DenseBase:
         return self.weight.shape[0], self.weight.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return frozen_product(x, self.weight, across=self.turned)
+        return frozen_product(x, self.weight, across=self.transposed)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return frozen_product(grad, self.weight, across=not self.turned)
+        return frozen_product(grad, self.weight, across=not self.transposed)
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in), in place."""
-        add_frozen_product(to, grad, self.weight, across=not self.turned)
+        add_frozen_product(to, grad, self.weight, across=not self.transposed)
 
     def dense(self) -> Tensor:
         return self.weight.detach()
 
     def stored(self) -> StoredWeight | None:
-        """As native/stored has it; None of one that is trained, in another dtype, turned, elsewhere, or for Triton's kernels."""
+        """As C reads it; None if it is trained, transposed, not bf16 on the CPU, or read by Triton kernels."""
         weight = self.weight
-        if self.turned or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
+        if self.transposed or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
             return None
         read = type(weight) in operators.READ and operators.supports(weight)
-        return StoredWeight(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
+        if not read:
+            return None
+        return StoredWeight(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), owners=(weight.detach(),))
 
     def tensors(self) -> Sequence[Tensor]:
-        """Those in which it is stored."""
+        """The tensors in which it is stored."""
         return (self.weight,)
 
     def in_tiles(self) -> TiledWeight | None:
-        """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""
+        """W as Triton kernels read it; None unless its rows or its columns are contiguous."""
         from lorakeet.kernels.triton.tiles import dense_tiles as tiled
 
         held = self.dense()
@@ -228,9 +230,9 @@ class DenseBase:
 
 
 class TransposedBase(DenseBase):
-    """GPT-2's Conv1D keeps its weight as (in, out); this answers as (out, in)."""
+    """GPT-2's Conv1D stores its weight as (in, out); this base presents it as (out, in)."""
 
-    turned = True
+    transposed = True
 
     @property
     def shape(self) -> tuple[int, int]:

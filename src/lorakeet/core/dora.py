@@ -16,7 +16,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import fold
 from lorakeet.core.plan import PlanEntry
 
-_AT_ONCE = 1 << 20  # numbers of W
+_AT_ONCE = 1 << 20  # elements of W
 _TINY = 1e-12  # keeps an all-zero row from dividing by zero
 
 
@@ -36,7 +36,7 @@ class DoraPair(LoraPair):
         with torch.no_grad():
             flat = rows.flatten(1).float()
             at_once = max(1, _AT_ONCE // flat.shape[1])
-            for first in range(0, len(flat), at_once):  # whose squares are held beside W
+            for first in range(0, len(flat), at_once):  # limits the memory for squares beside W
                 part = slice(first, first + at_once)
                 self.base_norm2[part].copy_(flat[part].pow(2).sum(1))
             self.magnitude.copy_(self._norm(flat @ self.factors()[0].flatten(1).t().to(flat.device)))

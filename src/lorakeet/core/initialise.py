@@ -1,6 +1,6 @@
-"""How A and B begin. Every start leaves the model's function as it was: exactly where B·A = 0, to rounding with an anchor.
+"""Initial values of A and B. Every start leaves the model's function unchanged: exactly where B·A = 0, else to rounding.
 
-The random numbers of a pair depend on the seed and on its path alone, so that adding a layer does not change the others.
+The random numbers of a pair depend on the seed and its path alone, so that adding a layer does not change the others.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ POWER_ITERATIONS = 8
 
 
 def initialise(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -> None:
-    """Fills A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
+    """Initialises A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
     generator = torch.Generator().manual_seed(seed_for(seed, path))
     with torch.no_grad():
         if start in FACTORED:
             A, B = (leading_factors if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
-            # PiSSA's scale·B·A is the part that was cut out; OLoRA's B stays orthonormal, as its authors' code has it.
+            # PiSSA: scale·B·A is the part that is cut out. OLoRA: B stays orthonormal, as in its authors' code.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0
-            _set_anchored(pair, A / root, B / root)
+            _set_initial(pair, A / root, B / root)
         elif start in MEASURED:
-            pair.A.zero_()  # with B = 0 nothing would learn, which the first steps' check of gradients would find
+            pair.A.zero_()  # with B = 0 nothing would be trained, which the check of the first steps' gradients would report
             pair.B.zero_()
         elif start == "orthogonal":
             for A, B in zip(pair.A, pair.B, strict=True) if pair.kind == "experts" else [(pair.A, pair.B)]:
@@ -52,7 +52,7 @@ def seed_for(seed: int, path: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:7], "big")
 
 
-def _set_anchored(pair: LoraPair, A: Tensor, B: Tensor) -> None:
+def _set_initial(pair: LoraPair, A: Tensor, B: Tensor) -> None:
     pair.A.copy_(A)
     pair.B.copy_(B)
     pair.anchor_A = pair.A.detach().clone()
@@ -92,7 +92,7 @@ def _olora(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def _orthogonal(A: Tensor, B: Tensor, generator: torch.Generator) -> None:
-    """A and B both non-zero with B·A = 0: their rank sides lie in two orthogonal halves of R^rank."""
+    """Sets A and B, both non-zero, so that B·A = 0: their rank sides are in two orthogonal halves of R^rank."""
     rank, flat_in, out = A.shape[0], math.prod(A.shape[1:]), B.shape[0]
     Q = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
     left, right = Q[: rank // 2], Q[rank // 2 :]  # orthonormal rows, left·rightᵀ = 0

@@ -29,9 +29,9 @@ class LowRankLinear(torch.autograd.Function):
         ∂L/∂B = s·gᵀ·h      ∂L/∂A = uᵀ·x̃      ∂L/∂x̃ = u·A      ∂L/∂x = g·W
 
     The rank-sized factor is multiplied first, so no (out, in) gradient is ever formed. Saved are x̃ and h, never a
-    dequantised weight: the base brings W back itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
+    dequantised weight: the base dequantises W itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
     All products run in `products` (core/precision): x is cast once, y and ∂L/∂x are rounded once to the dtype of x, and the
-    gradients of A and B come back in their own dtype. A and B may so be kept in fp32 under a bf16 x. Where Triton kernels are
+    gradients of A and B keep their own dtype. A and B may so be kept in fp32 under a bf16 x. Where Triton kernels are
     requested, y and h, and u and ∂L/∂x, each come out of one pass over W (core/triton_products).
     """
 
@@ -126,8 +126,8 @@ def frozen_linear(x: Tensor, base: FrozenBase, *, bias: Tensor | None = None, pr
 class LoraPair(nn.Module):
     """A and B of one frozen weight. Calling it applies it over a base; `fold` adds it to a weight.
 
-    `anchor_A` and `anchor_B` (PiSSA, OLoRA) are the frozen values at which A and B began: the pair then stands for
-    s·(B·A − B₀·A₀), so that the base weight is never touched and any base, quantised or shared, can be used.
+    `anchor_A` and `anchor_B` (PiSSA, OLoRA) are the frozen initial values of A and B: the pair then stands for s·(B·A − B₀·A₀),
+    so that the base weight is never touched and any base, quantised or shared, can be used. A run's saved state has these names.
     """
 
     kind: Kind
@@ -143,7 +143,7 @@ class LoraPair(nn.Module):
     def __init__(self, entry: PlanEntry, *, device: torch.device | str = "cpu", bias: bool = False) -> None:
         """A and B are zeros; core/batched/frozen_pair makes pairs of given ones."""
         super().__init__()
-        # Not one by one: nn.Module looks at each as if it were a tensor.
+        # together: nn.Module checks each assignment for a tensor
         vars(self).update(kind=entry.kind, scale=entry.scale, scale_rule=entry.scale_rule, dropout=entry.dropout)
         self._parameters["A"] = nn.Parameter(torch.zeros(entry.shape_a, device=device))
         self._parameters["B"] = nn.Parameter(torch.zeros(entry.shape_b, device=device))
@@ -152,12 +152,12 @@ class LoraPair(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether this is LoRA alone: no trained length, no bias, no dropout in use."""
+        """True if this is LoRA alone: no trained length, no bias, no dropout in use."""
         return type(self) is LoraPair and self.bias is None and not (self.training and self.dropout > 0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as used: with an anchor, [A; A₀] and [B, −B₀], of twice the rank."""
-        if self._buffers["anchor_A"] is None:  # the plain dicts: every layer's pair is asked, in every pass
+        """A and B as used: with initial values A₀ and B₀, [A; A₀] and [B, −B₀], of twice the rank."""
+        if self._buffers["anchor_A"] is None:  # plain dicts: every layer needs this in every pass
             held = cast("dict[str, Tensor]", self._parameters)
             return held["A"], held["B"]
         assert self.anchor_A is not None and self.anchor_B is not None
@@ -183,29 +183,29 @@ class LoraPair(nn.Module):
     def value(self) -> Pair:
         """A copy as a plain value on the CPU."""
         A, B = (factor.detach().float().cpu().clone().contiguous() for factor in self.factors())
-        rank = A.shape[term_dims(self.kind)[0]]  # with an anchor twice that of A alone
+        rank = A.shape[term_dims(self.kind)[0]]  # with initial values twice that of A
         bias = None if self.bias is None else self.bias.detach().float().cpu().clone()
         return Pair(A, B, alpha_for(self.scale, rank, self.scale_rule), self.kind, self.scale_rule, self._magnitude_value(), bias)
 
     @property
     def rank(self) -> int:
-        """How many rank-one terms B·A has."""
+        """The number of rank-one terms of B·A."""
         return self.A.shape[term_dims(self.kind)[0]]
 
     def keep(self, terms: Tensor) -> None:
-        """Cuts A and B for good to the rank-one terms b_i·a_iᵀ of these numbers, ascending; with none of them ΔW is zero.
+        """Cuts A and B permanently to the rank-one terms b_i·a_iᵀ with these indices, ascending; with none of them ΔW is zero.
 
-        The scale stays, and so what the kept terms compute. A and B stay the same Parameters, so that an optimizer that holds
-        them holds the cut ones; no graph may wait for its backward pass. ValueError for a pair that is more than s·B·A.
+        The scale stays, and so does what the kept terms compute. A and B stay the same Parameters, so that an optimizer that has
+        them has the cut ones; no graph may wait for its backward pass. ValueError for a pair that is more than s·B·A.
         """
         if self.anchor_A is not None or self.bias is not None or self._magnitude_value() is not None:
-            raise ValueError("a pair with an anchor, a bias or a trained length is not a sum of rank-one terms alone")
+            raise ValueError("a pair with initial values, a bias or a trained length is not a sum of rank-one terms alone")
         for factor, dim in zip((self.A, self.B), term_dims(self.kind), strict=True):
             factor.grad = None
             factor.data = factor.data.index_select(dim, terms.to(factor.device))
 
     def load(self, pair: Pair) -> None:
-        """Takes over the numbers of `pair`, whose shapes must be those of this pair."""
+        """Copies the numbers of `pair`, whose shapes must be those of this pair."""
         with torch.no_grad():
             self.A.copy_(pair.A)
             self.B.copy_(pair.B)

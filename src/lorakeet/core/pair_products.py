@@ -1,10 +1,9 @@
-"""The low-rank products of pairs in training, each pair on rows of its own: what the autograd functions of this folder do beside
-the products with their frozen weights.
+"""The low-rank products of pairs in training, each pair on its own rows, beside the products with frozen weights.
 
-        h = x·Aᵀ      y += s·h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = s·gᵀ·h      ∂A = uᵀ·x
+    h = x·Aᵀ      y += s·h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = s·gᵀ·h      ∂A = uᵀ·x
 
-The rank-sized factor is multiplied first, so no (out, in) matrix is ever formed. Where kernels/cpu serves, all pairs of a batch
-are multiplied in one call; else part by part in torch's products, which give the same to rounding.
+The rank-sized factor is multiplied first, so no (out, in) matrix is ever formed. A C kernel multiplies all pairs of a batch in
+one call (kernels/choose.low_rank_products); torch multiplies part by part, with the same result to rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lorakeet.kernels.protocol import LowRankProducts
 
 
 class PairSpan(NamedTuple):
-    """Where a pair counts: rows start … stop − 1, with its scale; `layer` numbers the y that it adds to."""
+    """The rows start … stop − 1 of a pair, and its scale; `layer` is the index of the y that it adds to."""
 
     start: int
     stop: int
@@ -35,26 +34,26 @@ class PairSpan(NamedTuple):
 
 
 class PairProducts:
-    """Pairs on layers that see the same x, by their places. What it is given as `factors` are A and B of each by turns.
+    """Pairs on layers with the same input x. `factors` are A and B of each, alternating.
 
-    Neighbours on the same rows are a part, whose A's are multiplied together. `add` decides which way is taken, and `backward`
-    and `of_a` take the same one; without `add`, that of torch.
+    Consecutive pairs on the same rows form a part, whose A's are multiplied together. `add` chooses the kernel, which `backward`
+    and `of_a` use too; without `add` they use torch.
     """
 
     def __init__(self, places: Sequence[PairSpan], products: torch.dtype, *, in_c: bool = True) -> None:
-        """For products in that dtype; `in_c`: by kernels/cpu where it serves."""
+        """`products` is the dtype of the products; `in_c` False excludes the C kernel."""
         self.places, self.products = tuple(places), products
         self.kernel: LowRankProducts | None = None  # that multiplies all pairs in one call; None: torch
         alike = groupby(range(len(self.places)), lambda pair: self.places[pair][:2])
-        self.parts = [(slice(*rows), list(pairs)) for rows, pairs in alike]  # rows, and the numbers of the pairs
+        self.parts = [(slice(*rows), list(pairs)) for rows, pairs in alike]  # rows, and indices of the pairs
         self._in_c = in_c
         self._numbers = [number for place in self.places for number in (place.start, place.stop, place.layer)]
         self._scales = [place.scale for place in self.places]
 
     def add(self, ys: Sequence[Tensor], x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Adds s·x·Aᵀ·Bᵀ to each layer's y (tokens, out), in place, of x (tokens, in), both in the dtype of the products.
+        """Adds s·x·Aᵀ·Bᵀ to each layer's y (tokens, out), in place, for x (tokens, in), both in the dtype of the products.
 
-        What it gives, `backward` wants again.
+        Returns the tensors that `backward` needs.
         """
         if not self.places:
             return ()
@@ -74,9 +73,10 @@ class PairProducts:
     def backward(
         self, grad_x: Tensor | None, grads: Sequence[Tensor], shrunk: Sequence[Tensor], factors: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """What `of_a` wants, and ∂B of each pair in its own dtype, of g = ∂L/∂y (tokens, out) of each layer.
+        """Returns the tensors that `of_a` needs, and ∂B of each pair in its own dtype, from g = ∂L/∂y (tokens, out) of each
+        layer.
 
-        Adds u·A to `grad_x` (tokens, in), in place, where it is given.
+        Adds u·A to `grad_x` (tokens, in), in place, unless it is None.
         """
         if not self.places:
             return (), []
@@ -104,10 +104,10 @@ class PairProducts:
         if self.kernel is not None:
             return _cut(self.kernel.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers), factors[::2])
         found = [torch.mm(u.t(), x[rows]) for (rows, _), u in zip(self.parts, through, strict=True)]
-        return self.parted(found, factors)
+        return self.split(found, factors)
 
-    def parted(self, found: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-        """uᵀ·x of each part (all its ranks, in) as ∂A of each pair."""
+    def split(self, found: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+        """Splits uᵀ·x of each part (all its ranks, in) into ∂A of each pair."""
         each: list[Tensor] = []
         for (_, pairs), of_part in zip(self.parts, found, strict=True):
             dtype = factors[2 * pairs[0]].dtype
@@ -117,7 +117,7 @@ class PairProducts:
         return [grad.to(A.dtype) for grad, A in zip(each, factors[::2], strict=True)]
 
     def _all_a(self, pairs: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
-        """A's one below the other (all ranks, in), in the dtype of the products: one cast, for a card launches each."""
+        """The A's stacked (all ranks, in), in the dtype of the products; one cast, since a GPU launches each."""
         held = [factors[2 * pair] for pair in pairs]
         return (held[0] if len(held) == 1 else torch.cat(held)).to(self.products)
 
@@ -126,11 +126,11 @@ class PairProducts:
 
 
 def alternated(of_a: Iterable[Tensor | None], of_b: Iterable[Tensor]) -> list[Tensor | None]:
-    """∂A and ∂B of each pair, as `factors` have them."""
+    """∂A and ∂B of each pair, alternating as in `factors`."""
     return [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
 
 
 def _cut(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """`numbers`, one factor's behind the other's, in their shapes and dtypes: views of one tensor where these are fp32."""
+    """Cuts `numbers` into tensors with the shapes and dtypes of `like`: views of one tensor if these are fp32."""
     parts = torch.split(numbers, [factor.numel() for factor in like])
     return [part.view(factor.shape).to(factor.dtype) for part, factor in zip(parts, like, strict=True)]

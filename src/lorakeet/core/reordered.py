@@ -1,8 +1,9 @@
-"""Dense weights in the order in which they are multiplied, for inference on a CPU: Lorakeet's own (kernels/cpu), else oneDNN's.
+"""Dense weights packed for inference on a CPU: in Lorakeet's own layout (kernels/cpu/panels), else oneDNN's.
 
-A product of a few tokens with a plain weight spends half of its time on bringing the weight into an order. Done once, 16 tokens
-in bf16 take 0.5 to 0.65 of the time by oneDNN, and one token half; in Lorakeet's own order 0.7 and 0.55 of that (docs/log.md).
-The plain weight is not kept beside it.
+A product of a few tokens with a plain weight spends half of its time on packing it. Packed once, 16 tokens in bf16 take 0.5 to
+0.65
+of the time with oneDNN, and one token half; in Lorakeet's own layout 0.7 and 0.55 of that (docs/log.md). The plain weight is not
+kept.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from torch import Tensor, nn
 from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.lowrank import frozen_linear
 from lorakeet.kernels.choose import inference_layout
-from lorakeet.kernels.cpu.panels import Panels, SideBySide
+from lorakeet.kernels.cpu.panels import PanelGroup, Panels
 
 
 class Order(Protocol):
-    """A weight (out, in) in some order."""
+    """A weight (out, in) in a packed layout."""
 
     def product(self, x: Tensor) -> Tensor:
         """x (tokens, in) to (tokens, out), both in the weight's dtype."""
         ...
 
     def dense(self) -> Tensor:
-        """The weight again, to the last bit."""
+        """Restores the weight, to the last bit."""
         ...
 
 
 class ReorderedBase:
-    """A FrozenBase over such a weight (out, in). `dense` brings it back to the last bit, which takes memory for a copy."""
+    """A FrozenBase over such a weight (out, in). `dense` restores it to the last bit, in memory for a copy."""
 
     def __init__(self, weight: Tensor) -> None:
         """`weight` (out, in) on the CPU; see `can_reorder`."""
@@ -57,7 +58,7 @@ class ReorderedBase:
 
 
 class ReorderedLinear(nn.Module):
-    """Stands in a model in place of an nn.Linear whose weight it takes over."""
+    """Replaces an nn.Linear in a model and takes over its weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -81,21 +82,21 @@ class ReorderedLinear(nn.Module):
 
 
 class ReorderedProducts:
-    """Weights that see the same x: one call for all of them, where all are in Lorakeet's own order."""
+    """Weights with the same input x: one call for all of them, if all are in Lorakeet's own layout."""
 
     def __init__(self, bases: Sequence[FrozenBase]) -> None:
         self.bases = tuple(bases)
         self._orders: list[Order] = []
-        self._beside: SideBySide | None = None
+        self._beside: PanelGroup | None = None
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """x (tokens, in) to x·Wᵀ (tokens, out) of each; these may be parts of one tensor, side by side."""
+        """x (tokens, in) to x·Wᵀ (tokens, out) of each, which may be views of one tensor."""
         if len(x) and x.dtype == torch.bfloat16 and all(isinstance(base, ReorderedBase) for base in self.bases):
             orders = [cast(ReorderedBase, base).order for base in self.bases]
-            if self._orders != orders:  # a base may be given another weight
+            if self._orders != orders:  # `store` may have replaced a base's weight
                 self._orders = orders
                 panels = [order for order in orders if isinstance(order, Panels)]
-                self._beside = SideBySide(panels) if len(panels) == len(orders) else None
+                self._beside = PanelGroup(panels) if len(panels) == len(orders) else None
             if self._beside is not None:
                 return list(torch.split(self._beside.product(x), self._beside.outputs, dim=1))
         return matmul_each(self.bases, x)

@@ -1,4 +1,4 @@
-"""One buffer that all packed weights share, into which each is brought back where it is not multiplied as it is."""
+"""A buffer shared by all packed weights, into which each is dequantised where it is not multiplied as stored."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from torch import Tensor
 
 
 def _world(tensor: Tensor) -> object:
-    """What a tensor's numbers belong to: the trace that made it, or its plain type."""
+    """The trace that made a tensor, or its plain type."""
     return getattr(tensor, "fake_mode", type(tensor))
 
 
 class Scratch:
-    """One growing buffer for each device and dtype, lent as a matrix until it is asked for again.
+    """A growing buffer for each device and dtype, lent as a matrix until the next request.
 
-    Fake tensors, with which a step is traced, have buffers of their own; whoever traces clears them after it.
+    Fake tensors, with which a step is traced, have buffers of their own; clear them after the trace.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device, object], Tensor] = {}
 
     def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory of that shape; the tensor lent before is no longer valid."""
+        """Uninitialised memory of that shape; invalidates the tensor lent before."""
         size = shape[0] * shape[1]
         key = (dtype, device, _world(torch.empty(0, device=device)))
         held = self._buffers.get(key)
         if held is None or held.numel() < size:
             self._buffers.pop(key, None)
-            with torch.inference_mode(False):  # or nobody could write to it who asks outside of that mode later
+            with torch.inference_mode(False):  # else it could not be written outside of inference mode
                 held = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
-    def held(self) -> tuple[Tensor, ...]:
-        """The buffers that are lent now: whoever has written down where they lie holds them."""
+    def lent(self) -> tuple[Tensor, ...]:
+        """The buffers in use; CUDA graphs that recorded their addresses must keep them alive."""
         return tuple(self._buffers.values())
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         self._buffers.clear()
 
 

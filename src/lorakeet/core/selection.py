@@ -1,4 +1,4 @@
-"""Which adapter counts: one Selection for all adapted layers of a model, so that switching is one assignment."""
+"""Which adapter is active: one Selection for all adapted layers of a model, so that switching is one assignment."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 Mix = tuple[tuple[str, float], ...]  # the adapters that a token uses, with weights
-Standing = tuple[Mix, tuple[int | None, ...]]  # a mix, and when each of its adapters last came
+MixState = tuple[Mix, tuple[int | None, ...]]  # a mix, and the change at which each of its adapters was last attached
 Run = tuple[int, int, Mix]  # the units start … stop − 1 use one mix
-PATIENCE = 64  # batches that need less than half of the room which earlier ones needed, until it is given back
-_STANDING = "standing"
-FEW = 16  # tokens of one mix, up to which its rows are picked for each; products of all of them beyond
+PATIENCE = 64  # batches in a row that need less than half of the memory, after which it is freed
+_STATES = "states"
+FEW = 16  # up to so many tokens of one mix gather their rows one by one; more are multiplied together
 
 
 @dataclass(frozen=True)
 class Share:
     """The units start … stop − 1 of a batch use `name` with `weight`; weight 1 is the adapter as it is.
 
-    A unit is a token of rows laid end to end, or a row or picture of a padded batch.
+    A unit is a token of packed rows, or a row or picture of a padded batch.
     """
 
     start: int
@@ -35,11 +35,11 @@ class Share:
 
 @dataclass(frozen=True)
 class BatchAssignment:
-    """A divided batch as layers compute it: each mix has a place where its pairs stand.
+    """A divided batch as layers compute it: each mix has a slot in which its pairs are stored.
 
-    `places` are the mixes by place, some of which nobody may use now; `used` are the others. `long` are the tokens that use one
-    mix, where these are many, with its place. Of all others that have a mix, `at` is the place; they are the `tokens` (k,), or
-    all there are if that is None. `picked` is for what layers work out for them, by what it depends on.
+    `places` are the mixes by slot, some of them not in use; `used` are the slots in use. `long` are the tokens of a mix that has
+    many, with its slot. `at` are the other tokens that have a mix, with its slot: the `tokens` (k,), or all of them if that is
+    None. `picked` caches what layers derive from this, by what it depends on.
     """
 
     places: tuple[Mix, ...]
@@ -51,7 +51,7 @@ class BatchAssignment:
 
 
 class Tables(Protocol):
-    """Copies of pairs that layers hold for divided batches."""
+    """Copies of pairs that layers store for divided batches."""
 
     bytes: int
 
@@ -67,28 +67,28 @@ class Selection:
         self.active: str | None = None
         self.shares: tuple[Share, ...] | None = None
         self.units = 0
-        self.changes = 0  # rises whenever an adapter comes to a layer or leaves one
-        self.comings: dict[str, int] = {}  # what `changes` was when that last happened, by adapter
+        self.changes = 0  # counts adapters that were attached to or detached from a layer
+        self.attached_at: dict[str, int] = {}  # `changes` at the last such event, by adapter
         self._numbers = itertools.count(1)
         self._places: tuple[Mix, ...] = ()
-        self._runs: tuple[Run, ...] | None = None  # of the shares; worked out when a layer asks for them
-        self._arranged: dict[tuple[int, torch.device], BatchAssignment] = {}
-        self._roomy = 0  # divisions in a row that used less than half of the places
+        self._runs: tuple[Run, ...] | None = None  # of the shares; computed on first use
+        self._assignments: dict[tuple[int, torch.device], BatchAssignment] = {}
+        self._oversized = 0  # divisions in a row that used less than half of the slots
         self._tables: list[weakref.ref[Tables]] = []
-        self.copies: Tables | None = None  # of mixes on all layers, where these are made at once (core/batched/mix_copies)
+        self.copies: Tables | None = None  # of mixes on all layers, if they are made together (core/batched/mix_copies)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Selection:
-        """For copies of the layers: the same adapters count, and what layers made of them is made anew."""
+        """For copies of the layers: the same adapters are active; what layers derive from them is derived anew."""
         found = Selection()
         found.active, found.shares, found.units = self.active, self.shares, self.units
-        found.changes, found.comings = self.changes, dict(self.comings)
+        found.changes, found.attached_at = self.changes, dict(self.attached_at)
         found._numbers = itertools.count(self.changes + 1)
         return found
 
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""
         self.active, self.shares, self._runs = name, None, None
-        self._arranged = {}
+        self._assignments = {}
 
     def divide(self, shares: Iterable[Share], *, units: int) -> None:
         """The next batches have `units` units, and each share of them its adapter; units in no share use the bare base.
@@ -101,79 +101,80 @@ class Selection:
             if not 0 <= share.start < share.stop <= units:
                 raise ValueError(f"{share} does not lie within a batch of {units}")
         if given == self.shares and units == self.units:
-            return  # the same rows write another token: what was worked out for them still holds
+            return  # the same rows generate another token: everything derived still holds
         self.shares, self.units = given, units
         self._runs = None
-        self._arranged = {}
+        self._assignments = {}
 
     def changed(self, name: str, *, gone: bool = False) -> None:
-        """The adapter `name` has come to layers or left them, or all of them (`gone`): copies of its pairs are old now.
+        """Records that the adapter `name` was attached or detached, or removed from all layers (`gone`): copies of its pairs are
+        stale.
 
         From any thread, after the layers have changed; rows that are being computed do not use this adapter.
         """
         number = next(self._numbers)
         if gone:
-            self.comings.pop(name, None)
+            self.attached_at.pop(name, None)
         else:
-            self.comings[name] = number
+            self.attached_at[name] = number
         self.changes = number
 
-    def holds(self, tables: Tables) -> None:
-        """Some layers compute divided batches with these from now on, as long as they are alive."""
+    def register(self, tables: Tables) -> None:
+        """Registers copies that layers use for divided batches, for as long as they are alive."""
         self._tables = [known for known in self._tables if known() is not None] + [weakref.ref(tables)]
 
     @property
     def table_bytes(self) -> int:
-        """What all copies of pairs take that layers hold for divided batches. From any thread."""
+        """Bytes of all copies of pairs for divided batches. From any thread."""
         return sum(tables.bytes for known in self._tables if (tables := known()) is not None)
 
     def release(self) -> None:
-        """Frees those copies; the next divided batch makes its own. In the thread that runs the model."""
+        """Frees those copies; the next divided batch makes its own. Call it in the thread that runs the model."""
         for known in self._tables:
             if (tables := known()) is not None:
                 tables.release()
-        self.changes = next(self._numbers)  # layers look again at what they hold
+        self.changes = next(self._numbers)  # layers check their copies again
 
-    def standing(self, to: BatchAssignment) -> dict[int, Standing]:
-        """What must stand at each place of `to` that is used, as of now."""
+    def states(self, to: BatchAssignment) -> dict[int, MixState]:
+        """The state that each slot in use must have now."""
         changes = self.changes
-        known = cast("tuple[int, dict[int, Standing]] | None", to.picked.get(_STANDING))
+        known = cast("tuple[int, dict[int, MixState]] | None", to.picked.get(_STATES))
         if known is not None and known[0] == changes:
             return known[1]
         mixes = {place: to.places[place] for place in to.used}
-        found = {place: (mix, tuple(self.comings.get(name) for name, _ in mix)) for place, mix in mixes.items()}
-        to.picked[_STANDING] = changes, found  # in place of the last one: the same rows may outlive thousands of changes
+        found = {place: (mix, tuple(self.attached_at.get(name) for name, _ in mix)) for place, mix in mixes.items()}
+        to.picked[_STATES] = changes, found  # replaces the last one: the same rows may outlive thousands of changes
         return found
 
     def shares_over(self, tokens: int) -> tuple[Share, ...]:
-        """The shares in tokens, where a layer sees `tokens` of them: as many for each unit."""
+        """The shares in tokens, for a layer with `tokens` of them: equally many for each unit."""
         shares, each = self.shares or (), self._each(tokens)
         if each == 1:
             return shares
         return tuple(Share(share.start * each, share.stop * each, share.name, share.weight) for share in shares)
 
     def all_shares(self, tokens: int) -> tuple[Share, ...]:
-        """The same where the batch is divided; else the one share of all tokens, if an adapter is active."""
+        """The shares of a divided batch; else one share of all tokens, if an adapter is active."""
         if self.shares is not None:
             return self.shares_over(tokens)
         return () if self.active is None else _whole(tokens, self.active)
 
-    def arranged(self, tokens: int, device: torch.device) -> BatchAssignment:
-        """How layers that see `tokens` tokens compute the divided batch; worked out once for all of them.
+    def assignment(self, tokens: int, device: torch.device) -> BatchAssignment:
+        """How layers with `tokens` tokens compute the divided batch; computed once for all of them.
 
-        A mix keeps its place from one batch to the next, so that its pairs need not be copied again. The tuple of places is the
-        same one as long as all mixes had one.
+        A mix keeps its slot from one batch to the next, so that its pairs need not be copied again. The tuple of slots is the
+        same object as long as all mixes had one.
         """
-        found = self._arranged.get((tokens, device))
+        found = self._assignments.get((tokens, device))
         if found is None:
             each = self._each(tokens)
             if self._runs is None:
                 self._runs = _runs(self.shares or ())
                 mixes = dict.fromkeys(mix for _, _, mix in self._runs)
-                self._roomy = self._roomy + 1 if len(self._places) > 2 * len(mixes) else 0
-                self._places = tuple(mixes) if self._roomy >= PATIENCE else _placed(self._places, mixes)
+                self._oversized = self._oversized + 1 if len(self._places) > 2 * len(mixes) else 0
+                self._places = tuple(mixes) if self._oversized >= PATIENCE else _placed(self._places, mixes)
             spans = [(slice(start * each, stop * each), mix) for start, stop, mix in self._runs]
-            found = self._arranged[tokens, device] = _assignment(spans, self._places, tokens, device)
+            found = self._assignments[tokens, device] = _assignment(spans, self._places, tokens, device)
         return found
 
     def _each(self, tokens: int) -> int:
@@ -190,7 +191,7 @@ def _whole(tokens: int, name: str) -> tuple[Share, ...]:
 
 
 def _runs(shares: tuple[Share, ...]) -> tuple[Run, ...]:
-    """Units by the mix that they use, neighbours of one mix together. The weights of overlapping shares of one adapter add up."""
+    """Units by their mix, neighbours with one mix together. Weights of overlapping shares of one adapter are added."""
     ends = sorted({end for share in shares for end in (share.start, share.stop)})
     found: list[Run] = []
     for start, stop in itertools.pairwise(ends):
@@ -209,7 +210,7 @@ def _runs(shares: tuple[Share, ...]) -> tuple[Run, ...]:
 
 
 def _placed(places: tuple[Mix, ...], mixes: Collection[Mix]) -> tuple[Mix, ...]:
-    """`places` with one for each of the `mixes`: where it stands already, else one that nobody uses, else a new one."""
+    """`places` with a slot for each of the `mixes`: the one it has, else an unused one, else a new one."""
     new = [mix for mix in mixes if mix not in places]
     if not new:
         return places

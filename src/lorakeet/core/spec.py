@@ -1,4 +1,4 @@
-"""What the user asks of LoRA: `LoraSpec`, the `lora:` part of a run file. Imports no torch, so that `--help` is quick."""
+"""The settings of LoRA: `LoraSpec`, the `lora:` part of a run file. Imports no torch, so that `--help` is quick."""
 
 from __future__ import annotations
 

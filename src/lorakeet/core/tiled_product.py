@@ -1,4 +1,4 @@
-"""Products with the rows of a large frozen matrix, a tile of rows at a time, so that the matrix need not be in memory."""
+"""Products with the rows of a large frozen matrix, tile by tile, so that the matrix need not be in memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import frozen_product
 
-TILE = 8192  # rows: of a Llama-2 7B's head 67 MB in bf16
-PART = 1 << 22  # numbers of two tensors that are compared at once
+TILE = 8192  # rows: 67 MB in bf16 for a Llama-2 7B's head
+PART = 1 << 22  # elements of two tensors that are compared at once
 
 
 class RowSource(Protocol):
-    """A matrix whose rows can be had in parts: a tensor, or one that lies in a store."""
+    """A matrix whose rows can be read in parts: a tensor, or one in a store."""
 
     @property
     def shape(self) -> Any:
@@ -25,17 +25,17 @@ class RowSource(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers."""
+        """The dtype of the elements."""
 
     def __getitem__(self, part: slice, /) -> Tensor:
-        """Some of the rows."""
+        """Reads some of the rows."""
 
 
 class StackedRows(RowSource, Protocol):
     """Rows that may have more than two dimensions, such as a tensor in a file."""
 
     def as_matrix(self) -> RowSource:
-        """The same numbers with all dimensions but the last laid end to end as rows."""
+        """The same numbers with all dimensions but the last flattened into rows."""
 
 
 def tiles(rows: int, tile: int = TILE) -> Iterator[slice]:
@@ -50,7 +50,7 @@ def parts(shape: tuple[int, ...], numbers: int = PART) -> Iterator[slice]:
 
 
 def as_matrix(rows: RowSource) -> RowSource:
-    """The same numbers with all dimensions but the last laid end to end as rows.
+    """The same numbers with all dimensions but the last flattened into rows.
 
     What a part of a stack of matrices holds is then no more than that of a matrix. Vectors and matrices are left as they are.
     """
@@ -61,7 +61,7 @@ def as_matrix(rows: RowSource) -> RowSource:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """That of `as_matrix` of a tensor of `shape`."""
+    """The shape of `as_matrix` of a tensor of `shape`."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 2 else shape
 
 
@@ -93,7 +93,7 @@ def back_product(grad: Tensor, weight: RowSource, products: torch.dtype) -> Tens
 
 
 def add_back_products(total: Tensor, grads: Iterable[tuple[slice, Tensor]], weight: RowSource) -> None:
-    """Adds that to `total` (n, columns), in place, tile by tile, from the gradient (n, ·) of each tile's rows."""
+    """Adds grad·W to `total` (n, columns), in place, tile by tile, from the gradient (n, ·) of each tile's rows."""
     for part, grad in grads:
         total += frozen_product(grad, weight[part], across=True)
-        del grad  # before the next one is made
+        del grad  # frees it before the next one is made

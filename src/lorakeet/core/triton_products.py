@@ -29,7 +29,7 @@ def dequantises(base: FrozenBase, out: Tensor, buffers: Iterable[Tensor]) -> boo
     return first_of(kernels, out, tuple(buffers)).source.endswith(".tiles")
 
 
-def unpack_rows(tiles: TiledWeight, out: Tensor, first: int = 0) -> Tensor:
+def dequantise_rows(tiles: TiledWeight, out: Tensor, first: int = 0) -> Tensor:
     """Writes rows of W from `first` on into `out`, contiguous, until it is full, each number rounded once; returns it."""
     from lorakeet.kernels.triton.tiles import unpack_tiles as launch
 

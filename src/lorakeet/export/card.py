@@ -1,6 +1,6 @@
-"""README.md beside an export: what it is, how it was measured, with the run's own figures, and how to use it.
+"""The model card (README.md) of an export: what it is, how to use it, and what the run measured.
 
-The front matter is what model hubs read: base model, licence, data sets, tags. Nothing is stated that is not known.
+Model hubs read the front matter: base model, licence, data sets, tags. Only known facts are stated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HUB = "hub:"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card states besides the run's report; empty fields are left out."""
+    """Facts for the README besides the run's report; empty fields are left out."""
 
     title: str
     base_model: str
@@ -104,7 +104,7 @@ def _checks(certificate: Certificate) -> list[str]:
 
 
 def licence_of(folder: Path) -> str:
-    """The licence that a model folder's README.md names in its front matter; empty where it names none."""
+    """The licence in the front matter of a model folder's README.md; empty if there is none."""
     found = readme_metadata(folder).get("license")
     return found if isinstance(found, str) else ""
 

@@ -16,7 +16,7 @@ PART_BYTES = 48 * PART  # peak while two tensors are compared, or one is written
 
 
 class Expected(Protocol):
-    """What tensors should be, by name: `MergedTensors`, or a layout of it under other names."""
+    """The expected tensors by name: `MergedTensors`, or these under other names."""
 
     @property
     def names(self) -> list[str]: ...
@@ -30,14 +30,15 @@ class Expected(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """How one stored tensor relates to what it should be, W + Δ.
+    """How a stored tensor differs from the expected one, W + Δ.
 
-    share: ⟨stored − W, Δ⟩ / ⟨Δ, Δ⟩: 1 when the whole change is there, 0 when none is, c when it was scaled by c; NaN where Δ = 0.
-    Rounding to a few bits is nearly independent of Δ, so `share` stays readable where rounding is larger than the change;
-    `share_error` is how far rounding alone moves it, ‖stored − W − Δ‖ / (‖Δ‖·√n).
-    rounding: ‖stored − (W + Δ)‖ / ‖W + Δ‖. moved: ‖stored − W‖ / ‖Δ‖, large where another adapter was folded in.
-    noise: ‖stored − (W + Δ)‖ / ‖Δ‖; above 1 the rounding is larger than the change, and where W itself lies on the grid of the
-    few bits it swallows the change instead of adding noise to it.
+    share: ⟨stored − W, Δ⟩ / ⟨Δ, Δ⟩: 1 if the whole change is there, 0 if none is, c if it was scaled by c; NaN if Δ = 0.
+    Rounding to
+    a few bits is nearly independent of Δ, so `share` is meaningful even if rounding is larger than the change; rounding alone
+    changes it by about `share_error`, ‖stored − W − Δ‖ / (‖Δ‖·√n).
+    rounding: ‖stored − (W + Δ)‖ / ‖W + Δ‖. moved: ‖stored − W‖ / ‖Δ‖, large if another adapter was merged.
+    noise: ‖stored − (W + Δ)‖ / ‖Δ‖; above 1 rounding is larger than the change. If W itself is on the grid of a few bits,
+    rounding removes the change instead of adding noise to it.
     """
 
     share: float
@@ -48,9 +49,9 @@ class StoredTensor:
 
 
 def compare_stored(expected: Expected, stored: Iterable[tuple[str, RowSource]]) -> dict[str, StoredTensor]:
-    """Every tensor of `expected` against the stored one of its name; infinite differences where one is missing or misshapen.
+    """Compares every tensor of `expected` with the stored one; a missing one or another shape gives infinite differences.
 
-    What the adapter changes is made whole, with and without the change; all else is read in parts.
+    Tensors that the adapter changes are computed whole, with and without the change; others are read in parts.
     """
     lost = StoredTensor(0.0, 0.0, math.inf, 0.0)
     found = dict.fromkeys(expected.names, lost)
@@ -62,7 +63,7 @@ def compare_stored(expected: Expected, stored: Iterable[tuple[str, RowSource]]) 
 
 
 def _compare(base: RowSource | None, wanted: RowSource, stored: RowSource) -> StoredTensor:
-    """In parts, in fp64; `base` is None where the adapter changes nothing."""
+    """Compares in parts, in fp64; `base` is None if the adapter changes nothing."""
     shape = tuple(wanted.shape)
     if tuple(stored.shape) != shape:
         return StoredTensor(0.0, 0.0, math.inf, 0.0)
@@ -85,7 +86,7 @@ def _compare(base: RowSource | None, wanted: RowSource, stored: RowSource) -> St
 
 
 def _equal(one: RowSource, other: RowSource) -> bool:
-    """Whether both are in memory, and the same."""
+    """True if both are in memory and equal."""
     return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
 
 

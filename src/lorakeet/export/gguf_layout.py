@@ -1,4 +1,4 @@
-"""What llama.cpp calls each model family: metadata keys from config.json, and what becomes of each stored tensor.
+"""Model families in llama.cpp: metadata keys from config.json, and the conversion of each stored tensor.
 
     model_type             architecture   rows of q and k      norm weights
     llama, mistral         llama          permuted (2.5)       as stored
@@ -61,18 +61,18 @@ _WIDE_GEMMA = {("gemma2", 46), ("gemma3_text", 62)}  # the 27B models: 1/sqrt(hi
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """A model's metadata in GGUF, and the two questions that its tensors ask; `notes` say what is not the same there."""
+    """A model's metadata in GGUF, and the conversion of its tensors; `notes` say what differs there."""
 
     model_type: str
     architecture: Architecture
     metadata: Mapping[str, Value]
     heads: int
     kv_heads: int
-    rope: Mapping[str, Tensor]  # rope_freqs.weight and its like, made from config.json
+    rope: Mapping[str, Tensor]  # rope_freqs.weight and the like, made from config.json
     notes: tuple[str, ...] = ()
 
     def change_of(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """What becomes of the tensor that transformers calls `name`; None where it is written as it is stored."""
+        """The conversion of the tensor that transformers calls `name`; None if it is written as stored."""
         module, _, leaf = name.rpartition(".")
         heads = permuted_heads(self.model_type, module, self.heads, self.kv_heads)
         if heads and leaf in ("weight", "bias"):
@@ -83,7 +83,7 @@ class ModelLayout:
 
 
 def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
-    """The layout of the model whose config.json is `config`. ConfigError with everything that llama.cpp could not compute."""
+    """The layout of the model with this config.json. ConfigError lists everything that llama.cpp cannot compute."""
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else dict(config)
     kind = str(text.get("model_type", ""))
     architecture = ARCHITECTURES.get(kind)
@@ -112,12 +112,12 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
         _check_gemma(text, kind, head_dim, problems)
     if kind in ("mistral", "phi3", "qwen2", "qwen3") and _slides(text):
         notes.append(
-            f"The model attends to its last {text['sliding_window']} tokens only, and llama.cpp's {architecture.name} to all of "
-            "them, so longer texts give other numbers there."
+            f"The model attends to the last {text['sliding_window']} tokens only, llama.cpp's {architecture.name} to all, so "
+            "longer texts give other numbers there."
         )
     for key in ("attention_bias", "mlp_bias"):
         if text.get(key) and kind == "phi3":
-            problems.add(f"{key} is on in config.json, and llama.cpp's phi3 has no place for it.")
+            problems.add(f"{key} is on in config.json, which llama.cpp's phi3 does not support.")
     activation = text.get("hidden_activation") or text.get("hidden_act") or "silu"
     expected = ("gelu_pytorch_tanh",) if kind.startswith("gemma") else ("silu", "swish")
     if activation not in expected:
@@ -128,19 +128,19 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
 
 
 def _slides(text: Mapping[str, Any]) -> bool:
-    """Whether the window is in use and shorter than the context."""
+    """True if the window is in use and shorter than the context."""
     window, context = text.get("sliding_window"), text.get("max_position_embeddings")
     return bool(window) and text.get("use_sliding_window", True) is not False and int(window or 0) < int(context or 0)
 
 
 def _check_gemma(text: Mapping[str, Any], kind: str, head_dim: int, problems: Problems) -> None:
-    """Adds what llama.cpp has fixed for Gemma: the scale of attention, and which blocks have a sliding window."""
+    """Checks what llama.cpp fixes for Gemma: the scale of attention, and which blocks have a sliding window."""
     blocks = int(text["num_hidden_layers"])
     wide = (kind, blocks) in _WIDE_GEMMA
     theirs = text["hidden_size"] // text["num_attention_heads"] if wide else head_dim
-    asked = text.get("query_pre_attn_scalar", theirs)
-    if not math.isclose(float(asked), float(theirs)):
-        problems.add(f"query_pre_attn_scalar is {asked}; llama.cpp takes {theirs} for a model of {blocks} blocks.")
+    scalar = text.get("query_pre_attn_scalar", theirs)
+    if not math.isclose(float(scalar), float(theirs)):
+        problems.add(f"query_pre_attn_scalar is {scalar}; llama.cpp takes {theirs} for a model of {blocks} blocks.")
     every = 2 if kind == "gemma2" else 6
     types = text.get("layer_types") or []
     wanted = ["full_attention" if (block + 1) % every == 0 else "sliding_attention" for block in range(blocks)]
@@ -151,7 +151,7 @@ def _check_gemma(text: Mapping[str, Any], kind: str, head_dim: int, problems: Pr
 def _rope(
     text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim: int, problems: Problems
 ) -> dict[str, Tensor]:
-    """Adds rotary settings to `found` and returns the tensors of factors that llama.cpp reads beside the weights."""
+    """Adds rotary settings to `found`, and returns the factor tensors that llama.cpp reads beside the weights."""
     parameters = text.get("rope_parameters") or {}
     full = parameters.get("full_attention", parameters)
     local = parameters.get("sliding_attention", {})
@@ -183,7 +183,7 @@ def _rope(
 
 
 def _llama3_factors(settings: Mapping[str, Any], base: float, head_dim: int) -> Tensor:
-    """What each rotary frequency is divided by under Llama 3.1's rule, (head_dim / 2,): 1, the factor, or a blend between."""
+    """The divisor of each rotary frequency by Llama 3.1's rule, (head_dim / 2,): 1, the factor, or a blend."""
     factor = float(settings["factor"])
     low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
     original = float(settings["original_max_position_embeddings"])

@@ -1,8 +1,9 @@
-"""A whole model as one GGUF file for llama.cpp and Ollama, with an adapter folded in; written tensor by tensor.
+"""Writes a whole model, with an adapter merged in, as one GGUF file for llama.cpp and Ollama, tensor by tensor.
 
-Each matrix is read, folded in fp32 by `merge/edits`, put in llama.cpp's order, rounded once to its type and written: one matrix
-is held at a time, and of one that the adapter leaves alone, such as a large embedding, some rows. Norms, biases and other vectors
-stay fp32, as llama.cpp wants them.
+Each matrix is read, merged in fp32 by `merge/edits`, put in llama.cpp's order, rounded once to its type and written. One matrix
+is
+in memory at a time, or only some rows if the adapter does not change it. Norms, biases and other vectors stay fp32, as llama.cpp
+needs them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lorakeet.formats.gguf import tensor_names
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
 FILE_TYPE, NAME = "general.file_type", "general.name"
-DIGEST = "lorakeet.adapter_sha256"  # our key: which adapter is folded in; others do not read it
+DIGEST = "lorakeet.adapter_sha256"  # our key: the merged adapter; other programs ignore it
 _BLOCK = 32  # weights in a block of Q8_0
 _NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "vision_model.", "model.vision_tower.", "model.multi_modal_projector.")
 _INNER = re.compile(r"^(model\.)?language_model\.(?:model\.)?(?!lm_head)")
@@ -39,7 +40,7 @@ Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, n
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What was written: how many tensors of which type, and what the reader should know."""
+    """What was written: the number of tensors of each type, and notes for the reader."""
 
     path: Path
     bytes: int
@@ -56,7 +57,7 @@ class _Item:
 
 
 class _Stored:
-    """A tensor as the file holds it, for GGUFWriter in place of an array: made and written a part of its rows at a time."""
+    """Stands in for an array in GGUFWriter: the tensor is made, quantised and written some rows at a time."""
 
     def __init__(self, item: _Item) -> None:
         self._item = item
@@ -73,10 +74,10 @@ class _Stored:
 
 
 class GgufTensors:
-    """The tensors of a base with an adapter folded in, by GGUF name, made when they are asked for: fp32, in llama.cpp's order."""
+    """The tensors of a base with an adapter merged in, by GGUF name, computed on request: fp32, in llama.cpp's order."""
 
     def __init__(self, source: Path, adapter: Adapter | None) -> None:
-        """ConfigError lists what does not fit, or has no place in llama.cpp's architecture."""
+        """ConfigError lists what does not fit, or has no name in llama.cpp's architecture."""
         self.folded = MergedTensors(source, adapter)
         self.own = {**self.folded.checkpoint.config, **self.folded.edits.config}
         self.layout: ModelLayout = model_layout(self.own, source)
@@ -95,9 +96,9 @@ class GgufTensors:
             if name.startswith(_NOT_TEXT):
                 skipped += 1
             elif plain == "lm_head.weight" and tied:
-                continue  # llama.cpp takes the embedding where there is no output.weight
+                continue  # llama.cpp uses the embedding if there is no output.weight
             elif (mapped := names.get_name(plain, try_suffixes=(".weight", ".bias"))) is None:
-                problems.add(f"{name} has no place in llama.cpp's {self.layout.architecture.name}.")
+                problems.add(f"{name} has no name in llama.cpp's {self.layout.architecture.name}.")
             else:
                 found[mapped] = name
         if skipped:
@@ -115,22 +116,22 @@ class GgufTensors:
         return self.folded.shape(self.home[name])
 
     def changes(self, name: str) -> bool:
-        """Whether the adapter makes other numbers of the tensor that GGUF calls `name`."""
+        """True if the adapter changes numbers of the tensor that GGUF calls `name`."""
         return self.folded.changes(self.home[name])
 
     @torch.no_grad()
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
-        """The tensor that GGUF calls `name`; without `folded` as it is in the base."""
+        """The tensor that GGUF calls `name`; without `folded`, that of the base."""
         tensor = self.folded.fetch(self.home[name], folded=folded)
         change = self._change(name)
         return tensor if change is None else change(tensor)
 
     def rows(self, name: str) -> RowSource:
-        """As `fetch`, to be had some rows at a time: not whole in memory where nothing is changed in it."""
+        """As `fetch`, readable some rows at a time if the tensor is unchanged."""
         return self.folded.rows(self.home[name]) if self._change(name) is None else self.fetch(name)
 
     def _change(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """What llama.cpp's order makes of a tensor, if anything."""
+        """The conversion of a tensor to llama.cpp's order; None if there is none."""
         return self.layout.change_of(_INNER.sub("model.", self.home[name]))
 
 
@@ -144,7 +145,7 @@ def write_gguf(
     facts: Mapping[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> GgufModel:
-    """Writes the model in `source` with `adapter` folded in to the new file `out`, there whole or not at all.
+    """Writes the model in `source` with `adapter` merged in to the new file `out`, which appears whole or not at all.
 
     quant: f32, f16, bf16 or q8_0; other types are made from such a file by `export/llama_cpp`. `facts` go into the metadata,
     general.name as llama.cpp needs it (`name_for_llama_cpp`).
@@ -166,7 +167,7 @@ def write_gguf(
 
 
 def _items(merged: GgufTensors, wanted: str) -> tuple[list[_Item], list[str]]:
-    """What is to be written, in order, and the note on matrices that keep a wider type."""
+    """The tensors to write, in order, and a note on matrices that need a wider type."""
     items = [_Item(name, tuple(t.shape), "F32", lambda t=t: t) for name, t in merged.layout.rope.items()]  # type: ignore[misc]
     wide = 0
     for name in merged.home:

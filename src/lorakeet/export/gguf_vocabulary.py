@@ -1,8 +1,8 @@
 """A tokenizer as GGUF keeps it: tokens by id with kinds, scores or merges, the name of the pre-tokenizer, special ids.
 
-Two kinds are written: byte-level BPE ("gpt2" in GGUF) and SentencePiece-like BPE with byte fallback ("llama"). The first is
-named by the regular expression that cuts a text before merging. In the second, llama.cpp merges the neighbours whose union has
-the highest score; scores are therefore the negated ranks of the merges, which gives the same order.
+Two kinds are written: byte-level BPE ("gpt2" in GGUF) and SentencePiece-like BPE with byte fallback ("llama"). For the first, the
+pre-tokenizer is named by the regular expression that splits a text before merging. In the second, llama.cpp merges the neighbours
+whose union has the highest score; so scores are the negated ranks of the merges, which gives the same order.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lorakeet.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_NO_MERGE = -1e6  # the score of a token that no merge makes
-_MARKERS = re.compile(r"\{%-?\s*(generation|endgeneration)\s*-?%\}")  # for training masks only; other engines do not know them
+_NO_MERGE = -1e6  # the score of a token that is no merge
+_MARKERS = re.compile(r"\{%-?\s*(generation|endgeneration)\s*-?%\}")  # for training masks only; unknown to other engines
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -26,14 +26,14 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PHI3_NAME = re.compile("(phi)-?(3)", re.IGNORECASE)
-_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # what llama.cpp looks up under such a name
+_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # which llama.cpp requires under such a name
 # The regular expression of a Split before ByteLevel → llama.cpp's name of it.
 SPLITS: dict[str, str] = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What goes under tokenizer.ggml.* of a GGUF file; `special` are ids by key (bos, eos, unknown, padding)."""
+    """The content of tokenizer.ggml.* of a GGUF file; `special` are ids by key (bos, eos, unknown, padding)."""
 
     model: str  # gpt2 or llama
     pre: str
@@ -52,7 +52,7 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
     """The vocabulary of a transformers tokenizer, padded with unused tokens to the `rows` of the embedding.
 
-    ConfigError for a tokenizer that has no core in Rust, or is of a kind that llama.cpp could not repeat.
+    ConfigError for a slow tokenizer, or one that llama.cpp cannot reproduce.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -95,10 +95,10 @@ def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
 
 
 def name_for_llama_cpp(name: str, architecture: str, vocabulary: Vocabulary) -> tuple[str, str]:
-    """The general.name under which llama.cpp reads the vocabulary as it is, and why it is not `name` (else empty).
+    """The general.name under which llama.cpp reads the vocabulary correctly, and why it is not `name` (else empty).
 
-    By "phi-3" or "phi3" in that name, and by nothing else, llama.cpp drops the spaces after special tokens; such a file
-    does not load unless it has four tokens that Phi-3 has.
+    Only for "phi-3" or "phi3" in that name llama.cpp drops the spaces after special tokens; such a file does not load unless it
+    has four tokens of Phi-3.
     """
     if architecture == "phi3" and vocabulary.strips and set(_PHI3_TOKENS) <= set(vocabulary.tokens):
         if _PHI3_NAME.search(name):
@@ -122,11 +122,11 @@ def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ..
 
 
 def _pre_tokenizer(core: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how a text is cut before merging. ConfigError where none of those known here does the same."""
+    """llama.cpp's name of the pre-tokenizer. ConfigError if no known one splits texts in the same way."""
     steps = _steps(core.get("pre_tokenizer"))
     names = [step["type"] for step in steps]
     if core.get("normalizer") and [step["type"] for step in _steps(core["normalizer"])] != ["NFC"]:
-        raise ConfigError(f"The tokenizer changes texts before it cuts them ({core['normalizer']}), which GGUF has no place for.")
+        raise ConfigError(f"The tokenizer normalises texts before splitting ({core['normalizer']}), which GGUF cannot store.")
     if names == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
         return "gpt-2"
     if names == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
@@ -135,8 +135,8 @@ def _pre_tokenizer(core: Mapping[str, Any]) -> str:
     if names == ["Split", "ByteLevel"] and splits[0] in SPLITS:
         return SPLITS[splits[0]]
     raise ConfigError(
-        f"The tokenizer cuts texts by {json.dumps(steps, ensure_ascii=False)[:300]}, which no pre-tokenizer of llama.cpp that is "
-        f"known here repeats (gpt-2, smollm, {', '.join(SPLITS.values())}); the file would read prompts in other tokens."
+        f"The tokenizer splits texts by {json.dumps(steps, ensure_ascii=False)[:300]}, as no known pre-tokenizer of llama.cpp "
+        f"does (gpt-2, smollm, {', '.join(SPLITS.values())}); the file would read prompts in other tokens."
     )
 
 
@@ -147,7 +147,7 @@ def _steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _space_prefix(core: Mapping[str, Any]) -> bool:
-    """Whether a space is put before a text, as SentencePiece does unless told otherwise."""
+    """True if a space is put before a text, as SentencePiece does by default."""
     metaspace = [step for step in _steps(core.get("pre_tokenizer")) if step["type"] == "Metaspace"]
     if metaspace:
         return bool(metaspace[0].get("prepend_scheme", "always") != "never")

@@ -1,10 +1,10 @@
-"""The part of Go's text/template that Ollama's chat templates need, to see what Ollama will render before it does.
+"""Renders the part of Go's text/template that Ollama's chat templates use, to check what Ollama will render.
 
     {{ .Role }}  {{ $.System }}  {{ $i }}  {{ "text" }}   values        {{- … -}}   white space before or after is cut
     {{ if X }} … {{ else if Y }} … {{ else }} … {{ end }}               {{ range .L }}, {{ range $i, $m := .L }} … {{ end }}
     eq A B, ne A B, and A B, or A B, not A, parentheses, whole numbers
 
-Anything else is refused, so that no template is used that was not understood.
+Anything else is refused, so that every template that is used was understood.
 Documented at https://pkg.go.dev/text/template.
 """
 
@@ -30,17 +30,17 @@ class _Node:
 
 
 def render_go(template: str, values: Mapping[str, Any]) -> str:
-    """What Go renders of `template` for `values` (names as Go writes them: Messages, System, Role, Content)."""
+    """Renders `template` as Go does for `values` (with Go's names: Messages, System, Role, Content)."""
     tree, rest, closing = _parse(_pieces(template), 0)
     if closing or rest:
-        raise ConfigError(f"The template has an {{{{ {' '.join(closing) or 'end'} }}}} that nothing opened.")
+        raise ConfigError(f"The template has an {{{{ {' '.join(closing) or 'end'} }}}} without an opening action.")
     out: list[str] = []
     _run(tree, values, {"$": values}, out)
     return "".join(out)
 
 
 def _pieces(template: str) -> list[_Node]:
-    """Plain texts and actions in turn, with the white space cut that they ask for."""
+    """Plain texts and actions alternating, with white space trimmed by the actions."""
     found: list[_Node] = []
     position, trim = 0, False
     for match in _ACTION.finditer(template):
@@ -58,7 +58,7 @@ def _pieces(template: str) -> list[_Node]:
 
 
 def _parse(pieces: list[_Node], position: int) -> tuple[list[_Node], int, list[str]]:
-    """Nodes up to the `else` or `end` that closes this level, the place after it (0 at the end of all), and its words."""
+    """Nodes up to the `else` or `end` of this level, the position after it (0 at the end of the template), and its words."""
     nodes: list[_Node] = []
     while position < len(pieces):
         piece = pieces[position]
@@ -80,7 +80,7 @@ def _parse(pieces: list[_Node], position: int) -> tuple[list[_Node], int, list[s
 
 
 def _parse_chain(pieces: list[_Node], position: int) -> tuple[list[_Node], int, list[str]]:
-    """The one `if` that stands for an `else if`; its `end` closes the whole chain."""
+    """The `if` of an `else if`; its `end` closes the whole chain."""
     node = pieces[position]
     node.body, position, closing = _parse(pieces, position + 1)
     if closing[:2] == ["else", "if"]:

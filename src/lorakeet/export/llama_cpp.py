@@ -1,7 +1,7 @@
 """llama.cpp in this process, through the package llama-cpp-py-sync: its own quantiser, tokenizer and logits.
 
-It is what Ollama and LM Studio run, so it is the judge of what was exported. Everything is kept in fp32 that can be (the cache
-of keys and values; no flash attention), so that what remains of a difference is the file's.
+Ollama and LM Studio run it, so exports are evaluated with it. The KV cache is fp32 and there is no flash attention, so that
+remaining differences come from the file.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FILE_TYPES = {  # llama_ftype of llama.h
     "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
 }  # fmt: skip
 _F32 = 0  # ggml_type
-_CELLS = 256  # a context has a multiple of so many places
-PASS = 256  # tokens that are computed at once: logits, and scores of every head against all places, are held for so many
+_CELLS = 256  # a context is a multiple of so many tokens
+PASS = 256  # tokens computed at once, for which logits and the attention scores of all heads are in memory
 _ERRORS = 4  # ggml_log_level from which llama.cpp's lines are kept for a message
 
 
@@ -34,7 +34,7 @@ class ModelRefused(ConfigError):
 
 
 def is_installed() -> bool:
-    """Whether llama.cpp can be used here."""
+    """True if llama.cpp can be used here."""
     return importlib.util.find_spec("llama_cpp_py_sync") is not None
 
 
@@ -53,7 +53,7 @@ class _Library:
         self.lib.llama_backend_init()
 
     def listen(self) -> None:
-        """Takes llama.cpp's log, which other users of the library may have taken in the meantime."""
+        """Redirects llama.cpp's log to this object; another user of the library may have redirected it."""
         self.lib.llama_log_set(self._log, self.ffi.NULL)
 
     def _note(self, level: int, text: Any, _: Any) -> None:
@@ -80,24 +80,25 @@ def _library() -> _Library:
 def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
     """Writes `source`, a GGUF file in f32, f16 or bf16, to `out` in the mixture of types that llama.cpp calls `quant`.
 
-    llama.cpp maps `source` and goes through it tensor by tensor; the pages that it has read are paged out meanwhile, and its
-    mapping may go at any time.
+    llama.cpp maps `source` and reads it tensor by tensor; pages that it has read are released meanwhile.
     """
     library = _library()
     params = library.lib.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[quant]
     params.nthread = threads
-    held = library.ffi.new("llama_model_quantize_params *", params)
+    pointer = library.ffi.new("llama_model_quantize_params *", params)
     with releasing_pages(source):
-        failed = library.lib.llama_model_quantize(str(source).encode(), str(out).encode(), held)
+        failed = library.lib.llama_model_quantize(str(source).encode(), str(out).encode(), pointer)
     if failed:
         out.unlink(missing_ok=True)
         raise EnvironmentProblem(f"llama.cpp could not quantise {source.name} to {quant}: {library.reason()}.")
 
 
 def context_bytes(config: Any, context: int) -> int:
-    """What llama.cpp holds beside the pages of its file, for a transformers text config: keys and values in fp32, and what one
-    pass over at most PASS tokens makes (scores of every head, the widest activations, logits as computed and as handed on).
+    """Bytes that llama.cpp takes beside the pages of its file, for a transformers text config.
+
+    The KV cache in fp32, and for one pass over at most PASS tokens the scores of all heads, the widest activations and two
+    copies of the logits.
     """
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or hidden // heads)
@@ -115,8 +116,9 @@ class LlamaCpp:
     def __init__(
         self, model: Path, *, adapter: Path | None = None, context: int = 2048, threads: int = 1, repack: bool = True
     ) -> None:
-        """Refused where llama.cpp does not load the model or the adapter, with the reason that it gives. Without `repack` it
-        makes no copies of weights in another layout: they stay the pages of the file.
+        """ModelRefused, with llama.cpp's reason, if it does not load the model or the adapter.
+
+        Without `repack` it makes no copies of weights in another layout: they stay the pages of the file.
         """
         self._library = _library()
         self._ffi, self._lib = self._library.ffi, self._library.lib
@@ -144,7 +146,7 @@ class LlamaCpp:
         if self._context == self._ffi.NULL:
             reason = self._library.reason()
             self.close()
-            raise ConfigError(f"llama.cpp has no room for a context of {context} tokens: {reason}.")
+            raise ConfigError(f"llama.cpp cannot allocate a context of {context} tokens: {reason}.")
 
     def _put(self, adapter: Path) -> None:
         lora = self._lib.llama_adapter_lora_init(self._model, str(adapter).encode())
@@ -152,27 +154,27 @@ class LlamaCpp:
             reason = self._library.reason()
             self.close()
             raise ModelRefused(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
-        held, scales = self._ffi.new("struct llama_adapter_lora *[1]", [lora]), self._ffi.new("float[1]", [1.0])
-        self._lib.llama_set_adapters_lora(self._context, held, 1, scales)
+        adapters, scales = self._ffi.new("struct llama_adapter_lora *[1]", [lora]), self._ffi.new("float[1]", [1.0])
+        self._lib.llama_set_adapters_lora(self._context, adapters, 1, scales)
 
     def tokenise(self, text: str, *, add_special: bool = True) -> list[int]:
-        """The ids of `text`, special tokens within it read as such; with `add_special` also those that the file asks to add."""
+        """The ids of `text`, with special tokens recognised in it; with `add_special` also those that the file's settings add."""
         raw = text.encode("utf-8")
-        room = len(raw) + 8
-        buffer = self._ffi.new("llama_token[]", room)
-        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, room, add_special, True)
+        most = len(raw) + 8
+        buffer = self._ffi.new("llama_token[]", most)
+        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, most, add_special, True)
         return [int(buffer[place]) for place in range(count)]
 
     def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
-        """The logits after each token of `ids`, or the `last` ones, (tokens, vocabulary), fp32, with nothing before them."""
+        """The logits after each of `ids`, or of the `last` ones, (tokens, vocabulary) fp32, with an empty context before."""
         return torch.cat(list(self._passes(ids, len(ids) if last is None else last)))
 
     def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """The same after each token, PASS of them at a time; what else is asked meanwhile ends it."""
+        """Yields the logits after each token, PASS of them at a time; any other call meanwhile ends it."""
         return self._passes(ids, len(ids))
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
-        """What the model writes after `prompt`, likeliest token by token, up to `tokens` or one of `ends` (included)."""
+        """The greedy continuation of `prompt`, up to `tokens` tokens or one of `ends` (included)."""
         written: list[int] = []
         last = torch.cat(list(self._passes(prompt, 1)))
         while len(written) < tokens:
@@ -183,62 +185,62 @@ class LlamaCpp:
         return written
 
     def _passes(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
-        """Computes `ids` with nothing before them; the logits of the `last` ones, pass by pass where there are any."""
-        self._require_room(len(ids))
+        """Computes `ids` with an empty context; yields the logits of the `last` ones, pass by pass."""
+        self._require_context(len(ids))
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         for start in range(0, len(ids), PASS):
             part = ids[start : start + PASS]
-            told = max(0, min(len(part), start + len(part) - (len(ids) - last)))
-            if told:
-                yield self._decode(part, start, told)  # under no name, which would keep it until the next one is there
+            wanted = max(0, min(len(part), start + len(part) - (len(ids) - last)))
+            if wanted:
+                yield self._decode(part, start, wanted)  # unnamed: a name would keep it in memory during the next pass
             else:
-                self._decode(part, start, told)
+                self._decode(part, start, wanted)
 
-    def _require_room(self, tokens: int) -> None:
+    def _require_context(self, tokens: int) -> None:
         if tokens > self.length:
             raise ConfigError(f"{tokens} tokens do not fit into llama.cpp's context of {self.length} tokens.")
 
-    def _decode(self, ids: Sequence[int], start: int, told: int) -> Tensor:
-        """Computes at most PASS `ids` after what was computed; the logits (told, vocabulary) after the last ones."""
-        self._require_room(start + len(ids))
-        with self._batch(ids, start, told) as batch:
+    def _decode(self, ids: Sequence[int], start: int, wanted: int) -> Tensor:
+        """Computes at most PASS further `ids`; returns the logits (wanted, vocabulary) of the last ones."""
+        self._require_context(start + len(ids))
+        with self._batch(ids, start, wanted) as batch:
             if self._lib.llama_decode(self._context, batch):
                 raise EnvironmentProblem(f"llama.cpp could not compute {len(ids)} tokens: {self._library.reason()}.")
-        if not told:
+        if not wanted:
             return torch.empty(0, self.vocabulary)
-        raw = self._ffi.buffer(self._lib.llama_get_logits(self._context), told * self.vocabulary * 4)
-        return torch.from_numpy(np.frombuffer(raw, np.float32).reshape(told, self.vocabulary).copy())
+        raw = self._ffi.buffer(self._lib.llama_get_logits(self._context), wanted * self.vocabulary * 4)
+        return torch.from_numpy(np.frombuffer(raw, np.float32).reshape(wanted, self.vocabulary).copy())
 
     @contextmanager
-    def _batch(self, ids: Sequence[int], start: int, told: int) -> Iterator[Any]:
+    def _batch(self, ids: Sequence[int], start: int, wanted: int) -> Iterator[Any]:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             for place, number in enumerate(ids):
                 batch.token[place], batch.pos[place] = int(number), start + place
                 batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-                batch.logits[place] = place >= len(ids) - told
+                batch.logits[place] = place >= len(ids) - wanted
             yield batch
         finally:
             self._lib.llama_batch_free(batch)
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model knows."""
+        """The size of the vocabulary."""
         return int(self._lib.llama_vocab_n_tokens(self._vocab))
 
     @property
     def bos(self) -> int:
-        """The id of the begin token; -1 where there is none."""
+        """The id of the begin token; -1 if there is none."""
         return int(self._lib.llama_vocab_bos(self._vocab))
 
     @property
     def adds_bos(self) -> bool:
-        """Whether llama.cpp puts the begin token before a prompt by itself."""
+        """True if llama.cpp puts the begin token before a prompt."""
         return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
 
     def ends(self, number: int) -> bool:
-        """Whether llama.cpp stops writing after this token."""
+        """True if llama.cpp stops after this token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, number))
 
     def close(self) -> None:

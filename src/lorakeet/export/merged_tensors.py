@@ -15,7 +15,7 @@ from lorakeet.merge.edits import Edits, edits_for
 
 
 class MergedTensors:
-    """A base and the changes of an adapter, by the names of the tensors on disk. One tensor is made at a time, in fp32."""
+    """The tensors of a base with an adapter merged in, by their names on disk. One tensor at a time is computed, in fp32."""
 
     def __init__(self, source: Path, adapter: Adapter | None) -> None:
         """ConfigError lists every tensor of the adapter that does not fit the model in `source`."""
@@ -28,18 +28,18 @@ class MergedTensors:
         return list(dict.fromkeys([*self.checkpoint.home, *self.edits.by_name]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor once the adapter is folded in."""
+        """The shape of the tensor with the adapter merged in."""
         edit = self.edits.by_name.get(name)
         return edit.shape if edit else self.checkpoint.stored(name).shape
 
     def changes(self, name: str) -> bool:
-        """Whether the adapter makes other numbers of the tensor."""
+        """True if the adapter changes numbers of the tensor."""
         edit = self.edits.by_name.get(name)
         return edit is not None and bool(edit.steps)
 
     @torch.no_grad()
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
-        """The tensor in fp32; without `folded` as it is in the base."""
+        """The tensor in fp32; without `folded`, that of the base."""
         edit = self.edits.by_name.get(name)
         source = edit.source if edit else name
         tensor = self.checkpoint.shards[self.checkpoint.home[source]].read(source).float()
@@ -48,7 +48,7 @@ class MergedTensors:
         return tensor
 
     def rows(self, name: str) -> RowSource:
-        """The tensor with the adapter folded in, in fp32: read in parts where the adapter leaves it alone, else whole."""
+        """The tensor with the adapter merged in, fp32: readable in parts if the adapter does not change it, else whole."""
         if self.changes(name):
             return self.fetch(name)
         edit = self.edits.by_name.get(name)
@@ -71,7 +71,7 @@ class Fp32Rows:
         return torch.float32
 
     def as_matrix(self) -> Fp32Rows:
-        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
+        """The tensor as a matrix, all dimensions but the last flattened to rows (core/tiled_product.StackedRows)."""
         return Fp32Rows(as_matrix(self.stored))
 
     def __getitem__(self, part: slice) -> Tensor:

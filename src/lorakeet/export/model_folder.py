@@ -1,4 +1,4 @@
-"""Writes a model folder whose tensors are made as they are written: shard by shard, there whole or not at all."""
+"""Writes a model folder shard by shard, with tensors that are made when they are written; it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
 from lorakeet.formats.files.whole_output import new_output, require_new
 from lorakeet.memory.spill import Spill
-from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, copy_along
+from lorakeet.merge.checkpoint import CONFIG, SINGLE, Shapes, copy_along, write_index
 
-SHARD_BYTES = 1 << 30  # tensors that are made together wait in memory for their place in the file: at most a shard of them
-_METADATA = {"format": "pt"}  # what transformers asks of its files
-Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+SHARD_BYTES = 1 << 30  # tensors made together are kept in memory until they are written: at most a shard of them
+_METADATA = {"format": "pt"}  # which transformers requires
 Progress = Callable[[int, int, str], None]  # parts done, parts in all, a tensor of the last one
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors that are made together, such as those of one packed weight; their dtypes and shapes are known before."""
+    """Tensors that are made together, such as those of a packed weight; dtypes and shapes are known before."""
 
     shapes: Shapes
     make: Callable[[], Mapping[str, Tensor]]
@@ -41,38 +39,40 @@ def write_model(
     *,
     config: Mapping[str, Any],
     along: Sequence[Path] = (),
-    card: str = "",
+    readme: str = "",
     shard_bytes: int = SHARD_BYTES,
     waiting: Spill | None = None,
     on_progress: Progress | None = None,
 ) -> int:
-    """Writes the tensors of `parts`, config.json, copies of the files `along` and README.md with `card` to the new folder `out`.
+    """Writes the tensors of `parts`, config.json, copies of the files `along` and README.md with the text `readme` to the new
+    folder `out`.
 
-    Returns its bytes. At most one shard of made tensors and what one `make` needs are in memory; with `waiting`, tensors wait
-    there for their place. ConfigError where `out` exists, EnvironmentProblem where the disk is too full, seen before or during
-    the writing; nothing is left behind then.
+    Returns its bytes. At most one shard of made tensors and the memory of one `make` are in use; with `waiting`, tensors are
+    spilled
+    there until they are written. ConfigError if `out` exists, EnvironmentProblem if the disk is too full, before or during
+    writing; nothing is left behind then.
     """
     require_new(out)
     shards = _shards(parts, shard_bytes)
-    needed = sum(stored_bytes(_shapes(shard), _METADATA) for shard in shards.values())
+    shapes = {file: _shapes(shard) for file, shard in shards.items()}
+    needed = sum(stored_bytes(found, _METADATA) for found in shapes.values())
     needed += sum(file.stat().st_size for file in along)
     with new_output(out, needed, "The model") as partial:
         partial.mkdir()
         maker = _Maker(len(parts), waiting or Spill(), on_progress)
         for file, shard in shards.items():
             maker.begin(shard)
-            stream_safetensors(partial / file, _shapes(shard), fetch=maker.fetch, metadata=_METADATA)
-        if list(shards) != [SINGLE]:
-            save_text(partial / INDEX, _index(shards))
+            stream_safetensors(partial / file, shapes[file], fetch=maker.fetch, metadata=_METADATA)
+        write_index(partial, shapes)
         save_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_along(along, partial)
-        if card:
-            save_text(partial / "README.md", card)
+        if readme:
+            save_text(partial / "README.md", readme)
     return needed
 
 
 class _Maker:
-    """Makes a part when its first tensor is asked for, and holds the rest of it until that is asked for too."""
+    """Makes a part when its first tensor is requested, and keeps the rest until it is requested too."""
 
     def __init__(self, total: int, waiting: Spill, on_progress: Progress | None) -> None:
         self.total = total
@@ -109,11 +109,5 @@ def _shards(parts: Sequence[TensorGroup], most: int) -> dict[str, list[TensorGro
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": shard for number, shard in enumerate(files, 1)}
 
 
-def _shapes(shard: Sequence[TensorGroup]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _shapes(shard: Sequence[TensorGroup]) -> Shapes:
     return {name: stored for part in shard for name, stored in part.shapes.items()}
-
-
-def _index(shards: Mapping[str, Sequence[TensorGroup]]) -> str:
-    total = sum(part.bytes for shard in shards.values() for part in shard)
-    home = {name: file for file, shard in shards.items() for part in shard for name in part.shapes}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": home}, indent=2, sort_keys=True) + "\n"

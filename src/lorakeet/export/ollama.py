@@ -1,8 +1,8 @@
-"""A folder that Ollama takes: the Modelfile beside the GGUF files, and the same settings as Ollama's API wants them.
+"""A model folder for Ollama: the Modelfile beside the GGUF files, and the same settings for Ollama's API.
 
     FROM ./model.gguf · ADAPTER ./adapter.gguf · TEMPLATE in Go's syntax · SYSTEM · PARAMETER stop
 
-Only GGUF files are handed over. Ollama also imports safetensors adapters, but permutes the wrong factor of Llama's q and k.
+Only GGUF files are used. Ollama also imports safetensors adapters, but permutes the wrong factor of Llama's q and k.
 Modelfile syntax: https://github.com/ollama/ollama/blob/main/docs/modelfile.md.
 """
 
@@ -20,7 +20,7 @@ MODEL, ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
 
 @dataclass(frozen=True)
 class OllamaModel:
-    """What Ollama is told; `files` are the names of the GGUF files in the folder, `adapter` that of the unmerged one."""
+    """The settings of a model in Ollama; `model` and `adapter` are names of GGUF files in the folder."""
 
     model: str = MODEL
     adapter: str = ""
@@ -56,25 +56,25 @@ class OllamaModel:
 
 
 def describe_template(tokenizer: Any, *, system: str, adapter: bool, say: Callable[[str], None]) -> OllamaModel:
-    """What Ollama is told of a model with this tokenizer; `system` is the run's own system prompt, if it has one.
+    """The settings of a model with this tokenizer; `system`: the run's system prompt.
 
-    `say` hears where the chat template is of no family that is known here: Ollama then reads the one in the GGUF file.
+    `say` gets a note if the chat template is of no known family: Ollama then uses the one in the GGUF file.
     """
-    held = ADAPTER if adapter else ""
+    adapter_file = ADAPTER if adapter else ""
     found = recognise(tokenizer)
     stops = (str(tokenizer.eos_token),) if tokenizer.eos_token else ()
     if found is None and tokenizer.chat_template:
         say(
-            "The chat template is of no family that is known here in Go's syntax, so the Modelfile has no TEMPLATE: Ollama reads "
-            "the template in the GGUF file where its version can. Compare a reply before you rely on it."
+            "The chat template is of no family that is known here in Go's syntax, so the Modelfile has no TEMPLATE: Ollama uses "
+            "the template in the GGUF file if its version can. Compare a reply before you rely on it."
         )
     if found is None:
-        return OllamaModel(adapter=held, system=system, stops=stops)
+        return OllamaModel(adapter=adapter_file, system=system, stops=stops)
     if system and not found.knows_system:
         say(f"The {found.template.family} template refuses a system prompt; in Ollama it will be put before the first question.")
     marks = dict.fromkeys((*found.template.stops, *stops))
     return OllamaModel(
-        adapter=held,
+        adapter=adapter_file,
         template=found.template.text,
         system=system or found.default_system,
         stops=tuple(marks),
@@ -84,5 +84,5 @@ def describe_template(tokenizer: Any, *, system: str, adapter: bool, say: Callab
 
 def _quoted(what: str, text: str) -> str:
     if '"""' in text:
-        raise ConfigError(f'{what} of the Modelfile would hold three quotation marks in a row, which ends it: {text[:80]!r}.')
+        raise ConfigError(f'{what} of the Modelfile would have three quotation marks in a row, which end it: {text[:80]!r}.')
     return f'"""{text}"""'

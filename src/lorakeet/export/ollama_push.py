@@ -1,4 +1,4 @@
-"""Gives a model to an Ollama server over HTTP: each file once by its SHA-256, then one request that makes the model of them.
+"""Sends a model to an Ollama server over HTTP: each file once by its SHA-256, then a request to create the model.
 
     HEAD /api/blobs/sha256:…   200 there, 404 not     POST /api/blobs/sha256:…   201 taken, 400 another digest
     POST /api/create           a stream of {"status": …} lines up to {"status": "success"}, or {"error": …}
@@ -40,9 +40,9 @@ def push(
     say: Callable[[str], None],
     on_progress: Progress | None = None,
 ) -> None:
-    """Makes the model `name` on the server at `host` from the files in `folder`.
+    """Creates the model `name` on the server at `host` from the files in `folder`.
 
-    ConfigError for a host that is no http address; EnvironmentProblem where the server cannot be reached or refuses.
+    ConfigError for a host that is no http address; EnvironmentProblem if the server cannot be reached or refuses.
     """
     server = _PushServer(host)
     digests: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""Chat templates of the well-known families in Go's syntax, and which of them says the same as a tokenizer's own.
+"""Chat templates of well-known families in Go's syntax, and which of them renders the same as a tokenizer's own.
 
-A family is not recognised by its name: its template is rendered on sample conversations beside the tokenizer's, and taken
-where all of them come out equal, character by character. The begin token is left out, as Ollama adds it itself.
+A family is not recognised by its name: its template and the tokenizer's are rendered on sample conversations, and must be equal
+character by character. The begin token is left out, as Ollama adds it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from jinja2 import TemplateError
 
 from lorakeet.export.go_template import render_go
 
-_USER, _ANSWER, _ASKED, _RULE = "Why is it so?", "Because.", "And \"now\"? 3 > 2", "Be brief."
+_USER, _ANSWER, _QUESTION, _RULE = "Why is it so?", "Because.", "And \"now\"? 3 > 2", "Be brief."
 SAMPLES: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", _USER),),
-    (("user", _USER), ("assistant", _ANSWER), ("user", _ASKED)),
+    (("user", _USER), ("assistant", _ANSWER), ("user", _QUESTION)),
     (("system", _RULE), ("user", _USER)),
-    (("system", _RULE), ("user", _USER), ("assistant", _ANSWER), ("user", _ASKED)),
+    (("system", _RULE), ("user", _USER), ("assistant", _ANSWER), ("user", _QUESTION)),
 )
-_PLACE = "\u2402system\u2403"  # stands for a default system prompt while its text is looked for
+_PLACE = "\u2402system\u2403"  # placeholder for a default system prompt, to find its text
 
 
 @dataclass(frozen=True)
 class GoTemplate:
-    """A family's template and the texts at which Ollama is to stop."""
+    """A family's template and its stop texts for Ollama."""
 
     family: str
     text: str
@@ -34,12 +34,12 @@ class GoTemplate:
 
 
 def _turns(opening: str, closing: str, answer: str) -> str:
-    """A template whose turns all look alike, the role within `opening`."""
+    """A template with equal turns of all roles, the role within `opening`."""
     return f"{{{{- range .Messages }}}}{opening}{{{{ .Content }}}}{closing}{{{{ end }}}}{answer}"
 
 
 def _instructions(before: str, after: str, answer: str, system: str) -> str:
-    """Mistral's template: [INST] around what the user says, the end token after answers; the system prompt as `system` says."""
+    """Mistral's template: [INST] around user messages, the end token after answers; `system` renders the system prompt."""
     return (
         '{{- range $i, $m := .Messages }}{{ if eq .Role "user" }}[INST]' + before + system + "{{ .Content }}" + after
         + '[/INST]{{ else if eq .Role "assistant" }}' + answer + "{{ .Content }}</s>{{ end }}{{ end }}"
@@ -79,7 +79,7 @@ TEMPLATES: tuple[GoTemplate, ...] = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """The template that says the same as the tokenizer's, and the system prompt that it puts where none is given."""
+    """The template that renders the same as the tokenizer's, and the system prompt that the tokenizer adds if none is given."""
 
     template: GoTemplate
     default_system: str = ""
@@ -87,15 +87,15 @@ class Recognised:
 
 
 def recognise(tokenizer: Any) -> Recognised | None:
-    """The family of a tokenizer's chat template, or None where no template of the table renders all samples alike."""
+    """The family of a tokenizer's chat template, or None if no template of the table renders all samples equally."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    asked = [_asked(tokenizer, sample) for sample in SAMPLES]
+    rendered = [_rendered(tokenizer, sample) for sample in SAMPLES]
     bos = str(tokenizer.bos_token or "")
     added = bool(bos) and tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
-    begun = bool(bos) and all(said is None or said.startswith(bos) for said in asked)
-    bare = [None if said is None else said.removeprefix(bos) for said in asked]
-    ways = [(bare, "")] if added and begun else [(asked, ""), (bare, bos)] if begun else [(asked, "")]
+    begins = bool(bos) and all(said is None or said.startswith(bos) for said in rendered)
+    bare = [None if said is None else said.removeprefix(bos) for said in rendered]
+    ways = [(bare, "")] if added and begins else [(rendered, ""), (bare, bos)] if begins else [(rendered, "")]
     for wanted, first in ways:
         for known in TEMPLATES:
             found = _compare(known, wanted)
@@ -104,8 +104,8 @@ def recognise(tokenizer: Any) -> Recognised | None:
     return None
 
 
-def _asked(tokenizer: Any, sample: Sequence[tuple[str, str]]) -> str | None:
-    """What the tokenizer renders; None where its template refuses the conversation."""
+def _rendered(tokenizer: Any, sample: Sequence[tuple[str, str]]) -> str | None:
+    """The tokenizer's rendering; None if its template refuses the conversation."""
     messages = [{"role": role, "content": content} for role, content in sample]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -125,12 +125,12 @@ def _compare(template: GoTemplate, wanted: Sequence[str | None]) -> Recognised |
     if not (plain[0].startswith(before) and plain[0].endswith(after)):
         return None
     system = plain[0][len(before) : len(plain[0]) - len(after)]
-    told = [render_conversation(template.text, (("system", system), *sample)) for sample in SAMPLES[:2]]
-    return Recognised(template, system, knows) if list(plain) == told else None
+    ours = [render_conversation(template.text, (("system", system), *sample)) for sample in SAMPLES[:2]]
+    return Recognised(template, system, knows) if list(plain) == ours else None
 
 
 def render_conversation(template: str, conversation: Sequence[tuple[str, str]]) -> str:
-    """What Ollama makes of a conversation: its system turn is a message and stands in .System too."""
+    """Renders a conversation as Ollama does: the system turn is a message and also .System."""
     messages = [{"Role": role, "Content": content} for role, content in conversation]
     system = "\n\n".join(content for role, content in conversation if role == "system")
     return render_go(template, {"Messages": messages, "System": system, "Response": ""})

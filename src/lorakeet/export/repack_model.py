@@ -1,4 +1,4 @@
-"""A quantised model written again with other numbers in its packed layers: same layout, same settings, all else as it was."""
+"""Writes a quantised model with other weights in its packed layers: same layout, same settings, all else unchanged."""
 
 from __future__ import annotations
 
@@ -35,10 +35,9 @@ def write_repacked(
 ) -> int:
     """Writes the model of `layout` with `bases` (by the layers' paths) to `out`, whole or not at all; returns its bytes.
 
-    A folder becomes a new folder with the same config.json; a .gguf file a new file that differs in the blocks of those layers
-    alone. Of `bases`, which may come from a store, one is asked for at a time; with `waiting`, its tensors wait there for their
-    place in a folder's files. ConfigError where `out` exists, EnvironmentProblem where the disk is too full; nothing is left
-    behind then.
+    A folder becomes a new folder with the same config.json; a .gguf file a new file that differs only in the blocks of those
+    layers. `bases` may come from a store and are read one at a time; with `waiting`, their tensors are spilled there until they
+    are written. ConfigError if `out` exists, EnvironmentProblem if the disk is too full; nothing is left behind then.
     """
     if layout.file is not None:
         paths = {layout.names[path]: path for path in bases}
@@ -68,7 +67,7 @@ def _names(name: str, method: str) -> list[str]:
 
 
 def _part(name: str, read: Callable[[], PackedBase], files: Mapping[str, SafeFile]) -> TensorGroup:
-    """The tensors of one packed weight, which is read for their shapes, and once more when they are written."""
+    """The tensors of a packed weight, which is read for their shapes, and again when they are written."""
 
     def made() -> Mapping[str, Tensor]:
         return _tensors(name, read(), files)

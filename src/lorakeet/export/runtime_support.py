@@ -1,4 +1,4 @@
-"""What each runtime does with each feature of an adapter: loads it, refuses it, or computes something else without a word.
+"""Which features of an adapter each runtime supports, refuses, or silently computes wrongly.
 
 A table of facts with their sources. vLLM: `vllm/lora/peft_helper.py` and the engine's arguments as of October 2025. llama.cpp:
 `src/llama-adapter.cpp` and this package's own GGUF adapters, which carry the true scale of every pair. Ollama: `convert/` and
@@ -25,7 +25,7 @@ Effect = Literal["refused", "wrong", "note"]
 
 @dataclass(frozen=True)
 class Limit:
-    """What one runtime does with one feature, and what helps."""
+    """What a runtime does with a feature, and the remedy."""
 
     runtime: Runtime
     feature: Feature
@@ -54,16 +54,16 @@ _ENGINE = "vllm/config/lora.py"
 _WIDE = "Start it with --max-lora-rank as large as the rank."
 LIMITS: tuple[Limit, ...] = (
     Limit("vllm", "rank above 512", "refused", "512 is the largest --max-lora-rank", "Take a smaller rank, or merge.", _ENGINE),
-    Limit("vllm", "rank above 16", "note", "the server must be told", _WIDE, _ENGINE),
+    Limit("vllm", "rank above 16", "note", "the server needs a larger --max-lora-rank", _WIDE, _ENGINE),
     Limit("vllm", "several ranks", "wrong", "every pair gets the scale of the global rank", _ONE, _HELPER),
     Limit("vllm", "several scales", "wrong", "alpha_pattern is dropped", _ONE, _HELPER),
     Limit("vllm", "DoRA", "refused", "use_dora is an error", _MERGE, _HELPER),
     Limit("vllm", "bias in the pairs", "refused", "bias other than none is an error", _MERGE, _HELPER),
     Limit("vllm", "whole modules", "refused", "modules_to_save is an error", _MERGE, _HELPER),
-    Limit("vllm", "new tokens", "refused", "trained token rows have no place", _MERGE, _HELPER),
-    Limit("vllm", "expert pairs", "wrong", "PEFT's target_parameters were dropped in silence", _MERGE, "vllm pull request 41384"),
+    Limit("vllm", "new tokens", "refused", "trained token rows are not supported", _MERGE, _HELPER),
+    Limit("vllm", "expert pairs", "wrong", "PEFT's target_parameters were silently dropped", _MERGE, "vllm pull request 41384"),
     Limit("vllm", "convolution pairs", "refused", "only linear and embedding layers take pairs", _MERGE, "vllm/lora/layers"),
-    *_gguf("DoRA", "GGUF adapters have no place for magnitudes", "llama.cpp issue 6536"),
+    *_gguf("DoRA", "GGUF adapters cannot hold magnitudes", "llama.cpp issue 6536"),
     *_gguf("bias in the pairs", "GGUF adapters hold A and B only"),
     *_gguf("whole modules", "GGUF adapters hold A and B only"),
     *_gguf("new tokens", "the vocabulary of the base file is fixed"),
@@ -75,7 +75,7 @@ LIMITS: tuple[Limit, ...] = (
 
 
 class _Pair(Protocol):
-    """What a planned pair and a finished one have in common."""
+    """The common attributes of a planned and a finished pair."""
 
     @property
     def rank(self) -> int: ...
@@ -88,10 +88,10 @@ class _Pair(Protocol):
 
 
 def features_of_plan(plan: Plan, *, tied: bool, auto: int = 0) -> frozenset[Feature]:
-    """What an adapter of this plan will have, before it is trained; `tied` as in `features_of_adapter`.
+    """The features of an adapter of this plan, before it is trained; `tied` as in `features_of_adapter`.
 
-    `auto` is the highest rank that ranks.choose auto or prune may give, 0 where ranks are given: layers then differ in rank and
-    in scale or alpha.
+    `auto`: the highest rank that ranks.choose auto or prune may give, 0 if ranks are given. With it, layers differ in rank and in
+    scale or alpha.
     """
     found = _features({entry.path: entry for entry in plan.entries}, tied)
     if auto:
@@ -108,7 +108,7 @@ def features_of_plan(plan: Plan, *, tied: bool, auto: int = 0) -> frozenset[Feat
 
 
 def features_of_adapter(adapter: Adapter, *, tied: bool) -> frozenset[Feature]:
-    """What a finished adapter has; `tied` says whether its base's head shares the embedding's weight (see `has_head`)."""
+    """The features of a finished adapter; `tied`: its base's head shares the embedding's weight (see `has_head`)."""
     pairs = adapter.pairs.values()
     checks: tuple[tuple[Feature, bool], ...] = (
         ("DoRA", any(pair.magnitude is not None for pair in pairs)),
@@ -120,12 +120,12 @@ def features_of_adapter(adapter: Adapter, *, tied: bool) -> frozenset[Feature]:
 
 
 def has_head(paths: Iterable[str]) -> bool:
-    """Whether one of these modules is a head over the vocabulary, which some bases tie to their embedding."""
+    """True if one of these modules is an output head, which some bases tie to their embedding."""
     return any(path.rpartition(".")[2] in ("lm_head", "embed_out") for path in paths)
 
 
 def limits_of(runtime: Runtime, features: Iterable[Feature]) -> tuple[Limit, ...]:
-    """What stands in the way of these features on `runtime`, worst first."""
+    """The limits of `runtime` for these features, worst first."""
     order = {"refused": 0, "wrong": 1, "note": 2}
     wanted = set(features)
     found = [limit for limit in LIMITS if limit.runtime == runtime and limit.feature in wanted]

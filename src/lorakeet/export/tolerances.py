@@ -1,7 +1,7 @@
-"""How far an exported model may be from the live one, by the type its matrices are stored in, and why.
+"""How much an exported model may differ from the live one, by the storage type of its matrices, and why.
 
-Seen with llama.cpp on SmolLM2-135M against fp32 in torch: with a random rank-4 adapter on all 210 linear layers, 67 tokens, and
-with the quickstart's own adapter of rank 8, 4,236 tokens of 32 held-out rows (benchmarks/results/llama_cpp_parity…):
+Measured with llama.cpp on SmolLM2-135M against fp32 in torch: with a random rank-4 adapter on all 210 linear layers, 67 tokens,
+and with the quickstart's own adapter of rank 8, 4,236 tokens of 32 held-out rows (benchmarks/results/llama_cpp_parity…):
 
               random              the quickstart's
     type      KL       top-1      KL       top-1    logit    loss
@@ -10,12 +10,13 @@ with the quickstart's own adapter of rank 8, 4,236 tokens of 32 held-out rows (b
     Q8_0      0.013    0.90       0.0054   0.957    0.08     0.007   activations in 8 bits as well
     Q4_K_M    0.10     0.76       0.087    0.843    0.35     0.27
 
-A model of 135 M parameters suffers most from few bits, so larger ones stay further inside. The numbers allowed are 6 to 60 times
-what was seen in F16, 6 to 18 times in Q8_0; in Q4_K_M KL 6 times and the loss, which 4 bits move by themselves, twice. `effect`
-in F16 is KL over the adapter's own: rounding leaves 1e-6 of the quickstart's (4.4 nats), and 0.1 judges one down to 1e-4 nats.
-llama.cpp's server over the same adapter (results/llama_server_parity…, 32 places of 4 rows) tells KL 3e-6 in F16, 0.0034 in Q8_0;
+A model of 135 M parameters suffers most from few bits, so larger ones differ less. The tolerances are 6 to 60 times what was
+measured in F16, 6 to 18 times in Q8_0; in Q4_K_M 6 times for KL and twice for the loss, which 4 bits alone change. `effect` in
+F16 is KL over the adapter's own: rounding is 1e-6 of the quickstart's (4.4 nats), and 0.1 tests one down to 1e-4 nats.
+llama.cpp's server over the same adapter (results/llama_server_parity…, 32 positions of 4 rows) has KL 3e-6 in F16, 0.0034 in
+Q8_0;
 the largest difference of a log-probability above 1 % is 0.02 (`gap` allows 0.1) and 0.53 (1), so that `gap` is the nearest limit.
-From 8 bits down the logits alone could hide a wrong scale; what bites there is `share`, how much of the adapter's
+With 8 bits or fewer the logits alone could hide a wrong scale; there `share` detects it: how much of the adapter's
 change the stored weights hold (`export/merged_tensors`), which rounding hardly moves. In fp32 ten per cent of the scale or one
 missing
 layer is 100 times outside (`evaluate/parity`). Gemma's logits differ by 2e-4 of the largest even in F32, because ggml looks its
@@ -33,10 +34,10 @@ from lorakeet.evaluate.parity import Tolerance
 
 @dataclass(frozen=True)
 class Allowed:
-    """What is allowed of one kind of storage.
+    """The tolerances of one storage type.
 
-    parity: of the logits. rounding: ‖stored − wanted‖ / ‖wanted‖ of a matrix. share: of a matrix, |share − 1| beyond what
-    rounding explains. gap: nats between the live model's two likeliest tokens where greedy texts may part.
+    parity: of the logits. rounding: ‖stored − wanted‖ / ‖wanted‖ of a matrix. share: |share − 1| of a matrix beyond what rounding
+    explains. gap: nats between the live model's two likeliest tokens at which greedy texts may diverge.
     """
 
     name: str
@@ -44,10 +45,10 @@ class Allowed:
     rounding: float
     share: float
     gap: float
-    metric: float  # share of rows on which the answer may differ
+    metric: float  # share of rows with another answer
 
 
-_LOOSE = math.inf  # few bits may cost more than the adapter changes, so the share of its effect is not judged
+_LOOSE = math.inf  # a few bits may change more than the adapter does, so the effect is not compared
 F32 = Allowed("F32", Tolerance(logit=1e-3, mean_kl=1e-6, top1_agreement=0.995, loss=1e-4, effect=1e-2), 1e-5, 1e-3, 1e-2, 0.01)
 F16 = Allowed("F16", Tolerance(logit=0.05, mean_kl=5e-4, top1_agreement=0.95, loss=5e-3, effect=0.1), 1e-3, 0.01, 0.1, 0.03)
 BF16 = Allowed("BF16", Tolerance(logit=0.5, mean_kl=1e-2, top1_agreement=0.9, loss=2e-2, effect=0.2), 5e-3, 0.03, 0.5, 0.05)
@@ -67,13 +68,13 @@ PRECISIONS: dict[str, Allowed] = {
 
 
 def allowed_for(types: Mapping[str, int]) -> Allowed:
-    """The row for a file whose matrices hold so many numbers of each type: that of the coarsest type that counts."""
+    """The tolerances of a file with so many numbers of each type in its matrices: those of the coarsest notable type."""
     total = sum(types.values()) or 1
     rows = [row_of(name) for name, count in types.items() if count / total >= _NOTABLE]
     return max(rows or [F32], key=lambda row: row.rounding)
 
 
 def row_of(name: str) -> Allowed:
-    """The row of one GGUF type; types that are not known here are judged as 4 bits."""
+    """The tolerances of a GGUF type; unknown types count as 4 bits."""
     bits = name.partition("_")[0]
     return BY_TYPE.get(name) or BY_BITS.get(bits, Q4)

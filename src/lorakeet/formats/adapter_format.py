@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.formats.compress import Compression
+from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.files.base_model import BaseModel
 
 Say = Callable[[str], None]
@@ -27,7 +27,7 @@ class AdapterFormat(Protocol):
     def owns(self, tensor: str, /) -> bool:
         """True if a safetensors file of this format may have a tensor of that name."""
 
-    def read(self, path: Path, /, *, base: BaseModel | None, compression: Compression | None, say: Say) -> Adapter:
+    def read(self, path: Path, /, *, base: BaseModel | None, compression: CompressionTarget | None, say: Say) -> Adapter:
         """The adapter in `path`. DataError and ConfigError list everything that is wrong.
 
         `base`: the model, if the format needs its names or shapes; `compression`: for changes that are no pair; `say` gets notes

@@ -1,4 +1,4 @@
-"""Do two adapters change the weights alike? The effective ΔW of every pair, compared without forming it."""
+"""Compares the effective ΔW of every pair of two adapters without forming it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMIT = 1e-6  # relative; fp32 products in another order differ by about 1e-7
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """How far two adapters are apart: the largest relative difference of an effective ΔW, where, and what else differs."""
+    """The largest relative difference of an effective ΔW, the path of that pair, and all other differences in words."""
 
     worst: float
     path: str
@@ -27,9 +27,9 @@ class AdapterDifference:
 
 
 def compare_adapters(one: Adapter, two: Adapter) -> AdapterDifference:
-    """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ (Frobenius, float64) over the pairs; magnitudes, biases and extras must be equal bit by bit.
+    """Compares pairs by ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ (Frobenius, float64); magnitudes, biases and extras must be equal bit by bit.
 
-    A pair may be missing in one where it changes nothing in the other.
+    A pair that changes nothing may be missing in the other adapter.
     """
     alone = {**one.pairs, **two.pairs}
     alone = {path: alone[path] for path in one.pairs.keys() ^ two.pairs.keys()}
@@ -37,8 +37,8 @@ def compare_adapters(one: Adapter, two: Adapter) -> AdapterDifference:
     worst, where = 0.0, ""
     for path in sorted(one.pairs.keys() & two.pairs.keys()):
         a, b = one.pairs[path], two.pairs[path]
-        if _weight(a) != _weight(b):
-            problems.append(f"{path} is for a weight {_weight(a)} in one and {_weight(b)} in the other")
+        if a.weight_shape != b.weight_shape:
+            problems.append(f"{path} is for a weight {a.weight_shape} in one and {b.weight_shape} in the other")
             continue
         if not _same(a.magnitude, b.magnitude) or not _same(a.bias, b.bias):
             problems.append(f"{path} has another magnitude or bias")
@@ -77,13 +77,6 @@ def _factors(pair: Pair) -> tuple[Tensor, Tensor]:
 def _norm(B: Tensor, A: Tensor) -> float:
     core_b, core_a = torch.linalg.qr(B).R, torch.linalg.qr(A.transpose(-1, -2)).R
     return float(torch.linalg.norm(core_b @ core_a.transpose(-1, -2)))
-
-
-def _weight(pair: Pair) -> tuple[int, ...]:
-    """The sizes of the changed weight as (experts, out, in, k, k); a transposed weight is the same as a straight one."""
-    if pair.kind == "experts":
-        return (pair.A.shape[0], pair.B.shape[1], pair.A.shape[2])
-    return (pair.B.shape[0], *pair.A.shape[1:])
 
 
 def _rows(adapter: Adapter) -> dict[str, Tensor]:

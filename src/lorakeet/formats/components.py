@@ -25,13 +25,13 @@ _CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
 
 
 def component_of(path: str) -> str:
-    """The component that `path` begins with, or "" for the path of a model that is no pipeline."""
+    """The component that `path` begins with; "" if the model is no image pipeline."""
     head = path.partition(".")[0]
     return head if head in COMPONENTS else ""
 
 
 def canonical_path(path: str) -> str:
-    """`path` with its component, as every file on disk spells it: transformers 5 leaves out CLIP's `text_model`."""
+    """`path` with its component, and with CLIP's `text_model`, which transformers 5 omits and files on disk have."""
     component = component_of(path)
     rest = path[len(component) + 1 :] if component else path
     if not component:
@@ -47,7 +47,7 @@ def canonical_path(path: str) -> str:
 
 
 def with_components(adapter: Adapter) -> Adapter:
-    """`adapter` with every path beginning with its component, if it is one of an image model; else as it is."""
+    """An adapter of an image model with its component before every path; any other as it is."""
     component = adapter.metadata.get(COMPONENT_KEY, "")
 
     def full(path: str) -> str:
@@ -63,7 +63,7 @@ def with_components(adapter: Adapter) -> Adapter:
 
 
 def of_image_model(adapter: Adapter) -> bool:
-    """Whether the adapter belongs to an image model: by its note of the component, or by its paths."""
+    """True if the adapter belongs to an image model, by its metadata or by its paths."""
     paths = [*adapter.pairs, *adapter.extras]
     return COMPONENT_KEY in adapter.metadata or any(
         in_transformer(path) or component_of(path) not in ("", "transformer") for path in paths
@@ -71,12 +71,15 @@ def of_image_model(adapter: Adapter) -> bool:
 
 
 def in_transformer(path: str) -> bool:
-    """Whether `path` is in the transformer of SD3 or FLUX; some language models begin with `transformer` as well."""
+    """True if `path` is in the transformer of SD3 or FLUX; paths of some language models begin with `transformer` too."""
     return component_of(path) == "transformer" and path.split(".")[1] in _TRANSFORMER_PARTS
 
 
 def without_component(adapter: Adapter) -> Adapter:
-    """The adapter of a UNet or diffusion transformer alone with its own paths, so that PEFT can load it; any other as it is."""
+    """An adapter of only a UNet or only a diffusion transformer, without the component in its paths, as PEFT needs them.
+
+    Any other as it is.
+    """
     paths = [*adapter.pairs, *adapter.extras]
     components = {component_of(path) for path in paths}
     if components != {"unet"} and not (paths and all(in_transformer(path) for path in paths)):

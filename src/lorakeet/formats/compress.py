@@ -19,8 +19,8 @@ from lorakeet.formats.files.base_model import BaseModel
 
 
 @dataclass(frozen=True)
-class Compression:
-    """How far dense changes are compressed: to `rank`, or to the smallest rank whose relative error is at most `error`."""
+class CompressionTarget:
+    """Compress dense changes to `rank`, or to the smallest rank whose relative error is at most `error`."""
 
     rank: int | None = None
     error: float | None = None
@@ -37,14 +37,14 @@ class Compression:
         return self.rank is not None or self.error is not None
 
 
-def fit_pair(change: Tensor, compression: Compression) -> tuple[Pair, float]:
-    """The pair of scale 1 nearest to `change`, (out, in) or (out, in, k, k), and ‖change − B·A‖ / ‖change‖ (Frobenius).
+def fit_pair(change: Tensor, compression: CompressionTarget) -> tuple[Pair, float]:
+    """Returns the pair of scale 1 nearest to `change`, (out, in[, k, k]), and ‖change − B·A‖ / ‖change‖ (Frobenius).
 
-    Eckart-Young: the leading singular vectors, √σ on either side. Where both are set, the rank is a limit.
+    Eckart-Young: the leading singular vectors, with √σ in each factor. With both an error and a rank, the rank is a limit.
     """
     U, sigma, V = torch.linalg.svd(change.double().flatten(1), full_matrices=False)
     energy = sigma.square()
-    tail = energy.flip(0).cumsum(0).flip(0)  # energy of the values from this one on
+    tail = energy.flip(0).cumsum(0).flip(0)  # energy from this singular value on
     total = float(tail[0])
     rank = sigma.numel()
     if compression.error is not None:
@@ -60,10 +60,10 @@ def fit_pair(change: Tensor, compression: Compression) -> tuple[Pair, float]:
     return Pair(A.contiguous(), B.contiguous(), float(rank), kind), math.sqrt(lost / total) if total else 0.0
 
 
-def fold_dora(adapter: Adapter, base: BaseModel | None, compression: Compression, say: Callable[[str], None]) -> Adapter:
-    """`adapter` with plain pairs in place of DoRA's; `say` hears rank and relative error of each. Reads one weight at a time.
+def fold_dora(adapter: Adapter, base: BaseModel | None, compression: CompressionTarget, say: Callable[[str], None]) -> Adapter:
+    """Replaces DoRA pairs by plain ones; `say` gets rank and relative error of each. Reads one weight at a time.
 
-    ConfigError where the base's weights are not at hand: ‖W + s·B·A‖ needs them.
+    ConfigError if a weight of the base is missing: ‖W + s·B·A‖ needs it.
     """
     dora = {path: pair for path, pair in adapter.pairs.items() if pair.magnitude is not None}
     missing = [path for path in dora if base is None or path not in base.weights]

@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.adapter import Adapter
 from lorakeet.errors import DataError, unreadable
 from lorakeet.formats import gguf, mlx
 from lorakeet.formats.adapter_format import AdapterFormat, Say
-from lorakeet.formats.compress import Compression
+from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.diffusion import diffusers, kohya, lycoris
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.safetensors_file import open_safetensors
@@ -130,7 +130,7 @@ def _by_names(path: Path, names: list[str]) -> Found:
 
 
 def read_adapter(
-    path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
+    path: Path, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print
 ) -> Adapter:
     """The adapter at `path` in whatever format (`detect`). DataError and ConfigError list everything that is wrong.
 
@@ -140,7 +140,7 @@ def read_adapter(
 
 
 def read_found(
-    found: Found, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print
+    found: Found, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print
 ) -> Adapter:
     """The adapter that `detect` found; arguments and errors as in `read_adapter`."""
     module = kohya if found.format == LYCORIS else format_of(found.format)
@@ -151,14 +151,15 @@ def read_found(
 
 
 def surplus_rank(adapter: Adapter, named: str) -> str:
-    """One sentence on every pair whose rank is above min(in, out), by the shapes of its A and B; empty where there is none.
+    """A warning on all pairs whose rank is above min(in, out); empty if there are none.
 
-    Such a pair computes what it should, and PEFT and kohya write them for small layers, so it is read and converted as it is. A
-    Plan is refused instead (models/targets), since there the parameters that do nothing are yet to be trained.
+    Such a pair computes what it should, and PEFT and kohya write them for small layers, so it is read and converted unchanged. A
+    Plan is refused instead (models/targets), since its useless parameters are yet to be trained.
     """
     groups: dict[tuple[int, int, int], list[str]] = {}
     for path, pair in adapter.pairs.items():
-        out, width = _sizes(pair)
+        out, *inner = pair.weight_shape[-2:] if pair.kind == "experts" else pair.weight_shape
+        width = math.prod(inner)
         if pair.rank > min(out, width):
             groups.setdefault((pair.rank, out, width), []).append(path)
     if not groups:
@@ -172,10 +173,3 @@ def surplus_rank(adapter: Adapter, named: str) -> str:
         "What the pairs compute is right. Cut them without loss: "
         f"lorakeet merge {named} --to adapter --rank {largest}{base} --out OUT"
     )
-
-
-def _sizes(pair: Pair) -> tuple[int, int]:
-    """(out, in) of the matrix that the pair changes; kernels belong to in, and experts are matrices by themselves."""
-    if pair.kind == "experts":
-        return pair.B.shape[1], pair.A.shape[2]
-    return pair.B.shape[0], math.prod(pair.A.shape[1:])

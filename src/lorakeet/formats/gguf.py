@@ -3,11 +3,11 @@
     general.type "adapter" · general.architecture as in the base · adapter.type "lora" · adapter.lora.alpha (float)
     BLOCK.weight.lora_a   (rank, in)     BLOCK.weight.lora_b   (out, rank)
 
-llama.cpp's scale is alpha/rank with the rank of each tensor, or 1 where alpha is missing or 0. Pairs that all have one alpha
-by that rule are written as they are; otherwise the true scale of each is multiplied into its B and no alpha is written.
+llama.cpp's scale is alpha/rank with the rank of each tensor, or 1 if alpha is missing or 0. Pairs that all have one alpha by that
+rule are written unchanged; otherwise each scale is multiplied into B, and no alpha is written.
 
-Llama and Mistral files hold the rows of q and k in another order (pairs of neighbours instead of halves are rotated), which
-changes the rows of W, so of B: A stays. How many heads there are is noted in the file, and else taken from the base.
+Llama and Mistral files have the rows of q and k in another order (rotary positions rotate neighbours instead of halves). This
+permutes the rows of B, not A. The number of heads comes from our note in the file, or else from the base.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.tensors import check_finite, factor_problem
-from lorakeet.formats.limits import check_supported
+from lorakeet.formats.limits import check_supported, metadata_without_peft
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NAME, SUFFIX, WEIGHTS, MAGIC = "gguf", ".gguf", "", gguf_header.MAGIC  # as `AdapterFormat` says
-_NOTE = "lorakeet.note"  # our key: what GGUF has no key for; llama.cpp does not read it
-_MOST_BLOCKS, _MOST_HEADS = 2000, 100_000  # gguf names some hundred tensors for each block that is announced
+_NOTE = "lorakeet.note"  # our key, for what GGUF has no key for; llama.cpp ignores it
+_MOST_BLOCKS, _MOST_HEADS = 2000, 100_000  # gguf names some hundred tensors for each declared block
 _A, _B = ".weight.lora_a", ".weight.lora_b"
 _MOST_PARTS = 200_000  # keys, tensors and array elements in an adapter's header, which has no vocabulary
 
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """What decides names and row orders: transformers' model type, its blocks, and its heads."""
+    """Decides names and row orders: transformers' model type, the number of blocks, and of heads."""
 
     model_type: str
     blocks: int
@@ -56,11 +56,11 @@ class GgufLayout:
         return str(table("gguf")["architectures"][self.model_type])
 
     def heads_of(self, module: str) -> int:
-        """How many heads the rows of `module` are permuted by; 0 for modules whose rows stay."""
+        """The number of heads by which the rows of `module` are permuted; 0 if they stay in place."""
         return permuted_heads(self.model_type, module, self.heads, self.kv_heads)
 
     def names(self) -> dict[str, str]:
-        """GGUF's name of each module that can carry a pair, by gguf's own map, with the module's path."""
+        """From GGUF's names to the paths of all modules that can have a pair."""
         mapped = tensor_names(self.architecture, self.blocks)
         modules = table("gguf")["modules"]
         found: dict[str, str] = {}
@@ -73,7 +73,7 @@ class GgufLayout:
 
 
 def gguf_layout_of(config: Mapping[str, Any], where: object) -> GgufLayout:
-    """The layout that a config.json describes. ConfigError for a model type that is not known here, or missing numbers."""
+    """The layout that a config.json describes. ConfigError for an unknown model type or missing numbers."""
     model_type = str(config.get("model_type", ""))
     known = table("gguf")["architectures"]
     if model_type not in known:
@@ -127,7 +127,7 @@ def owns(tensor: str) -> bool:
 def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unused: object) -> None:
     """Writes `adapter` to the file `path` for the model that `base` describes; the same adapter gives the same bytes.
 
-    ConfigError names what a GGUF adapter has no place for. The caller renames the file into place.
+    ConfigError names what a GGUF adapter cannot hold. The caller renames the file into place.
     """
     check_supported(adapter, "gguf", kinds=("linear", "conv1d"), dora=False, folds=True)
     layout = _layout(adapter, base)
@@ -175,15 +175,14 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 
 def _note(adapter: Adapter, layout: GgufLayout) -> str:
-    metadata = {key: value for key, value in adapter.metadata.items() if key not in ("task_type", "revision", "lora_dropout")}
-    note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata}
+    note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata_without_peft(adapter)}
     return json.dumps(note, sort_keys=True, ensure_ascii=False)
 
 
 def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Adapter:
     """The adapter in the file `path`. DataError lists everything that cannot be understood.
 
-    ConfigError where neither the file nor `base` says how a Llama's heads are ordered.
+    ConfigError if neither the file nor `base` says how many blocks and heads there are.
     """
     file = GgufFile(path, most_parts=_MOST_PARTS)
     texts = {key: file.text(key) for key in ("general.type", "general.architecture", "adapter.type", _NOTE)}
@@ -247,7 +246,7 @@ def _parsed_note(path: Path, text: str) -> dict[str, Any]:
 
 
 def _layout_for(path: Path, architecture: str, note: Mapping[str, Any], base: BaseModel | None) -> GgufLayout:
-    """The layout from the base, else from our own note."""
+    """The layout from the base, else from our note in the file."""
     if base is not None:
         layout = gguf_layout_of(base.config(), base.path)
     elif isinstance(note.get("layout"), dict):

@@ -1,4 +1,4 @@
-"""What an adapter has that a format cannot hold: named, with the way that works."""
+"""Refuses adapters with parts that a format cannot hold, with what to do instead."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from lorakeet.errors import ConfigError, Problems
 MERGE = "Merge the adapter into its base (lorakeet merge), or convert it --to peft, which holds everything."
 
 
-def check_supported(adapter: Adapter, name: str, *, kinds: Collection[str], dora: bool, folds: bool = False) -> None:
-    """ConfigError naming every tensor that the format called `name` has no place for.
+PEFT_KEYS = ("task_type", "revision", "lora_dropout")  # of Adapter.metadata, from adapter_config.json
 
-    kinds: the kinds of pairs that it holds; dora: whether it holds DoRA's magnitudes; `folds`: offer to fold them at a rank.
+
+def metadata_without_peft(adapter: Adapter) -> dict[str, str]:
+    """The adapter's metadata for formats other than PEFT's."""
+    return {key: value for key, value in adapter.metadata.items() if key not in PEFT_KEYS}
+
+
+def check_supported(adapter: Adapter, name: str, *, kinds: Collection[str], dora: bool, folds: bool = False) -> None:
+    """Raises ConfigError naming every tensor that the format called `name` cannot hold.
+
+    kinds: the kinds of pairs that it can hold; dora: it can hold magnitudes; folds: offer to fold them into plain pairs.
     """
     problems = Problems(f"The adapter cannot be written as {name}")
     if not adapter.pairs:
@@ -36,7 +44,7 @@ def check_supported(adapter: Adapter, name: str, *, kinds: Collection[str], dora
 
 
 def check_uniform_dora(adapter: Adapter, name: str) -> None:
-    """ConfigError where only some pairs are DoRA, in a format that has one switch for all of them."""
+    """Raises ConfigError if only some pairs are DoRA: the format has one switch for all."""
     dora = [path for path, pair in adapter.pairs.items() if pair.magnitude is not None]
     plain = [path for path, pair in adapter.pairs.items() if pair.magnitude is None]
     if dora and plain:

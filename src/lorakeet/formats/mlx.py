@@ -4,8 +4,8 @@
     PATH.lora_b   (rank, out)    B transposed
     PATH.m        (out,)         DoRA
 
-ΔW = scale·(lora_a·lora_b)ᵀ with one `scale` and one `rank` for the whole adapter, and no alpha. Where pairs differ, their
-scales are multiplied into lora_b (scale 1) and lower ranks are filled up with zeros: both leave ΔW as it was.
+ΔW = scale·(lora_a·lora_b)ᵀ with one `scale` and one `rank` for the whole adapter, and no alpha. If pairs differ, their scales are
+multiplied into lora_b (scale 1), and lower ranks are padded with zeros; neither changes ΔW.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.components import component_of
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, save_text
-from lorakeet.formats.files.tensors import read_tensors
-from lorakeet.formats.limits import check_supported, check_uniform_dora
+from lorakeet.formats.files.tensors import missing_slots, read_tensors
+from lorakeet.formats.limits import check_supported, check_uniform_dora, metadata_without_peft
 
 MODEL_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -79,9 +79,8 @@ def _scale(config: Mapping[str, Any], path: Path, problems: Problems) -> float:
 
 
 def _pair(module: str, slots: Mapping[str, Tensor], scale: float) -> Pair | str:
-    missing = [slot for slot in ("lora_a", "lora_b") if slot not in slots]
-    if missing:
-        return f"{module} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}."
+    if missing := missing_slots(module, slots, ("lora_a", "lora_b")):
+        return missing
     a, b, m = slots["lora_a"], slots["lora_b"], slots.get("m")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or 0 in (*a.shape, *b.shape):
         return (
@@ -96,7 +95,7 @@ def _pair(module: str, slots: Mapping[str, Tensor], scale: float) -> Pair | str:
 def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
     """Writes `adapter` into `folder` (made if missing) so that mlx-lm loads it; the same adapter gives the same bytes.
 
-    ConfigError names what the format has no place for.
+    ConfigError names what the format cannot hold.
     """
     check_supported(adapter, "mlx", kinds=("linear",), dora=True)
     check_uniform_dora(adapter, "mlx")
@@ -115,21 +114,17 @@ def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
         if pair.magnitude is not None:
             tensors[f"{module}.m"] = pair.magnitude.float()
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / MODEL_NAME, tensors, metadata={"format": "mlx", **_texts(adapter)})
+    save_tensors(folder / MODEL_NAME, tensors, metadata={"format": "mlx", **metadata_without_peft(adapter)})
     save_text(folder / CONFIG_NAME, _config_text(adapter, rank, scale))
 
 
 def _rounded(scale: float) -> float:
-    """12 digits: alpha = scale·rank and back costs the last bit, which must not change what is written."""
+    """12 digits: converting scale to alpha and back may change the last bit, which must not change what is written."""
     return float(f"{scale:.12g}")
 
 
-def _texts(adapter: Adapter) -> dict[str, str]:
-    return {key: value for key, value in adapter.metadata.items() if key not in ("task_type", "revision", "lora_dropout")}
-
-
 def _config_text(adapter: Adapter, rank: int, scale: float) -> str:
-    """adapter_config.json; num_layers −1 is mlx-lm's word for all layers, `keys` are names inside one of them."""
+    """adapter_config.json; num_layers −1 means all layers, `keys` are names inside a layer."""
     config: dict[str, Any] = {
         "fine_tune_type": "dora" if any(pair.magnitude is not None for pair in adapter.pairs.values()) else "lora",
         "lora_parameters": {

@@ -1,7 +1,7 @@
-"""What vLLM's LoRA loader holds, and an adapter rewritten so that it computes there what it computes here.
+"""Limits of vLLM's LoRA loader, and rewriting an adapter so that vLLM computes the same.
 
 vLLM reads one rank and one alpha from adapter_config.json for all modules: rank_pattern gives tensors their ranks but not their
-scales, and alpha_pattern is dropped without a word. Pairs of one rank whose scale lies in B are read right by every version.
+scales, and alpha_pattern is silently dropped. Every version reads pairs of one rank correctly whose scale is multiplied into B.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
 def check_vllm(adapter: Adapter) -> None:
-    """ConfigError naming everything that vLLM would refuse or leave out without a word."""
+    """Raises ConfigError naming everything that vLLM would refuse or silently drop."""
     check_supported(adapter, "a vLLM adapter", kinds=("linear",), dora=False)
     largest = max(pair.rank for pair in adapter.pairs.values())
     if largest > RANKS[-1]:
@@ -26,7 +26,7 @@ def check_vllm(adapter: Adapter) -> None:
 
 
 def misread(adapter: Adapter) -> bool:
-    """Whether vLLM would give some pair another scale: where ranks or alphas differ between modules."""
+    """True if ranks or alphas differ between modules, so that vLLM would use a wrong scale."""
     return len({(pair.rank, pair.alpha, pair.scale_rule) for pair in adapter.pairs.values()}) > 1
 
 
@@ -37,7 +37,7 @@ def max_rank(adapter: Adapter) -> int:
 
 
 def uniform(adapter: Adapter) -> Adapter:
-    """The same changes of the weights with one rank and scale 1 everywhere: zeros fill up A and B, and B holds the scale."""
+    """The same ΔW with one rank and scale 1 everywhere: A and B are padded with zeros, and B contains the scale."""
     rank = max(pair.rank for pair in adapter.pairs.values())
     return replace(adapter, pairs={path: _filled(pair, rank) for path, pair in adapter.pairs.items()})
 

@@ -1,9 +1,8 @@
 """One table of kernels: for each task the kernels in order of preference. The first one that can run, runs.
 
 The code asks it (`candidates` and the functions below), `lorakeet doctor` prints it (`passed_over`), and a run's report records
-what
-it chose (`in_words`). A new kernel is a file in kernels/cpu or kernels/triton that offers what kernels/protocol says, and a line
-here. Kernels without a source are torch's own operations, which core writes out where they are needed.
+what it chose (`in_words`). A new kernel is a file in kernels/cpu or kernels/triton that offers what kernels/protocol says, and a
+line here. Kernels without a source are torch's own operations, which core writes out where they are needed.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         TORCH,
     ),
     "dequantise": (
-        Kernel("Triton: tiles", support.why_not, support.takes_buffers, "contiguous results", _TRITON + "tiles"),
+        Kernel("Triton: tiles", support.why_not, support.takes_tiles, "contiguous results", _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_buffers, stored.READABLE, _C + "stored"),
         TORCH,
     ),
@@ -167,7 +166,7 @@ def multiplies_stored(x: Tensor) -> bool:
     return first_of(kernels, x).load() is stored
 
 
-def multiplies_int8(x: Tensor) -> bool:
+def quantises_in_c(x: Tensor) -> bool:
     """True if C quantises x (tokens, width) to int8 and multiplies it with int8 weights."""
     return first_of(candidates("product in int8", x.device, x.dtype), x).load() is int8_rows
 

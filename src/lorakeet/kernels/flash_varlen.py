@@ -1,12 +1,16 @@
-"""Causal attention of rows laid end to end on a CUDA card: torch's flash kernel, once for all rows. **Not run on a GPU yet.**
+"""Causal attention of packed rows on a CUDA GPU: torch's flash kernel, once for all rows. **Not run on a GPU yet.**
 
-FlashAttention-2 (arXiv 2307.08691), as torch has it, takes sequences laid end to end and where each begins, among queries and
-among keys, and shows each query the keys up to its own place counted from a sequence's end. Rows are such sequences. A prefix
-stands once among the states and belongs to every row: for the time of a call its keys and values are laid before each row's own,
-so that a row's queries, which are the last ones of their sequence, see it whole. Tokens behind the last row are one more.
+FlashAttention-2 (arXiv 2307.08691), as torch has it, takes packed sequences and their offsets among queries and among keys, and
+aligns the causal mask to the end of each sequence. Rows are such sequences. A prefix is stored once and belongs to every row: for
+a call its keys and values are copied before each row's own, so that the row's queries, the last ones of their sequence, see it
+whole. Padding tokens after the last row form one more sequence.
 
-Whoever calls the kernel with other places than it reads gets numbers that look right. So the first rows in heads of a shape are
-preceded by made-up ones, which are computed by the definition too; where these differ, that is said, and rows go one by one.
+A kernel that reads the offsets differently would give numbers that look right. So before the first rows in heads of a shape,
+made-up rows are computed by the kernel and by the definition; if these differ, a warning says so, and rows are computed one by
+one.
+
+CUDA graphs (models/text/cuda_graphs) need offsets in a tensor at a fixed address: `FlashVarlenAtOffsets`. The number of rows and
+their longest length are fixed when the graph is recorded; unused offsets are empty rows. Such rows share no prefix.
 """
 
 from __future__ import annotations
@@ -26,15 +30,15 @@ from lorakeet.kernels.cpu.operators import define
 from lorakeet.kernels.protocol import Situation
 
 DTYPES = (torch.bfloat16, torch.float16)
-WIDEST, STEP = 192, 8  # of a head: beyond the first, some cards cannot go back; all are multiples of the second
+WIDEST, STEP = 192, 8  # of a head: some GPUs have no backward pass beyond the first; all need multiples of the second
 NEEDS = f"heads of up to {WIDEST} numbers, in multiples of {STEP}"
-CAPABILITY = (8, 0)  # the least of a card
-BLOCK = 128  # tokens by which the kernel's sums of a sequence are longer, backward
-EVERYTHING = -1  # for a window: there is none
-PROOF = (5, 300, 70, 1), 140, 150  # rows, a prefix, a window, beyond the kernel's tiles of up to 128: made up to prove it by
-SAID = 160  # characters of torch's own message
-EVERYWHERE = "CompositeExplicitAutograd"  # torch's word for every device: what runs there is torch's kernel, or is refused
-CLOSE = 3e-2  # of the largest number: a few roundings of bf16
+CAPABILITY = (8, 0)  # of a GPU, at least
+BLOCK = 128  # tokens by which the kernel's sums of a sequence are padded, backward
+EVERYTHING = -1  # for a window: unlimited
+PROOF = (5, 300, 70, 1), 140, 150  # made-up rows, a prefix and a window, beyond the kernel's tiles of up to 128
+SAID = 160  # characters of torch's own message in a warning
+EVERYWHERE = "CompositeExplicitAutograd"  # torch's key for every device: torch's kernel runs there, or raises
+CLOSE = 3e-2  # relative to the largest number: a few roundings of bf16
 
 
 def why_not(situation: Situation) -> str:
@@ -57,7 +61,7 @@ def takes(like: Tensor, heads: int, kv: int, d: int, *_: object) -> bool:
 
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
-    """Whether this torch has the kernel for the card; a CPU stands for the card of this machine, or for one that has it."""
+    """True if this torch has the kernel for the GPU; a CPU stands for this machine's GPU, or for one that has the kernel."""
     if not torch.cuda.is_available():
         return True
     if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
@@ -66,20 +70,19 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 class FlashVarlen:
-    """Attention of rows by the flash kernel, all at once, for core/fused/packed_attention.CausalRows. Keeps O and log-sums
-    beside Q, K, V.
+    """Attention of all rows at once by the flash kernel (kernels/protocol.PackedAttention). Saves O and log-sums beside Q, K, V.
 
-    `window`: how many of the last keys, its own included, a query sees; None: all.
+    `window`: how many of the last keys, including its own, a query sees; None: all.
     """
 
-    laid: tuple[Any, ...]  # what the operators are told of rows
+    laid: tuple[Any, ...]  # the operators' arguments about rows
 
     def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0, window: int | None = None) -> None:
         self.laid = list(rows), prefix, scale, EVERYTHING if window is None else window
 
     @property
     def operators(self) -> tuple[Any, Any]:
-        """That of the forward pass, and that of the backward pass."""
+        """The operators of the forward and of the backward pass."""
         return FLASH_ROWS, FLASH_ROWS_BACKWARD
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -97,17 +100,17 @@ class FlashVarlen:
 
 
 def _token_by_token(states: Tensor) -> Tensor:
-    """(1, heads, tokens, d) as (tokens, heads, d), the numbers of a head side by side."""
+    """(1, heads, tokens, d) as (tokens, heads, d), with contiguous heads."""
     found = states[0].transpose(0, 1)
     return found if found.stride(-1) == 1 else found.contiguous()
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Rows as the kernel takes them: where sequences begin and end among queries and keys, int32, and the longest of each.
+    """Rows as the kernel takes them: offsets of the sequences among queries and keys, int32, and the longest of each.
 
-    With a prefix, `gathered` (keys) are the tokens whose keys the sequences have, one behind the other; `own` (tokens) says where
-    among these each token's own are, and `shared` (rows, prefix) where the prefix is met again, in every row behind it.
+    With a prefix, `gathered` (keys) are the tokens whose keys the sequences have, one after another; `own` (tokens) are each
+    token's indices among these, and `shared` (rows, prefix) the indices of the prefix's copies in every row.
     """
 
     queries: Tensor
@@ -120,15 +123,15 @@ class Sequences:
 
 
 def sequence_lengths(rows: Sequence[int], prefix: int, tokens: int) -> tuple[list[int], list[int]]:
-    """Queries and keys of each sequence: the prefix, the rows, what fills up."""
+    """Numbers of queries and keys of each sequence: the prefix, the rows, the padding."""
     filler = tokens - prefix - sum(rows)
     ends = [prefix] if prefix else [], [filler] if filler else []
     return [*ends[0], *rows, *ends[1]], [*ends[0], *(prefix + length for length in rows), *ends[1]]
 
 
-@functools.lru_cache(maxsize=64)  # micro-batches that pass a block together, one after the other
+@functools.lru_cache(maxsize=64)  # micro-batches that pass a block one after another
 def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.device) -> Sequences:
-    """The same for as many layers as have these rows: what is copied to the card is copied once."""
+    """The sequences, shared by all layers with these rows, so that they are copied to the GPU once."""
     queries, keys = sequence_lengths(rows, prefix, tokens)
     of_queries, of_keys = (torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (queries, keys))
     if not prefix:
@@ -137,7 +140,7 @@ def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.dev
     parts = [range(begin, begin + length) for begin, length in zip(begins, queries, strict=False)]
     gathered, own, shared = [*parts[0]], [*parts[0]], []
     for number, part in enumerate(parts[1:], start=1):
-        if number <= len(rows):  # not what fills up
+        if number <= len(rows):  # not the padding
             shared.append(range(len(gathered), len(gathered) + prefix))
             gathered += parts[0]
         own += range(len(gathered), len(gathered) + len(part))
@@ -147,7 +150,7 @@ def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.dev
 
 
 def flash_forward(laid: Sequences, states: tuple[Tensor, ...], scale: float, window: int) -> tuple[Tensor, Tensor]:
-    """What torch's kernel makes of Q, K and V, laid as sequences: O, and the logs of the sums."""
+    """O and the logs of the sums, by torch's kernel, of Q, K and V as sequences."""
     places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING, False
     out, logs, *_ = torch.ops.aten._flash_attention_forward(*states, *places, scale=scale, **_seen_in(window))
     return out, logs
@@ -156,7 +159,7 @@ def flash_forward(laid: Sequences, states: tuple[Tensor, ...], scale: float, win
 def flash_backward(
     laid: Sequences, given: tuple[Tensor, ...], scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V of the same, from ∂O, Q, K, V, O and the logs."""
+    """∂Q, ∂K and ∂V of `flash_forward`, from ∂O, Q, K, V, O and the logs."""
     device = given[0].device
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
     places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING
@@ -178,9 +181,9 @@ def flash_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Te
 def flash_rows_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `flash_rows` was given and gave.
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from the arguments and results of `flash_rows`.
 
-    A prefix's key stands in every sequence; ∂L/∂k is the sum of what arrives in each of its places, in fp32.
+    Every sequence has a copy of a prefix's key; ∂L/∂k is the sum over the copies, in fp32.
     """
     rows, prefix, scale, window = given
     laid = sequences(tuple(rows), prefix, len(q), q.device)
@@ -206,18 +209,19 @@ def _to_own_places(laid: Sequences, prefix: int, found: Tensor) -> Tensor:
 
 
 def _seen_in(window: int) -> dict[str, int]:
-    """As the kernel is told of it: so many keys to the left of a query's own place, none to the right."""
+    """The kernel's arguments for a window: keys to the left of a query's own, none to the right."""
     return {"window_size_left": EVERYTHING if window == EVERYTHING else window - 1, "window_size_right": 0}
 
 
 def _workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, *_: Any) -> int:
-    """Bytes that `flash_rows` holds for as long as it computes: keys and values of sequences that share a prefix."""
+    """Bytes of workspace of `flash_rows`: keys and values of sequences that share a prefix."""
     return 2 * _gathered_bytes(q, k, rows, prefix)
 
 
 def _backward_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any) -> int:
-    """The same of `flash_rows_backward`: the kernel's fp32 sums of ∂Q and of rows, ∂K and ∂V of every head of a group, and, with
-    a prefix, K, V, ∂K and ∂V of all sequences, and the prefix's parts of a gradient with their sum."""
+    """Bytes of workspace of `flash_rows_backward`: the kernel's fp32 sums of ∂Q and of rows, ∂K and ∂V of every head of a group,
+    and, with a prefix, K, V, ∂K and ∂V of all sequences, and the prefix's parts of a gradient with their sum.
+    """
     rows, prefix, _, _ = given
     queries, keys = sequence_lengths(rows, prefix, len(q))
     (tokens, heads, d), kv = q.shape, k.shape[1]
@@ -234,7 +238,7 @@ def _gathered_bytes(q: Tensor, k: Tensor, rows: list[int], prefix: int) -> int:
 
 
 def _flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
-    """Of the two products of `flash_rows`, of the scores that mask and window let through."""
+    """FLOPs of the two products of `flash_rows`, over the scores within mask and window."""
     rows, prefix, _scale, window = given
     scores = scores_of(rows, prefix)
     if window != EVERYTHING:
@@ -243,18 +247,20 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
 
 
 def _backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any, **_: Any) -> int:
-    """Of the five products of `flash_rows_backward`."""
+    """FLOPs of the five products of `flash_rows_backward`."""
     return 5 * _flops(q, k, v, *given) // 2
 
 
 def _places(rows: Sequence[int], prefix: int) -> list[int]:
-    """How many keys stand before each token of prefix and rows."""
+    """The number of keys before each token of prefix and rows."""
     return [*range(prefix), *(prefix + place for length in rows for place in range(length))]
 
 
 @functools.cache
 def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
-    """Whether the kernel computes made-up rows, both ways, as the definition does in fp32; where not, that is said once."""
+    """True if the kernel computes made-up rows, forward and backward, as the definition does in fp32; else a warning says so,
+    once.
+    """
     rows, prefix, window = PROOF
     said = ""
     try:
@@ -276,9 +282,9 @@ def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv:
 def _difference(
     rows: tuple[int, ...], shared: int, window: int | None, sizes: tuple[int, int, int], place: tuple[torch.device, torch.dtype]
 ) -> str:
-    """In words, how the kernel differs from the definition by more than rounding; empty where it does not."""
+    """How the kernel differs from the definition by more than rounding; empty if it does not."""
     (heads, kv, d), (device, dtype) = sizes, place
-    tokens = shared + sum(rows) + 2  # and two that fill up
+    tokens = shared + sum(rows) + 2  # and two of padding
     draw = torch.Generator().manual_seed(tokens)
     q, k, v, grad = (torch.randn(1, many, tokens, d, generator=draw).to(device, dtype) for many in (heads, kv, kv, heads))
     kernel = FlashVarlen(rows, d**-0.5, shared, window)
@@ -296,7 +302,7 @@ def _difference(
 
 
 def by_definition(states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int], int, float, int]) -> tuple[Tensor, ...]:
-    """O (1, tokens, heads, d), ∂Q, ∂K and ∂V by softmax(s·Q·Kᵀ + mask)·V written out in fp32; `grad` is (1, heads, tokens, d)."""
+    """O (1, tokens, heads, d), ∂Q, ∂K and ∂V by softmax(s·Q·Kᵀ + mask)·V in fp32; `grad` is (1, heads, tokens, d)."""
     rows, prefix, scale, window = laid
     tokens, device = grad.shape[2], grad.device
     filler = tokens - prefix - sum(rows)
@@ -316,15 +322,16 @@ def by_definition(states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int
 
 @dataclass(frozen=True, eq=False)
 class RowOffsets:
-    """Where rows lie among the tokens: row i from starts[i] to starts[i + 1], int32, the last of which is how many tokens there
-    are; none has more than `longest`."""
+    """Offsets of rows among the tokens: row i from starts[i] to starts[i + 1], int32; the last is the number of tokens. No row
+    is longer than `longest`.
+    """
 
     starts: Tensor  # (rows + 1,)
     longest: int
 
 
 class FlashVarlenAtOffsets(FlashVarlen):
-    """Attention of rows at `places`, for core/fused/packed_attention.CausalRows; `window` as in CardRows."""
+    """Attention of rows at offsets in a tensor; `window` as in FlashVarlen."""
 
     def __init__(self, places: RowOffsets, scale: float, window: int | None = None) -> None:
         self.laid = places.starts, places.longest, scale, EVERYTHING if window is None else window
@@ -337,7 +344,7 @@ class FlashVarlenAtOffsets(FlashVarlen):
 def flash_kernel(
     places: RowOffsets | None, rows: tuple[int, ...], scale: float, prefix: int, window: int | None = None
 ) -> FlashVarlen:
-    """The kernel for rows of those lengths, or of those places where there are any."""
+    """The kernel for rows of those lengths, or at those offsets if there are any."""
     return FlashVarlen(rows, scale, prefix, window) if places is None else FlashVarlenAtOffsets(places, scale, window)
 
 
@@ -351,7 +358,7 @@ def offset_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, T
 def offset_rows_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `offset_rows` was given and gave."""
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from the arguments and results of `offset_rows`."""
     starts, longest, scale, window = given
     return flash_backward(Sequences(starts, starts, longest, longest), (grad, q, k, v, out, logs), scale, window)
 

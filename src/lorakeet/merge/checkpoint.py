@@ -1,34 +1,39 @@
-"""A model folder on disk: its safetensors shards by tensor name, its config.json, and the files that go along."""
+"""A model folder on disk: its safetensors shards by tensor name, its config.json, and the files to copy beside them."""
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry, open_safetensors, read_index
+from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry, open_safetensors, read_index, save_text
 
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
-_NOT_COPIED = {CONFIG, "README.md"}  # the card describes the base
+_NOT_COPIED = {CONFIG, "README.md"}  # the README describes the base
 _ALONG = ("additional_chat_templates",)
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
-# Words that one class puts before its parts and another does not, so a checkpoint may lack them.
+# Prefixes that some model classes add and others do not, so a checkpoint may lack them.
 _WRAPPERS = {"model", "transformer", "language_model", "text_model", "base_model"}
-# What a module is called in memory, and what Mixtral's checkpoints call it.
+# The name of a module in memory, and in Mixtral's checkpoints.
 _RENAMED = ((".mlp.", ".block_sparse_moe."),)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model folder by name, without reading them."""
+    """The tensors of a model folder by name; none is read."""
 
     folder: Path
     shards: Mapping[str, SafeFile]  # by file name
@@ -39,7 +44,7 @@ class Checkpoint:
         return self.shards[self.home[name]].tensors[name]
 
     def find(self, wanted: str) -> str | None:
-        """The name on disk of the parameter that a model calls `wanted`, or None."""
+        """The name on disk of the model's parameter `wanted`, or None."""
         spellings = [wanted, *(wanted.replace(old, new) for old, new in _RENAMED if old in wanted)]
         for spelling in spellings:
             if spelling in self.home:
@@ -49,7 +54,7 @@ class Checkpoint:
         return found[0] if len(found) == 1 else None
 
     def setting(self, name: str) -> Any:
-        """A value of config.json, also from the text_config of a model with several parts; None where it is not."""
+        """A value of config.json or of its text_config; None if there is none."""
         text = self.config.get("text_config")
         return self.config.get(name, text.get(name) if isinstance(text, dict) else None)
 
@@ -62,7 +67,7 @@ def _core(name: str) -> str:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, every shard's header checked. ConfigError, DataError name what is missing or broken."""
+    """Opens the checkpoint in `folder` and checks every shard's header. ConfigError, DataError name what is missing or broken."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected one with {CONFIG} and {SINGLE} or {INDEX}.")
     config = read_object(folder / CONFIG, expected="the settings of a model") if (folder / CONFIG).exists() else {}
@@ -87,8 +92,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, home, config)
 
 
+def write_index(folder: Path, shards: Mapping[str, Shapes]) -> None:
+    """Writes the index of a model in several files to `folder`; none for a single file."""
+    if list(shards) != [SINGLE]:
+        sizes = (math.prod(shape) * dtype.itemsize for shapes in shards.values() for dtype, shape in shapes.values())
+        home = {name: file for file, shapes in shards.items() for name in shapes}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": home}
+        save_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 def files_along(source: Path, tokenizer: Path | None) -> list[Path]:
-    """The files to copy beside the weights: all that is no weight, the tokenizer's from `tokenizer` if given."""
+    """The files to copy beside the weights; the tokenizer's come from `tokenizer` if given."""
     files = [file for file in sorted(source.iterdir()) if file.is_file() and _goes_along(file)]
     for name in _ALONG:
         files += sorted(file for file in (source / name).glob("*") if file.is_file())
@@ -98,7 +112,7 @@ def files_along(source: Path, tokenizer: Path | None) -> list[Path]:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of `folder` that make up a tokenizer."""
+    """The tokenizer files of `folder`."""
     return [file for file in sorted(folder.iterdir()) if file.is_file() and _is_tokenizer(file) and _goes_along(file)]
 
 
@@ -111,7 +125,7 @@ def _is_tokenizer(file: Path) -> bool:
 
 
 def copy_along(files: Iterable[Path], out: Path) -> None:
-    """Copies the contents of `files` into `out`; those of a known subfolder keep it."""
+    """Copies `files` into `out`; those of a known subfolder keep it."""
     for file in files:
         place = out / file.parent.name if file.parent.name in _ALONG else out
         place.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Several adapters into one, in ΔW space: what may be combined, and the combined pair or change of each matrix."""
+"""Combines several adapters into one by their ΔW: checks them, and computes the combined pair or change of each matrix."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, pa
 
 @dataclass(frozen=True)
 class CombineSpec:
-    """How adapters become one: the method (merge/methods), a weight for each, and the rank of the result.
+    """How adapters are combined: the method (merge/methods), a weight for each, and the rank of the result.
 
-    `rank` None keeps an exact sum exact and compresses others to the largest rank that goes in. `density` is the share of
-    entries that pruning methods keep; `seed` decides which where chance does.
+    `rank` None keeps an exact sum exact, and compresses others to the largest rank of the adapters. `density` is the share of
+    entries that pruning keeps; `seed` is for random methods.
     """
 
     method: str = field(default="linear", metadata={"help": "Which changes are kept of each adapter, and how they are summed."})
@@ -49,16 +49,16 @@ class CombineSpec:
 
 @dataclass(frozen=True)
 class Combined:
-    """One adapter, and how far each of its matrices is from the combined ΔW."""
+    """The combined adapter, and the relative error of each of its matrices."""
 
     adapter: Adapter
-    errors: Mapping[str, float]  # ‖ΔW − B·A‖ / ‖ΔW‖ by path; 0 where nothing was compressed
+    errors: Mapping[str, float]  # ‖ΔW − B·A‖ / ‖ΔW‖ by path; 0 if nothing was compressed
     error: float  # the same over all matrices together
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Adapters that were found to go together, ready to be combined matrix by matrix."""
+    """Adapters that passed the checks, to be combined matrix by matrix."""
 
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
@@ -70,22 +70,22 @@ class Combination:
 
     @property
     def paths(self) -> list[str]:
-        """Every matrix that some adapter changes, in the order of the first adapter that does."""
+        """Every matrix that some adapter changes, in the order of the adapters."""
         return list(dict.fromkeys(path for adapter in self.adapters for path in adapter.pairs))
 
     def kind(self, path: str) -> Kind:
         return next(pair.kind for pair, _, _ in self._parts(path))
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """The shape of the pair's factors with the rank left out: (out, *in), or (experts, out, in)."""
-        return _outline(next(pair for pair, _, _ in self._parts(path)))
+        """The shape of the pair's factors without the rank: (out, *in), or (experts, out, in)."""
+        return next(pair for pair, _, _ in self._parts(path)).weight_shape
 
     def experts(self, path: str) -> int:
-        """How many matrices lie at `path`: 1 but for experts."""
+        """The number of matrices at `path`: 1 except for experts."""
         return self.shape(path)[0] if self.kind(path) == "experts" else 1
 
     def change(self, path: str, expert: int = 0) -> Tensor:
-        """The combined ΔW of one matrix, fp32, as (out, in): convolutions flattened, experts one at a time."""
+        """The combined ΔW of one matrix, fp32 (out, in): convolutions flattened, experts one at a time."""
         parts = []
         for pair, weight, number in self._parts(path):
             A, B = _flat(pair)
@@ -94,12 +94,12 @@ class Combination:
         return combine_changes(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
 
     def outline(self) -> Adapter:
-        """An adapter with the places, kinds and shapes of the combination, but the numbers of its first pairs."""
+        """An adapter with the paths, kinds and shapes of the combination, but with the numbers of the first pairs."""
         pairs = {path: next(pair for pair, _, _ in self._parts(path)) for path in self.paths}
         return Adapter(pairs, self.extras, self.token_rows, self.adapters[0].base)
 
     def pair(self, path: str) -> tuple[Pair, list[LowRank]]:
-        """The combined pair, of scale 1, and its low-rank matrices, one for each expert."""
+        """The combined pair, of scale 1, and its low-rank factors, one for each expert."""
         found = [self._low_rank(path, expert) for expert in range(self.experts(path))]
         rank = max(low.A.shape[0] for low in found)
         A = torch.stack([_padded(low.A, rank, 0) for low in found])
@@ -112,7 +112,7 @@ class Combination:
         return Pair(A, B, float(rank), kind, bias=self._bias(path)), found
 
     def combined(self, on_progress: Progress | None = None) -> Combined:
-        """The one adapter, matrix by matrix. Its pairs have scale 1, the true scales are in B."""
+        """Combines matrix by matrix. The pairs have scale 1; the true scales are in B."""
         pairs: dict[str, Pair] = {}
         errors: dict[str, float] = {}
         lost = whole = 0.0
@@ -135,19 +135,18 @@ class Combination:
         flat = [(pair, weight, *_flat(pair)) for pair, weight, _ in self._parts(path)]
         A, B = stack_factors([(A[expert], B[expert], weight * pair.scale) for pair, weight, A, B in flat])
         if self.spec.rank is None and not self.method.compress:
-            widest = min(B.shape[0], A.shape[1])  # more factors than that say the same with fewer
+            widest = min(B.shape[0], A.shape[1])  # a larger rank is redundant
             return LowRank(A, B, 0.0, 1.0) if A.shape[0] <= widest else truncate_factors(A, B, widest)
         return truncate_factors(A, B, min(self._rank(path), A.shape[0]))
 
     def _rank(self, path: str) -> int:
-        """The rank asked for, or the largest that goes in; at most what the matrix can have."""
+        """The given rank, or the largest of the adapters; at most min(out, in)."""
         shape = self.shape(path)
         widest = min(shape[1:]) if self.kind(path) == "experts" else min(shape[0], torch.Size(shape[1:]).numel())
-        asked = self.spec.rank or max(pair.rank for pair, _, _ in self._parts(path))
-        return min(asked, widest)
+        return min(self.spec.rank or max(pair.rank for pair, _, _ in self._parts(path)), widest)
 
     def _bias(self, path: str) -> Tensor | None:
-        """Σ w·s·bias of the pairs that have one, for a pair of scale 1."""
+        """Σ w·s·bias over the pairs with a bias, for a pair of scale 1."""
         found = [pair.bias.float() * (weight * pair.scale) for pair, weight, _ in self._parts(path) if pair.bias is not None]
         return torch.stack(found).sum(0) if found else None
 
@@ -158,7 +157,7 @@ class Combination:
 
 
 def combination(adapters: Mapping[str, Adapter], spec: CombineSpec) -> Combination:
-    """The adapters, by the name that messages use, checked. ConfigError lists everything that keeps them from being combined."""
+    """Checks the adapters, which are keyed by their names in messages. ConfigError lists everything that prevents combining."""
     names, values = list(adapters), list(adapters.values())
     problems = Problems("These adapters cannot be combined")
     for message in spec.validate():
@@ -184,27 +183,27 @@ def _check_pairs(names: Sequence[str], adapters: Sequence[Adapter], method: Meth
         if dora:
             problems.add(
                 f"{name} is a DoRA adapter ({len(dora)} pairs, first {dora[0]}): its change of a weight depends on the "
-                "weight, so it is no ΔW that could be summed. Merge it alone into its base."
+                "weight, so it cannot be summed. Merge it alone into its base."
             )
         biased = [path for path, pair in adapter.pairs.items() if pair.bias is not None]
         if biased and not method.exact:
-            problems.add(f"{name} has biases in its pairs (first {biased[0]}), for which {method.name} says nothing; use linear.")
+            problems.add(f"{name} has biases in its pairs (first {biased[0]}), which {method.name} cannot combine; use linear.")
     seen: dict[str, tuple[str, Pair]] = {}
     for name, adapter in zip(names, adapters, strict=True):
         for path, pair in adapter.pairs.items():
             other, known = seen.setdefault(path, (name, pair))
-            if _alike(known.kind, pair.kind) and _outline(known) == _outline(pair):
+            if _alike(known.kind, pair.kind) and known.weight_shape == pair.weight_shape:
                 continue
-            problems.add(f"{path} is {known.kind} {_outline(known)} in {other} and {pair.kind} {_outline(pair)} in {name}.")
+            problems.add(f"{path} is {known.kind} {known.weight_shape} in {other} and {pair.kind} {pair.weight_shape} in {name}.")
 
 
 def _alike(one: Kind, other: Kind) -> bool:
-    """GPT-2's conv1d has the factors of a linear weight, and files mix the two up."""
+    """True for equal kinds, and for linear and GPT-2's conv1d: they have the same factors, and files confuse them."""
     return one == other or {one, other} == {"linear", "conv1d"}
 
 
 def _shared_extras(names: Sequence[str], adapters: Sequence[Adapter], problems: Problems) -> dict[str, Tensor]:
-    """The whole parameters, which all adapters must have alike; the frozen weight that PEFT saves under a pair may lack."""
+    """The whole parameters, which must be equal in all adapters; a frozen weight that PEFT saves under a pair may be missing."""
     found: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.extras):
         holders = [name for name, adapter in zip(names, adapters, strict=True) if path in adapter.extras]
@@ -220,7 +219,7 @@ def _shared_extras(names: Sequence[str], adapters: Sequence[Adapter], problems: 
 
 
 def _shared_rows(names: Sequence[str], adapters: Sequence[Adapter], problems: Problems) -> dict[str, TokenRows]:
-    """Trained token rows, which all adapters must have alike."""
+    """The trained token rows, which must be equal in all adapters."""
     found: dict[str, TokenRows] = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.token_rows):
         rows = [adapter.token_rows.get(path) for adapter in adapters]
@@ -232,21 +231,15 @@ def _shared_rows(names: Sequence[str], adapters: Sequence[Adapter], problems: Pr
 
 
 def _uneven(adapters: Mapping[str, Adapter]) -> Iterator[str]:
-    """A sentence for each adapter that leaves matrices alone which others change."""
+    """Yields a sentence for each adapter that does not change all of the matrices."""
     everything = {path for adapter in adapters.values() for path in adapter.pairs}
     for name, adapter in adapters.items():
         if len(adapter.pairs) < len(everything):
             yield f"{name} changes {len(adapter.pairs)} of the {len(everything)} matrices; for the others it counts as no change."
 
 
-def _outline(pair: Pair) -> tuple[int, ...]:
-    if pair.kind == "experts":
-        return pair.A.shape[0], pair.B.shape[1], pair.A.shape[2]
-    return pair.B.shape[0], *pair.A.shape[1:]
-
-
 def dense_delta(pair: Pair, expert: int = 0) -> Tensor:
-    """ΔW of one matrix of a pair, fp32, as (out, in): convolutions flattened."""
+    """ΔW of one matrix of a pair, fp32 (out, in): convolutions flattened."""
     A, B = _flat(pair)
     return delta(A[expert], B[expert], pair.scale)
 
@@ -263,7 +256,7 @@ def _maker(A: Tensor, B: Tensor, scale: float) -> Callable[[], Tensor]:
 
 
 def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """The factor with zeros up to `rank`."""
+    """Pads the factor with zeros to `rank`."""
     lacking = rank - factor.shape[dim]
     if not lacking:
         return factor

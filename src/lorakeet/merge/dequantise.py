@@ -1,4 +1,4 @@
-"""The base that a quantised run computed with, as dense numbers: packed as it was loaded, or in the files on disk."""
+"""The base of a quantised run as dense weights: from the settings of its quantisation at load, or from quantised files."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lorakeet.quant.spec import QuantSpec
 
 
 def rounding_steps(source: Path, spec: QuantSpec) -> dict[str, Callable[[Tensor], Tensor]]:
-    """For each weight in the folder `source` that `spec` packs, by its name on disk: the weight to what its packed form means.
+    """For each weight in `source` that `spec` quantises, by its name on disk, a function that quantises and dequantises it.
 
-    A function gives fp32, and is meant for the numbers as they are stored, which packing at load reads too.
+    It takes the stored numbers, as quantisation at load does, and returns fp32.
     """
     config = read_config(source)
     plain = skeleton(config)
@@ -48,7 +48,7 @@ def _rounding(transposed: bool, spec: QuantSpec) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class _Unpacked(SafeFile):
-    """A file of a quantised model, in which packed weights appear as the dense tensors that they stand for, in fp32 when read."""
+    """A file of a quantised model whose packed weights are read as dense fp32 tensors."""
 
     made: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
@@ -60,10 +60,10 @@ class _Unpacked(SafeFile):
 
 
 def open_dequantised(folder: Path) -> Checkpoint:
-    """The quantised model in `folder` (GPTQ, NF4, int8) seen as the dense one that it stands for; a weight is unpacked when read.
+    """Opens the quantised model in `folder` (GPTQ, NF4, int8) as a dense one; a weight is dequantised when it is read.
 
-    Unpacked weights count as stored in the dtype that config.json names, or else in that of most other tensors. ConfigError where
-    the folder is not quantised in a way that is read, DataError for packed weights that no layer of the model takes.
+    Dequantised weights have the dtype of config.json, or else that of most other tensors. ConfigError if the folder is not
+    quantised by a supported method, DataError for packed weights of no layer.
     """
     config = read_config(folder)
     stored = stored_quantisation(config)
@@ -71,21 +71,21 @@ def open_dequantised(folder: Path) -> Checkpoint:
     if reader is None or stored is None:
         raise ConfigError(f"{folder} holds no weights in {', '.join(READERS)}; expected a quantised model folder.")
     files = tensor_files(folder)
-    stock = reader(files, stored)
+    stored_model = reader(files, stored)
     plain = skeleton(config)
-    places = owners(plain, stock.packed)
-    strange = sorted(set(stock.packed) - set(places))
+    places = owners(plain, stored_model.packed)
+    strange = sorted(set(stored_model.packed) - set(places))
     if strange:
-        raise DataError(f"{folder} has {len(strange)} packed weights that no layer of the model takes, such as {strange[0]}.")
-    dtype = _usual_dtype(config, stock, files)
+        raise DataError(f"{folder} has {len(strange)} packed weights that belong to no layer of the model, such as {strange[0]}.")
+    dtype = _usual_dtype(config, stored_model, files)
     tensors: dict[str, dict[str, TensorEntry]] = {file.path.name: {} for file in files.values()}
-    for name in stock.dense:
+    for name in stored_model.dense:
         tensors[files[name].path.name][name] = files[name].tensors[name]
     made: dict[str, Callable[[], Tensor]] = {}
     for name, path in places.items():
         module = plain.get_submodule(path)
         tensors[_home(name, files).path.name][name] = TensorEntry(dtype, tuple(module.weight.shape), 0, 0)
-        made[name] = _dense(stock, name, modules.kind_of(module) == "conv1d")
+        made[name] = _dense(stored_model, name, modules.kind_of(module) == "conv1d")
     shards = {file.path.name: file for file in files.values()}
     unpacked = {name: _Unpacked(file.path, tensors[name], file.metadata, made=made) for name, file in shards.items()}
     home = {name: file for file, shard in unpacked.items() for name in shard.tensors}
@@ -93,7 +93,7 @@ def open_dequantised(folder: Path) -> Checkpoint:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """config.json without its words about quantisation."""
+    """config.json without its quantization_config."""
     found = read_object(folder / CONFIG, expected="the settings of a model")
     for part in (found, found.get("text_config")):
         if isinstance(part, dict):
@@ -101,22 +101,24 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _dense(stock: StoredModel, name: str, transposed: bool) -> Callable[[], Tensor]:
+def _dense(stored_model: StoredModel, name: str, transposed: bool) -> Callable[[], Tensor]:
     def made() -> Tensor:
-        dense = stock.packed[name]().dense()
+        dense = stored_model.packed[name]().dense()
         return dense.t().contiguous() if transposed else dense
 
     return made
 
 
 def _home(name: str, files: Mapping[str, SafeFile]) -> SafeFile:
-    """The file in which the packed weight `name` lies, under its own name or GPTQ's."""
+    """The file of the packed weight `name`, under its own name or GPTQ's."""
     return files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]
 
 
-def _usual_dtype(config: Any, stock: StoredModel, files: Mapping[str, SafeFile]) -> torch.dtype:
+def _usual_dtype(config: Any, stored_model: StoredModel, files: Mapping[str, SafeFile]) -> torch.dtype:
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(named, torch.dtype):
         return named
-    kinds = Counter(files[name].tensors[name].dtype for name in stock.dense if files[name].tensors[name].dtype.is_floating_point)
+    kinds = Counter(
+        files[name].tensors[name].dtype for name in stored_model.dense if files[name].tensors[name].dtype.is_floating_point
+    )
     return kinds.most_common(1)[0][0] if kinds else torch.float32

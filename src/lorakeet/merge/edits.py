@@ -1,14 +1,14 @@
-"""Which tensors of a checkpoint an adapter changes, and how: worked out and checked before a byte is written.
+"""Plans which tensors of a checkpoint an adapter changes, and how; everything is checked before a byte is written.
 
     linear, conv1d, conv2d, embedding     PATH.weight                                  fold
     experts, kept in one tensor           BLOCK.gate_up_proj, BLOCK.down_proj          fold, all experts
     experts, kept one by one              BLOCK.0.w1.weight, .w3, .w2                  fold, one expert's rows
                                           BLOCK.0.gate_proj.weight, .up_proj, .down_proj
     a pair's bias                         PATH.bias                                    add scale·bias
-    trained token rows                    PATH.weight                                  write the rows, lengthen if needed
+    trained token rows                    PATH.weight                                  write the rows, append if needed
     extras                                the parameter                                replace
 
-Where the head shares the embedding's weight and only one of the two changes, the head gets a tensor of its own.
+If the head shares the embedding's weight and only one of the two changes, the head gets a tensor of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddi
 HEADS = ("lm_head", "embed_out")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
-# Rows of a fused parameter, in order, as checkpoints with one matrix per expert name them.
+# The parts of a fused parameter, in row order, by their names in checkpoints with one matrix per expert.
 _PARTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
 
 
@@ -41,7 +41,9 @@ Change = Callable[[str, int], Tensor]  # path and number of the expert to ΔW (o
 
 @dataclass
 class Edit:
-    """What becomes of one tensor: `steps` in turn, on fp32; `shape` is the result's. `source` is where it is read."""
+    """The changes of one tensor: `steps` are applied in order, in fp32; `shape` is the result's; `source` is the tensor to
+    read.
+    """
 
     source: str
     shape: tuple[int, ...]
@@ -50,7 +52,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Edits:
-    """All changes by name of the written tensor, changed settings of config.json, and what the user should know."""
+    """All changes by name of the written tensor, changed settings of config.json, and notes for the user."""
 
     by_name: dict[str, Edit]
     config: dict[str, Any]
@@ -66,8 +68,8 @@ def edits_for(
 ) -> Edits:
     """The changes that `adapter` makes to `checkpoint`. ConfigError lists every tensor that is missing or has another shape.
 
-    `change` gives each ΔW in place of the pairs, which then say only where and of what shape it is. `before` gives, by name on
-    disk, what becomes of a tensor first, changed by the adapter or not (rounding it as a quantised base does).
+    `change` returns each ΔW in place of the pairs, which then give only paths and shapes. `before` has, by name on disk, a
+    function to apply first to a tensor, changed by the adapter or not (such as the rounding of a quantised base).
     """
     trained_on = f" ({adapter.base})" if adapter.base else ""
     advice = f"If this is not the model that the adapter was trained on, name that one{trained_on} with --base."
@@ -100,7 +102,7 @@ class _EditPlanner:
         self.model_type = str(checkpoint.setting("model_type") or "")
 
     def untie(self, adapter: Adapter) -> None:
-        """Gives the head a tensor of its own, where it shares the embedding's and the adapter changes one of them alone."""
+        """Gives the head a tensor of its own if it shares the embedding's and the adapter changes only one of them."""
         embedding = _embedding(self.checkpoint)
         head = next((found for name in HEADS if (found := self.checkpoint.find(f"{name}.weight"))), None)
         if embedding is None or (head is not None and self.checkpoint.setting("tie_word_embeddings") is not True):
@@ -113,12 +115,12 @@ class _EditPlanner:
         self.edits[self.head] = Edit(embedding, self.checkpoint.stored(embedding).shape)
         self.config["tie_word_embeddings"] = False
         self.notes.append(
-            f"The base shares one weight between {embedding} and its head; the adapter changes one of them alone, so {self.head} "
+            f"The base shares one weight between {embedding} and its head; the adapter changes only one of them, so {self.head} "
             "is now written separately and tie_word_embeddings is false."
         )
 
     def edit(self, wanted: str) -> Edit | None:
-        """The edit of the parameter `wanted`, begun if it is new; None, with a problem noted, where the checkpoint lacks it."""
+        """The edit of the parameter `wanted`, new if there is none; None, and a problem, if the checkpoint lacks it."""
         if self.head and wanted == self.head:
             return self.edits[self.head]
         name = self.checkpoint.find(wanted)
@@ -183,14 +185,14 @@ class _EditPlanner:
         if name is None:
             self.problems.add(
                 f"{path} has no bias in the checkpoint, and the pair adds one, which the model's configuration "
-                f"({self.model_type or 'unknown'}) has no place for. Keep this adapter unmerged."
+                f"({self.model_type or 'unknown'}) does not allow. Keep this adapter unmerged."
             )
             return
         edit = self.edits.setdefault(name, Edit(name, self.checkpoint.stored(name).shape))
         edit.steps.append(lambda old: fold(old, bias))
 
     def _kind(self, path: str, pair: Pair, shape: tuple[int, ...]) -> Kind:
-        """linear and conv1d look alike in an adapter; the stored shape decides, and where it is square, the model's type."""
+        """The kind of the pair: the stored shape distinguishes linear and conv1d, and the model's type if it is square."""
         if pair.kind not in ("linear", "conv1d"):
             return pair.kind
         out_in = (pair.B.shape[0], pair.A.shape[1])
@@ -207,7 +209,7 @@ class _EditPlanner:
             return
         if self.checkpoint.find(path) is not None:
             edit = self.edit(path)
-            shape = (pair.A.shape[0], pair.B.shape[1], pair.A.shape[2])
+            shape = pair.weight_shape
             if edit is not None and edit.shape != shape:
                 self.problems.add(f"{path} is {edit.shape} in the checkpoint; the pair is for {shape}.")
             elif edit is not None:
@@ -239,7 +241,7 @@ class _EditPlanner:
             edit.steps.append(lambda weight: fold(weight, change(path, expert)[rows]))
 
     def _step(self, path: str, pair: Pair, kind: Kind) -> Callable[[Tensor], Tensor]:
-        """What folds the pair, or the change that stands for it, into the stored weight."""
+        """The function that adds the pair, or the change in its place, to the stored weight."""
         change = self.change
         if change is None:
             return lambda weight: module_of(path, pair, kind).fold(weight)
@@ -247,7 +249,7 @@ class _EditPlanner:
 
 
 def find_shared(checkpoint: Checkpoint, wanted: str) -> str | None:
-    """The name on disk of the parameter `wanted`; of a head without a tensor of its own, the embedding's that it shares."""
+    """The name on disk of the parameter `wanted`; for a head that shares the embedding's weight, the embedding's."""
     name = checkpoint.find(wanted)
     return _embedding(checkpoint) if name is None and _leaf(wanted.rpartition(".")[0]) in HEADS else name
 
@@ -257,14 +259,14 @@ def _embedding(checkpoint: Checkpoint) -> str | None:
 
 
 def _part_names(checkpoint: Checkpoint, path: str) -> tuple[str, ...]:
-    """What the matrices of one expert are called that make up the fused parameter `path`, in order; () where there are none."""
+    """The names of an expert's matrices that make up the fused parameter `path`, in order; () if there are none."""
     block, _, parameter = path.rpartition(".")
     found = (parts for parts in _PARTS.get(parameter, ()) if checkpoint.find(f"{block}.0.{parts[0]}.weight"))
     return next(found, ())
 
 
 def expert_parts(checkpoint: Checkpoint, path: str) -> list[list[str]]:
-    """The tensors on disk, for each expert in order, that make up the fused parameter `path`; [] where it is none."""
+    """The tensors on disk that make up the fused parameter `path`, for each expert in order; [] if it is none."""
     found: list[list[str]] = []
     block, parts = path.rpartition(".")[0], _part_names(checkpoint, path)
     while parts and checkpoint.find(f"{block}.{len(found)}.{parts[0]}.weight"):
@@ -274,7 +276,7 @@ def expert_parts(checkpoint: Checkpoint, path: str) -> list[list[str]]:
 
 
 def fold_change(weight: Tensor, kind: Kind, change: Callable[[int], Tensor]) -> Tensor:
-    """W + ΔW, where `change` gives ΔW of the numbered expert (0 where there are none) as (out, in)."""
+    """W + ΔW; `change` returns ΔW (out, in) of an expert by number, 0 without experts."""
     if kind == "experts":
         return torch.stack([fold(weight[expert], change(expert)) for expert in range(weight.shape[0])])
     found = change(0)
@@ -282,7 +284,7 @@ def fold_change(weight: Tensor, kind: Kind, change: Callable[[int], Tensor]) -> 
 
 
 def module_of(path: str, pair: Pair, kind: Kind) -> LoraPair:
-    """The pair as the module that knows how to fold itself."""
+    """The pair as a module with a `fold` method."""
     shape = _weight_shape(pair, kind)
     planned = shape[::-1] if kind == "conv1d" else shape
     variant = "lora" if pair.magnitude is None else "dora"
@@ -293,16 +295,12 @@ def module_of(path: str, pair: Pair, kind: Kind) -> LoraPair:
 
 
 def _weight_shape(pair: Pair, kind: Kind) -> tuple[int, ...]:
-    """The stored weight's shape that `pair` is for (table in core/math)."""
-    if kind == "experts":
-        return pair.A.shape[0], pair.B.shape[1], pair.A.shape[2]
-    if kind in ("conv1d", "embedding"):
-        return pair.A.shape[1], pair.B.shape[0]
-    return pair.B.shape[0], *pair.A.shape[1:]
+    """The shape of the stored weight that `pair` changes (table in core/math)."""
+    return pair.weight_shape[::-1] if kind in ("conv1d", "embedding") else pair.weight_shape
 
 
 def _with_rows(weight: Tensor, rows: TokenRows, count: int) -> Tensor:
-    """`weight` lengthened to `count` rows by the mean of its own, with the trained rows written in."""
+    """`weight` extended to `count` rows with its mean row, and with the trained rows written."""
     added = weight.mean(0, keepdim=True).expand(count - weight.shape[0], -1)
     return torch.cat([weight, added]).index_copy_(0, torch.tensor(rows.ids), rows.rows.float())
 

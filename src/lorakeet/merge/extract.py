@@ -1,11 +1,11 @@
-"""An adapter out of a fully tuned model: for each matrix the best approximation, of a rank, of what the tuning changed in it.
+"""Extracts an adapter from a fully tuned model: for each matrix the best approximation of tuned − base of a given rank.
 
     linear, conv1d            pair: truncated SVD of tuned − base
     experts                   pair: the same for every expert
     bias of a linear layer    the pair's bias, exactly
-    everything else           the tuned parameter, whole (embeddings, head, norms, routers), or named as left out
+    everything else           the tuned parameter, whole (embeddings, head, norms, routers), or reported as left out
 
-Tensors pass through in the order of the tuned model's shards, one matrix of each model at a time.
+Tensors are read in the order of the tuned model's shards, one matrix of each model at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Whole = Literal["all", "none"]
 
 @dataclass(frozen=True)
 class Extracted:
-    """The adapter, how well it captures each matrix, and what it does not hold."""
+    """The adapter, how much of each change it captures, and what it leaves out."""
 
     adapter: Adapter
     captured: dict[str, LowRank] = field(default_factory=dict)  # by path; the factors of experts are those of the last one
@@ -43,14 +43,14 @@ class Extracted:
 
     @property
     def energy(self) -> float:
-        """Σ ‖B·A‖² / Σ ‖ΔW‖² over all matrices with a pair; 1 where there is none."""
+        """Σ ‖B·A‖² / Σ ‖ΔW‖² over all matrices with a pair; 1 if there are none."""
         whole = sum(low.whole for low in self.captured.values())
         return 1 - sum(low.lost for low in self.captured.values()) / whole if whole > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class _ParameterChange:
-    """One parameter of the model and what may become of its change."""
+    """A parameter of the model and how its change is stored."""
 
     path: str  # of the parameter
     kind: Kind | Literal["bias", "whole"]
@@ -66,10 +66,10 @@ def extract_adapter(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Extracted:
-    """The adapter of `rank` that takes `base` nearest to `tuned`. `model` is theirs, on the meta device: names and kinds.
+    """The adapter of `rank` that brings `base` nearest to `tuned`. `model`: their architecture on the meta device.
 
-    `whole` "none" leaves out every parameter that a pair cannot hold. ConfigError lists all that the two do not share, or says
-    that they are equal.
+    `whole` "none" leaves out every parameter that a pair cannot represent. ConfigError lists all differences in parameters and
+    shapes, or says that the models are equal.
     """
     if rank < 1:
         raise ConfigError(f"rank is {rank}; expected 1 or more.")
@@ -115,12 +115,12 @@ class _Extraction:
         self.claimed: set[str] = set()
 
     def file_of(self, path: str) -> str:
-        """The shard in which the tuned parameter begins."""
+        """The shard of the tuned parameter's first tensor."""
         names = _names(self.tuned, path)
         return self.tuned.home[names[0][0]] if names else ""
 
     def compare_shapes(self, places: Sequence[_ParameterChange]) -> None:
-        """Raises ConfigError listing every parameter that one of the models lacks or has in another shape."""
+        """Raises ConfigError listing every parameter that is missing in one model or has another shape."""
         for place in places:
             mine, theirs = _names(self.tuned, place.path), _names(self.base, place.path)
             self.claimed.update(name for names in mine for name in names)
@@ -135,7 +135,7 @@ class _Extraction:
         self.problems.raise_if_any()
 
     def take(self, place: _ParameterChange) -> None:
-        """Compares one parameter and keeps what changed."""
+        """Compares one parameter and stores its change."""
         names, others = _names(self.tuned, place.path), _names(self.base, place.path)
         if place.kind == "whole":
             self._take_whole(place.path, names, others)
@@ -155,7 +155,7 @@ class _Extraction:
         same_shapes = _shapes(self.tuned, names) == _shapes(self.base, others)
         if same_shapes and not any(self._differ(name, other) for name, other in pairs):
             self.unchanged += 1
-        elif self.whole == "none" or len(pairs) > 1:  # experts that no pair fits and that have no single tensor
+        elif self.whole == "none" or len(pairs) > 1:  # experts that no pair can represent and that are several tensors
             self.left_out.append(path)
         else:
             self.extras[path] = self._finite(path, _tensor(self.tuned, names[0][0]))
@@ -178,19 +178,19 @@ class _Extraction:
         self.captured[path] = LowRank(found[-1].A, found[-1].B, lost, whole)
 
     def result(self, order: Sequence[str]) -> Extracted:
-        """Everything that was found, in the order of the model."""
+        """The adapter in the order of the model, with notes."""
         for path, change in self.biases.items():
             pair = self.pairs.get(path) or _empty_pair(self.base, f"{path}.weight", change.shape[0])
             self.pairs[path] = Pair(pair.A, pair.B, pair.alpha, pair.kind, bias=change / pair.scale)
         owners = {path.rpartition(".")[0] for path in self.extras}
-        for path in order:  # a module that is trained whole needs all of its parts
+        for path in order:  # a module that is stored whole needs all of its parameters
             if path.rpartition(".")[0] in owners and path not in self.extras:
                 self.extras[path] = _tensor(self.tuned, _names(self.tuned, path)[0][0])
         notes = []
         if self.biases and any(pair.kind == "experts" for pair in self.pairs.values()):
             self.left_out += [f"{path}.bias" for path in self.biases]
             self.pairs = {p: Pair(pair.A, pair.B, pair.alpha, pair.kind) for p, pair in self.pairs.items()}
-            notes.append("Biases changed too; PEFT's layout has no place for them beside pairs on experts.")
+            notes.append("Biases changed too; PEFT's layout cannot hold them beside pairs on experts.")
         strange = sorted(set(self.tuned.home) - self.claimed)
         if strange:
             self.left_out += strange
@@ -221,7 +221,7 @@ class _Extraction:
 
 
 def _names(checkpoint: Checkpoint, path: str) -> list[list[str]]:
-    """The tensors of a parameter on disk: one list an expert where they are kept one by one; the head may be the embedding."""
+    """The tensors of a parameter on disk: a list for each expert if they are stored separately; a head may be the embedding."""
     name = find_shared(checkpoint, path)
     if name is not None:
         return [[name]]
@@ -233,7 +233,7 @@ def _shapes(checkpoint: Checkpoint, names: list[list[str]]) -> list[tuple[int, .
 
 
 def _changes(tuned: Checkpoint, base: Checkpoint, names: list[list[str]], others: list[list[str]]) -> Iterator[Tensor]:
-    """tuned − base in fp32: the parameter, or one expert after the other."""
+    """Yields tuned − base in fp32: of the parameter, or of one expert after another."""
     if len(names) == 1 and len(tuned.stored(names[0][0]).shape) == 3:
         mine, theirs = _tensor(tuned, names[0][0]), _tensor(base, others[0][0])
         yield from (a.float() - b.float() for a, b in zip(mine, theirs, strict=True))
@@ -247,7 +247,7 @@ def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _empty_pair(base: Checkpoint, name: str, out: int) -> Pair:
-    """A pair of rank 1 that changes nothing, to hang a bias on."""
+    """A pair of rank 1 with ΔW = 0, to carry a bias."""
     shape = base.stored(base.find(name) or name).shape
     width = shape[0] if shape[1] == out else shape[1]
     return Pair(torch.zeros(1, width), torch.zeros(out, 1), 1.0)

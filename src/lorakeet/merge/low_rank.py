@@ -1,7 +1,7 @@
-"""A change ΔW as two thin factors: stacking several, and the best approximation of a given rank, from factors or from ΔW.
+"""Low-rank factors of a change ΔW: stacking several, and the best approximation of a given rank, from factors or from ΔW.
 
-Everything here is (out, in) = B·A with B (out, rank), A (rank, in), on fp64 for the small parts. The best approximation of a
-rank in the Frobenius norm keeps the largest singular values (Eckart and Young 1936).
+ΔW (out, in) = B·A with B (out, rank) and A (rank, in); small matrices are fp64. The best approximation of a rank in the Frobenius
+norm keeps the largest singular values (Eckart and Young 1936).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakeet.core.initialise import leading_factors
 
 @dataclass(frozen=True)
 class LowRank:
-    """B·A, and what it leaves out: `error` = ‖ΔW − B·A‖ / ‖ΔW‖ and the squared norms behind it."""
+    """B·A, and its `error` = ‖ΔW − B·A‖ / ‖ΔW‖ with the squared norms."""
 
     A: Tensor  # (rank, in), fp32
     B: Tensor  # (out, rank), fp32
@@ -31,15 +31,15 @@ class LowRank:
 
 
 def stack_factors(parts: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """(A, B) of rank Σ ranks with B·A = Σ w·B_i·A_i exactly, from parts (A_i, B_i, w_i); the weight goes into B."""
+    """(A, B) of rank Σ ranks with B·A = Σ w·B_i·A_i exactly, from parts (A_i, B_i, w_i); weights are multiplied into B."""
     return torch.cat([A for A, _, _ in parts]), torch.cat([B * weight for _, B, weight in parts], dim=1)
 
 
 def truncate_factors(A: Tensor, B: Tensor, rank: int) -> LowRank:
-    """The best approximation of B·A of at most `rank`, without ever forming B·A.
+    """The best approximation of B·A of at most `rank`, without forming B·A.
 
     B = Q_B·R_B and Aᵀ = Q_A·R_A are thin QR decompositions; R_B·R_Aᵀ is a (rank, rank) core with the singular values of B·A.
-    Each factor gets the square root of the singular values, so that neither is far larger than the other.
+    Each factor gets the square root of the singular values, so that their norms are similar.
     """
     q_b, r_b = torch.linalg.qr(B.double())
     q_a, r_a = torch.linalg.qr(A.double().t())
@@ -54,9 +54,9 @@ def truncate_factors(A: Tensor, B: Tensor, rank: int) -> LowRank:
 
 
 def truncate_matrix(change: Tensor, rank: int, seed: int) -> LowRank:
-    """The best approximation of `change` (out, in) of at most `rank`; of large matrices nearly so (core/initialise).
+    """The best approximation of `change` (out, in) of at most `rank`; nearly the best for large matrices (core/initialise).
 
-    The error is measured on the result, not estimated.
+    The error is measured on the result.
     """
     change = change.float()
     A, B = leading_factors(change, min(rank, *change.shape), torch.Generator().manual_seed(seed))

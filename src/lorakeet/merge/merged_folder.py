@@ -1,6 +1,6 @@
-"""An adapter folded into its base, on disk: a new folder that transformers loads without Lorakeet or PEFT.
+"""Writes a base with an adapter merged in as a new folder, which transformers loads without Lorakeet or PEFT.
 
-Tensors pass through one at a time: read, changed in fp32, rounded once, written. Neither a shard nor the model is ever held.
+One tensor at a time is read, changed in fp32, rounded once and written; neither a shard nor the model is in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
 from lorakeet.formats.files.whole_output import new_output, require_new
-from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, copy_along, files_along, open_checkpoint
+from lorakeet.merge.checkpoint import CONFIG, Checkpoint, copy_along, files_along, open_checkpoint, write_index
 from lorakeet.merge.edits import Change, Edit, Edits, edits_for
 from lorakeet.quant.gptq_config import OLD_CONFIG
 
@@ -30,7 +30,7 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written, and how far rounding to the stored dtype moved each changed tensor."""
+    """What was written, and the rounding error of each changed tensor."""
 
     folder: Path
     tensors: int
@@ -41,14 +41,14 @@ class MergeResult:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The changed tensor that rounding moved most, and by how much; ("", 0.0) when none was rounded."""
+        """The changed tensor with the largest rounding error, and that error; ("", 0.0) if none was rounded."""
         moved = [item for item in self.rounding.items() if item[1] > 0]
         return max(moved, key=lambda item: (item[1], item[0]), default=("", 0.0))
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a merge takes while it is written: bytes of memory beside the adapter, and bytes of disk."""
+    """Bytes of memory beside the adapter, and bytes of disk, that a merge takes."""
 
     memory: int
     disk: int
@@ -65,7 +65,7 @@ def merge_into(
     before: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     on_progress: Progress | None = None,
 ) -> MergeResult:
-    """Writes the model `source` with `adapter` folded in to the new folder `out`, which appears whole or not at all.
+    """Writes the model `source` with `adapter` merged in to the new folder `out`, which appears whole or not at all.
 
     `dtype` converts every floating tensor, "same" keeps each one's. Tokenizer files come from `tokenizer` where given (a run
     that added tokens), else from `source`. `change` and `before` as in `edits_for`. ConfigError: `out` exists, or
@@ -91,24 +91,24 @@ def merge_into(
 
 
 def needs_of(source: Path | Checkpoint, adapter: Adapter, *, dtype: Dtype = "same", adapters: int = 0) -> Needs:
-    """What `merge_into` will take; a changed tensor is held as it is stored and four times in fp32, and once more for each of the
-    `adapters` of which a change is combined. ConfigError as there.
+    """What `merge_into` takes: a changed tensor as stored and four times in fp32, and once more for each of the `adapters` that
+    are combined. ConfigError as there.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     edits = edits_for(checkpoint, adapter)
-    held = 0
+    memory = 0
     shards = _shards(checkpoint, edits, dtype)
     for name, (kept, shape) in (item for shapes in shards.values() for item in shapes.items()):
         edit = edits.by_name.get(name)
         stored = checkpoint.stored(edit.source if edit else name).dtype.itemsize
         exact = 4 * (FP32_COPIES + adapters) if edit and edit.steps else 0
-        held = max(held, math.prod(shape) * (stored + (exact or kept.itemsize)))
+        memory = max(memory, math.prod(shape) * (stored + (exact or kept.itemsize)))
     disk = sum(stored_bytes(shapes, checkpoint.shards[file].metadata) for file, shapes in shards.items())
-    return Needs(held, disk)
+    return Needs(memory, disk)
 
 
 class _Writer:
-    """Fetches the tensors to write, one by one, and keeps account."""
+    """Makes the tensors to write, one by one, and records their rounding errors."""
 
     def __init__(self, checkpoint: Checkpoint, edits: Edits, total: int, on_progress: Progress | None) -> None:
         self.checkpoint = checkpoint
@@ -143,7 +143,7 @@ class _Writer:
 
 
 def _shards(checkpoint: Checkpoint, edits: Edits, dtype: Dtype) -> dict[str, Shapes]:
-    """Dtype and shape of every tensor to write, by file; a new tensor goes where the one it is made from lies."""
+    """Dtype and shape of every tensor to write, by file; a new tensor goes to the file of its source."""
     home = dict(checkpoint.home) | {name: checkpoint.home[edit.source] for name, edit in edits.by_name.items()}
     shards: dict[str, Shapes] = {file: {} for file in checkpoint.shards}
     for name, file in home.items():
@@ -155,24 +155,14 @@ def _shards(checkpoint: Checkpoint, edits: Edits, dtype: Dtype) -> dict[str, Sha
 
 
 def _write_small_files(folder: Path, checkpoint: Checkpoint, edits: Edits, *, shards: Mapping[str, Shapes], dtype: Dtype) -> None:
-    if list(shards) != [SINGLE]:
-        sizes = [shape.numel() * kind.itemsize for shapes in shards.values() for kind, shape in map(_sized, shapes.values())]
-        index = {
-            "metadata": {"total_size": sum(sizes)},
-            "weight_map": {name: file for file, shapes in shards.items() for name in shapes},
-        }
-        save_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_index(folder, shards)
     if checkpoint.config:
         config = _config(dict(checkpoint.config), edits.config, dtype)
         save_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _sized(entry: tuple[torch.dtype, tuple[int, ...]]) -> tuple[torch.dtype, torch.Size]:
-    return entry[0], torch.Size(entry[1])
-
-
 def _config(config: dict[str, Any], changes: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """config.json with the changed settings, in the text_config too where there is one that has them."""
+    """config.json with the changed settings, also in its text_config if that has them."""
     text = dict(config["text_config"]) if isinstance(config.get("text_config"), dict) else None
     if text is not None:
         config["text_config"] = text

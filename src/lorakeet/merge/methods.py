@@ -1,6 +1,6 @@
-"""How several changes of one matrix become one: the published methods as rows of a table over one function.
+"""Methods to combine several changes of one matrix: the published ones as rows of a table over one function.
 
-Every method works on ΔW_i = s_i·B_i·A_i, never on A and B, whose products of sums have cross terms that no adapter has.
+Every method works on ΔW_i = s_i·B_i·A_i, never on A and B: the product of their sums has cross terms that no adapter has.
 
                  kept of each ΔW_i                                   sum
     linear       all                                                 Σ w_i·ΔW_i
@@ -11,9 +11,9 @@ Every method works on ΔW_i = s_i·B_i·A_i, never on A and B, whose products of
     dare         a random `density`, divided by it (https://arxiv.org/abs/2311.03099)                        Σ w_i·ΔW_i
     della        random, larger entries likelier (https://arxiv.org/abs/2406.11617)  mean of those with the elected sign
 
-The elected sign of an entry is that of Σ w_i·ΔW_i over what was kept. The mean is weighted by |w_i| over the adapters that
-agree, and multiplied by Σ |w_i|: with all agreeing it is the weighted sum, with weights that sum to 1 the papers' mean. Where
-nothing is dropped and all signs agree, every method is `linear`.
+The elected sign of an entry is that of Σ w_i·ΔW_i over what was kept. The mean is weighted by |w_i| over the adapters that agree,
+and multiplied by Σ |w_i|: if all agree it is the weighted sum; with weights that sum to 1 it is the papers' mean. If nothing is
+dropped and all signs agree, every method equals `linear`.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DELLA_WINDOW = 0.2  # how far apart the drop probabilities of a row's smallest and largest entry are (ε of the paper)
+DELLA_WINDOW = 0.2  # difference of the drop probabilities of a row's smallest and largest entry (ε of the paper)
 
 Prune = Callable[[Tensor, float, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of combining. `prune` None keeps everything, so that the sum is low-rank and exact in factors."""
+    """A method. `prune` None keeps everything, so that the sum is exact in low-rank factors."""
 
     name: str
     prune: Prune | None = None
-    elect: bool = False  # whether entries vote on their sign
+    elect: bool = False  # entries vote on their sign
     random: bool = False
-    compress: bool = False  # whether a rank is chosen where none was asked for
+    compress: bool = False  # a rank is chosen if none is given
 
     @property
     def exact(self) -> bool:
-        """Whether the result is Σ w_i·ΔW_i, whatever the rank."""
+        """True if the result is Σ w_i·ΔW_i exactly, apart from compression."""
         return self.prune is None and not self.elect
 
 
@@ -58,7 +58,7 @@ def keep_largest(change: Tensor, density: float, generator: torch.Generator) -> 
 
 
 def drop_random(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Each entry kept with probability `density` and divided by it, so that the expectation is `change`."""
+    """Keeps each entry with probability `density` and divides it by that, so that the expectation is `change`."""
     return torch.where(torch.rand(change.shape, generator=generator) < density, change / density, 0.0)
 
 
@@ -67,7 +67,7 @@ def drop_by_magnitude(change: Tensor, density: float, generator: torch.Generator
 
         density − ε/2 + ε·r/(n − 1)
 
-    and divided by it. ε is `DELLA_WINDOW`, or what keeps every probability above 0 and at most 1.
+    and divided by it. ε is `DELLA_WINDOW`, or smaller to keep every probability above 0 and at most 1.
     """
     window = min(DELLA_WINDOW, density, 2 * (1 - density))
     ranks = change.abs().argsort(dim=1).argsort(dim=1).float()
@@ -77,14 +77,14 @@ def drop_by_magnitude(change: Tensor, density: float, generator: torch.Generator
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one adapter brings to a matrix: its ΔW, made when its turn comes, its weight, and a seed of its own."""
+    """An adapter's part in a matrix: a function that makes its ΔW, its weight, and a seed."""
 
-    change: Callable[[], Tensor]  # a fresh fp32 (out, in)
+    change: Callable[[], Tensor]  # a new fp32 (out, in)
     weight: float
     seed: int
 
     def pruned(self, method: Method, density: float) -> Tensor:
-        """What the method keeps of ΔW, as a tensor that may be written into."""
+        """What the method keeps of ΔW, as a tensor that may be modified."""
         change = self.change()
         if method.prune is None:
             return change
@@ -108,10 +108,10 @@ METHODS = {
 def combine_changes(
     method: Method, parts: Sequence[Contribution], *, density: float, total: float | None = None
 ) -> Tensor:
-    """One ΔW (out, in) from those of the adapters that change this matrix.
+    """Combines the ΔW (out, in) of the adapters that change this matrix.
 
-    `total` is Σ |w_i| over all adapters, also those that leave this matrix alone; without it, over `parts`. Without an election
-    three matrices are held at most, with one a matrix for each adapter and three besides.
+    `total` is Σ |w_i| over all adapters, also those that do not change this matrix; by default over `parts`. At most three
+    matrices are in memory without sign election, and with it three and one for each adapter.
     """
     pruned = (part.pruned(method, density).mul_(part.weight) for part in parts)
     if not method.elect:

@@ -1,9 +1,11 @@
-"""A changed weight back into the layout of a quantised file: rounded to the nearest, or with GPTQ's error feedback.
+"""Quantises a changed weight to the layout of a quantised file: to the nearest values, or with GPTQ's error feedback.
 
-W + ΔW lies between the values that a few bits can take, and ΔW is mostly smaller than the gaps: rounding to the nearest takes
-most of it away again. With error feedback (quant/gptq_solve) the columns still to come make up for each rounding, so that what
-is lost is spread where the layer's inputs do not see it. The scales are those of the file, or fitted to the changed weight in
-the file's own groups; whichever moves the layer's outputs less is taken.
+ΔW is mostly smaller than the gaps between the values of a few bits, so rounding W + ΔW to the nearest loses most of it. With
+error
+feedback (quant/gptq_solve) the remaining columns compensate for each rounding, so that the loss lies where the layer's inputs do
+not
+expose it. The scales are those of the file, or fitted to the changed weight in the file's groups, whichever changes the layer's
+outputs less.
 """
 
 from __future__ import annotations
@@ -24,36 +26,37 @@ Scales = Literal["kept", "fitted"]
 
 @dataclass(frozen=True)
 class Latent:
-    """What can be trained on: a grid, and the numbers that were rounded to it. Both are as large as the weight in fp32."""
+    """The start of quantisation-aware training: a grid, and the numbers before rounding. Each is as large as the weight in
+    fp32.
+    """
 
     grid: FixedGrid
-    numbers: Tensor  # (out, in) fp32: what each one was when it was rounded, its share of the others' errors included
+    numbers: Tensor  # (out, in) fp32, before rounding, with the adjustments for earlier errors
 
 
 @dataclass(frozen=True)
 class Requantised:
-    """A weight on a grid, and how it came there."""
+    """A quantised weight, its scales, and its error."""
 
     base: PackedBase
-    latent: Latent | None  # None where it is not asked for
+    latent: Latent | None  # if requested
     scales: Scales
     error: float  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X
 
 
 def bytes_of_rounding(numbers: int, method: str, packed: int) -> int:
-    """The most that `round_with_feedback` holds beside a weight of so many numbers, of `packed` bytes in `method`, and its inputs
-    (tests count it).
+    """Peak bytes of `round_with_feedback` beside a weight of `numbers` numbers, of `packed` bytes in `method`, and its inputs.
 
-    The columns on their walk and their codes, five bytes a number, with NF4's grid nine, steps and offsets of groups, a quarter
-    of a byte, and two packed forms; in GGUF's types eight bytes while scales are fitted. In a weight that is not much more than a
-    part of it (quant/packed), what is held of such a part while the outputs are compared: up to 20.
+    Tests measure it. Columns and codes take five bytes a number, with NF4's grid nine; steps and offsets a quarter of a byte; and
+    there are two packed copies. GGUF's types take eight while scales are fitted. For a small weight, of about one part of
+    quant/packed, the comparison of outputs takes most: up to 20 bytes a number.
     """
-    walking = {"nf4": 9, "gguf": 8}.get(method, 5) * numbers + numbers // 4 + 2 * packed
-    return max(walking, min(20 * numbers, 3 * numbers + 3 * PART_BYTES + PACKING * TILE))
+    rounding = {"nf4": 9, "gguf": 8}.get(method, 5) * numbers + numbers // 4 + 2 * packed
+    return max(rounding, min(20 * numbers, 3 * numbers + 3 * PART_BYTES + PACKING * TILE))
 
 
 def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
-    """`weight` (out, in) in the layout of `like`, as a quantiser without data makes it: scales fitted, numbers rounded."""
+    """`weight` (out, in) in the layout of `like`, as by a quantiser without data: fitted scales, nearest values."""
     return requantise_like(like, weight.detach().float())
 
 
@@ -62,7 +65,7 @@ def round_with_feedback(
 ) -> Requantised:
     """`weight` (out, in) in the layout of `like`, such that the outputs on the inputs of H (in, in) change least.
 
-    With `latent` the numbers before rounding are kept, for who trains on.
+    With `latent` the numbers before rounding are kept, for further training.
     """
     wide = weight.detach().float()
     kept = _on(grid_of(like), "kept", wide, inputs, hessian, latent)
@@ -71,11 +74,11 @@ def round_with_feedback(
 
 
 def _on(grid: FixedGrid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: RowSource, latent: bool) -> Requantised:
-    walk = ColumnRounding(weight, inputs)
-    walk.run(_nearest(grid, inputs.order.tolist()))
-    numbers = Latent(grid, walk.in_order(walk.columns)) if latent else None
-    base = grid.filled(walk.taken_codes())
-    del walk
+    rounding = ColumnRounding(weight, inputs)
+    rounding.run(_nearest(grid, inputs.order.tolist()))
+    numbers = Latent(grid, rounding.in_order(rounding.columns)) if latent else None
+    base = grid.filled(rounding.taken_codes())
+    del rounding
     return Requantised(base, numbers, scales, output_error(weight, base, hessian))
 
 

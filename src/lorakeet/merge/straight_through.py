@@ -1,11 +1,10 @@
-"""A linear layer whose pair is trained through a quantiser that stands fixed: rounded forwards, straight through backwards.
+"""A linear layer whose pair is trained through a fixed quantiser: rounding forwards, the identity backwards.
 
     forwards     y = x·Q(V + s·(B·A − B₀·A₀))ᵀ + b       Q: to the nearest value of the grid
     backwards    ∂Q(W)/∂W = 1                            (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)
 
-V (out, in) is the folded weight as error feedback left it just before rounding (merge/requantise), so that training begins
-where error feedback ended: with B = B₀ and A = A₀ the layer computes what was packed. V's numbers lie anywhere between the values
-of the grid, so a small change of A and B moves some of them over.
+V (out, in) is the merged weight just before rounding with error feedback (merge/requantise): with B = B₀ and A = A₀ the layer
+computes what was packed. V's numbers lie anywhere between the values of the grid, so small changes of A and B change some codes.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from lorakeet.quant.packed import PackedBase
 
 
 class StraightThroughLinear(nn.Module):
-    """Stands where a packed layer stood while its pair is trained through the grid.
+    """Replaces a packed layer while its pair is trained through the grid.
 
-    It computes with the weight of the last `round`, kept in `products`, the dtype of its matrix products.
+    It computes with the weight of the last `round`, stored in `products`, the dtype of its matrix products.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class StraightThroughLinear(nn.Module):
 
     @torch.no_grad()
     def round(self) -> None:
-        """Takes the values of the grid that are nearest to A and B as they are now."""
+        """Rounds the weight with the present A and B to the nearest values of the grid."""
         self.rounded = self.grid.values(self.weight()).to(self.products)
 
     @torch.no_grad()

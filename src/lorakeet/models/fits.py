@@ -39,15 +39,13 @@ def _entry(by_path: dict[str, nn.Module], path: str, pair: Pair, wrong: list[str
     if isinstance(found, str):
         wrong.append(found)
         return None
-    kind, shape = found
+    return checked_entry(path, *found, pair, wrong)
+
+
+def checked_entry(path: str, kind: Kind, shape: tuple[int, ...], pair: Pair, wrong: list[str]) -> PlanEntry:
+    """Returns the entry of `pair` on a weight of this kind and shape, and adds every wrong shape to `wrong`."""
     entry = PlanEntry(
-        path=path,
-        kind=kind,
-        shape=shape,
-        rank=pair.rank,
-        alpha=pair.alpha,
-        scale_rule=pair.scale_rule,
-        variant="lora" if pair.magnitude is None else "dora",
+        path, kind, shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora"
     )
     shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
     rows = shape[1] if kind == "embedding" else shape[0]

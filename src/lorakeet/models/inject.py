@@ -233,20 +233,20 @@ def _check_paths(model: nn.Module, plan: Plan) -> None:
     problems = Problems("The plan does not fit this model")
     for entry in plan.entries:
         module = _pair_module(model, entry)
-        standing = modules.find(model, _module_path(entry))
+        current = modules.find(model, _module_path(entry))
         if module is None:
             problems.add(f"'{entry.path}': the model has no such module.")
-        elif isinstance(standing, AdaptedLayer) and type(standing) is not _layer_class(entry):
-            problems.add(f"'{entry.path}': another adapter uses it as {type(standing).__name__}; eject that one first.")
+        elif isinstance(current, AdaptedLayer) and type(current) is not _layer_class(entry):
+            problems.add(f"'{entry.path}': another adapter uses it as {type(current).__name__}; eject that one first.")
         elif (shape := _shape(module, entry)) != entry.shape:
             problems.add(f"'{entry.path}': planned as {entry.kind} {entry.shape}, but it is a {type(module).__name__} {shape}.")
     for extra in plan.extras:
         wanted = TrainedModule if extra.kind == "module" else TokenRowsLayer
-        standing = modules.find(model, extra.path)
-        if standing is None:
+        current = modules.find(model, extra.path)
+        if current is None:
             problems.add(f"'{extra.path}': the model has no such module.")
-        elif isinstance(standing, AdaptedLayer) and not isinstance(standing, wanted):
-            problems.add(f"'{extra.path}': another adapter uses it as {type(standing).__name__}; eject that one first.")
+        elif isinstance(current, AdaptedLayer) and not isinstance(current, wanted):
+            problems.add(f"'{extra.path}': another adapter uses it as {type(current).__name__}; eject that one first.")
         elif any(path.startswith(f"{extra.path}.") for path, _ in modules.adapted_layers(model)):
             problems.add(f"'{extra.path}': another adapter has pairs within it; eject that one first.")
     problems.raise_if_any()

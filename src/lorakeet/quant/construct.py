@@ -1,4 +1,4 @@
-"""Which base a module's weight becomes: packed as the settings ask, or the one that the module already holds."""
+"""Constructs the frozen base of a weight: quantised by settings, empty to be filled, or the one that a module has."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lorakeet.quant.spec import QuantSpec
 
 
 def base_of(module: nn.Module, kind: str) -> FrozenBase:
-    """The FrozenBase over a linear module of that kind, packed or dense."""
+    """The FrozenBase of a linear module of that kind, packed or dense."""
     return module.base if isinstance(module, PackedLinear) else linear.dense_base_of(module, kind)
 
 
 def quantise_weight(weight: Tensor, spec: QuantSpec) -> PackedBase:
-    """`weight` (out, in), packed as `spec` asks."""
+    """`weight` (out, in) quantised by `spec`."""
     if spec.method == "int8":
         return Int8Base.of(weight)
     if spec.method == "nf4":
@@ -34,7 +34,7 @@ def quantise_weight(weight: Tensor, spec: QuantSpec) -> PackedBase:
 
 
 def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> PackedBase:
-    """A base as `PackedBase.settings` describes it, its buffers zero, to be filled with `load_state_dict` or by hand."""
+    """A base with the `settings` of `PackedBase.settings` and buffers of zeros, to be filled."""
     out, width = settings["shape"]
     if settings["method"] == "int8":
         return Int8Base((out, width), device=device)
@@ -50,11 +50,11 @@ def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") 
 
 
 def meta_base(base: PackedBase) -> PackedBase:
-    """What tells how `base` is packed, and holds nothing."""
+    """`base` on the meta device: its settings and shapes without numbers."""
     return empty_base(base.settings, device="meta")
 
 
 def weights_in(module: nn.Module) -> int:
-    """How many frozen and trained weights `module` has, packed ones counted as the numbers that they stand for."""
+    """The number of frozen and trained weights in `module`; packed ones count as the numbers that they encode."""
     packed = sum(math.prod(base.shape) for base in module.modules() if isinstance(base, PackedBase))
     return packed + sum(parameter.numel() for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""Weights as GGUF files keep them: rows of blocks, each block a few bytes of scales and of codes. Q4_0 … Q6_K.
+"""Weights in ggml's block types Q4_0 … Q6_K: rows of blocks, each a few bytes of scales and codes.
 
 The layouts are those of ggml (block_q4_0 … block_q6_K in its ggml-common.h). A block of 32 or 256 numbers x with codes q:
 
@@ -7,8 +7,8 @@ The layouts are those of ggml (block_q4_0 … block_q6_K in its ggml-common.h). 
     Q4_K, Q5_K            x = (d·s)·q − (e·m), s and m 6-bit numbers for each 32
     Q6_K                  x = (d·s)·(q − 32), s an int8 for each 16
 
-Products and sums are taken in fp32 in this order, as ggml's own reference does, so that the numbers are the same to the bit; by
-kernels/cpu/gguf.c where whole weights come back to bf16.
+Products and sums are taken in fp32 in this order, as in ggml's reference, so that the numbers are equal to the bit. Whole weights
+are dequantised to bf16 by kernels/cpu/c/gguf.c.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorakeet.quant.packed import PackedBase, tile_size
 
 @dataclass(frozen=True)
 class BlockType:
-    """One of ggml's types: `size` numbers in `bytes` bytes; `decode` turns blocks (n, bytes) into fp32 (n, size)."""
+    """A ggml type: `size` numbers in `bytes` bytes; `decode` turns blocks (n, bytes) into fp32 (n, size)."""
 
     size: int
     bytes: int
@@ -36,17 +36,17 @@ class BlockType:
 
 
 def fp16_at(blocks: Tensor, start: int) -> Tensor:
-    """The fp16 number at a byte of each block, (n, 1) in fp32."""
+    """The fp16 number at byte `start` of each block, (n, 1) in fp32."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
 def _nibbles(codes: Tensor) -> Tensor:
-    """Bytes (n, 16) to their codes (n, 32): the low halves first."""
+    """Unpacks bytes (n, 16) to codes (n, 32): the low halves first."""
     return torch.cat([codes & 15, codes >> 4], dim=1)
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
-    """Four bytes of each block to the fifth bits of its codes, in their place: (n, 32), each 0 or 16."""
+    """Unpacks four bytes of each block to the fifth bits of its codes: (n, 32), each 0 or 16."""
     bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.view(len(packed), 32) << 4
 
@@ -72,7 +72,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The twelve bytes of a K-block to its eight scales and eight minima, (n, 8, 1) each in fp32.
+    """Unpacks the twelve bytes of a K-block to eight scales and eight minima, (n, 8, 1) each in fp32.
 
     The first four of each are the low six bits of bytes 0-3 and 4-7; the others have their low halves in bytes 8-11 and their
     upper two bits on top of the first ones.
@@ -84,14 +84,14 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _k_blocks(blocks: Tensor, codes: Tensor) -> Tensor:
-    """Codes (n, 8, 32) under the scales of Q4_K and Q5_K to numbers (n, 256)."""
+    """Dequantises codes (n, 8, 32) of Q4_K or Q5_K to (n, 256)."""
     scales, minima = scales_and_minima(blocks[:, 4:16])
     d, e = fp16_at(blocks, 0)[:, :, None], fp16_at(blocks, 2)[:, :, None]
     return torch.sub((d * scales) * codes.float(), e * minima).flatten(1)
 
 
 def _k_nibbles(packed: Tensor) -> Tensor:
-    """128 bytes of each block to codes (n, 8, 32): 32 low halves, then the 32 high halves of the same bytes."""
+    """Unpacks 128 bytes of each block to codes (n, 8, 32): 32 low halves, then the 32 high halves of the same bytes."""
     groups = packed.reshape(len(packed), 4, 1, 32)
     return torch.cat([groups & 15, groups >> 4], dim=2).view(len(packed), 8, 32)
 
@@ -130,7 +130,7 @@ BLOCK_TYPES = {
 
 
 def row_bytes(width: int, kind: str) -> int:
-    """Bytes of a row of `width` numbers; ValueError where it does not divide into whole blocks."""
+    """Bytes of a row of `width` numbers; ValueError if it does not divide into whole blocks."""
     block = BLOCK_TYPES[kind]
     if width % block.size:
         raise ValueError(f"a row of {width} numbers is no whole number of {kind} blocks, which have {block.size}")
@@ -138,7 +138,7 @@ def row_bytes(width: int, kind: str) -> int:
 
 
 class GgufBase(PackedBase):
-    """W (out, in) in blocks of one ggml type. Buffer: `packed`, uint8 (out, bytes of a row), as they stand in the file."""
+    """W (out, in) in blocks of one ggml type. Buffer: `packed`, uint8 (out, bytes of a row), as in the file."""
 
     packed: Tensor
 
@@ -153,7 +153,7 @@ class GgufBase(PackedBase):
     def settings(self) -> dict[str, Any]:
         return {"method": "gguf", "shape": list(self.shape), "type": self.kind}
 
-    def _told(self) -> StoredWeight | None:
+    def _stored_weight(self) -> StoredWeight | None:
         return StoredWeight(GGUF[self.kind], *self.shape, address_of(self.packed))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:

@@ -1,6 +1,6 @@
-"""GGUF blocks taken apart and put together: the grid of values that a block's scales span, its codes, and scales fitted anew.
+"""Codes and scales of GGUF blocks: steps and offsets of a block, other codes under its scales, and scales fitted to a weight.
 
-Every type of quant/gguf is a code with a step and an offset for each 32 numbers (Q6_K: 16):
+Every type of quant/gguf is a code with a step and an offset for each group of 32 numbers (Q6_K: 16):
 
     x = step·code − offset        code from 0 to `highest`
 
@@ -26,7 +26,7 @@ _FIFTH_AT = {"Q5_0": 2, "Q5_1": 4}
 
 
 def steps(base: GgufBase) -> tuple[Tensor, Tensor]:
-    """Step and offset of every group of numbers, (out, groups) fp32 each; a group is 32 neighbours, in Q6_K 16."""
+    """Step and offset of every group, (out, groups) fp32 each."""
     kind, rows = base.kind, base.shape[0]
     blocks = base.packed.view(-1, BLOCK_TYPES[kind].bytes)
     if kind in ("Q4_K", "Q5_K"):
@@ -42,7 +42,7 @@ def steps(base: GgufBase) -> tuple[Tensor, Tensor]:
 
 
 def with_codes(base: GgufBase, codes: Tensor) -> GgufBase:
-    """A base with the scales of `base` and other codes (out, in) uint8."""
+    """A base with the scales of `base` and the given codes (out, in) uint8."""
     kind = base.kind
     block = BLOCK_TYPES[kind]
     found = GgufBase(base.shape, kind, device=base.device)
@@ -71,16 +71,16 @@ def with_codes(base: GgufBase, codes: Tensor) -> GgufBase:
 
 
 def _bits(flags: Tensor) -> Tensor:
-    """Flags (…, 8), each 0 or 1, to bytes (…), the first flag lowest."""
+    """Packs flags (…, 8), each 0 or 1, to bytes (…), the first flag lowest."""
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=flags.device)
     return (flags * weights).sum(-1, dtype=torch.uint8)
 
 
 def fit_gguf_scales(weight: Tensor, kind: str) -> GgufBase:
-    """`weight` (out, in) rounded to the nearest in blocks of type `kind`, with scales fitted to it.
+    """Quantises `weight` (out, in) to the nearest values in blocks of type `kind`, with scales fitted to it.
 
-    Simple types as the gguf package writes them. K types: each group's range, from 0 or its least number to 0 or its largest
-    one, is cut evenly, and the ranges are rounded to the block's common steps; llama.cpp's quantiser searches for better ones.
+    Simple types are written as by the gguf package. K types: each group's range, widened to hold 0, is divided evenly, and the
+    ranges are rounded to the block's common steps. llama.cpp's quantiser searches for better ones.
     """
     base = GgufBase((weight.shape[0], weight.shape[1]), kind, device="cpu")
     if kind not in K_TYPES:
@@ -98,12 +98,12 @@ def fit_gguf_scales(weight: Tensor, kind: str) -> GgufBase:
 
 
 def nearest_codes(numbers: Tensor, inverse: Tensor, offset: Tensor, highest: int) -> Tensor:
-    """The nearest codes as whole fp32 numbers; `inverse` is 1/step (`inverted`)."""
+    """The nearest codes as whole numbers in fp32; `inverse` is 1/step (`inverted`)."""
     return torch.add(numbers, offset).mul_(inverse).round_().clamp_(0, highest)
 
 
 def inverted(step: Tensor) -> Tensor:
-    """1/step, and 0 where the step is 0, so that the code is 0 there."""
+    """1/step, or 0 for a step of 0, so that its codes are 0."""
     return torch.where(step == 0, 0.0, 1 / torch.where(step == 0, 1.0, step))
 
 

@@ -1,4 +1,4 @@
-"""GPTQ weights (https://arxiv.org/abs/2210.17323) as a frozen base, in the tensors of the checkpoints that the world has.
+"""GPTQ weights (https://arxiv.org/abs/2210.17323) as a frozen base, in the tensors of published checkpoints.
 
     qweight   int32 (in·bits/32, out)        codes down each column               quant/gptq_pack
     qzeros    int32 (groups, out·bits/32)    zero points along each row
@@ -20,7 +20,7 @@ from lorakeet.core import triton_products
 from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, address_of
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.tiled_weight import TiledWeight
-from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order, nearest_codes
+from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_pack import (
     BITS,
     WORD,
@@ -28,7 +28,7 @@ from lorakeet.quant.gptq_pack import (
     one_less,
     pack_words,
     pack_zeros,
-    unpack_rows,
+    unpack_word_rows,
     unpack_zeros,
     words_for,
 )
@@ -58,14 +58,14 @@ class GptqBase(PackedBase):
     ) -> None:
         super().__init__(shape)
         self.bits, self.groups, self.sym, self.zero_format = bits, groups, sym, zero_format
-        self._seen, self._there = (0, 0), False  # the groups of columns that were looked at last, and what was seen
+        self._checked, self._valid = (0, 0), False  # the g_idx that was checked last, and the result
         for name, (dtype, size) in gptq_buffer_shapes(shape, bits=bits, groups=groups).items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
         self.g_idx.copy_(groups_in_order(shape[1], math.ceil(shape[1] / groups)))
 
     @classmethod
     def of(cls, codes: Tensor, grid: GptqGrid, *, bits: int, sym: bool, zero_format: ZeroFormat = "gptq") -> GptqBase:
-        """The base with these codes (out, in) and this grid; `sym` says how `store` fits another weight."""
+        """The base with these codes (out, in) and this grid; `sym` is for fitting another weight (`store`)."""
         shape = (codes.shape[0], codes.shape[1])
         groups = grid.scales.shape[0]
         base = cls(shape, bits=bits, groups=groups, sym=sym, zero_format=zero_format, device=codes.device)
@@ -96,24 +96,24 @@ class GptqBase(PackedBase):
         return GptqGrid(self.scales, unpack_zeros(self.qzeros, self.bits, self.zero_format), self.g_idx)
 
     def fill(self, codes: Tensor, grid: GptqGrid) -> None:
-        """Takes over codes (out, in) and a grid."""
+        """Writes codes (out, in) and a grid into the buffers."""
         self.qweight.copy_(pack_words(codes.t(), self.bits))
         self.qzeros.copy_(pack_zeros(grid.zeros, self.bits, self.zero_format))
         self.scales.copy_(grid.scales)
         self.g_idx.copy_(grid.g_idx)
 
     def store(self, weight: Tensor) -> None:
-        """Rounds `weight` (out, in) to the nearest values, with scales and zero points fitted anew in the groups of now.
+        """Rounds `weight` (out, in) to the nearest values, with scales and zero points fitted in the present groups.
 
-        Better: quant/gptq_solve, which needs the layer's inputs.
+        quant/gptq_solve is better, and needs the layer's inputs.
         """
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"the weight is {tuple(weight.shape)}, but this base is {self.shape}")
-        self.fill(*nearest_codes(weight.detach().to(self.device), self.bits, self.sym, self.g_idx, self.groups))
+        self.fill(*quantise_to_nearest(weight.detach().to(self.device), self.bits, self.sym, self.g_idx, self.groups))
 
     @property
     def row_step(self) -> int:
-        return WORD  # whose zero points fill whole words
+        return WORD  # the zero points of so many rows fill whole words
 
     def in_tiles(self) -> TiledWeight:
         from lorakeet.kernels.triton.gptq import gptq_tiles
@@ -121,8 +121,8 @@ class GptqBase(PackedBase):
         buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
         return gptq_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
 
-    def _told(self) -> StoredWeight | None:
-        if self.bits != 4 or not self._groups_are_there():
+    def _stored_weight(self) -> StoredWeight | None:
+        if self.bits != 4 or not self._groups_exist():
             return None
         added = one_less(self.bits) if self.zero_format == "gptq" else 0
         zeros, groups = address_of(self.qzeros), address_of(self.g_idx)
@@ -130,19 +130,19 @@ class GptqBase(PackedBase):
         codes = address_of(self.qweight)
         return StoredWeight(GPTQ, *self.shape, codes, scales, outer=zeros, more=groups, size=added, groups=count)
 
-    def _groups_are_there(self) -> bool:
-        """Whether every column's group is one that there is, else torch says so; looked at once for what stands there."""
+    def _groups_exist(self) -> bool:
+        """True if every column's group exists; checked once for each content of g_idx."""
         g_idx = self.g_idx
         if not address_of(g_idx):
             return True
-        stand = g_idx.data_ptr(), -1 if g_idx.is_inference() else g_idx._version
-        if self._seen != stand:
-            self._seen, self._there = stand, bool(((g_idx >= 0) & (g_idx < self.groups)).all())
-        return self._there
+        content = g_idx.data_ptr(), -1 if g_idx.is_inference() else g_idx._version
+        if self._checked != content:
+            self._checked, self._valid = content, bool(((g_idx >= 0) & (g_idx < self.groups)).all())
+        return self._valid
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if triton_products.dequantises(self, out, self._held()):
-            return triton_products.unpack_rows(self.in_tiles(), out, first)
+        if triton_products.dequantises(self, out, self._packed_buffers()):
+            return triton_products.dequantise_rows(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
         step = tile_size(self.device, columns * WORD) // columns
@@ -150,7 +150,7 @@ class GptqBase(PackedBase):
             stop = min(start + step, rows)
             begin, end = first + start, first + stop
             words = self.qweight[:, begin:end].t().contiguous()
-            values = unpack_rows(words, self.bits).float().view(stop - start, -1, size)
+            values = unpack_word_rows(words, self.bits).float().view(stop - start, -1, size)
             qzeros = self.qzeros[:, begin * self.bits // WORD : end * self.bits // WORD]
             zeros, scales = unpack_zeros(qzeros, self.bits, self.zero_format).t(), self.scales[:, begin:end].t().float()
             if size == 1:
@@ -159,9 +159,9 @@ class GptqBase(PackedBase):
         return out
 
     def _in_order(self) -> bool:
-        """Whether the columns of each group stand together, all groups of one size, as they do without desc_act.
+        """True if the groups are of one size and of neighbouring columns, as without desc_act.
 
-        Not asked on a GPU, where the answer would wait for it.
+        Always False on a GPU, where the check would synchronise.
         """
         columns = self.shape[1]
         if columns % self.groups or not is_cpu(self.device):
@@ -170,7 +170,7 @@ class GptqBase(PackedBase):
 
 
 def gptq_buffer_shapes(shape: tuple[int, int], *, bits: int, groups: int) -> Shapes:
-    """Dtype and shape of each tensor of a weight (out, in); ValueError where `bits` or a size do not fit the format."""
+    """Dtype and shape of each tensor of a weight (out, in); ValueError if `bits` or a size does not fit the format."""
     rows, columns = shape
     if bits not in BITS:
         raise ValueError(f"bits is {bits}; expected one of {', '.join(map(str, BITS))}")

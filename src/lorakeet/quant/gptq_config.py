@@ -1,4 +1,4 @@
-"""What config.json says of a GPTQ checkpoint, and from its tensors to frozen bases; every tensor that does not fit is named.
+"""The GPTQ settings in config.json, and frozen bases from a checkpoint's tensors; every tensor that does not fit is named.
 
     "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false, "sym": true,
                             "checkpoint_format": "gptq", …}           older folders keep it in quantize_config.json
@@ -22,7 +22,7 @@ from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat
 METHOD = "gptq"
 OLD_CONFIG = "quantize_config.json"
 FORMATS = ("gptq", "gptq_v2")
-# Settings that say how the file was made, or what its reader may do with it; they change no number of it.
+# Settings on how the file was made or may be read; they change no number.
 _NOTES = {
     "quant_method", "method", "meta", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "lm_head",
     "model_name_or_path", "model_file_base_name", "dataset", "tokenizer", "batch_size", "backend", "use_exllama",
@@ -39,7 +39,7 @@ _OVERRIDES = {"bits", "group_size", "sym", "desc_act"}
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """How the layers of a checkpoint are packed. `dynamic`: other settings, or None for a dense layer, by pattern of its path."""
+    """How the layers of a checkpoint are packed. `dynamic`: by pattern of the path, other settings, or None for a dense layer."""
 
     bits: int
     group_size: int
@@ -49,19 +49,19 @@ class GptqConfig:
     dynamic: tuple[tuple[str, Mapping[str, Any] | None], ...] = field(default=())
 
     def for_layer(self, path: str) -> GptqConfig | None:
-        """The settings of the layer at `path`, or None where it is kept dense. The first pattern that fits decides."""
+        """The settings of the layer at `path`, or None if it is dense. The first matching pattern decides."""
         for pattern, overrides in self.dynamic:
             if re.match(pattern, path):
                 return None if overrides is None else replace(self, **overrides)
         return self
 
     def groups(self, columns: int) -> int:
-        """How many groups a row of `columns` numbers has; the last one may be smaller."""
+        """The number of groups in a row of `columns` numbers; the last one may be smaller."""
         return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
 
 def parse(stored: Mapping[str, Any], where: str) -> GptqConfig:
-    """The settings in a quantization_config. ConfigError lists what is missing, unknown or not supported."""
+    """Parses a quantization_config. ConfigError lists all that is missing, unknown or not supported."""
     remedy = "Fetch the model again, or make one with lorakeet quantize --method gptq."
     problems = Problems(f"The GPTQ settings of {where} cannot be used", ConfigError, remedy=remedy)
     zero_format = str(stored.get("checkpoint_format", stored.get("format", "gptq")) or "gptq").lower()
@@ -87,7 +87,7 @@ def parse(stored: Mapping[str, Any], where: str) -> GptqConfig:
 
 
 def gptq_mapping(config: GptqConfig, *, damping: float, version: str) -> dict[str, Any]:
-    """The quantization_config of a folder that Lorakeet made, as transformers with gptqmodel reads it."""
+    """The quantization_config of a folder written here, as transformers with gptqmodel reads it."""
     return {
         "quant_method": METHOD,
         "bits": config.bits,
@@ -107,9 +107,9 @@ def gptq_mapping(config: GptqConfig, *, damping: float, version: str) -> dict[st
 
 
 def layer_problems(name: str, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: GptqConfig) -> list[str]:
-    """What is wrong with the tensors of the layer `name`, by the names in PARTS, as their dtypes and shapes tell.
+    """Every problem with the dtypes and shapes of the tensors of the layer `name`, which are keyed as in PARTS.
 
-    g_idx may be missing without desc_act; scales may be kept in fp32 or bf16.
+    g_idx may be missing without desc_act; scales may be fp32 or bf16.
     """
     missing = [part for part in PARTS if part not in stored and (part != "g_idx" or config.desc_act)]
     why = {"g_idx": ", and desc_act is true, so the groups of the columns are not known"}
@@ -129,9 +129,9 @@ def layer_problems(name: str, stored: Mapping[str, tuple[torch.dtype, tuple[int,
 
 
 def base_from(name: str, parts: Mapping[str, Tensor], config: GptqConfig) -> GptqBase:
-    """The base in the tensors of the layer `name`, whose shapes `layer_problems` found to be right.
+    """The base of the tensors of the layer `name`, after `layer_problems` found none.
 
-    DataError where groups or scales are no such numbers.
+    DataError if a group does not exist, or a scale is not finite.
     """
     shape = _shape({part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}, config.bits)
     groups = config.groups(shape[1])
@@ -148,14 +148,14 @@ def base_from(name: str, parts: Mapping[str, Tensor], config: GptqConfig) -> Gpt
 
 
 def _shape(stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], bits: int) -> tuple[int, int]:
-    """(out, in): as many input columns as g_idx names, else as qweight holds."""
+    """(out, in), with the input columns of g_idx, else of qweight."""
     rows = stored["scales"][1][-1] if stored["scales"][1] else 0
     words = stored["qweight"][1][0] if stored["qweight"][1] else 0
     return rows, stored["g_idx"][1][0] if "g_idx" in stored and len(stored["g_idx"][1]) == 1 else words * WORD // bits
 
 
 def _sizes(stored: Mapping[str, Any], where: str, problems: Problems, *, required: bool) -> dict[str, Any]:
-    """bits, group_size, sym and desc_act, checked."""
+    """Checks bits, group_size, sym and desc_act."""
     values: dict[str, Any] = {}
     for key, fits, expected in (
         ("bits", lambda bits: bits in BITS, f"one of {', '.join(map(str, BITS))}"),

@@ -3,9 +3,9 @@
     bit of the stream     0 … bits−1 │ bits … 2·bits−1 │ …            word w holds the bits 32·w … 32·w + 31
     code                  0          │ 1               │ …            32 codes fill `bits` words, also of 3 bits
 
-qzeros holds the zero points in the same way along each row. Checkpoints of format "gptq" keep zero − 1 in them, those of
-"gptq_v2" the zero point itself. For 2, 4 and 8 bits the 1 is taken from and added to whole words, as the programs do that
-write such files: a zero point of 0 borrows from the field above it, and gets back what it borrowed.
+qzeros holds the zero points in the same way along each row. Checkpoints of format "gptq" store zero − 1, those of "gptq_v2" the
+zero point itself. For 2, 4 and 8 bits the 1 is subtracted from and added to whole words, as in the programs that write such
+files: a zero point of 0 borrows from the field above it, and reading undoes that.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ZeroFormat = Literal["gptq", "gptq_v2"]
 
 
 def words_for(codes: int, bits: int) -> int | None:
-    """How many words `codes` codes fill, or None where they do not fill whole words."""
+    """The number of words that `codes` codes fill, or None if they do not fill whole words."""
     words, rest = divmod(codes * bits, WORD)
     return None if rest else words
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes (n, columns) of any integer dtype, each below 2^bits, to int32 words (n·bits/32, columns)."""
+    """Packs codes (n, columns) of any integer dtype, each below 2^bits, to int32 words (n·bits/32, columns)."""
     count, columns = codes.shape
     words = words_for(count, bits)
     if words is None:
@@ -44,9 +44,9 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int, words: int) -> Tensor:
-    """As `pack_words`, all columns at once: some 30 bytes a code are held meanwhile."""
+    """As `pack_words`, all columns at once, which takes some 30 bytes a code."""
     count, columns = codes.shape
-    wide = torch.zeros(words + 1, columns, dtype=torch.int64, device=codes.device)  # one more, for codes over a border
+    wide = torch.zeros(words + 1, columns, dtype=torch.int64, device=codes.device)  # one more, for codes that cross a word
     places = torch.arange(count, device=codes.device) * bits
     shifted = codes.to(torch.int64) << (places % WORD)[:, None]
     word = places // WORD
@@ -57,7 +57,7 @@ def _pack(codes: Tensor, bits: int, words: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 words (w, columns) to codes (w·32/bits, columns), uint8."""
+    """Unpacks int32 words (w, columns) to codes (w·32/bits, columns), uint8."""
     mask = (1 << bits) - 1
     if WORD % bits == 0:
         shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
@@ -68,15 +68,15 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     for place in range(WORD):
         word, shift = divmod(place * bits, WORD)
         code = periods[:, word] >> shift
-        held = WORD - shift
-        if held < bits:
-            code = (code & ((1 << held) - 1)) | (periods[:, word + 1] << held)
+        left = WORD - shift
+        if left < bits:
+            code = (code & ((1 << left) - 1)) | (periods[:, word + 1] << left)
         codes[:, place] = (code & mask).to(torch.uint8)
     return codes.view(-1, words.shape[1])
 
 
-def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """int32 words (rows, w), contiguous, whose codes run along each row, to codes (rows, w·32/bits), uint8.
+def unpack_word_rows(words: Tensor, bits: int) -> Tensor:
+    """Unpacks contiguous int32 words (rows, w) whose codes run along each row to codes (rows, w·32/bits), uint8.
 
     A byte of two or four codes is spread over as many bytes, in place of a shift for each code.
     """
@@ -94,7 +94,7 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_zeros(zeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
-    """Zero points (groups, out) to qzeros (groups, out·bits/32), int32."""
+    """Packs zero points (groups, out) to qzeros (groups, out·bits/32), int32."""
     if zero_format == "gptq_v2":
         return pack_words(zeros.t(), bits).t().contiguous()
     if WORD % bits:
@@ -103,7 +103,7 @@ def pack_zeros(zeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
-    """qzeros (groups, out·bits/32) to zero points (groups, out), uint8."""
+    """Unpacks qzeros (groups, out·bits/32) to zero points (groups, out), uint8."""
     if zero_format == "gptq_v2":
         return unpack_words(qzeros.t().contiguous(), bits).t()
     if WORD % bits:
@@ -112,5 +112,5 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
 
 
 def one_less(bits: int) -> int:
-    """A word with a 1 in each of its fields, by which "gptq" stores zero points less."""
+    """A word with a 1 in each of its fields: what "gptq" subtracts from zero points."""
     return sum(1 << place for place in range(0, WORD, bits))

@@ -1,6 +1,4 @@
-"""The numbers that a packed weight can take: its grid, kept as it is or fitted to another weight, and other codes on it.
-
-A grid gives for each number of a weight (out, in) the nearest value that the packing can hold under scales that stand fixed.
+"""The grid of a packed weight: the values that its codes can take under fixed scales, and rounding to them.
 """
 
 from __future__ import annotations
@@ -20,18 +18,18 @@ from lorakeet.quant.packed import PackedBase
 
 
 class FixedGrid(Protocol):
-    """Values under fixed scales."""
+    """Rounds to the values that codes can take under fixed scales."""
 
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """The codes of column `at` for `numbers` (out,), and the values that they mean, fp32."""
+        """The nearest codes of column `at` for `numbers` (out,), and their values, fp32."""
         ...
 
     def values(self, weight: Tensor) -> Tensor:
-        """The nearest values to a weight (out, in), fp32."""
+        """The nearest values to `weight` (out, in), fp32."""
         ...
 
     def nearest(self, weight: Tensor) -> PackedBase:
-        """A weight (out, in) packed with its nearest values."""
+        """`weight` (out, in) packed with its nearest values."""
         ...
 
     def filled(self, codes: Tensor) -> PackedBase:
@@ -41,7 +39,7 @@ class FixedGrid(Protocol):
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """x = step·code − offset: GPTQ's and GGUF's."""
+    """x = step·code − offset: GPTQ and GGUF."""
 
     step: Tensor  # (groups, out) fp32
     inverse: Tensor  # (groups, out) 1/step
@@ -72,7 +70,7 @@ class UniformGrid:
 
 @dataclass(frozen=True)
 class Nf4Grid:
-    """x = LEVELS[code]·a, a the largest absolute value of the number's block: NF4's."""
+    """x = LEVELS[code]·a, with a the largest absolute value of the number's block: NF4."""
 
     largest: Tensor  # (out, in) fp32
     fill: Callable[[Tensor], PackedBase]
@@ -97,7 +95,7 @@ class Nf4Grid:
 
 
 def grid_of(base: PackedBase) -> FixedGrid:
-    """The grid that the scales of `base` span. ValueError for a base that is none of GPTQ, NF4 and GGUF."""
+    """The grid under the scales of `base`. ValueError unless it is GPTQ, NF4 or GGUF."""
     if isinstance(base, GptqBase):
         return _gptq(base)
     if isinstance(base, GgufBase):
@@ -110,7 +108,7 @@ def grid_of(base: PackedBase) -> FixedGrid:
 
 
 def requantise_like(like: PackedBase, weight: Tensor) -> PackedBase:
-    """`weight` (out, in) rounded to the nearest, in the layout of `like` (bits, groups, blocks), with scales fitted to it."""
+    """`weight` (out, in) rounded to the nearest in the layout of `like` (bits, groups, blocks), with scales fitted to it."""
     if isinstance(like, GgufBase):
         return gguf_codes.fit_gguf_scales(weight, like.kind)
     if isinstance(like, Nf4Base):

@@ -2,16 +2,16 @@
 
         W[r, c] = packed[r, c] · scale[r]        scale = a / 127
 
-In training, products can run in int8 too (`in_int8`): each row of what is multiplied is coded in the same way, q·t = x, and
+In training, products can run in int8 too (`in_int8`): each row of the other factor is quantised in the same way, q·t = x, and
 
         x·Wᵀ = t ∘ (q·packedᵀ) ∘ scale        g·W = t ∘ (q·packed), where q·t = g ∘ scale
 
-with sums in int32, which are exact. Coding a row of normal numbers moves it by about 0.8 % of its size. What a model's norms
-give has a few columns that are large in every row: the eight largest of x are kept apart and added in x's own dtype (LLM.int8,
-Dettmers 2022, https://arxiv.org/abs/2208.07339), which brings the products of q, k and v five times nearer (docs/log.md). Which
-ones they are is for all rows that are multiplied at once. EvaluationSize never does any of this.
-Rows of bf16 on a CPU are coded and multiplied by kernels/cpu/int8_rows where that can be had, others by torch; the bits are the
-same.
+with exact sums in int32. Quantising a row of normal numbers moves it by about 0.8 % of its norm. Outputs of a model's norm layers
+have a few columns that are large in every row. The eight largest of x are multiplied apart, in x's own dtype (LLM.int8, Dettmers
+2022, https://arxiv.org/abs/2208.07339), which makes the error of q, k and v five times smaller (docs/log). All rows of one
+product share these columns. Evaluation never multiplies in int8.
+On a CPU with the C library, rows of bf16 are quantised and multiplied by kernels/cpu/int8_rows, others by torch; the bits are
+equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import QuantisedRows
-from lorakeet.kernels.choose import multiplies_int8
+from lorakeet.kernels.choose import quantises_in_c
 from lorakeet.kernels.cpu import int8_rows as native
 from lorakeet.kernels.cpu.stored import INT8, StoredWeight, address_of
 from lorakeet.quant.packed import PackedBase, tile_size
@@ -38,7 +38,7 @@ class Int8Base(PackedBase):
 
     packed: Tensor
     scale: Tensor
-    in_int8 = False  # whether products run in int8 while the model is in training mode
+    in_int8 = False  # products run in int8 while the model is in training mode
 
     def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
         super().__init__(shape)
@@ -65,7 +65,7 @@ class Int8Base(PackedBase):
             self.packed[rows] = steps.clamp_(-STEPS, STEPS).to(torch.int8)
             self.scale[rows] = scale[:, 0]
 
-    def _told(self) -> StoredWeight | None:
+    def _stored_weight(self) -> StoredWeight | None:
         return StoredWeight(INT8, *self.shape, address_of(self.packed), address_of(self.scale))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
@@ -75,27 +75,27 @@ class Int8Base(PackedBase):
         return out
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.matmul_codes(self.code(x)) if self.takes_codes(x) else super().matmul(x)
+        return self.matmul_int8(self.quantise(x)) if self.runs_in_int8(x) else super().matmul(x)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        if not self.takes_codes(grad):
+        if not self.runs_in_int8(grad):
             return super().matmul_t(grad)
-        if multiplies_int8(grad):
+        if quantises_in_c(grad):
             codes, scale = native.QUANTISE_ROWS(grad, self.scale)
             return cast(Tensor, native.INT8_PRODUCT(codes, scale, self.packed, None, True))
         steps, scale = _in_steps(grad * self.scale)
         return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
-        if self.takes_codes(grad):
+        if self.runs_in_int8(grad):
             to.add_(self.matmul_t(grad))
         else:
             super().add_matmul_t(to, grad)
 
-    def code(self, x: Tensor) -> QuantisedRows:
-        """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for kernels/cpu; its largest columns apart."""
+    def quantise(self, x: Tensor) -> QuantisedRows:
+        """Quantises x (tokens, in) to int8 for torch, or to uint8 (+128) for kernels/cpu; its largest columns are kept apart."""
         count = native.outliers_of(x.shape[1]) if len(x) else 0
-        if multiplies_int8(x):
+        if quantises_in_c(x):
             columns, apart = native.OUTLIER_COLUMNS(x, count)
             codes, scale = native.QUANTISE_ROWS(x, None, columns)
             return QuantisedRows(codes, scale, x.dtype, columns, apart)
@@ -106,9 +106,9 @@ class Int8Base(PackedBase):
         steps, scale = _in_steps(x.index_fill(1, columns, 0))
         return QuantisedRows(steps.to(torch.int8), scale, x.dtype, columns, x[:, columns])
 
-    def matmul_codes(self, coded: QuantisedRows) -> Tensor:
-        """What `matmul` answers for the x that `code` was given."""
-        codes, steps, dtype, columns, apart = coded
+    def matmul_int8(self, rows: QuantisedRows) -> Tensor:
+        """Returns what `matmul` returns for the x that `quantise` took."""
+        codes, steps, dtype, columns, apart = rows
         if codes.dtype == torch.uint8:
             return cast(Tensor, native.INT8_PRODUCT(codes, steps, self.packed, self.scale, False, columns, apart))
         y = torch._int_mm(codes, self.packed.t()).float().mul_(steps)
@@ -116,22 +116,24 @@ class Int8Base(PackedBase):
             y.addmm_(apart.float(), self.packed[:, columns].float().t())
         return y.mul_(self.scale).to(dtype)
 
-    def takes_codes(self, x: Tensor) -> bool:
-        """Whether x (tokens, ·) is multiplied in int8; CUDA's product wants over 16 tokens, multiples of 8 (never run on one)."""
+    def runs_in_int8(self, x: Tensor) -> bool:
+        """True if x (tokens, ·) is multiplied in int8; CUDA needs over 16 tokens and sizes in multiples of 8. Not run on a
+        GPU.
+        """
         if not (self.in_int8 and self.training) or x.shape[-1] > native.MOST:
             return False
         fits = len(x) > 16 and all(size % 8 == 0 for size in self.shape)
         return x.device.type == "cpu" or (x.device.type == "cuda" and fits)
 
     def _tiles(self, rows: int) -> list[slice]:
-        """Slices of rows that together cover `rows` of W, each of about a tile."""
+        """Slices that cover `rows` rows of W, each about a tile."""
         width = self.shape[1]
         step = max(1, tile_size(self.device, width) // max(1, width))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def enable_int8_products(model: nn.Module) -> int:
-    """Lets every int8 weight of `model` multiply in int8 while it is trained; how many there are."""
+    """Lets every int8 weight of `model` multiply in int8 during training; returns their number."""
     bases = [base for base in model.modules() if isinstance(base, Int8Base)]
     for base in bases:
         base.in_int8 = True
@@ -140,7 +142,7 @@ def enable_int8_products(model: nn.Module) -> int:
 
 @contextmanager
 def exact_products(model: nn.Module) -> Iterator[None]:
-    """A context in which no int8 weight of `model` multiplies in int8, trained or not."""
+    """Context manager: no int8 weight of `model` multiplies in int8, even in training mode."""
     bases = [base for base in model.modules() if isinstance(base, Int8Base) and base.in_int8]
     for base in bases:
         base.in_int8 = False
@@ -152,8 +154,8 @@ def exact_products(model: nn.Module) -> Iterator[None]:
 
 
 def _in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, width) in whole steps of their own, fp32 (n, width), and what one step of each is worth, fp32 (n, 1)."""
+    """Rounds each row of (n, width) to its own 127 steps; returns the steps, fp32 (n, width), and their size, fp32 (n, 1)."""
     scale = rows.abs().amax(1, keepdim=True).float().div_(STEPS)
     inverse = 1 / scale
-    inverse = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))  # of zeros, and of steps too small to divide by
+    inverse = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))  # for zeros and tiny steps
     return (rows * inverse).round_(), torch.where(scale.isfinite(), scale, torch.full_like(scale, math.nan))

@@ -9,10 +9,10 @@ Double quantisation keeps a itself in 8 bits, less its mean, in blocks of 256 wi
 
         a[j] = DYNAMIC[absmax[j]] · s[j / 256] + mean         4.127 bits a number in all, for blocks of 64
 
-Weights are packed by this file, on the CPU, whatever the device, so that the same weight becomes the same bytes on every
-machine. Whole ones come back to bf16 on a CPU by kernels/cpu/stored where that can be had; others by bitsandbytes' kernels where
-that package is installed, else by this file: bit for bit the same; and on a GPU, for who asks for it, by a Triton kernel
-(kernels/triton/nf4).
+This file packs weights on the CPU, whatever the device, so that a weight becomes the same bytes on every machine. Whole weights
+are
+dequantised to bf16 on a CPU by kernels/cpu/stored if the C library can be built. Others use bitsandbytes' kernels if that package
+is installed, else this file, bit for bit the same. On a GPU a Triton kernel can be enabled (kernels/triton/nf4).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ LEVELS = (
 )  # fmt: skip
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 SCALE_BLOCK = 256  # absmax values that share one scale
-BINS = 65536  # bitsandbytes' CPU code finds the nearest of the 256 levels in a table of so many bins over [−1, 1]
+BINS = 65536  # of bitsandbytes' table over [−1, 1], by which its CPU code finds the nearest of the 256 levels
 _TINY = 1e-38  # a block of zeros divides by this
-_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch's own word for it
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch's environment variable
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,7 +109,7 @@ class Nf4Base(PackedBase):
         self.mean.copy_(mean)
 
     def block_maxima(self, first: int, last: int) -> Tensor:
-        """The largest absolute values of the blocks first … last − 1, fp32; `first` is a multiple of 256."""
+        """The largest absolute values of the blocks `first` to `last` − 1, fp32; `first` is a multiple of 256."""
         part = self.absmax[first:last]
         if self.scales is None or self.mean is None:
             return part
@@ -126,24 +126,24 @@ class Nf4Base(PackedBase):
         return None if self.shape[1] % 2 else self._in_tiles(self.shape)
 
     def _in_tiles(self, shape: tuple[int, int]) -> TiledWeight:
-        """The numbers, row after row, as a matrix of `shape`, whose last row may end before its width."""
+        """The numbers, row after row, as a matrix of `shape`; its last row may be incomplete."""
         from lorakeet.kernels.triton.nf4 import nf4_tiles
 
-        buffers = (self.packed, self.absmax, *(held for held in (self.scales, self.mean) if held is not None))
+        buffers = (self.packed, self.absmax, *(part for part in (self.scales, self.mean) if part is not None))
         tables = _levels(self.packed), _dynamic(self.packed)
         return nf4_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
 
-    def _told(self) -> StoredWeight | None:
-        outer, mean = (0 if held is None else address_of(held) for held in (self.scales, self.mean))
+    def _stored_weight(self) -> StoredWeight | None:
+        outer, mean = (0 if part is None else address_of(part) for part in (self.scales, self.mean))
         tables = address_of(_levels(self.packed)), address_of(_dynamic(self.packed))
         codes, scales = address_of(self.packed), address_of(self.absmax)
         return StoredWeight(NF4, *self.shape, codes, scales, outer, mean, *tables, self.block_size)
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if triton_products.dequantises(self, out, self._held()):
+        if triton_products.dequantises(self, out, self._packed_buffers()):
             blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
             tiles = self._in_tiles((blocks, self.block_size))
-            return triton_products.unpack_rows(tiles, out, first * self.shape[1] // self.block_size)
+            return triton_products.dequantise_rows(tiles, out, first * self.shape[1] // self.block_size)
         flat, size, before = out.view(-1), self.block_size, first * self.shape[1]
         step = tile_size(self.device, size * SCALE_BLOCK)
         for start in range(0, len(flat), step):
@@ -155,7 +155,7 @@ class Nf4Base(PackedBase):
         return out
 
     def _values(self, packed: Tensor, maxima: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` numbers; whole blocks through bitsandbytes where it is there."""
+        """Dequantises `count` numbers; whole blocks by bitsandbytes if it is installed."""
         size = self.block_size
         whole = count - count % size
         if not whole or not has_bitsandbytes(packed.device):
@@ -186,7 +186,7 @@ def nf4_buffer_shapes(
 
 
 def nf4_codes(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Numbers (n,) to their 4-bit codes, two to a byte (⌈n/2⌉,), and the largest absolute value of each block, fp32."""
+    """Quantises numbers (n,) to 4-bit codes, two to a byte (⌈n/2⌉,), and the largest absolute value of each block, fp32."""
     levels = torch.tensor(LEVELS)
     bounds = ((levels[:-1] + levels[1:]) / 2).tolist()
     codes, maxima = [], []
@@ -197,7 +197,7 @@ def nf4_codes(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         largest = blocks.abs().amax(1)
         scaled = [(blocks * (1.0 / largest.clamp_min(_TINY))[:, None]).clamp_(-1, 1).view(-1)]
         maxima.append(largest)
-        if whole < len(wide):  # a block that is not full; divided, where full ones are multiplied by the inverse
+        if whole < len(wide):  # an incomplete block: divided, while full ones are multiplied by the inverse
             rest = wide[whole:]
             most = rest.abs().amax().clamp_min(_TINY)
             scaled.append((rest / most).clamp_(-1, 1))
@@ -211,13 +211,13 @@ def nf4_codes(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes (n,) uint8 two to a byte (⌈n/2⌉,), the first one in the high half; an odd one is followed by the code of 0."""
+    """Packs codes (n,) uint8 two to a byte (⌈n/2⌉,), the first in the high half; an odd last one is followed by the code of 0."""
     padded = torch.nn.functional.pad(codes, (0, len(codes) % 2), value=LEVELS.index(0.0))
     return (padded[::2] << 4) | padded[1::2]
 
 
 def quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Centred block maxima (b,) to 8-bit codes (b,) and one scale for each 256 of them, fp32."""
+    """Quantises centred block maxima (b,) to 8-bit codes (b,), with one fp32 scale for each 256 of them."""
     padded = torch.nn.functional.pad(absmax, (0, -len(absmax) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     scales = padded.abs().amax(1)
     scaled = (padded * (1.0 / scales.clamp_min(_TINY))[:, None]).clamp_(-1, 1)
@@ -228,7 +228,7 @@ def quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_blocks(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor:
-    """Packed codes (b,) and the maxima of their blocks to the numbers (2·b,), fp32: what bitsandbytes computes too."""
+    """Dequantises packed codes (b,) with the maxima of their blocks to (2·b,) in fp32, as bitsandbytes does."""
     numbers = torch.nn.functional.embedding(packed.int(), _level_pairs(packed)).view(-1)
     whole = len(numbers) - len(numbers) % block_size
     numbers[:whole].view(-1, block_size).mul_(maxima[: whole // block_size, None])
@@ -241,13 +241,13 @@ _TABLES: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _table(name: str, like: Tensor, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What `make` gives, on the device of `like`, kept for each device; beside a fake tensor (of a traced step) a fake one."""
+    """The result of `make` on the device of `like`, cached by device; for a fake tensor (of a traced step) a fake one."""
     if type(like) is not Tensor:
         return torch.empty(shape, dtype=dtype, device=like.device)
-    held = _TABLES.get((name, like.device))
-    if held is None:
-        held = _TABLES[name, like.device] = make().to(like.device)
-    return held
+    table = _TABLES.get((name, like.device))
+    if table is None:
+        table = _TABLES[name, like.device] = make().to(like.device)
+    return table
 
 
 def _levels(like: Tensor) -> Tensor:
@@ -270,7 +270,9 @@ def _dynamic(like: Tensor) -> Tensor:
 
 
 def dynamic_levels() -> Tensor:
-    """For each power of ten from 1e-6 to 1 the middles of 2^i equal parts of [0.1, 1], with either sign; and 0 and 1."""
+    """The levels: for each power of ten from 1e-6 to 1 the midpoints of 2^i equal parts of [0.1, 1], with both signs; and 0,
+    1.
+    """
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -280,7 +282,7 @@ def dynamic_levels() -> Tensor:
 
 
 def _bin_codes(like: Tensor) -> Tensor:
-    """The code of each bin: the level that is nearest to the bin's value (65536,)."""
+    """The code of the level nearest to each bin's value (65536,)."""
 
     def codes() -> Tensor:
         levels = dynamic_levels()
@@ -291,12 +293,12 @@ def _bin_codes(like: Tensor) -> Tensor:
 
 
 def has_bitsandbytes(device: torch.device) -> bool:
-    """Whether bitsandbytes unpacks on such a device; imported at the first call, which takes a few seconds."""
+    """True if bitsandbytes dequantises on `device`. The first call imports it, which takes a few seconds."""
     return device.type in ("cpu", "cuda") and _bitsandbytes()
 
 
 def bitsandbytes_advice() -> str:
-    """What a user should know where bitsandbytes is missing; empty where it is installed."""
+    """Advice for the user if bitsandbytes is missing; empty if it is installed."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return ""
     return (
@@ -307,7 +309,7 @@ def bitsandbytes_advice() -> str:
 
 @functools.cache
 def _bitsandbytes() -> bool:
-    """Imports the package, where it is installed."""
+    """Imports the package if it is installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     with quiet_bitsandbytes():
@@ -317,8 +319,9 @@ def _bitsandbytes() -> bool:
 
 @contextlib.contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """In the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub, and
-    does not load torch's compiler, with which it wraps a function that is not used here: 43 MiB of the process.
+    """Context manager for importing bitsandbytes: no log line about a hub kernel, and torch's compiler is not loaded.
+
+    The compiler, which wraps a function that is not used here, would take 43 MiB.
     """
     _QUIET.enter()
     try:
@@ -328,7 +331,7 @@ def quiet_bitsandbytes() -> Iterator[None]:
 
 
 class _Quiet:
-    """What is set while any thread is in such a block: the first one sets it, the last one puts back what was."""
+    """Settings shared by all threads within the context: the first sets them, the last restores them."""
 
     def __init__(self) -> None:
         self._lock, self._within = threading.Lock(), 0

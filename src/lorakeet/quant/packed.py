@@ -1,4 +1,4 @@
-"""A weight kept in packed buffers, and the linear layer that holds it. Each way of packing is one subclass of `PackedBase`."""
+"""A frozen weight in packed buffers, and the linear layer over it. Each quantisation method is a subclass of `PackedBase`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
-TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
-GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory that it takes
-PART_BYTES = 32 << 20  # of W in fp32 that are brought back at once on a CPU; for products in bf16 it is whole
+TILE = 1 << 20  # numbers packed or unpacked at once: their temporary copies stay in a CPU's cache
+GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory it takes
+PART_BYTES = 32 << 20  # of W in fp32 dequantised at once on a CPU; for products in bf16 all of W is
 
 
 class PackedBase(nn.Module):
     """A frozen weight W (out, in) in packed buffers; a FrozenBase (core/base).
 
-    A subclass registers its buffers and answers `unpack` and `store`. On a CPU the library multiplies rows in bf16 with them as
-    they are, for those that tell it what their buffers mean (`_told`). Else W is brought back for each product into one buffer
-    that all bases share (core/scratch), in fp32 some rows at a time, so that however many layers a model has, one dense matrix
-    exists at a time, and autograd never sees it. Where Triton kernels are asked for, products of few tokens run without it
-    (core/kernels).
+    A subclass registers its buffers and implements `unpack` and `store`. On a CPU the C library multiplies rows in bf16 by the
+    packed buffers, if the subclass describes them (`_stored_weight`). Otherwise W is dequantised for each product into one buffer
+    that all bases share (core/scratch), in fp32 some rows at a time. So one dense matrix exists at a time, and autograd never
+    sees it. With Triton kernels enabled, products of few tokens need no dense matrix (core/triton_products).
     """
 
     kernels: TritonRequest | None = None
@@ -47,32 +46,32 @@ class PackedBase(nn.Module):
 
     @property
     def bytes(self) -> int:
-        """What the packed buffers take."""
-        return sum(held.numel() * held.element_size() for held in self._held())
+        """Bytes of the packed buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._packed_buffers())
 
     @property
     def row_step(self) -> int:
-        """Rows can be unpacked from any multiple of this on."""
+        """The first row of `unpack` must be a multiple of this."""
         return 1
 
     @property
     def device(self) -> torch.device:
-        """Where the packed buffers are."""
-        return next(self._held()).device
+        """The device of the packed buffers."""
+        return next(self._packed_buffers()).device
 
-    def _held(self) -> Iterator[Tensor]:
-        """The packed buffers, some of which are parameters where models/text/shard has parted them."""
+    def _packed_buffers(self) -> Iterator[Tensor]:
+        """The packed buffers; those that models/text/shard has sharded are parameters."""
         return itertools.chain(self.parameters(), self.buffers())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that is needed to read the buffers again but their numbers, as plain values that JSON can hold."""
+        """All that is needed to interpret the buffers, as values that JSON can hold."""
         raise NotImplementedError(f"{type(self).__name__} must say what its buffers mean.")
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        """Writes rows of W from `first` (a multiple of `row_step`) on, dequantised, into `out` (rows, in), and returns it.
+        """Dequantises the rows of W from `first` (a multiple of `row_step`) on into `out` (rows, in), and returns it.
 
-        They are rounded once, to the dtype of `out`.
+        Numbers are rounded once, to the dtype of `out`.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how its buffers are unpacked.")
 
@@ -81,35 +80,35 @@ class PackedBase(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must say how a weight is packed.")
 
     def dense(self) -> Tensor:
-        """W, dequantised, as a fresh fp32 tensor (out, in)."""
+        """W dequantised, as a new fp32 tensor (out, in)."""
         return self.unpack(torch.empty(self.shape, dtype=torch.float32, device=self.device))
 
     def in_tiles(self) -> TiledWeight | None:
-        """W as Triton kernels read it; None where there is no kernel for it."""
+        """W as Triton kernels read it; None if no kernel does."""
         return None
 
-    def _told(self) -> StoredWeight | None:
-        """What C is told of the buffers; None for settings, or numbers, that it does not know."""
+    def _stored_weight(self) -> StoredWeight | None:
+        """The buffers as C reads them; None for settings or numbers that C does not support."""
         return None
 
     def stored(self) -> StoredWeight | None:
-        """W as C reads it (kernels/cpu/stored); None where it cannot."""
-        held = self.tensors()
+        """W as C reads it (kernels/cpu/stored); None if it cannot."""
+        tensors = self.tensors()
         plain = self.kernels is None and not self._parameters
-        told = self._told() if plain and native.is_readable(self.shape, held) else None
-        return None if told is None else told._replace(held=tuple([each.detach() for each in held]))
+        weight = self._stored_weight() if plain and native.is_readable(self.shape, tensors) else None
+        return None if weight is None else weight._replace(owners=tuple([each.detach() for each in tensors]))
 
     def tensors(self) -> list[Tensor]:
-        """The packed buffers; those that are parameters are none that C reads."""
+        """The packed buffers that are no parameters."""
         return [each for each in self._buffers.values() if each is not None]
 
     def matmul(self, x: Tensor) -> Tensor:
-        """x (tokens, in) to x·Wᵀ (tokens, out) in the dtype of x."""
+        """Returns x·Wᵀ (tokens, out) in the dtype of x (tokens, in)."""
         fused = product(self, x)
         if fused is not None:
             return fused
-        if (told := self._multiplied(x)) is not None:
-            return native.stored_product(x, told)
+        if (weight := self._multiplied(x)) is not None:
+            return native.stored_product(x, weight)
         first, *others = self._parts(x.dtype)
         if not others:
             return frozen_product(x, self._rows(first, x.dtype))
@@ -119,12 +118,12 @@ class PackedBase(nn.Module):
         return y
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        """grad (tokens, out) to grad·W (tokens, in) in the dtype of grad."""
+        """Returns grad·W (tokens, in) in the dtype of grad (tokens, out)."""
         fused = product(self, grad, transposed=True)
         if fused is not None:
             return fused
-        if (told := self._multiplied(grad)) is not None:
-            return native.stored_product(grad, told, across=True)
+        if (weight := self._multiplied(grad)) is not None:
+            return native.stored_product(grad, weight, across=True)
         first, *others = self._parts(grad.dtype)
         if not others:
             return frozen_product(grad, self._rows(first, grad.dtype), across=True)
@@ -134,10 +133,10 @@ class PackedBase(nn.Module):
         return found
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
-        """Adds grad·W to `to` (tokens, in), in place, and rounds it with the sum where W is multiplied whole."""
-        told = self._multiplied(grad)
-        if told is not None and to.dtype == grad.dtype and to.is_contiguous():
-            native.add_stored_product(to, grad, told, across=True)
+        """Adds grad·W to `to` (tokens, in) in place; rounds once, with the sum, if W is multiplied whole."""
+        weight = self._multiplied(grad)
+        if weight is not None and to.dtype == grad.dtype and to.is_contiguous():
+            native.add_stored_product(to, grad, weight, across=True)
             return
         parts = self._parts(grad.dtype)
         if self.kernels is not None or len(parts) > 1:
@@ -146,11 +145,11 @@ class PackedBase(nn.Module):
             add_frozen_product(to, grad, self._rows(parts[0], grad.dtype), across=True)
 
     def _multiplied(self, x: Tensor) -> StoredWeight | None:
-        """What C is told where it multiplies x by the packed buffers; None where W is brought back."""
+        """W as C reads it, if C multiplies x by the packed buffers; None if W is dequantised."""
         return self.stored() if multiplies_stored(x) else None
 
     def _parts(self, dtype: torch.dtype) -> list[slice]:
-        """The rows that are brought back at once: all of them, but for fp32 on a CPU no more than `PART_BYTES`."""
+        """Slices of rows to dequantise at once: all rows, but in fp32 on a CPU at most `PART_BYTES`."""
         rows, width = self.shape
         at_once = rows
         if dtype == torch.float32 and is_cpu(self.device):
@@ -159,18 +158,18 @@ class PackedBase(nn.Module):
         return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
     def in_parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """W dequantised in fp32, some rows at a time: which they are, and their numbers, valid until the next ones."""
+        """Yields slices of rows and their numbers in fp32, valid until the next ones."""
         for part in self._parts(torch.float32):
             yield part, self._rows(part, torch.float32)
 
     def _rows(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """Those rows of W in the shared buffer: valid until others are unpacked."""
+        """These rows of W in the shared buffer, valid until others are unpacked."""
         out = SCRATCH.matrix((part.stop - part.start, self.shape[1]), dtype, self.device)
-        told = self.stored() if dtype == torch.bfloat16 and len(out) == self.shape[0] else None
-        return self.unpack(out, part.start) if told is None else native.dequantise(told, out)
+        weight = self.stored() if dtype == torch.bfloat16 and len(out) == self.shape[0] else None
+        return self.unpack(out, part.start) if weight is None else native.dequantise(weight, out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
-        """Moves the buffers; a cast of the model (`.to(bfloat16)`, `.half()`) leaves them as they are, since they are a code."""
+        """Moves the buffers; a cast of the model (`.to(bfloat16)`, `.half()`) leaves their dtypes, since they hold codes."""
 
         def moved(buffer: Tensor) -> Tensor:
             applied = fn(buffer)
@@ -180,15 +179,15 @@ class PackedBase(nn.Module):
 
 
 def tile_size(device: torch.device, multiple: int) -> int:
-    """How many numbers to pack or unpack at once on a device: about TILE, in whole multiples of `multiple`."""
+    """How many numbers to pack or unpack at once on `device`: about TILE, and a multiple of `multiple`."""
     wanted = TILE if is_cpu(device) else GPU_TILE
     return max(1, wanted // multiple) * multiple
 
 
 class PackedLinear(nn.Module):
-    """Stands where an nn.Linear stood: x·Wᵀ + b over a packed weight, differentiable in x.
+    """Replaces an nn.Linear: x·Wᵀ + b over a packed weight, differentiable in x.
 
-    `transposed` marks one that stands for GPT-2's Conv1D, whose own weight is (in, out); the base is (out, in) all the same.
+    `transposed`: it replaces GPT-2's Conv1D, whose own weight is (in, out); the base is (out, in) nevertheless.
     """
 
     products: torch.dtype | None = None  # dtype of the matrix products (core/precision); None: that of the input
@@ -209,9 +208,9 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W, dequantised, as a fresh fp32 tensor in the orientation of the module that this one stands for.
+        """W dequantised, as a new fp32 tensor in the orientation of the module that was replaced.
 
-        For code that reads a weight; products go through the base, which needs no such copy.
+        Products do not use it.
         """
         dense = self.base.dense()
         return dense.t() if self.transposed else dense

@@ -1,4 +1,4 @@
-"""How packed weights lie in safetensors files: NF4 as bitsandbytes writes it, int8 in a layout of Lorakeet's own.
+"""Layouts of packed weights in safetensors files: NF4 as bitsandbytes writes it, int8 and GGUF blocks in layouts of our own.
 
 NF4, the tensors of `x.weight` (n numbers, b blocks), as transformers reads them with bitsandbytes installed:
 
@@ -11,10 +11,10 @@ NF4, the tensors of `x.weight` (n numbers, b blocks), as transformers reads them
 
 int8 (no other program reads it; config.json says quant_method lorakeet_int8):
 
-    x.weight          int8 (out·in, 1)    rows end to end; transformers, which would skip an unknown quant_method and take the
-    x.weight_scale    fp32 (out,)         steps for weights, refuses this shape.  W[r, c] = weight[r·in + c] · weight_scale[r]
+    x.weight          int8 (out·in, 1)    row after row. transformers skips an unknown quant_method and would take codes for
+    x.weight_scale    fp32 (out,)         weights, but it refuses this shape.  W[r, c] = weight[r·in + c] · weight_scale[r]
 
-GGUF blocks (quant_method lorakeet_gguf: what models/files/gguf_packed lays out in the cache from a .gguf file):
+GGUF blocks (quant_method lorakeet_gguf: models/files/gguf_packed writes them to the cache from a .gguf file):
 
     x.weight              uint8 (out, bytes of a row)    the blocks of the file
     x.weight.ggml_type    uint8 (n,)                     the name of their type in ASCII
@@ -38,17 +38,17 @@ from lorakeet.quant.packed import PackedBase
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 NF4_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
-NF4_NESTED = (".nested_absmax", ".nested_quant_map")  # not there without double quantisation
+NF4_NESTED = (".nested_absmax", ".nested_quant_map")  # absent without double quantisation
 INT8_PARTS = ("", "_scale")
 INT8_METHOD = "lorakeet_int8"
 GGUF_METHOD = "lorakeet_gguf"
 GGUF_TYPE = ".ggml_type"
-_STATE_BYTES = 320  # the JSON is filled up with blanks, so that a file's layout is known before its numbers are
+_STATE_BYTES = 320  # the JSON is padded, so that a file's layout is known before its numbers are
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def nf4_shapes(shape: tuple[int, int], *, block_size: int, double_quant: bool) -> Shapes:
-    """Dtype and shape of each tensor of an NF4 weight, by what follows the weight's name."""
+    """Dtype and shape of each tensor of an NF4 weight, by the suffix of its name."""
     own = nf4_buffer_shapes(shape, block_size=block_size, double_quant=double_quant)
     found: Shapes = {
         "": (torch.uint8, (*own["packed"][1], 1)),
@@ -62,7 +62,7 @@ def nf4_shapes(shape: tuple[int, int], *, block_size: int, double_quant: bool) -
 
 
 def nf4_tensors(base: Nf4Base, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of an NF4 weight; `dtype` is that of the weight it was made from, in which others will unpack it."""
+    """The tensors of an NF4 weight, by suffix; `dtype` is that of the original weight, to which readers dequantise."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": base.block_size,
@@ -78,14 +78,14 @@ def nf4_tensors(base: Nf4Base, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def nf4_dtype(state: Tensor) -> torch.dtype:
-    """The dtype in which others unpack an NF4 weight, from its quant_state; fp32 where it names none."""
+    """The dtype to which readers dequantise an NF4 weight, from its quant_state; fp32 if it names none."""
     named = json.loads(bytes(state.tolist()).decode("utf-8")).get("dtype", "float32")
     found = getattr(torch, str(named), torch.float32)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def nf4_base(name: str, parts: Mapping[str, Tensor]) -> Nf4Base:
-    """The base in the tensors of `name`, by what follows it. DataError where they are no NF4 weight as this module reads it."""
+    """The base of the tensors of `name`, by suffix. DataError if they are no NF4 weight of a supported kind."""
     try:
         state = json.loads(bytes(parts[NF4_STATE].tolist()).decode("utf-8"))
         shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
@@ -108,17 +108,17 @@ def nf4_base(name: str, parts: Mapping[str, Tensor]) -> Nf4Base:
 
 
 def int8_shapes(shape: tuple[int, int]) -> Shapes:
-    """Dtype and shape of each tensor of an int8 weight, by what follows the weight's name."""
+    """Dtype and shape of each tensor of an int8 weight, by the suffix of its name."""
     return {"": (torch.int8, (shape[0] * shape[1], 1)), "_scale": (torch.float32, (shape[0],))}
 
 
 def int8_tensors(base: Int8Base) -> dict[str, Tensor]:
-    """The tensors of an int8 weight, by what follows its name."""
+    """The tensors of an int8 weight, by suffix."""
     return {"": base.packed.reshape(-1, 1), "_scale": base.scale}
 
 
 def int8_base(name: str, parts: Mapping[str, Tensor]) -> Int8Base:
-    """The base in the tensors of `name`; DataError where they are none."""
+    """The base of the tensors of `name`, by suffix; DataError if they are no int8 weight."""
     packed, scale = parts[""], parts["_scale"]
     if packed.dtype != torch.int8 or scale.dim() != 1 or not len(scale) or packed.numel() % len(scale):
         raise DataError(
@@ -135,7 +135,7 @@ def gguf_type_tensor(kind: str) -> Tensor:
 
 
 def gguf_base(name: str, parts: Mapping[str, Tensor]) -> GgufBase:
-    """The base in the blocks of `name`; DataError where they are none."""
+    """The base of the blocks of `name`; DataError if they are none."""
     packed, kind = parts[""], bytes(parts[GGUF_TYPE].tolist()).decode("ascii", "replace")
     block = BLOCK_TYPES.get(kind)
     if block is None or packed.dim() != 2 or packed.dtype != torch.uint8 or packed.shape[1] % block.bytes:
@@ -146,7 +146,7 @@ def gguf_base(name: str, parts: Mapping[str, Tensor]) -> GgufBase:
 
 
 def nf4_config(*, block_size: int, double_quant: bool, dense: Iterable[str], dtype: str) -> dict[str, Any]:
-    """The quantization_config of an NF4 folder; `dense` are the linear layers that were kept."""
+    """The quantization_config of an NF4 folder; `dense` are the linear layers that are not quantised."""
     if block_size != 64:
         raise ValueError(f"block_size is {block_size}; bitsandbytes' layout for transformers is in blocks of 64")
     return {
@@ -162,7 +162,7 @@ def nf4_config(*, block_size: int, double_quant: bool, dense: Iterable[str], dty
 
 
 def int8_config(dense: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of an int8 folder; `dense` are the linear layers that were kept."""
+    """The quantization_config of an int8 folder; `dense` are the linear layers that are not quantised."""
     return {"quant_method": INT8_METHOD, "kept": sorted(dense)}
 
 

@@ -1,4 +1,4 @@
-"""API keys: who may use which adapters, how often, and who may load and unload. Keys are kept as hashes and never written out."""
+"""API keys: who may use which adapters, how often, and who may load and unload. Only hashes of keys are stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MINUTE = 60.0
 
 
 class NotAllowed(LorakeetError):
-    """No key, a wrong one, or one that does not cover what was asked; `status` is HTTP's."""
+    """No key, a wrong one, or one that does not permit the request; `status` is HTTP's."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -31,26 +31,26 @@ class NotAllowed(LorakeetError):
 
 
 class QuotaSpent(LorakeetError):
-    """The key has asked as often as it may in a minute."""
+    """The key has made as many requests as it may in a minute."""
 
     def __init__(self, owner: str, quota: int, retry_after: int) -> None:
-        super().__init__(f"'{owner}' may ask {quota} times a minute; try again in {retry_after} s.")
+        super().__init__(f"'{owner}' may make {quota} requests a minute; try again in {retry_after} s.")
         self.retry_after = retry_after
 
 
 @dataclass
 class Caller:
-    """Who a key belongs to and what it may do. Without a file of keys everyone is the one Caller that may do everything."""
+    """The owner of a key and its permissions. Without a file of keys, all requests have one Caller that may do everything."""
 
     owner: str = ""
     adapters: frozenset[str] = frozenset({EVERYTHING})
     admin: bool = True
     per_minute: int | None = None
-    _asked: deque[float] = field(default_factory=deque)
+    _requests: deque[float] = field(default_factory=deque)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def sees(self, name: str) -> bool:
-        """Whether the adapter `name` exists for this caller."""
+        """True if the adapter `name` exists for this caller."""
         return EVERYTHING in self.adapters or name in self.adapters
 
     def visible(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -58,30 +58,31 @@ class Caller:
         return tuple(name for name in names if self.sees(name))
 
     def require_admin(self, name: str | None = None) -> None:
-        """NotAllowed where the key may not load, unload or change adapters, or none called `name`, be there one or not."""
+        """Raises NotAllowed if the key may not load, unload or change adapters, or none called `name`, existing or not."""
         if not self.admin:
             raise NotAllowed(f"The key of '{self.owner}' may use adapters, not load or change them.", 403)
         if name is not None and not self.sees(name):
             raise NotAllowed(f"The key of '{self.owner}' may not load or change an adapter called '{name}'.", 403)
 
     def count(self, requests: int = 1, now: Callable[[], float] = time.monotonic) -> None:
-        """Counts requests, prompts that come together one by one; QuotaSpent where these make too many in a minute, ConfigError
-        where they always would."""
+        """Counts requests, each prompt as one. QuotaSpent if these are too many in a minute, ConfigError if they always would
+        be.
+        """
         if self.per_minute is None:
             return
         if requests > self.per_minute:
             raise ConfigError(
-                f"{requests} prompts came at once, but the key of '{self.owner}' may ask {self.per_minute} times a minute, each "
-                "prompt counted. Send them in smaller lists."
+                f"{requests} prompts came at once, but the key of '{self.owner}' may make {self.per_minute} requests a "
+                "minute, and each prompt counts. Send them in smaller lists."
             )
         with self._lock:
             moment = now()
-            while self._asked and moment - self._asked[0] >= _MINUTE:
-                self._asked.popleft()
-            if (over := len(self._asked) + requests - self.per_minute) > 0:
-                passed = moment - self._asked[over - 1]  # as many must be older than a minute
+            while self._requests and moment - self._requests[0] >= _MINUTE:
+                self._requests.popleft()
+            if (over := len(self._requests) + requests - self.per_minute) > 0:
+                passed = moment - self._requests[over - 1]  # the last one that must be older than a minute
                 raise QuotaSpent(self.owner, self.per_minute, max(1, int(_MINUTE - passed + 0.999)))
-            self._asked.extend([moment] * requests)
+            self._requests.extend([moment] * requests)
 
 
 class Access:
@@ -94,7 +95,7 @@ class Access:
 
     @property
     def open(self) -> bool:
-        """Whether no key is asked for."""
+        """True if no key is required."""
         return self._callers is None
 
     def caller(self, header: str | None) -> Caller:
@@ -111,7 +112,7 @@ class Access:
 
 
 def hash_key(key: str) -> str:
-    """What is kept of a key."""
+    """The SHA-256 of a key, which is all that is stored."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -133,7 +134,7 @@ def read_keys(path: Path) -> Access:
             continue
         known = str(entry.get("sha256") or hash_key(entry["key"])).lower()
         if known in callers:
-            problems.add(f"{path}, key {number}: the same key stands there twice.")
+            problems.add(f"{path}, key {number}: the same key occurs twice.")
         adapters = entry.get("adapters", [EVERYTHING])
         admin, quota = entry.get("admin", False), entry.get("requests_per_minute")
         callers[known] = Caller(str(entry.get("owner", number)), frozenset(adapters), admin, quota)
@@ -152,7 +153,7 @@ def _problem(entry: Any) -> str:
     if digest is None and not (isinstance(key, str) and _KEY.fullmatch(key)):
         return "it needs a key of at least 8 letters, digits or signs of ASCII without spaces, or the sha256 of one in hex."
     if digest is not None and not (key is None and isinstance(digest, str) and _HASH.fullmatch(digest)):
-        return "sha256 must be 64 hex digits, and stand there without a key."
+        return "sha256 must be 64 hex digits, without a key beside it."
     if not isinstance(entry.get("admin", False), bool):
         return "admin must be true or false."
     adapters = entry.get("adapters", [])

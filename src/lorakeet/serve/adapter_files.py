@@ -1,4 +1,4 @@
-"""An adapter's files: looked at by their headers first, read whole later, and known again by their content."""
+"""Reads a served adapter's files: first only their headers, later the numbers, identified by their content."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lorakeet.kernels.cpu.inference_pairs import even
 from lorakeet.models.text.serving import ServingModel
 
 log = logging.getLogger("lorakeet.serve")
-Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, time of change) of each file
+Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, modification time) of each file
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where an adapter lies and what it held when it was looked at."""
+    """An adapter on disk, and what its header said when it was inspected."""
 
     found: Found
-    bytes: int  # that its numbers take in memory
+    bytes: int  # of its numbers in memory
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     stamp: Stamp
-    private: bool = False  # whether nobody but the server writes its files, so that they may be mapped
+    private: bool = False  # only the server writes its files, so that they may be mapped
     digest: str = ""  # SHA-256 of configuration and numbers; empty until they are read
 
     @property
@@ -42,31 +42,31 @@ class AdapterSource:
 
     @property
     def filled(self) -> int:
-        """The bytes of a copy for texts, in fp32: its odd ranks are filled up (kernels/cpu/inference_pairs)."""
+        """Bytes of a copy for computing, in fp32: odd ranks are padded (kernels/cpu/inference_pairs)."""
         return max((-(-self.bytes * even(rank) // rank) for rank in self.ranks if rank), default=self.bytes)
 
 
 class _Seen(NamedTuple):
-    """What is told of an adapter by its outline."""
+    """What follows from an adapter's layout."""
 
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
-    surplus: bool  # whether a rank is larger than its layer
+    surplus: bool  # some rank is larger than its layer
 
 
 _SEEN: LruCache[FlatPairsLayout, _Seen] = LruCache(8)
 
 
 def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private: bool = False) -> AdapterSource:
-    """Looks at the adapter at `path`, of any format, and checks its names, shapes and scale against the model.
+    """Checks names, shapes and scale of the adapter at `path`, of any format, against the model.
 
-    PEFT folders by their headers alone; other formats are read. `digest` is what the content is known to be.
+    Of PEFT folders only headers are read. `digest`: that of the content, if it is known.
     """
     found = detect(path)
     stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
     outline = peft.read(found.path, opened=open_header) if found.format == "peft" else _converted(found, live)
     alike = outline.pairs.outline if isinstance(outline.pairs, FlatPairs) else None
-    seen = _seen(outline) if alike is None else _SEEN.of(alike, lambda: _seen(outline))
+    seen = _seen(outline) if alike is None else _SEEN.get_or_make(alike, lambda: _seen(outline))
     if seen.surplus:
         log.warning("%s", surplus_rank(outline, str(found.path)))
     live.check(outline)
@@ -80,9 +80,9 @@ def _seen(outline: Adapter) -> _Seen:
 
 
 def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) -> tuple[Adapter, AdapterSource]:
-    """The adapter with its numbers, and its source with what they were.
+    """Reads the adapter with its numbers; returns it and its source with the digest.
 
-    DataError where the content is not the one that was known: by the files' stamps, or, where these differ, by the digest.
+    DataError if the content has changed: if the files' stamps differ, their digest decides.
     """
     stamp = _stamp(source.found)
     known = bool(source.digest) and stamp == source.stamp
@@ -101,24 +101,24 @@ def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) ->
             f"The files of '{name}' at {source.path} have changed since they were checked. Load them again under that name "
             "(load_inplace) to serve what they hold now."
         )
-    seen = _seen(adapter)  # the files may be others than those that were looked at
+    seen = _seen(adapter)  # the files may have changed since they were inspected
     return adapter, replace(
         source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters, ranks=seen.ranks, scales=seen.scales
     )
 
 
 def _kept(opened: list[LoadedFile], private: bool, known: bool, path: Path) -> LoadedFile:
-    """The slab, which joins `opened`. Its digest, which takes longest, is worked out now if it is not known: what comes next is
-    small, and would have left the processor's caches when 10 MB of numbers had passed through them."""
-    slab = load_safetensors(path, mapped=private)
+    """Loads a file and appends it to `opened`. An unknown digest, which takes longest, is computed at once, while the numbers
+    are in the processor's caches."""
+    file = load_safetensors(path, mapped=private)
     if not known:
-        _ = slab.digest
-    opened.append(slab)
-    return slab
+        _ = file.digest
+    opened.append(file)
+    return file
 
 
 def _digest(found: Found, configured: bytes, opened: list[LoadedFile]) -> str:
-    """The SHA-256 of an adapter: of its configuration and its numbers as they were read, or of its files."""
+    """The SHA-256 of an adapter: of its configuration and numbers as they were read, or of its files."""
     total = hashlib.sha256()
     if opened:
         total.update(configured)
@@ -142,9 +142,9 @@ def _stamp(found: Found) -> Stamp:
 
 
 def _converted(found: Found, live: ServingModel) -> Adapter:
-    """An adapter in another format than PEFT's, by the names of the base."""
-    return read_found(found, base=open_base(live.text.source), say=_unheard)
+    """Reads an adapter in another format than PEFT's, with the names of the base."""
+    return read_found(found, base=open_base(live.text.source), say=_ignored)
 
 
-def _unheard(_: str) -> None:
-    """Notes of a reader; the checks say what matters."""
+def _ignored(_: str) -> None:
+    """Ignores a reader's notes; the checks report what matters."""

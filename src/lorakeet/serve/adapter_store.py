@@ -1,7 +1,7 @@
-"""The folder in which a server keeps uploaded adapters and its list of names: whole or not at all, whatever kills the server.
+"""The folder of a server's uploaded adapters and its list of names, consistent even if the server is killed.
 
-Every uploader has a place of its own in which files come in, so that two who send the same name at once never mix their files;
-which of them is served is decided one after the other, by loading it.
+Files of different uploaders arrive in different folders, so that two uploads of one name never mix; they are loaded one after
+another.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ class AdapterStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = threading.Lock()  # the list
-        self._changing = threading.Lock()  # which uploads there are
+        self._lock = threading.Lock()  # of the list
+        self._changing = threading.Lock()  # of the uploads
         self._restoring = False
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # what a killed server had not finished
-        self._absent = self._listed()  # entries of the list that are not served, or not yet, kept for another start
+        shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # unfinished by a killed server
+        self._absent = self._listed()  # entries of the list that are not served now
 
     def remember(self, registry: Registry) -> None:
-        """Writes the list of names: it appears whole, so that a server that is killed finds the last state or the one before."""
+        """Writes the list of names, whole or not at all, so that a killed server restarts with the last state or the one
+        before.
+        """
         if self._restoring:
             return
         with self._lock:
@@ -59,10 +61,10 @@ class AdapterStore:
             self._absent = absent
 
     def restore(self, registry: Registry, say: Callable[[str], None]) -> None:
-        """Registers what the list named, then every adapter that lies in the folder by itself; `say` hears what is left out.
+        """Registers the adapters of the list, then all others in the folder; `say` gets those that cannot be served.
 
-        A name that is registered already keeps what it has. What cannot be served, since its disk is away or the base is another,
-        stays in the list.
+        Names that are registered already are skipped. An adapter that cannot be served, because its disk is missing or the base
+        is another, stays in the list.
         """
         self._restoring = True
         try:
@@ -99,7 +101,7 @@ class AdapterStore:
         return found
 
     def forget(self, name: str, registry: Registry) -> bool:
-        """Strikes a name off the list that could not be served when the server started; False where there is none."""
+        """Removes from the list a name that could not be served at the start; False if there is none."""
         with self._lock:
             entry = self._absent.pop(name, None)
         if entry is None:
@@ -109,15 +111,15 @@ class AdapterStore:
             self.remember(registry)
         except BaseException:
             with self._lock:
-                self._absent[name] = entry  # it is in the list still, and can be struck off again
+                self._absent[name] = entry  # the list still has it
             raise
         return True
 
     @contextmanager
     def incoming(self, name: str, file: str, uploader: str = "") -> Iterator[Path]:
-        """Where a file of an upload is written while it comes in; it counts, whole, when the block ends without an error.
+        """Yields the path to write a file of an upload to; the file is accepted when the block ends without an error.
 
-        ConfigError for names that are none.
+        ConfigError for an invalid name.
         """
         check_name(name)
         if file not in ACCEPTED:
@@ -126,23 +128,23 @@ class AdapterStore:
         part.parent.mkdir(exist_ok=True)
         try:
             yield part
-            place = self._coming(name, uploader)
+            place = self._incoming_folder(name, uploader)
             place.mkdir(parents=True, exist_ok=True)
             os.replace(part, place / file)
         finally:
             part.unlink(missing_ok=True)
 
     def accept(self, name: str, registry: Registry, *, replace: bool, uploader: str = "") -> None:
-        """Loads what came in for `name`; only if every check passes is it kept and visible. Errors as in Registry.load, and
-        ConfigError where the list keeps another upload of that name for another start, unless it is to `replace` it."""
+        """Loads the upload of `name`; it is kept and visible only if every check passes. Errors as in Registry.load, and
+        ConfigError if the list has another adapter of that name that is not served, unless `replace`."""
         check_name(name)
         with self._changing:
             if name in self._absent and name not in registry.names and not replace:
                 raise ConfigError(
-                    f"'{name}' is in the server's list, but could not be served when it started: its files are away, or fit "
-                    "another base. Unload it first, replace it, or take another name."
+                    f"'{name}' is in the server's list, but could not be served when it started: its files are missing, or "
+                    "fit another base. Unload it first, replace it, or take another name."
                 )
-            came = self._coming(name, uploader)
+            came = self._incoming_folder(name, uploader)
             if not (came / CONFIG_NAME).is_file() or not (came / MODEL_NAME).is_file():
                 raise DataError(f"The upload of '{name}' is not whole: it needs {CONFIG_NAME} and {MODEL_NAME}.")
             (self.folder / UPLOADS).mkdir(exist_ok=True)
@@ -157,7 +159,7 @@ class AdapterStore:
             self._tidy(name, registry)
 
     def tidy(self, name: str, registry: Registry) -> None:
-        """Removes the uploads of a name but the one that it points to; what is in memory stays as long as it is used."""
+        """Removes the uploads of a name except the one that it points to; adapters in memory stay as long as they are used."""
         with self._changing:
             self._tidy(name, registry)
 
@@ -170,6 +172,6 @@ class AdapterStore:
     def _uploads(self, name: str) -> list[Path]:
         return list((self.folder / UPLOADS).glob(f"{name}@*"))
 
-    def _coming(self, name: str, uploader: str) -> Path:
-        """The place of one uploader's files of `name`; who it is may be any text, so that its hash is the folder's name."""
+    def _incoming_folder(self, name: str, uploader: str) -> Path:
+        """The folder of an uploader's files of `name`; `uploader` may be any text, so its hash is the folder's name."""
         return self.folder / _INCOMING / hashlib.sha256(uploader.encode()).hexdigest()[:16] / name

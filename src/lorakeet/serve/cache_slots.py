@@ -1,7 +1,7 @@
-"""The slots of the key-value cache: who writes in which, and which beginnings they hold that a new prompt can go on from.
+"""Slots of the KV cache, and reuse of prefixes that they contain for new prompts.
 
-A beginning counts only for the adapters, with weights, that it was computed with. Adapters are named by version here, so that a
-new version under an old name never goes on from what the old one computed.
+A prefix is reused only for the adapters and weights that it was computed with. Adapters are identified by version, so that a new
+version under an old name never reuses what the old one computed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from lorakeet.models.generate.kv_cache import KeyValues
 
 Key = tuple[tuple[str, float], ...]
-LEAST_COPIED = 16  # tokens: copying fewer is not worth a pass over the cache
+LEAST_COPIED = 16  # tokens: copying fewer does not pay
 
 
 def prefix_key(adapters: Mapping[str, float]) -> Key:
-    """What a beginning was computed with, independent of the order in which adapters were named."""
+    """The key of prefixes computed with `adapters`, independent of their order."""
     return tuple(sorted(adapters.items()))
 
 
@@ -24,13 +24,13 @@ def prefix_key(adapters: Mapping[str, float]) -> Key:
 class _SlotState:
     number: int
     key: Key = ()
-    ids: list[int] = field(default_factory=list)  # the tokens whose keys and values it holds
+    ids: list[int] = field(default_factory=list)  # whose keys and values are in the slot
     busy: bool = False
     used: int = 0
 
 
 class CacheSlots:
-    """Hands out slots. A free one keeps what it holds until it is needed."""
+    """Assigns slots. A free one keeps its prefix until it is assigned again."""
 
     def __init__(self, cache: KeyValues) -> None:
         self.cache = cache
@@ -39,14 +39,14 @@ class CacheSlots:
 
     @property
     def free(self) -> int:
-        """How many slots nobody writes in."""
+        """The number of free slots."""
         return sum(not slot.busy for slot in self._slots)
 
     def take(self, key: Key, ids: tuple[int, ...]) -> tuple[int, int]:
-        """A free slot for the prompt `ids`, and how many of its tokens it holds already. Call only where one is free.
+        """Assigns a free slot to the prompt `ids`; returns it and how many of the tokens it contains. Call only if one is free.
 
-        At least one token is left to compute, since its logits are wanted. The beginning may come from a busy slot: what the
-        cache has of a running text never changes.
+        At least one token is left to compute, since its logits are needed. The prefix may be copied from a busy slot: cached
+        tokens of a running text never change.
         """
         self._clock += 1
         shared = {slot.number: _common(slot.ids, ids[:-1]) if slot.key == key else 0 for slot in self._slots}
@@ -65,29 +65,29 @@ class CacheSlots:
         return chosen.number, count
 
     def wrote(self, number: int, ids: tuple[int, ...]) -> None:
-        """The keys and values of `ids` now follow in the slot."""
+        """Records that the keys and values of `ids` were appended to the slot."""
         self._slots[number].ids.extend(ids)
 
     def release(self, number: int) -> None:
-        """Nobody writes in the slot any more; what it holds can be gone on from."""
+        """Frees the slot; its prefix can be reused."""
         self._slots[number].busy = False
 
     def wipe(self, number: int) -> None:
-        """Drops all that the slot holds, which is not to be gone on from."""
+        """Empties the slot, so that its content is not reused."""
         self._slots[number].key, self._slots[number].ids = (), []
         self.cache.wipe(number)
 
     def forget(self, adapter: str) -> None:
-        """Drops what was computed with this version of an adapter, in the slots where nobody writes."""
+        """Empties the free slots that were computed with this version of an adapter."""
         for slot in self._slots:
             if not slot.busy and any(name == adapter for name, _ in slot.key):
                 slot.key, slot.ids = (), []
 
 
-def _common(held: list[int], wanted: tuple[int, ...]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+def _common(cached: list[int], wanted: tuple[int, ...]) -> int:
+    """The length of the common prefix of two sequences."""
     count = 0
-    for ours, theirs in zip(held, wanted, strict=False):
+    for ours, theirs in zip(cached, wanted, strict=False):
         if ours != theirs:
             break
         count += 1

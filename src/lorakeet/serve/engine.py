@@ -1,9 +1,9 @@
-"""Continuous batching: one thread steps the model; texts come and go between steps, each with its own adapters.
+"""Continuous batching: one thread runs the model step by step; texts join and leave between steps, each with its own adapters.
 
     submit ──► queue (bounded) ──► slot ──► prompt, a chunk a step ──► a token a step ──► done, stopped, cancelled, too late
 
-Every step takes all texts that write, one token each, and at most `chunk` tokens of prompts, so that a long prompt delays the
-others by no more than a chunk.
+Every step computes one token of each running text, and at most `chunk` tokens of prompts, so that a long prompt delays the others
+by no more than a chunk.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.cache_slots import CacheSlots, prefix_key
 from lorakeet.serve.grammar import Grammar, GrammarFailed
-from lorakeet.serve.sampling import SampledToken, Sampler, Sampling, rows_finite
+from lorakeet.serve.sampling import SampledToken, Sampling, TokenSampler, rows_finite
 from lorakeet.serve.text_stream import TextStream
 
-NOT_FINITE = "The model's numbers are not finite with these adapters and weights; ask for smaller weights, or check the adapter."
-KEEP_COPIES = 10.0  # seconds without a text, until what layers keep of adapters for the next one is freed
+NOT_FINITE = "The logits are not finite with these adapters and weights; use smaller weights, or check the adapter."
+KEEP_COPIES = 10.0  # seconds without a text until the layers' copies of adapters are freed
 Reason = Literal["stop", "length", "timeout", "cancelled", "error"]
 T = TypeVar("T")
 
 
 class QueueFull(LorakeetError):
-    """No room for another request; `retry_after` says in how many seconds there may be."""
+    """The queue is full; retry after `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting, which is as many as may; try again in {retry_after} s.")
+        super().__init__(f"{waiting} requests are waiting, the most that this server queues; try again in {retry_after} s.")
         self.retry_after = retry_after
 
 
 class Draining(LorakeetError):
-    """The server is shutting down and takes nothing new."""
+    """The server is shutting down and accepts no requests."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a text: a token came (`chosen`, with the text that can be shown), or it ended (`reason`)."""
+    """An event of a text: a new token (`chosen`, with the text that is final now), or its end (`reason`)."""
 
     text: str = ""
     chosen: SampledToken | None = None
@@ -62,18 +62,18 @@ class Event:
 
 @dataclass(frozen=True)
 class Request:
-    """A text to be written after the tokens `ids`, with the adapters, by version, that weigh on it."""
+    """A text to generate after the tokens `ids`, with adapter weights by version."""
 
     ids: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     adapters: Mapping[str, float] = field(default_factory=dict)
     timeout: float | None = None  # seconds from submission to the last token
-    grammar: Grammar | None = None  # that the text keeps to
+    grammar: Grammar | None = None  # of the text
 
 
 @dataclass
 class Timing:
-    """When what happened, in seconds of time.monotonic; 0.0 for what has not."""
+    """Times in seconds of time.monotonic; 0.0 for what has not happened."""
 
     submitted: float = 0.0
     first: float = 0.0
@@ -81,18 +81,18 @@ class Timing:
 
 
 class EngineRequest:
-    """A request in the engine. `listener` hears its events from the engine's thread and must return at once."""
+    """A request in the engine. The engine's thread calls `listener` with its events; it must return at once."""
 
     def __init__(self, request: Request, listener: Callable[[Event], None], stream: TextStream) -> None:
         self.request, self.listener, self.stream = request, listener, stream
-        self.chooser = Sampler(request.sampling, request.grammar.begin() if request.grammar else None)
+        self.chooser = TokenSampler(request.sampling, request.grammar.begin() if request.grammar else None)
         self.timing = Timing(submitted=time.monotonic())
         self.cancelled = False
         self.slot = -1
-        self.done = 0  # tokens of prompt and text whose keys and values are in the cache
-        self.cached = 0  # tokens of the prompt that were there already
+        self.done = 0  # tokens of prompt and text in the KV cache
+        self.cached = 0  # tokens of the prompt reused from the cache
         self.written: list[int] = []
-        self.pending: tuple[int, ...] = request.ids  # to be computed next: the rest of the prompt, or the last token
+        self.pending: tuple[int, ...] = request.ids  # to compute next: the rest of the prompt, or the last token
 
     def cancel(self) -> None:
         """Ends the text before its next token; its slot is then free."""
@@ -113,36 +113,35 @@ class Engine:
         chunk: int = 256,
         cores: Callable[[], int] | None = None,
     ) -> None:
-        """`slots` texts are written at once, of at most `context` tokens with their prompts; `waiting` more may queue.
+        """`slots` texts of at most `context` tokens, prompts included, run at once; `waiting` more may queue.
 
-        `cores` is asked before each step, and each call, how many of them to compute with; without it, as many as torch gives
-        the thread.
+        `cores` returns the number of cores for the next step or call; by default torch's number of threads.
         """
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
         self.slots = CacheSlots(self.cache)
         self.most_waiting, self.cores = waiting, cores
         self.steps = 0
-        self.most_copies: int | None = None  # bytes that the copies of adapters may take between two steps
+        self.most_copies: int | None = None  # bytes that copies of adapters may take between steps
         self._ends = end_ids(text)
-        self._known = int(text.model.get_input_embeddings().weight.shape[0])  # tokens that the model has numbers for
+        self._known = int(text.model.get_input_embeddings().weight.shape[0])  # tokens with a row in the embedding
         self._queue: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Condition()
         self._state: Literal["new", "running", "draining", "stopped"] = "new"
         self._thread = threading.Thread(target=self._run, name="lorakeet-engine", daemon=True)
-        self._pace = 1.0  # seconds that a text took, on average of late
+        self._pace = 1.0  # moving average of the seconds of a text
         self.failure = ""
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """True if requests are accepted."""
         return self._state == "running"
 
     @property
     def load(self) -> tuple[int, int]:
-        """(texts that are being written, texts that wait)."""
+        """(running texts, waiting texts)."""
         return len(self._running), len(self._queue)
 
     def start(self) -> None:
@@ -151,7 +150,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, listener: Callable[[Event], None]) -> EngineRequest:
-        """Queues `request`. ConfigError for what cannot be served, QueueFull where too many wait, Draining at the end."""
+        """Queues `request`. ConfigError if it cannot be served, QueueFull if too many wait, Draining during shutdown."""
         request.sampling.check()
         if not request.ids:
             raise ConfigError("The prompt has no token; it needs at least one.")
@@ -164,7 +163,7 @@ class Engine:
             wrong = next(number for number in request.ids if not 0 <= number < self._known)
             raise ConfigError(
                 f"The prompt has the token {wrong}, but the model knows 0 … {self._known - 1} only. Leave it out; if the prompt "
-                "is a text, the tokenizer has tokens that the model was not trained with, which a merged model may bring."
+                "is a text, the tokenizer has tokens that the model was not trained with, as a merged model may."
             )
         job = EngineRequest(request, listener, TextStream(self.text.tokenizer, request.sampling.stop))
         with self._wake:
@@ -178,13 +177,13 @@ class Engine:
         return job
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Runs `function` in the engine's thread between two steps: nothing then runs the model."""
+        """Runs `function` in the engine's thread between two steps, when nothing else runs the model."""
         future: Future[T] = Future()
 
         def run() -> None:
             try:
                 future.set_result(function())
-            except Exception as error:  # handed on to whoever waits for the result
+            except Exception as error:  # raised where the result is read
                 future.set_exception(error)
 
         with self._wake:
@@ -195,27 +194,27 @@ class Engine:
         return future
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Takes nothing new, lets what was taken end, then stops; after `timeout` seconds the rest is cancelled.
+        """Accepts no requests, finishes the accepted ones, and stops; after `timeout` seconds cancels the rest.
 
-        Returns whether everything ended by itself.
+        Returns True if nothing was cancelled.
         """
         with self._wake:
             self._state = "draining" if self._state == "running" else self._state
             self._wake.notify()
         self._thread.join(timeout)
-        whole = not self._thread.is_alive()
-        if not whole:
+        finished = not self._thread.is_alive()
+        if not finished:
             for job in (*self._queue, *self._running):
                 job.cancel()
             self._thread.join()
-        return whole
+        return finished
 
     def _run(self) -> None:
         try:
             self._loop()
         finally:
             with self._wake:
-                if self._state != "stopped":  # an error that nobody foresaw: said to all, and raised
+                if self._state != "stopped":  # an unexpected error: reported to all requests, and raised
                     self._state, self.failure = "stopped", "The engine has failed; its log says why. Start the server again."
             while not self._calls.empty():
                 self._calls.get()()
@@ -225,9 +224,9 @@ class Engine:
     def _loop(self) -> None:
         taken = 0
         while self._wait():
-            if self.cores is not None and (left := self.cores()) != taken:
-                compute_with(left)
-                taken = left
+            if self.cores is not None and (cores := self.cores()) != taken:
+                compute_with(cores)
+                taken = cores
             while not self._calls.empty():
                 self._calls.get()()
             self._sweep()
@@ -236,9 +235,9 @@ class Engine:
                 self._guarded_step()
 
     def _wait(self) -> bool:
-        """Waits for something to do; False where there will be nothing any more.
+        """Waits for work; False if there will be none.
 
-        After KEEP_COPIES seconds without anything, the copies that layers hold of the adapters of texts are freed.
+        After KEEP_COPIES seconds without work, the layers' copies of adapters are freed.
         """
         patience: float | None = KEEP_COPIES
         while True:
@@ -256,7 +255,7 @@ class Engine:
                 patience = None
 
     def _sweep(self) -> None:
-        """Ends what was cancelled or is too late, running or waiting."""
+        """Ends cancelled texts and those past their time limit, running or waiting."""
         now = time.monotonic()
         for job in (*self._running, *tuple(self._queue)):
             limit = job.request.timeout
@@ -274,7 +273,7 @@ class Engine:
             self._running.append(job)
 
     def _guarded_step(self) -> None:
-        """One step. What the model cannot do (a bug, memory) ends the texts of this step, and the engine goes on."""
+        """One step. An error of the model (a bug, memory) ends the texts of this step, and the engine continues."""
         jobs, rows = self._rows()
         try:
             logits = step(self.text, self.cache, rows, self.selection)
@@ -282,22 +281,22 @@ class Engine:
             for job in jobs:
                 self._finish(job, "error", f"{type(error).__name__}: {error}")
             return
-        finally:  # layers keep what earlier batches needed, each for itself
+        finally:  # each layer keeps the copies of earlier batches
             if self.most_copies is not None and self.selection.table_bytes > self.most_copies:
                 self.selection.release()
         self.steps += 1
         self._take(jobs, rows, logits.cpu())
 
     def _rows(self) -> tuple[list[EngineRequest], list[CacheRow]]:
-        """Whose tokens are computed next: everyone who writes, in the order of slots, then prompts up to a chunk, by length."""
-        room, chosen = self.chunk, []
+        """The rows of the next step: all running texts, and prompts of up to a chunk, sorted by length and slot."""
+        left, chosen = self.chunk, []
         for job in self._running:  # in the order of arrival
             count = len(job.pending)
             if job.written or count == 1:
                 chosen.append((job, count))
-            elif room > 0:
-                count = min(count, room)
-                room -= count
+            elif left > 0:
+                count = min(count, left)
+                left -= count
                 chosen.append((job, count))
         chosen.sort(key=lambda pair: (pair[1], pair[0].slot))
         rows = [CacheRow(job.slot, job.done, job.pending[:count], job.request.adapters) for job, count in chosen]
@@ -316,7 +315,7 @@ class Engine:
                 self._next(job, found)
 
     def _next(self, job: EngineRequest, logits: Tensor) -> None:
-        """The next token of a text: told to its listener, and the text goes on or ends."""
+        """Samples the next token of a text and passes it to the listener; the text continues or ends."""
         try:
             chosen = job.chooser.choose(logits)
         except GrammarFailed as error:

@@ -1,7 +1,7 @@
-"""How many cores the engine may compute with, as long as other programs of the machine compute too.
+"""The number of cores for the engine while other programs of the machine compute too.
 
-A product waits for the last of its threads. Where another program has one of two cores, both threads are as slow as the one
-that shares its core, and slower: 46 tokens a second were written with two threads where one thread wrote 157 (docs/log.md).
+A product waits for the last of its threads. If another program uses one of two cores, both threads are as slow as the one that
+shares its core, and slower: 46 tokens a second were written with two threads where one thread wrote 157 (docs/log.md).
 """
 
 from __future__ import annotations
@@ -12,56 +12,58 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-INTERVAL = 0.5  # seconds between two looks
-LONGEST = 2.0  # seconds that a look may tell about: over a longer time nobody asked, and what others did then is over
-SHARE = 0.3  # of a core that others may take before a thread is given up: about what the second of two threads is worth
+INTERVAL = 0.5  # seconds between two measurements
+LONGEST = 2.0  # seconds that a measurement may span: a longer one says little of the present
+SHARE = 0.3  # of a core that others may use before a thread is given up: about the gain of the second of two threads
 _STAT = Path("/proc/stat")
 _IDLE = (3, 4)  # fields of /proc/stat's lines: idle, waiting for a disk
 _GUESTS = 8  # fields from here on are in user and nice already
 
-Look = Callable[[], tuple[float, float]]
+Measure = Callable[[], tuple[float, float]]
 
 
 class FreeCores:
-    """Asked before each step for the cores that others leave; looks at most every INTERVAL seconds."""
+    """The cores that other programs leave; called before each step, it measures at most every INTERVAL seconds."""
 
     def __init__(
         self,
         most: int,
         *,
         cores: int | None = None,
-        look: Look | None = None,
+        measure: Measure | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`most` is the number to begin with, and never exceeded; it may be less than the `cores` there are (those that this
-        process may use). `look` tells seconds of all and of this process (`seconds`)."""
+        """`most`: the first and largest number; `cores`: those that this process may use, by default all.
+
+        `measure` returns the computed seconds of all processes and of this one (`seconds`).
+        """
         self.most = self.count = most
         self.cores = max(most, available() if cores is None else cores)
-        self._look, self._clock = look or seconds, clock
-        self._when, self._seen = clock(), self._look()
+        self._measure, self._clock = measure or seconds, clock
+        self._when, self._seen = clock(), self._measure()
 
     def __call__(self) -> int:
         """At least 1."""
         now = self._clock()
         passed = now - self._when
         if passed >= INTERVAL:
-            before, self._seen, self._when = self._seen, self._look(), now
+            before, self._seen, self._when = self._seen, self._measure(), now
             if passed <= LONGEST:
-                everybody, own = (after - earlier for after, earlier in zip(self._seen, before, strict=True))
-                others = (everybody - own) / passed
+                all_seconds, own = (after - earlier for after, earlier in zip(self._seen, before, strict=True))
+                others = (all_seconds - own) / passed
                 self.count = max(1, min(self.most, self.cores - math.ceil(others - SHARE)))
         return self.count
 
 
 def available() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seconds() -> tuple[float, float]:
-    """Seconds that the cores of this process have computed since the machine began, for anybody, and for this process.
+    """Seconds that the cores of this process have computed since the machine started, for all processes and for this one.
 
-    Both 0 where the system does not tell (it does on Linux): others then count as idle.
+    Both 0 if the system is not Linux: others then count as idle.
     """
     try:
         lines = _STAT.read_text(encoding="ascii").splitlines()

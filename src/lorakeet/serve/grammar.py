@@ -1,4 +1,4 @@
-"""JSON that keeps to a schema: before each draw, the tokens that cannot lead to such a text are taken out (llguidance)."""
+"""JSON by a schema: before each token is sampled, those that cannot continue such a text are masked (llguidance)."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-_SPACE = r"( |\n {0,24})?"  # a small model that may write any number of spaces sometimes writes nothing else
-_MOST_SYMBOLS = 100_000  # of a grammar; a schema that needs more would hold up the texts of others
+_SPACE = r"( |\n {0,24})?"  # a small model that may write unlimited spaces sometimes writes nothing else
+_MOST_SYMBOLS = 100_000  # of a grammar; a larger schema would delay other texts
 
 
 class GrammarFailed(LorakeetError):
-    """A text cannot be gone on with under its schema."""
+    """A text cannot be continued under its schema."""
 
 
 class Guide:
-    """Where one text is in its grammar. `narrow` before each draw, `take` after it."""
+    """The state of a text in its grammar. Call `narrow` before each token is sampled, and `take` after it."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def narrow(self, logits: Tensor) -> Tensor:
-        """`logits` (vocabulary,) with −∞ where the token may not come next. GrammarFailed where llguidance gives up."""
+        """`logits` (vocabulary,) with −∞ for tokens that may not come next. GrammarFailed if llguidance gives up."""
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         self._check()
         return logits.masked_fill(allowed[: len(logits)] == 0, float("-inf"))
 
     def take(self, token: int) -> None:
-        """The text goes on with `token`."""
+        """Advances the state by `token`."""
         self._matcher.consume_token(token)
         self._check()
 
     @property
     def finished(self) -> bool:
-        """Whether nothing can follow: the text is whole."""
+        """True if the text is complete."""
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarFailed(f"The text cannot be gone on with under its schema: {_first_line(self._matcher.get_error())}.")
+            raise GrammarFailed(f"The text cannot be continued under its schema: {_first_line(self._matcher.get_error())}.")
 
 
 class Grammar:
-    """A schema, understood; any number of texts may begin with it."""
+    """A parsed schema; any number of texts may use it."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def begin(self) -> Guide:
-        """A guide for one text."""
+        """The initial state of a text."""
         return Guide(self._matcher.deep_copy())
 
 
 class Grammars:
-    """Schemas over the tokens of one model. May be used from any thread."""
+    """Parses schemas for the tokens of one model. Thread-safe."""
 
     def __init__(self, text: TextModel) -> None:
         self._text = text
@@ -72,7 +72,7 @@ class Grammars:
     def of_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """The grammar of a JSON schema.
 
-        ConfigError for a schema that is wrong, too large or asks what llguidance does not know, EnvironmentProblem without it.
+        ConfigError for a schema that is wrong, too large or not supported by llguidance, EnvironmentProblem without llguidance.
         """
         guidance = _library()
         tokenizer, limits = self._prepared(guidance), guidance.LLParserLimits(max_grammar_size=_MOST_SYMBOLS)
@@ -81,11 +81,11 @@ class Grammars:
         except ValueError as error:
             raise ConfigError(f"The JSON schema cannot be read: {_first_line(str(error))}.") from error
         if problem := guidance.LLMatcher.validate_grammar(grammar, tokenizer, limits=limits):
-            raise ConfigError(f"The JSON schema cannot be kept to: {_first_line(problem)}.")
+            raise ConfigError(f"The JSON schema cannot be used: {_first_line(problem)}.")
         return Grammar(guidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits))
 
     def _prepared(self, guidance: Any) -> Any:
-        """The model's tokens as llguidance wants them: made once, when the first schema comes."""
+        """The model's tokens for llguidance, prepared once for the first schema."""
         with self._lock:
             if self._tokenizer is None:
                 fast = getattr(self._text.tokenizer, "backend_tokenizer", None)
@@ -104,7 +104,7 @@ def _library() -> Any:
         import llguidance
     except ImportError as error:
         raise EnvironmentProblem(
-            "JSON schemas need llguidance, which this server's machine lacks; install it with: pip install 'lorakeet[serve]'."
+            "JSON schemas need llguidance, which is not installed on this server; install it with: pip install 'lorakeet[serve]'."
         ) from error
     return llguidance
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
-MOST_LABELS = 2000  # adapters that are told apart; beyond it they share one label
+MOST_LABELS = 2000  # adapters with a label of their own; all further ones share one
 Key = tuple[tuple[str, str], ...]  # labels and their values
 Value = TypeVar("Value")
 _FAMILIES = {
     "requests": ("counter", "lorakeet_requests_total", "Requests that ended, by adapter and how."),
     "prompt": ("counter", "lorakeet_prompt_tokens_total", "Tokens of prompts, by adapter."),
-    "cached": ("counter", "lorakeet_cached_tokens_total", "Tokens of prompts that the prefix cache held, by adapter."),
+    "cached": ("counter", "lorakeet_cached_tokens_total", "Tokens of prompts that were in the prefix cache, by adapter."),
     "written": ("counter", "lorakeet_generated_tokens_total", "Tokens written, by adapter."),
     "loads": ("counter", "lorakeet_adapter_loads_total", "Loads of an adapter into memory."),
     "first": ("histogram", "lorakeet_time_to_first_token_seconds", "From the request, loads included, to its first token."),
@@ -24,7 +24,7 @@ _FAMILIES = {
 
 
 class ServerMetrics:
-    """Collects from any thread."""
+    """Counters and histograms. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,7 +56,7 @@ class ServerMetrics:
         return tuple(sorted(labels.items()))
 
     def text(self, gauges: Mapping[str, float], seen: Callable[[str], bool] = lambda _: True) -> str:
-        """Everything as a page, but for adapters that are not to be `seen`; `gauges` are values of this moment by name."""
+        """All metrics as a page, without adapters that may not be `seen`; `gauges` are current values by name."""
         lines: list[str] = []
         with self._lock:
             for what, (kind, name, about) in _FAMILIES.items():
@@ -72,12 +72,12 @@ class ServerMetrics:
 
 
 def _of(values: Mapping[Key, Value], seen: Callable[[str], bool]) -> list[tuple[Key, Value]]:
-    """The values of adapters that may be seen; a mix only where all that it mixes may."""
+    """The values of visible adapters; of a mix only if all of its adapters are visible."""
     return [(key, value) for key, value in values.items() if all(seen(name) for name in dict(key)["adapter"].split("+"))]
 
 
 def _number(value: float) -> str:
-    """In full: a counter that is rounded to six digits stands still, and then jumps."""
+    """Unrounded: a counter with six digits would not move, and then jump."""
     return str(int(value)) if value == int(value) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Which adapters a request means by `model`: one, none, or a weighted mix; and which names an adapter may have."""
+"""Parses the `model` of a request to adapters: one, none, or a weighted mix; and checks the names of adapters."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Collection
 from lorakeet.errors import ConfigError, LorakeetError, nearest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-LONGEST = 1 << 14  # characters of a model, which may mix some hundred adapters
-LARGEST = 1e30  # weight of an adapter; numbers beyond 3.4e38 are none in fp32
+LONGEST = 1 << 14  # characters of `model`, which may mix some hundred adapters
+LARGEST = 1e30  # weight of an adapter; fp32 ends at 3.4e38
 _LATEST = ":latest"  # Ollama's clients add it
 
 
 class UnknownModel(LorakeetError):
-    """Nothing is served under that name."""
+    """No model of that name is served."""
 
 
 def check_name(name: str, base: str = "") -> None:
-    """ConfigError for a name that could be a path, a mix, or a version, or is the `base`'s."""
+    """Raises ConfigError for a name that could be a path, a mix or a version, or is the `base`'s."""
     if name == base:
         raise ConfigError(f"The adapter cannot be called '{name}', since the base is: requests for it would get the adapter.")
     if not _NAME.fullmatch(name) or ".." in name:
@@ -30,9 +30,9 @@ def check_name(name: str, base: str = "") -> None:
 
 
 def parse_model(model: str, *, base: Collection[str], known: Collection[str]) -> dict[str, float]:
-    """The adapters that `model` means, with weights: "a", "base:a", "a*0.7+b*0.3"; {} for the base itself.
+    """The weights of adapters by name for `model`: "a", "base:a", "a*0.7+b*0.3"; {} for the base.
 
-    `base` are the names of the base, `known` those of the adapters. UnknownModel names the nearest one, ConfigError a bad mix.
+    `base`: names of the base; `known`: names of adapters. UnknownModel suggests the nearest name; ConfigError for a bad mix.
     """
     if len(model) > LONGEST:
         raise ConfigError(f"model has {len(model):,} characters; at most {LONGEST:,} are read. GET /v1/models lists all names.")

@@ -1,8 +1,8 @@
-"""A few log-probabilities that tell one function from another: recorded when an adapter is trained, compared ever after.
+"""A probe of an adapter: a few log-probabilities that identify what it computes, recorded in training and compared when served.
 
-`record` is what training leaves in the certificate: whole rows of a prompt through the model with the adapter on. A server sends
-the same prompt through twice, as training did and the way a mixed batch serves it; both must agree with each other and with the
-record that came with the adapter, so that a forgotten scale, a missed layer or another base cannot go unseen.
+Training writes the `record` to the certificate: log-probabilities of a fixed prompt with the adapter. A server computes the same
+prompt twice, as in training and as in a mixed batch. Both must agree with each other and with the record, which detects a wrong
+scale, a missing layer or another base.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lorakeet.quant.packed import PackedBase
 
 FACT = "probe"  # the fact of a certificate that holds the record
 CERTIFICATE = "certificate.json"
-# Of a log-probability. Logits of 16 to 32 are rounded to eighths in bf16, so that two ways through one function are two steps
-# apart now and then (0.252 seen on SmolLM2 with random adapters); four are allowed, or a tenth of what a stronger adapter does.
+# Of a log-probability. Logits of 16 to 32 are rounded to eighths in bf16, so two computations of one function sometimes differ by
+# two steps (0.252 measured on SmolLM2 with random adapters). Four are allowed, or a tenth of a stronger adapter's effect.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.06}
 _OF_EFFECT = 0.1
 _PROMPT = "A short text, written to see what the model makes of it: one, two, three."
@@ -37,16 +37,16 @@ _PLACES, _TOKENS = 4, 16
 
 @dataclass(frozen=True)
 class Probe:
-    """Log-probabilities of some tokens after some beginnings of the probe prompt, and what they were computed with."""
+    """Log-probabilities of some tokens after prefixes of the probe prompt, with the base and precision."""
 
     base: str
-    precision: str  # of the products, and of the weights where these are kept in another
+    precision: str  # of the products, and of the weights if it differs
     logprobs: tuple[float, ...]
     effect: float = 0.0  # the largest difference from the bare base
-    apart: float = 0.0  # the largest difference between a mixed batch and the adapter by itself; 0 where nothing was served
+    apart: float = 0.0  # the largest difference between a mixed batch and the adapter alone; 0 if nothing was served
 
     def difference(self, other: Probe) -> float | None:
-        """The largest difference, NaN where a number is none; None where the base or the precision was another."""
+        """The largest difference, NaN if a number is NaN; None if the base or the precision differs."""
         if (self.base, self.precision, len(self.logprobs)) != (other.base, other.precision, len(other.logprobs)):
             return None
         apart = [abs(ours - theirs) for ours, theirs in zip(self.logprobs, other.logprobs, strict=True)]
@@ -71,61 +71,61 @@ class Probe:
 
 
 def record(text: TextModel, name: str) -> Probe:
-    """What the adapter `name`, on the model as it was trained, gives for the probe prompt. It is the active one afterwards."""
-    selection, beginnings = selection_of(text.model), _beginnings(text)
-    bare, found = (_alone(text, selection, beginnings, active) for active in (None, name))
+    """Probes the adapter `name` on the model of its training. It is the active one afterwards."""
+    selection, prefixes = selection_of(text.model), _prefixes(text)
+    bare, found = (_alone(text, selection, prefixes, active) for active in (None, name))
     return Probe(_base(text), _precision(text), _numbers(found), float((found - bare).abs().max()))
 
 
 class Prober:
-    """Probes the adapters of one model. Its methods run the model: call them in the engine's thread."""
+    """Probes adapters of a model. Its methods run the model: call them in the engine's thread."""
 
     def __init__(self, text: TextModel, selection: Selection) -> None:
         self.text, self.selection = text, selection
-        self._beginnings = _beginnings(text)
-        self._cache = KeyValues(slots=len(self._beginnings), capacity=len(self._beginnings[-1]))
+        self._prefixes = _prefixes(text)
+        self._cache = KeyValues(slots=len(self._prefixes), capacity=len(self._prefixes[-1]))
         self.base, self.precision = _base(text), _precision(text)
         self.tolerance = max(TOLERANCE[_word(dtype)] for dtype in (text.products, text.dtype))
         self._bare: Tensor | None = None
 
     def probe(self, name: str) -> Probe:
-        """The record of the adapter `name`, which is on the model. VerificationFailed where serving it differs from using it."""
+        """Probes the attached adapter `name`. VerificationFailed if it computes other numbers in a mixed batch than alone."""
         try:
             if self._bare is None:
                 self._bare = self._served({})
             served = self._served({name: 1.0})
-            alone = _alone(self.text, self.selection, self._beginnings, name)
-        finally:  # should the model fail, the adapter is not the active one of what comes next
+            alone = _alone(self.text, self.selection, self._prefixes, name)
+        finally:  # even if the model fails, the adapter must not stay active
             self.selection.use(None)
         apart, effect = float((served - alone).abs().max()), float((served - self._bare).abs().max())
         allowed = self.allowed(effect)
         if not apart <= allowed:  # NaN is apart
             raise VerificationFailed(
-                f"'{name}' gives other log-probabilities in a batch than by itself: {apart:.3g} apart (allowed {allowed:.3g}). "
+                f"'{name}' gives other log-probabilities in a batch than alone: {apart:.3g} apart (allowed {allowed:.3g}). "
                 "It is not served. Please report this."
             )
         return Probe(self.base, self.precision, _numbers(served), effect, apart)
 
     def allowed(self, effect: float) -> float:
-        """How far two computations of one function may be apart, for an adapter that moves log-probabilities by `effect`."""
+        """The allowed difference of two computations, for an adapter that changes log-probabilities by `effect`."""
         return self.tolerance if self.tolerance == TOLERANCE["float32"] else max(self.tolerance, _OF_EFFECT * effect)
 
     def _served(self, adapters: dict[str, float]) -> Tensor:
-        rows = [CacheRow(slot, 0, ids, adapters) for slot, ids in enumerate(self._beginnings)]
+        rows = [CacheRow(slot, 0, ids, adapters) for slot, ids in enumerate(self._prefixes)]
         return _spread(step(self.text, self._cache, rows, self.selection))
 
 
-def _beginnings(text: TextModel) -> list[tuple[int, ...]]:
-    """The probe prompt up to each of a few places."""
+def _prefixes(text: TextModel) -> list[tuple[int, ...]]:
+    """A few prefixes of the probe prompt."""
     ids = tuple(text.tokenizer.encode(_PROMPT, add_special_tokens=False))
     every = max(1, len(ids) // _PLACES)
     return [ids[: every * (place + 1)] for place in range(_PLACES) if every * (place + 1) <= len(ids)]
 
 
-def _alone(text: TextModel, selection: Selection, beginnings: Sequence[tuple[int, ...]], name: str | None) -> Tensor:
-    """Log-probabilities (places, tokens) with one adapter, or none, on every token: the way of training and evaluation."""
-    lengths = tuple(len(ids) for ids in beginnings)
-    ids = torch.tensor([number for beginning in beginnings for number in beginning])
+def _alone(text: TextModel, selection: Selection, prefixes: Sequence[tuple[int, ...]], name: str | None) -> Tensor:
+    """Log-probabilities (positions, tokens) with one adapter, or none, on all tokens, as in training and evaluation."""
+    lengths = tuple(len(ids) for ids in prefixes)
+    ids = torch.tensor([number for prefix in prefixes for number in prefix])
     last = torch.tensor(lengths).cumsum(0).sub(1)
     batch = Batch(ids, lengths, last, ids[last], tuple(map(str, range(len(lengths)))))
     selection.use(name)
@@ -135,7 +135,7 @@ def _alone(text: TextModel, selection: Selection, beginnings: Sequence[tuple[int
 
 
 def _spread(logits: Tensor) -> Tensor:
-    """Log-probabilities (places, tokens) of tokens spread over the vocabulary."""
+    """Log-probabilities (positions, tokens) of tokens spread over the vocabulary."""
     width = logits.shape[1]
     places = torch.arange(0, width, max(1, width // _TOKENS), device=logits.device)[:_TOKENS]
     return logits.log_softmax(-1)[:, places].cpu()
@@ -146,7 +146,7 @@ def _numbers(found: Tensor) -> tuple[float, ...]:
 
 
 def _base(text: TextModel) -> str:
-    """The base's name, and how its weights are packed where they are: another packing is another function."""
+    """The base's name, and how its weights are quantised, which changes what it computes."""
     name = text.source.name if not text.name else Path(text.name.rpartition(":")[2]).name
     kinds = {
         " ".join(f"{value}" if key == "method" else f"{key}={value}" for key, value in module.settings.items() if key != "shape")
@@ -166,7 +166,7 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def compare_record(name: str, found: Probe, record: Probe, tolerance: float, where: str) -> bool:
-    """Whether `record` could be compared with `found`; VerificationFailed with the difference where they are apart."""
+    """Compares `found` with `record`; VerificationFailed if they differ, False if they are not comparable."""
     difference = found.difference(record)
     if difference is None:
         return False
@@ -179,15 +179,15 @@ def compare_record(name: str, found: Probe, record: Probe, tolerance: float, whe
 
 
 def find_certificate(folder: Path) -> Path | None:
-    """The certificate that came with an adapter: in its folder, or in the run folder around it."""
+    """The certificate of an adapter: in its folder, or in the run folder around it."""
     places = [folder / CERTIFICATE, folder.parent / CERTIFICATE] if folder.is_dir() else [folder.with_name(CERTIFICATE)]
     return next((place for place in places if place.is_file()), None)
 
 
 def read_record(certificate: Path) -> Probe | None:
-    """The probe in a certificate, if there is one. DataError where it is broken, empty, or a check of the adapter itself failed.
+    """The probe in a certificate, if there is one. DataError if it is broken, empty, or a check of the adapter itself failed.
 
-    What became of the adapter elsewhere, a merged folder or another file, says nothing of what is served here.
+    Checks of merged or exported forms do not count: they are not served here.
     """
     found = read_certificate(certificate)
     failed = [check.name for check in found.own if not check.passed]
@@ -198,10 +198,10 @@ def read_record(certificate: Path) -> Probe | None:
 
 
 def extend_certificate(path: Path, name: str, probe: Probe, tolerance: float) -> Certificate:
-    """Adds to a certificate that the adapter is served as it was verified, with the record for every later load.
+    """Adds to a certificate the check that the adapter is served as verified, and the record for later loads.
 
-    A certificate without a record gets this one, and the check is that a mixed batch gives what the adapter gives by itself.
-    ConfigError where the record was made with another base or precision, since then nothing was shown.
+    Without a record, the check compares a mixed batch with the adapter alone, and this probe becomes the record. ConfigError if
+    the record was made with another base or precision, which cannot be compared.
     """
     old, known = read_certificate(path), read_record(path)
     difference = probe.apart if known is None else probe.difference(known)

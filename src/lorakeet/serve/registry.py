@@ -1,7 +1,7 @@
-"""Adapters by name, with versions: known by the thousand, a few in memory, each checked before anyone can ask for it.
+"""Adapters by name, with versions: thousands known, a few in memory, each checked before it can be requested.
 
-A name points to one version. A new version takes over in one assignment; texts that are being written keep the old one until
-they end, and then its memory is freed. Within the model and the prefix cache an adapter is called by name and content.
+A name points to one version. A new version replaces it in one assignment; running texts keep the old one until they end, and then
+its memory is freed. In the model and the prefix cache an adapter is identified by name and content.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger("lorakeet.serve")
 
 
 class AdapterMemoryFull(EnvironmentProblem):
-    """The adapters in use fill the memory that adapters may take."""
+    """The adapters in use fill the memory budget of adapters."""
 
 
 @dataclass
@@ -37,11 +37,11 @@ class Version:
 
     name: str
     source: AdapterSource
-    key: str = ""  # in the model; empty until it is loaded for the first time
+    key: str = ""  # in the model; empty until the first load
     loaded: bool = False
     users: int = 0
     pinned: bool = False
-    retired: bool = False  # its name is gone, or points to another version
+    retired: bool = False  # its name was unloaded, or points to another version
     used: float = 0.0
     probe: Probe | None = None
     certificate: Path | None = None
@@ -51,7 +51,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Lease:
-    """Versions that must stay as they are until `Registry.release`; `adapters` are their weights by key."""
+    """Versions that stay in memory until `Registry.release`; `adapters` are their weights by key."""
 
     versions: tuple[Version, ...] = ()
     adapters: Mapping[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Lease:
 
 
 class Registry:
-    """The adapters of one live model. Every method may be called from any thread but the engine's; loading one waits for it."""
+    """The adapters of one model. Methods may be called from any thread but the engine's, for which loading waits."""
 
     def __init__(
         self,
@@ -74,47 +74,47 @@ class Registry:
         budget: int | None = None,
         changed: Callable[[], object] | None = None,
     ) -> None:
-        """`budget` bounds the bytes of adapters in memory with the copies that texts use, of adapters and of mixes; `changed` is
-        called after names came, went or moved."""
+        """`budget`: bytes of adapters in memory and of the copies that texts use, of adapters and of mixes. `changed` is called
+        after names are added, removed or replaced."""
         self.live, self.engine, self.base, self.budget = live, engine, base, budget
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
-        self.loaded: Callable[[Version], object] = lambda _: None  # hears of every version that was read into memory
+        self.loaded: Callable[[Version], object] = lambda _: None  # called with every version that was read into memory
         self._current: dict[str, Version] = {}
         self._resident: dict[str, Version] = {}  # by key
-        self._mixes: Counter[Key] = Counter()  # the weighted mixes that are leased, which have copies of their own
-        self._lock = threading.Lock()  # the tables; held for moments
+        self._mixes: Counter[Key] = Counter()  # the leased weighted mixes, which have copies of their own
+        self._lock = threading.Lock()  # of the tables, never for long
         self._loading = threading.Lock()  # one load at a time
         self._numbers: dict[str, int] = {}
         self._serial = 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names that can be asked for."""
+        """All names that can be requested."""
         return tuple(self._current)
 
     @property
     def versions(self) -> tuple[Version, ...]:
-        """What the names point to."""
+        """The version of each name."""
         return tuple(self._current.values())
 
     @property
     def resident_bytes(self) -> int:
-        """What the adapters in memory take."""
+        """The bytes of the adapters in memory."""
         with self._lock:
             return sum(version.source.bytes for version in self._resident.values())
 
     @property
     def resident(self) -> int:
-        """How many adapters are in memory, old versions that are still used included."""
+        """The number of adapters in memory, including old versions in use."""
         return len(self._resident)
 
     def number_of(self, name: str) -> int:
-        """The number of a name, for those who ask by numbers; it never belongs to another name."""
+        """The number of a name, for llama.cpp's API; it is never given to another name."""
         return self._numbers.setdefault(name, len(self._numbers))
 
     def get(self, name: str) -> Version:
-        """The version that `name` points to; UnknownModel without one."""
+        """The version that `name` points to; UnknownModel if there is none."""
         found = self._current.get(name)
         if found is None:
             raise UnknownModel(f"No adapter '{name}' is loaded.{nearest(name, self.names)}")
@@ -130,9 +130,9 @@ class Registry:
         digest: str = "",
         private: bool = False,
     ) -> Version:
-        """Makes an adapter known by its header: names, shapes and scale now, its numbers when it is first asked for.
+        """Registers an adapter by its header: names, shapes and scale are checked now, its numbers are read on the first request.
 
-        `private`: nobody but this server writes its files, so that they are mapped instead of copied.
+        `private`: only this server writes its files, so that they are mapped instead of copied.
         """
         check_name(name, self.base)
         source = inspect_adapter(path, self.live, digest, private=private)
@@ -150,8 +150,8 @@ class Registry:
         """Reads, checks and probes an adapter; only then the name points to it, in one assignment.
 
         ConfigError: the name is taken and `replace` is False, or it does not fit; DataError: broken files;
-        VerificationFailed: it computes something else than its certificate says; OSError: the change cannot be written down, and
-        what was served before is served on.
+        VerificationFailed: it does not compute what its certificate says; OSError: the change cannot be saved, and what was
+        served before is still served.
         """
         check_name(name, self.base)
         with self._loading:
@@ -159,7 +159,7 @@ class Registry:
                 raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
             source = inspect_adapter(path, self.live, private=private)
             version = Version(name, source, pinned=pinned, certificate=find_certificate(path))
-            self._bring_in(version, record=True)
+            self._bring_to_memory(version, record=True)
             with self._lock:
                 old, self._current[name] = self._current.get(name), version
             try:
@@ -176,7 +176,7 @@ class Registry:
         return version
 
     def unload(self, name: str) -> None:
-        """Takes the name away at once; the memory is freed when the last text that uses it has ended."""
+        """Removes the name at once; the memory is freed when the last text that uses it has ended."""
         with self._loading:
             with self._lock:
                 version = self._current.pop(name, None)
@@ -187,8 +187,8 @@ class Registry:
         self._changed()
 
     def pin(self, name: str, pinned: bool) -> None:
-        """A pinned adapter is loaded and never put out of memory to make room. It is as before where there is no room for it, or
-        the change cannot be written down (OSError)."""
+        """Pins or unpins an adapter. A pinned one is loaded and never evicted. Nothing changes if memory is full
+        (AdapterMemoryFull) or the change cannot be saved (OSError)."""
         version = self.get(name)
         before, version.pinned = version.pinned, pinned
         try:
@@ -200,55 +200,55 @@ class Registry:
             raise
 
     def lease(self, model: str) -> Lease:
-        """What `model` means (serve/model_names), in memory and kept there until it is released."""
+        """Leases the adapters of `model` (serve/model_names): they are in memory until the lease is released."""
         return self.lease_of(parse_model(model, base=(self.base,), known=self._current.keys()))
 
     def lease_of(self, weights: Mapping[str, float]) -> Lease:
-        """As `lease`, for adapters by name with weights. NoRoom where those in use fill the memory."""
-        held: list[Version] = []
+        """As `lease`, for weights by name. AdapterMemoryFull if the adapters in use fill the memory."""
+        versions: list[Version] = []
         try:
             for name in weights:
-                held.append(self._hold(name))
-            adapters = {version.key: weights[version.name] for version in held}
-            single = [version.name for version in held if not self.live.mixes(version.key)]
-            if single and (len(held) > 1 or set(adapters.values()) != {1.0}):
-                raise ConfigError(f"{', '.join(single)} has DoRA or biases, which have no weighted mix; ask for it by itself.")
+                versions.append(self._use(name))
+            adapters = {version.key: weights[version.name] for version in versions}
+            single = [version.name for version in versions if not self.live.mixes(version.key)]
+            if single and (len(versions) > 1 or set(adapters.values()) != {1.0}):
+                raise ConfigError(f"{', '.join(single)} has DoRA or biases, which cannot be mixed; request it alone.")
             self._count_mix(prefix_key(adapters))
-            return Lease(tuple(held), adapters)
+            return Lease(tuple(versions), adapters)
         except BaseException:
-            self._let_go(held)
+            self._drop_users(versions)
             raise
 
     def release(self, lease: Lease) -> None:
-        """Ends a lease; old versions that nobody uses any more are freed."""
-        self._forget_mix(prefix_key(lease.adapters))
-        self._let_go(list(lease.versions))
+        """Ends a lease; old versions without users are freed."""
+        self._drop_mix_user(prefix_key(lease.adapters))
+        self._drop_users(list(lease.versions))
 
     def _count_mix(self, mix: Key) -> None:
-        """Counts the copies of a weighted mix; NoRoom without room for them."""
-        if not _is_mix(mix) or self._counted(mix):
+        """Counts the copies of a weighted mix; AdapterMemoryFull if they do not fit."""
+        if not _is_mix(mix) or self._add_mix_user(mix):
             return
         with self._loading:
-            if not self._counted(mix):
-                self._make_room(0, mix)
+            if not self._add_mix_user(mix):
+                self._free_memory(0, mix)
                 with self._lock:
                     self._mixes[mix] = 1
 
-    def _counted(self, mix: Key) -> bool:
-        """Whether the copies of a mix are counted already; then there is another one who needs them."""
+    def _add_mix_user(self, mix: Key) -> bool:
+        """Adds a user to a mix; False if its copies are not counted yet."""
         with self._lock:
             known = mix in self._mixes
             if known:
                 self._mixes[mix] += 1
             return known
 
-    def _forget_mix(self, mix: Key) -> None:
+    def _drop_mix_user(self, mix: Key) -> None:
         with self._lock:
             if _is_mix(mix):
                 self._mixes[mix] -= 1
-                self._mixes += Counter()  # without those that nobody has
+                self._mixes += Counter()  # drops mixes without users
 
-    def _hold(self, name: str) -> Version:
+    def _use(self, name: str) -> Version:
         with self._lock:
             version = self._current.get(name)
             if version is not None and version.loaded:
@@ -258,13 +258,13 @@ class Registry:
         with self._loading:
             version = self.get(name)
             if not version.loaded:
-                self._bring_in(version)
+                self._bring_to_memory(version)
             with self._lock:
                 version.users += 1
                 version.used = time.monotonic()
             return version
 
-    def _let_go(self, versions: list[Version]) -> None:
+    def _drop_users(self, versions: list[Version]) -> None:
         idle = []
         with self._lock:
             for version in versions:
@@ -273,7 +273,7 @@ class Registry:
                     version.loaded = False
                     idle.append(version)
         for version in idle:
-            self._put_out(version)
+            self._evict(version)
 
     def _retire(self, version: Version | None) -> None:
         if version is None:
@@ -283,17 +283,17 @@ class Registry:
             idle = version.loaded and not version.users
             version.loaded = version.loaded and not idle
         if idle:
-            self._put_out(version)
+            self._evict(version)
 
-    def _bring_in(self, version: Version, *, record: bool = False) -> None:
-        """Reads the numbers and puts them on the model. The first time they are probed, where there is a record to compare with
-        or one is to be made (`record`); later the files must be the same.
+    def _bring_to_memory(self, version: Version, *, record: bool = False) -> None:
+        """Reads the numbers and attaches them to the model. The first time they are probed if there is a record to compare with
+        or one is to be made (`record`); later the files must be unchanged.
 
-        Without a record a probe would show nothing, and the texts of others would wait for its steps.
+        Without a record a probe would show nothing, and delay other texts.
         """
         began = time.perf_counter()
         adapter, version.source = read_stored_adapter(version.source, version.name, self.live)
-        self._make_room(version.source.bytes, copied=version.source.filled)
+        self._free_memory(version.source.bytes, copied=version.source.filled)
         if not version.key:
             self._serial += 1
             version.key = f"{version.name.replace('.', '%')}@{version.source.digest[:12]}-{self._serial}"
@@ -325,7 +325,7 @@ class Registry:
         version.probe = found
 
     def probe(self, name: str) -> Probe:
-        """The record of an adapter, made now if there is none."""
+        """The probe of an adapter, made now if there is none."""
         lease = self.lease_of({name: 1.0})
         try:
             version = lease.versions[0]
@@ -335,18 +335,18 @@ class Registry:
         finally:
             self.release(lease)
 
-    def _make_room(self, needed: int, mix: Key = (), *, copied: int = 0) -> None:
-        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget, with the copies of adapters, of
-        one of `copied` bytes in fp32 among them, and of a new `mix`.
+    def _free_memory(self, needed: int, mix: Key = (), *, copied: int = 0) -> None:
+        """Evicts the least recently used adapters until `needed` bytes fit the budget, with copies of adapters, one of `copied`
+        bytes in fp32 among them, and of a new `mix`.
 
-        Where copies take more than texts may need, from before, they are freed first: texts that are written copy theirs anew.
+        If copies take more than texts can need, they are freed first: running texts copy theirs again.
         """
         while self.budget is not None:
             taken = self.live.table_bytes
             with self._lock:
-                held, copies = sum(version.source.bytes for version in self._resident.values()), self._copies(copied, mix)
-                if held + needed + max(copies, taken) <= self.budget:
-                    self.engine.most_copies = self.budget - held - needed
+                stored, copies = sum(version.source.bytes for version in self._resident.values()), self._copies(copied, mix)
+                if stored + needed + max(copies, taken) <= self.budget:
+                    self.engine.most_copies = self.budget - stored - needed
                     return
                 oldest = None
                 if taken <= copies:
@@ -356,32 +356,30 @@ class Registry:
                         oldest.loaded = False
             if taken > copies:
                 self.engine.call(self.live.selection.release).result()
-                if self.live.table_bytes >= taken:  # texts need as much already
-                    raise self._no_room(needed, taken, held)
+                if self.live.table_bytes >= taken:  # running texts need as much
+                    raise self._memory_full(needed, taken, stored)
             elif oldest is None:
-                raise self._no_room(needed, copies, held)
+                raise self._memory_full(needed, copies, stored)
             else:
-                self._put_out(oldest)
+                self._evict(oldest)
 
-    def _no_room(self, needed: int, copies: int, held: int) -> AdapterMemoryFull:
-        what = f"The adapter takes {needed:,} bytes, and" if needed else "The mix has"
+    def _memory_full(self, needed: int, copies: int, stored: int) -> AdapterMemoryFull:
+        what = f"The adapter takes {needed:,} bytes, and" if needed else "The mix needs"
         return AdapterMemoryFull(
-            f"{what} copies for the texts that are written {copies:,}; {held:,} of {self.budget:,} are taken by adapters that "
-            "are in use or pinned. Try again, unpin one, or start the server with more --memory."
+            f"{what} copies of {copies:,} bytes for running texts; {stored:,} of {self.budget:,} are taken by adapters in use or "
+            "pinned. Try again, unpin one, or start the server with more --memory."
         )
 
     def _copies(self, copied: int = 0, mix: Key = ()) -> int:
-        """What copies of adapters take at most (core/batched/mix_copies): one for each text that is written, of an adapter in
-        memory or
-        of a mix that is leased, which takes what its adapters take together; with one of `copied` bytes in fp32, and a `mix`.
-        """
+        """The most bytes that copies take (core/batched/mix_copies): one for each running text, of an adapter in memory or of a
+        leased mix, which takes what its adapters take together; with a further one of `copied` bytes in fp32, and a `mix`."""
         sizes = {key: version.source.filled for key, version in self._resident.items()}
         mixes = [sum(sizes.get(key, 0) for key, _ in one) for one in (*self._mixes, mix)]
         largest = sorted([*sizes.values(), *mixes, copied], reverse=True)[: self.engine.cache.slots]
         return sum(largest) * self.live.text.products.itemsize // 4
 
-    def _put_out(self, version: Version) -> None:
-        """Takes a version that nobody uses off the model; the engine drops what the prefix cache holds of it after its step."""
+    def _evict(self, version: Version) -> None:
+        """Detaches an unused version from the model; the engine drops its prefixes from the cache after its step."""
         self.live.detach(version.key)
         with self._lock:
             self._resident.pop(version.key, None)
@@ -389,5 +387,5 @@ class Registry:
 
 
 def _is_mix(adapters: Key) -> bool:
-    """Whether texts with these adapters have a copy that no adapter has by itself."""
+    """True for a weighted mix, whose texts have a copy of their own."""
     return len(adapters) > 1 or any(weight != 1.0 for _, weight in adapters)

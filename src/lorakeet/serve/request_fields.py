@@ -1,4 +1,4 @@
-"""The fields of a JSON request, taken with their types checked; what is not understood is refused, never dropped."""
+"""The fields of a JSON request with checked types; unknown fields are refused, never dropped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 100  # characters
 
 
 class Fields:
-    """One JSON object; `where` is its place in the request, for messages."""
+    """A JSON object; `where` names it in messages."""
 
     def __init__(self, data: Any, where: str = "the request") -> None:
         if not isinstance(data, dict):
@@ -20,14 +20,14 @@ class Fields:
         self.where = where
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A string; without a default it must be there."""
+        """A string; required if there is no default."""
         value = self.data.get(name, default)
         if not isinstance(value, str):
             raise self._wrong(name, "a string", value)
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number; null is the default."""
+        """A number; null means the default."""
         value = self.data.get(name)
         if value is None:
             return default
@@ -39,7 +39,7 @@ class Fields:
             raise ConfigError(f"{name} in {self.where} is a number of {len(str(value))} digits, which is too large.") from error
 
     def whole(self, name: str, default: int | None = None) -> int | None:
-        """A whole number; null is the default."""
+        """A whole number; null means the default."""
         value = self.data.get(name)
         if value is None:
             return default
@@ -48,7 +48,7 @@ class Fields:
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """true or false; null is the default."""
+        """true or false; null means the default."""
         value = self.data.get(name)
         if value is None:
             return default
@@ -57,7 +57,7 @@ class Fields:
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A string or a list of strings; null is none."""
+        """A string or a list of strings; null means none."""
         value = self.data.get(name)
         listed = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(listed, list) or not all(isinstance(part, str) for part in listed):
@@ -65,12 +65,12 @@ class Fields:
         return tuple(listed)
 
     def inner(self, name: str) -> Fields:
-        """An object; null is an empty one."""
+        """An object; null means an empty one."""
         value = self.data.get(name)
         return Fields({} if value is None else value, f"{name} of {self.where}")
 
     def refuse(self, known: Collection[str], without_effect: Collection[str], neutral: Mapping[str, Any]) -> None:
-        """ConfigError for fields that would change the answer and are not known; `neutral` are values that change nothing."""
+        """Raises ConfigError for unknown fields that would change the answer; `neutral` values change nothing."""
         for name, value in self.data.items():
             if name in known or name in without_effect or value is None:
                 continue
@@ -87,7 +87,7 @@ class Fields:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; pictures are long."""
+    """A value for a message, truncated."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 

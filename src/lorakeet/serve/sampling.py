@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature, nucleus, seed, log-probabilities. One Chooser for each text that is written."""
+"""Samples the next token from logits: temperature, nucleus, seed, log-probabilities. One Sampler for each text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lorakeet.serve.grammar import Guide
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
-_COLD = 1e-6  # temperatures below it: logits divided by one of 1e-38 are infinite in fp32, and every share is NaN
+_COLD = 1e-6  # below this temperature logits are divided in fp64: divided by 1e-38 they are infinite in fp32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one text is written. `temperature` 0 takes the likeliest token; `logprobs` is how many alternatives are told of."""
+    """Sampling settings of a text. `temperature` 0 is greedy; `logprobs` is the number of alternatives to report."""
 
     max_tokens: int = 256
     temperature: float = 1.0
@@ -53,17 +53,17 @@ class SampledToken:
 
 
 def rows_finite(logits: Tensor) -> list[bool]:
-    """For each row of (rows, vocabulary) whether all its numbers are finite.
+    """For each row of (rows, vocabulary), True if all its numbers are finite.
 
-    One that is not makes the sum of its row so. To look at each takes 2 ms for 16 rows of 50,000, a step's sums 0.05.
+    A number that is not makes the sum of its row so. Checking each number takes 2 ms for 16 rows of 50,000, sums take 0.05.
     """
     if bool(logits.sum(1).isfinite().all()):
         return [True] * len(logits)
-    return [bool(sound) for sound in logits.isfinite().all(1).tolist()]  # sums of finite numbers may be infinite, too
+    return [bool(sound) for sound in logits.isfinite().all(1).tolist()]  # the sum of finite numbers may be infinite too
 
 
-class Sampler:
-    """Draws the tokens of one text. With a seed its luck depends on nothing else, least of all on the rest of the batch."""
+class TokenSampler:
+    """Samples the tokens of one text. With a seed the result does not depend on the rest of the batch."""
 
     def __init__(self, sampling: Sampling, guide: Guide | None = None) -> None:
         self.sampling, self.guide = sampling, guide
@@ -76,7 +76,7 @@ class Sampler:
                 self._generator.manual_seed(seed_for(sampling.seed, "sample/0"))
 
     def choose(self, logits: Tensor) -> SampledToken:
-        """The next token for `logits` (vocabulary,), fp32 on the CPU; GrammarFailed where its guide lets none follow."""
+        """The next token for `logits` (vocabulary,), fp32 on the CPU; GrammarFailed if the grammar allows none."""
         token = self._draw(logits if self.guide is None else self.guide.narrow(logits))
         if self.guide is not None:
             self.guide.take(token)
@@ -87,18 +87,18 @@ class Sampler:
         return SampledToken(token, float(found[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _draw(self, logits: Tensor) -> int:
-        """The first token whose cumulated probability passes the luck, within the nucleus (https://arxiv.org/abs/1904.09751)."""
+        """Samples within the nucleus (https://arxiv.org/abs/1904.09751) by the inverse of the cumulative distribution."""
         if self._generator is None:
             return int(logits.numpy().argmax())  # 5 µs for 50,000 numbers, where torch's takes 30
         if self.sampling.temperature < _COLD:
             logits = (logits - logits.max()).double()
         shares = (logits / self.sampling.temperature).softmax(-1).double()
-        luck = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
+        point = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
         if self.sampling.top_p == 1.0:
             cumulated = shares.cumsum(-1)
-            return min(int(torch.searchsorted(cumulated, luck * cumulated[-1], right=True)), len(logits) - 1)
+            return min(int(torch.searchsorted(cumulated, point * cumulated[-1], right=True)), len(logits) - 1)
         ordered, ids = shares.sort(descending=True)
         cumulated = ordered.cumsum(-1)
         kept = int((cumulated < self.sampling.top_p).sum()) + 1  # the smallest set that holds at least top_p
         last = min(kept, len(ids)) - 1
-        return int(ids[min(int(torch.searchsorted(cumulated[: last + 1], luck * cumulated[last], right=True)), last)])
+        return int(ids[min(int(torch.searchsorted(cumulated[: last + 1], point * cumulated[last], right=True)), last)])

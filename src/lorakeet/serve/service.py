@@ -1,4 +1,4 @@
-"""What the HTTP surfaces share: from a model name and a prompt to texts being written, with leases, limits and counts."""
+"""Shared by all HTTP APIs: from a model name and a prompt to generated texts, with leases, limits and metrics."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lorakeet.serve.registry import Lease, Registry, Version
 from lorakeet.serve.request_fields import Fields
 from lorakeet.serve.sampling import Sampling
 
-MOST_TEXTS = 16  # that one request may ask for after a prompt
+MOST_TEXTS = 16  # of a request for each prompt
 log = logging.getLogger("lorakeet.serve")
 
 
 class GeneratedText:
-    """One text that is being written."""
+    """A text that is being generated."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -41,8 +41,8 @@ class GeneratedText:
         self._loop = asyncio.get_running_loop()
 
     def hear(self, event: Event) -> None:
-        """Called in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+        """Takes an event; called in the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader
             self._loop.call_soon_threadsafe(self._take, event)
 
     def _take(self, event: Event) -> None:
@@ -52,7 +52,7 @@ class GeneratedText:
             self.ended.set()
 
     async def events(self) -> AsyncIterator[Event]:
-        """Every event; the last one has a reason."""
+        """Yields every event; the last one has a reason."""
         while True:
             event = await self._events.get()
             yield event
@@ -62,7 +62,7 @@ class GeneratedText:
 
 @dataclass
 class Generation:
-    """The texts of one request; `close` it whatever happens."""
+    """The texts of one request. Always `close` it."""
 
     texts: tuple[GeneratedText, ...]
     lease: Lease
@@ -72,7 +72,7 @@ class Generation:
 
     @property
     def cached(self) -> int:
-        """Tokens of the prompts that the prefix cache held, for the first text of each."""
+        """Tokens of the prompts that were in the prefix cache, for the first text of each."""
         first = self.texts[:: self.each]
         return sum(text.job.cached for text in first if text.job is not None)
 
@@ -83,23 +83,23 @@ class Generation:
 
 
 def _outcome(writing: Generation) -> str:
-    """For the count of requests: how one of the texts ended, where that is "error", "timeout" or "cancelled", else "done"."""
+    """For metrics: "error", "timeout" or "cancelled" if a text ended so, else "done"."""
     reasons = {text.reason for text in writing.texts}
     return next((reason for reason in ("error", "timeout", "cancelled") if reason in reasons), "done")
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may take."""
+    """Limits of a request."""
 
     timeout: float = 600.0  # seconds
-    pause: float = 60.0  # seconds without a byte of a body that is not whole
+    pause: float = 60.0  # seconds without a byte of an incomplete body
     body: int = 8 << 20  # bytes of JSON
     upload: int = 1 << 30  # bytes of a file
 
 
 class Service:
-    """The parts of a server, and the life of a request in it."""
+    """The parts of a server, and the handling of requests."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Service:
         self.metrics, self.grammars = ServerMetrics(), Grammars(text)
         registry.loaded = self._loaded
         self.began = int(time.time())
-        self._tokenizing = threading.Lock()  # one prompt at a time, beside the loop that sends what is written
+        self._tokenizing = threading.Lock()  # one prompt at a time, beside the event loop
         self._longest = 0  # characters of the longest token
         self.scales: dict[str, float] = {}  # llama.cpp's: by adapter, for requests that name none
         self._ending: set[asyncio.Task[None]] = set()
@@ -127,17 +127,17 @@ class Service:
         return self.registry.base
 
     async def prompt_ids(self, prompt: str) -> tuple[int, ...]:
-        """The tokens of a raw prompt, with those that the tokenizer puts around one; ConfigError where it must be too long."""
+        """The tokens of a raw prompt, with the tokenizer's special tokens; ConfigError if it must be too long."""
         return await asyncio.to_thread(self._encoded, prompt, whole=False)
 
     async def chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """The tokens of a conversation that the model is to go on with; ConfigError where the chat template refuses it."""
+        """The tokens of a conversation for the model to continue; ConfigError if the chat template refuses it."""
         return await asyncio.to_thread(self._chat_ids, messages)
 
     def _encoded(self, prompt: str, *, whole: bool) -> tuple[int, ...]:
-        """Tokens, with those around a prompt unless it is `whole` as it is.
+        """Tokenizes `prompt`, with special tokens added unless it is `whole`.
 
-        What cannot fit is not looked at: a prompt of megabytes would keep a core busy for seconds.
+        A prompt that cannot fit is not tokenized: megabytes would take seconds.
         """
         with self._tokenizing:
             if self._longest == 0:
@@ -160,15 +160,15 @@ class Service:
         return self._encoded(prompt, whole=True)
 
     def meant(self, caller: Caller, model: str) -> dict[str, float]:
-        """The adapters that `model` means for this caller; others' adapters do not exist for it."""
+        """The adapters of `model` by weight, among those that this caller may see."""
         return parse_model(model, base=(self.base,), known=caller.visible(self.registry.names))
 
     def weigh(self, caller: Caller, model: str, fields: Fields) -> dict[str, float]:
-        """As `meant`; a request for the base takes llama.cpp's `lora` list, or the scales that were set for everyone."""
+        """As `meant`; for the base, the adapters of llama.cpp's `lora` list, or the scales that are set for all requests."""
         meant = self.meant(caller, model)
         if fields.data.get("lora") is not None:
             if meant:
-                raise ConfigError("lora and an adapter as model exclude each other; ask for the base with lora.")
+                raise ConfigError("lora and an adapter as model exclude each other; name the base as model with lora.")
             return self.by_number(caller, fields.data["lora"])
         scales = dict(self.scales)  # which other threads change
         return meant or {name: scale for name, scale in scales.items() if scale and caller.sees(name)}
@@ -194,9 +194,9 @@ class Service:
         self, caller: Caller, meant: dict[str, float], prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, texts: int = 1,
         schema: Mapping[str, Any] | None = None,
     ) -> Generation:  # fmt: skip
-        """Begins `texts` texts after each of the `prompts`, in order, which are JSON of that `schema`, if there is one.
+        """Starts `texts` texts after each of the `prompts`, in order, as JSON of `schema` if given.
 
-        Whatever the schema's grammar, the registry and the engine refuse is raised before anything is written.
+        All refusals, of the schema, the registry and the engine, are raised before anything is generated.
         """
         if not 1 <= texts <= MOST_TEXTS:
             raise ConfigError(f"n is {texts}; it must lie between 1 and {MOST_TEXTS}.")
@@ -210,8 +210,8 @@ class Service:
         began = time.monotonic()
         grammar = None if schema is None else await asyncio.to_thread(self.grammars.of_schema, schema)
         lease = await asyncio.to_thread(self.registry.lease_of, meant)
-        begun = tuple(GeneratedText(index) for index in range(count))
-        writing = Generation(begun, lease, sum(map(len, prompts)), began, texts)
+        started = tuple(GeneratedText(index) for index in range(count))
+        writing = Generation(started, lease, sum(map(len, prompts)), began, texts)
         try:
             for text in writing.texts:
                 which, number = divmod(text.index, texts)
@@ -224,12 +224,12 @@ class Service:
         return writing
 
     def close(self, writing: Generation, outcome: str = "") -> None:
-        """Cancels what is not ended, and ends the lease when it is."""
+        """Cancels unfinished texts, and releases the lease when all have ended."""
         self._after(self._end(writing, outcome))
 
     async def _end(self, writing: Generation, outcome: str) -> None:
-        begun = [text for text in writing.texts if text.job is not None]
-        late = [text for text in begun if not text.ended.is_set()]
+        started = [text for text in writing.texts if text.job is not None]
+        late = [text for text in started if not text.ended.is_set()]
         for text in late:
             assert text.job is not None
             text.job.cancel()
@@ -238,7 +238,7 @@ class Service:
         label = writing.lease.label or self.base
         outcome = outcome or ("cancelled" if late else _outcome(writing))
         self.metrics.add("requests", adapter=label, outcome=outcome)
-        for text in begun:
+        for text in started:
             assert text.job is not None
             self._measure(label, writing.began, text.job)
         log.info(
@@ -261,7 +261,7 @@ class Service:
                 self.metrics.observe("token", (timing.ended - timing.first) / (len(job.written) - 1), adapter=label)
 
     def _after(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs `work` whatever becomes of the request that began it."""
+        """Runs `work` even if the request that started it is gone."""
         task = asyncio.get_running_loop().create_task(work)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)

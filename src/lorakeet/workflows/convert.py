@@ -17,7 +17,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.formats.compare import LIMIT, AdapterDifference, compare_adapters
 from lorakeet.formats.components import with_components, without_component
-from lorakeet.formats.compress import Compression, fold_dora
+from lorakeet.formats.compress import CompressionTarget, fold_dora
 from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
 from lorakeet.formats.files.base_model import BaseModel, check_fits, open_base
 from lorakeet.train.durable import flush
@@ -64,7 +64,7 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
     differs by more than 1e-6; nothing is then left at `out`.
     """
     source, out, to = options.source, options.out, options.to
-    compression = Compression(options.rank, options.error)
+    compression = CompressionTarget(options.rank, options.error)
     _check_out(out, to)
     notes: list[str] = []
 

@@ -31,7 +31,7 @@ from lorakeet.train.loop import Outcome, train
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.kind import Digests, RunKind, kind_of
+from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind
 from lorakeet.workflows.finetuning.report import complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import FinetuneOptions
@@ -58,7 +58,7 @@ class FinetuneResult:
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         dry_run = self.outcome is None or self.report is None
-        kind, data = kind_of(self.setup.config), self.setup.dataset
+        kind, data = run_kind(self.setup.config), self.setup.dataset
         found = {
             "run": str(self.run.path),
             "trained_parameters": self.setup.plan.parameters,
@@ -81,7 +81,7 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
     VerificationFailed when the certificate fails (the run folder then contains it).
     """
     config = _with_budget(config, options.budget)
-    kind, launch, resume = kind_of(config), launched(), options.resume is not None
+    kind, launch, resume = run_kind(config), launched(), options.resume is not None
     run = RunFolder(options.resume or Path(config.out), launch.command)
     with joined(launch) as processes, starting_together(run):
         require_combinable(config, launch, several=kind.several_processes)

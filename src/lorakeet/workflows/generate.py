@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 from torch import Tensor
 
 from lorakeet.config import RunConfig, read_run
@@ -26,6 +25,7 @@ from lorakeet.models.image.sample import Mix, Sampler, draw_latents, require_fin
 from lorakeet.models.inject import activate, adapter_names, eject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train import durable
+from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.evaluate_image import scaled_adapter
 from lorakeet.workflows.options import GenerateOptions
@@ -90,9 +90,8 @@ def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
     activate(image_model.parts, None)
     requests = [(text, options.seed + number, mix) for text, mix in zip(prompt, mixes, strict=True) for number in range(count)]
     sampler = Sampler(options.steps, options.guidance, options.negative, _size(options.size, image_model))
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{len(requests)} pictures", total=len(requests))
-        drawn = _drawn(image_model, adapters, requests, sampler, say=say, progress=partial(bar.advance, task))
+    with counted(console, f"{len(requests)} pictures", len(requests)) as advance:
+        drawn = _drawn(image_model, adapters, requests, sampler, say=say, progress=advance)
         latents = require_finite_latents(image_model, drawn)
     pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(requests))
     with writing(f"The pictures in {out}", "Free some space, or choose another --out."), durable.new_folder(out) as folder:

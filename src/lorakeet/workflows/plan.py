@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.workflows import finetune as _run  # noqa: F401 - so that what a run has in memory is counted
-from lorakeet.workflows.finetuning.kind import PlanResult, kind_of
+from lorakeet.workflows.finetuning.kind import PlanResult, run_kind
 from lorakeet.workflows.options import PlanOptions
 
 
@@ -19,7 +19,7 @@ def plan(config: RunConfig, options: PlanOptions = PlanOptions(), *, console: Co
     Raises ConfigError for an unknown model.
     """
     config = _with(config, options)
-    return kind_of(config).plan(config, console)
+    return run_kind(config).plan(config, console)
 
 
 def _with(config: RunConfig, options: PlanOptions) -> RunConfig:

@@ -152,7 +152,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
                 parts,
                 config={**checkpoint.config, "quantization_config": words},
                 along=files_along(source, None),
-                card=packed_readme(model, method),
+                readme=packed_readme(model, method),
                 waiting=residency.waiting(),
                 on_progress=lambda done, total, name: bar.update(
                     task, completed=done, total=total, description=f"packing {name}"

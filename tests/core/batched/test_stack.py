@@ -86,7 +86,7 @@ CPU = torch.device("cpu")
 def arrangement(*shares: Share, units: int = TOKENS, selection: Selection | None = None) -> BatchAssignment:
     selection = selection or Selection()
     selection.divide(shares or SHARES, units=units)
-    return selection.arranged(units, CPU)
+    return selection.assignment(units, CPU)
 
 
 def stack_of(
@@ -303,7 +303,7 @@ def test_a_stack_shrinks_when_many_batches_needed_less_and_not_for_one(
     pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     selection, stack = Selection(), PairStack([(OUT, IN)], torch.float32, CPU)
-    selection.holds(stack)
+    selection.register(stack)
     many = {**{f"n{number}": pair("b") for number in range(8)}, "probed": pair("b")}
     texts, alone = rows_of(*(f"n{number}" for number in range(8))), rows_of("probed")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,7 @@ def test_the_native_block_follows_its_parts(natively: list[int], tmp_path: Path)
 def test_a_copied_model_has_pairs_of_its_own(tmp_path: Path) -> None:
     live, _ = live_bf16(tmp_path)
     before = written(live.text, MIXED, live.selection)
-    other = copy.copy(live.text)
-    other.model = copy.deepcopy(live.text.model)
+    other = replace(live.text, model=copy.deepcopy(live.text.model))
     selection = selection_of(other.model)
     assert selection.table_bytes == 0 < live.table_bytes
     for layer in (layer for _, layer in adapted_layers(live.text.model)):

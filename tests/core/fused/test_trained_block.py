@@ -394,7 +394,7 @@ def test_what_its_parts_do_not_know_either_is_not_asked_of_c(folder: Path, chang
     block: Any = modules.find(text.model, "model.layers.0")
     x, turn = torch.zeros(1, 64, 96, dtype=torch.bfloat16), torch.zeros(1, 64, 64, dtype=torch.bfloat16)
     settings = {"position_embeddings": (turn, turn), "row_lengths": (64,), "row_products": torch.bfloat16}
-    assert not block._suits(x, settings) or block._asked(x, (64,), 0) is None
+    assert not block._suits(x, settings) or block._prepared(x, (64,), 0) is None
 
 
 def test_a_pair_that_is_written_to_between_the_passes_is_an_error(folder: Path) -> None:

@@ -75,13 +75,13 @@ def step(text: TextModel, *lengths: int, names: tuple[str, ...] = ("default",)) 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[TrainedBlock]:
     """The blocks that were asked, one entry for each time."""
     found: list[TrainedBlock] = []
-    usual = TrainedBlock._asked
+    usual = TrainedBlock._prepared
 
     def counted(self: TrainedBlock, *given: Any) -> Any:
         found.append(self)
         return usual(self, *given)
 
-    monkeypatch.setattr(TrainedBlock, "_asked", counted)
+    monkeypatch.setattr(TrainedBlock, "_prepared", counted)
     return found
 
 
@@ -325,7 +325,7 @@ CHANGES = [
 def again(text: TextModel, *lengths: int) -> bool:
     """Whether the first block would be taken as it was before."""
     block: Any = block_of(text)
-    return block._as_before(torch.zeros(1, sum(lengths), 96, dtype=torch.bfloat16), lengths, 0) is not None
+    return block._cached(torch.zeros(1, sum(lengths), 96, dtype=torch.bfloat16), lengths, 0) is not None
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -425,7 +425,7 @@ def test_a_memory_keeps_no_numbers_alive(folder: Path) -> None:
 
 def test_what_changes_while_it_is_asked_is_not_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from another thread."""
-    text, usual = load(folder), TrainedBlock._asked
+    text, usual = load(folder), TrainedBlock._prepared
 
     def meanwhile(self: TrainedBlock, *given: Any) -> Any:
         found = usual(self, *given)
@@ -433,7 +433,7 @@ def test_what_changes_while_it_is_asked_is_not_remembered(folder: Path, monkeypa
         own.weight.data = own.weight.data.clone()
         return found
 
-    monkeypatch.setattr(TrainedBlock, "_asked", meanwhile)
+    monkeypatch.setattr(TrainedBlock, "_prepared", meanwhile)
     step(text, 50, 70)
     assert not again(text, 50, 70)
 

@@ -1,16 +1,27 @@
+"""The report, on text and on images: tables, charts, rank curve, samples, on the page and in JSON."""
+
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import Answers, answers_from_probabilities
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
+from lorakeet.evaluate.compare import Paired
+from lorakeet.evaluate.intervals import Estimate, proportion
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report import charts
+from lorakeet.evaluate.report.image import METRIC, PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, too_few, with_distances
+from lorakeet.evaluate.report.rank_values import CurvePoint, RankCell, RankCurve, RankMap, Search, TrialResult, curve_plot
 from lorakeet.evaluate.report.report import (
     ChartPoint,
     Command,
@@ -23,6 +34,10 @@ from lorakeet.evaluate.report.report import (
     render_html,
     write_report,
 )
+from lorakeet.evaluate.report.samples import Memorisation, Near, Sample, SampleGrid, SampleRow, nearest_distances
+from lorakeet.evaluate.report.text import classification_report, language_report
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.values import from_text, to_text
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "circle", "line", "polyline"}
 EVIL = "<script>alert(1)</script>\"><img src=x onerror=alert(2)> & '{{ 7 * 7 }}'"
@@ -111,7 +126,7 @@ def test_page_says_what_was_measured(report: Report) -> None:
         "379 held-out rows",
         "drugsComTrain.tsv:402",
         "498 tokens/s",
-        "1.72 GB",
+        "1.60 GiB",
         "lorakeet merge runs/drug-reviews --out merged",
         "step 48",
         "adapter fixed",
@@ -204,3 +219,224 @@ def test_odd_values_are_drawn() -> None:
 
 def test_the_page_is_the_same_for_the_same_report(report: Report) -> None:
     assert render_html(report) == render_html(report)
+
+
+def test_distances_are_cosines_around_the_mean_of_training() -> None:
+    training = np.array([[3.0, 1.0], [1.0, 3.0], [-1.0, 1.0], [1.0, -1.0]])  # their mean is (1, 1)
+    distances, places = nearest_distances(np.array([[5.0, 1.0], [1.0, 1.5], [2.0, 2.0]]), training)
+    assert places[:2].tolist() == [0, 1]
+    np.testing.assert_allclose(distances, [0.0, 0.0, 1 - np.sqrt(0.5)], atol=1e-12)
+
+
+def test_a_copy_is_nearer_than_anything_else() -> None:
+    generator = np.random.default_rng(0)
+    training, others = generator.normal(size=(20, 64)), generator.normal(size=(10, 64))
+    far, _ = nearest_distances(others, training)
+    near, place = nearest_distances(training[7:8] + 0.01 * generator.normal(size=(1, 64)), training)
+    assert place[0] == 7 and near[0] < 0.01 < far.min()
+
+
+def test_features_must_fit() -> None:
+    with pytest.raises(DataError, match=r"\(1, 3\) features cannot be compared with \(2, 4\)"):
+        nearest_distances(np.zeros((1, 3)), np.zeros((2, 4)))
+
+
+def test_suspicious_samples_are_counted() -> None:
+    near = [Near("p", 0, "base", "a.png", distance, distance < 0.2) for distance in (0.1, 0.3)]
+    assert Memorisation(tuple(near), 0.2, 0.5, 8, "x").suspicious == 1
+
+
+def point(name: str, parameters: int, gain: float) -> CurvePoint:
+    return CurvePoint(name, parameters, Estimate(gain, gain - 0.1, gain + 0.1, 50, "BCa bootstrap", seed=0))
+
+
+CURVE = RankCurve((point("as trained", 4000, 0.9), point("rank <2>", 1000, 0.8)), "shows no loss", "rank <2>")
+
+
+def test_the_map_knows_its_rows_and_columns() -> None:
+    ranks = RankMap((RankCell("0", "q", 4), RankCell("0", "up", 2), RankCell("1", "q", 8)))
+    assert (ranks.layers, ranks.matrices, ranks.highest) == (("0", "1"), ("q", "up"), 8)
+    assert ranks.rank("1", "q") == 8 and ranks.rank("1", "up") == 0
+
+
+def test_the_curve_has_a_dot_for_each_point_and_marks_one() -> None:
+    drawing = curve_plot(CURVE)
+    assert drawing.count("<circle") == 2 and drawing.count("kept") == 1 and drawing.count("whisker held") == 2
+
+
+def test_the_sections_are_on_the_page_with_their_data_escaped() -> None:
+    trial = TrialResult("trial 1", "rate <1e-3>", 5, 100, "diverged at step 5", True)
+    search = Search((trial,), 50, "Differences below 0.1 cannot be seen.", conclusion="No difference shown.")
+    ranks = RankMap((RankCell("0", "q", 4), RankCell("", "<head>", 8)))
+    report = Report("A run", ranks=ranks, rank_curve=CURVE, search=search)
+    page = render_html(report)
+    marked = "Marked: rank &lt;2&gt;, the smallest adapter, from the largest down, that shows no loss"
+    for words in ("&lt;head&gt;", "rate &lt;1e-3&gt;", marked, "Differences below 0.1"):
+        assert words in page, words
+    assert page.count("<head>") == 1 and "diverged" in page
+    assert from_text(Report, to_text(report), where="here") == report
+
+
+@pytest.mark.parametrize(
+    "values", [[0.6, 0.93], [0.0], [-0.6, 0.02], [3.0, 3.0], [1e-9, 2e-9], [], [math.inf, 1.0], [12.0, 4000.0]]
+)
+def test_axis_holds_its_values_and_has_round_distinct_ticks(values: list[float]) -> None:
+    scale = charts.axis(values)
+    assert all(scale.low <= value <= scale.high for value in values if math.isfinite(value))
+    labels = [scale.label(tick) for tick in scale.ticks]
+    assert 1 <= len(labels) <= 7 and len(set(labels)) == len(labels)
+    assert all(0 <= scale.at(value) <= 100 for value in [*values, scale.low - 1, math.nan])
+
+
+def test_quarter_ticks_keep_their_digits() -> None:
+    assert charts.Axis(0, 1, (0.25, 0.5, 0.75)).label(0.5) == "0.50"
+
+
+def test_zero_is_kept_on_the_axis_and_drawn() -> None:
+    estimate = proportion(90, 100)
+    scale = charts.interval_axis([estimate], zero=True)
+    assert scale.low <= 0 and 'class="zero"' in charts.interval_bar(estimate, scale, "adapter", zero=True)
+
+
+def test_one_square_a_row_and_few_for_many_rows() -> None:
+    assert charts.squares(Paired(3, 2, 1, 4)).count("<i ") == 10
+    many = charts.squares(Paired(30_000, 2, 1, 9_000))
+    assert 900 <= many.count("<i ") <= 1004 and 'class="broke"' in many
+
+
+def test_the_kept_checkpoint_is_marked_and_a_lone_point_survives() -> None:
+    points = tuple(ChartPoint(step, 1 / (step + 1), 0.0, 1.0) for step in range(0, 50, 10))
+    drawing = charts.learning_curves(Curves(train=points, held_out=points, learning_rate=points, best_step=20))
+    assert drawing.count("kept") == 1 and drawing.count('class="best"') == 1
+    assert "polyline" not in charts.learning_curves(Curves(held_out=(ChartPoint(1, math.nan),)))
+
+
+def test_no_coordinate_is_nan() -> None:
+    points = (ChartPoint(0, math.nan), ChartPoint(1, math.inf), ChartPoint(2, 1.0), ChartPoint(3, 0.5))
+    drawing = charts.learning_curves(Curves(train=points, held_out=points))
+    assert not re.search(r"nan|inf", drawing)
+
+
+QUICK = EvaluateSpec(resamples=200, show_rows=12)
+
+
+def test_sections_of_a_classification(report: Report) -> None:
+    assert [system.role for system in report.systems] == ["adapter", "base", "floor", "floor"]
+    assert [(one.right, one.metric) for one in report.comparisons[:3]] == [
+        ("base", m) for m in ("accuracy", "macro_f1", "log_loss")
+    ]
+    assert {one.right for one in report.comparisons} == {"base", "TF-IDF + logistic regression"}
+    assert [matrix.system for matrix in report.confusions] == ["base", "adapter"]
+    assert len(report.rows) == 24 and report.rows_of == 379
+    assert set(Counter(row.outcome for row in report.rows).values()) == {6}
+    assert report.verdict is not None and report.verdict.sentence.startswith("The adapter beats its base by +")
+
+
+def test_rows_keep_text_truth_and_replies_together() -> None:
+    truth = np.array([0, 1, 0, 1])
+    table = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6]])
+
+    def system(name: str, flip: bool) -> Answers:
+        return answers_from_probabilities(name, table[:, ::-1] if flip else table, labels=("x", "y"), truth=truth)
+
+    found = classification_report(
+        "t",
+        adapter=system("adapter", False),
+        base=system("base", True),
+        texts=["0", "1", "2", "3"],
+        sources=list("abcd"),
+        spec=QUICK,
+    )
+    rows = {row.text: row for row in found.rows}
+    assert set(rows) == {"0", "1", "2", "3"}
+    assert (rows["0"].truth, rows["0"].adapter.text, rows["0"].adapter.probability, rows["0"].outcome) == ("x", "x", 0.9, "fixed")
+    assert (rows["1"].truth, rows["1"].base.text, rows["1"].outcome, rows["1"].source) == ("y", "y", "broke", "b")
+
+
+def test_language_shows_the_largest_changes_of_either_sign() -> None:
+    tokens, base = np.full(40, 10), np.full(40, 20.0)
+    adapter = base + np.linspace(-5, 5, 40)
+    found = language_report(
+        "t",
+        adapter=RowLosses("adapter", adapter, tokens),
+        base=RowLosses("base", base, tokens),
+        texts=[str(row) for row in range(40)],
+        truths=[""] * 40,
+        spec=QUICK,
+    )
+    assert [row.text for row in found.rows] == [str(row) for row in [*range(6), *range(34, 40)]]
+    assert found.rows[0].adapter.loss == pytest.approx(1.5) and found.rows[0].outcome == ""
+    assert found.task == "language" and not found.confusions
+
+
+def test_texts_must_match_the_answers(report: Report) -> None:
+    rows = RowLosses("a", np.ones(2), np.ones(2, dtype=np.int64))
+    with pytest.raises(DataError, match="2 answered rows, 1 texts"):
+        language_report("t", adapter=rows, base=rows, texts=["x"], truths=["x"], spec=QUICK)
+
+
+SPEC = EvaluateSpec(resamples=500, show_rows=4)
+
+
+def report(gain: float, pictures: int = 12) -> Report:
+    generator = np.random.default_rng(0)
+    counts = np.full(pictures, 8)
+    base = generator.uniform(4, 12, pictures)
+    mine = base - 8 * gain + generator.normal(0, 0.04, pictures)
+    return denoising_report(
+        "Title", adapter=RowLosses("adapter", mine, counts), base=RowLosses("base", base, counts),
+        captions=[f"caption {n}" for n in range(pictures)], sources=[f"{n}.png" for n in range(pictures)], spec=SPEC,
+    )  # fmt: skip
+
+
+def test_a_paired_gain_is_shown_though_pictures_differ_much() -> None:
+    found = report(0.1)
+    [comparison] = found.comparisons
+    assert comparison.metric == METRIC and comparison.verdict == "better" and not comparison.higher_is_better
+    assert -0.12 < comparison.difference.value < -0.08
+    assert found.verdict is not None and "beats its base: −0.1" in found.verdict.sentence
+    assert "mean squared error" in found.verdict.sentence
+    by_role = {system.role: system.metrics[METRIC] for system in found.systems}
+    assert by_role["adapter"].high - by_role["adapter"].low > 10 * (comparison.difference.high - comparison.difference.low)
+    assert len(found.rows) == 4 and found.rows_of == 12 and found.warnings == ()
+
+
+def test_no_gain_is_no_difference() -> None:
+    assert report(0.0).comparisons[0].verdict == "no difference shown"
+
+
+def test_distances_of_samples_stand_beside_the_loss_and_leave_the_verdict_alone() -> None:
+    generator = np.random.default_rng(0)
+    plain = report(0.1)
+    base = generator.uniform(0.6, 0.9, 20)
+    prompts, ones = tuple(f"p{number // 2}" for number in range(20)), np.ones(20, np.int64)
+    nearer, further = (RowLosses("adapter", base + change, ones, prompts) for change in (-0.1, 0.1))
+    other = RowLosses("base", base, ones, prompts)
+    found = with_distances(plain, {PROMPT_DISTANCE: (nearer, other), STYLE_DISTANCE: (further, other)}, SPEC)
+    assert [one.verdict for one in found.comparisons[1:]] == ["better", "worse"] and found.verdict == plain.verdict
+    assert list(found.systems[0].metrics) == ["denoising_loss", PROMPT_DISTANCE, STYLE_DISTANCE]
+    assert abs(found.comparisons[1].difference.value + 0.1) < 1e-9
+    page = render_html(found)
+    assert "Prompt distance" in page and "Style distance" in page
+
+
+def test_too_few_pictures_are_said() -> None:
+    found = report(0.1, pictures=4)
+    assert found.comparisons[0].verdict == "no difference shown"
+    assert "Only 4 pictures" in found.warnings[0] and "below 0.125" in found.warnings[0]
+    assert too_few(6) == () and too_few(5) != ()
+
+
+def test_the_page_shows_samples_and_memorisation(tmp_path: Path) -> None:
+    cells = Sample("base", "AAAA"), Sample("adapter × 1", "BBBB")
+    grid = SampleGrid(("base", "adapter × 1"), (SampleRow("a <b>", 3, cells),), "Euler")
+    near = (Near("a <b>", 3, "adapter × 1", "7.png", 0.01, True), Near("a <b>", 3, "base", "8.png", 0.6, False))
+    whole = replace(report(0.1), samples=grid, memorisation=Memorisation(near, 0.2, 0.5, 12, "cosine"))
+    write_report(whole, tmp_path)
+    assert read_report(tmp_path / "report.json") == whole
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = "data:image/png;base64,BBBB", "a &lt;b&gt;", "1 of 2 samples are nearer", "7.png", "img-src data:", "Denoising loss"
+    assert [text for text in shown if text not in page] == []
+    assert " nats" not in page
+    write_report(report(0.1), tmp_path)
+    assert "samples-h" not in (tmp_path / "report.html").read_text(encoding="utf-8")

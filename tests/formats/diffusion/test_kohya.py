@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.compare import compare_adapters
-from lorakeet.formats.compress import Compression
+from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.files.base_model import check_fits, open_base
 from tiny.adapters import random_pair
@@ -137,7 +137,8 @@ def test_loha_needs_to_be_asked_for_and_states_its_error(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"holds LoHa, .* for 1 modules: .*time_emb_proj\. .*--rank 16, or --error"):
         kohya.read(path)
     said: list[str] = []
-    exact = kohya.read(path, compression=Compression(rank=4), say=said.append).pairs["unet.mid_block.resnets.0.time_emb_proj"]
+    read = kohya.read(path, compression=CompressionTarget(rank=4), say=said.append)
+    exact = read.pairs["unet.mid_block.resnets.0.time_emb_proj"]
     a1, b1, a2, b2 = (tensors[f"{CONV.replace('conv1', 'time_emb_proj')}.{name}"] for name in factors)
     torch.testing.assert_close(exact.delta(), 3 * (a1 @ b1) * (a2 @ b2), atol=1e-4, rtol=1e-4)
     assert len(said) == 1 and "LoHa compressed to rank 4, relative error" in said[0]
@@ -160,7 +161,7 @@ def loha_of_convolutions() -> dict[str, torch.Tensor]:
 def test_products_of_a_convolution_have_the_shape_of_its_weight(tmp_path: Path, tiny_sd_folder: Path) -> None:
     tensors = loha_of_convolutions()
     path, base = saved(tmp_path, tensors), open_base(tiny_sd_folder)
-    found = kohya.read(path, base=base, compression=Compression(rank=72), say=lambda _: None)
+    found = kohya.read(path, base=base, compression=CompressionTarget(rank=72), say=lambda _: None)
     check_fits(found, base)
     slots = {name.removeprefix("lora_unet_down_blocks_0_"): tensor for name, tensor in tensors.items()}
     pair = found.pairs["unet.down_blocks.0.resnets.0.conv1"]
@@ -176,11 +177,11 @@ def test_products_of_a_convolution_have_the_shape_of_its_weight(tmp_path: Path, 
 def test_without_a_base_they_are_refused_and_sdxls_linear_projections_are_not(tmp_path: Path) -> None:
     path = saved(tmp_path, loha_of_convolutions())
     with pytest.raises(DataError, match=r"3 changes may be of convolutions.*conv1 \(8, 72\).*Name the folder .* with --base"):
-        kohya.read(path, compression=Compression(rank=4), say=lambda _: None)
+        kohya.read(path, compression=CompressionTarget(rank=4), say=lambda _: None)
     key = "lora_unet_input_blocks_4_1_proj_in"
     factors = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
     other = saved(tmp_path, {f"{key}.{name}": torch.randn(shape) for name, shape in factors.items()})
-    [pair] = kohya.read(other, compression=Compression(rank=4), say=lambda _: None).pairs.values()
+    [pair] = kohya.read(other, compression=CompressionTarget(rank=4), say=lambda _: None).pairs.values()
     assert pair.kind == "linear"
 
 
@@ -204,7 +205,7 @@ def loha(key: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
 )  # fmt: skip
 def test_projections_of_sd_2_and_sdxl_in_diffusers_names_are_linear(beside: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = saved(tmp_path, {**loha(LINEAR_KEY, 8, 8), **beside})
-    found = kohya.read(path, compression=Compression(rank=4), say=lambda _: None)
+    found = kohya.read(path, compression=CompressionTarget(rank=4), say=lambda _: None)
     assert found.pairs["unet.down_blocks.1.attentions.0.proj_in"].kind == "linear" and len(found.pairs) == 2
 
 
@@ -212,7 +213,7 @@ def test_projections_of_sd_2_and_sdxl_in_diffusers_names_are_linear(beside: dict
 def test_projections_may_be_convolutions_where_nothing_tells(beside: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = saved(tmp_path, {**loha(LINEAR_KEY, 8, 8), **beside})
     with pytest.raises(DataError, match=r"1 changes may be of convolutions.*proj_in \(8, 8\)"):
-        kohya.read(path, compression=Compression(rank=4), say=lambda _: None)
+        kohya.read(path, compression=CompressionTarget(rank=4), say=lambda _: None)
 
 
 def test_a_base_of_another_shape_brings_its_own_modules(tmp_path: Path) -> None:
@@ -272,10 +273,10 @@ def test_tensors_beside_a_product_that_would_be_lost_are_refused(
     extra: dict[str, torch.Tensor], named: str, tmp_path: Path
 ) -> None:
     tensors = {f"{Q}.{name}": tensor for name, tensor in {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(3, 4)}.items()}
-    assert len(kohya.read(saved(tmp_path, tensors), compression=Compression(rank=2), say=lambda _: None).pairs) == 1
+    assert len(kohya.read(saved(tmp_path, tensors), compression=CompressionTarget(rank=2), say=lambda _: None).pairs) == 1
     tensors |= {f"{Q}.{name}": tensor for name, tensor in extra.items()}
     with pytest.raises(DataError, match=rf"{Q} is Lo.., but has tensors that are not understood beside it: {named}\. .*Train"):
-        kohya.read(saved(tmp_path, tensors), compression=Compression(rank=2))
+        kohya.read(saved(tmp_path, tensors), compression=CompressionTarget(rank=2))
 
 
 def test_one_tensor_in_two_spellings_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.compare import compare_adapters, relative_difference
-from lorakeet.formats.compress import Compression
+from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.detect import detect
 from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.diffusion.kohya_transformer import of_module
@@ -161,7 +161,8 @@ def test_what_diffusers_leaves_out_is_said(tmp_path: Path) -> None:
     flux = {"transformer.norm_out.linear": random_pair("linear", torch.zeros(32, 16)),
             "transformer.single_transformer_blocks.0.proj_out": random_pair("linear", torch.zeros(16, 80))}  # fmt: skip
     kohya.write(Adapter(flux), tmp_path / "flux.safetensors", say=said.append)
-    assert len(said) == 1 and "outside its blocks, 1 here (lora_unet_final_layer_adaLN_modulation_1)" in said[0]
+    assert len(said) == 1
+    assert "1 layers outside the blocks of a kohya file of FLUX (lora_unet_final_layer_adaLN_modulation_1)" in said[0]
     assert compare_adapters(Adapter(flux), kohya.read(tmp_path / "flux.safetensors")).equal
     sd3 = {"transformer.pos_embed.proj": random_pair("conv2d", torch.zeros(16, 4, 2, 2)),
            "transformer.transformer_blocks.0.attn2.to_k": random_pair("linear", torch.zeros(16, 16)),
@@ -192,7 +193,7 @@ def test_lokr_of_a_joined_matrix_is_compressed_part_by_part(tmp_path: Path) -> N
     save_file(tensors, tmp_path / "k.safetensors")
     with pytest.raises(ConfigError, match=r"LoKr, which are not pairs, for 3 modules: transformer\.transformer_blocks\.0"):
         kohya.read(tmp_path / "k.safetensors")
-    pairs = kohya.read(tmp_path / "k.safetensors", compression=Compression(rank=16), say=lambda _: None).pairs
+    pairs = kohya.read(tmp_path / "k.safetensors", compression=CompressionTarget(rank=16), say=lambda _: None).pairs
     whole = torch.kron(tensors[f"{key}.lokr_w1"], tensors[f"{key}.lokr_w2"])
     for letter, rows in zip("qkv", whole.split(16), strict=True):
         found = pairs[f"transformer.transformer_blocks.0.attn.to_{letter}"].delta()
@@ -203,8 +204,8 @@ def test_lokr_of_a_joined_matrix_is_compressed_part_by_part(tmp_path: Path) -> N
     ("key", "rows", "message"),
     [
         ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 16, r"is a pair of T5, .* never adapted here"),
-        ("lora_unet_double_blocks_0_img_attn_qkv", 47, r"B \(47, 4\) and A \(4, 16\), .* parted into to_q, to_k, to_v"),
-        ("lora_unet_single_blocks_0_linear1", 48, r"which cannot be parted into to_q, to_k, to_v, proj_mlp"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", 47, r"B \(47, 4\) and A \(4, 16\), .* split into to_q, to_k, to_v"),
+        ("lora_unet_single_blocks_0_linear1", 48, r"which cannot be split into to_q, to_k, to_v, proj_mlp"),
         ("lora_unet_double_blocks_0_img_attn_qkw", 48, r"is no module of .* SD3 or FLUX\. Did you mean '.*qkv'"),
     ],
 )

@@ -49,7 +49,7 @@ ANNOUNCED: dict[str, tuple[bytes, str]] = {
     ),
     "five dimensions": (with_tensors(("t", (1, 1, 1, 1, 1), 0, 0)), "a tensor with 5 dimensions .* at tensor 't'"),
     "long name": (with_tensors(("t" * 300, (1,), 0, 0)), "a name of 300 bytes"),
-    "deep arrays": (raw_gguf(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), "arrays in more than four arrays"),
+    "deep arrays": (raw_gguf(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), "arrays nested more than four deep"),
     "unknown value": (raw_gguf(struct.pack("<I", 99) + b"x" * 99), "a value of type 99"),
     "version": (b"GGUF" + struct.pack("<IQQ", 7, 0, 0), "its version is 7; readable are 2 and 3"),
     "the other byte order": (b"GGUF" + struct.pack(">IQQ", 3, 0, 2**50), "announces 1,125,899,906,842,624 keys"),

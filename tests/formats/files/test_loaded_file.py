@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import mmap
+import os
 import pickle
 import weakref
 from pathlib import Path
@@ -114,8 +117,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return safetensors_file.check_header(path, raw, size)
 
     monkeypatch.setattr(loaded_file, "check_header", check)
-    loaded_file._HEADERS.forget()
-    loaded_file._NAMED.forget()
+    loaded_file._HEADERS.clear()
+    loaded_file._NAMED.clear()
     return found
 
 
@@ -207,9 +210,10 @@ def test_a_number_that_fp32_cannot_hold_is_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No memory is left from elsewhere, and none comes while a test runs."""
-    monkeypatch.setattr(loaded_file, "_SPARE", type(loaded_file._SPARE)(maxlen=1))
+def alone() -> None:
+    """No memory is left from other tests, and none comes while a test runs."""
+    gc.collect()
+    loaded_file.free_spare_memory()
 
 
 @pytest.mark.usefixtures("alone")
@@ -239,14 +243,15 @@ def test_at_most_one_piece_of_memory_is_kept_and_none_of_another_length_or_a_lar
     held = [load_safetensors(small), load_safetensors(small)]
     del held
     assert [len(one) for one in loaded_file._SPARE] == [4000]
-    kept, taken = weakref.ref(loaded_file._SPARE[0]), loaded_file._new
+    kept, taken = weakref.ref(loaded_file._SPARE[0]), mmap.mmap
 
-    def take(length: int) -> Any:
+    def take(*given: Any, **more: Any) -> Any:
         assert kept() is None, "it went before more was taken"
-        return taken(length)
+        return taken(*given, **more)
 
-    monkeypatch.setattr(loaded_file, "_new", take)
-    other = load_safetensors(large)
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", take)
+        other = load_safetensors(large)
     assert not loaded_file._SPARE
     del other
     assert [len(one) for one in loaded_file._SPARE] == [8000]
@@ -264,7 +269,13 @@ def test_memory_of_a_file_that_became_shorter_holds_nothing_of_it_later(tmp_path
     file, path = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     save_file({"a": torch.ones(1000)}, file)
     save_file({"a": torch.full((1000,), 2.0)}, path)
-    monkeypatch.setattr(loaded_file, "_filled", lambda *_: False)
+
+    def cut_short(path: Path, opened: Any) -> tuple[bytes, int]:
+        found = safetensors_file.read_header(path, opened)
+        os.truncate(path, file.stat().st_size - 40)
+        return found
+
+    monkeypatch.setattr(loaded_file, "read_header", cut_short)
     with pytest.raises(DataError, match="became shorter while it was read"):
         load_safetensors(file)
     monkeypatch.undo()

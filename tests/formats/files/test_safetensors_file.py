@@ -107,9 +107,9 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "announces a header of 0 bytes"),
-    "huge header": (raw({"a": entry()}, length=2**63), "announces a header of 9,223,372,036,854,775,808 bytes"),
-    "short header": (raw({"a": entry()}, length=10_000), "announces a header of 10,000 bytes"),
+    "empty": (b"", "declares a header of 0 bytes"),
+    "huge header": (raw({"a": entry()}, length=2**63), "declares a header of 9,223,372,036,854,775,808 bytes"),
+    "short header": (raw({"a": entry()}, length=10_000), "declares a header of 10,000 bytes"),
     "not json": (raw(b"{..."), "its header is not JSON"),
     "deep json": (raw(b"[" * 100_000), "its header is not JSON"),
     "not utf-8": (raw(b'{"\xff":1}'), "its header is not JSON"),
@@ -134,7 +134,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "overlap": (raw({"a": entry(), "b": entry(data_offsets=[4, 12])}, b"x" * 12), "'b' overlaps another tensor"),
     "hole": (raw({"a": entry(data_offsets=[4, 12])}, b"x" * 12), "'a' leaves bytes before it"),
     "metadata": (raw({"__metadata__": {"a": 1}, "a": entry()}, b"x" * 8), "__metadata__ is not a table of texts"),
-    "pickle": (b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07", "announces a header"),
+    "pickle": (b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07", "declares a header"),
 }
 
 

@@ -40,8 +40,8 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return real(*given)
 
         monkeypatch.setattr(place, name, counted)
-    for known in (loaded_file._HEADERS, loaded_file._NAMED, peft_config._KNOWN, shared_layout.RECIPES):
-        known.forget()
+    for known in (loaded_file._HEADERS, loaded_file._NAMED, peft_config._KNOWN, shared_layout.LAYOUTS):
+        known.clear()
     return found
 
 
@@ -159,10 +159,10 @@ def test_another_byte_of_the_configuration_counts(tmp_path: Path, looked: list[s
 def test_few_recipes_are_remembered(tmp_path: Path) -> None:
     config = saved(tmp_path / "a", 1) / CONFIG_NAME
     text = config.read_text()
-    for alpha in range(2 * shared_layout.RECIPES.most):
+    for alpha in range(2 * shared_layout.LAYOUTS.capacity):
         config.write_text(text.replace('"lora_alpha": 12', f'"lora_alpha": {alpha + 1}'))
         peft.read(tmp_path / "a", opened=load_safetensors)
-    assert len(shared_layout.RECIPES) == shared_layout.RECIPES.most and len(peft_config._KNOWN) == peft_config._KNOWN.most
+    assert len(shared_layout.LAYOUTS) == shared_layout.LAYOUTS.capacity and len(peft_config._KNOWN) == peft_config._KNOWN.capacity
 
 
 def test_what_is_more_than_pairs_is_read_tensor_by_tensor(tmp_path: Path, looked: list[str]) -> None:
@@ -182,7 +182,7 @@ def test_what_is_more_than_pairs_is_read_tensor_by_tensor(tmp_path: Path, looked
             adapter, plain = peft.read(tmp_path / name, opened=load_safetensors), peft.read(tmp_path / name)
             assert_same(adapter, plain) if not adapter.extras else None
             assert adapter.extras.keys() == plain.extras.keys() and adapter.token_rows.keys() == plain.token_rows.keys()
-        assert looked.count("_read") == 4 and len(shared_layout.RECIPES) == 0
+        assert looked.count("_read") == 4 and len(shared_layout.LAYOUTS) == 0
 
 
 def test_mixed_dtypes_are_read_tensor_by_tensor(tmp_path: Path, looked: list[str]) -> None:

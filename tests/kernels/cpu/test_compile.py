@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lorakeet.kernels.cache import cache_folder
 from lorakeet.kernels.cpu import compile
 from lorakeet.kernels.cpu.compile import OFF, why_not
 from tiny.native import needs_native
+from tiny.proc import proc_file
 
 KEPT = cache_folder() / "native"  # where it was compiled to when the tests were collected
 
@@ -45,7 +48,7 @@ def test_a_variable_of_the_environment_leaves_it_out(monkeypatch: pytest.MonkeyP
 
 
 def test_a_processor_without_bf16_products_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "_processor", lambda: frozenset({"avx512f"}))
+    proc_file(monkeypatch, "/proc/cpuinfo", "flags\t\t: fpu avx512f\n")
     assert "has no avx512_bf16, avx512_vnni" in why_not() and compile.library() is None
 
 
@@ -79,8 +82,9 @@ def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
     before = kept.stat().st_mtime_ns
     compile.why_not.cache_clear()
     compile._library.cache_clear()
-    monkeypatch.setattr(compile, "_compile", lambda *given: pytest.fail("compiled again"))
-    assert not why_not()
+    with gcc_replaced(monkeypatch) as commands:
+        assert not why_not()
+    assert commands == [["gcc", "--version"]]
     assert kept.stat().st_mtime_ns == before and len(list((tmp_path / "native").iterdir())) == 1
 
 
@@ -103,34 +107,45 @@ def test_a_cache_that_is_not_ours_alone_is_left_alone(
     (tmp_path / "for a moment").mkdir()
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "for a moment"))
-    monkeypatch.setattr(compile, "_compile", lambda compiler, openmp, target: kept_library(target))
-    assert not why_not()
-    assert not list((tmp_path / "for a moment").iterdir())
+    with gcc_replaced(monkeypatch) as commands:
+        assert not why_not()
+    assert "-shared" in commands[-1] and not list((tmp_path / "for a moment").iterdir())
     assert not (tmp_path / "native").is_dir() or not list((tmp_path / "native").iterdir())
 
 
-def kept_library(target: Path) -> Path:
-    """The library that this machine has, as if it were compiled now."""
-    return Path(shutil.copy(KEPT / target.name, target))
+@contextmanager
+def gcc_replaced(monkeypatch: pytest.MonkeyPatch, *, empty: int = 0) -> Iterator[list[list[str]]]:
+    """gcc compiles nothing here, and links the library that this machine has; at first `empty` times a file of no bytes.
+
+    Yields the commands so far.
+    """
+    commands: list[list[str]] = []
+    real, linked = subprocess.run, 0
+
+    def run(command: list[str], **more: Any) -> Any:
+        nonlocal linked
+        commands.append(command)
+        if command[-1] == "--version":
+            return real(command, **more)
+        if "-shared" in command:
+            linked += 1
+            target = Path(command[-1])
+            target.write_bytes(b"" if linked <= empty else (KEPT / target.name).read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield commands
 
 
 @needs_native
 def test_a_file_that_was_not_written_to_its_end_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made: list[Path] = []
-
-    def compiled(compiler: list[str], openmp: Path, target: Path) -> Path:
-        made.append(target)
-        if len(made) == 1:
-            target.write_bytes(b"")
-            return target
-        return kept_library(target)
-
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path))
-    monkeypatch.setattr(compile, "_compile", compiled)
-    assert "cannot be compiled or loaded" in why_not()
-    compile.why_not.cache_clear()
-    compile._library.cache_clear()
-    assert not why_not() and len(made) == 2
+    with gcc_replaced(monkeypatch, empty=1) as commands:
+        assert "cannot be compiled or loaded" in why_not()
+        compile.why_not.cache_clear()
+        compile._library.cache_clear()
+        assert not why_not() and sum("-shared" in command for command in commands) == 2
 
 
 @needs_native
@@ -145,12 +160,11 @@ def test_no_home_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_native
 @pytest.mark.parametrize("named", ["", "env gcc", "gcc"])
 def test_a_compiler_may_be_named_with_arguments(named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[list[str]] = []
     monkeypatch.setenv("CC", named)
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path))
-    monkeypatch.setattr(compile, "_run", lambda command: asked.append(command) or "gcc")  # type: ignore[func-returns-value]
-    why_not()
-    assert asked[0] == [*(named.split() or ["gcc"]), "--version"]
+    with gcc_replaced(monkeypatch) as commands:
+        why_not()
+    assert commands[0] == [*(named.split() or ["gcc"]), "--version"]
 
 
 @needs_native

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorakeet.kernels.choose import C_PANELS, inference_layout
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.cpu.panels import Panels, SideBySide
+from lorakeet.kernels.cpu.panels import PanelGroup, Panels
 from tiny.native import needs_native
 
 pytestmark = needs_native
@@ -41,7 +41,7 @@ def test_a_token_gets_the_same_bits_beside_any_others() -> None:
 def test_weights_beside_each_other_are_one_call() -> None:
     weights, x = [numbers(outputs, 32, seed=outputs) for outputs in (70, 5, 33)], numbers(9, 32)
     panels = [Panels(weight) for weight in weights]
-    beside = SideBySide(panels)
+    beside = PanelGroup(panels)
     found = beside.product(x)
     assert found.shape == (9, 108)
     for part, one in zip(found.split(beside.outputs, dim=1), panels, strict=True):

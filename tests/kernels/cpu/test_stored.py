@@ -26,7 +26,7 @@ from lorakeet.memory.ledger import Ledger
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.gguf_codes import fit_gguf_scales
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import nearest_codes
+from lorakeet.quant.gptq_grid import quantise_to_nearest
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
@@ -48,7 +48,7 @@ def gptq(*, sym: bool, form: str, order: str, bits: int = 4) -> GptqBase:
     groups = torch.arange(SHAPE[1], dtype=torch.int32) // 16
     if order == "any":
         groups = groups[torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(2))]
-    codes, grid = nearest_codes(weight(), bits, sym, groups, 11)
+    codes, grid = quantise_to_nearest(weight(), bits, sym, groups, 11)
     return GptqBase.of(codes, grid, bits=bits, sym=sym, zero_format="gptq" if form == "gptq" else "gptq_v2")
 
 
@@ -97,7 +97,7 @@ def test_products_are_those_with_what_is_brought_back_to_the_last_bit(kind: str,
 def large(kind: str, shape: tuple[int, int]) -> PackedBase:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     if kind == "gptq":
-        codes, grid = nearest_codes(numbers, 4, False, torch.arange(shape[1], dtype=torch.int32) // 64, -(-shape[1] // 64))
+        codes, grid = quantise_to_nearest(numbers, 4, False, torch.arange(shape[1], dtype=torch.int32) // 64, -(-shape[1] // 64))
         return GptqBase.of(codes, grid, bits=4, sym=False)
     if kind == "int8":
         return Int8Base.of(numbers)
@@ -167,7 +167,7 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
     told = MADE["nf4 of 64"]().stored()
     assert told is not None
     x, grad = torch.randn(5, SHAPE[1]).bfloat16(), torch.randn(5, SHAPE[0]).bfloat16()
-    weight_of = told.held, told.numbers
+    weight_of = told.owners, told.numbers
     for operator, given in ((STORED_PRODUCT, (x, *weight_of, False)), (STORED_PRODUCT_ADD, (x, grad, *weight_of, True))):
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 

@@ -1,4 +1,4 @@
-"""A .gguf file becomes a dense folder once, whole or not at all, tensor by tensor, with the same function."""
+"""A .gguf file becomes a dense folder once, whole or not at all, with the same function, in the cache folder of its content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.formats.files.gguf_header import check_gguf
-from lorakeet.models.files import gguf_dense
+from lorakeet.kernels.cache import cache_folder
+from lorakeet.models.files import gguf_copy, gguf_dense
+from lorakeet.models.files.gguf_copy import content_digest, known_digest
 from lorakeet.models.files.gguf_dense import bytes_of_unpacking, dense_copy
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
@@ -162,10 +164,39 @@ def test_a_full_disk_is_said_before_anything_is_written(
 def test_a_disk_that_refuses_the_copy_is_said_and_nothing_is_left(
     made: tuple[Path, Any], cache: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("lorakeet.models.files.gguf_dense._convert", refuse)
+    monkeypatch.setattr("lorakeet.models.files.gguf_dense.stream_safetensors", refuse)
     with pytest.raises(EnvironmentProblem, match=rf"cannot be written: {os.strerror(code)}.*LORAKEET_CACHE"):
         dense_copy(made[0], print)
     assert [path.name for path in cache.iterdir()] == ["digests.json"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF and more")
+    return path
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path) -> None:
+    monkeypatch.delenv("LORAKEET_CACHE", raising=False)
+    assert cache_folder() == Path.home() / ".cache" / "lorakeet"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "file"))
+    with pytest.raises(EnvironmentProblem, match="cannot be written"):
+        content_digest(file)
+
+
+def test_a_digest_is_computed_once_and_known_until_the_file_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path
+) -> None:
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    assert known_digest(file) == "" and not (tmp_path / "cache").exists(), "asking writes nothing"
+    found = content_digest(file)
+    assert known_digest(file) == found
+    monkeypatch.setattr(gguf_copy, "sha256_of", lambda path: "computed again")
+    assert content_digest(file) == found
+    os.utime(file, ns=(1, 1))
+    assert known_digest(file) == "" and content_digest(file) == "computed again" == known_digest(file)

@@ -133,11 +133,11 @@ def test_a_stock_that_does_not_fit_is_answered_with_every_tensor(tiny_model: Cal
 
 def test_packed_weights_without_a_place_are_named(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     folder, config = saved(tiny_model("llama"), tmp_path)
-    stock = quantised_model(dense_model(tensor_files(folder)), config, QuantSpec(method="int8"))
-    make = next(iter(stock.packed.values()))
-    stock.packed["model.layers.7.mlp.up_proj.weight"] = make  # type: ignore[index]
+    stored_model = quantised_model(dense_model(tensor_files(folder)), config, QuantSpec(method="int8"))
+    make = next(iter(stored_model.packed.values()))
+    stored_model.packed["model.layers.7.mlp.up_proj.weight"] = make  # type: ignore[index]
     with pytest.raises(DataError, match=r"1 packed weights .* model\.layers\.7\.mlp\.up_proj\.weight"):
-        load_packed(stock, config, torch.float32, folder)
+        load_packed(stored_model, config, torch.float32, folder)
 
 
 @pytest.mark.parametrize("method", ["awq", "bitsandbite"])

@@ -28,11 +28,11 @@ def folder(tiny_model: Callable[..., Any], tmp_path: Path) -> Path:
 
 def test_shards_are_found_through_their_index(folder: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 2
-    stock = dense_model(tensor_files(folder))
-    assert len(stock.dense) == 21 and not stock.packed
+    stored_model = dense_model(tensor_files(folder))
+    assert len(stored_model.dense) == 21 and not stored_model.packed
     name = "model.layers.1.mlp.up_proj.weight"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert torch.equal(stock.dense[name](), load_file(folder / index["weight_map"][name])[name])
+    assert torch.equal(stored_model.dense[name](), load_file(folder / index["weight_map"][name])[name])
     index["weight_map"]["lost"] = next(iter(index["weight_map"].values()))
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="such as lost"):
@@ -49,11 +49,11 @@ def test_a_packed_folder_promises_its_layers_and_reads_none(
     assert stored is not None and method_of(stored) == method
     with monkeypatch.context() as patch:
         patch.setattr(SafeFile, "read", lambda self, name: pytest.fail(f"{name} was read"))
-        stock = READERS[str(stored["quant_method"])](tensor_files(packed), stored)
+        stored_model = READERS[str(stored["quant_method"])](tensor_files(packed), stored)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert len(stock.packed) == 14 and name in stock.packed and "model.embed_tokens.weight" in stock.dense
+    assert len(stored_model.packed) == 14 and name in stored_model.packed and "model.embed_tokens.weight" in stored_model.dense
     dense = load_file(tiny_llama_folder / "model.safetensors")[name]
-    assert stock.packed[name]().shape == dense.shape
+    assert stored_model.packed[name]().shape == dense.shape
 
 
 def test_a_plain_model_has_no_stored_quantisation(folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""Passes that begin above the blocks that hold nothing trained: the same numbers from fewer blocks, and only where that is so."""
+"""Passes that begin above the blocks that train nothing: the same numbers from fewer blocks, and only where that is so."""
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cached_states import cache_states, cached_states, frozen_depth
+from lorakeet.models.text.digests import changed_tensors, frozen_digests
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import exact_products
@@ -263,3 +265,29 @@ def test_a_full_disk_leaves_the_model_as_it_was(tiny_llama_folder: Path, tmp_pat
     with pytest.raises(EnvironmentProblem, match="full"), cached_states(text, rows(), folder=tmp_path, micro_tokens=40):
         pass
     assert text.frozen_prefix is None and gradients(text)[0] == loss
+
+
+def test_adapters_are_no_part_of_it(tiny_model: Callable[..., Any], adapted: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    before = frozen_digests(model)
+    assert set(before) >= {name for name, _ in model.named_parameters()}
+    assert frozen_digests(adapted(model)) == before
+
+
+def test_a_changed_or_missing_tensor_is_named(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("qwen2")
+    before = frozen_digests(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.bias[0] += 1
+    after = frozen_digests(model)
+    assert changed_tensors(before, after) == ["model.layers.0.self_attn.q_proj.bias"]
+    del after["model.norm.weight"]
+    assert "model.norm.weight" in changed_tensors(before, after)
+
+
+def test_dtype_counts_and_meta_tensors_are_left_out() -> None:
+    half = torch.nn.Linear(2, 2, bias=False).half()
+    full = torch.nn.Linear(2, 2, bias=False)
+    full.weight.data = half.weight.float()
+    assert changed_tensors(frozen_digests(half), frozen_digests(full)) == ["weight"]
+    assert frozen_digests(torch.nn.Linear(2, 2, device="meta")) == {}

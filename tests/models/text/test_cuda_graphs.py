@@ -338,7 +338,7 @@ def test_what_lies_outside_of_a_recording_is_held_with_it(made: Callable[..., Ma
     SCRATCH.matrix((3, 5), torch.float32, torch.device("cpu"))
     passes.record_first(batch)
     recorded = passes.graphs[BatchShape.of(batch.lengths, 64)]
-    assert recorded is not None and {id(each) for each in recorded.scratch} == {id(each) for each in SCRATCH.held()} != set()
+    assert recorded is not None and {id(each) for each in recorded.scratch} == {id(each) for each in SCRATCH.lent()} != set()
 
 
 def test_what_torch_said_first_is_what_is_said(made: Callable[..., Made], rows: Any) -> None:

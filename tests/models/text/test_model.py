@@ -20,6 +20,7 @@ from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
+from lorakeet.models.text import model
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model, set_attention
 from lorakeet.models.text.model import TextModel, target_logits, token_logprobs
@@ -136,8 +137,9 @@ def test_rows_with_one_long_beginning_pass_together_with_their_losses_and_gradie
 ) -> None:
     """Ten rows of 50 tokens, 40 of them the same, where 150 pass at once: in one pass, in four where nothing is shared."""
     text, examples = load(tiny_llama_folder), behind_one_beginning()
-    monkeypatch.setattr(TextModel, "_copies_nothing", lambda self, longest: True)
+    monkeypatch.setattr(model, "attends_in_c", lambda *_: True)
     adapted(text.model)
+    fuse(text.model)
     found = []
     for shares in (True, False):
         text = text.with_options(share_prefix=shares)

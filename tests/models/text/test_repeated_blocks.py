@@ -13,7 +13,7 @@ import transformers
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models.families import family_of
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.repeated_blocks import (
     ModelBuilder,
     count_repeated_blocks,
@@ -21,7 +21,6 @@ from lorakeet.models.text.repeated_blocks import (
     first_blocks_of_plan,
     last_new_kind_of_block,
 )
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning import rehearse_text
@@ -56,8 +55,13 @@ def rehearsed(config: Any, lora: LoraSpec = LORA, way: Way = RESIDENT, **setting
 def both(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **settings: Any) -> tuple[Rehearsal, Rehearsal]:
     """Planned from a few blocks, which is seen to have happened, and from all."""
     ran: list[int] = []
-    few = rehearse_text._of_all
-    monkeypatch.setattr(rehearse_text, "_of_all", lambda plan, blocks, parts: ran.append(blocks) or few(plan, blocks, parts))
+    usual = rehearse_text.extrapolate_peaks
+
+    def noted(*given: Any, wanted: int) -> Any:
+        ran.append(wanted)
+        return usual(*given, wanted=wanted)
+
+    monkeypatch.setattr(rehearse_text, "extrapolate_peaks", noted)
     found = rehearsed(*arguments, **settings)
     assert ran == [BLOCKS]
     monkeypatch.setattr(rehearse_text, "count_repeated_blocks", lambda *_: 0)

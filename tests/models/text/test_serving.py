@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.selection import Share
 from lorakeet.errors import ConfigError
@@ -20,6 +21,7 @@ from lorakeet.models import modules
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import serving
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.folded_weights import frozen_weights
 from lorakeet.models.text.load import load_text_model
@@ -213,10 +215,10 @@ def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> No
     with pytest.raises(ConfigError) as error:
         live.check(wrong)
     for part in ("q_porj': a pair on it cannot", "Did you mean 'model.layers.0.self_attn.q_proj'",
-                 "B is (16, 4), but this base needs (32, 4)",
+                 "B is 16×4, but this base needs 32×4",
                  "model.embed_tokens", "whole parameters (model.norm.weight)"):  # fmt: skip
         assert part in str(error.value)
-    with pytest.raises(ConfigError, match="holds no pair"):
+    with pytest.raises(ConfigError, match="has no pairs"):
         live.check(Adapter({}))
     live.attach("a@1", Adapter(fits))
     with pytest.raises(ConfigError, match="already on the model"):
@@ -229,8 +231,12 @@ def test_adapters_of_one_outline_are_checked_once_and_compute_their_own(
 ) -> None:
     live = ServingModel(text)
     checked: list[str] = []
-    entry = live._entry
-    monkeypatch.setattr(live, "_entry", lambda path, *given: [checked.append(path), entry(path, *given)][1])
+
+    def entry(path: str, *given: Any) -> PlanEntry:
+        checked.append(path)
+        return PlanEntry(path, *given)
+
+    monkeypatch.setattr(serving, "PlanEntry", entry)
     adapters = {f"a{seed}@1": random_adapter(bare, seed=seed) for seed in range(3)}
     for name, adapter in adapters.items():
         peft.write(adapter, tmp_path / name)

@@ -1,4 +1,4 @@
-"""Faults over HTTP: broken bodies, clients that leave or are many, full queues, keys, a failed disk, and an end without loss."""
+"""Faults over HTTP: broken bodies, lost and many clients, full queues, keys, a failed disk, a clean shutdown; plain replies."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lorakeet.serve.access import Access, Caller, hash_key
 from lorakeet.serve.engine import Draining
 from lorakeet.serve.routes import adapters
 from lorakeet.serve.routes.http import build_app, run_server
+from lorakeet.serve.routes.reply import as_json
 from lorakeet.serve.service import RequestLimits
 
 FILES = 1500  # that a process may have open where there are 500 connections
@@ -314,3 +315,9 @@ def test_a_key_that_may_load_keeps_to_its_own_adapters(
     assert post(served, "/v1/unload_lora_adapter", json={"lora_name": "a"}, headers=one).status_code == 200
     again = post(served, "/v1/unload_lora_adapter", json={"lora_name": "a"}, headers=one)
     assert again.status_code == 404 and "'b'" not in again.text
+
+
+def test_json_keeps_letters() -> None:
+    reply = as_json({"text": "日本", "n": [1, None]})
+    assert json.loads(str(reply.body)) == {"text": "日本", "n": [1, None]} and "日本" in str(reply.body)
+    assert (reply.status, reply.media) == (200, "application/json")

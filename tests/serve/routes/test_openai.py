@@ -92,7 +92,7 @@ def test_json_by_a_schema(client: Any) -> None:
     assert json.loads("".join(piece.choices[0].delta.content or "" for piece in pieces)) == whole
     assert chat(client, "a", response_format={"type": "json_object"}).choices[0].message.content.lstrip()[0] == "{"
     for broken in ({"type": "xml"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}):
-        with pytest.raises(openai.BadRequestError, match=r"expected text, json_object or json_schema|cannot be kept to"):
+        with pytest.raises(openai.BadRequestError, match=r"expected text, json_object or json_schema|cannot be used"):
             chat(client, "a", response_format=broken)
 
 

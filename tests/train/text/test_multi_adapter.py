@@ -1,4 +1,4 @@
-"""Adapters trained together become what each becomes alone; each ends on its own; the base is read once for all of them."""
+"""Adapters trained together become what each becomes alone; each ends on its own; one pass reads the base for all of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lorakeet.core.base import DenseBase
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
@@ -31,6 +32,8 @@ from lorakeet.train import gradients
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text import multi_adapter
+from lorakeet.train.text.joint_batches import SMALL, Group, groups_of, join_batches, merge_groups
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
 from lorakeet.train.text.task import TextTask
 from tiny.gptq_folder import save_mixed_gptq
@@ -116,15 +119,16 @@ def test_a_disk_that_takes_no_values_ends_no_training(tiny_llama_folder: Path, t
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many members' steps each pass holds, from now on."""
+    """The number of members in each forward pass from now on."""
     found: list[int] = []
-    usual = MultiAdapterTraining._gradients
+    usual = multi_adapter.groups_of
 
-    def watched(many: MultiAdapterTraining, learning: Any, passes: Any) -> None:
-        found.extend(len(one.parts) for one in passes)
-        usual(many, learning, passes)
+    def watched(*given: Any) -> list[Any]:
+        groups = usual(*given)
+        found.extend(len(one.parts) for group in groups for one in group.batches)
+        return groups
 
-    monkeypatch.setattr(MultiAdapterTraining, "_gradients", watched)
+    monkeypatch.setattr(multi_adapter, "groups_of", watched)
     return found
 
 
@@ -155,14 +159,14 @@ def test_steps_that_are_not_small_are_those_of_single_runs_to_the_last_bit(
     monkeypatch.setattr("lorakeet.train.text.joint_batches.SMALL", 0)
     text, members = together(tiny_llama_folder, "abc", micro_tokens=24)
     held = []
-    usual = MultiAdapterTraining._gradients
+    usual = multi_adapter.batch_seeds
 
-    def watched(many: MultiAdapterTraining, *given: Any) -> None:
+    def watched(count: int) -> Any:
         own = {name: inject.trained_parameters(text.model, name).values() for name in "abc"}
         held.append([name for name, parameters in own.items() if any(one.grad is not None for one in parameters)])
-        usual(many, *given)
+        return usual(count)
 
-    monkeypatch.setattr(MultiAdapterTraining, "_gradients", watched)
+    monkeypatch.setattr(multi_adapter, "batch_seeds", watched)
     for at in train_many(text, members):
         name = at.member.name
         expected, best = alone(tiny_llama_folder, name, tmp_path / name, micro_tokens=24)
@@ -334,3 +338,57 @@ def test_what_cannot_share_a_batch_is_named(tiny_llama_folder: Path) -> None:
         MultiAdapterTraining(text, [Member("a", SPEC, rows(4, 1), ())])
     with pytest.raises(ConfigError, match="different names"):
         MultiAdapterTraining(text, [])
+
+
+def rows_of_batches(*lengths: int, supervised: bool = True) -> list[Example]:
+    return [
+        Example(np.arange(n, dtype=np.int64), (np.arange(n) >= n // 2) & supervised, f"{number}", None, False)
+        for number, n in enumerate(lengths)
+    ]
+
+
+def step(*lengths: int) -> list[Batch]:
+    """A step of one micro-batch."""
+    return [pack_examples(rows_of_batches(*lengths))]
+
+
+def test_joined_batches_keep_their_rows_and_targets() -> None:
+    examples = rows_of_batches(8, 19, 12, 9, 11)
+    joined, whole = join_batches([pack_examples(examples[:2]), pack_examples(examples[2:])]), pack_examples(examples)
+    assert (joined.lengths, joined.keys) == (whole.lengths, whole.keys)
+    for part in ("ids", "target_positions", "target_ids"):
+        assert torch.equal(getattr(joined, part), getattr(whole, part))
+
+
+def test_small_steps_share_passes_of_about_equal_size() -> None:
+    steps = [step(20, 20) for _ in range(8)]
+    groups = groups_of(steps, 100)
+    assert [group.members for group in groups] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    groups = groups_of(steps, 200)
+    assert [group.members for group in groups] == [(0, 1, 2, 3), (4, 5, 6, 7)], "not five and three"
+    assert all(len(group.batches) == 1 and group.batches[0].alone is None for group in groups)
+    assert torch.equal(groups[0].batches[0].batch.ids, join_batches([one for own in steps[:4] for one in own]).ids)
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 170])
+def test_no_pass_holds_more_tokens_than_that_of_a_single_run(tokens: int) -> None:
+    steps = [step(length) for length in (50, 9, 40, 30, 30, 41)]
+    groups = groups_of(steps, tokens)
+    assert all(one.batch.tokens <= tokens or one.alone is not None for group in groups for one in group.batches)
+    assert [index for group in groups for index in group.members] == list(range(6))
+
+
+def test_larger_steps_are_by_themselves_and_do_not_part_the_small_ones() -> None:
+    large = [pack_examples(rows_of_batches(SMALL - 1)), pack_examples(rows_of_batches(2))]
+    steps = [step(10), large, step(12), step(SMALL + 1), step(SMALL)]
+    groups = groups_of(steps, 1024)
+    assert [group.members for group in groups] == [(0, 2, 4), (1,), (3,)]
+    assert [one.alone for one in groups[1].batches] == [1, 1] and [one.batch for one in groups[1].batches] == large
+    whole = merge_groups(groups)
+    assert whole == Group((0, 2, 4, 1, 3), tuple(one for group in groups for one in group.batches))
+
+
+def test_what_has_no_target_does_not_pass_and_its_member_still_has_a_group() -> None:
+    silent = [pack_examples(rows_of_batches(10, supervised=False))]
+    groups = groups_of([silent, [*silent, *step(10)], step(10)], 1024)
+    assert {group.members: len(group.batches) for group in groups} == {(1, 2): 1, (0,): 0}

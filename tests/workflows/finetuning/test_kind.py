@@ -124,7 +124,7 @@ def trained(config: RunConfig, **options: Any) -> FinetuneResult:
     return finetune(config, FinetuneOptions(**options), console=quiet())
 
 
-def test_a_kind_of_sixty_lines_is_trained_evaluated_certified_and_reported(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_kind_sixty_lines_is_trained_evaluated_certified_and_reported(config: RunConfig, tmp_path: Path) -> None:
     result = trained(config)
     assert result.setup.weights.tolist()[0] == pytest.approx([3, -2], abs=0.5)
     report = read_report(result.run.report)
@@ -169,8 +169,8 @@ def test_the_names_of_kinds_are_those_of_the_registry(config: RunConfig, monkeyp
 def test_a_run_imports_the_modules_of_its_own_kind_only() -> None:
     code = (
         "import sys, lorakeet.workflows.finetune\nfrom lorakeet.config import RunConfig\n"
-        "from lorakeet.workflows.finetuning.kind import kind_of\nfrom types import SimpleNamespace\n"
-        "kind_of(SimpleNamespace(kind='text'))\n"
+        "from lorakeet.workflows.finetuning.kind import run_kind\nfrom types import SimpleNamespace\n"
+        "run_kind(SimpleNamespace(kind='text'))\n"
         "print([name for name in sys.modules if name == 'diffusers' or name.startswith('lorakeet.workflows.finetuning.image')])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

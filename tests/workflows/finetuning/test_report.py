@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lorakeet.cli.main import main
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.train.log import read_metrics
-from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.assemble_text import assemble_text
 from lorakeet.workflows.finetuning.report import curves, leaks, memory_use
-from lorakeet.workflows.finetuning.text import KIND
-from tiny.runs import quiet, reviews, run, settings, write_rows
+from tiny.runs import quiet, settings
 
 
 def test_the_curves_are_those_of_the_metrics(finished: Any) -> None:
@@ -43,47 +38,6 @@ def test_every_leak_is_named_with_its_fate(finished: Any, tmp_path: Path) -> Non
     config = settings(finished.model, finished.data, tmp_path / "run", {"data.test": finished.test, "data.on_leak": "keep"})
     (kept,) = leaks(assemble_text(config, quiet()).dataset.leaks)
     assert kept.action == "kept"
-
-
-def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: Path) -> None:
-    records = [*reviews(30), {"text": "long " * 60, "label": "good"}]
-    data = write_rows(tmp_path / "rows.jsonl", records)
-    test = write_rows(tmp_path / "test.jsonl", [*reviews(5, seed=2), {"text": "far " * 60, "label": "bad"}])
-    for too_long, said in (("truncate", "were shortened."), ("drop", "left out.")):
-        changes = {"data.test": test, "data.too_long": too_long, "train.steps": 1, "evaluate.drift_texts": 0}
-        report = run(finished.model, data, tmp_path / too_long, changes).report
-        assert report is not None
-        parts = {warning.split()[1]: warning for warning in report.warnings if "rows were longer" in warning}
-        assert set(parts) in ({"test", "training"}, {"test", "held-out"})
-        assert parts["test"] == f"1 test rows were longer than 120 tokens and {said}"
-
-
-def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(finished.path, copy)
-    printed = [item.command.replace(str(finished.path), str(copy)) for item in finished.result.report.next_commands]
-    for command in printed[:3]:  # merge, export, verify: serving does not end, and evaluating wants a file
-        assert main(shlex.split(command)[1:]) == 0, command
-    assert main(shlex.split(printed[-1].replace("FILE", str(finished.test)))[1:]) == 0
-
-
-def test_the_next_commands_name_the_run(finished: Any) -> None:
-    commands = [item.command for item in finished.result.report.next_commands]
-    assert commands == [
-        f"lorakeet merge {finished.path} --out {finished.path}-merged",
-        f"lorakeet export {finished.path} --to ollama --out {finished.path}-ollama",
-        f"lorakeet verify {finished.path}",
-        f"lorakeet serve --model {finished.model} --adapter {finished.path.name}={finished.path}",
-        f"lorakeet evaluate {finished.path} --data FILE",
-    ]
-    assert replace(finished.result.report).facts["Run folder"] == str(finished.path)
-
-
-def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> None:
-    commands = KIND.next_commands(finished.result.setup, RunFolder(Path("my runs/a dog's")))
-    words = [shlex.split(item.command) for item in commands]
-    assert words[0] == ["lorakeet", "merge", "my runs/a dog's", "--out", "my runs/a dog's-merged"]
-    assert words[3][-1] == "a dog's=my runs/a dog's" and words[4][2] == "my runs/a dog's"
 
 
 def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is_beside_it(

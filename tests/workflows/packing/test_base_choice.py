@@ -16,10 +16,11 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError
 from lorakeet.models.modules import original_modules
 from lorakeet.quant.packed import PackedLinear
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing import base_choice as workflow
-from lorakeet.workflows.packing.base_choice import BaseChoice, both_bases, choose_base
+from lorakeet.workflows.packing.base_choice import BASES, BaseChoice, both_bases, choose_base
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from tiny.dense import folded
@@ -45,21 +46,29 @@ def heard() -> tuple[Console, io.StringIO]:
     return Console(file=said, width=200), said
 
 
+def make_worse(monkeypatch: pytest.MonkeyPatch, worse: str) -> dict[str, str]:
+    """Makes every answer over one of the bases wrong; returns the path of each measured base, once it was measured."""
+    found: dict[str, str] = {}
+
+    class Evaluator(TextEvaluator):
+        def answers(self, rows: Any, system: str) -> Any:
+            answers, base = super().answers(rows, system), BASES[len(found)]
+            found[base] = self.config.model.path
+            if base == worse:
+                answers.log_probs[:] = np.log(1e-9)
+                answers.log_probs[range(len(answers.truth)), (answers.truth + 1) % 3] = np.log1p(-2e-9)
+            return answers
+
+    monkeypatch.setattr(workflow, "TextEvaluator", Evaluator)
+    return found
+
+
 @pytest.mark.parametrize("worse", ["original", "dequantised"])
 def test_auto_takes_the_base_that_measures_better(
     on_nf4: Path, worse: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of the two is made worse on purpose; the other one is merged into, and both numbers are printed and returned."""
-    real = workflow._scores
-
-    def scores(opened: Any, dataset: Any, base: str, console: Any) -> Any:
-        found = real(opened, dataset, base, console)
-        if base == worse:
-            found.log_probs[:] = np.log(1e-9)
-            found.log_probs[range(len(found.truth)), (found.truth + 1) % 3] = np.log1p(-2e-9)
-        return found
-
-    monkeypatch.setattr(workflow, "_scores", scores)
+    make_worse(monkeypatch, worse)
     console, said = heard()
     merged = merge(MergeOptions((str(on_nf4),), out=tmp_path / "merged"), console=console)
     choice = merged.choice
@@ -145,24 +154,13 @@ def test_both_bases_of_a_run_on_a_quantised_file_are_measured(
 ) -> None:
     """The same base, named by --base or by the folder's own card; worse on purpose in turn, so that both are merged into."""
     path, dense, packed = on_disk
-    real = workflow._scores
-
-    def scores(opened: Any, dataset: Any, base: str, console: Any) -> Any:
-        found = real(opened, dataset, base, console)
-        asked[base] = opened.config.model.path
-        if base == worse:
-            found.log_probs[:] = np.log(1e-9)
-            found.log_probs[range(len(found.truth)), (found.truth + 1) % 3] = np.log1p(-2e-9)
-        return found
-
-    monkeypatch.setattr(workflow, "_scores", scores)
     weights = {}
     for worse in ("original", "dequantised"):
-        asked: dict[str, str] = {}
+        measured = make_worse(monkeypatch, worse)
         console, said = heard()
         merged = merge(MergeOptions((str(path),), out=tmp_path / worse, base=str(dense)), console=console)
         assert merged.choice is not None and merged.choice.base != worse and merged.certificate.passed
-        assert asked == {"original": str(dense), "dequantised": str(packed)}
+        assert measured == {"original": str(dense), "dequantised": str(packed)}
         assert "Paired, on the same rows" in said.getvalue() and f"Merged into the {merged.choice.base} base" in said.getvalue()
         assert {system.name for system in merged.choice.systems} == {"original", "dequantised"}
         assert "quantization_config" not in (tmp_path / worse / "config.json").read_text()

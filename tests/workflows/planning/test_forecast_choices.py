@@ -149,7 +149,7 @@ def test_a_search_keeps_the_best_values_of_all_and_two_earlier_adapters() -> Non
 def test_what_was_measured_is_taken_apart_within_the_plan(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(ranks__score=score)
     found = rehearsed(config, config.lora)
-    monkeypatch.setattr(forecast_choices, "_decomposing", lambda directions, width: 1 << 30)
+    monkeypatch.setattr(forecast_choices, "svd_bytes", lambda *_, **__: 1 << 30)
     measured = while_measuring(config, found, partial(rehearsed, config))
     assert measured is not None and found.base + (1 << 30) < measured.bytes < found.base + (2 << 30)
 

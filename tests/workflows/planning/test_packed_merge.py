@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import folder_above
 from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, Way, require_planned_attention
 from tiny.gguf_file import write_tiny_gguf
-from tiny.held import HeldBytes
+from tiny.held import HeldBytes, counted_from
 from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
@@ -147,17 +147,11 @@ def test_a_gguf_file_is_patched_to_the_same_bytes(
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
-    """Counts tensors from the first model of a merge to the last, through which few tokens go at once, as there are few."""
-    counting, real = HeldBytes(), merge_packed._written
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldBytes]:
+    """Counts tensors from the first model of a merge on; micro-batches are small, as there are few tokens."""
     monkeypatch.setattr(merge_packed, "MICRO_TOKENS", 256)
-
-    def counted(*given: Any) -> Any:
-        with counting:
-            return real(*given)
-
-    monkeypatch.setattr(merge_packed, "_written", counted)
-    return counting
+    with counted_from(merge_packed.Merging, "measure_live") as counting:
+        yield counting
 
 
 @pytest.mark.usefixtures("no_runtime")

@@ -28,7 +28,7 @@ from lorakeet.workflows.planning.quantizing import QuantizeJob, Quantizing
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Way
-from tiny.held import HeldBytes
+from tiny.held import HeldBytes, counted_from
 from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, write_rows
@@ -100,20 +100,12 @@ def test_packing_each_weight_writes_the_same_bytes_each_way(method: Any, going: 
 
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize("way", [RESIDENT, STREAMED, SPILLED], ids=["resident", "streamed", "spilled"])
-def test_what_is_held_is_what_is_planned(
-    way: Way, rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_in_use_is_what_is_planned(way: Way, rows: str, going: Any, tmp_path: Path) -> None:
     """Counted in tensors, after the rehearsal: never more, and not half as much again."""
-    source, held, real = save_tiny_llama(tmp_path / "source", **WIDE), HeldBytes(), calibrate._quantised
-
-    def counted(*given: Any) -> Any:
-        with held:
-            return real(*given)
-
-    monkeypatch.setattr(calibrate, "_quantised", counted)
-    planned = going(way)
+    source, planned = save_tiny_llama(tmp_path / "source", **WIDE), going(way)
     settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
-    quantize(QuantizeOptions(str(source), out=tmp_path / "out", **settings), console=quiet())
+    with counted_from(calibrate, "load_text_model") as held:
+        quantize(QuantizeOptions(str(source), out=tmp_path / "out", **settings), console=quiet())
     mapped = 0 if way.streamed else (source / "model.safetensors").stat().st_size  # the weights are pages of the file
     assert held.peak + mapped <= planned[0] <= 1.5 * (held.peak + mapped)
 
@@ -216,12 +208,14 @@ def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_o
 def test_another_attention_than_the_planned_one_is_refused_under_a_budget(
     rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = load._try_attention
+    real = load.set_attention
 
-    def without_varlen(text: Any, attention: str, reference: Any) -> str | None:
-        return "it cannot" if attention == "varlen" else real(text, attention, reference)
+    def without_varlen(model: Any, attention: str) -> None:
+        if attention == "varlen":
+            raise EnvironmentProblem("it cannot.")
+        real(model, attention)
 
-    monkeypatch.setattr(load, "_try_attention", without_varlen)
+    monkeypatch.setattr(load, "set_attention", without_varlen)
     source = save_tiny_llama(tmp_path / "source")
     with pytest.raises(ConfigError, match=r"attends with sdpa, row by row, .* planned for attention varlen.* Leave --memory out"):
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", **GPTQ), console=quiet())

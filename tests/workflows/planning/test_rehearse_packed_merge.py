@@ -13,8 +13,7 @@ from lorakeet.memory.spill import Spill
 from lorakeet.models.files.packing import packing_of
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.from_config import model_from_config
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.quant import gguf_codes
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gguf_codes import HIGHEST

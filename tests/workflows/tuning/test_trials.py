@@ -153,9 +153,9 @@ def test_the_budget_holds_what_the_confirmation_takes(setup: TextAssembly) -> No
     budget = SearchBudget(None, 1000, used=300, reserved=320)  # and a quarter more
     assert not budget.spent(299) and budget.spent(300) and budget.times(200) == 3 and budget.times(800) == 0
     assert SearchBudget(None, 1000, used=499, reserved=10**9).spent(1), "half of it at most"
-    late = SearchBudget(100.0, None, began=time.monotonic() - 60, used=100, reserved=60)
+    late = SearchBudget(100.0, None, started=time.monotonic() - 60, used=100, reserved=60)
     assert late.spent() and not replace(late, reserved=50).spent() and late.times(60) == 1  # 0.6 seconds a token
-    assert SearchBudget(100.0, None, began=time.monotonic() - 51, used=1, reserved=10**9).spent()
+    assert SearchBudget(100.0, None, started=time.monotonic() - 51, used=1, reserved=10**9).spent()
     assert SearchBudget(None, None, used=10**9, reserved=10**9).spent() is False and SearchBudget(None, None).times(1) is None
     trials = trials_of(setup, tokens=20_000)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())

@@ -69,13 +69,14 @@ def test_parts_of_a_row_are_compared_as_the_whole_is(live: InTorch, probes: Prob
 
 
 @pytest.mark.parametrize("tokens", [200, 600])
-def test_one_table_of_logits_of_each_side_is_held_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a row has several parts, and whether another row came before."""
+def test_one_table_of_logits_of_each_side_is_in_memory_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for rows of several parts, and after another row."""
     vocabulary, cells = 20_000, 40_000
     monkeypatch.setattr("lorakeet.evaluate.parity.CELLS", cells)
     head = torch.randn(8, vocabulary)
-    monkeypatch.setattr(InTorch, "_hidden", lambda self, ids, last: torch.randn(last, 8))
-    text: Any = SimpleNamespace(model=torch.nn.Identity(), head=lambda hidden: hidden @ head)
+    text: Any = SimpleNamespace(
+        model=torch.nn.Identity(), hidden=lambda batch: torch.randn(batch.targets, 8), head=lambda hidden: hidden @ head
+    )
     ids = np.arange(tokens)
     with HeldBytes() as held:
         check = check_logits(InTorch(text, None, "live"), InTorch(text, None, "x"), Probes([], [], [ids, ids], [], []), SPEC)

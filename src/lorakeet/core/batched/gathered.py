@@ -1,8 +1,8 @@
-"""Products with rows that are picked from a table: dot products and weighted sums, each row read once and nothing copied.
+"""Products with rows gathered from a table: dot products and weighted sums, each row read once and nothing copied.
 
-Tokens whose pairs differ ask for a few rows of many: an A has `rank` rows of x's width, a Bᵀ as many of y's. Batched products
-of one row each read bf16 at a fifth of the speed of memory on a CPU, and fp32 at half of it (docs/log.md); torch's kernels for
-embeddings read both at nearly all of it, and add up in fp32.
+Tokens with different pairs use a few rows of many: an A has `rank` rows of x's width, a Bᵀ as many of y's. Batched products of
+one row each read bf16 at a fifth of the speed of memory on a CPU, and fp32 at half of it (docs/log.md); torch's kernels for
+embeddings read both at nearly full speed, and sum in fp32.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lorakeet.kernels.device import is_cpu
 
-_SUM = 0  # how an embedding bag takes its rows together
+_SUM = 0  # the mode of an embedding bag
 
 
 def row_dots(x: Tensor, tokens: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """x[tokens[i]]·table[rows[i]] for each i: x (n, width), table (N, width), tokens and rows (k,), to (k,) in their dtype."""
     if is_cpu(x.device) and _adds_up_well(table.dtype):
-        # The gradient of an embedding bag by the weights of its rows is just that; nobody looks at the offsets.
+        # The gradient of an embedding bag for the weights of its rows is just that; the offsets are not used.
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, table, rows, tokens, tokens, _SUM)  # type: ignore[no-any-return]
     return torch.bmm(table[rows].unsqueeze(1), x[tokens].unsqueeze(2)).flatten()
 
@@ -35,7 +35,7 @@ def row_sums(weights: Tensor, table: Tensor, rows: Tensor, firsts: Tensor) -> Te
 
 @cache
 def _adds_up_well(dtype: torch.dtype) -> bool:
-    """Whether torch's own kernel is there and adds up numbers of `dtype` without rounding each sum: tried on a few."""
+    """True if torch has the kernel and it sums in more than `dtype`: tried on a few numbers."""
     if not hasattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward"):
         return False
     width = 1024

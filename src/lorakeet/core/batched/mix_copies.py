@@ -1,10 +1,10 @@
-"""The pairs of each mix of adapters on all layers of a model as one copy, for tokens that are computed by kernels/cpu/pairs.c.
+"""The pairs of each mix of adapters on all layers of a model as one copy, for tokens that kernels/cpu/c/pairs.c computes.
 
-        copy of mix 1:   A B of layer 0 │ A B of layer 1 │ …          a token reads the copy of its mix, each layer its part;
-        copy of mix 2:   A B of layer 0 │ …                            tokens of one mix read it together
+    copy of mix 1:   A B of layer 0 │ A B of layer 1 │ …          a token reads the copy of its mix, each layer its part;
+    copy of mix 2:   A B of layer 0 │ …                            tokens of one mix read it together
 
-A mix that comes is copied for all layers at once: one look at its pairs, one call. Layer by layer, that took 20 ms of a step
-(docs/log.md). Machines for which there is no pairs.c have a core/batched/stack.PairStack for each group of layers.
+A new mix is copied for all layers at once, in one call. Layer by layer, that took 20 ms of a step (docs/log.md). Machines without
+pairs.c use a core/batched/stack.PairStack for each group of layers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.batched.mixture import CopySource, Factors, Held, Mixture, factors_of, mixtures
-from lorakeet.core.selection import PATIENCE, BatchAssignment, Mix, Selection, Standing
+from lorakeet.core.selection import PATIENCE, BatchAssignment, Mix, MixState, Selection
 from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairKind, PairLayout, Shares, as_readable
 
-LAYOUTS = 8  # of mixes, that are remembered
+LAYOUTS = 8  # cached
 
 
 class _LayerPairs(NamedTuple):
-    """A layer's pairs by adapter, for as long as the layer is there, and the shape (out, in) of its weight."""
+    """A layer's pairs by adapter (as long as the layer lives), and the shape (out, in) of its weight."""
 
     adapters: weakref.ref[nn.ModuleDict]
     shape: tuple[int, int]
@@ -40,14 +40,14 @@ class _Part(NamedTuple):
 
 
 class _Copy:
-    """Of a mix, on the first so many layers."""
+    """The copy of a mix on the first `layers` layers."""
 
-    def __init__(self, what: Standing) -> None:
+    def __init__(self, what: MixState) -> None:
         self.what = what
-        self.parts: list[CopySource] = []  # one for the layers that were known when the mix came, more for those that came later
+        self.parts: list[CopySource] = []  # one for the layers that were known when the mix came, more for later ones
         self.memory: list[Tensor] = []
         self.at = torch.empty(0, 2, dtype=torch.int64)  # address and rank of each layer
-        self.held = self.special = 0  # a bit for each layer: with a pair that is copied; with one that is more than A and B
+        self.held = self.special = 0  # a bit for each layer: with a copied pair; with a special pair
 
     @property
     def layers(self) -> int:
@@ -57,7 +57,7 @@ class _Copy:
     def bytes(self) -> int:
         return sum(memory.nbytes for memory in self.memory)
 
-    def stands_for(self, what: Standing) -> bool:
+    def stands_for(self, what: MixState) -> bool:
         return self.what == what and all(part.stands_for(what) for part in self.parts)
 
     def take(self, part: _Part, memory: Tensor) -> None:
@@ -71,10 +71,10 @@ class _Copy:
 
 
 class _InUse:
-    """What an arrangement asks of the copies that it uses, by their addresses: MixCopies alone holds them."""
+    """The addresses of the copies that an assignment uses; MixCopies alone keeps the copies alive."""
 
     def __init__(self, to: BatchAssignment, copies: Mapping[Mix, _Copy], stage: tuple[int, int]) -> None:
-        self.stage = stage  # after which change of adapters and of copies
+        self.stage = stage  # the change of adapters and of copies that it belongs to
         tokens: dict[int, list[int]] = {}
         for token, place in to.at:
             tokens.setdefault(place, []).append(token)
@@ -88,33 +88,33 @@ class _InUse:
 
 
 class MixCopies:
-    """All copies of a selection's mixes, by mix. Layers are known by numbers from when they first ask.
+    """All copies of a selection's mixes, by mix. Layers are numbered when they first register.
 
-    What no batch uses stays while there is room: copies take as much as one batch needed, at most. What was needed is forgotten
-    when it was looked PATIENCE times in a row for copies that take less than half. Layers have addresses of copies, which hold
-    until the adapters or the division of the batch change.
+    Unused copies stay while memory permits: all copies take at most what one batch needed. That limit is reset after PATIENCE
+    batches in a row that needed less than half. Layers have addresses of copies, which are valid until the adapters or the
+    division of the batch change.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
         self._layers: list[_LayerPairs] = []
         self._numbers: weakref.WeakKeyDictionary[nn.ModuleDict, int] = weakref.WeakKeyDictionary()
-        self._copies: dict[Mix, _Copy] = {}  # the last ones used last
-        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], PairLayout] = {}  # by which layers, and their pairs
+        self._copies: dict[Mix, _Copy] = {}  # the most recently used last
+        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], PairLayout] = {}  # by the layers and their pairs
         self._version = 0  # rises when a copy is made, or a layer comes
-        self._most = 0  # bytes that a batch needed
-        self._roomy = 0  # batches in a row that needed less than half of what is held
+        self._most = 0  # the most bytes that a batch needed
+        self._oversized = 0  # batches in a row that needed less than half of the memory
 
     @classmethod
     def of(cls, selection: Selection) -> MixCopies:
-        """The selection's own."""
+        """The copies of a selection."""
         if selection.copies is None:
             selection.copies = cls()
-            selection.holds(selection.copies)
+            selection.register(selection.copies)
         return cast(MixCopies, selection.copies)
 
     def number(self, adapters: nn.ModuleDict, shape: tuple[int, int]) -> int:
-        """Of the layer that these are the adapters of."""
+        """The number of the layer with these adapters."""
         found = self._numbers.get(adapters)
         if found is None:
             found = self._numbers[adapters] = len(self._layers)
@@ -123,42 +123,42 @@ class MixCopies:
         return found
 
     def release(self) -> None:
-        """Forgets everything; what is held next is copied anew."""
+        """Frees all copies."""
         self._copies.clear()
         self._version += 1
-        self.bytes = self._most = self._roomy = 0
+        self.bytes = self._most = self._oversized = 0
 
     def hold(self, to: BatchAssignment, selection: Selection) -> _InUse:
-        """Has each mix that is used copied; an adapter without a pair on a layer adds nothing there.
+        """Copies each mix in use; an adapter without a pair on a layer adds nothing there.
 
-        Copies what is not there, or was copied before an adapter came or left, or was trained since.
+        Copies what is missing, or was copied before an adapter was attached, detached or trained.
         """
-        changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
+        changes = selection.changes  # an adapter may be attached meanwhile: then this runs again
         found = cast("_InUse | None", to.picked.get(self))
         if found is not None and found.stage == (changes, self._version):
             return found
-        wanted, kept = dict(selection.standing(to).values()), {}
+        wanted, kept = dict(selection.states(to).values()), {}
         spare: list[Tensor] = []
-        for mix, comings in wanted.items():
+        for mix, attached_at in wanted.items():
             copy = self._copies.pop(mix, None)
-            if copy is None or not copy.stands_for((mix, comings)):
+            if copy is None or not copy.stands_for((mix, attached_at)):
                 spare += [] if copy is None else copy.memory
-                copy = _Copy((mix, comings))
+                copy = _Copy((mix, attached_at))
             kept[mix] = copy
         try:
             self._complete(kept.values(), spare)
         finally:
-            self._copies.update(kept)  # also where there was no memory for some: layers may have addresses of the others
+            self._copies.update(kept)  # also if memory ran out: layers may have addresses of the others
             self.bytes = sum(copy.bytes for copy in self._copies.values())
         needed = sum(copy.bytes for copy in kept.values())
-        self._roomy = self._roomy + 1 if 2 * needed < self.bytes else 0
-        if self._roomy >= PATIENCE:
-            self._copies, self.bytes, self._most, self._roomy = kept, needed, needed, 0
+        self._oversized = self._oversized + 1 if 2 * needed < self.bytes else 0
+        if self._oversized >= PATIENCE:
+            self._copies, self.bytes, self._most, self._oversized = kept, needed, needed, 0
         found = to.picked[self] = _InUse(to, kept, (changes, self._version))
         return found
 
     def _complete(self, copies: Iterable[_Copy], spare: list[Tensor]) -> None:
-        """Copies what these lack, into spare memory that fits. Others go where there would not be room, the oldest first."""
+        """Completes copies, in spare memory that fits; frees the oldest unused copies where memory would not suffice."""
         wanted = list(copies)
         new = [(copy, self._part(copy)) for copy in wanted if copy.layers < len(self._layers)]
         if not new:
@@ -175,7 +175,7 @@ class MixCopies:
             copy.take(part, _memory(part.layout.bytes, spare))
 
     def _part(self, copy: _Copy) -> _Part:
-        """The pairs of a mix on those layers that it is not copied for."""
+        """The pairs of a mix on those layers that its copy lacks."""
         mix, layers = copy.what[0], self._layers[copy.layers :]
         modules = [{} if (there := adapters()) is None else there._modules for adapters, _ in layers]
         own_of = mixtures(mix, cast(Held, modules))
@@ -195,7 +195,7 @@ class MixCopies:
         return _Part(own_of, factors, self._layout(copy.layers, kinds), special)
 
     def _layout(self, first: int, kinds: Sequence[PairKind]) -> PairLayout:
-        """On the layers from `first` on; made once for mixes that are alike, while it is among the last few."""
+        """The layout on the layers from `first` on; shared by similar mixes while it is cached."""
         key = first, len(self._layers), tuple(kinds)
         if key not in self._layouts:
             while len(self._layouts) >= LAYOUTS:
@@ -205,25 +205,25 @@ class MixCopies:
 
 
 class MixRows:
-    """What layers that see the same x have of the copies; it adds this to what they give."""
+    """The part of the copies for layers with the same input, which it adds to their outputs."""
 
     def __init__(self, layers: Sequence[tuple[nn.ModuleDict, tuple[int, int]]], selection: Selection) -> None:
-        """For layers with these adapters and weights of these shapes (out, in)."""
-        self.empty = True  # whether no mix of the last arrangement has a pair here
+        """For layers with these adapters, and weights of these shapes (out, in)."""
+        self.empty = True  # whether no mix of the last assignment has a pair here
         self._copies = MixCopies.of(selection)
-        self.numbers = [self._copies.number(adapters, shape) for adapters, shape in layers]  # that the copies know the layers by
-        self.shares: Shares | None = None  # of what is held
+        self.numbers = [self._copies.number(adapters, shape) for adapters, shape in layers]  # the layers' numbers in the copies
+        self.shares: Shares | None = None  # of the last assignment
         self._rows = LayerRows([shape for _, shape in layers], self.numbers)
         self._bits = sum(1 << number for number in self.numbers)
         self._special = False
 
     def hold(self, to: BatchAssignment, selection: Selection) -> None:
-        """Has what the arrangement uses copied, if nobody had yet."""
-        held = self._copies.hold(to, selection)
-        self.empty, self._special, self.shares = not held.held & self._bits, bool(held.special & self._bits), held.shares
+        """Copies what the assignment uses, if needed."""
+        found = self._copies.hold(to, selection)
+        self.empty, self._special, self.shares = not found.held & self._bits, bool(found.special & self._bits), found.shares
 
     def meets_special(self, to: BatchAssignment) -> bool:
-        """Whether a mix of the arrangement, which is the one that was held last, has a pair here that is more than A and B."""
+        """True if a mix of the last assignment has a special pair here."""
         return self._special
 
     def add(self, ys: Sequence[Tensor], x: Tensor, to: BatchAssignment) -> None:

@@ -1,4 +1,4 @@
-"""The pairs of a mix on a layer, as they are copied for divided batches, and whether a copy still stands for them."""
+"""The pairs of a mix on a layer, for copies in divided batches, and whether a copy is still valid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorakeet.core.batched.frozen_pair import FrozenPair
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.selection import Mix, Standing
+from lorakeet.core.selection import Mix, MixState
 
 Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, with weights
 Factors = tuple[Tensor, Tensor, float]  # A and B of a pair as used, and what their product is multiplied by
@@ -19,22 +19,23 @@ Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by ada
 
 @dataclass(frozen=True)
 class CopySource:
-    """What a copy was made of: a mix, and the trainable tensors that it was copied from, with how often these had been written
-    to by then. Frozen ones are not written to."""
+    """The source of a copy: a mix, the trainable tensors that were copied, and their versions at that time. Frozen ones do not
+    change.
+    """
 
-    what: Standing
+    what: MixState
     tensors: tuple[weakref.ref[Tensor], ...]
     written: int
 
     @classmethod
-    def of(cls, what: Standing, layers: Iterable[Mixture]) -> CopySource:
+    def of(cls, what: MixState, layers: Iterable[Mixture]) -> CopySource:
         pairs = [pair for mixture in layers for pair, _ in mixture if not isinstance(pair, FrozenPair)]
         factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
         tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
         return cls(what, tensors, _written(tensors))
 
-    def stands_for(self, what: Standing) -> bool:
-        """Whether the copy is still one of that."""
+    def stands_for(self, what: MixState) -> bool:
+        """True if the copy is still valid for that."""
         return self.what == what and self.written == _written(self.tensors)
 
 
@@ -44,12 +45,12 @@ def mixtures(mix: Mix, pairs: Held) -> list[Mixture]:
 
 
 def all_plain(mixture: Mixture) -> bool:
-    """Whether all its pairs are A and B and no more."""
+    """True if no pair is special."""
     return all(pair.plain for pair, _ in mixture)
 
 
 def factors_of(mixture: Mixture) -> list[Factors]:
-    """Those of a mix on one layer; none where one of its pairs is more than A and B."""
+    """The factors of a mix on one layer; empty if one of its pairs is special."""
     found = []
     for pair, weight in mixture:
         if isinstance(pair, FrozenPair):
@@ -63,5 +64,5 @@ def factors_of(mixture: Mixture) -> list[Factors]:
 
 
 def _written(tensors: Iterable[weakref.ref[Tensor]]) -> int:
-    """How often the tensors have been written to in place."""
+    """The sum of the tensors' versions."""
     return sum(tensor._version for known in tensors if (tensor := known()) is not None)

@@ -1,11 +1,11 @@
-"""Parts of a batch that each have factors of their own, multiplied together: filled up to one length, one product for all.
+"""Parts of a batch with different factors, padded to one length and multiplied in one product.
 
-        x of part 1  ▓▓▓▓▓▓▓▓      A₁  B₁
-        x of part 2  ▓▓▓▓▓▓▓·      A₂  B₂       (parts, length, in)·(parts, in, rank)·(parts, rank, out)
-        x of part 3  ▓▓▓▓▓▓··      A₃  B₃
+    x of part 1  ▓▓▓▓▓▓▓▓      A₁  B₁
+    x of part 2  ▓▓▓▓▓▓▓·      A₂  B₂       (parts, length, in)·(parts, in, rank)·(parts, rank, out)
+    x of part 3  ▓▓▓▓▓▓··      A₃  B₃
 
 Nine prompts of 26 tokens took 850 µs for queries, keys and values of 576 numbers one by one, and take 220 (docs/log.md): a small
-product takes less time than to ask for it. A part is filled up with its last token; what comes of that is not read.
+product takes less time than its call. A part is padded with its last token; those results are not read.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FILLED = 1.25  # times their tokens that parts which are multiplied together may take, filled up
-MOST = 1024  # tokens that are multiplied together, filled up: more of them gain nothing by it, and take memory
+FILLED = 1.25  # padded parts may have so many times their tokens
+MOST = 1024  # padded tokens in one product: more gain nothing, and take memory
 
-Chosen = slice | Tensor  # rows of a tensor: neighbours, or by number
+Chosen = slice | Tensor  # rows of a tensor: a slice, or indices
 
 
 @dataclass(frozen=True)
 class PaddedPart:
-    """Tokens of a batch, by number, and the rows of their factors: of all A's of the layers, and of each layer's B's."""
+    """Tokens of a batch, and the rows of their factors: among all A's of the layers, and of each layer's B's."""
 
     tokens: Sequence[int]
     of_a: slice
@@ -33,13 +33,13 @@ class PaddedPart:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of each layer."""
+        """The rank on each layer."""
         return tuple(rows.stop - rows.start for rows in self.of_b)
 
 
 @dataclass(frozen=True)
 class PaddedParts:
-    """Parts of equal ranks, filled up to one length. `own` are those places that are not filled up, None for all of them."""
+    """Parts of equal ranks, padded to one length. `own` are the places without padding, None for all."""
 
     shape: tuple[int, int]  # parts, length
     ranks: tuple[int, ...]
@@ -67,7 +67,7 @@ class PaddedParts:
 
 
 def padded(parts: Sequence[PaddedPart], device: torch.device) -> tuple[PaddedParts, ...]:
-    """All `parts` that have a rank, in as few groups as their ranks and lengths allow."""
+    """Groups the `parts` that have a rank, in as few groups as ranks and lengths allow."""
     groups: list[list[PaddedPart]] = []
     for part in sorted(parts, key=lambda part: (part.ranks, -len(part.tokens))):
         if not any(part.ranks):
@@ -84,7 +84,7 @@ def padded(parts: Sequence[PaddedPart], device: torch.device) -> tuple[PaddedPar
 
 def _together(parts: Sequence[PaddedPart], device: torch.device) -> PaddedParts:
     first = parts[0]
-    if len(parts) == 1 and isinstance(first.tokens, range):  # of any length: nothing to look at one by one
+    if len(parts) == 1 and isinstance(first.tokens, range):  # any length: a slice suffices
         whole = slice(first.tokens.start, first.tokens.stop)
         return PaddedParts((1, len(first.tokens)), first.ranks, whole, whole, None, first.of_a, first.of_b)
     length = max(len(part.tokens) for part in parts)
@@ -105,7 +105,7 @@ def _together(parts: Sequence[PaddedPart], device: torch.device) -> PaddedParts:
 
 
 def _chosen(numbers: Sequence[int], device: torch.device) -> Chosen:
-    """A slice, where the numbers are neighbours."""
+    """A slice if the numbers are consecutive, else a tensor."""
     if not numbers:
         return slice(0, 0)
     if all(second == first + 1 for first, second in itertools.pairwise(numbers)):

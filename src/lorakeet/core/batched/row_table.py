@@ -1,4 +1,4 @@
-"""A table whose rows are given out in spans, by whoever owns them: copies of unequal size side by side, none filled up."""
+"""A table whose rows are allocated in spans of unequal size, without padding."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 class RowTable:
-    """`numbers` (rows, width), and the `spans` of rows that owners have. A new table, with no row, is grown by `remake`."""
+    """`numbers` (rows, width), and the `spans` of rows by owner. A new table has no rows; `remake` grows it."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spans: dict[int, slice] = {}
         self.numbers = _rows(0, width, dtype, device)
 
     def take(self, owner: int, count: int) -> bool:
-        """Whether there is a span of `count` rows between those of others, which `owner` has from now on, or had already."""
+        """Allocates `count` rows to `owner`, unless it has them already; False if there is no such gap."""
         held = self.spans.get(owner)
         if held is not None:
             return bool(held.stop - held.start == count)
@@ -31,11 +31,11 @@ class RowTable:
         return True
 
     def free(self, owner: int) -> None:
-        """The owner's rows, if any, can be given to others."""
+        """Frees the owner's rows, if any."""
         self.spans.pop(owner, None)
 
     def remake(self, rows: int, keep: Collection[int]) -> None:
-        """A table of `rows` rows: first those of the owners in `keep`, one below the other; nobody else has any."""
+        """Makes a table of `rows` rows: first those of the owners in `keep`, in order; other owners lose theirs."""
         numbers = _rows(rows, self.numbers.shape[1], self.numbers.dtype, self.numbers.device)
         spans: dict[int, slice] = {}
         first = 0
@@ -48,5 +48,5 @@ class RowTable:
 
 
 def _rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # else nobody could copy to them outside of it
+    with torch.inference_mode(False):  # else they could not be written outside of inference mode
         return torch.empty(rows, width, dtype=dtype, device=device)

@@ -1,15 +1,13 @@
 """One pass over a frozen base whose tokens use different pairs: some adapter, none, or a weighted mix of several.
 
-        x ──┬── frozen base: x·Wᵀ ──────────────────────────────────── y
-            ├── tokens of share 1:  w₁·s₁ · x·A₁ᵀ·B₁ᵀ ── added to its part of y
-            └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
+    x ──┬── frozen base: x·Wᵀ ──────────────────────────────────── y
+        ├── tokens of share 1:  w₁·s₁ · x·A₁ᵀ·B₁ᵀ ── added to its part of y
+        └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
-Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
-inference, each mix has rows in one table of A's and one of B's where its pairs stand, for layers that see the same x. Tokens that
-are written one by one pick their rows of it, and prompts of many tokens are multiplied together (core/batched/padded_parts): the
-number
-of products does not depend on the number of adapters. Where kernels/cpu serves, core/batched/mix_copies stands in a stack's
-place.
+There are two ways, equal to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
+inference, each mix has rows in one table of A's and one of B's, for layers with the same input. Generated tokens gather their
+rows one by one, and prompts of many tokens are multiplied together (core/batched/padded_parts): the number of products does not
+depend on the number of adapters. With C kernels, core/batched/mix_copies takes the place of a stack.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from lorakeet.core.batched.padded_parts import PaddedPart, PaddedParts, padded
 from lorakeet.core.batched.row_table import RowTable
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.pair_products import PairProducts, PairSpan, alternated
-from lorakeet.core.selection import PATIENCE, BatchAssignment, Selection, Share, Standing
+from lorakeet.core.selection import PATIENCE, BatchAssignment, MixState, Selection, Share
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -91,8 +89,9 @@ def shared_low_rank(
 
 @dataclass(frozen=True)
 class _Sums:
-    """What layers of one width, side by side, add to their y: their part of the dot products, the rows of their B's that these
-    weigh, and where each layer's and token's begin. `layers` are those that some token has a pair on."""
+    """What consecutive layers of one width add to their y: their part of the dot products, the rows of their B's, and where each
+    layer's and token's rows start. `layers` are those on which some token has a pair.
+    """
 
     layers: tuple[int, ...]
     part: slice
@@ -102,10 +101,10 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Picks:
-    """Which rows of a stack's tables the tokens meet.
+    """The rows of a stack's tables that the tokens use.
 
-    Those that are computed one by one, layer by layer, in the order of tokens: `tokens` and `rows` (n,), x[tokens[i]] meets the
-    row rows[i] of all A's. `sums` are for each table of B's. `long` are the others.
+    Tokens that are computed one by one, layer by layer: `tokens` and `rows` (n,), x[tokens[i]] is multiplied with row rows[i] of
+    all A's. `sums` are for each table of B's. `long` are the other tokens.
     """
 
     tokens: Tensor
@@ -140,7 +139,7 @@ class _Picks:
 
 @dataclass(frozen=True)
 class _PairRows:
-    """The rows of a place in the tables: of each layer's A's among all A's, one layer below the other, and of its B's."""
+    """The rows of a slot in the tables: of each layer's A's, consecutive among all A's, and of its B's."""
 
     of_a: tuple[slice, ...]
     of_b: tuple[slice, ...]
@@ -155,54 +154,54 @@ class _PairRows:
 
 
 class PairStack:
-    """The pairs of several adapters on layers that see the same x, by the places of an Arrangement; for inference.
+    """The pairs of several adapters on layers with the same input, by the slots of a BatchAssignment; for inference.
 
-    All A's are one table (rows, in), the B's of layers of one width, side by side, one of (rows, out), since what is asked of a
-    table takes a while whatever it is; a place has as many rows as its mix has ranks, one layer's A's below the other's, and its
-    B's, the B's with weight and scale in them. Copies, in the dtype `products`, are made when a mix
-    comes to a place: A and B are then rounded as the layers round them for an adapter that all tokens use.
+    All A's are one table (rows, in), the B's of consecutive layers of one width one of (rows, out), since each access to a table
+    has a fixed cost. A slot has as many rows as its mix has ranks, layer after layer; B's include weight and scale. Copies are
+    made in the dtype `products` when a mix gets a slot, so that A and B are rounded as the layers round them for an adapter that
+    all tokens use.
 
-    The tables have as many rows as one batch needed, at most: what no batch uses stays while its rows are not needed. They
-    shrink when PATIENCE batches in a row needed less than half.
+    The tables have at most as many rows as one batch needed; unused mixes stay while their rows are not needed. The tables shrink
+    after PATIENCE batches in a row that needed less than half.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], products: torch.dtype, device: torch.device) -> None:
-        """For weights of `shapes` (out, in); nothing is held yet."""
+        """For weights of `shapes` (out, in); starts empty."""
         self.shapes, self.products, self.device = tuple(shapes), products, device
-        self.special: set[int] = set()  # places of mixes some of whose layers' pairs are more than A and B; these are not held
+        self.special: set[int] = set()  # slots of mixes with a special pair on some layer, which is not stored
         self.empty = True  # whether no mix has a pair here
         self.bytes = 0  # of the tables
         self._A = RowTable(shapes[0][1], products, device)
         outs = [out for out, _ in shapes]
         others = (out != before for before, out in itertools.pairwise(outs))
-        self._table = tuple(itertools.accumulate(others, initial=0))  # of B's, by layer
+        self._table = tuple(itertools.accumulate(others, initial=0))  # index of the table of B's, by layer
         self._Bs = [RowTable(out, products, device) for out, _ in itertools.groupby(outs)]
-        self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
+        self._ranks: dict[int, tuple[int, ...]] = {}  # by slot, for each layer
         self._copies: dict[int, CopySource] = {}  # by place
         self._seats: dict[int, _PairRows] = {}  # by place
         self._picked: tuple[BatchAssignment, _Picks] | None = None  # the last ones
-        self._roomy = 0  # batches in a row that needed less than half of the rows
+        self._oversized = 0  # batches in a row that needed less than half of the rows
 
     @property
     def _tables(self) -> tuple[RowTable, ...]:
         return self._A, *self._Bs
 
     def release(self) -> None:
-        """Forgets everything; what is held next is copied anew."""
+        """Frees all copies."""
         for place in list(self._ranks):
             self._drop(place)
         self._remake((), fit=True)
 
     def hold(self, to: BatchAssignment, pairs: Held, selection: Selection) -> None:
-        """Makes each place that is used hold its mix of `pairs`; an adapter without a pair here adds nothing.
+        """Stores the mix of `pairs` of each slot in use; an adapter without a pair here adds nothing.
 
-        Copies what is not there, or was copied before an adapter came or left, or was trained since.
+        Copies what is missing, or was copied before an adapter was attached, detached or trained.
         """
-        wanted = selection.standing(to)
+        wanted = selection.states(to)
         new = {place: mixtures(to.places[place], pairs) for place, what in wanted.items() if not self._stands(place, what)}
         if new:
             factors = {place: [factors_of(mixture) for mixture in layers] for place, layers in new.items()}
-            self._make_room(factors, wanted)
+            self._allocate(factors, wanted)
             for place, layers in new.items():
                 if not all(map(all_plain, layers)):
                     self.special.add(place)
@@ -210,20 +209,20 @@ class PairStack:
                 self._copies[place] = CopySource.of(wanted[place], layers)
             self.empty = not any(map(any, self._ranks.values()))
         needed = sum(sum(self._ranks[place]) for place in wanted)
-        self._roomy = self._roomy + 1 if 2 * needed < len(self._A.numbers) else 0
-        if self._roomy >= PATIENCE:
+        self._oversized = self._oversized + 1 if 2 * needed < len(self._A.numbers) else 0
+        if self._oversized >= PATIENCE:
             self._remake(wanted, fit=True)
 
     def meets_special(self, to: BatchAssignment) -> bool:
-        """Whether a mix of the arrangement, which is held, has a pair here that is more than A and B."""
+        """True if a mix of the assignment has a special pair here."""
         return not self.special.isdisjoint(to.used)
 
-    def _stands(self, place: int, what: Standing) -> bool:
+    def _stands(self, place: int, what: MixState) -> bool:
         known = self._copies.get(place)
         return known is not None and known.stands_for(what)
 
     def add(self, ys: Sequence[Tensor], x: Tensor, to: BatchAssignment) -> None:
-        """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
+        """Adds the pairs of the slots to each layer's y (tokens, out), in place, for x (tokens, in)."""
         wide = x.to(self.products)
         picks = self._picks(to)
         for parts in picks.long:
@@ -240,7 +239,7 @@ class PairStack:
                 y.add_(added) if to.tokens is None else y.index_add_(0, to.tokens, added.to(y.dtype))
 
     def _picks(self, to: BatchAssignment) -> _Picks:
-        """Worked out once for all stacks whose places have the same rows of tables that are divided alike."""
+        """The rows that the tokens use; computed once for all stacks with the same layout of tables."""
         if self._picked is None or self._picked[0] is not to:
             key = self._table, tuple((place, self._seats[place].key) for place in sorted(to.used))
             found = to.picked.get(key)
@@ -249,22 +248,22 @@ class PairStack:
             self._picked = to, cast(_Picks, found)
         return self._picked[1]
 
-    def _make_room(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
-        """Rows for the mixes that are `new` among the `wanted` places; others give up theirs, the oldest first, where need be."""
-        homeless = []
+    def _allocate(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
+        """Allocates rows for the `new` mixes among the `wanted` slots; frees unused ones, the oldest first, if needed."""
+        unseated = []
         for place, layers in new.items():
             ranks = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
-            if place in self._seats and self._ranks[place] == ranks:  # it takes the rows of what stood there
+            if place in self._seats and self._ranks[place] == ranks:  # it reuses the rows of the slot's last mix
                 self._ranks[place] = self._ranks.pop(place)  # as the newest
                 self._copies.pop(place, None)
                 self.special.discard(place)
                 continue
             self._drop(place)
             self._ranks[place] = ranks
-            homeless.append(place)
+            unseated.append(place)
         keep = set(wanted)
         unused = [place for place in self._ranks if place not in keep]
-        for place in homeless:
+        for place in unseated:
             while not self._seat(place):
                 if not unused:
                     self._remake(keep)
@@ -272,7 +271,7 @@ class PairStack:
                 self._drop(unused.pop(0))
 
     def _seat(self, place: int) -> bool:
-        """Whether there were rows for a place, which has them now."""
+        """Allocates rows for a slot; False if there are not enough."""
         ranks = self._ranks[place]
         if not all(table.take(place, count) for table, count in zip(self._tables, self._rows(ranks), strict=True)):
             for table in self._tables:
@@ -283,11 +282,11 @@ class PairStack:
         return True
 
     def _by_table(self, ranks: Sequence[int]) -> list[list[int]]:
-        """The ranks of layers, those together whose B's are one table."""
+        """The ranks of layers, grouped by the table of their B's."""
         return [[ranks[layer] for layer in alike] for _, alike in itertools.groupby(range(len(ranks)), self._table.__getitem__)]
 
     def _rows(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """How many rows a mix of such ranks has, in each table."""
+        """The number of rows that a mix of such ranks needs in each table."""
         return sum(ranks), *map(sum, self._by_table(ranks))
 
     def _drop(self, place: int) -> None:
@@ -299,21 +298,21 @@ class PairStack:
             table.free(place)
 
     def _remake(self, wanted: Iterable[int], *, fit: bool = False) -> None:
-        """Tables that hold the `wanted` places and no others; with `fit`, no row more. Copies that stand are kept."""
-        self._picked, self._roomy = None, 0
+        """Remakes the tables with the `wanted` slots only; with `fit`, without spare rows. Valid copies are kept."""
+        self._picked, self._oversized = None, 0
         keep = set(wanted)
         for place in self._ranks.keys() - keep:
             self._drop(place)
         needed = [sum(of) for of in zip(*map(self._rows, self._ranks.values()), strict=True)]
-        copies, self._copies = self._copies, {}  # should a table fail, nobody takes what is there for copies,
-        self._seats.clear()  # nor the rows where it was for its place
+        copies, self._copies = self._copies, {}  # if a table fails, no stale rows count as copies,
+        self._seats.clear()  # nor as rows of their slots
         try:
             for table, rows in zip(self._tables, needed or [0] * (1 + len(self._Bs)), strict=True):
                 table.remake(rows if fit else max(rows, len(table.numbers)), copies)
         finally:
             self.bytes = sum(table.numbers.nbytes for table in self._tables)
         for place in self._ranks:
-            self._seat(place)  # there are rows for all of them
+            self._seat(place)  # there are rows for all
         self._copies = copies
         self.empty = not any(map(any, self._ranks.values()))
 
@@ -324,13 +323,13 @@ class PairStack:
             for a, b, scale in factors:
                 rank = a.shape[0]
                 A[first : first + rank].copy_(a)
-                wide = b.t().to(torch.promote_types(b.dtype, self.products))  # else the product is rounded as B is kept
+                wide = b.t().to(torch.promote_types(b.dtype, self.products))  # else the product would be rounded to B's dtype
                 torch.mul(wide, scale, out=B.numbers[second : second + rank])
                 first, second = first + rank, second + rank
 
 
 def _below(first: int, counts: Iterable[int]) -> Iterable[slice]:
-    """Spans of so many rows one below the other, from the row `first` on."""
+    """Consecutive spans of `counts` rows, from the row `first` on."""
     return (slice(start, stop) for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=first)))
 
 

@@ -1,7 +1,7 @@
-"""The inner half of an attention layer as one autograd function: q, k and v with their pairs, rotary positions, row attention.
+"""The inner half of an attention layer as one autograd function: q, k and v with their pairs, rotary positions, packed attention.
 
 Fusing saves casts, memory and hundreds of small operations a block, not formulas: the low-rank products are those of core/math
-over any FrozenBase, the attention is a kernel of core/fused/packed_attention.
+over any FrozenBase; kernels/choose chooses the attention kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lorakeet.kernels.tiled_weight import TritonRequest
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 HEAD_NORMS = ("q_norm", "k_norm")  # which some models have
-CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
+CACHES = ("row_cache", "cache", "past_key_values")  # settings with the keys of earlier tokens
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What q, k and v are multiplied with: three frozen weights, their biases, and the pairs, each on its tokens.
+    """The frozen weights of q, k and v, their biases, and the pairs, each on its tokens.
 
-    `norms` are those of the heads of q and k; none where the model has none.
+    `norms` are the norms of the heads of q and k; empty if the model has none.
     """
 
     bases: Sequence[FrozenBase]
@@ -65,7 +65,7 @@ class AttentionInputs:
 
     @property
     def kernels(self) -> TritonRequest | None:
-        """Triton's, where they are asked for."""
+        """The request for Triton kernels, if any."""
         return kernels_of(self.bases)
 
 
@@ -137,7 +137,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
 
 
 def rotated(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, kernels: TritonRequest | None = None) -> Tensor:
-    """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May be written over `states`."""
+    """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May overwrite `states`."""
     if (by := elementwise_ops(states, cos, sin, triton=kernels, width=2 * operators.LANES)) is not None:
         by.rotate_(states, cos, sin, back)
         return states
@@ -154,19 +154,19 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, ker
 
 
 def _laid(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """(tokens, heads, head) as (1, heads, tokens, head), without moving a number."""
+    """A view of (tokens, heads, head) as (1, heads, tokens, head)."""
     return states.to(dtype).transpose(0, 1)[None]
 
 
 class RotaryAttention(Replacement):
-    """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads, which the
-    model may norm before.
+    """Replaces an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads, which the
+    model may norm first.
 
-    Fused where rows lie end to end on a CPU, or on a card whose kernel takes them all at once, and q, k and v carry plain pairs,
-    or none; anything else is left to the original's own code.
+    It is fused for packed rows on a CPU, or on a GPU with a varlen kernel, if q, k and v have plain pairs or none; the original
+    code computes anything else.
     """
 
-    only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
+    only: Tensor | None = None  # (n,): the tokens whose results are read; the others get zeros
 
     def forward(
         self,
@@ -192,7 +192,7 @@ class RotaryAttention(Replacement):
     def _inputs(
         self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None, settings: dict[str, Any]
     ) -> tuple[AttentionInputs | None, list[Tensor]]:
-        """What the fused function works with, and A and B of each pair; None where it is not to be used."""
+        """The arguments of the fused function, and A and B of each pair; None if it cannot be used."""
         nothing: tuple[None, list[Tensor]] = None, []
         rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in CACHES)
         if rows is None or cached or mask is not None or turn is None or len(x) != 1:
@@ -200,8 +200,8 @@ class RotaryAttention(Replacement):
         head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
         if (
             turn[0].shape != (1, x.shape[1], head)
-            or self.looks_back_less(prefix + max(rows))
-            or self.drops
+            or self.exceeds_window(prefix + max(rows))
+            or self.has_dropout
         ):
             return nothing
         layers, norms = [getattr(self.original, name) for name in INPUTS], self.head_norms()
@@ -211,7 +211,7 @@ class RotaryAttention(Replacement):
         uses = [(share, pair, number) for number, layer in adapted for share, pair in layer.uses(x.shape[1])]
         if not uses or not all(pair.plain for _, pair, _ in uses):
             return nothing
-        uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens are neighbours: one part
+        uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens become neighbours: one part
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         heads, kv = (base.shape[0] // head for base in bases[:2])
         offsets = cast("RowOffsets | None", settings.get("row_offsets"))
@@ -225,30 +225,30 @@ class RotaryAttention(Replacement):
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 
     def head_norms(self) -> list[HeadNorm] | None:
-        """Those of q's and k's heads; none where the model has none, and None where these are more than FrozenRmsNorms."""
+        """The norms of q's and k's heads; empty if the model has none, None if they are not FrozenRmsNorms."""
         modules = [self.original._modules[name] for name in HEAD_NORMS if name in self.original._modules]
         head = cast(int, self.original.head_dim) if modules else 0
         found = [norm for norm in (_head_norm(module, head) for module in modules) if norm is not None]
         return found if len(found) == len(modules) in (0, len(HEAD_NORMS)) else None
 
     def windows(self) -> list[int]:
-        """The tokens that a query looks back at, where the layer or its model limits them."""
+        """The attention windows of the layer or its model, if any."""
         original = self.original
         limits = [getattr(holder, "sliding_window", None) for holder in (original, getattr(original, "config", None))]
         return [limit for limit in limits if isinstance(limit, int)]
 
-    def looks_back_less(self, tokens: int) -> bool:
-        """Whether a query of so many tokens does not see them all."""
+    def exceeds_window(self, tokens: int) -> bool:
+        """True if a query cannot see so many tokens."""
         return any(tokens > limit for limit in self.windows())
 
     @property
-    def drops(self) -> bool:
-        """Whether it leaves scores out by chance just now."""
+    def has_dropout(self) -> bool:
+        """True if attention dropout is active."""
         return bool(self.training and getattr(self.original, "attention_dropout", 0.0))
 
 
 def _head_norm(module: nn.Module | None, head: int) -> HeadNorm | None:
-    """The norm of heads of so many numbers, where FrozenRmsNorm stands for it and nobody listens to it."""
+    """The norm of heads of so many numbers, if a FrozenRmsNorm without hooks replaces it."""
     if type(module) is not FrozenRmsNorm or any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
         return None
     plain = not module.weight.requires_grad and module.weight.shape == (head,)
@@ -256,8 +256,9 @@ def _head_norm(module: nn.Module | None, head: int) -> HeadNorm | None:
 
 
 def _known(layer: nn.Module) -> bool:
-    """Whether the function can multiply with this layer: one that takes pairs, or nn.Linear. Divided batches of inference are for
-    the layers' own code, which stacks short shares (core/layers/linear)."""
+    """True if the fused function supports the layer: one that takes pairs, or nn.Linear. Divided batches of inference use the
+    layers' own code, which stacks short shares (core/layers/linear).
+    """
     if isinstance(layer, LoraLinear):
         return layer.selection.shares is None or torch.is_grad_enabled() or layer.training
     return type(layer) is nn.Linear and not layer.weight.requires_grad

@@ -1,9 +1,9 @@
-"""A whole decoder block for generation, in fewer operations than a model's own code asks for.
+"""A whole decoder block for generation, in fewer operations than a model's own code.
 
-        x ──┬── norm ── q, k, v ── rotation ── attention over the cache ── o ──+──┬── norm ── gated MLP ──+── y
-            └──────────────────────────────────────────────────────────────────┘  └───────────────────────┘
+    x ──┬── norm ── q, k, v ── rotation ── attention over the cache ── o ──+──┬── norm ── gated MLP ──+── y
+        └──────────────────────────────────────────────────────────────────┘  └───────────────────────┘
 
-Writing a token, a step is a few tokens wide: what the operations compute takes less time than to ask for them.
+When tokens are generated, a step is a few tokens wide: calling an operation takes longer than computing it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lorakeet.kernels.cpu.panels import Panels
 
 
 class DecodeCache(Protocol):
-    """The keys and values of earlier tokens, as models/generate/kv_cache keeps them."""
+    """The keys and values of earlier tokens, as models/generate/kv_cache stores them."""
 
     capacity: int
 
     new_tokens: NewTokens
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (slots, kv heads, capacity, d) of a layer, whose new ones are like these (·, kv heads, d)."""
+        """Keys and values (slots, kv heads, capacity, d) of a layer; `key` and `value` (·, kv heads, d) show dtype and shape."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
@@ -40,10 +40,10 @@ class DecodeCache(Protocol):
 
 
 class DecodeBlock(BlockReplacement):
-    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
+    """Replaces a decoder block of two norms, attention and gated MLP whose parts are fused already.
 
-    Used where no gradient is asked for and earlier tokens are in a cache; anything else is left to the original's own code. Parts
-    within are not called one by one, so that hooks on them hear nothing.
+    It is used without gradients, with earlier tokens in a cache; the original code computes anything else. The parts within are
+    not called one by one, so that hooks on them do not run.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -81,7 +81,7 @@ class DecodeBlock(BlockReplacement):
         return x.add_(down(activation(gate).mul_(up)))[None]
 
     def _native(self, x: Tensor) -> Block | None:
-        """The block as the native library computes it, where it may."""
+        """The C block, if C can compute it."""
         layers = self._layers
         if x.dtype != torch.bfloat16 or not x.is_cpu or type(x) is not Tensor or not operators.in_use():
             return None
@@ -89,22 +89,22 @@ class DecodeBlock(BlockReplacement):
             return None
         orders = [layer.base.order for layer in layers if isinstance(layer.base, ReorderedBase)]
         moved = self._block is not None and self._block.moved
-        if moved or self._orders != orders:  # which a base changes that is given another weight
+        if moved or self._orders != orders:  # changes when a base is given another weight
             self._orders, self._block = orders, self._laid_out(orders)
         return self._block
 
     def _pairs(self, x: Tensor) -> BlockPairs | None:
-        """The pairs that x (tokens, hidden) has here; None where some are more than A and B, or there is no pairs.c for them."""
+        """The pairs of x (tokens, hidden) here; None if some are special, or if C does not compute them."""
         selection = self._layers[0].selection
         if selection.shares is None:
             return NO_PAIRS if selection.active is None else None
-        to, changes = selection.arranged(len(x), x.device), selection.changes
+        to, changes = selection.assignment(len(x), x.device), selection.changes
         last = self._lookup
         if last.to is not to or last.changes != changes:
-            last = self._lookup = _Lookup(self._looked_up(len(x), x.device), to, changes)
+            last = self._lookup = _Lookup(self._prepared_pairs(len(x), x.device), to, changes)
         return last.pairs
 
-    def _looked_up(self, tokens: int, device: torch.device) -> BlockPairs | None:
+    def _prepared_pairs(self, tokens: int, device: torch.device) -> BlockPairs | None:
         numbers: list[int | None] = []
         shares = None
         for group in self._groups:
@@ -133,7 +133,7 @@ class DecodeBlock(BlockReplacement):
         return len(x) == 1 and turn[0].shape == (1, x.shape[1], head) and (self._limit is None or cache.capacity <= self._limit)
 
     def _attention(self, x: Tensor, cache: DecodeCache, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (tokens, hidden), after the norm, to what attention adds."""
+        """x (tokens, hidden), after the norm, to the output of attention."""
         own = self._parts[0]
         q, k, v = self._inward(x)
         both = rotated(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
@@ -145,18 +145,18 @@ class DecodeBlock(BlockReplacement):
 
 
 class _Lookup:
-    """The pairs of a division of the batch, after so many changes of adapters."""
+    """The pairs of an assignment, after so many changes of adapters."""
 
     def __init__(self, pairs: BlockPairs | None = None, to: BatchAssignment | None = None, changes: int = -1) -> None:
         self.pairs, self.to, self.changes = pairs, to, changes
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Lookup:
-        """For another block, which looks its own up."""
+        """A new one: another block looks up its own."""
         return _Lookup()
 
 
 class _SameInput:
-    """Layers that see the same x."""
+    """Layers with the same input."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = tuple(layers)
@@ -164,7 +164,7 @@ class _SameInput:
         self._shared = SharedInput() if len(self._adapted) == len(layers) else None
 
     def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[BatchAssignment, PairCopies]:
-        """As SharedInput.prepared; all of the layers can be adapted."""
+        """SharedInput.prepared for layers that can all be adapted."""
         return cast(SharedInput, self._shared).prepared(self._adapted, tokens, products, device)
 
     def __call__(self, x: Tensor) -> list[Tensor]:

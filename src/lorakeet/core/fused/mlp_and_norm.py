@@ -1,7 +1,7 @@
-"""Two pieces of a transformer block as one autograd function each: the gated MLP with its three pairs, and RMSNorm.
+"""The gated MLP with its three pairs, and RMSNorm, as one autograd function each.
 
-Fusing saves casts and memory, not formulas: the low-rank products are those of core/math, over any FrozenBase. A GatedMlp keeps
-x, the gate and the up projection; the activation and its product are computed again in the backward pass.
+Fusing saves casts and memory, not formulas: the low-rank products are those of core/math, over any FrozenBase. A GatedMlp saves
+x, the gate and the up projection; the backward pass recomputes the activation and its product.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Activation:
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
-    native: bool = False  # whether kernels/cpu has it
+    native: bool = False  # whether C and Triton kernels have it
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
@@ -52,9 +52,9 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Projections:
-    """What a gated MLP multiplies with: three frozen weights, φ, the dtype of the products, and which tokens use which pairs.
+    """The frozen weights of a gated MLP, φ, the dtype of the products, and the pairs on their tokens.
 
-    `into` are the pairs of gate and up, `out_of` those of down; tokens in none of their parts use the bare base.
+    `into` are the pairs of gate and up, `out_of` those of down; other tokens use the bare base.
     """
 
     gate: FrozenBase
@@ -67,22 +67,22 @@ class Projections:
 
     @property
     def kernels(self) -> TritonRequest | None:
-        """Triton's, where they are asked for."""
+        """The request for Triton kernels, if any."""
         return kernels_of((self.gate, self.up, self.down))
 
 
 @dataclass(frozen=True)
 class NormInputs:
-    """How y = w ∘ (x·ρ) came about. What is multiplied with y may keep x and ρ, which are kept anyway, and make y again."""
+    """The inputs of y = w ∘ (x·ρ). What is multiplied with y can save x and ρ, which are saved anyway, and recompute y."""
 
     x: Tensor
     rho: Tensor
     weight: Tensor
-    version: int = 0  # of y, when this was noted: what was changed in place since is another y
+    version: int = 0  # of y at that time: after a change in place y is another tensor
 
     @staticmethod
     def of(y: Tensor) -> NormInputs | None:
-        """What a FrozenRmsNorm noted on its result, its rows end to end; None for any other tensor."""
+        """The inputs that a FrozenRmsNorm noted on its result, flattened to rows; None for any other tensor."""
         found = cast("NormInputs | None", getattr(y, _NOTE, None))
         if found is None or found.version != y._version:
             return None
@@ -90,12 +90,12 @@ class NormInputs:
 
 
 def saved_for(y: Tensor, made_of: NormInputs | None) -> tuple[Tensor, ...]:
-    """What to save of `y` for the backward pass: itself, or what it was normed from."""
+    """The tensors to save for the backward pass: `y` itself, or the inputs of its norm."""
     return (y,) if made_of is None else (made_of.x, made_of.rho, made_of.weight)
 
 
 def recomputed(kept: Sequence[Tensor], kernels: TritonRequest | None = None) -> Tensor:
-    """y, to the last bit, from what `saved_for` gave; `kernels`: what its norm was asked to use."""
+    """Recomputes y, to the last bit, from the tensors of `saved_for`; `kernels`: the request of its norm."""
     if len(kept) == 1:
         return kept[0]
     x, rho, weight = kept
@@ -105,7 +105,7 @@ def recomputed(kept: Sequence[Tensor], kernels: TritonRequest | None = None) -> 
 
 
 _NOTE = "lorakeet_normed"
-COLUMNS = 2048  # of the inner width, at once
+COLUMNS = 2048  # columns of the inner width at once
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -160,12 +160,12 @@ class GatedMlpFunction(torch.autograd.Function):
 
 
 def _factors_of(p: Projections, factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """A and B of the pairs of gate and up, and of those of down."""
+    """The factors of the pairs of gate and up, and of down."""
     return factors[: 2 * len(p.into.places)], factors[2 * len(p.into.places) :]
 
 
 def kernels_of(bases: Iterable[FrozenBase]) -> TritonRequest | None:
-    """Triton's kernels, where one of the weights is asked to use them."""
+    """The request for Triton kernels of the first weight that has one."""
     found = (cast("TritonRequest | None", getattr(base, "kernels", None)) for base in bases)
     return next((kernels for kernels in found if kernels is not None), None)
 
@@ -180,32 +180,32 @@ def _gated(p: Projections, gate: Tensor, up: Tensor) -> Tensor:
 def _gated_backward(
     p: Projections, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, who see h. Overwrites what it is given."""
+    """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, whose input is h. Overwrites its arguments."""
     if p.activation.native and (by := elementwise_ops(gate, up, grad, triton=p.kernels)) is not None:
         by.gated_backward_(gate, up, grad)
-        torch.autograd.graph.increment_version([gate, up, grad])  # so that another backward pass through them is refused
+        torch.autograd.graph.increment_version([gate, up, grad])  # so that a second backward pass through them raises
         return gate, up, p.out_of.of_a(through, grad, factors)
     active = p.activation.forward(gate)
     parts = zip(p.out_of.parts, through, strict=True)
-    of_a = p.out_of.parted([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
+    of_a = p.out_of.split([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
     grad_gate = p.activation.backward(up.mul_(grad), gate)
     return grad_gate, active.mul_(grad), of_a
 
 
 def _times_product(left: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """left (rank, tokens) · (one ∘ other) (tokens, width) to (rank, width); one ∘ other is never whole."""
+    """left (rank, tokens) · (one ∘ other) (tokens, width) to (rank, width), without forming one ∘ other."""
     parts = zip(torch.split(one, COLUMNS, dim=1), torch.split(other, COLUMNS, dim=1), strict=True)
     return torch.cat([torch.mm(left, a * b) for a, b in parts], dim=1)
 
 
 class GatedMlp(Replacement):
-    """Stands for an MLP of transformers with gate_proj, up_proj, down_proj.
+    """Replaces an MLP of transformers with gate_proj, up_proj, down_proj.
 
-    Fused where all three carry plain pairs of the same adapters, and in training where none carries anything; anything else is
-    left to the original's own code.
+    It is fused if all three layers have plain pairs of the same adapters, and in training also without any; the original code
+    computes anything else.
     """
 
-    only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
+    only: Tensor | None = None  # (n,): the tokens whose results are read; the others get zeros
 
     def __init__(self, original: nn.Module, activation: str) -> None:
         super().__init__(original)
@@ -221,7 +221,7 @@ class GatedMlp(Replacement):
         flat = x.reshape(-1, x.shape[-1])
         layers = [getattr(self.original, name) for name in MLP]
         divided = any(isinstance(layer, LoraLinear) and layer.selection.shares is not None for layer in layers)
-        if divided and not (torch.is_grad_enabled() or self.training):  # the layers by themselves stack short shares
+        if divided and not (torch.is_grad_enabled() or self.training):  # the layers themselves stack short shares
             return cast(Tensor, self.original(x))
         uses = shared_uses(layers, len(flat))
         bases = [cast(LoraLinear, layer).base for layer in layers] if uses else _frozen_bases(layers, flat)
@@ -231,7 +231,7 @@ class GatedMlp(Replacement):
         products = cast("torch.dtype | None", getattr(layers[0], "products", None)) or x.dtype
         into = [(share, pair, layer) for share, *pairs in uses for layer, pair in enumerate(pairs[:2])]
         out_of = [(share, pair, 0) for share, *_, pair in uses]
-        out = pair_products(out_of, products, in_c=self.activation.native)  # who would want φ(g) ∘ u whole
+        out = pair_products(out_of, products, in_c=self.activation.native)  # C would need all of φ(g) ∘ u
         projections = Projections(gate, up, down, self.activation, products, pair_products(into, products), out)
         factors = [factor for _, pair, _ in (*into, *out_of) for factor in pair.factors()]
         y = cast(Tensor, GatedMlpFunction.apply(flat, projections, NormInputs.of(x), *factors))  # type: ignore[no-untyped-call]
@@ -239,28 +239,28 @@ class GatedMlp(Replacement):
 
 
 def pair_products(uses: Sequence[tuple[Share, LoraPair, int]], products: torch.dtype, *, in_c: bool = True) -> PairProducts:
-    """The products of pairs, each on the tokens of its share, that add to the layers of these numbers."""
+    """The products of pairs, each on the tokens of its share, that add to the layers with these indices."""
     places = [PairSpan(share.start, share.stop, share.weight * pair.scale, layer) for share, pair, layer in uses]
     return PairProducts(places, products, in_c=in_c)
 
 
 def scattered(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
-    """(n, hidden) at `places` (n,), each named once, of the tokens of a tensor of `shape` (…, hidden), and zeros elsewhere."""
+    """(n, hidden) at the tokens `places` (n,), without repeats, of a tensor of `shape` (…, hidden), and zeros elsewhere."""
     return found.new_zeros(shape).flatten(0, -2).index_copy(0, places, found).view(shape)
 
 
 def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
-    """The weights of layers that only hand gradients on, each dense or packed; empty where there is nothing to save by that.
+    """The weights of layers that only pass gradients through, each dense or packed; empty if fusing saves nothing.
 
-    The layers' own code keeps what the activation gives beside what it was given. It also rounds that, where the native gate does
-    not, and multiplies by oneDNN: where C serves there is one way, with gradients and without, since a streamed block goes both.
+    The layers' own code saves the activation's result beside its input. It also rounds that, which the C gate does not, and
+    multiplies by oneDNN: where C computes there is one way, with and without gradients, since a streamed block goes both.
     """
     if not (operators.supports(x) or (torch.is_grad_enabled() and x.requires_grad)):
         return []
     if any(getattr(layer, "bias", None) is not None for layer in layers):
         return []
     if any(getattr(layer, "products", None) not in (None, x.dtype) for layer in layers):
-        return []  # whose own code rounds between two products, without gradients and so in a streamed forward pass too
+        return []  # their own code rounds between two products, also in a streamed forward pass
     if all(type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.dtype == x.dtype for layer in layers):
         return [dense_base_of(layer, "linear") for layer in layers]
     packed = [None if isinstance(layer, LoraLinear) else getattr(layer, "base", None) for layer in layers]
@@ -268,10 +268,7 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
 
 
 def shared_uses(layers: Sequence[nn.Module], tokens: int, *, biased: int = 0) -> list[tuple[Any, ...]]:
-    """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares.
-
-    The first `biased` layers may have a bias.
-    """
+    """Each share of a batch with its pair on each layer; empty unless all layers have plain pairs for the same shares."""
     uses = [_plain_uses(layer, tokens, biased=number < biased) for number, layer in enumerate(layers)]
     if not all(uses):
         return []
@@ -282,7 +279,7 @@ def shared_uses(layers: Sequence[nn.Module], tokens: int, *, biased: int = 0) ->
 
 
 def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Share, LoraPair]]:
-    """Which tokens use which pair of a layer; empty where one of them is more than A and B, or the layer has a bias."""
+    """Which tokens use which pair of a layer; empty if a pair is special, or the layer has a bias."""
     if not isinstance(layer, LoraLinear) or (layer.bias is not None and not biased):
         return []
     uses = layer.uses(tokens)
@@ -290,7 +287,7 @@ def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Sh
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest | None = None) -> tuple[Tensor, Tensor]:
-    """y and ρ (…, 1), as RmsNormFunction has them, of x (…, width)."""
+    """y and ρ (…, 1) of RmsNormFunction, for x (…, width)."""
     if (by := elementwise_ops(x, weight, triton=kernels, by_rows=True)) is not None:
         return by.norm(x, weight, epsilon)
     wide = x.float()
@@ -299,7 +296,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest |
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: TritonRequest | None = None) -> Tensor:
-    """∂x of it, in the dtype of x."""
+    """∂x of RmsNormFunction, in the dtype of x."""
     if (by := elementwise_ops(x, weight, grad, triton=kernels, by_rows=True)) is not None:
         return by.norm_backward(grad, x, rho, weight)
     scaled = grad.float() * weight.float()
@@ -327,9 +324,9 @@ class RmsNormFunction(torch.autograd.Function):
 
 
 class FrozenRmsNorm(Replacement):
-    """Stands for a frozen RMSNorm with `weight` and `variance_epsilon`."""
+    """Replaces a frozen RMSNorm with `weight` and `variance_epsilon`."""
 
-    kernels: TritonRequest | None = None  # Triton's, where they are asked for
+    kernels: TritonRequest | None = None  # a request for Triton kernels
 
     @property
     def weight(self) -> Tensor:

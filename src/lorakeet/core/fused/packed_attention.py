@@ -1,12 +1,12 @@
-"""Causal attention of rows laid end to end on a CPU: by Lorakeet's own kernel, in narrow matrix products, or by torch's kernel.
+"""Causal attention of packed rows on a CPU in torch: batched products of a narrow dtype, or torch's flash kernel in fp32.
 
-Each row attends to itself alone, and to a prefix that stands once before all rows if they share one: `rows` are the lengths
-behind it. Tokens behind the last row are filler and get zeros. Grouped queries: head h = kv·G + g attends to key head kv. Shapes
-throughout: query (1, kv·G, tokens, d), key and value (1, kv, tokens, d), result (1, tokens, kv·G, d), as transformers has them.
-Rows go through together in blocks of equal shape (core/fused/packed_blocks).
+Each row attends to itself alone, and to a prefix before all rows if they share one: `rows` are the lengths after it. Tokens after
+the last row are padding and get zeros. Grouped queries: head h = kv·G + g attends to key head kv. Shapes throughout: query
+(1, kv·G, tokens, d), key and value (1, kv, tokens, d), result (1, tokens, kv·G, d), as transformers has them. Rows are computed
+together in blocks of equal shape (core/fused/packed_blocks).
 
-Where bf16 products are the faster ones (core/precision), Lorakeet's own kernel (kernels/cpu) is faster than torch's products, and
-these are than torch's kernel, which runs its backward at fp32's rate whatever it is given (measured: docs/log.md).
+Where bf16 products are the faster ones (core/precision), C (kernels/cpu/attention) is faster than torch's products, and these are
+faster than torch's flash kernel, whose backward pass runs at fp32's rate for any dtype (measured: docs/log.md).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lorakeet.core.fused.packed_blocks import Indexed, QueryBlocks, blocks_of_qu
 from lorakeet.kernels.choose import BATCHED_ROWS, CPU_FLASH_ROWS, packed_rows
 from lorakeet.kernels.protocol import Kernel, PackedAttention
 
-QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
-KEPT_KEYS = 128  # up to so many P is kept: no more bytes a token than a gated MLP keeps, and 4 % of a training step (docs/log.md)
-SCORES = 1 << 21  # scores (of all heads, of all blocks taken together) that exist at once, unless one block has more
-TOKENS = 1 << 12  # tokens of rows, each with its prefix, that the flash kernel is given at once, unless one row has more
+QUERIES = 256  # queries of a row whose scores exist at once, for any length of the row
+KEPT_KEYS = 128  # up to so many keys P is saved: bytes of a gated MLP at most, and 4 % of a training step (docs/log.md)
+SCORES = 1 << 21  # scores (of all heads and blocks in one product) that exist at once, unless one block has more
+TOKENS = 1 << 12  # tokens of rows, each with its prefix, in one call of the flash kernel, unless one row has more
 
 
 def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they are multiplied
@@ -42,7 +42,7 @@ def kernel_of(chosen: Kernel) -> Any:
 
 
 class CausalRows(torch.autograd.Function):
-    """Row attention by a kernel, which says what it keeps for the backward pass beside Q, K and V."""
+    """Packed attention by a kernel (kernels/protocol.PackedAttention), which also says what to save beside Q, K and V."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: PackedAttention) -> Tensor:
@@ -59,14 +59,14 @@ class CausalRows(torch.autograd.Function):
 
 
 class ProductRows:
-    """Attention written out in batched products of the states' own (narrow) dtype. Keeps Q, K, V, and few P.
+    """Attention as batched products in the states' own (narrow) dtype. Saves Q, K, V, and P of short rows.
 
     With S = s·Q·Kᵀ + mask, P = softmax(S), O = P·V and ∂O given:
 
         ∂V = Pᵀ·∂O      ∂P = ∂O·Vᵀ      ∂S = P ∘ (∂P − rowsum(P ∘ ∂P))      ∂Q = s·∂S·K      ∂K = s·∂Sᵀ·Q
 
-    The queries of a group of heads stand one below the other, (kv, G·n, d), so that K and V are never repeated and ∂K, ∂V are
-    summed over the group by the product itself. P of more than `KEPT_KEYS` keys is computed again backward.
+    The queries of a group of heads are stacked, (kv, G·n, d), so that K and V are never repeated, and the product itself sums ∂K
+    and ∂V over the group. The backward pass recomputes P of more than `KEPT_KEYS` keys.
     """
 
     def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0) -> None:
@@ -94,7 +94,7 @@ class ProductRows:
         grad_q, grad_k, grad_v = (
             torch.zeros(states.shape[2], states.shape[1], states.shape[3], dtype=dtype, device=states.device)
             for states, dtype in ((query, query.dtype), (key, torch.float32), (value, torch.float32))
-        )  # (tokens, heads, d); a prefix's and a long row's keys are met by several blocks, whose parts are added in fp32
+        )  # (tokens, heads, d); several blocks share the keys of a prefix or a long row, whose parts are summed in fp32
         held = iter(kept)
         for laid in self.laid:
             q, k, v = laid.queries_of(query), laid.keys_of(key), laid.keys_of(value)
@@ -112,7 +112,7 @@ class ProductRows:
 
 
 class _Laid:
-    """Blocks of equal shape as batched products take them: a block's queries as (·, G·width, d), its keys as (·, keys, d)."""
+    """Blocks of equal shape for batched products: a block's queries as (·, G·width, d), its keys as (·, keys, d)."""
 
     def __init__(self, blocks: QueryBlocks, kv: int, device: torch.device) -> None:
         self.offset, self.kv = blocks.offset, kv
@@ -120,7 +120,7 @@ class _Laid:
         self.keeps_weights = self.keys.shape[1] <= KEPT_KEYS
 
     def queries_of(self, states: Tensor, *, blank: bool = False) -> Tensor:
-        """(1, kv·G, tokens, d) as (blocks·kv, G·width, d); what is not a block's own is blanked on demand."""
+        """(1, kv·G, tokens, d) as (blocks·kv, G·width, d); with `blank`, padding is zeroed."""
         return _by_key_head(self.queries.of(states, states.dtype, blank=blank), self.kv)
 
     def keys_of(self, states: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class _Laid:
     def softmax(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """softmax(scale·q·kᵀ + mask) in q's dtype, of q (·, G·b, d) and k (·, c, d); torch sums in fp32 and rounds once.
 
-        Keys that only fill a block up stand behind every real query, so the causal mask hides them too.
+        Padding keys come after every real query, so the causal mask hides them too.
         """
         width = self.queries.shape[1]
         mask = torch.full((width, k.shape[1]), float("-inf"), dtype=q.dtype, device=q.device).triu_(self.offset + 1)
@@ -158,10 +158,10 @@ def _by_token(found: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class CpuFlashRows:
-    """Attention by torch's CPU flash kernel in fp32, rows of nearly equal length at once.
+    """Attention by torch's CPU flash kernel in fp32, rows of nearly equal length together.
 
-    Keeps O in its own dtype and the log-sums beside Q, K, V. For the time of a call K and V are repeated for each head of a
-    group, whose ∂K and ∂V are then summed, and a prefix for each row, whose gradients are.
+    Saves O in its own dtype and the log-sums beside Q, K, V. During a call K and V are repeated for each head of a group, whose
+    ∂K and ∂V are then summed, and a prefix for each row, whose gradients are.
     """
 
     def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0) -> None:
@@ -186,7 +186,7 @@ class CpuFlashRows:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V, fp32."""
         groups, d = query.shape[1] // key.shape[1], query.shape[3]
-        grads: list[Tensor] = []  # (tokens, heads, d), made when the first kernel's inputs are gone
+        grads: list[Tensor] = []  # (tokens, heads, d), allocated when the first kernel's inputs are freed
         for places, logsumexp in zip(self.places, logsumexps, strict=True):
             of_q, *found = self._kernel_backward(places, grad, (query, key, value), result, logsumexp)
             found = [states.view(*states.shape[:2], -1, groups, d).sum(3) if groups > 1 else states for states in found]
@@ -219,7 +219,7 @@ class CpuFlashRows:
 
 
 def _heads_of(places: Indexed, states: Tensor, times: int) -> Tensor:
-    """Rows of states (1, heads, tokens, d) as (rows, heads·times, width, d), each head as often as said, in fp32."""
+    """Rows of states (1, heads, tokens, d) as (rows, heads·times, width, d), each head repeated, in fp32."""
     found = places.of(states, states.dtype).unsqueeze(3).expand(-1, -1, -1, times, -1)
     return found.to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
 

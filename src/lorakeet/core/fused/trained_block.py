@@ -1,11 +1,10 @@
-"""A whole decoder block with pairs as one autograd function, where the C library computes all of it.
+"""A whole decoder block with pairs as one autograd function, computed in one call of C.
 
-        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gated MLP ──+── y
-            └───────────────────────────────────────────────────┘  └───────────────────────┘
+    x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gated MLP ──+── y
+        └───────────────────────────────────────────────────┘  └───────────────────────┘
 
-A step of a small model asks for so many operations that a sixth of its time goes by between them. The numbers are those of the
-fused parts (core/fused/mlp_and_norm, core/fused/attention) to the last bit; where anything is asked that this does not know,
-these compute.
+A step of a small model has so many operations that a sixth of its time passes between them. The numbers equal those of the fused
+parts (core/fused/mlp_and_norm, core/fused/attention) to the last bit; the parts compute what C does not support.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from lorakeet.kernels.cpu.workspace import WORKSPACES
 
 
 class TrainedBlockFunction(torch.autograd.Function):
-    """y of a block of x (1, tokens, hidden); in the backward pass ∂x and, for each pair, ∂A and ∂B, by the formulas of the parts.
+    """y of a block of x (1, tokens, hidden); the backward pass gives ∂x and, for each pair, ∂A and ∂B, by the formulas of the
+    parts.
 
-    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as kernels/cpu/trained_block.BlockCall has them,
-    and
-    holds them: torch would take a twentieth of a millisecond to note fourteen of them down, and as long to look for them again.
+    It saves what the parts save, in one tensor, beside x. `factors` are A and B as in kernels/cpu/trained_block.BlockCall, which
+    keeps them: saving fourteen tensors takes torch a twentieth of a millisecond, and reading them as long.
     """
 
     @staticmethod
@@ -56,7 +55,7 @@ class TrainedBlockFunction(torch.autograd.Function):
             raise RuntimeError("A or B of a pair was written to between the two passes of a block, whose gradients want both.")
         grad = grad[0].to(x.dtype).contiguous()
         grad_x, found = ctx.call.backward(x[0], cos, sin, kept, grad, wants_x=ctx.needs_input_grad[0])
-        torch.autograd.graph.increment_version(kept)  # so that another backward pass through it is refused
+        torch.autograd.graph.increment_version(kept)  # so that a second backward pass through it raises
         of_factors = [
             each if factor.dtype == each.dtype else each.to(factor.dtype) for each, factor in zip(found, factors, strict=True)
         ]
@@ -64,29 +63,29 @@ class TrainedBlockFunction(torch.autograd.Function):
 
 
 class CachedCall(NamedTuple):
-    """What C was last told of a block: addresses, which are valid as long as a look sees what was `noted`. It holds no tensor."""
+    """The last arguments of C for a block: addresses, valid as long as the `fingerprint` matches. It keeps no tensor alive."""
 
     noted: Fingerprint
     weights: Any
-    states: tuple[int, int, int]  # heads of queries, of keys, and numbers of each
+    states: tuple[int, int, int]  # heads of queries and of keys, and numbers of a head
     shares: tuple[Share, ...]
     tokens: int
     pairs: Pairs  # of these shares of so many tokens
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters."""
+        """The names of the adapters."""
         return tuple([share.name for share in self.shares])
 
     def of(self, seen: BlockArguments, shares: tuple[Share, ...], tokens: int) -> CachedCall:
-        """The same for other rows of the same adapters."""
+        """The call for other rows of the same adapters."""
         weights = [share.weight for share in shares for _ in range(len(seen.scales) // len(shares))]
         scales = [weight * scale for weight, scale in zip(weights, seen.scales, strict=True)]
         return self._replace(shares=shares, tokens=tokens, pairs=Pairs(seen.factors, _spans(shares), scales, tokens))
 
 
 class _Memory:
-    """Of a block, with `before` if it has been asked; a copy of it, and one that is read back, remember nothing."""
+    """The cached call of a block, if any; copies and unpickled ones are empty."""
 
     before: CachedCall | None = None
 
@@ -95,11 +94,11 @@ class _Memory:
 
 
 class TrainedBlock(BlockReplacement):
-    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
+    """Replaces a decoder block of two norms, attention and gated MLP whose parts are fused already.
 
-    Used where rows lie end to end in bf16, and all seven layers have plain pairs for the same tokens, with gradients and without,
-    over weights that the library reads, dense or packed (kernels/cpu/stored). Anything else is left to the original's own code
-    and its parts, and so is a block one of whose parts somebody listens to.
+    It is used for packed rows in bf16, if all seven layers have plain pairs for the same tokens, with and without gradients, over
+    weights that C reads, dense or packed (kernels/cpu/stored). The original code and its parts compute anything else, and blocks
+    with hooks on a part.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -107,22 +106,22 @@ class TrainedBlock(BlockReplacement):
         self.memory = _Memory()
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
-        asked = None
+        prepared = None
         if not args and self._suits(hidden_states, settings):
             given = hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
-            asked = self._as_before(*given) or self._noted(*given)
-        if asked is None:
+            prepared = self._cached(*given) or self._prepared_and_cached(*given)
+        if prepared is None:
             if not torch.is_grad_enabled() and not WORKSPACES.taken:
-                WORKSPACES.release()  # this is no pass that takes any, and holds memory of its own
+                WORKSPACES.release()  # this pass needs none, and has memory of its own
             return self.original(hidden_states, *args, **settings)
-        call, factors = asked
+        call, factors = prepared
         cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
         if not torch.is_grad_enabled():
             return call.forward(hidden_states[0], cos, sin, alone=True)[0][None]
         return TrainedBlockFunction.apply(hidden_states, cos, sin, call, *factors)  # type: ignore[no-untyped-call]
 
     def _suits(self, x: Tensor, settings: dict[str, Any]) -> bool:
-        """Whether the block is asked for what the function computes: rows end to end, in bf16, for the native kernels."""
+        """True for packed rows in bf16 that C computes."""
         rows, turn = settings.get("row_lengths"), settings.get("position_embeddings")
         if rows is None or turn is None or any(settings.get(name) is not None for name in ("attention_mask", *CACHES)):
             return False
@@ -134,10 +133,10 @@ class TrainedBlock(BlockReplacement):
         products, prefix = settings.get("row_products") or torch.float32, settings.get("row_prefix", 0)
         kernel = packed_rows(x, products, 1, 1, head, rows, prefix)
         whole = all(part.shape == (1, x.shape[1], head) for part in turn)
-        return kernel is C_ROWS and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
+        return kernel is C_ROWS and whole and not torch._C._len_torch_dispatch_stack()  # as when operations are counted
 
-    def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
-        """What `_asked` would answer, where all that it depends on is as it was when it was last asked; else None."""
+    def _cached(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+        """The call from the cache, if nothing that it depends on has changed; else None."""
         before, tokens, block = self.memory.before, x.shape[1], self._modules["original"]
         selection = None if before is None else selection_in(block)
         if before is None or selection is None:
@@ -146,39 +145,39 @@ class TrainedBlock(BlockReplacement):
         if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
             return None
         seen = block_arguments(block, before.names, x)
-        if seen is None or not before.noted.same(seen) or seen.attention.looks_back_less(prefix + max(rows)):
+        if seen is None or not before.noted.same(seen) or seen.attention.exceeds_window(prefix + max(rows)):
             return None
         if shares != before.shares or tokens != before.tokens:
             self.memory.before = before = before.of(seen, shares, tokens)
         shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
-        return BlockCall(before.weights, shape, before.pairs, seen.factors, seen.held), seen.factors
+        return BlockCall(before.weights, shape, before.pairs, seen.factors, seen.owners), seen.factors
 
-    def _noted(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
-        """What `_asked` answers, which is remembered if it depends on nothing but what a look sees.
+    def _prepared_and_cached(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+        """Prepares the call, and caches it if it depends only on what the fingerprint covers.
 
-        The look is taken first: what changes behind it, in another thread, is seen by the next one.
+        The arguments are read first: a later change, in another thread, is then seen by the next call.
         """
         selection, tokens = selection_in(self._modules["original"]), x.shape[1]
         shares = () if selection is None else selection.all_shares(tokens)
         seen = block_arguments(self._modules["original"], [share.name for share in shares], x)
-        asked = self._asked(x, rows, prefix)
-        if asked is None or seen is None or len(seen.factors) != len(asked[1]):  # where some shares have no pair here
-            return asked
-        if all(one is other for one, other in zip(seen.factors, asked[1], strict=True)):
-            call, shape = asked[0], asked[0].shape
+        prepared = self._prepared(x, rows, prefix)
+        if prepared is None or seen is None or len(seen.factors) != len(prepared[1]):  # some shares have no pair here
+            return prepared
+        if all(one is other for one, other in zip(seen.factors, prepared[1], strict=True)):
+            call, shape = prepared[0], prepared[0].shape
             states = shape.heads, shape.kv, shape.d
             self.memory.before = CachedCall(Fingerprint(seen), call.weights, states, shares, tokens, call.pairs)
-        return asked
+        return prepared
 
-    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
-        """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
+    def _prepared(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+        """Prepares the call, and A and B of all pairs; None if the block's parts must compute."""
         parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
         if parts is None:
             return None
         first, attention, second, mlp = parts
         own: Any = attention.original
-        held, inner = own._modules, mlp.original._modules  # the plain dicts: 30 blocks are asked in every pass
-        layers = [*(held[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
+        owners, inner = own._modules, mlp.original._modules  # plain dicts: 30 blocks need this in every pass
+        layers = [*(owners[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
         weights = _weights_of((first, second), attention, layers, x)
         uses = [] if weights is None else shared_uses(layers, tokens, biased=len(INPUTS))
         pairs = [pair for _, *of_layers in uses for pair in of_layers]
@@ -196,21 +195,21 @@ class TrainedBlock(BlockReplacement):
         scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
         heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        held = [*weights.held(), *(factor.detach() for factor in factors)]
-        return BlockCall(weights.as_struct(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
+        owners = [*weights.owners(), *(factor.detach() for factor in factors)]
+        return BlockCall(weights.as_struct(), shape, Pairs(factors, spans, scales, tokens), factors, owners), factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
-        """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
+        """The block's parts, if all are fused, compute every token, see so many keys, and have no hooks."""
         block = self.original
-        held = [block._modules[name] for name in BLOCK_PARTS]
-        first, attention, second, mlp = held
+        owners = [block._modules[name] for name in BLOCK_PARTS]
+        first, attention, second, mlp = owners
         if type(first) is not FrozenRmsNorm or type(second) is not FrozenRmsNorm:
             return None
         if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.native:
             return None
-        if attention.only is not None or mlp.only is not None or attention.drops or attention.looks_back_less(keys):
+        if attention.only is not None or mlp.only is not None or attention.has_dropout or attention.exceeds_window(keys):
             return None
-        heard = (block, *held, attention.original.o_proj)
+        heard = (block, *owners, attention.original.o_proj)
         again = getattr(block, "gradient_checkpointing", False)
         if again or any(getattr(module, hooks) for module in heard for hooks in HOOKS):
             return None
@@ -218,14 +217,14 @@ class TrainedBlock(BlockReplacement):
 
 
 def _readable(*states: Tensor) -> bool:
-    """Whether C can read them, in numbers and not as shapes alone."""
+    """True if C can read the states' numbers, not only their shapes."""
     return all(type(each) in operators.READ for each in states) and operators.supports(*states)
 
 
 def _weights_of(
     norms: tuple[FrozenRmsNorm, FrozenRmsNorm], attention: RotaryAttention, layers: Sequence[nn.Module], x: Tensor
 ) -> Weights | None:
-    """The frozen numbers of a block; None where some are none that C reads."""
+    """The frozen weights of a block; None if C cannot read them all."""
     stored_of = [found for found in (_stored(layer, x) for layer in layers) if found is not None]
     heads = attention.head_norms()
     if heads is None or len(stored_of) < len(layers):
@@ -244,12 +243,12 @@ def _weights_of(
 
 
 def _is_bias(bias: Tensor, weight: StoredWeight) -> bool:
-    """Whether C can add it to what the weight gives; one that is trained is for autograd."""
+    """True if C can add the bias; autograd needs one that is trained."""
     return not bias.requires_grad and bias.shape == (weight.out,) and _readable(bias)
 
 
 def _stored(layer: nn.Module, x: Tensor) -> StoredWeight | None:
-    """What C is told of its frozen weight, if that is to be multiplied in bf16 and by the library alone."""
+    """The layer's frozen weight as C reads it, if C multiplies it in bf16."""
     if type(layer) is not LoraLinear or layer.products not in (None, torch.bfloat16):
         return None
     return stored_weight(layer.base, x)
@@ -257,7 +256,7 @@ def _stored(layer: nn.Module, x: Tensor) -> StoredWeight | None:
 
 @lru_cache(maxsize=8)
 def _fit(shapes: tuple[tuple[int, ...], ...], hidden: int, head: int) -> bool:
-    """Whether weights of these shapes belong together, in widths that C computes."""
+    """True if weights of these shapes form a block, in widths that C computes."""
     if any(len(shape) != 2 or any(size <= 0 or size % trained_pairs.WIDTH for size in shape) for shape in shapes):
         return False
     queries, keys, inner = (shapes[number][0] for number in (0, 1, 4))
@@ -272,9 +271,9 @@ def _spans(shares: Sequence[Share]) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=8)
 def _apart(spans: tuple[tuple[int, int], ...]) -> bool:
-    """Whether every share has tokens, and none of another's; a mix of adapters on the same ones is left to the parts."""
+    """True if every share has tokens, and no two overlap; the parts compute mixes of adapters on the same tokens."""
     places = [number for start, stop in spans for number in (start, stop, 0)]
     return len(set(spans)) == len(spans) and trained_pairs.parts_are_disjoint(places)
 
 
-_shape_of = lru_cache(maxsize=8)(row_attention.attention_shape)  # all blocks of a pass ask for the same
+_shape_of = lru_cache(maxsize=8)(row_attention.attention_shape)  # shared by all blocks of a pass

@@ -1,6 +1,6 @@
-"""A look at all that decides what C is told of a decoder block: where it finds what it found before, nobody asks again.
+"""Caches the arguments of the C decoder block; rebuilt when a weight, adapter or shape changes.
 
-It takes half of the time of asking, and saves 1 % of a small model's step (docs/log.md).
+It takes half of the time of preparing them, and saves 1 % of a small model's step (docs/log.md).
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ Place = tuple[int, torch.Size, torch.dtype, bool]
 
 @dataclass(frozen=True, slots=True)
 class BlockArguments:
-    """What there is: `objects` and tensors are compared by identity, `values` by what they are, tensors also by where they lie.
+    """Everything that the arguments depend on. `objects` and tensors are compared by identity, `values` by value, tensors also
+    by address.
 
-    `factors` are A and B of the pairs by turns, `scales` theirs, in the order of the names and, within a name, of the layers.
-    `frozen` are the tensors of the weights, biases and gains. `held` are aliases of all of them, which hold the numbers whatever
-    takes their place. All layers have the one `selection`.
+    `factors` are A and B of the pairs, alternating, `scales` theirs, in the order of the names and, within a name, of the layers.
+    `frozen` are the tensors of weights, biases and gains. `owners` are aliases of all of them, which keep the numbers alive. All
+    layers have the one `selection`.
     """
 
     selection: Selection
@@ -41,19 +42,19 @@ class BlockArguments:
     scales: list[float]
     factors: list[Tensor]
     frozen: list[Tensor]
-    held: list[Tensor]
+    owners: list[Tensor]
 
     def identities(self) -> list[Any]:
-        """Everything that has one."""
+        """Everything that is compared by identity."""
         return [*self.objects, *self.factors, *self.frozen]
 
     def places(self) -> list[Place]:
-        """Where the tensors' numbers lie, and how."""
-        return [(each.data_ptr(), each.shape, each.dtype, each.is_contiguous()) for each in self.held]
+        """Address and layout of the tensors."""
+        return [(each.data_ptr(), each.shape, each.dtype, each.is_contiguous()) for each in self.owners]
 
 
 def selection_in(block: Any) -> Selection | None:
-    """What says which adapters a decoder block uses; None where it has other parts."""
+    """The selection of a decoder block; None for a block with other parts."""
     try:
         found = block._modules["self_attn"]._modules["original"]._modules[INPUTS[0]].selection
     except (KeyError, AttributeError):
@@ -62,25 +63,25 @@ def selection_in(block: Any) -> Selection | None:
 
 
 def block_arguments(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
-    """At a decoder block and the pairs of these names on its seven layers, for states like x.
+    """The arguments of a decoder block and its pairs of these names on seven layers, for states like x.
 
-    None where it has other parts or somebody listens to them, and for pairs with an anchor, whose factors are made for each pass.
+    None for blocks with other parts or with hooks, and for pairs with initial values, whose factors are made in each pass.
     """
     try:
-        return _look(block, names, x)
+        return _read_arguments(block, names, x)
     except (KeyError, AttributeError):
         return None
 
 
-def _look(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
-    """The same, of the plain dicts of the modules: 30 blocks are looked at in every pass."""
+def _read_arguments(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
+    """Reads the arguments from the modules' plain dicts: 30 blocks need this in every pass."""
     parts = [block._modules[name] for name in BLOCK_PARTS]
     first, attention, second, mlp = parts
     own, inner = attention._modules["original"], mlp._modules["original"]
-    held, wide = own._modules, inner._modules
-    heads = [held[name] for name in HEAD_NORMS if name in held]
+    owners, wide = own._modules, inner._modules
+    heads = [owners[name] for name in HEAD_NORMS if name in owners]
     norms = [norm._modules["original"] for norm in (first, second, *heads)]
-    layers = [*[held[name] for name in (*INPUTS, "o_proj")], *[wide[name] for name in MLP]]
+    layers = [*[owners[name] for name in (*INPUTS, "o_proj")], *[wide[name] for name in MLP]]
     originals = [layer._modules["original"] for layer in layers]
     bases = [layer.__dict__["base"] if "base" in layer.__dict__ else layer._modules["base"] for layer in layers]
     adapters = [layer._modules["adapters"]._modules for layer in layers]
@@ -96,7 +97,7 @@ def _look(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
     given = [norm._parameters["weight"] for norm in norms], biases, *[base.tensors() for base in bases]
     frozen = [each for tensors in given for each in tensors if each is not None]
     values = [
-        x.shape[2], own.head_dim, own.scaling, attention.drops, attention.only is None, mlp.only is None,
+        x.shape[2], own.head_dim, own.scaling, attention.has_dropout, attention.only is None, mlp.only is None,
         block.__dict__.get("gradient_checkpointing"),
         *[norm.variance_epsilon for norm in norms],
         *[layer.products for layer in layers], *[base.kernels for base in bases],
@@ -118,14 +119,14 @@ def _look(block: Any, names: Sequence[str], x: Tensor) -> BlockArguments | None:
 
 
 class Fingerprint:
-    """A look that was taken, to compare others with. It keeps nothing of what was seen alive."""
+    """A record of arguments to compare others with. It keeps nothing alive."""
 
     def __init__(self, seen: BlockArguments) -> None:
         self._identities = [weakref.ref(each) for each in seen.identities()]
         self._values, self._scales, self._places = seen.values, seen.scales, seen.places()
 
     def same(self, seen: BlockArguments) -> bool:
-        """Whether nothing is other than it was."""
+        """True if nothing has changed."""
         found = seen.identities()
         if len(found) != len(self._identities) or self._values != seen.values or self._scales != seen.scales:
             return False

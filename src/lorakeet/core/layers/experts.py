@@ -54,12 +54,14 @@ class LoraExperts(AdaptedLayer):
 
 
 def chosen_experts(top_k_index: Tensor) -> list[int]:
-    """The experts that any token chose, in order; few numbers are asked for, each of which costs a rehearsal (memory/ledger)."""
+    """The experts that any token chose, in order; few numbers are read from the device, each of which costs a rehearsal
+    (memory/ledger).
+    """
     numbers = top_k_index.flatten().sort().values
     return cast(list[int], torch.unique_consecutive(numbers).tolist())
 
 
-_UNFIT = {  # what transformers 5 notes on a block of experts, and what it means
+_UNFIT = {  # attributes that transformers 5 sets on a block of experts, and what they mean
     "is_transposed": (True, "its parameters are transposed"),
     "has_bias": (True, "its experts have biases"),
     "has_gate": (False, "its experts have no gate"),
@@ -76,7 +78,7 @@ def why_not_experts(module: nn.Module) -> str:
     if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")):
         return "it has no gate_up_proj and down_proj parameters"
     if len(cast(Tensor, module.gate_up_proj)) != len(cast(Tensor, module.down_proj)):
-        return "some of its experts have no down_proj"  # LongCat-Flash's hand their tokens on as they are
+        return "some of its experts have no down_proj"  # LongCat-Flash's pass their tokens through
     if hasattr(module, "gate_up_proj_bias"):
         return "its experts have biases"
     return "" if hasattr(module, "act_fn") else "it has no act_fn"

@@ -1,4 +1,4 @@
-"""Trained parts that are not pairs: whole copies of a module, and the rows of new tokens in an embedding."""
+"""Trained parts that are not pairs: copies of whole modules, and embedding rows of new tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lorakeet.core.layers.linear import AdaptedLayer, embed_scale
 
 
 class TrainedModule(AdaptedLayer):
-    """A module (a classification head, a norm) of which each adapter holds its own whole copy, in fp32."""
+    """A module (a classification head, a norm) of which each adapter has its own copy, in fp32."""
 
     def new_copy(self) -> nn.Module:
         """A trainable fp32 copy of the original."""
         trained = copy.deepcopy(self.original)
-        for module in trained.modules():  # not .float(), which swaps tensors in place: tensors without numbers cannot be
+        for module in trained.modules():  # not .float(), which swaps tensors in place and fails for tensors without numbers
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.detach().float()))
             for name, buffer in module.named_buffers(recurse=False):

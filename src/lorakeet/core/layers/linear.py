@@ -1,8 +1,8 @@
-"""The modules that stand in the model in place of the frozen ones. Each holds the original, untouched, and its adapters by name.
+"""The modules that replace the frozen ones in a model. Each holds the original, untouched, and its adapters by name.
 
 `active` is the name of the adapter in use, or None for the bare base: then the original module runs, bit for bit. Where the
-selection divides a batch, each share of its tokens has an adapter of its own (core/batched/stack).
-`models/inject` puts these in and takes them out.
+selection divides a batch, each share of its tokens has its own adapter (core/batched/stack). `models/inject` inserts and removes
+these modules.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"
 
 
 class Replacement(nn.Module):
-    """A module that stands in a model in place of `original`, which it holds untouched."""
+    """A module that replaces `original` in a model, and holds it untouched."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
 
     def weights_loaded(self) -> AbstractContextManager[object]:
-        """A context in which the frozen weights within have numbers; they always do, unless they are streamed."""
+        """A context in which the frozen weights within are loaded; they always are, unless they are streamed."""
         return nullcontext()
 
 
 class BlockReplacement(Replacement):
-    """Stands for a whole decoder block, and answers what the decoder asks of it, such as the kind of its attention."""
+    """Replaces a whole decoder block, and forwards its attributes, such as the type of its attention."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,7 +66,7 @@ class AdaptedLayer(Replacement):
 
     @property
     def active(self) -> str | None:
-        """The adapter that every token uses, if this layer has it; None for the bare base and where tokens have their own."""
+        """The adapter that every token uses, if this layer has it; None for the bare base and in divided batches."""
         selection = self.selection
         if selection.shares is not None or selection.active is None or selection.active not in self.adapters:
             return None
@@ -78,28 +78,28 @@ class AdaptedLayer(Replacement):
 
     @property
     def in_use(self) -> bool:
-        """Whether any adapter of this layer counts just now."""
+        """True if any adapter of this layer is active."""
         shares = self.selection.shares
         return self.active is not None if shares is None else any(share.name in self.adapters for share in shares)
 
     def attach(self, name: str, adapter: nn.Module) -> None:
-        """Adds `adapter` under `name`; `activate` makes it count."""
+        """Adds `adapter` under `name`; `activate` uses it."""
         self.adapters[name] = adapter
         self.selection.changed(name)
 
     def detach(self, name: str) -> None:
-        """Forgets the adapter `name`; if it was active, the bare base is in use again."""
+        """Removes the adapter `name`; if it was active, the bare base is in use again."""
         del self.adapters[name]
         self.selection.changed(name)
 
     @property
-    def _held(self) -> dict[str, nn.Module | None]:
-        """The adapters in their plain dict, without nn.Module's look through all tables: every layer is asked, in every pass."""
+    def _adapters(self) -> dict[str, nn.Module | None]:
+        """The adapters as a plain dict, which is faster than nn.Module's lookup: every layer needs it in every pass."""
         return cast(nn.Module, self._modules["adapters"])._modules
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, for model code that asks a linear layer for its weight's dtype or device."""
+        """The frozen weight, for model code that reads its dtype or device."""
         return cast(Tensor, self.original.weight)
 
     @property
@@ -107,17 +107,17 @@ class AdaptedLayer(Replacement):
         return cast("Tensor | None", getattr(self._modules["original"], "bias", None))
 
     def pair(self) -> LoraPair | None:
-        """The active pair, or None where the active adapter leaves this layer alone."""
+        """The active pair, or None if the active adapter has none on this layer."""
         active = self.active
         return None if active is None else cast(LoraPair, self.adapters[active])
 
     def uses(self, tokens: int) -> list[tuple[Share, LoraPair]]:
-        """Which of so many tokens use which pair here, in a divided batch or in one that all use one adapter."""
-        held = self._held
+        """Which of `tokens` tokens use which pair here, in a divided batch or in one with a single adapter."""
+        held = self._adapters
         return [(share, cast(LoraPair, held[share.name])) for share in self.selection.all_shares(tokens) if share.name in held]
 
     def require_undivided(self, what: str) -> None:
-        """ValueError where a share of a divided batch uses an adapter of this layer, which can only serve whole batches."""
+        """Raises ValueError if a share of a divided batch uses an adapter of this layer, which only supports whole batches."""
         if self.selection.shares is not None and self.in_use:
             raise ValueError(f"{what} cannot differ within a batch; switch between adapters instead")
 
@@ -165,7 +165,7 @@ class LoraLinear(AdaptedLayer):
         return self._alone([self], x)[0]
 
     def _one_by_one(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]]) -> Tensor:
-        """Where some pairs are more than A and B: their shares by themselves, what lies between them, mixed or not, together."""
+        """Computes shares with special pairs (DoRA, biases) one by one, and the tokens between them, mixed or not, together."""
         parts, done = [], 0
         for special, pair in sorted(require_no_mix(shares), key=lambda one: one[0].start):
             if done < special.start:
@@ -177,11 +177,11 @@ class LoraLinear(AdaptedLayer):
         return torch.cat(parts)
 
     def by_itself(self, x: Tensor, share: Share, pair: LoraPair) -> Tensor:
-        """The tokens of one share of `x` (tokens, in) through its pair, of whatever kind, to (tokens of the share, out)."""
+        """Computes one share of `x` (tokens, in) through its pair, of any kind, to (tokens of the share, out)."""
         return cast(Tensor, pair(x[share.start : share.stop], self.base, self.bias, self.products))
 
     def _plain(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]], start: int, stop: int) -> Tensor:
-        """The tokens start … stop − 1, across whose ends no share reaches."""
+        """Computes the tokens start … stop − 1; no share crosses their ends."""
         own = [
             (replace(share, start=share.start - start, stop=share.stop - start), pair)
             for share, pair in shares
@@ -191,7 +191,7 @@ class LoraLinear(AdaptedLayer):
 
 
 def require_no_mix(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Share, LoraPair]]:
-    """The shares of one layer whose pairs are more than A and B. ValueError where one is weighted, or shares a token."""
+    """The shares of one layer whose pairs are more than A and B. Raises ValueError if one is weighted, or overlaps another."""
     found = [(share, pair) for share, pair in shares if not pair.plain]
     for share, _ in found:
         here = sum(other.start < share.stop and share.start < other.stop for other, _ in shares)
@@ -200,30 +200,31 @@ def require_no_mix(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Share
     return found
 
 
-PairCopies = PairStack | MixRows  # pairs of layers that see the same x
+PairCopies = PairStack | MixRows  # pairs of layers with the same input
 
 
 class SharedInput:
-    """What layers that see the same x share in divided batches and inference: one product shrinks x for the pairs of all of them.
+    """What layers with the same input x share in divided batches and inference: one product shrinks x for the pairs of all of
+    them.
 
-    It is called with the layers, always the same ones, and holds none of them.
+    It is called with the layers, always the same ones, and keeps none of them.
     """
 
     def __init__(self) -> None:
         self._stack: PairCopies | None = None
-        self._selection: Selection | None = None  # whose mixes the stack holds
-        self._to: BatchAssignment | None = None  # what the stack is made for, after which change of adapters
+        self._selection: Selection | None = None  # whose mixes the stack stores
+        self._to: BatchAssignment | None = None  # what the stack is prepared for, after which change of adapters
         self._changes = -1
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
         self._together: ReorderedProducts | None = None  # the frozen weights
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
-        """For other layers, which hold nothing yet."""
+        """A new one for copied layers, which store nothing yet."""
         return SharedInput()
 
     def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
-        """x (tokens, in) to (tokens, out) of each layer. Pairs that are more than A and B compute their tokens by themselves."""
+        """x (tokens, in) to (tokens, out) of each layer. Special pairs compute their tokens separately."""
         products = layers[0].products or x.dtype
         to, stack = self.prepared(layers, len(x), products, x.device)
         special = stack.meets_special(to)
@@ -247,9 +248,9 @@ class SharedInput:
     def prepared(
         self, layers: Sequence[LoraLinear], tokens: int, products: torch.dtype, device: torch.device
     ) -> tuple[BatchAssignment, PairCopies]:
-        """How the divided batch is computed by layers that see so many tokens, and what holds the pairs that it uses."""
+        """How layers with so many tokens compute the divided batch, and the copies of the pairs that it uses."""
         selection, stack = layers[0].selection, self._stack
-        to = selection.arranged(tokens, device)
+        to = selection.assignment(tokens, device)
         if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
             stack = self._holding(layers, to, products, device)
         return to, stack
@@ -263,9 +264,9 @@ class SharedInput:
     def _holding(
         self, layers: Sequence[LoraLinear], to: BatchAssignment, products: torch.dtype, device: torch.device
     ) -> PairCopies:
-        """The stack, with the mixes of `to` in it."""
+        """The stack, after storing the mixes of `to`."""
         selection, stack = layers[0].selection, self._stack
-        changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
+        changes = selection.changes  # an adapter may be attached meanwhile: then this runs again
         if stack is None or self._products != products or self._selection is not selection:
             stack = self._stack = _stack_of(layers, products, device)
             self._to, self._changes, self._products, self._selection = None, -1, products, selection
@@ -274,19 +275,19 @@ class SharedInput:
         self._to = None
         if isinstance(stack, MixRows):
             stack.hold(to, selection)
-        else:  # the plain dicts: this runs for every layer as rows come and go
+        else:  # plain dicts: this runs for every layer as rows come and go
             stack.hold(to, [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in layers], selection)
         self._to, self._changes = to, changes
         return stack
 
 
 def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> PairCopies:
-    """What holds pairs of layers that see the same x; nothing yet."""
+    """Empty copies for the pairs of layers with the same input."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
     if copies_pairs(products, device, shapes):
         return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
     stack = PairStack(shapes, products, device)
-    selection.holds(stack)
+    selection.register(stack)
     return stack
 
 
@@ -307,14 +308,14 @@ class LoraEmbedding(AdaptedLayer):
         return y if pair is None else y + self._low_rank(ids, pair).to(y.dtype)
 
     def _low_rank(self, ids: Tensor, pair: LoraPair, weight: float = 1.0) -> Tensor:
-        """What `pair` adds to the rows of `ids` (…): (…, hidden), fp32."""
+        """The pair's part of the rows of `ids` (…): (…, hidden), fp32."""
         shrunk = nn.functional.embedding(ids, pair.A.t())  # (…, rank)
         return weight * pair.scale * embed_scale(self.original) * (shrunk @ pair.B.t())
 
 
 def embed_scale(module: nn.Module) -> float:
-    """Gemma multiplies the looked-up row by √hidden, rounded to the weight's dtype; a low-rank part must be multiplied alike."""
-    scale = getattr(module, "scalar_embed_scale", None)  # what transformers made its buffer of, which may be on a card
+    """Gemma multiplies an embedding by √hidden, rounded to the weight's dtype; the low-rank part needs the same factor."""
+    scale = getattr(module, "scalar_embed_scale", None)  # the number behind transformers' buffer, which may be on a GPU
     return _rounded(float(getattr(module, "embed_scale", 1.0) if scale is None else scale), cast(Tensor, module.weight).dtype)
 
 
@@ -354,7 +355,9 @@ class _FlatConv(DenseBase):
 
 
 def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, device: torch.device | str = "cpu") -> LoraPair:
-    """A pair as `entry` plans it, begun; `weight()` gives the frozen W with output rows first, and is called only if needed."""
+    """An initialised pair as `entry` plans it; `weight()` gives the frozen W with output rows first, and is called only if
+    needed.
+    """
     pair: LoraPair = DoraPair(entry, device=device) if entry.variant == "dora" else LoraPair(entry, device=device)
     needs_weight = entry.start in FACTORED
     initialise(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)

@@ -5,9 +5,9 @@ Read in its three spellings; written in the first:
     unet.PATH.lora_A.weight               unet.PATH.lora.down.weight                   unet.….processor.to_q_lora.down.weight
     text_encoder.PATH.lora_B.weight       text_encoder.PATH.lora_linear_layer.up.weight   text_encoder.….to_q_lora.up.weight
 
-The scale is 1 (alpha = rank), unless the header's `lora_adapter_metadata` holds each component's LoraConfig, or there are
-`.alpha` tensors. Written files have the scale multiplied into B, and say alpha = rank in the header as well: programs that
-do not read the header, and those that guess one alpha for mixed ranks, then get the same change of the weights.
+The scale is 1 (alpha = rank), unless the header's `lora_adapter_metadata` has each component's LoraConfig, or there are `.alpha`
+tensors. Written files have the scale multiplied into B, and alpha = rank in the header too. So programs that do not read the
+header, and those that guess one alpha for mixed ranks, get the same ΔW.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.components import COMPONENTS, canonical_path, component_of
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors
 from lorakeet.formats.files.tensors import factor_problem, read_tensors
-from lorakeet.formats.limits import check_supported, check_uniform_dora
+from lorakeet.formats.limits import check_supported, check_uniform_dora, metadata_without_peft
 from lorakeet.formats.peft.peft_config import PeftConfig, parse_config
 
 MODEL_NAME = "pytorch_lora_weights.safetensors"
@@ -39,11 +39,10 @@ _SLOT = re.compile(
     r"|lora_magnitude_vector(?:\.weight)?))"
 )
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-_PEFT_ONLY = ("task_type", "revision", "lora_dropout")
 
 
 def parse_key(name: str) -> tuple[str, str] | None:
-    """The module path and "A", "B", "alpha" or "magnitude" that a key means; None for a key that is not diffusers'."""
+    """The module path and "A", "B", "alpha" or "magnitude" of a key; None for a key that is not diffusers'."""
     match = _SLOT.fullmatch(name)
     if match is None:
         return None
@@ -136,7 +135,7 @@ def _pair(module: str, slots: Mapping[str, Tensor], configs: Mapping[str, PeftCo
 
 
 def _alpha(module: str, slots: Mapping[str, Tensor], config: PeftConfig | None, alphas: bool) -> float | str:
-    """The alpha of a pair whose component has no usable LoraConfig, or what is wrong."""
+    """The alpha of a pair without a LoraConfig for its component, or what is wrong."""
     if not alphas:
         return float(slots["A"].shape[0])
     if config is not None:
@@ -151,7 +150,7 @@ def _alpha(module: str, slots: Mapping[str, Tensor], config: PeftConfig | None, 
 def write(adapter: Adapter, path: Path, **_unused: object) -> None:
     """Writes `adapter` to the file `path`, which appears whole or not at all; the same adapter gives the same bytes.
 
-    ConfigError names what diffusers' format has no place for.
+    ConfigError names what diffusers' format cannot hold.
     """
     check_supported(adapter, "diffusers", kinds=("linear", "conv2d"), dora=True)
     check_uniform_dora(adapter, "diffusers")
@@ -169,13 +168,12 @@ def write(adapter: Adapter, path: Path, **_unused: object) -> None:
         if pair.magnitude is not None:
             shape = (1, -1, 1, 1) if pair.kind == "conv2d" else (-1,)
             tensors[f"{module}.lora_magnitude_vector"] = pair.magnitude.float().reshape(shape)
-    metadata = {key: value for key, value in adapter.metadata.items() if key not in _PEFT_ONLY}
-    header = {"format": "pt", **metadata, METADATA_KEY: json.dumps(_lora_configs(adapter), sort_keys=True)}
+    header = {"format": "pt", **metadata_without_peft(adapter), METADATA_KEY: json.dumps(_lora_configs(adapter), sort_keys=True)}
     save_tensors(path, tensors, metadata=header)
 
 
 def _lora_configs(adapter: Adapter) -> dict[str, Any]:
-    """The LoraConfig of each component, its keys with the component in front; patterns by whole paths, without text_model."""
+    """The LoraConfig of each component, with the component before its keys; patterns are whole paths without text_model."""
     found: dict[str, Any] = {}
     for component in sorted({component_of(module) for module in adapter.pairs}):
         own = {module: pair for module, pair in sorted(adapter.pairs.items()) if component_of(module) == component}

@@ -1,10 +1,10 @@
-"""Pairs of matrices that another layout has as one: queries, keys and values laid below each other in one weight.
+"""Splits a pair of a fused weight, such as q, k and v stacked by rows, into pairs of its parts, and joins them.
 
     W = [W₁; …; Wₙ] by rows      ΔW = s·B·A is split by the rows of B: ΔWᵢ = s·Bᵢ·A
     joined from pairs            A = [A₁; …; Aₙ], B = diag(s₁B₁, …, sₙBₙ); where all Aᵢ are equal, A = A₁ and B = [B₁; …; Bₙ]
 
-Both are exact. A column of Bᵢ that is zero adds nothing to ΔWᵢ, so that splitting leaves it out, with its row of A: from a
-block-diagonal B every part has its own rank back.
+Both are exact. A zero column of Bᵢ adds nothing to ΔWᵢ, so splitting drops it with its row of A: from a block-diagonal B every
+part gets its own rank.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lorakeet.core.adapter import Pair
 
 
 def split(pair: Pair, rows: Sequence[int]) -> list[Pair | None]:
-    """The pairs of the parts with `rows` rows each; None for a part that the pair does not change.
+    """The pairs of the parts with the given numbers of `rows`; None for a part that the pair does not change.
 
-    A pair that changes nothing at all is given to every part. The scale is that of the whole; DoRA's lengths go by rows.
+    A pair that changes nothing becomes one of every part. The scale stays; magnitudes are split by rows.
     """
-    blocks = parted(pair.B, rows)
+    blocks = split_by_rows(pair.B, rows)
     live = [part.flatten(1).any(0) for part in blocks]
     nothing = not bool(torch.stack(live).any())
-    lengths = [None] * len(rows) if pair.magnitude is None else parted(pair.magnitude, rows)
+    lengths = [None] * len(rows) if pair.magnitude is None else split_by_rows(pair.magnitude, rows)
     found: list[Pair | None] = []
     for B, columns, magnitude in zip(blocks, live, lengths, strict=True):
         if nothing or bool(columns.all()) or (magnitude is not None and not bool(columns.any())):
@@ -40,20 +40,20 @@ def split(pair: Pair, rows: Sequence[int]) -> list[Pair | None]:
     return found
 
 
-def parted(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    """`tensor` cut into parts with `rows` rows each."""
+def split_by_rows(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Splits `tensor` into parts with the given numbers of `rows`."""
     return [tensor[end - height : end] for end, height in zip(itertools.accumulate(rows), rows, strict=True)]
 
 
 def join_pairs(pairs: Sequence[Pair | None], rows: Sequence[int]) -> Pair:
-    """One pair for the parts below each other; `rows` says how many each has, None stands for one without a pair.
+    """One pair for the stacked parts; `rows`: the rows of each; None: a part without a pair.
 
-    The scale is that of all parts, or 1 where they differ and it is multiplied into B. ValueError: only some have DoRA's lengths.
+    The scale is that of all parts, or 1 if they differ and are multiplied into B. ValueError if only some are DoRA.
     """
     there = [pair for pair in pairs if pair is not None]
     lengths = [pair.magnitude for pair in there if pair.magnitude is not None]
     if lengths and len(lengths) < len(pairs):
-        raise ValueError("DoRA's lengths for some parts only")
+        raise ValueError("only some parts are DoRA")
     scale = there[0].scale if len({pair.scale for pair in there}) == 1 else None
     first = there[0].A
     shared = all(pair.A.shape == first.shape and torch.equal(pair.A, first) for pair in there)
@@ -79,9 +79,9 @@ def swapped(pair: Pair) -> Pair:
 
 
 def rows_of_parts(parts: int, width: int, total: int) -> list[int] | None:
-    """How many of `total` rows each part has: queries, keys and values alike; a fourth, FLUX's MLP, what three of `width` leave.
+    """The rows of each part of `total`: equal for q, k and v; a fourth part, FLUX's MLP, has the rest after three of `width`.
 
-    None where they do not come out.
+    None if they do not add up.
     """
     if parts <= 3:
         return [total // parts] * parts if total % parts == 0 else None

@@ -3,8 +3,8 @@
     PREFIX_MODULE.lora_down.weight   (rank, in), for a convolution (rank, in, k, k)
     PREFIX_MODULE.lora_up.weight     (out, rank), for a convolution (out, rank, 1, 1)
     PREFIX_MODULE.alpha              a number; scale = alpha/rank of this module; without any, the scale is 1.
-                                     Written with one value for all: diffusers 0.42 loads alphas of attention and text
-                                     encoder wrongly where they differ, so what differs is multiplied into lora_up
+                                     Written with one value for all, and other scales multiplied into lora_up:
+                                     diffusers 0.42 loads differing alphas of attention and text encoder wrongly
     PREFIX_MODULE.dora_scale         (out, 1) or (out, 1, 1, 1)
     PREFIX_MODULE.lora_mid.weight    (rank, rank, k, k): a convolution in Tucker form, multiplied into lora_down when read
 
@@ -29,7 +29,7 @@ from lorakeet.core.math import Kind, alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.adapter_format import Say
 from lorakeet.formats.components import in_transformer
-from lorakeet.formats.compress import Compression, fit_pair
+from lorakeet.formats.compress import CompressionTarget, fit_pair
 from lorakeet.formats.diffusion import lycoris
 from lorakeet.formats.diffusion.kohya_keys import (
     FAMILY_KEY,
@@ -46,8 +46,8 @@ from lorakeet.formats.diffusion.kohya_transformer import changes_of_module, keye
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
-from lorakeet.formats.files.tensors import factor_problem, read_tensors
-from lorakeet.formats.limits import check_supported
+from lorakeet.formats.files.tensors import factor_problem, missing_slots, read_tensors
+from lorakeet.formats.limits import check_supported, metadata_without_peft
 
 NAME, SUFFIX, WEIGHTS, MAGIC = "kohya", ".safetensors", "", b""  # as `AdapterFormat` says
 _COMFY, _T5 = "diffusion_model.", "lora_te3_"
@@ -56,7 +56,6 @@ _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
 SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
 _LINEAR_TEXTS = (1024, 2048)  # width of the texts of UNets whose projections are linear
 _HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
-_PEFT_ONLY = ("task_type", "revision", "lora_dropout")
 
 
 def owns(tensor: str) -> bool:
@@ -64,8 +63,8 @@ def owns(tensor: str) -> bool:
     return tensor.startswith(PREFIXES)
 
 
-def read(path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print) -> Adapter:
-    """The adapter in the file `path`, its paths with their component. LoHa and LoKr need `compression`; `say` gets its errors.
+def read(path: Path, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print) -> Adapter:
+    """The adapter in the file `path`, with components in its paths. LoHa and LoKr need `compression`; `say` gets its errors.
 
     DataError lists everything that cannot be understood; nothing is dropped.
     """
@@ -94,8 +93,8 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
             pairs |= found
     problems.raise_if_any()
     if dense:
-        asked = {key: (known[key], slots) for key, slots in dense.items()}
-        pairs |= _compressed(path, asked, compression, base, say, linear=_linear_projections(groups))
+        changes = {key: (known[key], slots) for key, slots in dense.items()}
+        pairs |= _compressed(path, changes, compression, base, say, linear=_linear_projections(groups))
     metadata = {key: value for key, value in file.metadata.items() if key not in (HASH, *_HASHES, "format")}
     if family := _spelled(groups, pairs):
         metadata[FAMILY_KEY] = family
@@ -107,7 +106,7 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
 
 
 def _modules(base: BaseModel | None) -> dict[str, tuple[str, ...]]:
-    """From every key that is known, or that `base` brings, to the modules that its tensors are for."""
+    """From every known key, and those of `base`, to the modules that its tensors are for."""
     return {**transformer_keys(), **{key: (path,) for key, path in flat_keys(() if base is None else base.weights).items()}}
 
 
@@ -128,9 +127,9 @@ def _extra_message(path: Path, key: str, slots: Mapping[str, Tensor], extra: Ite
 
 
 def _spelled(groups: Iterable[str], paths: Iterable[str]) -> str:
-    """The family that the spelling of the keys gives away, or an empty string.
+    """The family by the spelling of the keys, or an empty string.
 
-    lora_te1 alone says little: diffusers writes it for SD 1.x too, whose UNet has modules that SDXL's has not.
+    lora_te1 alone does not decide: diffusers writes it for SD 1.x too, whose UNet has modules that SDXL's lacks.
     """
     keys = list(groups)
     if any(in_transformer(path) for path in paths):
@@ -160,7 +159,7 @@ def _groups(tensors: Mapping[str, Tensor], path: Path, problems: Problems) -> di
 
 
 def _key_and_slot(name: str) -> tuple[str, str]:
-    """The module's flat key, and what of it the tensor is."""
+    """The module's flat key, and the slot of the tensor."""
     if not name.startswith(_COMFY):
         key, _, slot = name.partition(".")
         return key, slot
@@ -185,9 +184,8 @@ def _alpha(slots: Mapping[str, Tensor]) -> float | None:
 
 
 def _pair(module: str, slots: Mapping[str, Tensor]) -> Pair | str:
-    missing = [slot for slot in (_DOWN, _UP) if slot not in slots]
-    if missing:
-        return f"{module} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}."
+    if missing := missing_slots(module, slots, (_DOWN, _UP)):
+        return missing
     A, B = slots[_DOWN], slots[_UP]
     if (core := slots.get(_MID)) is not None:
         if core.dim() != 4 or A.flatten(1).shape[0] != core.shape[1]:
@@ -206,22 +204,22 @@ def _pair(module: str, slots: Mapping[str, Tensor]) -> Pair | str:
 def _compressed(
     path: Path,
     dense: Mapping[str, tuple[tuple[str, ...], Mapping[str, Tensor]]],
-    compression: Compression | None,
+    compression: CompressionTarget | None,
     base: BaseModel | None,
     say: Say,
     *,
     linear: bool,
 ) -> dict[str, Pair]:
-    """Dense changes, with their modules by key, as pairs of scale 1; `say` hears the error of each.
+    """Compresses dense changes, with their modules by key, to pairs of scale 1; `say` gets the error of each.
 
-    `linear` says that the UNet's projections beside attention are no convolutions.
-    DataError where a change of a convolution has no kernel's shape and no `base` tells it.
+    `linear`: the UNet's projections around attention are no convolutions. DataError if the shape of a convolution's kernel is
+    unknown.
     """
     names = sorted({lycoris.algorithm(slots) for _, slots in dense.values()})
     if compression is None or not compression.given:
-        told = sorted(module for modules, _ in dense.values() for module in modules)
+        named = sorted(module for modules, _ in dense.values() for module in modules)
         raise ConfigError(
-            f"{path} holds {' and '.join(names)}, which are not pairs, for {len(told)} modules: {', '.join(told[:3])}. "
+            f"{path} holds {' and '.join(names)}, which are not pairs, for {len(named)} modules: {', '.join(named[:3])}. "
             "They can be compressed to pairs: --rank 16, or --error 0.01 for the smallest ranks within that error; "
             "the error of each is printed."
         )
@@ -243,17 +241,17 @@ def _compressed(
             say(f"{module}: {lycoris.algorithm(slots)} compressed to rank {pairs[module].rank}, relative error {error:.2g}")
     if flat_ones:
         problems.add(
-            f"{path}: {len(flat_ones)} changes may be of convolutions, and are kept as matrices, which do not tell the kernel's "
-            f"size: {', '.join(flat_ones[:3])}. Name the folder of the model that they are for with --base."
+            f"{path}: {len(flat_ones)} changes may be of convolutions, and are stored as matrices, from which the kernel's size "
+            f"is unknown: {', '.join(flat_ones[:3])}. Name the folder of the model that they are for with --base."
         )
     problems.raise_if_any()
     return pairs
 
 
 def _linear_projections(groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    """Whether proj_in and proj_out of the UNet are linear: in SDXL and SD 2.x they are, in SD 1.x convolutions.
+    """True if proj_in and proj_out of the UNet are linear (SDXL, SD 2.x), False for convolutions (SD 1.x).
 
-    Those two have other keys, a second text encoder, or attend to texts of 2048 and 1024 numbers, where SD 1.x has 768.
+    SDXL and SD 2.x have other keys, a second text encoder, or text states of width 2048 or 1024; in SD 1.x it is 768.
     """
     if any(key.startswith("lora_te2_") or key in ldm_keys() for key in groups):
         return True
@@ -265,15 +263,15 @@ def _linear_projections(groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
 
 
 def _alpha_of(pair: Pair) -> float:
-    """The alpha of the pair by the rule alpha/rank, as fp32 holds it."""
+    """The alpha of the pair by the rule alpha/rank, rounded to fp32."""
     return float(torch.tensor(alpha_for(pair.scale, pair.rank)))
 
 
 def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: Say = print) -> None:
     """Writes `adapter` to the file `path`, which appears whole or not at all; the same adapter gives the same bytes.
 
-    `say` hears what diffusers does not read of it. ConfigError names what kohya's format has no place for, and modules that the
-    model (or `base`) does not have.
+    `say` gets what diffusers does not read of it. ConfigError names what kohya's format cannot hold, and modules that the model
+    (or `base`) lacks.
     """
     check_supported(adapter, "kohya", kinds=("linear", "conv2d"), dora=True)
     advice = "Name another image model's folder with --base; an adapter of a language model goes --to peft, gguf or mlx."
@@ -299,7 +297,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
         tensors[f"{key}.alpha"] = torch.tensor(written)
         if pair.magnitude is not None:
             tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
-    known = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
+    known = {key: value for key, value in metadata_without_peft(adapter).items() if key != FAMILY_KEY}
     unet = {} if base is None else base.config("unet")
     metadata = network_metadata(pairs if transformer else adapter.pairs, alpha, family=family, known=known, unet=unet)
     save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})
@@ -308,7 +306,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
 
 
 def _keyed(adapter: Adapter, family: Family, base: BaseModel | None, problems: Problems) -> dict[str, Pair]:
-    """The pairs of a UNet and its text encoders by kohya's keys; what has none goes to `problems`."""
+    """The pairs of a UNet and its text encoders by kohya's keys; pairs without a key go to `problems`."""
     own = () if base is None else base.weights
     ldm = base is None or _has_sdxl_blocks(base)
     found: dict[str, Pair] = {}
@@ -323,6 +321,6 @@ def _keyed(adapter: Adapter, family: Family, base: BaseModel | None, problems: P
 
 
 def _has_sdxl_blocks(base: BaseModel) -> bool:
-    """Whether every linear layer and convolution of the base's UNet is one of SDXL's, so that LDM's names mean the same."""
+    """True if the modules of the base's UNet are among SDXL's, so that LDM's names apply."""
     found = {path for path, (file, name) in base.weights.items() if len(file.tensors[name].shape) > 1}
     return {path.removeprefix("unet.") for path in found if path.startswith("unet.")} <= unet_modules("sdxl")

@@ -23,7 +23,7 @@ _CONTEXT = {768: "sd1", 1024: "sd1", 2048: "sdxl"}  # width of the text states t
 
 
 def expand(template: str) -> list[str]:
-    """Every name that a template means: `a.{0..2}.{x,y}` is six names."""
+    """Expands a template: `a.{0..2}.{x,y}` is six names."""
     parts = re.split(r"\{([^}]*)\}", template)
     choices = [[part] if index % 2 == 0 else _choices(part) for index, part in enumerate(parts)]
     return ["".join(chosen) for chosen in itertools.product(*choices)]
@@ -37,19 +37,19 @@ def _choices(text: str) -> list[str]:
 
 @functools.cache
 def unet_modules(family: Family) -> frozenset[str]:
-    """The paths of every linear layer and convolution of the UNet of SD 1.x or SDXL, in diffusers' spelling."""
+    """diffusers' paths of all linear layers and convolutions in the UNet of SD 1.x or SDXL."""
     return frozenset(name for template in table(f"unet_{family}")["modules"] for name in expand(template))
 
 
 @functools.cache
 def clip_modules() -> frozenset[str]:
-    """The paths of every linear layer of CLIP's text encoders, with as many layers as the larger one has."""
+    """The paths of all linear layers of CLIP's text encoders, with as many layers as the larger one has."""
     return frozenset(name for template in table("clip")["modules"] for name in expand(template))
 
 
 @functools.cache
 def ldm_names(family: Family) -> dict[str, str]:
-    """From diffusers' path of each UNet module to the one of Stability's own code (LDM), which kohya uses for SDXL."""
+    """From diffusers' path of each UNet module to the one of Stability's code (LDM), which kohya uses for SDXL."""
     names = table(f"unet_{family}")
     blocks = sorted(((ours, theirs) for theirs, ours in names["ldm"].items()), key=lambda item: -len(item[0]))
     inner = {ours: theirs for theirs, ours in names["ldm_resnet"].items()}
@@ -71,7 +71,7 @@ def flat(path: str) -> str:
 def flat_keys(extra: Iterable[str] = ()) -> dict[str, str]:
     """From kohya's flat keys to paths with components, for SD 1.x, SDXL (both spellings), and the modules in `extra`.
 
-    ConfigError where two modules of `extra` share one flat key.
+    ConfigError if two modules of `extra` share one flat key.
     """
     found = dict(_known_keys())
     problems = Problems("The base has modules whose flat keys coincide, so a kohya file cannot tell them apart")
@@ -102,7 +102,7 @@ def _known_keys() -> dict[str, str]:
 
 @functools.cache
 def ldm_keys() -> frozenset[str]:
-    """Kohya's keys of SDXL's UNet in the names of Stability's code, which differ from diffusers' there."""
+    """Kohya's keys of SDXL's UNet whose LDM name differs from diffusers'."""
     return frozenset(f"lora_unet_{flat(theirs)}" for ours, theirs in ldm_names("sdxl").items() if ours != theirs)
 
 
@@ -112,9 +112,9 @@ def _prefixes(component: str) -> tuple[str, ...]:
 
 
 def diffusion_family(pairs: dict[str, Pair], metadata: Any = None, config: Any = None) -> Family:
-    """SD 1.x or SDXL: what the base's UNet configuration says, else the file's own note, else names and widths.
+    """SD 1.x or SDXL: by the base's UNet configuration, else by the file's metadata, else by names and widths.
 
-    ConfigError where none of them tells.
+    ConfigError if none of them decides.
     """
     if config and "cross_attention_dim" in config:
         return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
@@ -144,10 +144,10 @@ def diffusion_family(pairs: dict[str, Pair], metadata: Any = None, config: Any =
 
 
 def kohya_key(path: str, family: Family, own: Iterable[str] = (), *, ldm: bool = True) -> str | None:
-    """Kohya's key of the module at `path` (component first), or None where the family has no such module.
+    """Kohya's key of the module at `path` (component first), or None if the family has no such module.
 
-    SDXL's UNet is spelled in LDM's names; `own`, the modules of a base of another shape, are spelled as they are. Without `ldm`
-    all of them are: of a file that has both spellings diffusers drops the modules in LDM's without a word.
+    SDXL's UNet uses LDM's names; `own`, the modules of a base of another shape, keep diffusers'. Without `ldm` all keep them: of
+    a file with both spellings diffusers silently drops the modules in LDM's.
     """
     component, _, rest = path.partition(".")
     if component == "unet":

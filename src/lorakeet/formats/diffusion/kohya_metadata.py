@@ -1,13 +1,13 @@
-"""What A1111, ComfyUI's and kohya's own tools read beside the tensors of a LoRA, made where it is not there.
+"""The metadata that A1111's, ComfyUI's and kohya's tools read from a LoRA file, made if it is missing.
 
-    ss_network_module        networks.lora, .lora_flux, .lora_sd3; lycoris.kohya where there are DoRA's lengths, unread by those
-    ss_network_dim, _alpha   rank and alpha of the linear modules, "Dynamic" where they differ
+    ss_network_module        networks.lora, .lora_flux, .lora_sd3; lycoris.kohya for DoRA, which those do not read
+    ss_network_dim, _alpha   rank and alpha of the linear modules, "Dynamic" if they differ
     ss_network_args          {"conv_dim", "conv_alpha"} of convolutions above 1×1, as LoCon trains them
-    ss_base_model_version    sd_v1, sd_v2, sdxl_base_v1-0, sd3 or flux1; ss_v2 is True for SD 2.x. A1111 chooses by these two
-    sshs_model_hash          SHA-256 of the tensors' bytes, by which A1111 and model sites know a file again
+    ss_base_model_version    sd_v1, sd_v2, sdxl_base_v1-0, sd3 or flux1; ss_v2 is True for SD 2.x. A1111 decides by these two
+    sshs_model_hash          SHA-256 of the tensors' bytes, by which A1111 and model sites identify a file
 
-What a file said already stays, but for numbers that its tensors contradict (an adapter that was cut to another rank since).
-modelspec.… wants a title and a date, which nothing here knows, so it is kept and not made.
+Existing metadata is kept, except for numbers that the tensors contradict (an adapter that was compressed since). modelspec.…
+needs a title and a date, which are unknown here, so it is kept but not made.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def network_metadata(
     known: Mapping[str, str],
     unet: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The metadata of a file of `pairs` that is written with `alpha` for all, or for most; `known` is kept.
+    """The metadata of a file of `pairs` that is written with `alpha` for all or most of them; `known` is kept.
 
-    `unet` is the configuration of the base's UNet, empty where it is not known.
+    `unet`: the configuration of the base's UNet, empty if unknown.
     """
     plain = [pair for pair in pairs.values() if not _spatial(pair)] or list(pairs.values())
     ranks = {pair.rank for pair in pairs.values()}
@@ -64,7 +64,7 @@ def network_metadata(
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the tensors' bytes in the order in which they lie in the file, which is what A1111 computes of one."""
+    """SHA-256 of the tensors' bytes in the order of the file, as A1111 computes it."""
     total = hashlib.sha256()
     for name in in_order({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}):
         total.update(bytes_of_tensor(tensors[name]))
@@ -72,7 +72,7 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _spatial(pair: Pair) -> bool:
-    """Whether the pair is a convolution above 1×1."""
+    """True if the pair is a convolution above 1×1."""
     return pair.kind == "conv2d" and pair.A.shape[2:].numel() > 1
 
 
@@ -89,7 +89,7 @@ def _network_args(pairs: Mapping[str, Pair], alpha: float, *, dora: bool) -> dic
 
 
 def _version(pairs: Mapping[str, Pair], family: Family | TransformerFamily, unet: Mapping[str, Any]) -> dict[str, str]:
-    """Which Stable Diffusion it is for; nothing where the widths do not tell 1.x from 2.x."""
+    """The Stable Diffusion version; empty if the widths do not distinguish 1.x and 2.x."""
     if family != "sd1":
         return {"ss_base_model_version": _VERSIONS[family], "ss_v2": "False"}
     widths = {unet["cross_attention_dim"]} if isinstance(unet.get("cross_attention_dim"), int) else set()

@@ -1,7 +1,7 @@
-"""Kohya's keys of FLUX and SD3, to pairs of diffusers' modules and back: a key may be several of them in one matrix.
+"""Kohya's keys of FLUX and SD3, to pairs of diffusers' modules and back: one key may be several modules in one matrix.
 
-sd-scripts' `split_qkv` trains three pairs and writes them as one of three times the rank, with alpha as it was. diffusers and
-ComfyUI take the scale as alpha/rank of the tensors that are there; so does this reader.
+sd-scripts' `split_qkv` trains three pairs and writes them as one of three times the rank, with alpha unchanged. diffusers and
+ComfyUI compute alpha/rank from the tensors in the file; so does this reader.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from torch import Tensor
 from lorakeet.core.adapter import Pair
 from lorakeet.errors import Problems, nearest
 from lorakeet.formats.components import in_transformer
-from lorakeet.formats.diffusion.fused_pairs import join_pairs, parted, rows_of_parts, split, swapped
+from lorakeet.formats.diffusion.fused_pairs import join_pairs, rows_of_parts, split, split_by_rows, swapped
 from lorakeet.formats.diffusion.kohya_keys import Family, kohya_key
 from lorakeet.formats.diffusion.transformer_names import TransformerFamily, transformer_modules, written_keys
 from lorakeet.formats.files.base_model import BaseModel
 
-_MLP = 4  # times the width of FLUX's single blocks is that of their MLP, where nothing else tells
+_MLP = 4  # default ratio of the MLP's width to that of FLUX's single blocks
 _ENCODERS = {"flux": ("text_encoder",), "sd3": ("text_encoder", "text_encoder_2")}  # CLIP's; T5 is never adapted
 
 
 def of_module(key: str, parts: Sequence[str], pair: Pair) -> dict[str, Pair] | str:
-    """The pairs of diffusers' modules `parts` that the pair under `key` means, or what is wrong with it."""
+    """The pairs of diffusers' modules `parts` for the pair under `key`, or what is wrong with it."""
     pair = _in_other_order(key, pair)
     if len(parts) == 1:
         return {parts[0]: pair}
     rows = rows_of_parts(len(parts), pair.A.shape[1], pair.B.shape[0])
     if rows is None or pair.kind != "linear":
         names = ", ".join(path.rpartition(".")[2] for path in parts)
-        return f"{key} has B {tuple(pair.B.shape)} and A {tuple(pair.A.shape)}, which cannot be parted into {names}."
+        return f"{key} has B {tuple(pair.B.shape)} and A {tuple(pair.A.shape)}, which cannot be split into {names}."
     found = zip(parts, split(pair, rows), strict=True)
     return {path: part for path, part in found if part is not None}
 
 
 def changes_of_module(key: str, parts: Sequence[str], change: Tensor) -> dict[str, Tensor] | str:
-    """As `of_module`, of a dense change (out, in) or of a convolution."""
+    """As `of_module`, for a dense change (out, in) or one of a convolution."""
     if _is_modulation(key, change.shape[0], change.shape[1]):
         change = change.roll(change.shape[0] // 2, 0)
     rows = [change.shape[0]] if len(parts) == 1 else rows_of_parts(len(parts), change.shape[1], change.shape[0])
     if rows is None:
-        return f"has a change {tuple(change.shape)}, which cannot be parted into {len(parts)} matrices"
-    return dict(zip(parts, parted(change, rows), strict=True))
+        return f"has a change {tuple(change.shape)}, which cannot be split into {len(parts)} matrices"
+    return dict(zip(parts, split_by_rows(change, rows), strict=True))
 
 
 def _is_modulation(key: str, rows: int, width: int) -> bool:
-    """Whether the module is a modulation of two parts, which diffusers has as scale and shift, the original as shift and scale.
+    """True for a modulation of two parts: scale and shift in diffusers, shift and scale in the original.
 
-    All others are in one order in both.
+    All other modules have one order in both.
     """
     return key.endswith("_adaLN_modulation_1") and rows == 2 * width
 
@@ -58,7 +58,7 @@ def _in_other_order(key: str, pair: Pair) -> Pair:
 
 
 def keyed(pairs: Mapping[str, Pair], family: TransformerFamily, base: BaseModel | None, problems: Problems) -> dict[str, Pair]:
-    """The pairs by kohya's keys, joined where one key is several modules; what has no key goes to `problems`."""
+    """The pairs by kohya's keys, joined if one key is several modules; pairs without a key go to `problems`."""
     found: dict[str, Pair] = {}
     left = dict(pairs)
     for key, parts in written_keys(family).items():
@@ -111,16 +111,16 @@ def _mlp(path: str, pair: Pair | None, width: int, base: BaseModel | None) -> in
 
 
 def unread_by_diffusers(pairs: Mapping[str, Pair], family: Family | TransformerFamily) -> str:
-    """What diffusers 0.42 leaves out of a file of FLUX or SD3 with these pairs by keys; empty where it reads all of it."""
+    """What diffusers 0.42 does not read of a FLUX or SD3 file with these pairs by keys; empty if it reads all."""
     if family not in _ENCODERS:
         return ""
     if family == "sd3":
         return "diffusers reads no kohya file of SD3; sd-scripts and ComfyUI do. For diffusers write the adapter --to diffusers."
     if any(pair.magnitude is not None for pair in pairs.values()):
-        return "diffusers drops DoRA's lengths of a kohya file of FLUX. For diffusers write the adapter --to diffusers."
+        return "diffusers drops the magnitudes of a kohya file of FLUX. For diffusers write the adapter --to diffusers."
     lost = [key for key in pairs if key.startswith("lora_unet_") and not key.startswith(("lora_unet_double", "lora_unet_single"))]
     return (
-        f"diffusers reads a kohya file of FLUX but for the layers outside its blocks, {len(lost)} here ({', '.join(lost[:3])}); "
+        f"diffusers does not read the {len(lost)} layers outside the blocks of a kohya file of FLUX ({', '.join(lost[:3])}); "
         "ComfyUI reads them. For diffusers write the adapter --to diffusers."
         if lost
         else ""

@@ -1,10 +1,10 @@
-"""LyCORIS's products that are no pair, as dense changes (https://arxiv.org/abs/2309.14859).
+"""LyCORIS's LoHa and LoKr modules as dense changes (https://arxiv.org/abs/2309.14859).
 
     LoHa    ΔW = s·(w1_a·w1_b) ∘ (w2_a·w2_b)             s = alpha/rank, rank = rows of w1_b
     LoKr    ΔW = s·w1 ⊗ w2, either of them a product      s = alpha/rank of the product; 1 where both are whole
     with t  a convolution in Tucker form: T ×₁ a ×₂ b instead of a·b
 
-A convolution (out, in, k, k) that is in no Tucker form is kept as the matrix (out, in·k·k).
+A convolution (out, in, k, k) that is not in Tucker form is stored as a matrix (out, in·k·k).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def owns(tensor: str) -> bool:
 
 
 def is_dense(slots: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors of one module are those of LoHa or LoKr."""
+    """True if the tensors of a module are those of LoHa or LoKr."""
     return any(name in slots for name in (*LOHA, *LOKR))
 
 
@@ -35,9 +35,9 @@ def algorithm(slots: Mapping[str, Tensor]) -> str:
 
 
 def may_be_convolution(module: str, *, linear: bool = False) -> bool:
-    """Whether the module at this path is a convolution, or can be one.
+    """True if the module at this path may be a convolution.
 
-    The projections beside attention are in SD 1.x; in SD 2.x and SDXL they are `linear`.
+    The projections around attention are convolutions in SD 1.x; in SD 2.x and SDXL they are `linear`.
     """
     component, _, path = module.partition(".")
     if component == "transformer":
@@ -47,16 +47,14 @@ def may_be_convolution(module: str, *, linear: bool = False) -> bool:
 
 
 def unflattened(change: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    """A convolution's change kept as (out, in·k·k) in the `shape` of its weight; any other, or with no shape known, as it is."""
+    """Reshapes a convolution's change (out, in·k·k) to the `shape` of its weight; any other change is returned unchanged."""
     if shape is None or change.dim() != 2 or len(shape) != 4 or tuple(change.shape) != (shape[0], math.prod(shape[1:])):
         return change
     return change.reshape(shape)
 
 
 def not_understood(slots: Mapping[str, Tensor]) -> list[str]:
-    """The tensors of one module that `lycoris_delta` has no use for, sorted; such as DoRA's lengths, or a pair beside the
-    products.
-    """
+    """The tensors of a module that `lycoris_delta` does not use, sorted: magnitudes, or a pair beside the products."""
     if algorithm(slots) == "LoHa":
         used = set(LOHA)
     else:
@@ -103,5 +101,5 @@ def _lokr(slots: Mapping[str, Tensor], alpha: float | None) -> Tensor:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(i, j, k, l), (i, out), (j, in) as (out, in, k, l)."""
+    """Contracts (i, j, k, l) with (i, out) and (j, in) to (out, in, k, l)."""
     return torch.einsum("ijkl,io,jn->onkl", core.float(), a, b)

@@ -1,7 +1,7 @@
-"""The modules of FLUX and SD3 in the names of the original checkpoints, which kohya's keys are made of, and in diffusers'.
+"""Module names of FLUX and SD3: those of the original checkpoints, from which kohya's keys are made, and diffusers'.
 
 One matrix of the original may be several of diffusers': queries, keys and values, and in FLUX's single blocks the first layer of
-the MLP as well. The tables are names/flux.json and names/sd3.json; paths begin with `transformer.`, as everywhere here.
+the MLP too. The tables are names/flux.json and names/sd3.json; paths begin with `transformer.`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WIDTHS: dict[int, TransformerFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3"}
 
 @functools.cache
 def originals(family: TransformerFamily) -> dict[str, tuple[str, ...]]:
-    """From each module of the original checkpoint to the modules of diffusers' that its rows are, in their order."""
+    """From each module of the original checkpoint to diffusers' modules, in the order of their rows in it."""
     names = table(family)
     found: dict[str, tuple[str, ...]] = {theirs: (f"transformer.{ours}",) for theirs, ours in names["modules"].items()}
     for block in names["blocks"]:
@@ -35,7 +35,7 @@ def originals(family: TransformerFamily) -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def transformer_modules(family: TransformerFamily) -> frozenset[str]:
-    """The paths of every linear layer and convolution in diffusers' spelling."""
+    """diffusers' paths of all linear layers and convolutions."""
     return frozenset(path for parts in originals(family).values() for path in parts)
 
 
@@ -59,7 +59,7 @@ def written_keys(family: TransformerFamily) -> dict[str, tuple[str, ...]]:
 
 
 def of_keys(keys: Iterable[str]) -> TransformerFamily | None:
-    """The family that the spelling of a file's keys gives away."""
+    """The family of a file's keys, if only one has them."""
     spelled = set(keys)
     fitting = [family for family in FAMILIES if spelled & _own_keys(family)]
     return fitting[0] if len(fitting) == 1 else None
@@ -75,7 +75,7 @@ def _own_keys(family: TransformerFamily) -> frozenset[str]:
 
 
 def transformer_family(pairs: Mapping[str, Pair], metadata: Mapping[str, str], config: Mapping[str, Any]) -> TransformerFamily:
-    """FLUX or SD3: what the base's `config` says, else the file's own note, else names and widths. ConfigError: none tells."""
+    """FLUX or SD3: by the base's `config`, else by the file's metadata, else by names and widths. ConfigError if none decides."""
     for family in FAMILIES:
         if config.get("_class_name") == table(family)["class"]:
             return family

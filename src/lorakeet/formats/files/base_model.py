@@ -1,6 +1,6 @@
-"""What a conversion may know of the base: its configuration, and its modules' shapes from the headers of its files.
+"""A base model on disk, for conversions: its configuration, and its modules' shapes from the headers of its files.
 
-No model is loaded; a weight is read only where an adapter cannot be converted without it.
+No model is loaded. A weight is read only if an adapter cannot be converted without it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base as it lies on disk: configurations by component ("" for a language model), and where each weight is."""
+    """A base on disk: configurations by component ("" for a language model), and the file of each weight."""
 
     path: Path
     configs: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, tuple[SafeFile, str]] = field(default_factory=dict)  # by module path
 
     def config(self, component: str = "") -> Mapping[str, Any]:
-        """The configuration of one component, empty where there is none."""
+        """The configuration of one component; empty if there is none."""
         return self.configs.get(component, {})
 
     def shape(self, path: str) -> tuple[int, ...] | None:
-        """The shape of the weight of the module at `path`; None where it is not known."""
+        """The shape of the weight of the module at `path`; None if it is unknown."""
         found = self.weights.get(path)
         return None if found is None else found[0].tensors[found[1]].shape
 
@@ -45,7 +45,7 @@ class BaseModel:
 
 
 def open_base(path: Path) -> BaseModel:
-    """The base at `path`: a config.json, or a folder of one model or of a diffusers pipeline. DataError where it is neither."""
+    """The base at `path`: a config.json, or a folder of one model or of a diffusers pipeline. DataError for anything else."""
     if path.suffix == ".json" and path.is_file():
         config = _config(path)
         return BaseModel(path, {_component(config): config})
@@ -80,7 +80,7 @@ def _component(config: Mapping[str, Any]) -> str:
 
 
 def check_fits(adapter: Adapter, base: BaseModel) -> None:
-    """DataError listing every pair that has no module in `base`, or another shape."""
+    """Raises DataError listing every pair that has no module in `base`, or another shape."""
     if not base.weights:
         return
     trained_on = f" ({adapter.base})" if adapter.base else ""
@@ -98,6 +98,6 @@ def check_fits(adapter: Adapter, base: BaseModel) -> None:
 
 
 def _shape(pair: Pair) -> tuple[int, ...]:
-    out, inner = pair.B.shape[0], tuple(pair.A.shape[1:])
-    return (*inner, out) if pair.kind in ("conv1d", "embedding") else (out, *inner)
-
+    """The shape of the stored weight that `pair` changes."""
+    out, *inner = pair.weight_shape
+    return (*inner, out) if pair.kind in ("conv1d", "embedding") else pair.weight_shape

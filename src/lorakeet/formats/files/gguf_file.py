@@ -21,7 +21,7 @@ from lorakeet.formats.files.gguf_header import MOST_PARTS, check_gguf, gguf_pack
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a .gguf file: its ggml type, its shape with rows first, and where its bytes lie. They stay in the file."""
+    """A tensor of a GGUF file: its ggml type, its shape with rows first, and the place of its bytes, which stay in the file."""
 
     name: str
     kind: str
@@ -32,46 +32,43 @@ class FileTensor:
 
     @property
     def data(self) -> NDArray[Any]:
-        """The bytes as they lie in the file, rows first, read now: no page of the file stays with the process."""
+        """The stored numbers or bytes, rows first, read now: no page of the file stays mapped."""
         return self._read(0, self.layout[1])
 
     def numbers(self) -> NDArray[np.float32]:
-        """What the bytes mean, whatever the type, in fp32."""
-        return self._meaning(self.data)
+        """The tensor dequantised to fp32, whatever its type."""
+        return self._dequantised(self.data)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what rows mean."""
+        """The dtype of dequantised rows."""
         return torch.float32
 
     def as_matrix(self) -> FileTensor:
-        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
+        """The tensor as a matrix, all dimensions but the last flattened to rows (core/tiled_product.StackedRows)."""
         dtype, stored = self.layout
         return replace(self, shape=matrix_shape(self.shape), layout=(dtype, matrix_shape(stored)))
 
     def __getitem__(self, part: slice) -> Tensor:
-        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts
-        (core/tiled_product.RowSource).
-
-        A vector is read whole: its bytes may be no row for each number.
+        """Some rows dequantised to fp32, read now (core/tiled_product.RowSource). A vector, whose type may be blocks, is read
+        whole.
         """
         if len(self.shape) < 2:
             return torch.from_numpy(np.require(self.numbers()[part], requirements="W"))
         start, stop, _ = part.indices(self.shape[0])
         shape = (max(0, stop - start), *self.layout[1][1:])
-        return torch.from_numpy(np.require(self._meaning(self._read(start, shape)), requirements="W"))
+        return torch.from_numpy(np.require(self._dequantised(self._read(start, shape)), requirements="W"))
 
     def _read(self, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
-        """`shape` of the stored numbers or bytes, from row `first` on."""
+        """Reads stored numbers or bytes of that `shape` from row `first` on."""
         dtype, whole = self.layout
         with self.path.open("rb") as file:
             file.seek(self.offset + first * math.prod(whole[1:]) * dtype.itemsize)
             return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
 
-    def _meaning(self, data: NDArray[Any]) -> NDArray[np.float32]:
-        from gguf import GGMLQuantizationType, quants
-
-        return np.asarray(quants.dequantize(data, GGMLQuantizationType[self.kind]), dtype=np.float32)
+    def _dequantised(self, data: NDArray[Any]) -> NDArray[np.float32]:
+        gguf = gguf_package()
+        return np.asarray(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[self.kind]), dtype=np.float32)
 
 
 class GgufFile:

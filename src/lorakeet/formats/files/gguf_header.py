@@ -1,10 +1,10 @@
-"""The header of a GGUF file, walked and measured against the file before anything believes it.
+"""Checks the header of a GGUF file against the file's size before anything trusts it.
 
     magic, version u32 │ tensors u64, keys u64 │ key: text, type u32, value │ tensor: text, n u32, n × u64, type u32, offset u64
     text: length u64, bytes │ array: type u32, count u64, values │ the tensors' bytes, from the next multiple of the alignment on
 
-The package gguf makes objects of whatever is announced, and of every element of an array, and looks neither for the file's end
-nor for tensors that lie on each other. The walk holds one name at a time and 100 bytes a tensor.
+The package gguf makes objects of all that a header declares, down to the elements of arrays. It checks neither the end of the
+file nor overlapping tensors. This check keeps one name at a time and 100 bytes a tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_
 
 MAGIC = b"GGUF"
 MOST_PARTS = 2_000_000  # keys, tensors and array elements; Gemma 4 has 1.3 million
-PART_BYTES = 700  # that the package takes for each of them
+PART_BYTES = 700  # of the package's objects for each of them
 _TEXT, _ARRAY, _U32 = 8, 9, 4
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF's types
 _ALIGNMENT, _USUAL_ALIGNMENT = "general.alignment", 32
@@ -36,7 +36,7 @@ _LONGEST_NAME, _LONGEST_TEXT = 256, 1000  # bytes of a tensor's name; of a value
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies in the file, and its shape with rows first."""
+    """A tensor's byte range in the file, and its shape with rows first."""
 
     kind: str
     shape: tuple[int, ...]
@@ -46,15 +46,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a checked file holds: its tensors by name, and those of its values that are single numbers or short texts."""
+    """A checked header: the tensors by name, and all values that are single numbers or short texts."""
 
     tensors: Mapping[str, Slot]
     values: Mapping[str, int | float | str]
-    parts: int = 0  # keys, tensors and array elements, for each of which the package gguf makes PART_BYTES of objects
+    parts: int = 0  # keys, tensors and array elements; the package gguf makes PART_BYTES of objects for each
 
 
 def gguf_package() -> Any:
-    """The package gguf; EnvironmentProblem where it is missing."""
+    """The package gguf; EnvironmentProblem if it is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise EnvironmentProblem("GGUF files need the package gguf, which is not installed. Run: pip install 'lorakeet[gguf]'")
     import gguf
@@ -63,7 +63,7 @@ def gguf_package() -> Any:
 
 
 def begins_as_gguf(path: Path) -> bool:
-    """Whether the first bytes are those of a GGUF file; DataError where it cannot be read."""
+    """True if the first bytes are those of a GGUF file; DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -72,9 +72,9 @@ def begins_as_gguf(path: Path) -> bool:
 
 
 def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:
-    """The checked header of `path`. DataError names the file and whatever its header says that the file does not hold.
+    """Returns the checked header of `path`. DataError names the file and all that contradicts its content.
 
-    `most_parts` is how many keys, tensors and array elements it may announce together.
+    `most_parts`: the allowed number of keys, tensors and array elements together.
     """
     gguf_package()
     try:
@@ -86,28 +86,28 @@ def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:
 
 @functools.lru_cache(maxsize=8)
 def _checked(path: Path, size: int, changed: int, most_parts: int) -> GgufHeader:
-    """The header of the file as it was when it had that size and time of change."""
+    """The header of the file with that size and modification time."""
     with path.open("rb") as file:
         magic = file.read(4)
         if magic != MAGIC:
             raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            walk = _Walk(data, most_parts)
+            read = _HeaderReader(data, most_parts)
             try:
-                walk.run()
+                read.run()
             except _TooMany as error:
                 raise DataError(f"{path} cannot be read: {error}. Use safetensors in its place.") from error
             except ValueError as error:
-                where = f" at tensor {walk.last!r}" if walk.last else ""
+                where = f" at tensor {read.last!r}" if read.last else ""
                 raise DataError(
                     f"{path} is not a whole GGUF file ({error}{where}). It may have been cut off; fetch it again."
                 ) from error
-    return GgufHeader(_placed(path, walk, size), walk.values, walk.parts)
+    return GgufHeader(_byte_ranges(path, read, size), read.values, read.parts)
 
 
 @dataclass(frozen=True)
-class _Announced:
-    """A tensor as the header has it: dimensions with the row's width first, ggml's number of its type, where its bytes begin."""
+class _Declared:
+    """A tensor as the header declares it: dimensions with the row's width first, ggml's type number, offset of its bytes."""
 
     name: str
     dimensions: tuple[int, ...]
@@ -116,22 +116,22 @@ class _Announced:
 
 
 class _TooMany(ValueError):
-    """A header longer than any that is known, though the file has room for it."""
+    """A header longer than any known one, though the file is large enough for it."""
 
 
 @dataclass
-class _Walk:
-    """A walk over the header that measures each length against what is left; ValueError names what is longer than the file."""
+class _HeaderReader:
+    """Reads the header and checks each length against the rest of the file; ValueError names what exceeds it."""
 
     data: mmap.mmap
     most_parts: int
     place: int = len(MAGIC)
     order: str = "<"
     parts: int = 0
-    last: str = ""  # the tensor that is being read
+    last: str = ""  # the present tensor
     keys: set[str] = field(default_factory=set)
     values: dict[str, int | float | str] = field(default_factory=dict)
-    tensors: list[_Announced] = field(default_factory=list)
+    tensors: list[_Declared] = field(default_factory=list)
 
     def run(self) -> None:
         version = self._count("I")
@@ -140,24 +140,24 @@ class _Walk:
         if version not in (2, 3):
             raise ValueError(f"its version is {version}; readable are 2 and 3")
         tensors, keys = self._count("Q"), self._count("Q")
-        self._announce(keys, 13, "keys")
+        self._declare(keys, 13, "keys")
         for _ in range(keys):
             self._key()
-        self._announce(tensors, 24, "tensors")
+        self._declare(tensors, 24, "tensors")
         for _ in range(tensors):
             self.last = self._text()
             dimensions = self._count("I")
-            self._room(8 * dimensions + 12)
+            self._require(8 * dimensions + 12)
             if len(self.last) > _LONGEST_NAME or not 1 <= dimensions <= _MOST_DIMENSIONS:
                 raise ValueError(f"it announces a tensor with {dimensions:,} dimensions and a name of {len(self.last):,} bytes")
             sizes = tuple(self._count("Q") for _ in range(dimensions))
-            self.tensors.append(_Announced(self.last, sizes, self._count("I"), self._count("Q")))
+            self.tensors.append(_Declared(self.last, sizes, self._count("I"), self._count("Q")))
         self.last = ""
 
     def _key(self) -> None:
         key, kind = self._text(), self._count("I")
         if key in self.keys:
-            raise ValueError(f"its key {key!r} stands there twice")
+            raise ValueError(f"its key {key!r} occurs twice")
         self.keys.add(key)
         value = self._value(kind, 0)
         if value is not None:
@@ -167,7 +167,7 @@ class _Walk:
 
     def _number(self, form: str) -> int | float:
         size = struct.calcsize(f"={form}")
-        self._room(size)
+        self._require(size)
         self.place += size
         found: int | float = struct.unpack_from(self.order + form, self.data, self.place - size)[0]
         return found
@@ -175,13 +175,13 @@ class _Walk:
     def _count(self, form: str) -> int:
         return int(self._number(form))
 
-    def _room(self, count: int) -> None:
+    def _require(self, count: int) -> None:
         left = len(self.data) - self.place
         if count > left:
             raise ValueError(f"at byte {self.place:,} it announces {count:,} bytes, of which the file has {left:,}")
 
-    def _announce(self, count: int, least: int, what: str) -> None:
-        """Checks `count` things of at least `least` bytes against what is left of the file, and against `most_parts`."""
+    def _declare(self, count: int, least: int, what: str) -> None:
+        """Checks `count` things of at least `least` bytes against the rest of the file and against `most_parts`."""
         left = len(self.data) - self.place
         self.parts += count
         if count * least > left:
@@ -193,7 +193,7 @@ class _Walk:
 
     def _text(self) -> str:
         size = self._count("Q")
-        self._room(size)
+        self._require(size)
         self.place += size
         kept = self.data[self.place - size : self.place - size + min(size, _LONGEST_TEXT)]
         return kept.decode("utf-8", "replace") if size <= _LONGEST_TEXT else kept.decode("utf-8", "replace") + "…"
@@ -204,10 +204,10 @@ class _Walk:
         if kind == _TEXT:
             return self._text()
         if kind != _ARRAY or depth >= 4:
-            raise ValueError(f"at byte {self.place:,} stands a value of type {kind}, or arrays in more than four arrays")
+            raise ValueError(f"at byte {self.place:,} there is a value of type {kind}, or arrays nested more than four deep")
         inner, count = self._count("I"), self._count("Q")
         each = struct.calcsize(f"={_NUMBERS[inner]}") if inner in _NUMBERS else 0
-        self._announce(count, each or 8, "array elements")
+        self._declare(count, each or 8, "array elements")
         if each:
             self.place += count * each
             return None
@@ -217,20 +217,20 @@ class _Walk:
 
     def _skip_text(self) -> None:
         size = self._count("Q")
-        self._room(size)
+        self._require(size)
         self.place += size
 
 
-def _placed(path: Path, walk: _Walk, size: int) -> dict[str, Slot]:
-    """The tensors with their places in the file; DataError with everything about them that cannot be."""
+def _byte_ranges(path: Path, read: _HeaderReader, size: int) -> dict[str, Slot]:
+    """The tensors with their byte ranges; DataError lists everything impossible about them."""
     advice = "Fetch the file again, or use the model's safetensors folder."
     problems = Problems(f"{path} is not a sound GGUF file", DataError, remedy=advice)
-    alignment = int(walk.values.get(_ALIGNMENT, _USUAL_ALIGNMENT))
-    start = -(-walk.place // alignment) * alignment
+    alignment = int(read.values.get(_ALIGNMENT, _USUAL_ALIGNMENT))
+    start = -(-read.place // alignment) * alignment
     kinds = {int(kind): (str(kind.name), *sizes) for kind, sizes in gguf_package().GGML_QUANT_SIZES.items()}
     slots: dict[str, Slot] = {}
     beyond: list[str] = []
-    for tensor in walk.tensors:
+    for tensor in read.tensors:
         found = _slot(tensor, kinds, start, alignment)
         if isinstance(found, str):
             problems.add(f"{path}: tensor {tensor.name!r} {found}")
@@ -255,8 +255,8 @@ def _placed(path: Path, walk: _Walk, size: int) -> dict[str, Slot]:
     return slots
 
 
-def _slot(tensor: _Announced, kinds: Mapping[int, tuple[str, int, int]], start: int, alignment: int) -> Slot | str:
-    """Where the tensor lies, or what is wrong with it. `kinds`: name, numbers and bytes of a block, by ggml's number."""
+def _slot(tensor: _Declared, kinds: Mapping[int, tuple[str, int, int]], start: int, alignment: int) -> Slot | str:
+    """The tensor's byte range, or what is wrong with it. `kinds`: name, numbers and bytes of a block, by ggml's number."""
     if tensor.kind not in kinds:
         return f"has the type {tensor.kind}, which is not known; readable are {', '.join(name for name, *_ in kinds.values())}."
     name, block, block_bytes = kinds[tensor.kind]

@@ -1,4 +1,4 @@
-"""A JSON file that holds one object, read with words for everything that it may be instead."""
+"""Reads a JSON file of one object, with a message for anything else in it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lorakeet.errors import DataError, unreadable
 
 
 def read_object(path: Path, *, expected: str) -> dict[str, Any]:
-    """The object in `path`. DataError where it cannot be read or is something else; `expected` says what should be there."""
+    """The object in `path`. DataError if it cannot be read or is something else; `expected` says what should be there."""
     return parse_object(read_bytes(path, expected=expected), path, expected=expected)
 
 
 def read_bytes(path: Path, *, expected: str) -> bytes:
-    """What is in `path`; DataError where it cannot be read."""
+    """The bytes of `path`; DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -23,7 +23,7 @@ def read_bytes(path: Path, *, expected: str) -> bytes:
 
 
 def parse_object(raw: bytes, path: Path, *, expected: str) -> dict[str, Any]:
-    """The object that `raw` is, as `path` holds it. DataError where it is something else."""
+    """Parses `raw`, the content of `path`. DataError if it is no object."""
     try:
         data = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits

@@ -1,12 +1,14 @@
-"""A safetensors file in one piece of memory: tensors are views, and the memory goes back when the last of them goes.
+"""A safetensors file in one piece of memory: tensors are views, and the memory is freed with the last of them.
 
-Serving loads adapters this way. A mapped file is there at once, but who cuts a mapped file short kills the process that reads it,
-and who writes into it changes what is served. So only files that nobody else writes may be mapped. A copy keeps what the file had
-and costs little more: the bytes are read once, into pages of 2 MiB where the system has them, since handing out memory 4 KiB at a
-time takes several times as long as copying into it.
+Serving loads adapters this way. Mapping a file takes no time, but truncating it would kill the process that mapped it, and
+writing
+to it would change what is served. So only files that no other program writes are mapped. A copy is safe and costs little more:
+the
+bytes are read once, into pages of 2 MiB if the system has them, since allocating pages of 4 KiB takes several times as long as
+copying into them.
 
-Adapters of one recipe have the same header, byte for byte, in files of the same length. What such a header says is checked and
-worked out once, as long as it is among the last few.
+Adapters of the same configuration have the same header, byte for byte, in files of the same length. The checked headers of the
+last few are cached.
 """
 
 from __future__ import annotations
@@ -31,44 +33,44 @@ from lorakeet.errors import DataError, unreadable
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile, check_header, read_header
 
-_AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)  # Linux hands out all pages in one call
+_AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)  # Linux allocates all pages in one call
 _LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 _LARGE = 2 << 20  # bytes of such a page
 MOST_HEADERS = 8
-LONGEST_HEADER = 128 << 10  # bytes of one that is remembered, which takes some ten times as many: 210 pairs have 50,000
+LONGEST_HEADER = 128 << 10  # bytes of one that is cached, which takes some ten times as many: 210 pairs have 50,000
 LARGEST_SPARE = 64 << 20  # bytes
-_SPARE: deque[mmap.mmap] = deque(maxlen=1)  # memory that no tensor uses
+_SPARE: deque[mmap.mmap] = deque(maxlen=1)  # unused memory, for the next file
 _HEADERS: LruCache[tuple[bytes, int], Header] = LruCache(MOST_HEADERS)  # by their bytes and the length of the file
-_NAMED: LruCache[Header, hashlib._Hash] = LruCache(MOST_HEADERS)  # the hash of what they say of the tensors, to be copied
+_NAMED: LruCache[Header, hashlib._Hash] = LruCache(MOST_HEADERS)  # the hash of their entries, to be copied
 
 
 @dataclass(frozen=True)
 class LoadedFile(SafeFile):
-    """A checked file whose tensors lie in `data`, one mapping that ends with the last of its tensors."""
+    """A checked file in memory; `data` is freed with the last of its tensors."""
 
     data: NDArray[np.uint8] | None = None
     start: int = 0  # where in the file `data` begins
     tensors_at: int = 0  # where in the file the tensors begin
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` as a view of the slab, in the dtype of the file."""
+        """The tensor `name` as a view of `data`, in the dtype of the file."""
         stored = self.tensors[name]
         first, count = stored.begin - self.start, stored.end - stored.begin
         if self.data is None or not count:
             return torch.empty(stored.shape, dtype=stored.dtype)
-        if first % stored.dtype.itemsize:  # some writers do not align: only then a copy
+        if first % stored.dtype.itemsize:  # unaligned, from some writers: a copy
             return torch.frombuffer(bytearray(self.data[first : first + count]), dtype=stored.dtype).view(stored.shape)
         numbers = count // stored.dtype.itemsize
         return torch.frombuffer(self.data, dtype=stored.dtype, count=numbers, offset=first).view(stored.shape)
 
     def rows(self, name: str) -> Tensor:
-        """As `read`: what is in memory already is not read from the file again, which may have changed."""
+        """As `read`: the file, which may have changed, is not read again."""
         return self.read(name)
 
     def numbers(self) -> Tensor | None:
-        """Those of all tensors in fp32, end to end, as one view of the slab if that is their dtype.
+        """All numbers of the file in fp32, as a view of `data` if that is their dtype.
 
-        None where the dtypes are several or no floating ones, a tensor is empty, or the numbers are not aligned.
+        None if there are several dtypes or a non-floating one, if a tensor is empty, or if the numbers are not aligned.
         """
         if self.data is None or self.header is None or self.header.has_empty:
             return None
@@ -79,8 +81,8 @@ class LoadedFile(SafeFile):
     def digest(self) -> str:
         """SHA-256 over names, shapes, dtypes and numbers: two files with one digest hold the same tensors."""
         header = self.header
-        named = _named(self, self.tensors_at) if header is None else _NAMED.of(header, lambda: _named(self, self.tensors_at))
-        found = named.copy()
+        start = self.tensors_at
+        found = (_named(self, start) if header is None else _NAMED.get_or_make(header, lambda: _named(self, start))).copy()
         if self.data is not None:
             found.update(self.data[self.tensors_at - self.start :].data)
         return found.hexdigest()
@@ -88,9 +90,9 @@ class LoadedFile(SafeFile):
 
 @dataclass(frozen=True)
 class HeaderOnlyFile(SafeFile):
-    """A checked file of which only the header is read: its tensors have shapes and dtypes, and no numbers."""
+    """A checked file of which only the header is read; its tensors are meta tensors."""
 
-    finite: bool = True  # nothing to look at
+    finite: bool = True  # no numbers to check
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` on the meta device."""
@@ -102,16 +104,16 @@ class HeaderOnlyFile(SafeFile):
         return self.read(name)
 
     def numbers(self) -> Tensor | None:
-        """As many on the meta device."""
+        """As many, as a meta tensor."""
         if self.header is None or self.header.has_empty:
             return None
         return torch.empty(self.header.count, device="meta", dtype=torch.float32)
 
 
 def load_safetensors(path: Path, *, mapped: bool = False) -> LoadedFile:
-    """The whole file in memory, copied or `mapped`.
+    """Loads the whole file, copied or `mapped`.
 
-    DataError as in `open_safetensors`, and where the file changes while it is read.
+    DataError as in `open_safetensors`, and if the file becomes shorter while it is read.
     """
     with _opened(path) as file:
         header, known = _header(path, file)
@@ -131,7 +133,7 @@ def load_safetensors(path: Path, *, mapped: bool = False) -> LoadedFile:
 
 
 def open_header(path: Path) -> HeaderOnlyFile:
-    """The header of the file, checked; DataError as in `open_safetensors`."""
+    """Reads and checks the header; DataError as in `open_safetensors`."""
     with _opened(path) as file:
         header, known = _header(path, file)
     return HeaderOnlyFile(path, header.tensors, header.metadata, header=known)
@@ -145,19 +147,19 @@ def _opened(path: Path) -> FileIO:
 
 
 def _header(path: Path, file: FileIO) -> tuple[Header, Header | None]:
-    """The checked header, twice, the second None where it is too long to be remembered; `file` is then at the first tensor."""
+    """The checked header, twice, the second None if it is too long to be cached; leaves `file` at the first tensor."""
     try:
         raw, size = read_header(path, file)
     except OSError as error:
         raise DataError(unreadable(path, error)) from error
     if len(raw) > LONGEST_HEADER:
         return check_header(path, raw, size), None
-    header = _HEADERS.of((raw, size), lambda: check_header(path, raw, size))
+    header = _HEADERS.get_or_make((raw, size), lambda: check_header(path, raw, size))
     return header, header
 
 
 def _filled(path: Path, file: FileIO, data: NDArray[np.uint8]) -> bool:
-    """Whether the file has enough bytes left to fill `data` with."""
+    """Reads the rest of the file into `data`; False if it is too short."""
     done = 0
     with data.data as view:
         try:
@@ -169,16 +171,16 @@ def _filled(path: Path, file: FileIO, data: NDArray[np.uint8]) -> bool:
 
 
 def _memory(length: int) -> NDArray[np.uint8]:
-    """Memory to read a file into. When the last tensor in it has gone, it is kept for the next file of that length."""
+    """Allocates memory to read a file into. After the last tensor in it is freed, it is kept for a next file of that length."""
     data = _spare(length) or _new(length)
-    held = np.frombuffer(data, np.uint8)
+    array = np.frombuffer(data, np.uint8)
     if length <= LARGEST_SPARE:
-        weakref.finalize(held, _SPARE.append, data).atexit = False
-    return held
+        weakref.finalize(array, _SPARE.append, data).atexit = False
+    return array
 
 
 def _spare(length: int) -> mmap.mmap | None:
-    """What is kept, if it has that length; else it goes, before more is taken."""
+    """The spare memory if it has that length; otherwise it is freed."""
     try:
         data = _SPARE.pop()
     except IndexError:
@@ -187,7 +189,7 @@ def _spare(length: int) -> mmap.mmap | None:
 
 
 def free_spare_memory() -> None:
-    """Lets go of the memory that is kept for the next file."""
+    """Frees the memory that is kept for the next file."""
     _SPARE.clear()
 
 
@@ -196,13 +198,13 @@ def _new(length: int) -> mmap.mmap:
     if _LARGE_PAGES is None or length < _LARGE:
         return mmap.mmap(-1, length, flags=flags | _AT_ONCE)
     data = mmap.mmap(-1, length, flags=flags)
-    with contextlib.suppress(OSError):  # a kernel that was built without them
+    with contextlib.suppress(OSError):  # a Linux built without them
         data.madvise(_LARGE_PAGES)
     return data
 
 
 def _named(file: SafeFile, start: int) -> hashlib._Hash:
-    """The hash of what a file says of its tensors."""
+    """The hash of the names, dtypes, shapes and byte ranges of a file's tensors."""
     found = hashlib.sha256()
     for name, stored in sorted(file.tensors.items()):
         found.update(f"{name} {stored.dtype} {stored.shape} {stored.begin - start}\n".encode())
@@ -210,8 +212,10 @@ def _named(file: SafeFile, start: int) -> hashlib._Hash:
 
 
 def _all_numbers(data: NDArray[np.uint8], header: Header, begin: int) -> Tensor | None:
-    """The numbers of all tensors, from the byte `begin` of `data` on; None where the dtypes are several, no floating ones or of a
-    byte, and where they are not aligned."""
+    """The numbers of all tensors, from the byte `begin` of `data` on.
+
+    None if there are several dtypes, a non-floating or 8-bit one, or if the numbers are not aligned.
+    """
     dtype = header.dtype
     if dtype is None or not dtype.is_floating_point or dtype.itemsize == 1 or begin % dtype.itemsize:
         return None
@@ -219,6 +223,6 @@ def _all_numbers(data: NDArray[np.uint8], header: Header, begin: int) -> Tensor 
 
 
 def _finite(data: NDArray[np.uint8], header: Header, begin: int) -> bool:
-    """Whether one sum shows that all numbers are finite in fp32; False means that each tensor has to be looked at."""
+    """True if one sum shows that all numbers are finite in fp32; False if each tensor has to be checked."""
     numbers = _all_numbers(data, header, begin)
     return numbers is not None and math.isfinite(numbers.sum(dtype=torch.float32).item())

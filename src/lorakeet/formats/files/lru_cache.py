@@ -1,4 +1,4 @@
-"""The last few results of what is worked out from bytes alone, for files that begin alike: adapters of one recipe."""
+"""A thread-safe cache of the least recently used kind, for results that follow from bytes alone."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ Value = TypeVar("Value")
 
 
 class LruCache(Generic[Key, Value]):
-    """Results by what they follow from, the `most` that were asked for last. From any thread.
+    """The last `capacity` results by key.
 
-    Keys are all that a result depends on, by their whole content and no checksum of it. Results are shared, so nobody may change
-    them. What raises is not kept, and is worked out again with its message each time.
+    A key is all that its result depends on, in full and not as a checksum. Results are shared and must not be changed. Exceptions
+    are not cached.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._known: OrderedDict[Key, Value] = OrderedDict()
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._results: OrderedDict[Key, Value] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._results)
 
     def get(self, key: Key) -> Value | None:
-        """What is remembered of `key`."""
+        """The result for `key`, if it is cached."""
         with self._lock:
-            found = self._known.get(key)
+            found = self._results.get(key)
             if found is not None:
-                self._known.move_to_end(key)
+                self._results.move_to_end(key)
             return found
 
-    def keep(self, key: Key, value: Value) -> Value:
-        """Remembers `value`, and forgets what was asked for longest ago where there are too many."""
+    def put(self, key: Key, value: Value) -> Value:
+        """Stores `value` and returns it; drops the least recently used results beyond the capacity."""
         with self._lock:
-            self._known[key] = value
-            self._known.move_to_end(key)
-            while len(self._known) > self.most:
-                self._known.popitem(last=False)
+            self._results[key] = value
+            self._results.move_to_end(key)
+            while len(self._results) > self.capacity:
+                self._results.popitem(last=False)
         return value
 
-    def of(self, key: Key, work_out: Callable[[], Value]) -> Value:
-        """What is remembered of `key`, or else worked out now and remembered. Two threads may both work it out."""
+    def get_or_make(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The cached result, or else that of `make`, which is then stored. Two threads may both make it."""
         found = self.get(key)
-        return self.keep(key, work_out()) if found is None else found
+        return self.put(key, make()) if found is None else found
 
-    def forget(self) -> None:
-        """Forgets everything."""
+    def clear(self) -> None:
+        """Drops all results."""
         with self._lock:
-            self._known.clear()
+            self._results.clear()

@@ -1,9 +1,9 @@
 """Safetensors files, checked before use and written tensor by tensor.
 
-    8 bytes: length n of the header, little endian │ n bytes: JSON header │ the tensors' bytes, end to end
+    8 bytes: length n of the header, little endian │ n bytes: JSON header │ the tensors' bytes, without gaps
 
-The header is taken as hostile: its length, every dtype, shape and byte range is checked against the file before one byte of
-a tensor is read. Reading and writing hold one tensor at a time.
+The header is not trusted: its length, every dtype, shape and byte range is checked against the file before a tensor is read.
+Reading and writing keep one tensor at a time in memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies in a file, and what it is."""
+    """Dtype, shape and byte range of a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -57,14 +57,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """A checked header: all that follows from its bytes and the length of the file, and so the same for many files.
+    """A checked header: all that follows from its bytes and the length of the file, so that files can share it.
 
-    Nobody may change it. One is another only if it is the same object.
+    It must not be changed. Two are equal only if they are one object.
     """
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
-    start: int  # where in the file the tensors begin, end to end
+    start: int  # where in the file the tensors begin
     size: int  # of the file
 
     @cached_property
@@ -74,49 +74,49 @@ class Header:
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of all tensors, or None where they have several or there is none."""
+        """The dtype of all tensors; None if there are several or no tensors."""
         found = {stored.dtype for stored in self.tensors.values()}
         return found.pop() if len(found) == 1 else None
 
     @cached_property
     def has_empty(self) -> bool:
-        """Whether a tensor has no numbers."""
+        """True if some tensor has no numbers."""
         return any(0 in stored.shape for stored in self.tensors.values())
 
     @cached_property
     def outline(self) -> tuple[Tensor, ...]:
-        """The tensors in the order of the file, in fp32 on the meta device: shapes without numbers."""
+        """The tensors in the order of the file as fp32 meta tensors."""
         return tuple(torch.empty(self.tensors[name].shape, device="meta", dtype=torch.float32) for name in self.order)
 
     @cached_property
     def count(self) -> int:
-        """How many numbers the tensors have together."""
+        """The number of numbers in all tensors."""
         return sum(math.prod(stored.shape) for stored in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class SafeFile:
-    """An open book on a checked file: its tensors by name, read one at a time."""
+    """A checked file: its tensors by name, read one at a time."""
 
     path: Path
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
-    finite: bool = False  # whether it is known already that no number is NaN or infinite
-    header: Header | None = None  # where it is remembered for files that begin alike (formats/files/loaded_file)
+    finite: bool = False  # known to have no NaN and no infinity
+    header: Header | None = None  # if files can share it (formats/files/loaded_file)
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, in memory of its own."""
+        """The tensor `name`, as a copy."""
         stored, data = self.tensors[name], self.bytes_of(name)
         if not data:
             return torch.empty(stored.shape, dtype=stored.dtype)
         return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
 
     def numbers(self) -> Tensor | None:
-        """Those of all tensors in fp32, end to end in the order of the file; None where tensors have to be read one by one."""
+        """All numbers of the file in fp32, in its order; None if tensors must be read one by one."""
         return None
 
     def rows(self, name: str) -> RowSource:
-        """The tensor `name`, to be read some rows at a time; one without rows, such as a vector, as it is."""
+        """The tensor `name`, readable some rows at a time; a vector is read whole."""
         stored = self.tensors[name]
         return self.read(name) if len(stored.shape) < 2 else _FileRows(self, name, stored.shape)
 
@@ -126,7 +126,7 @@ class SafeFile:
         return self.bytes_between(stored.begin, stored.end)
 
     def bytes_between(self, begin: int, end: int) -> bytearray:
-        """Some of the file's bytes; DataError where it ends before."""
+        """Bytes `begin` to `end` of the file; DataError if it is shorter."""
         data = bytearray(end - begin)
         try:
             with self.path.open("rb") as file:
@@ -141,7 +141,7 @@ class SafeFile:
 
 @dataclass(frozen=True)
 class _FileRows:
-    """A tensor of a file of which some rows at a time are read, each time anew (core/tiled_product.RowSource)."""
+    """A tensor of a file, read some rows at a time (core/tiled_product.RowSource)."""
 
     file: SafeFile
     name: str
@@ -152,7 +152,7 @@ class _FileRows:
         return self.file.tensors[self.name].dtype
 
     def as_matrix(self) -> _FileRows:
-        """With all dimensions but the last laid end to end as rows (core/tiled_product.StackedRows)."""
+        """The tensor as a matrix, all dimensions but the last flattened to rows (core/tiled_product.StackedRows)."""
         return _FileRows(self.file, self.name, matrix_shape(self.shape))
 
     def __getitem__(self, part: slice) -> Tensor:
@@ -167,7 +167,7 @@ class _FileRows:
 
 
 def open_safetensors(path: Path) -> SafeFile:
-    """The checked header of `path`. DataError names the file and everything that is wrong with it."""
+    """Returns the checked header of `path`. DataError names the file and everything that is wrong with it."""
     try:
         with path.open("rb") as file:
             raw, size = read_header(path, file)
@@ -178,12 +178,12 @@ def open_safetensors(path: Path) -> SafeFile:
 
 
 def read_header(path: Path, file: BinaryIO | FileIO) -> tuple[bytes, int]:
-    """The header's bytes, as they are, and how long the whole file is; `file` is then at the first tensor. DataError, OSError."""
+    """Returns the header's bytes and the length of the file, and leaves `file` at the first tensor. DataError, OSError."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
         raise DataError(
-            f"{path} is not a whole safetensors file: it is {size:,} bytes long and announces a header of "
+            f"{path} is not a whole safetensors file: it is {size:,} bytes long and declares a header of "
             f"{length:,} bytes. It may have been cut off; fetch it again."
         )
     raw = file.read(length)
@@ -193,7 +193,7 @@ def read_header(path: Path, file: BinaryIO | FileIO) -> tuple[bytes, int]:
 
 
 def check_header(path: Path, raw: bytes, size: int) -> Header:
-    """What the header `raw` of a file of `size` bytes says. DataError names the file, `path`, and everything that is wrong."""
+    """Parses and checks the header `raw` of a file of `size` bytes. DataError names `path` and everything that is wrong."""
     header = _parse(path, raw)
     metadata = header.pop("__metadata__", None) or {}  # mlx writes null
     problems = Problems(f"{path} is not a sound safetensors file", DataError, remedy="Fetch the file again.")
@@ -214,9 +214,9 @@ def check_header(path: Path, raw: bytes, size: int) -> Header:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file name of each tensor, by the index `path` of a model in several files beside it.
+    """The file name of each tensor, from the index `path` of a sharded model.
 
-    DataError where it is no such index, or names anything but files in its own folder.
+    DataError if it is no such index, or names anything but files in its own folder.
     """
     home = read_object(path, expected="an index of shards").get("weight_map")
     if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
@@ -269,7 +269,7 @@ def _counts(value: Any) -> bool:
 
 
 def _check_ranges(path: Path, tensors: Mapping[str, TensorEntry], start: int, size: int) -> None:
-    """Raises unless the byte ranges lie end to end and fill the file."""
+    """Raises DataError unless the byte ranges fill the file without gaps and overlaps."""
     position = start
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stored.begin != position:
@@ -309,7 +309,7 @@ def stream_safetensors(
 
 
 def stored_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
-    """How long the file of `stream_safetensors` will be."""
+    """The length of the file that `stream_safetensors` writes, in bytes."""
     return 8 + len(_header(shapes, metadata)) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
 
 
@@ -327,13 +327,13 @@ def save_text(path: Path, text: str) -> None:
 
 
 def bytes_of_tensor(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
+    """The bytes of a tensor in row-major order, without a copy if it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def in_order(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
-    """The names in the order in which a file holds them: wide dtypes first, so that every tensor is aligned; then by name."""
+    """The names in the order of a file: wide dtypes first, so that every tensor is aligned; then by name."""
     return sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
 
 

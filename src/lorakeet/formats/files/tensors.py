@@ -1,8 +1,9 @@
-"""The tensors of one adapter file, read once and judged: finite, and named like parts of a model."""
+"""Reads and checks the tensors of an adapter file: finite, and named like parts of a model."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from lorakeet.errors import Problems
 from lorakeet.formats.files.safetensors_file import SafeFile
 
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # no slash, no empty part: never a path to anywhere
-_LONGEST_NAME = 300  # characters; what is matched to regular expressions must not be long
+_LONGEST_NAME = 300  # characters: names are matched against regular expressions
 
 
 def read_tensors(file: SafeFile, problems: Problems) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def read_tensors(file: SafeFile, problems: Problems) -> dict[str, Tensor]:
 
 
 def named_like_a_part(name: str, file: SafeFile, problems: Problems) -> bool:
-    """Whether `name` is words joined by dots, and not very long; adds to `problems` where it is not."""
+    """True if `name` is words joined by dots, and not too long; otherwise adds to `problems`."""
     if len(name) > _LONGEST_NAME:
         problems.add(
             f"{file.path}: a tensor's name is {len(name):,} characters long ({name[:40]!r}…); expected at most {_LONGEST_NAME}. "
@@ -43,13 +44,19 @@ def named_like_a_part(name: str, file: SafeFile, problems: Problems) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str, problems: Problems) -> None:
-    """Adds to `problems` where `tensor` has NaN or infinite values."""
+    """Adds to `problems` if `tensor` has NaN or infinite values."""
     if not bool(torch.isfinite(tensor).all()):
         problems.add(f"{name} has NaN or infinite values. The training diverged; use an earlier checkpoint.")
 
 
+def missing_slots(path: str, slots: Collection[str], needed: Iterable[str]) -> str:
+    """The `needed` slots of the pair at `path` that are missing, in words; an empty string if there are none."""
+    missing = [slot for slot in needed if slot not in slots]
+    return f"{path} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}." if missing else ""
+
+
 def factor_problem(path: str, A: Tensor, B: Tensor) -> str:
-    """What is wrong with A (rank, in[, k, k]) and B (out, rank[, 1, 1]) as one pair, or an empty string."""
+    """What is wrong with A (rank, in[, k, k]) and B (out, rank[, 1, 1]) as a pair, or an empty string."""
     if A.dim() not in (2, 4) or B.dim() != A.dim() or tuple(B.shape[2:]) not in ((), (1, 1)) or A.shape[0] != B.shape[1]:
         return f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}; expected (rank, in) and (out, rank), or 2-D convolutions."
     if 0 in A.shape or 0 in B.shape:

@@ -9,8 +9,8 @@
     base_model.model.PATH.base_layer.weight                    whole weight under a pair, as PEFT adds for embeddings
     base_model.model.PARAMETER                                 modules_to_save
 
-linear and conv1d look alike on disk: fan_in_fan_out tells them apart, and where an adapter has both, a note in the
-safetensors metadata, which PEFT ignores; without one, whoever has the model knows better. Pairs are held in fp32.
+linear and conv1d look alike on disk. fan_in_fan_out distinguishes them; for an adapter with both, our note in the safetensors
+metadata, which PEFT ignores. Without either, the model decides. Pairs are fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.math import Kind
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors, save_text
-from lorakeet.formats.files.tensors import check_finite, named_like_a_part
+from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
+from lorakeet.formats.limits import metadata_without_peft
 from lorakeet.formats.peft import peft_experts
 from lorakeet.formats.peft.peft_config import (
     CONFIG_NAME,
@@ -40,7 +41,7 @@ from lorakeet.formats.peft.peft_config import (
     config_text,
     read_peft_config,
 )
-from lorakeet.formats.peft.shared_layout import RECIPES, Names, shared_layout_of
+from lorakeet.formats.peft.shared_layout import LAYOUTS, Names, shared_layout_of
 
 MODEL_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -51,7 +52,6 @@ _SLOT = re.compile(
     r"(?P<path>.+)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
 )
 _NOTE = "lorakeet"  # key of our note in the safetensors metadata
-_CONFIG_KEYS = ("task_type", "revision", "lora_dropout")  # Adapter.metadata that lives in adapter_config.json
 
 Slots = dict[str, Tensor]
 
@@ -81,13 +81,13 @@ def read(
     if file.header is None or len(configured) > LONGEST:
         return _read(folder, config, file)
     key = (configured, file.header)
-    recipe = RECIPES.get(key)
-    adapter = None if recipe is None else recipe.filled(file)
+    layout = LAYOUTS.get(key)
+    adapter = None if layout is None else layout.filled(file)
     if adapter is None:
-        adapter = _read(folder, config, file)  # says what is wrong, if anything is
+        adapter = _read(folder, config, file)  # raises if anything is wrong
         names = {path: _names(path, pair.kind) for path, pair in adapter.pairs.items()}
-        if recipe is None and (recipe := shared_layout_of(adapter, file.header, names)) is not None:
-            adapter = RECIPES.keep(key, recipe).filled(file) or adapter
+        if layout is None and (layout := shared_layout_of(adapter, file.header, names)) is not None:
+            adapter = LAYOUTS.put(key, layout).filled(file) or adapter
     return adapter
 
 
@@ -121,7 +121,7 @@ def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots
             continue
         own = name[len(_PREFIX) :]
         if match := _SLOT.fullmatch(own):
-            wide = tensor if tensor.dtype == torch.float32 else tensor.float()  # asked first: torch takes longer to say the same
+            wide = tensor if tensor.dtype == torch.float32 else tensor.float()  # checked first: torch's own check takes longer
             groups.setdefault(match["path"], {})[match["slot"]] = wide
         elif own.endswith(_TOKENS):
             tokens[own[: -len(_TOKENS)]] = tensor.float()
@@ -178,9 +178,8 @@ def _kind(config: PeftConfig, note: Mapping[str, Any], path: str, slots: Slots) 
 
 def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs: dict[str, Pair], problems: Problems) -> None:
     first, second = _factor_slots(kind)
-    missing = [slot for slot in (first, second) if slot not in slots]
-    if missing:
-        problems.add(f"{path} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}.")
+    if missing := missing_slots(path, slots, (first, second)):
+        problems.add(missing)
         return
     A, B, rank = slots[first], slots[second], config.rank_of(path)
     if kind == "experts":
@@ -214,7 +213,7 @@ def _factor_slots(kind: Kind) -> tuple[str, str]:
 
 
 def _names(path: str, kind: Kind) -> Names:
-    """What the tensors of a pair are called in the file, if it is no pair of experts."""
+    """The names of a pair's tensors in the file, if it is no pair of experts."""
     slots = (*_factor_slots(kind), "lora_magnitude_vector", "lora_B.bias")
     return cast(Names, tuple(f"{_PREFIX}{path}.{slot}" for slot in slots))
 
@@ -269,8 +268,7 @@ def _token_rows(
 def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
     """Writes `adapter` into `folder` (made if missing) so that PEFT loads it; the same adapter gives the same bytes.
 
-    Each file appears whole or not at all, the tensors before the configuration. ConfigError where PEFT has no place for
-    something.
+    Each file appears whole or not at all, the tensors before the configuration. ConfigError if PEFT's layout cannot hold a part.
     """
     check_writable(adapter)
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +317,7 @@ def _nesting(adapter: Adapter) -> dict[str, int]:
 
 
 def _note_for(adapter: Adapter) -> dict[str, Any]:
-    """What PEFT's configuration has no key for."""
+    """Our note: all that PEFT's configuration has no key for."""
     note: dict[str, Any] = {}
     flat = Counter(pair.kind for pair in adapter.pairs.values() if pair.kind in ("linear", "conv1d"))
     if len(flat) > 1:
@@ -329,5 +327,5 @@ def _note_for(adapter: Adapter) -> dict[str, Any]:
         for path, rows in adapter.token_rows.items()
         if rows.tokens or rows.tied
     }
-    own = {key: value for key, value in adapter.metadata.items() if key not in _CONFIG_KEYS}
+    own = metadata_without_peft(adapter)
     return note | ({"tokens": tokens} if tokens else {}) | ({"metadata": own} if own else {})

@@ -1,7 +1,7 @@
-"""adapter_config.json of PEFT: what it says, and what it may not say.
+"""Reads, checks and writes PEFT's adapter_config.json.
 
-A key that changes what the adapter computes and that is not understood here is refused by name with its value, never
-dropped. Keys that only steered the training, or that the tensors on disk already answer, are read over.
+An unsupported key that changes what the adapter computes is refused by name and value, never dropped. Keys that only affected
+training, or that the tensors on disk make redundant, are ignored.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.peft.regex_cost import pattern_problem
 
 CONFIG_NAME = "adapter_config.json"
-NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter that has no pair at all
+NO_TARGETS = "dummy-target-modules"  # in PEFT, for an adapter without pairs
 
-# Understood: they decide kinds, ranks and scales, or carry names.
+# Read: they decide kinds, ranks and scales, or are names.
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out",
     "target_modules", "target_parameters", "modules_to_save", "trainable_token_indices", "base_model_name_or_path",
     "task_type", "revision", "lora_dropout", "init_lora_weights",
 }  # fmt: skip
-# Without effect on what a trained adapter computes: the tensors on disk say which modules have a pair, the rest is training.
+# Without effect on what a trained adapter computes: the tensors on disk say which modules have a pair, the rest was training.
 _NO_EFFECT = {
     "auto_mapping", "peft_version", "inference_mode", "exclude_modules", "layers_to_transform", "layers_pattern",
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
@@ -53,8 +53,8 @@ _REFUSED = {
     "megatron_config": None,
     "ensure_weight_tying": False,
 }
-# Starts that leave the base weights as they were. "eva" and "mica" read them only.
-_HARMLESS_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
+# Initialisations that do not change the base weights. "eva" and "mica" only read them.
+_HARMLESS_INITS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 _EXPECTED = "the configuration of an adapter in PEFT's layout"
 
@@ -88,7 +88,7 @@ class PeftConfig:
     def alpha_of(self, path: str) -> float:
         """The alpha of the pair at `path`: that of the matching keys of alpha_pattern, or lora_alpha.
 
-        ConfigError where two keys match and disagree: PEFT takes the first, and the order of keys is not safe in JSON.
+        ConfigError if matching keys disagree: PEFT takes the first, and JSON does not guarantee the order of keys.
         """
         values = {key: value for key, value in self.alpha_pattern.items() if pattern_value({key: value}, path) is not None}
         if len(set(values.values())) > 1:
@@ -99,7 +99,7 @@ class PeftConfig:
         return next(iter(values.values()), self.alpha)
 
     def targets(self, path: str) -> bool:
-        """Whether target_modules names the module at `path`, by PEFT's rule."""
+        """True if target_modules names the module at `path`, by PEFT's rule."""
         if isinstance(self.target_modules, str):
             if wrong := pattern_problem(self.target_modules, self.target_modules, most_steps=math.inf):
                 raise ConfigError(f"{CONFIG_NAME}: target_modules is {self.target_modules[:80]!r}, {wrong}")
@@ -107,29 +107,29 @@ class PeftConfig:
         return any(path == target or path.endswith(f".{target}") for target in self.target_modules)
 
 
-LONGEST = 1 << 20  # bytes of a configuration that is remembered
+LONGEST = 1 << 20  # bytes of a configuration that is cached
 _KNOWN: LruCache[bytes, PeftConfig] = LruCache(8)
 
 
 def read_peft_config(folder: Path, raw: bytes | None = None) -> PeftConfig:
-    """The configuration in `folder`, whose bytes may have been read already (`raw`). Nobody may change it: it is remembered.
+    """The configuration in `folder`; `raw` are its bytes if they were read already. It is cached and must not be changed.
 
-    DataError for a file that is not one, ConfigError listing every key that is refused.
+    DataError if the file is none, ConfigError listing every key that is refused.
     """
     path = folder / CONFIG_NAME
     raw = config_bytes(folder) if raw is None else raw
     if len(raw) > LONGEST:
         return parse_config(parse_object(raw, path, expected=_EXPECTED), path)
-    return _KNOWN.of(raw, lambda: parse_config(parse_object(raw, path, expected=_EXPECTED), path))
+    return _KNOWN.get_or_make(raw, lambda: parse_config(parse_object(raw, path, expected=_EXPECTED), path))
 
 
 def config_bytes(folder: Path) -> bytes:
-    """What lies in `folder` as its configuration; DataError where it cannot be read."""
+    """The bytes of the configuration in `folder`; DataError if it cannot be read."""
     return read_bytes(folder / CONFIG_NAME, expected=_EXPECTED)
 
 
 def parse_config(data: dict[str, Any], path: object) -> PeftConfig:
-    """The configuration in `data`, as PEFT's `LoraConfig` writes it; `path` is what errors call it. ConfigError lists all."""
+    """Parses a mapping of PEFT's `LoraConfig`; `path` is its name in errors. ConfigError lists all of them."""
     problems = Problems(f"{path} describes an adapter that cannot be read")
     _refuse(data, path, problems)
     _check_values(data, path, problems)
@@ -154,7 +154,7 @@ def _refuse(data: dict[str, Any], path: object, problems: Problems) -> None:
             f"{path}: use_dora and lora_bias are both True; PEFT counts the bias into the rows' lengths, which is not supported."
         )
     start = data.get("init_lora_weights", True)
-    if str(start).lower() not in _HARMLESS_STARTS and start is not None:
+    if str(start).lower() not in _HARMLESS_INITS and start is not None:
         problems.add(
             f"{path}: init_lora_weights is {start!r}. PEFT took the start out of the base weights, so this adapter belongs to a "
             "base that differs from the one on disk. Save it again in PEFT with path_initial_model_for_weight_conversion, "
@@ -192,7 +192,7 @@ _AGAIN = "Put in the value that it was trained with, or fetch the file again."
 def _check_pattern(
     data: dict[str, Any], name: str, expected: tuple[Callable[[Any], bool], str], path: object, problems: Problems
 ) -> None:
-    """Adds what is wrong with the table `name` of values by regular expression; `expected`: a test of a value, and its words."""
+    """Checks the table `name` of values by regular expression; `expected`: a test of a value, and its words."""
     good, words = expected
     pattern = data.get(name) or {}
     if not isinstance(pattern, dict):
@@ -206,7 +206,7 @@ def _check_pattern(
 
 
 def _number(value: Any) -> bool:
-    """Whether `value` is a number that fits in a float: not NaN, not infinite."""
+    """True if `value` is a finite number that fits in a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -252,9 +252,10 @@ def _token_ids(tokens: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | No
 def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
     """adapter_config.json for `adapter`, the same text for the same adapter.
 
-    r and lora_alpha are the most frequent ones; every other pair stands in rank_pattern and alpha_pattern under its whole
-    path, anchored at the start, so that PEFT finds it and nothing else. The scale rule, DoRA and the bias are one switch
-    for the whole adapter in PEFT: a pair of the other scale rule gets the alpha that gives its scale.
+    r and lora_alpha are the most frequent values; other pairs are in rank_pattern and alpha_pattern by their whole path, so that
+    PEFT
+    matches no other. The scale rule, DoRA and the bias are one switch for the whole adapter in PEFT: a pair with the other scale
+    rule gets the alpha that gives its scale.
     """
     rule = _frequent([pair.scale_rule for pair in adapter.pairs.values()], "alpha/rank")
     ranks = {path: pair.rank for path, pair in adapter.pairs.items()}
@@ -265,7 +266,7 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
     parameters = sorted(path for path, pair in adapter.pairs.items() if pair.kind == "experts")
     task = adapter.metadata.get("task_type", "" if "conv2d" in kinds or of_image_model(adapter) else "CAUSAL_LM")
     data: dict[str, Any] = {
-        "alpha_pattern": {_anchored(path): _plain(value) for path, value in sorted(alphas.items()) if value != alpha},
+        "alpha_pattern": {_exact_pattern(path): _plain(value) for path, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": None,
         "base_model_name_or_path": adapter.base or None,
         "bias": "none",
@@ -279,7 +280,7 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
         "modules_to_save": modules_to_save or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {_anchored(path): value for path, value in sorted(ranks.items()) if value != rank},
+        "rank_pattern": {_exact_pattern(path): value for path, value in sorted(ranks.items()) if value != rank},
         "revision": adapter.metadata.get("revision"),
         "target_modules": modules if adapter.pairs else NO_TARGETS,
         "task_type": task or None,
@@ -310,13 +311,13 @@ def _plain(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def _anchored(path: str) -> str:
-    """A key that PEFT's `(.*\\.)?(KEY)$` matches to the whole `path` only, never to a longer path that ends alike."""
+def _exact_pattern(path: str) -> str:
+    """A key that PEFT's `(.*\\.)?(KEY)$` matches to the whole `path` only, not to longer paths that end with it."""
     return "^" + re.escape(path)
 
 
 def check_writable(adapter: Adapter) -> None:
-    """Raises ConfigError listing everything in `adapter` that PEFT's layout has no place for."""
+    """Raises ConfigError listing everything in `adapter` that PEFT's layout cannot hold."""
     problems = Problems("The adapter cannot be written in PEFT's layout")
     dora = [path for path, pair in adapter.pairs.items() if pair.magnitude is not None]
     plain = [path for path, pair in adapter.pairs.items() if pair.magnitude is None]

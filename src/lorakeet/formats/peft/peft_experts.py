@@ -1,7 +1,7 @@
 """PEFT's layout of pairs on the 3-D parameters of a mixture-of-experts block (`target_parameters`).
 
-PEFT wraps a module once per targeted parameter, in the order in which the module registers its parameters, so the name of
-a tensor says how deep it lies and not which parameter it belongs to:
+PEFT wraps a module once per targeted parameter, in the order in which the module registers its parameters. So a tensor's name has
+its nesting depth, and not the name of its parameter:
 
     mlp.experts.base_layer.lora_A.weight    gate_up_proj, registered first, innermost
     mlp.experts.lora_A.weight               down_proj, wrapped around it
@@ -24,7 +24,7 @@ _REGISTERED = ("gate_up_proj", "down_proj")  # the order in which the blocks of 
 
 
 def parameters_at(config: PeftConfig, path: str) -> list[str]:
-    """The names of the parameters that target_parameters means, should the module at `path` have them."""
+    """The parameters of the module at `path` that target_parameters names."""
     found = {target.rpartition(".")[2] for target in config.target_parameters if _names(target, path)}
     return sorted(found, key=_registration)
 
@@ -39,7 +39,7 @@ def _registration(name: str) -> tuple[int, str]:
 
 
 def assign(config: PeftConfig, path: str, depths: Iterable[int]) -> dict[int, str] | str:
-    """The parameter name of each nesting depth of the pairs at `path`, or what is wrong. Depth 0 is the outermost."""
+    """The parameter of each nesting depth of the pairs at `path`, or what is wrong. Depth 0 is the outermost."""
     names = parameters_at(config, path)
     levels = sorted(depths, reverse=True)  # innermost, registered first, comes first
     if len(names) != len(levels) or levels != list(range(len(levels)))[::-1]:
@@ -53,13 +53,13 @@ def assign(config: PeftConfig, path: str, depths: Iterable[int]) -> dict[int, st
 
 
 def order_on_disk(parameters: Iterable[str]) -> dict[str, int]:
-    """The nesting depth of each of the parameters of one module, as PEFT will wrap them."""
+    """The nesting depth of each of the parameters of a module, as PEFT wraps them."""
     names = sorted(parameters, key=_registration)
     return {name: len(names) - 1 - index for index, name in enumerate(names)}
 
 
 def unpack_experts(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor] | str:
-    """(E·rank, in) and (out, rank·E) as A (E, rank, in) and B (E, out, rank), or what is wrong."""
+    """Reshapes (E·rank, in) and (out, rank·E) to A (E, rank, in) and B (E, out, rank); or returns what is wrong."""
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] % rank or A.shape[0] != B.shape[1]:
         return f"has A {tuple(A.shape)} and B {tuple(B.shape)}; expected (experts·{rank}, in) and (out, {rank}·experts)"
     experts = A.shape[0] // rank
@@ -70,6 +70,6 @@ def unpack_experts(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor] | s
 
 
 def pack_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A (E, rank, in) and B (E, out, rank) as (E·rank, in) and (out, rank·E); the inverse of `unpack_experts`."""
+    """Reshapes A (E, rank, in) and B (E, out, rank) to (E·rank, in) and (out, rank·E); the inverse of `unpack_experts`."""
     experts, rank, width = A.shape
     return A.reshape(experts * rank, width), B.permute(1, 2, 0).reshape(B.shape[1], rank * experts)

@@ -1,7 +1,7 @@
-"""How long a regular expression from a file may take to match, counted before it is tried.
+"""Bounds the time that a regular expression from a file may take to match, before it is tried.
 
-Python's matcher tries one way after the other, so (a+)+$ on a path of 60 characters takes longer than anyone waits. An adapter's
-file may hold such a key, by malice or by accident.
+Python's matcher backtracks, so (a+)+$ on a path of 60 characters takes practically for ever. An adapter's file may have such a
+key, by malice or by accident.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _TOKEN = re.compile(
 
 
 def pattern_problem(key: str, used: str, *, most_steps: float = MOST_STEPS) -> str:
-    """What is wrong with the regular expression `key`, which is matched as `used`; an empty string where it is safe to try.
+    """What is wrong with the regular expression `key`, which is matched as `used`; an empty string if it is safe.
 
-    `most_steps`: infinity lets all pass but repetitions within repetitions.
+    `most_steps`: infinity accepts all but repetitions within repetitions.
     """
     if len(key) > _LONGEST_KEY:
         return f"which is {len(key):,} characters long; expected at most {_LONGEST_KEY:,}. Split it into several."
@@ -39,11 +39,11 @@ def pattern_problem(key: str, used: str, *, most_steps: float = MOST_STEPS) -> s
 
 
 def steps_of(key: str) -> float:
-    """How many ways there are at most to try the regular expression `key` on a long path; infinite for nested repetitions.
+    """An upper bound of the ways to match the regular expression `key` on a long path; infinite for nested repetitions.
 
-    Parts in a row multiply, alternatives add up, and a repetition of what has one way only is as many as the path is long.
+    Consecutive parts multiply, alternatives add, and a repetition counts as the length of a path.
     """
-    groups = [(0.0, 1.0, 1.0)]  # of each open group: its finished alternatives, this one without its last part, that part
+    groups = [(0.0, 1.0, 1.0)]  # by open group: finished alternatives, the present one without its last part, that part
     for match in _TOKEN.finditer(key):
         token, (done, before, last) = match[0], groups[-1]
         if match["repeat"]:
@@ -69,7 +69,7 @@ def steps_of(key: str) -> float:
 
 
 def _times(token: str) -> tuple[float, float]:
-    """How often at least and at most the quantifier `token` repeats."""
+    """The least and the largest number of repetitions of the quantifier `token`."""
     if token[0] != "{":
         return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[token[0]]
     low, comma, high = token.rstrip("?+")[1:-1].partition(",")

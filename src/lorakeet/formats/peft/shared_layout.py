@@ -1,7 +1,7 @@
-"""Adapters of one recipe: what follows from their configuration and their header, which are the same for all of them.
+"""The layout of adapters with equal configuration and header, computed once and shared.
 
-A server loads adapters by the hundred that differ in their numbers only. Which tensor is the A or the B of which layer, of what
-rank and scale, and that nothing is missing or not understood, is worked out for the first of them; the others fill in numbers.
+A server loads hundreds of adapters that differ only in their numbers. For the first of them, the layout is parsed and checked:
+which tensor is A or B of which layer, with which rank and scale. The others only fill in numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair, Pla
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile
 
-Names = tuple[str, str, str, str]  # what the A, B, magnitude and bias of a pair are called in a file
+Names = tuple[str, str, str, str]  # of the tensors A, B, magnitude and bias of a pair in a file
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class SharedLayout:
     metadata: Mapping[str, str]
 
     def filled(self, file: SafeFile) -> Adapter | None:
-        """The adapter with the numbers of `file`, whose header has this recipe.
+        """The adapter with the numbers of `file`, whose header has this layout.
 
-        None where its tensors have to be looked at one by one: some number is not finite, or the dtypes differ.
+        None if its tensors must be read one by one: some number is not finite, or the dtypes differ.
         """
         numbers = file.numbers() if file.finite else None
         if numbers is None:
@@ -39,9 +39,9 @@ class SharedLayout:
 
 
 def shared_layout_of(adapter: Adapter, header: Header, names: Mapping[str, Names]) -> SharedLayout | None:
-    """The recipe of an `adapter` that was read from a file with this `header`, where its pairs are called `names`.
+    """The layout of an `adapter` read from a file with this `header`, in which the pairs have these `names`.
 
-    None where it is not the tensors of the file, each as it lies there, and nothing else.
+    None unless the adapter consists of exactly the tensors of the file, unchanged.
     """
     if adapter.extras or adapter.token_rows or not adapter.pairs or header.has_empty:
         return None
@@ -64,4 +64,4 @@ def shared_layout_of(adapter: Adapter, header: Header, names: Mapping[str, Names
     return SharedLayout(outline, adapter.base, dict(adapter.metadata))
 
 
-RECIPES: LruCache[tuple[bytes, Header], SharedLayout] = LruCache(8)  # by the bytes of the configuration, and the header
+LAYOUTS: LruCache[tuple[bytes, Header], SharedLayout] = LruCache(8)  # by the bytes of the configuration, and the header

@@ -23,7 +23,7 @@ PARTS = 12  # with at least so many parts, or all groups of rows, heads that sha
 
 
 class AttentionShape(ctypes.Structure):
-    """The Shape of attention.h; `held` are the numbers that it points to."""
+    """The Shape of attention.h; `owners` are the numbers that it points to."""
 
     _fields_ = (
         ("starts", ctypes.c_void_p),
@@ -60,11 +60,11 @@ def attention_shape(rows: Sequence[int], prefix: int, scale: float, states: tupl
     if not scale > 0:
         raise ValueError(f"scores are multiplied by {scale}; attention.c takes a factor above 0")
     array = ctypes.c_int64 * len(rows)
-    held = array(*starts), array(*lengths)
-    addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)
+    owners = array(*starts), array(*lengths)
+    addresses = (ctypes.cast(each, ctypes.c_void_p) for each in owners)
     parts, groups = _parts(heads, kv, rows), _groups(rows, prefix, kv)
     shape = AttentionShape(*addresses, len(rows), prefix, tokens, heads, kv, d, parts, groups, scale)
-    shape.held = held
+    shape.owners = owners
     return shape
 
 

@@ -47,7 +47,7 @@ class BlockPairs(ctypes.Structure):
         """`numbers` are the copies' numbers of the layers, in the order of BlockParts; None for a layer without pairs."""
         found = (ctypes.c_int64 * LAYERS)(*(-1 if number is None else number for number in numbers))
         pairs = cls(None, 0, found) if shares is None else cls(shares.address, shares.count, found)
-        pairs.held = shares
+        pairs.owner = shares
         return pairs
 
 
@@ -144,16 +144,15 @@ class Block:
         return Block(copy.deepcopy(self.parts, memo))
 
     def forward(
-        self, x: Tensor, pairs: BlockPairs, new: NewTokens, turn: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]
+        self, x: Tensor, pairs: BlockPairs, new: NewTokens, turn: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor]
     ) -> Tensor:
         """x (tokens, hidden) to the same, each token with its `pairs`.
 
-        `held` are the cached keys and values (slots, kv, capacity, d). Those of the `new` tokens, the first of x, are written to
-        them;
-        the other tokens attend to nothing. `turn` are cos and sin (1, tokens, d). ValueError for shapes and layouts that do not
-        fit.
+        `cache` are the cached keys and values (slots, kv, capacity, d). Those of the `new` tokens, the first of x, are written to
+        them; the other tokens attend to nothing. `turn` are cos and sin (1, tokens, d). ValueError for shapes and layouts that do
+        not fit.
         """
-        keys, values = held
+        keys, values = cache
         kv, head = self.cached
         states = (x.shape[1:] == (self.hidden,), keys.shape == values.shape, keys.shape[1:] == (kv, new.capacity, head),
                   new.count <= len(x), new.slots <= len(keys), turn[0].shape == turn[1].shape == (1, len(x), head))  # fmt: skip

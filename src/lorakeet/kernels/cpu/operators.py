@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public n
 
 from lorakeet.kernels.cpu import compile
 from lorakeet.kernels.cpu.compile import library
-from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.device import REHEARSED
 from lorakeet.kernels.protocol import Situation
 
 READ = (Tensor, nn.Parameter)  # tensors whose memory C may read
@@ -64,16 +64,14 @@ def why_not(situation: Situation) -> str:
 def takes(states: Sequence[Tensor], width: int = LANES, *_: object) -> bool:
     """True if C can read the states: contiguous bf16 on the CPU, with last dimensions in multiples of `width`."""
     for x in states:
-        if type(x) not in PLAIN or x.dtype is not torch.bfloat16 or not is_cpu(x.device):
-            return False
-        if x.shape[-1] % width or not x.is_contiguous():
+        if not x.is_cpu or x.dtype is not torch.bfloat16 or not x.is_contiguous() or x.shape[-1] % width or type(x) not in PLAIN:
             return False
     return True
 
 
 def supports(*states: Tensor, width: int = LANES) -> bool:
     """True if the library is in use, and can read the states."""
-    return ENABLED.get() and takes(states, width) and library() is not None
+    return ENABLED.get() and not REHEARSED.get() and takes(states, width) and library() is not None
 
 
 def pointers(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[ctypes.c_void_p]:

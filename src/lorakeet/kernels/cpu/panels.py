@@ -35,7 +35,7 @@ class Panels:
         if outputs % LANES:
             filled = torch.nn.functional.pad(filled, (0, 0, 0, -outputs % LANES))
         self.numbers = filled.view(-1, LANES, width // 2, 2).transpose(1, 2).contiguous()  # (panels, in/2, 16, 2)
-        self._alone = SideBySide([self])
+        self._alone = PanelGroup([self])
 
     def __deepcopy__(self, memo: dict[int, object]) -> Panels:
         return Panels(self.dense())
@@ -50,7 +50,7 @@ class Panels:
         return self._alone.product(x)
 
 
-class SideBySide:
+class PanelGroup:
     """Weights that are multiplied with the same x in one call."""
 
     def __init__(self, weights: Sequence[Panels]) -> None:

@@ -24,7 +24,7 @@ DENSE, NF4, GPTQ, INT8, INT8_ROWS = range(5)  # kinds, as stored.h has them
 GGUF = {name: 5 + number for number, name in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))}
 NEEDS = "contiguous bfloat16 rows, outside of autograd"
 READABLE = f"whole weights in multiples of {operators.LANES}"
-NUMBERS = 11  # of a Stored: the fields before `held`
+NUMBERS = 11  # of a Stored: the fields before `owners`
 _CODES = 3  # index of the address of the codes
 
 
@@ -42,7 +42,7 @@ class StoredWeight(NamedTuple):
     steps: int = 0
     size: int = 0
     groups: int = 0
-    held: tuple[Tensor, ...] = ()  # the tensors that the addresses belong to, even after their modules get others
+    owners: tuple[Tensor, ...] = ()  # the tensors that the addresses belong to, even after their modules get others
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -60,11 +60,11 @@ def why_not_dequantise(situation: Situation) -> str:
     return "Triton kernels are requested" if situation.triton else operators.why_not(situation)
 
 
-def is_readable(shape: tuple[int, ...], held: Iterable[Tensor]) -> bool:
+def is_readable(shape: tuple[int, ...], owners: Iterable[Tensor]) -> bool:
     """True if C may read a weight (out, in) that is stored in these tensors."""
     if any(size <= 0 or size % operators.LANES for size in shape):
         return False
-    plain = all(type(each) in operators.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in held)
+    plain = all(type(each) in operators.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in owners)
     return plain and operators.in_use()
 
 
@@ -96,22 +96,22 @@ def takes(x: Tensor, *_: object) -> bool:
 
 def stored_product(x: Tensor, weight: StoredWeight, across: bool = False) -> Tensor:
     """x·Wᵀ, or x·W if `across`, of x (tokens, ·), bf16: fp32 sums, rounded once."""
-    return cast(Tensor, STORED_PRODUCT(x, weight.held, weight.numbers, across))
+    return cast(Tensor, STORED_PRODUCT(x, weight.owners, weight.numbers, across))
 
 
 def add_stored_product(to: Tensor, x: Tensor, weight: StoredWeight, across: bool = False) -> None:
     """Adds the product to `to` (tokens, ·), in place; the sum is rounded once."""
-    STORED_PRODUCT_ADD(to, x, weight.held, weight.numbers, across)
+    STORED_PRODUCT_ADD(to, x, weight.owners, weight.numbers, across)
     torch.autograd.graph.increment_version(to)
 
 
-def _product(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
-    y = _empty_result(x, held, numbers, across)
+def _product(x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
+    y = _empty_result(x, owners, numbers, across)
     _write(y, x, numbers, across, add=False)
     return y
 
 
-def _add_product(y: Tensor, x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> None:
+def _add_product(y: Tensor, x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], across: bool) -> None:
     _write(y, x, numbers, across, add=True)
 
 
@@ -134,11 +134,11 @@ def _sizes(numbers: Sequence[int], across: bool) -> tuple[int, int]:
     return (out, width) if across else (width, out)
 
 
-def _empty_result(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
+def _empty_result(x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
     return x.new_empty(len(x), _sizes(numbers, across)[1])
 
 
-def _workspace(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], across: bool) -> int:
+def _workspace(x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], across: bool) -> int:
     """Bytes of workspace of a product."""
     return dense.scratch(*_sizes(numbers, across))
 
@@ -148,7 +148,7 @@ def _sum_workspace(y: Tensor, *given: Any) -> int:
     return _workspace(*given)
 
 
-def _flops(x: Tensor, held: Sequence[Tensor], numbers: Sequence[int], *_: object, **__: object) -> int:
+def _flops(x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], *_: object, **__: object) -> int:
     """FLOPs of a product."""
     return 2 * len(x) * numbers[1] * numbers[2]
 
@@ -158,7 +158,7 @@ def _sum_flops(y: Tensor, *given: Any, **_: object) -> int:
     return _flops(*given)
 
 
-_WEIGHT = "Tensor[] held, int[] numbers, bool across"  # Stored's
+_WEIGHT = "Tensor[] owners, int[] numbers, bool across"  # Stored's
 STORED_PRODUCT = define(f"stored_product(Tensor x, {_WEIGHT}) -> Tensor", _product, _empty_result, _flops, _workspace)
 STORED_PRODUCT_ADD = define(
     f"stored_product_add_(Tensor(a!) y, Tensor x, {_WEIGHT}) -> ()", _add_product, lambda *_: None, _sum_flops, _sum_workspace

@@ -77,11 +77,11 @@ class Weights:
         gains = _Biases(*_addresses(self.biases)), _Pointers(*heads), _Pointers(*norms)
         return _Weights(layers, *gains, epsilons, of_heads, hidden, inner)
 
-    def held(self) -> list[Tensor]:
+    def owners(self) -> list[Tensor]:
         """The tensors whose memory C reads, to be kept alive as long as it may."""
         gains = [gain for gain, _ in (*self.heads, *self.norms)]
         biases = [bias for bias in self.biases if bias is not None]
-        return [*gains, *biases, *(each for layer in self.layers for each in layer.held)]
+        return [*gains, *biases, *(each for layer in self.layers for each in layer.owners)]
 
 
 class Pairs:
@@ -98,9 +98,9 @@ class Pairs:
         lie, self._places = _lie(shapes, tuple(rows), tokens), _places(shapes, tuple(rows), tokens)
         for group, (numbers, laid, of_a, of_b) in zip(self._groups, lie, strict=True):
             own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]
-            held = laid.as_array(own), laid.scaled([scales[number] for number in numbers])
-            self._held += held
-            group.pairs, group.scales = (each.buffer_info()[0] for each in held)
+            owners = laid.as_array(own), laid.scaled([scales[number] for number in numbers])
+            self._held += owners
+            group.pairs, group.scales = (each.buffer_info()[0] for each in owners)
             group.count, group.numbers, group.forward = len(numbers), laid.numbers, laid.forward
             group.backward, group.interleaved, group.of_a, group.of_b = laid.backward, laid.interleaved, of_a, of_b
 
@@ -151,14 +151,14 @@ def _places(shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ..
 class BlockCall:
     """A block over the tokens of a batch: its weights, its rows and its pairs, as C reads them.
 
-    `held` keeps all their numbers alive, including the `factors`', whatever replaces them in their modules.
+    `owners` keeps all their numbers alive, including the `factors`', whatever replaces them in their modules.
     """
 
     weights: Any
     shape: AttentionShape
     pairs: Pairs
     factors: Sequence[Tensor]
-    held: Sequence[Tensor]
+    owners: Sequence[Tensor]
 
     @cached_property
     def _arguments(self) -> tuple[Any, Any, Any]:

@@ -69,7 +69,7 @@ def takes_loss(hidden: Tensor) -> bool:
     return are_numbers(hidden)
 
 
-def takes_buffers(out: Tensor, buffers: Iterable[Tensor]) -> bool:
+def takes_tiles(out: Tensor, buffers: Iterable[Tensor]) -> bool:
     """Dequantisation: contiguous `out`, plain buffers."""
     return out.is_contiguous() and are_numbers(out, *buffers)
 

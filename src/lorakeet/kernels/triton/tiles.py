@@ -5,9 +5,8 @@ One function knows how W is stored; every kernel takes it as an argument:
     load(weight, rows, start, HOW, OUT, IN, COLUMNS)      → (rows, COLUMNS); finite numbers outside of W, which are not used
 
 `weight` are the pointers and HOW the numbers of `TiledWeight`, `rows` a vector of row numbers, `start` the first column, a
-multiple
-of COLUMNS. `dense_tile` loads plain matrices; kernels/triton/nf4 and gptq load packed ones. These files are imported only if
-Triton kernels are requested, since Triton is optional. Their annotations are no strings: its interpreter reads them.
+multiple of COLUMNS. `dense_tile` loads plain matrices; kernels/triton/nf4 and gptq load packed ones. These files are imported
+only if Triton kernels are requested, since Triton is optional. Their annotations are no strings: its interpreter reads them.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -33,7 +33,7 @@ from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
-_METHOD = "lorakeet_packed"  # the name of this way of loading in transformers
+_METHOD = "lorakeet"  # the name of WeightHook in transformers
 Loaded = tuple[Any, dict[str, Any]]  # a model with transformers' report of missing and mismatched tensors
 
 
@@ -78,16 +78,16 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
             "them twice would lose more. Set model.quantize.method to none, or name the unquantised model."
         )
     files = tensor_files(source)
-    stock = READERS[method](files, stored) if stored else dense_model(files)
+    stored_model = READERS[method](files, stored) if stored else dense_model(files)
     plain = skeleton(config)
     known = plain.state_dict()
-    shapes = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stock.dense).items()}
+    shapes = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stored_model.dense).items()}
     misfits = {target: (found, tuple(known[target].shape)) for target, found in shapes.items() if found != known[target].shape}
     require_whole(source, config.model_type, misfits=misfits, missing=())
-    twice = sorted(set(shapes) & {f"{path}.weight" for path in owners(plain, stock.packed).values()})
+    twice = sorted(set(shapes) & {f"{path}.weight" for path in owners(plain, stored_model.packed).values()})
     if twice:
         raise DataError(f"{source} has {len(twice)} weights both packed and dense, such as {twice[0]}. Fetch the model again.")
-    return stock if stored or spec.method == "none" else quantised_model(stock, config, spec)
+    return stored_model if stored or spec.method == "none" else quantised_model(stored_model, config, spec)
 
 
 def kept_experts(model: nn.Module) -> str:
@@ -98,23 +98,23 @@ def kept_experts(model: nn.Module) -> str:
     return f"The experts of this model are no linear layers to transformers and stay as they are: {size / 1e6:,.1f} MB."
 
 
-def quantised_model(stock: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
+def quantised_model(stored_model: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
     """Returns the stored model with linear layers packed as they are read, from their stored dtype."""
     plain = skeleton(config)
     chosen = packable(plain, head=spec.head == "quantize")
-    targets = {name: path for name, path in owners(plain, stock.dense).items() if path in chosen}
+    targets = {name: path for name, path in owners(plain, stored_model.dense).items() if path in chosen}
 
     def packed(name: str, path: str) -> Callable[[], PackedBase]:
         transposed = isinstance(chosen[path], Conv1D)
 
         def make() -> PackedBase:
-            weight = stock.dense[name]()
+            weight = stored_model.dense[name]()
             return quantise_weight(weight.t() if transposed else weight, spec)
 
         return make
 
-    dense = {name: read for name, read in stock.dense.items() if name not in targets}
-    return replace(stock, dense=dense, packed={name: packed(name, path) for name, path in targets.items()})
+    dense = {name: read for name, read in stored_model.dense.items() if name not in targets}
+    return replace(stored_model, dense=dense, packed={name: packed(name, path) for name, path in targets.items()})
 
 
 def skeleton(config: Any) -> Any:
@@ -197,44 +197,55 @@ def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def load_packed(stock: StoredModel, config: Any, dtype: torch.dtype, source: Path) -> Any:
+def load_packed(stored_model: StoredModel, config: Any, dtype: torch.dtype, source: Path) -> Any:
     """Loads the frozen model in eval mode on the CPU, with eager attention, from lazy tensors; DataError lists what is wrong.
 
     Dense tensors are cast to `dtype`; packed ones stay unchanged.
     """
-    _register()
     empty = skeleton(config)
-    paths = owners(empty, stock.packed)
-    unknown = sorted(set(stock.packed) - set(paths))
+    paths = owners(empty, stored_model.packed)
+    unknown = sorted(set(stored_model.packed) - set(paths))
     if unknown:
         raise DataError(
             f"{source} has {len(unknown)} packed weights that no layer of a '{config.model_type}' model takes, such as "
             f"{unknown[0]}. Fetch it again."
         )
-    loading = _PackedConfig({f"{path}.weight" for path in paths.values()})
+    weights, slot = {f"{path}.weight" for path in paths.values()}, _LinearSlot()
     try:  # misfits are refused below, with names and shapes
-        model, report = read_into(empty, stock.reads, dtype, quantization_config=loading, ignore_mismatched_sizes=True)
+        model, report = read_into(
+            empty,
+            stored_model.reads,
+            dtype,
+            quantization_config=WeightHook(slot, weights.__contains__),
+            ignore_mismatched_sizes=True,
+        )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise refused(source, config.model_type, tensor_files(source), error) from error
-    misfits = misfits_in(report) | loading.misfits
+    misfits = misfits_in(report) | slot.misfits
     require_whole(source, config.model_type, misfits=misfits, missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
 
 
-class _PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The parameters that are packed, and those of wrong shapes."""
+class WeightHook(QuantizationConfigMixin):  # type: ignore[misc]
+    """Makes transformers convert the parameters that `wants` selects by name with `operation`, by its hook for quantised weights.
+    """
 
-    def __init__(self, targets: set[str]) -> None:
-        self.quant_method = _METHOD
-        self.targets = targets
-        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: found and expected shape
+    def __init__(self, operation: ConversionOps, wants: Callable[[str], bool]) -> None:
+        if _METHOD not in AUTO_QUANTIZER_MAPPING:  # transformers' own registry
+            register_quantization_config(_METHOD)(WeightHook)
+            register_quantizer(_METHOD)(_HookQuantizer)
+        self.quant_method, self.operation, self.wants = _METHOD, operation, wants
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightHook:
+        """Returns itself: transformers copies its settings, but the operation collects its results in one place."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method}
 
 
-class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """transformers' hook for weights in another form than in the files."""
+class _HookQuantizer(HfQuantizer):  # type: ignore[misc]
+    """transformers' side of a WeightHook."""
 
     requires_calibration = False
     is_trainable = True
@@ -243,10 +254,10 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.quantization_config.targets
+        return bool(self.quantization_config.wants(param_name))
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _LinearSlot(self.quantization_config.misfits)
+        return self.quantization_config.operation
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)  # for transformers it is a plain model again
@@ -256,8 +267,8 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 class _LinearSlot(ConversionOps):  # type: ignore[misc]
     """Replaces a linear layer of the empty model by a PackedLinear."""
 
-    def __init__(self, misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        self.misfits = misfits
+    def __init__(self) -> None:
+        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: found and expected shape
 
     def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Any]:
         name, model = context["full_layer_name"], context["model"]
@@ -273,13 +284,6 @@ class _LinearSlot(ConversionOps):  # type: ignore[misc]
             return {}
         model.set_submodule(path, PackedLinear(base, module.bias, transposed=transposed))
         return {}
-
-
-def _register() -> None:
-    """Registers this way of loading with transformers, once."""
-    if _METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(_METHOD)(_PackedConfig)
-        register_quantizer(_METHOD)(_PackedQuantizer)
 
 
 def with_quantisation(config: Any, settings: Mapping[str, Any]) -> Any:

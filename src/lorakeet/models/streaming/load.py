@@ -17,9 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public n
 from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.memory.store import CPU, StoreWriter, WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
@@ -28,7 +25,7 @@ from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.packing import packing_of
-from lorakeet.models.files.quantized import limits_of_packing, read_into, skeleton, stored_model_of
+from lorakeet.models.files.quantized import WeightHook, limits_of_packing, read_into, skeleton, stored_model_of
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import refused, require_whole
@@ -38,7 +35,6 @@ from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
 Changes = Mapping[str, Callable[[Tensor], Tensor]]  # by the parameter's name in the model
-_METHOD = "lorakeet_store"  # the name of this way of loading in transformers
 
 
 @dataclass(frozen=True)
@@ -105,14 +101,14 @@ def write_store(
     changes: Changes | None = None,
 ) -> None:
     """Writes the store of a model folder to `path`, with one block in memory at a time."""
-    stock = stored_model_of(source, config, quantize)
+    stored_model = stored_model_of(source, config, quantize)
     empty = empty_model(config, dtype)
     records = records_of(empty, family)
     size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
     more: dict[str, str] = {}
-    with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stock.packed else size) as writer:
+    with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stored_model.packed else size) as writer:
         collected = _Collector(writer, empty, records, changes or {})
-        missing = _read_all(stock, config, dtype, collected, source)
+        missing = _read_all(stored_model, config, dtype, collected, source)
         require_whole(source, config.model_type, misfits=collected.misfits, missing=missing | collected.waiting)
         more.update(same, packed=json.dumps(collected.packed))
 
@@ -210,10 +206,6 @@ class _Collector:
         self._collected: dict[str, dict[str, Tensor]] = {record: {} for record in records}
         self.seen: set[str] = set()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Collector:
-        """Returns itself: transformers copies its settings with this in them, but there is one file."""
-        return self
-
     def take(self, name: str, value: Tensor | PackedBase) -> None:
         """Takes a tensor by its name in the model, or a packed weight by the name of the dense one."""
         shape, dtype = self.shapes[name]
@@ -245,37 +237,6 @@ class _Collector:
         return {name for names in self._waiting.values() for name in names}
 
 
-class _StoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Carries the collector through transformers."""
-
-    def __init__(self, collector: _Collector) -> None:
-        self.quant_method = _METHOD
-        self.collector = collector
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method}
-
-
-class _StoreQuantizer(HfQuantizer):  # type: ignore[misc]
-    """transformers' hook for weights in another form than in the files: here none is set in the model."""
-
-    requires_calibration = False
-    is_trainable = True
-
-    def is_serializable(self) -> bool:
-        return False
-
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return True
-
-    def get_quantize_ops(self) -> ConversionOps:
-        return _Send(self.quantization_config.collector)
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.remove_quantization_config(model)
-        return model
-
-
 class _Send(ConversionOps):  # type: ignore[misc]
     """Sends tensors to the collector."""
 
@@ -294,14 +255,13 @@ class _Send(ConversionOps):  # type: ignore[misc]
         return {}
 
 
-def _read_all(stock: StoredModel, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
-    """Lets transformers read all tensors of `stock`; returns the names of those that are missing."""
-    if _METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(_METHOD)(_StoreConfig)
-        register_quantizer(_METHOD)(_StoreQuantizer)
+def _read_all(stored_model: StoredModel, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
+    """Lets transformers read all tensors of `stored_model`; returns the names of those that are missing."""
     empty = skeleton(config)
     try:
-        _, report = read_into(empty, stock.reads, dtype, quantization_config=_StoreConfig(collector))
+        _, report = read_into(
+            empty, stored_model.reads, dtype, quantization_config=WeightHook(_Send(collector), lambda name: True)
+        )
     except (ValueError, RuntimeError, KeyError) as error:
         if collector.refused is not None:
             raise collector.refused from error

@@ -140,10 +140,10 @@ class StreamedBlock(BlockReplacement):
             return plain_output(block(states, *args, **kwargs))
 
 
-class StreamedEmbedding(Replacement):
-    """Wraps an nn.Embedding whose rows are read from the store one by one."""
+class _StreamedMatrix(Replacement):
+    """Wraps a module whose weight is read from the store some rows at a time."""
 
-    def __init__(self, original: nn.Embedding, rows: StoredRows) -> None:
+    def __init__(self, original: nn.Module, rows: StoredRows) -> None:
         super().__init__(original)
         self.rows = rows
 
@@ -155,6 +155,10 @@ class StreamedEmbedding(Replacement):
     def weights_loaded(self) -> AbstractContextManager[nn.Module]:
         """A context with the whole weight in memory."""
         return _whole(self.original, self.rows)
+
+
+class StreamedEmbedding(_StreamedMatrix):
+    """Wraps an nn.Embedding whose rows are read one by one."""
 
     def forward(self, ids: Tensor) -> Tensor:
         found = self.rows.lookup(ids)
@@ -162,21 +166,8 @@ class StreamedEmbedding(Replacement):
         return found if scale is None else found * scale.to(found.dtype)
 
 
-class StreamedHead(Replacement):
+class StreamedHead(_StreamedMatrix):
     """Wraps a head without bias, whose weight is read tile by tile."""
-
-    def __init__(self, original: nn.Linear, rows: StoredRows) -> None:
-        super().__init__(original)
-        self.rows = rows
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight, on the meta device."""
-        return cast(Tensor, self.original.weight)
-
-    def weights_loaded(self) -> AbstractContextManager[nn.Module]:
-        """A context with the whole weight in memory."""
-        return _whole(self.original, self.rows)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return tiled_product(hidden.reshape(-1, hidden.shape[-1]), self.rows).view(*hidden.shape[:-1], -1)

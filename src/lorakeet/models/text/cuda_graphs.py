@@ -240,7 +240,7 @@ class GraphedModel:
             torch._foreach_add_([total for total, _ in pairs], [grad for _, grad in pairs])
 
         replay_backward, _ = self.recorder.record(backward)
-        return RecordedGraphs(tokens, replay_forward, replay_backward, SCRATCH.held())
+        return RecordedGraphs(tokens, replay_forward, replay_backward, SCRATCH.lent())
 
     def _fill(self, rows: Sequence[int], ids: Tensor) -> None:
         """Writes tokens, positions and row offsets into the buffers; `rows` are the lengths of all rows."""

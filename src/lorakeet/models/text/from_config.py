@@ -1,4 +1,4 @@
-"""Builds a text model from its configuration alone: shapes without weights, for planning before anything is loaded.
+"""Builds a text model, in memory or streamed, from its configuration alone: shapes without weights, for planning.
 
 Inside a memory.ledger.Ledger its tensors take no memory; outside they are real and random.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -25,12 +25,16 @@ from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, nearest
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.memory.ledger import Ledger
-from lorakeet.models.families import family_of
+from lorakeet.memory.shape_only import ShapeStore
+from lorakeet.models.families import Family, family_of
 from lorakeet.models.files.gguf_validate import config_of_gguf
 from lorakeet.models.files.packing import Packing, packing_of
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.modules import block_of
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streaming.load import Residence, empty_packed, open_streamed, records_of
+from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
 from lorakeet.quant.construct import empty_base
@@ -105,19 +109,42 @@ def model_from_config(
     model = model.requires_grad_(False).eval()
     quantize = quantize or QuantSpec()
     put_packed(model, packing_of(model, config, quantize, files), device, in_int8=quantize.int8_products)
+    return _text_model(model, None, attention, name=name, dtype=dtype, products=products, device=device)
+
+
+def _text_model(model: Any, streamed: StreamedBlocks | None, attention: str, **about: Any) -> TextModel:
     set_attention(model, "varlen" if attention == "auto" else attention)
-    family = family_of(model.config.get_text_config())
     return TextModel(
-        model=model,
-        tokenizer=None,
-        name=name,
-        source=Path(),
-        family=family,
-        device=device,
-        dtype=dtype,
-        products=products,
+        model=model, tokenizer=None, source=Path(), family=family_of(model.config.get_text_config()), streamed=streamed,
         options=PassOptions(share_prefix=False),  # what rows share is not known yet: the plan may be larger, never too small
-    )
+        **about,
+    )  # fmt: skip
+
+
+def streamed_model_from_config(
+    config: Any,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    products: torch.dtype,
+    attention: str = "auto",
+    quantize: QuantSpec | None = None,
+    files: Path | None = None,
+    slots: int = 2,
+) -> TextModel:
+    """Returns the frozen model that `config` describes, in eval mode, without a tokenizer, with `slots` blocks in memory.
+
+    As in `model_from_config`, linear layers are packed as `quantize` says or as they are in `files`, and attention auto is
+    varlen. Raises ConfigError if the model has no list of blocks.
+    """
+    family, quantize = family_of(config.get_text_config()), quantize or QuantSpec()
+    with _disable_current_modes():  # tensors on disk are not in the ledger
+        store = shape_store(empty_packed(config, dtype, quantize, files), family)
+    base_of = partial(empty_base, device="meta") if quantize.int8_products else _shape_base
+    model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
+    if quantize.int8_products:
+        enable_int8_products(model)
+    return _text_model(model, streamed, attention, name=name, dtype=dtype, products=products, device=torch.device("cpu"))
 
 
 def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_int8: bool = False) -> None:
@@ -155,7 +182,7 @@ class ShapeBase(PackedBase):
     def row_step(self) -> int:
         return self._row_step
 
-    def _told(self) -> StoredWeight | None:
+    def _stored_weight(self) -> StoredWeight | None:
         return self._stands_for
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
@@ -187,3 +214,23 @@ def local_files(name: str) -> Path | None:
     if Path(name).expanduser().exists() or name.lower().endswith(".gguf"):
         return locate(name)
     return None
+
+
+def shape_store(model: Any, family: Family) -> ShapeStore:
+    """Returns the store of the empty, packed `model`: a record for each block and for each module with tensors elsewhere."""
+    records: dict[str, dict[str, Tensor]] = {record: {} for record in records_of(model, family)}
+    prefix = next(iter(records)).rpartition(".")[0]
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    for name, tensor in model.state_dict().items():
+        record = block_of(name, prefix)
+        if record in records:
+            records[record][name.removeprefix(f"{record}.")] = tensor
+        elif name not in tied:
+            path, _, leaf = name.rpartition(".")
+            records.setdefault(path, {})[leaf] = tensor
+    packed = {path: module.base.settings for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return ShapeStore(records, {"packed": json.dumps(packed)})
+
+
+def _shape_base(settings: Mapping[str, Any]) -> PackedBase:
+    return ShapeBase(empty_base(settings, device="meta"))

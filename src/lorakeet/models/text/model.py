@@ -72,7 +72,7 @@ class TextModel:
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
-    kernels: TritonRequest | None = None  # Triton's for the frozen weights, where requested (core/kernels)
+    kernels: TritonRequest | None = None  # Triton's for the frozen weights, where requested (kernels/choose)
     streamed: StreamedBlocks | None = None  # the blocks, where they are streamed from a store
     sharded: bool = False  # whether the blocks are sharded over processes, so that every pass gathers them
     options: PassOptions = PassOptions()
@@ -175,7 +175,7 @@ class TextModel:
     def _copies_nothing(self, lengths: Sequence[int]) -> bool:
         """True if Lorakeet's own kernel attends to rows of these lengths (core/fused/packed_attention.NativeRows)."""
         attention = next((part for part in self._last_parts() if isinstance(part, RotaryAttention)), None)
-        if attention is None or min(lengths, default=0) < TILED or attention.looks_back_less(max(lengths)):
+        if attention is None or min(lengths, default=0) < TILED or attention.exceeds_window(max(lengths)):
             return False
         return attends_in_c(self.dtype, self.products, cast(Any, attention.original).head_dim, self.device)
 

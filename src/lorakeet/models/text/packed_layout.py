@@ -42,9 +42,9 @@ def read_layout(path: str, say: Callable[[str], None]) -> PackedLayout:
             f"{path} {was}; expected a model in {', '.join(METHODS)}, whose layout is reused. Make one with "
             "lorakeet quantize, or lorakeet export --to gguf, and name it with --like."
         )
-    stock = READERS[str(stored["quant_method"])](tensor_files(folder), stored)
-    places = owners(skeleton(config), stock.packed)
-    layers = {place: stock.packed[name] for name, place in places.items()}
+    stored_model = READERS[str(stored["quant_method"])](tensor_files(folder), stored)
+    paths = owners(skeleton(config), stored_model.packed)
+    layers = {layer: stored_model.packed[name] for name, layer in paths.items()}
     if not layers:
         raise ConfigError(f"{path} has no packed layers, so there is nothing to merge into.")
-    return PackedLayout(method, folder, file, layers, {place: name for name, place in places.items()})
+    return PackedLayout(method, folder, file, layers, {layer: name for name, layer in paths.items()})

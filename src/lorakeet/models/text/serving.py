@@ -26,6 +26,7 @@ from lorakeet.errors import ConfigError, Problems, nearest
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models import modules
+from lorakeet.models.fits import checked_entry
 from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import selection_of, use_products
 from lorakeet.models.kernels import use_kernels
@@ -122,7 +123,7 @@ class ServingModel:
         """Returns the slots of the pairs of `adapter`, cached for the last few outlines."""
         if not isinstance(adapter.pairs, FlatPairs) or adapter.extras or adapter.token_rows:
             return self._checked(adapter)
-        return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
+        return self._fits.get_or_make(adapter.pairs.outline, lambda: self._checked(adapter))
 
     def _checked(self, adapter: Adapter) -> _FittedAdapter:
         problems = Problems("The adapter cannot be served on this base")
@@ -174,18 +175,9 @@ class ServingModel:
             near = nearest(path, self._targets)
             problems.add(f"'{path}': a pair on it cannot be served, or this base has no such module.{near}")
             return None
-        entry = PlanEntry(
-            path, target.kind, target.shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora"
-        )
-        shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
-        for part, tensor, expected in shapes:
-            if tuple(tensor.shape) != expected:
-                problems.add(f"'{path}': {part} is {tuple(tensor.shape)}, but this base needs {expected}.")
+        entry = checked_entry(path, target.kind, target.shape, pair, problems.messages)
         if pair.kind not in ("linear", "conv1d"):
             problems.add(f"'{path}': the pair is for a weight of kind {pair.kind}, but this one is {target.kind}.")
-        for part, vector in (("magnitude", pair.magnitude), ("bias", pair.bias)):
-            if vector is not None and tuple(vector.shape) != (target.shape[0],):
-                problems.add(f"'{path}': {part} is {tuple(vector.shape)}, but this base needs ({target.shape[0]},).")
         return entry
 
 

@@ -1,4 +1,4 @@
-"""Adapters over HTTP: vLLM's load and unload, llama.cpp's /lora-adapters, and our own upload, pin, look and certify."""
+"""Adapters over HTTP: vLLM's load and unload, llama.cpp's /lora-adapters, and our own upload, pin, show and certify."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ async def scales(service: Service, caller: Caller) -> HttpReply:
 
 
 async def set_scales(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
-    """POST /lora-adapters [{"id", "scale"}]: what requests for the base use from now on; adapters that are not named get 0, but
-    for those that the caller may not see."""
+    """POST /lora-adapters [{"id", "scale"}]: sets the scales for requests to the base; unnamed adapters get 0, except for those
+    that the caller may not see."""
     caller.require_admin()
     others = {name: scale for name, scale in service.scales.items() if not caller.sees(name)}
     service.scales = {**others, **service.by_number(caller, data)}
@@ -69,7 +69,7 @@ async def show(service: Service, caller: Caller, name: str) -> HttpReply:
 
 
 async def pin(service: Service, caller: Caller, name: str, data: Any) -> HttpReply:
-    """POST /v1/adapters/NAME/pin {"pinned": true}: a pinned adapter is in memory and stays there."""
+    """POST /v1/adapters/NAME/pin {"pinned": true}: a pinned adapter stays in memory."""
     caller.require_admin()
     _seen(service, caller, name)
     await asyncio.to_thread(service.registry.pin, name, Fields(data).flag("pinned", True))
@@ -77,16 +77,16 @@ async def pin(service: Service, caller: Caller, name: str, data: Any) -> HttpRep
 
 
 async def certify(service: Service, caller: Caller, name: str) -> HttpReply:
-    """POST /v1/adapters/NAME/certificate: adds to the certificate beside the adapter that it is served as it was verified."""
+    """POST /v1/adapters/NAME/certificate: adds to the adapter's certificate that it is served as verified."""
     caller.require_admin()
     version = _seen(service, caller, name)
     if version.certificate is None:
-        raise DataError(f"No certificate.json lies beside '{name}' ({version.source.path}); a run folder or a merge has one.")
+        raise DataError(f"There is no certificate.json beside '{name}' ({version.source.path}); a run folder or a merge has one.")
     probe = await asyncio.to_thread(service.registry.probe, name)
     tolerance = service.registry.prober.allowed(probe.effect)
     written = await asyncio.to_thread(extend_certificate, version.certificate, name, probe, tolerance)
-    told = {"passed": written.passed, "artefacts": written.artefacts, "checks": [str(check) for check in written.checks]}
-    return as_json({"path": str(version.certificate), **told})
+    about = {"passed": written.passed, "artefacts": written.artefacts, "checks": [str(check) for check in written.checks]}
+    return as_json({"path": str(version.certificate), **about})
 
 
 async def receive(service: Service, caller: Caller, request: Incoming, name: str, file: str, upload: str) -> HttpReply:
@@ -106,7 +106,7 @@ async def receive(service: Service, caller: Caller, request: Incoming, name: str
 
 
 async def accept(service: Service, caller: Caller, name: str, data: Any, upload: str) -> HttpReply:
-    """POST /v1/adapters/NAME[?upload=ID] {"replace": false}: checks an upload whole, and only then serves it."""
+    """POST /v1/adapters/NAME[?upload=ID] {"replace": false}: checks an upload, and only then serves it."""
     caller.require_admin(name)
     store, replace = _store(service), Fields(data).flag("replace")
     await asyncio.to_thread(store.accept, name, service.registry, replace=replace, uploader=_uploader(caller, upload))
@@ -114,14 +114,14 @@ async def accept(service: Service, caller: Caller, name: str, data: Any, upload:
 
 
 async def remove(service: Service, caller: Caller, name: str) -> HttpReply:
-    """DELETE /v1/adapters/NAME: no longer served, and what was uploaded of it is deleted."""
+    """DELETE /v1/adapters/NAME: unloads it and deletes its uploads."""
     caller.require_admin(name)
     await asyncio.to_thread(_drop, service, caller, name)
     return as_json({"name": name, "removed": True})
 
 
 def _drop(service: Service, caller: Caller, name: str) -> None:
-    """Unloads `name`, and removes its uploads; where the disk is too full for the list of names, these go first and make room."""
+    """Unloads `name`, and removes its uploads; on a full disk they are removed before the list of names is written."""
     registry, store = service.registry, service.store
     if name not in registry.names:
         if store is not None and store.forget(name, registry):
@@ -135,7 +135,7 @@ def _drop(service: Service, caller: Caller, name: str) -> None:
             raise
         written = False
     finally:
-        service.scales.pop(name, None)  # at once: requests for the base would ask for it, and a new adapter of that name get it
+        service.scales.pop(name, None)  # at once: requests to the base must not use it, nor a new adapter of that name get it
     if store is not None:
         store.tidy(name, registry)
         if not written:
@@ -143,7 +143,7 @@ def _drop(service: Service, caller: Caller, name: str) -> None:
 
 
 def _path(given: str) -> Path:
-    """A path of the server. ConfigError for an empty one, and for the home of somebody who is not there."""
+    """A path on the server. ConfigError for an empty one, and for an unknown user's home."""
     try:
         path = Path(given).expanduser()
     except RuntimeError as error:

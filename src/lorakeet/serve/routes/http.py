@@ -1,4 +1,4 @@
-"""The HTTP server: routes, keys, errors as each API words them, limits on bodies, logs, and an end that loses nothing."""
+"""The HTTP server: routes, keys, errors in each API's form, limits on bodies, logs, and shutdown without loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lorakeet.serve.routes.reply import HttpReply, Stalled, body_pieces
 from lorakeet.serve.service import Service
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
-_STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that fits: more special ones come first
+_STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matches: more specific ones come first
     (UnknownModel, 404, "NotFoundError"),
     (QueueFull, 429, "rate_limit_error"),
     (QuotaSpent, 429, "rate_limit_error"),
@@ -49,7 +49,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that fits
     (LorakeetError, 500, "server_error"),
     (OSError, 507, "storage_error"),
 )
-_NO_ROOM_SECONDS = 1  # until an adapter in use may be free
+_MEMORY_FULL_SECONDS = 1  # until an adapter in use may be free
 log = logging.getLogger("lorakeet.serve")
 
 
@@ -83,10 +83,10 @@ def build_app(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
-        if service.engine.cores is not None:  # whoever reads an adapter meanwhile leaves the cores to the engine
+        if service.engine.cores is not None:  # threads that read adapters leave the cores to the engine
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=compute_alone))
         yield
-        await service.settle()  # with the engine still running: adapters are put out by it
+        await service.settle()  # with the engine still running, which evicts adapters
         await asyncio.to_thread(service.engine.drain, service.limits.timeout)
 
     return Starlette(routes=routes, lifespan=life, exception_handlers={HTTPException: _no_such, Exception: _unforeseen})
@@ -99,7 +99,7 @@ def _adapter_routes(service: Service) -> list[Route]:
     def upload(request: HttpRequest) -> str:
         return request.query_params.get("upload", "")
 
-    async def look(request: HttpRequest) -> Response:
+    async def show(request: HttpRequest) -> Response:
         return _sent(await adapters.show(service, _caller(service, request), name(request)))
 
     async def accept(request: HttpRequest) -> Response:
@@ -121,7 +121,7 @@ def _adapter_routes(service: Service) -> list[Route]:
 
     one = "/v1/adapters/{name}"
     return [
-        Route(one, _guarded(look), methods=["GET"]),
+        Route(one, _guarded(show), methods=["GET"]),
         Route(one, _guarded(accept), methods=["POST"]),
         Route(one, _guarded(remove), methods=["DELETE"]),
         Route(f"{one}/pin", _guarded(pin), methods=["POST"]),
@@ -131,8 +131,8 @@ def _adapter_routes(service: Service) -> list[Route]:
 
 
 def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], None], patience: float = 600.0) -> None:
-    """Serves until SIGINT or SIGTERM, then lets what was begun end, for at most `patience` seconds: a client may never read its
-    answer. `ready` hears the port once connections are taken."""
+    """Serves until SIGINT or SIGTERM, then finishes the accepted requests for at most `patience` seconds, since a client may
+    never read its answer. `ready` gets the port when connections are accepted."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=2048)
@@ -146,7 +146,7 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], N
 
 
 class _UvicornServer(uvicorn.Server):
-    """uvicorn's server, which says when it listens."""
+    """uvicorn's server, with a callback when it listens."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[int], None]) -> None:
         super().__init__(config)
@@ -172,7 +172,7 @@ def _sent(reply: HttpReply) -> Response:
 
 
 def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[HttpReply]]) -> Handler:
-    """A route that reads nothing but who asks."""
+    """A route that reads only the caller."""
 
     async def handle(request: HttpRequest) -> Response:
         return _sent(await answer(_caller(service, request)))
@@ -191,13 +191,13 @@ def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, A
 
 
 def _guarded(handle: Handler) -> Handler:
-    """Turns errors into answers: vLLM's and OpenAI's shape, and Ollama's where its paths are asked for."""
+    """Turns errors into replies: as vLLM and OpenAI do, or as Ollama does on its paths."""
 
     async def answer(request: HttpRequest) -> Response:
         try:
             return await handle(request)
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads this
+            return Response(status_code=499)  # never read
         except (LorakeetError, OSError) as error:
             status, kind = next((status, kind) for known, status, kind in _STATUS if isinstance(error, known))
             if isinstance(error, NotAllowed):
@@ -211,7 +211,7 @@ def _guarded(handle: Handler) -> Handler:
 
 
 def _refused(request: HttpRequest, message: str, status: int, kind: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error as OpenAI and vLLM word it, or as Ollama does below its paths."""
+    """An error in the form of OpenAI and vLLM, or of Ollama on its paths."""
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": message}, status, headers)
     code = "model_not_found" if status == 404 and kind == "NotFoundError" else None
@@ -219,7 +219,7 @@ def _refused(request: HttpRequest, message: str, status: int, kind: str, headers
 
 
 async def _no_such(request: HttpRequest, error: Exception) -> Response:
-    """No such path, or not by this method."""
+    """No such path, or another method."""
     status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
     message = f"There is no {request.method} {request.url.path} here; docs/how-to/serve.md lists what there is."
     return _refused(request, message, status, "invalid_request_error", headers)
@@ -232,14 +232,14 @@ async def _unforeseen(request: HttpRequest, error: Exception) -> Response:
 
 
 def _retry(error: Exception) -> dict[str, str]:
-    seconds = getattr(error, "retry_after", _NO_ROOM_SECONDS if isinstance(error, AdapterMemoryFull) else None)
+    seconds = getattr(error, "retry_after", _MEMORY_FULL_SECONDS if isinstance(error, AdapterMemoryFull) else None)
     return {} if seconds is None else {"Retry-After": str(seconds)}
 
 
 def _caller(service: Service, request: HttpRequest) -> Caller:
-    """Who asks. Without keys, pages of other origins are refused: a browser sends what they post, even if they read no answer.
+    """The caller. Without keys, pages of other origins are refused: a browser sends their posts, even if it shows them no answer.
 
-    So are host names that a page's owner may have pointed at this machine (DNS rebinding); those of a local net pass.
+    So are host names that may have been pointed at this machine (DNS rebinding); local names are accepted.
     """
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if service.access.open and origin is not None and origin.partition("://")[2] != host:
@@ -250,7 +250,7 @@ def _caller(service: Service, request: HttpRequest) -> Caller:
 
 
 def _local(host: str) -> bool:
-    """Whether a Host header names a machine by number, or by a name that no public name server gives."""
+    """True if a Host header is an IP address, or a name that no public DNS resolves."""
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:
@@ -271,7 +271,7 @@ async def _body(service: Service, request: HttpRequest) -> Any:
             raise TooLarge(f"The request is larger than the {service.limits.body:,} bytes that this server takes.")
     try:
         data = json.loads(raw) if raw else {}
-        if b"\\u" in raw or not raw.isascii():  # JSON can spell halves of characters, which no text that is sent can hold
+        if b"\\u" in raw or not raw.isascii():  # JSON can contain surrogates, which cannot be encoded in UTF-8
             json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ConfigError("The request has half of a character (\\ud800 … \\udfff, a surrogate); leave it out.") from error

@@ -1,4 +1,4 @@
-"""Several texts of one request read as one stream, or whole; a client that goes away ends the reading."""
+"""Reads several texts of a request as one stream, or whole; stops if the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorakeet.serve.service import GeneratedText, Generation, Service
 
 
 async def merge_events(texts: Sequence[GeneratedText]) -> AsyncIterator[tuple[int, Event]]:
-    """(index, event) of all texts, in the order in which they come, until all have ended."""
+    """Yields (index, event) of all texts as they come, until all have ended."""
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
     async def pump(text: GeneratedText) -> None:
@@ -32,7 +32,7 @@ async def merge_events(texts: Sequence[GeneratedText]) -> AsyncIterator[tuple[in
 
 
 async def collect(request: Incoming, writing: Generation) -> list[list[Event]] | None:
-    """All events of each text, or None once the client is gone."""
+    """All events of each text, or None if the client disconnects."""
     found: list[list[Event]] = [[] for _ in writing.texts]
 
     async def read() -> None:
@@ -51,7 +51,7 @@ async def collect(request: Incoming, writing: Generation) -> list[list[Event]] |
 
 
 async def collect_and_close(service: Service, request: Incoming, writing: Generation) -> list[list[Event]] | None:
-    """As `collect`; the writing is closed then, whatever came of it."""
+    """As `collect`, and closes the generation in any case."""
     try:
         return await collect(request, writing)
     finally:

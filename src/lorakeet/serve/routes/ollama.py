@@ -1,4 +1,4 @@
-"""Ollama's /api/tags, /api/chat, /api/generate, /api/version and /api/ps, by its own client (https://docs.ollama.com/api)."""
+"""Ollama's /api/tags, /api/chat, /api/generate, /api/version and /api/ps, as its client uses them (https://docs.ollama.com/api)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.request_fields import Fields
 from lorakeet.serve.routes.multiplex import collect_and_close, merge_events
 from lorakeet.serve.routes.openai import messages
-from lorakeet.serve.routes.reply import NOBODY, HttpReply, Incoming, as_json
+from lorakeet.serve.routes.reply import CLIENT_GONE, HttpReply, Incoming, as_json
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import Generation, Service
 
@@ -62,9 +62,9 @@ async def _answer(
     options = fields.inner("options")
     options.refuse(_OPTIONS, _NO_EFFECT, _NEUTRAL_OPTIONS)
     most = options.whole("num_predict", -1)
-    room = max(1, service.engine.context - len(ids))
+    left = max(1, service.engine.context - len(ids))
     sampling = Sampling(
-        max_tokens=room if most is None or most in _UNTIL_FULL else most,
+        max_tokens=left if most is None or most in _UNTIL_FULL else most,
         temperature=options.number("temperature", 0.8),
         top_p=options.number("top_p", 0.9),
         seed=options.whole("seed"),
@@ -76,7 +76,7 @@ async def _answer(
         return HttpReply(_stream(service, writing, model, chat), "application/x-ndjson")
     found = await collect_and_close(service, request, writing)
     if found is None:
-        return NOBODY
+        return CLIENT_GONE
     last = found[0][-1]
     if last.reason == "error":
         raise LorakeetError(last.error)
@@ -84,17 +84,17 @@ async def _answer(
 
 
 def _schema(fields: Fields) -> Mapping[str, Any] | None:
-    """Ollama's format: "json", or a JSON schema itself."""
-    asked = fields.data.get("format")
-    if asked == "json":
+    """The schema of Ollama's format: "json", or a JSON schema."""
+    wanted = fields.data.get("format")
+    if wanted == "json":
         return ANY_OBJECT
-    if isinstance(asked, str) and asked:
-        raise ConfigError(f"format is {asked!r}; expected json or a JSON schema.")
-    return fields.inner("format").data if asked else None
+    if isinstance(wanted, str) and wanted:
+        raise ConfigError(f"format is {wanted!r}; expected json or a JSON schema.")
+    return fields.inner("format").data if wanted else None
 
 
 async def _stream(service: Service, writing: Generation, model: str, chat: bool) -> AsyncIterator[str]:
-    """One JSON object a line."""
+    """Yields one JSON object a line."""
     try:
         async for _, event in merge_events(writing.texts):
             if event.reason == "error":

@@ -1,6 +1,6 @@
 """OpenAI's /v1/chat/completions, /v1/completions and /v1/models (https://platform.openai.com/docs/api-reference).
 
-And vLLM's /tokenize, by which `lorakeet verify` sees whether prompts are read as in training.
+And vLLM's /tokenize, with which `lorakeet verify` checks that prompts are tokenized as in training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakeet.serve.engine import Event
 from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.request_fields import Fields
 from lorakeet.serve.routes.multiplex import collect_and_close, merge_events
-from lorakeet.serve.routes.reply import NOBODY, HttpReply, Incoming, as_json
+from lorakeet.serve.routes.reply import CLIENT_GONE, HttpReply, Incoming, as_json
 from lorakeet.serve.sampling import SampledToken, Sampling
 from lorakeet.serve.service import Generation, Service
 from lorakeet.serve.text_stream import token_bytes
@@ -34,7 +34,7 @@ _NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "functions": [],
     "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
 }  # fmt: skip
-_OF_MESSAGE = {  # not its text; servers and clients send it back with their own answers
+_OF_MESSAGE = {  # ignored; clients send these back with a server's answers
     "name", "refusal", "thinking", "reasoning", "reasoning_content", "annotations", "parsed", "id", "tool_call_id", "tool_name",
 }  # fmt: skip
 _NEUTRAL_OF_MESSAGE: dict[str, Any] = {"images": [], "tool_calls": [], "function_call": {}, "audio": {}}
@@ -43,18 +43,18 @@ _ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A request, understood."""
+class _ParsedRequest:
+    """A parsed request."""
 
     model: str
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
     n: int
     stream: bool
-    usage: bool  # whether the stream ends with counts
+    usage: bool  # the stream ends with token counts
     chat: bool
-    tell: bool  # log-probabilities
-    schema: Mapping[str, Any] | None  # of JSON that is written
+    logprobs: bool  # reported
+    schema: Mapping[str, Any] | None  # of JSON output
 
 
 async def chat_completions(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
@@ -67,8 +67,8 @@ async def chat_completions(service: Service, caller: Caller, request: Incoming, 
         raise ConfigError("top_logprobs needs logprobs: true.")
     limit = fields.whole("max_completion_tokens", fields.whole("max_tokens"))
     ids = await service.chat_ids(messages(fields))
-    asked = _asked(service, fields, [ids], limit, logprobs=top if tell else None, chat=True)
-    return await _answer(service, caller, request, asked, fields)
+    parsed = _parsed(service, fields, [ids], limit, logprobs=top if tell else None, chat=True)
+    return await _answer(service, caller, request, parsed, fields)
 
 
 async def completions(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
@@ -82,12 +82,12 @@ async def completions(service: Service, caller: Caller, request: Incoming, data:
         raise ConfigError(f"prompt is a list of {len(several)}; at most {MOST_PROMPTS} are taken at once.")
     prompts = [await _prompt(service, one) for one in several]
     limit = fields.whole("max_tokens", 16)
-    asked = _asked(service, fields, prompts, limit, logprobs=fields.whole("logprobs"), chat=False)
-    return await _answer(service, caller, request, asked, fields)
+    parsed = _parsed(service, fields, prompts, limit, logprobs=fields.whole("logprobs"), chat=False)
+    return await _answer(service, caller, request, parsed, fields)
 
 
 async def _prompt(service: Service, given: Any) -> tuple[int, ...]:
-    """The tokens of one prompt: a text, or ids already."""
+    """The tokens of one prompt: a text or token ids."""
     if isinstance(given, list) and given and all(isinstance(part, int) and not isinstance(part, bool) for part in given):
         vocabulary = len(service.text.tokenizer)
         if not all(0 <= number < vocabulary for number in given):
@@ -132,9 +132,9 @@ def messages(fields: Fields) -> list[dict[str, str]]:
     return found
 
 
-def _asked(
+def _parsed(
     service: Service, fields: Fields, prompts: Sequence[tuple[int, ...]], limit: int | None, *, logprobs: int | None, chat: bool
-) -> _Asked:
+) -> _ParsedRequest:
     sampling = Sampling(
         max_tokens=max(1, service.engine.context - len(prompts[0])) if limit is None else limit,
         temperature=fields.number("temperature", 1.0),
@@ -146,15 +146,15 @@ def _asked(
     sampling.check()
     stream, usage = fields.flag("stream"), fields.inner("stream_options").flag("include_usage")
     texts, schema = fields.whole("n", 1) or 0, _schema(fields)
-    return _Asked(fields.text("model"), prompts, sampling, texts, stream, usage, chat, logprobs is not None, schema)
+    return _ParsedRequest(fields.text("model"), prompts, sampling, texts, stream, usage, chat, logprobs is not None, schema)
 
 
 def _schema(fields: Fields) -> Mapping[str, Any] | None:
-    """What response_format asks for: a JSON schema, any JSON object, or nothing."""
-    asked = fields.inner("response_format")
-    kind = asked.text("type", "text")
+    """The schema of response_format: a given one, any JSON object, or none."""
+    wanted = fields.inner("response_format")
+    kind = wanted.text("type", "text")
     if kind == "json_schema":
-        inner = asked.inner("json_schema")
+        inner = wanted.inner("json_schema")
         if inner.data.get("schema") is None:
             raise ConfigError('response_format has no schema; expected {"type": "json_schema", "json_schema": {"schema": {…}}}.')
         return inner.inner("schema").data
@@ -163,29 +163,29 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
     return ANY_OBJECT if kind == "json_object" else None
 
 
-async def _answer(service: Service, caller: Caller, request: Incoming, asked: _Asked, fields: Fields) -> HttpReply:
-    meant = service.weigh(caller, asked.model, fields)
-    writing = await service.write(caller, meant, asked.prompts, asked.sampling, texts=asked.n, schema=asked.schema)
+async def _answer(service: Service, caller: Caller, request: Incoming, parsed: _ParsedRequest, fields: Fields) -> HttpReply:
+    meant = service.weigh(caller, parsed.model, fields)
+    writing = await service.write(caller, meant, parsed.prompts, parsed.sampling, texts=parsed.n, schema=parsed.schema)
     head = {
-        "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
+        "id": ("chatcmpl-" if parsed.chat else "cmpl-") + uuid.uuid4().hex,
         "created": int(time.time()),
-        "model": asked.model,
+        "model": parsed.model,
     }
-    if asked.stream:
-        return HttpReply(_stream(service, writing, asked, head), "text/event-stream")
+    if parsed.stream:
+        return HttpReply(_stream(service, writing, parsed, head), "text/event-stream")
     found = await collect_and_close(service, request, writing)
     if found is None:
-        return NOBODY
-    choices = [_whole(service, asked, index, events) for index, events in enumerate(found)]
-    kind = "chat.completion" if asked.chat else "text_completion"
+        return CLIENT_GONE
+    choices = [_whole(service, parsed, index, events) for index, events in enumerate(found)]
+    kind = "chat.completion" if parsed.chat else "text_completion"
     return as_json({**head, "object": kind, "choices": choices, "usage": _usage(writing)})
 
 
-async def _stream(service: Service, writing: Generation, asked: _Asked, head: dict[str, Any]) -> AsyncIterator[str]:
-    """Server-sent events, one for each piece of text that can be shown."""
-    kind = "chat.completion.chunk" if asked.chat else "text_completion"
+async def _stream(service: Service, writing: Generation, parsed: _ParsedRequest, head: dict[str, Any]) -> AsyncIterator[str]:
+    """Yields server-sent events, one for each piece of text."""
+    kind = "chat.completion.chunk" if parsed.chat else "text_completion"
     try:
-        if asked.chat:
+        if parsed.chat:
             for text in writing.texts:
                 delta = {"role": "assistant", "content": ""}
                 yield _sse({**head, "object": kind, "choices": [{"index": text.index, "delta": delta, "finish_reason": None}]})
@@ -193,44 +193,44 @@ async def _stream(service: Service, writing: Generation, asked: _Asked, head: di
             if event.reason == "error":
                 yield _sse({"error": {"message": event.error, "type": "server_error", "param": None, "code": None}})
             elif event.text or event.reason or event.chosen is not None:
-                yield _sse({**head, "object": kind, "choices": [_piece(service, asked, index, event)]})
-        if asked.usage:
+                yield _sse({**head, "object": kind, "choices": [_piece(service, parsed, index, event)]})
+        if parsed.usage:
             yield _sse({**head, "object": kind, "choices": [], "usage": _usage(writing)})
         yield "data: [DONE]\n\n"
     finally:
         service.close(writing)
 
 
-def _piece(service: Service, asked: _Asked, index: int, event: Event) -> dict[str, Any]:
-    told = _logprobs(service, asked, [event.chosen] if event.chosen else [])
+def _piece(service: Service, parsed: _ParsedRequest, index: int, event: Event) -> dict[str, Any]:
+    logprobs = _logprobs(service, parsed, [event.chosen] if event.chosen else [])
     finish = _finish(event)
-    if asked.chat:
+    if parsed.chat:
         delta = {"content": event.text} if event.text or event.chosen else {}
-        return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": told}
-    return {"index": index, "text": event.text, "finish_reason": finish, "logprobs": told}
+        return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+    return {"index": index, "text": event.text, "finish_reason": finish, "logprobs": logprobs}
 
 
-def _whole(service: Service, asked: _Asked, index: int, events: list[Event]) -> dict[str, Any]:
+def _whole(service: Service, parsed: _ParsedRequest, index: int, events: list[Event]) -> dict[str, Any]:
     last = events[-1]
     if last.reason == "error":
         raise LorakeetError(last.error)
     content = "".join(event.text for event in events)
-    told = _logprobs(service, asked, [event.chosen for event in events if event.chosen is not None])
-    body = {"message": {"role": "assistant", "content": content, "refusal": None}} if asked.chat else {"text": content}
-    return {"index": index, **body, "finish_reason": _finish(last), "logprobs": told}
+    logprobs = _logprobs(service, parsed, [event.chosen for event in events if event.chosen is not None])
+    body = {"message": {"role": "assistant", "content": content, "refusal": None}} if parsed.chat else {"text": content}
+    return {"index": index, **body, "finish_reason": _finish(last), "logprobs": logprobs}
 
 
 def _finish(event: Event) -> str | None:
-    """OpenAI knows "stop" and "length"; a text that ran out of time was cut, as by a limit."""
+    """OpenAI's "stop" or "length"; a timeout counts as "length"."""
     if event.reason is None:
         return None
     return "stop" if event.reason == "stop" else "length"
 
 
-def _logprobs(service: Service, asked: _Asked, chosen: list[SampledToken]) -> dict[str, Any] | None:
-    if not asked.tell:
+def _logprobs(service: Service, parsed: _ParsedRequest, chosen: list[SampledToken]) -> dict[str, Any] | None:
+    if not parsed.logprobs:
         return None
-    if asked.chat:
+    if parsed.chat:
         content = [
             {**_entry(service, one.token, one.logprob), "top_logprobs": [_entry(service, *other) for other in one.top]}
             for one in chosen
@@ -278,6 +278,6 @@ async def models(service: Service, caller: Caller) -> HttpReply:
 
 
 async def model(service: Service, caller: Caller, name: str) -> HttpReply:
-    """GET /v1/models/NAME: the base, an adapter, or a mix, as it can be asked for."""
+    """GET /v1/models/NAME: the base, an adapter, or a mix."""
     about = {"id": name, "object": "model", "created": service.began, "owned_by": "lorakeet"}
     return as_json({**about, "parent": service.base if service.meant(caller, name) else None})

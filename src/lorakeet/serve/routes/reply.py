@@ -1,4 +1,4 @@
-"""What an API answers, and what it reads of a request, as plain values: serve/routes/http makes HTTP of them."""
+"""Replies and requests of the APIs as plain values, which serve/routes/http translates to HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Incoming(Protocol):
 
     @property
     def receive(self) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:
-        """The next message of the connection; the last one says that the client is gone."""
+        """The next message of the connection; the last one is the client's disconnect."""
 
     def stream(self) -> AsyncIterator[bytes]:
         """The body, in pieces as they come."""
@@ -24,7 +24,7 @@ class Incoming(Protocol):
 
 @dataclass(frozen=True)
 class HttpReply:
-    """A text, or pieces of text that are sent as they come."""
+    """A text, or pieces of text to send as they come."""
 
     body: str | AsyncIterator[str] = ""
     media: str = "text/plain; charset=utf-8"
@@ -32,11 +32,11 @@ class HttpReply:
 
 
 class Stalled(LorakeetError):
-    """Nothing more comes of a body that is not whole."""
+    """The client stopped sending within a body."""
 
 
 async def body_pieces(request: Incoming, pause: float) -> AsyncIterator[bytes]:
-    """The body as it comes; Stalled where nothing comes for `pause` seconds, so that no client holds the server up for ever."""
+    """Yields the body as it comes; Stalled if nothing comes for `pause` seconds, so that no client blocks the server."""
     stream = request.stream()
     while True:
         try:
@@ -44,11 +44,11 @@ async def body_pieces(request: Incoming, pause: float) -> AsyncIterator[bytes]:
         except StopAsyncIteration:
             return
         except asyncio.TimeoutError as error:
-            raise Stalled(f"Nothing came of the rest of the request for {pause:g} s; send it again.") from error
+            raise Stalled(f"The rest of the request did not come within {pause:g} s; send it again.") from error
         yield piece
 
 
-NOBODY = HttpReply(status=499)  # the client is gone; nobody reads this
+CLIENT_GONE = HttpReply(status=499)  # never read
 
 
 def as_json(data: Any) -> HttpReply:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 
 from lorakeet.config import RunConfig
 from lorakeet.data.images.folder import ImageRow, fit_remarks
@@ -29,6 +28,7 @@ from lorakeet.models.image.prior import drawn_prior
 from lorakeet.models.image.sample import Sampler
 from lorakeet.models.inject import inject
 from lorakeet.train.image.task import ImageTask
+from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.planning.image_run import ImageRunPlan, fit_images
@@ -187,9 +187,8 @@ def _parts(encoded: list[EncodedImage], parts: Sequence[Sequence[ImageRow]]) -> 
 
 def _drawn(model: ImageModel, config: RunConfig, console: Console) -> list[EncodedImage]:
     say = partial(console.print, markup=False, soft_wrap=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("pictures of the subject's class", total=config.images.prior_count)
-        return drawn_prior(model, config.images, sampler_of(config), say=say, progress=partial(bar.advance, task))
+    with counted(console, "pictures of the subject's class", config.images.prior_count) as advance:
+        return drawn_prior(model, config.images, sampler_of(config), say=say, progress=advance)
 
 
 def sampler_of(config: RunConfig) -> Sampler:
@@ -200,9 +199,8 @@ def sampler_of(config: RunConfig) -> Sampler:
 
 def _encoded(model: ImageModel, rows: tuple[ImageRow, ...], config: RunConfig, console: Console) -> list[EncodedImage]:
     say = partial(console.print, markup=False, soft_wrap=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"latents of {len(rows)} pictures", total=len(rows))
-        return encode_images(model, rows, config.images, say=say, progress=partial(bar.advance, task))
+    with counted(console, f"latents of {len(rows)} pictures", len(rows)) as advance:
+        return encode_images(model, rows, config.images, say=say, progress=advance)
 
 
 def _resolved(config: RunConfig, model: ImageModel) -> RunConfig:

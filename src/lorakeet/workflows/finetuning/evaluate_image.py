@@ -6,13 +6,11 @@ import base64
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 from torch import Tensor
 
 from lorakeet.config import RunConfig
@@ -30,6 +28,7 @@ from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_of, attach, eject
 from lorakeet.train import durable
 from lorakeet.train.image.task import denoising_errors
+from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.assemble_image import sampler_of
 
 BASE, ADAPTER = "base", "adapter"
@@ -83,11 +82,8 @@ class ImageEvaluator:
     def losses(self, system: str) -> RowLosses:
         """The denoising loss of each picture, summed over its fixed timesteps."""
         activate(self.model.parts, None if system == BASE else self.name)
-        with _bar(self.console) as bar:
-            task = bar.add_task(f"{system} sees {len(self.pictures)} pictures", total=len(self.pictures))
-            sums, counts = denoising_errors(
-                self.model, self.pictures, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
-            )
+        with counted(self.console, f"{system} sees {len(self.pictures)} pictures", len(self.pictures)) as advance:
+            sums, counts = denoising_errors(self.model, self.pictures, self.captions, self.config.diffusion, progress=advance)
         return RowLosses(system, sums, counts.astype(np.int64), self.groups)
 
     @property
@@ -118,8 +114,7 @@ class ImageEvaluator:
         sampler = self.sampler
         prompts, seeds = [prompt for prompt, _ in self.requests], [seed for _, seed in self.requests]
         found = []
-        with _bar(self.console) as bar:
-            task = bar.add_task("samples", total=len(prompts) * (1 + len(WEIGHTS)))
+        with counted(self.console, "samples", len(prompts) * (1 + len(WEIGHTS))) as advance:
             for weight in (0.0, *WEIGHTS):
                 column = f"{ADAPTER} × {weight:g}" if weight else BASE
                 if weight:
@@ -127,7 +122,7 @@ class ImageEvaluator:
                 else:
                     activate(self.model.parts, None)
                 try:
-                    latents = draw_latents(self.model, prompts, seeds, sampler, progress=partial(bar.advance, task))
+                    latents = draw_latents(self.model, prompts, seeds, sampler, progress=advance)
                 finally:
                     if weight:
                         eject(self.model.parts, "sampled")
@@ -200,10 +195,6 @@ def features_of(latents: Sequence[Tensor], side: int) -> np.ndarray[tuple[int, i
     """Latents (channels, h, w) of any size averaged to `side` × `side`: (n, features)."""
     pooled = [torch.nn.functional.adaptive_avg_pool2d(one.float().cpu()[None], side).flatten() for one in latents]
     return torch.stack(pooled).double().numpy()
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _pixels_of(path: Path) -> Pixels:

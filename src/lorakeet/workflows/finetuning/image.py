@@ -33,7 +33,7 @@ from lorakeet.workflows.runs.run_folder import hashes_of_parts
 ARITHMETIC = 2
 
 
-class ImageKind(RunKind[ImageAssembly]):
+class ImageRunKind(RunKind[ImageAssembly]):
     """A diffusion model on pictures with captions."""
 
     words = PICTURES
@@ -134,7 +134,7 @@ class ImageKind(RunKind[ImageAssembly]):
         )
 
 
-KIND = ImageKind()
+KIND = ImageRunKind()
 
 
 def _evaluator(setup: ImageAssembly, console: Console) -> ImageEvaluator:

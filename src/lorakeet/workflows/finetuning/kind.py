@@ -206,6 +206,6 @@ class RunKind(ABC, Generic[AssemblyT]):
         return ()
 
 
-def kind_of(config: RunConfig) -> RunKind[Any]:
+def run_kind(config: RunConfig) -> RunKind[Any]:
     """The kind that config.kind names; only its own modules are imported."""
     return cast("RunKind[Any]", import_module(KINDS[config.kind]).KIND)

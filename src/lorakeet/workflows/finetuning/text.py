@@ -40,7 +40,7 @@ from lorakeet.workflows.runs.pruning import pruned_plan
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
 
 
-class TextKind(RunKind[TextAssembly]):
+class TextRunKind(RunKind[TextAssembly]):
     """A causal language model on rows of text, with labels or without."""
 
     several_processes = True
@@ -175,7 +175,7 @@ class TextKind(RunKind[TextAssembly]):
         )
 
 
-KIND = TextKind()
+KIND = TextRunKind()
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def _write(
     words = gptq_mapping(_settings(layout), damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
     readme, along = packed_readme(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
-    return write_model(out, parts, config=config, along=along, card=readme, waiting=residency.waiting())
+    return write_model(out, parts, config=config, along=along, readme=readme, waiting=residency.waiting())
 
 
 class _Solved:

@@ -31,10 +31,9 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.generate.sample import spilled_bytes
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model
-from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.load import read_config
 from lorakeet.models.text.repeated_blocks import ModelBuilder
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.workflows.planning.check_sizes import (
     FEWEST_TOKENS,
     FP32,

@@ -23,10 +23,9 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.fits import plan_of
 from lorakeet.models.placement import device_for
 from lorakeet.models.streaming.load import empty_model
-from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.load import read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_choices import VALUE
 from lorakeet.workflows.planning.forecast_text_run import (

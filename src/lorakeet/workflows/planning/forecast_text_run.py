@@ -25,10 +25,9 @@ from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.from_config import config_from_settings, model_from_config
+from lorakeet.models.text.from_config import config_from_settings, model_from_config, streamed_model_from_config
 from lorakeet.models.text.model import COUNTS, TextModel, token_logprobs
 from lorakeet.models.text.repeated_blocks import ModelBuilder
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.forecast_choices import (
@@ -241,11 +240,10 @@ def forecast_run(
         return phases({SEARCH: held}, runtime + words, returning=returning)[0]
 
     if way.streamed:
-        block_bytes = allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes
+        size = allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes
         return TextRunPlan(
-            Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks,
-            block_bytes=block_bytes,
-        )  # fmt: skip
+            Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks, block_bytes=size
+        )
     models = {} if on_gpu else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
     later = [phases_of({name: peak}, runtime + words)[0] for name, peak in models.items()]
     trial = together(len(QUICK_FACTORS), searching=False).bytes

@@ -39,12 +39,11 @@ from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.fits import plan_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model, empty_packed
-from lorakeet.models.text.from_config import model_from_config
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import PackedLayout
 from lorakeet.models.text.repeated_blocks import ModelBuilder
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.check_sizes import FP32
 from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, require_space_to_unpack

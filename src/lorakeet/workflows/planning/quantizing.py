@@ -31,12 +31,11 @@ from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import empty_packed
-from lorakeet.models.text.from_config import ShapeBase, model_from_config
+from lorakeet.models.text.from_config import ShapeBase, model_from_config, streamed_model_from_config
 from lorakeet.models.text.gptq_blocks import layers_in_blocks, pack_blocks, taken_by_block
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.repeated_blocks import run_each_kind
-from lorakeet.models.text.streamed_from_config import streamed_model_from_config
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gptq_solve import GptqLayout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
