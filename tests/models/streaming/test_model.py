@@ -80,7 +80,7 @@ def test_what_a_decoder_asks_of_its_block_is_answered(twins: tuple[TextModel, Te
 
 
 def test_blocks_that_give_more_than_states_are_refused() -> None:
-    with pytest.raises(NotStreamed, match=r"tuple.*cannot be streamed\. Leave memory\.budget out"):
+    with pytest.raises(NotStreamed, match=r"tuple.*cannot be streamed\. Leave the memory budget"):
         plain_output((torch.zeros(1), None))
 
 

@@ -122,7 +122,7 @@ def test_the_same_bytes_are_written_each_way(base: str, like: str | None, runs: 
     free = merge(MergeOptions((str(runs / base),), out=tmp_path / "free", **words), console=quiet())
     for way in WAYS:
         going(way)
-        out = tmp_path / f"way{way.streamed + way.on_disk}"
+        out = tmp_path / f"way{way.streamed + way.spilled}"
         merged = merge(MergeOptions((str(runs / base),), out=out, memory="8GiB", **words), console=quiet())
         assert contents(out) == contents(tmp_path / "free")
         assert merged.surviving == free.surviving

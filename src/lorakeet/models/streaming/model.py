@@ -30,7 +30,7 @@ class NotStreamed(ConfigError):
     """The model's blocks cannot be streamed; `reason` is a sentence, the message is for a run with a budget."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason} Leave memory.budget out.")
+        super().__init__(f"{reason} Leave the memory budget (memory.budget, --memory) out.")
         self.reason = reason
 
 
