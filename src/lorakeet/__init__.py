@@ -1,6 +1,6 @@
 """Lorakeet: from a pre-trained model to a verified LoRA adapter, on the hardware at hand.
 
-The names in `__all__` are for scripts and notebooks, and are imported when they are first asked for. The verbs are functions
+The names in `__all__` are for scripts and notebooks, and are imported at first use. The verbs are functions
 as well: `from lorakeet.workflows.finetune import finetune`, and so on.
 """
 

@@ -64,7 +64,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> str:
-    """The sentences for a file that the system will not read: which one, the system's reason, what to look at."""
+    """The sentences for a file that the system will not read: which one, the reason that the system gives, and what to check."""
     return f"{path} cannot be read: {error.strerror or error}. Check the path, its permissions and the disk."
 
 

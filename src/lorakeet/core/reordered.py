@@ -2,7 +2,7 @@
 
 A product of a few tokens with a plain weight spends half of its time on packing it. Packed once, 16 tokens in bf16 take 0.5 to
 0.65
-of the time with oneDNN, and one token half; in Lorakeet's own layout 0.7 and 0.55 of that (docs/log.md). The plain weight is not
+of the time with oneDNN, and one token half; in Lorakeet's own layout 0.7 and 0.55 of that (docs/log). The plain weight is not
 kept.
 """
 

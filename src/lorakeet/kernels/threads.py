@@ -2,7 +2,7 @@
 
 torch's products run in OpenMP teams, one for each thread that computes. GNU's OpenMP lets a team spin while it waits for its next
 product as long as all teams together have no more threads than there are cores, and puts them to sleep otherwise. On 2 cores,
-beside the team of another thread, each product then starts 50 to 80 µs late: as long as it takes (docs/log.md).
+beside the team of another thread, each product then starts 50 to 80 µs late: as long as it takes (docs/log).
 """
 
 from __future__ import annotations

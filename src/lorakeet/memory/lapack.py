@@ -4,7 +4,7 @@ torch queries the size, allocates it, and frees it when the routine ends (ATen, 
 LAPACK's manual, or an upper bound of the answers of Intel's oneMKL 2024.2 (LWORK = -1), which torch's x86 builds contain. They
 depend on torch.get_num_threads(): a plan is for runs with as many threads. The bounds were fitted to the fp32 and fp64 routines
 of torch 2.13, with 1 to 256 threads, for 39,000 random shapes, the longer side up to 400,000 and the shorter up to 8,191
-(docs/log.md). The library does not promise them: tests/memory/test_lapack.py queries some shapes again.
+(docs/log). The library does not promise them: tests/memory/test_lapack.py queries some shapes again.
 """
 
 from __future__ import annotations

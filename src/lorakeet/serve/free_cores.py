@@ -1,7 +1,7 @@
 """The number of cores for the engine while other programs of the machine compute too.
 
 A product waits for the last of its threads. If another program uses one of two cores, both threads are as slow as the one that
-shares its core, and slower: 46 tokens a second were written with two threads where one thread wrote 157 (docs/log.md).
+shares its core, and slower: 46 tokens a second were written with two threads where one thread wrote 157 (docs/log).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Products with rows gathered from a table: dot products and weighted sums, each row read once and nothing copied.
 
 Tokens with different pairs use a few rows of many: an A has `rank` rows of x's width, a Bᵀ as many of y's. Batched products of
-one row each read bf16 at a fifth of the speed of memory on a CPU, and fp32 at half of it (docs/log.md); torch's kernels for
+one row each read bf16 at a fifth of the speed of memory on a CPU, and fp32 at half of it (docs/log); torch's kernels for
 embeddings read both at nearly full speed, and sum in fp32.
 """
 

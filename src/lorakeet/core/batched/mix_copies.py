@@ -3,7 +3,7 @@
     copy of mix 1:   A B of layer 0 │ A B of layer 1 │ …          a token reads the copy of its mix, each layer its part;
     copy of mix 2:   A B of layer 0 │ …                            tokens of one mix read it together
 
-A new mix is copied for all layers at once, in one call. Layer by layer, that took 20 ms of a step (docs/log.md). Machines without
+A new mix is copied for all layers at once, in one call. Layer by layer, that took 20 ms of a step (docs/log). Machines without
 pairs.c use a core/batched/stack.PairStack for each group of layers.
 """
 

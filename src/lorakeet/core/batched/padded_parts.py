@@ -4,7 +4,7 @@
     x of part 2  ▓▓▓▓▓▓▓·      A₂  B₂       (parts, length, in)·(parts, in, rank)·(parts, rank, out)
     x of part 3  ▓▓▓▓▓▓··      A₃  B₃
 
-Nine prompts of 26 tokens took 850 µs for queries, keys and values of 576 numbers one by one, and take 220 (docs/log.md): a small
+Nine prompts of 26 tokens took 850 µs for queries, keys and values of 576 numbers one by one, and take 220 (docs/log): a small
 product takes less time than its call. A part is padded with its last token; those results are not read.
 """
 

@@ -6,7 +6,7 @@ the last row are padding and get zeros. Grouped queries: head h = kv·G + g atte
 together in blocks of equal shape (core/fused/packed_blocks).
 
 Where bf16 products are the faster ones (core/precision), C (kernels/cpu/attention) is faster than torch's products, and these are
-faster than torch's flash kernel, whose backward pass runs at fp32's rate for any dtype (measured: docs/log.md).
+faster than torch's flash kernel, whose backward pass runs at fp32's rate for any dtype (measured: docs/log).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorakeet.kernels.choose import BATCHED_ROWS, CPU_FLASH_ROWS, packed_rows
 from lorakeet.kernels.protocol import Kernel, PackedAttention
 
 QUERIES = 256  # queries of a row whose scores exist at once, for any length of the row
-KEPT_KEYS = 128  # up to so many keys P is saved: bytes of a gated MLP at most, and 4 % of a training step (docs/log.md)
+KEPT_KEYS = 128  # up to so many keys P is saved: bytes of a gated MLP at most, and 4 % of a training step (docs/log)
 SCORES = 1 << 21  # scores (of all heads and blocks in one product) that exist at once, unless one block has more
 TOKENS = 1 << 12  # tokens of rows, each with its prefix, in one call of the flash kernel, unless one row has more
 

@@ -1,6 +1,6 @@
 """Caches the arguments of the C decoder block; rebuilt when a weight, adapter or shape changes.
 
-It takes half of the time of preparing them, and saves 1 % of a small model's step (docs/log.md).
+It takes half of the time of preparing them, and saves 1 % of a small model's step (docs/log).
 """
 
 from __future__ import annotations

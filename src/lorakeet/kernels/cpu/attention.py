@@ -14,7 +14,7 @@ from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.operators import HEAD, define, loaded, pointers
 from lorakeet.kernels.protocol import Situation
 
-TILED = 24  # keys of an average row from which on this kernel, with tiles of 64, is faster than torch's products (docs/log.md)
+TILED = 24  # keys of an average row from which on this kernel, with tiles of 64, is faster than torch's products (docs/log)
 NEEDS = f"heads in multiples of {HEAD}, rows of {TILED} keys or more on average"
 GROUPS = 8  # at most so many groups of rows split the backward pass
 FEW = 256  # tokens of a prefix, over all groups but the first, below which separate sums cost nothing noticeable

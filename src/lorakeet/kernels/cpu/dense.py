@@ -1,7 +1,7 @@
 """Products of bf16 rows with a frozen weight in bf16, as operators of torch (dense.c).
 
 They equal torch.mm to rounding: fp32 sums, rounded once. The weight is read as it is stored, and nothing is cached for a number
-of tokens, for which oneDNN compiles code (docs/log.md). Processors with AMX use oneDNN, which supports it.
+of tokens, for which oneDNN compiles code (docs/log). Processors with AMX use oneDNN, which supports it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lorakeet.kernels.cpu import compile, operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 from lorakeet.kernels.protocol import Situation
 
-OUTLIERS = 8  # most outlier columns of x that stay in bf16 (docs/log.md)
+OUTLIERS = 8  # most outlier columns of x that stay in bf16 (docs/log)
 AMX = "amx_int8"  # in /proc/cpuinfo: tiles of int8, which oneDNN uses (not measured)
 MOST = 1 << 17  # terms of a sum that fits into int32
 NEEDS = f"contiguous bfloat16 rows, widths in multiples of {operators.LANES} up to {MOST}"

@@ -29,7 +29,7 @@ class Workspaces:
 
     Backward passes free the pieces from the last one on, so that no holes remain, whatever the sizes. On the heap, small
     allocations between them outlive them or are cached by the C library for their size; a pass with other sizes then does not
-    fit, and the heap grows (docs/log.md). A page belongs to the system until it is first written, and then to the process until
+    fit, and the heap grows (docs/log). A page belongs to the system until it is first written, and then to the process until
     `release`.
     """
 

@@ -23,7 +23,7 @@ from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, spa
 from lorakeet.workflows.tuning.trials import RISE, SearchBudget, SearchRows, Trial, Trials
 
 MOST_OF_A_RUN = 6  # a trial has at most 1/6 of the run's steps, so three of them cost at most half a run
-FEWEST_STEPS = 8  # of a trial: fewer only show which rate goes further (docs/log.md)
+FEWEST_STEPS = 8  # of a trial: fewer only show which rate goes further (docs/log)
 ROWS = 256  # held-out rows that decide, at most
 DIFFERENCE = 0.05  # nats per token that the rows should be able to show
 

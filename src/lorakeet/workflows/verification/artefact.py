@@ -41,7 +41,7 @@ from lorakeet.workflows.planning.check_sizes import SERVERS
 from lorakeet.workflows.runs.open_adapter import Opened
 
 Messages = Sequence[dict[str, str]]
-BEGINNING = 0.002  # seconds between checks of a file that is being mapped (docs/log.md: 33 MiB of 442 are then there at most)
+BEGINNING = 0.002  # seconds between checks of a file that is being mapped (docs/log: 33 MiB of 442 are then there at most)
 
 
 class Artefact(Protocol):
