@@ -205,6 +205,6 @@ def test_a_pair_that_is_more_than_its_terms_is_not_cut() -> None:
     pair.anchor_A, pair.anchor_B = torch.zeros(4, 5), torch.zeros(7, 4)
     biased = LoraPair(PlanEntry("x", "linear", (7, 5), 4, 12.0), bias=True)
     for refused in (pair, biased):
-        with pytest.raises(ValueError, match="initial values, a bias or a trained length"):
+        with pytest.raises(ValueError, match="initial values, a bias or a trained magnitude"):
             refused.keep(torch.tensor([0]))
         assert refused.rank == 4

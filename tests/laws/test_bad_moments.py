@@ -214,7 +214,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
     assert step < STEPS
     words = " ".join(said.split())
     assert f"Error: Ctrl-C: stopped after step {step} of {STEPS}, with the checkpoint" in words and "Traceback" not in said
-    assert f"Go on with: lorakeet finetune --resume {run}" in words
+    assert f"Resume with: lorakeet finetune --resume {run}" in words
     assert checkpoint.load_checkpoint(run / "checkpoints" / checkpoint.step_name(step)).position.step == step
     capsys.readouterr()
     assert main(["finetune", "--resume", str(run), "--json"]) == 0

@@ -169,7 +169,7 @@ def test_resume(desk: Path, tiny_llama_folder: Path) -> None:
     ended = subprocess.run(script, cwd=desk, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     words = " ".join(ended.stderr.split())
-    assert "SIGTERM: stopped after step" in words and "Go on with: lorakeet finetune --resume runs/resumed" in words
+    assert "SIGTERM: stopped after step" in words and "Resume with: lorakeet finetune --resume runs/resumed" in words
     assert (desk / "runs" / "resumed" / "report.html").is_file()
 
 

@@ -159,7 +159,7 @@ def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     assert process.returncode != 0
     newest = checkpoint.found(run / "checkpoints")[-1]
     step = checkpoint.load_checkpoint(newest).position.step  # whole, by its own hashes
-    found = re.search(r"Error: After step (\d+): process 1 of 2 died\. Kept: the checkpoint (\S+)\. Go on with: (.*)", said)
+    found = re.search(r"Error: After step (\d+): process 1 of 2 died\. Kept: the checkpoint (\S+)\. Resume with: (.*)", said)
     assert found is not None, said
     assert int(found[1]) in (step, step + 1) and found[2] == str(newest)
     assert found[3] == f"torchrun --nproc-per-node 2 -m lorakeet finetune --resume {run}"
@@ -232,7 +232,7 @@ def test_one_that_is_killed_while_a_sharded_run_is_evaluated_is_named(
     """In a pass of the judgement; then, as the run has gone on with the command that was named, in the certificate."""
     run = tmp_path / "run"
     go_on = ["finetune", "--resume", str(run)]
-    command = re.escape(f"Go on with: torchrun --nproc-per-node 2 -m lorakeet {' '.join(go_on)}")
+    command = re.escape(f"Resume with: torchrun --nproc-per-node 2 -m lorakeet {' '.join(go_on)}")
     begin = arguments(tiny_llama_folder, rows, run, train__steps="2", train__shard="true", evaluate__drift_texts="0")
     kept = rf"Kept: the checkpoint (\S+) and {run}/adapter \(held-out loss [\d.]+ at step \d\)\. {command}"
     judging = r"After step 2, before the run was evaluated to the end: process {} of 2 died\. "

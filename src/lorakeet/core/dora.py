@@ -1,4 +1,4 @@
-"""DoRA (https://arxiv.org/abs/2402.09353): W' = m ∘ (W + s·B·A) / ‖W + s·B·A‖, a trained length m for each output row.
+"""DoRA (https://arxiv.org/abs/2402.09353): W' = m ∘ (W + s·B·A) / ‖W + s·B·A‖, a trained magnitude m for each output row.
 
 As in section 4.3 of the paper the norm is a constant for the gradient. It is computed without forming B·A:
 
@@ -21,7 +21,7 @@ _TINY = 1e-12  # keeps an all-zero row from dividing by zero
 
 
 class DoraPair(LoraPair):
-    """A pair with a trained length per output row; for linear, GPT-2 Conv1D and 2-D convolution weights."""
+    """A pair with a trained magnitude per output row; for linear, GPT-2 Conv1D and 2-D convolution weights."""
 
     base_norm2: Tensor
 

@@ -152,7 +152,7 @@ class LoraPair(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """True if this is LoRA alone: no trained length, no bias, no dropout in use."""
+        """True if this is LoRA alone: no trained magnitude, no bias, no dropout in use."""
         return type(self) is LoraPair and self.bias is None and not (self.training and self.dropout > 0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -199,7 +199,7 @@ class LoraPair(nn.Module):
         them has the cut ones; no graph may wait for its backward pass. ValueError for a pair that is more than s·B·A.
         """
         if self.anchor_A is not None or self.bias is not None or self._magnitude_value() is not None:
-            raise ValueError("a pair with initial values, a bias or a trained length is not a sum of rank-one terms alone")
+            raise ValueError("a pair with initial values, a bias or a trained magnitude is not a sum of rank-one terms alone")
         for factor, dim in zip((self.A, self.B), term_dims(self.kind), strict=True):
             factor.grad = None
             factor.data = factor.data.index_select(dim, terms.to(factor.device))

@@ -4,7 +4,7 @@
     takes(...)           True if it supports the tensors and sizes of one call; the arguments are the task's (kernels/choose)
     NEEDS                in words, what `takes` checks
 
-Beside these it has the functions of its task: ElementwiseOps, DenseProducts, PairProducts or PackedAttention below.
+Beside these it has the functions of its task: ElementwiseOps, DenseProducts, LowRankProducts or PackedAttention below.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class Training(Generic[BatchT]):
                 why = stop.requested or "Another process was interrupted"
                 raise RunStopped(
                     f"{why}: stopped after step {self.at.step} of {self.total}, with the checkpoint {self.last_checkpoint}."
-                    f"{self._awaited()} Go on with: {self.run.resume_command}"
+                    f"{self._awaited()} Resume with: {self.run.resume_command}"
                 )
 
     def step(self) -> None:
@@ -349,7 +349,7 @@ class Training(Generic[BatchT]):
     def lost(self, why: ProcessLost) -> RunStopped:
         """The error of a run whose other process died, perhaps before it confirmed a checkpoint."""
         self.last_checkpoint = next(reversed(checkpoint.found(self.run.checkpoints)), self.last_checkpoint)
-        return RunStopped(f"After step {self.at.step}: {why}. {self._kept()} Go on with: {self.run.resume_command}")
+        return RunStopped(f"After step {self.at.step}: {why}. {self._kept()} Resume with: {self.run.resume_command}")
 
     def close(self) -> None:
         self.best.close()

@@ -110,9 +110,8 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
         setup, search = choose_rate(setup, console, requested=options.quick)
     setup = setup.with_learning_rate(processes.from_first(lambda: setup.config.train.learning_rate))
     task = kind.task(setup, run, console)
-    record = kind.split_record(setup)
+    record, before = kind.split_record(setup), kind.frozen_digests(setup)
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=search))
-    before = kind.frozen_digests(setup)
     with kind.training(setup, task, run, console):
         outcome = train(
             task,

@@ -35,6 +35,17 @@ def test_steps_follow_from_epochs(finished: Any, rows: Path, tmp_path: Path) -> 
     assert len(setup.train.examples) == 27 and setup.steps == 6  # 4 steps a pass of 27 rows in eights
 
 
+def test_dropped_rows_do_not_count_among_the_steps(finished: Any, tmp_path: Path) -> None:
+    """The loop counts the rows that are trained on; ranks.choose prune, tune and the trial of rates count with this number."""
+    records = [{**record, "text": record["text"] + " and again" * 40 * (number % 2)} for number, record in enumerate(reviews(60))]
+    changes = {"train.steps": "none", "train.epochs": 1, "data.too_long": "drop"}
+    path = write_rows(tmp_path / "long.jsonl", records)
+    setup = assemble_text(settings(finished.model, path, tmp_path / "run", changes), quiet())
+    trained, batch = len(setup.train.examples), setup.config.train.batch_size
+    assert trained < len(setup.dataset.train) - batch, "whole batches are dropped"
+    assert setup.steps == setup.trained_rows // batch + bool(trained % batch) and setup.trained_rows == trained
+
+
 def test_rows_are_no_longer_than_the_model_can_take(rows: Path, tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "short", max_position_embeddings=32)
     said = io.StringIO()

@@ -98,4 +98,4 @@ def test_one_that_dies_before_the_first_step_is_named_with_the_way_to_go_on(tmp_
     run.write(run.config, "kind: text\n")
     with pytest.raises(RunStopped) as caught, starting_together(run):
         raise ProcessLost("process 1 of 2 died")
-    assert str(caught.value) == f"Before training: process 1 of 2 died. Go on with: {run.resume_command}"
+    assert str(caught.value) == f"Before training: process 1 of 2 died. Resume with: {run.resume_command}"

@@ -56,6 +56,11 @@ class TextAssembly(Assembly):
         return self.text.device
 
     @property
+    def trained_rows(self) -> int:
+        """The rows that are trained on: those that are dropped because they are too long do not count."""
+        return len(self.train.examples)
+
+    @property
     def cuts(self) -> dict[int, int]:
         """With ranks.choose prune: the steps after which pairs are cut, and the parameters that are left; else empty."""
         return cuts_of(self.config, self.initial_plan or self.plan, self.steps)

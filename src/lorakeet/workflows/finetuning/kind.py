@@ -67,9 +67,14 @@ class Assembly:
         return (None, None) if plan is None else (plan.training_peak, plan.peak)
 
     @property
+    def trained_rows(self) -> int:
+        """The rows that are trained on."""
+        return len(self.dataset.train)
+
+    @property
     def steps(self) -> int:
         """The steps of the run."""
-        order = StepOrder(len(self.dataset.train), self.config.train.batch_size, self.config.train.seed)
+        order = StepOrder(self.trained_rows, self.config.train.batch_size, self.config.train.seed)
         return self.config.train.total_steps(order.steps_per_epoch)
 
     @property

@@ -139,7 +139,7 @@ class TextRunKind(RunKind[TextAssembly]):
         model = setup.config.model
         text = f"{setup.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
         native = setup.device.type == "cpu" and setup.text.products == torch.bfloat16 and operators.in_use()
-        return text + (", native kernels" if native else "")
+        return text + (", C kernels" if native else "")
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
         found, text = super().facts(setup), setup.text

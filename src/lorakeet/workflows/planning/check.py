@@ -148,6 +148,7 @@ class ModelCheck(BudgetedWork[MemoryPlan]):
             longest = max(FEWEST_TOKENS, length // 2)
 
     def plan(self, way: Way) -> MemoryPlan:
+        runtime = self.runtime  # measured before the rehearsal, which leaves some memory behind
         size, (config, source) = self.sizes(way.longest), self.model
         make = partial(
             partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config, name=self.spec.path,
@@ -170,7 +171,7 @@ class ModelCheck(BudgetedWork[MemoryPlan]):
             "write": add_usage(Usage(), scratch=size.writing),
         }  # fmt: skip
         words = TOKENIZER_ENTRY * int(text.vocab_size) * size.models
-        phases = phases_of(held, self.runtime + words, returning=True)
+        phases = phases_of(held, runtime + words, returning=True)
         growing = () if way.slots == ALONE else None  # two blocks did not fit
         return MemoryPlan(Forecast(phases), blocks=found.blocks, block_bytes=found.block_bytes, growing=growing)
 

@@ -19,6 +19,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.safetensors_file import TensorEntry, open_safetensors
 from lorakeet.kernels.device import standing_for
+from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.cuda import CONTEXT, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.ledger import Work
@@ -99,13 +100,14 @@ class Machine:
 def fit_images(
     config: RunConfig, say: Callable[[str], None], *, forecast: bool = False
 ) -> tuple[RunConfig, Residency[ImageRunPlan]]:
-    """The settings that keep memory.budget, and how they do. Without a budget the run is planned if it is `asked`.
+    """The settings that keep memory.budget, and how they do. Without a budget the run is planned with `forecast`.
 
     Raises as `fit_budget`.
     """
     run = ImageRun(config, say)
     if not config.memory.limit:
         return config, Residency(plan=run.plan(RESIDENT)) if forecast else Residency()
+    return_freed_memory()  # also for a GPU: parts of the model wait in host memory
     found = fit_budget(run, config.memory.limit, say)
     return run.settings[found.way.change], found
 

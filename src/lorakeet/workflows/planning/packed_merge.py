@@ -196,6 +196,7 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
         yield from (RESIDENT,) if self.job.finishes else (RESIDENT, STREAMED, SPILLED, LEAST)
 
     def plan(self, way: Way) -> MemoryPlan:
+        runtime = self.runtime  # measured before the rehearsals, which leave some memory behind
         base, made = self._evaluating(way)
         adapter = FP32 * self.pairs.parameters
         held = {
@@ -208,7 +209,7 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
         }
         if self.job.finishes:
             held["finish"] = self._finishing()
-        forecast = Forecast(phases_of(held, self.runtime, returning=True))
+        forecast = Forecast(phases_of(held, runtime, returning=True))
         block_bytes = max(base.block_bytes, made.block_bytes)
         return MemoryPlan(forecast, blocks=base.blocks, block_bytes=block_bytes, growing=(COMPARE, COMPARE_MADE))
 

@@ -81,7 +81,7 @@ def starting_together(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except ProcessLost as lost:
-        again = f"Go on with: {run.resume_command}" if run.config.exists() else "Nothing was written. Start the run again."
+        again = f"Resume with: {run.resume_command}" if run.config.exists() else "Nothing was written. Start the run again."
         raise RunStopped(f"Before training: {lost}. {again}") from lost
 
 
@@ -96,5 +96,5 @@ def evaluating_together(processes: Processes, run: RunFolder, outcome: Outcome) 
         kept = kept_text(last, run.adapter, outcome.best_loss, outcome.best_step)
         raise RunStopped(
             f"After step {outcome.steps}, before the run was evaluated to the end: {lost}. {kept} "
-            f"Go on with: {run.resume_command}"
+            f"Resume with: {run.resume_command}"
         ) from lost
