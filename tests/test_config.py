@@ -87,7 +87,7 @@ def test_every_problem_of_file_and_flags_is_listed_with_its_source(tmp_path: Pat
     assert "train.seed is -1" in text
 
 
-def test_model_and_rows_are_asked_for(tmp_path: Path) -> None:
+def test_model_and_rows_are_requested(tmp_path: Path) -> None:
     text = complaint(written(tmp_path, "out: there\n"))
     assert "model is missing" in text and "data.train is empty" in text
 

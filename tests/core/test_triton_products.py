@@ -147,7 +147,7 @@ def test_without_a_request_no_buffer_is_read(
         assert looked
 
 
-def test_tests_interpret_where_no_card_is_and_compile_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_interpret_where_no_gpu_is_and_compile_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for card, expected in ((True, None), (False, "1")):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda card=card: card)

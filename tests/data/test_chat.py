@@ -194,7 +194,7 @@ def test_long_rows_dropped_or_refused(byte_tokenizer):
         encode_rows(rows, Encoder(tokenizer, spec(max_tokens=50, too_long="refuse")))
 
 
-def test_answer_without_room_is_refused(byte_tokenizer):
+def test_an_answer_that_does_not_fit_is_refused(byte_tokenizer):
     with pytest.raises(DataError, match=r"even without the user's text the row has \d+ tokens, and data.max_tokens is 20"):
         Encoder(byte_tokenizer(), spec(max_tokens=20)).encode(pair("good film", "bad story " * 30))
 

@@ -87,7 +87,7 @@ class Noted:
         return self
 
 
-def test_nobody_waits_for_what_goes_from_the_host_to_a_card_and_for_that_alone():
+def test_no_one_waits_for_what_goes_from_the_host_to_a_gpu_and_for_that_alone():
     assert to_device(Noted("cpu"), "cuda:1").said == ["pinned", ("cuda:1", {"non_blocking": True})]
     assert to_device(Noted("cuda"), torch.device("cpu")).said == [("cpu", {})]
     assert to_device(Noted("cpu"), "cpu").said == [("cpu", {})]

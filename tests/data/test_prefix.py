@@ -142,7 +142,7 @@ def test_a_prompt_within_a_prompt() -> None:
     assert laid(shared_alike([*close[0], *close[1]], 4096)) == [301 + 8 * 39], "together: less to save than a pass costs"
 
 
-def test_learnt_tokens_count_each_although_they_are_computed_once() -> None:
+def test_target_tokens_count_each_although_they_are_computed_once() -> None:
     """Every target asks for logits of its own, also within what all rows begin with."""
     examples = [row(str(number), [*prompt(200), number], targets=200) for number in range(6)]
     assert [batch.targets for batch in shared_alike(examples, 512)] == [400] * 3

@@ -77,7 +77,7 @@ def test_text_that_stands_elsewhere_too_is_not_confused(byte_tokenizer):
     assert [rendered.text[:a].count("<|start|>") for a, _ in rendered.spans] == [2, 4]
 
 
-def test_rewritten_thoughts_are_learnt_as_the_template_shows_them(byte_tokenizer):
+def test_rewritten_thoughts_are_targets_as_the_template_shows_them(byte_tokenizer):
     row = chat("how was it", "<think>film, music</think>good")
     assert learnt(row, byte_tokenizer(MOVED)) == (["<think>\nfilm, music\n</think>\n\ngood<|end|>"], False)
 
@@ -115,7 +115,7 @@ def test_template_that_knows_no_system_prompt_is_named(byte_tokenizer):
         learnt(chat("a", "b", system="s"), byte_tokenizer(INST))
 
 
-def test_no_chat_template_where_one_is_asked(byte_tokenizer):
+def test_a_missing_chat_template_is_refused(byte_tokenizer):
     with pytest.raises(ConfigError, match=r"data.chat_template is 'on', but the tokenizer has no chat template; .* off"):
         uses_template(byte_tokenizer(None), DataSpec(train="x", chat_template="on"))
     assert not uses_template(byte_tokenizer(None), DataSpec(train="x"))

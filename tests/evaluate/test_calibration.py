@@ -44,7 +44,7 @@ def test_interval_covers_well_and_badly_calibrated_systems(temperature: float) -
     assert all(estimate.low <= estimate.value <= estimate.high for estimate in found)
 
 
-def test_bad_calibration_is_told_from_good() -> None:
+def test_bad_calibration_is_distinguished_from_good() -> None:
     generator = np.random.default_rng(1)
     assert calibration_error(*sample(generator, 1000, 1.0), spec=QUICK).low < 0.01
     assert calibration_error(*sample(generator, 1000, 3.0), spec=QUICK).low > 0.1

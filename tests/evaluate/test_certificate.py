@@ -53,7 +53,7 @@ def test_no_check_is_no_pass() -> None:
         Certificate("merged/", ()).raise_if_failed()
 
 
-def test_what_became_of_an_adapter_is_told_from_the_adapter_itself() -> None:
+def test_what_became_of_an_adapter_is_distinguished_from_the_adapter_itself() -> None:
     own, other = check(), replace(check(kl=1.0), name="C: /run-merged/: logits")
     assert (own.artefact, other.artefact) == ("", "C: /run-merged/")
     both = Certificate("run", (own, other))

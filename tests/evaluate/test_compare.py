@@ -163,7 +163,7 @@ def runs(count: int, rows: int, *, seed_noise: float, generator: np.random.Gener
 
 
 @pytest.mark.parametrize(("seed_noise", "seeds"), [(0.1, 3), (0.0, 3), (0.02, 5)])
-def test_settings_that_do_not_differ_are_told_apart_in_one_case_of_twenty_at_most(seed_noise: float, seeds: int) -> None:
+def test_equal_settings_are_distinguished_in_at_most_one_case_of_twenty(seed_noise: float, seeds: int) -> None:
     """Over rows alone, seed noise of 0.1 nats is called a difference nearly always."""
     generator, claims = np.random.default_rng(0), 0
     for _ in range(200):

@@ -111,7 +111,7 @@ def test_tolerances_widen_with_roundoff_and_are_explained() -> None:
     assert "certify in fp32" in (Tolerance.__doc__ or "")
 
 
-def test_kl_over_told_tokens_is_a_lower_bound_that_all_tokens_reach() -> None:
+def test_kl_over_given_tokens_is_a_lower_bound_that_all_tokens_reach() -> None:
     generator = torch.Generator().manual_seed(3)
     p, q = (torch.randn(50, generator=generator, dtype=torch.float64).mul(3).log_softmax(0) for _ in range(2))
     whole = float((p.exp() * (p - q)).sum())

@@ -92,7 +92,7 @@ def test_the_coarsest_type_that_counts_decides() -> None:
     assert row_of("IQ4_NL") is Q4 and row_of("BF16") is BF16 and row_of("MXFP4") is Q4
 
 
-def test_fewer_bits_are_never_judged_more_strictly() -> None:
+def test_fewer_bits_are_never_checked_more_strictly() -> None:
     rows = [F32, F16, BF16, *(PRECISIONS[f"{bits}-bit"] for bits in (8, 6, 5, 4, 3, 2))]
     for finer, coarser in itertools.pairwise(rows):
         assert finer.rounding < coarser.rounding and finer.share < coarser.share and finer.gap < coarser.gap

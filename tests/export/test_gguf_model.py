@@ -1,9 +1,10 @@
-"""`export.gguf_model`: what is written is what llama.cpp computes, for every family, with an adapter folded in."""
+"""Models in GGUF compute in llama.cpp what they compute here, for every family; metadata, vocabulary, and what is refused."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lorakeet.core.tiled_product import PART, parts
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.export.compare_stored import PART_BYTES
-from lorakeet.export.gguf_model import DIGEST, _Item, _Stored, write_gguf
+from lorakeet.export.gguf_layout import model_layout
+from lorakeet.export.gguf_model import DIGEST, NAME, _Item, _Stored, write_gguf
+from lorakeet.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, SPLITS, UNKNOWN, UNUSED, vocabulary_of
 from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.merged_tensors import Fp32Rows
 from lorakeet.formats.files.gguf_file import GgufFile
@@ -24,7 +28,7 @@ from lorakeet.models.text.load import load_tokenizer
 from tiny.adapters import random_adapter
 from tiny.dense import fold_into
 from tiny.held import held_bytes
-from tiny.models import save_tiny_llama
+from tiny.models import save_tiny_llama, tiny_model, tiny_tokenizer
 
 TEXT = "<|im_start|>user\nIt's 123 o'clock, né?\n\n  two  spaces<|im_end|>\n<|im_start|>assistant\n"
 # ggml looks Gemma's GELU up in a table of half-precision numbers
@@ -165,3 +169,192 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     adapter = random_adapter(model, "embed_tokens")  # changes the embedding but not the head that shares it
     with pytest.raises(ConfigError, match=r"lm_head\.weight has no name in llama\.cpp's gemma2"):
         write_gguf(folder, adapter, tmp_path / "model.gguf", tokenizer=load_tokenizer(folder))
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def test_metadata_of_a_llama() -> None:
+    layout = model_layout(LLAMA, "x")
+    assert layout.metadata["rope.freq_base"] == 5e5 and layout.metadata["attention.head_count_kv"] == 2
+    assert layout.metadata["attention.key_length"] == 8 and not layout.notes and not layout.rope
+
+
+def test_rows_of_q_and_k_are_permuted_by_their_own_heads_and_nothing_else() -> None:
+    layout = model_layout(LLAMA, "x")
+    weight = torch.arange(32.0)[:, None].expand(32, 3)
+    change = layout.change_of("model.layers.0.self_attn.q_proj.weight")
+    assert change is not None and change(weight)[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    key = layout.change_of("model.layers.0.self_attn.k_proj.weight")
+    assert key is not None and key(weight[:16])[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert layout.change_of("model.layers.0.self_attn.v_proj.weight") is None
+    assert layout.change_of("model.norm.weight") is None
+    assert model_layout({**LLAMA, "model_type": "qwen2"}, "x").change_of("model.layers.0.self_attn.q_proj.weight") is None
+
+
+def test_gemma_norms_gain_one() -> None:
+    layout = model_layout({**LLAMA, "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}, "x")
+    change = layout.change_of("model.layers.0.self_attn.q_norm.weight")
+    assert change is not None and change(torch.zeros(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "lama"}, "Did you mean 'llama'"),
+        ({"hidden_act": "relu"}, "The activation is 'relu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        (
+            {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 99},
+            "query_pre_attn_scalar is 99",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        model_layout({**LLAMA, **changes}, "x")
+
+
+def test_a_sliding_window_that_llama_cpp_ignores_is_said() -> None:
+    layout = model_layout({**LLAMA, "model_type": "mistral", "sliding_window": 16}, "x")
+    assert "last 16 tokens" in layout.notes[0]
+    assert not model_layout({**LLAMA, "model_type": "mistral", "sliding_window": 64}, "x").notes
+
+
+def test_phi3_longrope() -> None:
+    rope = {"type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    found = model_layout({**LLAMA, "model_type": "phi3", "rope_scaling": rope, "original_max_position_embeddings": 16}, "x")
+    assert set(found.rope) == {"rope_factors_long.weight", "rope_factors_short.weight"}
+    assert found.metadata["rope.scaling.attn_factor"] == pytest.approx((1 + 0.5) ** 0.5)
+
+
+TEXTS = ("This drug worked well", "It's né 日本 🙂", "terrible</s>pain", "a\nb\n\n\tc", "")
+
+
+def sentencepiece_like() -> Any:
+    """BPE with byte fallback, a space put before the text, and a begin token: Llama 2's habits."""
+    corpus = ["This▁drug▁worked▁well▁for▁my▁pain", "▁It▁was▁terrible▁the▁side▁effects"] * 3
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    learnt = json.loads(core.to_str())["model"]
+    pieces = sorted(learnt["vocab"], key=learnt["vocab"].get)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocab = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_byte_level_bpe() -> None:
+    tokenizer = tiny_tokenizer()
+    found = vocabulary_of(tokenizer, len(tokenizer) + 3)
+    assert (found.model, found.pre, found.add_bos, found.space_prefix) == ("gpt2", "gpt-2", False, False)
+    assert found.tokens[-1] == f"[PAD{len(tokenizer) + 2}]" and found.kinds[-3:] == (UNUSED,) * 3
+    assert found.kinds[tokenizer.eos_token_id] == CONTROL and found.kinds[10] == NORMAL and not found.scores
+    assert found.special["eos"] == tokenizer.eos_token_id
+    assert found.chat_template is not None and "generation" not in found.chat_template.replace("add_generation_prompt", "")
+
+
+def test_llama_cpp_reads_a_sentencepiece_like_tokenizer_the_same(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_like()
+    model = tiny_model("llama", vocab_size=len(tokenizer) + 2, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    found = vocabulary_of(tokenizer, len(tokenizer) + 2)
+    assert (found.model, found.add_bos, found.space_prefix) == ("llama", True, True)
+    assert (found.kinds[0], found.kinds[1], found.kinds[3]) == (UNKNOWN, CONTROL, BYTE) and not found.merges
+    write_gguf(tmp_path / "base", None, tmp_path / "model.gguf", tokenizer=tokenizer, quant="f32")
+    with LlamaCpp(tmp_path / "model.gguf", context=64) as engine:
+        assert engine.adds_bos and engine.bos == 1
+        assert [engine.tokenise(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("pattern", SPLITS)
+def test_known_regular_expressions_have_a_name_that_llama_cpp_reads_alike(pattern: str, tmp_path: Path) -> None:
+    from tokenizers import Regex
+
+    tokenizer = tiny_tokenizer()
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated", invert=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tiny_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    write_gguf(tmp_path / "base", None, tmp_path / "model.gguf", tokenizer=tokenizer, quant="f32")
+    texts = ("It'S 12345 o'clock", "a  b\n\n c", "Ünïcode 日本!?", "side effects at all.\r\n")
+    with LlamaCpp(tmp_path / "model.gguf", context=64) as engine:
+        assert [engine.tokenise(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+
+
+def phi3_like(*, strips: bool = True) -> Any:
+    """Llama 2's habits with the special tokens of Phi-3, which swallow the spaces after them."""
+    tokenizer = sentencepiece_like()
+    marks = [AddedToken(mark, rstrip=strips, special=True) for mark in ("</s>", "<|user|>", "<|end|>", "<|assistant|>")]
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True), *marks], special_tokens=True)
+    return tokenizer
+
+
+def written(folder: Path, family: str, tokenizer: Any, name: str) -> tuple[Path, str]:
+    """A file with that general.name asked for, and the notes on it."""
+    tiny_model(family, vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(folder / "base")
+    found = write_gguf(folder / "base", None, folder / "m.gguf", tokenizer=tokenizer, quant="f32", facts={NAME: name})
+    return found.path, " ".join(found.notes)
+
+
+PHI3_TEXTS = ("<|user|>\n  It worked <|end|>\n<|assistant|>\nwell", "a</s>  b <|endoftext|> c <s> d")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("reviews", "phi-3-reviews"), ("My-Phi3", "My-Phi3"), ("", "phi-3")])
+def test_llama_cpp_drops_the_spaces_that_the_tokenizer_of_phi3_drops(name: str, kept: str, tmp_path: Path) -> None:
+    tokenizer = phi3_like()
+    file, notes = written(tmp_path, "phi3", tokenizer, name)
+    assert GgufFile(file).value(NAME) == kept and ("only by phi-3 in that name" in notes) is (name != kept)
+    with LlamaCpp(file, context=64) as engine:
+        assert [engine.tokenise(text) for text in PHI3_TEXTS] == [tokenizer.encode(text) for text in PHI3_TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer"),
+    [("llama", tiny_tokenizer), ("llama", phi3_like), ("phi3", lambda: phi3_like(strips=False)), ("phi3", tiny_tokenizer)],
+    ids=["without Phi-3's tokens", "another architecture", "no spaces are dropped", "Phi-3 with another vocabulary"],
+)
+def test_a_name_that_only_says_phi3_does_not_make_llama_cpp_read_it_as_phi3(
+    family: str, tokenizer: Callable[[], Any], tmp_path: Path
+) -> None:
+    held = tokenizer()
+    file, notes = written(tmp_path, family, held, "my-Phi-3-compare")
+    assert GgufFile(file).value(NAME) == "my-Phi_3-compare" and "by 'my-Phi-3-compare' llama.cpp would read it as Phi-3" in notes
+    texts = ("a</s>pain", "<|im_start|> a") if family == "llama" and held.bos_token == "<s>" else PHI3_TEXTS
+    with LlamaCpp(file, context=64) as engine:
+        assert [engine.tokenise(text) for text in texts] == [held.encode(text) for text in texts]
+
+
+def test_spaces_that_llama_cpp_cannot_drop_are_said(tmp_path: Path) -> None:
+    """Phi-4-mini: Phi-3's architecture and habits, without the tokens that llama.cpp then looks up."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|user|>", rstrip=True, special=True)], special_tokens=True)
+    file, notes = written(tmp_path, "phi3", tokenizer, "phi-3-mine")
+    assert GgufFile(file).value(NAME) == "phi_3-mine" and "drops spaces after <|user|>; llama.cpp keeps them" in notes
+    LlamaCpp(file, context=64).close()
+    assert "drops spaces after </s>, <|user|>" in written(tmp_path / "llama", "llama", phi3_like(), "mine")[1]
+
+
+def test_what_llama_cpp_could_not_repeat_is_refused() -> None:
+    odd = tiny_tokenizer()
+    odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ConfigError, match=r"as no known pre-tokenizer of llama\.cpp"):
+        vocabulary_of(odd, len(odd))
+    lowered = tiny_tokenizer()
+    lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ConfigError, match="normalises texts before splitting"):
+        vocabulary_of(lowered, len(lowered))
+    with pytest.raises(ConfigError, match="is it the tokenizer of this model"):
+        vocabulary_of(tiny_tokenizer(), 5)
+    with pytest.raises(ConfigError, match=r"without a tokenizer\.json"):
+        vocabulary_of(object(), 5)

@@ -34,7 +34,7 @@ def test_k_quants_are_llama_cpps_own(tmp_path: Path) -> None:
     assert set(FILE_TYPES) >= {"q2_k", "q3_k_m", "q5_k_m", "iq4_xs"}
 
 
-def test_logits_do_not_depend_on_what_was_asked_before(model: Path) -> None:
+def test_logits_do_not_depend_on_earlier_requests(model: Path) -> None:
     with LlamaCpp(model, context=64) as engine:
         first = engine.logits([5, 6, 7])
         engine.logits([9] * 20)

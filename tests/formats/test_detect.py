@@ -1,4 +1,4 @@
-"""Finding the adapter that a path means, and its format, with what says so."""
+"""Finding the adapter that a path means, and its format; every listed format is one that `convert --to` offers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import DataError
 from lorakeet.formats import mlx
+from lorakeet.formats.adapter_format import AdapterFormat
 from lorakeet.formats.compare import compare_adapters
-from lorakeet.formats.detect import detect, read_adapter, surplus_rank
+from lorakeet.formats.detect import FORMATS, detect, format_of, read_adapter, surplus_rank
 from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
+from lorakeet.workflows.convert import Target
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
@@ -47,7 +50,7 @@ def test_a_folder_a_file_in_it_and_a_run_are_the_same_adapter(folder: Path) -> N
         ("diffusers_spelled.safetensors", "diffusers", r"tensors are named like (unet|text_encoder)\."),
     ],
 )
-def test_real_files_are_told_apart(name: str, kind: str, evidence: str, tmp_path: Path) -> None:
+def test_real_files_are_distinguished(name: str, kind: str, evidence: str, tmp_path: Path) -> None:
     found = detect(GOLDEN / name)
     assert found.format == kind
     assert re.search(evidence, found.evidence)
@@ -149,7 +152,7 @@ def experts(rank: int, out: int, width: int) -> Pair:
     return Pair(torch.randn(3, rank, width), torch.randn(3, out, rank), 3.0 * rank, "experts")
 
 
-def test_every_pair_is_judged_by_its_own_matrix() -> None:
+def test_every_pair_is_checked_by_its_own_matrix() -> None:
     fits = {
         "a": pair(4, 4, 9), "c": pair(8, 8, 1, 3, 3, kind="conv2d"), "e": pair(5, 6, 5, kind="embedding"), "x": experts(4, 4, 7),
     }  # fmt: skip
@@ -196,3 +199,14 @@ def test_convert_keeps_it_with_a_base_too(tmp_path: Path, tiny_llama_folder: Pat
     given = ["convert", str(tmp_path / "wide"), str(tmp_path / "out.gguf"), "--to", "gguf", "--base", str(tiny_llama_folder)]
     assert main(given) == 0
     assert read_adapter(tmp_path / "out.gguf", say=lambda _: None).pairs["model.layers.0.self_attn.k_proj"].rank == 20
+
+
+def test_the_names_are_the_choices_of_convert() -> None:
+    assert sorted(one.NAME for one in FORMATS) == sorted(get_args(Target))
+
+
+@pytest.mark.parametrize("module", FORMATS, ids=lambda one: str(one.NAME))
+def test_a_format_is_a_folder_or_a_file(module: AdapterFormat) -> None:
+    assert format_of(module.NAME) is module
+    assert bool(module.WEIGHTS) != bool(module.SUFFIX)
+    assert not module.owns("conv.weight")

@@ -85,7 +85,7 @@ def test_a_thread_by_itself_changes_nothing_for_others() -> None:
         assert in_a_thread(torch.get_num_threads) == before, "nor for those that come later"
 
 
-def test_an_openmp_that_ends_all_teams_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_openmp_that_ends_all_teams_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Library:
         omp_set_num_threads = omp_pause_resource_all = kmp_get_blocktime = staticmethod(lambda *_: 0)
 
@@ -94,7 +94,7 @@ def test_an_openmp_that_ends_all_teams_is_not_asked_to(monkeypatch: pytest.Monke
         assert (threads._openmp.__wrapped__() is not None) is able
 
 
-def test_without_such_an_openmp_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_such_an_openmp_torch_sets_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_openmp", lambda: None)
     before = torch.get_num_threads()
     try:

@@ -11,7 +11,7 @@ from lorakeet.quant.int8 import Int8Base
 from tiny.triton_device import needs_triton
 
 
-def test_nobody_uses_kernels_who_was_not_told_to() -> None:
+def test_kernels_are_used_on_request_only() -> None:
     assert DenseBase(nn.Linear(4, 6)).kernels is None and Int8Base((6, 4)).kernels is None
 
 

@@ -223,6 +223,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
     assert adapter_bytes(run) == undisturbed
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_run_goes_on_to_the_same_bytes(
     workers: Workers, undisturbed: dict[str, bytes], tiny_llama_folder: Path, rows: Path, tmp_path: Path
 ) -> None:

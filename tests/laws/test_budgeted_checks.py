@@ -113,6 +113,7 @@ def test_a_wrong_merge_fails_streamed_too(
     assert [check.passed for check in certificate.checks] == [False, False]
 
 
+@pytest.mark.slow
 def test_changes_that_are_no_pairs_are_folded_on_the_way_into_a_store(wide: Path, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"adapter-{rank}") for rank in (4, 8)]
     for path, rank in zip(paths, (4, 8), strict=True):
@@ -168,7 +169,7 @@ def test_verify_and_export_stream_the_live_side_and_a_folder(
     assert [check.measured for check in found.checks] == [check.measured for check in again.checks]
 
 
-def test_longer_rows_are_compared_as_far_as_there_is_room(
+def test_longer_rows_are_compared_as_far_as_memory_allows(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token is made to take 8 MiB of llama.cpp's memory."""

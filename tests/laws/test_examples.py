@@ -160,6 +160,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "python" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume(desk: Path, tiny_llama_folder: Path) -> None:
     """As a script, with real processes: the first one is stopped, the second one goes on."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

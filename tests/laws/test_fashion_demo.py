@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lorakeet.evaluate.report.report import read_report
 from structure.tree import ROOT
 
@@ -16,6 +18,8 @@ import json
 from demos.fashion.__main__ import LOOK
 from demos.fashion.photos import KINDS, caption
 from demos.fashion.pretrain import LOOKS, TEXT, new_tokenizer
+
+import pytest
 
 tokenizer = new_tokenizer()
 told = [caption(kind, look=look) for kind in KINDS for look in (*LOOKS, LOOK)]
@@ -33,6 +37,7 @@ def test_every_caption_is_read_to_its_end() -> None:
     assert lengths["a negative photo of a bag"] > lengths["a photo of a coat"]
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_start_to_end(tmp_path: Path) -> None:
     environment = {**os.environ, "LORAKEET_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     folders = ["--cache", str(tmp_path / "fashion"), "--out", str(tmp_path / "out")]

@@ -141,6 +141,7 @@ def test_two_processes_with_a_part_of_the_base_each_train_what_one_trains(
     assert ended.code == 0 and "train.shard has no effect with one process" in ended.answered, ended.said
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     forked: Together, tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path
 ) -> None:
@@ -225,7 +226,7 @@ def dead(pid: int) -> bool:
         return True
 
 
-def test_one_that_is_killed_while_a_parted_run_is_judged_is_named(
+def test_one_that_is_killed_while_a_sharded_run_is_evaluated_is_named(
     forked: Together, tiny_llama_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     """In a pass of the judgement; then, as the run has gone on with the command that was named, in the certificate."""

@@ -56,7 +56,7 @@ def test_the_device_is_that_of_the_tensors() -> None:
     assert cuda.cuda_device_of([SimpleNamespace(device=CARD)]) == CARD  # type: ignore[list-item]
 
 
-def test_the_limit_that_is_met_is_told_with_the_remedy_under_a_budget_alone() -> None:
+def test_the_limit_that_is_met_is_reported_with_the_remedy_under_a_budget_alone() -> None:
     said = r"memory budget is 1KiB.* tried to allocate.* Raise it\."
     with pytest.raises(EnvironmentProblem, match=said), cuda.enforcing_gpu_budget(Budget.parse("1KiB"), "Raise it."):
         raise torch.OutOfMemoryError("tried to allocate 2 MiB.\nmore")

@@ -44,7 +44,7 @@ def test_a_command_holds_no_triton_which_can_be_imported_by_itself() -> None:
 
 
 @needs_triton
-def test_triton_stays_where_a_card_or_its_interpreter_is_there() -> None:
+def test_triton_stays_where_a_gpu_or_its_interpreter_is_there() -> None:
     card = "torch.accelerator.is_available = lambda: True\n"
     inside = "with without_triton(): print(sys.modules.get('triton', 'absent'))"
     assert answer(f"{BEGIN}{card}{inside}") == "absent"

@@ -43,7 +43,7 @@ def test_rows_that_are_looked_up_are_held_with_those_that_were_read() -> None:
         assert rows.lookup(torch.zeros(9, 9, dtype=torch.long)).shape == (9, 9, 4), "no more rows are read than there are"
 
 
-def test_what_is_put_aside_is_held_again_when_it_is_taken() -> None:
+def test_what_is_spilled_is_in_memory_again_when_it_is_taken() -> None:
     with Ledger() as ledger:
         spill, states = ShapeSpill(), torch.empty(5, 8)
         whole = ledger.bytes

@@ -112,7 +112,7 @@ def test_a_header_that_is_no_json_is_refused(tmp_path: Path) -> None:
         WeightStore(path)
 
 
-def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_disk_space_is_seen_before_anything_is_written(tmp_path: Path) -> None:
     with (
         pytest.raises(EnvironmentProblem, match="GB free"),
         new_store(tmp_path / "s", identity=IDENTITY, tensors=1, size=1 << 60),
@@ -150,7 +150,7 @@ def test_an_interrupted_store_is_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_used_once_and_the_header_has_its_room(tmp_path: Path) -> None:
+def test_names_are_used_once_and_the_header_is_counted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already has"), new_store(tmp_path / "s", identity=IDENTITY, tensors=8) as writer:
         writer.add("a", {"w": torch.zeros(2)})
         writer.add("a", {"w": torch.zeros(2)})

@@ -121,7 +121,7 @@ def test_nothing_is_on_its_way_into_a_buffer_that_goes(tmp_path: Path) -> None:
         transfer.close()
 
 
-def test_a_store_that_was_cut_off_is_told_where_the_record_is_wanted(tmp_path: Path) -> None:
+def test_a_store_that_was_cut_off_is_reported_where_the_record_is_wanted(tmp_path: Path) -> None:
     store = stored(tmp_path)
     with (tmp_path / "s").open("rb+") as file:
         file.truncate(store.record("b.3").begin + 4)

@@ -82,7 +82,7 @@ def test_scales_are_fitted_where_the_files_own_are_too_small(inputs: Tensor) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_held_is_what_is_planned(kind: str, inputs: Tensor) -> None:
+def test_memory_in_use_is_what_is_planned(kind: str, inputs: Tensor) -> None:
     """Never more, and not half as much again."""
     like, hessian = packed(kind), Hessian(IN)
     hessian.add(inputs)

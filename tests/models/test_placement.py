@@ -55,7 +55,7 @@ def test_a_plan_may_be_about_a_cuda_device_that_is_not_here(monkeypatch: pytest.
         planned_on("cuda:x")
 
 
-def test_16_bits_are_bfloat16_but_for_cards_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_16_bits_are_bfloat16_but_for_gpus_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert narrow_for(None) == narrow_for(CPU) == narrow_for(card) == "bfloat16"

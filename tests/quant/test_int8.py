@@ -150,5 +150,5 @@ def test_several_weights_code_what_they_see_once(
     assert len(calls) == 1
 
 
-def test_only_int8_weights_are_told() -> None:
+def test_only_int8_weights_are_reported() -> None:
     assert enable_int8_products(torch.nn.Linear(3, 3)) == 0

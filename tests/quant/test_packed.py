@@ -98,7 +98,7 @@ def test_products_run_in_the_dtype_that_is_set(weight: Tensor) -> None:
     assert torch.equal(layer(x), (x.float() @ weight.T).bfloat16())
 
 
-def test_nothing_is_quantised_unless_asked_for() -> None:
+def test_nothing_is_quantised_without_a_request() -> None:
     assert QuantSpec().method == "none" and QuantSpec().validate() == []
 
 

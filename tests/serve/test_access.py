@@ -76,7 +76,7 @@ def test_several_requests_wait_for_as_many_of_before() -> None:
     caller.count(2, now=lambda: now[0])
 
 
-def test_everything_wrong_is_told_at_once_without_a_key(tmp_path: Path) -> None:
+def test_everything_wrong_is_reported_at_once_without_a_key(tmp_path: Path) -> None:
     path = keys(
         tmp_path, {"key": "short"}, {"key": "secret-secret", "adaptors": ["a"]}, {"key": "secret-secret", "adapters": "a"}, 5,
         {"key": "secret-secret", "requests_per_minute": 0}, {"key": "secret-secret", "admin": "no"}, {"sha256": "é" * 64},

@@ -224,7 +224,7 @@ def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: Ser
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_that_nobody_foresaw_is_said_to_all(asking: Callable[..., Any], loaded: ServingModel) -> None:
+def test_an_unforeseen_error_is_reported_to_all(asking: Callable[..., Any], loaded: ServingModel) -> None:
     server = asking(slots=1)
 
     def fail(*_: Any) -> None:

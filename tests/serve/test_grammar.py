@@ -44,7 +44,7 @@ def test_whatever_the_logits_are_the_text_is_an_instance(text: Any, temperature:
         assert set(found) == {"drug", "stars"} and found["drug"] in ("aspirin", "statin") and 1 <= found["stars"] <= 5
 
 
-def test_the_log_probability_told_is_the_models_own(text: Any) -> None:
+def test_the_reported_log_probability_is_the_models_own(text: Any) -> None:
     logits = torch.randn(text.model.config.vocab_size, generator=torch.Generator().manual_seed(1))
     chosen = TokenSampler(Sampling(temperature=0.0, logprobs=1), Grammars(text).of_schema(SCHEMA).begin()).choose(logits)
     assert text.tokenizer.decode([chosen.token]).strip()[:1] in ("{", "")

@@ -165,7 +165,7 @@ def test_no_table_is_larger_than_what_is_counted(live: ServingModel, server: Any
     assert not registry._mixes
 
 
-def test_a_mix_needs_room_for_its_copy(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_a_mix_needs_memory_for_its_copy(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     size, slots = peft.read(saved("a")).parameters * 4, server.engine.cache.slots
     registry = Registry(live, server.engine, base="base", budget=2 * (1 + slots) * size - 1)
     for name in ("a", "b"):
@@ -196,7 +196,7 @@ def test_copies_of_different_layers_stay_within_the_budget(
     assert registry.resident == 3
 
 
-def test_copies_from_before_make_room(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
+def test_earlier_copies_are_freed(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     size, small = (peft.read(saved(name, rank=rank)).parameters * 4 for name, rank in (("wide", 64), ("a", 4)))
     slots = server.engine.cache.slots
     registry = Registry(live, server.engine, base="base", budget=(1 + slots) * size)

@@ -52,7 +52,7 @@ def test_logprobs_do_not_depend_on_temperature() -> None:
     assert TokenSampler(Sampling(seed=0)).choose(LOGITS).logprob is None
 
 
-def test_rows_that_hold_a_number_which_is_not_finite_are_told() -> None:
+def test_rows_that_hold_a_number_which_is_not_finite_are_reported() -> None:
     rows = torch.zeros(5, 7)
     assert rows_finite(rows) == [True] * 5
     rows[1, 3], rows[2, 0], rows[3, 5], rows[3, 6] = torch.nan, -torch.inf, torch.inf, -torch.inf

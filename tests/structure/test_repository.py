@@ -35,7 +35,7 @@ def test_the_architecture_names_files_that_there_are() -> None:
     assert len(paths) > 30 and not missing, f"ARCHITECTURE.md names {', '.join(missing)}"
 
 
-def test_triton_is_asked_for_only_where_it_has_wheels() -> None:
+def test_triton_is_required_only_where_it_has_wheels() -> None:
     (line,) = re.findall(r'^  "(triton[^"]*)",', text_of("pyproject.toml"), re.MULTILINE)
     marker = Requirement(line).marker
     assert marker is not None

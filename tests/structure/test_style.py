@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from structure.tree import ROOT, committed_files, named, parsed
 
 
@@ -54,6 +56,7 @@ def test_ruff_finds_nothing() -> None:
     assert code == 0, text
 
 
+@pytest.mark.slow
 def test_mypy_finds_nothing() -> None:
     code, text = output_of("mypy")
     assert code == 0, text

@@ -47,7 +47,7 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-def test_what_is_not_served_is_said_and_not_asked_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_served_is_said_and_not_requested_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     traffic: Any = import_module("harness.traffic")
     load = traffic.Load(streams=1, requests=3, tokens=2)

@@ -117,7 +117,7 @@ def test_only_float16_is_scaled() -> None:
         assert scale.value == 1 and not scale.dynamic and scale.record() == {} and bool((parameter.grad == 3).all())
 
 
-def test_a_base_that_float16_cannot_compute_is_told_the_dtype(tmp_path: Path) -> None:
+def test_a_base_that_float16_cannot_compute_names_the_dtype(tmp_path: Path) -> None:
     class Beyond(Narrow):
         def held_out(self) -> HeldOut | None:
             return HeldOut(np.array([np.inf]), np.ones(1))

@@ -51,7 +51,7 @@ def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
-def test_a_budget_without_room_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:
+def test_a_too_small_budget_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:
     words = r"is 50MiB, but compressing this adapter takes at least \d+ MiB.* Give that with --memory"
     with pytest.raises(ConfigError, match=words):
         compress(CompressOptions(str(trained), out=tmp_path / "cut", memory="50MiB"), console=quiet())
@@ -95,7 +95,7 @@ def test_the_report_has_the_curve_with_intervals_and_what_the_test_rows_say(comp
     assert "The rank curve" in page and f"Marked: {compressed.curve.marked}" in page
 
 
-def test_a_size_that_was_asked_for_is_what_is_written(trained: Path, tmp_path: Path) -> None:
+def test_the_requested_size_is_what_is_written(trained: Path, tmp_path: Path) -> None:
     by_rank = compress(
         CompressOptions(str(trained), out=tmp_path / "rank", to="rank 2", rows=20, weighting="activation"), console=quiet()
     )

@@ -43,7 +43,7 @@ def test_says_what_was_written_and_proves_it(tmp_path: Path, capsys: pytest.Capt
     assert "… and 6 more pairs" in captured.err and "rank 2 (" in captured.err and "is peft: the folder holds" in captured.err
 
 
-def test_a_loha_file_becomes_pairs_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loha_file_becomes_pairs_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)}
     key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     save_file({f"{key}.{name}": torch.randn(shape) for name, shape in shapes.items()} | {f"{key}.alpha": torch.tensor(2.0)},
@@ -69,7 +69,7 @@ def test_a_pair_that_changes_nothing_may_go_and_is_named(tmp_path: Path) -> None
     assert kohya.read(tmp_path / "out.safetensors").pairs.keys() == {names[0], *names[2:]}
 
 
-def test_dora_goes_to_gguf_folded_when_asked(tmp_path: Path) -> None:
+def test_dora_goes_to_gguf_folded_on_request(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
     peft.write(random_adapter(model, "q_proj", dora=True), tmp_path / "in")

@@ -37,7 +37,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(finished: Any) -> None:
         evaluate(EvaluateOptions(str(finished.path), memory="50MiB"), console=quiet())
 
 
-def test_a_run_is_measured_on_a_file_and_writes_a_report_where_it_is_told(finished: Any, tmp_path: Path) -> None:
+def test_a_run_is_measured_on_a_file_and_writes_a_report_there(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "fresh.jsonl", reviews(9, seed=5))
     found = evaluate(EvaluateOptions(str(finished.path), data=str(data), out=tmp_path / "out"), console=quiet())
     assert found.report.systems[0].metrics["accuracy"].n == 9
@@ -62,7 +62,7 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     assert "3 of 12 rows are also training or held-out rows (left out)." in report.warnings
 
 
-def test_a_file_can_be_judged_where_the_rows_of_the_run_are_gone(finished: Any, tmp_path: Path) -> None:
+def test_a_file_can_be_evaluated_where_the_rows_of_the_run_are_gone(finished: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)
     gone = tmp_path / "gone.jsonl"
@@ -108,7 +108,7 @@ def test_a_bare_adapter_takes_rows_and_template_from_a_run_file(finished: Any) -
     assert found.report.systems == finished.result.report.systems
 
 
-def test_a_bare_adapter_without_rows_is_asked_for_some(finished: Any) -> None:
+def test_a_bare_adapter_without_rows_is_refused_with_the_remedy(finished: Any) -> None:
     with pytest.raises(ConfigError, match="Name a file with --data, or a run file with --config"):
         evaluate(EvaluateOptions(str(finished.path / "adapter")), console=quiet())
 

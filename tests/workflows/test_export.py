@@ -31,7 +31,7 @@ def finished(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return dataclasses.replace(finished, path=Path(shutil.copytree(finished.path, tmp_path_factory.mktemp("export") / "run")))
 
 
-def test_a_gguf_file_with_card_and_certificate(finished: Any, tmp_path: Path) -> None:
+def test_a_gguf_file_with_model_card_and_certificate(finished: Any, tmp_path: Path) -> None:
     out = tmp_path / "reviews.gguf"
     found = export(ExportOptions(str(finished.path), out=out, quant="f16"), console=quiet())
     assert found.to_mapping()["passed"] is True and found.model.types["F16"] == 15
@@ -45,7 +45,7 @@ def test_a_gguf_file_with_card_and_certificate(finished: Any, tmp_path: Path) ->
     ]  # fmt: skip
 
 
-def test_a_budget_without_room_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
+def test_a_budget_too_small_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="but the check of an export takes at least"):
         export(ExportOptions(str(finished.path), out=tmp_path / "model.gguf", memory="50MiB"), console=quiet())
     assert not list(tmp_path.iterdir())
@@ -145,7 +145,7 @@ def test_a_wrong_file_is_found_at_once(finished: Any, tmp_path: Path, monkeypatc
     assert "do not use it" in (tmp_path / "a.README.md").read_text()
 
 
-def test_a_file_that_llama_cpp_refuses_gets_a_certificate_and_a_card_that_say_so(
+def test_a_file_that_llama_cpp_refuses_gets_a_certificate_and_a_model_card_that_say_so(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = workflow.write_gguf

@@ -112,7 +112,7 @@ def test_what_the_loop_says_reaches_the_person(finished: Any, tmp_path: Path) ->
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
 
 
-def test_resuming_a_finished_run_judges_it_again_and_changes_no_adapter(finished: Any, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_evaluates_it_again_and_changes_no_adapter(finished: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished.path, copy)
     (copy / "report.json").unlink()
@@ -189,7 +189,7 @@ def test_a_dry_run_of_a_run_to_go_on_with_writes_nothing(finished: Any) -> None:
     assert result.to_mapping()["dry_run"] is True and tree(finished.path) == before
 
 
-def test_rows_without_labels_are_judged_by_their_loss(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_rows_without_labels_are_evaluated_by_their_loss(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
     result = run(tiny_llama_folder, data, tmp_path / "run", {"train.steps": 12})
     assert result.report is not None and result.outcome is not None
@@ -202,7 +202,7 @@ def test_rows_without_labels_are_judged_by_their_loss(tiny_llama_folder: Path, t
     assert "no test rows" in result.report.warnings[0]
 
 
-def test_every_turn_of_the_assistant_is_learnt_through_the_template(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_every_turn_of_the_assistant_is_a_target_through_the_template(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
     setup = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), FinetuneOptions(dry_run=True), console=quiet()).setup
     example = setup.train.examples[0]
@@ -326,7 +326,7 @@ def test_a_sink_that_is_not_installed_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_best_checkpoint_is_what_is_kept_and_judged(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_what_is_kept_and_evaluated(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """A rate that overshoots in the end: an earlier adapter is the best, and it is the one in the report and on disk."""
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
     changes = {"lora.alpha": 200, "train.learning_rate": 0.05, "train.schedule": "constant", "train.evaluate_every": 1}

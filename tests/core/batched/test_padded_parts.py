@@ -87,7 +87,7 @@ def test_equals_one_part_at_a_time(tokens: list[Sequence[int]], ranks: list[tupl
         torch.testing.assert_close(ours, theirs)
 
 
-def test_what_fills_up_reaches_nobody_even_where_it_is_no_number() -> None:
+def test_what_fills_up_reaches_no_row_even_where_it_is_no_number() -> None:
     parts = parts_of([range(0, 5), range(5, 9)], [(2, 3)] * 2)
     x, A, Bs, ys = numbers(9)
     x[8] = float("nan")  # the token that fills up the second part

@@ -348,7 +348,7 @@ def test_a_pair_that_has_gone_is_not_kept_alive(pairs: dict[str, LoraPair]) -> N
     assert gone() is None and stack.bytes > 0
 
 
-def test_a_stack_is_empty_when_nobody_has_a_pair_any_more(pairs: dict[str, LoraPair]) -> None:
+def test_a_stack_is_empty_without_pairs(pairs: dict[str, LoraPair]) -> None:
     selection = Selection()
     selection.changed("a")
     to = arrangement(Share(0, 1, "a"), units=1, selection=selection)

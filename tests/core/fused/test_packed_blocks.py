@@ -53,7 +53,7 @@ def test_a_shared_prefix_gets_the_sum_over_the_rows_and_a_rows_own_tokens_what_i
     assert target[PREFIX:].flatten().tolist() == [1] * sum(ROWS)
 
 
-def test_what_is_not_a_blocks_own_is_blank_where_asked() -> None:
+def test_what_is_not_of_a_block_is_blank_on_request() -> None:
     states = torch.ones(1, 1, TOKENS, 1)
     own = sum(float(places.of(states, torch.float32, blank=True).sum()) for places in laid(whole_row_blocks(ROWS, PREFIX, 64)))
     assert own == TOKENS

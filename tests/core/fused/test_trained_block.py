@@ -266,7 +266,7 @@ def test_a_second_backward_pass_is_refused(folder: Path) -> None:
         loss.backward()
 
 
-def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) -> None:
+def test_what_needs_no_gradient_is_not_saved(folder: Path, used: list[bool]) -> None:
     text = load(folder)
     loss, _ = text_loss(text, pack_examples(rows(2)))
     assert WORKSPACES.taken == 3 and used == [True] * 3
@@ -388,7 +388,7 @@ def test_what_it_does_not_know_is_left_to_the_parts(
 
 
 @pytest.mark.parametrize("change", [_checkpointed, _half_turned])
-def test_what_its_parts_do_not_know_either_is_not_asked_of_c(folder: Path, change: Callable[[TextModel], None]) -> None:
+def test_what_its_parts_do_not_know_is_not_left_to_c(folder: Path, change: Callable[[TextModel], None]) -> None:
     text = load(folder)
     change(text)
     block: Any = modules.find(text.model, "model.layers.0")

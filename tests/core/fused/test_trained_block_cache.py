@@ -92,7 +92,7 @@ def by_parts(text: TextModel, *lengths: int, names: tuple[str, ...] = ("default"
 
 
 @pytest.mark.parametrize("kind", ["", "nf4", "int8"])
-def test_nobody_is_asked_twice_whatever_the_rows_are_and_however_the_pairs_are_trained(
+def test_block_cache_survives_new_shapes_and_trained_weights(
     folder: Path, kind: str, asked: list[TrainedBlock]
 ) -> None:
     text = load(folder, kind=kind)
@@ -105,7 +105,7 @@ def test_nobody_is_asked_twice_whatever_the_rows_are_and_however_the_pairs_are_t
 
 
 @pytest.mark.parametrize(("start", "rank"), [("pissa", 1), ("pissa", 4), ("olora", 4)])
-def test_pairs_that_stand_for_a_difference_are_asked_for_in_every_pass(
+def test_pairs_of_a_difference_are_read_in_every_pass(
     folder: Path, start: str, rank: int, asked: list[TrainedBlock]
 ) -> None:
     """Their factors are made for each pass."""
@@ -121,7 +121,7 @@ def test_pairs_that_stand_for_a_difference_are_asked_for_in_every_pass(
     assert len(asked) == 12
 
 
-def test_nor_where_adapters_share_a_pass(folder: Path, asked: list[TrainedBlock]) -> None:
+def test_adapters_that_share_a_pass_are_cached_by_their_shares(folder: Path, asked: list[TrainedBlock]) -> None:
     text, names = load(folder, names=("one", "other")), ("one", "other")
     selection = selection_of(text.model)
     for shares, count in (
@@ -423,7 +423,7 @@ def test_a_memory_keeps_no_numbers_alive(folder: Path) -> None:
     assert sorted(gone) == ["A", "B", "weight"]
 
 
-def test_what_changes_while_it_is_asked_is_not_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_meanwhile_is_not_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from another thread."""
     text, usual = load(folder), TrainedBlock._prepared
 

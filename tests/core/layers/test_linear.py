@@ -100,7 +100,7 @@ def test_a_convolution_drops_only_while_training() -> None:
     assert torch.equal(layer.eval()(x), layer(x))
 
 
-def test_the_weight_is_asked_for_only_where_the_start_needs_it() -> None:
+def test_the_weight_is_read_only_where_the_start_needs_it() -> None:
     def never() -> torch.Tensor:
         raise AssertionError
 

@@ -46,7 +46,7 @@ def test_two_photos_are_none() -> None:
     assert climbed(prints(PHOTOS[0]), prints(PHOTOS[1]))[0] == 1
 
 
-def test_what_is_told_by_detail() -> None:
+def test_what_is_reported_by_detail() -> None:
     flat = Image.new("RGB", (256, 256), "grey")
     spot = Image.new("RGB", (256, 256), "grey")
     spot.paste("black", (120, 120, 136, 136))

@@ -88,7 +88,7 @@ def test_products_on_a_plain_ground_are_different_pictures(share: float) -> None
     assert len(set(duplicate_groups(pictures, 8))) == 40
 
 
-def test_flat_pictures_are_told_by_their_colour() -> None:
+def test_flat_pictures_are_recognised_by_their_colour() -> None:
     flat = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", (251, 2, 3))]
     assert pairs(flat[:1], flat[1:]) == {(0, 1)}
 

@@ -28,7 +28,7 @@ def load_images(spec: DataSpec, images: ImageSpec) -> ImageDataset:
     return split.load_images(spec, images, tables=Path(spec.train).parent / "tables")
 
 
-def test_pictures_of_the_kind_have_a_caption_and_are_not_judged_by(tmp_path: Path) -> None:
+def test_pictures_of_the_kind_have_a_caption_and_are_not_evaluated(tmp_path: Path) -> None:
     train, kind = album(tmp_path / "a", 8), album(tmp_path / "kind", 5, first=30)
     for file in kind.glob("*.txt"):
         file.unlink()
@@ -60,7 +60,7 @@ def versions(folder: Path, number: int, count: int) -> None:
         (folder / f"v{version}.txt").write_text("one")
 
 
-def test_an_album_that_looks_like_one_picture_is_told_with_the_remedy(tmp_path: Path) -> None:
+def test_an_album_that_looks_like_one_picture_is_reported_with_the_remedy(tmp_path: Path) -> None:
     mixed, one = album(tmp_path / "a", 8), tmp_path / "one"
     versions(mixed, 3, 6)
     (remark,) = [text for text in load_images(data(mixed), IMAGES).remarks if "near_duplicates" in text]
@@ -110,7 +110,7 @@ def test_nothing_held_out_is_refused(tmp_path: Path) -> None:
         load_images(data(album(tmp_path / "a", 4), held_out_fraction=0.0), IMAGES)
 
 
-def test_a_mirrored_copy_of_a_judged_picture_is_a_leak(tmp_path: Path) -> None:
+def test_a_mirrored_copy_of_a_held_out_picture_is_a_leak(tmp_path: Path) -> None:
     size = (96, 96)
     train, judged = album(tmp_path / "a", 8, size=size), album(tmp_path / "b", 4, first=30, size=size)
     for number in (1, 4):

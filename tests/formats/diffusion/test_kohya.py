@@ -128,7 +128,7 @@ def test_damaged_files_are_refused(changes: dict[str, Any], message: str, tmp_pa
         kohya.read(saved(tmp_path, tensors))
 
 
-def test_loha_needs_to_be_asked_for_and_states_its_error(tmp_path: Path) -> None:
+def test_loha_needs_a_request_and_states_its_error(tmp_path: Path) -> None:
     torch.manual_seed(1)
     factors = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)}
     tensors = {f"{CONV.replace('conv1', 'time_emb_proj')}.{name}": torch.randn(shape) for name, shape in factors.items()}

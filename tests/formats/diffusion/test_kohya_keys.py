@@ -53,7 +53,7 @@ def test_templates_expand_in_every_combination() -> None:
     assert kohya_keys.expand("plain") == ["plain"]
 
 
-def test_the_family_is_told_by_base_note_names_and_widths() -> None:
+def test_the_family_is_recognised_by_base_note_names_and_widths() -> None:
     shared = Adapter({"unet.mid_block.resnets.0.conv1": random_pair("conv2d", torch.ones(4, 4, 3, 3))}).pairs
     sdxl = {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}
     assert kohya_keys.diffusion_family(dict(shared), {}, sdxl) == "sdxl"

@@ -61,7 +61,7 @@ def test_a_new_file_says_what_it_is(width: int, version: tuple[str, str], tmp_pa
     assert a1111s_version(found) == version[0]
 
 
-def test_sdxl_is_told_from_sd1_which_a1111_takes_for_all_that_says_nothing(tmp_path: Path) -> None:
+def test_sdxl_is_distinguished_from_sd1_which_a1111_assumes(tmp_path: Path) -> None:
     found = written(image_adapter(sdxl=True), tmp_path / "a.safetensors")
     assert found["ss_base_model_version"] == "sdxl_base_v1-0" and a1111s_version(found) == "SDXL"
     assert found["ss_network_dim"] == "Dynamic" and found["ss_output_name"] == "tiny"

@@ -82,7 +82,7 @@ def test_a_flux_file_comes_back_with_its_ranks_scales_and_notes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_every_original_matrix_is_parted_as_diffusers_parts_it(family: TransformerFamily) -> None:
+def test_every_original_matrix_is_split_as_diffusers_splits_it(family: TransformerFamily) -> None:
     """One column of a checkpoint in which every row has a number of its own, against ΔW = B·1."""
     width = WIDTH if family == "flux" else 32
     checkpoint: dict[str, Tensor] = {}

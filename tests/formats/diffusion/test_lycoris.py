@@ -79,5 +79,5 @@ def test_incomplete_and_crooked_tensors_are_described() -> None:
         ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b lokr_w1 lora_up lora_down", ["lokr_w1", "lora_down", "lora_up"]),
     ],
 )
-def test_tensors_that_no_formula_uses_are_told(names: str, extra: list[str]) -> None:
+def test_tensors_that_no_formula_uses_are_reported(names: str, extra: list[str]) -> None:
     assert not_understood(dict.fromkeys(names.split(), torch.ones(2, 2))) == extra

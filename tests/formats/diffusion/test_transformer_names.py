@@ -66,7 +66,7 @@ def pair(*shape: int) -> Pair:
     return random_pair("linear", torch.zeros(shape))
 
 
-def test_the_family_is_told_by_base_note_names_or_width() -> None:
+def test_the_family_is_recognised_by_base_note_names_or_width() -> None:
     q = "transformer.transformer_blocks.0.attn.to_q"
     narrow, flux, sd3 = ({q: pair(width, width)} for width in (16, 3072, 1536))
     assert transformer_family(narrow, {}, {"_class_name": "SD3Transformer2DModel"}) == "sd3"

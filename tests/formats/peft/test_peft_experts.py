@@ -48,7 +48,7 @@ def test_pack_undoes_unpack() -> None:
     assert all(torch.equal(a, b) for a, b in zip(peft_experts.pack_experts(*unpacked), (A, B), strict=True))
 
 
-def test_nesting_that_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
+def test_nesting_that_cannot_be_distinguished_is_refused(tmp_path: Path) -> None:
     by_peft(tmp_path, tiny_model("mixtral"), target_modules=[], target_parameters=EXPERTS)
     change_config(tmp_path, target_parameters=[EXPERTS[0]])
     with pytest.raises(DataError, match="has 2 pairs on its parameters, and target_parameters names 1"):

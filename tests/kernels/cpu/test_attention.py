@@ -158,7 +158,7 @@ def test_groups_of_rows_change_a_prefix_s_gradient_by_rounding_alone(
 
 @pytest.mark.parametrize(("heads", "kv"), [(32, 32), (32, 8), (9, 3), (8, 1)])
 @pytest.mark.parametrize(("prefix", "rows"), [(1500, (60,) * 9), (30, (10,) * 200), (2000, (24, 24)), (5, (100,) * 20)])
-def test_a_prefix_takes_no_more_memory_than_a_plan_has_room_for_that_knows_of_none(
+def test_a_prefix_stays_within_a_plan_without_one(
     monkeypatch: pytest.MonkeyPatch, heads: int, kv: int, prefix: int, rows: tuple[int, ...]
 ) -> None:
     """What is allocated, seen as it is, beside what a plan counts for rows of as many tokens that share nothing."""

@@ -129,7 +129,7 @@ def test_empty_weights_are_left_to_torch() -> None:
         dense.DENSE_PRODUCT(drawn(3, 0), drawn(16, 0), False)
 
 
-def test_a_plan_for_a_card_follows_torch() -> None:
+def test_a_plan_for_a_gpu_follows_torch() -> None:
     x, weight = drawn(3, 32), drawn(48, 32)
     with standing_for(torch.device("cuda")):
         assert choose.dense_products(x, weight) is None and not operators.supports(x)

@@ -57,7 +57,7 @@ def test_threads_change_no_bit() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_huge_logits_stay_finite_and_what_is_no_number_is_told() -> None:
+def test_huge_logits_stay_finite_and_what_is_no_number_is_reported() -> None:
     _, tiled, targets = case(3, 100, 32, scale=1e4)
     assert torch.isfinite(HEAD_LOSSES(tiled, targets, 32, True)).all() and torch.isfinite(tiled).all()
     for wrong in (float("nan"), float("inf")):

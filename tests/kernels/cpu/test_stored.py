@@ -240,7 +240,7 @@ def test_few_blocks_with_scales_of_a_byte() -> None:
     assert torch.equal(dequantise(told, torch.empty(16, 16).bfloat16()), base.unpack(torch.empty(16, 16).bfloat16()))
 
 
-def test_what_takes_a_buffer_s_place_changes_nothing_that_was_told() -> None:
+def test_what_replaces_a_buffer_changes_no_earlier_answer() -> None:
     base = Int8Base.of(weight())
     told, expected = base.stored(), base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16))
     assert told is not None

@@ -14,7 +14,7 @@ pytestmark = needs_native
 MIB = 1 << 20
 
 
-def test_rooms_lie_one_behind_the_other_and_are_free_when_their_tensors_are_gone() -> None:
+def test_workspaces_are_adjacent_and_freed_with_their_tensors() -> None:
     rooms = Workspaces(1 << 30)
     one, two, three = rooms.take(100), rooms.take(64), rooms.take(1)
     starts = [each.data_ptr() - one.data_ptr() for each in (one, two, three)]
@@ -28,7 +28,7 @@ def test_rooms_lie_one_behind_the_other_and_are_free_when_their_tensors_are_gone
     assert rooms.taken == 0 and rooms.take(5).data_ptr() == first
 
 
-def test_a_view_keeps_its_room() -> None:
+def test_a_view_keeps_its_workspace() -> None:
     rooms = Workspaces(1 << 30)
     part = rooms.take(1000)[10:20]
     gc.collect()
@@ -75,7 +75,7 @@ def test_where_nothing_freed_is_to_stay_pages_go_with_their_piece() -> None:
 
 
 @pytest.mark.parametrize("space", [0, 1000])
-def test_what_has_no_room_is_the_heap_s(space: int) -> None:
+def test_what_does_not_fit_is_on_the_heap(space: int) -> None:
     rooms = Workspaces(space)
     held = rooms.take(5000)
     assert len(held) >= 5000 and rooms.taken == 0

@@ -97,6 +97,7 @@ def _check_copy(ours: Path, path: Path, theirs: Path) -> None:
     assert {entry.name for entry in ours.iterdir()} == {entry.name for entry in theirs.iterdir()}
 
 
+@pytest.mark.slow
 def test_what_unpacking_takes_hangs_on_the_largest_tensor_alone(tmp_path: Path, cache: Path) -> None:
     """Counted in numpy's and torch's memory; of twice as many blocks the same, beside a few names."""
     held, planned = [], []

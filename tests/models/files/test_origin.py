@@ -32,11 +32,11 @@ def folder_with(folder: Path, card: str, config: str = "{}") -> ModelSpec:
         ("base_model: [", ""),
     ],
 )
-def test_the_card_of_a_folder_names_its_origin(front: str, origin: str, tmp_path: Path) -> None:
+def test_the_model_card_of_a_folder_names_its_origin(front: str, origin: str, tmp_path: Path) -> None:
     assert origin_of(folder_with(tmp_path / "model", f"---\n{front}\n---\n# Title\n")) == origin
 
 
-def test_without_a_card_or_a_place_nothing_is_known(tmp_path: Path) -> None:
+def test_without_a_model_card_or_a_folder_nothing_is_known(tmp_path: Path) -> None:
     assert origin_of(folder_with(tmp_path / "model", "# Title\n")) == ""
     assert origin_of(ModelSpec(path=str(tmp_path / "gone"))) == "" == stored_as(ModelSpec(path=str(tmp_path / "gone")))
     assert origin_of(ModelSpec(path="no-one/at-all")) == "" and readme_metadata(tmp_path) == {}

@@ -23,7 +23,7 @@ def in_memory(spec: ModelSpec) -> dict[str, dict[str, object]]:
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_as_asked(tiny_llama_folder: Path, method: str) -> None:
+def test_as_requested(tiny_llama_folder: Path, method: str) -> None:
     spec, config = QuantSpec(method=method), read_config(tiny_llama_folder)  # type: ignore[arg-type]
     found = packing_of(skeleton(config), config, spec, tiny_llama_folder)
     loaded = in_memory(ModelSpec(path=str(tiny_llama_folder), dtype="float32", quantize=spec))

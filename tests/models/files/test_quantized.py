@@ -69,7 +69,7 @@ def test_head_routers_and_embeddings_are_kept(family: str, tiny_model: Callable[
     assert kinds == {"conv1d" if family == "gpt2" else "linear"}
 
 
-def test_the_head_is_quantised_if_asked_and_refused_where_it_is_the_embedding(
+def test_the_head_is_quantised_on_request_and_refused_where_it_is_the_embedding(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = loaded(*saved(tiny_model("llama"), tmp_path / "own"), method="int8", head="quantize")

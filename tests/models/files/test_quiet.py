@@ -31,7 +31,7 @@ def test_settings_come_back_after_an_error(bars: bool) -> None:
         (logging.enable_progress_bar if was[1] else logging.disable_progress_bar)()
 
 
-def test_a_kernel_that_bitsandbytes_misses_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_bitsandbytes_misses_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     log = standard.getLogger("bitsandbytes.backends.cpu.ops")
     monkeypatch.setattr(log, "disabled", False)  # who reads a configuration of logs, as databases do, may have left it so
     log.setLevel(standard.WARNING)

@@ -42,7 +42,7 @@ def test_greedy_is_the_likeliest_token_each_time(text: TextModel) -> None:
     assert text.attention == "varlen"
 
 
-def test_left_padding_does_not_shift_learnt_positions(tmp_path: Path) -> None:
+def test_left_padding_does_not_shift_target_positions(tmp_path: Path) -> None:
     """GPT-2 adds a learnt vector for each absolute position, so a shifted row would write something else."""
     save_tiny_llama(tmp_path, family="gpt2")
     gpt2 = load_text_model(ModelSpec(path=str(tmp_path), dtype="float32", device="cpu"))

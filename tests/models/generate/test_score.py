@@ -84,7 +84,7 @@ def test_the_order_of_the_rows_is_kept(text: TextModel) -> None:
     np.testing.assert_allclose(forward[1], label_scores(text, rows[1:2], micro_tokens=64)[0], atol=1e-5)
 
 
-def test_labels_of_real_rows_are_scored_as_they_were_learnt(text: TextModel, plain: Any, tmp_path: Path) -> None:
+def test_labels_of_real_rows_are_scored_as_they_were_trained(text: TextModel, plain: Any, tmp_path: Path) -> None:
     """Through template and tokenizer: prompt and answer are the ids of the training row, so their losses agree."""
     data = write_rows(tmp_path / "rows.jsonl", reviews(6, labels=("good", "good indeed", "bad")))
     spec = DataSpec(str(data))

@@ -45,7 +45,7 @@ def test_it_computes_what_its_unpacked_weights_compute(folder: Path, spec: Quant
     assert (noise_of(model) - noise_of(tiny_unet())).abs().max() > 1e-5
 
 
-def test_what_is_not_packed_has_the_dtype_that_was_asked_for(folder: Path) -> None:
+def test_what_is_not_packed_has_the_requested_dtype(folder: Path) -> None:
     model = packed(folder, QuantSpec(method="int8"), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not packing_of_denoiser(model, QuantSpec())

@@ -44,7 +44,7 @@ def test_variants_are_crops_and_mirrors(tmp_path: Path, model: ImageModel, spec:
 
 
 @pytest.mark.parametrize(("size", "scaled"), [((32, 128), (16, 64)), ((17, 20), (16, 19)), ((48, 33), (23, 16))])
-def test_sdxl_is_told_where_a_mirrored_cut_lies_in_the_mirrored_picture(
+def test_sdxl_gets_the_crop_of_the_mirrored_picture(
     tmp_path: Path, model: ImageModel, spec: ImageSpec, size: tuple[int, int], scaled: tuple[int, int]
 ) -> None:
     squares = replace(spec, crops=4, buckets=False, smallest=8)

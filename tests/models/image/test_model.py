@@ -88,7 +88,7 @@ def test_latents_and_pictures_have_the_right_shapes_and_range(model: ImageModel)
     assert pictures.shape == (2, 16, 24, 3) and pictures.dtype == torch.uint8
 
 
-def test_sdxl_is_told_zeros_for_the_empty_caption(tiny_sdxl_folder: Path, tiny_sd_folder: Path) -> None:
+def test_sdxl_gets_zeros_for_the_empty_caption(tiny_sdxl_folder: Path, tiny_sd_folder: Path) -> None:
     told = load(tiny_sdxl_folder).describe(["", "ab"])
     assert told.pooled is not None and not told.states[0].any() and not told.pooled[0].any() and told.states[1].any()
     assert load(tiny_sd_folder).describe([""]).states.any()
@@ -205,7 +205,7 @@ def test_a_configuration_that_names_no_model_is_one_message(content: str, tmp_pa
         load(folder)
 
 
-def test_a_size_that_nothing_says_is_asked_for(tmp_path: Path, tiny_sd_folder: Path) -> None:
+def test_an_unknown_size_is_requested(tmp_path: Path, tiny_sd_folder: Path) -> None:
     folder = tmp_path / "sd"
     shutil.copytree(tiny_sd_folder, folder)
     file = folder / "unet" / "config.json"
@@ -274,7 +274,7 @@ def on_device(model: ImageModel) -> set[str]:
     return {name for name, part in parts.items() if not next(part.parameters()).is_meta}
 
 
-def test_parts_wait_aside_while_others_compute(model: ImageModel) -> None:
+def test_parts_are_spilled_while_others_compute(model: ImageModel) -> None:
     """Put aside to `meta`, where numbers are lost: what computes is there, and what does not is not."""
     denoiser, encoders = model.kind.denoiser, set(model.parts) - {model.kind.denoiser}
     staged = replace(model, idle_device=torch.device("meta"))

@@ -39,7 +39,7 @@ def test_it_gives_what_transformers_own_gives(family: str, tmp_path: Path) -> No
     spill.close()
 
 
-def test_a_streamed_model_writes_the_same_and_spills_what_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_streamed_model_writes_the_same_and_spills_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     text, made = loaded(tmp_path / "model", tmp_path / "store"), []
 

@@ -233,7 +233,7 @@ def test_a_block_that_hands_on_more_than_its_states_is_refused(tiny_llama_folder
         pass
 
 
-def test_a_disk_without_room_is_seen_beforehand(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_seen_beforehand(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(EnvironmentProblem, match=r"take [\d,]+ bytes .* and 100 are free.*keep_prefix_states off"), cached_states(
         adapted(tiny_llama_folder), rows(), folder=tmp_path, micro_tokens=40

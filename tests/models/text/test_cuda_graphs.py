@@ -388,7 +388,7 @@ def test_a_micro_batch_between_two_passes_of_another_is_refused(made: Callable[.
         first.sum().backward()  # type: ignore[no-untyped-call]
 
 
-def test_a_micro_batch_beyond_the_room_is_a_mistake_of_the_caller(made: Callable[..., Made], rows: Any) -> None:
+def test_a_micro_batch_beyond_the_workspace_is_a_mistake_of_the_caller(made: Callable[..., Made], rows: Any) -> None:
     _, _, _, passes = made()
     with pytest.raises(ValueError, match=r"the buffers are made for BatchShape\("):
         passes.hidden(rows([60] * 5))
@@ -421,7 +421,7 @@ def test_a_shape_has_places_for_all_rows_and_none_is_too_long(lengths: list[int]
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.data())
-def test_the_largest_shape_has_room_for_any_micro_batch(longest: int, micro_tokens: int, rows: int, data: st.DataObject) -> None:
+def test_the_largest_shape_bounds_any_micro_batch(longest: int, micro_tokens: int, rows: int, data: st.DataObject) -> None:
     room = BatchShape.largest(longest, micro_tokens, rows)
     count = data.draw(st.integers(1, min(rows, micro_tokens)))
     most = min(longest, micro_tokens // count)

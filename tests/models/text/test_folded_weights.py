@@ -99,7 +99,7 @@ def test_a_streamed_models_weights_are_read_from_its_store(
         assert wanted.keys() == found.keys() and all(torch.equal(found[path], wanted[path]) for path in wanted)
 
 
-def test_of_a_stack_of_experts_those_are_folded_that_are_asked_for(tiny_model: Callable[..., Any]) -> None:
+def test_requested_experts_of_a_stack_are_folded(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("mixtral")
     attach(model, random_adapter(model, "gate_up_proj"), "mine")
     path = "model.layers.0.mlp.experts.gate_up_proj"

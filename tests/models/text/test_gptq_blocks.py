@@ -72,7 +72,7 @@ def test_blocks_that_are_done_leave_the_model(tiny_llama_folder: Path) -> None:
     assert before > sizes[0] > sizes[1]
 
 
-def test_nothing_is_put_aside_for_a_block_that_does_not_come(tiny_llama_folder: Path) -> None:
+def test_nothing_is_spilled_for_a_block_that_does_not_come(tiny_llama_folder: Path) -> None:
     put: list[int] = []
 
     class Counted(Spill):

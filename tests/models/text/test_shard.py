@@ -101,7 +101,7 @@ def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32
 
 @pytest.mark.parametrize("method", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("layers", ["all", "top:1"])
-def test_a_parted_model_computes_the_same_bits(forked: Together, tiny_llama_folder: Path, method: str, layers: str) -> None:
+def test_a_sharded_model_computes_the_same_bits(forked: Together, tiny_llama_folder: Path, method: str, layers: str) -> None:
     for found in forked.call("models.text.test_shard:in_this_process", str(tiny_llama_folder), method, layers):
         assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
         assert 0.45 <= found["kept"] <= 0.55, found

@@ -119,7 +119,7 @@ def test_a_request_that_takes_too_long_is_cut(site: Callable[..., Any]) -> None:
     assert answer == {"index": 0, "text": "", "finish_reason": "length", "logprobs": None}
 
 
-def test_slow_readers_hold_nobody_up(site: Callable[..., Any]) -> None:
+def test_slow_readers_hold_no_one_up(site: Callable[..., Any]) -> None:
     served = site(slots=2)
     host, port = served.url.removeprefix("http://").split(":")
     body = json.dumps({**BODY, "stream": True, "max_tokens": 100})
@@ -247,7 +247,7 @@ def both(site: Callable[..., Any]) -> Any:
     return site()
 
 
-def test_pages_of_others_and_borrowed_names_are_refused_where_no_key_is_asked_for(both: Any) -> None:
+def test_pages_of_others_and_borrowed_names_are_refused_where_no_key_is_needed(both: Any) -> None:
     """A browser sends what a page posts as text, wherever the page is from; and a name may point anywhere."""
     drop, port = json.dumps({"lora_name": "a"}), both.url.rpartition(":")[2]
     for origin in ("http://evil.example", "null", f"http://localhost:{int(port) + 1}"):
@@ -283,7 +283,7 @@ def test_a_bug_is_said_as_an_error_of_the_api(both: Any, monkeypatch: pytest.Mon
     assert answer.status_code == 500 and "Please report this" in answer.json()["error"]["message"]
 
 
-def test_half_a_body_holds_nobody_up(site: Callable[..., Any]) -> None:
+def test_half_a_body_holds_no_one_up(site: Callable[..., Any]) -> None:
     served = site(limits=RequestLimits(pause=0.2))
     with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=30) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")

@@ -121,7 +121,7 @@ def test_an_ignorable_field_is_ignored_and_a_neutral_one_too(client: Any) -> Non
     assert chat(client, "a", user="me", frequency_penalty=0, response_format={"type": "text"}).choices[0].message.content
 
 
-def test_token_ids_are_told_before_anything_is_written(served: Any) -> None:
+def test_token_ids_are_reported_before_anything_is_written(served: Any) -> None:
     def told(**asked: Any) -> httpx.Response:
         return httpx.post(f"{served.url}/tokenize", json={"model": "a", **asked}, timeout=60)
 

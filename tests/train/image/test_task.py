@@ -91,7 +91,7 @@ def test_the_loss_counts_pictures_and_min_snr_lowers_it(tiny_sd_folder: Path, ca
         assert plain.size(left).targets == len(left.latents)
 
 
-def test_pictures_of_the_kind_are_learnt_beside_the_subject(tiny_sd_folder: Path, cache: Path) -> None:
+def test_pictures_of_the_kind_are_trained_beside_the_subject(tiny_sd_folder: Path, cache: Path) -> None:
     plain, task = new_task(tiny_sd_folder, cache), new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(prior_weight=0.5))
     task.prior = task.held_out_rows
     others = {picture.row.caption for picture in task.prior}
@@ -113,7 +113,7 @@ def test_pictures_of_the_kind_are_learnt_beside_the_subject(tiny_sd_folder: Path
     assert loss == pytest.approx(own / 3 + 0.5 * other / 3, rel=1e-4)
 
 
-def test_who_watches_is_told_the_step(tiny_sd_folder: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_watcher_gets_the_step(tiny_sd_folder: Path, cache: Path, tmp_path: Path) -> None:
     seen: list[int] = []
     task = new_task(tiny_sd_folder, cache)
     task.watch = seen.append
@@ -156,7 +156,7 @@ def test_the_pairs_own_dropout_is_on_in_training_alone(tiny_sd_folder: Path, cac
     assert task.loss(batch).item() not in (first, second)
 
 
-def test_held_out_losses_are_the_same_whenever_they_are_asked(tiny_sd_folder: Path, cache: Path) -> None:
+def test_held_out_losses_are_the_same_at_any_time(tiny_sd_folder: Path, cache: Path) -> None:
     task = new_task(tiny_sd_folder, cache)
     first = task.held_out()
     torch.manual_seed(7)

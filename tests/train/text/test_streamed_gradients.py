@@ -78,7 +78,7 @@ def test_random_numbers_of_the_step_leave_the_generator_where_the_resident_step_
     assert torch.equal(*states)
 
 
-def test_nothing_stays_aside(tmp_path: Path) -> None:
+def test_nothing_stays_spilled(tmp_path: Path) -> None:
     task = task_on(save_tiny_llama(tmp_path / "model"), tmp_path / "store")
     spill, batches = Spill(), task.batches(0)
     assert task.text.streamed is not None

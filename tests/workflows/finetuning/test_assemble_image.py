@@ -58,7 +58,7 @@ def test_it_is_said_before_training_when_nothing_can_be_shown(tiny_sd_folder: Pa
     assert "are held out" not in console.export_text()
 
 
-def test_a_scorer_is_asked_for_before_the_training(tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_a_scorer_is_requested_before_the_training(tiny_sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"diffusion\.scorer '.*none' cannot be loaded"):
         assemble_images(image_config(tiny_sd_folder, tmp_path, diffusion__scorer=tmp_path / "none"), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"not counted in memory\.budget"):

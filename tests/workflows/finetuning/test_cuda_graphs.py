@@ -79,7 +79,7 @@ def test_a_recorded_run_learns_what_any_other_learns(
     assert tape.recordings < tape.replays / 3  # a few shapes, and many micro-batches
 
 
-def test_the_largest_micro_batch_comes_first_and_has_room_for_all(
+def test_the_largest_micro_batch_comes_first_and_bounds_all(
     flash: Flash, tiny_llama_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     flash.exact = False
@@ -143,7 +143,7 @@ def test_settings_that_cannot_be_recorded_are_all_named(tiny_llama_folder: Path,
     require_graphable(settings(tiny_llama_folder, data, tmp_path / "run", {"lora.dropout": "0.1"}))  # not asked for
 
 
-def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_without_a_cuda_gpu_a_run_is_refused_and_writes_nothing(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     config = config_with(data, tmp_path, tiny_llama_folder, model__device="cpu")
     with pytest.raises(EnvironmentProblem, match=r"model.device is cpu. CUDA graphs need .* Set train\.cuda_graphs to false"):
         finetune(config, console=quiet())
@@ -167,7 +167,7 @@ def test_what_is_wanted_of_a_device_is_said(tiny_llama_folder: Path, data: Path,
         require_graphable(config_with(data, tmp_path, tiny_llama_folder, model__device=asked))
 
 
-def test_a_torch_for_other_cards_is_named(
+def test_a_torch_for_other_gpus_is_named(
     tiny_llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
@@ -218,7 +218,7 @@ def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path
     assert task.replayed is not None and not setup.text.model.training
 
 
-def test_a_model_whose_attention_cannot_be_told_of_places_is_refused(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_a_model_whose_attention_takes_no_offsets_is_refused(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     """On a card in fp32 rows go one by one, by their lengths."""
     wide = {**RECORDED, "model.dtype": "float32", "model.products": "float32"}
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", wide)

@@ -94,7 +94,7 @@ def test_pictures_of_several_shapes_are_compared_at_one_size(evaluator: ImageEva
     assert [near.source for near in found.nearest] == [evaluator.train[3].row.source] * 2
 
 
-def test_every_cut_out_and_the_album_of_the_kind_were_learnt(evaluator: ImageEvaluator) -> None:
+def test_every_cut_out_and_the_album_of_the_kind_were_trained(evaluator: ImageEvaluator) -> None:
     generator = torch.Generator().manual_seed(1)
     flipped, kind = torch.randn(2, 1, 4, 8, 8, generator=generator)
     train = [replace(evaluator.train[0], latents=torch.cat([evaluator.train[0].latents, flipped])), *evaluator.train[1:]]

@@ -74,7 +74,7 @@ def test_photos_of_several_shapes_are_compared_with_samples(tiny_sd_folder: Path
     assert len({tuple(picture.latents.shape) for picture in found.setup.train}) > 1
 
 
-def test_a_finished_run_is_judged_again_with_a_scorer(tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_evaluated_again_with_a_scorer(tiny_sd_folder: Path, tmp_path: Path) -> None:
     first = image_run(tiny_sd_folder, tmp_path)
     scorer = save_tiny_scorer(tmp_path / "clip")
     config = image_config(tiny_sd_folder, tmp_path, diffusion__scorer=scorer, out=first.run.path)

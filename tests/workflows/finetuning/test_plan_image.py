@@ -52,7 +52,7 @@ def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("no_probe")
-def test_the_memory_of_a_card_is_planned_without_one(configurations: Path, tmp_path: Path) -> None:
+def test_gpu_memory_is_planned_without_a_gpu(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, device="cuda:1")
     assert "Memory on cuda:1" in text and result.to_mapping()["device"] == "cuda:1"
     phases = {phase.name: phase for phase in result.planned.forecast.phases}
@@ -97,7 +97,8 @@ def test_the_verb_knows_published_shapes() -> None:
     assert 1.8e9 < base < 2.0e9 and mapping["micro_batch"]["size"] == [512, 512]
 
 
-def test_stable_diffusion_xl_fits_a_card_of_eight_gigabytes_by_plan() -> None:
+@pytest.mark.slow
+def test_stable_diffusion_xl_fits_a_gpu_of_eight_gigabytes_by_plan() -> None:
     given = ["plan", "--kind", "image", "--model", "stabilityai/stable-diffusion-xl-base-1.0", "--data", "none", "--json",
              "--model.dtype", "bfloat16", "--diffusion.at_once", "1", "--diffusion.checkpointing", "true",
              "--model.device", "cuda", "--memory", "8GiB", "--quantize", "nf4"]  # fmt: skip

@@ -171,7 +171,7 @@ def packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tiny.gguf"
 
 
-def test_the_host_memory_of_unpacking_is_no_memory_of_a_card(packed_file: Path) -> None:
+def test_the_host_memory_of_unpacking_is_no_gpu_memory(packed_file: Path) -> None:
     config = read_run(None, {"model.path": str(packed_file), "data.train": "none", "model.device": "cuda"})
     for device, unpacks in (("cuda", False), ("cpu", True)):
         there = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))

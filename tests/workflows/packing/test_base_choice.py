@@ -80,7 +80,7 @@ def test_auto_takes_the_base_that_measures_better(
     assert merged.to_mapping()["into"]["base"] == choice.base
 
 
-def test_rows_without_labels_are_judged_by_their_loss(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_rows_without_labels_are_evaluated_by_their_loss(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", chats(40))
     run(tiny_llama_folder, data, tmp_path / "run", {"model.quantize": "int8", "train.steps": 2})
     opened = open_adapter(tmp_path / "run")
@@ -104,7 +104,7 @@ def test_the_dequantised_base_is_what_the_run_computed_with(on_nf4: Path, tmp_pa
         torch.testing.assert_close(written[f"{path}.weight"].double(), folded(packed[path].base.dense(), pair), atol=1e-6, rtol=0)
 
 
-def test_the_original_base_is_taken_when_asked_for_and_said(on_nf4: Path) -> None:
+def test_the_original_base_is_taken_on_request_and_said(on_nf4: Path) -> None:
     choice = choose("original", [open_adapter(on_nf4)])
     assert choice.base == "original" and "trained on a base in nf4" in choice.why and not choice.comparisons
 

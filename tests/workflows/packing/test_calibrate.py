@@ -63,7 +63,7 @@ def test_the_folder_has_the_standard_layout(made: Path, tiny_llama_folder: Path)
     assert len(set(before) - kept) == 14 and all(name.endswith("proj.weight") for name in set(before) - kept)
 
 
-def test_a_budget_changes_nothing_of_it_and_is_told(
+def test_a_budget_changes_nothing_of_it_and_is_reported(
     made: Path, tiny_llama_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

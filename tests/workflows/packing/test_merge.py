@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_after_the_model_is_said_in_words(
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
-def test_rows_without_labels_are_judged_by_their_loss(on_gptq: Path, tmp_path: Path) -> None:
+def test_rows_without_labels_are_evaluated_by_their_loss(on_gptq: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", chats(50))
     run(on_gptq.parent / "gptq", rows, tmp_path / "run", STEPS)
     merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "out", into="packed", keep=0.3), console=quiet())

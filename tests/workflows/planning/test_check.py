@@ -141,7 +141,7 @@ def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opene
 
 
 @pytest.mark.parametrize("part", ["waiting", "artefact", "spilled"])
-def test_a_disk_without_room_is_refused_before_the_work(
+def test_a_full_disk_is_refused_before_the_work(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Stores count, what waits, and keys and values that do not fit into memory."""

@@ -62,7 +62,7 @@ def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str,
     assert found == expected
 
 
-def test_judged_are_as_many_rows_as_fit_whatever_a_step_has() -> None:
+def test_as_many_rows_are_evaluated_as_fit() -> None:
     assert evaluation_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == RowShape(32, 128)
     assert evaluation_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 at once"
 

@@ -92,7 +92,7 @@ def test_files_count_from_which_numbers_are_rounded(tiny_sd_folder: Path, tmp_pa
     assert machine_of(image_config(Path("somebody/a-model"), tmp_path)).mapped == -1
 
 
-def test_what_helps_on_a_card_without_bfloat16_is_float16_which_takes_no_more(
+def test_what_helps_on_a_gpu_without_bfloat16_is_float16_which_takes_no_more(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = image_config(tiny_sd_folder, tmp_path)

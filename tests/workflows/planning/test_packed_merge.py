@@ -157,7 +157,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldBytes]:
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize("way", WAYS, ids=NAMES)
 @pytest.mark.parametrize("base", ["on_nf4", "on_dense"])
-def test_what_is_held_is_what_is_planned(
+def test_memory_in_use_is_what_is_planned(
     way: Way, base: str, wide: Path, going: Any, held: HeldBytes, tmp_path: Path
 ) -> None:
     """Not more, but for a matrix that Python may not have let go yet, and not half as much again."""
@@ -352,7 +352,7 @@ def test_every_store_is_closed_and_gone(
 
 
 @pytest.mark.usefixtures("no_runtime")
-def test_a_disk_without_room_is_said_before_the_work(
+def test_a_full_disk_is_said_before_the_work(
     runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going(SPILLED)
@@ -406,7 +406,7 @@ def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: p
     assert len(found) == 6 * 7 and all(one.latent is None for one in found)
 
 
-def test_a_merge_without_room_writes_nothing(runs: Path, tmp_path: Path) -> None:
+def test_a_merge_without_disk_space_writes_nothing(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a merge into packed weights takes at least"):
         merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out", into="packed", memory="64MiB"), console=quiet())
     assert not (tmp_path / "out").exists()

@@ -257,7 +257,7 @@ def failing(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.usefixtures("no_runtime")
-def test_a_disk_without_room_is_said_before_the_work(
+def test_a_full_disk_is_said_before_the_work(
     rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_tiny_llama(tmp_path / "source")

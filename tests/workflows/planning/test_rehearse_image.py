@@ -65,7 +65,7 @@ def test_a_packed_unet_takes_less(shapes: Shapes) -> None:
     assert packed.base < dense.base and packed.other_part == dense.other_part and packed.largest == dense.largest
 
 
-def test_a_card_holds_a_part_only_while_it_computes(shapes: Shapes) -> None:
+def test_a_gpu_has_a_shard_only_while_it_computes(shapes: Shapes) -> None:
     all_along, card = rehearsed(shapes), rehearse_images(
         partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, gpu=True), LORA, TrainSpec(),
         DiffusionSpec(at_once=2),

@@ -33,7 +33,7 @@ def test_an_identity_changes_with_its_part_alone() -> None:
     assert first["b"] != other["b"]
 
 
-def test_a_run_that_an_earlier_version_began_on_the_second_card_goes_on_there() -> None:
+def test_a_run_that_an_earlier_version_began_on_the_second_gpu_goes_on_there() -> None:
     model = ModelSpec(path="m", device="cuda:1")
     before = run_folder.hashes_of_parts({"model settings": {**model.identity(), "device": "cuda:1"}})
     require_same(before, run_folder.hashes_of_parts({"model settings": model.identity()}, model), run=Path("run"))

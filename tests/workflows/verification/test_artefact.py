@@ -65,7 +65,7 @@ def test_every_form_answers_like_the_live_model(finished: Any, tmp_path: Path) -
         assert artefact.allowed is Q4
 
 
-def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
+def test_llama_cpp_starts_on_the_first_request_and_under_a_budget_gives_pages_back(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_adapter(finished.path)

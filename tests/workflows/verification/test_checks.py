@@ -47,7 +47,7 @@ def probes() -> Probes:
     return Probes([], [], [ROW, ROW[:3]], [labelled], [ROW[:4]])
 
 
-def test_probes_are_cut_where_longer_ones_have_no_room(probes: Probes) -> None:
+def test_probes_are_cut_to_what_fits(probes: Probes) -> None:
     assert probes.cut_to(None) is probes
     cut = probes.cut_to(5)
     assert [len(ids) for ids in (*cut.rows, *cut.prompts)] == [5, 3, 4] and cut.most == 5
@@ -115,7 +115,7 @@ def test_where_ids_part_is_said_with_a_cause(live: InTorch) -> None:
     assert not check.passed and check.measured["different_prompts"] == 1 and check.n == 2
 
 
-def test_stored_tensors_are_judged_by_share_and_rounding() -> None:
+def test_stored_tensors_are_checked_by_share_and_rounding() -> None:
     right = StoredTensor(1.0, 0.0, 1e-7, 1.0)
     assert check_stored("x", {"a": right}, F32).passed and not check_stored("x", {}, F32).passed
     for wrong, words in (

@@ -36,7 +36,7 @@ def mistaken(live: InTorch, change: Callable[[str, Any], Any]) -> torch.Tensor:
         return live.logits(IDS)
 
 
-def test_scale_layer_and_absence_are_told_apart(live: InTorch) -> None:
+def test_scale_layer_and_absence_are_distinguished(live: InTorch) -> None:
     before = live.logits(IDS)
     third = mistaken(live, lambda _, pair: pair.B.div_(3))
     assert "the scale is 0.3333 times what it should be" in cause_from_logits(live, IDS, third)
@@ -50,7 +50,7 @@ def test_scale_layer_and_absence_are_told_apart(live: InTorch) -> None:
     assert torch.equal(live.logits(IDS), before)  # nothing of it stays
 
 
-def test_the_permuted_factor_is_told(live: InTorch) -> None:
+def test_the_permuted_factor_is_reported(live: InTorch) -> None:
     heads = {"q_proj": 4, "k_proj": 2}
 
     def mix_up(path: str, pair: Any) -> None:

@@ -71,7 +71,7 @@ def test_the_bare_base_is_no_merge(finished: Any, live: TextModel) -> None:
     assert "The worst layer is model.layers." in found.checks[1].detail
 
 
-def test_equal_weights_under_other_settings_are_told_apart(finished: Any, live: TextModel, tmp_path: Path) -> None:
+def test_equal_weights_under_other_settings_are_distinguished(finished: Any, live: TextModel, tmp_path: Path) -> None:
     merged(finished, tmp_path / "merged")
     config = tmp_path / "merged" / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))

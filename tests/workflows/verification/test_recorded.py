@@ -72,7 +72,7 @@ def test_what_answers_take_is_known_before(live: InTorch, spill: Spill) -> None:
     assert sum(counted) == sum(taken) and counted == [3 + 3 + 4, 1]
 
 
-def test_nothing_is_asked_twice_and_nothing_is_made_up(live: InTorch, spill: Spill) -> None:
+def test_no_request_is_repeated_and_nothing_is_made_up(live: InTorch, spill: Spill) -> None:
     class Counted(InTorch):
         asked = 0
 

@@ -116,7 +116,7 @@ def test_each_mistake_of_a_served_model_is_named(finished: Any, loud: Path, muta
         assert f"{url}: log-probabilities" in str(caught.value) and cause in str(caught.value)
 
 
-def test_another_template_is_seen_even_where_only_lengths_are_told(finished: Any, loud: Path, tmp_path: Path) -> None:
+def test_another_template_is_seen_from_lengths_alone(finished: Any, loud: Path, tmp_path: Path) -> None:
     run = shutil.copytree(loud, tmp_path / "run")
     file = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
     tokenizer = load_tokenizer(finished.model)

@@ -58,7 +58,7 @@ def test_what_each_server_tells_of_tokens(served: Any) -> None:
         assert sorted(token.number for token in along[2]) == sorted(token.number for token in api.write(ids[:3], 1).steps[0].top)
 
 
-def test_a_server_with_several_models_is_told_which(
+def test_a_server_with_several_models_gets_the_name(
     tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
