@@ -150,7 +150,7 @@ def test_pictures_that_hold_no_numbers_are_not_written(
 ) -> None:
     """A weight of an adapter that float16 cannot multiply by: infinity where a picture should be."""
     pipe = {"model": str(tiny_sd_folder), "adapter": (f"a={adapters['linear']}",)}
-    with pytest.raises(DataError, match=r"1 of 2 pictures .* in float16 are not finite. .* \(--dtype\) bfloat16 or float32"):
+    with pytest.raises(DataError, match=r"1 of 2 images .* in float16 are not finite. .* \(--dtype\) bfloat16 or float32"):
         drawn(tmp_path / "out", **pipe, dtype="float16", each=("base", "a=60000"), prompt=("red box", "red box"))
     assert not (tmp_path / "out").exists()
 

@@ -90,7 +90,7 @@ def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Pa
 
 def test_choices_that_a_quick_search_would_not_look_at_are_refused(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", SLOW)
-    with pytest.raises(ConfigError, match="--quick compares half, once and twice the learning rate alone; leave it out, or"):
+    with pytest.raises(ConfigError, match="--quick compares half, once and twice the learning rate only. Leave it out, or"):
         tune(config, TuneOptions(quick=True, rank_choices=(2, 4)), console=quiet())
     assert not (tmp_path / "run-tune").exists()
 
@@ -121,7 +121,7 @@ def searched(setup: TextAssembly, keep: bool, monkeypatch: pytest.MonkeyPatch, s
     """A search over the model of `setup`, in several rounds, with or without kept states."""
     train = replace(setup.config.train, keep_prefix_states=keep)
     config = replace(setup.config, train=train, out=f"{setup.config.out}-{keep}")
-    monkeypatch.setattr(tuning, "assemble", lambda *given, **named: replace(setup, config=config))
+    monkeypatch.setattr(tuning, "assemble_text", lambda *given, **named: replace(setup, config=config))
     choices: dict[str, Any] = {"rank_choices": (2, 4), "target_choices": ("attention", "mlp"), "rate_factors": (1.0, 8.0)}
     return tune(config, TuneOptions(tokens=4000, seeds=2, together=2, **choices), console=Console(file=said, width=300))
 
@@ -158,7 +158,7 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     [
         ({"lora.layers": "all"}, {}, "the lowest block is adapted"),
         ({}, {"target_choices": ("attention", "embed_tokens")}, "something outside the blocks is trained"),
-        ({"model.attention": "sdpa"}, {}, "this run attends by sdpa"),
+        ({"model.attention": "sdpa"}, {}, "this run uses attention sdpa"),
     ],
 )
 def test_states_that_cannot_be_kept_are_refused_before_any_trial(
@@ -216,7 +216,7 @@ def test_a_missing_optuna_is_named_and_quick_needs_none(
 def test_too_few_rows_and_a_place_that_is_taken_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", reviews(9))
     config = settings(tiny_llama_folder, few, tmp_path / "run", {**SLOW, "data.held_out_fraction": 0.2})
-    with pytest.raises(DataError, match=r"held-out rows are too few: some choose, others confirm.*data\.test"):
+    with pytest.raises(DataError, match=r"held-out rows are too few: those that choose and those that confirm.*data\.test"):
         tune(config, TuneOptions(quick=True), console=quiet())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()

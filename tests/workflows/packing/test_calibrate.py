@@ -70,7 +70,7 @@ def test_a_budget_changes_nothing_of_it_and_is_reported(
     words = ["quantize", str(tiny_llama_folder), "--method", "gptq", "--group-size", "16", "--calibration", str(data)]
     assert main([*words, "--out", str(out), "--memory", "12GiB"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "planned of 12.88 GB: the model in memory." in said and "held at most, of 12.88 GB allowed" in said
+    assert "planned of 12GiB for quantising" in said and "in use at most, of 12GiB allowed" in said
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in made.iterdir()}
 
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_merged_so_is_said_before_anything_is_written(
         merge(MergeOptions((str(on_gptq),), out=tmp_path / "out.gguf", into="packed"), console=quiet())
     with pytest.raises(ConfigError, match="go with --into packed"):
         merge(MergeOptions((str(finished.path),), out=out, finish_steps=3), console=quiet())
-    with pytest.raises(ConfigError, match="needs a run, whose training rows calibrate"):
+    with pytest.raises(ConfigError, match="needs a run: its training rows calibrate"):
         merge(
             MergeOptions((str(on_gptq / "adapter"),), out=out, into="packed", base=str(on_gptq.parent / "gptq")), console=quiet()
         )
