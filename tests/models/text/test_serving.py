@@ -18,6 +18,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.formats.files.loaded_file import load_safetensors, open_header
 from lorakeet.formats.peft import peft
 from lorakeet.models import modules
+from lorakeet.models.fits import checked_entry
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
@@ -234,9 +235,9 @@ def test_adapters_of_one_outline_are_checked_once_and_compute_their_own(
 
     def entry(path: str, *given: Any) -> PlanEntry:
         checked.append(path)
-        return PlanEntry(path, *given)
+        return checked_entry(path, *given)
 
-    monkeypatch.setattr(serving, "PlanEntry", entry)
+    monkeypatch.setattr(serving, "checked_entry", entry)
     adapters = {f"a{seed}@1": random_adapter(bare, seed=seed) for seed in range(3)}
     for name, adapter in adapters.items():
         peft.write(adapter, tmp_path / name)

@@ -23,9 +23,9 @@ def test_a_folder_below_an_existing_one_can_be_made(tmp_path: Path, monkeypatch:
 def test_the_stores_of_two_results_of_one_name_do_not_meet(tmp_path: Path) -> None:
     """Each begins with an empty folder, which would empty the other's."""
     outs = [tmp_path / "a" / "out", tmp_path / "b" / "out"]
-    named = [store_folder(str(tmp_path / "store"), out, "blocks") for out in outs]
+    named = [store_folder(str(tmp_path / "store"), out) for out in outs]
     assert len(set(named)) == 2 and {folder.parent for folder in named} == {tmp_path / "store"}
-    assert [store_folder(None, out, "blocks") for out in outs] == [out.parent / ".out.blocks" for out in outs]
+    assert [store_folder("", out) for out in outs] == [out.parent / ".out.blocks" for out in outs]
 
 
 def test_nothing_can_be_made_below_a_file(tmp_path: Path) -> None:
