@@ -119,7 +119,7 @@ def test_a_checkpoint_goes_on_with_another_number(
 def test_two_processes_with_a_part_of_the_base_each_train_what_one_trains(
     forked: Together, tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path, method: str
 ) -> None:
-    """Also where one has more micro-batches than the other, and where the base is quantised; then one process evaluates it again."""
+    """Also where one has more micro-batches than the other, and where the base is quantised; then one process evaluates it."""
     whole, run = one, tmp_path / "run"
     changes = {"model__quantize": method, "train__micro_tokens": "150"}
     if method != "none":

@@ -90,7 +90,7 @@ def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Pa
 
 def test_choices_that_a_quick_search_would_not_look_at_are_refused(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", SLOW)
-    with pytest.raises(ConfigError, match="--quick compares half, once and twice the learning rate only. Leave it out, or"):
+    with pytest.raises(ConfigError, match=r"--quick compares half, once and twice the learning rate only\. Leave it out, or"):
         tune(config, TuneOptions(quick=True, rank_choices=(2, 4)), console=quiet())
     assert not (tmp_path / "run-tune").exists()
 
