@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from lorakeet.core.fused.trained_block import TrainedBlock
 from lorakeet.core.spec import LoraSpec
+from lorakeet.kernels import choose
+from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.models import modules
 from lorakeet.models.files.quantized import packable
 from lorakeet.models.fuse import fuse_blocks
@@ -25,6 +28,17 @@ from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
 LORA = LoraSpec(rank=5, alpha=10.0)
+SHAPE = {
+    "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 160,
+    "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+def use_c_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are computed in C also on a processor with AMX, where oneDNN would compute them."""
+    monkeypatch.setattr(dense, "multiplies", lambda: True)
+    monkeypatch.setattr(choose, "CANDIDATES", {})
+    monkeypatch.setattr(int8_rows, "AMX", "no such feature")
 
 
 def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default",), kind: str = "") -> TextModel:

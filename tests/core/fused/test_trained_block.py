@@ -21,8 +21,6 @@ from lorakeet.core.selection import Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
-from lorakeet.kernels import choose
-from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.kernels.cpu.trained_block import BlockCall
 from lorakeet.kernels.cpu.workspace import WORKSPACES, Workspaces
 from lorakeet.models import modules
@@ -36,23 +34,18 @@ from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.loss import text_loss
 from lorakeet.train.text.multi_adapter import Member, train_many
+from tiny import trained_blocks as blocks
 from tiny.models import save_tiny_llama
 from tiny.native import needs_native
-from tiny.trained_blocks import LORA, load, require_same
+from tiny.trained_blocks import LORA, load, require_same, use_c_products
 
 pytestmark = needs_native
-SHAPE = {
-    "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 160,
-    "num_hidden_layers": 3,
-}  # fmt: skip
+SHAPE = {**blocks.SHAPE, "num_hidden_layers": 3}
 
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a processor with AMX, which multiplies by that."""
-    monkeypatch.setattr(dense, "multiplies", lambda: True)
-    monkeypatch.setattr(choose, "CANDIDATES", {})
-    monkeypatch.setattr(int8_rows, "AMX", "no such feature")
+    use_c_products(monkeypatch)
 
 
 @pytest.fixture(scope="module")

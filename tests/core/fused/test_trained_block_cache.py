@@ -22,8 +22,6 @@ from lorakeet.core.selection import Selection, Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
-from lorakeet.kernels import choose
-from lorakeet.kernels.cpu import dense, int8_rows
 from lorakeet.models import modules
 from lorakeet.models.inject import eject, selection_of, trained_parameters
 from lorakeet.models.text.model import TextModel
@@ -33,21 +31,14 @@ from lorakeet.quant.packed import PackedBase
 from lorakeet.train.text.loss import text_loss
 from tiny.models import save_tiny_llama
 from tiny.native import needs_native
-from tiny.trained_blocks import load, require_same
+from tiny.trained_blocks import SHAPE, load, require_same, use_c_products
 
 pytestmark = needs_native
-SHAPE = {
-    "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 160,
-    "num_hidden_layers": 2,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a processor with AMX, which multiplies by that."""
-    monkeypatch.setattr(dense, "multiplies", lambda: True)
-    monkeypatch.setattr(choose, "CANDIDATES", {})
-    monkeypatch.setattr(int8_rows, "AMX", "no such feature")
+    use_c_products(monkeypatch)
 
 
 @pytest.fixture(scope="module")
