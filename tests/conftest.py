@@ -55,6 +55,15 @@ def flash() -> Iterator[Any]:
         yield kernel
 
 
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Any]:
+    """A process that forks several, as torchrun starts them (tiny/together.Together)."""
+    from tiny.together import together
+
+    with together() as found:
+        yield found
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
     """`tiny_model("llama", seed=0, **config_changes)` builds a tiny random frozen model (names: tiny.models.FAMILIES)."""

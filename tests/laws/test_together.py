@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,10 @@ from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint, processes
 from lorakeet.train.log import read_metrics
 from tiny.runs import QUICK, adapter_bytes, chats, write_rows
-from tiny.together import Together, together
+from tiny.together import Together
 
 STEPS = 12
 NEAR = 1e-5  # relative: fp32 sums in another order
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Together]:
-    with together() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

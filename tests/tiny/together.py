@@ -131,6 +131,8 @@ def _serve() -> None:
     torch.optim.AdamW([torch.zeros(1)])  # brings in what torch loads late
     for line in sys.stdin:
         order = json.loads(line)
+        if "call" in order:
+            importlib.import_module(order["call"].partition(":")[0])  # once for all processes of this and later orders
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
         with tempfile.TemporaryDirectory() as folder:
             files = [[Path(folder) / f"{kind}{rank}" for kind in ("said", "answered")] for rank in range(order["count"])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,15 +22,9 @@ from lorakeet.train.processes import ALONE, Processes, ProcessLost, joined
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text import task as text_task
 from lorakeet.train.text.task import TextTask
-from tiny.together import Together, together
+from tiny.together import Together
 
 HERE = "train.test_processes"
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Together]:
-    with together() as found:
-        yield found
 
 
 def everything() -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _check_copy(ours: Path, path: Path, theirs: Path) -> None:
 def test_what_unpacking_takes_hangs_on_the_largest_tensor_alone(tmp_path: Path, cache: Path) -> None:
     """Counted in numpy's and torch's memory; of twice as many blocks the same, beside a few names."""
     held, planned = [], []
-    for blocks in (2, 8):
+    for blocks in (2, 4):
         path = tmp_path / f"of{blocks}.gguf"
         write_tiny_gguf(path, "Q4_0", hidden_size=256, intermediate_size=1024, num_hidden_layers=blocks)
         planned.append(bytes_of_unpacking(check_gguf(path)))
@@ -110,8 +110,8 @@ def test_what_unpacking_takes_hangs_on_the_largest_tensor_alone(tmp_path: Path, 
         held.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     largest = 4 * 256 * 1024
-    assert planned[1] - planned[0] < 6 * 100 * 1400 < planned[0] and planned[0] > 4 * largest
-    assert held[1] - held[0] < 2 * largest, "six more blocks are twenty times as much"
+    assert planned[1] - planned[0] < 2 * 100 * 1400 < planned[0] and planned[0] > 4 * largest
+    assert held[1] - held[0] < 2 * largest, "two more blocks are eight times as much"
 
 
 def test_stacked_experts_count_as_a_whole_model(made: tuple[Path, Any]) -> None:

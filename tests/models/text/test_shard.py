@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,13 +35,7 @@ from lorakeet.train.text.loss import text_loss
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import save_tiny_llama
-from tiny.together import Together, together
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Together]:
-    with together() as found:
-        yield found
+from tiny.together import Together
 
 
 def batch() -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from lorakeet.train.processes import ALONE, ProcessLost, joined
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.runs.multi_process import on_own_device, require_combinable, starting_together
 from tiny.runs import reviews, write_rows
-from tiny.together import Together, together
+from tiny.together import Together
 
 TWO = Launch(0, 2, 0, 2)
 
@@ -23,12 +22,6 @@ TWO = Launch(0, 2, 0, 2)
 def config(**changes: str) -> RunConfig:
     given = {"model.path": "some/model", "data.train": "rows.jsonl", **{key.replace("__", "."): v for key, v in changes.items()}}
     return read_run(None, given)
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Together]:
-    with together() as found:
-        yield found
 
 
 def test_what_cannot_be_shared_is_named_in_one_message() -> None:
