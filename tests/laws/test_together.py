@@ -141,14 +141,17 @@ def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     """Under torchrun itself, with a real kill."""
     run = tmp_path / "run"
     changes = {"train__checkpoint_every": "1", "train__steps": "100000", "train__evaluate_every": "100000"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorakeet"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lorakeet"]
     process = subprocess.Popen(
         [*torchrun, *arguments(tiny_llama_folder, rows, run, **changes)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    wait_for_step(run, 3)
-    os.kill(second_of(process.pid), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    try:
+        wait_for_step(run, 3, process)
+        os.kill(second_of(process.pid), signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.terminate()  # torchrun ends its own processes; nothing where all have ended
     assert process.returncode != 0
     newest = checkpoint.found(run / "checkpoints")[-1]
     step = checkpoint.load_checkpoint(newest).position.step  # whole, by its own hashes
@@ -250,8 +253,8 @@ def second_of(agent: int) -> int:
     raise AssertionError(f"torchrun {agent} has no process 1")
 
 
-def wait_for_step(run: Path, step: int) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 90
     while max((record["step"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record), default=0) < step:
-        assert time.monotonic() < deadline, f"no step {step}"
+        assert process.poll() is None and time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.01)
