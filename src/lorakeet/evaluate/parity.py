@@ -27,12 +27,11 @@ class Tolerance:
     `logit` is relative: the largest |left - right| over all logits, divided by max(1, largest |logit|). `effect` is
     relative to what the adapter does: mean KL(left ‖ right) / mean KL(left ‖ base), checked if the base was measured too.
 
-    Folding s·B·A into W replaces two roundings by one in each of L adapted layers on a path; such independent errors grow
-    with sqrt(L) and with the unit roundoff u of the stored weight (fp32 6e-8, fp16 5e-4, bf16 4e-3), and KL with their
-    square. Measured on SmolLM2-135M, a random rank-4 adapter on all 210 linear layers, 2,049 tokens of 24 texts, live against
-    folded: fp32 logit 2e-5, KL 1e-11, loss 2e-7; fp16 0.012, 3e-5, 4e-4; bf16 0.05 (0.17 against the fp32 adapter), 2e-3,
-    3e-3, top-1 agreement 0.963. The tolerances are 3 to 15 times that, as a
-    margin for larger models; fp32's loss 40 times, its KL 700 times.
+    Folding s·B·A into W replaces two roundings by one in each of L adapted layers on a path; such independent errors grow with
+    sqrt(L) and with the unit roundoff u of the stored weight (fp32 6e-8, fp16 5e-4, bf16 4e-3), and KL with their square.
+    Measured on SmolLM2-135M, a random rank-4 adapter on all 210 linear layers, 2,049 tokens of 24 texts, live against folded:
+    fp32 logit 2e-5, KL 1e-11, loss 2e-7; fp16 0.012, 3e-5, 4e-4; bf16 0.05 (0.17 against the fp32 adapter), 2e-3, 3e-3, top-1
+    agreement 0.963. The tolerances are 3 to 15 times that, as a margin for larger models; fp32's loss 40 times, its KL 700 times.
 
     What they catch: in fp32 a scale that is 10 % off measured KL 7e-6 and one missed layer of the 210 measured 3e-6, both far
     outside. In bf16 the same missed layer is lost in rounding (KL 2.0e-3 with and without it). So certify in fp32; a bf16

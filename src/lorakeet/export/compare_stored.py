@@ -33,9 +33,8 @@ class StoredTensor:
     """How a stored tensor differs from the expected one, W + Δ.
 
     share: ⟨stored − W, Δ⟩ / ⟨Δ, Δ⟩: 1 if the whole change is there, 0 if none is, c if it was scaled by c; NaN if Δ = 0.
-    Rounding to
-    a few bits is nearly independent of Δ, so `share` is meaningful even if rounding is larger than the change; rounding alone
-    changes it by about `share_error`, ‖stored − W − Δ‖ / (‖Δ‖·√n).
+    Rounding to a few bits is nearly independent of Δ, so `share` is meaningful even if rounding is larger than the change;
+    rounding alone changes it by about `share_error`, ‖stored − W − Δ‖ / (‖Δ‖·√n).
     rounding: ‖stored − (W + Δ)‖ / ‖W + Δ‖. moved: ‖stored − W‖ / ‖Δ‖, large if another adapter was merged.
     noise: ‖stored − (W + Δ)‖ / ‖Δ‖; above 1 rounding is larger than the change. If W itself is on the grid of a few bits,
     rounding removes the change instead of adding noise to it.

@@ -1,9 +1,8 @@
 """Writes a whole model, with an adapter merged in, as one GGUF file for llama.cpp and Ollama, tensor by tensor.
 
 Each matrix is read, merged in fp32 by `merge/edits`, put in llama.cpp's order, rounded once to its type and written. One matrix
-is
-in memory at a time, or only some rows if the adapter does not change it. Norms, biases and other vectors stay fp32, as llama.cpp
-needs them.
+is in memory at a time, or only some rows if the adapter does not change it. Norms, biases and other vectors stay fp32, as
+llama.cpp needs them.
 """
 
 from __future__ import annotations

@@ -48,9 +48,8 @@ def write_model(
     folder `out`.
 
     Returns its bytes. At most one shard of made tensors and the memory of one `make` are in use; with `waiting`, tensors are
-    spilled
-    there until they are written. ConfigError if `out` exists, EnvironmentProblem if the disk is too full, before or during
-    writing; nothing is left behind then.
+    spilled there until they are written. ConfigError if `out` exists, EnvironmentProblem if the disk is too full, before or
+    during writing; nothing is left behind then.
     """
     require_new(out)
     shards = _shards(parts, shard_bytes)

@@ -1,11 +1,9 @@
 """Quantises a changed weight to the layout of a quantised file: to the nearest values, or with GPTQ's error feedback.
 
 ΔW is mostly smaller than the gaps between the values of a few bits, so rounding W + ΔW to the nearest loses most of it. With
-error
-feedback (quant/gptq_solve) the remaining columns compensate for each rounding, so that the loss lies where the layer's inputs do
-not
-expose it. The scales are those of the file, or fitted to the changed weight in the file's groups, whichever changes the layer's
-outputs less.
+error feedback (quant/gptq_solve) the remaining columns compensate for each rounding, so that the loss lies where the layer's
+inputs do not expose it. The scales are those of the file, or fitted to the changed weight in the file's groups, whichever changes
+the layer's outputs less.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ Scales = Literal["kept", "fitted"]
 
 @dataclass(frozen=True)
 class Latent:
-    """The start of quantisation-aware training: a grid, and the numbers before rounding. Each is as large as the weight in
-    fp32.
+    """The start of quantisation-aware training: a grid, and the numbers before rounding. Each is as large as the weight in fp32.
     """
 
     grid: FixedGrid

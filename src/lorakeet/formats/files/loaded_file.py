@@ -1,11 +1,9 @@
 """A safetensors file in one piece of memory: tensors are views, and the memory is freed with the last of them.
 
 Serving loads adapters this way. Mapping a file takes no time, but truncating it would kill the process that mapped it, and
-writing
-to it would change what is served. So only files that no other program writes are mapped. A copy is safe and costs little more:
-the
-bytes are read once, into pages of 2 MiB if the system has them, since allocating pages of 4 KiB takes several times as long as
-copying into them.
+writing to it would change what is served. So only files that no other program writes are mapped. A copy is safe and costs little
+more: the bytes are read once, into pages of 2 MiB if the system has them, since allocating pages of 4 KiB takes several times as
+long as copying into them.
 
 Adapters of the same configuration have the same header, byte for byte, in files of the same length. The checked headers of the
 last few are cached.

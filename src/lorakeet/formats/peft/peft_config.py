@@ -253,9 +253,8 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
     """adapter_config.json for `adapter`, the same text for the same adapter.
 
     r and lora_alpha are the most frequent values; other pairs are in rank_pattern and alpha_pattern by their whole path, so that
-    PEFT
-    matches no other. The scale rule, DoRA and the bias are one switch for the whole adapter in PEFT: a pair with the other scale
-    rule gets the alpha that gives its scale.
+    PEFT matches no other. The scale rule, DoRA and the bias are one switch for the whole adapter in PEFT: a pair with the other
+    scale rule gets the alpha that gives its scale.
     """
     rule = _frequent([pair.scale_rule for pair in adapter.pairs.values()], "alpha/rank")
     ranks = {path: pair.rank for path, pair in adapter.pairs.items()}
