@@ -18,6 +18,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
+from lorakeet.setting import setting
 from lorakeet.settings import load, override, to_mapping
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
@@ -44,7 +45,7 @@ class RunConfig:
     kind: Literal[tuple(KINDS)] = field(  # type: ignore[valid-type]  # evaluated at each reading: any kind in KINDS
         default="text", metadata={"help": "Kind of model: text (a causal language model) or image (a diffusion model)."}
     )
-    out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})
+    out: str = setting("runs/lorakeet", "Folder of the run; it must not exist yet.")
 
     def validate(self) -> list[str]:
         """Returns a message for every conflict between parts."""

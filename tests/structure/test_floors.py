@@ -37,7 +37,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "llguidance": ("serve/grammar.py",),
 }
 # What answers `--help` and makes forms: no tensor library behind it.
-LIGHT = ("settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "workflows/options.py")
+LIGHT = ("setting.py", "settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "workflows/options.py")
 
 
 def test_imports_run_downwards_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorakeet.errors import Problems
+from lorakeet.setting import setting
 
 FACTORED = ("pissa", "olora")  # starts from factors of the frozen weight, whose initial values are stored too (core/lowrank)
 MEASURED = ("gradient", "activation")  # starts whose A is measured on training rows (ranks/score)
@@ -16,33 +17,26 @@ MEASURED = ("gradient", "activation")  # starts whose A is measured on training 
 class LoraSpec:
     """Which matrices get a low-rank pair, of what rank, scale and start."""
 
-    rank: int = field(default=16, metadata={"help": "Rank of each pair: A is (rank, in), B is (out, rank)."})
-    alpha: float = field(default=32.0, metadata={"help": "Scales the update by alpha/rank, or by alpha/√rank with rsLoRA."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout of the pair's input in training, 0 to less than 1."})
-    scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = field(
-        default="alpha/rank", metadata={"help": "How alpha and rank give the scale; alpha/sqrt(rank) is rsLoRA."}
+    rank: int = setting(16, "Rank of each pair: A is (rank, in), B is (out, rank).")
+    alpha: float = setting(32.0, "Scales the update by alpha/rank, or by alpha/√rank with rsLoRA.")
+    dropout: float = setting(0.0, "Dropout of the pair's input in training, 0 to less than 1.")
+    scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = setting(
+        "alpha/rank", "How alpha and rank give the scale; alpha/sqrt(rank) is rsLoRA."
     )
-    variant: Literal["lora", "dora"] = field(
-        default="lora", metadata={"help": "lora, or dora: a trained magnitude for each row of the weight (arXiv 2402.09353)."}
+    variant: Literal["lora", "dora"] = setting(
+        "lora", "lora, or dora: a trained magnitude for each row of the weight (arXiv 2402.09353)."
     )
-    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "gradient", "activation"] = field(
-        default="kaiming",
-        metadata={
-            "help": "Initialisation: B = 0 (kaiming, gaussian, gradient, activation), pissa (SVD), olora (QR) or orthogonal."
-        },
+    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "gradient", "activation"] = setting(
+        "kaiming", "Initialisation: B = 0 (kaiming, gaussian, gradient, activation), pissa (SVD), olora (QR) or orthogonal."
     )
-    target_modules: tuple[str, ...] = field(
-        default=("all-linear",),
-        metadata={
-            "help": "Module names or path endings, or all-linear, attention, mlp, conv; embeddings and lm_head only if named."
-        },
+    target_modules: tuple[str, ...] = setting(
+        ("all-linear",),
+        "Module names or path endings, or all-linear, attention, mlp, conv; embeddings and lm_head only if named.",
     )
-    exclude_modules: tuple[str, ...] = field(
-        default=(), metadata={"help": "Modules to leave out: names, path endings or regular expressions of the whole path."}
+    exclude_modules: tuple[str, ...] = setting(
+        (), "Modules to leave out: names, path endings or regular expressions of the whole path."
     )
-    layers: str = field(
-        default="all", metadata={"help": "Blocks to adapt: all, a range such as 0-11, a list such as 0,5,9, or top:8."}
-    )
+    layers: str = setting("all", "Blocks to adapt: all, a range such as 0-11, a list such as 0,5,9, or top:8.")
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Rank by regular expression on the end of a module's path; the first match wins."}
     )
@@ -50,12 +44,8 @@ class LoraSpec:
         default_factory=dict,
         metadata={"help": "Alpha by regular expression on the end of a module's path; the first match wins."},
     )
-    extra_modules: tuple[str, ...] = field(
-        default=(), metadata={"help": "Modules trained in full beside the pairs, such as a classification head."}
-    )
-    new_tokens: tuple[str, ...] = field(
-        default=(), metadata={"help": "Tokens to add to the vocabulary; only their embedding rows are trained."}
-    )
+    extra_modules: tuple[str, ...] = setting((), "Modules trained in full beside the pairs, such as a classification head.")
+    new_tokens: tuple[str, ...] = setting((), "Tokens to add to the vocabulary; only their embedding rows are trained.")
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words; empty when they can be used."""

@@ -4,81 +4,55 @@ from __future__ import annotations
 
 import math
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lorakeet.errors import ConfigError, Problems
+from lorakeet.setting import setting
 
 
 @dataclass(frozen=True)
 class DataSpec:
     """Where the rows are, how they are formatted, split and checked."""
 
-    train: str = field(
-        default="",
-        metadata={
-            "help": "Training rows: file, 'archive.zip!member', 'package:DIST/path', datasets folder or 'hub:owner/name#split'."
-        },
+    train: str = setting(
+        "", "Training rows: file, 'archive.zip!member', 'package:DIST/path', datasets folder or 'hub:owner/name#split'."
     )
-    held_out: str | None = field(
-        default=None, metadata={"help": "File of held-out rows; by default they are split off the training rows."}
+    held_out: str | None = setting(None, "File of held-out rows; by default they are split off the training rows.")
+    test: str | None = setting(None, "File of test rows, never used to choose a setting or a checkpoint.")
+    format: Literal["auto", "chat", "completion", "alpaca", "text", "classification"] = setting(
+        "auto", "Format of the rows; auto decides by the columns of the first row."
     )
-    test: str | None = field(
-        default=None, metadata={"help": "File of test rows, never used to choose a setting or a checkpoint."}
+    text_column: str = setting("text", "Column of the text, for text and classification rows.")
+    label_column: str | None = setting(None, "Column of the label, for classification rows (default: label).")
+    group_column: str | None = setting(None, "Column whose equal values stay on one side of the split (a patient, an author).")
+    labels: tuple[str, ...] = setting((), "Labels in reporting order; by default those of the training rows, sorted.")
+    template: str = setting("{text}", "Prompt of a classification row, with {text} and any {column}; write {{ and }} for braces.")
+    label_template: str = setting("{label}", "Answer of a classification row, made from {label}.")
+    system: str | None = setting(None, "System prompt for rows without one; by default the chat template decides.")
+    chat_template: Literal["auto", "on", "off"] = setting(
+        "auto", "Use the tokenizer's chat template: if it has one (auto), always (on), or never (off: plain text)."
     )
-    format: Literal["auto", "chat", "completion", "alpaca", "text", "classification"] = field(
-        default="auto", metadata={"help": "Format of the rows; auto decides by the columns of the first row."}
+    separator: str = setting("\n", "Text between turns if no chat template is used, unless white space is there already.")
+    held_out_fraction: float = setting(0.1, "Share of the training rows to hold out; 0 holds out none.")
+    held_out_minimum: int = setting(64, "Hold out at least this many rows if there are ten times as many.")
+    max_tokens: int = setting(1024, "Longest row in tokens, template and answer included.")
+    too_long: Literal["truncate", "refuse", "drop"] = setting(
+        "truncate", "What to do with a longer row: truncate the user's text, stop with an error, or drop the row."
     )
-    text_column: str = field(default="text", metadata={"help": "Column of the text, for text and classification rows."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the label, for classification rows (default: label)."}
+    supervise: Literal["completion", "all"] = setting(
+        "completion", "Target tokens of the loss: the answers, or every token of a row."
     )
-    group_column: str | None = field(
-        default=None, metadata={"help": "Column whose equal values stay on one side of the split (a patient, an author)."}
+    near_duplicates: float = setting(
+        0.8, "Jaccard similarity from which two texts count as duplicates; 0 finds exact copies only."
     )
-    labels: tuple[str, ...] = field(
-        default=(), metadata={"help": "Labels in reporting order; by default those of the training rows, sorted."}
+    on_leak: Literal["drop", "refuse", "keep"] = setting(
+        "drop", "If a training row is also in the held-out or test rows: drop it from training, stop, or keep it."
     )
-    template: str = field(
-        default="{text}",
-        metadata={"help": "Prompt of a classification row, with {text} and any {column}; write {{ and }} for braces."},
-    )
-    label_template: str = field(default="{label}", metadata={"help": "Answer of a classification row, made from {label}."})
-    system: str | None = field(
-        default=None, metadata={"help": "System prompt for rows without one; by default the chat template decides."}
-    )
-    chat_template: Literal["auto", "on", "off"] = field(
-        default="auto",
-        metadata={"help": "Use the tokenizer's chat template: if it has one (auto), always (on), or never (off: plain text)."},
-    )
-    separator: str = field(
-        default="\n",
-        metadata={"help": "Text between turns if no chat template is used, unless white space is there already."},
-    )
-    held_out_fraction: float = field(default=0.1, metadata={"help": "Share of the training rows to hold out; 0 holds out none."})
-    held_out_minimum: int = field(
-        default=64, metadata={"help": "Hold out at least this many rows if there are ten times as many."}
-    )
-    max_tokens: int = field(default=1024, metadata={"help": "Longest row in tokens, template and answer included."})
-    too_long: Literal["truncate", "refuse", "drop"] = field(
-        default="truncate",
-        metadata={"help": "What to do with a longer row: truncate the user's text, stop with an error, or drop the row."},
-    )
-    supervise: Literal["completion", "all"] = field(
-        default="completion", metadata={"help": "Target tokens of the loss: the answers, or every token of a row."}
-    )
-    near_duplicates: float = field(
-        default=0.8,
-        metadata={"help": "Jaccard similarity from which two texts count as duplicates; 0 finds exact copies only."},
-    )
-    on_leak: Literal["drop", "refuse", "keep"] = field(
-        default="drop",
-        metadata={"help": "If a training row is also in the held-out or test rows: drop it from training, stop, or keep it."},
-    )
-    limit: int | None = field(default=None, metadata={"help": "Read at most this many rows of each file."})
-    html_unescape: bool = field(default=False, metadata={"help": "Replace HTML escapes in the texts (&#039;) by characters."})
-    strip_quotes: bool = field(default=False, metadata={"help": "Remove one pair of double quotes around a whole text."})
-    split_seed: int = field(default=0, metadata={"help": "Random seed of the split."})
+    limit: int | None = setting(None, "Read at most this many rows of each file.")
+    html_unescape: bool = setting(False, "Replace HTML escapes in the texts (&#039;) by characters.")
+    strip_quotes: bool = setting(False, "Remove one pair of double quotes around a whole text.")
+    split_seed: int = setting(0, "Random seed of the split.")
 
     def validate(self) -> None:
         """Raises a ConfigError that lists every wrong setting."""

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lorakeet.errors import Problems
+from lorakeet.setting import setting
 
 
 @dataclass(frozen=True)
 class EvaluateSpec:
     """Settings of intervals, calibration, baselines, drift and report."""
 
-    confidence: float = field(default=0.95, metadata={"help": "Confidence level of the intervals; 0.95 gives 95 % intervals."})
-    resamples: int = field(default=10_000, metadata={"help": "Bootstrap and randomisation draws of every interval and test."})
-    seed: int = field(default=0, metadata={"help": "Random seed of resampling, drift texts and the rows shown."})
-    calibration_bins: int = field(
-        default=10, metadata={"help": "Bins of the calibration error and of the reliability plot, with equally many rows each."}
+    confidence: float = setting(0.95, "Confidence level of the intervals; 0.95 gives 95 % intervals.")
+    resamples: int = setting(10_000, "Bootstrap and randomisation draws of every interval and test.")
+    seed: int = setting(0, "Random seed of resampling, drift texts and the rows shown.")
+    calibration_bins: int = setting(10, "Bins of the calibration error and of the reliability plot, with equally many rows each.")
+    baselines: bool = setting(True, "Also evaluate the majority class and TF-IDF + logistic regression if rows have labels.")
+    drift_texts: int = setting(
+        64, "Number of texts, sampled from the base, on which the adapter's drift is measured; 0 for none."
     )
-    baselines: bool = field(
-        default=True,
-        metadata={"help": "Also evaluate the majority class and TF-IDF + logistic regression if rows have labels."},
-    )
-    drift_texts: int = field(
-        default=64,
-        metadata={"help": "Number of texts, sampled from the base, on which the adapter's drift is measured; 0 for none."},
-    )
-    drift_tokens: int = field(default=32, metadata={"help": "Tokens per drift text."})
-    show_rows: int = field(default=40, metadata={"help": "Held-out rows shown side by side in the report."})
+    drift_tokens: int = setting(32, "Tokens per drift text.")
+    show_rows: int = setting(40, "Held-out rows shown side by side in the report.")
 
     def validate(self) -> None:
         """Raises ConfigError that lists every setting out of its range."""

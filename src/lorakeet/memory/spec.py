@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from lorakeet.errors import ConfigError
 from lorakeet.memory.budget import Budget
+from lorakeet.setting import setting
 
 
 @dataclass(frozen=True)
 class MemorySpec:
     """The memory budget of a run, and where frozen weights are stored that do not fit."""
 
-    budget: str = field(
-        default="",
-        metadata={
-            "help": "Memory budget, such as 2GiB, of the process or of its CUDA device; weights that do not fit are streamed."
-        },
+    budget: str = setting(
+        "", "Memory budget, such as 2GiB, of the process or of its CUDA device; weights that do not fit are streamed."
     )
-    store: str = field(default="", metadata={"help": "Folder for streamed weights; by default one in the cache folder."})
+    store: str = setting("", "Folder for streamed weights; by default one in the cache folder.")
 
-    keep: Literal["disk", "host"] = field(
-        default="disk",
-        metadata={"help": "Where a CUDA device's blocks are streamed from: disk, or host, whose pinned memory caches them."},
+    keep: Literal["disk", "host"] = setting(
+        "disk", "Where a CUDA device's blocks are streamed from: disk, or host, whose pinned memory caches them."
     )
 
     @cached_property

@@ -15,6 +15,7 @@ from lorakeet.core.math import Kind, delta
 from lorakeet.errors import Problems, nearest
 from lorakeet.merge.low_rank import LowRank, stack_factors, truncate_factors, truncate_matrix
 from lorakeet.merge.methods import METHODS, Contribution, Method, combine_changes
+from lorakeet.setting import setting
 
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, path of the last
 
@@ -27,11 +28,11 @@ class CombineSpec:
     entries that pruning keeps; `seed` is for random methods.
     """
 
-    method: str = field(default="linear", metadata={"help": "Which changes are kept of each adapter, and how they are summed."})
-    weights: tuple[float, ...] = field(default=(), metadata={"help": "One for each adapter; 1/n each without them."})
-    rank: int | None = field(default=None, metadata={"help": "Rank of every combined pair."})
-    density: float = field(default=0.5, metadata={"help": "Share of the entries that pruning keeps."})
-    seed: int = field(default=0, metadata={"help": "Decides which entries are dropped where chance does."})
+    method: str = setting("linear", "Which changes are kept of each adapter, and how they are summed.")
+    weights: tuple[float, ...] = setting((), "One for each adapter; 1/n each without them.")
+    rank: int | None = setting(None, "Rank of every combined pair.")
+    density: float = setting(0.5, "Share of the entries that pruning keeps.")
+    seed: int = setting(0, "Decides which entries are dropped where chance does.")
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words."""

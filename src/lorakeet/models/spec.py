@@ -7,52 +7,36 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.setting import setting
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A pre-trained model, with its dtype, device, attention and kernels."""
 
-    path: str = field(
-        default="",
-        metadata={"help": "A folder, a .gguf file, package:NAME (a model shipped in an installed package), or a hub id."},
+    path: str = setting("", "A folder, a .gguf file, package:NAME (a model shipped in an installed package), or a hub id.")
+    config: str | None = setting(
+        None, "For a single .safetensors file of an image model: the folder with its configurations and tokenizer."
     )
-    config: str | None = field(
-        default=None,
-        metadata={"help": "For a single .safetensors file of an image model: the folder with its configurations and tokenizer."},
+    revision: str | None = setting(None, "Branch, tag or commit of a hub id.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Dtype of the frozen weights; auto is bfloat16 if the processor supports it; float16 is for images only."
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={
-            "help": "Dtype of the frozen weights; auto is bfloat16 if the processor supports it; float16 is for images only."
-        },
-    )
-    products: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={"help": "Dtype of the matrix products; auto measures which is fastest here for the weights' dtype."},
+    products: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Dtype of the matrix products; auto measures which is fastest here for the weights' dtype."
     )
     quantize: QuantSpec = field(
         default_factory=QuantSpec,
         metadata={"help": "Quantisation of the frozen linear layers in memory.", "shorthand": "method"},
     )
-    device: str = field(default="auto", metadata={"help": "Device: auto, cpu, cuda, cuda:1 or mps."})
-    attention: Literal["auto", "varlen", "sdpa", "eager"] = field(
-        default="auto",
-        metadata={
-            "help": "Attention implementation: varlen attends row by row without padding; auto uses it where the model allows it."
-        },
+    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:1 or mps.")
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = setting(
+        "auto", "Attention implementation: varlen attends row by row without padding; auto uses it where the model allows it."
     )
-    kernels: Literal["torch", "triton"] = field(
-        default="torch",
-        metadata={
-            "help": "triton: Lorakeet's own kernels over frozen weights, on a CUDA device; not run on one yet, checked on load."
-        },
+    kernels: Literal["torch", "triton"] = setting(
+        "torch", "triton: Lorakeet's own kernels over frozen weights, on a CUDA device; not run on one yet, checked on load."
     )
-    fused_tokens: int = field(
-        default=64,
-        metadata={"help": "With triton, products of at most this many tokens dequantise the weight in the kernel."},
-    )
+    fused_tokens: int = setting(64, "With triton, products of at most this many tokens dequantise the weight in the kernel.")
 
     def identity(self, *, own_device: bool = False) -> dict[str, Any]:
         """What must be equal for a run to be resumed, but for the path, since a model is known by its content.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from lorakeet.setting import setting
 
 NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 
@@ -15,20 +17,14 @@ class QuantSpec:
     A model folder that is quantised already (NF4 of bitsandbytes, GPTQ) is recognised by its files: leave `method` at none.
     """
 
-    method: Literal["none", "nf4", "int8", "gguf"] = field(
-        default="none",
-        metadata={
-            "help": "nf4: QLoRA's 4-bit code; int8: one byte per weight; gguf: the file's own blocks; none: no quantisation."
-        },
+    method: Literal["none", "nf4", "int8", "gguf"] = setting(
+        "none", "nf4: QLoRA's 4-bit code; int8: one byte per weight; gguf: the file's own blocks; none: no quantisation."
     )
-    block_size: int = field(default=64, metadata={"help": "Weights that share one scale in nf4: 32, 64, 128, 256, 512 or 1024."})
-    double_quant: bool = field(default=True, metadata={"help": "Whether nf4 quantises its scales to 8 bits as well."})
-    head: Literal["keep", "quantize"] = field(
-        default="keep", metadata={"help": "Keep the output layer (lm_head) as it is, or quantise it too."}
-    )
-    int8_products: bool = field(
-        default=False,
-        metadata={"help": "Whether training multiplies int8 weights in int8; evaluation never does; not run on a GPU yet."},
+    block_size: int = setting(64, "Weights that share one scale in nf4: 32, 64, 128, 256, 512 or 1024.")
+    double_quant: bool = setting(True, "Whether nf4 quantises its scales to 8 bits as well.")
+    head: Literal["keep", "quantize"] = setting("keep", "Keep the output layer (lm_head) as it is, or quantise it too.")
+    int8_products: bool = setting(
+        False, "Whether training multiplies int8 weights in int8; evaluation never does; not run on a GPU yet."
     )
 
     def validate(self) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lorakeet.errors import ConfigError
+from lorakeet.setting import setting
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 _COUNT = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmb]?)", re.IGNORECASE)
@@ -17,25 +18,20 @@ _COUNT = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmb]?)", re.IGNORECASE)
 class RanksSpec:
     """Ranks as given, allocated by a score on training rows, or pruned during training."""
 
-    choose: Literal["given", "auto", "prune"] = field(
-        default="given",
-        metadata={"help": "given: by lora.rank and lora.rank_pattern; auto: by measured benefit; prune: cut during training."},
+    choose: Literal["given", "auto", "prune"] = setting(
+        "given", "given: by lora.rank and lora.rank_pattern; auto: by measured benefit; prune: cut during training."
     )
-    budget: str | None = field(
-        default=None,
-        metadata={
-            "help": "Parameters of all pairs, such as 1.5M; by default those of lora.rank (auto) or two thirds of them (prune)."
-        },
+    budget: str | None = setting(
+        None, "Parameters of all pairs, such as 1.5M; by default those of lora.rank (auto) or two thirds of them (prune)."
     )
-    score: Literal["gradient", "activation", "sensitivity"] = field(
-        default="gradient",
-        metadata={"help": "What auto scores a rank by: gradient SVD, variance of inputs (EVA), or of weight × input (CorDA)."},
+    score: Literal["gradient", "activation", "sensitivity"] = setting(
+        "gradient", "What auto scores a rank by: gradient SVD, variance of inputs (EVA), or of weight × input (CorDA)."
     )
-    rows: int = field(default=64, metadata={"help": "Training rows on which auto scores ranks."})
-    max_rank: int = field(default=64, metadata={"help": "Largest rank that auto gives a matrix."})
-    prune_from: float = field(default=0.15, metadata={"help": "Share of the steps after which prune starts to cut."})
-    prune_until: float = field(default=0.5, metadata={"help": "Share of the steps after which prune leaves the ranks unchanged."})
-    prune_cuts: int = field(default=4, metadata={"help": "Number of cuts that prune makes between the two."})
+    rows: int = setting(64, "Training rows on which auto scores ranks.")
+    max_rank: int = setting(64, "Largest rank that auto gives a matrix.")
+    prune_from: float = setting(0.15, "Share of the steps after which prune starts to cut.")
+    prune_until: float = setting(0.5, "Share of the steps after which prune leaves the ranks unchanged.")
+    prune_cuts: int = setting(4, "Number of cuts that prune makes between the two.")
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""

@@ -2,60 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
+
+from lorakeet.setting import setting
 
 
 @dataclass(frozen=True)
 class DiffusionSpec:
     """Noise, loss weights, evaluation and samples of a run with kind: image."""
 
-    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = field(
-        default="auto",
-        metadata={"help": "Prediction type of the model; auto uses that of its scheduler's configuration."},
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = setting(
+        "auto", "Prediction type of the model; auto uses that of its scheduler's configuration."
     )
-    min_snr_gamma: float = field(
-        default=0.0, metadata={"help": "Min-SNR loss weighting (arXiv 2303.09556); 5 is usual, 0 turns it off."}
+    min_snr_gamma: float = setting(0.0, "Min-SNR loss weighting (arXiv 2303.09556); 5 is usual, 0 turns it off.")
+    noise_offset: float = setting(0.0, "Share of noise that is constant per channel, for dark or bright pictures.")
+    timesteps: Literal["auto", "uniform", "logit-normal", "mode", "cosmap"] = setting(
+        "auto", "Distribution of the training timesteps; auto is logit-normal for flow models and uniform for others."
     )
-    noise_offset: float = field(
-        default=0.0, metadata={"help": "Share of noise that is constant per channel, for dark or bright pictures."}
+    prior_weight: float = setting(1.0, "Weight of the prior-preservation loss (images.prior) relative to the subject's own.")
+    text_encoder: bool = setting(False, "Adapt the text encoders as well; captions are then encoded at every step.")
+    checkpointing: bool = setting(False, "Gradient checkpointing of the UNet: less memory, more time.")
+    at_once: int = setting(4, "Pictures per micro-batch; the rows of a step are split into micro-batches.")
+    held_out_timesteps: int = setting(
+        8, "Number of fixed timesteps, with fixed noise, at which each held-out picture is evaluated."
     )
-    timesteps: Literal["auto", "uniform", "logit-normal", "mode", "cosmap"] = field(
-        default="auto",
-        metadata={"help": "Distribution of the training timesteps; auto is logit-normal for flow models and uniform for others."},
+    prompts: tuple[str, ...] = setting(
+        (), "Prompts of the report's samples; by default the first three captions of the evaluated pictures."
     )
-    prior_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the prior-preservation loss (images.prior) relative to the subject's own."}
-    )
-    text_encoder: bool = field(
-        default=False, metadata={"help": "Adapt the text encoders as well; captions are then encoded at every step."}
-    )
-    checkpointing: bool = field(default=False, metadata={"help": "Gradient checkpointing of the UNet: less memory, more time."})
-    at_once: int = field(
-        default=4, metadata={"help": "Pictures per micro-batch; the rows of a step are split into micro-batches."}
-    )
-    held_out_timesteps: int = field(
-        default=8, metadata={"help": "Number of fixed timesteps, with fixed noise, at which each held-out picture is evaluated."}
-    )
-    prompts: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "Prompts of the report's samples; by default the first three captions of the evaluated pictures."},
-    )
-    seeds: int = field(default=1, metadata={"help": "Samples per prompt and adapter weight; 0 draws none."})
-    progress: bool = field(
-        default=False, metadata={"help": "Draw the prompts, with fixed seeds, at every held-out evaluation, in RUN/progress."}
-    )
-    sample_steps: int = field(default=30, metadata={"help": "Sampling steps per sample."})
-    guidance: float | None = field(
-        default=None,
-        metadata={"help": "Classifier-free guidance scale, 1 is off; default: SD 1.x and 2.x 7.5, SDXL 5, SD3 7, FLUX 3.5."},
+    seeds: int = setting(1, "Samples per prompt and adapter weight; 0 draws none.")
+    progress: bool = setting(False, "Draw the prompts, with fixed seeds, at every held-out evaluation, in RUN/progress.")
+    sample_steps: int = setting(30, "Sampling steps per sample.")
+    guidance: float | None = setting(
+        None, "Classifier-free guidance scale, 1 is off; default: SD 1.x and 2.x 7.5, SDXL 5, SD3 7, FLUX 3.5."
     )
 
-    scorer: str = field(
-        default="",
-        metadata={
-            "help": "CLIP model (folder or hub id) that compares samples with prompts and evaluated pictures; by default none."
-        },
+    scorer: str = setting(
+        "", "CLIP model (folder or hub id) that compares samples with prompts and evaluated pictures; by default none."
     )
 
     def resolved(self, predicted: str, guidance: float) -> DiffusionSpec:

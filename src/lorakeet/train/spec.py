@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from lorakeet.setting import setting
 
 EVALUATIONS_A_RUN = 10  # when `evaluate_every` is left out
 LARGEST_SEED = 2**63 - 1  # what torch takes
@@ -14,89 +16,51 @@ LARGEST_SEED = 2**63 - 1  # what torch takes
 class TrainSpec:
     """Length, optimizer, evaluation and checkpoints of a run."""
 
-    epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows; fractions are allowed."})
-    steps: int | None = field(default=None, metadata={"help": "Optimizer steps; overrides epochs."})
-    batch_size: int = field(default=16, metadata={"help": "Rows per optimizer step."})
-    micro_tokens: int = field(
-        default=2048, metadata={"help": "Tokens per micro-batch; the rows of a step are split into micro-batches."}
+    epochs: float = setting(3.0, "Passes over the training rows; fractions are allowed.")
+    steps: int | None = setting(None, "Optimizer steps; overrides epochs.")
+    batch_size: int = setting(16, "Rows per optimizer step.")
+    micro_tokens: int = setting(2048, "Tokens per micro-batch; the rows of a step are split into micro-batches.")
+    length_grouping: bool = setting(True, "Group rows of similar length into the same step.")
+    learning_rate: float | None = setting(None, "Peak learning rate; by default it follows from the model's hidden size.")
+    rate_trial_steps: int = setting(
+        12, "Steps of a trial of half, once and twice the default learning rate, if none is given; below 8: no trial."
     )
-    length_grouping: bool = field(default=True, metadata={"help": "Group rows of similar length into the same step."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; by default it follows from the model's hidden size."}
+    b_learning_rate_ratio: float = setting(
+        1.0, "Learning rate of B relative to that of everything else; LoRA+ uses 16 (arXiv 2402.12354)."
     )
-    rate_trial_steps: int = field(
-        default=12,
-        metadata={
-            "help": "Steps of a trial of half, once and twice the default learning rate, if none is given; below 8: no trial."
-        },
+    weight_decay: float = setting(0.0, "Decoupled weight decay, as in AdamW.")
+    beta1: float = setting(0.9, "Decay rate of the optimizer's first moment, the running mean of gradients.")
+    beta2: float = setting(0.999, "Decay rate of the optimizer's second moment, the running mean of squared gradients.")
+    epsilon: float = setting(1e-8, "Added to the square root of the second moment to avoid division by zero.")
+    moments: Literal["float32", "8bit"] = setting(
+        "float32", "Dtype of the optimizer's two moments; 8bit takes a quarter of the memory (arXiv 2110.02861)."
     )
-    b_learning_rate_ratio: float = field(
-        default=1.0,
-        metadata={"help": "Learning rate of B relative to that of everything else; LoRA+ uses 16 (arXiv 2402.12354)."},
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "Learning rate schedule after the warm-up.")
+    warmup_fraction: float = setting(0.03, "Share of the steps in which the learning rate warms up.")
+    clip_norm: float = setting(1.0, "Largest norm of the gradient, beyond which it is clipped; 0 turns clipping off.")
+    head_chunk: int = setting(256, "Target tokens per chunk of the output layer.")
+    keep_prefix_states: bool = setting(
+        False, "Cache the hidden states below the lowest adapted block on disk, for all epochs and all trials of tune."
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW."})
-    beta1: float = field(
-        default=0.9, metadata={"help": "Decay rate of the optimizer's first moment, the running mean of gradients."}
+    cuda_graphs: bool = setting(
+        False, "Replay micro-batches as CUDA graphs, if the GPU would wait for the host; not run on a GPU yet."
     )
-    beta2: float = field(
-        default=0.999, metadata={"help": "Decay rate of the optimizer's second moment, the running mean of squared gradients."}
+    shard: bool = setting(
+        False, "Shard the frozen blocks over the processes of torchrun (FSDP2); if false, each process has the whole base."
     )
-    epsilon: float = field(
-        default=1e-8, metadata={"help": "Added to the square root of the second moment to avoid division by zero."}
+    evaluate_every: int | None = setting(
+        None, "Steps between held-out evaluations; by default ten per run and at least one per epoch."
     )
-    moments: Literal["float32", "8bit"] = field(
-        default="float32",
-        metadata={"help": "Dtype of the optimizer's two moments; 8bit takes a quarter of the memory (arXiv 2110.02861)."},
+    patience: int = setting(
+        5, "Stop after this many held-out evaluations in a row without improvement; 0 turns early stopping off."
     )
-    schedule: Literal["linear", "cosine", "constant"] = field(
-        default="linear", metadata={"help": "Learning rate schedule after the warm-up."}
+    min_improvement: float = setting(
+        0.0, "Smallest decrease of the held-out loss (text: nats per token) that counts as an improvement for patience."
     )
-    warmup_fraction: float = field(default=0.03, metadata={"help": "Share of the steps in which the learning rate warms up."})
-    clip_norm: float = field(
-        default=1.0, metadata={"help": "Largest norm of the gradient, beyond which it is clipped; 0 turns clipping off."}
-    )
-    head_chunk: int = field(default=256, metadata={"help": "Target tokens per chunk of the output layer."})
-    keep_prefix_states: bool = field(
-        default=False,
-        metadata={
-            "help": "Cache the hidden states below the lowest adapted block on disk, for all epochs and all trials of tune."
-        },
-    )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={"help": "Replay micro-batches as CUDA graphs, if the GPU would wait for the host; not run on a GPU yet."},
-    )
-    shard: bool = field(
-        default=False,
-        metadata={
-            "help": "Shard the frozen blocks over the processes of torchrun (FSDP2); if false, each process has the whole base."
-        },
-    )
-    evaluate_every: int | None = field(
-        default=None, metadata={"help": "Steps between held-out evaluations; by default ten per run and at least one per epoch."}
-    )
-    patience: int = field(
-        default=5,
-        metadata={"help": "Stop after this many held-out evaluations in a row without improvement; 0 turns early stopping off."},
-    )
-    min_improvement: float = field(
-        default=0.0,
-        metadata={
-            "help": "Smallest decrease of the held-out loss (text: nats per token) that counts as an improvement for patience."
-        },
-    )
-    checkpoint_every: int | None = field(
-        default=None, metadata={"help": "Steps between checkpoints; by default one at every held-out evaluation."}
-    )
-    keep_checkpoints: int = field(
-        default=2, metadata={"help": "Number of latest checkpoints to keep; the best adapter is kept as well."}
-    )
-    seed: int = field(
-        default=0, metadata={"help": "Random seed of the adapter's initialisation, the order of the rows, and dropout."}
-    )
-    log_to: Literal["none", "tensorboard", "wandb"] = field(
-        default="none", metadata={"help": "Where metrics go besides metrics.jsonl."}
-    )
+    checkpoint_every: int | None = setting(None, "Steps between checkpoints; by default one at every held-out evaluation.")
+    keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep; the best adapter is kept as well.")
+    seed: int = setting(0, "Random seed of the adapter's initialisation, the order of the rows, and dropout.")
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Where metrics go besides metrics.jsonl.")
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""

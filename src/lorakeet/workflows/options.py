@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakeet.memory.import_cost import without_triton
+from lorakeet.setting import setting
 
 __all__ = ["VERBS", "Verb", "non_default"]
 
@@ -21,26 +22,21 @@ _MEMORY = {"help": "Memory budget, such as 2GiB (default: memory.budget); weight
 class FinetuneOptions:
     """Options of `lorakeet finetune` and `quickstart`."""
 
-    resume: Path | None = field(default=None, metadata={"help": "Resume the run in this folder from its last checkpoint."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan, parameters, tokens and steps, then stop."})
-    budget: str | None = field(
-        default=None, metadata={"help": "Same as --ranks.budget: the parameters that --ranks auto or prune may use."}
-    )
-    quick: bool = field(
-        default=False, metadata={"help": "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one."}
-    )
+    resume: Path | None = setting(None, "Resume the run in this folder from its last checkpoint.")
+    dry_run: bool = setting(False, "Print the plan, parameters, tokens and steps, then stop.")
+    budget: str | None = setting(None, "Same as --ranks.budget: the parameters that --ranks auto or prune may use.")
+    quick: bool = setting(False, "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one.")
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """Options of `lorakeet plan`: short names for settings that decide a run's memory."""
 
-    rank: int | None = field(default=None, metadata={"help": "Overrides --lora.rank."})
-    tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens per row and per micro-batch; overrides --data.max_tokens and --train.micro_tokens."},
+    rank: int | None = setting(None, "Overrides --lora.rank.")
+    tokens: int | None = setting(
+        None, "Tokens per row and per micro-batch; overrides --data.max_tokens and --train.micro_tokens."
     )
-    quantize: Literal["none", "nf4", "int8"] | None = field(default=None, metadata={"help": "Overrides --model.quantize."})
+    quantize: Literal["none", "nf4", "int8"] | None = setting(None, "Overrides --model.quantize.")
 
 
 @dataclass(frozen=True)
@@ -48,17 +44,10 @@ class EvaluateOptions:
     """Options of `lorakeet evaluate`."""
 
     run_or_adapter: str = field(metadata=_RUN)
-    data: str | None = field(
-        default=None,
-        metadata={"help": "File of rows to evaluate on; the default is the run's test rows, else its held-out rows."},
-    )
-    config: Path | None = field(
-        default=None, metadata={"help": "Run file with the data and model settings; the default is the run's own."}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
-    )
-    out: Path | None = field(default=None, metadata={"help": "Folder for a report; without it no report is written."})
+    data: str | None = setting(None, "File of rows to evaluate on; the default is the run's test rows, else its held-out rows.")
+    config: Path | None = setting(None, "Run file with the data and model settings; the default is the run's own.")
+    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    out: Path | None = setting(None, "Folder for a report; without it no report is written.")
     memory: str | None = field(default=None, metadata=_MEMORY)
 
 
@@ -70,40 +59,30 @@ class MergeOptions:
         metadata={"help": "One or more run folders, or adapter folders in PEFT's layout.", "positional": True}
     )
     out: Path = field(metadata={"help": "Folder for the merged model or the combined adapter; it must not exist yet."})
-    to: Literal["auto", "model", "adapter"] = field(
-        default="auto", metadata={"help": "auto merges one adapter into its base, and combines several into one adapter."}
+    to: Literal["auto", "model", "adapter"] = setting(
+        "auto", "auto merges one adapter into its base, and combines several into one adapter."
     )
-    method: Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"] = field(
-        default="linear",
-        metadata={"help": "linear and cat are the exact weighted sum, svd a low-rank approximation; the others prune first."},
+    method: Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"] = setting(
+        "linear", "linear and cat are the exact weighted sum, svd a low-rank approximation; the others prune first."
     )
-    weights: tuple[float, ...] = field(
-        default=(), metadata={"help": "One weight per adapter, such as 0.7,0.3; the default is 1/n each."}
+    weights: tuple[float, ...] = setting((), "One weight per adapter, such as 0.7,0.3; the default is 1/n each.")
+    rank: int | None = setting(
+        None, "Rank of the combined adapter; by default exact sums stay exact, others use the largest rank given."
     )
-    rank: int | None = field(
-        default=None,
-        metadata={"help": "Rank of the combined adapter; by default exact sums stay exact, others use the largest rank given."},
+    density: float = setting(0.5, "Share of the entries that magnitude, ties, dare and della keep.")
+    seed: int = setting(0, "Random seed for dare and della.")
+    into: Literal["original", "dequantised", "auto", "packed"] = setting(
+        "auto", "Base of a quantised run's merge: auto measures both on held-out rows; packed stays quantised."
     )
-    density: float = field(default=0.5, metadata={"help": "Share of the entries that magnitude, ties, dare and della keep."})
-    seed: int = field(default=0, metadata={"help": "Random seed for dare and della."})
-    into: Literal["original", "dequantised", "auto", "packed"] = field(
-        default="auto",
-        metadata={"help": "Base of a quantised run's merge: auto measures both on held-out rows; packed stays quantised."},
+    like: str | None = setting(
+        None, "For packed: the GPTQ or NF4 folder or .gguf file whose layout is used; the default is the run's base."
     )
-    like: str | None = field(
-        default=None,
-        metadata={
-            "help": "For packed: the GPTQ or NF4 folder or .gguf file whose layout is used; the default is the run's base."
-        },
-    )
-    calibration_rows: int = field(default=64, metadata={"help": "For packed: number of training rows used for calibration."})
-    finish_steps: int = field(default=0, metadata={"help": "For packed: steps of quantisation-aware training of the adapter."})
-    keep: float = field(default=0.95, metadata={"help": "For packed: smallest share of the held-out gain that must survive."})
-    base: str | None = field(
-        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
-    )
-    dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
-        default="same", metadata={"help": "Dtype of the merged weights; same keeps the dtype of each base weight."}
+    calibration_rows: int = setting(64, "For packed: number of training rows used for calibration.")
+    finish_steps: int = setting(0, "For packed: steps of quantisation-aware training of the adapter.")
+    keep: float = setting(0.95, "For packed: smallest share of the held-out gain that must survive.")
+    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = setting(
+        "same", "Dtype of the merged weights; same keeps the dtype of each base weight."
     )
     memory: str | None = field(default=None, metadata=_MEMORY)
 
@@ -115,14 +94,11 @@ class ExtractOptions:
     tuned: str = field(metadata={"help": "The fully fine-tuned model: a folder, package:NAME or a hub id.", "positional": True})
     base: str = field(metadata={"help": "The model that it was fine-tuned from.", "positional": True})
     out: Path = field(metadata={"help": "Folder for the adapter; it must not exist yet."})
-    rank: int = field(default=16, metadata={"help": "Rank of every pair."})
-    whole: Literal["all", "none"] = field(
-        default="all",
-        metadata={"help": "Store changed embeddings, head and norms, which no low-rank pair can represent, whole or not at all."},
+    rank: int = setting(16, "Rank of every pair.")
+    whole: Literal["all", "none"] = setting(
+        "all", "Store changed embeddings, head and norms, which no low-rank pair can represent, whole or not at all."
     )
-    data: str | None = field(
-        default=None, metadata={"help": "File of rows to compare on; by default texts are sampled from the fine-tuned model."}
-    )
+    data: str | None = setting(None, "File of rows to compare on; by default texts are sampled from the fine-tuned model.")
 
 
 @dataclass(frozen=True)
@@ -138,24 +114,15 @@ class QuantizeOptions:
         }
     )
     out: Path = field(metadata={"help": "Folder for the quantised model; it must not exist yet."})
-    head: Literal["keep", "quantize"] = field(
-        default="keep", metadata={"help": "Keep the output layer (lm_head) as it is, or quantise it too."}
-    )
-    bits: int = field(default=4, metadata={"help": "Bits per weight for gptq: 2, 3, 4 or 8."})
-    group_size: int = field(default=128, metadata={"help": "Weights of a row that share a scale in gptq; -1 is the whole row."})
-    desc_act: bool = field(
-        default=False,
-        metadata={"help": "Whether gptq quantises and groups columns in order of decreasing activation (act-order)."},
-    )
-    sym: bool = field(
-        default=True, metadata={"help": "Whether gptq uses ranges symmetric around 0; if not, format gptq_v2 is written."}
-    )
-    calibration: str | None = field(default=None, metadata={"help": "File of calibration rows for gptq."})
-    calibration_rows: int = field(default=128, metadata={"help": "Use at most this many rows."})
-    calibration_tokens: int = field(default=2048, metadata={"help": "Use at most this many tokens of each row."})
-    memory: str | None = field(
-        default=None, metadata={"help": "Memory budget of the process, such as 3GiB; the result is the same."}
-    )
+    head: Literal["keep", "quantize"] = setting("keep", "Keep the output layer (lm_head) as it is, or quantise it too.")
+    bits: int = setting(4, "Bits per weight for gptq: 2, 3, 4 or 8.")
+    group_size: int = setting(128, "Weights of a row that share a scale in gptq; -1 is the whole row.")
+    desc_act: bool = setting(False, "Whether gptq quantises and groups columns in order of decreasing activation (act-order).")
+    sym: bool = setting(True, "Whether gptq uses ranges symmetric around 0; if not, format gptq_v2 is written.")
+    calibration: str | None = setting(None, "File of calibration rows for gptq.")
+    calibration_rows: int = setting(128, "Use at most this many rows.")
+    calibration_tokens: int = setting(2048, "Use at most this many tokens of each row.")
+    memory: str | None = setting(None, "Memory budget of the process, such as 3GiB; the result is the same.")
 
 
 @dataclass(frozen=True)
@@ -170,19 +137,13 @@ class ConvertOptions:
         }
     )
     to: Literal["peft", "kohya", "diffusers", "gguf", "mlx"] = field(metadata={"help": "The format to write."})
-    base: Path | None = field(
-        default=None,
-        metadata={"help": "The base model's folder or config.json: required for gguf, and the adapter is checked against it."},
+    base: Path | None = setting(
+        None, "The base model's folder or config.json: required for gguf, and the adapter is checked against it."
     )
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Compress changes that are not low-rank pairs (LoHa, LoKr; DoRA in gguf) to this rank; the error is printed."
-        },
+    rank: int | None = setting(
+        None, "Compress changes that are not low-rank pairs (LoHa, LoKr; DoRA in gguf) to this rank; the error is printed."
     )
-    error: float | None = field(
-        default=None, metadata={"help": "Compress them to the smallest rank whose relative error is at most this, such as 0.01."}
-    )
+    error: float | None = setting(None, "Compress them to the smallest rank whose relative error is at most this, such as 0.01.")
 
 
 Quant = Literal[
@@ -197,23 +158,15 @@ class ExportOptions:
 
     run_or_adapter: str = field(metadata=_RUN)
     out: Path = field(metadata={"help": "File (gguf) or folder (ollama) to write; it must not exist yet."})
-    to: Literal["gguf", "ollama"] = field(
-        default="gguf",
-        metadata={"help": "gguf: one file for llama.cpp and programs built on it; ollama: a folder with a Modelfile."},
+    to: Literal["gguf", "ollama"] = setting(
+        "gguf", "gguf: one file for llama.cpp and programs built on it; ollama: a folder with a Modelfile."
     )
-    quant: Quant = field(
-        default="f16",
-        metadata={"help": "Quantisation type of the matrices; all but the first four need llama.cpp (lorakeet[llama])."},
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
-    )
-    separate: bool = field(
-        default=False, metadata={"help": "Write base and adapter as two files instead of merging them (ollama only)."}
-    )
-    push: bool = field(default=False, metadata={"help": "Also create the model on a running Ollama server."})
-    name: str | None = field(default=None, metadata={"help": "Name of the model; the default is that of the run folder."})
-    host: str = field(default="http://127.0.0.1:11434", metadata={"help": "Address of the Ollama server for --push."})
+    quant: Quant = setting("f16", "Quantisation type of the matrices; all but the first four need llama.cpp (lorakeet[llama]).")
+    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    separate: bool = setting(False, "Write base and adapter as two files instead of merging them (ollama only).")
+    push: bool = setting(False, "Also create the model on a running Ollama server.")
+    name: str | None = setting(None, "Name of the model; the default is that of the run folder.")
+    host: str = setting("http://127.0.0.1:11434", "Address of the Ollama server for --push.")
     memory: str | None = field(default=None, metadata=_MEMORY)
 
 
@@ -222,23 +175,17 @@ class VerifyOptions:
     """Options of `lorakeet verify`."""
 
     run_or_adapter: str = field(metadata={**_RUN, "help": "A run folder or an adapter folder; with --deploy also a run file."})
-    against: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "Merged folder, .gguf model or adapter, Ollama folder, or http address (URL#NAME selects one of its models)."
-        },
+    against: tuple[str, ...] = setting(
+        (), "Merged folder, .gguf model or adapter, Ollama folder, or http address (URL#NAME selects one of its models)."
     )
-    base: str | None = field(
-        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
+    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    base_gguf: Path | None = setting(None, "GGUF file of the base, for a GGUF adapter.")
+    precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = setting(
+        "auto", "Which tolerances apply; auto reads the precision from the file, and assumes float16 for a server."
     )
-    base_gguf: Path | None = field(default=None, metadata={"help": "GGUF file of the base, for a GGUF adapter."})
-    precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = field(
-        default="auto",
-        metadata={"help": "Which tolerances apply; auto reads the precision from the file, and assumes float16 for a server."},
-    )
-    rows: int = field(default=16, metadata={"help": "Number of held-out rows to compare."})
-    deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = field(
-        default=None, metadata={"help": "Only check whether the adapter will load in this program; nothing is compared."}
+    rows: int = setting(16, "Number of held-out rows to compare.")
+    deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = setting(
+        None, "Only check whether the adapter will load in this program; nothing is compared."
     )
     memory: str | None = field(default=None, metadata=_MEMORY)
 
@@ -249,13 +196,10 @@ class GenerateOptions:
 
     prompt: tuple[str, ...] = field(metadata={"help": "Prompt of a picture; may be repeated.", "whole": True})
     out: Path = field(metadata={"help": "Folder for the pictures; it must not exist yet."})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "A folder saved by diffusers, a .safetensors file, or a hub id; the default is the adapter's base."},
+    model: str | None = setting(
+        None, "A folder saved by diffusers, a .safetensors file, or a hub id; the default is the adapter's base."
     )
-    config: str | None = field(
-        default=None, metadata={"help": "For a single .safetensors file: the folder with its configurations and tokenizer."}
-    )
+    config: str | None = setting(None, "For a single .safetensors file: the folder with its configurations and tokenizer.")
     adapter: tuple[str, ...] = field(
         default=(), metadata={"help": "NAME=PATH of a run folder or an adapter of any format; may be repeated.", "whole": True}
     )
@@ -263,62 +207,40 @@ class GenerateOptions:
         default_factory=dict,
         metadata={"help": "Adapter weights of all pictures, such as a=0.7,b=0.3; a single adapter has weight 1."},
     )
-    each: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "Adapter weights of each prompt, in order: a name, base, or names with weights such as a=0.7+b=0.3."},
+    each: tuple[str, ...] = setting(
+        (), "Adapter weights of each prompt, in order: a name, base, or names with weights such as a=0.7+b=0.3."
     )
-    count: int = field(default=1, metadata={"help": "Pictures per prompt."})
-    seed: int = field(
-        default=0, metadata={"help": "Seed of the first picture's noise; further pictures of a prompt count up from it."}
+    count: int = setting(1, "Pictures per prompt.")
+    seed: int = setting(0, "Seed of the first picture's noise; further pictures of a prompt count up from it.")
+    steps: int = setting(30, "Number of sampling steps.")
+    guidance: float | None = setting(
+        None, "Classifier-free guidance scale; 1 turns it off; the default depends on the model family."
     )
-    steps: int = field(default=30, metadata={"help": "Number of sampling steps."})
-    guidance: float | None = field(
-        default=None,
-        metadata={"help": "Classifier-free guidance scale; 1 turns it off; the default depends on the model family."},
+    negative: str = setting("", "Negative prompt.")
+    size: str | None = setting(None, "Width x height in pixels, such as 512x768; the default is the model's own.")
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = setting(
+        "auto", "Prediction type of the model; auto uses that of the adapter's run on it, else the scheduler's."
     )
-    negative: str = field(default="", metadata={"help": "Negative prompt."})
-    size: str | None = field(
-        default=None, metadata={"help": "Width x height in pixels, such as 512x768; the default is the model's own."}
-    )
-    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = field(
-        default="auto",
-        metadata={"help": "Prediction type of the model; auto uses that of the adapter's run on it, else the scheduler's."},
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={"help": "Dtype of the model."})
-    device: str = field(default="auto", metadata={"help": "Device: auto, cpu, cuda, cuda:1 or mps."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Dtype of the model.")
+    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:1 or mps.")
 
 
 @dataclass(frozen=True)
 class TuneOptions:
     """Options of `lorakeet tune`."""
 
-    results: Path | None = field(
-        default=None, metadata={"help": "Folder for the chosen settings and the report; the default is OUT-tune."}
+    results: Path | None = setting(None, "Folder for the chosen settings and the report; the default is OUT-tune.")
+    minutes: float | None = setting(None, "Stop the search after this many minutes, its confirmation included.")
+    tokens: int | None = setting(None, "Stop the search after this many training tokens, its confirmation included.")
+    quick: bool = setting(False, "Try only three learning rates: half, once and twice the run file's.")
+    together: int = setting(4, "Number of trials trained in one pass over the base.")
+    rate_factors: tuple[float, ...] = setting(RATES, "Lowest and highest learning rate, as factors of the run file's.")
+    rank_choices: tuple[int, ...] = setting(RANKS, "Ranks to choose from.")
+    target_choices: tuple[str, ...] = setting(TARGETS, "Targets to choose from, as in lora.target_modules.")
+    seeds: int | None = setting(
+        None, "Number of new seeds for the confirmation (default 3); 1 reuses the trials of the search, as --quick does."
     )
-    minutes: float | None = field(
-        default=None, metadata={"help": "Stop the search after this many minutes, its confirmation included."}
-    )
-    tokens: int | None = field(
-        default=None, metadata={"help": "Stop the search after this many training tokens, its confirmation included."}
-    )
-    quick: bool = field(default=False, metadata={"help": "Try only three learning rates: half, once and twice the run file's."})
-    together: int = field(default=4, metadata={"help": "Number of trials trained in one pass over the base."})
-    rate_factors: tuple[float, ...] = field(
-        default=RATES, metadata={"help": "Lowest and highest learning rate, as factors of the run file's."}
-    )
-    rank_choices: tuple[int, ...] = field(default=RANKS, metadata={"help": "Ranks to choose from."})
-    target_choices: tuple[str, ...] = field(
-        default=TARGETS, metadata={"help": "Targets to choose from, as in lora.target_modules."}
-    )
-    seeds: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of new seeds for the confirmation (default 3); 1 reuses the trials of the search, as --quick does."
-        },
-    )
-    difference: float = field(
-        default=0.05, metadata={"help": "Difference in nats per token that the comparison of trials should detect."}
-    )
+    difference: float = setting(0.05, "Difference in nats per token that the comparison of trials should detect.")
 
 
 @dataclass(frozen=True)
@@ -327,25 +249,17 @@ class CompressOptions:
 
     run: str = field(metadata=_RUN)
     out: Path = field(metadata={"help": "Run folder for the compressed adapter; it must not exist yet."})
-    to: str | None = field(
-        default=None,
-        metadata={"help": "Size: parameters such as 0.5M, or 'rank 8'; the default is the smallest size within --tolerance."},
+    to: str | None = setting(
+        None, "Size: parameters such as 0.5M, or 'rank 8'; the default is the smallest size within --tolerance."
     )
-    tolerance: str = field(
-        default="1%", metadata={"help": "Share of the held-out gain that may be lost, confidence interval included."}
+    tolerance: str = setting("1%", "Share of the held-out gain that may be lost, confidence interval included.")
+    rows: int = setting(256, "Number of training rows used to weight the truncation.")
+    weighting: Literal["loss", "activation", "none"] = setting(
+        "loss", "What weights the truncation: inputs and gradients (loss), inputs (activation), or nothing."
     )
-    rows: int = field(default=256, metadata={"help": "Number of training rows used to weight the truncation."})
-    weighting: Literal["loss", "activation", "none"] = field(
-        default="loss",
-        metadata={"help": "What weights the truncation: inputs and gradients (loss), inputs (activation), or nothing."},
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "The base model; the default is the one that the run or adapter names."}
-    )
-    config: Path | None = field(default=None, metadata={"help": "Run file with the data settings, for a bare adapter."})
-    memory: str | None = field(
-        default=None, metadata={"help": "Memory budget, such as 2GiB (default: memory.budget); weights are not streamed."}
-    )
+    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    config: Path | None = setting(None, "Run file with the data settings, for a bare adapter.")
+    memory: str | None = setting(None, "Memory budget, such as 2GiB (default: memory.budget); weights are not streamed.")
 
 
 @dataclass(frozen=True)
@@ -353,42 +267,32 @@ class ServeOptions:
     """Options of `lorakeet serve`."""
 
     model: str = field(metadata={"help": "The base model: a folder, a .gguf file, package:NAME or a hub id."})
-    adapter: tuple[str, ...] = field(
-        default=(), metadata={"help": "NAME=PATH of an adapter of any format or a run folder; may be repeated."}
+    adapter: tuple[str, ...] = setting((), "NAME=PATH of an adapter of any format or a run folder; may be repeated.")
+    adapters_dir: Path | None = setting(
+        None, "Folder for uploaded adapters and the list of names; adapters already in it are served too."
     )
-    adapters_dir: Path | None = field(
-        default=None,
-        metadata={"help": "Folder for uploaded adapters and the list of names; adapters already in it are served too."},
+    memory: str | None = setting(None, "Memory budget of the adapters, such as 2GiB; the others wait on disk.")
+    slots: int = setting(16, "Number of sequences generated at once.")
+    context: int | None = setting(
+        None, "Longest sequence in tokens, prompt included; the default is 2048, or less if the model takes less."
     )
-    memory: str | None = field(
-        default=None, metadata={"help": "Memory budget of the adapters, such as 2GiB; the others wait on disk."}
+    host: str = setting("127.0.0.1", "Address to listen on; any but this machine's own requires --keys.")
+    port: int = setting(8000, "Port to listen on; 0 picks a free one.")
+    keys: Path | None = setting(None, "JSON file of API keys, with the adapters that each may use.")
+    queue: int = setting(256, "Number of requests that may wait; further requests are answered with 429.")
+    timeout: float = setting(600.0, "Seconds that one request may take.")
+    upload_limit: str = setting("1GiB", "Largest file that may be uploaded.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Dtype of the base; auto uses bfloat16 if the processor supports it."
     )
-    slots: int = field(default=16, metadata={"help": "Number of sequences generated at once."})
-    context: int | None = field(
-        default=None,
-        metadata={"help": "Longest sequence in tokens, prompt included; the default is 2048, or less if the model takes less."},
+    quantize: Literal["none", "nf4", "int8"] = setting("none", "Quantisation of the base in memory.")
+    kernels: Literal["torch", "triton"] = setting(
+        "torch", "triton uses Lorakeet's own kernels on a CUDA device; they were not run on one yet."
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; any but this machine's own requires --keys."})
-    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 picks a free one."})
-    keys: Path | None = field(default=None, metadata={"help": "JSON file of API keys, with the adapters that each may use."})
-    queue: int = field(
-        default=256, metadata={"help": "Number of requests that may wait; further requests are answered with 429."}
+    engine: Literal["lorakeet", "vllm"] = setting(
+        "lorakeet", "vllm checks the adapters against vLLM's limits and prints the vLLM command."
     )
-    timeout: float = field(default=600.0, metadata={"help": "Seconds that one request may take."})
-    upload_limit: str = field(default="1GiB", metadata={"help": "Largest file that may be uploaded."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Dtype of the base; auto uses bfloat16 if the processor supports it."}
-    )
-    quantize: Literal["none", "nf4", "int8"] = field(default="none", metadata={"help": "Quantisation of the base in memory."})
-    kernels: Literal["torch", "triton"] = field(
-        default="torch", metadata={"help": "triton uses Lorakeet's own kernels on a CUDA device; they were not run on one yet."}
-    )
-    engine: Literal["lorakeet", "vllm"] = field(
-        default="lorakeet", metadata={"help": "vllm checks the adapters against vLLM's limits and prints the vLLM command."}
-    )
-    out: Path | None = field(
-        default=None, metadata={"help": "For --engine vllm: folder for corrected copies of adapters that vLLM would misread."}
-    )
+    out: Path | None = setting(None, "For --engine vllm: folder for corrected copies of adapters that vLLM would misread.")
 
 
 @dataclass(frozen=True)

@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from lorakeet.setting import setting
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """How pictures become training examples, in a run with kind: image."""
 
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of a square example in pixels; by default the model's own."}
+    resolution: int | None = setting(None, "Side of a square example in pixels; by default the model's own.")
+    buckets: bool = setting(True, "Bucket pictures by aspect ratio; if false, every example is a square.")
+    bucket_step: int | None = setting(
+        None, "Sides of examples are multiples of this many pixels; by default what the model requires."
     )
-    buckets: bool = field(
-        default=True, metadata={"help": "Bucket pictures by aspect ratio; if false, every example is a square."}
+    crops: int = setting(1, "Crops per picture: the first from its centre, the others at positions drawn once.")
+    flip: bool = setting(False, "Also train on mirrored pictures; not for text, faces or anything one-sided.")
+    caption: str = setting("", "Caption of pictures without their own, such as 'a photo of sks dog'.")
+    caption_dropout: float = setting(0.1, "Share of training examples without caption, as classifier-free guidance requires.")
+    prior: str = setting("", "Folder of pictures of the subject's class, trained on as well so that the class is preserved.")
+    prior_caption: str = setting(
+        "", "Caption of the class pictures, such as 'a photo of a dog'; without a folder the base generates them."
     )
-    bucket_step: int | None = field(
-        default=None,
-        metadata={"help": "Sides of examples are multiples of this many pixels; by default what the model requires."},
+    prior_count: int = setting(100, "Number of class pictures that the base generates.")
+    smallest: int = setting(32, "Leave out pictures with a side below this many pixels; 0 keeps all.")
+    near_duplicates: int = setting(
+        8, "Bits of a 256-bit hash in which a copy may differ, before pixels are compared; 0 finds equal ones only."
     )
-    crops: int = field(
-        default=1, metadata={"help": "Crops per picture: the first from its centre, the others at positions drawn once."}
-    )
-    flip: bool = field(
-        default=False, metadata={"help": "Also train on mirrored pictures; not for text, faces or anything one-sided."}
-    )
-    caption: str = field(default="", metadata={"help": "Caption of pictures without their own, such as 'a photo of sks dog'."})
-    caption_dropout: float = field(
-        default=0.1, metadata={"help": "Share of training examples without caption, as classifier-free guidance requires."}
-    )
-    prior: str = field(
-        default="",
-        metadata={"help": "Folder of pictures of the subject's class, trained on as well so that the class is preserved."},
-    )
-    prior_caption: str = field(
-        default="",
-        metadata={"help": "Caption of the class pictures, such as 'a photo of a dog'; without a folder the base generates them."},
-    )
-    prior_count: int = field(default=100, metadata={"help": "Number of class pictures that the base generates."})
-    smallest: int = field(default=32, metadata={"help": "Leave out pictures with a side below this many pixels; 0 keeps all."})
-    near_duplicates: int = field(
-        default=8,
-        metadata={
-            "help": "Bits of a 256-bit hash in which a copy may differ, before pixels are compared; 0 finds equal ones only."
-        },
-    )
-    cache: str = field(
-        default="", metadata={"help": "Folder for cached latents and text embeddings; by default the user's cache folder."}
-    )
+    cache: str = setting("", "Folder for cached latents and text embeddings; by default the user's cache folder.")
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""
