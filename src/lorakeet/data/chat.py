@@ -89,9 +89,7 @@ class Encoder:
         if cut:
             ids, supervised = ids[: self.spec.max_tokens], supervised[: self.spec.max_tokens]
         if not supervised.any():
-            raise DataError(
-                f"{row.source}: no target token is left; expected an answer, or a text of at least two tokens."
-            )
+            raise DataError(f"{row.source}: no target token is left; expected an answer, or a text of at least two tokens.")
         return Example(ids, supervised, row.key, label, truncated=cut or fitted.row is not row)
 
     def candidates(self, row: Row) -> Candidates | None:

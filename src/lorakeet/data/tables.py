@@ -127,9 +127,7 @@ def _checked(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:
         yield from reader
     except csv.Error as error:
         number = getattr(reader, "line_num", 0)
-        raise DataError(
-            f"{name}:{number}: {error}; expected closed double quotes, and doubled quotes inside a field."
-        ) from error
+        raise DataError(f"{name}:{number}: {error}; expected closed double quotes, and doubled quotes inside a field.") from error
 
 
 @contextmanager

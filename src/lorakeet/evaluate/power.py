@@ -60,9 +60,7 @@ def rows_below(rows: int, half_width: float, margin: float, confidence: float) -
     return math.ceil(rows * (likely * half_width / margin) ** 2)
 
 
-def paired_power(
-    losses: Floats, tokens: Floats, *, confidence: float, groups: Sequence[Hashable] | None = None
-) -> PairedPower:
+def paired_power(losses: Floats, tokens: Floats, *, confidence: float, groups: Sequence[Hashable] | None = None) -> PairedPower:
     """From one system's summed losses (n,) and tokens (n,): sd of a row's difference is √(2·(1 − ρ)) times that of its loss.
 
     The loss per token is a ratio r = Σl/Σt, so a row counts by its residual (l − r·t)/mean(t); with `groups`, a group does.

@@ -35,10 +35,7 @@ class Architecture:
 
 
 _SLIDING = (("attention.sliding_window", "sliding_window"),)
-_CAPS = (
-    ("attn_logit_softcapping", "attn_logit_softcapping"),
-    ("final_logit_softcapping", "final_logit_softcapping"),
-)
+_CAPS = (("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping", "final_logit_softcapping"))
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama"),
     "mistral": Architecture("llama"),
@@ -148,9 +145,7 @@ def _check_gemma(text: Mapping[str, Any], kind: str, head_dim: int, problems: Pr
         problems.add(f"layer_types is {types[:6]}…; llama.cpp lets every {every}th block attend to all tokens, the others slide.")
 
 
-def _rope(
-    text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim: int, problems: Problems
-) -> dict[str, Tensor]:
+def _rope(text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim: int, problems: Problems) -> dict[str, Tensor]:
     """Adds rotary settings to `found`, and returns the factor tensors that llama.cpp reads beside the weights."""
     parameters = text.get("rope_parameters") or {}
     full = parameters.get("full_attention", parameters)

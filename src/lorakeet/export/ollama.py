@@ -84,5 +84,5 @@ def describe_template(tokenizer: Any, *, system: str, adapter: bool, say: Callab
 
 def _quoted(what: str, text: str) -> str:
     if '"""' in text:
-        raise ConfigError(f'{what} of the Modelfile would have three quotation marks in a row, which end it: {text[:80]!r}.')
+        raise ConfigError(f"{what} of the Modelfile would have three quotation marks in a row, which end it: {text[:80]!r}.")
     return f'"""{text}"""'

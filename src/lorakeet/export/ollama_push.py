@@ -69,9 +69,7 @@ class _PushServer:
         kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
         return kind(str(self.parts.hostname), self.parts.port, timeout=_TIMEOUT)
 
-    def _request(
-        self, method: str, path: str, body: Any = None, **headers: str
-    ) -> tuple[http.client.HTTPConnection, Any]:
+    def _request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[http.client.HTTPConnection, Any]:
         connection = self._connection()
         try:
             connection.request(method, self.parts.path.rstrip("/") + path, body=body, headers=headers)

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from lorakeet.export.go_template import render_go
 
-_USER, _ANSWER, _QUESTION, _RULE = "Why is it so?", "Because.", "And \"now\"? 3 > 2", "Be brief."
+_USER, _ANSWER, _QUESTION, _RULE = "Why is it so?", "Because.", 'And "now"? 3 > 2', "Be brief."
 SAMPLES: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", _USER),),
     (("user", _USER), ("assistant", _ANSWER), ("user", _QUESTION)),
@@ -48,7 +48,8 @@ def _instructions(before: str, after: str, answer: str, system: str) -> str:
 
 _FIRST_USER = "{{ if and $.System (eq $i 1) }}{{ $.System }}\n\n{{ end }}"
 _GEMMA = (
-    '{{- range $i, $m := .Messages }}{{ if eq .Role "user" }}<start_of_turn>user\n' + _FIRST_USER
+    '{{- range $i, $m := .Messages }}{{ if eq .Role "user" }}<start_of_turn>user\n'
+    + _FIRST_USER
     + "{{ .Content }}<end_of_turn>\n"
     '{{ else if eq .Role "assistant" }}<start_of_turn>model\n{{ .Content }}<end_of_turn>\n{{ end }}{{ end }}'
     "<start_of_turn>model\n"
@@ -134,5 +135,3 @@ def render_conversation(template: str, conversation: Sequence[tuple[str, str]]) 
     messages = [{"Role": role, "Content": content} for role, content in conversation]
     system = "\n\n".join(content for role, content in conversation if role == "system")
     return render_go(template, {"Messages": messages, "System": system, "Response": ""})
-
-

@@ -105,9 +105,7 @@ METHODS = {
 }
 
 
-def combine_changes(
-    method: Method, parts: Sequence[Contribution], *, density: float, total: float | None = None
-) -> Tensor:
+def combine_changes(method: Method, parts: Sequence[Contribution], *, density: float, total: float | None = None) -> Tensor:
     """Combines the ΔW (out, in) of the adapters that change this matrix.
 
     `total` is Σ |w_i| over all adapters, also those that do not change this matrix; by default over `parts`. At most three

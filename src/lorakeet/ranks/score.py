@@ -31,17 +31,13 @@ def sketch_plan(plan: Plan, largest: int) -> Plan:
 
 def _sketch_entry(entry: PlanEntry, largest: int) -> PlanEntry:
     rank = min(largest + OVERSAMPLING, entry.largest_rank)
-    return replace(
-        entry, rank=rank, alpha=float(rank), scale_rule="alpha/rank", variant="lora", start="kaiming", dropout=0.0
-    )
+    return replace(entry, rank=rank, alpha=float(rank), scale_rule="alpha/rank", variant="lora", start="kaiming", dropout=0.0)
 
 
 Halves = tuple[dict[str, Tensor], dict[str, Tensor]]  # by path, Bᵀ·G (…, rank, in) of each half of the rows
 
 
-def gradient_halves(
-    plan: Plan, parameters: Mapping[str, nn.Parameter], backward: Callable[[int], None], *, seed: int
-) -> Halves:
+def gradient_halves(plan: Plan, parameters: Mapping[str, nn.Parameter], backward: Callable[[int], None], *, seed: int) -> Halves:
     """Bᵀ·G of each half of the rows, where B is an orthonormal basis of the sketched range of the first half's G.
 
     `plan` is the `sketch_plan`, `parameters` its pairs in the model (PATH.A, PATH.B), and `backward(half)` adds the gradients of
@@ -154,13 +150,7 @@ def activation_directions(sketches: Mapping[str, Sketch], ranks: Mapping[str, in
 
 
 def sketch_states(
-    model: nn.Module,
-    plan: Plan,
-    forward: Callable[[], None],
-    *,
-    of: Literal["input", "output"],
-    largest: int,
-    seed: int,
+    model: nn.Module, plan: Plan, forward: Callable[[], None], *, of: Literal["input", "output"], largest: int, seed: int
 ) -> dict[str, Sketch]:
     """By path, a sketch of the second moment of the matrix's inputs x, or outputs W·x; `forward()` runs the bare model.
 

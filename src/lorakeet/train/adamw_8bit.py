@@ -25,9 +25,7 @@ _DECADES = 7
 class AdamW8bit(torch.optim.Optimizer):
     """torch's AdamW with its moments stored in 8 bits."""
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -69,9 +67,7 @@ def _first_state(parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def _advance(
-    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]
-) -> None:
+def _advance(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]) -> None:
     """AdamW's step (https://arxiv.org/abs/1711.05101) in place, on tensors of one shape: m and v, then the parameter."""
     beta1, beta2 = group["betas"]
     rate, steps = group["lr"], step.to(parameter.device)

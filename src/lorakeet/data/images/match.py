@@ -179,8 +179,7 @@ def _tangents(pictures: Floats) -> Floats:
     tall = place[:, None]
     across, down = pictures @ _SLOPE[side].T * side, _SLOPE[side] @ pictures * side
     found = np.stack(
-        [pictures, np.ones_like(pictures), across - across * place, across * place, down - down * tall, down * tall],
-        1,
+        [pictures, np.ones_like(pictures), across - across * place, across * place, down - down * tall, down * tall], 1
     )
     return np.asarray(found.reshape(-1, 6, side * side), np.float32)
 

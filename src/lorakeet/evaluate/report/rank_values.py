@@ -60,8 +60,7 @@ class RankMap:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """An adapter cut to `parameters`: its gain over the base in nats per token, and its comparison with the adapter as trained.
-    """
+    """An adapter cut to `parameters`: its gain over the base in nats per token, and its comparison with the adapter as trained."""
 
     name: str
     parameters: int

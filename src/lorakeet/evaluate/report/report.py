@@ -46,12 +46,7 @@ __all__ = [
 ]
 
 Role = Literal["adapter", "base", "floor"]
-OUTCOMES = {
-    "fixed": "adapter fixed",
-    "broke": "adapter broke",
-    "both-wrong": "both wrong",
-    "both-right": "both right",
-}
+OUTCOMES = {"fixed": "adapter fixed", "broke": "adapter broke", "both-wrong": "both wrong", "both-right": "both right"}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def is_dense(slots: Mapping[str, Tensor]) -> bool:
 
 
 def algorithm(slots: Mapping[str, Tensor]) -> str:
-    """"LoHa" or "LoKr"."""
+    """ "LoHa" or "LoKr"."""
     return "LoHa" if any(name in slots for name in LOHA) else "LoKr"
 
 

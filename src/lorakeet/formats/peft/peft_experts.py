@@ -63,10 +63,7 @@ def unpack_experts(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor] | s
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] % rank or A.shape[0] != B.shape[1]:
         return f"has A {tuple(A.shape)} and B {tuple(B.shape)}; expected (experts·{rank}, in) and (out, {rank}·experts)"
     experts = A.shape[0] // rank
-    return (
-        A.reshape(experts, rank, A.shape[1]).contiguous(),
-        B.reshape(B.shape[0], rank, experts).permute(2, 0, 1).contiguous(),
-    )
+    return (A.reshape(experts, rank, A.shape[1]).contiguous(), B.reshape(B.shape[0], rank, experts).permute(2, 0, 1).contiguous())
 
 
 def pack_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
