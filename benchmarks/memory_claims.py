@@ -50,7 +50,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import Outcome, train
-from lorakeet.train.progress import Record, Silent
+from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
@@ -91,7 +91,7 @@ CLAIMS = {
 OVERHEAD = Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=2, budget=4 << 30, layers=4)
 
 
-class Clock(Silent):
+class Clock(Reporter):
     """The seconds of each step."""
 
     def __init__(self) -> None:

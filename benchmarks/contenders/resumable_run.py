@@ -14,7 +14,7 @@ from contenders.quickstart_workload import quickstart
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.loop import Training
-from lorakeet.train.progress import Silent
+from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
 
@@ -58,7 +58,7 @@ def _training(given: argparse.Namespace) -> Training:  # type: ignore[type-arg]
     setup = assemble_text(replace(config, train=spec), Console(stderr=True))
     task = text_task(setup, held_out=setup.held_out.examples[:HELD_OUT])
     run = RunFolder.open(given.run) if given.resume else RunFolder.create(given.run)
-    return Training(task, spec, run=run, report=Silent())
+    return Training(task, spec, run=run, report=Reporter())
 
 
 def _seconds_of_a_save(training: Training) -> float:  # type: ignore[type-arg]

@@ -21,13 +21,13 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.models.inject import adapter_of
     from lorakeet.models.text.cached_states import cached_states
     from lorakeet.train.loop import train
-    from lorakeet.train.progress import Record, Silent
+    from lorakeet.train.progress import Record, Reporter
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text.task import TextTask
     from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 
 
-class StepRecorder(Silent):
+class StepRecorder(Reporter):
     """Hands each step of the loop to the log."""
 
     def __init__(self, log: StepLog) -> None:

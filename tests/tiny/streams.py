@@ -17,7 +17,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import train
-from lorakeet.train.progress import Record, Silent
+from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
@@ -49,7 +49,7 @@ def loaded(
     return load_text_model(spec, store=store, slots=slots, say=lambda _: None)
 
 
-class Losses(Silent):
+class Losses(Reporter):
     """Keeps every loss of a run, on training and on held-out rows."""
 
     def __init__(self) -> None:

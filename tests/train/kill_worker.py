@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lorakeet.errors import LorakeetError
 from lorakeet.train.loop import train
-from lorakeet.train.progress import Silent
+from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from tiny.forked import serve
@@ -26,7 +26,7 @@ SPEC = TrainSpec(
 )
 
 
-class Loud(Silent):
+class Loud(Reporter):
     def say(self, text: str) -> None:
         print(text, file=sys.stderr)
 

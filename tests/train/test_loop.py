@@ -22,7 +22,7 @@ from lorakeet.train import checkpoint
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import Outcome, kept_text, train
-from lorakeet.train.progress import Record, Silent
+from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import EarlyStopping
@@ -55,7 +55,7 @@ def adapter_bytes(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((path / "adapter").iterdir())}
 
 
-class StopAt(Silent):
+class StopAt(Reporter):
     """Asks for a stop as if Ctrl-C had been pressed during a step."""
 
     def __init__(self, step: int) -> None:
@@ -149,7 +149,7 @@ def test_the_last_partial_step_is_stepped(tmp_path: Path) -> None:
     task = TinyTask(spec, rows=10, held_out=0, dropout=0.0)
     before: list[Tensor] = []
 
-    class Watching(Silent):
+    class Watching(Reporter):
         def step(self, record: Record) -> None:
             before.append(task.parameters()["second.B"].detach().clone())
 
@@ -184,7 +184,7 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     task.losses = iter([9.0, 5.0, 4.0, 4.5, 4.0, 4.2])
     kept: dict[int, dict[str, Tensor]] = {}
 
-    class Watching(Silent):
+    class Watching(Reporter):
         def step(self, record: Record) -> None:
             kept[int(record["step"] or 0)] = {name: p.detach().clone() for name, p in task.parameters().items()}
 
@@ -388,7 +388,7 @@ def test_metrics_are_json_lines(tmp_path: Path) -> None:
 def test_a_broken_memory_budget_is_said_once_and_a_kept_one_never(tmp_path: Path) -> None:
     for name, budget, times in (("broken", 1, 1), ("kept", 1 << 50, 0)):
         said: list[str] = []
-        report = Silent()
+        report = Reporter()
         report.say = said.append  # type: ignore[method-assign]
         train(TinyTask(SPEC), SPEC, run=RunFolder.create(tmp_path / name), report=report, budget=budget)
         assert len([line for line in said if "above the budget of 1" in line]) == times
@@ -410,7 +410,7 @@ def test_under_a_budget_on_a_cuda_device_its_memory_is_what_counts(tmp_path: Pat
     monkeypatch.setattr("lorakeet.train.loop.cuda_device_of", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr("lorakeet.train.loop.gpu_peak_bytes", lambda _: 1234)
     said: list[str] = []
-    report = Silent()
+    report = Reporter()
     report.say = said.append  # type: ignore[method-assign]
     outcome = train(TinyTask(SPEC), SPEC, run=RunFolder.create(tmp_path / "run"), report=report, budget=1233)
     assert outcome.peak_bytes == 1234

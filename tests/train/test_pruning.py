@@ -20,7 +20,7 @@ from lorakeet.train import checkpoint
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import Outcome, train
-from lorakeet.train.progress import Record, Silent
+from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.pruning import Pruning, cut_text
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
@@ -34,7 +34,7 @@ CUTS = {4: 7 * A_TERM - 1, 7: 3 * A_TERM}  # of 8 terms at first: 6, then 3
 TIMES = {"tokens_per_second", "seconds", "memory_bytes"}
 
 
-class Steps(Silent):
+class Steps(Reporter):
     """Asks for a stop in one step, and keeps what was said."""
 
     def __init__(self, stop: int = 0) -> None:

@@ -41,13 +41,11 @@ class StepOrder:
     def indices(self, step: int) -> list[int]:
         """The rows of step `step`, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._epoch_order(epoch)
-        return [int(row) for row in order[position * self.batch_size : (position + 1) * self.batch_size]]
-
-    def _epoch_order(self, epoch: int) -> Order:
         if self.lengths is None:
-            return _shuffled(self.rows, self.seed, epoch)
-        return _grouped(self.lengths, self.batch_size, self.seed, epoch)
+            order = _shuffled(self.rows, self.seed, epoch)
+        else:
+            order = _grouped(self.lengths, self.batch_size, self.seed, epoch)
+        return [int(row) for row in order[position * self.batch_size : (position + 1) * self.batch_size]]
 
 
 def distribute_rows(lengths: Sequence[int], parts: int) -> list[list[int]]:

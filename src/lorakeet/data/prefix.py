@@ -79,7 +79,7 @@ DEPTH = 16  # deepest nesting of prefixes
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Limits of a batch: `tokens` computed and target tokens each, `times` as many in all; a forward pass costs `a_pass` tokens."""
+    """Limits of a batch: `tokens` computed and target tokens each, `times` as many in all; a pass costs `a_pass` tokens."""
 
     tokens: int
     times: int = 1

@@ -169,18 +169,14 @@ def _message(message: object, number: int, spec: DataSpec) -> Turn:
         raise _Unusable(f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}.{guess}")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
-        content = _text_parts(content, number)
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        if len(texts) != len(content):
+            raise _Unusable(f"message {number} has parts that are not text; expected text only.")
+        content = "".join(texts)
     content = _clean(content, spec) if isinstance(content, str) else content
     if not isinstance(content, str) or not content.strip():
         raise _Unusable(f"message {number} ({role}) has no text; remove it or fill its 'content'.")
     return Turn(role, content, supervised=role == "assistant" and message.get("weight", 1) != 0)
-
-
-def _text_parts(parts: list[Any], number: int) -> str:
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    if len(texts) != len(parts):
-        raise _Unusable(f"message {number} has parts that are not text; expected text only.")
-    return "".join(texts)
 
 
 def _as_list(value: object) -> list[Any]:

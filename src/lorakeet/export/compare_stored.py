@@ -66,7 +66,9 @@ def _compare(base: RowSource | None, wanted: RowSource, stored: RowSource) -> St
     shape = tuple(wanted.shape)
     if tuple(stored.shape) != shape:
         return StoredTensor(0.0, 0.0, math.inf, 0.0)
-    if base is not None and (tuple(base.shape) != shape or _equal(base, wanted)):
+    if base is not None and tuple(base.shape) != shape:
+        base = None
+    if isinstance(base, Tensor) and isinstance(wanted, Tensor) and torch.equal(base, wanted):
         base = None
     wanted, stored, base = as_matrix(wanted), as_matrix(stored), None if base is None else as_matrix(base)
     error = size = change = moved = both = 0.0  # sums of squares; the last of products
@@ -82,11 +84,6 @@ def _compare(base: RowSource | None, wanted: RowSource, stored: RowSource) -> St
         return StoredTensor(math.nan, 0.0, rounding, 0.0)
     noise = math.sqrt(error / change)
     return StoredTensor(both / change, noise / math.sqrt(math.prod(shape)), rounding, math.sqrt(moved / change), noise)
-
-
-def _equal(one: RowSource, other: RowSource) -> bool:
-    """True if both are in memory and equal."""
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
 
 
 def _squares(tensor: Tensor) -> float:

@@ -53,7 +53,7 @@ def write_model(
     """
     require_new(out)
     shards = _shards(parts, shard_bytes)
-    shapes = {file: _shapes(shard) for file, shard in shards.items()}
+    shapes = {file: {name: stored for part in shard for name, stored in part.shapes.items()} for file, shard in shards.items()}
     needed = sum(stored_bytes(found, _METADATA) for found in shapes.values())
     needed += sum(file.stat().st_size for file in along)
     with new_output(out, needed, "The model") as partial:
@@ -106,7 +106,3 @@ def _shards(parts: Sequence[TensorGroup], most: int) -> dict[str, list[TensorGro
     if len(files) == 1:
         return {SINGLE: files[0]}
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": shard for number, shard in enumerate(files, 1)}
-
-
-def _shapes(shard: Sequence[TensorGroup]) -> Shapes:
-    return {name: stored for part in shard for name, stored in part.shapes.items()}

@@ -65,12 +65,9 @@ class _PushServer:
             raise ConfigError(f"--host is '{host}'; expected an address such as {DEFAULT_HOST}.")
         self.host, self.parts = host, parts
 
-    def _connection(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-        return kind(str(self.parts.hostname), self.parts.port, timeout=_TIMEOUT)
-
     def _request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[http.client.HTTPConnection, Any]:
-        connection = self._connection()
+        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(str(self.parts.hostname), self.parts.port, timeout=_TIMEOUT)
         try:
             connection.request(method, self.parts.path.rstrip("/") + path, body=body, headers=headers)
             return connection, connection.getresponse()

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from lorakeet.core.adapter import Adapter
-from lorakeet.core.math import Kind, ScaleRule
-from lorakeet.core.plan import Plan
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.plan import Plan, PlanEntry
 
 Runtime = Literal["vllm", "llama.cpp", "ollama", "peft"]
 Feature = Literal[
@@ -74,19 +73,6 @@ LIMITS: tuple[Limit, ...] = (
 )
 
 
-class _Pair(Protocol):
-    """The common attributes of a planned and a finished pair."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def scale_rule(self) -> ScaleRule: ...
-    @property
-    def kind(self) -> Kind: ...
-
-
 def features_of_plan(plan: Plan, *, tied: bool, auto: int = 0) -> frozenset[Feature]:
     """The features of an adapter of this plan, before it is trained; `tied` as in `features_of_adapter`.
 
@@ -132,7 +118,7 @@ def limits_of(runtime: Runtime, features: Iterable[Feature]) -> tuple[Limit, ...
     return tuple(sorted(found, key=lambda limit: order[limit.effect]))
 
 
-def _features(pairs: Mapping[str, _Pair], tied: bool) -> set[Feature]:
+def _features(pairs: Mapping[str, Pair | PlanEntry], tied: bool) -> set[Feature]:
     every = pairs.values()
     kinds = {pair.kind for pair in every}
     checks: tuple[tuple[Feature, bool], ...] = (

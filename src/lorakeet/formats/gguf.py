@@ -130,7 +130,9 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unu
     ConfigError names what a GGUF adapter cannot hold. The caller renames the file into place.
     """
     check_supported(adapter, "gguf", kinds=("linear", "conv1d"), dora=False, folds=True)
-    layout = _layout(adapter, base)
+    if base is None:
+        raise ConfigError("A GGUF adapter has its base's names and head counts; name the base: --base FOLDER or its config.json.")
+    layout = gguf_layout_of(base.config(), base.path)
     names = {module: name for name, module in layout.names().items()}
     problems = Problems("The adapter cannot be written as gguf")
     for module, pair in adapter.pairs.items():
@@ -140,7 +142,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unu
         elif heads and pair.B.shape[0] % (2 * heads):
             rows = pair.B.shape[0]
             problems.add(f"{module} has {rows} rows, which {heads} heads do not share evenly; is --base the right model?")
-    if "lm_head" in adapter.pairs and base is not None and base.config().get("tie_word_embeddings"):
+    if "lm_head" in adapter.pairs and base.config().get("tie_word_embeddings"):
         problems.add("lm_head shares its weight with the embedding in this base, so GGUF has no tensor for its pair. Merge it.")
     problems.raise_if_any()
     alphas = {float(torch.tensor(alpha_for(pair.scale, pair.rank))) for pair in adapter.pairs.values()}
@@ -151,7 +153,8 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unu
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     if alpha:
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    writer.add_string(_NOTE, _note(adapter, layout))
+    note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata_without_peft(adapter)}
+    writer.add_string(_NOTE, json.dumps(note, sort_keys=True, ensure_ascii=False))
     for module, pair in sorted(adapter.pairs.items()):
         B = pair.B.float() if alpha else pair.B.float() * pair.scale
         heads = layout.heads_of(module)
@@ -163,20 +166,9 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unu
     writer.close()
 
 
-def _layout(adapter: Adapter, base: BaseModel | None) -> GgufLayout:
-    if base is None:
-        raise ConfigError("A GGUF adapter has its base's names and head counts; name the base: --base FOLDER or its config.json.")
-    return gguf_layout_of(base.config(), base.path)
-
-
 def _array(tensor: Tensor) -> NDArray[Any]:
     array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
     return array
-
-
-def _note(adapter: Adapter, layout: GgufLayout) -> str:
-    note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata_without_peft(adapter)}
-    return json.dumps(note, sort_keys=True, ensure_ascii=False)
 
 
 def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Adapter:
@@ -250,16 +242,9 @@ def _layout_for(path: Path, architecture: str, note: Mapping[str, Any], base: Ba
     if base is not None:
         layout = gguf_layout_of(base.config(), base.path)
     elif isinstance(note.get("layout"), dict):
-        own = note["layout"]
-        layout = gguf_layout_of(
-            {
-                "model_type": own.get("model_type"),
-                "num_hidden_layers": own.get("blocks"),
-                "num_attention_heads": own.get("heads"),
-                "num_key_value_heads": own.get("kv_heads"),
-            },
-            f"{path}: {_NOTE}",
-        )
+        keys = {"blocks": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+        config = {keys.get(name, name): value for name, value in note["layout"].items()}
+        layout = gguf_layout_of(config, f"{path}: {_NOTE}")
     else:
         raise ConfigError(
             f"{path} is for the architecture {architecture!r} and does not say how many blocks and heads its base has. "

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError
 from lorakeet.formats.limits import check_supported
 
@@ -39,11 +39,9 @@ def max_rank(adapter: Adapter) -> int:
 def uniform(adapter: Adapter) -> Adapter:
     """The same ΔW with one rank and scale 1 everywhere: A and B are padded with zeros, and B contains the scale."""
     rank = max(pair.rank for pair in adapter.pairs.values())
-    return replace(adapter, pairs={path: _filled(pair, rank) for path, pair in adapter.pairs.items()})
-
-
-def _filled(pair: Pair, rank: int) -> Pair:
-    missing = rank - pair.rank
-    A = torch.nn.functional.pad(pair.A.float(), (0, 0, 0, missing))
-    B = torch.nn.functional.pad(pair.B.float() * pair.scale, (0, missing))
-    return replace(pair, A=A, B=B, alpha=float(rank), scale_rule="alpha/rank")
+    pairs = {}
+    for path, pair in adapter.pairs.items():
+        A = torch.nn.functional.pad(pair.A.float(), (0, 0, 0, rank - pair.rank))
+        B = torch.nn.functional.pad(pair.B.float() * pair.scale, (0, rank - pair.rank))
+        pairs[path] = replace(pair, A=A, B=B, alpha=float(rank), scale_rule="alpha/rank")
+    return replace(adapter, pairs=pairs)

@@ -41,7 +41,7 @@ Change = Callable[[str, int], Tensor]  # path and number of the expert to ΔW (o
 
 @dataclass
 class Edit:
-    """The changes of one tensor: `steps` are applied in order, in fp32; `shape` is the result's; `source` is the tensor to read."""
+    """The changes of one tensor: `steps` are applied in order, in fp32; `shape` is the result's, `source` the tensor to read."""
 
     source: str
     shape: tuple[int, ...]

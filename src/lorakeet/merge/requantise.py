@@ -24,7 +24,7 @@ Scales = Literal["kept", "fitted"]
 
 @dataclass(frozen=True)
 class Latent:
-    """The start of quantisation-aware training: a grid, and the numbers before rounding. Each is as large as the weight in fp32."""
+    """The start of quantisation-aware training: a grid, and the numbers before rounding, each as large as the weight in fp32."""
 
     grid: FixedGrid
     numbers: Tensor  # (out, in) fp32, before rounding, with the adjustments for earlier errors

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lorakeet.errors import DataError, EnvironmentProblem
 
@@ -33,7 +33,8 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Appends one record; NaN and infinity become null."""
-        line = (json.dumps({key: _number(value) for key, value in record.items()}) + "\n").encode()
+        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
+        line = (json.dumps(finite) + "\n").encode()
         self._file.write(line)
         self._file.flush()
         self.offset += len(line)
@@ -55,26 +56,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]  # after the last newline: empty, or half a record
 
 
-class Sink(Protocol):
-    """A further destination of records."""
-
-    def write(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def require_sink(log_to: str) -> None:
     """Raises EnvironmentProblem if the package of `train.log_to` is not installed."""
     extra = {"tensorboard": "track", "wandb": "wandb"}.get(log_to)
     if extra is not None and find_spec(log_to) is None:
         raise _missing(log_to, extra)
-
-
-def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:
-    """The sink that `train.log_to` names, for the run in `folder`, continued after `step`; None for "none"."""
-    if log_to == "tensorboard":
-        return TensorBoardSink(folder, step=step)
-    return WandbSink(folder) if log_to == "wandb" else None
 
 
 class TensorBoardSink:
@@ -115,12 +101,18 @@ class WandbSink:
         self._run.finish()
 
 
+Sink = TensorBoardSink | WandbSink  # a further destination of records
+
+
+def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:
+    """The sink that `train.log_to` names, for the run in `folder`, continued after `step`; None for "none"."""
+    if log_to == "tensorboard":
+        return TensorBoardSink(folder, step=step)
+    return WandbSink(folder) if log_to == "wandb" else None
+
+
 def _missing(log_to: str, extra: str) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"train.log_to is {log_to}, but the package {log_to} is not installed. "
         f"Install it with: pip install 'lorakeet[{extra}]'; or set train.log_to to none."
     )
-
-
-def _number(value: float | int | None) -> float | int | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -35,7 +35,7 @@ from lorakeet.train.log import MetricsLog, Sink, sink_for
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.processes import ProcessLost
-from lorakeet.train.progress import Record, Reporter, Silent
+from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.pruning import cut_text
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
@@ -78,7 +78,7 @@ def train(
     RunStopped after Ctrl-C, for a non-finite loss and when another process died, EnvironmentProblem for a full disk,
     VerificationFailed if a trained tensor gets no gradient, ConfigError if a run is resumed with other settings.
     """
-    training = Training(task, spec, run=run, report=report or Silent())
+    training = Training(task, spec, run=run, report=report or Reporter())
     release_free_memory()  # freed after reading rows and weights
     if budget is None:
         keep_freed_memory()
@@ -109,7 +109,7 @@ class Training(Generic[BatchT]):
 
     def __init__(self, task: Task[BatchT], spec: TrainSpec, *, run: RunFolder, report: Reporter) -> None:
         self.task, self.spec, self.run, self.processes = task, spec, run, task.processes
-        self.report = report if self.processes.first else Silent()
+        self.report = report if self.processes.first else Reporter()
         self.parameters = task.parameters()
         self.optimizer = Optimizer(self.parameters, spec)
         self.learning_rate = spec.learning_rate if spec.learning_rate is not None else task.learning_rate

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -26,8 +25,8 @@ class Words:
 TEXT, PICTURES = Words(), Words("pictures", "pictures")
 
 
-class Reporter(Protocol):
-    """Receives the events of a run."""
+class Reporter:
+    """Receives the events of a run; this one prints nothing, those below print."""
 
     def begin(self, total: int, *, done: int) -> None: ...
 
@@ -40,21 +39,7 @@ class Reporter(Protocol):
     def close(self) -> None: ...
 
 
-class Silent:
-    """Prints nothing."""
-
-    def begin(self, total: int, *, done: int) -> None: ...
-
-    def step(self, record: Record) -> None: ...
-
-    def held_out(self, record: Record) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Bar:
+class Bar(Reporter):
     """One line at the bottom of a terminal: loss, held-out loss, tokens or pictures per second, memory, time left."""
 
     def __init__(self, console: Console, words: Words = TEXT) -> None:
@@ -88,7 +73,7 @@ class Bar:
         self._bar.stop()
 
 
-class Lines:
+class Lines(Reporter):
     """At most one plain line every `every` seconds, and one for each held-out evaluation."""
 
     def __init__(self, console: Console, words: Words = TEXT, *, every: float = 30.0) -> None:
@@ -112,13 +97,11 @@ class Lines:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def close(self) -> None: ...
-
 
 def reporter_for(console: Console, *, words: Words = TEXT, machine: bool = False) -> Reporter:
     """A bar in a terminal, lines elsewhere, nothing for a machine (`--json`)."""
     if machine:
-        return Silent()
+        return Reporter()
     return Bar(console, words) if console.is_terminal else Lines(console, words)
 
 

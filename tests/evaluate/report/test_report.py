@@ -20,7 +20,16 @@ from lorakeet.evaluate.compare import Paired
 from lorakeet.evaluate.intervals import Estimate, proportion
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report import charts
-from lorakeet.evaluate.report.image import METRIC, PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, too_few, with_distances
+from lorakeet.evaluate.report.compose import (
+    METRIC,
+    PROMPT_DISTANCE,
+    STYLE_DISTANCE,
+    classification_report,
+    denoising_report,
+    language_report,
+    too_few,
+    with_distances,
+)
 from lorakeet.evaluate.report.rank_values import CurvePoint, RankCell, RankCurve, RankMap, Search, TrialResult, curve_plot
 from lorakeet.evaluate.report.report import (
     ChartPoint,
@@ -35,7 +44,6 @@ from lorakeet.evaluate.report.report import (
     write_report,
 )
 from lorakeet.evaluate.report.samples import Memorisation, Near, Sample, SampleGrid, SampleRow, nearest_distances
-from lorakeet.evaluate.report.text import classification_report, language_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import from_text, to_text
 

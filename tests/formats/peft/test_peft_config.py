@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.peft import peft as lorakeet_peft
 from lorakeet.formats.peft import peft_config
+from lorakeet.formats.peft.peft_config import MOST_STEPS, pattern_problem, steps_of
 from tiny.adapters import random_pair
 from tiny.dense import fold_into
 from tiny.models import tiny_model
@@ -249,3 +251,43 @@ def test_another_rank_than_the_configuration_s_is_not_called_an_empty_file(tmp_p
         lorakeet_peft.read(tmp_path)
     assert "has rank 4 on disk, but adapter_config.json says 7" in str(caught.value)
     assert "holds no tensor" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "steps"),
+    [
+        ("q_proj", 1),
+        ("a|b|c", 3),
+        ("(a|b)(c|d)", 4),
+        ("a?", 2),
+        ("a?b?", 4),
+        ("a{3}", 1),
+        ("a{2,5}", 4),
+        (".*", 128),
+        (r".*\.(q|v)_proj", 256),
+        (r"[+*?]\+\*", 1),
+        ("(a+)+", math.inf),
+        ("(a|b)*", math.inf),
+        ("(a?)+", math.inf),
+        ("(?#x)", math.inf),
+    ],
+)
+def test_ways_multiply_in_a_row_add_up_as_alternatives_and_have_no_end_where_repetitions_nest(key: str, steps: float) -> None:
+    assert steps_of(key) == steps
+
+
+def test_what_is_let_through_is_quick_on_a_long_path() -> None:
+    path = "model." + "layers.0." * 20 + "q_proj!"
+    for key in (".*a.*b.*c", r"(?:model\.)?.*\.(?:q|k|v)_proj", ".*.*.*x"):
+        assert pattern_problem(key, key) == "" and steps_of(key) <= MOST_STEPS
+        began = time.perf_counter()
+        re.fullmatch(key, path)
+        assert time.perf_counter() - began < 5
+
+
+def test_the_problem_is_named() -> None:
+    assert "may take for ever" in pattern_problem("(a+)+$", "(a+)+$")
+    assert "1,001 characters long" in pattern_problem("a" * 1001, "a")
+    assert "is not a regular expression" in pattern_problem("(", "(")
+    assert "is not a regular expression" in pattern_problem("a", "(a"), "as it is used"
+    assert pattern_problem(".*.*.*.*.*b", "x") != "" == pattern_problem(".*.*.*.*.*b", "x", most_steps=math.inf)

@@ -26,7 +26,7 @@ from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
-from lorakeet.train.progress import Silent
+from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from tiny.pictures import album
@@ -190,7 +190,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_sdxl_folder: Path, cache: Path
     whole = new_task(tiny_sdxl_folder, cache, spec=spec, dropout=0.2)
     train(whole, spec, run=RunFolder.create(tmp_path / "whole"))
 
-    class AfterThree(Silent):
+    class AfterThree(Reporter):
         def step(self, record: object) -> None:
             if record["step"] == 3:  # type: ignore[index]
                 stop.requested = "Ctrl-C"
@@ -257,7 +257,7 @@ def test_a_true_overflow_is_left_out_and_a_resumed_run_ends_in_the_same_bits(
     assert 2 <= outcome.skipped_steps <= 8 and outcome.loss_scale == 2.0 ** (23 - outcome.skipped_steps)
     assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss
 
-    class AfterOne(Silent):
+    class AfterOne(Reporter):
         def step(self, record: object) -> None:
             if record["step"] == 1:  # type: ignore[index]
                 stop.requested = "Ctrl-C"

@@ -33,8 +33,16 @@ from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text import multi_adapter
-from lorakeet.train.text.joint_batches import SMALL, Group, groups_of, join_batches, merge_groups
-from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
+from lorakeet.train.text.multi_adapter import (
+    SMALL,
+    Group,
+    Member,
+    MultiAdapterTraining,
+    groups_of,
+    join_batches,
+    merge_groups,
+    train_many,
+)
 from lorakeet.train.text.task import TextTask
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import save_tiny_llama
@@ -156,7 +164,7 @@ def test_steps_that_are_not_small_are_those_of_single_runs_to_the_last_bit(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in several micro-batches; and no member's gradients are held while the next one's are made."""
-    monkeypatch.setattr("lorakeet.train.text.joint_batches.SMALL", 0)
+    monkeypatch.setattr("lorakeet.train.text.multi_adapter.SMALL", 0)
     text, members = together(tiny_llama_folder, "abc", micro_tokens=24)
     held = []
     usual = multi_adapter.batch_seeds
@@ -210,7 +218,7 @@ def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(
     tmp_path: Path, together: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, and whichever steps share a pass."""
-    monkeypatch.setattr("lorakeet.train.text.joint_batches.SMALL", small)
+    monkeypatch.setattr("lorakeet.train.text.multi_adapter.SMALL", small)
     folder, found = save_tiny_llama(tmp_path / "model", num_hidden_layers=3), []
     for store in (None, tmp_path / "store"):
         text, members = streamed_or_not(folder, store, "abc")

@@ -22,7 +22,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.loop import train
-from lorakeet.train.progress import Record, Silent
+from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec, learning_rate_for
 from lorakeet.train.text.task import TextTask
@@ -113,7 +113,7 @@ def test_it_learns_and_resumes_to_the_bit(tiny_llama_folder: Path, tmp_path: Pat
 
     stop = Interrupt()
 
-    class Stopping(Silent):
+    class Stopping(Reporter):
         def step(self, record: Record) -> None:
             if record["step"] == 3:
                 stop.request("Ctrl-C")

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.data.images.split import evaluation_groups
-from lorakeet.evaluate.report.image import denoising_report
+from lorakeet.evaluate.report.compose import denoising_report
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, trained_parameters

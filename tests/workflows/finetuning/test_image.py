@@ -22,7 +22,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.peft import peft
 from lorakeet.train.checkpoint import require_same
-from lorakeet.train.progress import Record, Silent
+from lorakeet.train.progress import Record, Reporter
 from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetune import FinetuneResult, finetune
 from lorakeet.workflows.finetuning import assemble_image, image
@@ -229,7 +229,7 @@ def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder
         finetune(other, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
 
 
-class _AfterThree(Silent):
+class _AfterThree(Reporter):
     def step(self, record: Record) -> None:
         if record["step"] == 3:
             signal.raise_signal(signal.SIGINT)

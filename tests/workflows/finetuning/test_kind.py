@@ -23,8 +23,8 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.report import Report, read_report
-from lorakeet.evaluate.report.text import language_report
 from lorakeet.train.processes import ALONE
 from lorakeet.train.task import HeldOut, Size, gradients_by_batch
 from lorakeet.workflows.finetune import FinetuneResult, finetune

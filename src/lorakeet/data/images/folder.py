@@ -71,7 +71,8 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
     endings = _readable()
     found = _files(folder, (*endings, *NOT_READ))
     files = [path for path in found if path.suffix.lower() in endings]
-    skipped = _not_read([path.relative_to(folder).as_posix() for path in found if path.suffix.lower() not in endings])
+    others = [path.relative_to(folder).as_posix() for path in found if path.suffix.lower() not in endings]
+    skipped = [f"{_named(others, 'file')} of an unsupported format and left out; convert to JPEG or PNG."] if others else []
     if not files:
         raise DataError(f"{folder} has no picture ({', '.join(endings)}).{''.join(f' {line}' for line in skipped)}")
     captions = _listed_captions(folder)
@@ -209,10 +210,10 @@ def fit_remarks(rows: Sequence[ImageRow], sizes: list[tuple[int, int]]) -> list[
     return found
 
 
-def _named(names: Sequence[str], what: str, shown: int = 3) -> str:
-    """The count, the first few names and the verb."""
-    more = ", …" if len(names) > shown else ""
-    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(names[:shown])}{more}) {'are' if len(names) > 1 else 'is'}"
+def _named(names: Sequence[str], what: str) -> str:
+    """The count, the first three names and the verb."""
+    more = ", …" if len(names) > 3 else ""
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more}) {'are' if len(names) > 1 else 'is'}"
 
 
 def _readable() -> tuple[str, ...]:
@@ -220,10 +221,6 @@ def _readable() -> tuple[str, ...]:
     image_module, _ = _pillow()
     known = image_module.registered_extensions()
     return (*ENDINGS, *(ending for ending in IF_BUILT_IN if known.get(ending) in image_module.OPEN))
-
-
-def _not_read(names: Sequence[str]) -> list[str]:
-    return [f"{_named(names, 'file')} of an unsupported format and left out; convert to JPEG or PNG."] if names else []
 
 
 def _row(

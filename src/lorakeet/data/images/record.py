@@ -101,7 +101,8 @@ def recorded_images(
 def _again(folder: Path, known: Sequence[RecordedImage], spec: ImageSpec, problems: Problems) -> tuple[ImageRow, ...]:
     """The known pictures in order, found by name, else under another name in the same folder; adds a problem if missing."""
     rows = list(read_named(folder, [one.file for one in known], spec))
-    right = {one.file for one, row in zip(known, rows, strict=True) if _is(one, row)}
+    shown = (None if row is None else (row.pixels_key, row.caption) for row in rows)
+    right = {one.file for one, content in zip(known, shown, strict=True) if content == one.content}
     missing = [place for place, one in enumerate(known) if one.file not in right]
     if missing:
         others = [name for name in names_in(folder) if name not in right]
@@ -111,10 +112,6 @@ def _again(folder: Path, known: Sequence[RecordedImage], spec: ImageSpec, proble
             if rows[place] is None:
                 problems.add(_difference(folder, known[place], now))
     return tuple(row for row in rows if row is not None)
-
-
-def _is(one: RecordedImage, row: ImageRow | None) -> bool:
-    return row is not None and (row.pixels_key, row.caption) == one.content
 
 
 def _difference(folder: Path, one: RecordedImage, now: ImageRow | None) -> str:

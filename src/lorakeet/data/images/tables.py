@@ -42,7 +42,8 @@ def unpack_pictures(name: str, into: Path, *, limit: int | None = None) -> Path:
     partial.mkdir(parents=True)
     found, lines = hashlib.sha256(), []
     for number, (content, caption) in enumerate(_pictures(name, limit), start=1):
-        file = f"{number:06}{_ending(content)}"
+        ending = next((ending for magic, ending in _MAGIC.items() if content.startswith(magic)), ".png")
+        file = f"{number:06}{ending}"
         (partial / file).write_bytes(content)
         line = json.dumps({"file_name": file, **({} if caption is None else {"text": caption})}, ensure_ascii=False)
         lines += [] if caption is None else [line]
@@ -90,7 +91,3 @@ def _bytes_of(value: Any) -> bytes | None:
         value.save(buffer, format="PNG", exif=value.getexif())
         return buffer.getvalue()
     return None
-
-
-def _ending(content: bytes) -> str:
-    return next((ending for magic, ending in _MAGIC.items() if content.startswith(magic)), ".png")

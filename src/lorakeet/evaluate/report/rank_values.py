@@ -60,7 +60,7 @@ class RankMap:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """An adapter cut to `parameters`: its gain over the base in nats per token, and its comparison with the adapter as trained."""
+    """An adapter cut to `parameters`: its gain over the base in nats per token, and how it compares with the one as trained."""
 
     name: str
     parameters: int

@@ -19,31 +19,12 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import charts
-from lorakeet.evaluate.report.charts import ChartPoint, Curves
+from lorakeet.evaluate.report.charts import Curves
 from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
 from lorakeet.evaluate.report.samples import Memorisation, SampleGrid
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
-
-__all__ = [
-    "OUTCOMES",
-    "ChartPoint",
-    "Command",
-    "Curves",
-    "Drift",
-    "Leak",
-    "MemoryUse",
-    "Reliability",
-    "Report",
-    "Role",
-    "ScoredAnswer",
-    "SideBySide",
-    "SystemResult",
-    "read_report",
-    "render_html",
-    "write_report",
-]
 
 Role = Literal["adapter", "base", "floor"]
 OUTCOMES = {"fixed": "adapter fixed", "broke": "adapter broke", "both-wrong": "both wrong", "both-right": "both right"}
@@ -218,7 +199,7 @@ def render_html(report: Report) -> str:
         metrics=_metrics_shown(report),
         confidence=next((item.confidence for item in _estimates(report)), 0.95),
         seeds=sorted({item.seed for item in _estimates(report) if item.seed is not None}),
-        pairs=_main_pair(report),
+        pairs=next((item for item in report.comparisons if item.paired is not None), None),  # whose row counts are drawn
         differences=_differences(report),
         outcome_counts=Counter(row.outcome for row in report.rows),
         truths=list(dict.fromkeys(row.truth for row in report.rows)),
@@ -243,8 +224,3 @@ def _differences(report: Report) -> list[tuple[str, list[Comparison]]]:
     for comparison in report.comparisons:
         found.setdefault(comparison.metric, []).append(comparison)
     return list(found.items())
-
-
-def _main_pair(report: Report) -> Comparison | None:
-    """The comparison whose row counts are drawn: the first that has them."""
-    return next((comparison for comparison in report.comparisons if comparison.paired is not None), None)

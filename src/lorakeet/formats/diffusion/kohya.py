@@ -72,7 +72,8 @@ def read(path: Path, *, base: BaseModel | None = None, compression: CompressionT
     problems = Problems(f"The adapter in {path} cannot be read", DataError)
     groups = _groups(read_tensors(file, problems), path, problems)
     _check_alphas(groups, path, problems)
-    known = _modules(base)
+    flat_of_base = flat_keys(() if base is None else base.weights)
+    known = {**transformer_keys(), **{key: (path,) for key, path in flat_of_base.items()}}  # modules by key
     pairs: dict[str, Pair] = {}
     dense: dict[str, Mapping[str, Tensor]] = {}
     for key, slots in groups.items():
@@ -103,11 +104,6 @@ def read(path: Path, *, base: BaseModel | None = None, compression: CompressionT
     if dropped := sorted(set(file.metadata) & set(_HASHES)):
         say(f"Left out {', '.join(dropped)}: hashes of a file that is written anew.")
     return Adapter(dict(sorted(pairs.items())), base=metadata.get("ss_sd_model_name", ""), metadata=metadata)
-
-
-def _modules(base: BaseModel | None) -> dict[str, tuple[str, ...]]:
-    """From every known key, and those of `base`, to the modules that its tensors are for."""
-    return {**transformer_keys(), **{key: (path,) for key, path in flat_keys(() if base is None else base.weights).items()}}
 
 
 def _unknown(key: str, known: Iterable[str], base: BaseModel | None) -> str:

@@ -19,16 +19,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair, Places, TokenRows
 from lorakeet.core.math import Kind
 from lorakeet.errors import DataError, Problems
-from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors, save_text
+from lorakeet.formats.files.lru_cache import LruCache
+from lorakeet.formats.files.safetensors_file import Header, SafeFile, open_safetensors, save_tensors, save_text
 from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
 from lorakeet.formats.limits import metadata_without_peft
 from lorakeet.formats.peft import peft_experts
@@ -41,7 +43,6 @@ from lorakeet.formats.peft.peft_config import (
     config_text,
     read_peft_config,
 )
-from lorakeet.formats.peft.shared_layout import LAYOUTS, Names, shared_layout_of
 
 MODEL_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -329,3 +330,58 @@ def _note_for(adapter: Adapter) -> dict[str, Any]:
     }
     own = metadata_without_peft(adapter)
     return note | ({"tokens": tokens} if tokens else {}) | ({"metadata": own} if own else {})
+
+
+Names = tuple[str, str, str, str]  # of the tensors A, B, magnitude and bias of a pair in a file
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """An adapter without its numbers, shared by all adapters with equal configuration and header.
+
+    A server loads hundreds of adapters that differ only in their numbers. For the first of them, the layout is parsed and
+    checked: which tensor is A or B of which layer, with which rank and scale. The others only fill in numbers.
+    """
+
+    outline: FlatPairsLayout
+    base: str
+    metadata: Mapping[str, str]
+
+    def filled(self, file: SafeFile) -> Adapter | None:
+        """The adapter with the numbers of `file`, whose header has this layout.
+
+        None if its tensors must be read one by one: some number is not finite, or the dtypes differ.
+        """
+        numbers = file.numbers() if file.finite else None
+        if numbers is None:
+            return None
+        return Adapter(FlatPairs(self.outline, numbers), base=self.base, metadata=dict(self.metadata))
+
+
+def shared_layout_of(adapter: Adapter, header: Header, names: Mapping[str, Names]) -> SharedLayout | None:
+    """The layout of an `adapter` read from a file with this `header`, in which the pairs have these `names`.
+
+    None unless the adapter consists of exactly the tensors of the file, unchanged.
+    """
+    if adapter.extras or adapter.token_rows or not adapter.pairs or header.has_empty:
+        return None
+    places = {name: place for place, name in enumerate(header.order)}
+    pairs: dict[str, Pair] = {}
+    found: dict[str, Places] = {}
+    for path, pair in adapter.pairs.items():
+        tensors = (pair.A, pair.B, pair.magnitude, pair.bias)
+        at = tuple(None if tensor is None else places.get(name) for name, tensor in zip(names[path], tensors, strict=True))
+        for place, tensor in zip(at, tensors, strict=True):
+            if tensor is not None and (place is None or tensor.shape != header.outline[place].shape):
+                return None
+        found[path] = cast(Places, at)
+        A, B, magnitude, bias = (None if place is None else header.outline[place] for place in at)
+        pairs[path] = replace(pair, A=cast(Tensor, A), B=cast(Tensor, B), magnitude=magnitude, bias=bias)
+    used = [place for at in found.values() for place in at if place is not None]
+    if sorted(used) != list(range(len(places))):
+        return None
+    outline = FlatPairsLayout(pairs, found, header.outline)
+    return SharedLayout(outline, adapter.base, dict(adapter.metadata))
+
+
+LAYOUTS: LruCache[tuple[bytes, Header], SharedLayout] = LruCache(8)  # by the bytes of the configuration, and the header

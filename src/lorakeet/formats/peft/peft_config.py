@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.adapter import Adapter
 from lorakeet.core.math import ScaleRule, alpha_for
 from lorakeet.core.spec import pattern_value
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.components import of_image_model
 from lorakeet.formats.files.json_object import parse_object, read_bytes
 from lorakeet.formats.files.lru_cache import LruCache
-from lorakeet.formats.peft.regex_cost import pattern_problem
 
 CONFIG_NAME = "adapter_config.json"
 NO_TARGETS = "dummy-target-modules"  # in PEFT, for an adapter without pairs
@@ -220,6 +219,10 @@ def _texts(value: Any) -> bool:
 
 def _parse(data: dict[str, Any]) -> PeftConfig:
     tokens = data.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        tokens = {name: tuple(ids) for name, ids in tokens.items()}
+    elif tokens is not None:
+        tokens = tuple(tokens)
     targets = data.get("target_modules") or []
     metadata = {"task_type": str(data.get("task_type") or "")}
     if data.get("revision"):
@@ -237,16 +240,10 @@ def _parse(data: dict[str, Any]) -> PeftConfig:
         fan_in_fan_out=bool(data.get("fan_in_fan_out")),
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         target_parameters=tuple(data.get("target_parameters") or ()),
-        token_ids=_token_ids(tokens),
+        token_ids=tokens,
         base=str(data.get("base_model_name_or_path") or ""),
         metadata=metadata,
     )
-
-
-def _token_ids(tokens: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    if isinstance(tokens, dict):
-        return {name: tuple(ids) for name, ids in tokens.items()}
-    return None if tokens is None else tuple(tokens)
 
 
 def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
@@ -258,7 +255,10 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
     """
     rule = _frequent([pair.scale_rule for pair in adapter.pairs.values()], "alpha/rank")
     ranks = {path: pair.rank for path, pair in adapter.pairs.items()}
-    alphas = {path: _alpha(pair, rule) for path, pair in adapter.pairs.items()}
+    alphas = {
+        path: pair.alpha if pair.scale_rule == rule else alpha_for(pair.scale, pair.rank, rule)
+        for path, pair in adapter.pairs.items()
+    }
     rank, alpha = _frequent(list(ranks.values()), 8), _frequent(list(alphas.values()), 8.0)
     kinds = {pair.kind for pair in adapter.pairs.values()}
     modules = sorted(path for path, pair in adapter.pairs.items() if pair.kind != "experts")
@@ -293,10 +293,6 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
     if adapter.token_rows:
         data["trainable_token_indices"] = {path: list(rows.ids) for path, rows in sorted(adapter.token_rows.items())}
     return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _alpha(pair: Pair, rule: ScaleRule) -> float:
-    return pair.alpha if pair.scale_rule == rule else alpha_for(pair.scale, pair.rank, rule)
 
 
 def _frequent(values: list[Any], default: Any) -> Any:
@@ -340,3 +336,72 @@ def check_writable(adapter: Adapter) -> None:
         if len(rows.ids) != rows.rows.shape[0]:
             problems.add(f"{path} has {len(rows.ids)} token ids and {rows.rows.shape[0]} rows.")
     problems.raise_if_any()
+
+
+MOST_STEPS = 1e8  # three repetitions, with some alternatives
+_LONGEST_KEY = 1000
+_STEPS_OF_A_REPETITION = 128.0
+_TOKEN = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P<\w+>|\(\?<?[:=!]|\(\?[aimsuL-]+[:)]|\(\??|(?P<repeat>(?:[*+?]|\{(?:\d+,?\d*|,\d*)\})[?+]?)|.",
+    re.DOTALL,
+)
+
+
+def pattern_problem(key: str, used: str, *, most_steps: float = MOST_STEPS) -> str:
+    """What is wrong with the regular expression `key`, which is matched as `used`; an empty string if it is safe.
+
+    Python's matcher backtracks, so (a+)+$ on a path of 60 characters takes practically for ever. An adapter's file may have such
+    a key, by malice or by accident. `most_steps`: infinity accepts all but repetitions within repetitions.
+    """
+    if len(key) > _LONGEST_KEY:
+        return f"which is {len(key):,} characters long; expected at most {_LONGEST_KEY:,}. Split it into several."
+    try:
+        re.compile(key)
+        re.compile(used)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"which is not a regular expression: {error}."
+    if (steps := steps_of(key)) > most_steps or steps == math.inf:
+        return (
+            "which may take for ever to match: expected at most three repetitions in a row, no repetition of a group that holds "
+            "repetitions or alternatives, and no rare kind of (?…). Use simpler keys, such as 'layers.0.q_proj' for one module."
+        )
+    return ""
+
+
+def steps_of(key: str) -> float:
+    """An upper bound of the ways to match the regular expression `key` on a long path; infinite for nested repetitions.
+
+    Consecutive parts multiply, alternatives add, and a repetition counts as the length of a path.
+    """
+    groups = [(0.0, 1.0, 1.0)]  # by open group: finished alternatives, the present one without its last part, that part
+    for match in _TOKEN.finditer(key):
+        token, (done, before, last) = match[0], groups[-1]
+        if match["repeat"]:
+            low, high = _times(token)
+            if high > 1 and last > 1:
+                return math.inf
+            last = last + 1 if (low, high) == (0, 1) else max(last, min(high - low + 1, _STEPS_OF_A_REPETITION))
+            groups[-1] = (done, before, last)
+        elif token == "|":
+            groups[-1] = (done + before * last, 1.0, 1.0)
+        elif token == ")":
+            groups.pop()
+            outer_done, outer_before, outer_last = groups[-1]
+            groups[-1] = (outer_done, outer_before * outer_last, done + before * last)
+        elif token == "(?":
+            return math.inf
+        elif token.startswith("(") and not token.endswith(")"):
+            groups.append((0.0, 1.0, 1.0))
+        else:
+            groups[-1] = (done, before * last, 1.0)
+    done, before, last = groups[0]
+    return done + before * last
+
+
+def _times(token: str) -> tuple[float, float]:
+    """The least and the largest number of repetitions of the quantifier `token`."""
+    if token[0] != "{":
+        return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[token[0]]
+    low, comma, high = token.rstrip("?+")[1:-1].partition(",")
+    least = float(low or 0)
+    return least, float(high or math.inf) if comma else least

@@ -18,7 +18,7 @@ from lorakeet.data.images.record import recorded_images
 from lorakeet.data.images.split import ImageDataset, load_images
 from lorakeet.data.split import read_split_record
 from lorakeet.errors import Problems
-from lorakeet.evaluate.report.image import too_few
+from lorakeet.evaluate.report.compose import too_few
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.kinds import ENCODERS
 from lorakeet.models.image.latent_cache import Captions, EncodedImage, Sizes, cache_in, encode_images

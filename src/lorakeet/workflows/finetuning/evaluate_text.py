@@ -17,8 +17,8 @@ from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
 from lorakeet.evaluate.likelihood import RowLosses, label_log_probs
+from lorakeet.evaluate.report.compose import classification_report, language_report
 from lorakeet.evaluate.report.report import Drift, Report
-from lorakeet.evaluate.report.text import classification_report, language_report
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import label_scores, row_losses
 from lorakeet.models.inject import activate

@@ -10,8 +10,9 @@ from typing import Any
 from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
-from lorakeet.evaluate.report.report import ChartPoint, Curves, Leak, MemoryUse, Report
+from lorakeet.evaluate.report.report import Leak, MemoryUse, Report
 from lorakeet.memory.cuda import CONTEXT, bytes_beside_torch, gpu_peak_bytes
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.ranks.allocate import pair_parameters

@@ -48,7 +48,7 @@ from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.log import MetricsLog, Record
 from lorakeet.train.loop import Training
-from lorakeet.train.progress import Silent
+from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import Task
@@ -339,7 +339,7 @@ def training_on(
 
 def silent_training(task: Task[Any], spec: TrainSpec) -> Training[Any]:
     """A Training of `task`, ready to `step`, that writes nothing."""
-    training = Training(task, spec, run=RunFolder(Path()), report=Silent())
+    training = Training(task, spec, run=RunFolder(Path()), report=Reporter())
     training.memory, training.metrics = PeakMemory(), Nowhere()
     training.earlier_seconds = training.started = 0.0
     return training

@@ -1,0 +1,180 @@
+"""Composes the report of a run from the answers or losses of its systems; runs add their facts with `replace`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import Answers, confusion, measure
+from lorakeet.evaluate.calibration import reliability
+from lorakeet.evaluate.compare import compare_answers, compare_losses
+from lorakeet.evaluate.likelihood import RowLosses, measure_losses
+from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.verdict import verdict_of
+
+METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "style_distance"  # of image runs
+
+
+def classification_report(
+    title: str,
+    *,
+    adapter: Answers,
+    base: Answers,
+    floors: Sequence[Answers] = (),
+    texts: Sequence[str],
+    sources: Sequence[str] = (),
+    spec: EvaluateSpec,
+) -> Report:
+    """A report with systems, comparisons, verdict, confusion matrices, calibration and rows side by side.
+
+    The adapter is compared with its base and with the last of `floors` (majority class first, TF-IDF, the strongest, last).
+    """
+    _same_length(len(adapter.truth), texts, sources)
+    roles: list[tuple[Answers, Role]] = [(adapter, "adapter"), (base, "base"), *((floor, "floor") for floor in reversed(floors))]
+    systems = tuple(SystemResult(answers.system, role, measure(answers, spec), answers.note) for answers, role in roles)
+    rivals = [base, *floors[-1:]]
+    comparisons = tuple(found for rival in rivals for found in compare_answers(adapter, rival, spec))
+    chosen, named = _rows_to_show(base.correct.astype(int) * 2 + adapter.correct, spec), sources or [""] * len(texts)
+    return Report(
+        title,
+        task="classification",
+        systems=systems,
+        comparisons=comparisons,
+        verdict=verdict_of(comparisons),
+        confusions=(confusion(base, spec), confusion(adapter, spec)),
+        reliabilities=tuple(
+            Reliability(answers.system, role, reliability(answers.confidence, answers.correct, spec=spec))
+            for answers, role in (roles[1], roles[0])
+        ),
+        rows=tuple(
+            SideBySide(texts[row], adapter.labels[adapter.truth[row]], _reply(base, row), _reply(adapter, row), named[row])
+            for row in chosen
+        ),
+        rows_of=len(texts),
+    )
+
+
+def language_report(
+    title: str,
+    *,
+    adapter: RowLosses,
+    base: RowLosses,
+    texts: Sequence[str],
+    truths: Sequence[str],
+    sources: Sequence[str] = (),
+    spec: EvaluateSpec,
+) -> Report:
+    """A report on rows of any kind: loss, perplexity, paired difference, verdict and rows with the largest changes in loss."""
+    _same_length(len(adapter.tokens), texts, sources)
+    roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
+    comparison = compare_losses(adapter, base, spec)
+    return Report(
+        title,
+        task="language",
+        systems=tuple(SystemResult(rows.system, role, measure_losses(rows, spec)) for rows, role in roles),
+        comparisons=(comparison,),
+        verdict=verdict_of((comparison,)),
+        rows=_largest_changes(adapter, base, texts, truths, sources, spec),
+        rows_of=len(texts),
+    )
+
+
+def denoising_report(
+    title: str, *, adapter: RowLosses, base: RowLosses, captions: Sequence[str], sources: Sequence[str], spec: EvaluateSpec
+) -> Report:
+    """The loss of each system with its interval, the paired difference and the verdict; a row is a picture.
+
+    `losses` are sums of squared errors over fixed timesteps, `tokens` the number of timesteps.
+    """
+    roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
+    comparison = replace(compare_losses(adapter, base, spec), metric=METRIC)
+    independent = len(captions) if adapter.groups is None else len(set(adapter.groups))
+    return Report(
+        title,
+        task="image",
+        systems=tuple(SystemResult(rows.system, role, {METRIC: measure_losses(rows, spec)["loss"]}) for rows, role in roles),
+        comparisons=(comparison,),
+        verdict=verdict_of((comparison,)),
+        rows=_largest_changes(adapter, base, captions, sources, sources, spec),
+        rows_of=len(captions),
+        warnings=too_few(len(captions), independent),
+    )
+
+
+def with_distances(report: Report, distances: Mapping[str, tuple[RowLosses, RowLosses]], spec: EvaluateSpec) -> Report:
+    """Adds metrics by name, each of (adapter, base) on the same samples; lower is better.
+
+    The verdict stays that of the denoising loss: samples are few, and the encoder is only a second opinion.
+    """
+    adapter, base = report.systems
+    comparisons = list(report.comparisons)
+    for name, (mine, other) in distances.items():
+        adapter = replace(adapter, metrics={**adapter.metrics, name: measure_losses(mine, spec)["loss"]})
+        base = replace(base, metrics={**base.metrics, name: measure_losses(other, spec)["loss"]})
+        comparisons.append(replace(compare_losses(mine, other, spec), metric=name))
+    return replace(report, systems=(adapter, base), comparisons=tuple(comparisons))
+
+
+def too_few(pictures: int, groups: int | None = None) -> tuple[str, ...]:
+    """A warning if there are too few evaluation pictures to show any difference.
+
+    `groups` is the number of pictures without copies of each other.
+    """
+    count = pictures if groups is None else groups
+    least = 2.0 ** (1 - count)
+    if least <= 0.05:
+        return ()
+    said = f"Only {count} pictures are held out"
+    if count < pictures:
+        said = f"The {pictures} held-out pictures are {count} and copies of these"
+    return (
+        f"{said}: the paired test cannot give a p-value below {least:g}, so no difference can be shown. "
+        "Hold out 6 or more (data.held_out_fraction, or a folder as data.held_out).",
+    )
+
+
+def _largest_changes(
+    adapter: RowLosses,
+    base: RowLosses,
+    texts: Sequence[str],
+    truths: Sequence[str],
+    sources: Sequence[str],
+    spec: EvaluateSpec,
+) -> tuple[SideBySide, ...]:
+    """The rows whose loss fell and rose most, `show_rows` at most, in the order of the change."""
+    mine, other = adapter.losses / adapter.tokens, base.losses / base.tokens
+    order = np.argsort(mine - other, kind="stable")
+    half = spec.show_rows // 2
+    if len(order) > spec.show_rows:
+        order = np.concatenate([order[: spec.show_rows - half], order[len(order) - half :]])
+    found = []
+    for row in order:
+        before, after = ScoredAnswer(loss=float(other[row])), ScoredAnswer(loss=float(mine[row]))
+        found.append(SideBySide(texts[row], truths[row], before, after, sources[row] if sources else ""))
+    return tuple(found)
+
+
+def _rows_to_show(outcome: np.ndarray[tuple[int, ...], np.dtype[np.int64]], spec: EvaluateSpec) -> list[int]:
+    """Up to `show_rows` rows, drawn evenly from the four outcomes, in seeded random order."""
+    generator = np.random.default_rng([spec.seed, 2])
+    piles = [list(generator.permutation(np.flatnonzero(outcome == kind))) for kind in (1, 2, 0, 3)]
+    chosen: list[int] = []
+    while len(chosen) < spec.show_rows and any(piles):
+        for pile in piles:
+            if pile and len(chosen) < spec.show_rows:
+                chosen.append(int(pile.pop()))
+    return chosen
+
+
+def _reply(answers: Answers, row: int) -> ScoredAnswer:
+    label = int(answers.predicted[row])
+    return ScoredAnswer(answers.labels[label], float(answers.confidence[row]), bool(answers.correct[row]))
+
+
+def _same_length(n: int, texts: Sequence[str], sources: Sequence[str]) -> None:
+    if len(texts) != n or (sources and len(sources) != n):
+        raise DataError(f"There are {n} answered rows, {len(texts)} texts and {len(sources)} sources; expected as many of each.")
