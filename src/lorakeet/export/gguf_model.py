@@ -7,6 +7,7 @@ llama.cpp needs them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -49,27 +50,29 @@ class GgufModel:
 
 @dataclass(frozen=True)
 class _Item:
+    """A tensor to write. It stands in for an array in GGUFWriter: made, quantised and written some rows at a time."""
+
     name: str  # in the GGUF file
     shape: tuple[int, ...]
     type: str
     rows: Callable[[], RowSource]
 
+    @property
+    def kind(self) -> Any:
+        return gguf_package().GGMLQuantizationType[self.type]
 
-class _Stored:
-    """Stands in for an array in GGUFWriter: the tensor is made, quantised and written some rows at a time."""
-
-    def __init__(self, item: _Item) -> None:
-        self._item = item
-        self.nbytes = _bytes(item.shape, item.type)
+    @property
+    def nbytes(self) -> int:
+        block, size = gguf_package().GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // int(block) * int(size)
 
     def tofile(self, file: Any) -> None:
         """As numpy's: appends the bytes."""
-        gguf = gguf_package()
-        rows = as_matrix(self._item.rows())
+        rows = as_matrix(self.rows())
         shape = tuple(rows.shape)
         for part in parts(shape) if shape else [...]:
             values = rows[part].contiguous().numpy()  # type: ignore[index]
-            gguf.quants.quantize(values, gguf.GGMLQuantizationType[self._item.type]).tofile(file)
+            gguf_package().quants.quantize(values, self.kind).tofile(file)
 
 
 class GgufTensors:
@@ -158,8 +161,7 @@ def write_gguf(
     name, why = name_for_llama_cpp(str(values.pop(NAME, "")), merged.layout.architecture.name, vocabulary)
     values |= {NAME: name} if name else {}
     notes += [why] if why else []
-    needed = sum(_bytes(item.shape, item.type) for item in items)
-    with new_output(out, needed, "The model") as partial:
+    with new_output(out, sum(item.nbytes for item in items), "The model") as partial:
         _write(partial, merged.layout, vocabulary, items, values, on_progress)
     types = Counter(item.type for item in items)
     return GgufModel(out, out.stat().st_size, dict(types), (*merged.notes, *notes))
@@ -193,19 +195,17 @@ def _write(
         _add_metadata(writer, layout, facts)
         _add_vocabulary(writer, vocabulary)
         for item in items:
-            kind = gguf.GGMLQuantizationType[item.type]
-            size = _Stored(item).nbytes
             if item.type in ("F32", "F16"):
                 dtype = "float32" if item.type == "F32" else "float16"
-                writer.add_tensor_info(item.name, item.shape, np.dtype(dtype), size)
+                writer.add_tensor_info(item.name, item.shape, np.dtype(dtype), item.nbytes)
             else:
-                shape = gguf.quant_shape_to_byte_shape(item.shape, kind)
-                writer.add_tensor_info(item.name, shape, np.dtype("uint8"), size, raw_dtype=kind)
+                shape = gguf.quant_shape_to_byte_shape(item.shape, item.kind)
+                writer.add_tensor_info(item.name, shape, np.dtype("uint8"), item.nbytes, raw_dtype=item.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for number, item in enumerate(items, 1):
-            writer.write_tensor_data(_Stored(item))
+            writer.write_tensor_data(item)
             if on_progress is not None:
                 on_progress(number, len(items), item.name)
     finally:
@@ -241,9 +241,3 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(vocabulary.space_prefix)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
-
-
-def _bytes(shape: tuple[int, ...], kind: str) -> int:
-    gguf = gguf_package()
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return int(torch.Size(shape).numel()) // int(block) * int(size)

@@ -11,7 +11,7 @@ Documented at https://pkg.go.dev/text/template.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +31,9 @@ class _Node:
 
 def render_go(template: str, values: Mapping[str, Any]) -> str:
     """Renders `template` as Go does for `values` (with Go's names: Messages, System, Role, Content)."""
-    tree, rest, closing = _parse(_pieces(template), 0)
-    if closing or rest:
-        raise ConfigError(f"The template has an {{{{ {' '.join(closing) or 'end'} }}}} without an opening action.")
+    tree, closing = _parse(iter(_pieces(template)))
+    if closing:
+        raise ConfigError(f"The template has an {{{{ {' '.join(closing)} }}}} without an opening action.")
     out: list[str] = []
     _run(tree, values, {"$": values}, out)
     return "".join(out)
@@ -44,8 +44,7 @@ def _pieces(template: str) -> list[_Node]:
     found: list[_Node] = []
     position, trim = 0, False
     for match in _ACTION.finditer(template):
-        text = template[position : match.start()]
-        text = text.lstrip() if trim else text
+        text = template[position : match.start()].lstrip() if trim else template[position : match.start()]
         found.append(_Node([], text.rstrip() if match.group(1).startswith("{{-") else text))
         words = _WORD.findall(match.group(2))
         if "".join(words) != re.sub(r"\s+(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", "", match.group(2)):
@@ -57,38 +56,29 @@ def _pieces(template: str) -> list[_Node]:
     return found
 
 
-def _parse(pieces: list[_Node], position: int) -> tuple[list[_Node], int, list[str]]:
-    """Nodes up to the `else` or `end` of this level, the position after it (0 at the end of the template), and its words."""
+def _parse(pieces: Iterator[_Node]) -> tuple[list[_Node], list[str]]:
+    """Nodes up to the `else` or `end` of this level, and its words; no words at the end of the template."""
     nodes: list[_Node] = []
-    while position < len(pieces):
-        piece = pieces[position]
-        position += 1
+    for piece in pieces:
         first = piece.words[0] if piece.words else ""
         if first in ("else", "end"):
-            return nodes, position, piece.words
+            return nodes, piece.words
         if first in ("if", "range"):
-            piece.body, position, closing = _parse(pieces, position)
-            if closing[:2] == ["else", "if"]:
-                pieces.insert(position, _Node(closing[1:]))
-                piece.otherwise, position, closing = _parse_chain(pieces, position)
-            elif closing[:1] == ["else"]:
-                piece.otherwise, position, closing = _parse(pieces, position)
-            if closing != ["end"]:
-                raise ConfigError(f"The template has a {{{{ {first} }}}} without its {{{{ end }}}}.")
+            _fill(piece, pieces)
         nodes.append(piece)
-    return nodes, 0, []
+    return nodes, []
 
 
-def _parse_chain(pieces: list[_Node], position: int) -> tuple[list[_Node], int, list[str]]:
-    """The `if` of an `else if`; its `end` closes the whole chain."""
-    node = pieces[position]
-    node.body, position, closing = _parse(pieces, position + 1)
+def _fill(node: _Node, pieces: Iterator[_Node]) -> None:
+    """Reads what belongs to an `if` or `range`, up to its `end`."""
+    node.body, closing = _parse(pieces)
     if closing[:2] == ["else", "if"]:
-        pieces.insert(position, _Node(closing[1:]))
-        node.otherwise, position, closing = _parse_chain(pieces, position)
+        node.otherwise, closing = [_Node(closing[1:])], ["end"]
+        _fill(node.otherwise[0], pieces)  # its `end` closes the whole chain
     elif closing[:1] == ["else"]:
-        node.otherwise, position, closing = _parse(pieces, position)
-    return [node], position, closing
+        node.otherwise, closing = _parse(pieces)
+    if closing != ["end"]:
+        raise ConfigError(f"The template has a {{{{ {node.words[0]} }}}} without its {{{{ end }}}}.")
 
 
 def _run(nodes: Sequence[_Node], dot: Any, names: dict[str, Any], out: list[str]) -> None:
@@ -96,11 +86,11 @@ def _run(nodes: Sequence[_Node], dot: Any, names: dict[str, Any], out: list[str]
         if not node.words:
             out.append(node.text)
         elif node.words[0] == "if":
-            _run(node.body if _value(node.words[1:], dot, names) else node.otherwise, dot, names, out)
+            _run(node.body if _value(iter(node.words[1:]), dot, names) else node.otherwise, dot, names, out)
         elif node.words[0] == "range":
             _repeat(node, dot, names, out)
         else:
-            out.append(str(_value(node.words, dot, names)))
+            out.append(str(_value(iter(node.words), dot, names)))
 
 
 def _repeat(node: _Node, dot: Any, names: dict[str, Any], out: list[str]) -> None:
@@ -108,32 +98,30 @@ def _repeat(node: _Node, dot: Any, names: dict[str, Any], out: list[str]) -> Non
     if ":=" in words:
         place = words.index(":=")
         bound, words = [word for word in words[:place] if word != ","], words[place + 1 :]
-    items = list(_value(words, dot, names))
+    items = list(_value(iter(words), dot, names))
     for index, item in enumerate(items):
-        inner = dict(names)
-        for name, value in zip(bound[-2:], (index, item) if len(bound) == 2 else (item,), strict=False):
-            inner[name] = value
-        _run(node.body, item, inner, out)
+        values = (index, item) if len(bound) == 2 else (item,)
+        _run(node.body, item, {**names, **dict(zip(bound, values, strict=False))}, out)
     if not items:
         _run(node.otherwise, dot, names, out)
 
 
-def _value(words: Sequence[str], dot: Any, names: Mapping[str, Any]) -> Any:
-    operands, position = [], 0
-    while position < len(words):
-        if words[position] == "(":
-            depth, start = 1, position + 1
-            while depth and position + 1 < len(words):
-                position += 1
-                depth += {"(": 1, ")": -1}.get(words[position], 0)
-            operands.append(_value(words[start:position], dot, names))
+def _value(words: Iterator[str], dot: Any, names: Mapping[str, Any]) -> Any:
+    """The value of the words up to a closing parenthesis, or to the end."""
+    operands, function = [], None
+    for word in words:
+        if word == ")":
+            break
+        if word == "(":
+            operands.append(_value(words, dot, names))
+        elif word in _FUNCTIONS and not operands and function is None:
+            function = _FUNCTIONS[word]
         else:
-            operands.append(_operand(words[position], dot, names) if position or words[0] not in _FUNCTIONS else words[0])
-        position += 1
-    if words and words[0] in _FUNCTIONS:
-        return _FUNCTIONS[words[0]](*operands[1:])
+            operands.append(_operand(word, dot, names))
+    if function is not None:
+        return function(*operands)
     if len(operands) != 1:
-        raise ConfigError(f"The template has {' '.join(words)!r}, which is not understood here.")
+        raise ConfigError(f"The template has {operands!r} where one value is expected, which is not understood here.")
     return operands[0]
 
 

@@ -42,7 +42,7 @@ class MergedTensors:
         """The tensor in fp32; without `folded`, that of the base."""
         edit = self.edits.by_name.get(name)
         source = edit.source if edit else name
-        tensor = self.checkpoint.shards[self.checkpoint.home[source]].read(source).float()
+        tensor = self.checkpoint.read(source).float()
         for step in edit.steps if edit and folded else ():
             tensor = step(tensor)
         return tensor

@@ -101,14 +101,10 @@ def _file(path: Path) -> Found:
             raise DataError(
                 f"{path} is not a {magic} file: it does not begin with {magic}. It may have been cut off; fetch it again."
             )
-    if path.suffix.lower() != ".safetensors" and not _may_be_safetensors(path, begin):
+    is_header = begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= path.stat().st_size  # its length, a JSON object
+    if path.suffix.lower() != ".safetensors" and not is_header:
         raise DataError(f"{path} is no adapter: it begins with {begin[:4]!r}, as no known format does. Expected {_READABLE}.")
     return _by_names(path, list(open_safetensors(path).tensors))
-
-
-def _may_be_safetensors(path: Path, begin: bytes) -> bool:
-    """True if the file begins with a header's length and a JSON object."""
-    return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= path.stat().st_size
 
 
 def _by_names(path: Path, names: list[str]) -> Found:

@@ -29,6 +29,7 @@ from lorakeet.formats.files import gguf_header
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.gguf_header import gguf_package
+from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.tensors import check_finite, factor_problem
 from lorakeet.formats.limits import check_supported, metadata_without_peft
 
@@ -183,7 +184,9 @@ def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Ada
             f"{path} is a GGUF file of type {texts['general.type']!r}; expected 'adapter' with adapter.type 'lora' "
             f"(it says {texts['adapter.type']!r})."
         )
-    note = _parsed_note(path, texts[_NOTE])
+    note = parse_object(texts[_NOTE] or "{}", f"{path}: the key {_NOTE}", expected="a table")
+    if not isinstance(note.get("metadata", {}), dict):
+        raise DataError(f"{path}: the metadata in the key {_NOTE} is not a table.")
     layout = _layout_for(path, texts["general.architecture"], note, base)
     problems = Problems(f"The adapter in {path} cannot be read", DataError)
     groups: dict[str, dict[str, Tensor]] = {}
@@ -225,16 +228,6 @@ def _pairs(
             B = unpermute(B, heads).contiguous() if heads else B
             pairs[module] = Pair(A, B, alpha if alpha else float(A.shape[0]), kind)
     return dict(sorted(pairs.items()))
-
-
-def _parsed_note(path: Path, text: str) -> dict[str, Any]:
-    try:
-        note = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: the key {_NOTE} is not JSON ({error}).") from error
-    if not isinstance(note, dict) or not isinstance(note.get("metadata", {}), dict):
-        raise DataError(f"{path}: the key {_NOTE} is not a table.")
-    return note
 
 
 def _layout_for(path: Path, architecture: str, note: Mapping[str, Any], base: BaseModel | None) -> GgufLayout:

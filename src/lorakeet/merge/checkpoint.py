@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.json_object import read_object
@@ -42,6 +43,9 @@ class Checkpoint:
 
     def stored(self, name: str) -> TensorEntry:
         return self.shards[self.home[name]].tensors[name]
+
+    def read(self, name: str) -> Tensor:
+        return self.shards[self.home[name]].read(name)
 
     def find(self, wanted: str) -> str | None:
         """The name on disk of the model's parameter `wanted`, or None."""

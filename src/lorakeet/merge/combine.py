@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.initialise import seed_for
@@ -87,11 +89,10 @@ class Combination:
 
     def change(self, path: str, expert: int = 0) -> Tensor:
         """The combined ΔW of one matrix, fp32 (out, in): convolutions flattened, experts one at a time."""
-        parts = []
-        for pair, weight, number in self._parts(path):
-            A, B = _flat(pair)
-            make = _maker(A[expert], B[expert], pair.scale)
-            parts.append(Contribution(make, weight, seed_for(self.spec.seed, f"{number}/{path}/{expert}")))
+        parts = [
+            Contribution(partial(dense_delta, pair, expert), weight, seed_for(self.spec.seed, f"{number}/{path}/{expert}"))
+            for pair, weight, number in self._parts(path)
+        ]
         return combine_changes(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
 
     def outline(self) -> Adapter:
@@ -103,8 +104,8 @@ class Combination:
         """The combined pair, of scale 1, and its low-rank factors, one for each expert."""
         found = [self._low_rank(path, expert) for expert in range(self.experts(path))]
         rank = max(low.A.shape[0] for low in found)
-        A = torch.stack([_padded(low.A, rank, 0) for low in found])
-        B = torch.stack([_padded(low.B, rank, 1) for low in found])
+        A = torch.stack([pad(low.A, (0, 0, 0, rank - low.A.shape[0])) for low in found])
+        B = torch.stack([pad(low.B, (0, rank - low.B.shape[1])) for low in found])
         kind, shape = self.kind(path), self.shape(path)
         if kind != "experts":
             A, B = A[0], B[0]
@@ -250,17 +251,3 @@ def _flat(pair: Pair) -> tuple[Tensor, Tensor]:
     if pair.kind == "experts":
         return pair.A.float(), pair.B.float()
     return pair.A.float().flatten(1)[None], pair.B.float().flatten(1)[None]
-
-
-def _maker(A: Tensor, B: Tensor, scale: float) -> Callable[[], Tensor]:
-    return lambda: delta(A, B, scale)
-
-
-def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """Pads the factor with zeros to `rank`."""
-    lacking = rank - factor.shape[dim]
-    if not lacking:
-        return factor
-    shape = list(factor.shape)
-    shape[dim] = lacking
-    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)

@@ -84,7 +84,8 @@ def open_dequantised(folder: Path) -> Checkpoint:
     made: dict[str, Callable[[], Tensor]] = {}
     for name, path in places.items():
         module = plain.get_submodule(path)
-        tensors[_home(name, files).path.name][name] = TensorEntry(dtype, tuple(module.weight.shape), 0, 0)
+        file = files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]  # GPTQ's name
+        tensors[file.path.name][name] = TensorEntry(dtype, tuple(module.weight.shape), 0, 0)
         made[name] = _dense(stored_model, name, modules.kind_of(module) == "conv1d")
     shards = {file.path.name: file for file in files.values()}
     unpacked = {name: _Unpacked(file.path, tensors[name], file.metadata, made=made) for name, file in shards.items()}
@@ -107,11 +108,6 @@ def _dense(stored_model: StoredModel, name: str, transposed: bool) -> Callable[[
         return dense.t().contiguous() if transposed else dense
 
     return made
-
-
-def _home(name: str, files: Mapping[str, SafeFile]) -> SafeFile:
-    """The file of the packed weight `name`, under its own name or GPTQ's."""
-    return files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]
 
 
 def _usual_dtype(config: Any, stored_model: StoredModel, files: Mapping[str, SafeFile]) -> torch.dtype:

@@ -158,7 +158,7 @@ class _Extraction:
         elif self.whole == "none" or len(pairs) > 1:  # experts that no pair can represent and that are several tensors
             self.left_out.append(path)
         else:
-            self.extras[path] = self._finite(path, _tensor(self.tuned, names[0][0]))
+            self.extras[path] = self._finite(path, self.tuned.read(names[0][0]))
 
     def _take_pair(self, place: _ParameterChange, changes: Iterator[Tensor]) -> None:
         path = place.path if place.kind == "experts" else place.path.rpartition(".")[0]
@@ -185,7 +185,7 @@ class _Extraction:
         owners = {path.rpartition(".")[0] for path in self.extras}
         for path in order:  # a module that is stored whole needs all of its parameters
             if path.rpartition(".")[0] in owners and path not in self.extras:
-                self.extras[path] = _tensor(self.tuned, _names(self.tuned, path)[0][0])
+                self.extras[path] = self.tuned.read(_names(self.tuned, path)[0][0])
         notes = []
         if self.biases and any(pair.kind == "experts" for pair in self.pairs.values()):
             self.left_out += [f"{path}.bias" for path in self.biases]
@@ -210,7 +210,7 @@ class _Extraction:
         return Extracted(Adapter(pairs, self.extras), self.captured, self.unchanged, tuple(self.left_out), tuple(notes))
 
     def _differ(self, name: str, other: str) -> bool:
-        mine, theirs = _tensor(self.tuned, name), _tensor(self.base, other)
+        mine, theirs = self.tuned.read(name), self.base.read(other)
         return not torch.equal(mine, theirs) if mine.dtype == theirs.dtype else not torch.equal(mine.float(), theirs.float())
 
     def _finite(self, path: str, tensor: Tensor) -> Tensor:
@@ -235,15 +235,11 @@ def _shapes(checkpoint: Checkpoint, names: list[list[str]]) -> list[tuple[int, .
 def _changes(tuned: Checkpoint, base: Checkpoint, names: list[list[str]], others: list[list[str]]) -> Iterator[Tensor]:
     """Yields tuned − base in fp32: of the parameter, or of one expert after another."""
     if len(names) == 1 and len(tuned.stored(names[0][0]).shape) == 3:
-        mine, theirs = _tensor(tuned, names[0][0]), _tensor(base, others[0][0])
+        mine, theirs = tuned.read(names[0][0]), base.read(others[0][0])
         yield from (a.float() - b.float() for a, b in zip(mine, theirs, strict=True))
         return
     for row, other in zip(names, others, strict=True):
-        yield torch.cat([_tensor(tuned, n).float() - _tensor(base, o).float() for n, o in zip(row, other, strict=True)])
-
-
-def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    return checkpoint.shards[checkpoint.home[name]].read(name)
+        yield torch.cat([tuned.read(n).float() - base.read(o).float() for n, o in zip(row, other, strict=True)])
 
 
 def _empty_pair(base: Checkpoint, name: str, out: int) -> Pair:

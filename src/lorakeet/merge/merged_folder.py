@@ -85,7 +85,10 @@ def merge_into(
         for file, shapes in shards.items():
             writer.shapes = shapes
             stream_safetensors(partial / file, shapes, fetch=writer.fetch, metadata=metadata[file])
-        _write_small_files(partial, checkpoint, edits, shards=shards, dtype=dtype)
+        write_index(partial, shards)
+        if checkpoint.config:
+            config = _config(dict(checkpoint.config), edits.config, dtype)
+            save_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_along(files, partial)
     return MergeResult(out, writer.done, len(edits.by_name), needed, writer.rounding, edits.notes)
 
@@ -122,7 +125,7 @@ class _Writer:
     def fetch(self, name: str) -> Tensor:
         edit = self.edits.by_name.get(name)
         source = edit.source if edit else name
-        tensor = self.checkpoint.shards[self.checkpoint.home[source]].read(source)
+        tensor = self.checkpoint.read(source)
         if edit is not None and edit.steps:
             tensor = self._changed(name, edit, tensor)
         self.done += 1
@@ -152,13 +155,6 @@ def _shards(checkpoint: Checkpoint, edits: Edits, dtype: Dtype) -> dict[str, Sha
         kept = dtype == "same" or not stored.dtype.is_floating_point
         shards[file][name] = (stored.dtype if kept else getattr(torch, dtype), edit.shape if edit else stored.shape)
     return shards
-
-
-def _write_small_files(folder: Path, checkpoint: Checkpoint, edits: Edits, *, shards: Mapping[str, Shapes], dtype: Dtype) -> None:
-    write_index(folder, shards)
-    if checkpoint.config:
-        config = _config(dict(checkpoint.config), edits.config, dtype)
-        save_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _config(config: dict[str, Any], changes: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:

@@ -8,7 +8,6 @@ the layer's outputs less.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,12 +70,9 @@ def round_with_feedback(
 
 def _on(grid: FixedGrid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: RowSource, latent: bool) -> Requantised:
     rounding = ColumnRounding(weight, inputs)
-    rounding.run(_nearest(grid, inputs.order.tolist()))
+    columns = inputs.order.tolist()
+    rounding.run(lambda numbers, place: grid.column(numbers, columns[place]))
     numbers = Latent(grid, rounding.in_order(rounding.columns)) if latent else None
     base = grid.filled(rounding.taken_codes())
     del rounding
     return Requantised(base, numbers, scales, output_error(weight, base, hessian))
-
-
-def _nearest(grid: FixedGrid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    return lambda numbers, place: grid.column(numbers, columns[place])

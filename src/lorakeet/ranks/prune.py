@@ -43,20 +43,17 @@ class Importance:
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
 
+    @torch.no_grad()
     def see(self, parameters: Mapping[str, Tensor]) -> None:
         """Adds one step's gradients of `parameters` (PATH.A, PATH.B); a missing gradient counts as 0."""
-        with torch.no_grad():
-            for path in self._dims:
-                for name in (f"{path}.A", f"{path}.B"):
-                    self._see(name, parameters[name])
-
-    def _see(self, name: str, parameter: Tensor) -> None:
-        if name not in self._sensitivity:
-            self._sensitivity[name], self._uncertainty[name] = (torch.zeros_like(parameter) for _ in range(2))
-        smooth = self._sensitivity[name]
-        now = torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs_()
-        smooth.lerp_(now, 1 - SMOOTHING)
-        self._uncertainty[name].lerp_(now.sub_(smooth).abs_(), 1 - SMOOTHING)
+        for name in (f"{path}.{factor}" for path in self._dims for factor in "AB"):
+            parameter = parameters[name]
+            if name not in self._sensitivity:
+                self._sensitivity[name], self._uncertainty[name] = (torch.zeros_like(parameter) for _ in range(2))
+            smooth = self._sensitivity[name]
+            now = torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs_()
+            smooth.lerp_(now, 1 - SMOOTHING)
+            self._uncertainty[name].lerp_(now.sub_(smooth).abs_(), 1 - SMOOTHING)
 
     def of_terms(self) -> dict[str, Tensor]:
         """By path the importance (rank,) of each term, fp64 on the CPU: the mean of Ī·Ū over a_i, plus that over b_i.

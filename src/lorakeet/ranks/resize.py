@@ -156,14 +156,12 @@ def cut_to_budget(adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum], b
 
 def cut_to_ranks(adapter: Adapter, found: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> Adapter:
     """`adapter` with its pairs cut to `ranks` (or their own, if lower) at the same scale; extras unchanged."""
-    pairs = {path: _first(pair, found[path], ranks[path]) for path, pair in adapter.pairs.items()}
+    pairs = {}
+    for path, pair in adapter.pairs.items():
+        rank = min(ranks[path], pair.rank)
+        A, B = found[path].A[:rank].contiguous(), found[path].B[:, :rank].contiguous()
+        pairs[path] = replace(pair, A=A, B=B, alpha=alpha_for(pair.scale, rank, pair.scale_rule))
     return replace(adapter, pairs=pairs)
-
-
-def _first(pair: Pair, whole: Spectrum, rank: int) -> Pair:
-    rank = min(rank, pair.rank)
-    A, B = whole.A[:rank].contiguous(), whole.B[:, :rank].contiguous()
-    return replace(pair, A=A, B=B, alpha=alpha_for(pair.scale, rank, pair.scale_rule))
 
 
 def cut_to_target(text: str, adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum]) -> Adapter:

@@ -54,14 +54,14 @@ def gradient_halves(plan: Plan, parameters: Mapping[str, nn.Parameter], backward
     with torch.no_grad():
         for entry in plan.entries:
             A, B = parameters[f"{entry.path}.A"], parameters[f"{entry.path}.B"]
-            sketch = _columns(_grad(B), entry)  # G·Aᵀ
+            sketch = _by_expert(_grad(B), entry)  # G·Aᵀ
             B.copy_(torch.linalg.qr(torch.nan_to_num(sketch)).Q.view(B.shape))  # NaN shows again in the second pass
             A.zero_()
     halves = []
     for half in (0, 1):
         _clear(parameters)
         backward(half)
-        halves.append({entry.path: _rows(_grad(parameters[f"{entry.path}.A"]), entry).cpu() for entry in plan.entries})
+        halves.append({entry.path: _by_expert(_grad(parameters[f"{entry.path}.A"]), entry).cpu() for entry in plan.entries})
     _clear(parameters)
     return halves[0], halves[1]
 
@@ -106,14 +106,9 @@ def _clear(parameters: Mapping[str, nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _columns(B: Tensor, entry: PlanEntry) -> Tensor:
-    """(…, out, rank), batched over experts."""
-    return B if entry.kind == "experts" else B.flatten(1)
-
-
-def _rows(A: Tensor, entry: PlanEntry) -> Tensor:
-    """(…, rank, in), batched over experts."""
-    return A if entry.kind == "experts" else A.flatten(1)
+def _by_expert(factor: Tensor, entry: PlanEntry) -> Tensor:
+    """A as (…, rank, in) or B as (…, out, rank), batched over experts."""
+    return factor if entry.kind == "experts" else factor.flatten(1)
 
 
 def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:

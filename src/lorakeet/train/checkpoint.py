@@ -259,23 +259,18 @@ class BestTensors:
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
-        self._tensors: Mapping[str, Tensor] | None = None
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor] | None:
-        """The kept tensors, those in a file read on access; None before the first."""
-        return self._tensors
+        self.tensors: Mapping[str, Tensor] | None = None  # those in a file are read on access; None before the first
 
     def keep(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies `tensors`. Raises OSError if the disk is full; the previous ones are then kept."""
         if self.file is None:
-            self._tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            self.tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             return
         save_tensors(self.file, tensors, metadata={})
-        self._tensors = StoredTensors(self.file)
+        self.tensors = StoredTensors(self.file)
 
     def close(self) -> None:
         """Drops the tensors and deletes their file."""
-        self._tensors = None
+        self.tensors = None
         if self.file is not None:
             self.file.unlink(missing_ok=True)

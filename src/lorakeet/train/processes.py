@@ -163,7 +163,7 @@ class Processes:
     def give_up(self, error: BaseException) -> None:
         """Records the error that ends this process in the store, for the others."""
         if self._open and not isinstance(error, ProcessLost):
-            self._leave_word("gave-up", f"{type(error).__name__}: {error}")  # as _stopped reads it
+            self._leave_word("gave-up", f"{type(error).__name__}: {error}")  # as _missed reads it
         self._close()
 
     def already_reported(self, text: str) -> bool:
@@ -245,7 +245,8 @@ class Processes:
             time.sleep(_LISTEN)
             answered = {rank for rank in others if self._word("here", rank) or self._word("gave-up", rank)}
         words = {rank: self._word("gave-up", rank) for rank in others}
-        gone = {rank: "" if stopping and _stopped(why) else why for rank, why in words.items()}
+        stopped = f"{RunStopped.__name__}: "  # as give_up writes it
+        gone = {rank: "" if stopping and why.startswith(stopped) else why for rank, why in words.items()}
         said = [f"process {rank} of {self.count} gave up ({why})" for rank, why in gone.items() if why]
         silent = [rank for rank in others if rank not in answered]
         return " and ".join([*said, *(f"process {rank} of {self.count} died" for rank in silent)])
@@ -273,10 +274,6 @@ class Processes:
             return bytes(self._store.get(key)).decode() if self._store.check([key]) else ""
         except RuntimeError:  # its process is gone
             return ""
-
-
-def _stopped(word: str) -> bool:
-    return word.startswith(f"{RunStopped.__name__}: ")
 
 
 ALONE = Processes()

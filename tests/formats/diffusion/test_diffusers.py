@@ -116,7 +116,7 @@ def test_tensors_that_make_no_pair_are_named(changes: dict[str, Any], message: s
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not a table"),
+        ("[]", "holds a JSON list; expected a table"),
         (json.dumps({"unet.r": 8, "unet.lora_alpha": 8}), r"rank 2, but lora_adapter_metadata says 8, so its scale is uncertain"),
         (json.dumps({"unet.r": 2}), r"unet has no lora_alpha, so the alpha and with it the scale are unknown"),
         (json.dumps({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_frobnication": True}), "use_frobnication"),

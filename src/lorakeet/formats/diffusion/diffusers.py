@@ -24,6 +24,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.components import COMPONENTS, canonical_path, component_of
+from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors
 from lorakeet.formats.files.tensors import factor_problem, read_tensors
 from lorakeet.formats.limits import check_supported, check_uniform_dora, metadata_without_peft
@@ -93,12 +94,7 @@ def _configs(file: SafeFile) -> dict[str, PeftConfig]:
     text = file.metadata.get(METADATA_KEY)
     if text is None:
         return {}
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file.path}: the metadata key {METADATA_KEY!r} is not JSON ({error}).") from error
-    if not isinstance(data, dict):
-        raise DataError(f"{file.path}: the metadata key {METADATA_KEY!r} is not a table.")
+    data = parse_object(text, f"{file.path}: the metadata key {METADATA_KEY!r}", expected="a table")
     parts: dict[str, dict[str, Any]] = {}
     for key, value in data.items():
         component, _, name = key.partition(".")

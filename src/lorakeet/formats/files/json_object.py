@@ -22,10 +22,10 @@ def read_bytes(path: Path, *, expected: str) -> bytes:
         raise DataError(f"{unreadable(path, error)} Expected {expected}.") from error
 
 
-def parse_object(raw: bytes, path: Path, *, expected: str) -> dict[str, Any]:
-    """Parses `raw`, the content of `path`. DataError if it is no object."""
+def parse_object(raw: bytes | str, path: object, *, expected: str) -> dict[str, Any]:
+    """Parses `raw`, the content of `path` (a file, or a part of one in words). DataError if it is no object."""
     try:
-        data = json.loads(raw.decode("utf-8"))
+        data = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
         raise DataError(f"{path} is not JSON that can be read: {error}. Expected {expected}.") from error
     if not isinstance(data, dict):

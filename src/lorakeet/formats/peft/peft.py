@@ -29,6 +29,7 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair, Places, TokenRows
 from lorakeet.core.math import Kind
 from lorakeet.errors import DataError, Problems
+from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile, open_safetensors, save_tensors, save_text
 from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
@@ -134,12 +135,10 @@ def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots
 
 
 def _note(file: SafeFile) -> dict[str, Any]:
-    try:
-        note = json.loads(file.metadata.get(_NOTE, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file.path}: the metadata key {_NOTE!r} is not JSON ({error}).") from error
-    if not isinstance(note, dict) or not all(isinstance(part, dict) for part in note.values()):
-        raise DataError(f"{file.path}: the metadata key {_NOTE!r} is not a table of tables.")
+    where, expected = f"{file.path}: the metadata key {_NOTE!r}", "a table of tables"
+    note = parse_object(file.metadata.get(_NOTE, "{}"), where, expected=expected)
+    if not all(isinstance(part, dict) for part in note.values()):
+        raise DataError(f"{where} is not {expected}.")
     return note
 
 

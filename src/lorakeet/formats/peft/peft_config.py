@@ -41,17 +41,9 @@ _NO_EFFECT = {
 }  # fmt: skip
 # Refused unless they have their default: each changes the function, or the model it belongs to.
 _REFUSED = {
-    "bias": "none",
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "megatron_config": None,
-    "ensure_weight_tying": False,
-}
+    "bias": "none", "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None,
+    "arrow_config": None, "kasa_config": None, "monteclora_config": None, "megatron_config": None, "ensure_weight_tying": False,
+}  # fmt: skip
 # Initialisations that do not change the base weights. "eva" and "mica" only read them.
 _HARMLESS_INITS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})

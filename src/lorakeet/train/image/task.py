@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.initialise import seed_for
@@ -19,7 +19,6 @@ from lorakeet.data.images.spec import ImageSpec
 from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.peft import peft
 from lorakeet.models import inject
-from lorakeet.models.image.kinds import Conditioning
 from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel, stack
 from lorakeet.models.image.noise import Noising
@@ -76,7 +75,8 @@ class ImageTask:
         self.taken = 0
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
         model.parts.eval()
-        self.pairs = [module for path, module in model.parts.named_modules() if self._is_trained(path, module)]
+        named = ((path, module) for path, module in model.parts.named_modules() if f".adapters.{name}." in f"{path}.")
+        self.pairs = {path: module for path, module in named if isinstance(module, LoraPair)}
         if diffusion.checkpointing:
             model.denoiser.enable_gradient_checkpointing()
 
@@ -96,15 +96,7 @@ class ImageTask:
         return inject.trained_parameters(self.model.parts, self.name)
 
     def fixed(self) -> dict[str, Tensor]:
-        return {
-            f"{path}.{key}": buffer
-            for path, module in self.model.parts.named_modules()
-            if self._is_trained(path, module)
-            for key, buffer in module.named_buffers(recurse=False)
-        }
-
-    def _is_trained(self, path: str, module: Module) -> bool:
-        return isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
+        return {f"{path}.{key}": buffer for path, pair in self.pairs.items() for key, buffer in pair.named_buffers(recurse=False)}
 
     def batches(self, step: int) -> list[ImageBatch]:
         """The step's pictures in batches of one size, at most `at_once` each; noise does not depend on the batching."""
@@ -142,14 +134,14 @@ class ImageTask:
 
         The base is in evaluation mode, as in evaluation and sampling: T5's own dropout would change its captions.
         """
-        for pair in self.pairs:
+        for pair in self.pairs.values():
             if not pair.training:
                 pair.train()
         steps = self.model.noising.at(batch.timesteps)
         weights = weights_of(steps, self.model.prediction, self.diffusion.min_snr_gamma)
         if batch.shares is not None:
             weights = weights * batch.shares
-        errors = self._errors(batch, steps)
+        errors = errors_at(self.model, batch, steps, self.captions, self.diffusion)
         return (errors * weights.to(errors.device)).sum()
 
     def held_out(self) -> HeldOut | None:
@@ -169,14 +161,6 @@ class ImageTask:
         """Writes adapter/ in PEFT's layout; an adapter of the denoiser alone has its paths, so that PEFT can load it."""
         peft.write(without_component(self.adapter()), folder)
 
-    def _errors(self, batch: ImageBatch, steps: Noising) -> Tensor:
-        return _errors(self.model, batch, steps, self._conditioning)
-
-    def _conditioning(self, captions: Sequence[str]) -> Conditioning:
-        if self.diffusion.text_encoder:
-            return self.model.describe(captions)
-        return stack([self.captions.of(caption) for caption in captions])
-
 
 def denoising_errors(
     model: ImageModel,
@@ -193,10 +177,6 @@ def denoising_errors(
     """
     model.parts.eval()
     sums = np.zeros(len(rows))
-
-    def conditioning(texts: Sequence[str]) -> Conditioning:
-        return model.describe(texts) if spec.text_encoder else stack([captions.of(text) for text in texts])
-
     with torch.no_grad():
         for number, picture in enumerate(rows):
             latents = picture.latents[0]
@@ -210,16 +190,18 @@ def denoising_errors(
                     latents.expand(count, *latents.shape), noises[at : at + count], some, (picture.row.caption,) * count,
                     picture.sizes[:1].expand(count, 6),
                 )  # fmt: skip
-                sums[number] += float(_errors(model, batch, model.noising.at(some), conditioning).double().sum())
+                sums[number] += float(errors_at(model, batch, model.noising.at(some), captions, spec).double().sum())
             if progress:
                 progress(1)
     return sums, np.full(len(rows), float(spec.held_out_timesteps))
 
 
-def _errors(model: ImageModel, batch: ImageBatch, steps: Noising, condition: Callable[[Sequence[str]], Conditioning]) -> Tensor:
+def errors_at(model: ImageModel, batch: ImageBatch, steps: Noising, captions: Captions, spec: DiffusionSpec) -> Tensor:
+    """The mean squared error of each picture of `batch` (n,), in fp32, at its `steps`."""
     latents, noise = batch.latents.to(model.device), batch.noise.to(model.device)
     noisy = add_noise(latents, noise, steps)
-    predicted = model.predict(noisy, steps.times, condition(batch.captions), batch.sizes)
+    texts = model.describe(batch.captions) if spec.text_encoder else stack([captions.of(text) for text in batch.captions])
+    predicted = model.predict(noisy, steps.times, texts, batch.sizes)
     return errors_of(predicted, target_of(latents, noise, steps, model.prediction))
 
 

@@ -98,7 +98,8 @@ class _Step:
         self.states: list[Tensor] = []  # outputs of the latest block; in the backward pass their gradients
         self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients outside the blocks, from the head
         self.parameters = [parameter for parameter in text.model.parameters() if parameter.requires_grad]
-        self.lowest = next((block.index for block in streamed.blocks if _is_trained(block)), len(streamed.blocks))
+        trained = (block for block in streamed.blocks if any(parameter.requires_grad for parameter in block.parameters()))
+        self.lowest = next((block.index for block in trained), len(streamed.blocks))
 
     def enter(self) -> None:
         """Computes the embeddings of each batch, and records the arguments of the blocks."""
@@ -214,7 +215,3 @@ class _Random:
         with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
             rng.draw_from(self._kept.pop(index), self.device)
             yield
-
-
-def _is_trained(block: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in block.parameters())

@@ -24,7 +24,7 @@ from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel, image_plan
 from lorakeet.models.inject import inject
 from lorakeet.quant.construct import weights_in
-from lorakeet.train.image.task import ImageBatch, ImageTask
+from lorakeet.train.image.task import ImageBatch, ImageTask, errors_at
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.loop import Training
 from lorakeet.train.spec import TrainSpec
@@ -140,7 +140,12 @@ def _training(
     picture = EncodedImage(row, latents, torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32))
     spec = replace(train, batch_size=pictures.micro_batch * pictures.micro_batches)
     task = _MadeUp(
-        model, [picture], held_out=[], captions=cast(Captions, _Embeddings(embeddings)), spec=spec, images=ImageSpec(),
+        model,
+        [picture],
+        held_out=[],
+        captions=cast(Captions, _Embeddings(embeddings)),
+        spec=spec,
+        images=ImageSpec(),
         diffusion=diffusion,
     )
     task.cut = pictures
@@ -160,7 +165,7 @@ class _MadeUp(ImageTask):
         self.model.parts.eval()
         with torch.no_grad():
             batch = self._batch(count)
-            self._errors(batch, self.model.noising.at(batch.timesteps))
+            errors_at(self.model, batch, self.model.noising.at(batch.timesteps), self.captions, self.diffusion)
 
     def _batch(self, count: int) -> ImageBatch:
         [picture] = self.train
