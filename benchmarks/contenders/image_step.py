@@ -24,9 +24,8 @@ from lorakeet.models.image.latent_cache import EncodedImage
 from lorakeet.models.image.model import ImageModel, image_plan
 from lorakeet.models.inject import inject
 from lorakeet.train.image.task import ImageBatch, ImageTask
-from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 
 SHAPES: dict[str, dict[str, Any]] = {
     "SD 1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},

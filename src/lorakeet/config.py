@@ -20,8 +20,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.setting import setting
 from lorakeet.settings import load, override, to_mapping
-from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 
 __all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import TypeVar, cast
+from typing import TypeVar
 
 Default = TypeVar("Default")
 
 
 def setting(default: Default, text: str) -> Default:
     """A dataclass field with this default, and `text` as the help that flags and the reference show."""
-    return cast(Default, field(default=default, metadata={"help": text}))
+    return field(default=default, metadata={"help": text})

@@ -1,16 +1,20 @@
 """Files of every kind become the same rows."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import zipfile
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lorakeet.data.read import read_rows
+from lorakeet.data.locate import locate_data
+from lorakeet.data.read import folder_records, hub_records, is_hub_id, parquet_records, read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, EnvironmentProblem
 
 ROWS = [{"text": "good film", "label": "yes"}, {"text": 'a "bad",\nfilm', "label": "no"}, {"text": "so so", "label": "yes"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -79,3 +83,59 @@ def test_drug_reviews(drug_reviews):
     assert train[0].text.startswith("I recently received an injection of nalbuphine")
     assert not any("&#039;" in row.text or row.text[0] == row.text[-1] == '"' for row in train + test)
     assert any("\n" in row.text for row in train)
+
+
+TABLE = {"text": ["good", "bad"], "label": [1, 0]}
+RECORDS = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
+
+
+def test_parquet_file_and_zip_member(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table(TABLE), path)
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.write(path, "rows.parquet")
+    for name in (str(path), f"{tmp_path / 'rows.zip'}!rows.parquet"):
+        found = list(parquet_records(locate_data(name)))
+        assert [record.values for record in found] == RECORDS
+        assert found[1].source == "rows.parquet:2"
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataError, match=r"rows.parquet cannot be read as Parquet"):
+        list(parquet_records(locate_data(str(tmp_path / "rows.parquet"))))
+
+
+def test_saved_data_set_with_names_for_its_labels(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    datasets.Dataset.from_dict(TABLE, features=features).save_to_disk(str(tmp_path / "set"))
+    found = [record.values for record in folder_records(tmp_path / "set", "")]
+    assert found == [{"text": "good", "label": "pos"}, {"text": "bad", "label": "neg"}]
+
+
+def test_saved_splits_are_picked_by_name(tmp_path):
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_dict(TABLE), "dev": datasets.Dataset.from_dict({"text": ["x"]})})
+    both.save_to_disk(str(tmp_path / "both"))
+    assert [record.values for record in folder_records(tmp_path / "both", "train")] == RECORDS
+    with pytest.raises(DataError, match=r"holds several splits; write '.*both#SPLIT' with one of: train, dev"):
+        list(folder_records(tmp_path / "both", ""))
+    with pytest.raises(DataError, match=r"no split 'trian'.*Did you mean 'train'"):
+        list(folder_records(tmp_path / "both", "trian"))
+
+
+def test_folder_without_a_data_set(tmp_path):
+    with pytest.raises(DataError, match="a folder without a saved data set"):
+        list(folder_records(tmp_path, ""))
+
+
+def test_what_counts_as_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert is_hub_id("owner/name") and is_hub_id("owner/name-1.0#test") and is_hub_id("hub:squad")
+    assert not is_hub_id("folder/name") and not is_hub_id("owner/rows.jsonl") and not is_hub_id("a/b/c") and not is_hub_id("x")
+
+
+def test_hub_that_cannot_be_reached_is_named(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EnvironmentProblem, match=r"'no-such-owner/no-such-set' \(split 'dev'\) could not be loaded.*local file"):
+        list(hub_records("hub:no-such-owner/no-such-set#dev"))

@@ -12,8 +12,9 @@ from lorakeet.evaluate.baselines import majority_class
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.intervals import mean
 from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.compose import classification_report, language_report
-from lorakeet.evaluate.report.report import ChartPoint, Command, Curves, Drift, Leak, MemoryUse, Report
+from lorakeet.evaluate.report.report import Command, Drift, Leak, MemoryUse, Report
 from lorakeet.evaluate.spec import EvaluateSpec
 
 LABELS = ("negative", "neutral", "positive")

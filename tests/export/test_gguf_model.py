@@ -16,12 +16,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from lorakeet.core.tiled_product import PART, parts
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.export.compare_stored import PART_BYTES
 from lorakeet.export.gguf_layout import model_layout
-from lorakeet.export.gguf_model import DIGEST, NAME, _Item, _Stored, write_gguf
+from lorakeet.export.gguf_model import DIGEST, NAME, _Item, write_gguf
 from lorakeet.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, SPLITS, UNKNOWN, UNUSED, vocabulary_of
 from lorakeet.export.llama_cpp import LlamaCpp
-from lorakeet.export.merged_tensors import Fp32Rows
+from lorakeet.export.merged_tensors import PART_BYTES, Fp32Rows
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.models.text.load import load_tokenizer
@@ -118,8 +117,8 @@ def test_of_a_tensor_that_nothing_changes_a_part_is_held_while_it_is_written(
     monkeypatch.setattr("lorakeet.export.gguf_model.parts", partial(parts, numbers=number))
     item = _Item("a", shape, quant, lambda: Fp32Rows(file.rows("a")))
     with (tmp_path / "out").open("wb") as out, held_bytes() as most:
-        _Stored(item).tofile(out)
-    assert (tmp_path / "out").stat().st_size == _Stored(item).nbytes
+        item.tofile(out)
+    assert (tmp_path / "out").stat().st_size == item.nbytes
     assert 4 * number <= most() <= PART_BYTES // PART * number < 2 * 12_000 * 256
 
 

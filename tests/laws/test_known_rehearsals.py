@@ -18,8 +18,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 from lorakeet.workflows.planning.rehearse_image import Pictures, rehearse_images
 from lorakeet.workflows.planning.rehearse_text import EvaluationSize, RowShape, rehearse
 from lorakeet.workflows.runs.residency import RESIDENT, Way

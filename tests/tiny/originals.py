@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.formats.diffusion.transformer_names import TransformerFamily, originals
+from lorakeet.formats.diffusion.kohya_keys import TransformerFamily, originals
 from tiny.images import diffusers
 
 _NORMS = {

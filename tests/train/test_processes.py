@@ -211,7 +211,7 @@ def held_out_rounded_otherwise() -> list[list[float]]:
         row = Example(np.arange(3), np.array([False, True, True]), "a", None, False)
         text_task.row_losses = lambda *_, **__: (np.array([1.5 + 1e-15 * processes.rank]), np.array([2.0]))  # type: ignore[assignment]
         spec = TrainSpec(shard=True)
-        task = TextTask(SimpleNamespace(), [row], held_out=[row], spec=spec, processes=processes)  # type: ignore[arg-type]
+        task = TextTask(SimpleNamespace(dtype=torch.float32), [row], held_out=[row], spec=spec, processes=processes)  # type: ignore[arg-type]
         found = task.held_out()
         processes.disband()
         assert found is not None

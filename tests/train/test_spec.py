@@ -10,8 +10,7 @@ import sys
 import pytest
 
 from lorakeet.settings import fields_of, load
-from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.spec import TrainSpec, learning_rate_for
+from lorakeet.train.spec import DiffusionSpec, TrainSpec, learning_rate_for
 
 
 def test_every_field_has_help_and_the_defaults_are_valid() -> None:

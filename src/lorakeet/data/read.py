@@ -1,18 +1,24 @@
-"""Reads rows from a named data file: finds the file, picks its reader and gives every record its shape."""
+"""Reads rows by name: from a file, a `datasets` folder or the hub (extras [parquet] and [hub]); gives every record its shape."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from lorakeet.data.columns import folder_records, hub_records, is_hub_id, parquet_records
-from lorakeet.data.locate import PACKAGE, locate_data
+from lorakeet.data.locate import PACKAGE, Location, locate_data, open_binary
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import READERS, FileRecord, RowProblems, text_records
-from lorakeet.errors import DataError, nearest
+from lorakeet.errors import DataError, EnvironmentProblem, nearest
+
+HUB = "hub:"
+SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
 
 
 def read_rows(name: str, spec: DataSpec) -> list[Row]:
@@ -47,3 +53,88 @@ def read_records(name: str, problems: RowProblems) -> Iterator[FileRecord]:
         f"{name} ends in '{location.kind}', which has no reader; expected one of {', '.join(known)} "
         f"(text files also with .gz).{nearest(location.kind, known)}"
     )
+
+
+def parquet_records(location: Location) -> Iterator[FileRecord]:
+    """Yields the rows of a Parquet file, read batch by batch."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"{location.name} is a Parquet file, which needs pyarrow; install it with: pip install 'lorakeet[parquet]'"
+        ) from error
+    name = location.name.rsplit("/", 1)[-1]
+    number = 0
+    with open_binary(location) as stream:
+        try:
+            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield FileRecord(f"{name}:{number}", values)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(f"{location.path} cannot be read as Parquet ({error}); check that the file is whole.") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """True for a data set on the hub: "hub:owner/name", or "owner/name" where no such path exists."""
+    bare = name.partition("#")[0]
+    if name.startswith(HUB):
+        return True
+    return bool(_HUB_ID.fullmatch(bare)) and not _FILE.search(bare) and not Path(bare.partition("/")[0]).exists()
+
+
+def hub_records(name: str) -> Iterator[FileRecord]:
+    """Yields the rows of a hub data set "owner/name#split" (default split: "train")."""
+    identity, _, split = name.removeprefix(HUB).partition("#")
+    datasets = _datasets(name)
+    try:
+        loaded = datasets.load_dataset(identity, split=split or "train")
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"The data set '{identity}' (split '{split or 'train'}') could not be loaded from the hub: {error}. "
+            "Check the name and the connection, or give a local file."
+        ) from error
+    yield from _dataset_records(loaded, identity)
+
+
+def folder_records(path: Path, split: str) -> Iterator[FileRecord]:
+    """Yields the rows of a folder written by `save_to_disk`; `split` picks one of several."""
+    if not any((path / marker).exists() for marker in SAVED):
+        raise DataError(
+            f"'{path}' is a folder without a saved data set; name a file in it, or a folder written by datasets' save_to_disk."
+        )
+    datasets = _datasets(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"'{path}' cannot be read as a saved data set ({error}); save it again with save_to_disk.") from error
+    if isinstance(loaded, dict):
+        names = list(loaded)
+        if not split and len(names) == 1:
+            split = names[0]
+        if split not in loaded:
+            wanted = f"has no split '{split}'" if split else "holds several splits"
+            raise DataError(f"'{path}' {wanted}; write '{path}#SPLIT' with one of: {', '.join(names)}.{nearest(split, names)}")
+        loaded = loaded[split]
+    yield from _dataset_records(loaded, path.name)
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"'{name}' is read with the datasets library; install it with: pip install 'lorakeet[hub]'"
+        ) from error
+    return datasets
+
+
+def _dataset_records(loaded: Any, name: str) -> Iterator[FileRecord]:
+    # A ClassLabel column stores numbers; the report shows their names.
+    named = {column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
+    for number, values in enumerate(loaded, start=1):
+        for column, feature in named.items():
+            if isinstance(values[column], int) and values[column] >= 0:
+                values[column] = feature.int2str(values[column])
+        yield FileRecord(f"{name}:{number}", values)

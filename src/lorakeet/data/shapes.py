@@ -91,11 +91,13 @@ def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     values = record.values
     label = None
     if shape == "chat":
-        turns = _chat(values, spec)
+        column = next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
+        turns = _messages(_as_list(values.get(column)), spec)
     elif shape == "completion":
         turns = _completion(values, spec)
     elif shape == "alpaca":
-        turns = _alpaca(values, spec)
+        instruction, extra = _text(values, "instruction", spec), _text(values, "input", spec, may_be_empty=True)
+        turns = _pair(f"{instruction}\n\n{extra}" if extra else instruction, _text(values, "output", spec))
     elif shape == "classification":
         turns, label = _classification(values, spec)
     else:
@@ -111,12 +113,6 @@ def _completion(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
     if isinstance(values.get(prompt), list) and isinstance(values.get(answer), list):
         return _messages([*_as_list(values[prompt]), *_as_list(values[answer])], spec)
     return _pair(_text(values, prompt, spec), _text(values, answer, spec))
-
-
-def _alpaca(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
-    instruction = _text(values, "instruction", spec)
-    extra = _text(values, "input", spec, may_be_empty=True)
-    return _pair(f"{instruction}\n\n{extra}" if extra else instruction, _text(values, "output", spec))
 
 
 def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], str]:
@@ -145,11 +141,6 @@ def label_text(label: str, spec: DataSpec) -> str:
 
 def _pair(prompt: str, answer: str) -> tuple[Turn, ...]:
     return Turn("user", prompt, supervised=False), Turn("assistant", answer, supervised=True)
-
-
-def _chat(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
-    column = next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
-    return _messages(_as_list(values.get(column)), spec)
 
 
 def _messages(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:

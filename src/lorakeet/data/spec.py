@@ -59,16 +59,6 @@ class DataSpec:
         problems = Problems("The data settings cannot be used", ConfigError)
         if not self.train.strip():
             problems.add("data.train is empty; give the file of the training rows, for instance --data.train rows.jsonl.")
-        self._check_numbers(problems)
-        self._check_templates(problems)
-        if len(set(self.labels)) != len(self.labels):
-            twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
-            problems.add(f"data.labels names {', '.join(map(repr, twice))} more than once; name each label once.")
-        if len(self.labels) == 1:
-            problems.add(f"data.labels has only {self.labels[0]!r}; a classification needs at least two labels.")
-        problems.raise_if_any()
-
-    def _check_numbers(self, problems: Problems) -> None:
         if not 0.0 <= self.held_out_fraction < 1.0:
             problems.add(f"data.held_out_fraction is {self.held_out_fraction}; expected a share from 0 to below 1, such as 0.1.")
         if math.isnan(self.near_duplicates) or not 0.0 <= self.near_duplicates <= 1.0:
@@ -79,6 +69,13 @@ class DataSpec:
             problems.add(f"data.max_tokens is {self.max_tokens}; expected at least 2 tokens, such as 1024.")
         if self.limit is not None and self.limit < 1:
             problems.add(f"data.limit is {self.limit}; expected at least 1 row, or leave it out to read all.")
+        self._check_templates(problems)
+        if len(set(self.labels)) != len(self.labels):
+            twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
+            problems.add(f"data.labels names {', '.join(map(repr, twice))} more than once; name each label once.")
+        if len(self.labels) == 1:
+            problems.add(f"data.labels has only {self.labels[0]!r}; a classification needs at least two labels.")
+        problems.raise_if_any()
 
     def _check_templates(self, problems: Problems) -> None:
         for name, template in (("template", self.template), ("label_template", self.label_template)):

@@ -52,7 +52,10 @@ def card(facts: CardFacts, report: Report | None, certificate: Certificate | Non
         parts += ["", "## How it was made", "", "| | |", "| --- | --- |"]
         parts += [f"| {_cell(name)} | {_cell(text)} |" for name, text in settings.items()]
     if certificate is not None:
-        parts += ["", "## Is it the model that was trained?", "", *_checks(certificate)]
+        good = certificate.verdict if certificate.failed_artefacts else "All checks passed"
+        verdict = good if certificate.passed else "**Not all checks passed: do not use it**"
+        parts += ["", "## Is it the model that was trained?", "", f"{verdict}.", ""]
+        parts += [f"- {found}" for found in (*certificate.checks, *certificate.unchecked)]
     said = [*facts.notes, *(report.warnings if report is not None else ())]
     if not facts.licence:
         said.append("The base model's folder does not say its licence; look it up before you pass this on.")
@@ -95,12 +98,6 @@ def _results(report: Report) -> list[str]:
 
 def _estimate(found: Estimate | None, digits: int) -> str:
     return "" if found is None else f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
-
-
-def _checks(certificate: Certificate) -> list[str]:
-    good = certificate.verdict if certificate.failed_artefacts else "All checks passed"
-    verdict = good if certificate.passed else "**Not all checks passed: do not use it**"
-    return [f"{verdict}.", "", *(f"- {found}" for found in (*certificate.checks, *certificate.unchecked))]
 
 
 def licence_of(folder: Path) -> str:

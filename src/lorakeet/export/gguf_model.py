@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
@@ -75,25 +74,25 @@ class _Item:
             gguf_package().quants.quantize(values, self.kind).tofile(file)
 
 
-class GgufTensors:
+class GgufTensors(MergedTensors):
     """The tensors of a base with an adapter merged in, by GGUF name, computed on request: fp32, in llama.cpp's order."""
 
     def __init__(self, source: Path, adapter: Adapter | None) -> None:
         """ConfigError lists what does not fit, or has no name in llama.cpp's architecture."""
-        self.folded = MergedTensors(source, adapter)
-        self.own = {**self.folded.checkpoint.config, **self.folded.edits.config}
+        super().__init__(source, adapter)
+        self.own = {**self.checkpoint.config, **self.edits.config}
         self.layout: ModelLayout = model_layout(self.own, source)
-        self.notes = [*self.folded.edits.notes, *self.layout.notes]
+        self.notes = [*self.edits.notes, *self.layout.notes]
         self.home = self._named()
 
     def _named(self) -> dict[str, str]:
         """GGUF name → name in the checkpoint."""
         names = tensor_names(self.layout.architecture.name, int(self.layout.metadata["block_count"]))
-        problems = Problems(f"{self.folded.checkpoint.folder} cannot be written as GGUF")
+        problems = Problems(f"{self.checkpoint.folder} cannot be written as GGUF")
         tied = self.own.get("tie_word_embeddings") is True
         found: dict[str, str] = {}
         skipped = 0
-        for name in self.folded.names:
+        for name in self.home:
             plain = _INNER.sub("model.", name)
             if name.startswith(_NOT_TEXT):
                 skipped += 1
@@ -108,32 +107,8 @@ class GgufTensors:
         problems.raise_if_any()
         return found
 
-    @property
-    def names(self) -> list[str]:
-        """The tensors by GGUF name."""
-        return list(self.home)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor that GGUF calls `name`."""
-        return self.folded.shape(self.home[name])
-
-    def changes(self, name: str) -> bool:
-        """True if the adapter changes numbers of the tensor that GGUF calls `name`."""
-        return self.folded.changes(self.home[name])
-
-    @torch.no_grad()
-    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
-        """The tensor that GGUF calls `name`; without `folded`, that of the base."""
-        tensor = self.folded.fetch(self.home[name], folded=folded)
-        change = self._change(name)
-        return tensor if change is None else change(tensor)
-
-    def rows(self, name: str) -> RowSource:
-        """As `fetch`, readable some rows at a time if the tensor is unchanged."""
-        return self.folded.rows(self.home[name]) if self._change(name) is None else self.fetch(name)
-
-    def _change(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """The conversion of a tensor to llama.cpp's order; None if there is none."""
+    def conversion(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """The conversion of the tensor that GGUF calls `name` to llama.cpp's order; None if there is none."""
         return self.layout.change_of(_INNER.sub("model.", self.home[name]))
 
 

@@ -129,11 +129,6 @@ class LlamaCpp:
         if self._model == self._ffi.NULL:
             raise ModelRefused(f"llama.cpp cannot load {model}: {self._library.reason()}.")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self._start(context, threads)
-        if adapter is not None:
-            self._put(adapter)
-
-    def _start(self, context: int, threads: int) -> None:
         params = self._lib.llama_context_default_params()
         params.n_ctx = self.length = context
         params.n_batch = params.n_ubatch = min(context, PASS)
@@ -147,15 +142,14 @@ class LlamaCpp:
             reason = self._library.reason()
             self.close()
             raise ConfigError(f"llama.cpp cannot allocate a context of {context} tokens: {reason}.")
-
-    def _put(self, adapter: Path) -> None:
-        lora = self._lib.llama_adapter_lora_init(self._model, str(adapter).encode())
-        if lora == self._ffi.NULL:
-            reason = self._library.reason()
-            self.close()
-            raise ModelRefused(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
-        adapters, scales = self._ffi.new("struct llama_adapter_lora *[1]", [lora]), self._ffi.new("float[1]", [1.0])
-        self._lib.llama_set_adapters_lora(self._context, adapters, 1, scales)
+        if adapter is not None:
+            lora = self._lib.llama_adapter_lora_init(self._model, str(adapter).encode())
+            if lora == self._ffi.NULL:
+                reason = self._library.reason()
+                self.close()
+                raise ModelRefused(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
+            adapters, scales = self._ffi.new("struct llama_adapter_lora *[1]", [lora]), self._ffi.new("float[1]", [1.0])
+            self._lib.llama_set_adapters_lora(self._context, adapters, 1, scales)
 
     def tokenise(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of `text`, with special tokens recognised in it; with `add_special` also those that the file's settings add."""
@@ -167,16 +161,12 @@ class LlamaCpp:
 
     def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
         """The logits after each of `ids`, or of the `last` ones, (tokens, vocabulary) fp32, with an empty context before."""
-        return torch.cat(list(self._passes(ids, len(ids) if last is None else last)))
-
-    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """Yields the logits after each token, PASS of them at a time; any other call meanwhile ends it."""
-        return self._passes(ids, len(ids))
+        return torch.cat(list(self.logit_parts(ids, last)))
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
         """The greedy continuation of `prompt`, up to `tokens` tokens or one of `ends` (included)."""
         written: list[int] = []
-        last = torch.cat(list(self._passes(prompt, 1)))
+        last = self.logits(prompt, 1)
         while len(written) < tokens:
             written.append(int(last[-1].argmax()))
             if written[-1] in ends:
@@ -184,8 +174,9 @@ class LlamaCpp:
             last = self._decode(written[-1:], len(prompt) + len(written) - 1, 1)
         return written
 
-    def _passes(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
-        """Computes `ids` with an empty context; yields the logits of the `last` ones, pass by pass."""
+    def logit_parts(self, ids: Sequence[int], last: int | None = None) -> Iterator[Tensor]:
+        """Yields the logits that `logits` returns, at most PASS of them at a time; any other call meanwhile ends it."""
+        last = len(ids) if last is None else last
         self._require_context(len(ids))
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         for start in range(0, len(ids), PASS):

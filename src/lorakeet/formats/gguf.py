@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +32,6 @@ from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.tensors import check_finite, factor_problem
 from lorakeet.formats.limits import check_supported, metadata_without_peft
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 NAME, SUFFIX, WEIGHTS, MAGIC = "gguf", ".gguf", "", gguf_header.MAGIC  # as `AdapterFormat` says
 _NOTE = "lorakeet.note"  # our key, for what GGUF has no key for; llama.cpp ignores it
@@ -159,17 +156,12 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unu
     for module, pair in sorted(adapter.pairs.items()):
         B = pair.B.float() if alpha else pair.B.float() * pair.scale
         heads = layout.heads_of(module)
-        writer.add_tensor(names[module] + _A, _array(pair.A.float()))
-        writer.add_tensor(names[module] + _B, _array(permute(B, heads) if heads else B))
+        for slot, factor in ((_A, pair.A.float()), (_B, permute(B, heads) if heads else B)):
+            writer.add_tensor(names[module] + slot, factor.detach().cpu().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
-    return array
 
 
 def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Adapter:

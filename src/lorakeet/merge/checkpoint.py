@@ -111,21 +111,19 @@ def files_along(source: Path, tokenizer: Path | None) -> list[Path]:
     for name in _ALONG:
         files += sorted(file for file in (source / name).glob("*") if file.is_file())
     if tokenizer is not None:
-        files = [file for file in files if not _is_tokenizer(file)] + tokenizer_files(tokenizer)
+        files = [file for file in files if not file.name.startswith(_TOKENIZER)] + tokenizer_files(tokenizer)
     return files
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files of `folder`."""
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and _is_tokenizer(file) and _goes_along(file)]
+    return [
+        file for file in sorted(folder.iterdir()) if file.is_file() and file.name.startswith(_TOKENIZER) and _goes_along(file)
+    ]
 
 
 def _goes_along(file: Path) -> bool:
     return file.suffix not in _WEIGHTS and file.name not in _NOT_COPIED and not file.name.endswith(".index.json")
-
-
-def _is_tokenizer(file: Path) -> bool:
-    return file.name.startswith(_TOKENIZER)
 
 
 def copy_along(files: Iterable[Path], out: Path) -> None:

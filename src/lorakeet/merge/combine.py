@@ -1,4 +1,20 @@
-"""Combines several adapters into one by their ΔW: checks them, and computes the combined pair or change of each matrix."""
+"""Combines several adapters into one by their ΔW: checks them, and computes the combined pair or change of each matrix.
+
+Every method works on ΔW_i = s_i·B_i·A_i, never on A and B: the product of their sums has cross terms that no adapter has.
+
+                 kept of each ΔW_i                                   sum
+    linear       all                                                 Σ w_i·ΔW_i
+    cat          all; stays a concatenation of the factors           Σ w_i·ΔW_i
+    svd          all; re-compressed                                  Σ w_i·ΔW_i
+    magnitude    the largest `density` of its entries                Σ w_i·ΔW_i
+    ties         the largest `density` (https://arxiv.org/abs/2306.01708)            mean of those with the elected sign
+    dare         a random `density`, divided by it (https://arxiv.org/abs/2311.03099)                        Σ w_i·ΔW_i
+    della        random, larger entries likelier (https://arxiv.org/abs/2406.11617)  mean of those with the elected sign
+
+The elected sign of an entry is that of Σ w_i·ΔW_i over what was kept. The mean is weighted by |w_i| over the adapters that agree,
+and multiplied by Σ |w_i|: if all agree it is the weighted sum; with weights that sum to 1 it is the papers' mean. If nothing is
+dropped and all signs agree, every method equals `linear`.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +32,16 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.core.math import Kind, delta
 from lorakeet.errors import Problems, nearest
 from lorakeet.merge.low_rank import LowRank, stack_factors, truncate_factors, truncate_matrix
-from lorakeet.merge.methods import METHODS, Contribution, Method, combine_changes
 from lorakeet.setting import setting
 
+DELLA_WINDOW = 0.2  # difference of the drop probabilities of a row's smallest and largest entry (ε of the paper)
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, path of the last
+Prune = Callable[[Tensor, float, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class CombineSpec:
-    """How adapters are combined: the method (merge/methods), a weight for each, and the rank of the result.
+    """How adapters are combined: the method (METHODS), a weight for each, and the rank of the result.
 
     `rank` None keeps an exact sum exact, and compresses others to the largest rank of the adapters. `density` is the share of
     entries that pruning keeps; `seed` is for random methods.
@@ -111,7 +128,8 @@ class Combination:
             A, B = A[0], B[0]
         if kind == "conv2d":
             A, B = A.view(rank, *shape[1:]), B.view(shape[0], rank, 1, 1)
-        return Pair(A, B, float(rank), kind, bias=self._bias(path)), found
+        biases = [pair.bias.float() * (weight * pair.scale) for pair, weight, _ in self._parts(path) if pair.bias is not None]
+        return Pair(A, B, float(rank), kind, bias=torch.stack(biases).sum(0) if biases else None), found
 
     def combined(self, on_progress: Progress | None = None) -> Combined:
         """Combines matrix by matrix. The pairs have scale 1; the true scales are in B."""
@@ -147,11 +165,6 @@ class Combination:
         widest = min(shape[1:]) if self.kind(path) == "experts" else min(shape[0], torch.Size(shape[1:]).numel())
         return min(self.spec.rank or max(pair.rank for pair, _, _ in self._parts(path)), widest)
 
-    def _bias(self, path: str) -> Tensor | None:
-        """Σ w·s·bias over the pairs with a bias, for a pair of scale 1."""
-        found = [pair.bias.float() * (weight * pair.scale) for pair, weight, _ in self._parts(path) if pair.bias is not None]
-        return torch.stack(found).sum(0) if found else None
-
     def _parts(self, path: str) -> Iterator[tuple[Pair, float, int]]:
         for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             if path in adapter.pairs:
@@ -175,7 +188,12 @@ def combination(adapters: Mapping[str, Adapter], spec: CombineSpec) -> Combinati
     token_rows = _shared_rows(names, values, problems)
     problems.raise_if_any()
     weights = spec.weights or (1 / len(values),) * len(values)
-    notes = tuple(_uneven(adapters))
+    count = len({path for adapter in values for path in adapter.pairs})
+    notes = tuple(
+        f"{name} changes {len(adapter.pairs)} of the {count} matrices; for the others it counts as no change."
+        for name, adapter in adapters.items()
+        if len(adapter.pairs) < count
+    )
     return Combination(tuple(values), tuple(map(float, weights)), method, spec, extras, token_rows, notes)
 
 
@@ -194,14 +212,10 @@ def _check_pairs(names: Sequence[str], adapters: Sequence[Adapter], method: Meth
     for name, adapter in zip(names, adapters, strict=True):
         for path, pair in adapter.pairs.items():
             other, known = seen.setdefault(path, (name, pair))
-            if _alike(known.kind, pair.kind) and known.weight_shape == pair.weight_shape:
+            kinds = {known.kind, pair.kind}  # GPT-2's conv1d has the same factors as linear, and files confuse them
+            if (len(kinds) == 1 or kinds == {"linear", "conv1d"}) and known.weight_shape == pair.weight_shape:
                 continue
             problems.add(f"{path} is {known.kind} {known.weight_shape} in {other} and {pair.kind} {pair.weight_shape} in {name}.")
-
-
-def _alike(one: Kind, other: Kind) -> bool:
-    """True for equal kinds, and for linear and GPT-2's conv1d: they have the same factors, and files confuse them."""
-    return one == other or {one, other} == {"linear", "conv1d"}
 
 
 def _shared_extras(names: Sequence[str], adapters: Sequence[Adapter], problems: Problems) -> dict[str, Tensor]:
@@ -232,14 +246,6 @@ def _shared_rows(names: Sequence[str], adapters: Sequence[Adapter], problems: Pr
     return found
 
 
-def _uneven(adapters: Mapping[str, Adapter]) -> Iterator[str]:
-    """Yields a sentence for each adapter that does not change all of the matrices."""
-    everything = {path for adapter in adapters.values() for path in adapter.pairs}
-    for name, adapter in adapters.items():
-        if len(adapter.pairs) < len(everything):
-            yield f"{name} changes {len(adapter.pairs)} of the {len(everything)} matrices; for the others it counts as no change."
-
-
 def dense_delta(pair: Pair, expert: int = 0) -> Tensor:
     """ΔW of one matrix of a pair, fp32 (out, in): convolutions flattened."""
     A, B = _flat(pair)
@@ -251,3 +257,105 @@ def _flat(pair: Pair) -> tuple[Tensor, Tensor]:
     if pair.kind == "experts":
         return pair.A.float(), pair.B.float()
     return pair.A.float().flatten(1)[None], pair.B.float().flatten(1)[None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method. `prune` None keeps everything, so that the sum is exact in low-rank factors."""
+
+    name: str
+    prune: Prune | None = None
+    elect: bool = False  # entries vote on their sign
+    random: bool = False
+    compress: bool = False  # a rank is chosen if none is given
+
+    @property
+    def exact(self) -> bool:
+        """True if the result is Σ w_i·ΔW_i exactly, apart from compression."""
+        return self.prune is None and not self.elect
+
+
+def keep_largest(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """The round(density·n) entries of largest magnitude, the others 0; at least one."""
+    del generator
+    count = max(1, round(density * change.numel()))
+    if count >= change.numel():
+        return change
+    kept = change.abs().flatten().topk(count, sorted=False).indices
+    result = torch.zeros_like(change).flatten()
+    result[kept] = change.flatten()[kept]
+    return result.view_as(change)
+
+
+def drop_random(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Keeps each entry with probability `density` and divides it by that, so that the expectation is `change`."""
+    return torch.where(torch.rand(change.shape, generator=generator) < density, change / density, 0.0)
+
+
+def drop_by_magnitude(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """MagPrune of DELLA: in each row, an entry of rank r (0 the smallest) of n is kept with probability
+
+        density − ε/2 + ε·r/(n − 1)
+
+    and divided by it. ε is `DELLA_WINDOW`, or smaller to keep every probability above 0 and at most 1.
+    """
+    window = min(DELLA_WINDOW, density, 2 * (1 - density))
+    ranks = change.abs().argsort(dim=1).argsort(dim=1).float()
+    kept = density - window / 2 + window * ranks / max(change.shape[1] - 1, 1)
+    return torch.where(torch.rand(change.shape, generator=generator) < kept, change / kept, 0.0)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An adapter's part in a matrix: a function that makes its ΔW, its weight, and a seed."""
+
+    change: Callable[[], Tensor]  # a new fp32 (out, in)
+    weight: float
+    seed: int
+
+    def pruned(self, method: Method, density: float) -> Tensor:
+        """What the method keeps of ΔW, as a tensor that may be modified."""
+        change = self.change()
+        if method.prune is None:
+            return change
+        return method.prune(change, density, torch.Generator().manual_seed(self.seed))
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("linear"),
+        Method("cat"),
+        Method("svd", compress=True),
+        Method("magnitude", keep_largest, compress=True),
+        Method("ties", keep_largest, elect=True, compress=True),
+        Method("dare", drop_random, random=True, compress=True),
+        Method("della", drop_by_magnitude, elect=True, random=True, compress=True),
+    )
+}
+
+
+def combine_changes(method: Method, parts: Sequence[Contribution], *, density: float, total: float | None = None) -> Tensor:
+    """Combines the ΔW (out, in) of the adapters that change this matrix.
+
+    `total` is Σ |w_i| over all adapters, also those that do not change this matrix; by default over `parts`. At most three
+    matrices are in memory without sign election, and with it three and one for each adapter.
+    """
+    pruned = (part.pruned(method, density).mul_(part.weight) for part in parts)
+    if not method.elect:
+        result = next(pruned)
+        for change in pruned:
+            result.add_(change)
+        return result
+    changes = list(pruned)
+    sign = torch.zeros_like(changes[0])
+    for change in changes:
+        sign.add_(change)
+    sign.sign_()
+    votes, result = torch.zeros_like(sign), torch.zeros_like(sign)
+    for change, part in zip(changes, parts, strict=True):
+        agrees = change * sign > 0
+        result.add_(change.mul_(agrees))
+        votes.add_(agrees, alpha=abs(part.weight))
+    factor = sum(abs(part.weight) for part in parts) if total is None else total
+    return result.mul_(factor).div_(votes.masked_fill_(votes == 0, 1.0))

@@ -23,7 +23,10 @@ def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = Non
     for non-finite gains.
     """
     check_gains(gains)
-    ceilings = {entry.path: _ceiling(entry, gains[entry.path], largest, step) for entry in plan.entries}
+    ceilings = {}
+    for entry in plan.entries:
+        most = min(len(gains[entry.path]), entry.largest_rank, largest or entry.largest_rank)
+        ceilings[entry.path] = max(step, most - most % step)
     ranks = {entry.path: step for entry in plan.entries}
     _check_budget(plan, budget, ceilings, step)
     left = budget - sum(replace(entry, rank=step).parameters for entry in plan.entries)
@@ -71,11 +74,6 @@ def check_gains(gains: Gains) -> None:
 def rank_pattern(plan: Plan, spec: LoraSpec) -> dict[str, int]:
     """The `lora.rank_pattern` that, with `lora.rank`, gives the ranks of `plan`: a full path for each other rank."""
     return {entry.path: entry.rank for entry in plan.entries if entry.rank != spec.rank}
-
-
-def _ceiling(entry: PlanEntry, gains: Sequence[float], largest: int | None, step: int) -> int:
-    most = min(len(gains), entry.largest_rank, largest or entry.largest_rank)
-    return max(step, most - most % step)
 
 
 def _check_budget(plan: Plan, budget: int, ceilings: Mapping[str, int], step: int) -> None:

@@ -55,10 +55,7 @@ class Position:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read on access.
-
-    Raises DataError for an invalid file.
-    """
+    """The tensors of a safetensors file, each read on access. Raises DataError for an invalid file."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_safetensors(path)

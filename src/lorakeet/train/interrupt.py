@@ -39,7 +39,7 @@ class Interrupt:
             self._restore()
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            if isinstance(signal.getsignal(number), _AsCtrlC):
+            if signal.getsignal(number) is _as_ctrl_c:
                 signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
@@ -58,16 +58,14 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _AsCtrlC())
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class _AsCtrlC:
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
     """The handler of the first SIGTERM in `terminable`."""
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise KeyboardInterrupt("SIGTERM")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise KeyboardInterrupt("SIGTERM")

@@ -14,6 +14,7 @@ from typing import Any
 from lorakeet.errors import DataError, EnvironmentProblem
 
 Record = Mapping[str, float | int | None]
+_EXTRAS = {"tensorboard": "track", "wandb": "wandb"}  # by package
 
 
 class MetricsLog:
@@ -58,19 +59,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def require_sink(log_to: str) -> None:
     """Raises EnvironmentProblem if the package of `train.log_to` is not installed."""
-    extra = {"tensorboard": "track", "wandb": "wandb"}.get(log_to)
-    if extra is not None and find_spec(log_to) is None:
-        raise _missing(log_to, extra)
+    if log_to in _EXTRAS and find_spec(log_to) is None:
+        raise _missing(log_to)
 
 
 class TensorBoardSink:
     """Event files in RUN/tensorboard; points after `step` of an earlier, interrupted run are hidden."""
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard", "track") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, record: Record) -> None:
@@ -86,10 +84,8 @@ class WandbSink:
     """A Weights & Biases run; its id is a hash of the folder, so that a resumed run continues it."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise _missing("wandb", "wandb") from error
+        import wandb
+
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self._run = wandb.init(project="lorakeet", name=folder.name, dir=str(folder), id=name, resume="allow")
 
@@ -106,13 +102,16 @@ Sink = TensorBoardSink | WandbSink  # a further destination of records
 
 def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:
     """The sink that `train.log_to` names, for the run in `folder`, continued after `step`; None for "none"."""
-    if log_to == "tensorboard":
-        return TensorBoardSink(folder, step=step)
-    return WandbSink(folder) if log_to == "wandb" else None
+    try:
+        if log_to == "tensorboard":
+            return TensorBoardSink(folder, step=step)
+        return WandbSink(folder) if log_to == "wandb" else None
+    except ImportError as error:
+        raise _missing(log_to) from error
 
 
-def _missing(log_to: str, extra: str) -> EnvironmentProblem:
+def _missing(log_to: str) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"train.log_to is {log_to}, but the package {log_to} is not installed. "
-        f"Install it with: pip install 'lorakeet[{extra}]'; or set train.log_to to none."
+        f"Install it with: pip install 'lorakeet[{_EXTRAS[log_to]}]'; or set train.log_to to none."
     )

@@ -12,6 +12,16 @@ from lorakeet.errors import ConfigError
 from lorakeet.train import durable
 
 
+class _Inside:
+    """A property of a run folder: the path of a file or folder in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The paths of a run (see the run folder in the docs)."""
@@ -19,46 +29,16 @@ class RunFolder:
     path: Path
     command: str = "lorakeet"  # how lorakeet was started, for the resume command
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def split(self) -> Path:
-        return self.path / "split.json"
-
-    @property
-    def rates(self) -> Path:
-        return self.path / "rates.json"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        """The best tensors so far, while a run with a memory budget trains."""
-        return self.path / ".best.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def page(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def certificate(self) -> Path:
-        return self.path / "certificate.json"
+    config = _Inside("config.yaml")
+    split = _Inside("split.json")
+    rates = _Inside("rates.json")
+    adapter = _Inside("adapter")
+    checkpoints = _Inside("checkpoints")
+    best = _Inside(".best.safetensors")  # the best tensors so far, while a run with a memory budget trains
+    metrics = _Inside("metrics.jsonl")
+    report = _Inside("report.json")
+    page = _Inside("report.html")
+    certificate = _Inside("certificate.json")
 
     def forget_adapter(self) -> None:
         """Deletes RUN/adapter if it exists."""
@@ -97,15 +77,12 @@ class RunFolder:
         """Raises ConfigError unless the folder is empty or missing; writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"The run folder {self.path} is a file; choose another --out.")
-        if self.path.is_dir() and self._has_files():
+        visible = (found for found in self.path.rglob("*") if found.is_file() and not found.name.startswith("."))
+        if any(visible):  # a run killed at its start may leave empty folders and hidden files
             go_on = f"go on with it: {self.resume_command}; or choose" if self.config.exists() else "choose"
             raise ConfigError(
                 f"The run folder {self.path} exists already; nothing in it was touched. You can {go_on} another --out."
             )
-
-    def _has_files(self) -> bool:
-        """True for more than empty folders and hidden files, which a run killed at its start may leave."""
-        return any(found.is_file() and not found.name.startswith(".") for found in self.path.rglob("*"))
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

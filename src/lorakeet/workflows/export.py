@@ -21,7 +21,7 @@ from lorakeet.export.card import CardFacts, card, licence_of
 from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufModel, write_gguf
 from lorakeet.export.llama_cpp import ModelRefused, is_installed, quantise
 from lorakeet.export.merged_tensors import MergedTensors
-from lorakeet.export.ollama_push import require_address
+from lorakeet.export.ollama import require_address
 from lorakeet.export.runtime_support import features_of_adapter, limits_of
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base

@@ -13,7 +13,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.export import ollama
 from lorakeet.export.gguf_model import GgufModel
-from lorakeet.export.ollama_push import push
+from lorakeet.export.ollama import push
 from lorakeet.formats.files.gguf_file import GgufFile
 
 

@@ -1,6 +1,6 @@
 """`lorakeet verify`: is what was merged, exported or served the model that was trained? Measured on the run's held-out rows.
 
-    live adapter in fp32  ──  the same ids, prompts, answers and texts  ──  each artefact of --against
+live adapter in fp32  ──  the same ids, prompts, answers and texts  ──  each artefact of --against
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.export.compare_stored import StoredTensor
+from lorakeet.export.merged_tensors import StoredTensor
 from lorakeet.export.tolerances import F16, PRECISIONS
 from lorakeet.models.files.source import find_source
 from lorakeet.serve.probe import FACT, record
@@ -111,9 +111,7 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable
     return Verified(certificate)
 
 
-def certify_artefacts(
-    opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None
-) -> Certificate:
+def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None) -> Certificate:
     """Returns the checks of every artefact of `options.against` against the live adapter, each named by the artefact's path."""
     dataset = opened.dataset if opened.run else None
     source = find_source(opened.config.model, console.print)
@@ -175,9 +173,7 @@ def _compared_with(
             return _checks(live, recorded, stored, probes, opened)
 
 
-def _checks(
-    live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor], probes: Probes, opened: Opened
-) -> list[Check]:
+def _checks(live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor], probes: Probes, opened: Opened) -> list[Check]:
     spec = opened.config.evaluate
     found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec)]
     if probes.labelled:

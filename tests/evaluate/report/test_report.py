@@ -20,6 +20,7 @@ from lorakeet.evaluate.compare import Paired
 from lorakeet.evaluate.intervals import Estimate, proportion
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report import charts
+from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.compose import (
     METRIC,
     PROMPT_DISTANCE,
@@ -32,18 +33,21 @@ from lorakeet.evaluate.report.compose import (
 )
 from lorakeet.evaluate.report.rank_values import CurvePoint, RankCell, RankCurve, RankMap, Search, TrialResult, curve_plot
 from lorakeet.evaluate.report.report import (
-    ChartPoint,
     Command,
-    Curves,
     Leak,
+    Memorisation,
+    Near,
     Report,
+    Sample,
+    SampleGrid,
+    SampleRow,
     ScoredAnswer,
     SideBySide,
+    nearest_distances,
     read_report,
     render_html,
     write_report,
 )
-from lorakeet.evaluate.report.samples import Memorisation, Near, Sample, SampleGrid, SampleRow, nearest_distances
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import from_text, to_text
 

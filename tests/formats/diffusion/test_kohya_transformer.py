@@ -18,8 +18,8 @@ from lorakeet.formats.compare import compare_adapters, relative_difference
 from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.detect import detect
 from lorakeet.formats.diffusion import kohya
+from lorakeet.formats.diffusion.kohya_keys import TransformerFamily, originals
 from lorakeet.formats.diffusion.kohya_transformer import join_pairs, of_module, rows_of_parts, split, swapped
-from lorakeet.formats.diffusion.transformer_names import TransformerFamily, originals
 from tiny.adapters import random_pair
 from tiny.images import diffusers
 from tiny.originals import from_original

@@ -12,7 +12,7 @@ import torch
 
 from lorakeet.models.image.noise import Noising, noising_of
 from lorakeet.train.image.loss import add_noise, draw, errors_of, fixed_draws, target_of, weights_of
-from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.spec import DiffusionSpec
 from tiny.images import diffusers
 from tiny.pipelines import SCHEDULE
 

@@ -22,13 +22,12 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train import loss_scale
 from lorakeet.train.image.task import ImageTask, denoising_errors
-from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 from tiny.pictures import album
 from tiny.pipelines import save_tiny_sd
 

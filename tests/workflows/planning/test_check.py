@@ -11,7 +11,7 @@ import pytest
 
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.compare_stored import PART_BYTES
+from lorakeet.export.merged_tensors import PART_BYTES
 from lorakeet.memory.budget import Budget, enough_for
 from lorakeet.workflows.planning import check as check_planning
 from lorakeet.workflows.planning.check import ModelCheck, fit_check

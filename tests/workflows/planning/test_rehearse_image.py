@@ -15,8 +15,7 @@ from lorakeet.models.image.shapes import Shapes
 from lorakeet.models.inject import adapter_names
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 from lorakeet.workflows.planning.rehearse_image import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
 from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP, NotPlanned
 

@@ -13,8 +13,8 @@ import torch
 
 from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.export.compare_stored import StoredTensor
 from lorakeet.export.llama_cpp import PASS
+from lorakeet.export.merged_tensors import StoredTensor
 from lorakeet.export.tolerances import F32, Q4
 from lorakeet.workflows.planning.check_sizes import COMPARED, ROW_LOGITS
 from lorakeet.workflows.runs.open_adapter import open_adapter

@@ -1,4 +1,7 @@
-"""Reads a folder of captioned pictures: each is rotated upright and hashed, or named with the reason it cannot be used."""
+"""Reads a folder of captioned pictures: each is rotated upright and hashed, or named with the reason it cannot be used.
+
+Pictures in Parquet files, `datasets` folders and hub ids are unpacked into such a folder first.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.data.images.spec import ImageSpec
+from lorakeet.data.locate import Location
+from lorakeet.data.read import HUB, SAVED, is_hub_id, read_records
+from lorakeet.data.tables import RowProblems, text_records
 from lorakeet.errors import DataError, EnvironmentProblem, Problems
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -28,6 +36,8 @@ LIGHT_SIDE, COLOUR_SIDE = 64, 16
 _ORIENTATION = 0x0112  # EXIF tag
 _CLEARLY = 3  # grey levels of 255 that count as a difference
 _ENDS, _CLIPPED = (5, 250), 0.02  # levels that may be clipped, and the share of a cell's pixels that makes it clipped
+_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp", b"II*\x00": ".tif",
+          b"MM\x00*": ".tif"}  # fmt: skip
 _OR_SETTING = ", or remove it to use images.caption"
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
@@ -64,8 +74,8 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
 
     A caption is in metadata.jsonl (file_name, and text, caption or prompt), else in NAME.txt beside NAME.png, else it is
     `spec.caption`. Broken files, unsupported formats, and pictures smaller than `spec.smallest` are left out with a remark.
-    Raises DataError that names every picture without a caption and every unusable line of metadata.jsonl, or if no picture
-    is left.
+    Raises DataError that names every picture without a caption and the unusable lines of metadata.jsonl, or if no picture is
+    left.
     """
     require_folder(folder, setting)
     endings = _readable()
@@ -297,42 +307,27 @@ def _rgb(image: Any, image_module: Any, done: list[str]) -> Pixels:
 
 
 def _listed_captions(folder: Path, *, strict: bool = True) -> dict[str, str]:
-    """Captions by path from metadata.jsonl. If `strict`, raises DataError that names every unusable line."""
+    """Captions by path from metadata.jsonl. If `strict`, raises DataError that names the unusable lines."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         return {}
-    problems = Problems(f"{file} cannot be used", DataError)
+    problems = RowProblems(f"{file} cannot be used")
     found: dict[str, str] = {}
-    for number, record in _records(_text(file), file, problems):
+    for source, record in text_records(Location(file), problems):
         name = record.get("file_name")
-        caption = next((record[column] for column in CAPTION_COLUMNS if isinstance(record.get(column), str)), None)
+        caption = next((text for column in CAPTION_COLUMNS if isinstance(text := record.get(column), str)), None)
         if not isinstance(name, str) or caption is None:
             columns = " or ".join(CAPTION_COLUMNS)
-            problems.add(f"{file.name}:{number} has {', '.join(record) or 'nothing'}; expected file_name and {columns}.")
+            problems.add(source, f"it has {', '.join(record) or 'nothing'}; expected file_name and {columns}.")
         elif not (folder / name).is_file():
-            problems.add(f"{file.name}:{number} names {name}, which does not exist in {folder}.")
+            problems.add(source, f"it names {name}, which does not exist in {folder}.")
         elif Path(name).suffix.lower() not in _readable():
-            problems.add(f"{file.name}:{number} names {name}, of an unsupported format; convert it to JPEG or PNG.")
+            problems.add(source, f"it names {name}, of an unsupported format; convert it to JPEG or PNG.")
         else:
             found[Path(name).as_posix()] = caption
     if strict:
         problems.raise_if_any()
     return found
-
-
-def _records(text: str, file: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.add(f"{file.name}:{number} is not JSON: {error.msg}.")
-            continue
-        if isinstance(record, dict):
-            yield number, record
-        else:
-            problems.add(f"{file.name}:{number} has {record!r:.40}; expected an object with file_name and a caption.")
 
 
 def _text(path: Path) -> str:
@@ -361,3 +356,74 @@ def png_of(pixels: Pixels, *, largest: int | None = None) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def is_table(name: str) -> bool:
+    """True if `name` is a table with pictures, false for a folder of picture files."""
+    base, mark, _ = name.partition("#")
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return bool(mark) or any((folder / file).exists() for file in SAVED)
+    return name.lower().endswith(".parquet") or name.startswith(HUB) or is_hub_id(name)
+
+
+def unpack_pictures(name: str, into: Path, *, limit: int | None = None) -> Path:
+    """Writes the pictures of the table `name`, byte for byte, and their captions in metadata.jsonl to a folder below `into`.
+
+    The picture is in the first column that has one (datasets' image feature, or plain bytes), the caption in text, caption or
+    prompt. The folder's name is a hash of its content. Raises DataError that names rows without a picture.
+    """
+    partial = into / f"unpacking-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    found, lines = hashlib.sha256(), []
+    for number, (content, caption) in enumerate(_pictures(name, limit), start=1):
+        ending = next((ending for magic, ending in _MAGIC.items() if content.startswith(magic)), ".png")
+        file = f"{number:06}{ending}"
+        (partial / file).write_bytes(content)
+        line = json.dumps({"file_name": file, **({} if caption is None else {"text": caption})}, ensure_ascii=False)
+        lines += [] if caption is None else [line]
+        found.update(hashlib.sha256(content).digest() + line.encode("utf-8", "surrogatepass"))
+    (partial / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    folder = into / found.hexdigest()[:32]
+    if folder.exists():
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
+    return folder
+
+
+def _pictures(name: str, limit: int | None) -> Iterator[tuple[bytes, str | None]]:
+    """Yields the bytes and the caption of each row; None for no caption."""
+    problems = RowProblems(f"{name} cannot be used as it is")
+    column: str | None = None
+    for record in islice(read_records(name, problems), limit):
+        if column is None:
+            column = next((key for key, value in record.values.items() if _bytes_of(value) is not None), None)
+            if column is None:
+                raise DataError(
+                    f"{record.source} has no picture in {', '.join(record.values)}; expected a column with the bytes of picture "
+                    "files, such as datasets' Image feature."
+                )
+        content = _bytes_of(record.values.get(column))
+        if content is None:
+            problems.add(record.source, f"no picture in the column {column}.")
+            continue
+        caption = next((value for key in CAPTION_COLUMNS if isinstance(value := record.values.get(key), str)), None)
+        yield content, caption
+    problems.raise_if_any()
+    if column is None:
+        raise DataError(f"{name} has no rows; expected rows with a picture and a caption.")
+
+
+def _bytes_of(value: Any) -> bytes | None:
+    """The bytes of a picture file: plain, in datasets' {bytes, path}, or as PNG of a picture that datasets has opened."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    if isinstance(value, bytes) and value:
+        return value
+    if hasattr(value, "save") and hasattr(value, "getexif"):
+        buffer = io.BytesIO()
+        value.save(buffer, format="PNG", exif=value.getexif())
+        return buffer.getvalue()
+    return None

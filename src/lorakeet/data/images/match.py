@@ -1,6 +1,6 @@
 """Decides if two pictures show the same photo: registers one onto the other and measures the residual cell by cell.
 
-Registration is that of Lucas and Kanade (1981), with gain and offset (Baker, Gross and Matthews 2003, "20 years on", part 3).
+_Registration is that of Lucas and Kanade (1981), with gain and offset (Baker, Gross and Matthews 2003, "20 years on", part 3).
 Picture a and target b are smoothed; x runs from 0 to 1. The warp a(x + p₀·(1 − x) + p₁·x) crops the side by p₀ and p₁ at its
 two ends, and likewise vertically. It is improved by the least squares of
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,7 @@ Floats = NDArray[np.float32]
 Reals = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 Places = NDArray[np.intp]
+Arrays = TypeVar("Arrays", "Prints", "_Registration")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,6 @@ class Prints:
     light: Floats  # (n, 64, 64): luminance
     colour: Floats  # (n, 2, 16, 16): Cb and Cr, 0 in a grey picture
     clipped: Floats  # (n, 2, 64, 64): 1 if a channel of the cell is clipped at its bright, or at its dark end
-
-    def of(self, places: Places) -> Prints:
-        """Selects pictures."""
-        return Prints(self.light[places], self.colour[places], self.clipped[places])
 
     def mirrored(self) -> Prints:
         """The features of the mirrored pictures."""
@@ -152,7 +149,7 @@ def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools)
         gain, touched = np.where(as_it_is, np.array([[1], [0]], np.float32), gain), clipped.max(1) > _TOUCHED
         fits.append(_Registration(target, fitted, left, over, free & ~as_it_is, touched & ~as_it_is, gain, each, tone))
     share = [_sum(fit.left, fit.left) / fit.over.sum((1, 2)) for fit in fits]
-    return _chosen(share[1] < share[0], fits[1], fits[0])
+    return chosen(share[1] < share[0], fits[1], fits[0])
 
 
 def _registered(pictures: Floats, targets: Floats, warp: Floats) -> Floats:
@@ -262,13 +259,13 @@ def _tone(seen: Floats, target: Floats, weight: Floats) -> Floats:
     return np.asarray(np.stack([gain, offset], 1)[..., None], np.float32)
 
 
-def _chosen(which: Bools, one: _Registration, other: _Registration) -> _Registration:
-    """Selects for each pair `one` if `which` is true, else `other`."""
-
-    def of(mine: Any, theirs: Any) -> Any:
-        return np.where(which.reshape(-1, *(1,) * (mine.ndim - 1)), mine, theirs)
-
-    return _Registration(*(of(getattr(one, part.name), getattr(other, part.name)) for part in fields(_Registration)))
+def chosen(which: Bools, one: Arrays, other: Arrays) -> Arrays:
+    """Selects for each pair the arrays of `one` if `which` is true, else of `other`."""
+    found = {}
+    for part in fields(one):
+        mine, theirs = getattr(one, part.name), getattr(other, part.name)
+        found[part.name] = np.where(which.reshape(-1, *(1,) * (mine.ndim - 1)), mine, theirs)
+    return type(one)(**found)
 
 
 def _coloured(ones: Prints, others: Prints, found: _Registration) -> tuple[Floats, Bools]:

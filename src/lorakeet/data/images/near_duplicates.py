@@ -22,6 +22,7 @@ from lorakeet.data.images.match import (
     Floats,
     Places,
     Prints,
+    chosen,
     compared,
     enough_detail,
     gaussian,
@@ -143,7 +144,7 @@ class _Features:
         self.order = order
         self.thumbs = [row.thumb for row in rows]
         self.across = np.array([(row.width * row.height) ** 0.5 for row in rows], np.float32)  # pixels of a side
-        self.small = np.empty((len(rows), _SIDE, _SIDE), np.float32)
+        self.small: Floats = np.empty((len(rows), _SIDE, _SIDE), np.float32)
         self.clipped = np.empty((len(rows), 2, _SIDE, _SIDE), np.float16)
         self.tone, self.cut = np.empty(len(rows), bool), np.empty(len(rows), bool)  # true if there is enough detail for it
         for start in range(0, len(rows), _BLOCK):
@@ -156,16 +157,12 @@ class _Features:
         hashes = np.frombuffer(b"".join(row.difference_hash.to_bytes(size, "big") for row in rows), np.uint8)
         self.hashes = np.unpackbits(hashes.reshape(len(rows), size), axis=1)
 
-    def of(self, places: Places, *, mirrored: bool = False) -> Floats:
-        """(n, 16, 16)."""
-        return self.small[places][..., ::-1] if mirrored else self.small[places]
-
 
 def _candidates(
     ones: _Features, others: _Features, chunk: Places, block: Places, bits: int, mirrored: bool
 ) -> tuple[Places, Places]:
     """The candidate pairs of pictures `chunk` and `block`."""
-    mine, theirs = ones.of(chunk, mirrored=mirrored), others.of(block)
+    mine, theirs = ones.small[chunk][..., ::-1] if mirrored else ones.small[chunk], others.small[block]
     rich, rich_too = np.flatnonzero(ones.tone[chunk]), np.flatnonzero(others.tone[block])
     near = np.zeros((len(chunk), len(block)), bool)
     near[np.ix_(rich, rich_too)] = _same_structure(mine[rich], theirs[rich_too])
@@ -237,7 +234,7 @@ def _compared(ones: _Features, others: _Features, pairs: tuple[Places, Places], 
             these = remaining[start : start + batch]
             first, second = _prints(ones, others, left[these], right[these], side)
             swap = swapped[these]
-            one, other = _either(swap, second, first), _either(swap, first, second)
+            one, other = chosen(swap, second, first), chosen(swap, first, second)
             one = one.mirrored() if mirrored else one
             apart[these], warp[these] = compared(one, other, warp[these], tone[these], cut[these], across[these])
     same = apart < 1
@@ -253,16 +250,6 @@ def _prints(ones: _Features, others: _Features, left: Places, right: Places, sid
         return first, second
     first, second = (read_prints([each.thumbs[place] for place in of]) for each, of in ((ones, left), (others, right)))
     return level(first, side), level(second, side)
-
-
-def _either(which: Bools, one: Prints, other: Prints) -> Prints:
-    """Selects for each pair the features of `one` if `which` is true, else of `other`."""
-    wide = which[:, None, None]
-    return Prints(
-        np.where(wide, one.light, other.light),
-        np.where(which.reshape(-1, *(1,) * (one.colour.ndim - 1)), one.colour, other.colour),
-        np.where(wide[..., None], one.clipped, other.clipped),
-    )
 
 
 def _nearest(ways: Sequence[_Found]) -> _Found:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorakeet.data.images.folder import ImageRow, read_album
+from lorakeet.data.images.folder import ImageRow, is_table, read_album, unpack_pictures
 from lorakeet.data.images.near_duplicates import Copy, DuplicatePairs, copies, duplicate_groups, duplicate_pairs
 from lorakeet.data.images.spec import ImageSpec
-from lorakeet.data.images.tables import is_table, unpack_pictures
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import split_record, split_rows

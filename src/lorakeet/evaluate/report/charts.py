@@ -127,15 +127,7 @@ def learning_curves(curves: Curves) -> Markup:
             shapes.append(svg_line(x, 100 - values.at(point.low), x, 100 - values.at(point.high), "whisker held-out"))
         mark = "dot held-out kept" if point is best else "dot held-out"
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, 6.5 if point is best else 3.5, mark))
-    return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}{}</div>').format(
-        Markup("").join(
-            Markup('<span style="top:{}%">{}</span>').format(round(100 - values.at(tick), 2), values.label(tick))
-            for tick in values.ticks
-        ),
-        Markup("").join(shapes),
-        axis_labels(steps),
-        _rate_strip(curves.learning_rate, steps),
-    )
+    return plot(shapes, steps, values, _rate_strip(curves.learning_rate, steps))
 
 
 def _rate_strip(rates: Sequence[ChartPoint], steps: Axis) -> Markup:
@@ -159,6 +151,16 @@ def reliability_plot(bins: Sequence[ReliabilityBin], role: str) -> Markup:
     marks = Markup("").join(Markup('<span style="top:{}%">{}</span>').format(100 - unit.at(t), f"{t:g}") for t in unit.ticks)
     return Markup('<div class="plot square"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}</div>').format(
         marks, Markup("").join(shapes), axis_labels(Axis(0, 1, (0.0, 0.5, 1.0)))
+    )
+
+
+def plot(shapes: Sequence[Markup], across: Axis, up: Axis, below: str = "") -> Markup:
+    """The frame of a plot: `shapes` with the numbers of both axes, and what stands below them."""
+    marks = Markup("").join(
+        Markup('<span style="top:{}%">{}</span>').format(round(100 - up.at(tick), 2), up.label(tick)) for tick in up.ticks
+    )
+    return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}{}</div>').format(
+        marks, Markup("").join(shapes), axis_labels(across), below
     )
 
 

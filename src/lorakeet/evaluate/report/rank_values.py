@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.report.charts import Axis, ChartPoint, axis, axis_labels, polyline, svg_line
+from lorakeet.evaluate.report.charts import Axis, ChartPoint, axis, plot, polyline, svg_line
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,4 @@ def curve_plot(curve: RankCurve) -> Markup:
         mark = named.name == curve.marked
         kind, radius = ("dot held-out kept", 6.5) if mark else ("dot held-out", 3.5)
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, radius, kind))
-    marks = Markup("").join(
-        Markup('<span style="top:{}%">{}</span>').format(round(100 - values.at(tick), 2), values.label(tick))
-        for tick in values.ticks
-    )
-    return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}</div>').format(
-        marks, Markup("").join(shapes), axis_labels(across)
-    )
+    return plot(shapes, across, values)

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Literal
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.compare import Comparison
-from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.report import charts
 from lorakeet.evaluate.report.charts import Curves
 from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
-from lorakeet.evaluate.report.samples import Memorisation, SampleGrid
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
@@ -117,6 +118,63 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One picture as base64 of a PNG; `column` names the adapter weight it was drawn with."""
+
+    column: str
+    png: str
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """Samples of one prompt and seed, one for each weight."""
+
+    prompt: str
+    seed: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """Prompts × adapter weights, at equal seeds."""
+
+    columns: tuple[str, ...]
+    rows: tuple[SampleRow, ...]
+    detail: str = ""  # sampler, steps, guidance
+
+
+@dataclass(frozen=True)
+class Near:
+    """A sample and its nearest training picture."""
+
+    prompt: str
+    seed: int
+    column: str
+    source: str  # of the training picture
+    distance: float
+    suspicious: bool
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Checks samples for repeated training pictures, with the evaluation pictures as reference.
+
+    `floor` is the least distance of an evaluation picture (not trained on) from a training picture; a nearer sample is
+    suspicious. `typical` is the median of the evaluation pictures' nearest distances.
+    """
+
+    nearest: tuple[Near, ...]
+    floor: float
+    typical: float
+    evaluated: int = field(metadata={"key": "judged"})
+    space: str  # the space of the distance
+
+    @property
+    def suspicious(self) -> int:
+        return sum(near.suspicious for near in self.nearest)
+
+
+@dataclass(frozen=True)
 class Report:
     """All sections of a report; empty or None sections are left out of the page.
 
@@ -190,6 +248,9 @@ def _templates() -> jinja2.Environment:
 
 def render_html(report: Report) -> str:
     """Renders one self-contained page: inline style, script and charts, nothing fetched, all data escaped."""
+    differences: dict[str, list[Comparison]] = {}
+    for comparison in report.comparisons:
+        differences.setdefault(comparison.metric, []).append(comparison)
     template = _templates().get_template("report.html.j2")
     return template.render(
         report=report,
@@ -200,7 +261,7 @@ def render_html(report: Report) -> str:
         confidence=next((item.confidence for item in _estimates(report)), 0.95),
         seeds=sorted({item.seed for item in _estimates(report) if item.seed is not None}),
         pairs=next((item for item in report.comparisons if item.paired is not None), None),  # whose row counts are drawn
-        differences=_differences(report),
+        differences=list(differences.items()),
         outcome_counts=Counter(row.outcome for row in report.rows),
         truths=list(dict.fromkeys(row.truth for row in report.rows)),
     )
@@ -218,9 +279,19 @@ def _estimates(report: Report) -> list[Estimate]:
     ]
 
 
-def _differences(report: Report) -> list[tuple[str, list[Comparison]]]:
-    """Comparisons by metric, in order."""
-    found: dict[str, list[Comparison]] = {}
-    for comparison in report.comparisons:
-        found.setdefault(comparison.metric, []).append(comparison)
-    return list(found.items())
+def nearest_distances(pictures: Floats, training: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """For each of `pictures` (n, features), the cosine distance to its nearest of `training` (m, features), and the index.
+
+    The mean of `training` is subtracted from all features.
+    """
+    if not len(training) or pictures.shape[1:] != training.shape[1:]:
+        raise DataError(f"{pictures.shape} features cannot be compared with {training.shape}; expected as many for each picture.")
+    centre = training.mean(0)
+    distance = 1 - _unit(pictures - centre) @ _unit(training - centre).T
+    nearest = distance.argmin(1)
+    return distance[np.arange(len(nearest)), nearest], nearest.astype(np.int64)
+
+
+def _unit(rows: Floats) -> Floats:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(length, np.finfo(np.float64).tiny))

@@ -12,14 +12,25 @@ PREFIX is lora_unet, lora_te (SD 1.x), lora_te1 and lora_te2 (SDXL). MODULE is t
 the names of Stability's own code, for SD3 and FLUX in those of their original checkpoints, whose matrices may be several of ours
 (formats/diffusion/kohya_transformer; each module keeps its alpha there). Also read: lora_transformer_MODULE in diffusers' names,
 as OneTrainer writes it, and `diffusion_model.MODULE` with dots, as ComfyUI does. Metadata (ss_*, modelspec.*) is kept, but for
-hashes, and made where it is missing (formats/diffusion/kohya_metadata).
+hashes and numbers that the tensors contradict (an adapter that was compressed since), and made where it is missing:
+
+    ss_network_module        networks.lora, .lora_flux, .lora_sd3; lycoris.kohya for DoRA, which those do not read
+    ss_network_dim, _alpha   rank and alpha of the linear modules, "Dynamic" if they differ
+    ss_network_args          {"conv_dim", "conv_alpha"} of convolutions above 1×1, as LoCon trains them
+    ss_base_model_version    sd_v1, sd_v2, sdxl_base_v1-0, sd3 or flux1; ss_v2 is True for SD 2.x. A1111 decides by these two
+    sshs_model_hash          SHA-256 of the tensors' bytes, by which A1111 and model sites identify a file
+
+modelspec.… needs a title and a date, which are unknown here, so it is kept but not made.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,24 +39,26 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.adapter_format import Say
-from lorakeet.formats.components import in_transformer
+from lorakeet.formats.components import component_of, in_transformer
 from lorakeet.formats.compress import CompressionTarget, fit_pair
 from lorakeet.formats.diffusion import lycoris
 from lorakeet.formats.diffusion.kohya_keys import (
     FAMILY_KEY,
     Family,
+    TransformerFamily,
     diffusion_family,
     flat,
     flat_keys,
     kohya_key,
     ldm_keys,
+    of_keys,
+    transformer_family,
+    transformer_keys,
     unet_modules,
 )
-from lorakeet.formats.diffusion.kohya_metadata import HASH, hash_of, network_metadata
 from lorakeet.formats.diffusion.kohya_transformer import changes_of_module, keyed, of_module, unread_by_diffusers
-from lorakeet.formats.diffusion.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
 from lorakeet.formats.files.base_model import BaseModel
-from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.formats.files.safetensors_file import bytes_of_tensor, in_order, open_safetensors, save_tensors
 from lorakeet.formats.files.tensors import factor_problem, missing_slots, read_tensors
 from lorakeet.formats.limits import check_supported, metadata_without_peft
 
@@ -55,6 +68,10 @@ PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", _T5, "lora_trans
 _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
 SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
 _LINEAR_TEXTS = (1024, 2048)  # width of the texts of UNets whose projections are linear
+_SD1, _SD2 = 768, 1024  # width of the text that SD 1.x and 2.x attend to, and of their text encoder
+_NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
+_VERSIONS = {"sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd3": "sd3"}
+HASH = "sshs_model_hash"
 _HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
 
 
@@ -295,8 +312,11 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
             tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
     known = {key: value for key, value in metadata_without_peft(adapter).items() if key != FAMILY_KEY}
     unet = {} if base is None else base.config("unet")
-    metadata = network_metadata(pairs if transformer else adapter.pairs, alpha, family=family, known=known, unet=unet)
-    save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})
+    metadata = _network_metadata(pairs if transformer else adapter.pairs, alpha, family=family, known=known, unet=unet)
+    total = hashlib.sha256()  # of the tensors in the order of the file, as A1111 computes it
+    for name in in_order({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}):
+        total.update(bytes_of_tensor(tensors[name]))
+    save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: total.hexdigest()})
     if unread := unread_by_diffusers(pairs, family):
         say(unread)
 
@@ -320,3 +340,52 @@ def _has_sdxl_blocks(base: BaseModel) -> bool:
     """True if the modules of the base's UNet are among SDXL's, so that LDM's names apply."""
     found = {path for path, (file, name) in base.weights.items() if len(file.tensors[name].shape) > 1}
     return {path.removeprefix("unet.") for path in found if path.startswith("unet.")} <= unet_modules("sdxl")
+
+
+def _network_metadata(
+    pairs: Mapping[str, Pair],
+    alpha: float,
+    *,
+    family: Family | TransformerFamily,
+    known: Mapping[str, str],
+    unet: Mapping[str, Any],
+) -> dict[str, str]:
+    """The metadata of a file of `pairs` that is written with `alpha` for all or most of them; `known` is kept.
+
+    `unet`: the configuration of the base's UNet, empty if unknown.
+    """
+    ranks = {pair.rank for pair in pairs.values()}
+    spatial = {path for path, pair in pairs.items() if pair.kind == "conv2d" and pair.A.shape[2:].numel() > 1}
+    of_spatial = {pairs[path].rank for path in spatial}
+    dims = {pair.rank for path, pair in pairs.items() if path not in spatial} or ranks
+    dora = any(pair.magnitude is not None for pair in pairs.values())
+    arguments = {"algo": "lora", "dora_wd": "True"} if dora else {}
+    if len(of_spatial) == 1:
+        arguments |= {"conv_dim": str(*of_spatial), "conv_alpha": repr(alpha)}
+    made = {
+        "ss_network_module": "lycoris.kohya" if dora else _NETWORKS.get(family, "networks.lora"),
+        "ss_network_dim": str(*dims) if len(dims) == 1 else "Dynamic",
+        "ss_network_alpha": repr(alpha),
+        **({"ss_network_args": json.dumps(arguments)} if arguments else {}),
+        **_version(pairs, family, unet),
+    }
+    true = {
+        "ss_network_dim": {str(rank) for rank in ranks} | {made["ss_network_dim"]},
+        "ss_network_alpha": {f"{alpha:g}", repr(alpha)},
+    }
+    kept = {key: text for key, text in known.items() if key not in true or text in true[key]}
+    return {**made, **kept}
+
+
+def _version(pairs: Mapping[str, Pair], family: Family | TransformerFamily, unet: Mapping[str, Any]) -> dict[str, str]:
+    """The Stable Diffusion version; empty if the widths do not distinguish 1.x and 2.x."""
+    if family != "sd1":
+        return {"ss_base_model_version": _VERSIONS[family], "ss_v2": "False"}
+    widths = {unet["cross_attention_dim"]} if isinstance(unet.get("cross_attention_dim"), int) else set()
+    for path, pair in pairs.items():
+        if path.endswith(("attn2.to_k", "attn2.to_v")) or (component_of(path) == "text_encoder" and path.endswith("_proj")):
+            widths.add(pair.A.shape[1])
+    known = widths & {_SD1, _SD2}
+    if known == {_SD2}:
+        return {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
+    return {"ss_base_model_version": "sd_v1", "ss_v2": "False"} if known == {_SD1} else {}

@@ -22,8 +22,7 @@ from torch import Tensor
 from lorakeet.core.adapter import Pair
 from lorakeet.errors import Problems, nearest
 from lorakeet.formats.components import in_transformer
-from lorakeet.formats.diffusion.kohya_keys import Family, kohya_key
-from lorakeet.formats.diffusion.transformer_names import TransformerFamily, transformer_modules, written_keys
+from lorakeet.formats.diffusion.kohya_keys import Family, TransformerFamily, kohya_key, transformer_modules, written_keys
 from lorakeet.formats.files.base_model import BaseModel
 
 _MLP = 4  # default ratio of the MLP's width to that of FLUX's single blocks

@@ -5,12 +5,22 @@
     base_model.model.PATH.lora_embedding_A, _B                 embedding                  (rank, vocab) and (hidden, rank)
     base_model.model.PATH.lora_magnitude_vector                DoRA                       (out,); (1, out, 1, 1) for conv2d
     base_model.model.PATH.token_adapter.trainable_tokens_delta trained token rows         (ids, hidden)
-    base_model.model.PATH[.base_layer].lora_A.weight           experts, see peft_experts
+    base_model.model.PATH[.base_layer].lora_A.weight           experts, see below
     base_model.model.PATH.base_layer.weight                    whole weight under a pair, as PEFT adds for embeddings
     base_model.model.PARAMETER                                 modules_to_save
 
 linear and conv1d look alike on disk. fan_in_fan_out distinguishes them; for an adapter with both, our note in the safetensors
 metadata, which PEFT ignores. Without either, the model decides. Pairs are fp32.
+
+PEFT wraps the module of a mixture-of-experts block once for each of its 3-D parameters that is targeted (`target_parameters`), in
+the order in which the module registers them. So a tensor's name has its nesting depth, and not the name of its parameter:
+
+    mlp.experts.base_layer.lora_A.weight    gate_up_proj, registered first, innermost
+    mlp.experts.lora_A.weight               down_proj, wrapped around it
+
+    on disk                           here
+    lora_A  (E·rank, in)              A (E, rank, in)     the expert is the slow axis of A's rows …
+    lora_B  (out, rank·E)             B (E, out, rank)    … and the fast axis of B's columns
 """
 
 from __future__ import annotations
@@ -18,7 +28,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +44,6 @@ from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile, open_safetensors, save_tensors, save_text
 from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
 from lorakeet.formats.limits import metadata_without_peft
-from lorakeet.formats.peft import peft_experts
 from lorakeet.formats.peft.peft_config import (
     CONFIG_NAME,
     LONGEST,
@@ -54,8 +63,11 @@ _SLOT = re.compile(
     r"(?P<path>.+)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
 )
 _NOTE = "lorakeet"  # key of our note in the safetensors metadata
+NESTED = ".base_layer"
+_REGISTERED = ("gate_up_proj", "down_proj")  # the order in which the blocks of transformers 5 register them
 
 Slots = dict[str, Tensor]
+Names = tuple[str, str, str, str]  # of the tensors A, B, magnitude and bias of a pair in a file
 
 
 def owns(tensor: str) -> bool:
@@ -87,7 +99,10 @@ def read(
     adapter = None if layout is None else layout.filled(file)
     if adapter is None:
         adapter = _read(folder, config, file)  # raises if anything is wrong
-        names = {path: _names(path, pair.kind) for path, pair in adapter.pairs.items()}
+        names: dict[str, Names] = {}
+        for path, pair in adapter.pairs.items():
+            first, second = (f"{_PREFIX}{path}.{slot}" for slot in _factor_slots(pair.kind))
+            names[path] = first, second, f"{_PREFIX}{path}.lora_magnitude_vector", f"{_PREFIX}{path}.lora_B.bias"
         if layout is None and (layout := shared_layout_of(adapter, file.header, names)) is not None:
             adapter = LAYOUTS.put(key, layout).filled(file) or adapter
     return adapter
@@ -147,13 +162,13 @@ def _pairs(config: PeftConfig, note: Mapping[str, Any], groups: dict[str, Slots]
     blocks: dict[str, dict[int, Slots]] = {}  # module: nesting depth: tensors
     for nested, slots in groups.items():
         path, depth = nested, 0
-        while path.endswith(peft_experts.NESTED):
-            path, depth = path[: -len(peft_experts.NESTED)], depth + 1
+        while path.endswith(NESTED):
+            path, depth = path[: -len(NESTED)], depth + 1
         blocks.setdefault(path, {})[depth] = slots
     for path, levels in sorted(blocks.items()):
-        named = peft_experts.parameters_at(config, path)
+        named = parameters_at(config, path)
         if len(levels) > 1 or max(levels) > 0 or (named and not config.targets(path) and named != ["weight"]):
-            assigned = peft_experts.assign(config, path, levels)
+            assigned = assign(config, path, levels)
             if isinstance(assigned, str):
                 problems.add(assigned)
                 continue
@@ -183,7 +198,7 @@ def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs:
         return
     A, B, rank = slots[first], slots[second], config.rank_of(path)
     if kind == "experts":
-        unpacked = peft_experts.unpack_experts(A, B, rank)
+        unpacked = unpack_experts(A, B, rank)
         if isinstance(unpacked, str):
             problems.add(f"{path} {unpacked}.")
             return
@@ -212,12 +227,6 @@ def _factor_slots(kind: Kind) -> tuple[str, str]:
     return ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
 
 
-def _names(path: str, kind: Kind) -> Names:
-    """The names of a pair's tensors in the file, if it is no pair of experts."""
-    slots = (*_factor_slots(kind), "lora_magnitude_vector", "lora_B.bias")
-    return cast(Names, tuple(f"{_PREFIX}{path}.{slot}" for slot in slots))
-
-
 def _shape_problem(config: PeftConfig, path: str, kind: Kind, A: Tensor, B: Tensor, rank: int) -> str:
     if kind == "experts":
         return ""
@@ -238,7 +247,7 @@ def _shape_problem(config: PeftConfig, path: str, kind: Kind, A: Tensor, B: Tens
 
 def _extra_path(name: str, pairs: Mapping[str, Pair], problems: Problems) -> str:
     """The parameter's path in the model: under a pair PEFT calls it PATH.base_layer.weight."""
-    head, nested, last = name.rpartition(f"{peft_experts.NESTED}.")
+    head, nested, last = name.rpartition(f"{NESTED}.")
     if not nested:
         return name
     if head not in pairs:
@@ -287,8 +296,8 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
     for path, pair in adapter.pairs.items():
         A, B, where = pair.A, pair.B, _PREFIX + path
         if pair.kind == "experts":
-            A, B = peft_experts.pack_experts(A, B)
-            where = _PREFIX + path.rpartition(".")[0] + peft_experts.NESTED * nesting[path]
+            A, B = pack_experts(A, B)
+            where = _PREFIX + path.rpartition(".")[0] + NESTED * nesting[path]
         first, second = _factor_slots(pair.kind)
         tensors[f"{where}.{first}"], tensors[f"{where}.{second}"] = A.float(), B.float()
         if biased:
@@ -298,7 +307,7 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
             tensors[f"{where}.lora_magnitude_vector"] = pair.magnitude.float().reshape(shape)
     for path, tensor in adapter.extras.items():
         module, _, name = path.rpartition(".")
-        tensors[f"{_PREFIX}{module}{peft_experts.NESTED}.{name}" if module in adapter.pairs else _PREFIX + path] = tensor
+        tensors[f"{_PREFIX}{module}{NESTED}.{name}" if module in adapter.pairs else _PREFIX + path] = tensor
     for path, rows in adapter.token_rows.items():
         tensors[f"{_PREFIX}{path}{_TOKENS}"] = rows.rows.float()
     return tensors
@@ -311,9 +320,8 @@ def _nesting(adapter: Adapter) -> dict[str, int]:
         if pair.kind == "experts":
             module, _, name = path.rpartition(".")
             blocks.setdefault(module, []).append(name)
-    return {
-        f"{module}.{name}": depth for module, names in blocks.items() for name, depth in peft_experts.order_on_disk(names).items()
-    }
+    wrapped = {module: sorted(names, key=_registration, reverse=True) for module, names in blocks.items()}  # outermost first
+    return {f"{module}.{name}": depth for module, names in wrapped.items() for depth, name in enumerate(names)}
 
 
 def _note_for(adapter: Adapter) -> dict[str, Any]:
@@ -329,9 +337,6 @@ def _note_for(adapter: Adapter) -> dict[str, Any]:
     }
     own = metadata_without_peft(adapter)
     return note | ({"tokens": tokens} if tokens else {}) | ({"metadata": own} if own else {})
-
-
-Names = tuple[str, str, str, str]  # of the tensors A, B, magnitude and bias of a pair in a file
 
 
 @dataclass(frozen=True)
@@ -384,3 +389,42 @@ def shared_layout_of(adapter: Adapter, header: Header, names: Mapping[str, Names
 
 
 LAYOUTS: LruCache[tuple[bytes, Header], SharedLayout] = LruCache(8)  # by the bytes of the configuration, and the header
+
+
+def parameters_at(config: PeftConfig, path: str) -> list[str]:
+    """The parameters of the module at `path` that target_parameters names."""
+    wholes = {target: f"{path}.{target.rpartition('.')[2]}" for target in config.target_parameters}
+    found = {whole.rpartition(".")[2] for target, whole in wholes.items() if whole == target or whole.endswith(f".{target}")}
+    return sorted(found, key=_registration)
+
+
+def _registration(name: str) -> tuple[int, str]:
+    return (_REGISTERED.index(name) if name in _REGISTERED else len(_REGISTERED), name)
+
+
+def assign(config: PeftConfig, path: str, depths: Iterable[int]) -> dict[int, str] | str:
+    """The parameter of each nesting depth of the pairs at `path`, or what is wrong. Depth 0 is the outermost."""
+    names = parameters_at(config, path)
+    levels = sorted(depths, reverse=True)  # innermost, registered first, comes first
+    if len(names) != len(levels) or levels != list(range(len(levels)))[::-1]:
+        return (
+            f"{path} has {len(levels)} pairs on its parameters, and target_parameters names {len(names)} "
+            f"({', '.join(names) or 'none'}), so it is unclear which pair belongs to which."
+        )
+    if len(names) > 1 and not set(names) <= set(_REGISTERED):
+        return f"{path} has pairs on {', '.join(names)}; the order of nesting is known for {' and '.join(_REGISTERED)} only."
+    return dict(zip(levels, names, strict=True))
+
+
+def unpack_experts(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor] | str:
+    """Reshapes (E·rank, in) and (out, rank·E) to A (E, rank, in) and B (E, out, rank); or returns what is wrong."""
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] % rank or A.shape[0] != B.shape[1]:
+        return f"has A {tuple(A.shape)} and B {tuple(B.shape)}; expected (experts·{rank}, in) and (out, {rank}·experts)"
+    experts = A.shape[0] // rank
+    return (A.reshape(experts, rank, A.shape[1]).contiguous(), B.reshape(B.shape[0], rank, experts).permute(2, 0, 1).contiguous())
+
+
+def pack_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Reshapes A (E, rank, in) and B (E, out, rank) to (E·rank, in) and (out, rank·E); the inverse of `unpack_experts`."""
+    experts, rank, width = A.shape
+    return A.reshape(experts * rank, width), B.permute(1, 2, 0).reshape(B.shape[1], rank * experts)

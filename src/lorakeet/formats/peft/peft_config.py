@@ -102,13 +102,12 @@ LONGEST = 1 << 20  # bytes of a configuration that is cached
 _KNOWN: LruCache[bytes, PeftConfig] = LruCache(8)
 
 
-def read_peft_config(folder: Path, raw: bytes | None = None) -> PeftConfig:
-    """The configuration in `folder`; `raw` are its bytes if they were read already. It is cached and must not be changed.
+def read_peft_config(folder: Path, raw: bytes) -> PeftConfig:
+    """The configuration in `folder`, whose bytes are `raw`. It is cached and must not be changed.
 
     DataError if the file is none, ConfigError listing every key that is refused.
     """
     path = folder / CONFIG_NAME
-    raw = config_bytes(folder) if raw is None else raw
     if len(raw) > LONGEST:
         return parse_config(parse_object(raw, path, expected=_EXPECTED), path)
     return _KNOWN.get_or_make(raw, lambda: parse_config(parse_object(raw, path, expected=_EXPECTED), path))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorakeet.core.initialise import seed_for
 from lorakeet.models.image.noise import Noising
-from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.spec import DiffusionSpec
 
 MODE_SCALE = 1.29  # the best value in the SD3 paper
 

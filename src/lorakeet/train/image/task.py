@@ -23,10 +23,9 @@ from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel, stack
 from lorakeet.models.image.noise import Noising
 from lorakeet.train.image.loss import Draw, add_noise, draw, errors_of, fixed_draws, target_of, weights_of
-from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.processes import ALONE
 from lorakeet.train.pruning import Pruning
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 from lorakeet.train.task import HeldOut, Size, gradients_by_batch
 
 LEARNING_RATE = 1e-4  # what diffusers' and kohya's documentation use for LoRA on Stable Diffusion
@@ -74,23 +73,12 @@ class ImageTask:
         self.diffusion = diffusion.resolved(model.prediction, model.kind.guidance)
         self.taken = 0
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
+        self.steps_per_epoch, self.dtype, self.learning_rate = self.order.steps_per_epoch, model.dtype, LEARNING_RATE
         model.parts.eval()
         named = ((path, module) for path, module in model.parts.named_modules() if f".adapters.{name}." in f"{path}.")
         self.pairs = {path: module for path, module in named if isinstance(module, LoraPair)}
         if diffusion.checkpointing:
             model.denoiser.enable_gradient_checkpointing()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def learning_rate(self) -> float:
-        return LEARNING_RATE
 
     def parameters(self) -> dict[str, Parameter]:
         return inject.trained_parameters(self.model.parts, self.name)

@@ -7,7 +7,7 @@ another. Here at most `chunk` × vocabulary logits exist at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,30 +21,18 @@ from lorakeet.kernels.choose import loss_kernel
 from lorakeet.kernels.cpu import head as native
 from lorakeet.kernels.protocol import Kernel
 from lorakeet.kernels.tiled_weight import TritonRequest
+from lorakeet.models.text.cuda_graphs import GraphedModel
+from lorakeet.models.text.model import TextModel
 
 CHUNK = 256
 
 
-class TextHead(Protocol):
-    """The part of a TextModel that the loss needs (see models/text/model)."""
-
-    @property
-    def head_weight(self) -> RowSource | None: ...
-
-    @property
-    def kernels(self) -> TritonRequest | None: ...
-
-    def hidden(self, batch: Batch) -> Tensor: ...
-
-    def head(self, hidden: Tensor) -> Tensor: ...
-
-
-def text_loss(text: TextHead, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
+def text_loss(text: TextModel | GraphedModel, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
     """The sum of −log p(target) over the target tokens of `batch`, with gradient, and their number."""
     return head_losses(text, text.hidden(batch), batch.target_ids, chunk=chunk).sum(), batch.targets
 
 
-def head_losses(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def head_losses(text: TextModel | GraphedModel, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """−log p(target) (n,) from the decoder's hidden states (n, hidden) and targets (n,), with gradient."""
     targets = targets.to(hidden.device)
     weight = text.head_weight

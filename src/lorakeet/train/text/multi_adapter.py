@@ -157,7 +157,11 @@ class MultiAdapterTraining:
             if one.alone is not None:
                 self.selection.use(active[one.alone].at.member.name)
             else:
-                self.selection.divide(_shares(active, one), units=text.computed_tokens(batches[number].tokens))
+                shares, place = [], 0
+                for index, batch in one.parts:
+                    shares.append(Share(place, place + batch.tokens, active[index].at.member.name))
+                    place += batch.tokens
+                self.selection.divide(shares, units=text.computed_tokens(batches[number].tokens))
             return text
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
@@ -186,7 +190,8 @@ class MultiAdapterTraining:
     def _step(self, learner: _Learner) -> None:
         """Takes the step of a member with complete gradients, and evaluates it if due."""
         learner.step()
-        if not learner.at.done and learner.wants_evaluation:
+        due = learner.at.step == learner.at.total or learner.at.step % learner.every == 0
+        if not learner.at.done and due:
             self._evaluate(learner)
         if not learner.at.done and learner.at.step == learner.at.total:
             learner.at.done = "all steps done"
@@ -267,10 +272,6 @@ class _Learner:
             at.diverged = True
         return not at.diverged
 
-    @property
-    def wants_evaluation(self) -> bool:
-        return self.at.step == self.at.total or self.at.step % self.every == 0
-
     def see(self, loss: Estimate) -> None:
         """Records a held-out loss: stores the values if it is the best; ends the member if it diverged or stopped improving."""
         at, watch, spec = self.at, self.at.watch, self.at.member.spec
@@ -332,15 +333,6 @@ def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
             f"Adapters on the output head, on experts and convolutions, whole trained modules and token rows cannot be trained "
             f"together in one batch: {shown}. Exclude these, or train one adapter at a time."
         )
-
-
-def _shares(active: Sequence[_Learner], one: JointBatch) -> list[Share]:
-    """The member of each range of tokens of a batch."""
-    shares, place = [], 0
-    for index, batch in one.parts:
-        shares.append(Share(place, place + batch.tokens, active[index].at.member.name))
-        place += batch.tokens
-    return shares
 
 
 def train_many(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.train import rng
 from lorakeet.train.task import batch_seeds
 from lorakeet.train.text.loss import text_loss
-
-Given = TypeVar("Given")
 
 
 def gradients_by_block(
@@ -72,17 +70,13 @@ def loss_gradients_by_block(
     for start in range(0, len(batches), size):
         part = slice(start, start + size)
         step = _Step(text, streamed, list(batches[part]), seeds[part], spill)
-        step.prepare, step.loss = _from(start, prepare or (lambda _: text)), _from(start, loss)
+        step.prepare = lambda number, start=start: text if prepare is None else prepare(start + number)  # type: ignore[misc]
+        step.loss = lambda number, start=start: loss(start + number)  # type: ignore[misc]
         step.enter()
         step.forward()
         total = step.head(total)
         step.backward()
     return total
-
-
-def _from(start: int, of: Callable[[int], Given]) -> Callable[[int], Given]:
-    """`of`, counted from `start`."""
-    return lambda number: of(start + number)
 
 
 class _Step:

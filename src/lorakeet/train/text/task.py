@@ -59,16 +59,9 @@ class TextTask:
         self.text, self.train, self.spec, self.name = text, list(train), spec, name
         self.processes, self.in_step = processes, spec.shard and processes.count > 1
         self.order = order_of(self.train, spec)
+        self.steps_per_epoch, self.dtype = self.order.steps_per_epoch, text.dtype
         self.held_out_rows = list(held_out)
         self.spill, self.together = spill or Spill(), together
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.text.dtype
 
     @property
     def learning_rate(self) -> float:

@@ -19,8 +19,7 @@ from lorakeet.data.images.folder import ImageRow, Pixels, open_pixels, png_of
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.compose import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
-from lorakeet.evaluate.report.report import Report
-from lorakeet.evaluate.report.samples import Memorisation, Near, Sample, SampleGrid, SampleRow, nearest_distances
+from lorakeet.evaluate.report.report import Memorisation, Near, Report, Sample, SampleGrid, SampleRow, nearest_distances
 from lorakeet.models.image.clip_scorer import ImageScorer
 from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel

@@ -14,8 +14,8 @@ from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
 from lorakeet.evaluate.parity import CELLS
-from lorakeet.export.compare_stored import PART_BYTES
 from lorakeet.export.llama_cpp import PASS, context_bytes
+from lorakeet.export.merged_tensors import PART_BYTES
 from lorakeet.models.generate.score import distinguishing
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.workflows.planning.forecast_text_run import filling_rows

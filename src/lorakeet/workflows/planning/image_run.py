@@ -34,8 +34,7 @@ from lorakeet.models.image.single_file import open_single, single_denoiser_files
 from lorakeet.models.placement import DTYPES, device_for, dtype_for, narrow_for, planned_on
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import PackedBase
-from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
 from lorakeet.workflows.planning.forecast_choices import VALUE, decomposes, finished_plan, reads_weights
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, decompose

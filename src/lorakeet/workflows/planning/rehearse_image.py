@@ -25,9 +25,8 @@ from lorakeet.models.image.model import ImageModel, image_plan
 from lorakeet.models.inject import inject
 from lorakeet.quant.construct import weights_in
 from lorakeet.train.image.task import ImageBatch, ImageTask, errors_at
-from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.loop import Training
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import DiffusionSpec, TrainSpec
 from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,

@@ -21,10 +21,9 @@ from torch import Tensor
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError
-from lorakeet.export.compare_stored import StoredTensor, compare_stored
 from lorakeet.export.gguf_model import GgufTensors
 from lorakeet.export.llama_cpp import PASS, LlamaCpp
-from lorakeet.export.merged_tensors import MergedTensors
+from lorakeet.export.merged_tensors import MergedTensors, StoredTensor, compare_stored
 from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base

@@ -14,7 +14,7 @@ from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.evaluate.intervals import share
 from lorakeet.evaluate.parity import ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.export.compare_stored import StoredTensor
+from lorakeet.export.merged_tensors import StoredTensor
 from lorakeet.export.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS, distinguishing_endings

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lorakeet.export.compare_stored import StoredTensor
+from lorakeet.export.merged_tensors import StoredTensor
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS
