@@ -33,8 +33,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.gptq_blocks import layers_in_blocks, quantise_blocks, weight_of
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
+from lorakeet.quant.gptq import GptqBase, groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.packing.calibrate import write_gptq

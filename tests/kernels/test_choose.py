@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, GatedMlp, rms_norm
+from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, GatedMlp
 from lorakeet.core.layers.linear import LoraLinear, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.kernels import choose
-from lorakeet.kernels.choose import TABLE, candidates, elementwise_ops, in_words, passed_over
+from lorakeet.kernels.choose import TABLE, candidates, elementwise_ops, passed_over
 from lorakeet.kernels.cpu import elementwise, operators
 from lorakeet.kernels.protocol import Kernel, Situation
 from lorakeet.kernels.tiled_weight import TritonRequest
@@ -50,20 +49,6 @@ def test_each_kernel_that_is_passed_over_has_a_reason() -> None:
 def test_kernels_have_distinct_names_within_a_task() -> None:
     for kernels in TABLE.values():
         assert len({kernel.name for kernel in kernels}) == len(kernels)
-
-
-def test_a_new_line_of_the_table_is_chosen_reported_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    toy: Any = ModuleType("toy_kernel")
-    toy.norm = lambda x, weight, epsilon: (x + 1, x[..., :1])
-    monkeypatch.setitem(sys.modules, "toy_kernel", toy)
-    line = Kernel("toy", lambda it: "" if it.dtype == torch.float64 else "takes float64", None, "anything", "toy_kernel")
-    monkeypatch.setitem(TABLE, "elementwise ops", (line, *TABLE["elementwise ops"]))
-    monkeypatch.setattr(choose, "CANDIDATES", {})
-    x = torch.ones(2, 3, dtype=torch.float64)
-    assert torch.equal(rms_norm(x, x[0], 1e-5)[0], x + 1)
-    assert elementwise_ops(x.float()) is None, "another dtype goes on to the next line"
-    assert "toy: elementwise ops" in in_words(Situation(CPU, x.dtype, x.dtype))
-    assert (line, "takes float64") in passed_over("elementwise ops", Situation(CPU, torch.float32, torch.float32))[1]
 
 
 def test_a_choice_is_made_once_for_a_situation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,7 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.gguf_codes import fit_gguf_scales
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_pack import ZeroFormat
+from lorakeet.quant.gptq import GptqBase, ZeroFormat
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base, dequantise_blocks
 from lorakeet.quant.packed import PackedBase, PackedLinear

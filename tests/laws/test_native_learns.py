@@ -90,7 +90,7 @@ def test_products_in_int8_learn_to_the_bit_what_torch_s_do(tmp_path: Path) -> No
         text.model.train()
         with pytest.MonkeyPatch.context() as patch, Counted() as counted:
             if not used:
-                patch.setattr("lorakeet.quant.int8.quantises_in_c", lambda _: False)
+                patch.setattr("lorakeet.quant.int8.int8_products", lambda _: None)
             found.append(learnt(text, batch))
         calls.append(counted.calls)
     assert calls[0][int8_rows.INT8_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorakeet.memory.allocator import slack
-from lorakeet.memory.extrapolate import UnevenRuns, extrapolate_peaks
-from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.forecast import Forecast, UnevenRuns, extrapolate_peaks, phases_of
 from lorakeet.memory.usage import Usage, UsageSegment, add_usage, larger_usage
 
 GIB = 1 << 30

@@ -10,10 +10,9 @@ from lorakeet.core.math import delta, fold
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.merge import requantise
 from lorakeet.merge.requantise import bytes_of_rounding, round_to_nearest, round_with_feedback
-from lorakeet.quant import gguf_codes, gptq_pack
+from lorakeet.quant import gguf_codes, gptq
 from lorakeet.quant import packed as packed_weights
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
+from lorakeet.quant.gptq import GptqBase, groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_solve import Hessian, sensitivity
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
@@ -101,7 +100,7 @@ def test_of_a_large_weight_parts_are_held_where_all_of_it_was(
 ) -> None:
     """With parts and tiles that are small beside the weight, as 32 MiB are beside 11,008 × 4,096 numbers in fp32."""
     monkeypatch.setitem(globals(), "OUT", 512)
-    for module in (packed_weights, gptq_pack, requantise):
+    for module in (packed_weights, gptq, requantise):
         monkeypatch.setattr(module, "TILE", 1 << 10)
     for module in (packed_weights, requantise):
         monkeypatch.setattr(module, "PART_BYTES", 1 << 13)

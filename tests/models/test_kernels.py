@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core import triton_products
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton import support
-from lorakeet.models import kernels
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
     check_elementwise,
@@ -66,8 +64,8 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
     for text in (fused, plain):
         add_adapter(text, adapter)
     calls: list[int] = []
-    launch = triton_products.low_rank_product
-    monkeypatch.setattr("lorakeet.core.lowrank.low_rank_product", lambda *given: calls.append(1) or launch(*given))
+    launch = triton_tiles.product_and_pair
+    monkeypatch.setattr(triton_tiles, "product_and_pair", lambda *given: calls.append(1) or launch(*given))
     found, expected = (text.head(text.hidden(batch)) for text in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     bases = list(kernel_bases(fused.model))
@@ -78,31 +76,31 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
-        ("low_rank_product", r"compute y \(tokens 1, rank 8\) differently"),
-        ("low_rank_product_t", r"compute ∂L/∂x \(tokens 1, rank 8\) differently"),
+        ("product_and_pair", r"compute y \(tokens 1, rank 8\) differently"),
+        ("product_and_pair_t", r"compute ∂L/∂x \(tokens 1, rank 8\) differently"),
     ],
 )
 def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right: Callable[..., Any] = getattr(triton_products, kernel)
+    right: Callable[..., Any] = getattr(triton_tiles, kernel)
 
     def wrong(*given: Any) -> Any:
         found = right(*given)
         return None if found is None else (found[0] * 1.001, found[1])
 
-    monkeypatch.setattr(kernels, kernel, wrong)
+    monkeypatch.setattr(triton_tiles, kernel, wrong)
     with pytest.raises(EnvironmentProblem, match=f"{said} from torch .*Set model.kernels to torch"):
         load_text_model(spec(tiny_llama_folder))
 
 
 @needs_triton
 def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_products.dequantise_rows
+    right = triton_tiles.unpack_tiles
 
     def wrong(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first).view(-1)[-1].mul_(1 + 2e-7)
         return out
 
-    monkeypatch.setattr(triton_products, "dequantise_rows", wrong)
+    monkeypatch.setattr(triton_tiles, "unpack_tiles", wrong)
     with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
         load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
 

@@ -13,21 +13,27 @@ from torch import Tensor
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.spill import Spill
-from lorakeet.quant import gptq_pack, gptq_solve, packed
+from lorakeet.quant import gptq, gptq_solve, packed
 from lorakeet.quant.construct import empty_base
-from lorakeet.quant.gptq import PARTS, GptqBase, gptq_buffer_shapes
-from lorakeet.quant.gptq_config import GptqConfig, base_from, gptq_mapping, layer_problems, parse
-from lorakeet.quant.gptq_grid import GptqGrid, codes_for, fit_group, groups_in_order, quantise_to_nearest
-from lorakeet.quant.gptq_pack import (
+from lorakeet.quant.gptq import (
     BITS,
+    PARTS,
+    GptqBase,
+    GptqGrid,
     ZeroFormat,
+    codes_for,
+    fit_group,
+    gptq_buffer_shapes,
+    groups_in_order,
     pack_words,
     pack_zeros,
+    quantise_to_nearest,
     unpack_word_rows,
     unpack_words,
     unpack_zeros,
     words_for,
 )
+from lorakeet.quant.gptq_config import GptqConfig, base_from, gptq_mapping, layer_problems, parse
 from lorakeet.quant.gptq_solve import GptqLayout, Hessian, bytes_of_solving, gptq_quantise, output_error, sensitivity
 from lorakeet.quant.packed import TILE
 from tiny.held import HeldBytes
@@ -142,7 +148,7 @@ def test_words_hold_the_stream(bits: int) -> None:
 def test_many_columns_are_packed_a_few_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, 2**bits, (64, 37), generator=torch.Generator().manual_seed(bits))
     whole = pack_words(codes, bits)
-    monkeypatch.setattr(gptq_pack, "TILE", 640)
+    monkeypatch.setattr(gptq, "TILE", 640)
     assert torch.equal(pack_words(codes, bits), whole)
 
 
@@ -265,7 +271,7 @@ def test_memory_in_use_is_what_is_planned(
     layout: GptqLayout, dtype: torch.dtype, shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never more, and not half as much again; with small tiles, as in a large weight, packing the codes is not the peak."""
-    for module in (gptq_pack, gptq_solve):
+    for module in (gptq, gptq_solve):
         monkeypatch.setattr(module, "TILE", tile)
     hessian = Hessian(shape[1])
     hessian.add(torch.randn(2 * shape[1], shape[1], generator=torch.Generator().manual_seed(0)))

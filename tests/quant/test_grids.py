@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant import gguf_codes
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import quantise_to_nearest
+from lorakeet.quant.gptq import GptqBase, quantise_to_nearest
 from lorakeet.quant.grids import grid_of, requantise_like
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base

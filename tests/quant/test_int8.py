@@ -127,7 +127,7 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
 def test_the_native_library_gives_torch_s_bits(trained: Int8Base, tokens: int) -> None:
     draw = torch.Generator().manual_seed(6)
     x, grad = (torch.randn(tokens, width, generator=draw).bfloat16() for width in (64, 48))
-    assert choose.quantises_in_c(x) and choose.quantises_in_c(grad)
+    assert choose.int8_products(x) is int8_rows and choose.int8_products(grad) is int8_rows
     found = trained.matmul(x), trained.matmul_t(grad)
     with operators.torch_only():
         assert torch.equal(found[0], trained.matmul(x)) and torch.equal(found[1], trained.matmul_t(grad))

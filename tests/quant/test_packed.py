@@ -24,7 +24,7 @@ class Narrow(PackedBase):
         super().__init__((weight.shape[0], weight.shape[1]))
         self.register_buffer("packed", weight.bfloat16())
 
-    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+    def unpack_by_torch(self, out: Tensor, first: int) -> Tensor:
         return out.copy_(self.get_buffer("packed")[first : first + len(out)])
 
     def store(self, weight: Tensor) -> None:

@@ -81,7 +81,7 @@ def test_what_is_refused_holds_nothing(service: Service) -> None:
 
     asyncio.run(life())
     with pytest.raises(UnknownModel):
-        service.meant(Caller("x", frozenset({"b"})), "a")
+        service.adapters_named(Caller("x", frozenset({"b"})), "a")
 
 
 def test_a_template_that_refuses_is_the_callers_problem(service: Service) -> None:

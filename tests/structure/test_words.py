@@ -55,8 +55,9 @@ ALLOWED = {
 KEYS = {"int8, brought back", "bytes of kept states", "a recorded pass", "in turn"}  # of stored results
 BESIDE = ("benchmarks", "demos", "docs", "examples")  # folders beside the package, whose texts are read too
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`|(?<=\])\([^)\s]+\)", re.MULTILINE | re.DOTALL)  # blocks, spans, targets of links
-# Functions that every file of a kind has: adapter formats read and write; kernels say whether they serve and what they cost.
-PROTOCOL = {"why_not", "takes", "owns", "read", "write", "main"}  # and the entry point
+# Functions that every file of a kind has: adapter formats read and write; kernels say whether they serve and what they cost, and
+# have those of their task.
+PROTOCOL = {"why_not", "takes", "owns", "read", "write", "main", "quantised_product", "add_quantised_product", "dequantise_into"}
 
 
 def words_of(path: Path) -> Iterator[tuple[int, str]]:

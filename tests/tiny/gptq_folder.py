@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorakeet.quant.gptq import PARTS, GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
-from lorakeet.quant.gptq_pack import ZeroFormat
+from lorakeet.quant.gptq import PARTS, GptqBase, ZeroFormat, groups_in_order, quantise_to_nearest
 from tiny.models import save_tiny_llama
 
 BITS, SIZES = (2, 3, 4, 8), (32, 64, 128, -1)

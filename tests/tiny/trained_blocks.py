@@ -21,8 +21,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import quantise_to_nearest
+from lorakeet.quant.gptq import GptqBase, quantise_to_nearest
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear

@@ -112,8 +112,8 @@ def test_only_float16_is_scaled() -> None:
         scale = LossScale.of(dtype)
         parameter = nn.Parameter(torch.ones(2))
         parameter.grad = torch.full((2,), 3.0)
-        scale.take_off({"A": parameter})
-        scale.went_well()
+        scale.unscale({"A": parameter})
+        scale.record_step()
         assert scale.value == 1 and not scale.dynamic and scale.record() == {} and bool((parameter.grad == 3).all())
 
 

@@ -29,7 +29,7 @@ def test_lines_are_rare_and_plain() -> None:
     assert isinstance(reporter, Lines)
     run(reporter)
     assert out.getvalue().splitlines() == [
-        "step 1/10 · loss 1.2500 · 402 tokens/s · 1.6 GB",
+        "step 1/10 · loss 1.2500 · 402 tokens/s · 1.49 GiB",
         "step 3: held-out loss 1.5000 (1.4000 to 1.6000, 64 rows)",
         "a [word]",
     ]
@@ -41,7 +41,7 @@ def test_the_bar_shows_loss_held_out_loss_speed_and_memory() -> None:
     assert isinstance(reporter, Bar)
     run(reporter)
     shown = out.getvalue()
-    for part in ("step 3/10", "loss 1.2500", "402 tokens/s", "1.6 GB", "held-out loss 1.5000", "a [word]"):
+    for part in ("step 3/10", "loss 1.2500", "402 tokens/s", "1.49 GiB", "held-out loss 1.5000", "a [word]"):
         assert part in shown
 
 

@@ -74,9 +74,7 @@ class FlatPairs(Mapping[str, Pair]):
     __slots__ = ("outline", "tensors")
 
     def __init__(self, outline: FlatPairsLayout, numbers: Tensor) -> None:
-        """`numbers`: all tensors, flattened and concatenated, fp32; the pairs are views of it. ValueError for another size or
-        dtype.
-        """
+        """`numbers`: all tensors, flattened and concatenated, fp32; the pairs are views. ValueError for other sizes, dtypes."""
         if numbers.dim() != 1 or numbers.dtype != torch.float32 or len(numbers) != outline.parameters:
             given = f"{tuple(numbers.shape)} in {numbers.dtype}"
             raise ValueError(f"the outline has {outline.parameters} numbers in fp32; given are {given}")

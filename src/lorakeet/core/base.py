@@ -2,7 +2,7 @@
 
 A base answers `matmul(x)` = x·Wᵀ, `matmul_t(g)` = g·W, `dense()` = W, and `store(weight)`, which writes a new W into it.
 Quantised bases (folder `quant`) answer the same four, so that one autograd function works for all of them. Some also say how
-Triton kernels read them (`in_tiles`, see core/triton_products).
+Triton kernels read them (`in_tiles`, see kernels/triton/tiles).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lorakeet.kernels.choose import dense_products
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.int8_rows import MOST
 from lorakeet.kernels.cpu.stored import DENSE, INT8_ROWS, StoredWeight
+from lorakeet.kernels.protocol import Int8Products
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 
@@ -44,7 +45,8 @@ class FrozenBase(Protocol):
 class QuantisedRows(NamedTuple):
     """Rows quantised to int8 (tokens, width), the step of each row (tokens, 1), and the dtype that they had.
 
-    The outlier `columns` (count,), if any, are zeros in the codes; their values are `apart` (tokens, count).
+    The outlier `columns` (count,), if any, are zeros in the codes; their values are `apart` (tokens, count). `kernel` made the
+    codes; None: torch.
     """
 
     codes: Tensor
@@ -52,6 +54,7 @@ class QuantisedRows(NamedTuple):
     dtype: torch.dtype
     columns: Tensor | None = None
     apart: Tensor | None = None
+    kernel: Int8Products | None = None
 
 
 @runtime_checkable
@@ -174,7 +177,7 @@ def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = 
 class DenseBase:
     """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts take effect."""
 
-    kernels: TritonRequest | None = None  # a request to fuse products with a pair (core/triton_products)
+    kernels: TritonRequest | None = None  # a request to fuse products with a pair (kernels/triton/tiles)
     transposed = False  # whether the module stores it as (in, out)
 
     def __init__(self, module: nn.Module) -> None:
@@ -246,26 +249,12 @@ class TransposedBase(DenseBase):
             self.weight.copy_(weight.t())
 
 
-class SliceBase:
+class SliceBase(DenseBase):
     """One expert's matrix out of a 3-D parameter (experts, out, in)."""
 
     def __init__(self, stacked: Tensor, index: int) -> None:
-        self.stacked = stacked
-        self.index = index
+        self.stacked, self.index = stacked, index
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.stacked.shape[1], self.stacked.shape[2]
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return frozen_product(x, self.stacked[self.index])
-
-    def matmul_t(self, grad: Tensor) -> Tensor:
-        return frozen_product(grad, self.stacked[self.index], across=True)
-
-    def dense(self) -> Tensor:
-        return self.stacked[self.index].detach()
-
-    def store(self, weight: Tensor) -> None:
-        with torch.no_grad():
-            self.stacked[self.index].copy_(weight)
+    def weight(self) -> Tensor:
+        return self.stacked[self.index]

@@ -27,7 +27,10 @@ def initialise(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: i
             A, B = (leading_factors if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
             # PiSSA: scale·B·A is the part that is cut out. OLoRA: B stays orthonormal, as in its authors' code.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0
-            _set_initial(pair, A / root, B / root)
+            pair.A.copy_(A / root)
+            pair.B.copy_(B / root)
+            pair.anchor_A = pair.A.detach().clone()
+            pair.anchor_B = pair.B.detach().clone()
         elif start in MEASURED:
             pair.A.zero_()  # with B = 0 nothing would be trained, which the check of the first steps' gradients would report
             pair.B.zero_()
@@ -52,13 +55,6 @@ def seed_for(seed: int, path: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:7], "big")
 
 
-def _set_initial(pair: LoraPair, A: Tensor, B: Tensor) -> None:
-    pair.A.copy_(A)
-    pair.B.copy_(B)
-    pair.anchor_A = pair.A.detach().clone()
-    pair.anchor_B = pair.B.detach().clone()
-
-
 def leading_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A, B of the top `rank` singular triples of `weight` (out, in), split as B = U√S, A = √S·Vᵀ (PiSSA, arXiv 2404.02948).
 
@@ -67,18 +63,14 @@ def leading_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tu
     if min(weight.shape) <= max(EXACT_SVD_UP_TO, rank + OVERSAMPLING):
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        U, S, Vh = _randomised_svd(weight, rank + OVERSAMPLING, generator)
+        basis = weight @ torch.randn(weight.shape[1], rank + OVERSAMPLING, generator=generator)
+        for _ in range(POWER_ITERATIONS):
+            basis = weight @ (weight.t() @ torch.linalg.qr(basis).Q)
+        Q = torch.linalg.qr(basis).Q
+        U, S, Vh = torch.linalg.svd(Q.t() @ weight, full_matrices=False)
+        U = Q @ U
     root = S[:rank].sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root
-
-
-def _randomised_svd(weight: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    basis = weight @ torch.randn(weight.shape[1], size, generator=generator)
-    for _ in range(POWER_ITERATIONS):
-        basis = weight @ (weight.t() @ torch.linalg.qr(basis).Q)
-    Q = torch.linalg.qr(basis).Q
-    U, S, Vh = torch.linalg.svd(Q.t() @ weight, full_matrices=False)
-    return Q @ U, S, Vh
 
 
 def _olora(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from lorakeet.core.base import FrozenBase
 from lorakeet.core.math import Kind, ScaleRule, alpha_for, delta, fold, grad_of_b, term_dims
 from lorakeet.core.pair_products import PairProducts, PairSpan
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.triton_products import low_rank_product, low_rank_product_t
+from lorakeet.kernels.choose import fused_pair
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -31,8 +31,8 @@ class LowRankLinear(torch.autograd.Function):
     The rank-sized factor is multiplied first, so no (out, in) gradient is ever formed. Saved are x̃ and h, never a
     dequantised weight: the base dequantises W itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
     All products run in `products` (core/precision): x is cast once, y and ∂L/∂x are rounded once to the dtype of x, and the
-    gradients of A and B keep their own dtype. A and B may so be kept in fp32 under a bf16 x. Where Triton kernels are
-    requested, y and h, and u and ∂L/∂x, each come out of one pass over W (core/triton_products).
+    gradients of A and B keep their own dtype. A and B may so be kept in fp32 under a bf16 x. Where a kernel fuses them
+    (kernels/choose.fused_pair), y and h, and u and ∂L/∂x, each come out of one pass over W.
     """
 
     @staticmethod
@@ -48,8 +48,7 @@ class LowRankLinear(torch.autograd.Function):
         products: torch.dtype,
     ) -> Tensor:
         wide = x.to(products)
-        fusible = dropped is None and getattr(base, "kernels", None) is not None
-        fused = low_rank_product(base, wide, A.to(products), B.to(products), scale) if fusible else None
+        fused = fused_pair(base, wide, A, B, scale) if dropped is None else None
         y, h = fused or (base.matmul(wide), None)
         if bias is not None:
             y.add_(bias)
@@ -68,7 +67,7 @@ class LowRankLinear(torch.autograd.Function):
         products, scale = pairs.products, pairs.places[0].scale
         grad, source = grad.to(products).contiguous(), source.to(products)
         if need_x and ctx.fused:
-            fused = low_rank_product_t(ctx.base, grad, A.to(products), B.to(products), scale)
+            fused = fused_pair(ctx.base, grad, A, B, scale, back=True)
             if fused is not None:
                 of_x, u = fused
                 grad_a, grad_b = torch.mm(u.t(), source).to(A.dtype), grad_of_b(grad, shrunk, scale).to(B.dtype)
@@ -163,9 +162,7 @@ class LoraPair(nn.Module):
         assert self.anchor_A is not None and self.anchor_B is not None
         return torch.cat([self.A, self.anchor_A]), torch.cat([self.B, -self.anchor_B], dim=1)
 
-    def forward(
-        self, x: Tensor, base: FrozenBase, bias: Tensor | None = None, products: torch.dtype | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: FrozenBase, bias: Tensor | None = None, products: torch.dtype | None = None) -> Tensor:
         """x (…, in) to y (…, out) over a linear base."""
         dropout = self.dropout if self.training else 0.0
         y = low_rank_linear(x, base, (*self.factors(), self.scale), bias=bias, dropout=dropout, products=products)

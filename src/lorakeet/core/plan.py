@@ -100,7 +100,8 @@ class Plan:
         """Table rows (path, shape, rank, scale, parameters); equal entries of several blocks share one: `layers.[0-29].…`."""
         grouped: dict[tuple[str, tuple[int, ...], int, float], list[PlanEntry]] = {}
         for entry in self.entries:
-            grouped.setdefault((_without_numbers(entry.path), entry.shape, entry.rank, entry.scale), []).append(entry)
+            name = ".".join("#" if part.isdigit() else part for part in entry.path.split("."))
+            grouped.setdefault((name, entry.shape, entry.rank, entry.scale), []).append(entry)
         rows: list[tuple[str, str, str, str, str]] = []
         for (_, shape, rank, scale), same in grouped.items():
             count = sum(entry.parameters for entry in same)
@@ -119,10 +120,6 @@ class Plan:
 
 def _times(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
-
-
-def _without_numbers(path: str) -> str:
-    return ".".join("#" if part.isdigit() else part for part in path.split("."))
 
 
 def path_range(paths: list[str]) -> str:

@@ -54,7 +54,7 @@ class ReorderedBase:
 
     def store(self, weight: Tensor) -> None:
         weight = weight.detach().to(self.dtype)
-        self.order: Order = inference_layout(weight).load()(weight)
+        self.order: Order = inference_layout(weight).offers(weight)
 
 
 class ReorderedLinear(nn.Module):
@@ -104,4 +104,4 @@ class ReorderedProducts:
 
 def can_reorder(weight: Tensor) -> bool:
     """True if there is an inference layout for such a weight on this machine."""
-    return inference_layout(weight).load() is not None
+    return inference_layout(weight).offers is not None

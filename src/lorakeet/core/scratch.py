@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def _world(tensor: Tensor) -> object:
-    """The trace that made a tensor, or its plain type."""
-    return getattr(tensor, "fake_mode", type(tensor))
-
-
 class Scratch:
     """A growing buffer for each device and dtype, lent as a matrix until the next request.
 
@@ -23,7 +18,8 @@ class Scratch:
     def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of that shape; invalidates the tensor lent before."""
         size = shape[0] * shape[1]
-        key = (dtype, device, _world(torch.empty(0, device=device)))
+        like = torch.empty(0, device=device)
+        key = (dtype, device, getattr(like, "fake_mode", type(like)))  # the trace, if there is one
         held = self._buffers.get(key)
         if held is None or held.numel() < size:
             self._buffers.pop(key, None)

@@ -75,7 +75,7 @@ class Selection:
         self._assignments: dict[tuple[int, torch.device], BatchAssignment] = {}
         self._oversized = 0  # divisions in a row that used less than half of the slots
         self._tables: list[weakref.ref[Tables]] = []
-        self.copies: Tables | None = None  # of mixes on all layers, if they are made together (core/batched/mix_copies)
+        self.copies: dict[object, Tables] = {}  # of mixes on all layers, made together, by kernel (core/batched/mix_copies)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Selection:
         """For copies of the layers: the same adapters are active; what layers derive from them is derived anew."""
@@ -240,9 +240,5 @@ def _assignment(
         else:
             long.append((numbers if len(parts) > 1 else range(parts[0].start, parts[0].stop), place))
     at.sort()
-    some = None if len(at) == tokens else _indices([token for token, _ in at], device)
+    some = None if len(at) == tokens else torch.tensor([token for token, _ in at], dtype=torch.int64).to(device)
     return BatchAssignment(places, frozenset(own), tuple(long), tuple(at), some)
-
-
-def _indices(numbers: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64).to(device)

@@ -1,36 +1,47 @@
 """One table of kernels: for each task the kernels in order of preference. The first one that can run, runs.
 
-The code asks it (`candidates` and the functions below), `lorakeet doctor` prints it (`passed_over`), and a run's report records
-what it chose (`in_words`). A new kernel is a file in kernels/cpu or kernels/triton that offers what kernels/protocol says, and a
-line here. Kernels without a source are torch's own operations, which core writes out where they are needed.
+The code asks it (`candidates` and the functions below) and calls what the chosen line offers, `lorakeet doctor` prints it
+(`passed_over`), and a run's report records what it chose (`in_words`). A new kernel is a file in kernels/cpu or kernels/triton
+that offers what kernels/protocol says, and a line here. Kernels without a source are torch's own operations, which core writes
+out where they are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lorakeet.kernels import flash_varlen, onednn
-from lorakeet.kernels.cpu import (
-    attention,
-    dense,
-    head,
-    inference_pairs,
-    int8_rows,
-    operators,
-    panels,
-    stored,
-    trained_block,
-    trained_pairs,
-)
+from lorakeet.kernels.cpu import attention, block, dense, head, int8_rows, operators, panels, stored, trained_pairs
+from lorakeet.kernels.cpu import inference_pairs as pairs
+from lorakeet.kernels.cpu import trained_block as whole_block
+from lorakeet.kernels.cpu.operators import ENABLED
 from lorakeet.kernels.device import REHEARSED
-from lorakeet.kernels.protocol import DenseProducts, ElementwiseOps, Kernel, LowRankProducts, Situation
+from lorakeet.kernels.protocol import (
+    DecodeBlocks,
+    DenseProducts,
+    Dequantiser,
+    ElementwiseOps,
+    FusedPair,
+    HeadLosses,
+    InferencePairs,
+    Int8Products,
+    Kernel,
+    LowRankProducts,
+    QuantisedProducts,
+    QuantisedWeight,
+    Situation,
+    TrainedBlocks,
+)
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton import support
 
 _C, _TRITON = "lorakeet.kernels.cpu.", "lorakeet.kernels.triton."
+_LAST = "the last kernel of a task must take everything"
+T = TypeVar("T")
 
 
 def _always(_: Situation) -> str:
@@ -49,16 +60,32 @@ def _products_not_narrow(situation: Situation) -> str:
     return "" if narrow else "matrix products run in another dtype than the states', or in float32"
 
 
+def _parts_not_in_c(situation: Situation) -> str:
+    """The C block runs the C kernels of its parts in one call; where another one comes first for a part, the parts run."""
+    if reason := dense.why_not(situation):
+        return reason
+    chosen = {task: passed_over(task, situation)[0] for task in PARTS}
+    return next((f"for {task} it is {kernel.name}" for task, kernel in chosen.items() if not kernel.source.startswith(_C)), "")
+
+
 TORCH = Kernel("torch", _always)
 BATCHED_ROWS = Kernel("torch: batched products", _products_not_narrow)
 CPU_FLASH_ROWS = Kernel("torch: CPU flash attention in float32", _not_on_the_cpu)
 ROW_BY_ROW = Kernel("torch: row by row", _always)
-C_ROWS = Kernel("C: attention.c", attention.why_not, attention.takes, attention.NEEDS, _C + "attention:NativeRows")
-C_PANELS = Kernel("C: panels.c", panels.why_not, panels.takes, panels.NEEDS, _C + "panels:Panels")
+C_ROWS = Kernel("C: attention.c", operators.why_not, attention.takes, attention.NEEDS, _C + "attention:RowAttention")
+C_PANELS = Kernel("C: panels.c", operators.why_not, panels.takes, panels.NEEDS, _C + "panels:Panels")
 
+PARTS = (  # of a decoder block in training
+    "attention", "elementwise ops", "product, dense weight", "product, quantised weight", "product in int8",
+    "low-rank pairs, training",
+)  # fmt: skip
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "decoder block, training": (
-        Kernel("C: trained_block.c", dense.why_not, None, trained_block.NEEDS, _C + "trained_block"),
+        Kernel("C: trained_block.c", _parts_not_in_c, whole_block.takes, whole_block.NEEDS, _C + "trained_block"),
+        Kernel("separate kernels", _always),
+    ),
+    "decoder block, generation": (
+        Kernel("C: block.c", operators.why_not, block.takes, block.NEEDS, _C + "block"),
         Kernel("separate kernels", _always),
     ),
     "attention": (
@@ -90,11 +117,11 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "dequantise": (
         Kernel("Triton: tiles", support.why_not, support.takes_tiles, "contiguous results", _TRITON + "tiles"),
-        Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_buffers, stored.READABLE, _C + "stored"),
+        Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
         TORCH,
     ),
     "product and pair in one": (
-        Kernel("Triton: tiles", support.why_not, support.takes_rows, f"few tokens, ranks up to {support.RANK}",
+        Kernel("Triton: tiles", support.why_not, support.takes_pair, f"few tokens, ranks up to {support.RANK}",
                _TRITON + "tiles"),
         Kernel("separate kernels", _always),
     ),
@@ -103,7 +130,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         TORCH,
     ),
     "low-rank pairs, inference": (
-        Kernel("C: pairs.c", operators.why_not, inference_pairs.takes, inference_pairs.NEEDS, _C + "inference_pairs"),
+        Kernel("C: pairs.c", operators.why_not, pairs.takes, pairs.NEEDS, _C + "inference_pairs"),
         TORCH,
     ),
     "dense weights, inference": (
@@ -125,10 +152,18 @@ def candidates(
     task: str, device: torch.device, dtype: torch.dtype, products: torch.dtype | None = None, *, triton: bool = False
 ) -> tuple[Kernel, ...]:
     """The kernels that can run, in order; the last one takes every call. `products` None: the dtype of the states."""
-    key = task, device, dtype, products, triton, operators.ENABLED.get(), REHEARSED.get()
+    return _candidates(task, device.type == "cpu" or device, dtype, products, triton)
+
+
+def _candidates(
+    task: str, place: bool | torch.device, dtype: torch.dtype, products: torch.dtype | None, triton: bool
+) -> tuple[Kernel, ...]:
+    """`candidates` on the CPU (True) or a device: to make, hash and compare torch's devices takes longer than all else here."""
+    key = task, place, dtype, products, triton, ENABLED.get(), REHEARSED.get()
     found = CANDIDATES.get(key)
     if found is None:
-        situation = Situation(device, dtype, products or dtype, triton, operators.ENABLED.get(), REHEARSED.get())
+        device = torch.device("cpu") if isinstance(place, bool) else place
+        situation = Situation(device, dtype, products or dtype, triton, ENABLED.get(), REHEARSED.get())
         found = CANDIDATES[key] = tuple(kernel for kernel in TABLE[task] if not kernel.why_not(situation))
     return found
 
@@ -138,7 +173,25 @@ def first_of(kernels: Iterable[Kernel], *facts: object) -> Kernel:
     for kernel in kernels:
         if kernel.takes is None or kernel.takes(*facts):
             return kernel
-    raise AssertionError("the last kernel of a task must take everything")
+    raise AssertionError(_LAST)
+
+
+def _chosen(task: str, like: Tensor, products: torch.dtype | None, triton: bool, *facts: object) -> Any:
+    """What the first kernel that takes a call with these facts offers, on states like `like`; None: torch's own operations."""
+    for kernel in _candidates(task, like.is_cpu or like.device, like.dtype, products, triton):
+        if kernel.takes is None or kernel.takes(*facts):
+            return kernel.offers
+    raise AssertionError(_LAST)
+
+
+def _first_result(task: str, like: Tensor, triton: bool, call: Callable[[Any], T | None], *facts: object) -> T | None:
+    """What `call` gets from the first kernel that takes such a call and can read its weight, else None: then torch must."""
+    for kernel in _candidates(task, like.is_cpu or like.device, like.dtype, None, triton):
+        if not kernel.source:
+            return None
+        if (kernel.takes is None or kernel.takes(*facts)) and (found := call(kernel.offers)) is not None:
+            return found
+    raise AssertionError(_LAST)
 
 
 def elementwise_ops(
@@ -148,27 +201,57 @@ def elementwise_ops(
 
     C needs last dimensions in multiples of `width`. `by_rows`: for norms, which need a whole row at once.
     """
-    first = states[0]
-    kernels = candidates("elementwise ops", first.device, first.dtype, triton=triton is not None)
-    found: ElementwiseOps | None = first_of(kernels, states, width, by_rows).load()
-    return found
+    return _chosen("elementwise ops", states[0], None, triton is not None, states, width, by_rows)  # type: ignore[no-any-return]
 
 
 def dense_products(x: Tensor, weight: Tensor) -> DenseProducts | None:
     """The kernel for x (tokens, ·) times a frozen weight (out, in) of its dtype; None: torch."""
-    found: DenseProducts | None = first_of(candidates("product, dense weight", x.device, x.dtype), x, weight).load()
-    return found
+    return _chosen("product, dense weight", x, None, False, x, weight)  # type: ignore[no-any-return]
 
 
-def multiplies_stored(x: Tensor) -> bool:
-    """True if C multiplies x (tokens, ·) with quantised weights as they are stored."""
-    kernels = candidates("product, quantised weight", x.device, x.dtype)
-    return first_of(kernels, x).load() is stored
+def product_as_stored(weight: QuantisedWeight, x: Tensor, *, across: bool = False) -> Tensor | None:
+    """x·Wᵀ, or x·W if `across`, of x (tokens, ·) and a weight as it is stored; None: on the dequantised weight."""
+
+    def call(kernel: QuantisedProducts) -> Tensor | None:
+        return kernel.quantised_product(weight, x, across)
+
+    return _first_result("product, quantised weight", x, weight.kernels is not None, call, x, weight)
 
 
-def quantises_in_c(x: Tensor) -> bool:
-    """True if C quantises x (tokens, width) to int8 and multiplies it with int8 weights."""
-    return first_of(candidates("product in int8", x.device, x.dtype), x).load() is int8_rows
+def add_product_as_stored(weight: QuantisedWeight, to: Tensor, x: Tensor, *, across: bool = False) -> bool:
+    """Adds that product to `to`, in place; False: the weight must be dequantised for it."""
+
+    def call(kernel: QuantisedProducts) -> bool | None:
+        return kernel.add_quantised_product(weight, to, x, across) or None
+
+    return _first_result("product, quantised weight", x, weight.kernels is not None, call, x, weight) is not None
+
+
+def dequantised(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
+    """Whether a kernel has written the rows of W from `first` on into `out` (rows, in); False: torch must."""
+
+    def call(kernel: Dequantiser) -> bool | None:
+        return kernel.dequantise_into(weight, out, first) or None
+
+    return _first_result("dequantise", out, weight.kernels is not None, call, out, weight) is not None
+
+
+def fused_pair(weight: Any, x: Tensor, A: Tensor, B: Tensor, scale: float, *, back: bool = False) -> tuple[Tensor, Tensor] | None:
+    """kernels/protocol.FusedPair.product_and_pair, or its backward pass, A and B cast to the dtype of x; None: separate ones."""
+    triton = getattr(weight, "kernels", None) is not None
+    if not _candidates("product and pair in one", x.is_cpu or x.device, x.dtype, None, triton)[0].source:
+        return None  # nothing is cast
+    A, B = A.to(x.dtype), B.to(x.dtype)
+
+    def call(kernel: FusedPair) -> tuple[Tensor, Tensor] | None:
+        return (kernel.product_and_pair_t if back else kernel.product_and_pair)(weight, x, A, B, scale)
+
+    return _first_result("product and pair in one", x, triton, call, x, weight, A, B)
+
+
+def int8_products(x: Tensor) -> Int8Products | None:
+    """The kernel that quantises x (tokens, width) to int8 and multiplies it with int8 weights; None: torch."""
+    return _chosen("product in int8", x, None, False, x)  # type: ignore[no-any-return]
 
 
 def low_rank_products(
@@ -176,13 +259,22 @@ def low_rank_products(
 ) -> LowRankProducts | None:
     """The kernel for pairs in training, on `states` (x, and the y's), in one call; None: torch, part by part."""
     kernels = candidates("low-rank pairs, training", states[0].device, products)
-    found: LowRankProducts | None = first_of(kernels, states, factors, places).load()
-    return found
+    return first_of(kernels, states, factors, places).offers  # type: ignore[no-any-return]
 
 
-def copies_pairs(products: torch.dtype, device: torch.device, shapes: Sequence[tuple[int, int]]) -> bool:
-    """True if C adds copies of pairs to layers with weights of `shapes` (out, in), for inference."""
-    return first_of(candidates("low-rank pairs, inference", device, products), shapes).load() is inference_pairs
+def inference_pairs(products: torch.dtype, device: torch.device, shapes: Sequence[tuple[int, int]]) -> InferencePairs | None:
+    """The kernel that adds copies of pairs to layers with weights of `shapes` (out, in), for inference; None: torch."""
+    return first_of(candidates("low-rank pairs, inference", device, products), shapes).offers  # type: ignore[no-any-return]
+
+
+def trained_block(x: Tensor, products: torch.dtype, head: int, rows: Sequence[int], prefix: int) -> TrainedBlocks | None:
+    """The kernel for a whole decoder block in training, on packed rows x (1, tokens, hidden); None: separate kernels."""
+    return _chosen("decoder block, training", x, products, False, x, head, rows, prefix)  # type: ignore[no-any-return]
+
+
+def decode_block(x: Tensor) -> DecodeBlocks | None:
+    """The kernel for a whole decoder block over new tokens x (tokens, hidden) and a cache; None: separate kernels."""
+    return _chosen("decoder block, generation", x, None, False, x)  # type: ignore[no-any-return]
 
 
 def packed_rows(  # noqa: PLR0917 - the states' dtype and shape, and the rows
@@ -194,7 +286,7 @@ def packed_rows(  # noqa: PLR0917 - the states' dtype and shape, and the rows
 
 def attends_in_c(dtype: torch.dtype, products: torch.dtype, d: int, device: torch.device) -> bool:
     """True if C computes attention with heads of d numbers, for rows that are long enough (kernels/cpu/attention.TILED)."""
-    return C_ROWS in candidates("attention", device, dtype, products) and d % operators.HEAD == 0
+    return candidates("attention", device, dtype, products)[0] is C_ROWS and d % operators.HEAD == 0
 
 
 def inference_layout(weight: Tensor) -> Kernel:
@@ -202,10 +294,9 @@ def inference_layout(weight: Tensor) -> Kernel:
     return first_of(candidates("dense weights, inference", weight.device, weight.dtype), weight)
 
 
-def loss_kernel(hidden: Tensor, dtype: torch.dtype, triton: TritonRequest | None) -> Kernel:
-    """The kernel for losses of hidden states (tokens, hidden) under a head of that dtype."""
-    kernels = candidates("loss of the head", hidden.device, hidden.dtype, dtype, triton=triton is not None)
-    return first_of(kernels, hidden)
+def loss_kernel(hidden: Tensor, dtype: torch.dtype, triton: TritonRequest | None) -> HeadLosses | None:
+    """The kernel for losses of hidden states (tokens, hidden) under a head of that dtype; None: torch."""
+    return _chosen("loss of the head", hidden, dtype, triton is not None, hidden)  # type: ignore[no-any-return]
 
 
 def passed_over(task: str, situation: Situation) -> tuple[Kernel, list[tuple[Kernel, str]]]:
@@ -226,5 +317,3 @@ def in_words(situation: Situation) -> str:
         kernel, _ = passed_over(task, situation)
         by_language.setdefault(kernel.name.split(":")[0].split(",")[0], []).append(task.replace(",", ""))
     return "; ".join(f"{language}: {', '.join(tasks)}" for language, tasks in by_language.items())
-
-

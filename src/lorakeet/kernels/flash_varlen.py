@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu.attention import attention_backward_shapes, attention_shapes, scores_of
+from lorakeet.kernels.cpu.attention import RowAttention, attention_backward_shapes, attention_shapes, scores_of
 from lorakeet.kernels.cpu.operators import define
 from lorakeet.kernels.protocol import Situation
 
@@ -69,40 +69,24 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device if device.type == "cuda" else None) >= CAPABILITY
 
 
-class FlashVarlen:
+class FlashVarlen(RowAttention):
     """Attention of all rows at once by the flash kernel (kernels/protocol.PackedAttention). Saves O and log-sums beside Q, K, V.
 
     `window`: how many of the last keys, including its own, a query sees; None: all.
     """
-
-    laid: tuple[Any, ...]  # the operators' arguments about rows
 
     def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0, window: int | None = None) -> None:
         self.laid = list(rows), prefix, scale, EVERYTHING if window is None else window
 
     @property
     def operators(self) -> tuple[Any, Any]:
-        """The operators of the forward and of the backward pass."""
         return FLASH_ROWS, FLASH_ROWS_BACKWARD
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
-        result, logs = self.operators[0](*map(_token_by_token, (query, key, value)), *self.laid)
-        return result[None], (result, logs)
-
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
-        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
-        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in self.operators[1](*given, *self.laid))
-        return of_q, of_k, of_v
-
-
-def _token_by_token(states: Tensor) -> Tensor:
-    """(1, heads, tokens, d) as (tokens, heads, d), with contiguous heads."""
-    found = states[0].transpose(0, 1)
-    return found if found.stride(-1) == 1 else found.contiguous()
+    @staticmethod
+    def token_by_token(states: Tensor) -> Tensor:
+        """The same, with contiguous heads."""
+        found = states[0].transpose(0, 1)
+        return found if found.stride(-1) == 1 else found.contiguous()
 
 
 @dataclass(frozen=True)
@@ -156,16 +140,12 @@ def flash_forward(laid: Sequences, states: tuple[Tensor, ...], scale: float, win
     return out, logs
 
 
-def flash_backward(
-    laid: Sequences, given: tuple[Tensor, ...], scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def flash_backward(laid: Sequences, given: tuple[Tensor, ...], scale: float, window: int) -> tuple[Tensor, Tensor, Tensor]:
     """∂Q, ∂K and ∂V of `flash_forward`, from ∂O, Q, K, V, O and the logs."""
     device = given[0].device
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
     places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING
-    of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(
-        *given, *places, *no_dropout, scale=scale, **_seen_in(window)
-    )
+    of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(*given, *places, *no_dropout, scale=scale, **_seen_in(window))
     return of_q, of_k, of_v
 
 
@@ -213,11 +193,6 @@ def _seen_in(window: int) -> dict[str, int]:
     return {"window_size_left": EVERYTHING if window == EVERYTHING else window - 1, "window_size_right": 0}
 
 
-def _workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, *_: Any) -> int:
-    """Bytes of workspace of `flash_rows`: keys and values of sequences that share a prefix."""
-    return 2 * _gathered_bytes(q, k, rows, prefix)
-
-
 def _backward_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any) -> int:
     """Bytes of workspace of `flash_rows_backward`: the kernel's fp32 sums of ∂Q and of rows, ∂K and ∂V of every head of a group,
     and, with a prefix, K, V, ∂K and ∂V of all sequences, and the prefix's parts of a gradient with their sum.
@@ -246,11 +221,6 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
     return 4 * scores * q.shape[1] * q.shape[2]
 
 
-def _backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any, **_: Any) -> int:
-    """FLOPs of the five products of `flash_rows_backward`."""
-    return 5 * _flops(q, k, v, *given) // 2
-
-
 def _places(rows: Sequence[int], prefix: int) -> list[int]:
     """The number of keys before each token of prefix and rows."""
     return [*range(prefix), *(prefix + place for length in rows for place in range(length))]
@@ -258,9 +228,7 @@ def _places(rows: Sequence[int], prefix: int) -> list[int]:
 
 @functools.cache
 def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
-    """True if the kernel computes made-up rows, forward and backward, as the definition does in fp32; else a warning says so,
-    once.
-    """
+    """True if the kernel computes made-up rows, both ways, as the definition does in fp32; else one warning says so."""
     rows, prefix, window = PROOF
     said = ""
     try:
@@ -274,7 +242,8 @@ def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv:
     if said:
         logging.getLogger("lorakeet").warning(
             "Torch's flash kernel %s. Attention is computed row by row, which is slower, and "
-            "may hold more memory than was planned. Please report it.", said
+            "may hold more memory than was planned. Please report it.",
+            said,
         )
     return not said
 
@@ -369,24 +338,19 @@ FLASH_ROWS = define(
     flash_rows,
     attention_shapes,
     _flops,
-    _workspace,
+    lambda q, k, v, rows, prefix, *_: 2 * _gathered_bytes(q, k, rows, prefix),  # keys and values that share a prefix
     key=EVERYWHERE,
 )
 FLASH_ROWS_BACKWARD = define(
     f"flash_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
     flash_rows_backward,
     attention_backward_shapes,
-    _backward_flops,
+    lambda grad, q, k, v, out, logs, *given, **_: 5 * _flops(q, k, v, *given) // 2,  # of five products
     _backward_workspace,
     key=EVERYWHERE,
 )
 _AT_OFFSETS = "Tensor starts, int longest, float scale, int window"
-OFFSET_ROWS = define(
-    f"offset_rows({_STATES}, {_AT_OFFSETS}) -> (Tensor, Tensor)",
-    offset_rows,
-    attention_shapes,
-    key=EVERYWHERE,
-)
+OFFSET_ROWS = define(f"offset_rows({_STATES}, {_AT_OFFSETS}) -> (Tensor, Tensor)", offset_rows, attention_shapes, key=EVERYWHERE)
 OFFSET_ROWS_BACKWARD = define(
     f"offset_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_AT_OFFSETS}) -> (Tensor, Tensor, Tensor)",
     offset_rows_backward,

@@ -4,18 +4,21 @@
     takes(...)           True if it supports the tensors and sizes of one call; the arguments are the task's (kernels/choose)
     NEEDS                in words, what `takes` checks
 
-Beside these it has the functions of its task: ElementwiseOps, DenseProducts, LowRankProducts or PackedAttention below.
+Beside these it has what its task calls, a protocol below. No caller asks which kernel it is.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 
 class Situation(NamedTuple):
@@ -29,7 +32,8 @@ class Situation(NamedTuple):
     rehearsed: bool = False  # whether tensors on the CPU stand for those of another device (kernels/device)
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kernel:
     """A line of the table: a kernel for a task."""
 
     name: str
@@ -38,16 +42,72 @@ class Kernel(NamedTuple):
     needs: str = ""
     source: str = ""  # the module that has it, or module:name; empty for torch's own operations, which core calls
 
-    def load(self) -> Any:
-        """The module or class of the kernel, imported on first use; None for torch's own operations."""
-        return _loaded(self.source) if self.source else None
+    @functools.cached_property
+    def offers(self) -> Any:
+        """The module or class that the task calls, imported on first use; None for torch's own operations."""
+        if not self.source:
+            return None
+        module, _, name = self.source.partition(":")
+        found = importlib.import_module(module)
+        return getattr(found, name) if name else found
 
 
-@functools.cache
-def _loaded(source: str) -> Any:
-    module, _, name = source.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, name) if name else found
+class QuantisedWeight(Protocol):
+    """A frozen weight (out, in) in packed buffers, as kernels may read it (quant/packed)."""
+
+    kernels: TritonRequest | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    def packed_buffers(self) -> Iterator[Tensor]:
+        """The buffers."""
+
+    def stored(self) -> Any:
+        """The weight as C reads it (kernels/cpu/stored.StoredWeight); None if it cannot."""
+
+    def in_tiles(self) -> TiledWeight | None:
+        """The weight as Triton kernels multiply it; None if they cannot."""
+
+    def tiles_from(self, first: int) -> tuple[TiledWeight, int] | None:
+        """Its numbers as Triton kernels dequantise them, and the row of these tiles at which row `first` starts; or None."""
+
+
+class QuantisedProducts(Protocol):
+    """x·Wᵀ, or x·W if `across`, of x (tokens, ·) and a weight W as it is stored (kernels/cpu/stored, kernels/triton/tiles)."""
+
+    # (weight, x, across) to the product, in the dtype of x; None for a weight that the kernel cannot read
+    quantised_product: Callable[[QuantisedWeight, Tensor, bool], Tensor | None]
+    # (weight, to, x, across): adds it to `to` in place; False, with nothing written, for a weight or sum that it does not support
+    add_quantised_product: Callable[[QuantisedWeight, Tensor, Tensor, bool], bool]
+
+
+class Dequantiser(Protocol):
+    """Dequantises a weight W (kernels/cpu/stored, kernels/triton/tiles)."""
+
+    # (weight, out, first): writes the rows of W from `first` on to `out` (rows, in), rounded once; False if it cannot read W
+    dequantise_into: Callable[[QuantisedWeight, Tensor, int], bool]
+
+
+class FusedPair(Protocol):
+    """A frozen product and its pair in one (kernels/triton/tiles), each sum rounded once; all arguments have one dtype.
+
+    Both return None for a weight that the kernel cannot read.
+    """
+
+    # (weight, x, A, B, s) to y = x·Wᵀ + s·h·Bᵀ and h = x·Aᵀ (tokens, rank), of x (tokens, in), A (rank, in) and B (out, rank)
+    product_and_pair: Callable[[Any, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor] | None]
+    # (weight, g, A, B, s) to g·W + u·A (tokens, in) and u = s·g·B (tokens, rank), of g (tokens, out)
+    product_and_pair_t: Callable[[Any, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor] | None]
+
+
+class Int8Products(Protocol):
+    """Rows quantised to int8 and their products (kernels/cpu/int8_rows has the shapes)."""
+
+    OUTLIER_COLUMNS: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    QUANTISE_ROWS: Callable[..., tuple[Tensor, Tensor]]
+    INT8_PRODUCT: Callable[..., Tensor]
 
 
 class ElementwiseOps(Protocol):
@@ -76,6 +136,15 @@ class LowRankProducts(Protocol):
     TRAINED_PAIRS_OF_A: Callable[..., Tensor]
 
 
+class HeadLosses(Protocol):
+    """Losses of a head's logits: all columns of a row in fp32, or with TILED in blocks of columns and in the states' dtype."""
+
+    TILED: bool
+    loss_in_place: Callable[..., Tensor]  # kernels/triton/loss; without TILED
+    blocks: Callable[[Tensor, int], list[tuple[slice, Tensor]]]  # kernels/cpu/head; with TILED
+    HEAD_LOSSES: Callable[[Tensor, Tensor, int, bool], Tensor]  # the same
+
+
 class PackedAttention(Protocol):
     """Causal attention of packed rows: query (1, heads, tokens, d), key and value (1, kv, tokens, d).
 
@@ -89,3 +158,34 @@ class PackedAttention(Protocol):
     @property
     def backward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         """The result's gradient, Q, K, V, and what `forward` saved, to ∂Q, ∂K, ∂V in the shapes of Q, K, V."""
+
+
+class InferencePairs(Protocol):
+    """Pairs of adapters copied into a kernel's own layout, and added to the outputs of layers (kernels/cpu/inference_pairs)."""
+
+    PairLayout: Callable[..., Any]  # of a mix's pairs in its copy
+    Shares: Callable[..., Any]  # the tokens that use each copy
+    LayerRows: Callable[..., Any]  # adds them to the layers with one input
+    as_readable: Callable[[Tensor], Tensor]
+
+
+class TrainedBlocks(Protocol):
+    """A decoder block with pairs, in one call each way (kernels/cpu/trained_block).
+
+    A BlockCall is made of the struct of Weights, the rows' AttentionShape (kernels/cpu/attention) and Pairs.
+    """
+
+    Weights: Callable[..., Any]
+    Pairs: Callable[..., Any]
+    BlockCall: Callable[..., Any]
+
+
+class DecodeBlocks(Protocol):
+    """A decoder block over new tokens and a cache of earlier ones, in one call (kernels/cpu/block)."""
+
+    __name__: str  # of the module
+    BlockParts: Callable[..., Any]  # says whether they fit the kernel
+    Block: Callable[..., Any]
+    BlockPairs: Any  # the pairs of the tokens, from copies in the layout of `Shares`
+    Shares: type
+    NO_PAIRS: Any

@@ -58,23 +58,13 @@ def eigh_bytes(size: int, itemsize: int) -> int:
 
 
 def _svd(A: Tensor, full_matrices: bool = False, compute_uv: bool = True, **_: Any) -> int:
-    others = (
-        A.numel() - A.shape[-2] * A.shape[-1]
-    )  # the other matrices of a batch, which is copied whole and factorised one by one
+    others = A.numel() - A.shape[-2] * A.shape[-1]  # of a batch, which is copied whole and factorised one by one
     return svd_bytes(A.shape[-2], A.shape[-1], A.itemsize, vectors=compute_uv) + others * A.itemsize
-
-
-def _qr(A: Tensor, mode: str = "reduced") -> int:
-    return qr_bytes(A.shape[-2], A.shape[-1], A.itemsize)
-
-
-def _eigh(A: Tensor, *_: Any, **__: Any) -> int:
-    return eigh_bytes(A.shape[-1], A.itemsize)
 
 
 # Bytes of an aten operation's workspace, beside its arguments and results.
 WORKSPACES: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._linalg_svd.default: _svd,
-    torch.ops.aten.linalg_qr.default: _qr,
-    torch.ops.aten._linalg_eigh.default: _eigh,
+    torch.ops.aten.linalg_qr.default: lambda A, *_, **__: qr_bytes(A.shape[-2], A.shape[-1], A.itemsize),
+    torch.ops.aten._linalg_eigh.default: lambda A, *_, **__: eigh_bytes(A.shape[-1], A.itemsize),
 }

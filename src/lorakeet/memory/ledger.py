@@ -67,7 +67,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._fake = ShapeMode()
-        self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
+        self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -306,10 +306,6 @@ _ANSWERS = {
     torch.ops.aten._grouped_mm.default: _grouped_product,
     torch.ops.aten.equal.default: _equal,
 }
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _one(dtype: torch.dtype) -> Any:

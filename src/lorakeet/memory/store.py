@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.evaluate.wording import bytes_text
 
 CPU = torch.device("cpu")
 PAGE, LINE = 4096, 64  # bytes: what a record and a tensor are aligned to
@@ -89,7 +90,7 @@ class StoreWriter:
 
     def __init__(self, file: Any, header_bytes: int) -> None:
         self._file = file
-        self._start = _up(8 + header_bytes, PAGE)
+        self._start = -(-(8 + header_bytes) // PAGE) * PAGE
         self._at = self._start
         self._header: dict[str, Any] = {}
         self._padding = 0
@@ -143,8 +144,8 @@ def new_store(path: Path, *, identity: Mapping[str, str], tensors: int, size: in
         free = shutil.disk_usage(path.parent).free
         if size > free:
             raise StoreRefused(
-                f"The store {path} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. Free some space, or "
-                "name a folder on another disk with memory.store."
+                f"The store {path} needs {bytes_text(size)}, but its disk has {bytes_text(free)} free. Free some space, or name "
+                "a folder on another disk with memory.store."
             )
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         partial = Path(name)
@@ -300,7 +301,3 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorLocation]]
 def _location(entry: Mapping[str, Any], start: int) -> TensorLocation:
     begin, end = entry["data_offsets"]
     return TensorLocation(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, start + end)
-
-
-def _up(number: int, multiple: int) -> int:
-    return number + -number % multiple

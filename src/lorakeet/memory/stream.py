@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakeet.memory.store import StoreRecord, WeightStore
-from lorakeet.memory.transfer import HostTransfer, Transfer
+from lorakeet.memory.transfer import HostTransfer
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class RecordStream:
     reads 2·(n − s). `transfer` allocates and fills the buffers; by default in CPU memory.
     """
 
-    def __init__(self, store: WeightStore, names: Sequence[str], *, slots: int = 2, transfer: Transfer | None = None) -> None:
+    def __init__(self, store: WeightStore, names: Sequence[str], *, slots: int = 2, transfer: HostTransfer | None = None) -> None:
         self.store, self.slots, self.transfer = store, slots, transfer or HostTransfer(store)
         self.records: list[StoreRecord] = [store.record(name) for name in names]
         self._slots: list[_Buffer] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,53 +15,26 @@ from lorakeet.memory.store import StoreRecord, WeightStore
 STAGINGS = 2  # pinned buffers: one is read into while the other is copied from
 
 
-class Transfer(Protocol):
-    """Allocates a RecordStream's buffers and fills them while the device computes.
-
-    A device computes asynchronously: a `mark` stands for all work submitted to it so far.
-    """
-
-    def buffer(self, size: int) -> Tensor:
-        """Returns a new buffer of `size` bytes on the computing device."""
-        ...
-
-    def mark(self) -> Any:
-        """Returns a mark of all work submitted so far."""
-        ...
-
-    def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
-        """Starts to copy `record` to the start of `into`, once the work before the mark `free` is done."""
-        ...
-
-    def wait_for(self, fetching: Future[Any]) -> None:
-        """Makes later work wait for the record. Raises the errors of reading: DataError if the store was cut off."""
-        ...
-
-    def close(self) -> None:
-        """Stops the reading thread."""
-        ...
-
-
 class HostTransfer:
-    """Reads records of `store` straight into CPU memory, in a thread of its own."""
+    """Allocates a RecordStream's buffers and fills them while the device computes: here straight in CPU memory, by a thread."""
 
     def __init__(self, store: WeightStore) -> None:
         self._store = store
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
 
     def buffer(self, size: int) -> Tensor:
-        """Returns a new buffer."""
+        """Returns a new buffer of `size` bytes on the computing device."""
         return torch.empty(size, dtype=torch.uint8)
 
-    def mark(self) -> None:
-        """Returns None: the CPU computes synchronously."""
+    def mark(self) -> Any:
+        """Returns a mark of all work submitted to the device so far; None here: the CPU computes synchronously."""
 
-    def fetch(self, record: StoreRecord, into: Tensor, free: None) -> Future[None]:
-        """Starts to read."""
+    def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
+        """Starts to copy `record` to the start of `into`, once the work before the mark `free` is done."""
         return self._reader.submit(self._store.read, record.begin, into[: record.bytes])
 
-    def wait_for(self, fetching: Future[None]) -> None:
-        """Waits until the record is read."""
+    def wait_for(self, fetching: Future[Any]) -> None:
+        """Makes later work wait for the record. Raises the errors of reading: DataError if the store was cut off."""
         fetching.result()
 
     def close(self) -> None:
@@ -74,7 +47,7 @@ def pinned_bytes(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-class CudaTransfer:
+class CudaTransfer(HostTransfer):
     """Copies records of `store` into buffers on a CUDA device while it computes.
 
         reading thread    wait for the copy out of a pinned buffer → read into it
@@ -94,14 +67,13 @@ class CudaTransfer:
         cuda: Any = torch.cuda,
         pinned: Callable[[int], Tensor] = pinned_bytes,
     ) -> None:
-        self._store, self.device, self.keep, self._cuda, self._pinned = store, device, keep, cuda, pinned
+        super().__init__(store)
+        self.device, self.keep, self._cuda, self._pinned = device, keep, cuda, pinned
         self._copying = cuda.Stream(device)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
         self._kept: dict[int, Tensor] = {}  # by the record's offset
         self._staging: deque[tuple[Tensor, Any]] = deque()  # the least recently used first, each with the event of its copy
 
     def buffer(self, size: int) -> Tensor:
-        """Returns a new buffer on the device."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def mark(self) -> Any:
@@ -118,7 +90,7 @@ class CudaTransfer:
 
     def close(self) -> None:
         """Stops the reading thread, waits for the last copy, and frees the pinned memory."""
-        self._reader.shutdown(wait=True)
+        super().close()
         self._copying.synchronize()
         self._kept.clear()
         self._staging.clear()

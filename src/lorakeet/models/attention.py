@@ -28,11 +28,7 @@ VARLEN = "lorakeet_varlen"
 def register() -> None:
     """Registers the attention with transformers under the name VARLEN; idempotent."""
     AttentionInterface.register(VARLEN, packed_attention)
-    AttentionMaskInterface.register(VARLEN, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+    AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)  # no mask
 
 
 def packed_attention(
@@ -57,13 +53,14 @@ def packed_attention(
     alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
     products = settings.get("row_products") or torch.float32
     shape = query.shape[1], key.shape[1], query.shape[-1]
-    if alike and kernel_of(packed_rows(query, products, *shape, rows, prefix)) is FlashVarlen:
+    own = kernel_of(packed_rows(query, products, *shape, rows, prefix)) if alike else None
+    if own is FlashVarlen:
         kernel = flash_kernel(settings.get("row_offsets"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
     if settings.get("row_offsets") is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")
     plain = plain and (window is None or prefix + max(rows) <= window)
-    if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
+    if plain and (own is not None or is_cpu(query.device)) and query.shape[-1] == value.shape[-1]:
         return causal_rows(query, key, value, rows, scale, products, prefix), None
     outputs = []
     parts = [prefix, *rows, query.shape[2] - prefix - sum(rows)]  # padding is a row of its own

@@ -44,9 +44,7 @@ def _entry(by_path: dict[str, nn.Module], path: str, pair: Pair, wrong: list[str
 
 def checked_entry(path: str, kind: Kind, shape: tuple[int, ...], pair: Pair, wrong: list[str]) -> PlanEntry:
     """Returns the entry of `pair` on a weight of this kind and shape, and adds every wrong shape to `wrong`."""
-    entry = PlanEntry(
-        path, kind, shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora"
-    )
+    entry = PlanEntry(path, kind, shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora")
     shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
     rows = shape[1] if kind == "embedding" else shape[0]
     shapes += [(name, part, (rows,)) for name, part in (("magnitude", pair.magnitude), ("bias", pair.bias)) if part is not None]
@@ -113,9 +111,7 @@ def _is(model: nn.Module, path: str, weight: Tensor) -> bool:
         return own.is_meta or torch.equal(own.detach().cpu().float(), weight.float())
 
 
-def _rows(
-    by_path: dict[str, nn.Module], adapter: Adapter, wrong: list[str], *, head: nn.Module | None
-) -> list[ExtraEntry]:
+def _rows(by_path: dict[str, nn.Module], adapter: Adapter, wrong: list[str], *, head: nn.Module | None) -> list[ExtraEntry]:
     """Returns an entry for each embedding with trained rows. A tied head shares them, whether the file says so or not."""
     head_path = next((path for path, module in by_path.items() if module is head), "") if head is not None else ""
     entries = []

@@ -184,9 +184,7 @@ def _drops(module: nn.Module, *, but: str = "") -> bool:
 
 
 def _small_attention(module: nn.Module) -> nn.Module:
-    """Returns the attention with small random weights and pairs, wide enough for its heads; its scores are large, to show
-    caps.
-    """
+    """Returns the attention with small random weights and pairs, wide enough for its heads; large scores show caps."""
     generator = torch.Generator().manual_seed(0)
     small = copy.copy(module)
     small._modules = dict(module._modules)

@@ -22,9 +22,8 @@ from lorakeet.core.fused.attention import rotated
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, recomputed, rms_norm, rms_norm_backward
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
-from lorakeet.core.triton_products import low_rank_product, low_rank_product_t
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.choose import elementwise_ops
+from lorakeet.kernels.choose import elementwise_ops, fused_pair
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton.support import RANK, why_not_on
 from lorakeet.models import modules
@@ -220,7 +219,7 @@ def _computed(base: Any, kernels: TritonRequest, products: torch.dtype, device: 
         if rank:
             a = (_numbers(rank, inner, device) / inner**0.5).to(products)
             b = (_numbers(out, rank, device) / rank).to(products)
-            results = (*_forwards(base, x, a, b), *_backwards(base, grad, a, b))
+            results = (*_with_pair(base, x, a, b), *_with_pair(base, grad, a, b, back=True))
             names = "y", "x·Aᵀ", "∂L/∂x", "s·g·B"
         elif isinstance(base, PackedBase):
             results, names = (base.matmul(x), base.matmul_t(grad)), ("x·Wᵀ", "g·W")
@@ -237,20 +236,16 @@ def _computed(base: Any, kernels: TritonRequest, products: torch.dtype, device: 
     return named
 
 
-def _forwards(base: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    found = low_rank_product(base, x, a, b, SCALE)
+def _with_pair(base: Any, x: Tensor, a: Tensor, b: Tensor, *, back: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns the product of x with W and a pair, forwards or `back`, and the rank-sized product: by a kernel, else by torch."""
+    found = fused_pair(base, x, a, b, SCALE, back=back)
     if found is not None:
         return found
+    if back:
+        u = shrink_grad(x, b, SCALE)
+        return base.matmul_t(x).addmm_(u, a), u
     shrunk = torch.mm(x, a.t())
     return add_low_rank(base.matmul(x), shrunk, b, SCALE), shrunk
-
-
-def _backwards(base: Any, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    found = low_rank_product_t(base, grad, a, b, SCALE)
-    if found is not None:
-        return found
-    u = shrink_grad(grad, b, SCALE)
-    return base.matmul_t(grad).addmm_(u, a), u
 
 
 def _numbers(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -99,9 +99,7 @@ def weight_shape(module: nn.Module, kind: Kind) -> tuple[int, ...]:
 
 
 def frozen_rows(module: nn.Module, kind: Kind, leaf: str = "weight") -> tuple[Callable[[], Tensor], torch.device]:
-    """Returns a function for the frozen weight with output rows first, and its device; a packed weight is unpacked at each
-    call.
-    """
+    """Returns a function for the frozen weight with output rows first, and its device; each call unpacks a packed weight."""
     if isinstance(module, PackedLinear):
         return module.base.dense, module.base.device
     if isinstance(module, ReorderedLinear):

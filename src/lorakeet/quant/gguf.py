@@ -51,24 +51,9 @@ def _fifth_bits(packed: Tensor) -> Tensor:
     return bits.view(len(packed), 32) << 4
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    return fp16_at(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
-
-
-def _q4_1(blocks: Tensor) -> Tensor:
-    return fp16_at(blocks, 0) * _nibbles(blocks[:, 4:]).float() + fp16_at(blocks, 2)
-
-
-def _q5_0(blocks: Tensor) -> Tensor:
-    return fp16_at(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
-
-
-def _q5_1(blocks: Tensor) -> Tensor:
-    return fp16_at(blocks, 0) * (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).float() + fp16_at(blocks, 2)
-
-
-def _q8_0(blocks: Tensor) -> Tensor:
-    return fp16_at(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
+def _q5(blocks: Tensor, at: int) -> Tensor:
+    """The codes (n, 32) of Q5_0 and Q5_1, whose fifth bits are at byte `at`."""
+    return (_nibbles(blocks[:, at + 4 :]) | _fifth_bits(blocks[:, at : at + 4])).float()
 
 
 def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,10 +81,6 @@ def _k_nibbles(packed: Tensor) -> Tensor:
     return torch.cat([groups & 15, groups >> 4], dim=2).view(len(packed), 8, 32)
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _k_blocks(blocks, _k_nibbles(blocks[:, 16:]))
-
-
 def _q5_k(blocks: Tensor) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
     fifth = (blocks[:, None, 16:48] >> shifts) & 1
@@ -118,12 +99,12 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 BLOCK_TYPES = {
-    "Q4_0": BlockType(32, 18, _q4_0),
-    "Q4_1": BlockType(32, 20, _q4_1),
-    "Q5_0": BlockType(32, 22, _q5_0),
-    "Q5_1": BlockType(32, 24, _q5_1),
-    "Q8_0": BlockType(32, 34, _q8_0),
-    "Q4_K": BlockType(256, 144, _q4_k),
+    "Q4_0": BlockType(32, 18, lambda blocks: fp16_at(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)),
+    "Q4_1": BlockType(32, 20, lambda blocks: fp16_at(blocks, 0) * _nibbles(blocks[:, 4:]).float() + fp16_at(blocks, 2)),
+    "Q5_0": BlockType(32, 22, lambda blocks: fp16_at(blocks, 0) * (_q5(blocks, 2) - 16)),
+    "Q5_1": BlockType(32, 24, lambda blocks: fp16_at(blocks, 0) * _q5(blocks, 4) + fp16_at(blocks, 2)),
+    "Q8_0": BlockType(32, 34, lambda blocks: fp16_at(blocks, 0) * blocks[:, 2:].view(torch.int8).float()),
+    "Q4_K": BlockType(256, 144, lambda blocks: _k_blocks(blocks, _k_nibbles(blocks[:, 16:]))),
     "Q5_K": BlockType(256, 176, _q5_k),
     "Q6_K": BlockType(256, 210, _q6_k),
 }
@@ -156,7 +137,7 @@ class GgufBase(PackedBase):
     def _stored_weight(self) -> StoredWeight | None:
         return StoredWeight(GGUF[self.kind], *self.shape, address_of(self.packed))
 
-    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+    def unpack_by_torch(self, out: Tensor, first: int) -> Tensor:
         block, width, packed = BLOCK_TYPES[self.kind], self.shape[1], self.packed[first : first + len(out)]
         step = max(1, tile_size(self.device, width) // width)
         for start in range(0, len(out), step):

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
-from lorakeet.quant.gptq import PARTS, GptqBase, gptq_buffer_shapes
-from lorakeet.quant.gptq_grid import groups_in_order
-from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat
+from lorakeet.quant.gptq import BITS, PARTS, WORD, GptqBase, ZeroFormat, gptq_buffer_shapes, groups_in_order
 
 METHOD = "gptq"
 OLD_CONFIG = "quantize_config.json"

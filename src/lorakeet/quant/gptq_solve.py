@@ -20,16 +20,14 @@ from torch import Tensor
 
 from lorakeet.core.tiled_product import RowSource, tiles
 from lorakeet.errors import DataError
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import GptqGrid, codes_for, fit_group, groups_in_order, quantise_to_nearest
-from lorakeet.quant.gptq_pack import ZeroFormat
+from lorakeet.quant.gptq import GptqBase, GptqGrid, ZeroFormat, codes_for, fit_group, groups_in_order, quantise_to_nearest
 from lorakeet.quant.packed import TILE, PackedBase
 
 BLOCK = 128  # columns whose errors are propagated together
 DAMPINGS = 6  # tries, each with ten times the damping, until H has a Cholesky factor
 FP32 = 4  # bytes
 ROWS = 512  # of H that are read at once: 22 MB of 11,008
-PACKING = 18  # bytes a code while codes are packed into words (quant/gptq_pack)
+PACKING = 18  # bytes a code while codes are packed into words (quant/gptq)
 
 
 @dataclass(frozen=True)

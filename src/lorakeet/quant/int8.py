@@ -10,8 +10,8 @@ with exact sums in int32. Quantising a row of normal numbers moves it by about 0
 have a few columns that are large in every row. The eight largest of x are multiplied apart, in x's own dtype (LLM.int8, Dettmers
 2022, https://arxiv.org/abs/2208.07339), which makes the error of q, k and v five times smaller (docs/log). All rows of one
 product share these columns. Evaluation never multiplies in int8.
-On a CPU with the C library, rows of bf16 are quantised and multiplied by kernels/cpu/int8_rows, others by torch; the bits are
-equal.
+On a CPU with the C library, rows of bf16 are quantised and multiplied by kernels/cpu/int8_rows, others by torch
+(kernels/choose.int8_products); the bits are equal.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import QuantisedRows
-from lorakeet.kernels.choose import quantises_in_c
-from lorakeet.kernels.cpu import int8_rows as native
+from lorakeet.kernels.choose import int8_products
+from lorakeet.kernels.cpu import int8_rows
 from lorakeet.kernels.cpu.stored import INT8, StoredWeight, address_of
 from lorakeet.quant.packed import PackedBase, tile_size
 
@@ -68,7 +68,7 @@ class Int8Base(PackedBase):
     def _stored_weight(self) -> StoredWeight | None:
         return StoredWeight(INT8, *self.shape, address_of(self.packed), address_of(self.scale))
 
-    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+    def unpack_by_torch(self, out: Tensor, first: int) -> Tensor:
         packed, scale = self.packed[first : first + len(out)], self.scale[first : first + len(out)]
         for rows in self._tiles(len(out)):
             out[rows].copy_(packed[rows].float().mul_(scale[rows, None]))
@@ -80,9 +80,9 @@ class Int8Base(PackedBase):
     def matmul_t(self, grad: Tensor) -> Tensor:
         if not self.runs_in_int8(grad):
             return super().matmul_t(grad)
-        if quantises_in_c(grad):
-            codes, scale = native.QUANTISE_ROWS(grad, self.scale)
-            return cast(Tensor, native.INT8_PRODUCT(codes, scale, self.packed, None, True))
+        if (kernel := int8_products(grad)) is not None:
+            codes, scale = kernel.QUANTISE_ROWS(grad, self.scale)
+            return kernel.INT8_PRODUCT(codes, scale, self.packed, None, True)
         steps, scale = _in_steps(grad * self.scale)
         return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
 
@@ -93,12 +93,12 @@ class Int8Base(PackedBase):
             super().add_matmul_t(to, grad)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        """Quantises x (tokens, in) to int8 for torch, or to uint8 (+128) for kernels/cpu; its largest columns are kept apart."""
-        count = native.outliers_of(x.shape[1]) if len(x) else 0
-        if quantises_in_c(x):
-            columns, apart = native.OUTLIER_COLUMNS(x, count)
-            codes, scale = native.QUANTISE_ROWS(x, None, columns)
-            return QuantisedRows(codes, scale, x.dtype, columns, apart)
+        """Quantises x (tokens, in) to int8 for torch, or to a kernel's own codes; its largest columns are kept apart."""
+        count = int8_rows.outliers_of(x.shape[1]) if len(x) else 0
+        if (kernel := int8_products(x)) is not None:
+            columns, apart = kernel.OUTLIER_COLUMNS(x, count)
+            codes, scale = kernel.QUANTISE_ROWS(x, None, columns)
+            return QuantisedRows(codes, scale, x.dtype, columns, apart, kernel)
         if not count:
             steps, scale = _in_steps(x)
             return QuantisedRows(steps.to(torch.int8), scale, x.dtype)
@@ -108,19 +108,17 @@ class Int8Base(PackedBase):
 
     def matmul_int8(self, rows: QuantisedRows) -> Tensor:
         """Returns what `matmul` returns for the x that `quantise` took."""
-        codes, steps, dtype, columns, apart = rows
-        if codes.dtype == torch.uint8:
-            return cast(Tensor, native.INT8_PRODUCT(codes, steps, self.packed, self.scale, False, columns, apart))
+        codes, steps, dtype, columns, apart, kernel = rows
+        if kernel is not None:
+            return kernel.INT8_PRODUCT(codes, steps, self.packed, self.scale, False, columns, apart)
         y = torch._int_mm(codes, self.packed.t()).float().mul_(steps)
         if columns is not None and apart is not None:
             y.addmm_(apart.float(), self.packed[:, columns].float().t())
         return y.mul_(self.scale).to(dtype)
 
     def runs_in_int8(self, x: Tensor) -> bool:
-        """True if x (tokens, ·) is multiplied in int8; CUDA needs over 16 tokens and sizes in multiples of 8. Not run on a
-        GPU.
-        """
-        if not (self.in_int8 and self.training) or x.shape[-1] > native.MOST:
+        """True if x (tokens, ·) is multiplied in int8. CUDA needs over 16 tokens and sizes in whole 8; not run on a GPU."""
+        if not (self.in_int8 and self.training) or x.shape[-1] > int8_rows.MOST:
             return False
         fits = len(x) > 16 and all(size % 8 == 0 for size in self.shape)
         return x.device.type == "cpu" or (x.device.type == "cuda" and fits)

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core import triton_products
 from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
 from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import PackedBase, tile_size
@@ -59,12 +58,7 @@ class Nf4Base(PackedBase):
     mean: Tensor | None
 
     def __init__(
-        self,
-        shape: tuple[int, int],
-        *,
-        block_size: int = 64,
-        double_quant: bool = True,
-        device: torch.device | str = "cpu",
+        self, shape: tuple[int, int], *, block_size: int = 64, double_quant: bool = True, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__(shape)
         if block_size not in BLOCK_SIZES:
@@ -86,12 +80,7 @@ class Nf4Base(PackedBase):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {
-            "method": "nf4",
-            "shape": list(self.shape),
-            "block_size": self.block_size,
-            "double_quant": self.double_quant,
-        }
+        return {"method": "nf4", "shape": list(self.shape), "block_size": self.block_size, "double_quant": self.double_quant}
 
     def store(self, weight: Tensor) -> None:
         if tuple(weight.shape) != self.shape:
@@ -139,11 +128,12 @@ class Nf4Base(PackedBase):
         codes, scales = address_of(self.packed), address_of(self.absmax)
         return StoredWeight(NF4, *self.shape, codes, scales, outer, mean, *tables, self.block_size)
 
-    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if triton_products.dequantises(self, out, self._packed_buffers()):
-            blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
-            tiles = self._in_tiles((blocks, self.block_size))
-            return triton_products.dequantise_rows(tiles, out, first * self.shape[1] // self.block_size)
+    def tiles_from(self, first: int) -> tuple[TiledWeight, int]:
+        """Its blocks as rows, so that any width can be dequantised."""
+        blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
+        return self._in_tiles((blocks, self.block_size)), first * self.shape[1] // self.block_size
+
+    def unpack_by_torch(self, out: Tensor, first: int) -> Tensor:
         flat, size, before = out.view(-1), self.block_size, first * self.shape[1]
         step = tile_size(self.device, size * SCALE_BLOCK)
         for start in range(0, len(flat), step):
@@ -270,9 +260,7 @@ def _dynamic(like: Tensor) -> Tensor:
 
 
 def dynamic_levels() -> Tensor:
-    """The levels: for each power of ten from 1e-6 to 1 the midpoints of 2^i equal parts of [0.1, 1], with both signs; and 0,
-    1.
-    """
+    """The levels: 0, 1, and for each power of ten from 1e-6 to 1 the midpoints of 2^i equal parts of [0.1, 1], both signs."""
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from lorakeet.core.base import add_frozen_product, frozen_product
 from lorakeet.core.lowrank import frozen_linear
 from lorakeet.core.scratch import SCRATCH
-from lorakeet.core.triton_products import product
-from lorakeet.kernels.choose import multiplies_stored
-from lorakeet.kernels.cpu import stored as native
-from lorakeet.kernels.cpu.stored import StoredWeight
+from lorakeet.kernels.choose import add_product_as_stored, dequantised, product_as_stored
+from lorakeet.kernels.cpu.stored import StoredWeight, is_readable
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
@@ -27,10 +25,10 @@ PART_BYTES = 32 << 20  # of W in fp32 dequantised at once on a CPU; for products
 class PackedBase(nn.Module):
     """A frozen weight W (out, in) in packed buffers; a FrozenBase (core/base).
 
-    A subclass registers its buffers and implements `unpack` and `store`. On a CPU the C library multiplies rows in bf16 by the
-    packed buffers, if the subclass describes them (`_stored_weight`). Otherwise W is dequantised for each product into one buffer
-    that all bases share (core/scratch), in fp32 some rows at a time. So one dense matrix exists at a time, and autograd never
-    sees it. With Triton kernels enabled, products of few tokens need no dense matrix (core/triton_products).
+    A subclass registers its buffers and implements `unpack_by_torch` and `store`. Kernels multiply by the packed buffers and
+    dequantise them (kernels/choose), if the subclass describes them (`_stored_weight`, `in_tiles`). Otherwise W is dequantised
+    for each product into one buffer that all bases share (core/scratch), in fp32 some rows at a time. So one dense matrix
+    exists at a time, and autograd never sees it.
     """
 
     kernels: TritonRequest | None = None
@@ -47,7 +45,7 @@ class PackedBase(nn.Module):
     @property
     def bytes(self) -> int:
         """Bytes of the packed buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._packed_buffers())
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.packed_buffers())
 
     @property
     def row_step(self) -> int:
@@ -57,9 +55,9 @@ class PackedBase(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the packed buffers."""
-        return next(self._packed_buffers()).device
+        return next(self.packed_buffers()).device
 
-    def _packed_buffers(self) -> Iterator[Tensor]:
+    def packed_buffers(self) -> Iterator[Tensor]:
         """The packed buffers; those that models/text/shard has sharded are parameters."""
         return itertools.chain(self.parameters(), self.buffers())
 
@@ -73,6 +71,10 @@ class PackedBase(nn.Module):
 
         Numbers are rounded once, to the dtype of `out`.
         """
+        return out if dequantised(self, out, first) else self.unpack_by_torch(out, first)
+
+    def unpack_by_torch(self, out: Tensor, first: int) -> Tensor:
+        """`unpack` by torch's operations."""
         raise NotImplementedError(f"{type(self).__name__} must say how its buffers are unpacked.")
 
     def store(self, weight: Tensor) -> None:
@@ -84,8 +86,13 @@ class PackedBase(nn.Module):
         return self.unpack(torch.empty(self.shape, dtype=torch.float32, device=self.device))
 
     def in_tiles(self) -> TiledWeight | None:
-        """W as Triton kernels read it; None if no kernel does."""
+        """W as Triton kernels multiply it; None if no kernel does."""
         return None
+
+    def tiles_from(self, first: int) -> tuple[TiledWeight, int] | None:
+        """W as Triton kernels dequantise it, and the row of these tiles at which row `first` starts; None if no kernel does."""
+        tiles = self.in_tiles()
+        return None if tiles is None else (tiles, first)
 
     def _stored_weight(self) -> StoredWeight | None:
         """The buffers as C reads them; None for settings or numbers that C does not support."""
@@ -95,7 +102,7 @@ class PackedBase(nn.Module):
         """W as C reads it (kernels/cpu/stored); None if it cannot."""
         tensors = self.tensors()
         plain = self.kernels is None and not self._parameters
-        weight = self._stored_weight() if plain and native.is_readable(self.shape, tensors) else None
+        weight = self._stored_weight() if plain and is_readable(self.shape, tensors) else None
         return None if weight is None else weight._replace(owners=tuple([each.detach() for each in tensors]))
 
     def tensors(self) -> list[Tensor]:
@@ -104,11 +111,8 @@ class PackedBase(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Returns x·Wᵀ (tokens, out) in the dtype of x (tokens, in)."""
-        fused = product(self, x)
-        if fused is not None:
-            return fused
-        if (weight := self._multiplied(x)) is not None:
-            return native.stored_product(x, weight)
+        if (product := product_as_stored(self, x)) is not None:
+            return product
         first, *others = self._parts(x.dtype)
         if not others:
             return frozen_product(x, self._rows(first, x.dtype))
@@ -119,11 +123,8 @@ class PackedBase(nn.Module):
 
     def matmul_t(self, grad: Tensor) -> Tensor:
         """Returns grad·W (tokens, in) in the dtype of grad (tokens, out)."""
-        fused = product(self, grad, transposed=True)
-        if fused is not None:
-            return fused
-        if (weight := self._multiplied(grad)) is not None:
-            return native.stored_product(grad, weight, across=True)
+        if (product := product_as_stored(self, grad, across=True)) is not None:
+            return product
         first, *others = self._parts(grad.dtype)
         if not others:
             return frozen_product(grad, self._rows(first, grad.dtype), across=True)
@@ -134,19 +135,13 @@ class PackedBase(nn.Module):
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in) in place; rounds once, with the sum, if W is multiplied whole."""
-        weight = self._multiplied(grad)
-        if weight is not None and to.dtype == grad.dtype and to.is_contiguous():
-            native.add_stored_product(to, grad, weight, across=True)
+        if add_product_as_stored(self, to, grad, across=True):
             return
         parts = self._parts(grad.dtype)
         if self.kernels is not None or len(parts) > 1:
             to.add_(self.matmul_t(grad))
         else:
             add_frozen_product(to, grad, self._rows(parts[0], grad.dtype), across=True)
-
-    def _multiplied(self, x: Tensor) -> StoredWeight | None:
-        """W as C reads it, if C multiplies x by the packed buffers; None if W is dequantised."""
-        return self.stored() if multiplies_stored(x) else None
 
     def _parts(self, dtype: torch.dtype) -> list[slice]:
         """Slices of rows to dequantise at once: all rows, but in fp32 on a CPU at most `PART_BYTES`."""
@@ -165,8 +160,7 @@ class PackedBase(nn.Module):
     def _rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         """These rows of W in the shared buffer, valid until others are unpacked."""
         out = SCRATCH.matrix((part.stop - part.start, self.shape[1]), dtype, self.device)
-        weight = self.stored() if dtype == torch.bfloat16 and len(out) == self.shape[0] else None
-        return self.unpack(out, part.start) if weight is None else native.dequantise(weight, out)
+        return self.unpack(out, part.start)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
         """Moves the buffers; a cast of the model (`.to(bfloat16)`, `.half()`) leaves their dtypes, since they hold codes."""

@@ -65,9 +65,7 @@ class Caller:
             raise NotAllowed(f"The key of '{self.owner}' may not load or change an adapter called '{name}'.", 403)
 
     def count(self, requests: int = 1, now: Callable[[], float] = time.monotonic) -> None:
-        """Counts requests, each prompt as one. QuotaSpent if these are too many in a minute, ConfigError if they always would
-        be.
-        """
+        """Counts requests, each prompt as one. QuotaSpent if they are too many in a minute, ConfigError if they always are."""
         if self.per_minute is None:
             return
         if requests > self.per_minute:

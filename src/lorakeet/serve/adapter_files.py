@@ -143,8 +143,4 @@ def _stamp(found: Found) -> Stamp:
 
 def _converted(found: Found, live: ServingModel) -> Adapter:
     """Reads an adapter in another format than PEFT's, with the names of the base."""
-    return read_found(found, base=open_base(live.text.source), say=_ignored)
-
-
-def _ignored(_: str) -> None:
-    """Ignores a reader's notes; the checks report what matters."""
+    return read_found(found, base=open_base(live.text.source), say=lambda _: None)  # the checks report what matters

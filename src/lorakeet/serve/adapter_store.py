@@ -42,12 +42,16 @@ class AdapterStore:
         self._restoring = False
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # unfinished by a killed server
-        self._absent = self._listed()  # entries of the list that are not served now
+        path = self.folder / LIST
+        found: dict[str, Any] = {}
+        if path.is_file():
+            found = read_object(path, expected="the list of adapters that a server wrote").get("adapters", {})
+        if not isinstance(found, dict):
+            raise DataError(f"{path} has no object of adapters by name; put back the file that the server wrote, or remove it.")
+        self._absent = found  # entries of the list that are not served now
 
     def remember(self, registry: Registry) -> None:
-        """Writes the list of names, whole or not at all, so that a killed server restarts with the last state or the one
-        before.
-        """
+        """Writes the list of names, whole or not at all: a killed server restarts with the last state or the one before."""
         if self._restoring:
             return
         with self._lock:
@@ -90,15 +94,6 @@ class AdapterStore:
         finally:
             self._restoring = False
         self.remember(registry)
-
-    def _listed(self) -> dict[str, Any]:
-        path = self.folder / LIST
-        found: dict[str, Any] = {}
-        if path.is_file():
-            found = read_object(path, expected="the list of adapters that a server wrote").get("adapters", {})
-        if not isinstance(found, dict):
-            raise DataError(f"{path} has no object of adapters by name; put back the file that the server wrote, or remove it.")
-        return found
 
     def forget(self, name: str, registry: Registry) -> bool:
         """Removes from the list a name that could not be served at the start; False if there is none."""

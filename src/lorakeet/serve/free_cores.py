@@ -26,12 +26,7 @@ class FreeCores:
     """The cores that other programs leave; called before each step, it measures at most every INTERVAL seconds."""
 
     def __init__(
-        self,
-        most: int,
-        *,
-        cores: int | None = None,
-        measure: Measure | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, most: int, *, cores: int | None = None, measure: Measure | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`most`: the first and largest number; `cores`: those that this process may use, by default all.
 

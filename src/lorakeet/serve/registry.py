@@ -121,14 +121,7 @@ class Registry:
         return found
 
     def register(
-        self,
-        name: str,
-        path: Path,
-        *,
-        pinned: bool = False,
-        probe: Probe | None = None,
-        digest: str = "",
-        private: bool = False,
+        self, name: str, path: Path, *, pinned: bool = False, probe: Probe | None = None, digest: str = "", private: bool = False
     ) -> Version:
         """Registers an adapter by its header: names, shapes and scale are checked now, its numbers are read on the first request.
 
@@ -144,9 +137,7 @@ class Registry:
         self._changed()
         return version
 
-    def load(
-        self, name: str, path: Path, *, replace: bool = False, pinned: bool = False, private: bool = False
-    ) -> Version:
+    def load(self, name: str, path: Path, *, replace: bool = False, pinned: bool = False, private: bool = False) -> Version:
         """Reads, checks and probes an adapter; only then the name points to it, in one assignment.
 
         ConfigError: the name is taken and `replace` is False, or it does not fit; DataError: broken files;
@@ -221,7 +212,11 @@ class Registry:
 
     def release(self, lease: Lease) -> None:
         """Ends a lease; old versions without users are freed."""
-        self._drop_mix_user(prefix_key(lease.adapters))
+        mix = prefix_key(lease.adapters)
+        with self._lock:
+            if _is_mix(mix):
+                self._mixes[mix] -= 1
+                self._mixes += Counter()  # drops mixes without users
         self._drop_users(list(lease.versions))
 
     def _count_mix(self, mix: Key) -> None:
@@ -241,12 +236,6 @@ class Registry:
             if known:
                 self._mixes[mix] += 1
             return known
-
-    def _drop_mix_user(self, mix: Key) -> None:
-        with self._lock:
-            if _is_mix(mix):
-                self._mixes[mix] -= 1
-                self._mixes += Counter()  # drops mixes without users
 
     def _use(self, name: str) -> Version:
         with self._lock:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class GeneratedText:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def hear(self, event: Event) -> None:
+    def receive(self, event: Event) -> None:
         """Takes an event; called in the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader
             self._loop.call_soon_threadsafe(self._take, event)
@@ -159,19 +159,19 @@ class Service:
             raise ConfigError(f"The chat template of {self.base} refuses these messages: {error}.") from error
         return self._encoded(prompt, whole=True)
 
-    def meant(self, caller: Caller, model: str) -> dict[str, float]:
+    def adapters_named(self, caller: Caller, model: str) -> dict[str, float]:
         """The adapters of `model` by weight, among those that this caller may see."""
         return parse_model(model, base=(self.base,), known=caller.visible(self.registry.names))
 
-    def weigh(self, caller: Caller, model: str, fields: Fields) -> dict[str, float]:
-        """As `meant`; for the base, the adapters of llama.cpp's `lora` list, or the scales that are set for all requests."""
-        meant = self.meant(caller, model)
+    def requested_adapters(self, caller: Caller, model: str, fields: Fields) -> dict[str, float]:
+        """As `adapters_named`; for the base, those of llama.cpp's `lora` list, or the scales that are set for all requests."""
+        named = self.adapters_named(caller, model)
         if fields.data.get("lora") is not None:
-            if meant:
+            if named:
                 raise ConfigError("lora and an adapter as model exclude each other; name the base as model with lora.")
             return self.by_number(caller, fields.data["lora"])
         scales = dict(self.scales)  # which other threads change
-        return meant or {name: scale for name, scale in scales.items() if scale and caller.sees(name)}
+        return named or {name: scale for name, scale in scales.items() if scale and caller.sees(name)}
 
     def by_number(self, caller: Caller, data: Any) -> dict[str, float]:
         """llama.cpp's [{"id", "scale"}] as weights by name; ids are those of GET /lora-adapters."""
@@ -191,8 +191,8 @@ class Service:
         return found
 
     async def write(
-        self, caller: Caller, meant: dict[str, float], prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, texts: int = 1,
-        schema: Mapping[str, Any] | None = None,
+        self, caller: Caller, weights: dict[str, float], prompts: Sequence[tuple[int, ...]], sampling: Sampling, *,
+        texts: int = 1, schema: Mapping[str, Any] | None = None,
     ) -> Generation:  # fmt: skip
         """Starts `texts` texts after each of the `prompts`, in order, as JSON of `schema` if given.
 
@@ -209,7 +209,7 @@ class Service:
         caller.count(len(prompts))
         began = time.monotonic()
         grammar = None if schema is None else await asyncio.to_thread(self.grammars.of_schema, schema)
-        lease = await asyncio.to_thread(self.registry.lease_of, meant)
+        lease = await asyncio.to_thread(self.registry.lease_of, weights)
         started = tuple(GeneratedText(index) for index in range(count))
         writing = Generation(started, lease, sum(map(len, prompts)), began, texts)
         try:
@@ -217,7 +217,7 @@ class Service:
                 which, number = divmod(text.index, texts)
                 seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
                 request = Request(prompts[which], seeded, lease.adapters, self.limits.timeout, grammar)
-                text.job = self.engine.submit(request, text.hear)
+                text.job = self.engine.submit(request, text.receive)
         except BaseException:
             self.close(writing, "refused")
             raise
@@ -225,7 +225,9 @@ class Service:
 
     def close(self, writing: Generation, outcome: str = "") -> None:
         """Cancels unfinished texts, and releases the lease when all have ended."""
-        self._after(self._end(writing, outcome))
+        task = asyncio.get_running_loop().create_task(self._end(writing, outcome))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _end(self, writing: Generation, outcome: str) -> None:
         started = [text for text in writing.texts if text.job is not None]
@@ -259,12 +261,6 @@ class Service:
             self.metrics.observe("first", timing.first - began, adapter=label)
             if len(job.written) > 1:
                 self.metrics.observe("token", (timing.ended - timing.first) / (len(job.written) - 1), adapter=label)
-
-    def _after(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs `work` even if the request that started it is gone."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
 
     async def settle(self) -> None:
         """Waits until every request that was closed has ended."""

@@ -245,7 +245,7 @@ class Training(Generic[BatchT]):
         supervised = [batch for batch in batches if self.task.size(batch).targets]
         loss = self.processes.summed(self.task.gradients(supervised, whole.targets / self.at.scale.value)).item() / whole.targets
         self.processes.sum_gradients(self.parameters.values())
-        self.at.scale.take_off(self.parameters)
+        self.at.scale.unscale(self.parameters)
         return loss
 
     def _advance(self, number: int, loss: float, norm: Tensor, rate: float) -> None:
@@ -256,7 +256,7 @@ class Training(Generic[BatchT]):
             self.pruning.see(self.at.step + 1, self.parameters)
         gradients.clip(self.parameters, self.spec.clip_norm, norm=norm)
         self.optimizer.step(rate)
-        self.at.scale.went_well()
+        self.at.scale.record_step()
 
     def _skip(self, step: int, fault: str) -> None:
         """Drops the gradients of a step. Only a float16 run continues, with half the loss scale."""

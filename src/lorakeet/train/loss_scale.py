@@ -32,13 +32,13 @@ class LossScale:
         """The initial scale for activations in `dtype`."""
         return cls(START, dynamic=True) if dtype == torch.float16 else cls()
 
-    def take_off(self, parameters: Mapping[str, Tensor]) -> None:
+    def unscale(self, parameters: Mapping[str, Tensor]) -> None:
         """Divides the gradients by the scale."""
         for parameter in parameters.values() if self.dynamic else ():
             if parameter.grad is not None:
                 parameter.grad.mul_(1 / self.value)
 
-    def went_well(self) -> None:
+    def record_step(self) -> None:
         """Records a step."""
         self.good += 1
         if self.dynamic and self.good == GROWTH:

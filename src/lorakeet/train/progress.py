@@ -11,6 +11,8 @@ from functools import partial
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lorakeet.evaluate.wording import bytes_text
+
 Record = Mapping[str, float | int | None]
 
 
@@ -127,10 +129,10 @@ def counted(console: Console, what: str, total: int, *, every: float = 30.0) -> 
 
 
 def numbers(record: Record, words: Words = TEXT) -> str:
-    """ "loss 1.234 · 402 tokens/s · 1.6 GB" of one training record; rates below 10 with a decimal."""
+    """ "loss 1.234 · 402 tokens/s · 1.50 GiB" of one training record; rates below 10 with a decimal."""
     speed, memory = record["tokens_per_second"] or 0, record["memory_bytes"] or 0
     rate = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
-    return f"loss {_loss(record['loss'])} · {rate} {words.computed}/s · {memory / 1e9:.1f} GB"
+    return f"loss {_loss(record['loss'])} · {rate} {words.computed}/s · {bytes_text(int(memory))}"
 
 
 def held_out_line(record: Record, words: Words = TEXT) -> str:

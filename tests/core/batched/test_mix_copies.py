@@ -19,6 +19,7 @@ from lorakeet.core.layers.linear import LoraLinear, SharedInput
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import PATIENCE, Selection, Share
+from lorakeet.kernels.cpu import inference_pairs
 from lorakeet.kernels.cpu.inference_pairs import PairLayout
 from lorakeet.kernels.cpu.operators import torch_only
 from tiny.native import needs_native
@@ -75,7 +76,7 @@ class Model:
 
     @property
     def copies(self) -> MixCopies:
-        return MixCopies.of(self.selection)
+        return MixCopies.of(self.selection, inference_pairs)
 
 
 def texts(names: str) -> list[Share]:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.batched.stack import PairStack, shared_low_rank
+from lorakeet.core.batched import stack as stacks
+from lorakeet.core.batched.stack import PairStack, RowTable, row_dots, row_sums, shared_low_rank
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import PATIENCE, BatchAssignment, Selection, Share
+from lorakeet.kernels.device import standing_for
 
 IN, OUT, TOKENS = 12, 10, 9
 RANKS = {"a": 4, "b": 2, "c": 6}
@@ -128,7 +130,7 @@ def test_each_way_through_a_stack_gives_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lorakeet.core.selection.FEW", few)  # beyond it, tokens of one mix are multiplied by themselves
-    monkeypatch.setattr("lorakeet.core.batched.gathered._adds_up_well", lambda dtype: own_kernel)
+    monkeypatch.setattr("lorakeet.core.batched.stack._adds_up_well", lambda dtype: own_kernel)
     x, to = inputs(), arrangement(*shares)
     torch.testing.assert_close(stacked(x, layer, stack_of(pairs, to), to), one_at_a_time(x, layer, pairs, shares))
 
@@ -163,7 +165,7 @@ def test_picked_rows_are_those_of_stacks_whose_tables_are_divided_alike(pairs: d
     for stack, below in ((first, pairs), (alike, pairs), (other, short)):
         stack.hold(to, [pairs, below], Selection())
     assert alike._picks(to) is first._picks(to)
-    other._seats.update(first._seats)  # as if what came and went had left the same rows
+    other._rows_of.update(first._rows_of)  # as if what came and went had left the same rows
     assert other._picks(to) is not first._picks(to)
     assert [len(stack._picks(to).sums) for stack in (first, other)] == [1, 2]
 
@@ -407,3 +409,91 @@ def test_a_stack_of_bf16_copies(layer: nn.Linear, pairs: dict[str, LoraPair]) ->
         exact = one_at_a_time(x.float(), layer.float(), pairs)
         errors = [float((found.float() - exact).norm() / exact.norm()) for found in (y, other)]
     assert errors[0] < 5e-3 and errors[0] < 1.5 * errors[1]
+
+
+ROWS, WIDTH = 7, 200
+TAKEN = torch.tensor([0, 0, 2, 2, 2, 1])
+PICKED = torch.tensor([6, 0, 3, 3, 1, 5])
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_row_dots(dtype: torch.dtype) -> None:
+    x, table = numbers(3, WIDTH, seed=0, dtype=dtype), numbers(ROWS, WIDTH, seed=1, dtype=dtype)
+    expected = (x[TAKEN].double() * table[PICKED].double()).sum(1).to(dtype)
+    found = [row_dots(x, TAKEN, table, PICKED)]
+    with standing_for(torch.device("cuda")):
+        found.append(row_dots(x, TAKEN, table, PICKED))
+    for one in found:
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_row_sums(dtype: torch.dtype) -> None:
+    weights, table = numbers(len(PICKED), seed=2, dtype=dtype), numbers(ROWS, WIDTH, seed=3, dtype=dtype)
+    firsts = torch.tensor([0, 2, 2, 5])  # the second has nothing to add up
+    parts = [slice(0, 2), slice(2, 2), slice(2, 5), slice(5, 6)]
+    each = weights[:, None].double() * table[PICKED].double()
+    expected = torch.stack([each[part].sum(0) for part in parts]).to(dtype)
+    found = row_sums(weights, table, PICKED, firsts)
+    torch.testing.assert_close(found, expected)
+    assert not found[1].count_nonzero()
+
+
+def test_a_kernel_that_rounds_each_sum_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stacks._adds_up_well(torch.float32)
+
+    def rounding(x: Tensor, table: Tensor, rows: Tensor, _: Tensor, tokens: Tensor, __: int) -> Tensor:
+        return (x[tokens] * table[rows]).cumsum(1)[:, -1]  # as wide as its numbers
+
+    class Ops:
+        _embedding_bag_per_sample_weights_backward = staticmethod(rounding)
+
+    stacks._adds_up_well.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.ops, "aten", Ops)
+            assert stacks._adds_up_well(torch.float32)
+            Ops._embedding_bag_per_sample_weights_backward = staticmethod(  # type: ignore[method-assign]
+                lambda x, table, rows, _, tokens, __: _one_by_one(x[tokens] * table[rows])
+            )
+            stacks._adds_up_well.cache_clear()
+            assert not stacks._adds_up_well(torch.bfloat16)
+    finally:
+        stacks._adds_up_well.cache_clear()
+
+
+def _one_by_one(products: Tensor) -> Tensor:
+    """Sums that are rounded to the dtype of the products after each number."""
+    total = products[:, 0].clone()
+    for column in products.unbind(1)[1:]:
+        total += column
+    return total
+
+
+def test_spans_are_taken_freed_and_kept() -> None:
+    table = RowTable(3, torch.float32, torch.device("cpu"))
+    assert table.take(0, 0) and not table.take(1, 1), "no row yet"
+    table.remake(10, ())
+    assert [table.take(owner, count) for owner, count in ((1, 4), (2, 0), (3, 2), (4, 4), (5, 1))] == [True] * 4 + [False]
+    assert table.take(1, 4) and not table.take(1, 3), "had already"
+    for owner, span in table.spans.items():
+        table.numbers[span] = float(owner)
+    table.free(3)
+    table.free(9)
+    assert not table.take(6, 3) and table.take(6, 2) and table.spans[6] == slice(4, 6)
+    table.free(1)
+    table.remake(7, [4, 2])
+    assert table.spans == {4: slice(0, 4), 2: slice(4, 4)} and table.numbers.shape == (7, 3)
+    assert table.numbers[:4].eq(4).all() and table.take(7, 3) and not table.take(8, 1)
+
+
+def test_tables_can_be_written_to_wherever_they_were_made() -> None:
+    with torch.inference_mode():
+        table = RowTable(3, torch.float32, torch.device("cpu"))
+        table.remake(2, ())
+    table.numbers.fill_(1.0)
+    assert table.numbers.sum() == 6

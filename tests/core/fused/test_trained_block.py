@@ -100,7 +100,7 @@ def step(text: TextModel, examples: list[Example], *names: str) -> dict[str, Ten
 
 def by_parts(text: TextModel, of: Callable[[], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(TrainedBlock, "_suits", lambda *_: False)
+        patch.setattr(TrainedBlock, "_kernel_for", lambda *_: None)
         return of()
 
 
@@ -389,7 +389,8 @@ def test_what_its_parts_do_not_know_is_not_left_to_c(folder: Path, change: Calla
     block: Any = modules.find(text.model, "model.layers.0")
     x, turn = torch.zeros(1, 64, 96, dtype=torch.bfloat16), torch.zeros(1, 64, 64, dtype=torch.bfloat16)
     settings = {"position_embeddings": (turn, turn), "row_lengths": (64,), "row_products": torch.bfloat16}
-    assert not block._suits(x, settings) or block._prepared(x, (64,), 0) is None
+    kernel = block._kernel_for(x, settings)
+    assert kernel is None or block._prepared(kernel, x, (64,), 0) is None
 
 
 def test_a_pair_that_is_written_to_between_the_passes_is_an_error(folder: Path) -> None:

@@ -22,6 +22,7 @@ from lorakeet.core.selection import Selection, Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
+from lorakeet.kernels.cpu import trained_block as in_c
 from lorakeet.models import modules
 from lorakeet.models.inject import eject, selection_of, trained_parameters
 from lorakeet.models.text.model import TextModel
@@ -78,7 +79,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[TrainedBlock]:
 
 def by_parts(text: TextModel, *lengths: int, names: tuple[str, ...] = ("default",)) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainedBlock, "_suits", lambda *_: False)
+        patch.setattr(TrainedBlock, "_kernel_for", lambda *_: None)
         return step(text, *lengths, names=names)
 
 
@@ -107,7 +108,7 @@ def test_pairs_of_a_difference_are_read_in_every_pass(
             batch = pack_examples(rows(*lengths))
             hidden = text.hidden(batch)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(TrainedBlock, "_suits", lambda *_: False)
+                patch.setattr(TrainedBlock, "_kernel_for", lambda *_: None)
                 assert torch.equal(hidden, text.hidden(batch))
     assert len(asked) == 12
 
@@ -316,7 +317,7 @@ CHANGES = [
 def again(text: TextModel, *lengths: int) -> bool:
     """Whether the first block would be taken as it was before."""
     block: Any = block_of(text)
-    return block._cached(torch.zeros(1, sum(lengths), 96, dtype=torch.bfloat16), lengths, 0) is not None
+    return block._cached(in_c, torch.zeros(1, sum(lengths), 96, dtype=torch.bfloat16), lengths, 0) is not None
 
 
 @pytest.mark.parametrize("change", CHANGES)

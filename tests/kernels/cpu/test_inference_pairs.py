@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.choose import copies_pairs
+from lorakeet.kernels import choose
+from lorakeet.kernels.cpu import inference_pairs
 from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairLayout, Shares, as_readable
 from lorakeet.kernels.cpu.operators import torch_only
 from tiny.native import needs_native
@@ -115,11 +116,13 @@ def test_rows_that_c_cannot_read_are_refused() -> None:
 @needs_native
 def test_which_layers_it_is_for() -> None:
     cpu, shapes = torch.device("cpu"), [(16, 32), (48, 32)]
-    assert copies_pairs(torch.bfloat16, cpu, shapes)
-    assert not copies_pairs(torch.float32, cpu, shapes) and not copies_pairs(torch.bfloat16, torch.device("cuda"), shapes)
-    assert not copies_pairs(torch.bfloat16, cpu, [(8, 32)]) and not copies_pairs(torch.bfloat16, cpu, [(16, 48)])
+    assert choose.inference_pairs(torch.bfloat16, cpu, shapes) is inference_pairs
+    for dtype, device in ((torch.float32, cpu), (torch.bfloat16, torch.device("cuda"))):
+        assert choose.inference_pairs(dtype, device, shapes) is None
+    assert choose.inference_pairs(torch.bfloat16, cpu, [(8, 32)]) is None
+    assert choose.inference_pairs(torch.bfloat16, cpu, [(16, 48)]) is None
     with torch_only():
-        assert not copies_pairs(torch.bfloat16, cpu, shapes)
+        assert choose.inference_pairs(torch.bfloat16, cpu, shapes) is None
 
 
 def test_what_can_be_copied_from_is_not_copied_first() -> None:

@@ -138,8 +138,8 @@ def test_the_largest_sums_are_exact() -> None:
     found = int8_rows.INT8_PRODUCT(codes, torch.ones(2, 1), weight.to(torch.int8), torch.ones(2), False)
     most = float(torch.tensor(127.0 * 127 * width).bfloat16())
     assert found.tolist() == [[most, -most], [-most, most]]
-    assert not choose.quantises_in_c(torch.zeros(1, width + 16, dtype=torch.bfloat16))
-    assert choose.quantises_in_c(torch.zeros(1, width).bfloat16())
+    assert choose.int8_products(torch.zeros(1, width + 16, dtype=torch.bfloat16)) is None
+    assert choose.int8_products(torch.zeros(1, width).bfloat16()) is int8_rows
 
 
 def others_than(row: int) -> list[int]:
@@ -257,10 +257,10 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
 
 
 def test_serves_where_the_other_operators_do_but_not_where_tiles_of_int8_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose.quantises_in_c(drawn(3, 32)) and not choose.quantises_in_c(drawn(3, 24))
-    assert not choose.quantises_in_c(drawn(3, 32).float())
+    assert choose.int8_products(drawn(3, 32)) is int8_rows and choose.int8_products(drawn(3, 24)) is None
+    assert choose.int8_products(drawn(3, 32).float()) is None
     with operators.torch_only():
-        assert not choose.quantises_in_c(drawn(3, 32))
+        assert choose.int8_products(drawn(3, 32)) is None
     monkeypatch.setattr(int8_rows, "AMX", "avx512f")  # which every processor has that the library is built for
     monkeypatch.setattr(choose, "CANDIDATES", {})
-    assert not choose.quantises_in_c(drawn(3, 32))
+    assert choose.int8_products(drawn(3, 32)) is None

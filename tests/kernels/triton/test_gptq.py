@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from lorakeet.kernels.tiled_weight import TritonRequest
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import GptqGrid, groups_in_order
-from lorakeet.quant.gptq_pack import ZeroFormat
+from lorakeet.quant.gptq import GptqBase, GptqGrid, ZeroFormat, groups_in_order
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 pytestmark = needs_triton

@@ -49,7 +49,7 @@ def test_the_same_bits(shape: tuple[int, int], double_quant: bool, block_size: i
 
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     base, calls = base_of((64, 64)), []
-    launch = "lorakeet.core.triton_products.dequantise_rows"
+    launch = "lorakeet.kernels.triton.tiles.unpack_tiles"
     monkeypatch.setattr(launch, lambda tiles, out, first: calls.append(tiles.shape) or out)
     both(base, torch.float32, 64)
     assert calls == [(64, 64)]

@@ -13,11 +13,10 @@ from lorakeet.data.images.spec import ImageSpec
 from lorakeet.errors import ConfigError
 from lorakeet.models.image.diffusers_import import quiet_diffusers
 from lorakeet.models.image.kinds import KINDS
-from lorakeet.models.image.model import ImageModel, load_image_model
+from lorakeet.models.image.latent_cache import drawn_prior
+from lorakeet.models.image.model import ImageModel, load_image_model, scaled_latents, scaling_note, unscaled
 from lorakeet.models.image.noise import check_betas, noising_of
-from lorakeet.models.image.prior import drawn_prior
 from lorakeet.models.image.sample import Sampler, draw_latents
-from lorakeet.models.image.scaling import scaled_latents, scaling_note, unscaled
 from lorakeet.models.image.schedule import scheduler_for, with_defaults
 from lorakeet.models.spec import ModelSpec
 from tiny.images import diffusers

@@ -278,7 +278,7 @@ def test_what_is_not_there_is_said_in_each_apis_words(both: Any) -> None:
 
 
 def test_a_bug_is_said_as_an_error_of_the_api(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(both.service, "meant", {}.__getitem__)
+    monkeypatch.setattr(both.service, "adapters_named", {}.__getitem__)
     answer = post(both, json=BODY)
     assert answer.status_code == 500 and "Please report this" in answer.json()["error"]["message"]
 

@@ -26,9 +26,9 @@ def request(*messages: dict[str, Any]) -> Request:
 
 def tell(text: GeneratedText, *pieces: str, end: bool = True) -> None:
     for piece in pieces:
-        text.hear(Event(piece))
+        text.receive(Event(piece))
     if end:
-        text.hear(Event(reason="stop"))
+        text.receive(Event(reason="stop"))
 
 
 def test_all_texts_come_whole_and_in_order() -> None:

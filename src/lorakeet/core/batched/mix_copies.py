@@ -3,22 +3,23 @@
     copy of mix 1:   A B of layer 0 │ A B of layer 1 │ …          a token reads the copy of its mix, each layer its part;
     copy of mix 2:   A B of layer 0 │ …                            tokens of one mix read it together
 
-A new mix is copied for all layers at once, in one call. Layer by layer, that took 20 ms of a step (docs/log). Machines without
-pairs.c use a core/batched/stack.PairStack for each group of layers.
+A new mix is copied for all layers at once, in one call. Layer by layer, that took 20 ms of a step (docs/log). Where no kernel
+adds copies (kernels/choose.inference_pairs), a core/batched/stack.PairStack does so for each group of layers.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.batched.mixture import CopySource, Factors, Held, Mixture, factors_of, mixtures
 from lorakeet.core.selection import PATIENCE, BatchAssignment, Mix, MixState, Selection
-from lorakeet.kernels.cpu.inference_pairs import LayerRows, PairKind, PairLayout, Shares, as_readable
+from lorakeet.kernels.cpu.inference_pairs import PairKind
+from lorakeet.kernels.protocol import InferencePairs
 
 LAYOUTS = 8  # cached
 
@@ -35,7 +36,7 @@ class _Part(NamedTuple):
 
     mixtures: list[Mixture]
     factors: list[Factors]
-    layout: PairLayout
+    layout: Any  # the kernel's PairLayout
     special: int
 
 
@@ -73,14 +74,14 @@ class _Copy:
 class _InUse:
     """The addresses of the copies that an assignment uses; MixCopies alone keeps the copies alive."""
 
-    def __init__(self, to: BatchAssignment, copies: Mapping[Mix, _Copy], stage: tuple[int, int]) -> None:
+    def __init__(self, to: BatchAssignment, copies: Mapping[Mix, _Copy], stage: tuple[int, int], kernel: InferencePairs) -> None:
         self.stage = stage  # the change of adapters and of copies that it belongs to
         tokens: dict[int, list[int]] = {}
         for token, place in to.at:
             tokens.setdefault(place, []).append(token)
         for numbers, place in to.long:
             tokens.setdefault(place, []).extend(numbers)
-        self.shares = Shares((own, copies[to.places[place]].at) for place, own in tokens.items())
+        self.shares = kernel.Shares((own, copies[to.places[place]].at) for place, own in tokens.items())
         self.held = self.special = 0
         for copy in copies.values():
             self.held |= copy.held
@@ -95,23 +96,24 @@ class MixCopies:
     division of the batch change.
     """
 
-    def __init__(self) -> None:
-        self.bytes = 0
+    def __init__(self, kernel: InferencePairs) -> None:
+        """In the layout of `kernel`."""
+        self.kernel, self.bytes = kernel, 0
         self._layers: list[_LayerPairs] = []
         self._numbers: weakref.WeakKeyDictionary[nn.ModuleDict, int] = weakref.WeakKeyDictionary()
         self._copies: dict[Mix, _Copy] = {}  # the most recently used last
-        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], PairLayout] = {}  # by the layers and their pairs
+        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], Any] = {}  # by the layers and their pairs
         self._version = 0  # rises when a copy is made, or a layer comes
         self._most = 0  # the most bytes that a batch needed
         self._oversized = 0  # batches in a row that needed less than half of the memory
 
     @classmethod
-    def of(cls, selection: Selection) -> MixCopies:
-        """The copies of a selection."""
-        if selection.copies is None:
-            selection.copies = cls()
-            selection.register(selection.copies)
-        return cast(MixCopies, selection.copies)
+    def of(cls, selection: Selection, kernel: InferencePairs) -> MixCopies:
+        """The copies of a selection in the layout of `kernel`."""
+        if kernel not in selection.copies:
+            selection.copies[kernel] = cls(kernel)
+            selection.register(selection.copies[kernel])
+        return cast(MixCopies, selection.copies[kernel])
 
     def number(self, adapters: nn.ModuleDict, shape: tuple[int, int]) -> int:
         """The number of the layer with these adapters."""
@@ -154,7 +156,7 @@ class MixCopies:
         self._oversized = self._oversized + 1 if 2 * needed < self.bytes else 0
         if self._oversized >= PATIENCE:
             self._copies, self.bytes, self._most, self._oversized = kept, needed, needed, 0
-        found = to.picked[self] = _InUse(to, kept, (changes, self._version))
+        found = to.picked[self] = _InUse(to, kept, (changes, self._version), self.kernel)
         return found
 
     def _complete(self, copies: Iterable[_Copy], spare: list[Tensor]) -> None:
@@ -189,31 +191,33 @@ class MixCopies:
             for A, B, scale in own:
                 if A.shape[1:] != (shape[1],) or B.shape != (shape[0], len(A)):
                     raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no pair for a weight of {shape}")
-                a, b = as_readable(A), as_readable(B)
+                a, b = self.kernel.as_readable(A), self.kernel.as_readable(B)
                 factors.append((a, b, scale))
                 kinds.append((number, a.size(0), a.dtype, b.dtype))
         return _Part(own_of, factors, self._layout(copy.layers, kinds), special)
 
-    def _layout(self, first: int, kinds: Sequence[PairKind]) -> PairLayout:
+    def _layout(self, first: int, kinds: Sequence[PairKind]) -> Any:
         """The layout on the layers from `first` on; shared by similar mixes while it is cached."""
         key = first, len(self._layers), tuple(kinds)
         if key not in self._layouts:
             while len(self._layouts) >= LAYOUTS:
                 del self._layouts[next(iter(self._layouts))]
-            self._layouts[key] = PairLayout(kinds, [layer.shape for layer in self._layers[first:]])
+            self._layouts[key] = self.kernel.PairLayout(kinds, [layer.shape for layer in self._layers[first:]])
         return self._layouts[key]
 
 
 class MixRows:
     """The part of the copies for layers with the same input, which it adds to their outputs."""
 
-    def __init__(self, layers: Sequence[tuple[nn.ModuleDict, tuple[int, int]]], selection: Selection) -> None:
-        """For layers with these adapters, and weights of these shapes (out, in)."""
+    def __init__(
+        self, layers: Sequence[tuple[nn.ModuleDict, tuple[int, int]]], selection: Selection, kernel: InferencePairs
+    ) -> None:
+        """For layers with these adapters, and weights of these shapes (out, in), which `kernel` takes."""
         self.empty = True  # whether no mix of the last assignment has a pair here
-        self._copies = MixCopies.of(selection)
+        self._copies = MixCopies.of(selection, kernel)
         self.numbers = [self._copies.number(adapters, shape) for adapters, shape in layers]  # the layers' numbers in the copies
-        self.shares: Shares | None = None  # of the last assignment
-        self._rows = LayerRows([shape for _, shape in layers], self.numbers)
+        self.shares: Any = None  # the kernel's Shares of the last assignment
+        self._rows = kernel.LayerRows([shape for _, shape in layers], self.numbers)
         self._bits = sum(1 << number for number in self.numbers)
         self._special = False
 

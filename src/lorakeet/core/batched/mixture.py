@@ -19,9 +19,7 @@ Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by ada
 
 @dataclass(frozen=True)
 class CopySource:
-    """The source of a copy: a mix, the trainable tensors that were copied, and their versions at that time. Frozen ones do not
-    change.
-    """
+    """The source of a copy: a mix, and the copied tensors with their versions at that time, but frozen ones, which stay."""
 
     what: MixState
     tensors: tuple[weakref.ref[Tensor], ...]

@@ -198,11 +198,7 @@ class RotaryAttention(Replacement):
         if rows is None or cached or mask is not None or turn is None or len(x) != 1:
             return nothing
         head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
-        if (
-            turn[0].shape != (1, x.shape[1], head)
-            or self.exceeds_window(prefix + max(rows))
-            or self.has_dropout
-        ):
+        if turn[0].shape != (1, x.shape[1], head) or self.exceeds_window(prefix + max(rows)) or self.has_dropout:
             return nothing
         layers, norms = [getattr(self.original, name) for name in INPUTS], self.head_norms()
         if norms is None or not all(_known(layer) for layer in layers):

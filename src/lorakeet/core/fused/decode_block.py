@@ -19,9 +19,9 @@ from lorakeet.core.fused.attention import INPUTS, rotated
 from lorakeet.core.layers.linear import BLOCK_PARTS, BlockReplacement, LoraLinear, PairCopies, SharedInput
 from lorakeet.core.reordered import Order, ReorderedBase
 from lorakeet.core.selection import BatchAssignment
-from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.cpu.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
-from lorakeet.kernels.cpu.panels import Panels
+from lorakeet.kernels.choose import decode_block
+from lorakeet.kernels.cpu.block import NewTokens
+from lorakeet.kernels.protocol import DecodeBlocks
 
 
 class DecodeCache(Protocol):
@@ -59,9 +59,10 @@ class DecodeBlock(BlockReplacement):
         self._limit = min(attention.windows(), default=None)
         self._normed = [(cast(Tensor, norm.weight), cast(float, norm.original.variance_epsilon)) for norm in (first, second)]
         self._norms = tuple(_norm_of(*given) for given in self._normed)
-        self._silu = bool(mlp.activation.native)
+        self._silu = bool(mlp.activation.in_kernels)
+        self._kernel = ""  # the name of that of `_block`
         self._orders: list[Order] = []
-        self._block: Block | None = None
+        self._block: Any = None
         self._lookup = _Lookup()
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
@@ -69,8 +70,9 @@ class DecodeBlock(BlockReplacement):
         if cache is None or args or turn is None or torch.is_grad_enabled() or not self._suits(cache, hidden_states, turn):
             return self.original(hidden_states, *args, **settings)
         x = hidden_states[0]
-        block = self._native(x)
-        if block is not None and (pairs := self._pairs(x)) is not None:
+        kernel = decode_block(x)
+        block = None if kernel is None else self._block_of(kernel, x)
+        if kernel is not None and block is not None and (pairs := self._pairs(kernel, x)) is not None:
             like = x.new_empty(0, *block.cached)
             held = cache.layer(self._parts[0].layer_idx, like, like)
             return block.forward(x.contiguous(), pairs, cache.new_tokens, turn, held)[None]
@@ -80,53 +82,52 @@ class DecodeBlock(BlockReplacement):
         _, down, activation = self._parts
         return x.add_(down(activation(gate).mul_(up)))[None]
 
-    def _native(self, x: Tensor) -> Block | None:
-        """The C block, if C can compute it."""
+    def _block_of(self, kernel: DecodeBlocks, x: Tensor) -> Any:
+        """The block for the kernel (kernels/protocol.DecodeBlocks.Block); None if it cannot compute it."""
         layers = self._layers
-        if x.dtype != torch.bfloat16 or not x.is_cpu or type(x) is not Tensor or not operators.in_use():
-            return None
-        if not all(isinstance(layer, LoraLinear) and layer.products in (None, torch.bfloat16) for layer in layers):
+        if not all(isinstance(layer, LoraLinear) and layer.products in (None, x.dtype) for layer in layers):
             return None
         orders = [layer.base.order for layer in layers if isinstance(layer.base, ReorderedBase)]
         moved = self._block is not None and self._block.moved
-        if moved or self._orders != orders:  # changes when a base is given another weight
-            self._orders, self._block = orders, self._laid_out(orders)
+        if moved or self._kernel != kernel.__name__ or self._orders != orders:  # changes when a base is given another weight
+            self._kernel, self._orders, self._block = kernel.__name__, orders, self._laid_out(kernel, orders)
         return self._block
 
-    def _pairs(self, x: Tensor) -> BlockPairs | None:
-        """The pairs of x (tokens, hidden) here; None if some are special, or if C does not compute them."""
+    def _pairs(self, kernel: DecodeBlocks, x: Tensor) -> Any:
+        """The pairs of x (tokens, hidden) for the kernel; None if some are special, or in a layout that it does not read."""
         selection = self._layers[0].selection
         if selection.shares is None:
-            return NO_PAIRS if selection.active is None else None
+            return kernel.NO_PAIRS if selection.active is None else None
         to, changes = selection.assignment(len(x), x.device), selection.changes
         last = self._lookup
-        if last.to is not to or last.changes != changes:
-            last = self._lookup = _Lookup(self._prepared_pairs(len(x), x.device), to, changes)
+        if last.to is not to or last.changes != changes or last.kernel is not kernel:
+            last = self._lookup = _Lookup(self._prepared_pairs(kernel, x), to, changes, kernel)
         return last.pairs
 
-    def _prepared_pairs(self, tokens: int, device: torch.device) -> BlockPairs | None:
+    def _prepared_pairs(self, kernel: DecodeBlocks, x: Tensor) -> Any:
         numbers: list[int | None] = []
         shares = None
         for group in self._groups:
-            to, stack = group.prepared(tokens, torch.bfloat16, device)
+            to, stack = group.prepared(len(x), x.dtype, x.device)
             if stack.meets_special(to) or not (stack.empty or isinstance(stack, MixRows)):
                 return None
             if isinstance(stack, MixRows) and not stack.empty:
                 shares = stack.shares
+                if not isinstance(shares, kernel.Shares):
+                    return None
                 numbers += stack.numbers
             else:
                 numbers += [None] * len(group.layers)
-        return BlockPairs.of(shares, numbers)
+        return kernel.BlockPairs.of(shares, numbers)
 
-    def _laid_out(self, orders: Sequence[Order]) -> Block | None:
-        weights = tuple(order for order in orders if isinstance(order, Panels))
-        if len(weights) < len(self._layers) or not self._silu:
+    def _laid_out(self, kernel: DecodeBlocks, orders: Sequence[Order]) -> Any:
+        if len(orders) < len(self._layers) or not self._silu:
             return None
         norms, epsilons = zip(*self._normed, strict=True)
         biases = tuple(layer.bias for layer in self._layers)
         own = self._parts[0]
-        parts = BlockParts(norms, epsilons, weights, biases, own.head_dim, own.scaling)
-        return Block(parts) if parts.fit else None
+        parts = kernel.BlockParts(norms, epsilons, tuple(orders), biases, own.head_dim, own.scaling)
+        return kernel.Block(parts) if parts.fit else None
 
     def _suits(self, cache: DecodeCache, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
         head = self._parts[0].head_dim
@@ -145,10 +146,12 @@ class DecodeBlock(BlockReplacement):
 
 
 class _Lookup:
-    """The pairs of an assignment, after so many changes of adapters."""
+    """The pairs of an assignment for a kernel, after so many changes of adapters."""
 
-    def __init__(self, pairs: BlockPairs | None = None, to: BatchAssignment | None = None, changes: int = -1) -> None:
-        self.pairs, self.to, self.changes = pairs, to, changes
+    def __init__(
+        self, pairs: Any = None, to: BatchAssignment | None = None, changes: int = -1, kernel: DecodeBlocks | None = None
+    ) -> None:
+        self.pairs, self.to, self.changes, self.kernel = pairs, to, changes, kernel
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Lookup:
         """A new one: another block looks up its own."""
@@ -176,6 +179,7 @@ class _SameInput:
 
 def _norm_of(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
     """x to w ∘ x/√(mean(x²) + ε), the mean in fp32, in few operations."""
+
     def normed(x: Tensor) -> Tensor:
         wide = x.float()
         length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

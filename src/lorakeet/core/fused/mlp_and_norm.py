@@ -32,7 +32,7 @@ class Activation:
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
-    native: bool = False  # whether C and Triton kernels have it
+    in_kernels: bool = False  # whether C and Triton kernels have it
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
@@ -41,11 +41,9 @@ def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
 
 ACTIVATIONS = {
     "silu": Activation(
-        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad)), native=True
+        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad)), in_kernels=True
     ),
-    "gelu_tanh": Activation(
-        partial(nn.functional.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")
-    ),
+    "gelu_tanh": Activation(partial(nn.functional.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
     "gelu": Activation(nn.functional.gelu, partial(_gelu_backward, approximate="none")),
 }
 
@@ -128,7 +126,8 @@ class GatedMlpFunction(torch.autograd.Function):
         wide = x.to(p.products)
         gate, up = matmul_each((p.gate, p.up), wide)
         shrunk = p.into.add([gate, up], wide, of_into)  # x·Aᵀ for gate and up
-        inner = _gated(p, gate, up)
+        by = elementwise_ops(gate, up, triton=p.kernels) if p.activation.in_kernels else None
+        inner = p.activation.forward(gate).mul_(up) if by is None else by.gated(gate, up)
         y = p.down.matmul(inner)
         for_down = p.out_of.add([y], inner, of_down)  # h·Aᵀ
         source = saved_for(x, made_of) if factors else ()
@@ -170,18 +169,11 @@ def kernels_of(bases: Iterable[FrozenBase]) -> TritonRequest | None:
     return next((kernels for kernels in found if kernels is not None), None)
 
 
-def _gated(p: Projections, gate: Tensor, up: Tensor) -> Tensor:
-    """φ(gate) ∘ up (tokens, width)."""
-    if p.activation.native and (by := elementwise_ops(gate, up, triton=p.kernels)) is not None:
-        return by.gated(gate, up)
-    return p.activation.forward(gate).mul_(up)
-
-
 def _gated_backward(
     p: Projections, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, whose input is h. Overwrites its arguments."""
-    if p.activation.native and (by := elementwise_ops(gate, up, grad, triton=p.kernels)) is not None:
+    if p.activation.in_kernels and (by := elementwise_ops(gate, up, grad, triton=p.kernels)) is not None:
         by.gated_backward_(gate, up, grad)
         torch.autograd.graph.increment_version([gate, up, grad])  # so that a second backward pass through them raises
         return gate, up, p.out_of.of_a(through, grad, factors)
@@ -231,7 +223,7 @@ class GatedMlp(Replacement):
         products = cast("torch.dtype | None", getattr(layers[0], "products", None)) or x.dtype
         into = [(share, pair, layer) for share, *pairs in uses for layer, pair in enumerate(pairs[:2])]
         out_of = [(share, pair, 0) for share, *_, pair in uses]
-        out = pair_products(out_of, products, in_c=self.activation.native)  # C would need all of φ(g) ∘ u
+        out = pair_products(out_of, products, in_c=self.activation.in_kernels)  # C would need all of φ(g) ∘ u
         projections = Projections(gate, up, down, self.activation, products, pair_products(into, products), out)
         factors = [factor for _, pair, _ in (*into, *out_of) for factor in pair.factors()]
         y = cast(Tensor, GatedMlpFunction.apply(flat, projections, NormInputs.of(x), *factors))  # type: ignore[no-untyped-call]

@@ -38,7 +38,7 @@ def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they 
 
 def kernel_of(chosen: Kernel) -> Any:
     """The class of the kernel that kernels/choose.packed_rows has chosen (kernels/protocol.PackedAttention); None: row by row."""
-    return chosen.load() or TORCH_ROWS.get(chosen.name)
+    return chosen.offers or TORCH_ROWS.get(chosen.name)
 
 
 class CausalRows(torch.autograd.Function):

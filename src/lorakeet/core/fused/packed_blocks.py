@@ -135,9 +135,7 @@ class Indexed:
         self.sharing = torch.tensor(np.flatnonzero(places.shared), device=device) if self.prefix else None
 
     def of(self, states: Tensor, dtype: torch.dtype, *, blank: bool = False) -> Tensor:
-        """The blocks (blocks, width, heads, d) of states (1, heads, tokens, d); with `blank`, zeros where a block is not the
-        owner.
-        """
+        """The blocks (blocks, width, heads, d) of states (1, heads, tokens, d); with `blank`, zeros where another block owns."""
         source = states[0].transpose(0, 1)
         chosen = source[: len(self.tokens)] if self.first else source.index_select(0, self.tokens)
         chosen = chosen.to(dtype)

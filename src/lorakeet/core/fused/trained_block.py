@@ -4,7 +4,8 @@
         └───────────────────────────────────────────────────┘  └───────────────────────┘
 
 A step of a small model has so many operations that a sixth of its time passes between them. The numbers equal those of the fused
-parts (core/fused/mlp_and_norm, core/fused/attention) to the last bit; the parts compute what C does not support.
+parts (core/fused/mlp_and_norm, core/fused/attention) to the last bit; the parts compute what no such kernel supports
+(kernels/choose.trained_block).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from lorakeet.core.fused.mlp_and_norm import MLP, FrozenRmsNorm, GatedMlp, share
 from lorakeet.core.fused.trained_block_cache import HOOKS, BlockArguments, Fingerprint, block_arguments, selection_in
 from lorakeet.core.layers.linear import BLOCK_PARTS, BlockReplacement, LoraLinear
 from lorakeet.core.selection import Share
-from lorakeet.kernels.choose import C_ROWS, candidates, packed_rows
+from lorakeet.kernels.choose import trained_block
 from lorakeet.kernels.cpu import attention as row_attention
 from lorakeet.kernels.cpu import operators, trained_pairs
 from lorakeet.kernels.cpu.stored import StoredWeight
-from lorakeet.kernels.cpu.trained_block import BlockCall, Pairs, Weights
 from lorakeet.kernels.cpu.workspace import WORKSPACES
+from lorakeet.kernels.protocol import TrainedBlocks
 
 
 class TrainedBlockFunction(torch.autograd.Function):
@@ -40,7 +41,8 @@ class TrainedBlockFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: BlockCall, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Any, *factors: Tensor) -> Tensor:
+        y: Tensor
         y, kept = call.forward(x[0], cos, sin)
         ctx.save_for_backward(x, cos, sin, kept)
         ctx.call, ctx.versions = call, [factor._version for factor in factors]
@@ -63,14 +65,15 @@ class TrainedBlockFunction(torch.autograd.Function):
 
 
 class CachedCall(NamedTuple):
-    """The last arguments of C for a block: addresses, valid as long as the `fingerprint` matches. It keeps no tensor alive."""
+    """The last arguments of a block's kernel: addresses, valid as long as `noted` matches. It keeps no tensor alive."""
 
+    kernel: TrainedBlocks
     noted: Fingerprint
     weights: Any
     states: tuple[int, int, int]  # heads of queries and of keys, and numbers of a head
     shares: tuple[Share, ...]
     tokens: int
-    pairs: Pairs  # of these shares of so many tokens
+    pairs: Any  # of these shares of so many tokens
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,7 +84,8 @@ class CachedCall(NamedTuple):
         """The call for other rows of the same adapters."""
         weights = [share.weight for share in shares for _ in range(len(seen.scales) // len(shares))]
         scales = [weight * scale for weight, scale in zip(weights, seen.scales, strict=True)]
-        return self._replace(shares=shares, tokens=tokens, pairs=Pairs(seen.factors, _spans(shares), scales, tokens))
+        pairs = self.kernel.Pairs(seen.factors, _spans(shares), scales, tokens)
+        return self._replace(shares=shares, tokens=tokens, pairs=pairs)
 
 
 class _Memory:
@@ -107,8 +111,8 @@ class TrainedBlock(BlockReplacement):
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
         prepared = None
-        if not args and self._suits(hidden_states, settings):
-            given = hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
+        if not args and (kernel := self._kernel_for(hidden_states, settings)) is not None:
+            given = kernel, hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
             prepared = self._cached(*given) or self._prepared_and_cached(*given)
         if prepared is None:
             if not torch.is_grad_enabled() and not WORKSPACES.taken:
@@ -120,26 +124,23 @@ class TrainedBlock(BlockReplacement):
             return call.forward(hidden_states[0], cos, sin, alone=True)[0][None]
         return TrainedBlockFunction.apply(hidden_states, cos, sin, call, *factors)  # type: ignore[no-untyped-call]
 
-    def _suits(self, x: Tensor, settings: dict[str, Any]) -> bool:
-        """True for packed rows in bf16 that C computes."""
+    def _kernel_for(self, x: Tensor, settings: dict[str, Any]) -> TrainedBlocks | None:
+        """The kernel that computes packed rows in one call, if there is one for these."""
         rows, turn = settings.get("row_lengths"), settings.get("position_embeddings")
         if rows is None or turn is None or any(settings.get(name) is not None for name in ("attention_mask", *CACHES)):
-            return False
-        if not _readable(x) or x.dim() != 3 or len(x) != 1:
-            return False
-        if not candidates("decoder block, training", x.device, x.dtype)[0].source:
-            return False
+            return None
         head = cast(Any, self.original)._modules["self_attn"].original.head_dim
-        products, prefix = settings.get("row_products") or torch.float32, settings.get("row_prefix", 0)
-        kernel = packed_rows(x, products, 1, 1, head, rows, prefix)
-        whole = all(part.shape == (1, x.shape[1], head) for part in turn)
-        return kernel is C_ROWS and whole and not torch._C._len_torch_dispatch_stack()  # as when operations are counted
+        if x.dim() != 3 or len(x) != 1 or any(part.shape != (1, x.shape[1], head) for part in turn):
+            return None
+        if torch._C._len_torch_dispatch_stack():  # as when operations are counted
+            return None
+        return trained_block(x, settings.get("row_products") or torch.float32, head, rows, settings.get("row_prefix", 0))
 
-    def _cached(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+    def _cached(self, kernel: TrainedBlocks, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Any, list[Tensor]] | None:
         """The call from the cache, if nothing that it depends on has changed; else None."""
         before, tokens, block = self.memory.before, x.shape[1], self._modules["original"]
         selection = None if before is None else selection_in(block)
-        if before is None or selection is None:
+        if before is None or selection is None or before.kernel is not kernel:
             return None
         shares = selection.all_shares(tokens)
         if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
@@ -150,9 +151,11 @@ class TrainedBlock(BlockReplacement):
         if shares != before.shares or tokens != before.tokens:
             self.memory.before = before = before.of(seen, shares, tokens)
         shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
-        return BlockCall(before.weights, shape, before.pairs, seen.factors, seen.owners), seen.factors
+        return kernel.BlockCall(before.weights, shape, before.pairs, seen.factors, seen.owners), seen.factors
 
-    def _prepared_and_cached(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+    def _prepared_and_cached(
+        self, kernel: TrainedBlocks, x: Tensor, rows: Sequence[int], prefix: int
+    ) -> tuple[Any, list[Tensor]] | None:
         """Prepares the call, and caches it if it depends only on what the fingerprint covers.
 
         The arguments are read first: a later change, in another thread, is then seen by the next call.
@@ -160,16 +163,16 @@ class TrainedBlock(BlockReplacement):
         selection, tokens = selection_in(self._modules["original"]), x.shape[1]
         shares = () if selection is None else selection.all_shares(tokens)
         seen = block_arguments(self._modules["original"], [share.name for share in shares], x)
-        prepared = self._prepared(x, rows, prefix)
+        prepared = self._prepared(kernel, x, rows, prefix)
         if prepared is None or seen is None or len(seen.factors) != len(prepared[1]):  # some shares have no pair here
             return prepared
         if all(one is other for one, other in zip(seen.factors, prepared[1], strict=True)):
             call, shape = prepared[0], prepared[0].shape
             states = shape.heads, shape.kv, shape.d
-            self.memory.before = CachedCall(Fingerprint(seen), call.weights, states, shares, tokens, call.pairs)
+            self.memory.before = CachedCall(kernel, Fingerprint(seen), call.weights, states, shares, tokens, call.pairs)
         return prepared
 
-    def _prepared(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[BlockCall, list[Tensor]] | None:
+    def _prepared(self, kernel: TrainedBlocks, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Any, list[Tensor]] | None:
         """Prepares the call, and A and B of all pairs; None if the block's parts must compute."""
         parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
         if parts is None:
@@ -178,7 +181,7 @@ class TrainedBlock(BlockReplacement):
         own: Any = attention.original
         owners, inner = own._modules, mlp.original._modules  # plain dicts: 30 blocks need this in every pass
         layers = [*(owners[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
-        weights = _weights_of((first, second), attention, layers, x)
+        weights = _weights_of(kernel, (first, second), attention, layers, x)
         uses = [] if weights is None else shared_uses(layers, tokens, biased=len(INPUTS))
         pairs = [pair for _, *of_layers in uses for pair in of_layers]
         if weights is None or not uses or any(pair._forward_hooks for pair in pairs):
@@ -196,7 +199,8 @@ class TrainedBlock(BlockReplacement):
         heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
         owners = [*weights.owners(), *(factor.detach() for factor in factors)]
-        return BlockCall(weights.as_struct(), shape, Pairs(factors, spans, scales, tokens), factors, owners), factors
+        pairs_given = kernel.Pairs(factors, spans, scales, tokens)
+        return kernel.BlockCall(weights.as_struct(), shape, pairs_given, factors, owners), factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, if all are fused, compute every token, see so many keys, and have no hooks."""
@@ -205,7 +209,7 @@ class TrainedBlock(BlockReplacement):
         first, attention, second, mlp = owners
         if type(first) is not FrozenRmsNorm or type(second) is not FrozenRmsNorm:
             return None
-        if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.native:
+        if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.in_kernels:
             return None
         if attention.only is not None or mlp.only is not None or attention.has_dropout or attention.exceeds_window(keys):
             return None
@@ -222,10 +226,15 @@ def _readable(*states: Tensor) -> bool:
 
 
 def _weights_of(
-    norms: tuple[FrozenRmsNorm, FrozenRmsNorm], attention: RotaryAttention, layers: Sequence[nn.Module], x: Tensor
-) -> Weights | None:
+    kernel: TrainedBlocks,
+    norms: tuple[FrozenRmsNorm, FrozenRmsNorm],
+    attention: RotaryAttention,
+    layers: Sequence[nn.Module],
+    x: Tensor,
+) -> Any:
     """The frozen weights of a block; None if C cannot read them all."""
-    stored_of = [found for found in (_stored(layer, x) for layer in layers) if found is not None]
+    plain = [layer for layer in layers if type(layer) is LoraLinear and layer.products in (None, torch.bfloat16)]
+    stored_of = [found for layer in plain if (found := stored_weight(layer.base, x)) is not None]
     heads = attention.head_norms()
     if heads is None or len(stored_of) < len(layers):
         return None
@@ -239,19 +248,12 @@ def _weights_of(
     if not fit or any(len(gain) != head for gain, _ in by_head) or any(len(gain) != x.shape[2] for gain, _ in by_norm):
         return None
     kept = [None if bias is None else bias.detach() for bias in biases]
-    return Weights(stored_of, kept, *([(gain.detach(), epsilon) for gain, epsilon in of] for of in (by_head, by_norm)))
+    return kernel.Weights(stored_of, kept, *([(gain.detach(), epsilon) for gain, epsilon in of] for of in (by_head, by_norm)))
 
 
 def _is_bias(bias: Tensor, weight: StoredWeight) -> bool:
     """True if C can add the bias; autograd needs one that is trained."""
     return not bias.requires_grad and bias.shape == (weight.out,) and _readable(bias)
-
-
-def _stored(layer: nn.Module, x: Tensor) -> StoredWeight | None:
-    """The layer's frozen weight as C reads it, if C multiplies it in bf16."""
-    if type(layer) is not LoraLinear or layer.products not in (None, torch.bfloat16):
-        return None
-    return stored_weight(layer.base, x)
 
 
 @lru_cache(maxsize=8)

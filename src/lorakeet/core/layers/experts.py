@@ -31,17 +31,15 @@ class LoraExperts(AdaptedLayer):
             return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
         pairs = cast(ExpertPairs, self.adapters[self.active])
         result = torch.zeros_like(hidden_states)
+        experts = cast(Tensor, self.original.gate_up_proj).shape[0]
         for expert in chosen_experts(top_k_index):
-            if expert >= self._experts():  # transformers marks a dropped choice by an index past the last expert
+            if expert >= experts:  # transformers marks a dropped choice by an index past the last expert
                 continue
             token, choice = torch.where(top_k_index == expert)
             gate, up = self._project(pairs, "gate_up_proj", expert, hidden_states[token]).chunk(2, dim=-1)
             out = self._project(pairs, "down_proj", expert, cast(Tensor, self.original.act_fn(gate)) * up)  # type: ignore[operator]
             result = result.index_add(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
         return result
-
-    def _experts(self) -> int:
-        return cast(Tensor, self.original.gate_up_proj).shape[0]
 
     def _project(self, pairs: ExpertPairs, name: str, expert: int, x: Tensor) -> Tensor:
         stacked = cast(Tensor, getattr(self.original, name))
@@ -54,9 +52,7 @@ class LoraExperts(AdaptedLayer):
 
 
 def chosen_experts(top_k_index: Tensor) -> list[int]:
-    """The experts that any token chose, in order; few numbers are read from the device, each of which costs a rehearsal
-    (memory/ledger).
-    """
+    """The experts that any token chose, in order; reads few numbers: each costs a rehearsal (memory/ledger)."""
     numbers = top_k_index.flatten().sort().values
     return cast(list[int], torch.unique_consecutive(numbers).tolist())
 

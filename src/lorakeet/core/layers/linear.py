@@ -27,7 +27,7 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, ReorderedProducts
 from lorakeet.core.selection import BatchAssignment, Selection, Share
 from lorakeet.core.spec import FACTORED
-from lorakeet.kernels.choose import copies_pairs
+from lorakeet.kernels.choose import inference_pairs
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
 
@@ -284,8 +284,8 @@ class SharedInput:
 def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> PairCopies:
     """Empty copies for the pairs of layers with the same input."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
-    if copies_pairs(products, device, shapes):
-        return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
+    if (kernel := inference_pairs(products, device, shapes)) is not None:
+        return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection, kernel)
     stack = PairStack(shapes, products, device)
     selection.register(stack)
     return stack
@@ -355,9 +355,7 @@ class _FlatConv(DenseBase):
 
 
 def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, device: torch.device | str = "cpu") -> LoraPair:
-    """An initialised pair as `entry` plans it; `weight()` gives the frozen W with output rows first, and is called only if
-    needed.
-    """
+    """An initialised pair as `entry` plans it; `weight()`, called only if needed, gives the frozen W with output rows first."""
     pair: LoraPair = DoraPair(entry, device=device) if entry.variant == "dora" else LoraPair(entry, device=device)
     needs_weight = entry.start in FACTORED
     initialise(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)

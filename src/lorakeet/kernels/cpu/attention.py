@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.operators import HEAD, define, loaded, pointers
-from lorakeet.kernels.protocol import Situation
 
 TILED = 24  # keys of an average row from which on this kernel, with tiles of 64, is faster than torch's products (docs/log)
 NEEDS = f"heads in multiples of {HEAD}, rows of {TILED} keys or more on average"
@@ -81,11 +79,6 @@ def _groups(rows: Sequence[int], prefix: int, kv: int) -> int:
     return min(most, -(-WORK // kv), 1 + (prefix + sum(rows)) // prefix)
 
 
-def _most_of_prefixes(tokens: int, kv: int) -> int:
-    """The most prefix tokens that all groups sum separately, for any rows of so many tokens."""
-    return max(FEW, tokens if kv < WORK else 0)
-
-
 def _threads(parts: int) -> int:
     """How many threads compute: at most one for each part of the work, since each needs a workspace."""
     return min(torch.get_num_threads(), parts)
@@ -114,9 +107,7 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int,
 def row_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V in the shapes of q, k and v, from the arguments (`laid`: rows, prefix, scale) and results of
-    `row_attention`.
-    """
+    """∂Q, ∂K, ∂V in the shapes of q, k, v, from the arguments (`laid`: rows, prefix, scale) and results of `row_attention`."""
     rows, prefix, scale = laid
     shape, each = _shape(q, k, v, rows, prefix, scale)
     threads = _threads(shape.parts * shape.groups)
@@ -131,11 +122,6 @@ def row_attention_backward(
     return grads
 
 
-def _workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float) -> int:
-    """Bytes of workspace of `row_attention`."""
-    return _threads(q.shape[1] * len(rows)) * _scratch_of_thread(_laid(rows, prefix)[2], q.shape[2])
-
-
 def _backward_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any) -> int:
     """The most bytes of workspace of `row_attention_backward` for any prefix that rows of so many tokens may share: a plan does
     not know it."""
@@ -143,23 +129,13 @@ def _backward_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     (tokens, heads, d), kv = q.shape, k.shape[1]
     parts, groups = _parts(heads, kv, rows), _groups(rows, prefix, kv)
     scratch = _threads(parts * groups) * _scratch_of_thread(_laid(rows, prefix)[2], d)
-    return int(scratch + 8 * parts * (tokens + max((groups - 1) * prefix, _most_of_prefixes(tokens, kv))) * d)
-
-
-def _flops(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float, **_: Any) -> int:
-    """FLOPs of the two products of `row_attention`, over the scores within the causal mask."""
-    return 4 * scores_of(rows, prefix) * q.shape[1] * q.shape[2]
+    separate = max((groups - 1) * prefix, FEW, tokens if kv < WORK else 0)  # most prefix tokens that all groups sum separately
+    return int(scratch + 8 * parts * (tokens + separate) * d)
 
 
 def scores_of(rows: Sequence[int], prefix: int) -> int:
     """How many scores of a head are within the causal mask."""
     return sum(length * (length + 1) // 2 for length in (prefix + rows[0], *rows[1:])) + prefix * sum(rows[1:])
-
-
-def _backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any, **_: Any) -> int:
-    """FLOPs of the five products of `row_attention_backward`."""
-    rows, prefix, scale = laid
-    return 5 * _flops(q, k, v, rows, prefix, scale) // 2
 
 
 def attention_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -177,21 +153,16 @@ ROW_ATTENTION = define(
     f"row_attention({_STATES}, {_LAID}) -> (Tensor, Tensor)",
     row_attention,
     attention_shapes,
-    _flops,
-    _workspace,
+    lambda q, k, v, rows, prefix, *_, **__: 4 * scores_of(rows, prefix) * q.shape[1] * q.shape[2],  # of two products
+    lambda q, k, v, rows, prefix, _: _threads(q.shape[1] * len(rows)) * _scratch_of_thread(_laid(rows, prefix)[2], q.shape[2]),
 )
 ROW_ATTENTION_BACKWARD = define(
     f"row_attention_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
     row_attention_backward,
     attention_backward_shapes,
-    _backward_flops,
+    lambda _, q, *given, **__: 10 * scores_of(*given[4:6]) * q.shape[1] * q.shape[2],  # of five products
     _backward_workspace,
 )
-
-
-def why_not(situation: Situation) -> str:
-    """Why row attention does not run here."""
-    return operators.why_not(situation)
 
 
 def takes(like: Tensor, heads: int, kv: int, d: int, rows: Sequence[int], prefix: int) -> bool:
@@ -199,26 +170,33 @@ def takes(like: Tensor, heads: int, kv: int, d: int, rows: Sequence[int], prefix
     return d % HEAD == 0 and sum(rows) + prefix * len(rows) >= TILED * len(rows)
 
 
-class NativeRows:
+class RowAttention:
     """Attention of all rows at once (kernels/protocol.PackedAttention). Saves O and the log-sums beside Q, K, V."""
 
+    laid: tuple[Any, ...]  # the operators' arguments about rows
+
     def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0) -> None:
-        self.rows = list(rows), prefix, scale
+        self.laid = list(rows), prefix, scale
+
+    @property
+    def operators(self) -> tuple[Any, Any]:
+        """The operators of the forward and of the backward pass."""
+        return ROW_ATTENTION, ROW_ATTENTION_BACKWARD
+
+    @staticmethod
+    def token_by_token(states: Tensor) -> Tensor:
+        """(1, heads, tokens, d) as (tokens, heads, d), contiguous."""
+        return states[0].transpose(0, 1).contiguous()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
-        result, logs = ROW_ATTENTION(*map(_token_by_token, (query, key, value)), *self.rows)
+        result, logs = self.operators[0](*map(self.token_by_token, (query, key, value)), *self.laid)
         return result[None], (result, logs)
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
-        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
-        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in ROW_ATTENTION_BACKWARD(*given, *self.rows))
+        given = grad[0].to(result.dtype).contiguous(), *map(self.token_by_token, (query, key, value)), result, logs
+        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in self.operators[1](*given, *self.laid))
         return of_q, of_k, of_v
-
-
-def _token_by_token(states: Tensor) -> Tensor:
-    """(1, heads, tokens, d) as (tokens, heads, d), contiguous."""
-    return states[0].transpose(0, 1).contiguous()

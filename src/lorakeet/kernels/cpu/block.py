@@ -15,6 +15,12 @@ from lorakeet.kernels.cpu.operators import HEAD, LANES, in_use, loaded, pointers
 from lorakeet.kernels.cpu.panels import Panels, Product
 
 LAYERS = 7  # of a block: q, k, v, o, gate, up, down
+NEEDS = "layers packed by panels.c, silu, whole heads"
+
+
+def takes(x: Tensor) -> bool:
+    """True for states (tokens, hidden) whose numbers C can read."""
+    return type(x) is Tensor
 
 
 class _Heads(ctypes.Structure):
@@ -103,6 +109,8 @@ class BlockParts:
     @property
     def fit(self) -> bool:
         """True if the C block supports these shapes, dtypes and layouts."""
+        if not all(isinstance(weight, Panels) for weight in self.weights):
+            return False
         q, k, v, o, gate, up, down = (weight.shape for weight in self.weights)
         (hidden,) = self.norms[0].shape
         given = [*self.norms, *(bias for bias in self.biases if bias is not None)]

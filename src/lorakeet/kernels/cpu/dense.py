@@ -70,19 +70,9 @@ def scratch(depth: int, width: int) -> int:
     return ALIGNED + int(loaded().dense_scratch(ctypes.c_int64(depth), ctypes.c_int64(width), torch.get_num_threads()))
 
 
-def _sum_workspace(y: Tensor, x: Tensor, weight: Tensor, across: bool, *_: object) -> int:
-    """Bytes of workspace of `dense_product_add_`."""
-    return _workspace(x, weight, across)
-
-
 def _flops(x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
     """FLOPs of a product."""
     return 2 * len(x) * weight.numel()
-
-
-def _sum_flops(y: Tensor, x: Tensor, weight: Tensor, *_: object, **__: object) -> int:
-    """FLOPs of `dense_product_add_`."""
-    return _flops(x, weight)
 
 
 DENSE_PRODUCT = define(
@@ -96,6 +86,6 @@ DENSE_PRODUCT_ADD = define(
     "dense_product_add_(Tensor(a!) y, Tensor x, Tensor weight, bool across, bool add=True) -> ()",
     dense_product_add_,
     lambda *_: None,
-    _sum_flops,
-    _sum_workspace,
+    lambda y, x, weight, *_, **__: _flops(x, weight),
+    lambda y, x, weight, across, *_: _workspace(x, weight, across),
 )

@@ -16,6 +16,7 @@ from lorakeet.kernels.cpu.operators import define, loaded, pointers
 from lorakeet.kernels.protocol import Situation
 
 NEEDS = operators.NEEDS
+TILED = True  # the logits
 
 
 def why_not(situation: Situation) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.operators import LANES, loaded, pointers
-from lorakeet.kernels.protocol import Situation
 
 NEEDS = "matrices of an even width"
 
@@ -74,11 +73,6 @@ class PanelGroup:
         given = *pointers(x), self._products, ctypes.c_int64(len(self._products)), *pointers(y)
         loaded().linear(*given, ctypes.c_int64(len(x)), *self._sizes, torch.get_num_threads())
         return y
-
-
-def why_not(situation: Situation) -> str:
-    """Why weights are not packed here."""
-    return operators.why_not(situation)
 
 
 def takes(weight: Tensor) -> bool:

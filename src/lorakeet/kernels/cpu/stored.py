@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lorakeet.kernels.cpu import dense, operators
 from lorakeet.kernels.cpu.operators import define, loaded, pointers
 from lorakeet.kernels.cpu.workspace import address
 from lorakeet.kernels.device import is_cpu
-from lorakeet.kernels.protocol import Situation
+from lorakeet.kernels.protocol import QuantisedWeight, Situation
 
 DENSE, NF4, GPTQ, INT8, INT8_ROWS = range(5)  # kinds, as stored.h has them
 GGUF = {name: 5 + number for number, name in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))}
@@ -68,14 +68,22 @@ def is_readable(shape: tuple[int, ...], owners: Iterable[Tensor]) -> bool:
     return plain and operators.in_use()
 
 
-def takes_buffers(out: Tensor, buffers: Iterable[Tensor]) -> bool:
-    """True if C can dequantise these buffers into `out`."""
-    return is_readable(out.shape, buffers)
+def takes_whole(out: Tensor, weight: QuantisedWeight) -> bool:
+    """True if C can write to `out`, and it is for all of the weight."""
+    return out.shape == weight.shape and out.is_contiguous()
 
 
 def address_of(tensor: Tensor) -> int:
     """The address of its numbers; 0 for a tensor that has only a shape, as in a rehearsal."""
     return tensor.data_ptr() if type(tensor) in operators.READ else 0
+
+
+def dequantise_into(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
+    """See kernels/protocol.Dequantiser; `out` is for all rows."""
+    read = weight.stored()
+    if read is not None:
+        dequantise(read, out)
+    return read is not None
 
 
 def dequantise(weight: StoredWeight, out: Tensor) -> Tensor:
@@ -87,6 +95,21 @@ def dequantise(weight: StoredWeight, out: Tensor) -> Tensor:
     numbers = array("q", weight.numbers)
     loaded().stored_unpack(ctypes.c_void_p(numbers.buffer_info()[0]), *pointers(out), torch.get_num_threads())
     return out
+
+
+def quantised_product(weight: QuantisedWeight, x: Tensor, across: bool) -> Tensor | None:
+    """See kernels/protocol.QuantisedProducts."""
+    read = weight.stored()
+    return None if read is None else stored_product(x, read, across)
+
+
+def add_quantised_product(weight: QuantisedWeight, to: Tensor, x: Tensor, across: bool) -> bool:
+    """See kernels/protocol.QuantisedProducts."""
+    read = weight.stored()
+    if read is None or to.dtype != x.dtype or not to.is_contiguous():
+        return False
+    add_stored_product(to, x, read, across)
+    return True
 
 
 def takes(x: Tensor, *_: object) -> bool:
@@ -107,15 +130,12 @@ def add_stored_product(to: Tensor, x: Tensor, weight: StoredWeight, across: bool
 
 def _product(x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], across: bool) -> Tensor:
     y = _empty_result(x, owners, numbers, across)
-    _write(y, x, numbers, across, add=False)
+    _write(y, x, owners, numbers, across, add=False)
     return y
 
 
-def _add_product(y: Tensor, x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], across: bool) -> None:
-    _write(y, x, numbers, across, add=True)
-
-
-def _write(y: Tensor, x: Tensor, numbers: Sequence[int], across: bool, *, add: bool) -> None:
+def _write(y: Tensor, x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], across: bool, *, add: bool = True) -> None:
+    """Adds the product to y, or with `add` False writes it there."""
     depth, width = _sizes(numbers, across)
     whole = depth > 0 and not depth % operators.LANES and not width % operators.LANES
     fit = x.shape[1:] == (depth,) and y.shape == (len(x), width) and whole
@@ -143,23 +163,17 @@ def _workspace(x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], acro
     return dense.scratch(*_sizes(numbers, across))
 
 
-def _sum_workspace(y: Tensor, *given: Any) -> int:
-    """Bytes of workspace of a product that is added."""
-    return _workspace(*given)
-
-
 def _flops(x: Tensor, owners: Sequence[Tensor], numbers: Sequence[int], *_: object, **__: object) -> int:
     """FLOPs of a product."""
     return 2 * len(x) * numbers[1] * numbers[2]
 
 
-def _sum_flops(y: Tensor, *given: Any, **_: object) -> int:
-    """FLOPs of a product that is added."""
-    return _flops(*given)
-
-
 _WEIGHT = "Tensor[] owners, int[] numbers, bool across"  # Stored's
 STORED_PRODUCT = define(f"stored_product(Tensor x, {_WEIGHT}) -> Tensor", _product, _empty_result, _flops, _workspace)
 STORED_PRODUCT_ADD = define(
-    f"stored_product_add_(Tensor(a!) y, Tensor x, {_WEIGHT}) -> ()", _add_product, lambda *_: None, _sum_flops, _sum_workspace
+    f"stored_product_add_(Tensor(a!) y, Tensor x, {_WEIGHT}) -> ()",
+    _write,
+    lambda *_: None,
+    lambda y, *given, **_: _flops(*given),
+    lambda y, *given: _workspace(*given),
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu import trained_pairs
+from lorakeet.kernels.cpu import attention, operators, trained_pairs
 from lorakeet.kernels.cpu.attention import AttentionShape
 from lorakeet.kernels.cpu.operators import loaded, pointers
 from lorakeet.kernels.cpu.stored import NUMBERS, StoredWeight
@@ -30,6 +30,11 @@ FORWARD, BACKWARD, ALONE = range(3)  # kinds of pass, as in trained_block.c
 _Layers, _Biases = ctypes.c_int64 * (LAYERS * NUMBERS), ctypes.c_void_p * 3
 _Pointers, _Floats = ctypes.c_void_p * 2, ctypes.c_float * 2
 Place = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+def takes(x: Tensor, head: int, rows: Sequence[int], prefix: int) -> bool:
+    """True for states (1, tokens, hidden) that C can read, with heads and rows of which it computes the attention."""
+    return type(x) in operators.READ and operators.takes((x,)) and attention.takes(x, 1, 1, head, rows, prefix)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
@@ -67,9 +72,7 @@ class Weights:
     norms: Sequence[tuple[Tensor, float]]
 
     def as_struct(self) -> Any:
-        """The weights as C reads them: addresses, which keep nothing alive. ValueError for biases and gains that C cannot
-        read.
-        """
+        """The weights as C reads them: addresses, which keep nothing alive. ValueError for what C cannot read."""
         inner, hidden = self.layers[4][1:3]
         layers = _Layers(*[number for layer in self.layers for number in layer.numbers])
         heads, norms = (_addresses([gain for gain, _ in of]) for of in (self.heads, self.norms))

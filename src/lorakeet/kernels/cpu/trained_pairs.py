@@ -194,11 +194,6 @@ def _sizes(factors: Sequence[Tensor], places: Sequence[int]) -> Iterator[tuple[i
         yield (places[3 * number + 1] - places[3 * number]) * len(A), A.shape[1], len(B)
 
 
-def _flops(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], *_: Any, **__: Any) -> int:
-    """FLOPs of the two products of `trained_pairs_`."""
-    return sum(2 * times * (width + outputs) for times, width, outputs in _sizes(factors, places))
-
-
 def _backward_flops(
     grad_x: Tensor | None, grads: list[Tensor], h: Tensor, factors: list[Tensor], places: list[int], *_: Any, **__: Any
 ) -> int:
@@ -207,35 +202,15 @@ def _backward_flops(
     return sum(2 * times * (width * wide + 2 * outputs) for times, width, outputs in _sizes(factors, places))
 
 
-def _of_a_flops(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int], **_: Any) -> int:
-    """FLOPs of the product of `trained_pairs_of_a`."""
-    return sum(2 * times * width for times, width, _ in _sizes(factors, places))
-
-
-def _workspace(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], *_: Any) -> int:
-    """Bytes of workspace of `trained_pairs_`."""
-    return 2 * pairs_layout(factors, places, len(x), ys).forward
-
-
-def _backward_workspace(
-    grad_x: Tensor | None, grads: list[Tensor], h: Tensor, factors: list[Tensor], places: list[int], *_: Any
-) -> int:
-    """Bytes of workspace of `trained_pairs_backward_`."""
-    return 2 * pairs_layout(factors, places, len(grads[0]), grads).backward
-
-
-def _of_a_workspace(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int]) -> int:
-    """Bytes of workspace of `trained_pairs_of_a`."""
-    return 2 * pairs_layout(factors, places, len(x), None).interleaved
-
-
 _PAIRS = "Tensor[] factors, int[] places"
 TRAINED_PAIRS = define(
     f"trained_pairs_(Tensor(a!)[] ys, Tensor x, {_PAIRS}, float[] scales) -> Tensor",
     trained_pairs_,
     lambda ys, x, factors, places, _: x.new_empty(pairs_layout(factors, places, len(x), ys).numbers),
-    _flops,
-    _workspace,
+    lambda ys, x, factors, places, *_, **__: sum(
+        2 * times * (width + outputs) for times, width, outputs in _sizes(factors, places)
+    ),
+    lambda ys, x, factors, places, _: 2 * pairs_layout(factors, places, len(x), ys).forward,
 )
 TRAINED_PAIRS_BACKWARD = define(
     f"trained_pairs_backward_(Tensor(a!)? grad_x, Tensor[] grads, Tensor h, {_PAIRS}, float[] scales) -> (Tensor, Tensor)",
@@ -245,12 +220,12 @@ TRAINED_PAIRS_BACKWARD = define(
         h.new_empty(sum(B.numel() for B in factors[1::2]), dtype=torch.float32),
     ),
     _backward_flops,
-    _backward_workspace,
+    lambda _, grads, h, factors, places, *__: 2 * pairs_layout(factors, places, len(grads[0]), grads).backward,
 )
 TRAINED_PAIRS_OF_A = define(
     f"trained_pairs_of_a(Tensor u, Tensor x, {_PAIRS}) -> Tensor",
     trained_pairs_of_a,
     lambda u, _, factors, __: u.new_empty(sum(A.numel() for A in factors[::2]), dtype=torch.float32),
-    _of_a_flops,
-    _of_a_workspace,
+    lambda u, x, factors, places, **_: sum(2 * times * width for times, width, _ in _sizes(factors, places)),
+    lambda u, x, factors, places: 2 * pairs_layout(factors, places, len(x), None).interleaved,
 )

@@ -56,7 +56,7 @@ def _values(
 
 @triton.jit
 def _field(stream, bit, stride: tl.constexpr, known, BITS: tl.constexpr, LESS_ONE: tl.constexpr):
-    """The field of BITS bits at `bit` of a stream of 32-bit words with a stride; LESS_ONE as in quant/gptq_pack."""
+    """The field of BITS bits at `bit` of a stream of 32-bit words with a stride; LESS_ONE as in quant/gptq."""
     shift = bit % 32
     word = tl.load(stream + (bit // 32) * stride, mask=known, other=0)
     if BITS == 3:

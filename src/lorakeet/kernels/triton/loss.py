@@ -15,6 +15,7 @@ from torch import Tensor
 from lorakeet.kernels.triton.tiles import on_device
 
 COLUMNS = 4096  # of a row at once
+TILED = False  # the logits
 
 
 def loss_in_place(logits: Tensor, targets: Tensor, *, wants_grad: bool) -> Tensor:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorakeet.kernels.protocol import Situation
+from lorakeet.kernels.protocol import QuantisedWeight, Situation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # of a GPU, at least: bf16 on tensor cores, and what the kernels were compiled for
@@ -59,9 +59,14 @@ def takes_states(states: Sequence[Tensor], width: int, by_rows: bool) -> bool:
     return not by_rows or states[0].shape[-1] <= WIDEST
 
 
-def takes_rows(x: Tensor, tokens: int, *factors: Tensor) -> bool:
-    """Products: at most `tokens` rows, and the factors of a pair, all in one dtype."""
-    return 0 < len(x) <= tokens and all(each.dtype == x.dtype for each in factors) and are_numbers(x, *factors)
+def takes_rows(x: Tensor, weight: QuantisedWeight) -> bool:
+    """Products: few rows."""
+    return weight.kernels is not None and 0 < len(x) <= weight.kernels.tokens and are_numbers(x)
+
+
+def takes_pair(x: Tensor, weight: QuantisedWeight, A: Tensor, B: Tensor) -> bool:
+    """Products with a pair: few rows, a low rank, all in one dtype."""
+    return takes_rows(x, weight) and len(A) <= RANK and A.dtype == B.dtype == x.dtype and are_numbers(A, B)
 
 
 def takes_loss(hidden: Tensor) -> bool:
@@ -69,9 +74,9 @@ def takes_loss(hidden: Tensor) -> bool:
     return are_numbers(hidden)
 
 
-def takes_tiles(out: Tensor, buffers: Iterable[Tensor]) -> bool:
+def takes_tiles(out: Tensor, weight: QuantisedWeight) -> bool:
     """Dequantisation: contiguous `out`, plain buffers."""
-    return out.is_contiguous() and are_numbers(out, *buffers)
+    return out.is_contiguous() and are_numbers(out, *weight.packed_buffers())
 
 
 def _why_not_gpu(device: torch.device) -> str:

@@ -11,13 +11,16 @@ only if Triton kernels are requested, since Triton is optional. Their annotation
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from lorakeet.kernels.protocol import QuantisedWeight
 from lorakeet.kernels.tiled_weight import TiledWeight
+from lorakeet.kernels.triton.support import are_numbers
 
 UNPACKED = 4096  # elements that a program dequantises, at most 128 columns of W
 # A product and the sum after it are rounded separately, as in torch; the compiler would fuse them.
@@ -57,6 +60,54 @@ def tile_sizes(tokens: int, itemsize: int, *, transposed: bool) -> TileSizes:
     across, warps = (32, 4) if tokens <= 16 else (64, 8)  # the side of W along which programs are split
     rows, columns = (64, across) if transposed else (across, 64)
     return TileSizes(height, rows, columns, stages=3, warps=warps)
+
+
+def dequantise_into(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
+    """See kernels/protocol.Dequantiser: the same bits as by torch's operations, in one pass."""
+    found = weight.tiles_from(first)
+    if found is not None:
+        unpack_tiles(found[0], out, found[1])
+    return found is not None
+
+
+def quantised_product(weight: QuantisedWeight, x: Tensor, across: bool) -> Tensor | None:
+    """See kernels/protocol.QuantisedProducts: W is dequantised tile by tile, so it is read once and never written.
+
+    It pays while reading W dominates, which is for few tokens (`TritonRequest.tokens`); for more of them W is dequantised once
+    and multiplied by cuBLAS.
+    """
+    tiles = _readable_tiles(weight)
+    return None if tiles is None else fused_product(tiles, x, transposed=across)[0]
+
+
+def add_quantised_product(weight: QuantisedWeight, to: Tensor, x: Tensor, across: bool) -> bool:
+    """See kernels/protocol.QuantisedProducts; the product is rounded before it is added."""
+    found = quantised_product(weight, x, across)
+    if found is not None:
+        to.add_(found)
+    return found is not None
+
+
+def product_and_pair(weight: Any, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """See kernels/protocol.FusedPair: both sums run in fp32; h is rounded to the dtype of x, y once at the end."""
+    tiles = _readable_tiles(weight)
+    return None if tiles is None else fused_product(tiles, x, TilePair(A, B.t(), before=1.0, after=scale))  # type: ignore[return-value]
+
+
+def product_and_pair_t(weight: Any, grad: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """See kernels/protocol.FusedPair: the backward pass of `product_and_pair`.
+
+    y is linear in x, y = x·(W + s·B·A)ᵀ, so ∂L/∂x = g·(W + s·B·A) = g·W + (s·g·B)·A. That is the same computation with W read
+    along its other side, Bᵀ in the place of A and A in that of Bᵀ; the scale stands before u, which ∂L/∂A = uᵀ·x needs.
+    """
+    tiles, pair = _readable_tiles(weight), TilePair(B.t(), A, before=scale, after=1.0)
+    return None if tiles is None else fused_product(tiles, grad, pair, transposed=True)  # type: ignore[return-value]
+
+
+def _readable_tiles(weight: Any) -> TiledWeight | None:
+    """The weight in tiles, unless it has none, or they belong to a trace."""
+    found: TiledWeight | None = weight.in_tiles()
+    return found if found is not None and are_numbers(*found.tensors) else None
 
 
 def unpack_tiles(tiles: TiledWeight, out: Tensor, first: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lorakeet.formats.files.safetensors_file import SafeFile
-from lorakeet.models.files.quantized import Loaded, read_into, skeleton
+from lorakeet.models.files.quantized import read_into, skeleton
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import INDEX, SINGLE, tensor_files
 from lorakeet.models.files.validate import misfits_in, refused, require_whole
@@ -28,38 +28,26 @@ def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
     files = tensor_files(source)
     try:
         if _is_read_here(source, files, dtype):
-            model, report = _read(source, files, config, dtype)
+            reads = {name: partial(file.read, name) for name, file in files.items()}  # one by one
+            model, report = read_into(skeleton(config), reads, dtype, ignore_mismatched_sizes=True)
+            model.name_or_path = model.config.name_or_path = str(source)
+            take_generation_settings(model, source)
         else:
-            model, report = _mapped(source, config, dtype)
+            with quiet_transformers():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation="eager",
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # refused by `load_dense`, with names and shapes
+                )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise refused(source, config.model_type, files, error) from error
     require_whole(source, config.model_type, misfits=misfits_in(report), missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
-
-
-def _mapped(source: Path, config: Any, dtype: torch.dtype) -> Loaded:
-    """Loads the model with transformers, and returns its report."""
-    with quiet_transformers():
-        found: Loaded = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused by `load_dense`, with names and shapes
-        )
-    return found
-
-
-def _read(source: Path, files: Mapping[str, SafeFile], config: Any, dtype: torch.dtype) -> Loaded:
-    """Loads the model from tensors that are read one by one, and adds what transformers takes from the folder."""
-    reads = {name: partial(file.read, name) for name, file in files.items()}
-    model, report = read_into(skeleton(config), reads, dtype, ignore_mismatched_sizes=True)
-    model.name_or_path = model.config.name_or_path = str(source)
-    take_generation_settings(model, source)
-    return model, report
 
 
 def _is_read_here(source: Path, files: Mapping[str, SafeFile], dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorakeet.errors import DataError, EnvironmentProblem, unreadable
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.gguf_header import MAGIC
 from lorakeet.kernels.cache import cache_folder
@@ -47,23 +48,13 @@ def _unwritten(target: Path, error: Exception) -> EnvironmentProblem:
     )
 
 
-def _check_magic(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
-    if magic != MAGIC:
-        raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
-
-
 def require_disk_space(path: Path, folder: Path, size: int) -> None:
     """Raises EnvironmentProblem unless the disk of `folder` has `size` bytes free for a copy of `path`."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise EnvironmentProblem(
-            f"The copy of {path.name} needs up to {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free. "
-            "Free some, or set LORAKEET_CACHE to a folder on a larger disk."
+            f"The copy of {path.name} needs up to {bytes_text(size)} in {folder}, which has {bytes_text(free)} free. Free some, "
+            "or set LORAKEET_CACHE to a folder on a larger disk."
         )
 
 
@@ -72,7 +63,13 @@ def content_digest(path: Path) -> str:
 
     Raises DataError if the file cannot be read or is not a GGUF, EnvironmentProblem if the cache cannot be written.
     """
-    _check_magic(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from error
+    if magic != MAGIC:
+        raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
     folder = cache_folder() / "gguf"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,17 +37,20 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
     found: dict[str, Mapping[str, Any]] = {}
     where = str(files / "config.json") if files is not None and files.is_dir() else "config.json"
     gptq = gptq_config.parse(stored, where) if stored and method == gptq_config.METHOD else None
+    settings: Mapping[str, Any]
     for path, module in chosen.items():
         shape = modules.weight_shape(module, cast(Any, modules.kind_of(module)))
-        settings: Mapping[str, Any] | None
         if gptq is not None:
-            settings = _gptq(gptq.for_layer(path), shape[1])
+            own = gptq.for_layer(path)
+            if own is None:
+                continue
+            settings = {"bits": own.bits, "groups": own.groups(shape[1]), "sym": own.sym, "zero_format": own.zero_format}
         elif stored and method == "gguf":
             settings = {"type": _types_in(there, path)}
         else:
-            settings = _ours(stored or {}, spec)
-        if settings is not None:
-            found[path] = {"method": method, **settings, "shape": shape}
+            double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else spec.double_quant
+            settings = {"block_size": spec.block_size, "double_quant": double}
+        found[path] = {"method": method, **settings, "shape": shape}
     return found
 
 
@@ -72,15 +75,3 @@ def _types_in(files: Mapping[str, SafeFile], path: str) -> str:
     if name is None:
         raise ConfigError(f"The folder has no GGUF blocks of {path}. Name the .gguf file, or fetch the folder again.")
     return files[name].bytes_of(name).decode("ascii", "replace")  # not as a tensor: a ledger may be active
-
-
-def _gptq(settings: gptq_config.GptqConfig | None, columns: int) -> Mapping[str, Any] | None:
-    if settings is None:
-        return None
-    groups = settings.groups(columns)
-    return {"bits": settings.bits, "groups": groups, "sym": settings.sym, "zero_format": settings.zero_format}
-
-
-def _ours(stored: Mapping[str, Any], spec: QuantSpec) -> Mapping[str, Any]:
-    double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else spec.double_quant
-    return {"block_size": spec.block_size, "double_quant": double}

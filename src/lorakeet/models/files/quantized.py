@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import ConfigError, DataError, nearest
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.models import modules
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
@@ -47,7 +48,7 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
     name = method_of(stored) if stored else spec.method
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
     packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
-    say(f"{len(bases)} linear layers are {name}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
+    say(f"{len(bases)} linear layers are {name}: {bytes_text(packed)} in place of {bytes_text(dense)}.")
     for line in limits_of_packing(model):
         say(line)
     return model
@@ -95,7 +96,7 @@ def kept_experts(model: nn.Module) -> str:
     size = sum(module.get_parameter(name).nbytes for module in model.modules() for name in modules.expert_stacks(module))
     if not size:
         return ""
-    return f"The experts of this model are no linear layers to transformers and stay as they are: {size / 1e6:,.1f} MB."
+    return f"The experts of this model are no linear layers to transformers and stay as they are: {bytes_text(size)}."
 
 
 def quantised_model(stored_model: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
@@ -227,8 +228,7 @@ def load_packed(stored_model: StoredModel, config: Any, dtype: torch.dtype, sour
 
 
 class WeightHook(QuantizationConfigMixin):  # type: ignore[misc]
-    """Makes transformers convert the parameters that `wants` selects by name with `operation`, by its hook for quantised weights.
-    """
+    """Makes transformers convert the parameters that `wants` selects by name with `operation`: its hook for quantised weights."""
 
     def __init__(self, operation: ConversionOps, wants: Callable[[str], bool]) -> None:
         if _METHOD not in AUTO_QUANTIZER_MAPPING:  # transformers' own registry

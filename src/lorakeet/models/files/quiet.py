@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.utils import logging
 
@@ -17,13 +18,19 @@ def quiet_transformers() -> Iterator[None]:
 
     It also silences bitsandbytes' message on a missing kernel when transformers, diffusers or PEFT import it.
     """
+    with errors_only(logging), warnings.catch_warnings(), quiet_bitsandbytes():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def errors_only(logging: Any) -> Iterator[None]:
+    """A context in which a Hugging Face library, by its module `logging`, reports errors only; restores its settings."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), quiet_bitsandbytes():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -134,14 +134,6 @@ def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stor
     )
 
 
-def _int8_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
-    return _stock_of(files, "_scale", safetensors_layout.INT8_PARTS, safetensors_layout.int8_base)
-
-
-def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
-    return _stock_of(files, safetensors_layout.GGUF_TYPE, ("", safetensors_layout.GGUF_TYPE), safetensors_layout.gguf_base)
-
-
 def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
     config = gptq_config.parse(stored, str(next(iter(files.values())).path.with_name("config.json")) if files else "config.json")
     ends = {f".{part}" for part in gptq.PARTS}
@@ -172,7 +164,11 @@ def _gptq_reader(name: str, parts: Mapping[str, SafeFile], settings: gptq_config
 # Readers by the quant_method of config.json: a new method is a line here.
 READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], StoredModel]] = {
     "bitsandbytes": _nf4_stock,
-    safetensors_layout.INT8_METHOD: _int8_stock,
-    safetensors_layout.GGUF_METHOD: _gguf_stock,
+    safetensors_layout.INT8_METHOD: lambda files, _: _stock_of(
+        files, "_scale", safetensors_layout.INT8_PARTS, safetensors_layout.int8_base
+    ),
+    safetensors_layout.GGUF_METHOD: lambda files, _: _stock_of(
+        files, safetensors_layout.GGUF_TYPE, ("", safetensors_layout.GGUF_TYPE), safetensors_layout.gguf_base
+    ),
     gptq_config.METHOD: _gptq_stock,
 }

@@ -47,9 +47,7 @@ class KeyValues:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values (slots, kv heads, capacity, d) of a layer, allocated like `key` and `value` (n, kv heads,
-        d).
-        """
+        """Returns keys and values (slots, kv heads, capacity, d) of a layer, allocated like `key`, `value` (n, kv heads, d)."""
         if number not in self._layers:
             shapes = [(self.slots, states.shape[1], self.capacity, states.shape[2]) for states in (key, value)]
             self._layers[number] = (_zeros(shapes[0], key), _zeros(shapes[1], value))
@@ -186,7 +184,7 @@ def _of_prompt(row: CacheRow, q: Tensor, new: tuple[Tensor, Tensor], cached: tup
     for first in range(0, count, QUERIES):
         last = min(first + QUERIES, count)
         seen = row.start + last
-        states = _stacked(q[first:last].transpose(0, 1), keys.shape[1])[None]
+        states = q[first:last].transpose(0, 1).reshape(1, keys.shape[1], -1, q.shape[2])  # the queries of a group stacked
         allowed = _allowed(row.start + first, last - first, seen, window, q.device)
         found = _attention(states, keys[:, :, :seen], values[:, :, :seen], allowed, scale, cap)
         out[first:last] = found[0].view(q.shape[1], last - first, -1).transpose(0, 1)
@@ -204,11 +202,6 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_zeros(shape)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
-
-
-def _stacked(states: Tensor, kv: int) -> Tensor:
-    """Returns (kv·G, n, d) as (kv, G·n, d): the queries of a group stacked."""
-    return states.reshape(kv, -1, states.shape[2])
 
 
 def _allowed(start: int, count: int, seen: int, window: int | None, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import DataError, Problems
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors
 from lorakeet.models.files.packing import Packing
@@ -67,7 +68,7 @@ def load_denoiser(
     if packing:
         bases = [module.base for module in model.modules() if isinstance(module, PackedLinear)]
         packed, dense = sum(base.bytes for base in bases), weights_in(nn.ModuleList(bases)) * dtype.itemsize
-        say(f"{len(packing)} linear layers are {spec.method}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
+        say(f"{len(packing)} linear layers are {spec.method}: {bytes_text(packed)} in place of {bytes_text(dense)}.")
         if spec.method == "nf4" and bitsandbytes_advice():
             say(bitsandbytes_advice())
     return model.requires_grad_(False).eval()

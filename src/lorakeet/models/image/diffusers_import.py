@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lorakeet.errors import DataError, EnvironmentProblem
-from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.quiet import errors_only, quiet_transformers
 
 
 def diffusers() -> Any:
@@ -25,17 +25,8 @@ def diffusers() -> Any:
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
     """A context in which transformers and diffusers report errors only; their settings are restored afterwards."""
-    logging = diffusers().utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with quiet_transformers():
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with errors_only(diffusers().utils.logging), quiet_transformers():
+        yield
 
 
 def new_denoiser(config: Mapping[str, Any]) -> Any:

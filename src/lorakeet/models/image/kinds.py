@@ -62,9 +62,7 @@ class Conditioning:
 
 
 def predicted(kind: ImageKind, denoiser: Any, noisy: Tensor, times: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
-    """Returns the prediction (n, channels, h, w) of `denoiser` for `noisy`; `times` (n,) from 0 to 1000, sizes (n, 6) for
-    SDXL.
-    """
+    """Returns the prediction (n, channels, h, w) of `denoiser` for `noisy`; `times` (n,) are 0 to 1000, sizes (n, 6) SDXL's."""
     if kind.name == "flux":
         return _flux(denoiser, noisy, times, conditioning)
     if kind.name == "sd3":

@@ -24,7 +24,6 @@ from lorakeet.models.image.denoiser import METHODS, denoiser_files, load_denoise
 from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image.kinds import ENCODERS, FLUX_SIDE, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
 from lorakeet.models.image.noise import Noising, noising_of
-from lorakeet.models.image.scaling import scaled_latents, scaling_note, unscaled
 from lorakeet.models.image.schedule import scheduler_for
 from lorakeet.models.image.single_file import load_single, open_single, single_denoiser_files
 from lorakeet.models.inject import attach
@@ -78,9 +77,7 @@ class ImageModel:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """A context with denoiser and autoencoder on the device and the pipeline without idle encoders, whose device it would
-        use.
-        """
+        """A context with denoiser and autoencoder on the device; the pipeline lacks idle encoders, whose device it would use."""
         self.stage(self.kind.denoiser, "vae")
         away = [] if self.idle_device is None else [name for name in ENCODERS if name in self.parts]
         for name in away:
@@ -186,9 +183,7 @@ class ImageModel:
         """
         self.stage_to_describe()
         with quiet_diffusers():
-            found = self.pipeline.encode_prompt(
-                list(captions), device=self.device, num_images_per_prompt=1, **self.kind.prompts
-            )
+            found = self.pipeline.encode_prompt(list(captions), device=self.device, num_images_per_prompt=1, **self.kind.prompts)
         states, pooled = found[0], None if self.kind.pooled is None else found[self.kind.pooled]
         if pooled is not None and self._empty_is_zeros and "" in captions:
             given = torch.tensor([float(caption != "") for caption in captions], device=states.device, dtype=states.dtype)
@@ -385,3 +380,42 @@ def _digest(module: nn.Module, note: str) -> str:
     for name, digest in sorted(frozen_digests(module).items()):
         found.update(f"\n{name} {digest}".encode())
     return found.hexdigest()
+
+
+def scaled_latents(latents: Tensor, config: Any, kind: ImageKind) -> Tensor:
+    """Returns the denoiser's latents x of the autoencoder's output z (n, channels, h, w), as diffusers' pipelines do.
+
+    SD, SD3, FLUX    x = s·(z − shift)                  s and shift: scaling_factor, shift_factor
+    SDXL             x = s·(z − mean) / std             if the configuration has latents_mean and latents_std, by channel
+    """
+    shift, factor = _terms(latents, config, kind)
+    return (latents - shift) * factor
+
+
+def unscaled(latents: Tensor, config: Any, kind: ImageKind) -> Tensor:
+    """Returns the inverse of `scaled_latents`."""
+    shift, factor = _terms(latents, config, kind)
+    return latents / factor + shift
+
+
+def scaling_note(config: Any, kind: ImageKind) -> str:
+    """Returns a text of everything that `scaled_latents` depends on, for a digest."""
+    note = f"{config.scaling_factor} {getattr(config, 'shift_factor', None)}"
+    return f"{note} {list(config.latents_mean)} {list(config.latents_std)}" if _standardised(config, kind) else note
+
+
+def _terms(latents: Tensor, config: Any, kind: ImageKind) -> tuple[Tensor | float, Tensor | float]:
+    """Returns the shift and the factor."""
+    if not _standardised(config, kind):
+        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return mean, config.scaling_factor / std
+
+
+def _standardised(config: Any, kind: ImageKind) -> bool:
+    """True if means and deviations are used: diffusers' pipelines of other kinds ignore them."""
+    means, deviations = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    return kind.name == "sdxl" and means is not None and deviations is not None

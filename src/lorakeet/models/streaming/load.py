@@ -20,7 +20,7 @@ from transformers.core_model_loading import ConversionOps
 
 from lorakeet.memory.store import CPU, StoreWriter, WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
-from lorakeet.memory.transfer import CudaTransfer, Transfer
+from lorakeet.memory.transfer import CudaTransfer, HostTransfer
 from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.files.fingerprint import fingerprint
@@ -45,7 +45,7 @@ class Residence:
     device: torch.device = CPU
     pinned: bool = False  # whether blocks stay in pinned host memory once they were read, for a CUDA device
 
-    def transfer(self, store: WeightStore) -> Transfer | None:
+    def transfer(self, store: WeightStore) -> HostTransfer | None:
         """Returns the transfer of records from `store` to the device; None for the CPU."""
         return CudaTransfer(store, self.device, keep=self.pinned) if self.device.type == "cuda" else None
 
@@ -73,9 +73,7 @@ def streamed_model(
     path = folder / f"{source.name}-{same['model'][:16]}-{quantize.method}-{same['dtype']}.safetensors"
     if not path.is_file():
         say(f"Writing the frozen weights into {path}, from where they are streamed.")
-        write_store(
-            path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family, changes=changes
-        )
+        write_store(path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family, changes=changes)
     model, streamed = open_streamed(WeightStore.open(path, same), config, dtype, family, residence=residence)
     if quantize.method != "none" or stored_quantisation(config):
         for line in limits_of_packing(model):

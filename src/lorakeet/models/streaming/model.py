@@ -133,9 +133,7 @@ class StreamedBlock(BlockReplacement):
         if not self._streamed.running:
             return self._streamed.pass_through(self.index, states, (args, kwargs))
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "only train/text/streamed_gradients differentiates streamed blocks: their weights are freed early"
-            )
+            raise RuntimeError("only train/text/streamed_gradients differentiates streamed blocks: their weights are freed early")
         with self._streamed.present(self.index) as block:
             return plain_output(block(states, *args, **kwargs))
 

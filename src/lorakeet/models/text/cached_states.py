@@ -91,7 +91,8 @@ def cached_states(
     """
     depth = frozen_depth(text, plans)
     batches, count = _row_batches(rows, micro_tokens), len(rows) + len(later)
-    needed = _state_bytes(text) * sum(len(row.ids) for part in _row_batches([*rows, *later], micro_tokens) for row in part)
+    of_a_token = int(text.model.config.get_text_config().hidden_size) * text.dtype.itemsize
+    needed = of_a_token * sum(len(row.ids) for part in _row_batches([*rows, *later], micro_tokens) for row in part)
     if folder is not None and (free := shutil.disk_usage(folder).free) < needed:
         raise EnvironmentProblem(
             f"The hidden states of {count} rows take {needed:,} bytes on the disk of {folder}, and {free:,} are free. "
@@ -191,11 +192,6 @@ def _row_batches(rows: Sequence[Example], micro_tokens: int) -> list[list[Exampl
 def _paths(text: TextModel) -> list[str]:
     prefix, count = modules.block_prefix(text.model, text.family)
     return [f"{prefix}.{number}" for number in range(count)]
-
-
-def _state_bytes(text: TextModel) -> int:
-    """Bytes of one token's states."""
-    return int(text.model.config.get_text_config().hidden_size) * text.dtype.itemsize
 
 
 def _trained(module: nn.Module | None) -> set[nn.Parameter]:

@@ -358,7 +358,9 @@ def _torch_errors_as_environment_problems() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        causes = _causes(error)
+        causes: list[BaseException] = [error]  # when a recording fails, ending it fails too, with a vaguer message
+        while (link := causes[-1].__context__) is not None:
+            causes.append(link)
         for cause in causes:
             if not isinstance(cause, Exception):  # Ctrl-C, whose recording could not be ended in order either
                 raise cause from None
@@ -370,14 +372,6 @@ def _torch_errors_as_environment_problems() -> Iterator[None]:
         first = [cause for cause in causes if isinstance(cause, RuntimeError)][-1]
         reason = " ".join(str(first).split())[:ERROR_LENGTH].rstrip(".")
         raise EnvironmentProblem(f"{SETTING} is true, but CUDA graphs cannot be recorded: {reason}. {REMEDY}") from error
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """Returns the chain of errors, the first one last: when a recording fails, ending it fails too, with a vaguer message."""
-    found = [error]
-    while (link := found[-1].__context__) is not None:
-        found.append(link)
-    return found
 
 
 def _too_far(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:

@@ -38,7 +38,7 @@ from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
 from lorakeet.quant.construct import empty_base
-from lorakeet.quant.gptq_pack import WORD
+from lorakeet.quant.gptq import WORD
 from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
@@ -162,7 +162,7 @@ def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_i
 
 
 class ShapeBase(PackedBase):
-    """A packed base of shapes, with the same buffers. `unpack` only allocates, for a moment, what real unpacking does."""
+    """A packed base of shapes, with the same buffers. Unpacking only allocates, for a moment, what real unpacking does."""
 
     def __init__(self, base: PackedBase) -> None:
         super().__init__(base.shape)
@@ -185,7 +185,7 @@ class ShapeBase(PackedBase):
     def _stored_weight(self) -> StoredWeight | None:
         return self._stands_for
 
-    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+    def unpack_by_torch(self, out: Tensor, first: int) -> Tensor:
         settings = json.dumps({**self.settings, "shape": tuple(out.shape)})
         torch.empty(_while_unpacking(settings, out.dtype), dtype=torch.uint8, device=out.device)
         return out
@@ -202,7 +202,7 @@ def _while_unpacking(settings: str, dtype: torch.dtype) -> int:
         base, out = empty_base({**packing, "shape": (rows, columns)}), torch.empty(rows, columns, dtype=dtype)
         before = ledger.bytes
         with ledger.phase("unpack"):
-            base.unpack(out)
+            base.unpack_by_torch(out, 0)
         return ledger.peaks["unpack"].bytes - before
 
 

@@ -90,7 +90,8 @@ def load_text_model(
         streamed=streamed,
     )
     with torch.no_grad(), quiet_transformers():
-        reference = _own_logits(text)
+        rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
+        reference = torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
         _require_numbers(text, reference)
         check_head(text, reference)
         _choose_attention(text, spec.attention, reference, say)
@@ -105,14 +106,10 @@ def _use_checked_kernels(text: TextModel, kernels: TritonRequest, vocabulary: in
     """Checks the kernels on this device and makes the model use them; EnvironmentProblem if they differ from torch."""
     check_kernels(_modules(text), kernels, text.products)
     check_loss(vocabulary, text.device)
-    check_elementwise(_widths(text.model), kernels, {text.dtype, text.products}, text.device)
+    heads = {getattr(module, "head_dim", None) for module in text.model.modules()}
+    widths = {text.model.get_input_embeddings().weight.shape[1], *(head for head in heads if isinstance(head, int))}
+    check_elementwise(sorted(widths), kernels, {text.dtype, text.products}, text.device)
     use_kernels(text.model, kernels)
-
-
-def _widths(model: Any) -> list[int]:
-    """Returns the hidden size and all head sizes of the model."""
-    heads = {getattr(module, "head_dim", None) for module in model.modules()}
-    return sorted({model.get_input_embeddings().weight.shape[1], *(head for head in heads if isinstance(head, int))})
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -159,13 +156,6 @@ def _check_batch(text: TextModel) -> Batch:
     tokens[CHECK_ROWS[0]] = tokens[0]  # so that a shared prefix is checked too
     keys = tuple(map(str, range(len(CHECK_ROWS))))
     return Batch(tokens, CHECK_ROWS, torch.arange(len(tokens)), tokens, keys).to(text.device)
-
-
-def _own_logits(text: TextModel) -> Tensor:
-    """Returns the model's own logits for the rows of the check, one at a time, with eager attention: (tokens, vocabulary)."""
-    batch = _check_batch(text)
-    rows = batch.ids.split(list(batch.lengths))  # type: ignore[no-untyped-call]
-    return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
 
 
 def _require_numbers(text: TextModel, reference: Tensor) -> None:

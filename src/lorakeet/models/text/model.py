@@ -123,8 +123,10 @@ class TextModel:
                     row_products=self.products,
                 )
             return states[0].index_select(0, layout.target_positions)
-        padded, positions = _padded(batch, self._pad)
-        states = self._decode(padded)
+        longest = max(batch.lengths)
+        positions = batch.rows_of_tokens * longest + batch.positions  # of each token among the rows, padded on the right
+        blank = torch.full((len(batch.lengths) * longest,), self._pad, dtype=torch.int64, device=batch.ids.device)
+        states = self._decode(blank.index_copy(0, positions, batch.ids).view(-1, longest))
         return states.flatten(0, 1).index_select(0, positions[batch.target_positions])
 
     def states_at(self, ids: Tensor, positions: Tensor, offsets: RowOffsets) -> Tensor:
@@ -173,7 +175,7 @@ class TextModel:
         return prefix_batches(rows, BatchLimits(max_tokens, times, a_pass))
 
     def _copies_nothing(self, lengths: Sequence[int]) -> bool:
-        """True if Lorakeet's own kernel attends to rows of these lengths (core/fused/packed_attention.NativeRows)."""
+        """True if Lorakeet's own kernel attends to rows of these lengths (kernels/cpu/attention.RowAttention)."""
         attention = next((part for part in self._last_parts() if isinstance(part, RotaryAttention)), None)
         if attention is None or min(lengths, default=0) < TILED or attention.exceeds_window(max(lengths)):
             return False
@@ -305,11 +307,3 @@ def target_logits(text: TextModel, batch: Batch, *, chunk: int = 256) -> Iterato
         with torch.no_grad():
             logits = text.head(part)
         yield logits
-
-
-def _padded(batch: Batch, pad: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows padded on the right (rows, longest), and the index of each token in them, flattened (tokens,)."""
-    longest = max(batch.lengths)
-    indices = batch.rows_of_tokens * longest + batch.positions
-    padded = torch.full((len(batch.lengths) * longest,), pad, dtype=torch.int64, device=batch.ids.device)
-    return padded.index_copy(0, indices, batch.ids).view(-1, longest), indices

@@ -1,4 +1,4 @@
-"""Checks if all blocks of a model are equal, so that its memory can be extrapolated from a few of them (memory/extrapolate).
+"""Checks if all blocks of a model are equal, so that its memory can be extrapolated from a few of them (memory/forecast).
 
 Blocks are equal if they have the same modules, with the same tensors, packing, settings and pairs. They are not if every sixth
 block attends to all tokens (Gemma), a mixture of experts starts with dense blocks, or --ranks auto gave blocks different ranks.

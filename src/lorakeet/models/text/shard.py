@@ -38,12 +38,16 @@ def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel
         raise ConfigError(f"train.shard shards a model's blocks, but this '{kind}' model has no list of blocks. Leave it out.")
     mesh = init_device_mesh(device.type, (count,))
     for number in range(blocks):
-        block = modules.unwrapped(
-            cast(nn.Module, modules.find(text.model, f"{prefix}.{number}"))
-        )  # whose hooks a TrainedBlock calls
-        _codes_as_parameters(block)
+        # the original, whose hooks a TrainedBlock calls
+        block = modules.unwrapped(cast(nn.Module, modules.find(text.model, f"{prefix}.{number}")))
+        for base in block.modules():
+            if isinstance(base, PackedBase):  # FSDP2 shards only parameters, so its buffers become frozen ones
+                for name, buffer in [(name, buffer) for name, buffer in base.named_buffers(recurse=False) if buffer.dim() > 0]:
+                    delattr(base, name)
+                    base.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
         with _packed_weights_refused():
-            fully_shard(block, mesh=mesh, ignored_params={each for each in block.parameters() if not _can_be_sharded(each)})
+            ignored = {each for each in block.parameters() if each.requires_grad or not each.dim()}
+            fully_shard(block, mesh=mesh, ignored_params=ignored)
     decoder = text.model.get_decoder()
     outside = {each for each in decoder.parameters() if not isinstance(each, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=outside)  # it shards nothing itself; blocks below it are prefetched
@@ -68,16 +72,3 @@ def _packed_weights_refused() -> Iterator[None]:
 def whole(tensor: Tensor) -> Tensor:
     """Returns the whole tensor of one that may be sharded; a collective call, made by all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _can_be_sharded(parameter: nn.Parameter) -> bool:
-    return not parameter.requires_grad and parameter.dim() > 0
-
-
-def _codes_as_parameters(block: nn.Module) -> None:
-    """Turns the buffers of packed weights into frozen parameters of the same names: FSDP2 shards only parameters."""
-    for base in block.modules():
-        if isinstance(base, PackedBase):
-            for name, buffer in [(name, buffer) for name, buffer in base.named_buffers(recurse=False) if buffer.dim() > 0]:
-                delattr(base, name)
-                base.register_parameter(name, nn.Parameter(buffer, requires_grad=False))

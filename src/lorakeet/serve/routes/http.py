@@ -99,8 +99,11 @@ def _adapter_routes(service: Service) -> list[Route]:
     def upload(request: HttpRequest) -> str:
         return request.query_params.get("upload", "")
 
-    async def show(request: HttpRequest) -> Response:
-        return _sent(await adapters.show(service, _caller(service, request), name(request)))
+    def of_name(answer: Callable[[Service, Caller, str], Awaitable[HttpReply]]) -> Handler:
+        async def handle(request: HttpRequest) -> Response:
+            return _sent(await answer(service, _caller(service, request), name(request)))
+
+        return _guarded(handle)
 
     async def accept(request: HttpRequest) -> Response:
         caller = _caller(service, request)
@@ -109,23 +112,17 @@ def _adapter_routes(service: Service) -> list[Route]:
     async def pin(request: HttpRequest) -> Response:
         return _sent(await adapters.pin(service, _caller(service, request), name(request), await _body(service, request)))
 
-    async def certify(request: HttpRequest) -> Response:
-        return _sent(await adapters.certify(service, _caller(service, request), name(request)))
-
-    async def remove(request: HttpRequest) -> Response:
-        return _sent(await adapters.remove(service, _caller(service, request), name(request)))
-
     async def receive(request: HttpRequest) -> Response:
         file = str(request.path_params["file"])
         return _sent(await adapters.receive(service, _caller(service, request), request, name(request), file, upload(request)))
 
     one = "/v1/adapters/{name}"
     return [
-        Route(one, _guarded(show), methods=["GET"]),
+        Route(one, of_name(adapters.show), methods=["GET"]),
         Route(one, _guarded(accept), methods=["POST"]),
-        Route(one, _guarded(remove), methods=["DELETE"]),
+        Route(one, of_name(adapters.remove), methods=["DELETE"]),
         Route(f"{one}/pin", _guarded(pin), methods=["POST"]),
-        Route(f"{one}/certificate", _guarded(certify), methods=["POST"]),
+        Route(f"{one}/certificate", of_name(adapters.certify), methods=["POST"]),
         Route(f"{one}/{{file}}", _guarded(receive), methods=["PUT"]),
     ]
 
@@ -204,7 +201,8 @@ def _guarded(handle: Handler) -> Handler:
                 status, kind = error.status, "authentication_error"
             message = f"The server's disk refuses: {error.strerror}." if isinstance(error, OSError) else str(error)
             log.warning("refused path=%s status=%d reason=%s", json.dumps(request.url.path), status, json.dumps(message[:500]))
-            headers = _retry(error)
+            seconds = getattr(error, "retry_after", _MEMORY_FULL_SECONDS if isinstance(error, AdapterMemoryFull) else None)
+            headers = {} if seconds is None else {"Retry-After": str(seconds)}
             return _refused(request, message, status, kind, headers)
 
     return answer
@@ -229,11 +227,6 @@ async def _unforeseen(request: HttpRequest, error: Exception) -> Response:
     """A bug of the server; Starlette raises it again, so that the log shows where."""
     message = f"The server has failed at this request ({type(error).__name__}); its log says where. Please report this."
     return _refused(request, message, 500, "server_error")
-
-
-def _retry(error: Exception) -> dict[str, str]:
-    seconds = getattr(error, "retry_after", _MEMORY_FULL_SECONDS if isinstance(error, AdapterMemoryFull) else None)
-    return {} if seconds is None else {"Retry-After": str(seconds)}
 
 
 def _caller(service: Service, request: HttpRequest) -> Caller:

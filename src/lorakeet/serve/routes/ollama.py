@@ -71,7 +71,8 @@ async def _answer(
         stop=options.texts("stop"),
     )
     model = fields.text("model")
-    writing = await service.write(caller, service.weigh(caller, model, fields), [ids], sampling, schema=_schema(fields))
+    weights = service.requested_adapters(caller, model, fields)
+    writing = await service.write(caller, weights, [ids], sampling, schema=_schema(fields))
     if fields.flag("stream", True):
         return HttpReply(_stream(service, writing, model, chat), "application/x-ndjson")
     found = await collect_and_close(service, request, writing)

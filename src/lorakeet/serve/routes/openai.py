@@ -104,7 +104,7 @@ async def tokenize(service: Service, caller: Caller, request: Incoming, data: An
     chat = "messages" in fields.data
     neutral = {"add_special_tokens": not chat, "add_generation_prompt": chat}
     fields.refuse({"model", "messages" if chat else "prompt"}, (), neutral)
-    service.meant(caller, fields.text("model"))
+    service.adapters_named(caller, fields.text("model"))
     ids = await (service.chat_ids(messages(fields)) if chat else service.prompt_ids(fields.text("prompt")))
     return as_json({"count": len(ids), "max_model_len": service.engine.context, "tokens": list(ids)})
 
@@ -164,8 +164,8 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
 
 
 async def _answer(service: Service, caller: Caller, request: Incoming, parsed: _ParsedRequest, fields: Fields) -> HttpReply:
-    meant = service.weigh(caller, parsed.model, fields)
-    writing = await service.write(caller, meant, parsed.prompts, parsed.sampling, texts=parsed.n, schema=parsed.schema)
+    weights = service.requested_adapters(caller, parsed.model, fields)
+    writing = await service.write(caller, weights, parsed.prompts, parsed.sampling, texts=parsed.n, schema=parsed.schema)
     head = {
         "id": ("chatcmpl-" if parsed.chat else "cmpl-") + uuid.uuid4().hex,
         "created": int(time.time()),
@@ -280,4 +280,4 @@ async def models(service: Service, caller: Caller) -> HttpReply:
 async def model(service: Service, caller: Caller, name: str) -> HttpReply:
     """GET /v1/models/NAME: the base, an adapter, or a mix."""
     about = {"id": name, "object": "model", "created": service.began, "owned_by": "lorakeet"}
-    return as_json({**about, "parent": service.base if service.meant(caller, name) else None})
+    return as_json({**about, "parent": service.base if service.adapters_named(caller, name) else None})

@@ -18,8 +18,7 @@ from lorakeet.core.base import frozen_product, write_frozen_product
 from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back_product, tiles
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.choose import loss_kernel
-from lorakeet.kernels.cpu import head as native
-from lorakeet.kernels.protocol import Kernel
+from lorakeet.kernels.protocol import HeadLosses
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
@@ -64,8 +63,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         kernel = loss_kernel(hidden, weight.dtype, kernels)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            if kernel.load() is native:
-                losses[part], found = _by_native(hidden[part], weight, targets[part], wants_grad)
+            if kernel is not None and kernel.TILED:
+                losses[part], found = _in_tiles(kernel, hidden[part], weight, targets[part], wants_grad)
                 if grad is not None and found is not None:
                     grad[part] = found
                 continue
@@ -87,13 +86,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None, None
 
 
-def _by_native(hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Losses (n,) and, if wanted, ∂L/∂h (n, hidden) in fp32."""
+def _in_tiles(
+    kernel: HeadLosses, hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (n,) and, if wanted, ∂L/∂h (n, hidden) in fp32, of logits in the dtype of the states."""
     logits = hidden.new_empty(len(hidden), weight.shape[0])
-    of_tiles = native.blocks(logits, TILE)
+    of_tiles = kernel.blocks(logits, TILE)
     for tile, block in of_tiles:
         write_frozen_product(block, hidden, weight[tile])
-    losses = cast(Tensor, native.HEAD_LOSSES(logits, targets, TILE, wants_grad))
+    losses = kernel.HEAD_LOSSES(logits, targets, TILE, wants_grad)
     if not wants_grad:
         return losses, None
     total = torch.zeros(hidden.shape)
@@ -101,10 +102,10 @@ def _by_native(hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: b
     return losses, total
 
 
-def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernel: Kernel) -> Tensor:
+def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernel: HeadLosses | None) -> Tensor:
     """Logits z (n, vocabulary) and targets (n,) to the losses (n,). Overwrites z: with ∂L/∂z if wanted, else undefined."""
-    if (by := kernel.load()) is not None:
-        return cast(Tensor, by.loss_in_place(logits, targets, wants_grad=wants_grad))
+    if kernel is not None:
+        return kernel.loss_in_place(logits, targets, wants_grad=wants_grad)
     index = targets.unsqueeze(1)
     chosen = logits.gather(1, index).squeeze(1)
     top = logits.amax(1, keepdim=True)

@@ -21,10 +21,9 @@ from lorakeet.errors import Problems
 from lorakeet.evaluate.report.compose import too_few
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.kinds import ENCODERS
-from lorakeet.models.image.latent_cache import Captions, EncodedImage, Sizes, cache_in, encode_images
+from lorakeet.models.image.latent_cache import Captions, EncodedImage, Sizes, cache_in, drawn_prior, encode_images
 from lorakeet.models.image.model import ImageModel, image_plan, load_image_model
 from lorakeet.models.image.noise import check_betas
-from lorakeet.models.image.prior import drawn_prior
 from lorakeet.models.image.sample import Sampler
 from lorakeet.models.inject import inject
 from lorakeet.train.image.task import ImageTask

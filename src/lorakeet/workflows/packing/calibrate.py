@@ -37,9 +37,8 @@ from lorakeet.models.text.gptq_blocks import (
 )
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.gptq import PARTS, gptq_buffer_shapes
+from lorakeet.quant.gptq import BITS, PARTS, gptq_buffer_shapes
 from lorakeet.quant.gptq_config import GptqConfig, gptq_mapping
-from lorakeet.quant.gptq_pack import BITS
 from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing

@@ -31,7 +31,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.parity import CELLS, differences
-from lorakeet.memory.extrapolate import UnevenRuns, extrapolate_bytes, extrapolate_peaks
+from lorakeet.memory.forecast import UnevenRuns, extrapolate_bytes, extrapolate_peaks
 from lorakeet.memory.ledger import Ledger, Work
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.shape_only import ShapeSpill
@@ -124,7 +124,7 @@ def rehearse(
 
     `rows` is the largest micro-batch of a step, those of `evaluation` (left out: the same) that of all else; `way` is for a model
     that streams; under a budget the best values so far are not in memory. Where all blocks of the model are alike,
-    `build(blocks=n)` makes one with a few of them, which stand for all (memory/extrapolate). Raises ConfigError where `lora`
+    `build(blocks=n)` makes one with a few of them, which stand for all (memory/forecast). Raises ConfigError where `lora`
     does not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
     evaluation = evaluation or EvaluationSize(rows)

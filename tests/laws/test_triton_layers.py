@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.base import DenseBase, FrozenBase
 from lorakeet.core.lowrank import frozen_linear, low_rank_linear
-from lorakeet.core.triton_products import low_rank_product, low_rank_product_t, product
 from lorakeet.kernels import choose
+from lorakeet.kernels.choose import fused_pair, product_as_stored
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton import support
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import groups_in_order, quantise_to_nearest
+from lorakeet.quant.gptq import GptqBase, groups_in_order, quantise_to_nearest
 from lorakeet.quant.nf4 import Nf4Base
 from tiny.triton_device import COMPILED, DEVICE, behave_like_a_card, interpret_without_a_card, needs_triton
 
@@ -80,23 +80,23 @@ def test_a_layer_learns_the_same_through_the_kernels(
 @needs_triton
 @pytest.mark.parametrize("make", BASES)
 def test_the_bounds_of_the_dispatch(make: Callable[[torch.dtype], FrozenBase], monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make(torch.float32)
+    base: Any = make(torch.float32)
     x, grad = numbers(5, IN, seed=1), numbers(5, OUT, seed=2)
     A, B = numbers(RANK, IN, seed=3), numbers(OUT, RANK, seed=4)
-    assert low_rank_product(base, x, A, B, SCALE) is None  # nobody asked
-    base.kernels = TritonRequest(5)  # type: ignore[attr-defined]
-    assert low_rank_product(base, x, A, B, SCALE) is not None and low_rank_product_t(base, grad, A, B, SCALE) is not None
-    assert product(base, x) is not None and product(base, grad, transposed=True) is not None
-    assert low_rank_product(base, x.double(), A.double(), B.double(), SCALE) is None  # no kernel for it
-    assert low_rank_product(base, x, A.bfloat16(), B, SCALE) is None
-    assert product(base, x[:0]) is None
+    assert fused_pair(base, x, A, B, SCALE) is None  # nobody asked
+    base.kernels = TritonRequest(5)
+    assert fused_pair(base, x, A, B, SCALE) is not None and fused_pair(base, grad, A, B, SCALE, back=True) is not None
+    assert product_as_stored(base, x) is not None and product_as_stored(base, grad, across=True) is not None
+    assert fused_pair(base, x.double(), A.double(), B.double(), SCALE) is None  # no kernel for it
+    assert fused_pair(base, x, A.bfloat16(), B, SCALE) is not None  # cast for the product
+    assert product_as_stored(base, x[:0]) is None
     wide = support.RANK + 1
-    assert low_rank_product(base, x, numbers(wide, IN, seed=3), numbers(OUT, wide, seed=4), SCALE) is None
-    base.kernels = TritonRequest(4)  # type: ignore[attr-defined]
-    assert product(base, x) is None and product(base, x[:4]) is not None
+    assert fused_pair(base, x, numbers(wide, IN, seed=3), numbers(OUT, wide, seed=4), SCALE) is None
+    base.kernels = TritonRequest(4)
+    assert product_as_stored(base, x) is None and product_as_stored(base, x[:4]) is not None
     monkeypatch.setattr(support, "why_not_on", lambda device: "not here")
     monkeypatch.setattr(choose, "CANDIDATES", {})
-    assert product(base, x[:4]) is None
+    assert product_as_stored(base, x[:4]) is None
 
 
 @needs_triton
@@ -138,7 +138,7 @@ def test_without_a_request_no_buffer_is_read(
 
     device = base.device  # type: ignore[attr-defined]
     monkeypatch.setattr(type(base), "device", property(lambda self: device))
-    monkeypatch.setattr(base, "_packed_buffers", held)
+    monkeypatch.setattr(base, "packed_buffers", held)
     base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
     assert not looked
     if support.has_triton():
