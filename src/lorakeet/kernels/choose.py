@@ -139,7 +139,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("torch, in the stored layout", _always),
     ),
     "loss of the head": (
-        Kernel("Triton: loss", support.why_not, support.takes_loss, "float32 logits", _TRITON + "loss"),
+        Kernel("Triton: loss", support.why_not, support.are_numbers, "float32 logits", _TRITON + "loss"),
         Kernel("C: head.c", head.why_not, head.takes, head.NEEDS, _C + "head"),
         TORCH,
     ),

@@ -103,7 +103,7 @@ class Nf4Base(PackedBase):
         if self.scales is None or self.mean is None:
             return part
         scales = self.scales[first // SCALE_BLOCK : math.ceil(last / SCALE_BLOCK)]
-        levels = _dynamic(part)[part.int()]
+        levels = _table("dynamic", part)[part.int()]
         return levels * scales.repeat_interleave(SCALE_BLOCK)[: len(part)] + self.mean
 
     @property
@@ -119,12 +119,12 @@ class Nf4Base(PackedBase):
         from lorakeet.kernels.triton.nf4 import nf4_tiles
 
         buffers = (self.packed, self.absmax, *(part for part in (self.scales, self.mean) if part is not None))
-        tables = _levels(self.packed), _dynamic(self.packed)
+        tables = _table("levels", self.packed), _table("dynamic", self.packed)
         return nf4_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
 
     def _stored_weight(self) -> StoredWeight | None:
         outer, mean = (0 if part is None else address_of(part) for part in (self.scales, self.mean))
-        tables = address_of(_levels(self.packed)), address_of(_dynamic(self.packed))
+        tables = address_of(_table("levels", self.packed)), address_of(_table("dynamic", self.packed))
         codes, scales = address_of(self.packed), address_of(self.absmax)
         return StoredWeight(NF4, *self.shape, codes, scales, outer, mean, *tables, self.block_size)
 
@@ -212,14 +212,14 @@ def quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
     scales = padded.abs().amax(1)
     scaled = (padded * (1.0 / scales.clamp_min(_TINY))[:, None]).clamp_(-1, 1)
     bins = ((scaled + 1.0) * 0.5 * (BINS - 1) + 0.5).int()
-    codes = _bin_codes(absmax)[bins]
+    codes = _table("bins", absmax)[bins]
     codes[scales == 0] = 0
     return codes.view(-1)[: len(absmax)], scales
 
 
 def dequantise_blocks(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor:
     """Dequantises packed codes (b,) with the maxima of their blocks to (2·b,) in fp32, as bitsandbytes does."""
-    numbers = torch.nn.functional.embedding(packed.int(), _level_pairs(packed)).view(-1)
+    numbers = torch.nn.functional.embedding(packed.int(), _table("pairs", packed)).view(-1)
     whole = len(numbers) - len(numbers) % block_size
     numbers[:whole].view(-1, block_size).mul_(maxima[: whole // block_size, None])
     if whole < len(numbers):
@@ -227,40 +227,11 @@ def dequantise_blocks(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor
     return numbers
 
 
-_TABLES: dict[tuple[str, torch.device], Tensor] = {}
-
-
-def _table(name: str, like: Tensor, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The result of `make` on the device of `like`, cached by device; for a fake tensor (of a traced step) a fake one."""
-    if type(like) is not Tensor:
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    table = _TABLES.get((name, like.device))
-    if table is None:
-        table = _TABLES[name, like.device] = make().to(like.device)
-    return table
-
-
-def _levels(like: Tensor) -> Tensor:
-    return _table("levels", like, lambda: torch.tensor(LEVELS), (16,), torch.float32)
-
-
-def _level_pairs(like: Tensor) -> Tensor:
-    """The two levels of each byte (256, 2)."""
-
-    def pairs() -> Tensor:
-        levels, byte = torch.tensor(LEVELS), torch.arange(256)
-        return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
-
-    return _table("pairs", like, pairs, (256, 2), torch.float32)
-
-
-def _dynamic(like: Tensor) -> Tensor:
-    """The 256 levels of 8-bit dynamic quantisation (https://arxiv.org/abs/1511.04561) in rising order, fp32."""
-    return _table("dynamic", like, dynamic_levels, (256,), torch.float32)
-
-
 def dynamic_levels() -> Tensor:
-    """The levels: 0, 1, and for each power of ten from 1e-6 to 1 the midpoints of 2^i equal parts of [0.1, 1], both signs."""
+    """The 256 levels of 8-bit dynamic quantisation (https://arxiv.org/abs/1511.04561) in rising order, fp32.
+
+    They are 0, 1, and for each power of ten from 1e-6 to 1 the midpoints of 2^i equal parts of [0.1, 1], with both signs.
+    """
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -269,15 +240,37 @@ def dynamic_levels() -> Tensor:
     return torch.tensor(sorted(levels), dtype=torch.float32)
 
 
-def _bin_codes(like: Tensor) -> Tensor:
+def _pairs() -> Tensor:
+    """The two levels of each byte (256, 2)."""
+    levels, byte = torch.tensor(LEVELS), torch.arange(256)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
+
+
+def _bins() -> Tensor:
     """The code of the level nearest to each bin's value (65536,)."""
+    levels = dynamic_levels()
+    at = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
+    return torch.bucketize(at, 0.5 * (levels[:-1] + levels[1:])).to(torch.uint8)
 
-    def codes() -> Tensor:
-        levels = dynamic_levels()
-        at = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
-        return torch.bucketize(at, 0.5 * (levels[:-1] + levels[1:])).to(torch.uint8)
 
-    return _table("bins", like, codes, (BINS,), torch.uint8)
+_TABLES: dict[str, tuple[Callable[[], Tensor], tuple[int, ...], torch.dtype]] = {
+    "levels": (lambda: torch.tensor(LEVELS), (16,), torch.float32),
+    "pairs": (_pairs, (256, 2), torch.float32),
+    "dynamic": (dynamic_levels, (256,), torch.float32),
+    "bins": (_bins, (BINS,), torch.uint8),
+}
+_CACHED: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def _table(name: str, like: Tensor) -> Tensor:
+    """A table of _TABLES on the device of `like`, cached; for a fake tensor (of a traced step) a fake one."""
+    make, shape, dtype = _TABLES[name]
+    if type(like) is not Tensor:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    table = _CACHED.get((name, like.device))
+    if table is None:
+        table = _CACHED[name, like.device] = make().to(like.device)
+    return table
 
 
 def has_bitsandbytes(device: torch.device) -> bool:

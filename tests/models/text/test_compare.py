@@ -15,7 +15,7 @@ from lorakeet.memory.stream import RecordStream
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import compare as compare_models
-from lorakeet.models.text.compare import compare_on, compare_outputs, first_tokens
+from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, set_attention
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.runs.residency import Residency, Way
@@ -32,7 +32,7 @@ def test_a_model_equals_itself_and_differs_from_its_base_as_computed_by_hand(
     rows = finished.result.setup.held_out.examples
     batches = micro_batches(rows, 100)
     assert len(batches) > 1
-    same = compare_on(text, batches, left=NAME, right=NAME, spec=SPEC)
+    same = compare_outputs((text, NAME), (text, NAME), batches, spec=SPEC)
     assert same.max_logit_difference == 0 and same.mean_kl.value == 0 and same.texts == len(rows)
     found = compare_outputs((text, None), (text, NAME), batches, spec=SPEC)
     set_attention(text.model, "sdpa")

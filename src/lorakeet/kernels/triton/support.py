@@ -69,11 +69,6 @@ def takes_pair(x: Tensor, weight: QuantisedWeight, A: Tensor, B: Tensor) -> bool
     return takes_rows(x, weight) and len(A) <= RANK and A.dtype == B.dtype == x.dtype and are_numbers(A, B)
 
 
-def takes_loss(hidden: Tensor) -> bool:
-    """Losses: plain states."""
-    return are_numbers(hidden)
-
-
 def takes_tiles(out: Tensor, weight: QuantisedWeight) -> bool:
     """Dequantisation: contiguous `out`, plain buffers."""
     return out.is_contiguous() and are_numbers(out, *weight.packed_buffers())

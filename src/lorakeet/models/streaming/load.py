@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,7 @@ class Residence:
 
 
 ON_CPU = Residence()
+EMPTY_ON_META = partial(empty_base, device="meta")
 
 
 def streamed_model(
@@ -111,10 +113,6 @@ def write_store(
         more.update(same, packed=json.dumps(collected.packed))
 
 
-def _empty_on_meta(settings: Mapping[str, Any]) -> PackedBase:
-    return empty_base(settings, device="meta")
-
-
 def open_streamed(
     store: WeightStore,
     config: Any,
@@ -122,7 +120,7 @@ def open_streamed(
     family: Family,
     *,
     residence: Residence = ON_CPU,
-    base_of: Callable[[Mapping[str, Any]], PackedBase] = _empty_on_meta,
+    base_of: Callable[[Mapping[str, Any]], PackedBase] = EMPTY_ON_META,
 ) -> tuple[Any, StreamedBlocks]:
     """Opens the model of a store whose records are its blocks; `residence` says where and how many are loaded.
 
@@ -160,7 +158,7 @@ def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Pa
     """Returns the model on the meta device with packed linear layers, as `quantize` says or as its `files` are."""
     model = empty_model(config, dtype)
     for path, settings in packing_of(model, config, quantize, files).items():
-        _put_packed(model, path, _empty_on_meta(settings))
+        _put_packed(model, path, EMPTY_ON_META(settings))
     return model
 
 

@@ -41,11 +41,6 @@ def compare_outputs(left: Side, right: Side, batches: Sequence[Batch], *, spec: 
     return meter.result(spec)
 
 
-def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, right: str | None, spec: EvaluateSpec) -> Parity:
-    """Compares two adapters of one model, as `compare_outputs`."""
-    return compare_outputs((text, left), (text, right), batches, spec=spec)
-
-
 def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the hidden states of both sides at the targets of each batch, (targets, hidden)."""
     apart = left[0].model is not right[0].model and left[0].streamed is not None and right[0].streamed is not None

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -33,7 +33,7 @@ from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.modules import block_of
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.streaming.load import Residence, empty_packed, open_streamed, records_of
+from lorakeet.models.streaming.load import EMPTY_ON_META, Residence, empty_packed, open_streamed, records_of
 from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
@@ -140,7 +140,7 @@ def streamed_model_from_config(
     family, quantize = family_of(config.get_text_config()), quantize or QuantSpec()
     with _disable_current_modes():  # tensors on disk are not in the ledger
         store = shape_store(empty_packed(config, dtype, quantize, files), family)
-    base_of = partial(empty_base, device="meta") if quantize.int8_products else _shape_base
+    base_of = EMPTY_ON_META if quantize.int8_products else lambda settings: ShapeBase(EMPTY_ON_META(settings))
     model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
     if quantize.int8_products:
         enable_int8_products(model)
@@ -230,7 +230,3 @@ def shape_store(model: Any, family: Family) -> ShapeStore:
             records.setdefault(path, {})[leaf] = tensor
     packed = {path: module.base.settings for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     return ShapeStore(records, {"packed": json.dumps(packed)})
-
-
-def _shape_base(settings: Mapping[str, Any]) -> PackedBase:
-    return ShapeBase(empty_base(settings, device="meta"))

@@ -38,7 +38,8 @@ class ModelBuilder:
 def count_repeated_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
     """Returns the number of blocks if all are equal and have the same pairs; else 0."""
     prefix, count = modules.block_prefix(model, family)
-    if not count or not _counted_in(model, count) or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
+    counted = getattr(cast(Any, model).config.get_text_config(), "num_hidden_layers", None) == count
+    if not count or not counted or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
         return 0
     found = blocks_of(model, family)
     pairs: dict[str, list[Any]] = {f"{prefix}.{index}": [] for index in range(len(found))}
@@ -93,12 +94,6 @@ def first_blocks_of_plan(plan: Plan, model: nn.Module, family: Family) -> Plan:
         return not path.startswith(f"{prefix}.") or modules.block_of(path, prefix) in kept
 
     return replace(plan, entries=tuple(entry for entry in plan.entries if is_there(entry.path)))
-
-
-def _counted_in(model: Any, count: int) -> bool:
-    """True if the configuration has the number of blocks."""
-    text = model.config.get_text_config()
-    return getattr(text, "num_hidden_layers", None) == count
 
 
 def _signature(block: nn.Module) -> list[Any]:

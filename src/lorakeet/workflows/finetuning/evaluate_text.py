@@ -22,7 +22,7 @@ from lorakeet.evaluate.report.report import Drift, Report
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import label_scores, row_losses
 from lorakeet.models.inject import activate
-from lorakeet.models.text.compare import compare_on
+from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
 
@@ -77,7 +77,7 @@ class TextEvaluator:
         if not examples:
             return None
         batches = micro_batches(examples, self.config.train.micro_tokens)
-        parity = compare_on(self.text, batches, left=None, right=self.name, spec=spec)
+        parity = compare_outputs((self.text, None), (self.text, self.name), batches, spec=spec)
         return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
 
     def fitting(self) -> list[Row]:
