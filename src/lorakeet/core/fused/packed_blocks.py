@@ -63,7 +63,9 @@ def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: i
             shapes.setdefault((_whole(stop - start), start), []).append((row, stop))
     found = []
     for (width, offset), blocks in shapes.items():
-        for chosen in _split(blocks, scores // (heads * width * (offset + width))):
+        size = max(1, scores // (heads * width * (offset + width)))
+        for at in range(0, len(blocks), size):
+            chosen = blocks[at : at + size]
             queries_of = _places(chosen, offset, width)
             keys = queries_of if offset == 0 else _places(chosen, 0, offset + width)
             found.append(QueryBlocks(queries_of, keys, offset, prefix))
@@ -91,13 +93,6 @@ def whole_row_blocks(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Q
         places = _places([(row, len(row.tokens)) for row in alike], 0, len(alike[0].tokens))
         found.append(QueryBlocks(places, places, 0, prefix))
     return tuple(found)
-
-
-def _split(blocks: list[tuple[_Row, int]], together: int) -> Iterator[list[tuple[_Row, int]]]:
-    """Splits `blocks` into parts of `together`, at least one."""
-    size = max(1, together)
-    for start in range(0, len(blocks), size):
-        yield blocks[start : start + size]
 
 
 def _rows(rows: tuple[int, ...], prefix: int) -> Iterator[_Row]:
