@@ -1,10 +1,10 @@
-"""The grid of a packed weight: the values that its codes can take under fixed scales, and rounding to them.
-"""
+"""The grid of a packed weight: the values that its codes can take under fixed scales, and rounding to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -32,8 +32,9 @@ class FixedGrid(Protocol):
         """`weight` (out, in) packed with its nearest values."""
         ...
 
-    def filled(self, codes: Tensor) -> PackedBase:
-        """The packed weight with these codes (out, in) uint8."""
+    @property
+    def filled(self) -> Callable[[Tensor], PackedBase]:
+        """Returns the packed weight with given codes (out, in) uint8."""
         ...
 
 
@@ -46,7 +47,7 @@ class UniformGrid:
     offset: Tensor  # (groups, out) fp32
     group_of: list[int]  # of each column
     highest: int
-    fill: Callable[[Tensor], PackedBase]
+    filled: Callable[[Tensor], PackedBase]
 
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
         group = self.group_of[at]
@@ -58,14 +59,11 @@ class UniformGrid:
         return self._codes(weight).mul_(self.step[self.group_of].t()).sub_(self.offset[self.group_of].t())
 
     def nearest(self, weight: Tensor) -> PackedBase:
-        return self.fill(self._codes(weight).to(torch.uint8))
+        return self.filled(self._codes(weight).to(torch.uint8))
 
     def _codes(self, weight: Tensor) -> Tensor:
         inverse, offset = self.inverse[self.group_of].t(), self.offset[self.group_of].t()
         return gguf_codes.nearest_codes(weight, inverse, offset, self.highest)
-
-    def filled(self, codes: Tensor) -> PackedBase:
-        return self.fill(codes)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Nf4Grid:
     """x = LEVELS[code]·a, with a the largest absolute value of the number's block: NF4."""
 
     largest: Tensor  # (out, in) fp32
-    fill: Callable[[Tensor], PackedBase]
+    filled: Callable[[Tensor], PackedBase]
 
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
         return self._nearest(numbers, self.largest[:, at])
@@ -82,16 +80,13 @@ class Nf4Grid:
         return self._nearest(weight, self.largest)[1]
 
     def nearest(self, weight: Tensor) -> PackedBase:
-        return self.fill(self._nearest(weight, self.largest)[0].to(torch.uint8))
+        return self.filled(self._nearest(weight, self.largest)[0].to(torch.uint8))
 
     def _nearest(self, numbers: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
         levels = torch.tensor(LEVELS, device=numbers.device)
         safe = torch.where(largest == 0, torch.ones_like(largest), largest)
         codes = torch.bucketize(numbers / safe, (levels[:-1] + levels[1:]) / 2)
         return codes, levels[codes] * largest
-
-    def filled(self, codes: Tensor) -> PackedBase:
-        return self.fill(codes)
 
 
 def grid_of(base: PackedBase) -> FixedGrid:
@@ -101,7 +96,8 @@ def grid_of(base: PackedBase) -> FixedGrid:
     if isinstance(base, GgufBase):
         step, offset = (part.t().contiguous() for part in gguf_codes.steps(base))
         group_of = [column // (base.shape[1] // len(step)) for column in range(base.shape[1])]
-        return _even(step, offset, group_of, gguf_codes.HIGHEST[base.kind], lambda codes: gguf_codes.with_codes(base, codes))
+        highest, filled = gguf_codes.HIGHEST[base.kind], partial(gguf_codes.with_codes, base)
+        return UniformGrid(step, gguf_codes.inverted(step), offset, group_of, highest, filled)
     if isinstance(base, Nf4Base):
         return _nf4(base)
     raise ValueError(f"{type(base).__name__} has no grid here; expected GptqBase, Nf4Base or GgufBase")
@@ -130,13 +126,8 @@ def _gptq(base: GptqBase) -> UniformGrid:
         found.fill(codes, grid)
         return found
 
-    return _even(step, step * grid.zeros.float(), grid.g_idx.tolist(), 2**base.bits - 1, filled)
-
-
-def _even(
-    step: Tensor, offset: Tensor, group_of: list[int], highest: int, fill: Callable[[Tensor], PackedBase]
-) -> UniformGrid:
-    return UniformGrid(step, gguf_codes.inverted(step), offset, group_of, highest, fill)
+    offset = step * grid.zeros.float()
+    return UniformGrid(step, gguf_codes.inverted(step), offset, grid.g_idx.tolist(), 2**base.bits - 1, filled)
 
 
 def _nf4(base: Nf4Base) -> Nf4Grid:
