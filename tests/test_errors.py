@@ -15,6 +15,7 @@ from lorakeet.errors import (
     RunStopped,
     VerificationFailed,
     nearest,
+    readable,
     unreadable,
 )
 
@@ -58,3 +59,5 @@ def test_a_file_that_is_not_read_is_named_with_the_reason_and_the_remedy() -> No
     said = "a.yaml cannot be read: {}. Check the path, its permissions and the disk."
     assert unreadable(Path("a.yaml"), OSError(5, "Input/output error")) == said.format("Input/output error")
     assert unreadable(Path("a.yaml"), OSError("odd")) == said.format("odd")
+    with pytest.raises(DataError, match=r"^a\.yaml cannot be read: odd"), readable(Path("a.yaml")):
+        raise OSError("odd")

@@ -1,4 +1,4 @@
-"""The errors that Lorakeet raises on purpose, and the three small tools that word them.
+"""The errors that Lorakeet raises on purpose, and the small tools that word them.
 
     LorakeetError
     ├── ConfigError          fix your configuration                    exit code 2
@@ -14,7 +14,8 @@ collect them in `Problems` and raise once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -66,6 +67,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unreadable(path: Path, error: OSError) -> str:
     """The sentences for a file that the system will not read: which one, the reason that the system gives, and what to check."""
     return f"{path} cannot be read: {error.strerror or error}. Check the path, its permissions and the disk."
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A context in which a failure of the system to read `path` becomes a DataError (`unreadable`)."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from error
 
 
 class Problems:

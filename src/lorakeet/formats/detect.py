@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.errors import DataError, unreadable
+from lorakeet.errors import DataError, readable
 from lorakeet.formats import gguf, mlx
 from lorakeet.formats.adapter_format import AdapterFormat, Say
 from lorakeet.formats.compress import CompressionTarget
@@ -88,11 +88,8 @@ def _file(path: Path) -> Found:
         raise DataError(f"{path} is a pickle file, which can run code when it is loaded, so it is never opened.")
     if path.name in (CONFIG_NAME, *(one.WEIGHTS for one in FORMATS)):
         return detect(path.parent)
-    try:
-        with path.open("rb") as file:
-            begin = file.read(9)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
+    with readable(path), path.open("rb") as file:
+        begin = file.read(9)
     for one in FORMATS:
         if one.MAGIC and begin.startswith(one.MAGIC):
             return Found(one.NAME, path, f"the file begins with {one.MAGIC.decode()}")

@@ -14,7 +14,7 @@ With S the identity this is the activation-weighted SVD, with both the plain one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -73,18 +73,14 @@ def collect_moments(model: nn.Module, name: str) -> Iterator[dict[str, Moments]]
     The pairs must be called as modules, so fused MLPs must be unfused (models/fuse.unfuse).
     """
     found: dict[str, Moments] = {}
-    handles = []
-    for path, layer in modules.adapted_layers(model):
-        pair = dict(layer.adapters.items()).get(name)
-        if isinstance(pair, LoraPair):
-            zeros = torch.zeros(pair.A.shape[0], pair.A.shape[0], dtype=torch.float64)
-            found[path] = Moments(zeros, zeros.clone())
-            handles.append(pair.register_forward_hook(_watch(found[path])))
-    try:
+    with ExitStack() as hooks:
+        for path, layer in modules.adapted_layers(model):
+            pair = dict(layer.adapters.items()).get(name)
+            if isinstance(pair, LoraPair):
+                zeros = torch.zeros(pair.A.shape[0], pair.A.shape[0], dtype=torch.float64)
+                found[path] = Moments(zeros, zeros.clone())
+                hooks.callback(pair.register_forward_hook(_watch(found[path])).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _watch(moments: Moments) -> Callable[..., None]:

@@ -9,6 +9,7 @@ that can be trained on can be scored: packed, experts, convolutions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -161,18 +162,13 @@ def sketch_states(
         )
     generator = torch.Generator().manual_seed(seed_for(seed, "ranks"))
     sketches: dict[str, Sketch] = {}
-    handles = []
-    for entry in plan.entries:
-        width = entry.shape[1] if of == "input" else entry.shape[0]
-        sketch = sketches[entry.path] = Sketch(width, min(largest + OVERSAMPLING, width), generator)
-        module = cast(nn.Module, modules.find(model, entry.path))  # or the layer that wraps it for other adapters
-        handles.append(module.register_forward_hook(_watch(sketch, of, modules.unwrapped(module))))
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for entry in plan.entries:
+            width = entry.shape[1] if of == "input" else entry.shape[0]
+            sketch = sketches[entry.path] = Sketch(width, min(largest + OVERSAMPLING, width), generator)
+            module = cast(nn.Module, modules.find(model, entry.path))  # or the layer that wraps it for other adapters
+            hooks.callback(module.register_forward_hook(_watch(sketch, of, modules.unwrapped(module))).remove)
+        forward()
     return sketches
 
 

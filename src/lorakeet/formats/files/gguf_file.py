@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakeet.core.tiled_product import matrix_shape
-from lorakeet.errors import DataError, unreadable
+from lorakeet.errors import DataError, readable
 from lorakeet.formats.files.gguf_header import MOST_PARTS, check_gguf, gguf_package
 
 
@@ -79,9 +79,8 @@ class GgufFile:
         check_gguf(path, most_parts=most_parts)
         self.path = path
         try:
-            self._reader = gguf_package().GGUFReader(path)
-        except OSError as error:
-            raise DataError(unreadable(path, error)) from error
+            with readable(path):
+                self._reader = gguf_package().GGUFReader(path)
         except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
             raise DataError(f"{path} is not a whole GGUF file ({error}). It may have been cut off; fetch it again.") from error
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakeet.errors import DataError, EnvironmentProblem, Problems, unreadable
+from lorakeet.errors import DataError, EnvironmentProblem, Problems, readable
 
 __all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_package"]
 
@@ -64,11 +64,8 @@ def gguf_package() -> Any:
 
 def begins_as_gguf(path: Path) -> bool:
     """True if the first bytes are those of a GGUF file; DataError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
+    with readable(path), path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:
@@ -77,11 +74,9 @@ def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:
     `most_parts`: the allowed number of keys, tensors and array elements together.
     """
     gguf_package()
-    try:
+    with readable(path):
         stat = path.stat()
         return _checked(path, stat.st_size, stat.st_mtime_ns, most_parts)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorakeet.errors import DataError, unreadable
+from lorakeet.errors import DataError, readable
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile, check_header, read_header
 
@@ -138,18 +138,14 @@ def open_header(path: Path) -> HeaderOnlyFile:
 
 
 def _opened(path: Path) -> FileIO:
-    try:
+    with readable(path):
         return path.open("rb", buffering=0)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
 
 
 def _header(path: Path, file: FileIO) -> tuple[Header, Header | None]:
     """The checked header, twice, the second None if it is too long to be cached; leaves `file` at the first tensor."""
-    try:
+    with readable(path):
         raw, size = read_header(path, file)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
     if len(raw) > LONGEST_HEADER:
         return check_header(path, raw, size), None
     header = _HEADERS.get_or_make((raw, size), lambda: check_header(path, raw, size))
@@ -159,12 +155,9 @@ def _header(path: Path, file: FileIO) -> tuple[Header, Header | None]:
 def _filled(path: Path, file: FileIO, data: NDArray[np.uint8]) -> bool:
     """Reads the rest of the file into `data`; False if it is too short."""
     done = 0
-    with data.data as view:
-        try:
-            while done < len(view) and (count := file.readinto(view[done:])):
-                done += count
-        except OSError as error:
-            raise DataError(unreadable(path, error)) from error
+    with data.data as view, readable(path):
+        while done < len(view) and (count := file.readinto(view[done:])):
+            done += count
         return done == len(view)
 
 

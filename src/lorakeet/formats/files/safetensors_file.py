@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.tiled_product import RowSource, matrix_shape
-from lorakeet.errors import DataError, Problems, unreadable
+from lorakeet.errors import DataError, Problems, readable
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.whole_output import whole_file
 
@@ -119,12 +119,9 @@ class SafeFile:
     def bytes_between(self, begin: int, end: int) -> bytearray:
         """Bytes `begin` to `end` of the file; DataError if it is shorter."""
         data = bytearray(end - begin)
-        try:
-            with self.path.open("rb") as file:
-                file.seek(begin)
-                count = file.readinto(data)
-        except OSError as error:
-            raise DataError(unreadable(self.path, error)) from error
+        with readable(self.path), self.path.open("rb") as file:
+            file.seek(begin)
+            count = file.readinto(data)
         if count != len(data):
             raise DataError(f"{self.path} became shorter while it was read. Fetch the file again.")
         return data
@@ -159,11 +156,8 @@ class _FileRows:
 
 def open_safetensors(path: Path) -> SafeFile:
     """Returns the checked header of `path`. DataError names the file and everything that is wrong with it."""
-    try:
-        with path.open("rb") as file:
-            raw, size = read_header(path, file)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
+    with readable(path), path.open("rb") as file:
+        raw, size = read_header(path, file)
     header = check_header(path, raw, size)
     return SafeFile(path, header.tensors, header.metadata)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorakeet.errors import DataError, EnvironmentProblem, unreadable
+from lorakeet.errors import DataError, EnvironmentProblem, readable
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.gguf_header import MAGIC
@@ -63,11 +63,8 @@ def content_digest(path: Path) -> str:
 
     Raises DataError if the file cannot be read or is not a GGUF, EnvironmentProblem if the cache cannot be written.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise DataError(unreadable(path, error)) from error
+    with readable(path), path.open("rb") as file:
+        magic = file.read(4)
     if magic != MAGIC:
         raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
     folder = cache_folder() / "gguf"

@@ -29,7 +29,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from lorakeet.errors import DataError, Problems, unreadable
+from lorakeet.errors import DataError, Problems, readable
 from lorakeet.formats.files.gguf_file import FileTensor, GgufFile
 from lorakeet.formats.files.safetensors_file import stored_bytes, stream_safetensors
 from lorakeet.kernels.cache import cache_folder
@@ -63,10 +63,8 @@ class ModelTensor:
 
     def read(self) -> Tensor:
         """Returns the blocks (out, bytes of a row), or the values in fp32; DataError if the file cannot be read."""
-        try:
+        with readable(self.stored.path):
             stored = self.stored.data if self.packed else self.stored.numbers()
-        except OSError as error:
-            raise DataError(unreadable(self.stored.path, error)) from error
         if self.packed:
             return torch.from_numpy(np.ascontiguousarray(stored[self.rows()]))
         return torch.from_numpy(np.array(self.process(stored), dtype=np.float32))
