@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError
-from lorakeet.formats.limits import check_supported, check_uniform_dora
+from lorakeet.formats.limits import check_supported, check_uniform_dora, check_vllm, misread_by_vllm, uniform, vllm_max_rank
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 
@@ -39,3 +40,24 @@ def test_half_dora_is_refused() -> None:
     check_uniform_dora(dora, "mlx")
     with pytest.raises(ConfigError, match=r"q_proj are DoRA and .*k_proj are not"):
         check_uniform_dora(Adapter({**dora.pairs, **plain.pairs}), "mlx")
+
+
+def test_mixed_ranks_and_scales_are_rewritten_exactly() -> None:
+    model = tiny_model("llama")
+    one, two = random_adapter(model, "q_proj"), random_adapter(model, "v_proj", rank=9, alpha=5.0)
+    mixed = Adapter({**one.pairs, **{path: replace(p, scale_rule="alpha/sqrt(rank)") for path, p in two.pairs.items()}})
+    check_vllm(mixed)
+    assert misread_by_vllm(mixed) and not misread_by_vllm(one) and (vllm_max_rank(one), vllm_max_rank(mixed)) == (8, 16)
+    flat = uniform(mixed)
+    assert not misread_by_vllm(flat) and {(pair.rank, pair.scale) for pair in flat.pairs.values()} == {(9, 1.0)}
+    for path, pair in mixed.pairs.items():
+        torch.testing.assert_close(flat.pairs[path].delta(), pair.delta())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dora": True}, "DoRA's magnitudes"), ({"rank": 600}, "largest rank is 600"), ({"bias": torch.ones(32)}, "lora_bias")],
+)
+def test_what_vllm_cannot_hold(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_vllm(random_adapter(tiny_model("llama"), "q_proj", **options))

@@ -129,7 +129,7 @@ def test_what_a_cut_takes_are_the_least_important_terms(tmp_path: Path) -> None:
 def test_a_resumed_run_ends_in_the_same_bytes_before_at_and_after_a_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, moments: Any
 ) -> None:
-    monkeypatch.setattr("lorakeet.train.adamw_8bit.SMALLEST", 1)  # no tensor of the tiny task is large
+    monkeypatch.setattr("lorakeet.train.optimizer.SMALLEST", 1)  # no tensor of the tiny task is large
     spec = dataclasses.replace(SPEC, moments=moments)
     go(tmp_path / "whole", spec)
     with pytest.raises(RunStopped, match=f"stopped after step {stop} of 12"):
@@ -151,7 +151,7 @@ def moments_in(path: Path) -> str:
 def test_a_pair_that_loses_all_of_its_terms_is_no_part_of_the_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: Any
 ) -> None:
-    monkeypatch.setattr("lorakeet.train.adamw_8bit.SMALLEST", 1)
+    monkeypatch.setattr("lorakeet.train.optimizer.SMALLEST", 1)
     spec, cuts = dataclasses.replace(SPEC, moments=moments), {4: 2 * A_TERM, 6: A_TERM}
     _, task, _ = go(tmp_path / "run", spec, cuts=cuts)
     assert sorted(ranks_of(task).values()) == [0, 1]

@@ -26,8 +26,8 @@ from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.limits import misread_by_vllm
 from lorakeet.formats.peft import peft
-from lorakeet.formats.vllm import misread
 from lorakeet.kernels.threads import compute_with
 from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.serve import _cores, cores_for_the_engine, existing_objects_frozen
@@ -212,7 +212,7 @@ def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*wrong, "--out", str(tmp_path / "for-vllm"), "--json"]) == 0
     words = shlex.split(json.loads(capsys.readouterr().out)["command"])
     assert words[5] == "16" and words[-1] == f"m={(tmp_path / 'for-vllm' / 'm').resolve()}"
-    assert not misread(read_adapter(tmp_path / "for-vllm" / "m"))
+    assert not misread_by_vllm(read_adapter(tmp_path / "for-vllm" / "m"))
     peft.write(random_adapter(bare, dora=True), adapters / "dora")
     assert main([*command, "--adapter", f"d={adapters / 'dora'}"]) == 2
     assert "DoRA" in capsys.readouterr().err

@@ -1,15 +1,22 @@
-"""Refuses adapters with parts that a format cannot hold, with what to do instead."""
+"""Refuses adapters with parts that a format cannot hold, with what to do instead; rewrites those that vLLM would misread.
+
+vLLM's LoRA loader reads one rank and one alpha from adapter_config.json for all modules: rank_pattern gives tensors their ranks
+but not their scales, and alpha_pattern is silently dropped. Every version reads pairs of one rank correctly whose scale is
+multiplied into B.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+import torch
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, Problems
 
 MERGE = "Merge the adapter into its base (lorakeet merge), or convert it --to peft, which holds everything."
-
-
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 PEFT_KEYS = ("task_type", "revision", "lora_dropout")  # of Adapter.metadata, from adapter_config.json
 
 
@@ -58,3 +65,34 @@ def _listed(paths: Iterable[str]) -> str:
     names = sorted(paths)
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown}, … ({len(names)} in all)"
+
+
+def check_vllm(adapter: Adapter) -> None:
+    """Raises ConfigError naming everything that vLLM would refuse or silently drop."""
+    check_supported(adapter, "a vLLM adapter", kinds=("linear",), dora=False)
+    largest = max(pair.rank for pair in adapter.pairs.values())
+    if largest > VLLM_RANKS[-1]:
+        limit = f"vLLM takes at most {VLLM_RANKS[-1]}"
+        raise ConfigError(f"The largest rank is {largest}, and {limit}; compress it (lorakeet compress).")
+
+
+def misread_by_vllm(adapter: Adapter) -> bool:
+    """True if ranks or alphas differ between modules, so that vLLM would use a wrong scale."""
+    return len({(pair.rank, pair.alpha, pair.scale_rule) for pair in adapter.pairs.values()}) > 1
+
+
+def vllm_max_rank(adapter: Adapter) -> int:
+    """The --max-lora-rank that the adapter needs."""
+    largest = max(pair.rank for pair in adapter.pairs.values())
+    return next(rank for rank in VLLM_RANKS if rank >= largest)
+
+
+def uniform(adapter: Adapter) -> Adapter:
+    """The same ΔW with one rank and scale 1 everywhere: A and B are padded with zeros, and B contains the scale."""
+    rank = max(pair.rank for pair in adapter.pairs.values())
+    pairs = {}
+    for path, pair in adapter.pairs.items():
+        A = torch.nn.functional.pad(pair.A.float(), (0, 0, 0, rank - pair.rank))
+        B = torch.nn.functional.pad(pair.B.float() * pair.scale, (0, rank - pair.rank))
+        pairs[path] = replace(pair, A=A, B=B, alpha=float(rank), scale_rule="alpha/rank")
+    return replace(adapter, pairs=pairs)

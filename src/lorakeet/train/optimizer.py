@@ -1,18 +1,30 @@
-"""AdamW over the trained fp32 parameters, with LoRA+'s learning rate for B; its state is a flat mapping of tensors."""
+"""AdamW over the trained fp32 parameters, with LoRA+'s learning rate for B; its state is a flat mapping of tensors.
+
+Moments of 8 bits are quantised by block on a dynamic grid (Dettmers et al., https://arxiv.org/abs/2110.02861). A moment is stored
+in blocks of 256 numbers: the largest magnitude, and for each number the nearest of 256 values between −1 and 1 (dynamic tree
+quantisation: seven decades, finer near the top). The second moment is stored as its square root on a grid from 0 to 1: that
+covers twice as many decades, and is the divisor of a step. Positive values stay positive. A step dequantises the moments to fp32,
+a piece at a time, applies AdamW, and quantises again. Deterministic: the same numbers give the same bytes on every run. Tensors
+below 4,096 numbers keep fp32 moments, as in bitsandbytes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lorakeet.errors import ConfigError
-from lorakeet.train.adamw_8bit import AdamW8bit, select_moments
 from lorakeet.train.spec import TrainSpec
+
+BLOCK = 256
+SMALLEST = 4096  # numbers of the smallest tensor with quantised moments
+_PIECE = 1 << 18  # numbers of a moment in fp32 at once
+_DECADES = 7
 
 
 def is_b(name: str) -> bool:
@@ -66,3 +78,113 @@ class Optimizer:
             parameter_name, _, key = name.rpartition("|")
             parameter = self.parameters[parameter_name]
             self.adamw.state[parameter][key] = tensor.clone().to(parameter.device)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """torch's AdamW with its moments stored in 8 bits."""
+
+    def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step over every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, group)
+
+    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state |= _first_state(parameter)
+        state["step"] += 1
+        if "exp_avg" in state:
+            first, second = state["exp_avg"], state["exp_avg_sq"]
+            _advance(parameter, cast(Tensor, parameter.grad), first, second, state["step"], group)
+            return
+        flat, gradient = parameter.view(-1), cast(Tensor, parameter.grad).reshape(-1)
+        for at in range(0, flat.numel(), _PIECE):
+            piece = slice(at, at + _PIECE)
+            blocks = slice(at // BLOCK, -(-min(at + _PIECE, flat.numel()) // BLOCK))
+            first = dequantise_moments(state["first_codes"][piece], state["first_scales"][blocks], signed=True)
+            second = dequantise_moments(state["second_codes"][piece], state["second_scales"][blocks], signed=False).square_()
+            _advance(flat[piece], gradient[piece], first, second, state["step"], group)
+            state["first_codes"][piece], state["first_scales"][blocks] = quantise_moments(first, signed=True)
+            state["second_codes"][piece], state["second_scales"][blocks] = quantise_moments(second.sqrt_(), signed=False)
+
+
+def _first_state(parameter: Tensor) -> dict[str, Tensor]:
+    count, device = parameter.numel(), parameter.device
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    if count < SMALLEST:
+        return state | {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    for name, code in (("first", _values(True).index(0.0)), ("second", 0)):
+        state[f"{name}_codes"] = torch.full((count,), code, dtype=torch.uint8, device=device)
+        state[f"{name}_scales"] = torch.zeros(-(-count // BLOCK), device=device)
+    return state
+
+
+def _advance(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]) -> None:
+    """AdamW's step (https://arxiv.org/abs/1711.05101) in place, on tensors of one shape: m and v, then the parameter."""
+    beta1, beta2 = group["betas"]
+    rate, steps = group["lr"], step.to(parameter.device)
+    first.lerp_(gradient, 1 - beta1)
+    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    parameter.mul_(1 - rate * group["weight_decay"])
+    below = second.sqrt().div_((1 - beta2**steps).sqrt()).add_(group["eps"])
+    parameter.sub_(first / below * (rate / (1 - beta1**steps)))
+
+
+@cache
+def _values(signed: bool) -> tuple[float, ...]:
+    """The 256 values of the dynamic grid, ascending: decade −k has 2^(6−k) values of each sign (unsigned: twice as many)."""
+    found = [0.0, 1.0]
+    for decade in range(_DECADES):
+        count = 2 ** (decade + (0 if signed else 1))
+        middles = [(0.1 + 0.9 * (index + 0.5) / count) * 10.0 ** (decade + 1 - _DECADES) for index in range(count)]
+        found += [*middles, *(-value for value in middles if signed)]
+    return tuple(sorted(found))
+
+
+def select_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, indices: Tensor) -> dict[str, Tensor]:
+    """Selects `indices` of dimension `dim` from the moments of a parameter of `shape`; empties `state`.
+
+    8-bit moments are dequantised and quantised again, since block borders move. A tensor keeps its precision, however small
+    it gets.
+    """
+    found = {"step": state.pop("step")}
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in state:
+            found[name] = state.pop(name).index_select(dim, indices)
+    for name, signed in (("first", True), ("second", False)):
+        if f"{name}_codes" in state:
+            whole = dequantise_moments(state.pop(f"{name}_codes"), state.pop(f"{name}_scales"), signed=signed)
+            kept = whole.view(shape).index_select(dim, indices).view(-1)
+            found[f"{name}_codes"], found[f"{name}_scales"] = quantise_moments(kept, signed=signed)
+    return found
+
+
+def grid(*, signed: bool) -> Tensor:
+    """The grid (256,) in fp32."""
+    return torch.tensor(_values(signed))
+
+
+def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes (n,) uint8 of the grid values nearest to `values` (n,), and scales (n/256,). Unsigned, positives stay positive."""
+    count = values.numel()
+    short = -count % BLOCK
+    blocks = torch.nn.functional.pad(values, (0, short)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    steps = grid(signed=signed).to(values.device)
+    codes = torch.bucketize(shares, (steps[1:] + steps[:-1]) / 2, out_int32=True)
+    if not signed:
+        codes = torch.where(blocks > 0, codes.clamp(min=1), codes)
+    return codes.to(torch.uint8).view(-1)[:count], scales
+
+
+def dequantise_moments(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """Dequantises codes and scales to (n,) fp32."""
+    shares = grid(signed=signed).to(codes.device)[codes.int()]
+    return shares * scales.repeat_interleave(BLOCK)[: codes.numel()]

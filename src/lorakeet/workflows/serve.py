@@ -20,8 +20,8 @@ from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, Problems
 from lorakeet.formats.detect import detect, read_adapter
+from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
 from lorakeet.formats.peft import peft
-from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import Budget, larger_than_machine, parse_size
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
@@ -268,8 +268,8 @@ def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console
         except ConfigError as error:
             problems.add(f"'{name}': {error}")
             continue
-        ranks.append(max_rank(adapter))
-        if found.format == "peft" and not misread(adapter):
+        ranks.append(vllm_max_rank(adapter))
+        if found.format == "peft" and not misread_by_vllm(adapter):
             ready[name] = found.path
         elif out is None:
             why = "vLLM would compute wrong scales" if found.format == "peft" else f"it is stored as {found.format}"

@@ -92,7 +92,7 @@ def test_transformers_are_rehearsed_too(kind: str, request: pytest.FixtureReques
 
 
 def test_moments_of_8_bits_are_counted(shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.train.adamw_8bit.SMALLEST", 1)  # no tensor of a tiny model is large
+    monkeypatch.setattr("lorakeet.train.optimizer.SMALLEST", 1)  # no tensor of a tiny model is large
     full, quarter = (
         rehearse_images(
             partial(built, shapes), LORA, TrainSpec(moments=moments), DiffusionSpec(at_once=2), PICTURES
