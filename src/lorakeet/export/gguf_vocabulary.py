@@ -74,7 +74,10 @@ def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     byte_level = not model.get("byte_fallback")
     tokens = tuple(by_id.get(number, f"[PAD{number}]") for number in range(count))
+    scores: dict[str, float] = {}
     if not byte_level:
+        for rank, merge in enumerate(merges):
+            scores.setdefault(merge.replace(" ", "", 1), -float(rank))
         kinds |= {number: BYTE for number, token in by_id.items() if _BYTE_TOKEN.fullmatch(token)}
         kinds |= {number: UNKNOWN for number, token in by_id.items() if token == model.get("unk_token")}
     special = {"bos": bos, "eos": eos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
@@ -83,7 +86,7 @@ def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
         pre=_pre_tokenizer(core) if byte_level else "default",
         tokens=tokens,
         kinds=tuple(kinds.get(number, UNUSED) for number in range(count)),
-        scores=() if byte_level else _scores(tokens, merges),
+        scores=() if byte_level else tuple(scores.get(token, _NO_MERGE) for token in tokens),
         merges=merges if byte_level else (),
         special={key: int(value) for key, value in special.items() if value is not None},
         add_bos=bos is not None and first[:1] == [bos],
@@ -112,13 +115,6 @@ def name_for_llama_cpp(name: str, architecture: str, vocabulary: Vocabulary) -> 
         shown = ", ".join(vocabulary.strips[:4])
         said.append(f"The tokenizer drops spaces after {shown}; llama.cpp keeps them in this model, so put none there.")
     return new, " ".join(said)
-
-
-def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ...]:
-    ranks: dict[str, float] = {}
-    for rank, merge in enumerate(merges):
-        ranks.setdefault(merge.replace(" ", "", 1), -float(rank))
-    return tuple(ranks.get(token, _NO_MERGE) for token in tokens)
 
 
 def _pre_tokenizer(core: Mapping[str, Any]) -> str:

@@ -115,28 +115,19 @@ def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
             tensors[f"{module}.m"] = pair.magnitude.float()
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL_NAME, tensors, metadata={"format": "mlx", **metadata_without_peft(adapter)})
-    save_text(folder / CONFIG_NAME, _config_text(adapter, rank, scale))
+    keys = sorted({_inside_layer(module) for module in adapter.pairs})
+    config: dict[str, Any] = {
+        "fine_tune_type": "dora" if any(pair.magnitude is not None for pair in adapter.pairs.values()) else "lora",
+        "lora_parameters": {"dropout": 0.0, "keys": keys, "rank": rank, "scale": scale},
+        "model": adapter.base,
+        "num_layers": -1,  # all
+    }
+    save_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _rounded(scale: float) -> float:
     """12 digits: converting scale to alpha and back may change the last bit, which must not change what is written."""
     return float(f"{scale:.12g}")
-
-
-def _config_text(adapter: Adapter, rank: int, scale: float) -> str:
-    """adapter_config.json; num_layers −1 means all layers, `keys` are names inside a layer."""
-    config: dict[str, Any] = {
-        "fine_tune_type": "dora" if any(pair.magnitude is not None for pair in adapter.pairs.values()) else "lora",
-        "lora_parameters": {
-            "dropout": 0.0,
-            "keys": sorted({_inside_layer(module) for module in adapter.pairs}),
-            "rank": rank,
-            "scale": scale,
-        },
-        "model": adapter.base,
-        "num_layers": -1,
-    }
-    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _inside_layer(module: str) -> str:

@@ -90,16 +90,11 @@ def open_dequantised(folder: Path) -> Checkpoint:
     shards = {file.path.name: file for file in files.values()}
     unpacked = {name: _Unpacked(file.path, tensors[name], file.metadata, made=made) for name, file in shards.items()}
     home = {name: file for file, shard in unpacked.items() for name in shard.tensors}
-    return Checkpoint(folder, unpacked, home, _settings(folder))
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """config.json without its quantization_config."""
-    found = read_object(folder / CONFIG, expected="the settings of a model")
-    for part in (found, found.get("text_config")):
+    settings = read_object(folder / CONFIG, expected="the settings of a model")
+    for part in (settings, settings.get("text_config")):
         if isinstance(part, dict):
             part.pop("quantization_config", None)
-    return found
+    return Checkpoint(folder, unpacked, home, settings)
 
 
 def _dense(stored_model: StoredModel, name: str, transposed: bool) -> Callable[[], Tensor]:

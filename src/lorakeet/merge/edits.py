@@ -158,7 +158,12 @@ class _EditPlanner:
             tokens = f" ({', '.join(rows.tokens)})" if rows.tokens else ""
             self.notes.append(f"{path}.weight grows from {edit.shape[0]} to {count} rows for the new tokens{tokens}.")
         edit.shape = (count, edit.shape[1])
-        edit.steps.append(lambda weight: _with_rows(weight, rows, count))
+
+        def extended(weight: Tensor) -> Tensor:
+            added = weight.mean(0, keepdim=True).expand(count - weight.shape[0], -1)  # new rows begin as the mean row
+            return torch.cat([weight, added]).index_copy_(0, torch.tensor(rows.ids), rows.rows.float())
+
+        edit.steps.append(extended)
 
     def _resize_vocabulary(self, count: int) -> None:
         self.config["vocab_size"] = max(count, self.config.get("vocab_size", 0))
@@ -295,12 +300,6 @@ def module_of(path: str, pair: Pair, kind: Kind) -> LoraPair:
 def _weight_shape(pair: Pair, kind: Kind) -> tuple[int, ...]:
     """The shape of the stored weight that `pair` changes (table in core/math)."""
     return pair.weight_shape[::-1] if kind in ("conv1d", "embedding") else pair.weight_shape
-
-
-def _with_rows(weight: Tensor, rows: TokenRows, count: int) -> Tensor:
-    """`weight` extended to `count` rows with its mean row, and with the trained rows written."""
-    added = weight.mean(0, keepdim=True).expand(count - weight.shape[0], -1)
-    return torch.cat([weight, added]).index_copy_(0, torch.tensor(rows.ids), rows.rows.float())
 
 
 def _leaf(path: str) -> str:

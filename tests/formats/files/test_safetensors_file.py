@@ -113,7 +113,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "not json": (raw(b"{..."), "its header is not JSON"),
     "deep json": (raw(b"[" * 100_000), "its header is not JSON"),
     "not utf-8": (raw(b'{"\xff":1}'), "its header is not JSON"),
-    "list": (raw([]), "is not a JSON object"),
+    "list": (raw([]), "its header holds a JSON list; expected a table of tensors"),
     "cut data": (raw({"a": entry()}, b"1234"), "was cut off"),
     "extra data": (raw({"a": entry()}, b"x" * 12), "bytes that belong to no tensor"),
     "too long a range": (raw({"a": entry(data_offsets=[0, 80])}, b"x" * 8), "has 80 bytes; shape .* needs 8"),

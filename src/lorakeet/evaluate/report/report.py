@@ -248,6 +248,7 @@ def _templates() -> jinja2.Environment:
 
 def render_html(report: Report) -> str:
     """Renders one self-contained page: inline style, script and charts, nothing fetched, all data escaped."""
+    present = dict.fromkeys(name for system in report.systems for name in system.metrics)
     differences: dict[str, list[Comparison]] = {}
     for comparison in report.comparisons:
         differences.setdefault(comparison.metric, []).append(comparison)
@@ -257,7 +258,7 @@ def render_html(report: Report) -> str:
         style=Markup(_asset("report.css")),
         script=Markup(_asset("report.js")),
         roles={system.name: system.role for system in report.systems},
-        metrics=_metrics_shown(report),
+        metrics=[*(name for name in METRIC_WORDS if name in present), *(name for name in present if name not in METRIC_WORDS)],
         confidence=next((item.confidence for item in _estimates(report)), 0.95),
         seeds=sorted({item.seed for item in _estimates(report) if item.seed is not None}),
         pairs=next((item for item in report.comparisons if item.paired is not None), None),  # whose row counts are drawn
@@ -265,12 +266,6 @@ def render_html(report: Report) -> str:
         outcome_counts=Counter(row.outcome for row in report.rows),
         truths=list(dict.fromkeys(row.truth for row in report.rows)),
     )
-
-
-def _metrics_shown(report: Report) -> list[str]:
-    """Names of all metrics of the systems, in the order of METRIC_WORDS, unknown ones last."""
-    present = {name: None for system in report.systems for name in system.metrics}
-    return [name for name in METRIC_WORDS if name in present] + [name for name in present if name not in METRIC_WORDS]
 
 
 def _estimates(report: Report) -> list[Estimate]:

@@ -126,7 +126,8 @@ def load_safetensors(path: Path, *, mapped: bool = False) -> LoadedFile:
             whole, start = _filled(path, file, data), header.start
     if not whole:
         raise DataError(f"{path} became shorter while it was read. Fetch the file again.")
-    finite = _finite(data, header, header.start - start)
+    numbers = _all_numbers(data, header, header.start - start)
+    finite = numbers is not None and math.isfinite(numbers.sum(dtype=torch.float32).item())  # else each tensor has to be checked
     return LoadedFile(path, header.tensors, header.metadata, finite, known, data, start, header.start)
 
 
@@ -211,9 +212,3 @@ def _all_numbers(data: NDArray[np.uint8], header: Header, begin: int) -> Tensor 
     if dtype is None or not dtype.is_floating_point or dtype.itemsize == 1 or begin % dtype.itemsize:
         return None
     return torch.frombuffer(data, dtype=dtype, count=(len(data) - begin) // dtype.itemsize, offset=begin)
-
-
-def _finite(data: NDArray[np.uint8], header: Header, begin: int) -> bool:
-    """True if one sum shows that all numbers are finite in fp32; False if each tensor has to be checked."""
-    numbers = _all_numbers(data, header, begin)
-    return numbers is not None and math.isfinite(numbers.sum(dtype=torch.float32).item())

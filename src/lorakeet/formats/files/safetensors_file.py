@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorakeet.core.tiled_product import RowSource, matrix_shape
 from lorakeet.errors import DataError, Problems, readable
-from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.json_object import parse_object, read_object
 from lorakeet.formats.files.whole_output import whole_file
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -179,7 +179,8 @@ def read_header(path: Path, file: BinaryIO | FileIO) -> tuple[bytes, int]:
 
 def check_header(path: Path, raw: bytes, size: int) -> Header:
     """Parses and checks the header `raw` of a file of `size` bytes. DataError names `path` and everything that is wrong."""
-    header = _parse(path, raw)
+    expected = "a table of tensors. Fetch the file again"
+    header = parse_object(raw, f"{path} is not a safetensors file: its header", expected=expected)
     metadata = header.pop("__metadata__", None) or {}  # mlx writes null
     problems = Problems(f"{path} is not a sound safetensors file", DataError, remedy="Fetch the file again.")
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -213,18 +214,6 @@ def read_index(path: Path) -> dict[str, str]:
             "beside it. Fetch the model again."
         )
     return home
-
-
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
-        raise DataError(
-            f"{path} is not a safetensors file: its header is not JSON that can be read ({error}). Fetch the file again."
-        ) from error
-    if not isinstance(header, dict):
-        raise DataError(f"{path} is not a safetensors file: its header is not a JSON object.")
-    return header
 
 
 def _entry(entry: Any, start: int) -> TensorEntry | str:
