@@ -31,9 +31,11 @@ def compare_adapters(one: Adapter, two: Adapter) -> AdapterDifference:
 
     A pair that changes nothing may be missing in the other adapter.
     """
-    alone = {**one.pairs, **two.pairs}
-    alone = {path: alone[path] for path in one.pairs.keys() ^ two.pairs.keys()}
-    problems = [f"{path} is in one of them only" for path in sorted(alone) if _changes(alone[path])]
+    problems: list[str] = []
+    for path in sorted(one.pairs.keys() ^ two.pairs.keys()):
+        pair = one.pairs[path] if path in one.pairs else two.pairs[path]
+        if pair.magnitude is not None or pair.bias is not None or (bool(pair.B.any()) and bool(pair.A.any())):
+            problems.append(f"{path} is in one of them only")
     worst, where = 0.0, ""
     for path in sorted(one.pairs.keys() & two.pairs.keys()):
         a, b = one.pairs[path], two.pairs[path]
@@ -50,10 +52,6 @@ def compare_adapters(one: Adapter, two: Adapter) -> AdapterDifference:
             if path not in left or path not in right or not _same(left[path], right[path]):
                 problems.append(f"the {what} {path} differ")
     return AdapterDifference(worst, where, tuple(problems))
-
-
-def _changes(pair: Pair) -> bool:
-    return pair.magnitude is not None or pair.bias is not None or (bool(pair.B.any()) and bool(pair.A.any()))
 
 
 def relative_difference(one: Pair, two: Pair) -> float:

@@ -324,7 +324,9 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
 def _keyed(adapter: Adapter, family: Family, base: BaseModel | None, problems: Problems) -> dict[str, Pair]:
     """The pairs of a UNet and its text encoders by kohya's keys; pairs without a key go to `problems`."""
     own = () if base is None else base.weights
-    ldm = base is None or _has_sdxl_blocks(base)
+    matrices = [path for path, (file, name) in base.weights.items() if len(file.tensors[name].shape) > 1] if base else []
+    of_unet = {path.removeprefix("unet.") for path in matrices if path.startswith("unet.")}
+    ldm = of_unet <= unet_modules("sdxl")  # otherwise LDM's names do not apply
     found: dict[str, Pair] = {}
     for module, pair in adapter.pairs.items():
         key = kohya_key(module, family, own, ldm=ldm)
@@ -334,12 +336,6 @@ def _keyed(adapter: Adapter, family: Family, base: BaseModel | None, problems: P
         else:
             found[key] = pair
     return found
-
-
-def _has_sdxl_blocks(base: BaseModel) -> bool:
-    """True if the modules of the base's UNet are among SDXL's, so that LDM's names apply."""
-    found = {path for path, (file, name) in base.weights.items() if len(file.tensors[name].shape) > 1}
-    return {path.removeprefix("unet.") for path in found if path.startswith("unet.")} <= unet_modules("sdxl")
 
 
 def _network_metadata(

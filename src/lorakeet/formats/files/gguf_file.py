@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,6 @@ class GgufFile:
     def tensors(self) -> Iterator[tuple[str, FileTensor]]:
         """(name, tensor) in the order of the file."""
         for entry in self._reader.tensors:
-            layout = entry.data.dtype, _sizes(entry.data.shape)
-            shape, start = _sizes(reversed(entry.shape)), int(entry.data_offset)
+            layout = entry.data.dtype, tuple(map(int, entry.data.shape))
+            shape, start = tuple(map(int, reversed(entry.shape))), int(entry.data_offset)
             yield entry.name, FileTensor(entry.name, entry.tensor_type.name, shape, self.path, start, layout)
-
-
-def _sizes(shape: Iterable[Any]) -> tuple[int, ...]:
-    return tuple(int(size) for size in shape)
