@@ -51,14 +51,6 @@ def test_pictures_are_counted_as_pictures() -> None:
     assert "402 pictures/s" in out.getvalue() and "1.6000, 64 pictures)" in out.getvalue() and "token" not in out.getvalue()
 
 
-def test_machines_hear_nothing() -> None:
-    out = io.StringIO()
-    reporter = reporter_for(Console(file=out, force_terminal=True), machine=True)
-    assert type(reporter) is Reporter
-    run(reporter)
-    assert out.getvalue() == ""
-
-
 def test_what_takes_long_is_counted_in_lines_and_what_is_short_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 10.0, 31.0, 31.0, 40.0, 62.0, 62.0])
     monkeypatch.setattr("lorakeet.train.progress.time", SimpleNamespace(monotonic=lambda: next(now)))

@@ -26,7 +26,6 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
     chat_template: Any
-    eos_token: Any
 
     @property
     def bos_token_id(self) -> Any: ...

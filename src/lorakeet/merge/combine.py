@@ -266,7 +266,6 @@ class Method:
     name: str
     prune: Prune | None = None
     elect: bool = False  # entries vote on their sign
-    random: bool = False
     compress: bool = False  # a rank is chosen if none is given
 
     @property
@@ -329,8 +328,8 @@ METHODS = {
         Method("svd", compress=True),
         Method("magnitude", keep_largest, compress=True),
         Method("ties", keep_largest, elect=True, compress=True),
-        Method("dare", drop_random, random=True, compress=True),
-        Method("della", drop_by_magnitude, elect=True, random=True, compress=True),
+        Method("dare", drop_random, compress=True),
+        Method("della", drop_by_magnitude, elect=True, compress=True),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Progress of a run: a live line in a terminal, plain lines elsewhere, nothing with `--json`."""
+"""Progress of a run: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -100,10 +100,8 @@ class Lines(Reporter):
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def reporter_for(console: Console, *, words: Words = TEXT, machine: bool = False) -> Reporter:
-    """A bar in a terminal, lines elsewhere, nothing for a machine (`--json`)."""
-    if machine:
-        return Reporter()
+def reporter_for(console: Console, *, words: Words = TEXT) -> Reporter:
+    """A bar in a terminal, lines elsewhere."""
     return Bar(console, words) if console.is_terminal else Lines(console, words)
 
 
