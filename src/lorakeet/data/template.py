@@ -26,15 +26,9 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
     chat_template: Any
-
-    @property
-    def bos_token_id(self) -> Any: ...
-
-    @property
-    def eos_token_id(self) -> Any: ...
-
-    @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
+    bos_token_id: Any
+    eos_token_id: Any
+    added_tokens_decoder: Mapping[int, Any]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 

@@ -114,7 +114,10 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     with durable.new_folder(target) as new:
         hashes = {}
         for name, mapping in tensors.items():
-            hashes[f"{name}.safetensors"] = _write_tensors(new / f"{name}.safetensors", mapping)
+            file = new / f"{name}.safetensors"
+            shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in mapping.items()}
+            stream_safetensors(file, shapes, fetch=mapping.__getitem__, metadata={})  # one by one, to save memory
+            hashes[file.name] = sha256_of(file)
         hashes["state.json"] = _write(new / "state.json", _json(state))
         _write(new / MANIFEST, _json(hashes))
     for old in found(folder)[:-keep]:
@@ -216,16 +219,11 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path)
         elif set(_several(saved.get(key))) & set(_several(now.get(key))):
             continue
         else:
-            hashes = _hashes(saved.get(key), now.get(key))
+            then, later = (next(iter(_several(values.get(key))), "") for values in (saved, now))
+            hashes = f" (sha256 {then[:8]}… then, {later[:8]}… now)" if then and later else ""
             said = f"The {key} changed since {run} started{hashes}; restore the old ones to resume"
         problems.add(f"{said}, or start a new run with another --out.")
     problems.raise_if_any()
-
-
-def _hashes(before: Any, now: Any) -> str:
-    """ " (sha256 1a2b… then, 3c4d… now)" if both are known."""
-    one, other = next(iter(_several(before)), ""), next(iter(_several(now)), "")
-    return f" (sha256 {one[:8]}… then, {other[:8]}… now)" if one and other else ""
 
 
 def _several(found: Any) -> list[str]:
@@ -233,13 +231,6 @@ def _several(found: Any) -> list[str]:
     if isinstance(found, list):
         return [one for one in found if isinstance(one, str)]
     return [found] if isinstance(found, str) else []
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes the tensors one by one, to save memory; returns the file's SHA-256."""
-    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    stream_safetensors(path, shapes, fetch=tensors.__getitem__, metadata={})
-    return sha256_of(path)
 
 
 def _write(path: Path, data: bytes) -> str:
