@@ -22,7 +22,13 @@ def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = Non
     last and in the plan's order. Raises ConfigError for a budget below rank `step` each or above the largest ranks, DataError
     for non-finite gains.
     """
-    check_gains(gains)
+    wrong = [path for path, values in gains.items() if not all(math.isfinite(value) for value in values)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise DataError(
+            f"The gains of ranks in '{wrong[0]}'{more} are not finite (of {len(gains)} matrices). The model's loss or "
+            "states are not finite on these rows: try model.dtype float32, or give ranks in lora.rank_pattern."
+        )
     ceilings = {}
     for entry in plan.entries:
         most = min(len(gains[entry.path]), entry.largest_rank, largest or entry.largest_rank)
@@ -58,17 +64,6 @@ def rank_cost(entry: PlanEntry) -> int:
 def pair_parameters(plan: Plan) -> int:
     """Parameters of all pairs of the plan, DoRA's lengths included, extras not."""
     return sum(entry.parameters for entry in plan.entries)
-
-
-def check_gains(gains: Gains) -> None:
-    """Raises DataError that names a matrix with non-finite gains."""
-    wrong = [path for path, values in gains.items() if not all(math.isfinite(value) for value in values)]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise DataError(
-            f"The gains of ranks in '{wrong[0]}'{more} are not finite (of {len(gains)} matrices). The model's loss or "
-            "states are not finite on these rows: try model.dtype float32, or give ranks in lora.rank_pattern."
-        )
 
 
 def rank_pattern(plan: Plan, spec: LoraSpec) -> dict[str, int]:

@@ -139,8 +139,8 @@ class Training(Generic[BatchT]):
             self._restore(snapshot)
         elif resume:
             self.report.say(f"{self.run.path} has no intact checkpoint yet; it starts again at step 0.")
-        if resume and (snapshot is None or snapshot.best is None):
-            self.run.forget_adapter()  # it is from a later state than the run
+        if resume and (snapshot is None or snapshot.best is None) and self.run.adapter.exists():
+            durable.remove_folder(self.run.adapter)  # it is from a later state than the run
         self.metrics = MetricsLog(self.run.metrics, keep=self.at.metrics_bytes)
         self.sink = sink_for(self.spec.log_to, self.run.path, step=self.at.step)
 

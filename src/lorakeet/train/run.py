@@ -40,11 +40,6 @@ class RunFolder:
     page = _Inside("report.html")
     certificate = _Inside("certificate.json")
 
-    def forget_adapter(self) -> None:
-        """Deletes RUN/adapter if it exists."""
-        if self.adapter.exists():
-            durable.remove_folder(self.adapter)
-
     @property
     def resume_command(self) -> str:
         return f"{self.command} finetune --resume {self.path}"

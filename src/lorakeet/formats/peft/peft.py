@@ -203,7 +203,7 @@ def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs:
             problems.add(f"{path} {unpacked}.")
             return
         A, B = unpacked
-    wrong = _shape_problem(config, path, kind, A, B, rank)
+    wrong = _shape_problem(path, kind, A, B, rank)
     magnitude = slots.get("lora_magnitude_vector")
     if (magnitude is not None) != config.dora:
         wrong = wrong or f"{path} has {'a' if magnitude is not None else 'no'} DoRA magnitude, and use_dora is {config.dora}."
@@ -227,7 +227,7 @@ def _factor_slots(kind: Kind) -> tuple[str, str]:
     return ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
 
 
-def _shape_problem(config: PeftConfig, path: str, kind: Kind, A: Tensor, B: Tensor, rank: int) -> str:
+def _shape_problem(path: str, kind: Kind, A: Tensor, B: Tensor, rank: int) -> str:
     if kind == "experts":
         return ""
     dims = 4 if kind == "conv2d" else 2
