@@ -25,7 +25,7 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Scores, surviving_share
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.export.repack_model import write_repacked
+from lorakeet.export.model_folder import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.generate.score import row_losses
@@ -361,9 +361,7 @@ def _show(shares: Mapping[str, Estimate], console: Console) -> None:
     console.print(table)
 
 
-def _certificate(
-    opened: Opened, layout: PackedLayout, shares: Mapping[str, Estimate], options: MergeOptions
-) -> Certificate:
+def _certificate(opened: Opened, layout: PackedLayout, shares: Mapping[str, Estimate], options: MergeOptions) -> Certificate:
     """One check: the share of the held-out gain that the written model has, against the least that was requested."""
     out, written, nearest = options.out, shares[WRITTEN], shares[NEAREST]
     check = tolerance_check(
