@@ -167,7 +167,16 @@ def _write(
     gguf = gguf_package()
     writer = gguf.GGUFWriter(str(path), layout.architecture.name)
     try:
-        _add_metadata(writer, layout, facts)
+        writer.add_type("model")
+        writer.add_quantization_version(2)
+        values = {**facts, **{f"{layout.architecture.name}.{key}": value for key, value in layout.metadata.items()}}
+        for key, value in values.items():
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, float):
+                writer.add_float32(key, value)
+            else:
+                writer.add_uint32(key, int(value))
         _add_vocabulary(writer, vocabulary)
         for item in items:
             if item.type in ("F32", "F16"):
@@ -185,19 +194,6 @@ def _write(
                 on_progress(number, len(items), item.name)
     finally:
         writer.close()
-
-
-def _add_metadata(writer: Any, layout: ModelLayout, facts: Mapping[str, str | int]) -> None:
-    writer.add_type("model")
-    writer.add_quantization_version(2)
-    values = {**facts, **{f"{layout.architecture.name}.{key}": value for key, value in layout.metadata.items()}}
-    for key, value in values.items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, int(value))
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:

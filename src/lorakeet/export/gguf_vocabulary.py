@@ -80,6 +80,9 @@ def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
             scores.setdefault(merge.replace(" ", "", 1), -float(rank))
         kinds |= {number: BYTE for number, token in by_id.items() if _BYTE_TOKEN.fullmatch(token)}
         kinds |= {number: UNKNOWN for number, token in by_id.items() if token == model.get("unk_token")}
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
     special = {"bos": bos, "eos": eos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     return Vocabulary(
         model="gpt2" if byte_level else "llama",
@@ -92,7 +95,7 @@ def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
         add_bos=bos is not None and first[:1] == [bos],
         add_eos=eos is not None and len(first) > 1 and first[-1] == eos,
         space_prefix=_space_prefix(core),
-        chat_template=_template(tokenizer),
+        chat_template=_MARKERS.sub("", template) if isinstance(template, str) else None,
         strips=tuple(added["content"] for added in core.get("added_tokens", []) if added.get("rstrip")),
     )
 
@@ -148,10 +151,3 @@ def _space_prefix(core: Mapping[str, Any]) -> bool:
     if metaspace:
         return bool(metaspace[0].get("prepend_scheme", "always") != "never")
     return any(step["type"] == "Prepend" for step in _steps(core.get("normalizer")))
-
-
-def _template(tokenizer: Any) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    return _MARKERS.sub("", template) if isinstance(template, str) else None

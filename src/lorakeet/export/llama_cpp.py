@@ -49,12 +49,8 @@ class _Library:
         bindings: Any = _cffi_bindings
         self.ffi, self.lib = bindings.get_ffi(), bindings.get_lib()
         self.said: list[str] = []
-        self._log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", self._note)
+        self.log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", self._note)
         self.lib.llama_backend_init()
-
-    def listen(self) -> None:
-        """Redirects llama.cpp's log to this object; another user of the library may have redirected it."""
-        self.lib.llama_log_set(self._log, self.ffi.NULL)
 
     def _note(self, level: int, text: Any, _: Any) -> None:
         if level == _ERRORS:
@@ -73,8 +69,9 @@ _loaded: list[_Library] = []
 def _library() -> _Library:
     if not _loaded:
         _loaded.append(_Library())
-    _loaded[0].listen()
-    return _loaded[0]
+    library = _loaded[0]
+    library.lib.llama_log_set(library.log, library.ffi.NULL)  # another user of llama.cpp may have redirected it
+    return library
 
 
 def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:

@@ -135,9 +135,6 @@ def _features(pairs: Mapping[str, Pair | PlanEntry], tied: bool) -> set[Feature]
 
 def _ranks(ranks: Iterable[int]) -> set[Feature]:
     largest = max(ranks, default=0)
-    found: set[Feature] = set()
     if largest > 512:
-        found.add("rank above 512")
-    elif largest > 16:
-        found.add("rank above 16")
-    return found
+        return {"rank above 512"}
+    return {"rank above 16"} if largest > 16 else set()

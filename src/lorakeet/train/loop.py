@@ -181,7 +181,9 @@ class Training(Generic[BatchT]):
         start = time.perf_counter()
         step = self.at.step + 1
         batches = self.task.batches(step - 1)
-        size = self._size(batches)
+        sizes = [self.task.size(batch) for batch in batches]
+        counts = (sum(getattr(each, name) for each in sizes) for name in ("rows", "tokens", "targets"))
+        size = Size(*self.processes.total(*counts))  # over all processes
         loss = self._accumulate(batches, size, step)
         norm = gradients.gradient_norm(self.parameters)
         rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
@@ -225,12 +227,6 @@ class Training(Generic[BatchT]):
                 "continues; please report the model and the settings."
             )
             self.budget = None
-
-    def _size(self, batches: Sequence[BatchT]) -> Size:
-        """The size of the step over all processes."""
-        sizes = [self.task.size(batch) for batch in batches]
-        rows, tokens, targets = (sum(getattr(size, name) for size in sizes) for name in ("rows", "tokens", "targets"))
-        return Size(*self.processes.total(rows, tokens, targets))
 
     def _accumulate(self, batches: Sequence[BatchT], whole: Size, step: int) -> float:
         """Accumulates the gradients of the step's mean loss, and returns the loss.
