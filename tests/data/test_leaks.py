@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.leaks import check_leaks, find_duplicates, jaccard, lsh_bands, normal_words, shingles
+from lorakeet.data.leaks import MANY, check_leaks, find_duplicates
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
@@ -48,44 +48,24 @@ def test_near_copies_are_found_with_their_similarity():
     first, second, third = texts(3, seed=0)
     parts = {"test": rows("t", first), "training": rows("a", second, edited(first), third)}
     (pair,) = find_duplicates(parts, 0.8)
-    assert (pair.row.source, pair.twin.source, pair.exact) == ("a:2", "t:1", False)
-    # 58 triples, of which 3 change: 55 common of 61.
-    assert pair.similarity == pytest.approx(55 / 61)
-    assert find_duplicates(parts, 0.95) == () and find_duplicates(parts, 0) == ()
+    assert (pair.row.source, pair.twin.source, pair.exact, pair.kind) == ("a:2", "t:1", False, "near")
+    assert pair.similarity == pytest.approx(59 / 60)
+    assert find_duplicates(parts, 0.99) == () and find_duplicates(parts, 0) == ()
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12).map(" ".join), min_size=2, max_size=12),
+    st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3).map(" ".join), min_size=2, max_size=12),
     st.integers(1, 11),
+    st.randoms(use_true_random=False),
 )
-def test_nothing_is_missed_and_nothing_invented(given_texts, cut):
+def test_no_copy_is_missed_and_none_invented(given_texts, cut, chance):
     test, train = rows("t", *given_texts[:cut]), rows("a", *given_texts[cut:])
-    pairs = find_duplicates({"test": test, "training": train}, 0.8)
-    leaking = {pair.row.source for pair in pairs if pair.row_part != pair.twin_part}
-    expected = {
-        one.source
-        for one in train
-        for other in test
-        if jaccard(shingles(normal_words(one.text)), shingles(normal_words(other.text))) >= 0.8
-    }
-    assert leaking == expected
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 1.0])
-def test_index_finds_pairs_at_the_threshold(threshold):
-    bands, per_band = lsh_bands(threshold)
-    assert bands * per_band <= 128 and 1 - (1 - threshold**per_band) ** bands >= 0.998
-
-
-def test_default_index_is_selective():
-    assert lsh_bands(0.8) == (25, 5)
-
-
-def test_pair_of_exactly_the_threshold_counts():
-    parts = {"test": rows("t", "one two three four five six"), "training": rows("a", "one two three four five six seven")}
-    (pair,) = find_duplicates(parts, 0.8)
-    assert pair.similarity == 0.8  # 4 triples of 5
+    expected = {one.source for one in train for other in test if one.text.split() == other.text.split()}
+    for _ in range(2):
+        pairs = find_duplicates({"test": test, "training": train}, 0)
+        assert {pair.row.source for pair in pairs if pair.row_part != pair.twin_part} == expected
+        chance.shuffle(train)
 
 
 def test_short_and_wordless_texts():
@@ -99,8 +79,13 @@ def test_row_is_dropped_from_training_and_named():
     clean = check_leaks(rows("a", good, leaked), rows("h", tested, edited(leaked)), [], spec())
     assert [r.source for r in clean.train] == ["a:1"] and len(clean.held_out) == 2
     assert [r.source for r in clean.report.dropped] == ["a:2"]
-    assert "1 row is on both sides of a split (1 dropped)" in clean.report.lines()[0]
-    assert "training a:2 and held-out h:2 (similarity 0.90)" in clean.report.lines()[1]
+    method, counted, named, one, other = clean.report.lines()
+    assert method.startswith("Searched 2 training, 2 held-out rows for texts that share 80% of their words")
+    assert "cannot find paraphrases" in method
+    assert counted == "1 row is on both sides of a split (1 dropped): 1 × near-copy."
+    assert "training a:2 and held-out h:2 (near-copy, similarity 0.98)" in named
+    assert one.startswith("    training: …") and " changed " not in one
+    assert other.startswith("    held-out: …") and " changed " in other
 
 
 def test_held_out_row_gives_way_to_a_test_row():
@@ -119,15 +104,17 @@ def test_repeats_inside_training_are_reported_and_kept():
     one, two, three = texts(3, seed=4)
     clean = check_leaks(rows("a", one, one, two), rows("h", three), [], spec())
     assert len(clean.train) == 3 and not clean.report.across
-    assert clean.report.lines() == [f"training rows that repeat another one (kept): 1, for example {clean.report.within[0]}"]
+    said = f"training rows that repeat another one (kept): 1 × exact copy, for example {clean.report.within[0]}"
+    assert clean.report.lines()[1:] == [said]
 
 
 def test_policies_keep_and_refuse():
     one, two, three = texts(3, seed=5)
     kept = check_leaks(rows("a", one, two), rows("h", two, three), [], spec(on_leak="keep"))
-    assert len(kept.train) == 2 and len(kept.report.across) == 1 and "kept" in kept.report.lines()[0]
+    assert len(kept.train) == 2 and len(kept.report.across) == 1 and "kept" in kept.report.lines()[1]
     with pytest.raises(
-        DataError, match=r"(?s)1 pairs of rows .*'refuse'.*training a:2 and held-out h:1 \(exact copy\).*Remove one"
+        DataError,
+        match=r"(?s)1 pairs of .* \(1 × exact copy\).*'refuse'.*training a:2 and held-out h:1 \(exact copy\).*Remove one",
     ):
         check_leaks(rows("a", one, two), rows("h", two, three), [], spec(on_leak="refuse"))
 
@@ -148,7 +135,178 @@ def test_training_that_would_be_empty_is_refused():
 
 def test_no_leak_is_said_too():
     one, two = texts(2, seed=8)
-    assert check_leaks(rows("a", one), rows("h", two), [], spec()).report.lines() == ["No duplicate rows found."]
+    assert check_leaks(rows("a", one), rows("h", two), [], spec()).report.lines()[1:] == ["No duplicate rows found."]
+    (method, _) = check_leaks(rows("a", one), rows("h", two), [], spec(near_duplicates=0)).report.lines()
+    assert method.endswith("Near-copies were not searched, as data.near_duplicates says.")
+
+
+# Planted copies
+
+
+def prose(count, seed, lengths):
+    """Sentences of pseudo-words with the frequencies of words in English (Zipf's law)."""
+    chance = random.Random(seed)
+    weights = [1 / (rank + 3) for rank in range(3000)]
+    words = [f"w{rank}" for rank in range(3000)]
+    found = {" ".join(chance.choices(words, weights, k=chance.choice(lengths))): None for _ in range(count)}
+    return list(found)
+
+
+def found_copies(given_texts, copies):
+    """How many of the copies of the first texts are found among all others."""
+    held_out, others = rows("h", *given_texts[: len(copies)]), rows("o", *given_texts[len(copies) :])
+    pairs = find_duplicates({"held-out": held_out, "training": [*others, *rows("c", *copies)]}, 0.8)
+    across = [pair for pair in pairs if pair.row_part != pair.twin_part]
+    right = {pair.row.source for pair in across if pair.row.source.replace("c:", "h:") == pair.twin.source}
+    wrong = len({pair.row.source for pair in across if not pair.row.source.startswith("c:")})
+    assert wrong * 100 <= len(given_texts), f"{wrong} other rows were taken for copies"
+    return len(right)
+
+
+def replaced(text, chance):
+    words = text.split()
+    words[chance.randrange(len(words))] = f"changed{chance.randrange(10**6)}"
+    return " ".join(words)
+
+
+def test_twenty_copies_with_one_word_changed_are_found_in_rows_of_5_to_16_words():
+    chance = random.Random(1)
+    given_texts = prose(400, 1, range(5, 17))
+    assert found_copies(given_texts, [replaced(text, chance) for text in given_texts[:20]]) == 20
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 16])
+def test_one_word_changed_is_found_in_19_of_20_rows(length):
+    chance = random.Random(length)
+    given_texts = prose(1000, length, [length])
+    assert found_copies(given_texts, [replaced(text, chance) for text in given_texts[:200]]) >= 190
+
+
+def test_case_punctuation_and_spacing_hide_nothing():
+    chance = random.Random(3)
+    changes = (
+        str.upper, str.title, lambda text: text.replace(" ", ", ") + "!", lambda text: text.replace(" ", "\n\t"),
+        lambda text: text.replace(" ", "", 1), lambda text: f"“{text}” …", lambda text: text.replace(" ", "-"),
+    )  # fmt: skip
+    given_texts = prose(400, 3, range(4, 17))
+    assert found_copies(given_texts, [chance.choice(changes)(text) for text in given_texts[:200]]) == 200
+
+
+@pytest.mark.parametrize("first", ["一", "ぁ"])
+def test_one_character_changed_is_found_in_9_of_10_rows_without_spaces(first):
+    chance = random.Random(4)
+    characters = [chr(ord(first) + number) for number in range(80 if first == "ぁ" else 1500)]
+    weights = [1 / (rank + 10) for rank in range(len(characters))]
+    given_texts = list({"".join(chance.choices(characters, weights, k=chance.randrange(8, 30))): None for _ in range(600)})
+
+    def changed(text):
+        place = chance.randrange(len(text))
+        return text[:place] + "龘" + text[place + 1 :] + "。"
+
+    assert found_copies(given_texts, [changed(text) for text in given_texts[:100]]) >= 90
+
+
+def pairs_of(given_texts):
+    half = len(given_texts) // 2
+    return find_duplicates({"held-out": rows("h", *given_texts[:half]), "training": rows("a", *given_texts[half:])}, 0.8)
+
+
+def test_different_rows_of_one_template_are_no_copies():
+    chance = random.Random(5)
+    sides, bones = ("left", "right", "unspecified"), [f"bone{number}" for number in range(30)]
+    labels = {
+        f"Displaced {chance.choice(('spiral', 'oblique', 'comminuted'))} fracture of shaft of {chance.choice(sides)} "
+        f"{chance.choice(bones)}, {chance.choice(('initial encounter', 'subsequent encounter with healing', 'sequela'))}"
+        for _ in range(2000)
+    }
+    assert len(labels) > 500 and len(pairs_of(sorted(labels))) <= len(labels) * (len(labels) - 1) / 2 / 1000
+    asked = [f"What is the capital of {name}, and how many people live there?" for name in prose(800, 6, [1, 2])]
+    assert pairs_of(asked) == ()
+
+
+def test_an_instruction_weighs_nothing_in_chats_and_a_copied_input_below_it_is_found():
+    chance = random.Random(7)
+    instruction = " ".join(prose(1, 8, [60])[0].split())
+    inputs = prose(500, 9, range(4, 12))
+    assert pairs_of([f"{instruction}\n\n{text}" for text in inputs]) == ()
+    copies = [f"{instruction}\n\n{replaced(text, chance)}" for text in inputs[:100]]
+    assert found_copies([f"{instruction}\n\n{text}" for text in inputs], copies) >= 95
+
+
+def test_the_template_of_prompts_weighs_nothing():
+    template = "Tell whether the following review of a drug is positive, negative or neutral: {}\nAnswer with one word."
+
+    def templated(text, source):
+        start = template.index("{")
+        prompt = template.replace("{}", text)
+        return Row((Turn("user", prompt, False, (start, start + len(text))), Turn("assistant", "a", True)), "a", None, source)
+
+    one, two, three = texts(3, seed=10, length=5)
+    pairs = find_duplicates({"test": [templated(one, "t:1")], "training": [templated(two, "a:1"), templated(three, "a:2")]}, 0.8)
+    assert pairs == ()
+
+
+# Kinds
+
+
+def chat(prompt, answer, source, group=None):
+    return Row((Turn("user", prompt, False), Turn("assistant", answer, True)), None, group, source)
+
+
+def test_the_same_prompt_with_another_answer_is_a_kind_of_its_own():
+    train = [chat("Who wrote Emma?", "Jane Austen.", "a:1"), chat("Who wrote Persuasion?", "Jane Austen.", "a:2")]
+    clean = check_leaks(train, [chat("who wrote Emma", "Austen, in 1815", "h:1")], [], spec())
+    (pair,) = clean.report.across
+    assert pair.kind == "prompt" and pair.exact and [row.source for row in clean.train] == ["a:2"]
+    counted, named, one, other = clean.report.lines()[1:]
+    assert counted.endswith("1 × same prompt, other answer.") and "(same prompt, other answer)" in named
+    assert one.endswith("→ Jane Austen.") and other.endswith("→ Austen, in 1815")
+    copied = check_leaks(train, [chat("who wrote Emma", "JANE AUSTEN", "h:1")], [], spec())
+    assert [pair.kind for pair in copied.report.across] == ["copy"]
+
+
+def test_where_many_rows_have_one_prompt_their_answers_are_compared():
+    tales = texts(2 * MANY[0] + 1, seed=11)
+    train = [chat("Tell a tale.", tale, f"a:{number}") for number, tale in enumerate(tales[:-1])]
+    answers = (tales[-1], edited(tales[3]), tales[5])
+    held_out = [chat("Tell a tale!", answer, f"h:{number}") for number, answer in enumerate(answers, start=1)]
+    clean = check_leaks(train, held_out, [], spec())
+    assert sorted((pair.kind, pair.row.source, pair.twin.source) for pair in clean.report.across) == [
+        ("copy", "a:5", "h:3"), ("near", "a:3", "h:2"),
+    ]  # fmt: skip
+    assert len(clean.train) == len(train) - 2
+
+
+def test_a_group_stays_on_one_side_of_files_too():
+    def of(group, text, source):
+        return Row((Turn("user", text, False), Turn("assistant", "a", True)), "a", group, source)
+
+    one, two, three, four = texts(4, seed=12)
+    train, held_out = [of("ann", one, "a:1"), of("bob", two, "a:2")], [of("ann", three, "h:1"), of("eve", four, "h:2")]
+    clean = check_leaks(train, held_out, [], spec())
+    (pair,) = clean.report.across
+    assert (pair.kind, pair.row.source, pair.twin.source) == ("group", "a:1", "h:1")
+    assert [row.source for row in clean.train] == ["a:2"] and "1 × same group" in clean.report.lines()[1]
+
+
+def test_the_order_of_rows_changes_nothing():
+    chance = random.Random(13)
+    given_texts = prose(300, 13, range(4, 20))
+    copies = [replaced(text, chance) for text in given_texts[:60]] + given_texts[60:80]
+    test, train = rows("t", *given_texts[:100]), rows("a", *given_texts[100:], *copies, *copies[:5])
+    found = find_duplicates({"test": test, "training": train}, 0.8)
+    assert len({pair.row.source for pair in found if pair.row_part != pair.twin_part}) > 75
+    for _ in range(3):
+        chance.shuffle(test)
+        chance.shuffle(train)
+        assert find_duplicates({"test": test, "training": train}, 0.8) == found
+
+
+def test_every_evaluated_row_that_training_rows_repeat_is_named_when_it_may_be_dropped():
+    one, two = texts(2, seed=14)
+    found = find_duplicates({"training": rows("a", one, two), "test": rows("t", one, one, edited(one))}, 0.8)
+    across = [pair for pair in found if pair.row_part != pair.twin_part]
+    assert sorted((pair.row.source, pair.twin.source) for pair in across) == [("t:1", "a:1"), ("t:2", "a:1"), ("t:3", "a:1")]
 
 
 def test_the_drug_review_that_stands_in_both_files(drug_reviews):

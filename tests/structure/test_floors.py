@@ -25,7 +25,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "yaml": ("config.py", "models/files/origin.py", "export/card.py"),
     "scipy": ("evaluate/",),
     "sklearn": ("evaluate/",),
-    "datasketch": ("data/",),
+    "regex": ("data/words.py",),
     "datasets": ("data/",),
     "pyarrow": ("data/",),
     "tensorboard": ("train/log.py",),

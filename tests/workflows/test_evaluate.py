@@ -59,6 +59,8 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     report = evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=quiet()).report
     assert report.systems[0].metrics["accuracy"].n == 9 and report.subtitle.endswith("9 rows of mixed.jsonl")
     assert report.leaks is not None and len({leak.held_out for leak in report.leaks}) == 3
+    assert {leak.held_out.split(":")[0] for leak in report.leaks} == {"mixed.jsonl"}
+    assert report.leak_search.startswith("Searched 59 training, 12 test rows")
     assert "3 of 12 rows are also training or held-out rows (left out)." in report.warnings
 
 

@@ -1,55 +1,79 @@
-"""Finds leaks: exact copies and near-duplicates within and across training, held-out and test rows.
+"""Finds leaks: copies, near-copies and known questions within and across training, held-out and test rows.
 
-Two texts are compared as sets of word triples (shingles), by their Jaccard similarity |X ∩ Y| / |X ∪ Y|. MinHash signatures
-in an LSH index (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", ch. 3) find candidates; each
-candidate's similarity is then computed exactly, so a reported pair is never a false positive.
+Two rows are copies if their words are equal, whatever their case, punctuation and spacing, and near-copies as
+`lorakeet.data.near_copies` says. Prompts are compared, raw text as a whole, and answers where many rows have one prompt.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from lorakeet.data.near_copies import fewest_words, find_near_copies
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
+from lorakeet.data.words import letters, normal_words
 from lorakeet.errors import DataError
 
 PARTS = ("test", "held-out", "training")  # a leaking row is dropped from the later part of this list
-SHINGLE = 3
-PERMUTATIONS = 128
-RECALL = 0.999  # chance that LSH proposes a pair of exactly the threshold's similarity
+KINDS = {
+    "copy": "exact copy",
+    "prompt": "same prompt, other answer",
+    "near": "near-copy",
+    "group": "same group",
+}
+MANY = (20, 0.01)  # rows, and their share of all, from which one whole prompt is an instruction
+RECALL = "95 %"  # measured by benchmarks/leaks.py
+UNSEEN = "paraphrases, translations, and changes within text that many rows share"
 _SHOWN = 5
-_CACHED = 4096  # texts whose shingles are cached for comparisons
-_WORD = re.compile(r"\w+")
+_EXCERPT = 200  # characters
+_BEFORE = 60  # of these, before the first difference
 
 
 @dataclass(frozen=True)
 class LeakPair:
-    """Two rows with the same or nearly the same text: `row` may be dropped, `twin` stays."""
+    """Two rows of a kind in KINDS: `row` may be dropped, `twin` stays. `answers`: not prompts but answers were compared."""
 
     row: Row
     row_part: str
     twin: Row
     twin_part: str
     similarity: float
-    exact: bool
+    kind: str
+    answers: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """True if the words that were compared are equal."""
+        return self.kind in ("copy", "prompt")
 
     def __str__(self) -> str:
-        kind = "exact copy" if self.exact else f"similarity {self.similarity:.2f}"
-        start = " ".join(self.row.text.split())[:70]
+        kind = KINDS[self.kind] + (f", similarity {self.similarity:.2f}" if self.kind == "near" else "")
+        start = _one_line(_compared(self.row, self.answers))[:70]
         return f"{self.row_part} {self.row.source} and {self.twin_part} {self.twin.source} ({kind}): '{start}…'"
+
+    def excerpts(self) -> tuple[str, str]:
+        """Both texts in one line, around their first difference."""
+        texts = [_one_line(_compared(row, self.answers)) for row in (self.row, self.twin)]
+        if self.kind == "prompt":
+            texts = [f"{text} → {_one_line(_answer(row))}" for text, row in zip(texts, (self.row, self.twin), strict=True)]
+        same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
+        start = max(0, same - _BEFORE) if max(map(len, texts)) > _EXCERPT else 0
+        one, other = (("…" if start else "") + text[start : start + _EXCERPT] for text in texts)
+        return one, other
 
 
 @dataclass(frozen=True)
 class LeakReport:
-    """All duplicate pairs, and the rows that the policy dropped from training and held-out rows."""
+    """All duplicate pairs, the rows that the policy dropped, and how many rows of each part were searched, by which threshold."""
 
     pairs: tuple[LeakPair, ...]
     policy: str
     dropped: tuple[Row, ...] = ()
+    searched: Mapping[str, int] = field(default_factory=dict)
+    threshold: float = DataSpec.near_duplicates
 
     @property
     def across(self) -> tuple[LeakPair, ...]:
@@ -61,19 +85,31 @@ class LeakReport:
         """Pairs within one part: no leak, but such rows count twice."""
         return tuple(pair for pair in self.pairs if pair.row_part == pair.twin_part)
 
+    def method(self) -> str:
+        """What was searched, by which measure with which recall, and what it cannot find."""
+        rows = ", ".join(f"{self.searched[part]:,} {part}" for part in reversed(PARTS) if self.searched.get(part))
+        if not self.threshold:
+            return f"Searched {rows} rows for equal words. Near-copies were not searched, as data.near_duplicates says."
+        one = "" if self.threshold == 1 else f", or all but one from {fewest_words(self.threshold):g} words on"
+        return (
+            f"Searched {rows} rows for texts that share {self.threshold:.0%} of their words{one}; text that many rows share does "
+            f"not count. It finds at least {RECALL} of such copies, and cannot find {UNSEEN}."
+        )
+
     def lines(self) -> list[str]:
-        """The report in sentences; names every leak."""
-        lines = []
+        """The report in sentences: the method, the counts of each kind, and some of each, side by side."""
+        lines = [self.method()]
         if self.across:
             fate = f"{len(self.dropped)} dropped" if self.policy == "drop" else "kept, as data.on_leak says"
             rows = "1 row is" if len(self.across) == 1 else f"{len(self.across)} pairs of rows are"
-            lines.append(f"{rows} on both sides of a split ({fate}):")
-            lines.extend(f"  {pair}" for pair in self.across)
+            lines.append(f"{rows} on both sides of a split ({fate}): {_counted(self.across)}.")
+            for kind in KINDS:
+                lines.extend(_shown([pair for pair in self.across if pair.kind == kind]))
         for part in reversed(PARTS):
             twice = [pair for pair in self.within if pair.row_part == part]
             if twice:
-                lines.append(f"{part} rows that repeat another one (kept): {len(twice)}, for example {twice[0]}")
-        return lines or ["No duplicate rows found."]
+                lines.append(f"{part} rows that repeat another one (kept): {_counted(twice)}, for example {twice[0]}")
+        return lines if len(lines) > 1 else [*lines, "No duplicate rows found."]
 
 
 @dataclass(frozen=True)
@@ -94,14 +130,15 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
     for part, rows in (("held-out", held_out), ("test", test)):
         _refuse_equal(part, rows, train)
     _refuse_equal("test", test, held_out, among="held-out")
-    pairs = find_duplicates({"test": test, "held-out": held_out, "training": train}, spec.near_duplicates)
-    report = LeakReport(pairs, spec.on_leak)
+    parts = {"test": test, "held-out": held_out, "training": train}
+    report = search_leaks(parts, spec)
     across = report.across
     if across and spec.on_leak == "refuse":
         more = f"\n  and {len(across) - _SHOWN} more" if len(across) > _SHOWN else ""
         shown = "".join(f"\n  {pair}" for pair in across[:_SHOWN])
         raise DataError(
-            f"{len(across)} pairs of rows are on both sides of a split, and data.on_leak is 'refuse':{shown}{more}\n"
+            f"{len(across)} pairs of rows are on both sides of a split ({_counted(across)}), and data.on_leak is 'refuse':"
+            f"{shown}{more}\n"
             "Remove one of each pair, or set --data.on_leak drop (from training) or keep."
         )
     if not across or spec.on_leak == "keep":
@@ -120,118 +157,161 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
     dropped = tuple(
         row for part, rows in (("held-out", held_out), ("training", train)) for row in rows if (part, row.key, row.source) in gone
     )
-    return CleanParts(left("training", train), left("held-out", held_out), tuple(test), LeakReport(report.pairs, "drop", dropped))
+    return CleanParts(left("training", train), left("held-out", held_out), tuple(test), replace(report, dropped=dropped))
 
 
-def find_duplicates(parts: dict[str, Sequence[Row]], threshold: float) -> tuple[LeakPair, ...]:
+def search_leaks(parts: Mapping[str, Sequence[Row]], spec: DataSpec) -> LeakReport:
+    """The pairs of these parts, with what was searched; nothing is dropped."""
+    searched = {part: len(rows) for part, rows in parts.items()}
+    pairs = find_duplicates(parts, spec.near_duplicates)
+    return LeakReport(pairs, spec.on_leak, searched=searched, threshold=spec.near_duplicates)
+
+
+def find_duplicates(parts: Mapping[str, Sequence[Row]], threshold: float) -> tuple[LeakPair, ...]:
     """Finds pairs of rows with equal or similar texts: at most one twin per row in each earlier part and in its own.
 
-    `parts` are in the order of protection (PARTS). `threshold` 0 finds exact copies only.
+    `parts`, with names of PARTS, are in the order of protection. The order of rows changes nothing. `threshold` 0 finds equal
+    words and groups only.
     """
     documents = _documents(parts)
-    pairs = [pair for document in documents for pair in _exact_pairs(document.members)]
-    if threshold > 0:
-        pairs.extend(_near_pairs(documents, threshold))
     order = {part: index for index, part in enumerate(parts)}
+    pairs = [pair for document in documents for pair in _exact_pairs(document)]
+    if threshold > 0:
+        pairs.extend(_near_pairs(documents, list(parts), threshold, _with_twins(pairs)))
+    pairs.extend(_group_pairs(parts, _with_twins(pairs)))
+    kinds = list(KINDS)
     return tuple(
-        sorted(pairs, key=lambda pair: (-order[pair.row_part], order[pair.twin_part], -pair.similarity, pair.row.source))
+        sorted(
+            pairs,
+            key=lambda pair: (
+                *(-order[pair.row_part], order[pair.twin_part], kinds.index(pair.kind), -pair.similarity),
+                *(pair.row.key, pair.row.source, pair.twin.source),
+            ),
+        )
     )
-
-
-def normal_words(text: str) -> list[str]:
-    """The words of a text, normalised (NFKC, case-folded), without punctuation and spacing."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def shingles(words: Sequence[str]) -> frozenset[str]:
-    """The set of word triples of a text; a shorter text is a single shingle."""
-    if len(words) <= SHINGLE:
-        return frozenset((" ".join(words),))
-    return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(len(words) - SHINGLE + 1))
-
-
-def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
-    """|first ∩ second| / |first ∪ second|."""
-    common = len(first & second)
-    return common / (len(first) + len(second) - common)
-
-
-def lsh_bands(threshold: float) -> tuple[int, int]:
-    """Bands b and rows r of the most selective LSH index that still finds similarity t: 1-(1-t^r)^b ≥ 0.999, b·r ≤ 128."""
-    for rows in range(PERMUTATIONS // 2, 1, -1):
-        bands = PERMUTATIONS // rows
-        if 1 - (1 - threshold**rows) ** bands >= RECALL:
-            return bands, rows
-    return PERMUTATIONS, 1
 
 
 @dataclass(frozen=True)
 class _Document:
-    """One text with all rows that have it, as (part, row)."""
+    """One text with all rows that have it, as (part, row), in an order that no file decides."""
 
-    words: tuple[str, ...]
+    text: str
     members: tuple[tuple[str, Row], ...]
+    answers: bool
+
+    def first(self, part: str) -> Row | None:
+        return next((row for name, row in self.members if name == part), None)
 
 
-def _documents(parts: dict[str, Sequence[Row]]) -> list[_Document]:
-    members: dict[tuple[str, ...], list[tuple[str, Row]]] = {}
-    for part, rows in parts.items():
-        for row in rows:
-            # A text without words (punctuation only) is compared verbatim.
-            members.setdefault(tuple(normal_words(row.text)) or (row.text.strip(),), []).append((part, row))
-    return [_Document(words, tuple(rows)) for words, rows in members.items()]
+def _documents(parts: Mapping[str, Sequence[Row]]) -> list[_Document]:
+    rows = [(part, row) for part, given in parts.items() for row in given]
+    order = list(parts)
+    prompts = [_digest(row.text) for _, row in rows]
+    counts = Counter(prompt for prompt, (_, row) in zip(prompts, rows, strict=True) if _is_generative(row))
+    many = max(MANY[0], MANY[1] * len(rows))
+    members: dict[bytes, list[tuple[str, Row]]] = defaultdict(list)
+    instructed: set[bytes] = set()
+    for prompt, (part, row) in zip(prompts, rows, strict=True):
+        digest = prompt
+        if _is_generative(row) and counts[prompt] >= many:
+            digest = prompt + _digest(_answer(row))
+            instructed.add(digest)
+        members[digest].append((part, row))
+    found = []
+    for digest, equal in sorted(members.items()):
+        equal.sort(key=lambda member: (order.index(member[0]), member[1].key, member[1].source))
+        answers = digest in instructed
+        found.append(_Document(_compared(equal[0][1], answers), tuple(equal), answers))
+    return found
 
 
-def _exact_pairs(members: Sequence[tuple[str, Row]]) -> Iterator[LeakPair]:
-    first: dict[str, Row] = {}
-    for part, row in members:
-        for twin_part, twin in first.items():
-            yield LeakPair(row, part, twin, twin_part, similarity=1.0, exact=True)
-        first.setdefault(part, row)
+def _digest(text: str) -> bytes:
+    # A text without words (punctuation only) is compared verbatim.
+    said = letters(normal_words(text)) or text.strip()
+    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _near_pairs(documents: Sequence[_Document], threshold: float) -> Iterator[LeakPair]:
-    from datasketch import MinHash, MinHashLSH
-
-    @functools.lru_cache(maxsize=_CACHED)  # shingles of all texts would take several times their memory
-    def shingles_of(number: int) -> frozenset[str]:
-        return shingles(documents[number].words)
-
-    index, blank = MinHashLSH(num_perm=PERMUTATIONS, params=lsh_bands(threshold)), MinHash(num_perm=PERMUTATIONS, seed=1)
-    sizes: list[int] = []
-    for number, document in enumerate(documents):
-        own, signature = shingles(document.words), blank.copy()
-        signature.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in own])
-        sizes.append(len(own))
-        found: set[tuple[str, str]] = set()
-        for other in sorted(index.query(signature)):
-            small, large = sorted((sizes[number], sizes[other]))
-            if small / large < threshold:  # the similarity cannot exceed small / large
-                continue
-            similarity = jaccard(own, shingles_of(other))
-            if similarity >= threshold:
-                yield from _first_twins(document, documents[other], similarity, found)
-        index.insert(number, signature)
+def _is_generative(row: Row) -> bool:
+    return row.label is None and any(turn.role == "assistant" for turn in row.turns)
 
 
-def _first_twins(document: _Document, other: _Document, similarity: float, found: set[tuple[str, str]]) -> Iterator[LeakPair]:
-    """Pairs each row of `document` with one row per part of `other`, unless its part already has a twin there."""
-    firsts: dict[str, Row] = {}
-    for part, row in other.members:
-        firsts.setdefault(part, row)
-    done: set[tuple[str, str]] = set()
+def _answer(row: Row) -> str:
+    return row.label if row.label is not None else "\n".join(turn.text for turn in row.turns if turn.role == "assistant")
+
+
+def _compared(row: Row, answers: bool) -> str:
+    return _answer(row) if answers else row.text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _exact_pairs(document: _Document) -> Iterator[LeakPair]:
+    if len(document.members) == 1:
+        return
+    first: dict[str, dict[bytes, Row]] = {}
     for part, row in document.members:
-        for twin_part, twin in firsts.items():
-            if (part, twin_part) not in found:
-                done.add((part, twin_part))
-                yield _ordered(part, row, twin_part, twin, similarity)
-    found |= done
+        answer = _digest(_answer(row))
+        for twin_part, by_answer in first.items():
+            kind = "copy" if answer in by_answer else "prompt"
+            twin = by_answer.get(answer) or next(iter(by_answer.values()))
+            yield LeakPair(row, part, twin, twin_part, 1.0, kind, document.answers)
+        first.setdefault(part, {}).setdefault(answer, row)
 
 
-def _ordered(part: str, row: Row, twin_part: str, twin: Row, similarity: float) -> LeakPair:
-    if PARTS.index(part) < PARTS.index(twin_part):
-        part, row, twin_part, twin = twin_part, twin, part, row
-    return LeakPair(row, part, twin, twin_part, similarity=similarity, exact=False)
+def _near_pairs(
+    documents: Sequence[_Document], parts: Sequence[str], threshold: float, done: set[tuple[int, str]]
+) -> Iterator[LeakPair]:
+    """Pairs each row with the most similar text that has a row in an earlier part, or that precedes its own in its own part."""
+    alike: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    for copy in find_near_copies((normal_words(document.text) for document in documents), threshold):
+        alike[copy.first].append((-copy.similarity, copy.second))
+        alike[copy.second].append((-copy.similarity, copy.first))
+    for number in sorted(alike):
+        nearest = sorted(alike[number])
+        document = documents[number]
+        for part, row in document.members:
+            for twin_part in parts[: parts.index(part) + 1]:
+                if (id(row), twin_part) in done:
+                    continue
+                for distance, other in nearest:
+                    twin = documents[other].first(twin_part) if other < number or twin_part != part else None
+                    if twin is not None:
+                        yield LeakPair(row, part, twin, twin_part, -distance, "near", document.answers)
+                        break
+
+
+def _group_pairs(parts: Mapping[str, Sequence[Row]], done: set[tuple[int, str]]) -> Iterator[LeakPair]:
+    """Pairs rows of a group that is in an earlier part too."""
+    firsts: dict[str, dict[str, Row]] = {}
+    for part, given in parts.items():
+        rows = [row for row in given if row.group is not None]
+        for row in rows:
+            for twin_part, by_group in firsts.items():
+                if row.group in by_group and (id(row), twin_part) not in done:
+                    yield LeakPair(row, part, by_group[row.group], twin_part, 0.0, "group")
+        firsts[part] = {str(row.group): row for row in sorted(rows, key=lambda row: (row.key, row.source), reverse=True)}
+
+
+def _with_twins(pairs: Iterable[LeakPair]) -> set[tuple[int, str]]:
+    """Each row that has a twin, by identity, with the twin's part."""
+    return {(id(pair.row), pair.twin_part) for pair in pairs}
+
+
+def _counted(pairs: Sequence[LeakPair]) -> str:
+    counts = Counter(pair.kind for pair in pairs)
+    return ", ".join(f"{counts[kind]} × {words}" for kind, words in KINDS.items() if counts[kind])
+
+
+def _shown(pairs: Sequence[LeakPair]) -> list[str]:
+    lines = []
+    for pair in pairs[:_SHOWN]:
+        one, other = pair.excerpts()
+        lines += [f"  {pair}"] if one == other else [f"  {pair}", f"    {pair.row_part}: {one}", f"    {pair.twin_part}: {other}"]
+    if len(pairs) > _SHOWN:
+        lines.append(f"  and {len(pairs) - _SHOWN} more of this kind, all in report.json")
+    return lines
 
 
 def _refuse_equal(part: str, rows: Sequence[Row], others: Sequence[Row], among: str = "training") -> None:

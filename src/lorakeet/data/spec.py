@@ -44,7 +44,7 @@ class DataSpec:
         "completion", "Target tokens of the loss: the answers, or every token of a row."
     )
     near_duplicates: float = setting(
-        0.8, "Jaccard similarity from which two texts count as duplicates; 0 finds exact copies only."
+        0.8, "Share of common words from which two texts count as near-copies; 0 finds exact copies only."
     )
     on_leak: Literal["drop", "refuse", "keep"] = setting(
         "drop", "If a training row is also in the held-out or test rows: drop it from training, stop, or keep it."

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder
-from lorakeet.data.leaks import LeakReport, find_duplicates
+from lorakeet.data.leaks import LeakReport, search_leaks
 from lorakeet.data.prepare import check_labels, find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -82,6 +82,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         subtitle=f"{text.name}, {report.rows_of} rows of {rows.named}",
         drift=drift,
         leaks=leaks(rows.leaks) if rows.leaks is not None else None,
+        leak_search=rows.leaks.method() if rows.leaks is not None else "",
         warnings=(*rows.warnings, *report.warnings),
     )
     for warning in report.warnings:
@@ -148,8 +149,8 @@ def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, wh
 
 def _without_seen(rows: tuple[Row, ...], known: tuple[Row, ...], spec: DataSpec) -> tuple[tuple[Row, ...], LeakReport]:
     """The rows without those that the run has seen, as data.on_leak says, and the leaks that were found."""
-    found = find_duplicates({"training": known, "test": rows}, spec.near_duplicates)
-    pairs = tuple(pair for pair in found if pair.row_part != pair.twin_part)
+    found = search_leaks({"training": known, "test": rows}, spec)
+    pairs = found.across
     sources = {pair.row.source if pair.row_part == "test" else pair.twin.source for pair in pairs}
     seen = tuple(row for row in rows if row.source in sources)
     if pairs and spec.on_leak == "refuse":
@@ -158,4 +159,4 @@ def _without_seen(rows: tuple[Row, ...], known: tuple[Row, ...], spec: DataSpec)
     left = tuple(row for row in rows if row.source not in sources) if spec.on_leak == "drop" else rows
     if not left:
         raise DataError(f"All {len(rows)} rows were seen in training, so they show nothing. Name a file of other rows.")
-    return left, LeakReport(pairs, spec.on_leak, seen if spec.on_leak == "drop" else ())
+    return left, dataclasses.replace(found, pairs=pairs, dropped=seen if spec.on_leak == "drop" else ())

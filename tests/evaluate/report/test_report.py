@@ -147,6 +147,18 @@ def test_page_says_what_was_measured(report: Report) -> None:
         assert words in text, words
 
 
+def test_leaks_are_counted_by_kind_and_shown_side_by_side_with_how_they_were_searched(report: Report) -> None:
+    near = [
+        Leak(f"held:{n}", f"train:{n}", 0.9, "dropped", f"first text {n}", "near-copy", f"other text {n}") for n in range(120)
+    ]
+    copies = (Leak("held:x", "train:x", 1.0, "dropped", "an equal text", "exact copy", "an equal text"),)
+    text = Page(render_html(replace(report, leaks=(*copies, *near), leak_search="Searched 600 rows by words."))).text
+    for words in ("121 leaked rows found", "120 × near-copy", "1 × exact copy", "first text 0", "other text 0"):
+        assert words in text, words
+    assert text.count("an equal text") == 1 and "Searched 600 rows by words." in text
+    assert "The first 100 rows found in both parts; report.json has all" in text and "train:98" in text and "train:99" not in text
+
+
 def test_filters_have_what_they_filter(report: Report) -> None:
     page = Page(render_html(report))
     outcomes = {attributes["data-outcome"] for tag, attributes in page.tags if tag == "article"}
@@ -168,7 +180,8 @@ def test_hostile_data_stays_text(report: Report) -> None:
         rows=(row,),
         systems=renamed,
         warnings=(EVIL,),
-        leaks=(Leak(EVIL, EVIL, 1.0, EVIL, EVIL),),
+        leaks=(Leak(EVIL, EVIL, 1.0, EVIL, EVIL, EVIL, f"{EVIL}!"),),
+        leak_search=EVIL,
         next_commands=(Command(EVIL, EVIL),),
         comparisons=tuple(replace(one, left=EVIL, right=EVIL) for one in report.comparisons),
         confusions=tuple(replace(matrix, system=EVIL, labels=(EVIL, "b", "c")) for matrix in report.confusions),

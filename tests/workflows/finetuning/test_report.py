@@ -34,7 +34,7 @@ def test_a_loss_that_was_no_number_leaves_a_gap(finished: Any) -> None:
 def test_every_leak_is_named_with_its_fate(finished: Any, tmp_path: Path) -> None:
     (leak,) = leaks(finished.result.setup.dataset.leaks)
     assert leak.held_out == "judged.jsonl:13" and leak.train == "rows.jsonl:1" and leak.action == "dropped from training"
-    assert leak.similarity == 1 and leak.text.endswith("GOOD")
+    assert leak.similarity == 1 and leak.text.endswith("GOOD") and (leak.kind, leak.twin_text) == ("exact copy", leak.text)
     config = settings(finished.model, finished.data, tmp_path / "run", {"data.test": finished.test, "data.on_leak": "keep"})
     (kept,) = leaks(assemble_text(config, quiet()).dataset.leaks)
     assert kept.action == "kept"

@@ -82,13 +82,15 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Leak:
-    """A row in two parts of the data: its sources, the similarity, and the action taken."""
+    """A row in two parts of the data: its sources, the similarity, the action taken, its kind, and what stands in both."""
 
     held_out: str
     train: str
     similarity: float
     action: str
     text: str = ""
+    kind: str = ""
+    twin_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class Report:
     rows: tuple[SideBySide, ...] = ()
     rows_of: int = 0
     leaks: tuple[Leak, ...] | None = None
+    leak_search: str = ""
     drift: Drift | None = None
     samples: SampleGrid | None = None
     memorisation: Memorisation | None = None

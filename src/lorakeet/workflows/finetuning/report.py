@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorakeet.core.plan import Plan
-from lorakeet.data.leaks import LeakReport
+from lorakeet.data.leaks import KINDS, PARTS, LeakReport
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
@@ -22,6 +23,8 @@ from lorakeet.train.progress import TEXT
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.kind import Assembly, AssemblyT, RunKind
 from lorakeet.workflows.runs import facts
+
+_WITH_TEXTS = 20  # leaks of each kind whose texts are in the report
 
 
 def complete(
@@ -91,18 +94,19 @@ def _cell(path: str, rank: int) -> RankCell:
 
 
 def leaks(found: LeakReport) -> tuple[Leak, ...]:
-    """Each row that was in two parts of the data, and what was done about it."""
+    """Each row that was in two parts of the data, and what was done about it; the first ones of each kind with both texts."""
     dropped = {row.source for row in found.dropped}
-    return tuple(
-        Leak(
-            held_out=pair.twin.source,
-            train=pair.row.source,
-            similarity=pair.similarity,
-            action=f"dropped from {pair.row_part}" if pair.row.source in dropped else "kept",
-            text=" ".join(pair.row.text.split())[:200],
-        )
-        for pair in found.across
-    )
+    shown: Counter[str] = Counter()
+    listed = []
+    for pair in found.across:
+        shown[pair.kind] += 1
+        text, twin_text = pair.excerpts() if shown[pair.kind] <= _WITH_TEXTS else ("", "")
+        action = f"dropped from {pair.row_part}" if pair.row.source in dropped else "kept"
+        evaluated, other = pair.twin.source, pair.row.source
+        if PARTS.index(pair.row_part) < PARTS.index(pair.twin_part):  # `lorakeet evaluate` drops evaluated rows
+            evaluated, other = other, evaluated
+        listed.append(Leak(evaluated, other, pair.similarity, action, text, KINDS[pair.kind], twin_text))
+    return tuple(listed)
 
 
 def _facts(kind: RunKind[AssemblyT], setup: AssemblyT, run: RunFolder) -> dict[str, str]:

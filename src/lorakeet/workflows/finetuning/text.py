@@ -121,6 +121,7 @@ class TextRunKind(RunKind[TextAssembly]):
             report,
             drift=evaluator.drift(),
             leaks=leaks(setup.dataset.leaks),
+            leak_search=setup.dataset.leaks.method(),
             warnings=(*_warnings(setup), *report.warnings),
         )
 

@@ -1,0 +1,192 @@
+"""Claim: copies of rows with one word changed are found, and different rows of one template are not taken for copies.
+
+    python benchmarks/leaks.py [--quick] [--seed 0]
+
+Copies are planted in real sentences, in labels like ICD-10's, in filled templates, and in Chinese and Japanese sentences
+(harness/planted.py). One word of each copy is replaced, misspelt, left out or added (one character where there are no spaces);
+or case, punctuation or spacing is changed. The original is held out, and its copy is among the training rows. Printed are the
+shares that are found by the search of a run and by the measure before it (word triples, Jaccard similarity of 0.8), with
+Wilson's intervals; the pairs of different rows that are found too; and seconds and peak memory for 100,000 rows, each in a fresh
+process on one core. Claimed: LEAST of the copies with one word changed, and of each other change, in each kind of text; at most
+FALSE of the pairs of one template; and SECONDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from harness.machine import origin, warn_if_busy, write_result
+from harness.planted import Change, Corpus, changes, corpora
+from harness.processes import answered
+
+from lorakeet.data.leaks import find_duplicates
+from lorakeet.data.near_copies import find_near_copies
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.words import normal_words
+from lorakeet.evaluate.intervals import proportion
+
+LEAST = {"words": 0.95, "characters": 0.9}  # of the copies
+FALSE = 1e-3  # of the pairs
+SECONDS = 120.0
+PLANTED, ROUNDS = 60, 5  # copies of each change at once, and how often, with other originals
+SCALE = ("reviews", "labels", "instructed")
+NO_CLAIM = ("questions, one template",)  # where one word of a dozen is the whole question
+_OLD_PAIRS = 200_000
+_LENGTHS = ((4, 4), (5, 8), (9, 16), (17, 40), (41, 10**9))
+
+
+def old_similarity(first: str, second: str) -> float:
+    """The measure before: the Jaccard similarity of word triples, words as Python's \\w+ sees them."""
+    one, other = (_triples(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) for text in (first, second))
+    return len(one & other) / len(one | other)
+
+
+def _triples(words: Sequence[str]) -> frozenset[tuple[str, ...]]:
+    if len(words) <= 3:
+        return frozenset((tuple(words),))
+    return frozenset(zip(words, words[1:], words[2:], strict=False))
+
+
+def row_of(text: str, source: str, answer: str) -> Row:
+    """A conversation of one question and one answer."""
+    return Row((Turn("user", text, False), Turn("assistant", answer, True)), None, None, source)
+
+
+def planted(corpus: Corpus, change: Change, seed: int, count: int) -> list[tuple[str, str]]:
+    """Pairs (original, copy) of different originals."""
+    chance = random.Random(f"{corpus.name} {seed}")
+    if corpus.characters:
+        words = [character for text in corpus.texts for character in text if character.isalnum()]
+    else:
+        words = [word for text in corpus.texts for word in re.findall(r"[^\W\d_]+", text)]
+    chosen = chance.sample(corpus.texts, min(count, len(corpus.texts) // 4))
+    pairs = []
+    for text in chosen:
+        copy = change(text, chance, words)
+        while copy in corpus.possible:  # another label, not a copy of this one
+            copy = change(text, chance, words)
+        pairs.append((text, copy))
+    return pairs
+
+
+def recall(corpus: Corpus, change: Change, seed: int, count: int) -> list[dict[str, Any]]:
+    """Of each copy: the words (or characters) of its original, and whether each measure finds it."""
+    pairs = planted(corpus, change, seed, count)
+    answers = ("positive", "negative", "neutral")
+    originals = {text for text, _ in pairs}
+    others = [text for text in corpus.texts if text not in originals]
+    held_out = [row_of(corpus.whole(text), f"held-out:{i}", answers[i % 3]) for i, (text, _) in enumerate(pairs)]
+    copies = [row_of(corpus.whole(copy), f"copy:{i}", answers[i % 3]) for i, (_, copy) in enumerate(pairs)]
+    rest = [row_of(corpus.whole(text), f"other:{i}", answers[i % 3]) for i, text in enumerate(others)]
+    found = find_duplicates({"held-out": held_out, "training": [*rest, *copies]}, DataSpec.near_duplicates)
+    leaking = {pair.row.source for pair in found if pair.row_part != pair.twin_part}
+    return [
+        {
+            "length": len(normal_words(text)),
+            "new": f"copy:{i}" in leaking,
+            "old": old_similarity(corpus.whole(text), corpus.whole(copy)) >= 0.8,
+        }
+        for i, (text, copy) in enumerate(pairs)
+    ]
+
+
+def false_positives(corpus: Corpus, seed: int) -> dict[str, Any]:
+    """Pairs of different texts that are found, of all pairs; and the old measure on a sample of them."""
+    whole = [corpus.whole(text) for text in corpus.texts]
+    found = find_near_copies(map(normal_words, whole), DataSpec.near_duplicates)
+    chance = random.Random(seed)
+    sample = [chance.sample(whole, 2) for _ in range(_OLD_PAIRS // 10 if len(corpus.inside) > 2 else _OLD_PAIRS)]
+    old = sum(old_similarity(one, other) >= 0.8 for one, other in sample)
+    pairs = len(whole) * (len(whole) - 1) // 2
+    examples = [(corpus.texts[copy.first], corpus.texts[copy.second]) for copy in found[:5]]
+    rows = len({number for copy in found for number in (copy.first, copy.second)})
+    return {
+        "found": len(found), "pairs": pairs, "rows_found": rows, "rows": len(whole), "old_found": old, "old_pairs": len(sample),
+        "examples": examples,
+    }  # fmt: skip
+
+
+def of_corpus(corpus: Corpus, seed: int, count: int) -> dict[str, Any]:
+    """All numbers of one kind of text, printed line by line."""
+    print(f"\n{corpus.name}: {len(corpus.texts):,} different texts, such as {corpus.texts[0][:90]!r}", flush=True)
+    by_change = {
+        name: [line for turn in range(ROUNDS) for line in recall(corpus, change, 1000 * seed + turn, count)]
+        for name, change in changes(corpus.characters).items()
+    }
+    for name, lines in by_change.items():
+        print(f"  {name:14} found {shown(lines, 'new')}   before {shown(lines, 'old')}", flush=True)
+    changed = [line for name, lines in by_change.items() if name.startswith("one ") for line in lines]
+    lengths = {}
+    for low, high in _LENGTHS:
+        if chosen := [line for line in changed if low <= line["length"] <= high]:
+            said = f"{low} to {high}" if high < 10**9 else f"{low} and more"
+            lengths[said] = share(chosen, "new")
+            print(f"  one word, of {said}: found {shown(chosen, 'new')}   before {shown(chosen, 'old')}")
+    false = false_positives(corpus, seed)
+    rate = proportion(false["found"], false["pairs"])
+    old = proportion(false["old_found"], false["old_pairs"])
+    kind = "of one template" if corpus.templated else "of different texts"
+    interval = f"{rate.value:.1e} [{rate.low:.1e}, {rate.high:.1e}]"
+    print(f"  pairs {kind} that are found: {false['found']:,} of {false['pairs']:,}, {interval}, ", end="")
+    print(f"in {false['rows_found']} of {false['rows']} rows   before {old.value:.1e} (n={old.n:,})")
+    for one, other in false["examples"][:3]:
+        print(f"    {one[:110]!r}\n    {other[:110]!r}")
+    least = LEAST["characters" if corpus.characters else "words"]
+    shares = {name: {"new": share(lines, "new"), "old": share(lines, "old")} for name, lines in by_change.items()}
+    same = [found["new"]["value"] for name, found in shares.items() if not name.startswith("one ")]
+    reached = share(changed, "new")["value"] >= least and min(same) >= LEAST["words"]
+    kept = (reached or corpus.name in NO_CLAIM) and (not corpus.templated or rate.value <= FALSE)
+    return {"corpus": corpus.name, "recall": shares, "by_length": lengths, "false_positives": false, "kept": kept}
+
+
+def share(lines: Sequence[dict[str, Any]], which: str) -> dict[str, float]:
+    """The share that is found, with its interval."""
+    found = proportion(sum(line[which] for line in lines), len(lines))
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+
+
+def shown(lines: Sequence[dict[str, Any]], which: str) -> str:
+    """The share as text."""
+    found = share(lines, which)
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] n={found['n']}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few copies and 10,000 rows, to see whether everything runs")
+    parser.add_argument("--only", default="", help="kinds of texts whose name has this in it; no result is written")
+    parser.add_argument("--seed", type=int, default=0, help="of the texts and the copies")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
+    given = parser.parse_args(arguments)
+    about = origin()
+    print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
+    chosen = [corpus for corpus in corpora(given.seed) if given.only in corpus.name]
+    found = [of_corpus(corpus, given.seed, PLANTED // 10 if given.quick else PLANTED) for corpus in chosen]
+    if given.only:
+        return 0
+    scale: dict[str, dict[str, Any]] = defaultdict(dict)
+    rows = 10_000 if given.quick else 100_000
+    with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
+        for kind in SCALE:
+            asked = {"kind": kind, "rows": rows, "seed": given.seed}
+            scale[kind] = answered("contenders.leak_search", asked, Path(folder))
+            print(f"{rows:,} rows, {kind}: {scale[kind]}", flush=True)
+    kept = all(part["kept"] for part in found) and all(part["seconds"] <= SECONDS for part in scale.values())
+    content = {"corpora": found, "scale": scale, "rows": rows, "planted": PLANTED, "rounds": ROUNDS, "kept": kept}
+    claim = "leaks_quick" if given.quick else "leaks"
+    print(f"Written: {write_result(claim, content, seed=given.seed, about=about, folder=given.results)}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Finds texts that are nearly equal: at most one word in five is changed, or one word of a short text.
+
+Candidates share a rare sequence of three to five words, or are equal but for one word. Each candidate is then aligned word by
+word. Two texts are near-copies if few words differ, and if what they share is too rare to be chance: words that many texts have
+in common weigh nothing (`lorakeet.data.rarity`). Other rows of a template differ in few words too. What gives them away is that
+the changed words fit: they stand between the same neighbours in further texts. So a change that fits needs more shared bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakeet.data.rarity import FEW, WINDOW, Hashes, NumberedTexts, find_rarity, mix, number_words
+from lorakeet.data.words import CHARACTER_LENGTH, is_character
+
+CHANCE = 4.0  # bits that near-copies share at least, and log2 of the words where they may differ
+FITTING = 3.0  # bits besides, and log2 of the texts, if the change fits: fewer than one such twin by chance in eight texts
+LEAST = 2  # words that are not common, which near-copies share; one is enough where a common word differs
+KEPT = 24  # sequences kept of each text
+SHORT = 16  # words of a text that is also compared without each single word
+_SHARED = 0.2  # of the sequences kept
+_PAIRS = 2_000_000  # candidates at once, which bounds the memory
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+_NEARLY_ONE = 0.8  # word that may differ counts as one
+_TOO_LONG = 16_000  # words between the first and the last difference, of which no more are aligned
+_COMMON_WORDS = 0.5  # of a candidate's words, by a hash of 64 bits
+
+
+@dataclass(frozen=True)
+class NearCopy:
+    """Two texts, by number, the share of their words that they have in common, and the bits of these words."""
+
+    first: int
+    second: int
+    similarity: float
+    bits: float
+
+
+def find_near_copies(texts: Iterable[Sequence[str]], threshold: float) -> list[NearCopy]:
+    """All pairs of texts, given as words, whose similarity is at least `threshold` (above 0), or that differ in one word.
+
+    One word may differ from `fewest_words` on.
+    """
+    numbered = number_words(texts)
+    return _Search(numbered, threshold).run() if len(numbered) > 1 else []
+
+
+def fewest_words(threshold: float) -> float:
+    """Words of a text of which one may differ although this makes the similarity lower than `threshold`; four at 0.8."""
+    return math.inf if threshold >= 1 else math.ceil(_NEARLY_ONE / (1 - threshold) - 1e-9)
+
+
+class _Search:
+    def __init__(self, texts: NumberedTexts, threshold: float) -> None:
+        self.threshold = threshold
+        self.numbered = texts
+        self.lengths = [CHARACTER_LENGTH if is_character(word) else 1.0 for word in self.numbered.words]
+        rarity = find_rarity(self.numbered)
+        self.bits, self.around = rarity.bits, rarity.around
+        self.features, self.kept = _features(self.numbered, rarity.sequences)
+        self.total = np.add.reduceat(self.bits, self.numbered.starts[:-1])
+        own = self.bits > 0
+        self.own = np.add.reduceat(own.astype(np.int32), self.numbered.starts[:-1])
+        self.sketch = _sketches(self.numbered, own)
+
+    def run(self) -> list[NearCopy]:
+        patterns = _patterns(self.numbered, self.bits > 0)
+        found: dict[tuple[int, int], NearCopy] = {}
+        for (keys, owners), least in ((self.features, _SHARED), (patterns, 0.0)):
+            for firsts, seconds in self._candidates(keys, owners, least):
+                for first, second in zip(firsts.tolist(), seconds.tolist(), strict=True):
+                    if (first, second) not in found and (copy := self._compare(first, second)) is not None:
+                        found[first, second] = copy
+        return [found[pair] for pair in sorted(found)]
+
+    def _candidates(self, keys: Hashes, owners: NDArray[np.int32], least: float) -> Iterator[tuple[NDArray[np.int64], ...]]:
+        for codes, counts in _pairs(keys, owners, len(self.numbered)):
+            first, second = codes // len(self.numbered), codes % len(self.numbered)
+            kept = counts >= least * np.minimum(self.kept[first], self.kept[second])
+            kept &= np.minimum(self.total[first], self.total[second]) >= CHANCE
+            kept &= np.minimum(self.own[first], self.own[second]) >= 1
+            common = _bit_counts(self.sketch[first] & self.sketch[second])
+            most = np.maximum(_bit_counts(self.sketch[first]), _bit_counts(self.sketch[second]))
+            kept &= common >= _COMMON_WORDS * most
+            yield first[kept], second[kept]
+
+    def _compare(self, first: int, second: int) -> NearCopy | None:
+        spans = one, other = self.numbered.span(first), self.numbered.span(second)
+        ids, others = (self.numbered.ids[span].tolist() for span in spans)
+        longest = int(max(self.own[first], self.own[second]))
+        allowed = int((1 - self.threshold) * longest + 1e-9)
+        if allowed < 1 and max(self._length(ids), self._length(others)) >= fewest_words(self.threshold):
+            allowed = 1
+        if abs(len(ids) - len(others)) > allowed:
+            return None
+        matched = align(ids, others)
+        changed = max(len(ids), len(others)) - len(matched)
+        if changed > allowed:
+            return None
+        bits, other_bits = (self.bits[span].tolist() for span in spans)
+        values = [value for i, j in matched if (value := min(bits[i], other_bits[j])) > 0]
+        least = LEAST - self._changes_common_words(matched, bits, other_bits)
+        needed = CHANCE + math.log2(max(1, len(values)))
+        if len(values) >= least and sum(values) >= needed and self._fits(one, other, matched):
+            needed += FITTING - CHANCE + math.log2(len(self.numbered))
+        if len(values) < least or sum(values) < needed:
+            return None
+        return NearCopy(first, second, 1 - changed / max(longest, changed + 1), sum(values))
+
+    def _fits(self, one: slice, other: slice, matched: Sequence[tuple[int, int]]) -> bool:
+        """True if further texts have the words around each change, as both texts have them."""
+        ends = one.stop - one.start, other.stop - other.start
+        for (i, j), (k, m) in pairwise([(-1, -1), *matched, ends]):
+            for begin, last, to in ((one.start, i, k), (other.start, j, m)) if (k - i, m - j) != (1, 1) else ():
+                if (self.around[begin + max(-1, last - WINDOW + 2) : begin + to] == 1).any():
+                    return False
+        return True
+
+    def _changes_common_words(
+        self, matched: Sequence[tuple[int, int]], bits: Sequence[float], other_bits: Sequence[float]
+    ) -> bool:
+        """True if a word that differs weighs nothing: a template's word changed, and what is in its slot did not."""
+        sides = (bits, {i for i, _ in matched}), (other_bits, {j for _, j in matched})
+        return any(value == 0 and place not in places for side, places in sides for place, value in enumerate(side))
+
+    def _length(self, ids: Sequence[int]) -> float:
+        """Words of a text; a character of a script without spaces is a part of one."""
+        return sum(self.lengths[number] for number in ids)
+
+
+def align(first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+    """The places (i, j) of a longest common subsequence: first[i] == second[j], both increasing.
+
+    Bits of Python's integers are columns (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004).
+    """
+    begin = 0
+    shorter = min(len(first), len(second))
+    while begin < shorter and first[begin] == second[begin]:
+        begin += 1
+    end = 0
+    while end < shorter - begin and first[-1 - end] == second[-1 - end]:
+        end += 1
+    parts = (text[begin : min(len(text) - end, begin + _TOO_LONG)] for text in (first, second))
+    middle = _align_bits(*parts)
+    head = [(i, i) for i in range(begin)]
+    tail = [(len(first) - i, len(second) - i) for i in range(end, 0, -1)]
+    return [*head, *((begin + i, begin + j) for i, j in middle), *tail]
+
+
+def _align_bits(first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+    if not first or not second:
+        return []
+    places: dict[int, int] = {}
+    for i, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << i
+    everything = (1 << len(first)) - 1
+    row, rows = everything, [everything]
+    for word in second:
+        both = row & places.get(word, 0)
+        row = ((row + both) | (row - both)) & everything
+        rows.append(row)
+    found: list[tuple[int, int]] = []
+    i, j = len(first), len(second)
+    while i and j:
+        if rows[j] >> (i - 1) & 1:
+            i -= 1
+        elif not rows[j - 1] >> (i - 1) & 1:
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            found.append((i, j))
+    return found[::-1]
+
+
+def _features(texts: NumberedTexts, sequences: Hashes) -> tuple[tuple[Hashes, NDArray[np.int32]], NDArray[np.int64]]:
+    """The sequences by which texts find each other, with their texts; about KEPT of each, the same ones in similar texts."""
+    places = np.flatnonzero(sequences)
+    keys, owners = sequences[places], texts.owners()[places]
+    each = np.bincount(owners, minlength=len(texts))
+    share = np.minimum(1.0, KEPT / np.maximum(each, 1))
+    kept = (mix(keys) >> np.uint64(11)).astype(np.float64) < share[owners] * 2.0**53
+    return (keys[kept], owners[kept]), np.bincount(owners[kept], minlength=len(texts))
+
+
+def _patterns(texts: NumberedTexts, own: NDArray[np.bool_]) -> tuple[Hashes, NDArray[np.int32]]:
+    """Of each short text: itself, and itself without each single word or with a mark for it; with and without common words."""
+    inner = texts.ids > 1
+    keys: list[Hashes] = []
+    owners: list[NDArray[np.int32]] = []
+    for chosen, shortest in ((inner, 4), (own, 1)):
+        places = np.flatnonzero(chosen)
+        of = texts.owners()[places]
+        lengths = np.bincount(of, minlength=len(texts))
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        for length in range(shortest, SHORT + 1):
+            which = np.flatnonzero(lengths == length).astype(np.int32)
+            if not len(which):
+                continue
+            words = texts.hashes[texts.ids[places[starts[which][:, None] + np.arange(length)]]]
+            made = _variants(words) ^ np.uint64(shortest)
+            keys.append(made.ravel())
+            owners.append(np.repeat(which, made.shape[1]))
+    if not keys:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int32)
+    order = np.argsort(np.concatenate(owners), kind="stable")
+    return np.concatenate(keys)[order], np.concatenate(owners)[order]
+
+
+def _variants(words: Hashes) -> Hashes:
+    """Hashes (texts, 2·words + 1) of sequences (texts, words): whole, each word replaced by a mark, each word left out."""
+    count = words.shape[1]
+    powers = np.cumprod(np.full(count, _BASE, np.uint64))
+    terms = words * powers
+    whole = terms.sum(axis=1, dtype=np.uint64, keepdims=True)
+    replaced = whole - terms + powers * np.uint64(count)
+    earlier = np.zeros_like(terms)
+    earlier[:, 1:] = words[:, 1:] * powers[:-1]  # of words that move up by one place
+    behind = np.cumsum(earlier[:, ::-1], axis=1, dtype=np.uint64)[:, ::-1] - earlier
+    before = np.cumsum(terms, axis=1, dtype=np.uint64) - terms
+    return mix(np.concatenate((whole, replaced, before + behind), axis=1))
+
+
+def _pairs(keys: Hashes, owners: NDArray[np.int32], texts: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Pairs of texts that share a key, as first * texts + second, with how many they share; owners ascend."""
+    order = np.argsort(keys, kind="stable")
+    sorted_keys = keys[order]
+    begins = np.concatenate(([0], np.flatnonzero(sorted_keys[1:] != sorted_keys[:-1]) + 1)) if len(keys) else np.zeros(0, int)
+    sizes = np.diff(np.concatenate((begins, [len(keys)])))
+    usable = np.repeat((sizes > 1) & (sizes <= FEW), sizes)
+    behind = np.repeat(begins + sizes, sizes) - np.arange(len(keys)) - 1
+    behind[~usable] = 0
+    owner = owners[order].astype(np.int64)
+    entries = np.argsort(owner, kind="stable")
+    entries = entries[behind[entries] > 0]
+    done = np.cumsum(behind[entries])
+    changes = np.flatnonzero(np.diff(owner[entries])) + 1
+    begin = 0
+    while begin < len(entries):
+        target = (done[begin - 1] if begin else 0) + _PAIRS
+        place = np.searchsorted(changes, max(begin + 1, int(np.searchsorted(done, target))))
+        end = int(changes[place]) if place < len(changes) else len(entries)
+        chosen = entries[begin:end]
+        count = behind[chosen]
+        offsets = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        left, right = np.repeat(owner[chosen], count), owner[np.repeat(chosen, count) + 1 + offsets]
+        codes, shared = np.unique((left * texts + right)[left != right], return_counts=True)
+        yield codes, shared
+        begin = end
+
+
+def _sketches(texts: NumberedTexts, own: NDArray[np.bool_]) -> Hashes:
+    """64 bits of each text: of each word that is not common, one bit is set."""
+    bits = np.uint64(1) << (texts.hashes[texts.ids] >> np.uint64(58))
+    bits[~own] = 0
+    return np.bitwise_or.reduceat(bits, texts.starts[:-1])
+
+
+def _bit_counts(values: Hashes) -> NDArray[np.int64]:
+    values = values - ((values >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    values = (values & np.uint64(0x3333333333333333)) + ((values >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    values = (values + (values >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return ((values * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.int64)

@@ -1,0 +1,37 @@
+"""Words of every script are found, and spelling in other characters, case and spacing changes nothing."""
+
+import pytest
+
+from lorakeet.data.words import is_character, letters, normal_words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("It was FINE – really.", ["it", "was", "fine", "really"]),
+        ("Don't, don’t, dont", ["dont"] * 3),
+        ("5mg or 5 mg, 1.5 and 1,000", ["5mg", "or", "5", "mg", "1.5", "and", "1,000"]),
+        ("snake_case, word12, covid-19", ["snake", "case", "word12", "covid19"]),
+        ("a 47-year-old: follow-up, 4-5 – 6, non- and -non", ["a", "47yearold", "followup", "4", "5", "6", "non", "and", "non"]),
+        ("头疼得厉害。", ["头", "疼", "得", "厉", "害"]),
+        ("ラーメンを2杯", ["ラ", "ー", "メ", "ン", "を", "2", "杯"]),
+        ("ﾗｰﾒﾝ ＡＢＣ１２", ["ラ", "ー", "メ", "ン", "abc12"]),
+        ("हिन्दी में लिखा", ["हिन्दी", "में", "लिखा"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("안녕 하세요", ["안녕", "하세요"]),
+        ("Straße STRASSE", ["strasse"] * 2),
+        ("!! 😀", []),
+    ],
+)
+def test_words_of_many_scripts(text: str, words: list[str]) -> None:
+    assert normal_words(text) == words
+
+
+def test_letters_are_equal_where_spacing_alone_differs() -> None:
+    assert letters(normal_words("ice cream, follow-up")) == letters(normal_words("icecream followup")) == "icecreamfollowup"
+    assert letters(normal_words("5 mg")) == letters(normal_words("5mg")) == "5mg"
+    assert letters(["1", "23"]) != letters(["12", "3"]) and letters(normal_words("1.5 mg")) != letters(normal_words("15 mg"))
+
+
+def test_characters_are_words_of_scripts_without_spaces() -> None:
+    assert [is_character(word) for word in ("疼", "ラ", "ที่", "ice", "5", "하세요")] == [True, True, True, False, False, False]
