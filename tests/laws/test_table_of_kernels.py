@@ -272,10 +272,14 @@ def test_a_new_block_for_training_computes(tmp_path: Path, toys: Toys) -> None:
     assert toys.called == ["BlockCall"] * 2 * text.model.config.num_hidden_layers
 
 
+def generated_by_c(folder: Path) -> ModelSpec:
+    path = save_tiny_llama(folder / "model", head_dim=64, intermediate_size=64)
+    return ModelSpec(path=str(path), dtype="bfloat16", products="bfloat16")
+
+
 @needs_native
 def test_a_new_block_for_generation_computes(tmp_path: Path, toys: Toys) -> None:
-    folder = save_tiny_llama(tmp_path / "model", head_dim=64, intermediate_size=64)
-    text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", products="bfloat16"))
+    text = load_text_model(generated_by_c(tmp_path))
     live = ServingModel(text)
     names = "BlockParts", "BlockPairs", "Shares", "NO_PAIRS"
     toys.first("decoder block, generation", Block=partial(block.Block), **{name: getattr(block, name) for name in names})
@@ -283,11 +287,36 @@ def test_a_new_block_for_generation_computes(tmp_path: Path, toys: Toys) -> None
     assert toys.called and set(toys.called) == {"Block"}
 
 
+PARTS = [
+    ("training", "attention"),
+    ("training", "elementwise ops"),
+    ("training", "product, dense weight"),
+    ("training", "product, quantised weight"),
+    ("training", "product in int8"),
+    ("training", "low-rank pairs, training"),
+    ("generation", "elementwise ops"),
+    ("generation", "low-rank pairs, inference"),
+    ("generation", "dense weights, inference"),
+]
+
+
 @needs_native
-def test_the_block_in_c_hides_no_new_kernel_of_its_parts(toys: Toys) -> None:
+@pytest.mark.parametrize(("block", "part"), PARTS)
+def test_a_block_in_c_hides_no_new_kernel_of_its_parts(block: str, part: str, toys: Toys) -> None:
     trained_blocks.use_c_products(toys.patch)
-    narrow = Situation(CPU, torch.bfloat16, torch.bfloat16)
-    assert passed_over("decoder block, training", narrow)[0].name == "C: trained_block.c"
-    toys.first("elementwise ops", norm=lambda x, weight, epsilon: (x, x))
-    used, skipped = passed_over("decoder block, training", narrow)
-    assert used.name == "separate kernels" and skipped[0][1] == "for elementwise ops it is toy"
+    task, narrow = f"decoder block, {block}", Situation(CPU, torch.bfloat16, torch.bfloat16)
+    in_c, before = passed_over(task, narrow)
+    assert in_c.name.startswith("C: ") and not before
+    toys.first(part)
+    used, skipped = passed_over(task, narrow)
+    assert used.name == "separate kernels" and skipped == [(in_c, f"for {part} it is toy")]
+
+
+@needs_native
+def test_a_new_kernel_computes_in_place_of_its_part_in_generation(tmp_path: Path, toys: Toys) -> None:
+    text = load_text_model(generated_by_c(tmp_path))
+    live = ServingModel(text)
+    offers = {"rotate_": lambda states, cos, sin, back: None, "norm": lambda x, weight, epsilon: (x, x[..., :1])}
+    toys.first("elementwise ops", **offers)
+    step(text, KeyValues(slots=1, capacity=16), [CacheRow(0, 0, (3, 5, 7), {})], live.selection)
+    assert toys.called == [*["rotate_"] * text.model.config.num_hidden_layers, "norm"]

@@ -60,12 +60,17 @@ def _products_not_narrow(situation: Situation) -> str:
     return "" if narrow else "matrix products run in another dtype than the states', or in float32"
 
 
-def _parts_not_in_c(situation: Situation) -> str:
-    """The C block runs the C kernels of its parts in one call; where another one comes first for a part, the parts run."""
-    if reason := dense.why_not(situation):
-        return reason
-    chosen = {task: passed_over(task, situation)[0] for task in PARTS}
-    return next((f"for {task} it is {kernel.name}" for task, kernel in chosen.items() if not kernel.source.startswith(_C)), "")
+def _if_parts_in_c(why_not: Callable[[Situation], str], *parts: str) -> Callable[[Situation], str]:
+    """Of a C block, which runs the C kernels of `parts` in one call: where another one comes first for a part, the parts run."""
+
+    def reason(situation: Situation) -> str:
+        if found := why_not(situation):
+            return found
+        chosen = {task: passed_over(task, situation)[0] for task in parts}
+        others = [f"for {task} it is {kernel.name}" for task, kernel in chosen.items() if not kernel.source.startswith(_C)]
+        return others[0] if others else ""
+
+    return reason
 
 
 TORCH = Kernel("torch", _always)
@@ -75,17 +80,18 @@ ROW_BY_ROW = Kernel("torch: row by row", _always)
 C_ROWS = Kernel("C: attention.c", operators.why_not, attention.takes, attention.NEEDS, _C + "attention:RowAttention")
 C_PANELS = Kernel("C: panels.c", operators.why_not, panels.takes, panels.NEEDS, _C + "panels:Panels")
 
-PARTS = (  # of a decoder block in training
-    "attention", "elementwise ops", "product, dense weight", "product, quantised weight", "product in int8",
+_in_training = _if_parts_in_c(
+    dense.why_not, "attention", "elementwise ops", "product, dense weight", "product, quantised weight", "product in int8",
     "low-rank pairs, training",
 )  # fmt: skip
+_in_generation = _if_parts_in_c(operators.why_not, "elementwise ops", "low-rank pairs, inference", "dense weights, inference")
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "decoder block, training": (
-        Kernel("C: trained_block.c", _parts_not_in_c, whole_block.takes, whole_block.NEEDS, _C + "trained_block"),
+        Kernel("C: trained_block.c", _in_training, whole_block.takes, whole_block.NEEDS, _C + "trained_block"),
         Kernel("separate kernels", _always),
     ),
     "decoder block, generation": (
-        Kernel("C: block.c", operators.why_not, block.takes, block.NEEDS, _C + "block"),
+        Kernel("C: block.c", _in_generation, block.takes, block.NEEDS, _C + "block"),
         Kernel("separate kernels", _always),
     ),
     "attention": (
