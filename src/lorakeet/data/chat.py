@@ -84,10 +84,8 @@ class Encoder:
         fitted = self._fit(row)
         if fitted is None:
             return None
-        ids, supervised = fitted.tokens
-        cut = len(ids) > self.spec.max_tokens
-        if cut:
-            ids, supervised = ids[: self.spec.max_tokens], supervised[: self.spec.max_tokens]
+        (whole, targets), limit = fitted.tokens, self.spec.max_tokens
+        ids, supervised, cut = whole[:limit], targets[:limit], len(whole) > limit
         if not supervised.any():
             raise DataError(f"{row.source}: no target token is left; expected an answer, or a text of at least two tokens.")
         return Example(ids, supervised, row.key, label, truncated=cut or fitted.row is not row)

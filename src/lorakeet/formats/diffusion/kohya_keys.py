@@ -28,15 +28,13 @@ _CONTEXT = {768: "sd1", 1024: "sd1", 2048: "sdxl"}  # width of the text states t
 
 def expand(template: str) -> list[str]:
     """Expands a template: `a.{0..2}.{x,y}` is six names."""
-    parts = re.split(r"\{([^}]*)\}", template)
-    choices = [[part] if index % 2 == 0 else _choices(part) for index, part in enumerate(parts)]
+    choices = []
+    for index, part in enumerate(re.split(r"\{([^}]*)\}", template)):  # every second part was in braces
+        if index % 2 and (span := re.fullmatch(r"(\d+)\.\.(\d+)", part)):
+            choices.append([str(number) for number in range(int(span[1]), int(span[2]) + 1)])
+        else:
+            choices.append(part.split(",") if index % 2 else [part])
     return ["".join(chosen) for chosen in itertools.product(*choices)]
-
-
-def _choices(text: str) -> list[str]:
-    if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-        return [str(number) for number in range(int(match[1]), int(match[2]) + 1)]
-    return text.split(",")
 
 
 @functools.cache
