@@ -56,8 +56,7 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.planning.fit import choose
 from lorakeet.workflows.planning.rehearse_text import STEP
-from lorakeet.workflows.planning.streaming import LEAST, streaming_ways
-from lorakeet.workflows.planning.text_run import TextRun, Workload
+from lorakeet.workflows.planning.text_run import LEAST, TextRun, Workload, streaming_ways
 from lorakeet.workflows.runs.residency import Way
 
 NF4 = QuantSpec(method="nf4")

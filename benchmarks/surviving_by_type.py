@@ -34,7 +34,7 @@ from lorakeet.models.text.gptq_blocks import weight_of
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.workflows.options import MergeOptions
-from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, Measured, Merging
+from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, Merging
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 
 ASKED = 0.95
@@ -91,7 +91,7 @@ def measure(
         found[way] = kept.to_mapping()
         if gain:
             merging.measure(text, f"{name}, {way}")
-            found["surviving_share"][way] = encode(merging.measured.share(f"{name}, {way}", merging.opened))
+            found["surviving_share"][way] = encode(merging.share(f"{name}, {way}"))
     return found
 
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work.mkdir(parents=True, exist_ok=True)
         layout = read_layout(str(target(opened, given.layout, work, console)), console.print)
         options = MergeOptions((), out=work, into="packed", calibration_rows=given.calibration_rows)
-        merging = Merging(opened, load_dataset(opened.config.data), layout, options, console, Measured())
+        merging = Merging(opened, load_dataset(opened.config.data), layout, options, console)
         if not given.weights_only:
             merging.measure_live()
         text, solved = merging.with_feedback()

@@ -28,8 +28,15 @@ from lorakeet.train.checkpoint import BestTensors
 from lorakeet.train.log import MetricsLog
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
-from lorakeet.workflows.planning.forecast_choices import decomposes, reads_weights
-from lorakeet.workflows.planning.forecast_text_run import LOAD, Precision, evaluation_of, largest_rows, text_runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import (
+    LOAD,
+    Precision,
+    decomposes,
+    evaluation_of,
+    largest_rows,
+    reads_weights,
+    text_runtime_bytes,
+)
 from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
 
 STEPS = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,32 +46,30 @@ class RunConfig:
     )
     out: str = setting("runs/lorakeet", "Folder of the run; it must not exist yet.")
 
+    def changed(self, **sections: Mapping[str, Any]) -> RunConfig:
+        """Returns the same run with other values of some settings, by section: changed(lora={"rank": 8})."""
+        return replace(self, **{name: replace(getattr(self, name), **values) for name, values in sections.items()})
+
     def validate(self) -> list[str]:
         """Returns a message for every conflict between parts."""
         found = [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
         if self.ranks.choose == "auto" and self.lora.rank_pattern:
             count = len(self.lora.rank_pattern)
             found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks. Leave one of them out.")
-        if self.ranks.choose == "prune":
-            found += self._prune_problems()
+        prunes, lora = self.ranks.choose == "prune", self.lora  # pairs that are more than sums of rank-one terms are not pruned
+        if prunes and lora.variant == "dora":
+            found.append("ranks.choose is prune, but lora.variant is dora, whose magnitudes outlive a removed pair. Use lora.")
+        if prunes and lora.start in ("pissa", "olora", "orthogonal"):
+            found.append(
+                f"ranks.choose is prune, but lora.start is {lora.start}, whose rank-one terms cannot be removed one by one. Use "
+                "lora.start kaiming."
+            )
         if self.kind != "image" and self.model.config:
             found.append(
                 f"model.config is for single files of image models, but kind is {self.kind}. Leave it out or set kind: image."
             )
         if self.kind == "image" and self.lora.start in MEASURED:
             found.append(f"lora.start {self.lora.start} needs rows of text, but kind is image. Use lora.start kaiming.")
-        return found
-
-    def _prune_problems(self) -> list[str]:
-        """Returns a message for every setting under which pairs are more than sums of rank-one terms, so cannot be pruned."""
-        found, lora = [], self.lora
-        if lora.variant == "dora":
-            found.append("ranks.choose is prune, but lora.variant is dora, whose magnitudes outlive a removed pair. Use lora.")
-        if lora.start in ("pissa", "olora", "orthogonal"):
-            found.append(
-                f"ranks.choose is prune, but lora.start is {lora.start}, whose rank-one terms cannot be removed one by one. Use "
-                "lora.start kaiming."
-            )
         return found
 
 

@@ -254,33 +254,25 @@ def _read(kind: Any, value: Any) -> Any:
         return None
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        return _read_union(kind, value)
+        for arm in _arms(kind):
+            try:
+                return _read(arm, value)
+            except _Misfit:
+                continue
+        raise _Misfit
     if origin is Literal:
         if isinstance(value, str) and value in typing.get_args(kind):
             return value
         raise _Misfit
     if origin is tuple:
-        return _read_list(typing.get_args(kind)[0], value)
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise _Misfit
+        return tuple(_read(typing.get_args(kind)[0], item) for item in value)
     if origin is dict:
         return _read_dict(typing.get_args(kind)[1], value)
     return _read_scalar(kind, value)
-
-
-def _read_union(kind: Any, value: Any) -> Any:
-    for arm in _arms(kind):
-        try:
-            return _read(arm, value)
-        except _Misfit:
-            continue
-    raise _Misfit
-
-
-def _read_list(item_kind: Any, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, (list, tuple)):
-        raise _Misfit
-    return tuple(_read(item_kind, item) for item in value)
 
 
 def _read_dict(item_kind: Any, value: Any) -> dict[str, Any]:

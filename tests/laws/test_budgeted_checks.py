@@ -175,7 +175,7 @@ def test_longer_rows_are_compared_as_far_as_memory_allows(
     """A token is made to take 8 MiB of llama.cpp's memory."""
     monkeypatch.setattr("lorakeet.workflows.verify.GREEDY", 1)
     monkeypatch.setattr("lorakeet.workflows.planning.check.FEWEST_TOKENS", 16)
-    monkeypatch.setattr("lorakeet.workflows.planning.check_sizes.context_bytes", lambda config, context: context << 23)
+    monkeypatch.setattr("lorakeet.workflows.planning.check.context_bytes", lambda config, context: context << 23)
 
     def exported(memory: str) -> Any:
         return export(ExportOptions(str(wide), out=tmp_path / "model.gguf", quant="f32", memory=memory), console=quiet())

@@ -19,7 +19,7 @@ from lorakeet.models.text.from_config import model_from_config, streamed_model_f
 from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
-from lorakeet.workflows.planning.rehearse_image import Pictures, rehearse_images
+from lorakeet.workflows.planning.image_run import Pictures, rehearse_images
 from lorakeet.workflows.planning.rehearse_text import EvaluationSize, RowShape, rehearse
 from lorakeet.workflows.runs.residency import RESIDENT, Way
 from tiny.models import FAMILIES

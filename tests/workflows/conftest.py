@@ -13,8 +13,8 @@ from tiny.configs import SMALL
 @pytest.fixture
 def config_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a config.json and nothing else; the order to the C library would outlast the test."""
-    from lorakeet.workflows.finetuning import plan_text
+    from lorakeet.workflows.finetuning import text
 
-    monkeypatch.setattr(plan_text, "return_freed_memory", lambda: True)
+    monkeypatch.setattr(text, "return_freed_memory", lambda: True)
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     return tmp_path

@@ -118,8 +118,8 @@ def nearest_flag(typed: str, command: click.Command) -> str:
     return nearest(typed, section) or nearest(typed, flags)
 
 
-class _Repeated(click.Option):
-    """A flag that may be given several times; with `whole`, a comma is part of its text."""
+class _Plain(click.Option):
+    """A flag with a text; with `whole`, a comma is part of it."""
 
     whole = False
 
@@ -128,13 +128,11 @@ def _option(setting: Setting, *, whole: bool = False) -> click.Option:
     flag = "--" + setting.path.replace("_", "-")
     if setting.kind is bool:
         return click.Option([flag], is_flag=True, help=setting.help)
-    if typing.get_origin(setting.kind) in (tuple, dict):
-        text = _metavar(setting.kind)
-        metavar = text.removesuffix(",…") if whole else text
-        option = _Repeated([flag], type=_Text(setting.kind), multiple=True, help=_help(setting), metavar=metavar)
-        option.whole = whole
-        return option
-    return click.Option([flag], type=_Text(setting.kind), help=_help(setting), metavar=_metavar(setting.kind))
+    repeated, metavar = typing.get_origin(setting.kind) in (tuple, dict), _metavar(setting.kind)
+    metavar = metavar.removesuffix(",…") if whole else metavar
+    option = _Plain([flag], type=_Text(setting.kind), multiple=repeated, help=_help(setting), metavar=metavar)
+    option.whole = whole
+    return option
 
 
 def _joined(value: Any, setting: Setting | None) -> Any:

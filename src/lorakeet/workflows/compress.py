@@ -42,34 +42,23 @@ from lorakeet.models.inject import activate, attach, eject
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.model import TextModel
+from lorakeet.ranks import resize
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
-from lorakeet.ranks.resize import (
-    Moments,
-    Spectrum,
-    Weighting,
-    check_pairs,
-    collect_moments,
-    cut_to_budget,
-    cut_to_target,
-    spectra,
-)
 from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import within_context
 from lorakeet.workflows.finetuning.evaluate_text import BASE, TextEvaluator
-from lorakeet.workflows.finetuning.report import rank_map
+from lorakeet.workflows.finetuning.report import machine, rank_map, versions
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import CompressOptions
-from lorakeet.workflows.planning.evaluation import fit_compression
+from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import largest_rows
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
 from lorakeet.workflows.planning.text_run import Workload
-from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
-from lorakeet.workflows.runs.peak_memory import peak_said
-from lorakeet.workflows.runs.residency import MemoryPlan, Residency
+from lorakeet.workflows.runs.residency import peak_said
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, its spectra, every cut, that of --to, one in the model, one from disk
@@ -112,7 +101,7 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     require_empty(options.out)
     share, path = _share(options.tolerance), Path(options.run)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
-    check_pairs(opened.adapter)
+    resize.check_pairs(opened.adapter)
     if not opened.config.data.train:
         raise ConfigError(
             "An adapter without a run has no rows to measure on. Give the run file that it was trained with in --config."
@@ -120,23 +109,18 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     dataset = opened.dataset
     if not dataset.held_out:
         raise DataError("The run has no held-out rows, so no cut can be evaluated. Name a data.held_out file in its run file.")
-    residency = _residency(opened, dataset, console)
-    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
-        text = opened.text_model(console)
-        chosen, curve, evaluator = _chosen(opened, text, dataset, options, share, console)
-        return _write(opened, chosen, curve, evaluator, dataset, options.out)
-
-
-def _residency(opened: Opened, dataset: Dataset, console: Console) -> Residency[MemoryPlan]:
-    """How memory.budget is kept. Raises ConfigError if it cannot be."""
     config = opened.config
     most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
     workload = Workload(bool(dataset.labels), sum(len(row.text) for row in parts))
     made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on, gradients are accumulated
-    return fit_compression(
-        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload, copies=COPIES,
-        weigh=lambda text: _moments(text, config, made_up, NAME),
+    residency = fit_evaluation(
+        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload,
+        weigh=lambda text: _moments(text, config, made_up, NAME), copies=COPIES,
     )  # fmt: skip
+    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
+        text = opened.text_model(console)
+        chosen, curve, evaluator = _chosen(opened, text, dataset, options, share, console)
+        return _write(opened, chosen, curve, evaluator, dataset, options.out)
 
 
 def _chosen(
@@ -146,7 +130,10 @@ def _chosen(
     settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
     plan = plan_of(text.model, opened.adapter)
-    examples = _sample(encode_rows(dataset.train, encoder).examples, options.rows, settings)
+    if options.rows < 1:
+        raise ConfigError(f"--rows is {options.rows}; a cut is weighed by 1 training row or more. Use 256.")
+    seed, encoded = settings.train.seed, encode_rows(dataset.train, encoder).examples
+    examples = sorted(encoded, key=lambda example: seed_for(seed, f"compress/{example.key}"))[: options.rows]
     found = weighed(opened.adapter, text, settings, examples, options.weighting)
     cuts = _cuts(opened.adapter, plan, found, options.to)
     evaluator = TextEvaluator(settings, text, encoder, dataset.held_out, console, NAME)
@@ -172,27 +159,21 @@ def _share(text: str) -> float:
     return value
 
 
-def _sample(examples: Sequence[Example], count: int, config: RunConfig) -> list[Example]:
-    if count < 1:
-        raise ConfigError(f"--rows is {count}; a cut is weighed by 1 training row or more. Use 256.")
-    return sorted(examples, key=lambda example: seed_for(config.train.seed, f"compress/{example.key}"))[:count]
-
-
 def weighed(
-    adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: Weighting, name: str = NAME
-) -> dict[str, Spectrum]:
+    adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: resize.Weighting, name: str = NAME
+) -> dict[str, resize.Spectrum]:
     """The spectrum of every pair, weighed by its inputs and gradients on `rows`; `adapter` is in the model as `name`."""
-    return spectra(adapter, _moments(text, config, rows, name), weighting)
+    return resize.spectra(adapter, _moments(text, config, rows, name), weighting)
 
 
-def _moments(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str) -> dict[str, Moments]:
+def _moments(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str) -> dict[str, resize.Moments]:
     """The moments of inputs and output gradients of every pair of the adapter `name` on `rows`."""
     unfuse(text.model)  # every pair is called by itself
     activate(text.model, name)
     spec = config.train
     task = TextTask(text.with_every_token(), rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
-    with collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
+    with resize.collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
         task.gradients(batches, 1)
     for parameter in task.parameters().values():
         parameter.grad = None
@@ -202,16 +183,16 @@ def _moments(text: TextModel, config: RunConfig, rows: Sequence[Example], name: 
     return moments
 
 
-def _cuts(adapter: Adapter, plan: Plan, found: dict[str, Spectrum], to: str | None) -> list[_Cut]:
+def _cuts(adapter: Adapter, plan: Plan, found: dict[str, resize.Spectrum], to: str | None) -> list[_Cut]:
     """The requested size, then the other sizes of the curve, the largest first."""
     full = pair_parameters(plan)
     least = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=1) for entry in plan.entries)))
-    cuts = [] if to is None else [_named(cut_to_target(to, adapter, plan, found))]
+    cuts = [] if to is None else [_named(resize.cut_to_target(to, adapter, plan, found))]
     if to is not None and cuts[0].parameters >= full:
         raise ConfigError(f"--to {to} is not less than the {full:,} parameters of the pairs. Give a smaller size.")
     for share in SHARES:
         if least <= round(share * full) < full:
-            item = _named(cut_to_budget(adapter, plan, found, round(share * full)))
+            item = _named(resize.cut_to_budget(adapter, plan, found, round(share * full)))
             if item.parameters not in {other.parameters for other in cuts}:
                 cuts.append(item)
     if not cuts:
@@ -234,15 +215,13 @@ def _curve(evaluator: TextEvaluator, cuts: Sequence[_Cut], full_parameters: int,
     points = [CurvePoint(FULL, full_parameters, gain)]
     for item in sorted(cuts, key=lambda item: -item.parameters):
         losses = _losses_of(evaluator, rows, item)
-        points.append(
-            CurvePoint(
-                item.name, item.parameters, compare_losses(base, losses, spec).difference, compare_losses(losses, full, spec)
-            )
-        )
+        gained, against = compare_losses(base, losses, spec).difference, compare_losses(losses, full, spec)
+        points.append(CurvePoint(item.name, item.parameters, gained, against))
     rule = f"loses at most {100 * share:g} % of its gain, with the whole interval"
     marked = ""
     for point in points[1:]:  # largest first, up to one that fails: tests in a fixed order need no correction
-        if not _good(point, gain.value, share):
+        found = point.against_full  # "no difference shown" is not enough, since few rows always show none
+        if found is None or found.difference.high > share * max(gain.value, 0.0):
             break
         marked = point.name
     return RankCurve(tuple(points), rule, marked)
@@ -261,12 +240,6 @@ def _why_none(curve: RankCurve, share: float) -> str:
     return (
         f"{lost}; if that is its true value, about {needed:,} held-out rows show that it is good enough, with 80 % probability. "
     )
-
-
-def _good(point: CurvePoint, gain: float, share: float) -> bool:
-    """True if the interval excludes a larger loss; "no difference shown" is not enough, since few rows always show none."""
-    found = point.against_full
-    return found is not None and found.difference.high <= share * max(gain, 0.0)
 
 
 def _losses_of(evaluator: TextEvaluator, rows: Sequence[Any], item: _Cut) -> RowLosses:
@@ -296,7 +269,10 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, evaluator: TextEvalua
         if opened.tokenizer is not None:
             text.tokenizer.save_pretrained(folder.adapter)
         stored = _Cut(chosen.name, peft.read(folder.adapter), chosen.parameters)
-        certificate = _certify(_losses_of(evaluator, rows, chosen), _losses_of(evaluator, rows, stored), out)
+        live, read = _losses_of(evaluator, rows, chosen), _losses_of(evaluator, rows, stored)
+        apart, between = {"loss": float(abs(live.losses - read.losses).max())}, ("cut adapter", "what was written")
+        check = tolerance_check("adapter on disk", apart, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
+        certificate = Certificate(f"The compressed adapter {out}", (check,))
         part, others = ("test", dataset.test) if dataset.test else ("held-out", dataset.held_out)
         report = _report(replace(evaluator, rows=others), stored, curve, (part, opened, dataset))
         report = replace(report, ranks=rank_map(plan), certificate=certificate)
@@ -309,13 +285,6 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, evaluator: TextEvalua
     console.print(f"Wrote {chosen.name} to {out / 'adapter'}   Report: {out / 'report.html'}", soft_wrap=True)
     certificate.raise_if_failed()
     return Compressed(out, curve, chosen.adapter, report)
-
-
-def _certify(live: RowLosses, stored: RowLosses, out: Path) -> Certificate:
-    difference = float(abs(live.losses - stored.losses).max())
-    between = ("cut adapter", "what was written")
-    check = tolerance_check("adapter on disk", {"loss": difference}, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
-    return Certificate(f"The compressed adapter {out}", (check,))
 
 
 def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
@@ -338,8 +307,8 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
         facts={
             "Adapter": f"{item.name}, cut from {opened.folder}",
             f"Loss minus that as trained, on {part} rows": f"{confirmed}: {against.verdict}",
-            "Versions": facts.versions(),
-            "Machine": facts.machine(evaluator.text.device),
+            "Versions": versions(),
+            "Machine": machine(evaluator.text.device),
         },
     )
 

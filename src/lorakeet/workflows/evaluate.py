@@ -31,7 +31,7 @@ from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
-from lorakeet.workflows.runs.peak_memory import peak_said
+from lorakeet.workflows.runs.residency import peak_said
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Evaluated:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        found: dict[str, Any] = encode(self.report)
-        return found
+        return dict(encode(self.report))
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,13 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         evaluator = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
+    found = rows.leaks
     report = dataclasses.replace(
         report,
         subtitle=f"{text.name}, {report.rows_of} rows of {rows.named}",
         drift=drift,
-        leaks=leaks(rows.leaks) if rows.leaks is not None else None,
-        leak_search=rows.leaks.method() if rows.leaks is not None else "",
+        leaks=None if found is None else leaks(found),
+        leak_search="" if found is None else found.method(),
         warnings=(*rows.warnings, *report.warnings),
     )
     for warning in report.warnings:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress as Bar
 
-from lorakeet.errors import ConfigError
-from lorakeet.evaluate.certificate import Certificate, tolerance_check
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
@@ -21,7 +21,7 @@ from lorakeet.export.card import CardFacts, card, licence_of
 from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufModel, write_gguf
 from lorakeet.export.llama_cpp import ModelRefused, is_installed, quantise
 from lorakeet.export.merged_tensors import MergedTensors
-from lorakeet.export.ollama import require_address
+from lorakeet.export.ollama import push, require_address
 from lorakeet.export.runtime_support import features_of_adapter, limits_of
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
@@ -31,15 +31,13 @@ from lorakeet.formats.files.safetensors_file import open_safetensors, save_text
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.finetuning.terminal import progress_line, show_certificate
 from lorakeet.workflows.options import ExportOptions, VerifyOptions
-from lorakeet.workflows.planning.check import fit_check
-from lorakeet.workflows.planning.check_sizes import FP32, size_of_check, tensor_peak
-from lorakeet.workflows.push_export import exported_before, push_folder
+from lorakeet.workflows.planning.check import FP32, fit_check, size_of_check, tensor_peak
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
-from lorakeet.workflows.runs.peak_memory import peak_said
-from lorakeet.workflows.runs.residency import temporary_stores
+from lorakeet.workflows.runs.residency import peak_said, temporary_stores
+from lorakeet.workflows.verification.checks import named_check
 from lorakeet.workflows.verify import certify_artefacts
 
 CERTIFICATE, README = "certificate.json", "README.md"
@@ -99,16 +97,14 @@ def export(options: ExportOptions, *, console: Console) -> Exported:
     source = find_source(opened.config.model, console.print)
     if is_installed() and not written:
         peak, disk = _taken(source, opened, options.quant)
-        size = partial(
-            size_of_check, opened, [str(out)], source, "the check of an export", rows=CHECK_ROWS, memory=peak, disk=disk
-        )
-        opened = fit_check(opened, lambda longest: size(longest=longest), out, console)
+        what = "the check of an export"
+        size = partial(size_of_check, opened, [str(out)], source, what, rows=CHECK_ROWS, memory=peak, disk=disk)
+        opened = fit_check(opened, size, out, console)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), options, console)
     with peak_said(opened.residency, console, mapped=is_installed()):
         found = _written_before(job) if written else _written(job)
     if options.push:
-        checked = found.certificate is not None
-        push_folder(found.out, _ollama_model(job), job.name, host=options.host, checked=checked, console=console)
+        _push(job, found)
     return found
 
 
@@ -135,7 +131,7 @@ def _written(job: _Job) -> Exported:
     if job.opened.config.model.quantize.method != "none":
         console.print("The adapter was trained on a quantised base; it is folded into the dense weights that were quantised.")
     with writing(f"The export {out}", "Free some space, or choose another --out."):
-        written = _to_gguf(job, out) if job.options.to == "gguf" else _to_ollama(job, out)
+        written = _write_model(job, out, with_adapter=True) if job.options.to == "gguf" else _to_ollama(job, out)
     for note in written.notes:
         console.print(note, soft_wrap=True)
     console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
@@ -150,15 +146,39 @@ def _written(job: _Job) -> Exported:
 
 
 def _written_before(job: _Job) -> Exported:
-    """Returns the export that an earlier command left in the folder `out`."""
-    out = job.options.out
-    written, certificate = exported_before(out, out / CERTIFICATE, _identity(job), separate=job.options.separate)
+    """The export that an earlier command left in the folder `out` with its certificate.
+
+    ConfigError unless it is of this adapter and these settings and has all its files; VerificationFailed where its check failed.
+    """
+    out, expected = job.options.out, _identity(job)
+    found = read_certificate(out / CERTIFICATE) if (out / CERTIFICATE).exists() else None
+    files = [out / ollama.MODEL, *([out / ollama.ADAPTER] if job.options.separate else [])]
+    missing = not all(file.is_file() for file in files)
+    if found is None or missing or {key: found.facts.get(key) for key in expected} != expected:
+        said = "; ".join(f"{key}: {value}" for key, value in expected.items())
+        raise ConfigError(
+            f"{out} exists already and is never overwritten; --push sends a folder again only where it holds a checked export "
+            f"of this adapter with these settings ({said}). Choose another --out or remove that one."
+        )
+    found.raise_if_failed()
     job.console.print(f"{out} holds this export already, and its check passed: it is sent as it is.", soft_wrap=True)
-    return Exported(out, written, certificate)
+    return Exported(out, GgufModel(files[0], files[0].stat().st_size, dict(GgufFile(files[0]).tensor_types), ()), found)
 
 
-def _to_gguf(job: _Job, out: Path) -> GgufModel:
-    return _write_model(job, out, with_adapter=True)
+def _push(job: _Job, exported: Exported) -> None:
+    """Gives the folder to Ollama; EnvironmentProblem says how to go on where that fails."""
+    folder, model = exported.out, _ollama_model(job)
+    with progress_line(job.console, "sending") as step:
+        try:
+            push(
+                folder, model, job.name, host=job.options.host, say=job.console.print,
+                on_progress=lambda file, sent, total: step(sent, total, file),
+            )  # fmt: skip
+        except EnvironmentProblem as error:
+            checked = "The same command sends it again without writing it anew; or by hand"
+            again = "By hand" if exported.certificate is None else checked
+            by_hand = f"cd {shlex.quote(str(folder))} && ollama create {shlex.quote(job.name)} -f {ollama.MODELFILE}"
+            raise EnvironmentProblem(f"{error} {folder} is complete. {again}: {by_hand}") from error
 
 
 def _to_ollama(job: _Job, out: Path) -> GgufModel:
@@ -195,26 +215,20 @@ def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
     facts = {NAME: job.name, "lorakeet.base": job.opened.config.model.path}
     if with_adapter:
         facts[DIGEST] = _digest(job.opened)
-    with Bar(console=job.console, transient=True, disable=not job.console.is_terminal) as bar:
-        task = bar.add_task("writing")
-
-        def show(done: int, total: int, tensor: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"writing {tensor}")
-
+    with progress_line(job.console, "writing") as step:
+        write = partial(write_gguf, job.source, adapter, tokenizer=job.tokenizer, facts=facts, on_progress=step)
         quant = job.options.quant
         if quant in DIRECT:
-            return write_gguf(job.source, adapter, out, tokenizer=job.tokenizer, quant=quant, facts=facts, on_progress=show)
-        wide, partial = out.with_name(f".{out.name}.wide"), out.with_name(f".{out.name}.partial")
+            return write(out, quant=quant)
+        wide, unfinished = out.with_name(f".{out.name}.wide"), out.with_name(f".{out.name}.partial")
         try:
             wide.unlink(missing_ok=True)
-            kept = write_gguf(
-                job.source, adapter, wide, tokenizer=job.tokenizer, quant=_wide(job.source), facts=facts, on_progress=show
-            )
-            quantise(wide, partial, quant)
-            partial.replace(out)
+            kept = write(wide, quant=_wide(job.source))
+            quantise(wide, unfinished, quant)
+            unfinished.replace(out)
         finally:
             wide.unlink(missing_ok=True)
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     return GgufModel(out, out.stat().st_size, dict(GgufFile(out).tensor_types), kept.notes)
 
 
@@ -269,14 +283,8 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
             check_options = VerifyOptions(job.options.run_or_adapter, against=(str(out),), rows=CHECK_ROWS)
             found = certify_artefacts(job.opened, check_options, job.console)
     except ModelRefused as error:
-        check = tolerance_check(
-            f"{out.name}: loads in llama.cpp",
-            {"refusals": 1.0},
-            tolerance={"refusals": 0.0},
-            between=("live adapter", out.name),
-            n=1,
-            detail=str(error),
-        )
+        names = ("live adapter", out.name)
+        check = named_check("loads in llama.cpp", names, {"refusals": 1.0}, {"refusals": 0.0}, n=1, detail=str(error))
         found = Certificate(f"What became of {job.options.run_or_adapter}", (check,))
     found = dataclasses.replace(found, facts={**found.facts, **_identity(job)})
     show_certificate(found, job.console)
@@ -295,16 +303,12 @@ def _write_readme(job: _Job, out: Path, written: GgufModel, certificate: Certifi
         files |= {ollama.MODELFILE: "the instructions for Ollama"}
         if (out / ollama.ADAPTER).exists():
             files[ollama.ADAPTER] = "the adapter, applied to the model as it runs"
-    usage = ["cd FOLDER", f"ollama create {job.name} -f {ollama.MODELFILE}", f"ollama run {job.name}"]
+    usage = [f"llama-server -m {out.name}"]
+    if to == "ollama":
+        usage = ["cd FOLDER", f"ollama create {job.name} -f {ollama.MODELFILE}", f"ollama run {job.name}"]
+    settings = {"Learning rows": Path(config.data.train).name or "not known"} if run else {}
     facts = CardFacts(
-        title=job.name,
-        base_model=config.model.path,
-        files=files,
-        usage=usage if to == "ollama" else [f"llama-server -m {out.name}"],
-        library="gguf",
-        licence=licence_of(job.source),
-        datasets=(config.data.train,),
-        notes=written.notes,
-        settings={"Learning rows": Path(config.data.train).name or "not known"} if run else {},
-    )
+        title=job.name, base_model=config.model.path, files=files, usage=usage, library="gguf", licence=licence_of(job.source),
+        datasets=(config.data.train,), notes=written.notes, settings=settings,
+    )  # fmt: skip
     save_text(_beside(out, README), card(facts, report, certificate))

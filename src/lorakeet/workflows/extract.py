@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress as Bar
 
 from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.pack import micro_batches
@@ -33,10 +32,10 @@ from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
-from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.finetuning.terminal import progress_line, show_certificate
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.options import ExtractOptions
-from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS
+from lorakeet.workflows.planning.check import MERGE_TOKENS
 from lorakeet.workflows.runs.open_adapter import NAME
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
 
@@ -77,22 +76,15 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
     require_place(out)
     rows = tuple(read_rows(data, DataSpec(train=data))) if data else ()
     folder, source = (find_source(ModelSpec(path=name), console.print) for name in (tuned, base))
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("comparing")
+    with progress_line(console, "comparing") as step:
         found = extract_adapter(
-            open_checkpoint(folder),
-            open_checkpoint(source),
-            skeleton(read_config(source)),
-            rank=options.rank,
-            whole=options.whole,
-            on_progress=lambda done, total, path: bar.update(task, completed=done, total=total, description=f"comparing {path}"),
-        )
+            open_checkpoint(folder), open_checkpoint(source), skeleton(read_config(source)), rank=options.rank,
+            whole=options.whole, on_progress=step,
+        )  # fmt: skip
     found = replace(found, adapter=replace(found.adapter, base=base))
     _show(found, console)
-    with writing(f"The adapter {out}", "Free some space, or choose another --out."):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(out) as place:
-            peft.write(found.adapter, place)
+    with writing(f"The adapter {out}", "Free some space, or choose another --out."), new_folder(out) as place:
+        peft.write(found.adapter, place)
     console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
     certificate = _certify(base, tuned, out, (rows, data), console)
     show_certificate(certificate, console)
@@ -137,14 +129,9 @@ def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], 
     after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)
     distance = before.mean_kl.value
     measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}
-    check = tolerance_check(
-        "extracted adapter",
-        measured,
-        tolerance={"mean_kl": distance, "non_finite": 0.0},
-        between=("tuned model", "base + adapter"),
-        n=after.tokens,
-        detail=f"The bare base is at {distance:.3g}: the adapter brings it no nearer. Raise --rank, or keep --whole all.",
-    )
+    allowed, between = {"mean_kl": distance, "non_finite": 0.0}, ("tuned model", "base + adapter")
+    detail = f"The bare base is at {distance:.3g}: the adapter brings it no nearer. Raise --rank, or keep --whole all."
+    check = tolerance_check("extracted adapter", measured, tolerance=allowed, between=between, n=after.tokens, detail=detail)
     check = replace(check, estimates={"mean_kl": after.mean_kl, "mean_kl of the base": before.mean_kl})
     where = data[1] or "texts that the tuned model samples"
     console.print(

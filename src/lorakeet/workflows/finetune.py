@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, Problems, RunStopped
-from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
@@ -37,7 +36,7 @@ from lorakeet.workflows.finetuning.terminal import show_certificate, show_result
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.multi_process import evaluating_together, require_combinable, starting_together
 from lorakeet.workflows.runs.output_paths import require_place, writing
-from lorakeet.workflows.runs.peak_memory import say_peak
+from lorakeet.workflows.runs.residency import say_peak
 from lorakeet.workflows.runs.run_folder import begin_run, rates_of
 from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
 
@@ -46,14 +45,11 @@ from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
 class FinetuneResult:
     """The result of a run; a dry run has no outcome."""
 
+    exit_code: ClassVar[int] = 0
     setup: Any  # the Assembly of its kind
     run: RunFolder
     outcome: Outcome | None = None
     report: Report | None = None
-
-    @property
-    def exit_code(self) -> int:
-        return 0
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -80,7 +76,10 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then contains it).
     """
-    config = _with_budget(config, options.budget)
+    if options.budget is not None:  # a resumed run already has its ranks
+        config = config.changed(ranks={"budget": options.budget})
+        if problems := config.ranks.validate():
+            raise ConfigError("; ".join(problems))
     kind, launch, resume = run_kind(config), launched(), options.resume is not None
     run = RunFolder(options.resume or Path(config.out), launch.command)
     with joined(launch) as processes, starting_together(run):
@@ -108,20 +107,15 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
         search = rates_of(run)
     elif kind.tries_rates:
         setup, search = choose_rate(setup, console, requested=options.quick)
-    setup = setup.with_learning_rate(processes.from_first(lambda: setup.config.train.learning_rate))
+    rate = processes.from_first(lambda: setup.config.train.learning_rate)
+    setup = dataclasses.replace(setup, config=setup.config.changed(train={"learning_rate": rate}))
     task = kind.task(setup, run, console)
     record, before = kind.split_record(setup), kind.frozen_digests(setup)
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=search))
     with kind.training(setup, task, run, console):
-        outcome = train(
-            task,
-            setup.config.train,
-            run=run,
-            identity=kind.identity(setup, before),
-            resume=resume,
-            report=reporter_for(console, words=kind.words),
-            budget=setup.residency.budget.limit,
-        )
+        identity, budget = kind.identity(setup, before), setup.residency.budget.limit
+        report = reporter_for(console, words=kind.words)
+        outcome = train(task, setup.config.train, run=run, identity=identity, resume=resume, report=report, budget=budget)
     setup = kind.trained(setup, task)
     with _evaluating(run), evaluating_together(processes, run, outcome):
         if not setup.sharded:
@@ -129,23 +123,16 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
             if not processes.first:
                 return FinetuneResult(setup, run, outcome)
         release_free_memory()  # for the second model of the certificate
-        report = _reported(kind, setup, outcome, run, before=before, search=search, console=console)
-        return FinetuneResult(setup, run, outcome, report)
+        found = _reported(kind, setup, outcome, run, before=before, search=search, console=console)
+        return FinetuneResult(setup, run, outcome, found)
 
 
 def _reported(
-    kind: RunKind[Any],
-    setup: Any,
-    outcome: Outcome,
-    run: RunFolder,
-    *,
-    before: Digests,
-    search: Search | None,
-    console: Console,
+    kind: RunKind[Any], setup: Any, outcome: Outcome, run: RunFolder, *, before: Digests, search: Search | None, console: Console
 ) -> Report | None:
-    """Evaluates and certifies, then writes the report in the first process (None in others).
+    """Evaluates and certifies, then writes and prints report and certificate in the first process (None in others).
 
-    Raises VerificationFailed if a check failed.
+    Raises VerificationFailed if a check failed, before any command is recommended.
     """
     measured = kind.evaluate(setup, run, console)
     certificate = kind.certify(setup, run, before)
@@ -157,7 +144,15 @@ def _reported(
     if not setup.processes.first:
         return None
     report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, search=search)
-    _conclude(report, certificate, run, console)
+    with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
+        certificate.write(run.certificate)
+        write_report(report, run.path)
+    show_results(report, console)
+    show_certificate(certificate, console)
+    console.print(f"Report: {run.page}   Adapter: {run.adapter}   Certificate: {run.certificate}", soft_wrap=True)
+    certificate.raise_if_failed()
+    for item in report.next_commands:
+        console.print(f"Next: {item.command}   ({item.purpose})", markup=False, highlight=False, soft_wrap=True)
     return report
 
 
@@ -171,32 +166,6 @@ def _evaluating(run: RunFolder) -> Iterator[None]:
             f"{str(stopped) or 'Ctrl-C'}: the training is done and {run.adapter} is whole, but its evaluation was interrupted. "
             f"Evaluate it with: {run.resume_command}"
         ) from None
-
-
-def _conclude(report: Report, certificate: Certificate, run: RunFolder, console: Console) -> None:
-    """Writes report and certificate into the run folder, prints both, then the recommended commands.
-
-    Raises VerificationFailed if a check failed, before anything is recommended.
-    """
-    with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
-        certificate.write(run.certificate)
-        write_report(report, run.path)
-    show_results(report, console)
-    show_certificate(certificate, console)
-    console.print(f"Report: {run.page}   Adapter: {run.adapter}   Certificate: {run.certificate}", soft_wrap=True)
-    certificate.raise_if_failed()
-    for item in report.next_commands:
-        console.print(f"Next: {item.command}   ({item.purpose})", markup=False, highlight=False, soft_wrap=True)
-
-
-def _with_budget(config: RunConfig, budget: str | None) -> RunConfig:
-    """The settings with ranks.budget as --budget says; a resumed run already has its ranks."""
-    if budget is None:
-        return config
-    ranks = dataclasses.replace(config.ranks, budget=budget)
-    if problems := ranks.validate():
-        raise ConfigError("; ".join(problems))
-    return dataclasses.replace(config, ranks=ranks)
 
 
 def _check_quick(config: RunConfig, options: FinetuneOptions, kind: RunKind[Any]) -> None:

@@ -53,10 +53,6 @@ class GenerateResult:
     model: str
     pictures: tuple[Picture, ...]
 
-    @property
-    def exit_code(self) -> int:
-        return 0
-
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         return {"folder": str(self.folder), "model": self.model, "pictures": [asdict(picture) for picture in self.pictures]}
@@ -256,7 +252,9 @@ def _drawn(
                 model, [prompts[number] for number in numbers], [seeds[number] for number in numbers], sampler, progress=progress
             )
         finally:
-            _unuse(model)
+            if _MIXED in adapter_names(model.parts):
+                eject(model.parts, _MIXED)
+            activate(model.parts, None)
         found |= dict(zip(numbers, drawn, strict=True))
     return torch.stack([found[number] for number in range(len(requests))])
 
@@ -277,9 +275,3 @@ def _use(model: ImageModel, adapters: Mapping[str, Adapter], mix: Mix) -> None:
         spec = CombineSpec(method="cat", weights=tuple(mix.values()))
         summed = combination({name: adapters[name] for name in mix}, spec).combined()
         put_image_adapter(model, summed.adapter, _MIXED)
-
-
-def _unuse(model: ImageModel) -> None:
-    if _MIXED in adapter_names(model.parts):
-        eject(model.parts, _MIXED)
-    activate(model.parts, None)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Encoder, Example, encode_rows
@@ -39,18 +37,16 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
-from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.finetuning.terminal import progress_line, show_certificate
 from lorakeet.workflows.options import MergeOptions, non_default
 from lorakeet.workflows.packing.base_choice import AT_LOAD, BaseChoice, both_bases, choose_base
 from lorakeet.workflows.packing.base_choice import Into as DenseInto
 from lorakeet.workflows.packing.merge import merge_packed
-from lorakeet.workflows.planning.check import fit_check
-from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS, CheckSize, size_of_merge
+from lorakeet.workflows.planning.check import MERGE_TOKENS, CheckSize, fit_check, size_of_merge
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
-from lorakeet.workflows.runs.peak_memory import peak_said
-from lorakeet.workflows.runs.residency import temporary_stores
-from lorakeet.workflows.verification.merged_model import certify_combined, certify_merge, changes_of, fold_in_place
+from lorakeet.workflows.runs.residency import peak_said, temporary_stores
+from lorakeet.workflows.verification.merged_model import certify_combined, certify_merge, changes_of
 
 CERTIFICATE = "certificate.json"
 CHECK_TOKENS = 8192  # at most so many tokens of held-out rows go through both models
@@ -58,7 +54,6 @@ SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 64  # where there are no held-out rows, the 
 
 PACKED_ONLY = {"like", "calibration_rows", "finish_steps", "keep"}  # options of --into packed
 
-Step = Callable[[int, int, str], None]
 Roundings = Mapping[str, Callable[[Tensor], Tensor]]  # of packed weights, by their name on disk
 
 
@@ -107,7 +102,11 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     spec = CombineSpec(options.method, tuple(options.weights), options.rank, density, seed)
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # no option combines or compresses
     if options.into == "packed":
-        _require_alone(alone and to != "adapter" and options.dtype == "same")
+        if not alone or to == "adapter" or options.dtype != "same":
+            raise ConfigError(
+                "--into packed takes one run as it is: no --to adapter, --weights, --rank, --method or --dtype. Combine first "
+                "(lorakeet merge A B --to adapter), then merge the result."
+            )
         dataset = opened[0].dataset if opened[0].run else None
         certificate, surviving = merge_packed(opened[0], dataset, options, console)
         return Merged(out, certificate, surviving=surviving)
@@ -132,15 +131,6 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     return _ModelMerge(opened, plan, out, options.dtype, options.into, console).run()
 
 
-def _require_alone(alone: bool) -> None:
-    """Raises ConfigError unless one adapter is merged as it is."""
-    if not alone:
-        raise ConfigError(
-            "--into packed takes one run as it is: no --to adapter, --weights, --rank, --method or --dtype. Combine first "
-            "(lorakeet merge A B --to adapter), then merge the result."
-        )
-
-
 def _opened(paths: Sequence[str], base: str | None, console: Console) -> list[Opened]:
     """Every adapter; ConfigError unless they name one base, where none is given."""
     problems = Problems("These adapters cannot be merged together")
@@ -162,17 +152,13 @@ def _into_adapter(plan: Combination, first: Opened, out: Path, console: Console)
     if budget := first.config.memory.budget:
         said = f"memory.budget {budget} does not apply here: no model is loaded, and adapters are in memory as they are."
         console.print(said, soft_wrap=True)
-    with _progress(console, "combining") as step:
-        combined = plan.combined(step)
-    _show_errors(combined, console)
-    with writing(f"The adapter {out}", "Free some space, or choose another --out."):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(out) as folder:
-            peft.write(combined.adapter, folder)
-            if first.tokenizer is not None:
-                copy_along(tokenizer_files(first.tokenizer), folder)
-            certificate = certify_combined(plan, combined, peft.read(folder), out=out)
-            certificate.write(folder / CERTIFICATE)
+    combined = _combined(plan, console)
+    with writing(f"The adapter {out}", "Free some space, or choose another --out."), new_folder(out) as folder:
+        peft.write(combined.adapter, folder)
+        if first.tokenizer is not None:
+            copy_along(tokenizer_files(first.tokenizer), folder)
+        certificate = certify_combined(plan, combined, peft.read(folder), out=out)
+        certificate.write(folder / CERTIFICATE)
     console.print(f"Wrote an adapter of {combined.adapter.parameters:,} parameters to {out}", soft_wrap=True)
     show_certificate(certificate, console)
     certificate.raise_if_failed()
@@ -190,11 +176,6 @@ class _ModelMerge:
     into: DenseInto
     console: Console
 
-    @property
-    def folds_whole(self) -> bool:
-        """True if ΔW is folded as it is, since its method makes it dense and no rank was requested."""
-        return self.plan is not None and not self.plan.method.exact and self.plan.spec.rank is None
-
     def run(self) -> Merged:
         first, plan, console = self.opened[0], self.plan, self.console
         evaluated = next((item for item in self.opened if item.run is not None), first)
@@ -203,14 +184,11 @@ class _ModelMerge:
         choice = choose_base(self.into, self.opened, bases, dataset, console)
         base = bases.of(choice.base)
         packed = choice.base == "dequantised" and bases.kind != "gguf"  # a .gguf file's numbers are had as a dense copy
-        combined = None
-        if plan is not None and not self.folds_whole:
-            with _progress(console, "combining") as step:
-                combined = plan.combined(step)
-            _show_errors(combined, console)
-        if self.folds_whole and packed:
+        # ΔW is folded whole, as it is, where its method makes it dense and no rank was requested
+        whole = plan if plan is not None and not plan.method.exact and plan.spec.rank is None else None
+        combined = _combined(plan, console) if plan is not None and whole is None else None
+        if whole is not None and packed:
             raise ConfigError("The dequantised base takes pairs only: give the changes a --rank, or merge --into original.")
-        whole = plan if self.folds_whole else None
         adapter = whole.outline() if whole else combined.adapter if combined else first.adapter
         said = dataclasses.replace(evaluated, adapter=adapter, folder=first.folder)
         said = said.over(base.config.model if packed else base.dense_spec)
@@ -218,8 +196,12 @@ class _ModelMerge:
         at_load = packed and quantize.method in AT_LOAD
         model = open_dequantised(source) if packed and not at_load else source
         said = fit_check(said, self._check(said, model, whole), self.out, console)
-        if whole is not None:
-            _require_separate(said, whole)
+        ends = [] if whole is None else [path for path in whole.paths if path.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)]
+        if whole is not None and ends and said.residency.store is not None:  # which embedding and head may share
+            raise ConfigError(
+                f"{whole.method.name} changes {', '.join(ends)} by more than a pair, which is checked with models in memory: "
+                "give the changes a --rank, or the check more --memory."
+            )
         before = rounding_steps(source, quantize) if at_load else None
         with peak_said(said.residency, console):
             result = self._write(model, adapter, whole, before)
@@ -247,17 +229,11 @@ class _ModelMerge:
         self, source: Path | Checkpoint, adapter: Adapter, whole: Combination | None, before: Roundings | None
     ) -> MergeResult:
         console, first = self.console, self.opened[0]
-        with _progress(console, "folding") as step:
+        with progress_line(console, "folding") as step:
             result = merge_into(
-                source,
-                adapter,
-                self.out,
-                dtype=self.dtype,
-                tokenizer=first.tokenizer,
+                source, adapter, self.out, dtype=self.dtype, tokenizer=first.tokenizer, before=before, on_progress=step,
                 change=whole.change if whole else None,
-                before=before,
-                on_progress=step,
-            )
+            )  # fmt: skip
         wrote = f"Wrote {result.tensors} tensors ({result.changed} changed, {result.bytes:,} bytes) to {self.out}"
         console.print(wrote, soft_wrap=True)
         if result.worst[0]:
@@ -270,7 +246,14 @@ class _ModelMerge:
         """What should be, the rows to compare on, how far it is from the base where that is known, and what was written."""
         console, residency = self.console, opened.residency
         live = opened.text_model(console, dtype="float32", with_adapter=whole is None)
-        rows = _check_rows(opened, dataset, live, console)
+        if dataset is None:
+            console.print(
+                "No run, so no held-out rows: the two models are compared on texts that the base samples.", soft_wrap=True
+            )
+            rows: Sequence[Example] = sampled_texts(live, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=opened.config.evaluate.seed)
+        else:  # every token is a target
+            encoder = Encoder(live.tokenizer, dataclasses.replace(opened.config.data, supervise="all"), dataset.labels)
+            rows = first_tokens(encode_rows(dataset.held_out, encoder).examples, CHECK_TOKENS)
         live.release()
         spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.config.model.device)
         merged = load_text_model(spec, say=console.print, store=residency.store, slots=residency.way.slots)
@@ -289,53 +272,31 @@ class _ModelMerge:
         return (live, NAME), rows, effect, merged
 
 
-def _require_separate(opened: Opened, whole: Combination) -> None:
-    """Raises ConfigError where a weight that embedding and head may share would be changed on its way into a store."""
-    ends = [path for path in whole.paths if path.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)]
-    if ends and opened.residency.store is not None:
-        raise ConfigError(
-            f"{whole.method.name} changes {', '.join(ends)} by more than a pair, which is checked with models in memory: give "
-            "the changes a --rank, or the check more --memory."
-        )
-
-
 def _with_changes(live: TextModel, whole: Combination, opened: Opened, console: Console) -> TextModel:
     """The dense base with the combined changes in its weights: in memory, or in a store that is made of it."""
-    residency = opened.residency
+    residency, changes = opened.residency, changes_of(live.model, whole)
     if residency.folder is None:
-        fold_in_place(live, whole)
+        for name, change in changes.items():  # a shared weight is split
+            owner, _, leaf = name.rpartition(".")
+            module = live.model.get_submodule(owner)
+            setattr(module, leaf, nn.Parameter(change(module.get_parameter(leaf).detach()), requires_grad=False))
         return live
     apart = dataclasses.replace(residency, folder=residency.folder / "combined")
-    changes = changes_of(live.model, whole)
     return dataclasses.replace(opened, residency=apart).text_model(
         console, dtype="float32", with_adapter=False, changes=changes
     )
 
 
-def _check_rows(opened: Opened, dataset: Dataset | None, live: TextModel, console: Console) -> Sequence[Example]:
-    """Held-out rows of the run with every token a target; for a bare adapter, texts that the base samples."""
-    if dataset is None:
-        console.print("No run, so no held-out rows: the two models are compared on texts that the base samples.", soft_wrap=True)
-        return sampled_texts(live, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=opened.config.evaluate.seed)
-    encoder = Encoder(live.tokenizer, dataclasses.replace(opened.config.data, supervise="all"), dataset.labels)
-    return first_tokens(encode_rows(dataset.held_out, encoder).examples, CHECK_TOKENS)
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[Step]:
-    """A live line while something is done tensor by tensor."""
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{what} {name}")
-
-
-def _show_errors(combined: Combined, console: Console) -> None:
-    """How far each matrix is from the combined ΔW, where anything was compressed."""
+def _combined(plan: Combination, console: Console) -> Combined:
+    """The combined adapter; prints how far each matrix is from the combined ΔW, where anything was compressed."""
+    with progress_line(console, "combining") as step:
+        combined = plan.combined(step)
     if not any(combined.errors.values()):
         console.print(f"{len(combined.errors)} matrices combined exactly")
-        return
+        return combined
     show_matrices({path: (combined.adapter.pairs[path].rank, error) for path, error in combined.errors.items()}, console)
     console.print(f"Relative error over all matrices: {combined.error:.4f}")
+    return combined
 
 
 def show_matrices(found: Mapping[str, tuple[int, float]], console: Console) -> None:

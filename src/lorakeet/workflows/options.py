@@ -12,10 +12,15 @@ from lorakeet.setting import setting
 
 __all__ = ["VERBS", "Verb", "non_default"]
 
-
-_RUN = {"help": "A run folder, or an adapter folder in PEFT's layout.", "positional": True}
 RATES, RANKS, TARGETS = (0.25, 4.0), (4, 8, 16, 32), ("all-linear", "attention", "mlp")  # the space of a search
-_MEMORY = {"help": "Memory budget, such as 2GiB (default: memory.budget); weights that do not fit are streamed from disk."}
+_RUN = "A run folder, or an adapter folder in PEFT's layout."
+_BASE = "The base model; the default is the one that the run or adapter names."
+_MEMORY = "Memory budget, such as 2GiB (default: memory.budget); weights that do not fit are streamed from disk."
+
+
+def _help(text: str, *, positional: bool = False, whole: bool = False) -> dict[str, Any]:
+    """The metadata of an option: its help, whether it has no flag, and whether a comma is part of its text."""
+    return {"help": text, "positional": positional, "whole": whole}
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,12 @@ class PlanOptions:
 class EvaluateOptions:
     """Options of `lorakeet evaluate`."""
 
-    run_or_adapter: str = field(metadata=_RUN)
+    run_or_adapter: str = field(metadata=_help(_RUN, positional=True))
     data: str | None = setting(None, "File of rows to evaluate on; the default is the run's test rows, else its held-out rows.")
     config: Path | None = setting(None, "Run file with the data and model settings; the default is the run's own.")
-    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    base: str | None = setting(None, _BASE)
     out: Path | None = setting(None, "Folder for a report; without it no report is written.")
-    memory: str | None = field(default=None, metadata=_MEMORY)
+    memory: str | None = setting(None, _MEMORY)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class MergeOptions:
     """Options of `lorakeet merge`."""
 
     runs_or_adapters: tuple[str, ...] = field(
-        metadata={"help": "One or more run folders, or adapter folders in PEFT's layout.", "positional": True}
+        metadata=_help("One or more run folders, or adapter folders in PEFT's layout.", positional=True)
     )
-    out: Path = field(metadata={"help": "Folder for the merged model or the combined adapter; it must not exist yet."})
+    out: Path = field(metadata=_help("Folder for the merged model or the combined adapter; it must not exist yet."))
     to: Literal["auto", "model", "adapter"] = setting(
         "auto", "auto merges one adapter into its base, and combines several into one adapter."
     )
@@ -80,20 +85,20 @@ class MergeOptions:
     calibration_rows: int = setting(64, "For packed: number of training rows used for calibration.")
     finish_steps: int = setting(0, "For packed: steps of quantisation-aware training of the adapter.")
     keep: float = setting(0.95, "For packed: smallest share of the held-out gain that must survive.")
-    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    base: str | None = setting(None, _BASE)
     dtype: Literal["same", "float32", "bfloat16", "float16"] = setting(
         "same", "Dtype of the merged weights; same keeps the dtype of each base weight."
     )
-    memory: str | None = field(default=None, metadata=_MEMORY)
+    memory: str | None = setting(None, _MEMORY)
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
     """Options of `lorakeet extract`."""
 
-    tuned: str = field(metadata={"help": "The fully fine-tuned model: a folder, package:NAME or a hub id.", "positional": True})
-    base: str = field(metadata={"help": "The model that it was fine-tuned from.", "positional": True})
-    out: Path = field(metadata={"help": "Folder for the adapter; it must not exist yet."})
+    tuned: str = field(metadata=_help("The fully fine-tuned model: a folder, package:NAME or a hub id.", positional=True))
+    base: str = field(metadata=_help("The model that it was fine-tuned from.", positional=True))
+    out: Path = field(metadata=_help("Folder for the adapter; it must not exist yet."))
     rank: int = setting(16, "Rank of every pair.")
     whole: Literal["all", "none"] = setting(
         "all", "Store changed embeddings, head and norms, which no low-rank pair can represent, whole or not at all."
@@ -105,15 +110,11 @@ class ExtractOptions:
 class QuantizeOptions:
     """Options of `lorakeet quantize`."""
 
-    model: str = field(
-        metadata={"help": "An unquantised model: a folder, a .gguf file, package:NAME or a hub id.", "positional": True}
-    )
+    model: str = field(metadata=_help("An unquantised model: a folder, a .gguf file, package:NAME or a hub id.", positional=True))
     method: Literal["nf4", "int8", "gptq"] = field(
-        metadata={
-            "help": "nf4 and gptq (needs --calibration) are layouts that transformers loads; int8 is read by Lorakeet only."
-        }
+        metadata=_help("nf4 and gptq (needs --calibration) are layouts that transformers loads; int8 is read by Lorakeet only.")
     )
-    out: Path = field(metadata={"help": "Folder for the quantised model; it must not exist yet."})
+    out: Path = field(metadata=_help("Folder for the quantised model; it must not exist yet."))
     head: Literal["keep", "quantize"] = setting("keep", "Keep the output layer (lm_head) as it is, or quantise it too.")
     bits: int = setting(4, "Bits per weight for gptq: 2, 3, 4 or 8.")
     group_size: int = setting(128, "Weights of a row that share a scale in gptq; -1 is the whole row.")
@@ -129,14 +130,11 @@ class QuantizeOptions:
 class ConvertOptions:
     """Options of `lorakeet convert`."""
 
-    source: Path = field(metadata={"help": "An adapter file or folder of any format, or a run folder.", "positional": True})
+    source: Path = field(metadata=_help("An adapter file or folder of any format, or a run folder.", positional=True))
     out: Path = field(
-        metadata={
-            "help": "File (kohya, diffusers, gguf) or folder (peft, mlx) to write; it must not exist yet.",
-            "positional": True,
-        }
+        metadata=_help("File (kohya, diffusers, gguf) or folder (peft, mlx) to write; it must not exist yet.", positional=True)
     )
-    to: Literal["peft", "kohya", "diffusers", "gguf", "mlx"] = field(metadata={"help": "The format to write."})
+    to: Literal["peft", "kohya", "diffusers", "gguf", "mlx"] = field(metadata=_help("The format to write."))
     base: Path | None = setting(
         None, "The base model's folder or config.json: required for gguf, and the adapter is checked against it."
     )
@@ -156,29 +154,31 @@ Quant = Literal[
 class ExportOptions:
     """Options of `lorakeet export`."""
 
-    run_or_adapter: str = field(metadata=_RUN)
-    out: Path = field(metadata={"help": "File (gguf) or folder (ollama) to write; it must not exist yet."})
+    run_or_adapter: str = field(metadata=_help(_RUN, positional=True))
+    out: Path = field(metadata=_help("File (gguf) or folder (ollama) to write; it must not exist yet."))
     to: Literal["gguf", "ollama"] = setting(
         "gguf", "gguf: one file for llama.cpp and programs built on it; ollama: a folder with a Modelfile."
     )
     quant: Quant = setting("f16", "Quantisation type of the matrices; all but the first four need llama.cpp (lorakeet[llama]).")
-    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    base: str | None = setting(None, _BASE)
     separate: bool = setting(False, "Write base and adapter as two files instead of merging them (ollama only).")
     push: bool = setting(False, "Also create the model on a running Ollama server.")
     name: str | None = setting(None, "Name of the model; the default is that of the run folder.")
     host: str = setting("http://127.0.0.1:11434", "Address of the Ollama server for --push.")
-    memory: str | None = field(default=None, metadata=_MEMORY)
+    memory: str | None = setting(None, _MEMORY)
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
     """Options of `lorakeet verify`."""
 
-    run_or_adapter: str = field(metadata={**_RUN, "help": "A run folder or an adapter folder; with --deploy also a run file."})
+    run_or_adapter: str = field(
+        metadata=_help("A run folder or an adapter folder; with --deploy also a run file.", positional=True)
+    )
     against: tuple[str, ...] = setting(
         (), "Merged folder, .gguf model or adapter, Ollama folder, or http address (URL#NAME selects one of its models)."
     )
-    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    base: str | None = setting(None, _BASE)
     base_gguf: Path | None = setting(None, "GGUF file of the base, for a GGUF adapter.")
     precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = setting(
         "auto", "Which tolerances apply; auto reads the precision from the file, and assumes float16 for a server."
@@ -187,25 +187,25 @@ class VerifyOptions:
     deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = setting(
         None, "Only check whether the adapter will load in this program; nothing is compared."
     )
-    memory: str | None = field(default=None, metadata=_MEMORY)
+    memory: str | None = setting(None, _MEMORY)
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """Options of `lorakeet generate`."""
 
-    prompt: tuple[str, ...] = field(metadata={"help": "Prompt of a picture; may be repeated.", "whole": True})
-    out: Path = field(metadata={"help": "Folder for the pictures; it must not exist yet."})
+    prompt: tuple[str, ...] = field(metadata=_help("Prompt of a picture; may be repeated.", whole=True))
+    out: Path = field(metadata=_help("Folder for the pictures; it must not exist yet."))
     model: str | None = setting(
         None, "A folder saved by diffusers, a .safetensors file, or a hub id; the default is the adapter's base."
     )
     config: str | None = setting(None, "For a single .safetensors file: the folder with its configurations and tokenizer.")
     adapter: tuple[str, ...] = field(
-        default=(), metadata={"help": "NAME=PATH of a run folder or an adapter of any format; may be repeated.", "whole": True}
+        default=(), metadata=_help("NAME=PATH of a run folder or an adapter of any format; may be repeated.", whole=True)
     )
     weights: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "Adapter weights of all pictures, such as a=0.7,b=0.3; a single adapter has weight 1."},
+        metadata=_help("Adapter weights of all pictures, such as a=0.7,b=0.3; a single adapter has weight 1."),
     )
     each: tuple[str, ...] = setting(
         (), "Adapter weights of each prompt, in order: a name, base, or names with weights such as a=0.7+b=0.3."
@@ -247,8 +247,8 @@ class TuneOptions:
 class CompressOptions:
     """Options of `lorakeet compress`."""
 
-    run: str = field(metadata=_RUN)
-    out: Path = field(metadata={"help": "Run folder for the compressed adapter; it must not exist yet."})
+    run: str = field(metadata=_help(_RUN, positional=True))
+    out: Path = field(metadata=_help("Run folder for the compressed adapter; it must not exist yet."))
     to: str | None = setting(
         None, "Size: parameters such as 0.5M, or 'rank 8'; the default is the smallest size within --tolerance."
     )
@@ -257,7 +257,7 @@ class CompressOptions:
     weighting: Literal["loss", "activation", "none"] = setting(
         "loss", "What weights the truncation: inputs and gradients (loss), inputs (activation), or nothing."
     )
-    base: str | None = setting(None, "The base model; the default is the one that the run or adapter names.")
+    base: str | None = setting(None, _BASE)
     config: Path | None = setting(None, "Run file with the data settings, for a bare adapter.")
     memory: str | None = setting(None, "Memory budget, such as 2GiB (default: memory.budget); weights are not streamed.")
 
@@ -266,7 +266,7 @@ class CompressOptions:
 class ServeOptions:
     """Options of `lorakeet serve`."""
 
-    model: str = field(metadata={"help": "The base model: a folder, a .gguf file, package:NAME or a hub id."})
+    model: str = field(metadata=_help("The base model: a folder, a .gguf file, package:NAME or a hub id."))
     adapter: tuple[str, ...] = setting((), "NAME=PATH of an adapter of any format or a run folder; may be repeated.")
     adapters_dir: Path | None = setting(
         None, "Folder for uploaded adapters and the list of names; adapters already in it are served too."
@@ -333,8 +333,7 @@ class Verb:
 
     def shipped_config(self) -> Path:
         """Returns the path of the verb's run file in the package."""
-        path: Path = import_module(f"lorakeet.workflows.{self.name}").config_path()
-        return path
+        return Path(import_module(f"lorakeet.workflows.{self.name}").config_path())
 
 
 VERBS = (

@@ -18,17 +18,10 @@ def plan(config: RunConfig, options: PlanOptions = PlanOptions(), *, console: Co
     `options` override the settings in `config`. If the run would take more than memory.budget, the result says what would help.
     Raises ConfigError for an unknown model.
     """
-    config = _with(config, options)
-    return run_kind(config).plan(config, console)
-
-
-def _with(config: RunConfig, options: PlanOptions) -> RunConfig:
-    """Returns `config` with the settings that `options` override."""
-    lora, data, train, model = config.lora, config.data, config.train, config.model
     if options.rank is not None:
-        lora = dataclasses.replace(lora, rank=options.rank)
+        config = config.changed(lora={"rank": options.rank})
     if (tokens := options.tokens) is not None:
-        data, train = dataclasses.replace(data, max_tokens=tokens), dataclasses.replace(train, micro_tokens=tokens)
+        config = config.changed(data={"max_tokens": tokens}, train={"micro_tokens": tokens})
     if options.quantize is not None:
-        model = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method=options.quantize))
-    return dataclasses.replace(config, lora=lora, data=data, train=train, model=model)
+        config = config.changed(model={"quantize": dataclasses.replace(config.model.quantize, method=options.quantize)})
+    return run_kind(config).plan(config, console)

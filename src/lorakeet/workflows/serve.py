@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from lorakeet.memory.budget import Budget, larger_than_machine, parse_size
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
-from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
@@ -69,14 +67,20 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit))
     budget = Budget.parse(options.memory)
     _check(options, budget, console)
-    run_server, build_app = _http()
+    try:
+        from lorakeet.serve.routes.http import build_app, run_server
+    except ImportError as error:
+        raise EnvironmentProblem(_MISSING) from error
     access = None if options.keys is None else read_keys(options.keys)
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
     limit_code_cache(SERVING)
     text = load_text_model(spec, say=console.print)
     live = ServingModel(text)
-    context = _context(text, options.context)
+    most, context = text.context, options.context
+    if context is not None and (context < 2 or (most is not None and context > most)):
+        raise ConfigError(f"--context is {context}; {text.name} takes between 2 and {most or 'any number of'} tokens.")
+    context = context or min(CONTEXT, most or CONTEXT)
     runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir)
 
@@ -84,7 +88,13 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         if store is not None:
             store.remember(registry)
 
-    registry = Registry(live, runner, base=base_name(options.model), budget=budget.limit, changed=changed)
+    def announce(port: int) -> None:
+        known, where = len(registry.names), f"[{options.host}]" if ":" in options.host else options.host
+        served = f"{known} adapter{'' if known == 1 else 's'}"
+        console.print(f"Serving {registry.base} with {served} at http://{where}:{port}/v1", soft_wrap=True)
+
+    name = Path(options.model.rpartition(":")[2]).name or options.model  # the last part of its path or id
+    registry = Registry(live, runner, base=name, budget=budget.limit, changed=changed)
     for name, path in adapters.items():
         registry.register(name, path)
     if store is not None:
@@ -93,8 +103,12 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     with cores_for_the_engine(), _logs(), existing_objects_frozen():
         runner.start()
         try:
-            _load_pinned(registry, console)
-            announce = partial(_announce, registry, options.host, console=console)
+            for version in registry.versions:  # those that were pinned before a restart
+                try:
+                    if version.pinned:
+                        registry.release(registry.lease(version.name))
+                except (LorakeetError, OSError) as error:  # whose requests are refused
+                    console.print(f"'{version.name}' is pinned and cannot be loaded: {error}", soft_wrap=True, markup=False)
             run_server(build_app(service), host=options.host, port=options.port, ready=announce, patience=options.timeout)
         finally:
             runner.drain(timeout=0.0)
@@ -122,11 +136,6 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def base_name(model: str) -> str:
-    """The name of the base: the last part of its path or id."""
-    return Path(model.rpartition(":")[2]).name or model
-
-
 def _check(options: ServeOptions, budget: Budget, console: Console) -> None:
     """Raises ConfigError for options that contradict each other."""
     problems = Problems("The server cannot be started")
@@ -143,22 +152,6 @@ def _check(options: ServeOptions, budget: Budget, console: Console) -> None:
     problems.raise_if_any()
     if warning := larger_than_machine(budget):
         console.print(warning, soft_wrap=True)
-
-
-def _load_pinned(registry: Registry, console: Console) -> None:
-    """Loads the adapters that were pinned before a restart; prints those that cannot be read, whose requests are refused."""
-    for version in registry.versions:
-        try:
-            if version.pinned:
-                registry.release(registry.lease(version.name))
-        except (LorakeetError, OSError) as error:
-            console.print(f"'{version.name}' is pinned and cannot be loaded: {error}", soft_wrap=True, markup=False)
-
-
-def _announce(registry: Registry, host: str, port: int, console: Console) -> None:
-    known, where = len(registry.names), f"[{host}]" if ":" in host else host
-    adapters = f"{known} adapter{'' if known == 1 else 's'}"
-    console.print(f"Serving {registry.base} with {adapters} at http://{where}:{port}/v1", soft_wrap=True)
 
 
 @contextmanager
@@ -198,21 +191,6 @@ def cores_for_the_engine() -> Iterator[None]:
         yield
     finally:
         compute_with(before)
-
-
-def _http() -> tuple[Callable[..., None], Callable[[Service], Any]]:
-    try:
-        from lorakeet.serve.routes.http import build_app, run_server
-    except ImportError as error:
-        raise EnvironmentProblem(_MISSING) from error
-    return run_server, build_app
-
-
-def _context(text: TextModel, requested: int | None) -> int:
-    most = text.context
-    if requested is not None and (requested < 2 or (most is not None and requested > most)):
-        raise ConfigError(f"--context is {requested}; {text.name} takes between 2 and {most or 'any number of'} tokens.")
-    return requested or min(CONTEXT, most or CONTEXT)
 
 
 class _Line(logging.Formatter):
@@ -280,18 +258,9 @@ def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console
                 peft.write(uniform(adapter), ready[name])
             console.print(f"'{name}': written to {ready[name]} with its scale in B and one rank", soft_wrap=True)
     problems.raise_if_any()
-    words = [
-        "vllm",
-        "serve",
-        options.model,
-        "--enable-lora",
-        "--max-lora-rank",
-        str(max(ranks)),
-        "--max-loras",
-        str(min(len(ready), 8)),
-    ]
-    words += ["--max-cpu-loras", str(len(ready))]
-    words += flags
-    words += ["--lora-modules", *(f"{name}={path.resolve()}" for name, path in ready.items())]
+    limits = {"--max-lora-rank": max(ranks), "--max-loras": min(len(ready), 8), "--max-cpu-loras": len(ready)}
+    words = ["vllm", "serve", options.model, "--enable-lora"]
+    words += [word for flag, number in limits.items() for word in (flag, str(number))]
+    words += [*flags, "--lora-modules", *(f"{name}={path.resolve()}" for name, path in ready.items())]
     console.print(shlex.join(words), soft_wrap=True)
     return Served(adapters=tuple(ready), command=shlex.join(words))

@@ -7,8 +7,8 @@ on other rows and from other seeds (workflows/tuning/confirm).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,6 @@ from rich.text import Text
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.core.initialise import seed_for
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.chat import Example
-from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.report.rank_values import Search
@@ -35,12 +33,12 @@ from lorakeet.train.durable import new_folder, write_file
 from lorakeet.train.text.task import order_of
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.finetuning.kind import run_kind
+from lorakeet.workflows.finetuning.report import machine, versions
 from lorakeet.workflows.options import TuneOptions, non_default
-from lorakeet.workflows.runs import facts
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
-from lorakeet.workflows.tuning.trials import START, SearchBudget, SearchRows, Trial, Trials
+from lorakeet.workflows.tuning.trials import START, SearchBudget, SearchRows, Trial, Trials, groups_by_key
 
 SPACE = {"rate_factors", "rank_choices", "target_choices"}  # options that --quick replaces
 SEEDS = 3  # of the confirmation: a difference counts only beyond that between seeds
@@ -57,8 +55,7 @@ class Tuned:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        confirmed = None if self.confirmed is None else encode(self.confirmed)
-        return {"out": str(self.out), "search": encode(self.search), "confirmed": confirmed}
+        return {"out": str(self.out), "search": encode(self.search), "confirmed": encode(self.confirmed)}
 
 
 def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Console) -> Tuned:
@@ -92,7 +89,9 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
             options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
         ranks, targets = options.rank_choices, options.target_choices
         largest = _largest(config, ranks, targets) if config.memory.budget else None
-        members = _members(together, quick=quick, seeds=seeds)
+        members = together  # in training at once, in the search or in its confirmation (none with one seed)
+        if quick:
+            members = max(together, len(QUICK_FACTORS)) if seeds > 1 else len(QUICK_FACTORS)
         setup = assemble_text(config, console, members=members, largest=largest)
         space = space_for(setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets)
         budget = SearchBudget(None if options.minutes is None else 60 * options.minutes, options.tokens)
@@ -120,41 +119,25 @@ def _searched(search: Trials, sampler: Any, difference: float, seeds: int, toget
     return confirmed, search.result(confirmed.chosen, confirmed.conclusion, power, winner)
 
 
-@contextmanager
-def _cached_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
+def _cached_states(search: Trials, seeds: int, out: Path) -> AbstractContextManager[Any]:
     """With train.keep_prefix_states: caches the output of the blocks below those that any trial trains.
 
     The scratch file is in the folder above `out`, which does not exist yet.
     """
     setup, spec = search.setup, search.setup.config.train
     if not spec.keep_prefix_states:
-        yield
-        return
+        return nullcontext()
     plans = [plan_of_point(setup.text, search.space, point) for point in search.space.points]
-    later = [*_trained_on(setup, seeds), *search.rows.confirm]
-    say, folder = partial(search.console.print, markup=False, soft_wrap=True), folder_above(out)
-    with cached_states(
-        setup.text, search.rows.search, folder=folder, micro_tokens=spec.micro_tokens, plans=plans, later=later, say=say
-    ):
-        yield
-
-
-def _trained_on(setup: TextAssembly, seeds: int) -> list[Example]:
-    """The training rows of the trials and of the confirmation's seeds: not all if they end within an epoch."""
-    train, spec = setup.train.examples, setup.config.train
-    found: dict[int, None] = {}
-    for more in range(seeds + 1 if seeds > 1 else 1):
+    train, trained = setup.train.examples, dict[int, None]()
+    for more in range(seeds + 1 if seeds > 1 else 1):  # of the trials and the confirmation's seeds, which may end within an epoch
         order = order_of(train, replace(spec, seed=spec.seed + more))
         for step in range(min(setup.steps, order.steps_per_epoch)):
-            found.update(dict.fromkeys(order.indices(step)))
-    return [train[number] for number in found]
-
-
-def _members(together: int, *, quick: bool, seeds: int) -> int:
-    """The most adapters in training at once, in the search or in its confirmation (none with one seed)."""
-    if not quick:
-        return together
-    return max(together, len(QUICK_FACTORS)) if seeds > 1 else len(QUICK_FACTORS)
+            trained.update(dict.fromkeys(order.indices(step)))
+    later = [*(train[number] for number in trained), *search.rows.confirm]
+    say, folder = partial(search.console.print, markup=False, soft_wrap=True), folder_above(out)
+    return cached_states(
+        setup.text, search.rows.search, folder=folder, micro_tokens=spec.micro_tokens, plans=plans, later=later, say=say
+    )
 
 
 def _largest(config: RunConfig, ranks: Sequence[int], targets: Sequence[str]) -> LoraSpec:
@@ -193,7 +176,7 @@ def _sampler(seed: int) -> Any:
 def _rows(setup: TextAssembly) -> SearchRows:
     """The held-out rows for the search, and the test rows, or else half of the held-out rows, for the confirmation."""
     held_out = list(setup.held_out.examples)
-    groups = _groups([*setup.dataset.held_out, *setup.dataset.test])
+    groups = groups_by_key([*setup.dataset.held_out, *setup.dataset.test])
     if setup.test.examples:
         return SearchRows(held_out, list(setup.test.examples), groups, "test rows")
     seed = setup.config.data.split_seed
@@ -207,10 +190,6 @@ def _rows(setup: TextAssembly) -> SearchRows:
             "data.held_out_fraction, or name a data.test file."
         )
     return SearchRows(search, confirm, groups, "held-out rows that the search never saw", "the held-out rows")
-
-
-def _groups(rows: Sequence[Row]) -> dict[str, str]:
-    return {row.key: row.group or row.key for row in rows} if any(row.group for row in rows) else {}
 
 
 def _show(search: Search, console: Console) -> None:
@@ -238,14 +217,12 @@ def _write(out: Path, settings: RunConfig, search: Search, setup: TextAssembly, 
         facts={
             "Rows": f"{len(setup.dataset.train)} training, {search.rows} for the search",
             "Seeds": f"training {settings.train.seed}, evaluation {settings.evaluate.seed}",
-            "Versions": facts.versions(),
-            "Machine": facts.machine(setup.text.device),
+            "Versions": versions(),
+            "Machine": machine(setup.text.device),
         },
         next_commands=(Command(f"lorakeet finetune {out / 'config.yaml'}", "train with the chosen settings"),),
     )
-    with writing(f"The search in {out}", "Free some space, or choose another --out."):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(out) as folder:
-            write_file(folder / "config.yaml", dump_yaml(settings).encode())
-            write_report(report, folder)
+    with writing(f"The search in {out}", "Free some space, or choose another --out."), new_folder(out) as folder:
+        write_file(folder / "config.yaml", dump_yaml(settings).encode())
+        write_report(report, folder)
     console.print(f"Settings: {out / 'config.yaml'}   Report: {out / 'report.html'}", soft_wrap=True)

@@ -5,7 +5,6 @@ live adapter in fp32  ──  the same ids, prompts, answers and texts  ──  
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -13,54 +12,61 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from rich.console import Console
 
+from lorakeet.config import read_run
 from lorakeet.data.chat import Encoder, Ids
 from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export.merged_tensors import StoredTensor
+from lorakeet.export.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.export.tolerances import F16, PRECISIONS
+from lorakeet.formats.detect import read_adapter
+from lorakeet.memory.ledger import Ledger
 from lorakeet.models.files.source import find_source
+from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
+from lorakeet.models.image.model import image_plan
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.from_config import config_of, local_files, model_from_config
 from lorakeet.serve.probe import FACT, record
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import VerifyOptions
-from lorakeet.workflows.planning.check import fit_check
-from lorakeet.workflows.planning.check_sizes import (
+from lorakeet.workflows.planning.check import (
     GREEDY_TOKENS,
     MARGIN,
     SAMPLED_TEXTS,
     SAMPLED_TOKENS,
     SERVERS,
     compared_rows,
-    labelled_rows,
+    fit_check,
     maps_a_file,
     size_of_check,
 )
+from lorakeet.workflows.planning.fit import Say
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import writing
-from lorakeet.workflows.runs.peak_memory import peak_said
-from lorakeet.workflows.runs.residency import temporary_stores
+from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages, is_there, live_side, open_artefact
 from lorakeet.workflows.verification.checks import (
     Probes,
+    ask_all,
     check_answers,
     check_greedy,
     check_logits,
     check_prompts,
     check_stored,
 )
-from lorakeet.workflows.verification.deployment import Deployable, check_deployment
 from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
-from lorakeet.workflows.verification.recorded import ask_all
 from lorakeet.workflows.verification.server import Server, check_server
 
 TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
@@ -70,18 +76,15 @@ CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 
 @dataclass(frozen=True)
 class Verified:
-    """What the comparison found; `exit_code` is 3 where a check failed, which raises before this is returned."""
+    """What the comparison found."""
 
+    exit_code: ClassVar[int] = 0  # it is 3 where a check failed, which raises before this is returned
     certificate: Certificate
-
-    @property
-    def exit_code(self) -> int:
-        return 0
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        found = {"passed": self.certificate.passed, "artefacts": self.certificate.artefacts}
-        return {**found, "certificate": encode(self.certificate)}
+        found = self.certificate
+        return {"passed": found.passed, "artefacts": found.artefacts, "certificate": encode(found)}
 
 
 def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable:
@@ -90,7 +93,7 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable
     The checks go into the run's certificate.json, report.json and report.html, beside what training put there, named by the paths
     of the artefacts; checks of artefacts that were deleted go. Raises VerificationFailed (exit code 3) with the worst layer or
     the first diverging token and the likely cause; ConfigError for an artefact that cannot be opened. With `deploy` nothing is
-    compared: see `workflows/verification/deployment`. `memory`, or else the run's memory.budget, is kept, if need be by
+    compared: see `check_deployment`. `memory`, or else the run's memory.budget, is kept, if need be by
     streaming the models.
     """
     path = Path(options.run_or_adapter)
@@ -100,13 +103,12 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable
     options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
     size = partial(size_of_check, opened, options.against, source, "this check", rows=options.rows)
-    opened = fit_check(opened, lambda longest: size(longest=longest), _place(opened), console)
+    opened = fit_check(opened, size, _place(opened), console)
     residency, mapped = opened.residency, maps_a_file(options.against)
     with peak_said(residency, console, mapped=mapped), temporary_stores(residency, "Nothing was compared."):
         certificate = certify_artefacts(opened, options, console, beside=_place(opened).parent)
     show_certificate(certificate, console)
-    if opened.run is not None:
-        _keep(opened, certificate)
+    _keep(opened, certificate)
     certificate.raise_if_failed()
     return Verified(certificate)
 
@@ -135,23 +137,15 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
         if probes.too_long and not probes.labelled:
             why = f"every labelled row is longer than the {probes.most} tokens that fit into the budget"
             unchecked.append(Unchecked(found[0].artefact, "answers", why))
-    facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
-    facts |= _left_out(probes, facts["rows"])
-    facts = {**facts, "live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
+    rows = f"{len(probes.rows)} {'held-out' if dataset else 'sampled'}"
+    facts = {"model": live.text.name, "rows": rows if probes.most is None else f"{rows}, their first {probes.most} tokens"}
+    if probes.too_long:
+        labelled = probes.too_long + len(probes.labelled)
+        facts["labelled rows left out"] = f"{probes.too_long} of {labelled}, longer than {probes.most} tokens"
+    facts |= {"live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
     return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked))
-
-
-def _left_out(probes: Probes, rows: str) -> dict[str, str]:
-    """The facts of a certificate if longer rows do not fit into the budget."""
-    if probes.most is None:
-        return {}
-    cut = {"rows": f"{rows}, their first {probes.most} tokens"}
-    if not probes.too_long:
-        return cut
-    all_labelled = probes.too_long + len(probes.labelled)
-    return {**cut, "labelled rows left out": f"{probes.too_long} of {all_labelled}, longer than {probes.most} tokens"}
 
 
 def _compared_with(
@@ -181,15 +175,13 @@ def _checks(live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor
     found += [check_greedy(live, artefact, probes), check_stored(artefact.name, stored, artefact.allowed)]
     if all(check.passed for check in found[1:]):
         return found
-    cause = cause_from_weights(stored, live) or _cause_from_logits(live, artefact, probes.rows[0].tolist())
+    cause = cause_from_weights(stored, live)
+    if not cause:  # from the first tokens of a row: enough to find it, and few enough to be in memory several times
+        row = probes.rows[0].tolist()
+        theirs = next(iter(artefact.logit_parts(row)))[:CAUSE_TOKENS]
+        cause = cause_from_logits(live, row[: len(theirs)], theirs)
     explained = (check if check.passed else replace(check, detail=f"{check.detail} {cause}".strip()) for check in found[1:])
     return [found[0], *explained]
-
-
-def _cause_from_logits(live: InTorch, artefact: Artefact, row: list[int]) -> str:
-    """The likely cause from the first tokens of a row: enough to find it, and few enough to be in memory several times."""
-    theirs = next(iter(artefact.logit_parts(row)))[:CAUSE_TOKENS]
-    return cause_from_logits(live, row[: len(theirs)], theirs)
 
 
 def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int) -> Probes:
@@ -197,10 +189,9 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
     if dataset is None:
         spec = opened.config.evaluate
         sampled = [example.ids for example in sampled_texts(live.text, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=spec.seed)]
-        sampled = [ids for ids in sampled if len(ids) > 1]
         return Probes([], RAW_TEXTS, sampled, [], [ids[: max(1, len(ids) // 2)] for ids in sampled[:GREEDY]])
     encoder = Encoder(live.text.tokenizer, opened.config.data, dataset.labels)
-    chosen = compared_rows(dataset, encoder, rows)
+    chosen, labelled = compared_rows(dataset, encoder, rows)
     starts = [int(np.flatnonzero(example.supervised)[0]) for _, example in chosen]
     prompts = [example.ids[:start] for (_, example), start in zip(chosen, starts, strict=True)]
     talks: list[tuple[Messages, Ids]] = [
@@ -208,7 +199,6 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
         for (row, _), prompt in zip(chosen, prompts, strict=True)
         if is_templated(row, live.text.tokenizer, opened.config.data) and len(_messages(row)) > 0
     ]
-    labelled = labelled_rows(dataset, encoder, chosen)
     texts = (*RAW_TEXTS, *(row.text for row, _ in chosen[:TEXTS]))
     return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY]).cut_to(
         opened.residency.way.longest
@@ -239,7 +229,7 @@ def _place(opened: Opened) -> Path:
 
 
 def _keep(opened: Opened, certificate: Certificate) -> None:
-    """Puts the checks into the run's certificate and report; those of the same artefacts, and of deleted ones, go."""
+    """Puts the checks into the certificate and report of a run; those of the same artefacts, and of deleted ones, go."""
     run = opened.run
     if run is None:
         return
@@ -251,13 +241,85 @@ def _keep(opened: Opened, certificate: Certificate) -> None:
         if not check.artefact or (check.artefact not in again and is_there(check.artefact, beside))
     )
     missing = tuple(one for one in before.unchecked if one.artefact not in again and is_there(one.artefact, beside))
-    whole = dataclasses.replace(
-        before,
-        checks=(*kept, *certificate.checks),
-        facts={**certificate.facts, **before.facts},
-        unchecked=(*missing, *certificate.unchecked),
-    )
+    facts, unchecked = {**certificate.facts, **before.facts}, (*missing, *certificate.unchecked)
+    whole = replace(before, checks=(*kept, *certificate.checks), facts=facts, unchecked=unchecked)
     with writing(f"The certificate in {run.path}", "Free some space and verify again."):
         whole.write(run.certificate)
         if run.report.exists():
             write_report(replace(read_report(run.report), certificate=whole), run.path)
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """Nothing stands in the way; `notes` are what the runtime needs."""
+
+    exit_code: ClassVar[int] = 0
+    runtime: str
+    features: tuple[str, ...]
+    notes: tuple[Limit, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        notes = [{"feature": limit.feature, "what": limit.what, "remedy": limit.remedy} for limit in self.notes]
+        return {"runtime": self.runtime, "loads": True, "features": list(self.features), "notes": notes}
+
+
+def check_deployment(config_or_run: Path, runtime: Runtime, console: Console, *, base: str | None = None) -> Deployable:
+    """What `runtime` will do with the adapter of a run file, a run or an adapter folder; `base` wins over the model named there.
+
+    Raises VerificationFailed (exit code 3) listing every feature that it refuses or computes wrongly, with what helps.
+    ConfigError where settings do not fit the model, or where its configuration is needed and cannot be had.
+    """
+    say, planned = partial(console.print, markup=False, soft_wrap=True), config_or_run.is_file()
+    features = _planned(config_or_run, base, say) if planned else _finished(config_or_run, base, runtime, say)
+    limits = limits_of(runtime, features)
+    bad = [limit for limit in limits if limit.effect != "note"]
+    if bad:
+        what = "would not load" if planned else "does not load"
+        lines = [f"The adapter of {config_or_run} {what} rightly in {runtime}:"]
+        words = {"refused": "is refused", "wrong": "is computed wrongly, without a word"}
+        lines += [f"  - {limit.feature} {words[limit.effect]}: {limit.what} ({limit.source}). {limit.remedy}" for limit in bad]
+        raise VerificationFailed("\n".join(lines))
+    for limit in limits:
+        console.print(f"{runtime}: {limit.feature}: {limit.what}. {limit.remedy}", soft_wrap=True)
+    listed = ", ".join(sorted(features)) or "plain pairs of one rank and scale"
+    console.print(f"The adapter of {config_or_run} ({listed}) loads in {runtime}.", soft_wrap=True)
+    return Deployable(runtime, tuple(sorted(features)), limits)
+
+
+def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
+    """Of the plan that the run will have, made on the model's shapes alone."""
+    config = read_run(run_file)
+    if base is not None:
+        config = config.changed(model={"path": base})
+    first = max([config.lora.rank, *config.lora.rank_pattern.values()])
+    auto = {"auto": config.ranks.max_rank, "prune": first}.get(config.ranks.choose, 0)
+    if config.kind == "image":
+        shapes = shapes_of_images(config.model, say)
+        with torch.random.fork_rng(devices=[]), Ledger():
+            model = image_model_from_config(shapes, name=config.model.path, dtype=torch.float32, quantize=config.model.quantize)
+            plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
+        return features_of_plan(plan, tied=False, auto=auto)
+    model_config = config_of(config.model, say)
+    with torch.random.fork_rng(devices=[]), Ledger():
+        text = model_from_config(
+            model_config, name=config.model.path, dtype=torch.float32, products=torch.float32, attention=config.model.attention,
+            quantize=config.model.quantize, files=local_files(config.model.path),
+        )  # fmt: skip
+        plan = plan_for(text.model, config.lora, text.family)
+    return features_of_plan(plan, tied=_ties(model_config), auto=auto)
+
+
+def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say) -> frozenset[Feature]:
+    """Of an adapter as it is; its base is read only if a pair is on the head and `runtime` minds a tied one."""
+    adapter = read_adapter(folder, say=say)
+    asks = has_head(adapter.pairs) and bool(limits_of(runtime, ("tied head pairs",)))
+    if not asks:
+        return features_of_adapter(adapter, tied=False)
+    opened = open_adapter(folder, base=base, say=lambda _: None)  # what is odd about it was said
+    return features_of_adapter(adapter, tied=_ties(config_of(opened.config.model, say)))
+
+
+def _ties(model_config: Any) -> bool:
+    """Whether the head shares the embedding's weight."""
+    return bool(getattr(model_config.get_text_config(), "tie_word_embeddings", False))

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import lorakeet
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.train.log import read_metrics
 from lorakeet.workflows.finetuning.assemble_text import assemble_text
-from lorakeet.workflows.finetuning.report import curves, leaks, memory_use
+from lorakeet.workflows.finetuning.report import curves, leaks, machine, memory_use, versions
 from tiny.runs import quiet, settings
 
 
@@ -51,3 +52,14 @@ def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is
     assert found[1].what == "training, evaluation and certificate", "training resets the GPU's own peak"
     assert found[2].what == "training and evaluation, against memory.budget"
     assert found[0].what == "training, on cuda:0" and found[4].planned is None and (found[4].used or 0) > 1 << 20
+
+
+def test_versions_name_the_packages_that_decide_numbers() -> None:
+    found = versions()
+    assert f"lorakeet {lorakeet.__version__}" in found and f"torch {torch.__version__.partition('+')[0]}" in found
+    assert "transformers " in found and "Python 3." in found
+
+
+def test_the_machine_is_named_with_its_threads() -> None:
+    found = machine(torch.device("cpu"))
+    assert f"{torch.get_num_threads()} of " in found and " threads" in found and not found.startswith(",")

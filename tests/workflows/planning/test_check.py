@@ -8,14 +8,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from lorakeet.config import RunConfig, read_run
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
+from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.merged_tensors import PART_BYTES
 from lorakeet.memory.budget import Budget, enough_for
+from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.models.families import family_of
+from lorakeet.models.streaming.load import empty_model
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.from_config import config_from_settings
 from lorakeet.workflows.planning import check as check_planning
-from lorakeet.workflows.planning.check import ModelCheck, fit_check
-from lorakeet.workflows.planning.check_sizes import FP32, CheckSize, adapted_bytes, logits_bytes, tensor_peak
+from lorakeet.workflows.planning.check import (
+    FP32,
+    CheckSize,
+    ModelCheck,
+    adapted_bytes,
+    fit_check,
+    later_phases,
+    logits_bytes,
+    tensor_peak,
+    with_later,
+)
 from lorakeet.workflows.planning.rehearse_text import EvaluationSize, NotPlanned, RowShape
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.residency import ALONE, Way, temporary_stores
@@ -46,7 +63,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planner(opened: Opened, check: CheckSize = SIZE) -> ModelCheck:
-    return ModelCheck.of(lambda longest: check, opened, Path("out"), print)
+    return ModelCheck(lambda longest: check, opened, Path("out"), print)
 
 
 def peak(opened: Opened, streamed: bool, **changes: Any) -> int:
@@ -147,7 +164,8 @@ def test_a_full_disk_is_refused_before_the_work(
     """Stores count, what waits, and keys and values that do not fit into memory."""
     size = replace(SIZE, evaluation=EvaluationSize(RowShape(32, 2), 1, 300))
     budget = opened.within(f"{planner(opened, size).plan(Way(True)).peak // 1000 + 20_000}KB")
-    free = SimpleNamespace(free=2 * FP32 * planner(opened, size).weights)
+    numbers = sum(parameter.numel() for parameter in planner(opened, size).empty.parameters())
+    free = SimpleNamespace(free=2 * FP32 * numbers)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     fit_check(budget, size, tmp_path / "out", quiet())
     if part == "spilled":
@@ -177,7 +195,61 @@ def test_rows_are_cut_where_longer_ones_do_not_fit(opened: Opened) -> None:
         return replace(SIZE, evaluation=EvaluationSize(RowShape(64 + (longest or 1000)), 0))
 
     def lengths(*, cut: bool) -> list[int | None]:
-        check = ModelCheck(size, opened.config.model, lambda: (None, None), lambda _: Plan((), (), 0), cut=cut)
+        check = ModelCheck(size, opened, Path("out"), print, cut=cut)
         return list(dict.fromkeys(way.longest for way in check.ways(Budget().bytes)))
 
     assert lengths(cut=True) == [None, 500, 250, 128] and lengths(cut=False) == [None]
+
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def planned(**changes: Any) -> tuple[RunConfig, Any, Plan]:
+    given = {"model.path": "made-up", "data.train": "none", "lora.rank": "4", "lora.alpha": "12", "data.max_tokens": "64"}
+    config = config_from_settings({**SHAPE, **changes})
+    model = empty_model(config, torch.float32)
+    return read_run(None, given), config, plan_for(model, LoraSpec(rank=4), family_of(config))
+
+
+def test_what_fits_stays_in_memory_and_what_does_not_is_streamed() -> None:
+    config, model, plan = planned()
+    roomy, tight = later_phases(config, model, plan, Budget()), later_phases(config, model, plan, Budget(1, "1"))
+    assert [phase.name for phase in roomy] == [phase.name for phase in tight] == ["merge", "export"]
+    weights = 4 * plan.frozen_parameters
+    for whole, streamed, models in zip(roomy, tight, (2, 1), strict=True):
+        assert whole.kinds["base"] >= models * weights, "each model whole, in fp32"
+        assert streamed.kinds.get("base", 0) < models * weights / 2 and streamed.bytes < whole.bytes
+
+
+def test_a_packed_model_is_merged_into_its_dense_one() -> None:
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
+    config, model, plan = planned()
+    _, packed, _ = planned(quantization_config=stored)
+    both = zip(later_phases(config, packed, plan, Budget(1, "1")), later_phases(config, model, plan, Budget(1, "1")), strict=True)
+    for found, expected in both:
+        assert {**found.kinds, "runtime": 0} == {**expected.kinds, "runtime": 0}
+
+
+def test_new_tokens_are_planned_too() -> None:
+    config, model, _ = planned()
+    more = replace(config, lora=replace(config.lora, new_tokens=("<one>", "<two>")))
+    plan = plan_for(empty_model(model, torch.float32), more.lora, family_of(model))
+    assert [phase.name for phase in later_phases(more, model, plan, Budget(1, "1"))] == ["merge", "export"]
+
+
+def test_phases_take_the_place_of_those_of_the_same_name() -> None:
+    before = Forecast((Phase("train step", {"base": 5}), Phase("merge", {"base": 9})))
+    assert with_later(before, (Phase("merge", {"base": 2}),)).phases == (before.phases[0], Phase("merge", {"base": 2}))
+    assert with_later(before, ()) == before
+
+
+def test_a_model_that_cannot_be_followed_keeps_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise NotPlanned("experts")
+
+    monkeypatch.setattr(ModelCheck, "plan", refused)
+    config, model, plan = planned()
+    assert later_phases(config, model, plan, Budget(1, "1")) == ()

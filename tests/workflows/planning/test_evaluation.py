@@ -17,7 +17,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.workflows.planning import evaluation, fit
-from lorakeet.workflows.planning.evaluation import Evaluation, fit_compression, fit_evaluation
+from lorakeet.workflows.planning.evaluation import Evaluation, fit_evaluation
 from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 from tiny.memory_plans import same_runtime
@@ -73,7 +73,7 @@ def test_the_base_stays_in_memory_streams_or_is_refused(within: Callable[..., Ru
     assert kept.planned is not None and kept.planned <= lowest << 20
     more = judged(within(f"{lowest + 40}MiB"))
     assert 3 <= more.way.slots <= 4 and more.planned is not None and lowest << 20 < more.planned <= lowest + 40 << 20
-    step = fit_compression(within("8GiB"), ADAPTER, said.append, NO_LABELS, weigh=lambda _: torch.zeros(1 << 26), copies=1.0)
+    step = fit_evaluation(within("8GiB"), ADAPTER, said.append, NO_LABELS, weigh=lambda _: torch.zeros(1 << 26), copies=1.0)
     assert step.planned is not None and step.planned > whole.planned, "what weighing holds is in the plan"
 
 
@@ -100,7 +100,7 @@ def test_a_passage_less_long_is_a_remedy(within: Callable[..., RunConfig]) -> No
 
 def test_compression_is_refused_where_the_base_does_not_fit(within: Callable[..., RunConfig]) -> None:
     def cut(budget: str, copies: float = 6.0) -> Residency[MemoryPlan]:
-        return fit_compression(within(budget), ADAPTER, print, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=copies)
+        return fit_evaluation(within(budget), ADAPTER, print, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=copies)
 
     words = r"is 600MiB, but compressing this adapter takes at least \d+ MiB.* is not streamed\. Give"
     enough = least(lambda: cut("600MiB"), words)
@@ -123,7 +123,7 @@ def test_a_device_without_budgets_is_refused_and_a_cuda_device_is_held_to_its_ow
     said: list[str] = []
     found = fit_evaluation(within("8GiB", model__device="cuda:0"), ADAPTER, said.append, NO_LABELS)
     assert found.gpu == torch.device("cuda", 0) and limits == [(found.gpu, 8 << 30)] and "stay on cuda:0" in said[-1]
-    cut = fit_compression(
+    cut = fit_evaluation(
         within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=9.0
     )
     alone = fit_evaluation(within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS)

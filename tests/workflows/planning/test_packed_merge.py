@@ -7,34 +7,57 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from rich.console import Console
 from torch import nn
 
+from lorakeet.core.spec import LoraSpec
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.export import model_folder
 from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.budget import BETWEEN_PROCESSES, Budget
+from lorakeet.memory.spill import Spill
 from lorakeet.memory.store import WeightStore
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models.files.gguf_dense import bytes_of_unpacking
+from lorakeet.models.files.packing import packing_of
 from lorakeet.models.modules import find
+from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.streaming.model import NotStreamed
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import read_layout
+from lorakeet.quant import gguf_codes
+from lorakeet.quant.construct import empty_base
+from lorakeet.quant.gguf_codes import HIGHEST
+from lorakeet.quant.grids import FixedGrid, Nf4Grid, UniformGrid, grid_of
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing import merge as merge_packed
 from lorakeet.workflows.planning import fit, packed_merge
-from lorakeet.workflows.planning.check_sizes import FP32
-from lorakeet.workflows.planning.packed_merge import SPILLED, STREAMED, PackedMergeJob, PackedMerging, fit_packed_merge
-from lorakeet.workflows.planning.rehearse_text import NotPlanned
+from lorakeet.workflows.planning.check import FP32
+from lorakeet.workflows.planning.packed_merge import (
+    SPILLED,
+    STREAMED,
+    PackedMergeJob,
+    PackedMerging,
+    fit_packed_merge,
+    outlined_grid,
+    rehearse_rounding,
+)
+from lorakeet.workflows.planning.rehearse_text import NotPlanned, RowShape, made_up_rows
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import folder_above
@@ -42,7 +65,7 @@ from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, W
 from tiny.gguf_file import write_tiny_gguf
 from tiny.held import HeldBytes, counted_from
 from tiny.memory_plans import same_runtime
-from tiny.models import save_tiny_llama
+from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, run, write_rows
 
 WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}
@@ -410,3 +433,50 @@ def test_a_merge_without_disk_space_writes_nothing(runs: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match="a merge into packed weights takes at least"):
         merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out", into="packed", memory="64MiB"), console=quiet())
     assert not (tmp_path / "out").exists()
+
+
+WEIGHT = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+
+
+def shapes(grid: FixedGrid) -> list[Any]:
+    if isinstance(grid, Nf4Grid):
+        return [grid.largest.shape]
+    assert isinstance(grid, UniformGrid)
+    return [part.shape for part in (grid.step, grid.inverse, grid.offset)] + [grid.group_of]
+
+
+def gptq(groups: int) -> PackedBase:
+    base = empty_base({"method": "gptq", "shape": (64, 512), "bits": 4, "groups": groups, "sym": True, "zero_format": "gptq"})
+    base.store(WEIGHT)
+    return base
+
+
+@pytest.mark.parametrize("base", [Nf4Base.of(WEIGHT), gptq(8), gptq(1)], ids=["nf4", "gptq", "whole rows"])
+def test_a_grid_of_shapes_is_as_large_as_the_real_one(base: PackedBase) -> None:
+    assert shapes(outlined_grid(base)) == shapes(grid_of(base))
+
+
+@pytest.mark.parametrize("kind", list(HIGHEST))
+def test_so_is_that_of_each_type_of_gguf(kind: str) -> None:
+    base = gguf_codes.fit_gguf_scales(WEIGHT, kind)
+    assert shapes(outlined_grid(base)) == shapes(grid_of(base))
+
+
+def test_rounding_holds_what_its_rows_and_its_blocks_take() -> None:
+    """More tokens hold more; a streamed model holds less by the blocks that are not there."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5}
+    config = tiny_model("llama", **wide).config
+    empty = empty_model(config, torch.float32)
+    plan = plan_for(
+        empty, LoraSpec(rank=4), model_from_config(config, name="m", dtype=torch.float32, products=torch.float32).family
+    )
+    packing = packing_of(empty, config, QuantSpec(method="nf4"))
+
+    def held(make: Any, rows: RowShape) -> int:
+        build = partial(make, config, name="m", dtype=torch.float32, products=torch.float32)
+        return rehearse_rounding(build, plan, made_up_rows(rows), packing, Spill).bytes
+
+    few, many = (held(model_from_config, RowShape(60, count)) for count in (4, 12))
+    assert many - few >= 4 * 8 * 60 * 128, "the states of eight rows more"
+    block = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+    assert 2 * block < few - held(streamed_model_from_config, RowShape(60, 4)) < 5 * block

@@ -20,8 +20,8 @@ from lorakeet.memory.stream import RecordStream
 from lorakeet.models.streaming import load as streamed_load
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text import load
+from lorakeet.workflows import quantize as quantizer
 from lorakeet.workflows.options import QuantizeOptions
-from lorakeet.workflows.packing import calibrate
 from lorakeet.workflows.planning import fit
 from lorakeet.workflows.planning.packed_merge import SPILLED, STREAMED
 from lorakeet.workflows.planning.quantizing import QuantizeJob, Quantizing
@@ -104,7 +104,7 @@ def test_memory_in_use_is_what_is_planned(way: Way, rows: str, going: Any, tmp_p
     """Counted in tensors, after the rehearsal: never more, and not half as much again."""
     source, planned = save_tiny_llama(tmp_path / "source", **WIDE), going(way)
     settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
-    with counted_from(calibrate, "load_text_model") as held:
+    with counted_from(quantizer, "load_text_model") as held:
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", **settings), console=quiet())
     mapped = 0 if way.streamed else (source / "model.safetensors").stat().st_size  # the weights are pages of the file
     assert held.peak + mapped <= planned[0] <= 1.5 * (held.peak + mapped)

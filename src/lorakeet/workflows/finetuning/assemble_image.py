@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.data.images.folder import ImageRow, fit_remarks
+from lorakeet.data.images.folder import fit_remarks
 from lorakeet.data.images.record import recorded_images
 from lorakeet.data.images.split import ImageDataset, load_images
 from lorakeet.data.split import read_split_record
@@ -97,14 +96,19 @@ def assemble_images(
     for remark in fit:
         say(remark)
     dataset = dataclasses.replace(dataset, remarks=(*dataset.remarks, *fit))
-    encoded = _encoded(model, every, config, console)
-    train, held_out, test, prior = _parts(encoded, (dataset.train, dataset.held_out, dataset.test, dataset.prior))
+    with counted(console, f"latents of {len(every)} pictures", len(every)) as advance:
+        encoded = iter(encode_images(model, every, config.images, say=say, progress=advance))
+    parts = (dataset.train, dataset.held_out, dataset.test, dataset.prior)
+    train, held_out, test, prior = (list(islice(encoded, len(part))) for part in parts)
     if config.images.prior_caption and not config.images.prior:
-        prior = _drawn(model, config, console)
+        with counted(console, "pictures of the subject's class", config.images.prior_count) as advance:
+            prior = drawn_prior(model, config.images, sampler_of(config), say=say, progress=advance)
     captions = Captions(model, config.images, say=say)
+    config = config.changed(model={"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)})
+    config = dataclasses.replace(config, diffusion=config.diffusion.resolved(model.prediction, model.kind.guidance))
     return ImageAssembly(
-        config=_resolved(config, model), plan=plan, dataset=dataset, model=model, captions=captions, train=train,
-        held_out=held_out, test=test, prior=prior, residency=residency,
+        config=config, plan=plan, dataset=dataset, model=model, captions=captions, train=train, held_out=held_out, test=test,
+        prior=prior, residency=residency,
     )  # fmt: skip
 
 
@@ -178,31 +182,7 @@ TEXT_SETTINGS = {
 }
 
 
-def _parts(encoded: list[EncodedImage], parts: Sequence[Sequence[ImageRow]]) -> list[list[EncodedImage]]:
-    """Splits `encoded` into lists as long as `parts`."""
-    found = iter(encoded)
-    return [list(islice(found, len(part))) for part in parts]
-
-
-def _drawn(model: ImageModel, config: RunConfig, console: Console) -> list[EncodedImage]:
-    say = partial(console.print, markup=False, soft_wrap=True)
-    with counted(console, "pictures of the subject's class", config.images.prior_count) as advance:
-        return drawn_prior(model, config.images, sampler_of(config), say=say, progress=advance)
-
-
 def sampler_of(config: RunConfig) -> Sampler:
     """The sampler of the settings."""
     spec, side = config.diffusion, config.images.resolution
     return Sampler(spec.sample_steps, spec.guidance, size=None if side is None else (side, side), at_once=spec.at_once)
-
-
-def _encoded(model: ImageModel, rows: tuple[ImageRow, ...], config: RunConfig, console: Console) -> list[EncodedImage]:
-    say = partial(console.print, markup=False, soft_wrap=True)
-    with counted(console, f"latents of {len(rows)} pictures", len(rows)) as advance:
-        return encode_images(model, rows, config.images, say=say, progress=advance)
-
-
-def _resolved(config: RunConfig, model: ImageModel) -> RunConfig:
-    dtype: Any = str(model.dtype).removeprefix("torch.")
-    spec = dataclasses.replace(config.model, dtype=dtype, device=str(model.device))
-    return dataclasses.replace(config, model=spec, diffusion=config.diffusion.resolved(model.prediction, model.kind.guidance))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,8 +25,7 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
-from lorakeet.workflows.planning.forecast_choices import reads_weights
-from lorakeet.workflows.planning.forecast_text_run import TextRunPlan
+from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, reads_weights
 from lorakeet.workflows.planning.text_run import Workload, fit_text_run
 from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
@@ -82,12 +81,7 @@ class TextAssembly(Assembly):
 
 
 def assemble_text(
-    config: RunConfig,
-    console: Console,
-    processes: Processes = ALONE,
-    *,
-    members: int = 1,
-    largest: LoraSpec | None = None,
+    config: RunConfig, console: Console, processes: Processes = ALONE, *, members: int = 1, largest: LoraSpec | None = None
 ) -> TextAssembly:
     """Reads the rows first (quick to fail), then loads the model, then makes plan and ids. Raises ConfigError and DataError.
 
@@ -101,7 +95,7 @@ def assemble_text(
         )
     parts = (dataset.train, dataset.held_out, dataset.test)
     workload = Workload(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
-    residency = fit_text_run(config, _say(console), workload)
+    residency = fit_text_run(config, partial(console.print, markup=False, soft_wrap=True), workload)
     device = config.model.device
     sharded = config.train.shard and processes.count > 1  # a device holds its shard only: the whole model is loaded on the host
     model = dataclasses.replace(config.model, device="cpu") if sharded else config.model
@@ -113,7 +107,7 @@ def assemble_text(
         )
     config = within_context(resolved(config, text), text, console)
     if sharded:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
+        config = config.changed(model={"device": device})
     plan = plan_for(text.model, config.lora, text.family)
     new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded
     encoder = Encoder(text.tokenizer, config.data, dataset.labels)
@@ -156,10 +150,6 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
     return text
 
 
-def _say(console: Console) -> Callable[[str], None]:
-    return partial(console.print, markup=False, soft_wrap=True)
-
-
 def within_context(config: RunConfig, text: TextModel, console: Console) -> RunConfig:
     """The settings with data.max_tokens at most the model's context length; prints a line if it was lowered."""
     limit, requested = text.context, config.data.max_tokens
@@ -167,16 +157,11 @@ def within_context(config: RunConfig, text: TextModel, console: Console) -> RunC
         return config
     message = f"data.max_tokens is {requested}, but {text.name} takes rows of at most {limit} tokens; {limit} is used."
     console.print(message, markup=False, soft_wrap=True)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=limit))
+    return config.changed(data={"max_tokens": limit})
 
 
 def resolved(config: RunConfig, text: TextModel) -> RunConfig:
     """The settings with the dtype, device, attention and products that "auto" became here; a resumed run keeps them."""
-    model = dataclasses.replace(
-        config.model,
-        dtype=str(text.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        device=str(text.device),
-        attention=text.attention,  # type: ignore[arg-type]
-        products=str(text.products).removeprefix("torch."),  # type: ignore[arg-type]
-    )
-    return dataclasses.replace(config, model=model)
+    dtype, products = (str(one).removeprefix("torch.") for one in (text.dtype, text.products))
+    model = {"dtype": dtype, "device": str(text.device), "attention": text.attention, "products": products}
+    return config.changed(model=model)

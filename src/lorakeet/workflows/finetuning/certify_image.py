@@ -79,14 +79,21 @@ def certify_images(
         between = ("base with the adapter off", "base read again")
         checks.append(latent_check("base untouched", base, other, between=between, floor=floor))
     checks.append(check_frozen(before, after))
+    moved = "none: the samples equal the base's, as they would with any adapter without effect"
+    if effect := _largest(wanted - base):
+        moved = f"up to {effect / max(_largest(base), _TINY):.2g} of the base's largest latent"
+    rounding = "none: the same samples drawn again are the same to the bit"
+    if floor:
+        share = floor / max(_largest(wanted), _TINY)
+        rounding = f"up to {share:.2g} of the largest latent between two drawings of the same samples"
     facts = {
         "model": live.name,
         "dtype": str(live.dtype).removeprefix("torch."),
         "sampler steps": str(STEPS),
-        "adapter's effect": _effect(wanted, base),
-        "rounding": _rounding(floor, wanted),
+        "adapter's effect": moved,
+        "rounding": rounding,
     }
-    hidden = _hidden(floor, _largest(wanted - base))
+    hidden = _hidden(floor, effect)
     unchecked = (Unchecked(f"{adapter.name}/", "the adapter's effect", hidden),) if hidden else ()
     return Certificate(f"The adapter {adapter}", tuple(checks), facts, unchecked)
 
@@ -121,21 +128,6 @@ def _hidden(floor: float, effect: float) -> str:
     if not floor > OF_EFFECT * effect:
         return ""
     return f"rounding changes latents by up to {floor:.2g}, and the adapter by {effect:.2g}, too little to distinguish"
-
-
-def _rounding(floor: float, drawn: Tensor) -> str:
-    """The difference between two drawings of the same samples, in words."""
-    if not floor:
-        return "none: the same samples drawn again are the same to the bit"
-    return f"up to {floor / max(_largest(drawn), _TINY):.2g} of the largest latent between two drawings of the same samples"
-
-
-def _effect(adapted: Tensor, base: Tensor) -> str:
-    """The effect of the adapter on the samples of the checks, in words."""
-    effect = _largest(adapted - base)
-    if not effect:
-        return "none: the samples equal the base's, as they would with any adapter without effect"
-    return f"up to {effect / max(_largest(base), _TINY):.2g} of the base's largest latent"
 
 
 def _largest(latents: Tensor) -> float:

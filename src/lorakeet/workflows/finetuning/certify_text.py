@@ -28,8 +28,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.probe import FACT, record
 
-CHECK_TOKENS = 1024  # of held-out rows, every token a target
-MICRO_TOKENS = 1024
+CHECK_TOKENS = 1024  # of held-out rows, every token a target; one micro-batch of them
 REREAD = "reread"
 
 
@@ -49,7 +48,7 @@ def certify_text(
     the base again. If it is None, since memory is too small for a second base, the adapter from disk is added to the live base,
     and only the digests check the base.
     """
-    batches = micro_batches(rows_to_compare(rows), MICRO_TOKENS)
+    batches = micro_batches(rows_to_compare(rows), CHECK_TOKENS)
     checks = [check_frozen(before, frozen_digests(live.model))] if before else []
     if model is None:
         checks.insert(0, _within(live, adapter, batches, name=name, spec=spec))
@@ -96,14 +95,13 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
     """The check that no frozen tensor changed by a bit; names those that changed."""
     changed = changed_tensors(before, after)
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return tolerance_check(
-        "frozen weights",
+    detail = f"Training changed {', '.join(changed[:3])}{more}." if changed else ""
+    found, allowed, between = (
         {"changed_tensors": float(len(changed))},
-        tolerance={"changed_tensors": 0.0},
-        between=("before training", "after training"),
-        n=len(before),
-        detail=f"Training changed {', '.join(changed[:3])}{more}." if changed else "",
+        {"changed_tensors": 0.0},
+        ("before training", "after training"),
     )
+    return tolerance_check("frozen weights", found, tolerance=allowed, between=between, n=len(before), detail=detail)
 
 
 def rows_to_compare(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:

@@ -22,12 +22,7 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
 
 ROPES = ("dynamic", "longrope")  # their angles depend on the longest position, which the host may read
-EXPERTS = (
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)  # keys of config.json with the number of experts
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys of their number in config.json
 DRAWN = "random numbers differ in each pass, so a graph cannot be compared with the model"
 OF_OTHERS = ("classifier", "summary")  # prefixes of drop rates of heads that are not used for text
 

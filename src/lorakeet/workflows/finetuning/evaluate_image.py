@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
-from lorakeet.data.images.folder import ImageRow, Pixels, open_pixels, png_of
+from lorakeet.data.images.folder import Pixels, open_pixels, png_of
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.compose import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
@@ -23,7 +23,7 @@ from lorakeet.evaluate.report.report import Memorisation, Near, Report, Sample, 
 from lorakeet.models.image.clip_scorer import ImageScorer
 from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel
-from lorakeet.models.image.sample import Sampler, draw_latents
+from lorakeet.models.image.sample import draw_latents
 from lorakeet.models.inject import activate, adapter_of, attach, eject
 from lorakeet.train import durable
 from lorakeet.train.image.task import denoising_errors
@@ -63,7 +63,7 @@ class ImageEvaluator:
     def report(self, title: str, folder: Path) -> Report:
         """The measured sections; writes the samples to `folder` as PNG files, all or none."""
         base, adapter = self.losses(BASE), self.losses(ADAPTER)
-        rows = self._rows
+        rows = [picture.row for picture in self.pictures]
         report = denoising_report(
             title, adapter=adapter, base=base, captions=[row.caption for row in rows], sources=[row.source for row in rows],
             spec=self.config.evaluate,
@@ -86,31 +86,22 @@ class ImageEvaluator:
         return RowLosses(system, sums, counts.astype(np.int64), self.groups)
 
     @property
-    def _rows(self) -> list[ImageRow]:
-        return [picture.row for picture in self.pictures]
-
-    @property
     def requests(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each row of samples."""
         found = self.config.diffusion.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.pictures))[:3]
         return [(prompt, self.config.evaluate.seed + number) for prompt in found for number in range(self.config.diffusion.seeds)]
 
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler of the settings."""
-        return sampler_of(self.config)
-
     def draw_progress(self, folder: Path) -> None:
         """Draws every prompt with the adapter as it is into `folder`, all or none; uses no random numbers of the run."""
         prompts, seeds = [prompt for prompt, _ in self.requests], [seed for _, seed in self.requests]
         with torch.random.fork_rng():
-            latents = draw_latents(self.model, prompts, seeds, self.sampler)
+            latents = draw_latents(self.model, prompts, seeds, sampler_of(self.config))
         self._write(folder, [Drawn(ADAPTER, latents)], [self.model.decode(latents).numpy()])
 
     def samples(self) -> list[Drawn]:
         """The base's samples, and the adapter's at each weight, all from the same noise."""
         adapter = adapter_of(self.model.parts, self.name)
-        sampler = self.sampler
+        sampler = sampler_of(self.config)
         prompts, seeds = [prompt for prompt, _ in self.requests], [seed for _, seed in self.requests]
         found = []
         with counted(self.console, "samples", len(prompts) * (1 + len(WEIGHTS))) as advance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -48,25 +49,25 @@ class TextEvaluator:
         rows = self.fitting()
         if not rows:
             raise DataError("There are no rows to evaluate on. Name a file with rows, or raise data.max_tokens.")
+        about: dict[str, Any] = {"sources": [row.source for row in rows], "spec": self.config.evaluate}
         if self.encoder.labels:
-            report = self._classification_report(title, rows, baseline_rows)
+            answers = self.answers(rows, BASE), self.answers(rows, ADAPTER)
+            texts, floors = [row.text for row in rows], list[Answers]()
+            if self.config.evaluate.baselines and baseline_rows:
+                labels, groups, known = self.encoder.labels, _groups(rows), [row.text for row in baseline_rows]
+                train_labels, truth = [_label(row) for row in baseline_rows], [_label(row) for row in rows]
+                majority = majority_class(train_labels, truth, labels=labels, groups=groups)
+                tfidf = tfidf_logistic(known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups)
+                note = f"fitted to {len(baseline_rows)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
+                floors = [majority, replace(tfidf, note=note)]
+            report = classification_report(title, base=answers[0], adapter=answers[1], floors=floors, texts=texts, **about)
         else:
-            report = self._language_report(title, rows)
+            losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
+            texts, truths = ([_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
+            report = language_report(title, base=losses[0], adapter=losses[1], texts=texts, truths=truths, **about)
         left_out = len(self.rows) - len(rows)
         warning = f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."
         return replace(report, warnings=(warning,) if left_out else ())
-
-    def _classification_report(self, title: str, rows: Sequence[Row], baseline_rows: Sequence[Row]) -> Report:
-        base, adapter = self.answers(rows, BASE), self.answers(rows, ADAPTER)
-        return classification_report(
-            title,
-            adapter=adapter,
-            base=base,
-            floors=self._floors(rows, baseline_rows) if self.config.evaluate.baselines and baseline_rows else [],
-            texts=[row.text for row in rows],
-            sources=[row.source for row in rows],
-            spec=self.config.evaluate,
-        )
 
     def drift(self) -> Drift | None:
         """Mean KL(base ‖ adapter) per token on texts that the base samples, seeded; None if there are none."""
@@ -93,28 +94,6 @@ class TextEvaluator:
         truth = np.array([row.label for row in candidates], dtype=np.int64)
         return Answers(system, self.encoder.labels, truth, label_log_probs(scores), _groups(rows))
 
-    def _floors(self, rows: Sequence[Row], baseline_rows: Sequence[Row]) -> list[Answers]:
-        labels, groups = self.encoder.labels, _groups(rows)
-        train_labels, truth = [_label(row) for row in baseline_rows], [_label(row) for row in rows]
-        majority = majority_class(train_labels, truth, labels=labels, groups=groups)
-        texts = [row.text for row in rows]
-        known = [row.text for row in baseline_rows]
-        tfidf = tfidf_logistic(known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups)
-        note = f"fitted to {len(baseline_rows)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
-        return [majority, replace(tfidf, note=note)]
-
-    def _language_report(self, title: str, rows: Sequence[Row]) -> Report:
-        base, adapter = self.losses(rows, BASE), self.losses(rows, ADAPTER)
-        return language_report(
-            title,
-            adapter=adapter,
-            base=base,
-            texts=[_prompt(row) for row in rows],
-            truths=[_answer(row) for row in rows],
-            sources=[row.source for row in rows],
-            spec=self.config.evaluate,
-        )
-
     def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
         """The loss of `system` on the target tokens of each row."""
         activate(self.text.model, None if system == BASE else self.name)
@@ -129,7 +108,11 @@ def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> lis
     activate(text.model, None)
     start = next((t for t in (text.tokenizer.bos_token_id, text.tokenizer.eos_token_id) if t is not None), 0)
     written = sample(text, [[int(start)]] * count, max_tokens=tokens, seed=seed_for(seed, "drift") % 2**31, temperature=1.0)
-    return [_all_supervised([int(start), *ids], number) for number, ids in enumerate(written) if len(ids)]
+    texts = [np.array([int(start), *ids], np.int64) for ids in written]
+    return [
+        Example(ids, np.arange(len(ids)) > 0, f"sample-{number}", None, False)
+        for number, ids in enumerate(texts) if len(ids) > 1
+    ]  # fmt: skip
 
 
 def _groups(rows: Sequence[Row]) -> tuple[str, ...] | None:
@@ -145,15 +128,5 @@ def _label(row: Row) -> str:
     return row.label
 
 
-def _prompt(row: Row) -> str:
-    return "\n".join(turn.text for turn in row.turns if not turn.supervised)
-
-
-def _answer(row: Row) -> str:
-    return "\n".join(turn.text for turn in row.turns if turn.supervised)
-
-
-def _all_supervised(ids: Sequence[int], number: int) -> Example:
-    supervised = np.ones(len(ids), bool)
-    supervised[0] = False
-    return Example(np.array(ids, np.int64), supervised, f"sample-{number}", None, False)
+def _turns(row: Row, *, supervised: bool) -> str:
+    return "\n".join(turn.text for turn in row.turns if turn.supervised == supervised)

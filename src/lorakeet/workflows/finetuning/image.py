@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from shlex import quote
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.images.record import image_record
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Command, Leak, Report
+from lorakeet.memory.budget import larger_than_machine
 from lorakeet.models.image.clip_scorer import load_scorer
+from lorakeet.models.image.from_config import shapes_of_images
+from lorakeet.models.placement import planned_on
 from lorakeet.train.image.task import ImageTask
 from lorakeet.train.processes import Processes
 from lorakeet.train.progress import PICTURES
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble_images, image_task, sampler_of
+from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble_images, check_settings, image_task, sampler_of
 from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests
 from lorakeet.workflows.finetuning.evaluate_image import ImageEvaluator
-from lorakeet.workflows.finetuning.kind import Digests, RunKind
-from lorakeet.workflows.finetuning.plan_image import ImagePlanResult, plan_images
-from lorakeet.workflows.finetuning.terminal import show_image_forecast, show_pictures
+from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
+from lorakeet.workflows.finetuning.terminal import show_advice, show_image_forecast, show_peak, show_pictures
+from lorakeet.workflows.planning.image_run import ImageRunPlan, changes_that_help, forecast_images, machine_of, ways
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
 
@@ -33,13 +37,50 @@ from lorakeet.workflows.runs.run_folder import hashes_of_parts
 ARITHMETIC = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImagePlanResult(PlanResult):
+    """The forecast of a run on images; `advice` if its budget cannot be kept."""
+
+    planned: ImageRunPlan
+
+    def to_mapping(self) -> dict[str, Any]:
+        pictures = self.planned.pictures
+        return {
+            **super().to_mapping(),
+            "micro_batch": {"pictures": pictures.micro_batch, "size": list(pictures.example)},
+            "card_tensors": self.planned.tensors,
+            "choices": [{"change": item.change, "peak": item.peak} for item in self.advice],
+        }
+
+
 class ImageRunKind(RunKind[ImageAssembly]):
     """A diffusion model on pictures with captions."""
 
     words = PICTURES
 
     def plan(self, config: RunConfig, console: Console) -> ImagePlanResult:
-        return plan_images(config, console)
+        check_settings(config)
+        say = partial(console.print, soft_wrap=True)
+        budget, device = config.memory.limit, planned_on(config.model.device)
+        if device.type != "cuda" and (warning := larger_than_machine(budget)):
+            say(warning)
+        if config.diffusion.scorer:
+            say(f"Not counted: diffusion.scorer {config.diffusion.scorer}, which is in memory while the samples are evaluated.")
+        shapes = shapes_of_images(config.model, say)
+        machine = machine_of(config, returning=bool(budget))
+        planned = forecast_images(config, shapes, machine)
+        result = ImagePlanResult(config=config, device=planned.gpu or torch.device("cpu"), planned=planned)
+        if result.peak > budget.bytes:
+            last, advice = config, list[Advice]()
+            for change, last in ways(config):
+                if change:
+                    advice.append(Advice(change, forecast_images(last, shapes, machine).peak))
+            advice += [Advice(change, found.peak) for change, found in changes_that_help(last, shapes, machine)]
+            result = replace(result, advice=tuple(advice))
+        show_image_forecast(result.planned, console)
+        show_peak(result, console)
+        show_advice(result, console)
+        return result
 
     def assemble(
         self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
@@ -81,13 +122,9 @@ class ImageRunKind(RunKind[ImageAssembly]):
 
     def evaluate(self, setup: ImageAssembly, run: RunFolder, console: Console) -> Report:
         name = setup.config.diffusion.scorer
-        evaluator = _evaluator(setup, console)
-        evaluator = replace(
-            evaluator,
-            scorer=load_scorer(name) if name and setup.config.diffusion.seeds else None,
-            groups=setup.dataset.groups,
-            prior=setup.prior if setup.config.images.prior else (),  # samples may repeat what the base itself drew
-        )
+        scorer = load_scorer(name) if name and setup.config.diffusion.seeds else None
+        prior = setup.prior if setup.config.images.prior else ()  # samples may repeat what the base itself drew
+        evaluator = replace(_evaluator(setup, console), scorer=scorer, groups=setup.dataset.groups, prior=prior)
         with writing(f"The samples in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
             report = evaluator.report(f"Fine-tuning {setup.name}", run.path / "samples")
         data = setup.dataset
@@ -115,7 +152,11 @@ class ImageRunKind(RunKind[ImageAssembly]):
     def facts(self, setup: ImageAssembly) -> dict[str, str]:
         config = setup.config
         timesteps = config.diffusion.held_out_timesteps
-        found = {name: counts + _prior_text(setup) for name, counts in super().facts(setup).items()}
+        found, prior = super().facts(setup), ""
+        if setup.prior:
+            source = config.images.prior or f"drawn by the base of '{config.images.prior_caption}'"
+            prior = f"; {len(setup.prior)} of the subject's class ({source}), weight {config.diffusion.prior_weight:g}"
+        found = {name: counts + prior for name, counts in found.items()}
         found["Evaluated at"] = f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted"
         if config.diffusion.scorer and config.diffusion.seeds:
             found["Samples scored by"] = f"{config.diffusion.scorer}; the seeds of one prompt count as one group"
@@ -145,12 +186,3 @@ def _draw_progress(setup: ImageAssembly, run: RunFolder, console: Console, step:
     """Draws the prompts of the run with the adapter as it is after `step` steps, into RUN/progress."""
     with writing(f"The samples in {run.path}", f"Free some space, then: {run.resume_command}"):
         _evaluator(setup, console).draw_progress(run.path / "progress" / f"step-{step:06}")
-
-
-def _prior_text(setup: ImageAssembly) -> str:
-    """The pictures of the subject's class, where there are any."""
-    spec = setup.config.images
-    if not setup.prior:
-        return ""
-    source = spec.prior or f"drawn by the base of '{spec.prior_caption}'"
-    return f"; {len(setup.prior)} of the subject's class ({source}), weight {setup.config.diffusion.prior_weight:g}"

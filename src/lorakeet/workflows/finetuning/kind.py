@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -61,12 +61,6 @@ class Assembly:
         return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
 
     @property
-    def planned(self) -> tuple[int | None, int | None]:
-        """Planned bytes until training ends, and of the whole run; None if it was not planned."""
-        plan = self.residency.plan
-        return (None, None) if plan is None else (plan.training_peak, plan.peak)
-
-    @property
     def trained_rows(self) -> int:
         """The rows that are trained on."""
         return len(self.dataset.train)
@@ -81,10 +75,6 @@ class Assembly:
     def sharded(self) -> bool:
         """True if each process holds only a part of every frozen block."""
         return self.config.train.shard and self.processes.count > 1
-
-    def with_learning_rate(self: AssemblyT, rate: float | None) -> AssemblyT:
-        """The same with another learning rate."""
-        return replace(self, config=replace(self.config, train=replace(self.config.train, learning_rate=rate)))
 
 
 AssemblyT = TypeVar("AssemblyT", bound=Assembly)
@@ -165,8 +155,7 @@ class RunKind(ABC, Generic[AssemblyT]):
 
     def split_record(self, setup: AssemblyT) -> dict[str, object]:
         """Which rows are in which part, as split.json records it; a resumed run must have the same."""
-        record: dict[str, object] = setup.dataset.split_record()
-        return record
+        return dict(setup.dataset.split_record())
 
     def frozen_digests(self, setup: AssemblyT) -> Digests:
         """The digest of each frozen tensor in memory."""

@@ -24,20 +24,10 @@ from lorakeet.models.modules import find, output_layer
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel
+from lorakeet.ranks import score as scoring
 from lorakeet.ranks.allocate import Gains, allocate, pair_parameters, rank_pattern
-from lorakeet.ranks.score import (
-    Halves,
-    Sketch,
-    activation_directions,
-    gradient_directions,
-    gradient_gains,
-    gradient_halves,
-    sketch_plan,
-    sketch_states,
-    variance_gains,
-)
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.forecast_choices import budget_of
+from lorakeet.workflows.planning.forecast_text_run import budget_of
 
 NAME = "ranks"  # of the temporary pairs whose gradients are measured
 
@@ -58,13 +48,9 @@ def choose_ranks(
     chosen = allocate(plan, gains, budget, largest=spec.max_rank, step=step)
     lora = replace(config.lora, rank_pattern=rank_pattern(chosen, config.lora))
     ranks = [entry.rank for entry in chosen.entries]
-    used = pair_parameters(chosen)
-    console.print(
-        f"Ranks by {spec.score} on {min(spec.rows, len(examples))} training rows: {used:,} of {budget:,} parameters, ranks "
-        f"{min(ranks)} to {max(ranks)}. The saved run file has them in lora.rank_pattern.",
-        markup=False,
-        soft_wrap=True,
-    )
+    used, rows, span = pair_parameters(chosen), min(spec.rows, len(examples)), f"ranks {min(ranks)} to {max(ranks)}"
+    said = f"Ranks by {spec.score} on {rows} training rows: {used:,} of {budget:,} parameters, {span}."
+    console.print(f"{said} The saved run file has them in lora.rank_pattern.", markup=False, soft_wrap=True)
     config = replace(config, lora=lora, ranks=replace(spec, choose="given", budget=None))
     return config, replace(plan_for(text.model, lora, text.family), frozen_parameters=plan.frozen_parameters)
 
@@ -80,17 +66,17 @@ def start_directions(config: RunConfig, text: TextModel, plan: Plan, examples: S
     rows = _rows(config, text, examples, f"lora.start {start}")
     ranks = {entry.path: entry.rank for entry in plan.entries}
     if start == "gradient":
-        return gradient_directions(_halves(config, text, plan, rows, max(ranks.values())), ranks)
-    return activation_directions(_sketches(config, text, plan, rows, "input", max(ranks.values())), ranks)
+        return scoring.gradient_directions(_halves(config, text, plan, rows, max(ranks.values())), ranks)
+    return scoring.activation_directions(_sketches(config, text, plan, rows, "input", max(ranks.values())), ranks)
 
 
 def _gains(config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example]) -> Gains:
     score, largest = config.ranks.score, config.ranks.max_rank
     rows = _rows(config, text, examples, "ranks.choose auto")
     if score == "gradient":
-        return gradient_gains(_halves(config, text, plan, rows, largest), largest=largest)
+        return scoring.gradient_gains(_halves(config, text, plan, rows, largest), largest=largest)
     of: Literal["input", "output"] = "input" if score == "activation" else "output"
-    return variance_gains(_sketches(config, text, plan, rows, of, largest), plan, largest=largest)
+    return scoring.variance_gains(_sketches(config, text, plan, rows, of, largest), plan, largest=largest)
 
 
 def _rows(config: RunConfig, text: TextModel, examples: Sequence[Example], what: str) -> list[Example]:
@@ -110,7 +96,7 @@ def _rows(config: RunConfig, text: TextModel, examples: Sequence[Example], what:
 
 def _sketches(
     config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], of: Literal["input", "output"], largest: int
-) -> dict[str, Sketch]:
+) -> dict[str, scoring.Sketch]:
     """Sketches of the base model's inputs or outputs of each matrix on the rows."""
 
     head, watched = output_layer(text.model), text.with_every_token()
@@ -125,12 +111,12 @@ def _sketches(
     unfuse(text.model)  # every matrix is called by itself; initialise_adapter fuses again
     activate(text.model, None)
     text.model.eval()
-    return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
+    return scoring.sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
 
 
-def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], largest: int) -> Halves:
+def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], largest: int) -> scoring.Halves:
     """Gradients of temporary pairs on two halves of the rows; leaves the model as it was."""
-    sketch = sketch_plan(plan, largest)
+    sketch = scoring.sketch_plan(plan, largest)
     with torch.random.fork_rng(devices=[]):
         adapted = initialise_adapter(text, sketch, seed=config.train.seed, name=NAME)
         try:
@@ -141,7 +127,7 @@ def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Examp
                 batches = [batch for batch in halves[half] if batch.targets]
                 task.gradients(batches, max(1, sum(batch.targets for batch in batches)))
 
-            return gradient_halves(sketch, trained_parameters(text.model, NAME), backward, seed=config.train.seed)
+            return scoring.gradient_halves(sketch, trained_parameters(text.model, NAME), backward, seed=config.train.seed)
         finally:
             eject(text.model, NAME)
             text.model.eval()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lorakeet import __version__
 from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import KINDS, PARTS, LeakReport
 from lorakeet.evaluate.certificate import Certificate
@@ -22,7 +29,6 @@ from lorakeet.train.loop import Outcome
 from lorakeet.train.progress import TEXT
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.kind import Assembly, AssemblyT, RunKind
-from lorakeet.workflows.runs import facts
 
 _WITH_TEXTS = 20  # leaks of each kind whose texts are in the report
 
@@ -38,14 +44,22 @@ def complete(
     search: Search | None = None,
 ) -> Report:
     """`measured` with everything else that the page shows; `search` is the trial that chose the learning rate."""
-    part, rows = setup.evaluated
+    config, lora, (part, rows) = setup.config, setup.config.lora, setup.evaluated
     metrics = read_metrics(run.metrics)
     count = measured.rows_of or len(rows)
     return replace(
         measured,
         subtitle=f"{setup.name} on {Path(setup.config.data.train).name}, evaluated on {count} {part} {kind.words.evaluated}",
-        created=facts.now(),
-        facts=_facts(kind, setup, run),
+        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        facts={
+            "Model": kind.model_text(setup),
+            "Adapter": f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g} ({lora.scale_rule}), {setup.plan.summary()}",
+            **kind.facts(setup),
+            "Seeds": f"training {config.train.seed}, split {config.data.split_seed}, evaluation {config.evaluate.seed}",
+            "Versions": versions(),
+            "Machine": machine(setup.device),
+            "Run folder": str(run.path),
+        },
         curves=curves(metrics, outcome),
         ranks=kind.rank_map(setup, metrics),
         search=search,
@@ -109,20 +123,6 @@ def leaks(found: LeakReport) -> tuple[Leak, ...]:
     return tuple(listed)
 
 
-def _facts(kind: RunKind[AssemblyT], setup: AssemblyT, run: RunFolder) -> dict[str, str]:
-    """The circumstances of a run, in the order of the page."""
-    config, lora = setup.config, setup.config.lora
-    return {
-        "Model": kind.model_text(setup),
-        "Adapter": f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g} ({lora.scale_rule}), {setup.plan.summary()}",
-        **kind.facts(setup),
-        "Seeds": f"training {config.train.seed}, split {config.data.split_seed}, evaluation {config.evaluate.seed}",
-        "Versions": facts.versions(),
-        "Machine": facts.machine(setup.device),
-        "Run folder": str(run.path),
-    }
-
-
 def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     """Planned and used bytes: of training, of the whole run, and of the run against its budget.
 
@@ -132,7 +132,8 @@ def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     budget, device = setup.residency.budget, setup.residency.gpu
     process = peak_bytes() if setup.memory is None else setup.memory.now()
     whole = process if device is None else gpu_peak_bytes(device)
-    training, planned = setup.planned
+    plan = setup.residency.plan
+    training, planned = (None, None) if plan is None else (plan.training_peak, plan.peak)
     what = "loading, training, evaluation and certificate" if device is None else "training, evaluation and certificate"
     used = [
         MemoryUse(f"training, {'whole process' if device is None else f'on {device}'}", training, outcome.peak_bytes),
@@ -165,3 +166,34 @@ def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome, computed: str) -
     if rates:
         found[f"{unit} a second"] = f"{rates[len(rates) // 2]:,.{digits}f} (median over steps)"
     return found
+
+
+PACKAGES = ("torch", "transformers", "diffusers", "safetensors", "numpy", "scikit-learn")
+
+
+def versions() -> str:
+    """lorakeet's own version, Python's and those of the packages that decide numbers."""
+    found = [f"lorakeet {__version__}", f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def machine(device: torch.device) -> str:
+    """The processor or GPU, and how many threads of it torch uses."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {platform.system()}"
+    return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads, {platform.system()} {platform.machine()}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "CPU"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +20,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
 from lorakeet.memory.forecast import KINDS, Forecast
-from lorakeet.workflows.runs.pruning import cuts_text
+from lorakeet.ranks.allocate import pair_parameters
 
 if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.data.images.split import ImageDataset
@@ -39,13 +41,19 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
         if encoded.truncated or encoded.dropped:
             limit = f"{setup.config.data.max_tokens} tokens"
             console.print(f"{encoded.truncated} {name} rows shortened to {limit}, {len(encoded.dropped)} left out")
-    if _lacks_template(setup):
+    data, first = setup.config.data, setup.dataset.train[0].turns[0]
+    if data.chat_template == "auto" and first.role and not uses_template(setup.text.tokenizer, data):
         console.print("The tokenizer has no chat template, so turns are joined as raw text.", soft_wrap=True)
     console.print(Text.assemble(("One training row", "bold"), " (target tokens in green):"))
     console.print(show_example(setup.train.examples[0], setup.text.tokenizer))
     _show_plan(("path", "weight"), setup.plan.rows(), setup.plan, console)
     if cuts := setup.cuts:
-        console.print(cuts_text(cuts, setup.plan), soft_wrap=True)
+        steps = ", ".join(f"{budget:,} after step {step}" for step, budget in cuts.items())
+        console.print(
+            f"Ranks are pruned from {pair_parameters(setup.plan):,} parameters: at most {steps}. Only then may an adapter be the "
+            "best one: a run that ends before leaves its checkpoints, and no adapter.",
+            soft_wrap=True,
+        )
     model = setup.config.model
     console.print(
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens an epoch; "
@@ -63,7 +71,13 @@ def show_pictures(setup: ImageAssembly, console: Console) -> None:
     factor = setup.model.factor
     sizes = sorted({(int(p.latents.shape[2]) * factor, int(p.latents.shape[3]) * factor) for p in setup.train})
     console.print(f"Examples of {', '.join(f'{width}×{height}' for height, width in sizes)} pixels")
-    _show_plan(("module", "pairs"), _rows_by_module(setup.plan), setup.plan, console)
+    groups: dict[tuple[str, int, float], list[int]] = {}  # by name, rank and scale: a UNet has too many modules to list
+    for entry in setup.plan.entries:
+        parts = entry.path.split(".")
+        name = ".".join([parts[0], "…", *[part for part in parts[-3:] if not part.isdigit()]])
+        groups.setdefault((name, entry.rank, entry.scale), []).append(entry.parameters)
+    rows = ((name, str(len(own)), str(rank), f"{scale:g}", f"{sum(own):,}") for (name, rank, scale), own in groups.items())
+    _show_plan(("module", "pairs"), rows, setup.plan, console)
     config = setup.config
     console.print(
         f"{setup.steps} steps of {config.train.batch_size} pictures; {config.model.dtype} weights on {config.model.device}; "
@@ -82,24 +96,6 @@ def _show_plan(columns: tuple[str, str], rows: Iterable[tuple[str, ...]], plan: 
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     console.print(Text(plan.summary()))
-
-
-def _rows_by_module(plan: Plan) -> list[tuple[str, ...]]:
-    """Rows of the table, one for all modules of the same name, rank and scale: a UNet has too many to list."""
-    groups: dict[tuple[str, int, float], list[int]] = {}
-    for entry in plan.entries:
-        parts = entry.path.split(".")
-        name = ".".join([parts[0], "…", *[part for part in parts[-3:] if not part.isdigit()]])
-        groups.setdefault((name, entry.rank, entry.scale), []).append(entry.parameters)
-    return [
-        (name, str(len(counts)), str(rank), f"{scale:g}", f"{sum(counts):,}") for (name, rank, scale), counts in groups.items()
-    ]
-
-
-def _lacks_template(setup: TextAssembly) -> bool:
-    """True if rows have roles, but the tokenizer has no chat template for them."""
-    data, row = setup.config.data, setup.dataset.train[0]
-    return data.chat_template == "auto" and bool(row.turns[0].role) and not uses_template(setup.text.tokenizer, data)
 
 
 def show_results(report: Report, console: Console) -> None:
@@ -125,6 +121,14 @@ def show_results(report: Report, console: Console) -> None:
     if report.memorisation is not None:
         near, count = report.memorisation.suspicious, len(report.memorisation.nearest)
         console.print(f"{near} of {count} samples are nearer to a training picture than any evaluated picture is")
+
+
+@contextmanager
+def progress_line(console: Console, what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A live line while something is done part by part: its function takes the number done, that of all, and a name."""
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{what} {name}")
 
 
 def show_certificate(certificate: Certificate, console: Console) -> None:

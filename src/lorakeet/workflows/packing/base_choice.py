@@ -44,8 +44,7 @@ class BaseChoice:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        found: dict[str, Any] = encode(self)
-        return found
+        return dict(encode(self))
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ def choose_base(into: Into, opened: Sequence[Opened], bases: Bases, dataset: Dat
     if into == "original":
         return BaseChoice("original", _trained_elsewhere(bases))
     if len(opened) > 1 or dataset is None:
-        why = f"{_unmeasured(opened)}, so the original base is taken unmeasured. {_trained_elsewhere(bases)}"
+        lacking = "Several adapters have no held-out rows in common" if len(opened) > 1 else "A bare adapter has no held-out rows"
+        why = f"{lacking}, so the original base is taken unmeasured. {_trained_elsewhere(bases)}"
         return BaseChoice("original", why)
     return _measured(bases, dataset, console)
 
@@ -123,10 +123,6 @@ def _unseen(opened: Opened) -> str:
         f"The base that {opened.run.path} was trained on, {trained.path}, is not on this machine, so it cannot be seen whether "
         f"its weights were quantised; merged into {opened.config.model.path}, unmeasured."
     )
-
-
-def _unmeasured(opened: Sequence[Opened]) -> str:
-    return "Several adapters have no held-out rows in common" if len(opened) > 1 else "A bare adapter has no held-out rows"
 
 
 def _trained_elsewhere(bases: Bases) -> str:

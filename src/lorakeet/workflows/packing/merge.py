@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import use_products
 from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
 from lorakeet.models.modules import replace as put
+from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.folded_weights import fold_layers
 from lorakeet.models.text.gptq_blocks import LayerSource, check_tokens, pack_blocks, weight_of
@@ -40,35 +41,20 @@ from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
 from lorakeet.quant.construct import meta_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
 from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, TextEvaluator
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import MergeOptions
-from lorakeet.workflows.planning.packed_merge import (
-    PackedMergeJob,
-    calibration,
-    fit_packed_merge,
-    reloaded,
-    require_space_for_layout,
-)
+from lorakeet.workflows.planning.fit import require_space_to_unpack
+from lorakeet.workflows.planning.packed_merge import PackedMergeJob, calibration, fit_packed_merge, products_of, reloaded
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
 from lorakeet.workflows.runs.output_paths import writing_certificate
-from lorakeet.workflows.runs.peak_memory import peak_said
-from lorakeet.workflows.runs.residency import Residency, require_planned_attention, stream_closed, temporary_stores
+from lorakeet.workflows.runs.residency import peak_said, require_planned_attention, stream_closed, temporary_stores
 
 CERTIFICATE = "certificate.json"
 MICRO_TOKENS = 4096  # through the model at once, without gradients; every packed layer is unpacked once for them
 NEAREST, FEEDBACK, FINISHED, WRITTEN = "rounded to the nearest", "error feedback", "error feedback, finished", "written"
-
-
-@dataclass
-class Measured:
-    """The scores of each system on the held-out rows."""
-
-    scores: dict[str, Scores] = field(default_factory=dict)
-
-    def share(self, system: str, opened: Opened) -> Estimate:
-        return surviving_share(self.scores[BASE], self.scores[ADAPTER], self.scores[system], opened.config.evaluate)
 
 
 def merge_packed(
@@ -82,19 +68,22 @@ def merge_packed(
     ConfigError, before anything is measured, for what cannot be merged so or does not fit; VerificationFailed if less than
     `options.keep` survives.
     """
-    out, like = options.out, options.like
-    require_space_for_layout(opened, like)
-    layout = read_layout(like or opened.config.model.path, console.print)
+    out, like = options.out, options.like or opened.config.model.path
+    spec = ModelSpec(path=like, quantize=QuantSpec(method="gguf"))
+    require_space_to_unpack(spec, opened.config.memory.limit, "--memory")  # a .gguf file whose layout is kept
+    layout = read_layout(like, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run: its training rows calibrate, its held-out rows measure. Name one.")
     _check(opened, layout, options)
     job = PackedMergeJob(opened, dataset, layout, options.calibration_rows, options.finish_steps > 0, MICRO_TOKENS)
     opened = fit_packed_merge(job, out, console)
     with temporary_stores(opened.residency), peak_said(opened.residency, console):
-        solved, shares = _written(Merging(opened, dataset, layout, options, console, Measured()), out)
-    _show(shares, console)
-    certificate = _certificate(opened, layout, shares, options)
-    certificate = replace(certificate, facts={**certificate.facts, **_moved(solved)})
+        solved, shares = _written(Merging(opened, dataset, layout, options, console), out)
+    table = Table("way", "share of the held-out gain", title="What survives of the adapter", title_justify="left")
+    for system, share in shares.items():
+        table.add_row(system, str(share))
+    console.print(table)
+    certificate = _certificate(layout, shares, options, solved)
     show_certificate(certificate, console)
     with writing_certificate(out, "merge"):
         certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
@@ -104,7 +93,7 @@ def merge_packed(
 
 def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict[str, Estimate]]:
     """Writes the model and measures every form of it; how each layer was packed, and the share that survives each way."""
-    opened, layout, console, measured = merge.opened, merge.layout, merge.console, merge.measured
+    opened, layout, console = merge.opened, merge.layout, merge.console
     merge.measure_live()
     console.print("Rounding to the nearest, to compare with", soft_wrap=True)
     text = merge.rounded()
@@ -116,13 +105,15 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
     with stream_closed(text):
         merge.measure(text, FEEDBACK)
         text.release()
-        bases = packed_bases(text, solved)
+        bases: Mapping[str, PackedBase] = {path: found.base for path, found in solved.items()}
+        if text.store is not None:  # of a streamed model each is read from its store when it is used
+            bases = StoredBases(text.store, solved)
         if merge.options.finish_steps:
             bases = {**bases, **merge.finished(text, solved)}
         kept = sum(found.scales == "kept" for found in solved.values())
         scales = f"{kept} with the file's own scales, the others with fitted ones"
         console.print(f"{len(solved)} layers packed: {scales}.", soft_wrap=True)
-        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.residency.waiting())
+        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=opened.residency.waiting())
         console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
     outcome = {path: replace(found, base=meta_base(found.base), latent=None) for path, found in solved.items()}
     _drop(text)
@@ -130,8 +121,7 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
     gc.collect()
     with reloaded(out, layout, opened, console) as text:
         merge.measure(text, WRITTEN)
-    shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
-    return outcome, shares
+    return outcome, {system: merge.share(system) for system in merge.scores if system not in (BASE, ADAPTER)}
 
 
 def _check(opened: Opened, layout: PackedLayout, options: MergeOptions) -> None:
@@ -164,13 +154,7 @@ class Merging:
     layout: PackedLayout
     options: MergeOptions
     console: Console
-    measured: Measured
-
-    @property
-    def products(self) -> torch.dtype:
-        """In which dtype the run's matrix products were fastest."""
-        named = self.opened.config.model.products
-        return torch.float32 if named == "auto" else getattr(torch, named)
+    scores: dict[str, Scores] = field(default_factory=dict)  # of each system on the held-out rows
 
     def live(self) -> TextModel:
         gc.collect()  # a model before this one, whose parts know each other
@@ -180,18 +164,23 @@ class Merging:
         """The run's base and its adapter, in fp32."""
         text = self.live()
         with stream_closed(text):
-            require_planned_attention(self.residency, text, self.opened.config.model.attention)
+            require_planned_attention(self.opened.residency, text, self.opened.config.model.attention)
             for system in (BASE, ADAPTER):
-                self.measured.scores[system] = self._scores(text, system)
+                self.scores[system] = self._scores(text, system)
 
     def measure(self, text: TextModel, system: str) -> None:
-        self.measured.scores[system] = replace(self._scores(text, BASE), system=system)
+        self.scores[system] = replace(self._scores(text, BASE), system=system)
+
+    def share(self, system: str) -> Estimate:
+        """The share of the held-out gain that a system keeps."""
+        scores = self.scores
+        return surviving_share(scores[BASE], scores[ADAPTER], scores[system], self.opened.config.evaluate)
 
     def _scores(self, text: TextModel, system: str) -> Scores:
-        use_products(text.model, self.products)
+        use_products(text.model, products_of(self.opened.config.model))
         encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
         evaluated = self.dataset.test or self.dataset.held_out
-        config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
+        config = self.opened.config.changed(train={"micro_tokens": MICRO_TOKENS})
         evaluator = TextEvaluator(config, text, encoder, evaluated, self.console, NAME)
         rows = evaluator.fitting()
         return evaluator.answers(rows, system) if self.dataset.labels else evaluator.losses(rows, system)
@@ -201,11 +190,6 @@ class Merging:
         """That layer with the adapter folded in, plain numbers in fp32 in its place."""
         fold_layers(text.model, NAME, [path])
         return cast(nn.Module, find(text.model, path))
-
-    @property
-    def residency(self) -> Residency[Any]:
-        """Where the models are."""
-        return self.opened.residency
 
     def rounded(self) -> TextModel:
         """Every layer rounded to the nearest, with scales fitted to it; one at a time is plain numbers."""
@@ -238,7 +222,7 @@ class Merging:
 
     def _repacked(self, text: TextModel, blocks: Iterator[Mapping[str, PackedBase]], name: str) -> TextModel:
         """The model that streams the packed `blocks` from a store of their own, in place of the streamed `text`."""
-        path = cast(Path, self.residency.store) / f"{name}.safetensors"
+        path = cast(Path, self.opened.residency.store) / f"{name}.safetensors"
         with stream_closed(text):
             write_packed(text, blocks, path)
             return open_packed(text, path)
@@ -246,7 +230,7 @@ class Merging:
     def with_feedback(self) -> tuple[TextModel, dict[str, Requantised]]:
         """The model with every layer packed by error feedback on the calibration rows, and how each was.
 
-        The packed weights are in the model; of one that streams they are in its store alone (`packed_bases`).
+        The packed weights are in the model; of one that streams they are in its store alone.
         """
         text = self.live()
         with stream_closed(text):
@@ -269,7 +253,7 @@ class Merging:
 
         def packed() -> Iterator[dict[str, PackedBase]]:
             layers = LayerSource(layers_of, partial(self._folded, text))
-            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.residency.spilled_states):
+            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.opened.residency.spilled_states):
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 
@@ -304,7 +288,7 @@ class Merging:
                 rows,
                 steps=self.options.finish_steps,
                 spec=self.opened.config.train,
-                products=self.products,
+                products=products_of(self.opened.config.model),
                 on_step=lambda step, loss: bar.update(task, completed=step, description=f"finishing, loss {loss:.4f}"),
             )
         after = self._loss(text, evaluated)
@@ -317,16 +301,9 @@ class Merging:
         return bases if after < before else {}
 
     def _loss(self, text: TextModel, rows: Sequence[Example]) -> float:
-        use_products(text.model, self.products)  # layers that were packed since then are new
+        use_products(text.model, products_of(self.opened.config.model))  # layers that were packed since then are new
         losses, targets = row_losses(text, rows, micro_tokens=MICRO_TOKENS)
         return float(losses.sum() / targets.sum())
-
-
-def packed_bases(text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
-    """The packed weights of `solved`, by path; of a streamed model each is read from its store when it is used."""
-    if text.store is not None:
-        return StoredBases(text.store, solved)
-    return {path: found.base for path, found in solved.items()}
 
 
 def _drop(text: TextModel) -> None:
@@ -344,43 +321,30 @@ def _require_in_blocks(text: TextModel, layout: PackedLayout) -> None:
         raise ConfigError(f"Packed layers outside of the blocks cannot be calibrated: {', '.join(outside[:8])}.")
 
 
-def _moved(solved: Mapping[str, Requantised]) -> dict[str, str]:
-    """How far error feedback moved the outputs of the layers of each type on the calibration rows, as a mean."""
-    errors: dict[str, list[float]] = {}
+def _certificate(
+    layout: PackedLayout, shares: Mapping[str, Estimate], options: MergeOptions, solved: Mapping[str, Requantised]
+) -> Certificate:
+    """One check: the share of the held-out gain that the written model has, against the least that was requested."""
+    out, written, nearest = options.out, shares[WRITTEN], shares[NEAREST]
+    share = "surviving_share"
+    detail = (
+        f"{written} of the gain survives; rounding to the nearest would keep {nearest.value:.3f}. More calibration rows or "
+        "--finish-steps 300 may keep more."
+    )
+    check = tolerance_check(
+        "held-out gain in the quantised model", {share: written.value}, tolerance={share: options.keep}, floors=(share,),
+        between=("base + adapter", f"{out.name}, loaded again"), n=written.n, detail=detail,
+    )  # fmt: skip
+    check = replace(check, estimates={"surviving_share": written})
+    errors: dict[str, list[float]] = {}  # by which error feedback moved the outputs of the layers of each type
     for found in solved.values():
         settings = found.base.settings
         errors.setdefault(str(settings.get("type", settings["method"])), []).append(found.error)
-    return {f"{len(own)} layers in {kind}": f"outputs moved by {sum(own) / len(own):.2%}" for kind, own in errors.items()}
-
-
-def _show(shares: Mapping[str, Estimate], console: Console) -> None:
-    """A table of what survives each way."""
-    table = Table("way", "share of the held-out gain", title="What survives of the adapter", title_justify="left")
-    for system, share in shares.items():
-        table.add_row(system, str(share))
-    console.print(table)
-
-
-def _certificate(opened: Opened, layout: PackedLayout, shares: Mapping[str, Estimate], options: MergeOptions) -> Certificate:
-    """One check: the share of the held-out gain that the written model has, against the least that was requested."""
-    out, written, nearest = options.out, shares[WRITTEN], shares[NEAREST]
-    check = tolerance_check(
-        "held-out gain in the quantised model",
-        {"surviving_share": written.value},
-        tolerance={"surviving_share": options.keep},
-        between=("base + adapter", f"{out.name}, loaded again"),
-        floors=("surviving_share",),
-        n=written.n,
-        detail=(
-            f"{written} of the gain survives; rounding to the nearest would keep {nearest.value:.3f}. More calibration rows or "
-            "--finish-steps 300 may keep more."
-        ),
-    )
-    check = replace(check, estimates={"surviving_share": written})
     facts = {
         "layout": f"{layout.method} of {(layout.file or layout.folder).name}",
         "calibration rows": str(options.calibration_rows),
         "finish steps": str(options.finish_steps),
         **{f"share, {system}": str(share) for system, share in shares.items()},
+        **{f"{len(own)} layers in {kind}": f"outputs moved by {sum(own) / len(own):.2%}" for kind, own in errors.items()},
     }
     return Certificate(f"The merged {layout.method} model {out}", (check,), facts)

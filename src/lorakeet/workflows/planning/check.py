@@ -11,8 +11,9 @@ A check compares what base + adapter compute with what the artefact computes. It
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,45 +22,184 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
-from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.data.chat import Candidates, Encoder, Example, Ids
+from lorakeet.data.prepare import Dataset
+from lorakeet.data.rows import Row
+from lorakeet.errors import DataError
+from lorakeet.evaluate.parity import CELLS
+from lorakeet.export.llama_cpp import PASS, context_bytes
+from lorakeet.export.merged_tensors import PART_BYTES
+from lorakeet.memory.budget import Budget
+from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.usage import Usage, add_usage
+from lorakeet.merge.merged_folder import FP32_COPIES
 from lorakeet.models.families import family_of
+from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.fits import plan_of
 from lorakeet.models.generate.sample import spilled_bytes
-from lorakeet.models.spec import ModelSpec
+from lorakeet.models.generate.score import distinguishing
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model
-from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
-from lorakeet.models.text.load import read_config
-from lorakeet.models.text.repeated_blocks import ModelBuilder
-from lorakeet.workflows.planning.check_sizes import (
-    FEWEST_TOKENS,
-    FP32,
-    GREEDY_TOKENS,
-    CheckSize,
-    adapted_bytes,
-    logits_bytes,
-    tensor_peak,
+from lorakeet.models.text.load import load_tokenizer, read_config
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.workflows.planning.fit import BudgetedWork, Say, choose, fit_budget
+from lorakeet.workflows.planning.forecast_text_run import (
+    EXPORT,
+    INTERVALS,
+    MERGE,
+    TOKENIZER_ENTRY,
+    Precision,
+    builder_of,
+    filling_rows,
+    finished_plan,
+    text_runtime_bytes,
 )
-from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
-from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, text_runtime_bytes
-from lorakeet.workflows.planning.rehearse_text import FINAL, Rehearsal, rehearse_evaluation
+from lorakeet.workflows.planning.rehearse_text import FINAL, EvaluationSize, NotPlanned, Rehearsal, RowShape, rehearse_evaluation
 from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Way
 
 COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is compared
+FP32 = 4  # bytes
+UNCHANGED, CHANGED = 3, 6  # of a stored matrix, as it is read and compared or written: without a change, and with one
+ROW_LOGITS = 3  # tables of logits (tokens, vocabulary) at once: live, base and the artefact's
+COMPARED = 10 * 8  # bytes for each of the CELLS logits that are compared at once, in fp64 (evaluate/parity)
+MERGE_TOKENS = 2048  # of a micro-batch in the check of a merged model
+GREEDY_TOKENS = 64  # of a greedy continuation
+SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64  # that the base writes, where there are no held-out rows
+FEWEST_TOKENS = 128  # of a row: a check of fewer says little
+MARGIN = 16  # positions of llama.cpp's context beyond the longest row and its continuation
+SERVERS = ("http://", "https://")
 
 
-def fit_check(
-    opened: Opened, size_of: CheckSize | Callable[[int | None], CheckSize], out: Path, console: Console
-) -> Opened:
+@dataclass(frozen=True)
+class CheckSize:
+    """What is compared with base + adapter, and how much of it is in memory at once, beside the models."""
+
+    what: str  # such as "the check of a merged model"
+    evaluation: EvaluationSize  # the largest batch, and the texts that the base writes
+    models: int = 2  # in torch, base + adapter among them; the other side may be llama.cpp or a server
+    row: int = 0  # positions of a row whose logits are in memory at once
+    tensors: bool = False  # whether stored tensors are compared whole, also those that the adapter does not change
+    writing: int = 0  # bytes in memory while the artefact is written
+    beside: int = 0  # bytes that another program uses in this process
+    waiting: int = 0  # bytes of the artefact's outputs, which wait on disk if models are streamed
+    artefact: int = 0  # bytes of it on disk, if it is still to be written
+    more_stores: int = 0  # beside one for each model, if they are streamed
+
+
+CheckSizes = Callable[[int | None], CheckSize]  # of the check of each row's first tokens; None: all
+
+
+def size_of_merge(longest: int, writing: int, texts: tuple[int, int] = (0, 0)) -> CheckSize:
+    """What the check of a merged model takes, with rows of `longest` tokens or `texts` (count, tokens) that the base writes.
+
+    `writing` is what writing the model takes, in bytes.
+    """
+    evaluation = EvaluationSize(filling_rows(longest, max(longest, MERGE_TOKENS)), *texts)
+    return CheckSize("the check of a merged model", evaluation, writing=writing)
+
+
+def size_of_check(
+    opened: Opened, targets: Sequence[str], source: Path, what: str, longest: int | None = None, *, rows: int, memory: int = 0,
+    disk: int = 0,
+) -> CheckSize:  # fmt: skip
+    """What comparing `rows` rows with `targets` takes: a second model in torch for a merged folder, llama.cpp's for a GGUF file.
+
+    `memory` and `disk` are the bytes that writing them takes, if they are still to be written; of each row the first `longest`
+    tokens are compared.
+    """
+    length, answers = _measured(opened, source, rows) if opened.run else (SAMPLED_TOKENS + 1, 0)
+    length = (length if longest is None else min(length, longest)) + GREEDY_TOKENS
+    files = [Path(target) for target in targets if not target.startswith(SERVERS)]
+    folders = [file for file in files if not maps_a_file([str(file)])]
+    llama, text = len(files) > len(folders), read_config(source).get_text_config()
+    return CheckSize(
+        what,
+        EvaluationSize(RowShape(length), 1 if opened.run else SAMPLED_TEXTS, length if opened.run else SAMPLED_TOKENS),
+        models=2 if folders else 1,
+        row=min(length, PASS) if len(files) == len(targets) else length,
+        tensors=bool(files),
+        beside=context_bytes(text, length + MARGIN) if llama else 0,
+        waiting=FP32 * ((rows + 1) * length + answers) * int(text.vocab_size) if files else 0,
+        writing=memory,
+        artefact=disk,
+    )
+
+
+def maps_a_file(targets: Sequence[str]) -> bool:
+    """True if llama.cpp maps a file of one of these."""
+    files = [Path(target) for target in targets if not target.startswith(SERVERS)]
+    return any(not file.is_dir() or (file / "model.gguf").is_file() for file in files)
+
+
+def compared_rows(dataset: Dataset, encoder: Encoder, rows: int) -> tuple[list[tuple[Row, Example]], list[Candidates]]:
+    """The first `rows` held-out rows that are short enough, and the prompts and labels of those that have a label.
+
+    Raises DataError if none is short enough.
+    """
+    chosen: list[tuple[Row, Example]] = []
+    for row in dataset.held_out:
+        example = encoder.encode(row)
+        if example is not None and not example.truncated and len(chosen) < rows:
+            chosen.append((row, example))
+    if not chosen:
+        raise DataError("Every held-out row is longer than data.max_tokens; raise --data.max_tokens or hold out other rows.")
+    return chosen, [found for row, _ in chosen if dataset.labels and (found := encoder.candidates(row)) is not None]
+
+
+def _measured(opened: Opened, source: Path, rows: int) -> tuple[int, int]:
+    """Tokens of the longest held-out row that will be compared, and after how many positions the answers of labelled rows need
+    logits; data.max_tokens and none without a budget.
+    """
+    if not opened.config.memory.limit:
+        return opened.config.data.max_tokens, 0
+    dataset, tokenizer = opened.dataset, load_tokenizer(opened.tokenizer or source)
+    chosen, labelled = compared_rows(dataset, Encoder(tokenizer, opened.config.data, dataset.labels), rows)
+    return max(len(example.ids) for _, example in chosen), sum(positions_of_answer(row, tokenizer) for row in labelled)
+
+
+def positions_of_answer(row: Candidates, tokenizer: Any) -> int:
+    """After how many tokens choosing a label needs logits."""
+    endings = distinguishing_endings(row, tokenizer)
+    return 1 if all(len(ending) == 1 for ending in endings) else sum(len(ending) + 1 for ending in endings)
+
+
+def distinguishing_endings(row: Candidates, tokenizer: Any) -> list[Ids]:
+    """The tokens that tell each label from the others."""
+    return distinguishing(row.completions, frozenset(int(number) for number in tokenizer.all_special_ids))
+
+
+def adapted_bytes(plan: Plan, largest: int) -> int:
+    """Bytes in fp32 of the largest matrix that the adapter changes; of a stack of experts, one of them.
+
+    What is trained whole or in rows counts as the `largest` of the model, in numbers.
+    """
+    sizes = [math.prod(entry.shape[1:] if entry.kind == "experts" else entry.shape) for entry in plan.entries]
+    return FP32 * max([*sizes, *(largest for _ in plan.extras)], default=0)
+
+
+def tensor_peak(changed: int, largest: int) -> int:
+    """Bytes of one stored tensor while it is made and written, or read and compared: in fp32 the largest that an adapter
+    changes has `changed` bytes, and the largest of all `largest` numbers, of which a part is read at a time."""
+    return max(CHANGED * changed, min(UNCHANGED * FP32 * largest, PART_BYTES))
+
+
+def logits_bytes(row: int, vocabulary: int) -> int:
+    """Bytes of logits while those after `row` tokens are compared: a table of each side, and copies of a part of two of
+    them, or while the last side computes the tiles that its table is put together from."""
+    table = row * vocabulary
+    return FP32 * ROW_LOGITS * table + max(COMPARED * min(CELLS, table), FP32 * table)
+
+
+def fit_check(opened: Opened, size_of: CheckSize | CheckSizes, out: Path, console: Console) -> Opened:
     """`opened` with how its models keep its budget in a check; as it was without a budget. Raises as `fit_budget`.
 
-    With a function, which gives the size of the check of each row's first tokens (None: all), rows are cut if longer ones do not
-    fit: keys and values of 2,048 tokens of Llama-2-7B take 2 GiB in fp32, in llama.cpp at once. The folder of the stores is
-    beside `out` unless memory.store names one (runs/residency.temporary_stores).
+    With a function, which gives the size of the check of each row's first tokens, rows are cut if longer ones do not fit: keys
+    and values of 2,048 tokens of Llama-2-7B take 2 GiB in fp32, in llama.cpp at once. The folder of the stores is beside `out`
+    unless memory.store names one (runs/residency.temporary_stores).
     """
     budget = opened.config.memory.limit
     if not budget:
@@ -68,70 +208,45 @@ def fit_check(
     sizes = (lambda _: size_of) if isinstance(size_of, CheckSize) else size_of
     cut = opened.run is not None and not isinstance(size_of, CheckSize)
     say = partial(console.print, markup=False, soft_wrap=True)
-    check = ModelCheck.of(sizes, opened, out, say, cut=cut)
-    return replace(opened, residency=fit_budget(check, budget, say))
+    return replace(opened, residency=fit_budget(ModelCheck(sizes, opened, out, say, cut=cut), budget, say))
 
 
 class ModelCheck(BudgetedWork[MemoryPlan]):
-    """A check of a model with pairs as in `pairs`; `ids` are those of trained token rows, `model` its configuration and files."""
+    """A check of a model with a finished adapter."""
 
     out: Path
+    remedy = "Free some space, or name a folder on another disk with memory.store in the run's config.yaml."
 
-    def __init__(
-        self,
-        sizes: Callable[[int | None], CheckSize],
-        spec: ModelSpec,
-        model: Callable[[], tuple[Any, Path | None]],
-        pairs: Callable[[nn.Module], Plan],
-        *,
-        ids: tuple[int, ...] = (),
-        cut: bool = False,
-    ) -> None:
-        self.sizes, self.spec, self.cut, self.ids = cache(sizes), spec, cut, ids
-        self._model, self._pairs = model, pairs
-
-    @classmethod
-    def of(
-        cls, sizes: Callable[[int | None], CheckSize], opened: Opened, out: Path, say: Callable[[str], None], *, cut: bool = False
-    ) -> ModelCheck:
-        """The check of a finished adapter."""
-        adapter, spec = opened.adapter, opened.config.model
-
-        def model() -> tuple[Any, Path]:
-            source = find_source(spec, say)
-            return read_config(source), source
-
-        check = cls(sizes, spec, model, lambda empty: plan_of(empty, adapter), ids=adapter.token_ids, cut=cut)
-        check.out, check.named_store = out, opened.config.memory.store
-        check.what = sizes(None).what
-        check.remedy = "Free some space, or name a folder on another disk with memory.store in the run's config.yaml."
-        return check
+    def __init__(self, sizes: CheckSizes, opened: Opened, out: Path, say: Say, *, cut: bool = False) -> None:
+        self.sizes, self.adapter, self.say, self.cut = cache(sizes), opened.adapter, say, cut
+        self.spec, self.ids = opened.config.model, opened.adapter.token_ids
+        self.out, self.named_store, self.what = out, opened.config.memory.store, sizes(None).what
 
     @cached_property
     def model(self) -> tuple[Any, Path | None]:
         """The configuration of the model, and its files if they are here."""
-        return self._model()
+        source = find_source(self.spec, self.say)
+        return read_config(source), source
 
     @cached_property
-    def empty(self) -> nn.Module:
+    def empty(self) -> Any:
         """The model without numbers."""
-        found: nn.Module = empty_model(self.model[0], torch.float32)
-        return found
+        return empty_model(self.model[0], torch.float32)
 
     @cached_property
     def pairs(self) -> Plan:
         """The adapter's pairs."""
-        return self._pairs(self.empty)
+        return plan_of(self.empty, self.adapter)
 
-    @cached_property
-    def weights(self) -> int:
-        """Numbers in the model."""
-        return sum(parameter.numel() for parameter in self.empty.parameters())
+    @property
+    def precision(self) -> Precision:
+        """How the weights are stored and multiplied."""
+        return Precision(torch.float32, torch.float32, self.spec.quantize)
 
     @cached_property
     def runtime(self) -> int:
         """Bytes of the process beside the tensors."""
-        return text_runtime_bytes(Precision(torch.float32, torch.float32, self.spec.quantize))
+        return text_runtime_bytes(self.precision)
 
     def ways(self, budget: int) -> Iterator[Way]:
         """In memory, with two blocks of each model, with one; then the same of rows cut in half, again and again."""
@@ -150,18 +265,16 @@ class ModelCheck(BudgetedWork[MemoryPlan]):
     def plan(self, way: Way) -> MemoryPlan:
         runtime = self.runtime  # measured before the rehearsal, which leaves some memory behind
         size, (config, source) = self.sizes(way.longest), self.model
-        make = partial(
-            partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config, name=self.spec.path,
-            dtype=torch.float32, products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize,
-            files=source,
-        )  # fmt: skip
-        found = rehearse_evaluation(ModelBuilder(make, config), self.pairs, size.evaluation, token_ids=self.ids)
+        build = builder_of(self.spec, way, config, self.precision, source)
+        found = rehearse_evaluation(build, self.pairs, size.evaluation, token_ids=self.ids)
         there = way.slots * found.block_bytes
         own = (found.base - there) * size.models  # what models have in memory all along: all of it, if they are not streamed
         text, adapter = config.get_text_config(), FP32 * self.pairs.parameters
+        changed = adapted_bytes(self.pairs, found.largest)  # compared once blocks have left, before llama.cpp starts
+        comparing = tensor_peak(changed, found.largest) if size.tensors else COPIES * changed
         held = {
-            "load": add_usage(Usage(), base=own, adapter=adapter, scratch=self._reading(found)),
-            "weights": add_usage(Usage(), base=own, adapter=adapter, scratch=self._comparing(found, size)),
+            "load": add_usage(Usage(), base=own, adapter=adapter, scratch=bytes_of_reading(found, config, self.empty)),
+            "weights": add_usage(Usage(), base=own, adapter=adapter, scratch=comparing),
             "ask": add_usage(Usage(), base=own, adapter=adapter, runtime=size.beside),
             "compare": add_usage(
                 found.peaks[FINAL], base=own + there - found.base, runtime=0 if way.streamed else size.beside,
@@ -181,7 +294,8 @@ class ModelCheck(BudgetedWork[MemoryPlan]):
 
     def disk(self, way: Way, plan: MemoryPlan) -> Mapping[Path, int]:
         size = self.sizes(way.longest)
-        stored = FP32 * self.weights * (size.models + size.more_stores)
+        numbers = sum(parameter.numel() for parameter in self.empty.parameters())
+        stored = FP32 * numbers * (size.models + size.more_stores)
         return {self.folder: stored + size.waiting + self.spilled(size, plan.blocks), self.out: size.artefact}
 
     def spilled(self, size: CheckSize, blocks: int) -> int:
@@ -190,15 +304,54 @@ class ModelCheck(BudgetedWork[MemoryPlan]):
         longest = max(evaluation.text_tokens + 1, evaluation.rows.length)
         return spilled_bytes(self.model[0].get_text_config(), longest, blocks) if evaluation.texts else 0
 
-    def _comparing(self, found: Rehearsal, size: CheckSize) -> int:
-        """Bytes beside what is in memory all along, while weights are compared: blocks have left, llama.cpp has not started."""
-        changed = adapted_bytes(self.pairs, found.largest)
-        return tensor_peak(changed, found.largest) if size.tensors else COPIES * changed
 
-    def _reading(self, found: Rehearsal) -> int:
-        """Bytes beside the models while one is read: a block on its way into the store, or tensors in a file's other dtype."""
-        stored = stored_dtype(self.model[0])
-        if found.blocks:
-            family = family_of(self.model[0].get_text_config())
-            return bytes_of_storing(self.empty, family, found.block_bytes, stored.itemsize + FP32)
-        return found.being_cast(stored, torch.float32)
+class _LaterCheck(ModelCheck):
+    """The same before there is an adapter, of its `pairs` and the model's configuration alone."""
+
+    def __init__(self, sizes: CheckSizes, config: RunConfig, dense: Any, pairs: Plan, *, cut: bool) -> None:
+        self.sizes, self.model, self.pairs, self.cut = cache(sizes), (dense, None), pairs, cut
+        self.spec, self.ids = replace(config.model, quantize=QuantSpec()), tuple(range(len(config.lora.new_tokens)))
+
+
+def bytes_of_reading(found: Rehearsal, config: Any, empty: nn.Module) -> int:
+    """Bytes beside a model in fp32 while it is read: a block on its way into the store, or tensors in a file's other dtype."""
+    stored = stored_dtype(config)
+    if found.blocks:
+        return bytes_of_storing(empty, family_of(config.get_text_config()), found.block_bytes, stored.itemsize + FP32)
+    return found.being_cast(stored, torch.float32)
+
+
+def later_phases(config: RunConfig, model_config: Any, plan: Plan, budget: Budget) -> tuple[Phase, ...]:
+    """Merging and exporting an adapter of `plan` as they keep `budget`, or at the least that they take if they cannot.
+
+    A run under a budget merges and exports under it too: the sizes are those of the same checks, before there is an adapter.
+    Empty for a model whose arithmetic cannot be followed on shapes.
+    """
+    dense, pairs, most = plain_config(model_config), finished_plan(config, plan), config.data.max_tokens
+    text = dense.get_text_config()
+    table = int(text.vocab_size) * int(text.hidden_size)
+    changed = adapted_bytes(pairs, table)
+    merging = size_of_merge(most, max((1 + FP32_COPIES) * changed, 2 * FP32 * table))
+
+    def exporting(longest: int | None) -> CheckSize:
+        """With rows of `longest` tokens; tensors count as stored in the widest dtype."""
+        length = min(most, longest or most) + GREEDY_TOKENS
+        return CheckSize(
+            "the check of an export", EvaluationSize(RowShape(length), 1, length), models=1, row=min(length, PASS),
+            tensors=True, beside=context_bytes(text, length + MARGIN), writing=tensor_peak(changed, table),
+        )  # fmt: skip
+
+    def phase(name: str, sizes: CheckSizes) -> Phase:
+        check = _LaterCheck(sizes, config, dense, pairs, cut=name == EXPORT)
+        return Phase(name, choose(check, budget).least.highest.kinds)
+
+    try:
+        return phase(MERGE, lambda _: merging), phase(EXPORT, exporting)
+    except NotPlanned:
+        return ()
+
+
+def with_later(forecast: Forecast, later: tuple[Phase, ...]) -> Forecast:
+    """`forecast` with these phases in place of those of the same name."""
+    names = {phase.name for phase in later}
+    return Forecast((*(phase for phase in forecast.phases if phase.name not in names), *later))

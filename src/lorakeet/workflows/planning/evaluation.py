@@ -6,8 +6,8 @@ the evaluation takes them, and for `compress` a backward pass over the pairs and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,87 +23,63 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.fits import plan_of
 from lorakeet.models.placement import device_for
 from lorakeet.models.streaming.load import empty_model
-from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.load import read_config
-from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
-from lorakeet.workflows.planning.forecast_choices import VALUE
+from lorakeet.workflows.planning.fit import BudgetedWork, Say, fit_budget
 from lorakeet.workflows.planning.forecast_text_run import (
     FLOORS,
     INTERVALS,
     LOAD,
     ROW_BYTES,
     TOKENIZER_ENTRY,
-    build_of,
+    VALUE,
+    builder_of,
     evaluation_of,
     load_peak,
     text_runtime_bytes,
 )
-from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, rehearse_evaluation
+from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
 from lorakeet.workflows.planning.text_run import Workload, precision_of
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 
 
 def fit_evaluation(
-    config: RunConfig, adapter: Adapter, say: Callable[[str], None], workload: Workload
+    config: RunConfig, adapter: Adapter, say: Say, workload: Workload, weigh: Weigh | None = None, copies: float = 1.0
 ) -> Residency[MemoryPlan]:
-    """How an evaluation of `adapter` keeps memory.budget. Raises as `fit_budget`."""
-    return fit_budget(Evaluation(config, adapter, say, workload), config.memory.limit, say)
-
-
-def fit_compression(
-    config: RunConfig,
-    adapter: Adapter,
-    say: Callable[[str], None],
-    workload: Workload,
-    *,
-    weigh: Callable[[TextModel], object],
-    copies: float,
-) -> Residency[MemoryPlan]:
-    """The same for `compress`, whose base is not streamed: `weigh` is its pass over rows, `copies` what it has in memory of the
-    adapter beside the one on the model.
-    """
-    return fit_budget(AdapterCompression(config, adapter, say, workload, weigh=weigh, copies=copies), config.memory.limit, say)
+    """How an evaluation of `adapter`, or a compression (`weigh`, `copies`), keeps memory.budget. Raises as `fit_budget`."""
+    return fit_budget(Evaluation(config, adapter, say, workload, weigh, copies), config.memory.limit, say)
 
 
 class Evaluation(BudgetedWork[MemoryPlan]):
-    """An adapter on its base, evaluated on rows."""
+    """An adapter on its base, evaluated on rows.
 
-    what = "measuring this adapter"
+    For `compress`, `weigh` is its backward pass over a base in memory, and `copies` what is in memory of the adapter and its cuts
+    beside the one on the model.
+    """
 
     def __init__(
-        self,
-        config: RunConfig,
-        adapter: Adapter,
-        say: Callable[[str], None],
-        workload: Workload,
-        *,
-        weigh: Callable[[TextModel], object] | None = None,
-        copies: float = 1.0,
+        self, config: RunConfig, adapter: Adapter, say: Say, workload: Workload, weigh: Weigh | None, copies: float
     ) -> None:
+        self.what = "measuring this adapter" if weigh is None else "compressing this adapter"
         self.config, self.adapter, self.say, self.workload = config, adapter, say, workload
         self.weigh, self.copies = weigh, copies
         self.spec, self.keep, self.named_store = config.model, config.memory.keep, config.memory.store
         self.device = device_for(config.model.device)
 
     @cached_property
-    def source(self) -> Path:
-        """The folder of the base."""
-        return find_source(self.spec, self.say)
-
-    @cached_property
-    def model_config(self) -> Any:
-        """The configuration of the base."""
-        return read_config(self.source)
+    def model(self) -> tuple[Any, Path]:
+        """The configuration of the base, and its files."""
+        source = find_source(self.spec, self.say)
+        return read_config(source), source
 
     def ways(self, budget: int) -> Iterator[Way]:
-        yield from (RESIDENT, Way(streamed=True, slots=FEWEST), Way(streamed=True, slots=ALONE))
+        yield RESIDENT
+        if self.weigh is None:
+            yield from (Way(streamed=True, slots=FEWEST), Way(streamed=True, slots=ALONE))
 
     def plan(self, way: Way) -> MemoryPlan:
-        config, precision = self.config, precision_of(self.config)
-        pairs = plan_of(empty_model(self.model_config, torch.float32), self.adapter)
-        make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
-        build = build_of(make, config, self.model_config, precision, self.source)
+        config, precision, (model_config, source) = self.config, precision_of(self.config), self.model
+        pairs = plan_of(empty_model(model_config, torch.float32), self.adapter)
+        build = builder_of(self.spec, way, model_config, precision, source)
         with standing_for(precision.device):
             found = rehearse_evaluation(build, pairs, evaluation_of(config), token_ids=self.adapter.token_ids, weigh=self.weigh)
         own = VALUE * pairs.parameters
@@ -113,7 +89,7 @@ class Evaluation(BudgetedWork[MemoryPlan]):
         cut = own if precision.on_gpu and self.weigh is not None else 0
         intervals = 0 if precision.on_gpu else INTERVALS
         held = {
-            LOAD: load_peak(self.model_config, found, precision),
+            LOAD: load_peak(model_config, found, precision),
             BEGIN: found.peaks[BEGIN],
             STEP: found.peaks.get(STEP, Usage()),
             FINAL: add_usage(larger_usage(found.peaks[FINAL], add_usage(kept, scratch=intervals)), adapter=cut, runtime=floors),
@@ -123,28 +99,18 @@ class Evaluation(BudgetedWork[MemoryPlan]):
             phases = phases_on_gpu(held, text_runtime_bytes(precision))
             block_bytes = allocated_bytes(block_bytes) if found.blocks else 0
         else:
-            words = TOKENIZER_ENTRY * int(self.model_config.get_text_config().vocab_size) + ROW_BYTES * self.workload.characters
+            words = TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size) + ROW_BYTES * self.workload.characters
             held = {name: add_usage(peak, adapter=read) for name, peak in held.items()}
             phases = phases_of(held, text_runtime_bytes(precision, decomposing=self.weigh is not None) + words, returning=True)
         growing = () if way.slots == ALONE else None  # two blocks did not fit
         return MemoryPlan(Forecast(phases), blocks=found.blocks, block_bytes=block_bytes, growing=growing)
 
     def advice(self) -> str:
-        return (
-            "Give that with --memory, or lower train.micro_tokens, data.max_tokens (longer rows are left out) or "
-            "evaluate.drift_tokens in its run file."
-        )
-
-
-class AdapterCompression(Evaluation):
-    """An adapter whose pairs are weighed by a backward pass over a base in memory, and every cut of it."""
-
-    what = "compressing this adapter"
-
-    def ways(self, budget: int) -> Iterator[Way]:
-        yield RESIDENT
-
-    def advice(self) -> str:
+        if self.weigh is None:
+            return (
+                "Give that with --memory, or lower train.micro_tokens, data.max_tokens (longer rows are left out) or "
+                "evaluate.drift_tokens in its run file."
+            )
         return (
             "Its pairs are weighed by a backward pass over a base in memory, which is not streamed. Give that with --memory, or "
             "lower train.micro_tokens or data.max_tokens (longer rows are left out) in its run file."

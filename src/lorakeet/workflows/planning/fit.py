@@ -29,7 +29,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 from lorakeet.workflows.runs.output_paths import folder_above, store_folder
-from lorakeet.workflows.runs.residency import P, Residency, Way, with_base
+from lorakeet.workflows.runs.residency import P, Residency, Way, with_more
 
 Say = Callable[[str], None]
 
@@ -116,7 +116,7 @@ def choose(work: BudgetedWork[P], budget: Budget) -> WayChoice[P]:
         return WayChoice(way, plan, plan.peak <= budget.bytes, tuple(tried), why)
     slots = min(way.slots, plan.blocks)
     more = min(plan.blocks - slots, plan.more_blocks(budget.bytes))
-    filled = with_base(plan, more * plan.block_bytes)
+    filled = with_more(plan, more * plan.block_bytes, "base", plan.growing)
     return WayChoice(replace(way, slots=slots + more), filled, plan.peak <= budget.bytes, tuple(tried), why)
 
 
@@ -155,7 +155,13 @@ def fit_budget(work: BudgetedWork[P], budget: Budget, say: Say) -> Residency[P]:
         _require_disk(work, way, plan)
     say(f"Memory: {bytes_text(plan.peak)} planned of {budget} for {work.what}: {work.words(way, plan)}.")
     if way.streamed and gpu is not None:
-        say(_require_host_memory(work, way, plan))
+        size, line = host_memory(work, way, plan)
+        if size > machine_bytes():
+            raise ConfigError(
+                f"{line} This machine has {bytes_text(machine_bytes())}. Leave memory.keep out, so that blocks come from disk, "
+                "or lower train.batch_size."
+            )
+        say(line)
     if gpu is not None:
         limit_gpu_memory(gpu, budget.bytes)
     return Residency(budget, way, plan, work.folder if way.streamed else None, gpu, pinned, work.remedy)
@@ -225,17 +231,6 @@ def host_memory(work: BudgetedWork[P], way: Way, plan: P) -> tuple[int, str]:
     what = f"the {plan.blocks} frozen blocks" if pinned else f"{STAGINGS} buffers of a block"
     more = " and the inputs of blocks" if states else ""
     return size, f"Pinned host memory: about {bytes_text(size)}, {what}{more}, beside what Python and its libraries use."
-
-
-def _require_host_memory(work: BudgetedWork[P], way: Way, plan: P) -> str:
-    """The line on pinned memory. Raises ConfigError if this machine has less."""
-    size, line = host_memory(work, way, plan)
-    if size > machine_bytes():
-        raise ConfigError(
-            f"{line} This machine has {bytes_text(machine_bytes())}. Leave memory.keep out, so that blocks come from disk, or "
-            "lower train.batch_size."
-        )
-    return line
 
 
 def _power(size: int) -> int:

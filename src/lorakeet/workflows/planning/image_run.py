@@ -4,42 +4,58 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.images.folder import ImageRow
+from lorakeet.data.images.spec import ImageSpec
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.safetensors_file import TensorEntry, open_safetensors
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.cuda import CONTEXT, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
-from lorakeet.memory.ledger import Work
+from lorakeet.memory.ledger import Ledger, Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
-from lorakeet.models.image.kinds import ENCODERS
-from lorakeet.models.image.latent_cache import Sizes
-from lorakeet.models.image.model import image_plan
+from lorakeet.models.image.kinds import ENCODERS, Conditioning, predicted
+from lorakeet.models.image.latent_cache import Captions, EncodedImage, Sizes
+from lorakeet.models.image.model import ImageModel, image_plan
 from lorakeet.models.image.shapes import Shapes
 from lorakeet.models.image.single_file import open_single, single_denoiser_files
+from lorakeet.models.inject import inject
 from lorakeet.models.placement import DTYPES, device_for, dtype_for, narrow_for, planned_on
 from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
+from lorakeet.train.image.task import ImageBatch, ImageTask, errors_at
+from lorakeet.train.loop import Training
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
 from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
-from lorakeet.workflows.planning.forecast_choices import VALUE, decomposes, finished_plan, reads_weights
-from lorakeet.workflows.planning.forecast_text_run import INTERVALS, decompose
-from lorakeet.workflows.planning.rehearse_image import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
-from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP
+from lorakeet.workflows.planning.forecast_text_run import INTERVALS, VALUE, decompose, decomposes, finished_plan, reads_weights
+from lorakeet.workflows.planning.rehearse_text import (
+    BEGIN,
+    CHECKPOINT,
+    EVALUATE,
+    FINAL,
+    STEP,
+    copy_for_checkpoint,
+    matrix_sizes,
+    on_shapes,
+    silent_training,
+    step_in_account,
+)
 from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, Way
 
 LOAD, CERTIFY = "load", "certify"
@@ -56,6 +72,151 @@ _SMALL: Shapes = {
                      "pad_token_id": 1},
     "scheduler": {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000},
 }  # fmt: skip
+
+
+ENCODE = "encode"  # pictures to latents, captions to embeddings
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The largest pictures of a run: (height, width) in pixels of an example, and of what is drawn at once with guidance."""
+
+    example: tuple[int, int]
+    micro_batch: int
+    micro_batches: int
+    drawn: tuple[int, int]
+    drawn_at_once: int
+
+
+@dataclass(frozen=True)
+class ImageRehearsal:
+    """The memory and the work of a rehearsed run. `peaks` in bytes by phase, `base` the frozen pipeline, `work` that of one
+    micro-batch of a step.
+    """
+
+    plan: Plan
+    base: int
+    peaks: Mapping[str, Usage]
+    work: Work
+    other_part: int  # numbers in the largest part beside the denoiser
+    largest: int  # numbers in the denoiser's largest tensor, packed ones counted one by one
+
+
+def rehearse_images(
+    build: Callable[[], ImageModel], lora: LoraSpec, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures
+) -> ImageRehearsal:
+    """Runs `build`, then encodes, trains, evaluates, saves and draws, on shapes alone.
+
+    Raises ConfigError if `lora` does not fit, NotPlanned for a model whose arithmetic cannot be followed.
+    """
+    with on_shapes() as ledger:
+        model = build()
+        ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
+        base = ledger.in_use["base"]
+        others = [model.vae, *(part for name, part in model.parts.items() if name != model.kind.denoiser)]
+        other_part, largest = max(map(weights_in, others)), matrix_sizes(model.denoiser)[0]
+        plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
+        go_through(model, plan, train, diffusion, pictures, ledger)
+        ledger.close()
+        step = ledger.work[STEP]
+        work = Work(step.flops // pictures.micro_batches, step.written // pictures.micro_batches)
+        return ImageRehearsal(plan, base, ledger.peaks, work, other_part, largest)
+
+
+def go_through(
+    model: ImageModel, plan: Plan, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures, ledger: Ledger | None = None
+) -> None:
+    """Everything that a run does with `model`, once, on made-up pictures; entered in `ledger`, or really computed without one."""
+    account = ledger or _NoLedger()
+    height, width = pictures.example
+    model.stage()
+    with account.phase(ENCODE):
+        latents = model.encode(torch.zeros(1, 3, height, width)).cpu()
+        with torch.no_grad():
+            embeddings = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
+    model.stage(model.kind.denoiser, *(ENCODERS if diffusion.text_encoder else ()))
+    account.name("base", _on_device(model))
+    with account.phase(BEGIN):
+        inject(model.parts, plan, on_pair=lambda pair: account.name("adapter", [*pair.parameters(), *pair.buffers()]))
+    training = _training(model, latents, embeddings, train, diffusion, pictures)
+    best = step_in_account(training, account)
+    task = cast(_MadeUp, training.task)
+    with account.phase(EVALUATE):
+        task.evaluate(diffusion.at_once)
+    with account.phase(CHECKPOINT):
+        copy_for_checkpoint(training)
+    with account.phase(FINAL), torch.no_grad():
+        model.parts.eval()
+        count, place = 2 * pictures.drawn_at_once, tuple(side // model.factor for side in pictures.drawn)
+        model.stage(model.kind.denoiser, "vae")  # as ImageModel.drawing does
+        account.name("base", _on_device(model))
+        noisy, times = torch.zeros(count, *latents.shape[1:2], *place), torch.ones(count)
+        wide = (model.device, model.dtype)
+        sizes = task.train[0].sizes.expand(count, 6).to(*wide)
+        pooled = None if embeddings.pooled is None else embeddings.pooled.expand(count, *embeddings.pooled.shape[1:])
+        repeated = Conditioning(embeddings.states.expand(count, *embeddings.states.shape[1:]), pooled)
+        predicted(model.kind, model.denoiser, noisy.to(*wide), times, repeated.to(*wide), sizes)
+        model.decode(noisy[:1])
+    del best
+
+
+def _on_device(model: ImageModel) -> list[Tensor]:
+    """The frozen tensors of the parts that are where the model computes; on a GPU they are others after each `stage`."""
+    every = (*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters())
+    return [tensor for tensor in every if tensor.device == model.device and not tensor.requires_grad]
+
+
+def _training(
+    model: ImageModel, latents: Tensor, embeddings: Conditioning, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures
+) -> Training[Any]:
+    """A Training on made-up pictures, ready to `step`, that writes nothing."""
+    height, width = pictures.example
+    row = ImageRow(Path(), "a picture", width, height, "0", 0, "made up")
+    picture = EncodedImage(row, latents, torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32))
+    spec = replace(train, batch_size=pictures.micro_batch * pictures.micro_batches)
+    captions = cast(Captions, _Embeddings(embeddings))
+    task = _MadeUp(model, [picture], held_out=[], captions=captions, spec=spec, images=ImageSpec(), diffusion=diffusion)
+    task.cut = pictures
+    return silent_training(task, spec)
+
+
+class _MadeUp(ImageTask):
+    """Batches whose draws need no numbers."""
+
+    cut: Pictures
+
+    def batches(self, step: int) -> list[ImageBatch]:
+        return [self._batch(self.cut.micro_batch) for _ in range(self.cut.micro_batches)]
+
+    def evaluate(self, count: int) -> None:
+        """The errors of `count` timesteps of a picture, as held-out evaluation computes them."""
+        self.model.parts.eval()
+        with torch.no_grad():
+            batch = self._batch(count)
+            errors_at(self.model, batch, self.model.noising.at(batch.timesteps), self.captions, self.diffusion)
+
+    def _batch(self, count: int) -> ImageBatch:
+        [picture] = self.train
+        latents = picture.latents.expand(count, *picture.latents.shape[1:])
+        timesteps, captions = torch.full((count,), 500), (picture.row.caption,) * count
+        return ImageBatch(latents, torch.randn_like(latents), timesteps, captions, picture.sizes.expand(count, 6))
+
+
+class _Embeddings:
+    """The embeddings of every caption."""
+
+    def __init__(self, embeddings: Conditioning) -> None:
+        self.embeddings = embeddings
+
+    def of(self, caption: str) -> Conditioning:
+        return self.embeddings
+
+
+class _NoLedger(Ledger):  # type: ignore[no-untyped-call]
+    """Keeps no account: what is named and bracketed is really computed."""
+
+    def watch_gradients(self, parameters: Any) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -156,30 +317,27 @@ class ImageRun(BudgetedWork[ImageRunPlan]):
 def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """The settings as they are, then with what takes less memory for the same result up to rounding; what to say of each."""
     yield "", config
-    one = dataclasses.replace(config.diffusion, at_once=1)
     if config.diffusion.at_once > 1:
-        yield "diffusion.at_once 1", dataclasses.replace(config, diffusion=one)
+        yield "diffusion.at_once 1", config.changed(diffusion={"at_once": 1})
     if not config.diffusion.checkpointing:
-        both = dataclasses.replace(one, checkpointing=True)
-        yield "diffusion.at_once 1 and diffusion.checkpointing", dataclasses.replace(config, diffusion=both)
+        both = {"at_once": 1, "checkpointing": True}
+        yield "diffusion.at_once 1 and diffusion.checkpointing", config.changed(diffusion=both)
 
 
 def changes_that_help(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, ImageRunPlan]]:
     """Changes of the result that take less memory, and the run with each."""
-    model, lora = config.model, config.lora
     if machine.dtype == torch.float32:
         name = narrow_for(machine.gpu)
         yield f"model.dtype {name}", forecast_images(config, shapes, dataclasses.replace(machine, dtype=DTYPES[name]))
-    if model.quantize.method == "none":
-        packed = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method="nf4"))
-        yield "model.quantize nf4", forecast_images(dataclasses.replace(config, model=packed), shapes, machine)
+    if (quantize := config.model.quantize).method == "none":
+        packed = config.changed(model={"quantize": dataclasses.replace(quantize, method="nf4")})
+        yield "model.quantize nf4", forecast_images(packed, shapes, machine)
     half = pictures_of(config, shapes).drawn[0] // 2
     if half >= 256:
-        smaller = dataclasses.replace(config.images, resolution=half)
-        yield f"images.resolution {half}", forecast_images(dataclasses.replace(config, images=smaller), shapes, machine)
-    if lora.target_modules != ("attention",):
-        fewer = dataclasses.replace(lora, target_modules=("attention",))
-        yield "lora.target_modules attention", forecast_images(dataclasses.replace(config, lora=fewer), shapes, machine)
+        yield f"images.resolution {half}", forecast_images(config.changed(images={"resolution": half}), shapes, machine)
+    if config.lora.target_modules != ("attention",):
+        fewer = config.changed(lora={"target_modules": ("attention",)})
+        yield "lora.target_modules attention", forecast_images(fewer, shapes, machine)
 
 
 def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
@@ -214,7 +372,10 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
         return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.gpu)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
     peaks, adapter = found.peaks, VALUE * finished_plan(config, found.plan).parameters
-    load = add_usage(Usage(), base=found.base, scratch=_read(found, machine))
+    mapped = machine.mapped  # while the base is read: a tensor of the denoiser, or the file of another part
+    if mapped < 0:
+        mapped = found.other_part * torch.float32.itemsize if machine.dtype != torch.float32 else 0
+    load = add_usage(Usage(), base=found.base, scratch=max(mapped, found.largest * torch.float32.itemsize))
     kept = add_usage(Usage(), base=found.base, adapter=2 * adapter)
     evaluation = add_usage(peaks[FINAL], scratch=INTERVALS)
     certify = add_usage(evaluation, adapter=2 * adapter)  # the adapter from disk on the live model
@@ -281,11 +442,3 @@ def _rounded(tensors: Sequence[TensorEntry], dtype: torch.dtype) -> int:
 
 def _most(found: ImageRehearsal) -> int:
     return max(peak.bytes for peak in found.peaks.values())
-
-
-def _read(found: ImageRehearsal, machine: Machine) -> int:
-    """What is in memory beside the base while it is read: a tensor of the denoiser, or the file of another part."""
-    mapped = machine.mapped
-    if mapped < 0:
-        mapped = found.other_part * torch.float32.itemsize if machine.dtype != torch.float32 else 0
-    return max(mapped, found.largest * torch.float32.itemsize)

@@ -13,15 +13,16 @@ streams.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Encoder, Example, encode_rows
@@ -30,33 +31,50 @@ from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.shape_only import ShapeSpill
 from lorakeet.memory.spill import Spill
 from lorakeet.memory.usage import Usage, add_usage
-from lorakeet.models.families import family_of
+from lorakeet.merge.requantise import Latent, Requantised, bytes_of_rounding
 from lorakeet.models.files.gguf_dense import bytes_of_header, bytes_of_unpacking
 from lorakeet.models.files.gguf_validate import require_gguf
 from lorakeet.models.files.packing import packing_of
 from lorakeet.models.files.source import bytes_to_unpack, find_source
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.fits import plan_of
+from lorakeet.models.fuse import unfuse
+from lorakeet.models.modules import find, kind_of
+from lorakeet.models.modules import replace as put
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.streaming.load import bytes_of_storing, empty_model, empty_packed
-from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
+from lorakeet.models.streaming.load import empty_model, empty_packed
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.folded_weights import fold_layers
+from lorakeet.models.text.from_config import ShapeBase
+from lorakeet.models.text.gptq_blocks import LayerSource, pack_blocks
 from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import PackedLayout
-from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.repeated_blocks import ModelBuilder, run_each_kind
+from lorakeet.quant.construct import empty_base
+from lorakeet.quant.grids import FixedGrid, Nf4Grid, UniformGrid
+from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.check_sizes import FP32
-from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, require_space_to_unpack
-from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, Precision, filling_rows, text_runtime_bytes
-from lorakeet.workflows.planning.rehearse_packed_merge import rehearse_finish, rehearse_rounding
-from lorakeet.workflows.planning.rehearse_text import FINAL, EvaluationSize, Rehearsal, rehearse_evaluation
-from lorakeet.workflows.runs.open_adapter import Opened
+from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
+from lorakeet.workflows.planning.check import FP32, bytes_of_reading
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
+from lorakeet.workflows.planning.forecast_text_run import (
+    INTERVALS,
+    TOKENIZER_ENTRY,
+    Precision,
+    builder_of,
+    filling_rows,
+    text_runtime_bytes,
+)
+from lorakeet.workflows.planning.rehearse_text import FINAL, Build, EvaluationSize, Rehearsal, on_shapes, rehearse_evaluation
+from lorakeet.workflows.runs.open_adapter import NAME, Opened
 from lorakeet.workflows.runs.residency import ALONE, RESIDENT, MemoryPlan, Way, stream_closed
 
 BLOCK_COPIES = 3  # of a layer's blocks, as they are put into a file: as they are, in the file's order, as bytes
 STREAMED, SPILLED = Way(streamed=True), Way(streamed=True, spilled=True)
 LEAST = replace(SPILLED, slots=ALONE)
-COMPARE, COMPARE_MADE = "compare", "compare what was made"
+Packing = Mapping[str, Mapping[str, Any]]  # settings of packed layers by path
+COMPARE, ROUND, COMPARE_MADE, FINISH = "compare", "round", "compare what was made", "finish"
 
 
 @dataclass(frozen=True)
@@ -75,11 +93,21 @@ class PackedMergeJob:
         """The folder of the base."""
         return find_source(self.opened.config.model, lambda line: None)
 
+    @property
+    def parts(self) -> tuple[list[Example], list[Example]]:
+        """The calibration rows and the others."""
+        tokenizer = load_tokenizer(self.opened.tokenizer or self.source)
+        return calibration(self.opened, self.dataset, tokenizer, self.calibration_rows, self.finishes)
+
     @cached_property
     def rows(self) -> Sequence[Example]:
         """The calibration rows."""
-        tokenizer = load_tokenizer(self.opened.tokenizer or self.source)
-        return calibration(self.opened, self.dataset, tokenizer, self.calibration_rows, self.finishes)[0]
+        return self.parts[0]
+
+
+def products_of(spec: ModelSpec) -> torch.dtype:
+    """In which dtype the run's matrix products were fastest."""
+    return torch.float32 if spec.products == "auto" else getattr(torch, spec.products)
 
 
 def calibration(
@@ -99,8 +127,8 @@ def fit_packed_merge(job: PackedMergeJob, out: Path, console: Console) -> Opened
     if not budget:
         return opened
     opened = opened.over(replace(opened.config.model, device="cpu"))  # the budget bounds the process
-    merge = PackedMerging(job, out)
-    return replace(opened, residency=fit_budget(merge, budget, partial(console.print, markup=False, soft_wrap=True)))
+    say = partial(console.print, markup=False, soft_wrap=True)
+    return replace(opened, residency=fit_budget(PackedMerging(job, out), budget, say))
 
 
 @contextmanager
@@ -121,12 +149,6 @@ def reloaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) 
     finally:
         if unpacked:
             shutil.rmtree(text.source, ignore_errors=True)
-
-
-def require_space_for_layout(opened: Opened, like: str | None) -> None:
-    """Raises ConfigError if a .gguf file whose layout is kept has still to be unpacked, and that takes more than the budget."""
-    spec = ModelSpec(path=like or opened.config.model.path, quantize=QuantSpec(method="gguf"))
-    require_space_to_unpack(spec, opened.config.memory.limit, "--memory")
 
 
 class PackedMerging(BudgetedWork[MemoryPlan]):
@@ -165,14 +187,9 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
         return plan_of(self.empty, self.job.opened.adapter)
 
     @cached_property
-    def packing(self) -> Mapping[str, Mapping[str, Any]]:
+    def packing(self) -> Packing:
         """How each layer will be packed."""
         return packing_of(empty_model(self.made, torch.float32), self.made, QuantSpec(), self.job.layout.folder)
-
-    @cached_property
-    def same_layout(self) -> bool:
-        """True if the base is packed so already."""
-        return bool(self.packing == packing_of(self.empty, self.config, self.spec.quantize, self.job.source))
 
     @cached_property
     def evaluation(self) -> EvaluationSize:
@@ -181,16 +198,20 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
         return EvaluationSize(filling_rows(longest, max(longest, self.job.micro_tokens)), 0, 0)
 
     @cached_property
-    def products(self) -> torch.dtype:
-        """The dtype of matrix products."""
-        named = self.spec.products
-        return torch.float32 if named == "auto" else getattr(torch, named)
+    def before(self) -> Any:
+        """The base without numbers, with its packed layers."""
+        return empty_packed(self.config, torch.float32, self.spec.quantize, self.job.source)
+
+    @cached_property
+    def after(self) -> Any:
+        """What is made of it."""
+        return empty_packed(self.made, torch.float32, QuantSpec(), self.job.layout.folder)
 
     @cached_property
     def runtime(self) -> int:
         """Bytes of the process beside the tensors."""
         words = TOKENIZER_ENTRY * int(self.config.get_text_config().vocab_size)
-        return text_runtime_bytes(Precision(torch.float32, self.products, self.spec.quantize)) + words
+        return text_runtime_bytes(Precision(torch.float32, products_of(self.spec), self.spec.quantize)) + words
 
     def ways(self, budget: int) -> Iterator[Way]:
         yield from (RESIDENT,) if self.job.finishes else (RESIDENT, STREAMED, SPILLED, LEAST)
@@ -198,17 +219,19 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
     def plan(self, way: Way) -> MemoryPlan:
         runtime = self.runtime  # measured before the rehearsals, which leave some memory behind
         base, made = self._evaluating(way)
-        adapter = FP32 * self.pairs.parameters
+        adapter, growth = FP32 * self.pairs.parameters, 0
+        if not way.streamed:  # packed layers replace those of the base one after the other, and may be larger
+            growth = sum(max(0, _bytes_of(self.after, path) - _bytes_of(self.before, path)) for path in self.packing)
         held = {
             "load the base": add_usage(Usage(), base=base.base, adapter=adapter, scratch=self._reading(base)),
             COMPARE: add_usage(base.peaks[FINAL], scratch=INTERVALS),
-            "round": add_usage(self._rounding(way), base=0 if way.streamed or self.same_layout else self._growth()),
+            ROUND: add_usage(self._rounding(way), base=growth),
             COMPARE_MADE: add_usage(made.peaks[FINAL], scratch=INTERVALS),
             "load what was written": add_usage(Usage(), base=made.base, adapter=adapter, scratch=self._reading(made)),
             **self._file(made, adapter),
         }
         if self.job.finishes:
-            held["finish"] = self._finishing()
+            held[FINISH] = self._finishing()
         forecast = Forecast(phases_of(held, runtime, returning=True))
         block_bytes = max(base.block_bytes, made.block_bytes)
         return MemoryPlan(forecast, blocks=base.blocks, block_bytes=block_bytes, growing=(COMPARE, COMPARE_MADE))
@@ -226,20 +249,19 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
         return f"Fewer --calibration-rows, or shorter ones, may take less. {super().advice()}"
 
     def disk(self, way: Way, plan: MemoryPlan) -> Mapping[Path, int]:
-        packed = _stored_bytes(self.made, QuantSpec(), self.job.layout.folder)
-        hidden = int(self.config.get_text_config().hidden_size)
+        packed, hidden = _bytes_of(self.after), int(self.config.get_text_config().hidden_size)
         states = 2 * FP32 * hidden * sum(len(row.ids) for row in self.job.rows) if way.spilled else 0
-        stored = _stored_bytes(self.config, self.spec.quantize, self.job.source) + 2 * packed + states
-        return {self.folder: stored, self.out: packed}
+        return {self.folder: _bytes_of(self.before) + 2 * packed + states, self.out: packed}
 
     def _evaluating(self, way: Way) -> tuple[Rehearsal, Rehearsal]:
         """The base as it computes, and what is made of it; ways that differ only in where the rows' states are share these."""
         key = way.streamed, way.slots
         if key not in self._evaluated:
-            base = rehearse_evaluation(self._build(way), self.pairs, self.evaluation, token_ids=())
-            made = base
-            if not self.same_layout:
-                made = rehearse_evaluation(self._build_made(way), self.pairs, self.evaluation, token_ids=())
+            base = made = rehearse_evaluation(self._build(way), self.pairs, self.evaluation, token_ids=())
+            if self.packing != packing_of(self.empty, self.config, self.spec.quantize, self.job.source):
+                precision = Precision(torch.float32, products_of(self.spec), QuantSpec())
+                build = builder_of(self.spec, way, self.made, precision, self.job.layout.folder)
+                made = rehearse_evaluation(build, self.pairs, self.evaluation, token_ids=())
             self._evaluated[key] = base, made
         return self._evaluated[key]
 
@@ -248,19 +270,12 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
         if self.job.layout.file is None:
             return {}
         header = require_gguf(self.job.layout.file)
-        after = empty_packed(self.made, torch.float32, QuantSpec(), self.job.layout.folder)
-        blocks = BLOCK_COPIES * max(_layer_bytes(after, path) for path in self.packing) + bytes_of_header(header)
+        blocks = BLOCK_COPIES * max(_bytes_of(self.after, path) for path in self.packing) + bytes_of_header(header)
         unpacking = bytes_of_unpacking(header, packed=True)
         return {
             "write the file": add_usage(Usage(), base=made.base, adapter=adapter, scratch=blocks),
             "unpack what was written": add_usage(Usage(), adapter=adapter, scratch=unpacking),
         }
-
-    def _growth(self) -> int:
-        """Bytes by which packed layers are larger than those of the base, which they replace one after the other."""
-        before = empty_packed(self.config, torch.float32, self.spec.quantize, self.job.source)
-        after = empty_packed(self.made, torch.float32, QuantSpec(), self.job.layout.folder)
-        return sum(max(0, _layer_bytes(after, path) - _layer_bytes(before, path)) for path in self.packing)
 
     def _rounding(self, way: Way) -> Usage:
         """The first blocks of each kind, as they are folded and rounded on the calibration rows."""
@@ -268,46 +283,90 @@ class PackedMerging(BudgetedWork[MemoryPlan]):
         return rehearse_rounding(build, self.pairs, self.job.rows, self.packing, ShapeSpill if way.spilled else Spill)
 
     def _finishing(self) -> Usage:
-        """Two steps on the longest rows that there are to train on."""
-        opened, job = self.job.opened, self.job
-        tokenizer = load_tokenizer(opened.tokenizer or job.source)
-        others = calibration(opened, job.dataset, tokenizer, job.calibration_rows, finishes=True)[1]
-        spec = opened.config.train
-        rows = sorted(others, key=lambda row: -len(row.ids))[: spec.batch_size]
-        build = self._build(RESIDENT, torch.float32)
-        return rehearse_finish(build, opened.adapter, self.packing, rows, spec, self.products)
+        """The peak of two steps on the longest rows to train on, through the grids of layers packed as they will be."""
+        adapter, spec = self.job.opened.adapter, self.job.opened.config.train
+        rows = sorted(self.job.parts[1], key=lambda row: -len(row.ids))[: spec.batch_size]
+        with on_shapes() as ledger:
+            text = self._build(RESIDENT, torch.float32)()
+            unfuse(text.model)
+            solved: dict[str, Requantised] = {}
+            for path, settings in self.packing.items():
+                base = ShapeBase(empty_base(settings))
+                standing = cast(Any, find(text.model, path))
+                put(text.model, path, PackedLinear(base, standing.bias, transposed=kind_of(standing) == "conv1d"))
+                latent = Latent(outlined_grid(base), torch.empty(base.shape)) if path in adapter.pairs else None
+                solved[path] = Requantised(base, latent, "kept", 0.0)
+                del standing
+            pairs = {
+                path: replace(pair, A=torch.empty(pair.A.shape), B=torch.empty(pair.B.shape))
+                for path, pair in adapter.pairs.items()
+            }
+            ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+            with ledger.phase(FINISH):
+                quantisation_aware_finish(
+                    text, solved, replace(adapter, pairs=pairs), rows, steps=2, spec=spec, products=products_of(self.spec),
+                    on_step=lambda step, loss: None,
+                )  # fmt: skip
+            ledger.close()
+            return ledger.peaks[FINISH]
 
     def _build(self, way: Way, products: torch.dtype | None = None) -> ModelBuilder:
-        return self._outline(way, self.config, self.spec.quantize, self.job.source, products or self.products)
-
-    def _build_made(self, way: Way) -> ModelBuilder:
-        """Builds the model in the layout that it is packed into."""
-        return self._outline(way, self.made, QuantSpec(), self.job.layout.folder, self.products)
-
-    def _outline(self, way: Way, config: Any, quantize: QuantSpec, files: Path, products: torch.dtype) -> ModelBuilder:
-        make = partial(
-            partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config, name=self.spec.path,
-            dtype=torch.float32,
-            products=products, attention=self.spec.attention, quantize=quantize, files=files,
-        )  # fmt: skip
-        return ModelBuilder(make, config)
+        precision = Precision(torch.float32, products or products_of(self.spec), self.spec.quantize)
+        return builder_of(self.spec, way, self.config, precision, self.job.source)
 
     def _reading(self, found: Rehearsal) -> int:
-        """Bytes beside the base while it is read: a block on its way into the store, a weight, or tensors in a file's dtype."""
-        stored = stored_dtype(self.config)
-        if found.blocks:
-            family = family_of(self.config.get_text_config())
-            return bytes_of_storing(self.empty, family, found.block_bytes, stored.itemsize + FP32)
-        if found.packed:
-            return found.largest * (stored.itemsize + FP32)
-        return found.being_cast(stored, torch.float32)
+        """Bytes beside the base while it is read: of a packed one in memory, a weight as stored and in fp32."""
+        if found.packed and not found.blocks:
+            return found.largest * (stored_dtype(self.config).itemsize + FP32)
+        return bytes_of_reading(found, self.config, self.empty)
 
 
-def _stored_bytes(config: Any, quantize: QuantSpec, files: Path) -> int:
-    """Bytes of all tensors of a model, in fp32 but for its packed layers."""
-    return sum(tensor.nbytes for tensor in empty_packed(config, torch.float32, quantize, files).state_dict().values())
-
-
-def _layer_bytes(model: Any, path: str) -> int:
-    """Bytes of the tensors of one layer."""
+def _bytes_of(model: Any, path: str = "") -> int:
+    """Bytes of the tensors of a model, or of the layer at `path`."""
     return sum(tensor.nbytes for tensor in model.get_submodule(path).state_dict().values())
+
+
+def rehearse_rounding(
+    build: Build, plan: Plan, rows: Sequence[Example], packing: Packing, spill: Callable[[], Spill] = Spill
+) -> Usage:
+    """The peak while the first blocks of each kind are folded and rounded on calibration rows.
+
+    `packing` tells how each layer will be packed, `spill` where the rows' states are.
+    """
+    with on_shapes() as ledger:
+        text = build()
+        text = initialise_adapter(text, plan, seed=0)
+        unfuse(text.model)
+        ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+        stays = [] if text.streamed is not None else [*text.model.parameters(), *text.model.buffers()]
+        text.release()
+
+        def layers_of(block: str) -> dict[str, nn.Module]:
+            return {path: cast(nn.Module, find(text.model, path)) for path in packing if path.startswith(f"{block}.")}
+
+        def fold(path: str) -> nn.Module:
+            fold_layers(text.model, NAME, [path])
+            return cast(nn.Module, find(text.model, path))
+
+        def pack(path: str, weight: Tensor, *_: object) -> PackedBase:
+            base = ShapeBase(empty_base(packing[path]))
+            torch.empty(bytes_of_rounding(weight.numel(), packing[path]["method"], base.bytes), dtype=torch.uint8)
+            return base
+
+        blocks = pack_blocks(text, rows, pack, LayerSource(layers_of, fold), keep=True, spill=spill)
+        with ledger.phase(ROUND):
+            run_each_kind(blocks, text.model, text.family)
+        ledger.close()
+        stays.clear()
+        return ledger.peaks[ROUND]
+
+
+def outlined_grid(base: PackedBase) -> FixedGrid:
+    """The grid of a base that has shapes alone, as large as `quant/grids.grid_of` makes it."""
+    settings, (out, width) = base.settings, base.shape
+    if settings["method"] == "nf4":
+        return Nf4Grid(torch.empty(base.shape), lambda codes: base)
+    finest = 16 if settings.get("type") == "Q6_K" else 32  # numbers under a scale of GGUF's types
+    groups = int(settings["groups"]) if settings["method"] == "gptq" else width // finest
+    step, inverse, offset = (torch.empty(groups, out) for _ in range(3))
+    return UniformGrid(step, inverse, offset, [column * groups // width for column in range(width)], 15, lambda codes: base)

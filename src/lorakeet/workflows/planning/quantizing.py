@@ -111,7 +111,28 @@ class Quantizing(BudgetedWork[MemoryPlan]):
             yield Way(streamed=True, spilled=True)
 
     def plan(self, way: Way) -> MemoryPlan:
-        return MemoryPlan(plan_quantizing(self.job, way), growing=())
+        job, stored = self.job, stored_dtype(self.job.config)
+        written = _rehearsed(replace(job, config=job.packed, layout=None), way)
+        one = written.largest * stored.itemsize + job.packing
+        phases = {"written": add_usage(written.peaks[CHECK], scratch=one if not way.streamed else 0)}
+        if way.streamed:
+            phases["its store"] = add_usage(Usage(), base=written.base, scratch=_storing(written, stored, job.dtype))
+        if job.layout is None:
+            waiting = 0 if way.streamed else min(SHARD_BYTES, _stored_bytes(job.packed, job.dtype))
+            phases["write"] = add_usage(Usage(), scratch=one + waiting)
+        else:
+            dense = _rehearsed(job, way)
+            reading = _storing(dense, stored, job.dtype) if way.streamed else dense.base * (stored != job.dtype)
+            states = 0 if way.spilled else job.state_bytes
+            packed = 0 if way.streamed else _stored_bytes(job.packed, job.dtype)  # of which all waits for its place in the files
+            phases |= {
+                "store": add_usage(Usage(), base=dense.base, scratch=reading),
+                CHECK: dense.peaks[CHECK],
+                BLOCKS: add_usage(dense.peaks[BLOCKS], scratch=packed),
+                "write": add_usage(Usage(), base=dense.base, scratch=states + packed + one),
+            }
+        runtime = text_runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
+        return MemoryPlan(Forecast(phases_of(phases, runtime, returning=True)), growing=())
 
     def words(self, way: Way, plan: MemoryPlan) -> str:
         if self.job.layout is None:
@@ -124,32 +145,6 @@ class Quantizing(BudgetedWork[MemoryPlan]):
         dense, packed = (_stored_bytes(config, self.job.dtype) for config in (self.job.config, self.job.packed))
         waiting = 2 * packed + (dense + 2 * self.job.state_bytes if self.job.layout is not None else 0)
         return {self.folder: waiting, self.out: packed}
-
-
-def plan_quantizing(job: QuantizeJob, way: Way) -> Forecast:
-    """What each phase takes. Raises NotPlanned if the model's arithmetic cannot be followed."""
-    stored = stored_dtype(job.config)
-    written = _rehearsed(replace(job, config=job.packed, layout=None), way)
-    one = written.largest * stored.itemsize + job.packing
-    phases = {"written": add_usage(written.peaks[CHECK], scratch=one if not way.streamed else 0)}
-    if way.streamed:
-        phases["its store"] = add_usage(Usage(), base=written.base, scratch=_storing(written, stored, job.dtype))
-    if job.layout is None:
-        waiting = 0 if way.streamed else min(SHARD_BYTES, _stored_bytes(job.packed, job.dtype))
-        phases["write"] = add_usage(Usage(), scratch=one + waiting)
-    else:
-        dense = _rehearsed(job, way)
-        reading = _storing(dense, stored, job.dtype) if way.streamed else dense.base * (stored != job.dtype)
-        states = 0 if way.spilled else job.state_bytes
-        packed = 0 if way.streamed else _stored_bytes(job.packed, job.dtype)  # of which all waits for its place in the files
-        phases |= {
-            "store": add_usage(Usage(), base=dense.base, scratch=reading),
-            CHECK: dense.peaks[CHECK],
-            BLOCKS: add_usage(dense.peaks[BLOCKS], scratch=packed),
-            "write": add_usage(Usage(), base=dense.base, scratch=states + packed + one),
-        }
-    runtime = text_runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
-    return Forecast(phases_of(phases, runtime, returning=True))
 
 
 def _storing(found: _Rehearsed, stored: torch.dtype, dtype: torch.dtype) -> int:

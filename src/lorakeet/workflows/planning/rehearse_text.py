@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,8 @@ from lorakeet.workflows.runs.residency import RESIDENT, Way
 
 BEGIN, EVALUATE, STEP, CHECKPOINT, FINAL = "begin pairs", "evaluate", "train step", "checkpoint", "judge"
 FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
+Build = Callable[..., TextModel]
+Weigh = Callable[[TextModel], object]
 MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
 
 
@@ -110,7 +111,7 @@ class EvaluationSize:
 
 
 def rehearse(
-    build: Callable[..., TextModel],
+    build: Build,
     lora: LoraSpec,
     spec: TrainSpec,
     *,
@@ -131,21 +132,24 @@ def rehearse(
     ids = tuple(range(len(lora.new_tokens)))
 
     def run(rehearsing: _Rehearsing) -> Rehearsal:
-        return rehearsing.go(spec, rows, micro_batches, evaluation, way, best_in_memory)
+        ledger, text = rehearsing.ledger, rehearsing.text
+        training = training_on(text, spec, rows, micro_batches, way)
+        best = step_in_account(training, ledger, best_in_memory)
+        with ledger.phase(EVALUATE):
+            text.model.eval()
+            token_logprobs(text, made_up_batch(evaluation.rows).to(text.device), chunk=spec.head_chunk)
+        with ledger.phase(CHECKPOINT):
+            copy_for_checkpoint(training)
+        del best, training
+        step = ledger.work[STEP]
+        work = Work(step.flops // micro_batches, step.written // micro_batches)
+        return replace(rehearsing.evaluated(evaluation), work=work, best_in_memory=best_in_memory)
 
-    def planned(text: TextModel) -> Plan:
-        return plan_for(text.model, lora, text.family)
-
-    return _rehearsed(build, planned, ids, run)
+    return _rehearsed(build, lambda text: plan_for(text.model, lora, text.family), ids, run)
 
 
 def rehearse_evaluation(
-    build: Callable[..., TextModel],
-    plan: Plan,
-    evaluation: EvaluationSize,
-    *,
-    token_ids: tuple[int, ...],
-    weigh: Callable[[TextModel], object] | None = None,
+    build: Build, plan: Plan, evaluation: EvaluationSize, *, token_ids: tuple[int, ...], weigh: Weigh | None = None
 ) -> Rehearsal:
     """Builds a model with the adapter of `plan` and evaluates it, on shapes alone; the peak is in `peaks[FINAL]`.
 
@@ -165,10 +169,7 @@ def rehearse_evaluation(
 
 
 def _rehearsed(
-    build: Callable[..., TextModel],
-    planned: Callable[[TextModel], Plan],
-    ids: tuple[int, ...],
-    run: Callable[[_Rehearsing], Rehearsal],
+    build: Build, planned: Callable[[TextModel], Plan], ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal]
 ) -> Rehearsal:
     """`run` with every block, or with a few of them that stand for all."""
     with on_shapes() as ledger:
@@ -177,37 +178,29 @@ def _rehearsed(
         blocks = count_repeated_blocks(text.model, text.family, plan)
         if blocks <= FEW + 1:
             return run(_Rehearsing(ledger, text, plan, ids))
+
+    def with_few(few: int) -> tuple[Rehearsal, list[UsageSegment]]:
+        with on_shapes() as ledger:
+            text = build(blocks=few)
+            ledger.watch_blocks(blocks_of(text.model, text.family))
+            found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
+            return found, ledger.segments
+
+    (one, moments), (other, more_moments) = with_few(FEW), with_few(FEW + 1)
+
+    def of_all(left: int, right: int) -> int:
+        return extrapolate_bytes(left, right, blocks - FEW)
+
     try:
-        return _of_all(plan, blocks, [_with_few(partial(build, blocks=few), plan, ids, run, blocks) for few in (FEW, FEW + 1)])
+        return replace(
+            other, plan=plan, base=of_all(one.base, other.base), blocks=blocks if other.blocks else 0,
+            peaks=extrapolate_peaks(moments, more_moments, FEW, wanted=blocks),
+            work=Work(of_all(one.work.flops, other.work.flops), of_all(one.work.written, other.work.written)),
+            parameters=of_all(one.parameters, other.parameters),
+        )  # fmt: skip
     except UnevenRuns:
         with on_shapes() as ledger:
             return run(_Rehearsing(ledger, build(), plan, ids))
-
-
-def _with_few(
-    build: Callable[[], TextModel], plan: Plan, ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal], blocks: int
-) -> tuple[Rehearsal, list[UsageSegment]]:
-    """`run` with the model of `build`, that has a few of all `blocks`, and its moments."""
-    with on_shapes() as ledger:
-        text = build()
-        ledger.watch_blocks(blocks_of(text.model, text.family))
-        found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
-        return found, ledger.segments
-
-
-def _of_all(plan: Plan, blocks: int, parts: Sequence[tuple[Rehearsal, list[UsageSegment]]]) -> Rehearsal:
-    """What a run with all blocks holds and does, from those with FEW and with FEW + 1 of them."""
-    (one, moments), (other, more_moments) = parts
-
-    def all_along(left: int, right: int) -> int:
-        return extrapolate_bytes(left, right, blocks - FEW)
-
-    peaks = extrapolate_peaks(moments, more_moments, FEW, wanted=blocks)
-    work = Work(all_along(one.work.flops, other.work.flops), all_along(one.work.written, other.work.written))
-    return replace(
-        other, plan=plan, base=all_along(one.base, other.base), peaks=peaks, work=work, blocks=blocks if other.blocks else 0,
-        parameters=all_along(one.parameters, other.parameters),
-    )  # fmt: skip
 
 
 @contextmanager
@@ -238,26 +231,11 @@ class _Rehearsing:
         if text.streamed is not None:
             ledger.name("base", text.streamed.stream.fill())
         with ledger.phase(BEGIN):
-            self.text = text = initialise_adapter(text, plan, seed=0, token_ids=token_ids, on_pair=self._name_pair)
+            self.text = text = initialise_adapter(
+                text, plan, seed=0, token_ids=token_ids,
+                on_pair=lambda pair: ledger.name("adapter", [*pair.parameters(), *pair.buffers()]),
+            )  # fmt: skip
         ledger.name("base", [parameter for parameter in text.model.parameters() if not parameter.requires_grad])  # read for pairs
-
-    def _name_pair(self, pair: nn.Module) -> None:
-        self.ledger.name("adapter", [*pair.parameters(), *pair.buffers()])
-
-    def go(
-        self, spec: TrainSpec, rows: RowShape, micro_batches: int, evaluation: EvaluationSize, way: Way, best_in_memory: bool
-    ) -> Rehearsal:
-        training = training_on(self.text, spec, rows, micro_batches, way)
-        best = step_in_account(training, self.ledger, best_in_memory)
-        with self.ledger.phase(EVALUATE):
-            self.text.model.eval()
-            token_logprobs(self.text, made_up_batch(evaluation.rows).to(self.text.device), chunk=spec.head_chunk)
-        with self.ledger.phase(CHECKPOINT):
-            copy_for_checkpoint(training)
-        del best, training
-        step = self.ledger.work[STEP]
-        work = Work(step.flops // micro_batches, step.written // micro_batches)
-        return replace(self.evaluated(evaluation), work=work, best_in_memory=best_in_memory)
 
     def evaluated(self, evaluation: EvaluationSize) -> Rehearsal:
         """Evaluates, and returns the peaks since the rehearsal began."""
@@ -284,8 +262,10 @@ def step_in_account(training: Training[Any], ledger: Ledger, best_in_memory: boo
     ledger.watch_gradients(parameters)
     best = [parameter.detach().clone() for parameter in parameters if best_in_memory]
     ledger.name("adapter", best)
-    begin_moments(training)
-    ledger.name("moments", moments_of(training))
+    for parameter in parameters:  # AdamW's moments, as they are from the second step on
+        parameter.grad = torch.zeros_like(parameter)
+    training.optimizer.step(0.0)
+    ledger.name("moments", [value for state in training.optimizer.adamw.state.values() for value in state.values()])
     with ledger.phase(STEP):
         training.step()
     return best
@@ -369,15 +349,3 @@ def _row(rows: RowShape, number: int) -> Example:
     """A row whose tokens differ, also from its neighbours': equal ones leave queries and keys without a gradient."""
     places = np.arange(rows.length)
     return Example(3 + (7 * places + number) % 13, places >= max(1, rows.prompt), str(number), None, False)
-
-
-def begin_moments(training: Training[Any]) -> None:
-    """AdamW's moments as they are from the second step on."""
-    for parameter in training.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    training.optimizer.step(0.0)
-
-
-def moments_of(training: Training[Any]) -> list[torch.Tensor]:
-    """The tensors of AdamW's state."""
-    return [value for state in training.optimizer.adamw.state.values() for value in state.values()]

@@ -16,18 +16,72 @@ from lorakeet.models.placement import device_for, dtype_for, planned_on, product
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text.load import read_config
 from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, way_text
-from lorakeet.workflows.planning.forecast_choices import decomposes, measures_rows
 from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
     Precision,
     TextRunPlan,
+    decomposes,
     forecast_run,
     largest_rows,
+    measures_rows,
     text_runtime_bytes,
 )
-from lorakeet.workflows.planning.rehearse_text import NotPlanned
-from lorakeet.workflows.planning.streaming import Batches, streaming_ways
-from lorakeet.workflows.runs.residency import RESIDENT, Residency, Way
+from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned
+from lorakeet.workflows.runs.residency import FEWEST, RESIDENT, MemoryPlan, Residency, Way, with_more
+
+STATES_ON_THE_WAY = 3  # of a micro-batch, about: a block's input, its output, and what else the decoder hands to it
+MOST_TOGETHER = 4  # micro-batches: each adds some 5 s to the rehearsal of 32 blocks
+LEAST = Way(streamed=True, together=1, spilled=True)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of a step: how many, and the bytes of one's hidden states."""
+
+    count: int
+    state_bytes: int
+
+
+def streaming_ways(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int) -> Iterator[Way]:
+    """Ways that seem to fit into `budget`, the one that moves the fewest bytes first; at the end the way that takes least.
+
+    They are ordered by an estimate from two rehearsals (`plan`) of one micro-batch at a time.
+    """
+    found = sorted(_estimated(plan, batches, budget), key=lambda one: one[:2])
+    yield from (way for _, _, way in found)
+    yield LEAST
+
+
+def bytes_moved(way: Way, plan: MemoryPlan, batches: Batches) -> int:
+    """Bytes read from and written to the disk in a step.
+
+    A pass of `together` micro-batches goes forth and back through n blocks, of which s are in memory; the record used longest ago
+    is replaced (memory/stream). So a step of b micro-batches moves
+
+        blocks     ⌈b / together⌉ · 2·(n − s) · bytes of a block       nothing if all blocks are in memory
+        inputs     b · 2·n · bytes of a state                          if the inputs of blocks are on disk
+
+    or less, if the lowest blocks train nothing.
+    """
+    moved = math.ceil(batches.count / way.together) * 2 * (plan.blocks - way.slots) * plan.block_bytes
+    return moved + (batches.count * 2 * plan.blocks * batches.state_bytes if way.spilled else 0)
+
+
+def _estimated(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int) -> Iterator[tuple[int, int, Way]]:
+    """Bytes moved, peak and way, of those that seem to fit; inputs are spilled only if something moves with all in memory."""
+    for spilled in (False, True):
+        one = plan(Way(True, together=1, spilled=spilled))
+        states = STATES_ON_THE_WAY + (0 if spilled else one.blocks)
+        for together in range(1, min(batches.count, MOST_TOGETHER) + 1):
+            way = Way(True, together=together, spilled=spilled)
+            estimate = with_more(one, (together - 1) * batches.state_bytes * states, "saved activations", (STEP,))
+            if estimate.peak > budget:
+                continue
+            slots = min(one.blocks, FEWEST + estimate.more_blocks(budget))
+            moved = bytes_moved(replace(way, slots=slots), one, batches)
+            yield moved, estimate.peak + (slots - min(FEWEST, one.blocks)) * one.block_bytes, way
+            if not moved:
+                return
 
 
 @dataclass(frozen=True)
@@ -84,13 +138,10 @@ class TextRun(BudgetedWork[TextRunPlan]):
         behind. On a CUDA device rows do not count.
         """
         if streamed not in self._runtimes:
-            self._runtimes[streamed] = self._measured_runtime()
+            precision = precision_of(self.config)
+            rows = 0 if precision.on_gpu else ROW_BYTES * self.workload.characters
+            self._runtimes[streamed] = text_runtime_bytes(precision, decomposing=decomposes(self.config)) + rows
         return self._runtimes[streamed]
-
-    def _measured_runtime(self) -> int:
-        precision = precision_of(self.config)
-        rows = 0 if precision.on_gpu else ROW_BYTES * self.workload.characters
-        return text_runtime_bytes(precision, decomposing=decomposes(self.config)) + rows
 
     @cached_property
     def batches(self) -> Batches:

@@ -72,7 +72,7 @@ def on_own_device(config: RunConfig, processes: Processes) -> RunConfig:
         return str(dtype).removeprefix("torch."), str(products_for(model, dtype, device)).removeprefix("torch.")
 
     dtype, products = processes.from_first(chosen)  # what is fastest is measured, and may differ from one to the other
-    return replace(config, model=replace(model, dtype=dtype, products=products))  # type: ignore[arg-type]
+    return config.changed(model={"device": str(device), "dtype": dtype, "products": products})
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.core.adapter import Adapter, TokenRows
+from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.spec import DataSpec
@@ -80,12 +80,7 @@ class Opened:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
     def text_model(
-        self,
-        console: Console,
-        *,
-        dtype: str | None = None,
-        with_adapter: bool = True,
-        changes: Changes | None = None,
+        self, console: Console, *, dtype: str | None = None, with_adapter: bool = True, changes: Changes | None = None
     ) -> TextModel:
         """The base with the adapter attached and active, streamed if `residency` says so; `dtype` overrides the one that the run
         was trained in. `changes` are made to the weights on their way into the store of a streamed model.
@@ -100,7 +95,13 @@ class Opened:
             text = dataclasses.replace(text, tokenizer=load_tokenizer(self.tokenizer))
         if with_adapter:
             for rows in self.adapter.token_rows.values():
-                self._check_ids(rows, text.add_tokens(rows.tokens))
+                ids = text.add_tokens(rows.tokens)
+                if rows.tokens and ids != rows.ids:
+                    raise DataError(
+                        f"The new tokens {', '.join(rows.tokens)} of {self.folder} have the ids {rows.ids}, but the tokenizer "
+                        f"gives them {ids}. Put the tokenizer of the training beside the adapter, or name the base that it was "
+                        "trained on."
+                    )
             add_adapter(text, self.adapter, NAME)
         return text
 
@@ -108,21 +109,13 @@ class Opened:
         """The same, with `memory` (such as "2GiB") in place of the run's memory.budget; None keeps that."""
         if memory is None:
             return self
-        limited = dataclasses.replace(self.config.memory, budget=memory)
         Budget.parse(memory)  # refused now
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, memory=limited))
+        return dataclasses.replace(self, config=self.config.changed(memory={"budget": memory}))
 
     @property
     def tokenizer(self) -> Path | None:
         """The folder of the tokenizer that was saved beside the adapter, as a run with new tokens does; None without one."""
         return self.folder if (self.folder / "tokenizer_config.json").is_file() else None
-
-    def _check_ids(self, rows: TokenRows, ids: tuple[int, ...]) -> None:
-        if rows.tokens and ids != rows.ids:
-            raise DataError(
-                f"The new tokens {', '.join(rows.tokens)} of {self.folder} have the ids {rows.ids}, but the tokenizer gives them "
-                f"{ids}. Put the tokenizer of the training beside the adapter, or name the base that it was trained on."
-            )
 
 
 def open_adapter(
@@ -143,7 +136,7 @@ def open_adapter(
     if not config:  # a run remembers the device that it was trained on; this machine may have another
         settings = dataclasses.replace(settings, model=with_runnable_kernels(dataclasses.replace(settings.model, device="auto")))
     if base is not None:
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
+        settings = settings.changed(model={"path": base})
     return Opened(adapter, settings, run, run.adapter if run else path)
 
 

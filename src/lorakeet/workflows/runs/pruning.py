@@ -11,6 +11,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.prune import cuts, final_budget, with_ranks
 from lorakeet.train.pruning import Pruning
+from lorakeet.workflows.runs.open_adapter import NAME
 
 
 def cuts_of(config: RunConfig, plan: Plan, steps: int) -> dict[int, int]:
@@ -24,23 +25,14 @@ def cuts_of(config: RunConfig, plan: Plan, steps: int) -> dict[int, int]:
     return cuts(spec, steps, at_first=pair_parameters(plan), budget=final_budget(spec, plan))
 
 
-def pruning_of(config: RunConfig, text: TextModel, plan: Plan, steps: int, name: str = "default") -> Pruning | None:
-    """What cuts the pairs of the adapter `name` in training; None unless ranks.choose is prune. Raises as `cuts_of` does."""
+def pruning_of(config: RunConfig, text: TextModel, plan: Plan, steps: int) -> Pruning | None:
+    """What cuts the pairs of the run's adapter in training; None unless ranks.choose is prune. Raises as `cuts_of` does."""
     found = cuts_of(config, plan, steps)
-    return Pruning(plan, found, partial(keep_terms, text.model, name=name)) if found else None
+    return Pruning(plan, found, partial(keep_terms, text.model, name=NAME)) if found else None
 
 
-def pruned_plan(text: TextModel, plan: Plan, name: str = "default") -> Plan:
-    """The Plan that the adapter `name`, trained and cut, now amounts to; pairs of rank 0 are taken out of the model."""
-    drop_empty(text.model, name)
-    left = adapter_of(text.model, name).pairs
+def pruned_plan(text: TextModel, plan: Plan) -> Plan:
+    """The Plan that the run's adapter, trained and cut, now amounts to; pairs of rank 0 are taken out of the model."""
+    drop_empty(text.model, NAME)
+    left = adapter_of(text.model, NAME).pairs
     return with_ranks(plan, {entry.path: left[entry.path].rank if entry.path in left else 0 for entry in plan.entries})
-
-
-def cuts_text(found: dict[int, int], plan: Plan) -> str:
-    """The cuts in words, before the run."""
-    steps = ", ".join(f"{budget:,} after step {step}" for step, budget in found.items())
-    return (
-        f"Ranks are pruned from {pair_parameters(plan):,} parameters: at most {steps}. Only then may an adapter be the best "
-        "one: a run that ends before leaves its checkpoints, and no adapter."
-    )

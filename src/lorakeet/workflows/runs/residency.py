@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from rich.console import Console
 
 from lorakeet.errors import ConfigError
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.spill import OF_A_RUN, HostSpill, Spill
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.runs.output_paths import temporary_folder
@@ -65,13 +68,13 @@ class MemoryPlan:
 P = TypeVar("P", bound=MemoryPlan)
 
 
-def with_base(plan: P, size: int) -> P:
-    """The same plan with `size` more bytes of base weights in its growing phases."""
+def with_more(plan: P, size: int, kind: str, phases: Collection[str] | None) -> P:
+    """The same plan with `size` more bytes of one kind in some of its phases; None for all."""
 
     def grown(phase: Phase) -> Phase:
-        if plan.growing is not None and phase.name not in plan.growing:
+        if phases is not None and phase.name not in phases:
             return phase
-        return Phase(phase.name, {**phase.kinds, "base": phase.kinds.get("base", 0) + size})
+        return Phase(phase.name, {**phase.kinds, kind: phase.kinds.get(kind, 0) + size})
 
     return replace(plan, forecast=Forecast(tuple(map(grown, plan.forecast.phases)))) if size else plan
 
@@ -135,3 +138,31 @@ def require_planned_attention(residency: Residency[Any], text: TextModel, reques
             f"{text.name} attends with {text.attention}, row by row, but --memory is planned for attention {planned}, over "
             "packed rows. Leave --memory out."
         )
+
+
+def say_peak(memory: PeakMemory, residency: Residency[Any], console: Console, *, mapped: bool = False) -> None:
+    """Prints the peak of the process, its budget and its plan; with a warning if the budget was exceeded.
+
+    With `mapped`, pages of a file that llama.cpp has mapped are in the peak, which the budget leaves out: no warning then.
+    """
+    found = f"{bytes_text(memory.bytes)} in use at most{', sampled 20 times a second' if memory.sampled else ''}"
+    found += ", pages of llama.cpp's file among it" * mapped
+    plan = "" if residency.planned is None else f" and {bytes_text(residency.planned)} planned"
+    text = f"Memory: {found}, of {residency.budget} allowed{plan}."
+    if memory.bytes > residency.budget.bytes and not mapped:
+        text = (
+            f"WARNING: the budget was not kept. {text} The results are sound; give more next time, and please report the model "
+            "and this line."
+        )
+    console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def peak_said(residency: Residency[Any], console: Console, *, mapped: bool = False) -> Iterator[None]:
+    """A context at whose end `say_peak` prints its peak, if there is a budget for the memory of the process."""
+    if not residency.budget or residency.gpu is not None:
+        yield
+        return
+    with PeakMemory() as memory:
+        yield
+    say_peak(memory, residency, console, mapped=mapped)

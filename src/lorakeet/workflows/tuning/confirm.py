@@ -10,7 +10,6 @@ from lorakeet.evaluate.compare import Comparison, compare_over_seeds
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.wording import signed
 from lorakeet.models.inject import attach
-from lorakeet.train.text.multi_adapter import Progress
 from lorakeet.workflows.tuning.trials import SPENT, Trial, Trials
 
 CONFIRM = "confirm"
@@ -107,7 +106,9 @@ def confirm(trials: Trials, winner: Trial, seeds: int, together: int = 2) -> Con
 
 def _affordable(trials: Trials, winner: Trial, seeds: int) -> int:
     """How many of `seeds` the budget still allows for both settings; prints a line if fewer. At least 1."""
-    tokens = sum(_whole_tokens(trial.at) for trial in (winner, trials.all[0]) if trial.at is not None)
+    ends = [trial.at for trial in (winner, trials.all[0]) if trial.at is not None]
+    # of a trial that the budget ended, those that it would have had
+    tokens = sum(at.tokens if at.done != SPENT else at.tokens * at.total // max(1, at.step) for at in ends)
     times = trials.budget.times(max(1, tokens))
     if seeds < 2 or times is None or times >= seeds:
         return seeds
@@ -139,8 +140,3 @@ def _again(made: Confirmation, both: Sequence[Trial], seeds: Sequence[int]) -> l
         for name in names:
             trials.take_out(name)
     return found
-
-
-def _whole_tokens(at: Progress) -> int:
-    """The tokens of a trial, or those that it would have had if the budget had not ended it."""
-    return at.tokens if at.done != SPENT else at.tokens * at.total // max(1, at.step)

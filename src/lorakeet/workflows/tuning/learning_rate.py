@@ -8,6 +8,7 @@ when it is resumed or run again.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
-from lorakeet.workflows.tuning.trials import RISE, SearchBudget, SearchRows, Trial, Trials
+from lorakeet.workflows.tuning.trials import RISE, SearchBudget, SearchRows, Trial, Trials, groups_by_key
 
 MOST_OF_A_RUN = 6  # a trial has at most 1/6 of the run's steps, so three of them cost at most half a run
 FEWEST_STEPS = 8  # of a trial: fewer only show which rate goes further (docs/log)
@@ -35,26 +36,28 @@ def choose_rate(setup: TextAssembly, console: Console, *, requested: bool = Fals
     which is printed. Another rate than the run's is chosen only if it is shown to be better, or if the run's own diverges after
     its warm-up. Raises DataError if all three diverge.
     """
-    spec = setup.config.train
+    spec, say = setup.config.train, partial(console.print, markup=False, soft_wrap=True)
     if spec.rate_trial_steps == 0 or (spec.learning_rate is not None and not requested):
         return setup, None
     space = space_for(setup.config, setup.text, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
     steps = min(spec.rate_trial_steps, setup.steps // MOST_OF_A_RUN)
-    rows = _rows(setup)
+    seed = setup.config.data.split_seed  # rows are chosen by content
+    held_out = sorted(setup.held_out.examples, key=lambda example: seed_for(seed, f"rate/{example.key}"))[:ROWS]
+    rows = SearchRows(held_out, [], groups_by_key(setup.dataset.held_out), "")
     if refusal := _why_not(setup, rows, steps):
-        _say(console, f"The learning rate is {space.rate:.2e}; no other is tried, since {refusal}.")
+        say(f"The learning rate is {space.rate:.2e}; no other is tried, since {refusal}.")
         return setup, None
     trials = Trials(setup, space, rows, SearchBudget(None, None), console)
     rates = ", ".join(f"{space.rate * factor:.2e}" for factor in QUICK_FACTORS)
-    _say(console, f"Learning rates {rates} are tried for {steps} steps each. {trials.power(DIFFERENCE)}")
+    say(f"Learning rates {rates} are tried for {steps} steps each. {trials.power(DIFFERENCE)}")
     factors = sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)
     points = [Trial(f"rate ×{factor:g}", SearchPoint(factor)) for factor in factors]
     trials.generation(points, rungs=(), steps=steps)
     release_free_memory()  # the memory of three adapters, before the run's own
     chosen, found = _decided(trials, steps)
-    _say(console, found.conclusion)
+    say(found.conclusion)
     rate = space.resolved(chosen.point).train.learning_rate
-    return replace(setup, config=replace(setup.config, train=replace(spec, learning_rate=rate))), found
+    return replace(setup, config=setup.config.changed(train={"learning_rate": rate})), found
 
 
 def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
@@ -79,15 +82,6 @@ def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
         what = "memory.budget" if kept.budget else "what the run itself takes"
         return f"three adapters in training would take {bytes_text(planned)}, more than {what} ({bytes_text(most)})"
     return ""
-
-
-def _rows(setup: TextAssembly) -> SearchRows:
-    """The held-out rows that decide, at most `ROWS`, chosen by content."""
-    seed = setup.config.data.split_seed
-    held_out = sorted(setup.held_out.examples, key=lambda example: seed_for(seed, f"rate/{example.key}"))[:ROWS]
-    rows = setup.dataset.held_out
-    groups = {row.key: row.group or row.key for row in rows} if any(row.group for row in rows) else {}
-    return SearchRows(held_out, [], groups, "")
 
 
 def _decided(trials: Trials, steps: int) -> tuple[Trial, Search]:
@@ -126,7 +120,3 @@ def _conclusion(found: Search, chosen: Trial, start: Trial, steps: int) -> str:
     settings = next(line.settings for line in found.trials if line.name == chosen.name)
     what = "stays" if chosen is start else "is taken"
     return f"The {settings} {what}, after {steps} steps on {found.rows} held-out rows. Against ×1: {'; '.join(margins)}."
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Example
+from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_losses, holm
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
@@ -23,7 +24,6 @@ from lorakeet.models.inject import activate, adapter_names, adapter_of, eject
 from lorakeet.models.text.cached_states import cache_states
 from lorakeet.train import schedule
 from lorakeet.train.progress import counted
-from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, Progress, train_many
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, add_pairs
@@ -97,6 +97,11 @@ class SearchRows:
     groups: dict[str, str]  # by key of the example; empty if rows have none
     where: str  # a name for the rows of the confirmation
     of: str = ""  # the rows of which those of the search are a half, if they are
+
+
+def groups_by_key(rows: Sequence[Row]) -> dict[str, str]:
+    """The group of each row by its key, its own key where it has none; empty if no row has one."""
+    return {row.key: row.group or row.key for row in rows} if any(row.group for row in rows) else {}
 
 
 class Trials:
@@ -184,7 +189,11 @@ class Trials:
             for name in names:
                 self.take_out(name)
         self.all += trials
-        self._keep_best()
+        measured = any(trial.losses is not None for trial in self.all)
+        best = self.best() if measured else self.all[0]
+        for trial in self.all[1:]:
+            if trial is not best:  # which may be confirmed, as that of the run file
+                trial.adapter = None
         for trial in trials:
             self._say(trial)
 
@@ -209,14 +218,6 @@ class Trials:
         if name in adapter_names(self.setup.text.model):
             eject(self.setup.text.model, name)
 
-    def _keep_best(self) -> None:
-        """Drops all adapters but those that may be confirmed: that of the run file, and the best one so far."""
-        measured = any(trial.losses is not None for trial in self.all)
-        best = self.best() if measured else self.all[0]
-        for trial in self.all[1:]:
-            if trial is not best:
-                trial.adapter = None
-
     def _finite(self, trial: Trial, name: str) -> RowLosses | None:
         """The losses on the rows of the search; None, with the trial marked as diverged, if not finite or far too high."""
         text, at = self.setup.text, trial.at
@@ -237,15 +238,15 @@ class Trials:
         """Adds the pairs of `trial` to the model as `name`, with the run's seed plus `seed`; `steps` as in `generation`."""
         setup = self.setup
         plan = plan_of_point(setup.text, self.space, trial.point)
-        spec = self._train_spec(self.space.resolved(trial.point).train, seed)
-        spec = spec if steps is None else _first_steps(spec, steps)
+        spec = self.space.resolved(trial.point).train  # of the run's length, with held-out losses at the rungs
+        every = max(1, setup.steps // 8) if spec.evaluate_every is None else spec.evaluate_every
+        spec = replace(spec, steps=setup.steps, evaluate_every=every, seed=spec.seed + seed)
+        if steps is not None:  # at a constant rate after the run's warm-up, which is at most a fourth of them
+            rise = min(schedule.warmup_steps(spec.total_steps(1), spec.warmup_fraction), steps // RISE)
+            warmup = max(0.0, (rise - 0.5) / steps)  # rounded up again
+            spec = replace(spec, steps=steps, schedule="constant", warmup_fraction=warmup)
         self.setup = replace(setup, text=add_pairs(setup, plan, seed=spec.seed, name=name))
         return Member(name, spec, setup.train.examples, held_out)
-
-    def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:
-        """The run's length, with held-out losses at the rungs."""
-        every = max(1, self.setup.steps // 8) if spec.evaluate_every is None else spec.evaluate_every
-        return replace(spec, steps=self.setup.steps, evaluate_every=every, seed=spec.seed + seed)
 
     def best(self) -> Trial:
         """The trial of lowest held-out loss, among those trained to their end if there are any."""
@@ -266,9 +267,8 @@ class Trials:
         start, spec = self.all[0], self.setup.config.evaluate
         whole = [trial for trial in self.all[1:] if trial.whole]  # one that was stopped is worse for that reason alone
         others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
-        stopped = sum(
-            not trial.whole and trial.losses is not None for trial in self.all[1:]
-        )  # they count too: the same rows chose them
+        # those that were stopped count too: the same rows chose them
+        stopped = sum(not trial.whole and trial.losses is not None for trial in self.all[1:])
         compared = [compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None]
         against = holm(compared, beside=stopped)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
@@ -298,12 +298,6 @@ def loss_of(trial: Trial) -> float:
 
 def _mean(found: RowLosses) -> float:
     return float(found.losses.sum() / found.tokens.sum())
-
-
-def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:
-    """Settings of `steps` steps with a constant rate after the run's warm-up, which is at most a fourth of them (RISE)."""
-    rise = min(schedule.warmup_steps(spec.total_steps(1), spec.warmup_fraction), steps // RISE)
-    return replace(spec, steps=steps, schedule="constant", warmup_fraction=max(0.0, (rise - 0.5) / steps))  # rounded up again
 
 
 def _halve(many: MultiAdapterTraining, left: list[float], *, keep: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.planning.check_sizes import SERVERS
+from lorakeet.workflows.planning.check import SERVERS
 from lorakeet.workflows.runs.open_adapter import Opened
 
 Messages = Sequence[dict[str, str]]
@@ -234,14 +234,7 @@ def is_there(name: str, beside: Path) -> bool:
 
 @contextmanager
 def open_artefact(
-    target: str,
-    opened: Opened,
-    *,
-    base: Path | None,
-    precision: str,
-    console: Console,
-    context: int,
-    beside: Path | None = None,
+    target: str, opened: Opened, *, base: Path | None, precision: str, console: Console, context: int, beside: Path | None = None
 ) -> Iterator[Artefact]:
     """The artefact at `target`: a merged folder, a GGUF model, or a GGUF adapter together with the GGUF model `base`.
 
@@ -250,8 +243,8 @@ def open_artefact(
     """
     path = Path(target)
     if path.is_dir() and (path / "model.gguf").is_file():
-        adapter = path / "adapter.gguf"
-        base, path = (path / "model.gguf", adapter) if adapter.is_file() else (base, path / "model.gguf")
+        lora = path / "adapter.gguf"
+        base, path = (path / "model.gguf", lora) if lora.is_file() else (base, path / "model.gguf")
     if path.is_dir():
         name = f"{target if beside is None else artefact_name(path, beside)}/"
         with _merged(path, opened, console) as text:
@@ -261,25 +254,19 @@ def open_artefact(
         raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
     if path.suffix.lower() != ".gguf" and not begins_as_gguf(path):
         raise ConfigError(f"--against {target} is no GGUF file; expected a merged folder, a .gguf file or an http address.")
-    file = GgufFile(path)
-    if not file.is_adapter:
-        with ExitStack() as stack:
-
-            def start() -> LlamaCpp:
-                return stack.enter_context(_started(path, None, context, opened))
-
-            yield InLlamaCpp(start, file, artefact_name(path, beside), _row(precision, file.types))
-        return
-    if base is None:
-        raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
-    model = GgufFile(base)
+    file, adapter = GgufFile(path), None
+    name, types = artefact_name(path, beside), dict(file.types)
+    if file.is_adapter:
+        if base is None:
+            raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
+        adapter, path, file = path, base, GgufFile(base)
+        name, types = f"{artefact_name(base, beside)}{_JOINED}{name}", {**file.types, **types}
     with ExitStack() as stack:
 
-        def start_both() -> LlamaCpp:
-            return stack.enter_context(_started(base, path, context, opened))
+        def start() -> LlamaCpp:
+            return stack.enter_context(_started(path, adapter, context, opened))
 
-        allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
-        yield InLlamaCpp(start_both, model, _JOINED.join(artefact_name(file, beside) for file in (base, path)), allowed, path)
+        yield InLlamaCpp(start, file, name, _row(precision, types), adapter)
 
 
 @contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorakeet.data.chat import Candidates, Ids
 from lorakeet.evaluate.certificate import Check, tolerance_check
@@ -16,8 +20,10 @@ from lorakeet.evaluate.parity import ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.merged_tensors import StoredTensor
 from lorakeet.export.tolerances import Allowed
+from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
-from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS, distinguishing_endings
+from lorakeet.workflows.planning.check import GREEDY_TOKENS, distinguishing_endings
+from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
 
 _SWALLOWED = 1.5  # rounding so many times larger than the change, and no larger than it has to be, is no mistake
@@ -57,6 +63,15 @@ def check_prompts(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
     return check_ids(live, artefact.name, pairs)
 
 
+def named_check(
+    what: str, names: tuple[str, str], measured: Mapping[str, float], tolerance: Mapping[str, float], *, n: int,
+    detail: str = "", floors: tuple[str, ...] = (),
+) -> Check:  # fmt: skip
+    """A check of the second of `names`, which it is called by, against the first; as `tolerance_check`."""
+    named = f"{names[1]}: {what}"
+    return tolerance_check(named, measured, tolerance=tolerance, between=names, n=n, detail=detail, floors=floors)
+
+
 def check_ids(live: InTorch, name: str, pairs: Sequence[tuple[list[int], list[int], str]]) -> Check:
     """The check of (ids here, ids there, what was encoded), with a sentence on the first that differ."""
     wrong, detail = 0, ""
@@ -64,14 +79,8 @@ def check_ids(live: InTorch, name: str, pairs: Sequence[tuple[list[int], list[in
         if ours != theirs:
             wrong += 1
             detail = detail or first_difference(live, ours, theirs, what)
-    return tolerance_check(
-        f"{name}: prompt ids",
-        {"different_prompts": float(wrong)},
-        tolerance={"different_prompts": 0.0},
-        between=(live.name, name),
-        n=len(pairs),
-        detail=detail,
-    )
+    measured, allowed = {"different_prompts": float(wrong)}, {"different_prompts": 0.0}
+    return named_check("prompt ids", (live.name, name), measured, allowed, n=len(pairs), detail=detail)
 
 
 def first_difference(live: InTorch, ours: Sequence[int], theirs: Sequence[int], what: str) -> str:
@@ -137,13 +146,8 @@ def compare_labels(
     """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth."""
     ours, theirs = map(np.array, answers)
     truth = np.array([-2 if row.label is None else row.label for row in rows])  # which no answer is
-    check = tolerance_check(
-        f"{names[1]}: answers",
-        {"different_answers": float((ours != theirs).mean())},
-        tolerance={"different_answers": allowed.metric},
-        between=names,
-        n=len(truth),
-    )
+    different = {"different_answers": float((ours != theirs).mean())}
+    check = named_check("answers", names, different, {"different_answers": allowed.metric}, n=len(truth))
     accuracies = {"accuracy_live": share(ours == truth, spec=spec), "accuracy_there": share(theirs == truth, spec=spec)}
     return replace(check, estimates=accuracies)
 
@@ -187,14 +191,9 @@ def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
             worst = gap
             tokens = [repr(live.text.tokenizer.decode(ids[place : place + 1])) for ids in (ours, theirs)]
             detail = f"The first diverging token is number {place}: {tokens[0]} here, {tokens[1]} there, {gap:.3g} nats apart."
-    return tolerance_check(
-        f"{artefact.name}: greedy text",
-        {"gap": worst},
-        tolerance={"gap": artefact.allowed.gap},
-        between=(live.name, artefact.name),
-        n=len(probes.prompts),
-        detail=detail or f"{equal} of {len(probes.prompts)} texts of up to {GREEDY_TOKENS} tokens are equal.",
-    )
+    detail = detail or f"{equal} of {len(probes.prompts)} texts of up to {GREEDY_TOKENS} tokens are equal."
+    names, allowed = (live.name, artefact.name), {"gap": artefact.allowed.gap}
+    return named_check("greedy text", names, {"gap": worst}, allowed, n=len(probes.prompts), detail=detail)
 
 
 def check_stored(name: str, stored: Mapping[str, StoredTensor], allowed: Allowed) -> Check:
@@ -205,13 +204,8 @@ def check_stored(name: str, stored: Mapping[str, StoredTensor], allowed: Allowed
     worst = max(errors, key=lambda tensor: errors[tensor], default="")
     roughest = max(roundings, key=lambda tensor: roundings[tensor], default="")
     measured = {"share": errors.get(worst, math.nan), "rounding": roundings.get(roughest, math.nan)}
-    check = tolerance_check(
-        f"{name}: weights",
-        measured,
-        tolerance={"share": allowed.share, "rounding": allowed.rounding},
-        between=("base + adapter", name),
-        n=len(stored),
-    )
+    limits = {"share": allowed.share, "rounding": allowed.rounding}
+    check = named_check("weights", ("base + adapter", name), measured, limits, n=len(stored))
     if check.passed and swallowed:
         kept = float(np.mean([stored[tensor].share for tensor in swallowed]))
         many = f"In {len(swallowed)} matrices rounding to {allowed.name} is larger than the adapter's change"
@@ -237,3 +231,81 @@ def _of(found: StoredTensor) -> str:
     if math.isnan(found.share):
         return f"it differs by {found.rounding:.3g} of its size, and the adapter does not change it"
     return f"it holds {found.share:.3g} times the adapter's change and differs by {found.rounding:.3g} of its size"
+
+
+Answer = TypeVar("Answer")
+
+
+class RecordedArtefact:
+    """An artefact's answers, as an `Artefact`: answers are cached, and the only ones left once the artefact is closed.
+
+    So of the two sides of a check one is in memory at a time. The checks are the same, number by number.
+    """
+
+    def __init__(self, artefact: Artefact, spill: Spill) -> None:
+        """Logits wait in `spill`, which the caller closes."""
+        self.name, self.allowed = artefact.name, artefact.allowed
+        self._artefact: Artefact | None = artefact
+        self._spill = spill
+        self._known: dict[Hashable, Any] = {}
+
+    def let_go(self) -> None:
+        """Forgets the artefact; what it was not asked raises KeyError from now on."""
+        self._artefact = None
+
+    def tokenise(self, text: str) -> list[int]:
+        return self._once(("ids", text), lambda artefact: artefact.tokenise(text))
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        return self._once(("prompt", json.dumps(messages)), lambda artefact: artefact.prompt(messages))
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        key = ("text", tuple(prompt), tokens, ends)
+        return self._once(key, lambda artefact: artefact.greedy(prompt, tokens, ends))
+
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        key = ("logits", tuple(ids), last)
+        self._once(key, lambda artefact: self._spill.put(key, artefact.logits(ids, last)))
+        return self._spill.get(key)
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        row = tuple(ids)
+        for number in range(self._once(("parts", row), lambda artefact: self._put(row, artefact.logit_parts(ids)))):
+            yield self._spill.get((row, number))
+
+    def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        return self._once(("stored", source), lambda artefact: artefact.stored(source, opened))
+
+    def _put(self, row: tuple[int, ...], parts: Iterator[Tensor]) -> int:
+        count = 0
+        while (part := next(parts, None)) is not None:
+            self._spill.put((row, count), part)
+            del part  # before the next one is computed
+            count += 1
+        return count
+
+    def _once(self, key: Hashable, ask: Callable[[Artefact], Answer]) -> Answer:
+        if key not in self._known:
+            if self._artefact is None:
+                raise KeyError(key)
+            self._known[key] = ask(self._artefact)
+        found: Answer = self._known[key]
+        return found
+
+
+def ask_all(artefact: Artefact, probes: Probes, live: InTorch, spill: Spill) -> RecordedArtefact:
+    """Asks `artefact` all that the checks of `probes` will ask it. Of `live` only the tokenizer is used: no block comes in."""
+    found = RecordedArtefact(artefact, spill)
+    for messages, _ in probes.conversations:
+        found.prompt(messages)
+    for text in probes.texts:
+        found.tokenise(text)
+    for ids in probes.rows:
+        for _ in found.logit_parts(ids.tolist()):
+            pass
+    for row in probes.labelled:
+        answer(found, row, live)
+    ends = end_ids(live.text)
+    for prompt in probes.prompts:
+        found.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+    return found

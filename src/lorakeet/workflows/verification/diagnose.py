@@ -68,7 +68,13 @@ def _scale_words(found: float, live: InTorch) -> str:
 
 def cause_from_logits(live: InTorch, ids: Sequence[int], theirs: Tensor) -> str:
     """A sentence with the mistake whose logits on `ids` are nearest to `theirs` (tokens, vocabulary); nothing if none is near."""
-    return _likeliest(live, ids, lambda ours: _distance(ours, theirs))
+
+    def distance(ours: Tensor) -> float:
+        width = min(ours.shape[1], theirs.shape[1])
+        p, q = ours[:, :width].double().log_softmax(-1), theirs[:, :width].double().log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    return _likeliest(live, ids, distance)
 
 
 def cause_from_reported(live: InTorch, ids: Sequence[int], reported: Mapping[int, Mapping[int, float]]) -> str:
@@ -89,12 +95,6 @@ def _likeliest(live: InTorch, ids: Sequence[int], distance: Callable[[Tensor], f
     if not words or not tried[words] <= _EXPLAINED * now:
         return "None of the usual mistakes (scale, missing layer, permutation, begin token, no adapter) explains it."
     return f"Likely cause: {words}; it leaves {tried[words]:.2g} of {now:.2g} nats of KL."
-
-
-def _distance(left: Tensor, right: Tensor) -> float:
-    width = min(left.shape[1], right.shape[1])
-    p, q = left[:, :width].double().log_softmax(-1), right[:, :width].double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def _mistakes(live: InTorch, ids: Sequence[int]) -> Iterator[tuple[str, Tensor]]:

@@ -28,7 +28,7 @@ from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.compare import Side, compare_outputs
 from lorakeet.models.text.folded_weights import folded_weights, frozen_weights
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.planning.check_sizes import MERGE_TOKENS
+from lorakeet.workflows.planning.check import MERGE_TOKENS
 
 ROW_TOLERANCE = 1e-4  # of one row of a weight; a pair that matters moves it by 1e-3 and more
 FLIPS = 3
@@ -38,13 +38,7 @@ PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "floa
 
 
 def certify_merge(
-    live: Side,
-    merged: TextModel,
-    rows: Sequence[Example],
-    *,
-    out: Path,
-    spec: EvaluateSpec,
-    effect: Parity | None = None,
+    live: Side, merged: TextModel, rows: Sequence[Example], *, out: Path, spec: EvaluateSpec, effect: Parity | None = None
 ) -> Certificate:
     """Two checks of base + adapter against the merged model, both computed in fp32 so that only stored rounding can differ.
 
@@ -81,13 +75,9 @@ def certify_combined(plan: Combination, stated: Combined, written: Adapter, *, o
             lost += float((given - wanted).double().square().sum())
             whole += float(wanted.double().square().sum())
         beyond[path] = max(0.0, math.sqrt(lost / whole) - stated.errors[path]) if whole > 0 else math.sqrt(lost)
-    check = tolerance_check(
-        "combined changes",
-        {"error_beyond_stated": _worst(beyond)},
-        tolerance={"error_beyond_stated": COMBINED_TOLERANCE},
-        between=(f"{plan.method.name} of {len(plan.adapters)} adapters", f"{out.name}/, read again"),
-        n=len(beyond),
-    )
+    between = (f"{plan.method.name} of {len(plan.adapters)} adapters", f"{out.name}/, read again")
+    found, allowed = {"error_beyond_stated": _worst(beyond)}, {"error_beyond_stated": COMBINED_TOLERANCE}
+    check = tolerance_check("combined changes", found, tolerance=allowed, between=between, n=len(beyond))
     check = check if check.passed else replace(check, detail=worst_layer(beyond))
     facts = {"method": plan.method.name, "weights": ", ".join(map(str, plan.weights)), "stated error": f"{stated.error:.3g}"}
     return Certificate(f"The combined adapter {out}", (check,), facts)
@@ -105,14 +95,6 @@ def changes_of(model: torch.nn.Module, plan: Combination) -> Changes:
         kind = "experts" if experts else kind_of(unwrapped(module)) or plan.kind(path)
         found[f"{owner}.{leaf}"] = partial(fold_change, kind=kind, change=partial(plan.change, path))
     return found
-
-
-def fold_in_place(text: TextModel, plan: Combination) -> None:
-    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is split."""
-    for name, change in changes_of(text.model, plan).items():
-        owner, _, leaf = name.rpartition(".")
-        module = text.model.get_submodule(owner)
-        setattr(module, leaf, torch.nn.Parameter(change(module.get_parameter(leaf).detach()), requires_grad=False))
 
 
 @dataclass(frozen=True)

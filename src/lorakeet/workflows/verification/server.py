@@ -16,15 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from lorakeet.data.chat import Ids
-from lorakeet.evaluate.certificate import Check, Unchecked, tolerance_check
+from lorakeet.evaluate.certificate import Check, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
-from lorakeet.workflows.planning.check_sizes import GREEDY_TOKENS
+from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch
-from lorakeet.workflows.verification.checks import Probes, check_ids, compare_labels
+from lorakeet.workflows.verification.checks import Probes, check_ids, compare_labels, named_check
 from lorakeet.workflows.verification.diagnose import cause_from_reported
 from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
@@ -63,6 +63,11 @@ class _Comparison:
     checks: list[Check] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Both sides, as checks call them."""
+        return self.live.name, self.server.name
+
     def skip(self, what: str, why: str = "the server does not tell") -> None:
         self.unchecked.append(Unchecked(self.server.name, what, why))
 
@@ -83,24 +88,15 @@ class _Comparison:
         if pairs or raw:
             self.checks.append(check_ids(self.live, self.server.name, [*pairs, *raw]))
         if lengths[1]:
-            self.checks.append(self._check_lengths(*lengths))
+            detail = "Likely cause: another chat template, or a begin token more or less." if lengths[0] else ""
+            wrong, allowed = {"different_lengths": float(lengths[0])}, {"different_lengths": 0.0}
+            self.checks.append(named_check("prompt lengths", self.names, wrong, allowed, n=lengths[1], detail=detail))
         if not probes.conversations:
             self.skip("the chat template", "these rows do not go through one")
         elif not talked:
             self.skip("the token ids of conversations")
         if not raw:
             self.skip("the token ids of raw texts")
-
-    def _check_lengths(self, wrong: int, compared: int) -> Check:
-        detail = "Likely cause: another chat template, or a begin token more or less." if wrong else ""
-        return tolerance_check(
-            f"{self.server.name}: prompt lengths",
-            {"different_lengths": float(wrong)},
-            tolerance={"different_lengths": 0.0},
-            between=(self.live.name, self.server.name),
-            n=compared,
-            detail=detail,
-        )
 
     def written(self, prompt: Ids, tokens: int) -> Written | None:
         """What the server writes after `prompt`; None where it takes no ids and no conversation has these."""
@@ -111,26 +107,48 @@ class _Comparison:
         return None if messages is None else api.chat(messages, tokens)
 
     def check_reported(self, reported: Sequence[Reported]) -> None:
-        """Log-probabilities along held-out rows, or else along what the server wrote."""
+        """Log-probabilities along held-out rows, or else along what the server wrote, against the live ones, place by place."""
         if not any(one.places for one in reported):
             self.skip("log-probabilities and their KL")
             return
-        found = _Distances()
+        live, allowed = self.live, self.server.allowed
+        kl, effect, agrees, texts = list[float](), list[float](), list[bool](), list[int]()
+        worst, detail = 0.0, ""
         for number, one in enumerate(reported):
-            found.add(self.live, one, number)
-        check = found.check(self.live, self.server, self.spec)
+            base = InTorch(live.text, None, "base").logits(one.ids).log_softmax(-1)
+            ours = live.logits(one.ids).log_softmax(-1)
+            for place, known in one.places.items():
+                kl.append(kl_lower_bound(ours[place], known))
+                effect.append(kl_lower_bound(ours[place], {token: float(base[place][token]) for token in known}))
+                agrees.append(int(ours[place].argmax()) == max(known, key=lambda token: known[token]))
+                texts.append(number)
+                for token, value in known.items():
+                    mine = float(ours[place][token])
+                    if max(mine, value) >= _LIKELY and abs(mine - value) > worst:
+                        worst = abs(mine - value)
+                        said = repr(live.text.tokenizer.decode([token]))
+                        detail = f"The worst is {said} after token {place} of text {number}: {mine:.3f} here, {value:.3f} there."
+        groups = texts if len(set(texts)) > 1 else None
+        divergence = mean(np.array(kl), spec=self.spec, groups=groups)
+        agreement = share(np.array(agrees), spec=self.spec, groups=groups)
+        measured = {"mean_kl": divergence.value, "logprob_difference": worst, "top1_agreement": agreement.value}
+        limits = {"mean_kl": allowed.parity.mean_kl, "logprob_difference": allowed.gap}
+        limits["top1_agreement"] = allowed.parity.top1_agreement
+        moved = float(np.mean(effect))  # of the base on the same tokens
+        if math.isfinite(allowed.parity.effect) and moved > 0:
+            measured["effect"], limits["effect"] = divergence.value / moved, allowed.parity.effect
+        detail = f"Of up to {TOP} likeliest tokens a place, all others as one. {detail}".strip()
+        check = named_check(
+            "log-probabilities", self.names, measured, limits, n=len(kl), detail=detail, floors=("top1_agreement",)
+        )
+        check = replace(check, estimates={"mean_kl": divergence, "top1_agreement": agreement})
         if not check.passed:
-            worst = max(reported, key=lambda one: len(one.places))
-            check = replace(check, detail=f"{check.detail} {cause_from_reported(self.live, worst.ids, worst.places)}".strip())
+            most = max(reported, key=lambda one: len(one.places))
+            check = replace(check, detail=f"{check.detail} {cause_from_reported(live, most.ids, most.places)}".strip())
         self.checks.append(check)
 
-    def along_rows(self) -> list[Reported]:
-        """What the server reports along held-out rows; empty if it takes no ids."""
-        if not self.server.api.takes_ids:
-            return []
-        return [Reported(row.tolist(), self._along(row.tolist())) for row in self.probes.rows]
-
-    def _along(self, ids: list[int]) -> dict[int, dict[int, float]]:
+    def along(self, ids: list[int]) -> dict[int, dict[int, float]]:
+        """What the server reports of the tokens after each place of a row, or after some."""
         api = self.server.api
         reported = api.along(ids)
         if reported is None:
@@ -156,8 +174,7 @@ class _Comparison:
             ours.append(_label(labels, _said(self.live, self.live.greedy(row.prompt.tolist(), tokens, ends))))
             theirs.append(_label(labels, answer.text or "".join(step.token.text for step in answer.steps)))
         if rows:
-            names = (self.live.name, self.server.name)
-            self.checks.append(compare_labels(names, (ours, theirs), rows, self.server.allowed, self.spec))
+            self.checks.append(compare_labels(self.names, (ours, theirs), rows, self.server.allowed, self.spec))
         elif self.probes.labelled:
             self.skip("the task's answers", "the server takes no token ids, and these prompts are no conversations")
 
@@ -176,18 +193,11 @@ class _Comparison:
         measured = {"gap": worst.gap}
         if any(reading.compared for reading in readings):
             measured = {"logprob_difference": max(reading.difference for reading in readings), **measured}
-        detail = worst.detail
-        if not sum(reading.tokens for reading in readings):
+        detail, tokens = worst.detail, sum(reading.tokens for reading in readings)
+        if not tokens:
             measured["gap"], detail = math.inf, detail or "The server wrote nothing."
-        check = tolerance_check(
-            f"{self.server.name}: greedy text",
-            measured,
-            tolerance=dict.fromkeys(measured, self.server.allowed.gap),
-            between=(self.live.name, self.server.name),
-            n=sum(reading.tokens for reading in readings),
-            detail=detail,
-        )
-        self.checks.append(check)
+        allowed = dict.fromkeys(measured, self.server.allowed.gap)
+        self.checks.append(named_check("greedy text", self.names, measured, allowed, n=tokens, detail=detail))
         return reported
 
 
@@ -195,60 +205,13 @@ def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSp
     """The checks of everything that the server tells, and what was not checked since it does not."""
     found = _Comparison(live, server, probes, spec)
     found.check_prompts()
-    along = found.along_rows()
+    along = [Reported(row.tolist(), found.along(row.tolist())) for row in probes.rows] if server.api.takes_ids else []
     reported = found.check_writing()
     found.check_reported(along if any(one.places for one in along) else reported)
     found.check_answers()
     found.skip("the stored weights", "a server does not tell them")
     about = server.api.about()
     return [replace(check, against=about) for check in found.checks], found.unchecked
-
-
-@dataclass
-class _Distances:
-    """The reported log-probabilities against the live ones, place by place."""
-
-    kl: list[float] = field(default_factory=list)
-    effect: list[float] = field(default_factory=list)  # of the base on the same tokens
-    agrees: list[bool] = field(default_factory=list)
-    texts: list[int] = field(default_factory=list)
-    worst: float = 0.0
-    detail: str = ""
-
-    def add(self, live: InTorch, reported: Reported, number: int) -> None:
-        base = InTorch(live.text, None, "base").logits(reported.ids).log_softmax(-1)
-        ours = live.logits(reported.ids).log_softmax(-1)
-        for place, known in reported.places.items():
-            self.kl.append(kl_lower_bound(ours[place], known))
-            self.effect.append(kl_lower_bound(ours[place], {token: float(base[place][token]) for token in known}))
-            self.agrees.append(int(ours[place].argmax()) == max(known, key=lambda token: known[token]))
-            self.texts.append(number)
-            for token, value in known.items():
-                mine = float(ours[place][token])
-                if max(mine, value) >= _LIKELY and abs(mine - value) > self.worst:
-                    self.worst = abs(mine - value)
-                    said = repr(live.text.tokenizer.decode([token]))
-                    self.detail = f"The worst is {said} after token {place} of text {number}: {mine:.3f} here, {value:.3f} there."
-
-    def check(self, live: InTorch, server: Server, spec: EvaluateSpec) -> Check:
-        groups = self.texts if len(set(self.texts)) > 1 else None
-        kl, agreement = mean(np.array(self.kl), spec=spec, groups=groups), share(np.array(self.agrees), spec=spec, groups=groups)
-        allowed, moved = server.allowed, float(np.mean(self.effect))
-        measured = {"mean_kl": kl.value, "logprob_difference": self.worst, "top1_agreement": agreement.value}
-        limits = {"mean_kl": allowed.parity.mean_kl, "logprob_difference": allowed.gap}
-        limits["top1_agreement"] = allowed.parity.top1_agreement
-        if math.isfinite(allowed.parity.effect) and moved > 0:
-            measured["effect"], limits["effect"] = kl.value / moved, allowed.parity.effect
-        check = tolerance_check(
-            f"{server.name}: log-probabilities",
-            measured,
-            tolerance=limits,
-            between=(live.name, server.name),
-            floors=("top1_agreement",),
-            n=len(self.kl),
-            detail=f"Of up to {TOP} likeliest tokens a place, all others as one. {self.detail}".strip(),
-        )
-        return replace(check, estimates={"mean_kl": kl, "top1_agreement": agreement})
 
 
 @dataclass
@@ -340,18 +303,15 @@ class _TextPosition:
         return found
 
     def _likeliest(self, fits: Callable[[str], bool]) -> tuple[int | None, str]:
+        decode = self.tokenizer.decode
         for count in (min(_READ_TOKENS, len(self.after)), len(self.after)):  # mostly the first few hold it
             for number in self.after.topk(count).indices.tolist():
-                for text in self._spellings(number):
+                # as servers write it: alone, or as what it adds to the text, which may begin with a blank
+                joined = decode([self.before, number]).removeprefix(decode([self.before]))
+                for text in (decode([number]), decode([number], clean_up_tokenization_spaces=False), joined):
                     if fits(text):
                         return number, text
         return None, ""
-
-    def _spellings(self, number: int) -> tuple[str, ...]:
-        """The text of a token as servers write it: alone, or as what it adds to the text, which may begin with a blank."""
-        decode = self.tokenizer.decode
-        joined = decode([self.before, number]).removeprefix(decode([self.before]))
-        return decode([number]), decode([number], clean_up_tokenization_spaces=False), joined
 
 
 def _ambiguous(token: Token) -> bool:

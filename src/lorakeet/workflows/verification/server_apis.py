@@ -110,10 +110,14 @@ class Api:
         requested = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
         found = ask(self.url, "/v1/completions", {**requested, **self._more()})["choices"][0]
         reported = found.get("logprobs") or {}
-        pairs = zip(reported.get("tokens") or (), reported.get("token_logprobs") or (), strict=True)
+        written = list(zip(reported.get("tokens") or (), reported.get("token_logprobs") or (), strict=True))
         tops = reported.get("top_logprobs") or ()
-        steps = [Step(_token(text, value)) for text, value in pairs]
-        steps = [Step(step.token, tuple(_token(*pair) for pair in (top or {}).items())) for step, top in _beside(steps, tops)]
+        if len(tops) != len(written):  # nothing is beside any token if there is not one for each
+            tops = [{}] * len(written)
+        steps = (
+            Step(_token(*pair), tuple(_token(*other) for other in (top or {}).items()))
+            for pair, top in zip(written, tops, strict=True)
+        )
         return Written(str(found.get("text", "")), tuple(steps))
 
     def chat(self, messages: Messages, tokens: int) -> Written:
@@ -190,7 +194,8 @@ class OllamaApi(Api):
 
     def about(self) -> str:
         listed = ask(self.url, "/api/tags").get("models") or ()
-        digest = next((str(one.get("digest", ""))[:12] for one in listed if one.get("name") in self._names()), "")
+        names = self.model, f"{self.model}:latest"
+        digest = next((str(one.get("digest", ""))[:12] for one in listed if one.get("name") in names), "")
         return f"{self.model}{f' ({digest})' if digest else ''} by Ollama {ask(self.url, '/api/version').get('version', '')}"
 
     def tokenise(self, text: str) -> list[int] | None:
@@ -214,9 +219,6 @@ class OllamaApi(Api):
         options = {"temperature": 0, "num_predict": tokens, "repeat_penalty": 1.0}  # 1.1, its own, would write another text
         requested = {"model": self.model, "messages": list(messages), "stream": False, "options": options}
         return ask(self.url, "/api/chat", {**requested, "logprobs": True, "top_logprobs": TOP})
-
-    def _names(self) -> tuple[str, str]:
-        return self.model, f"{self.model}:latest"
 
 
 def find_api(url: str, model: str) -> Api:
@@ -261,8 +263,3 @@ def _steps(reported: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
 def _entry(one: Mapping[str, Any]) -> Token:
     number, logprob = one.get("id"), one.get("logprob")
     return Token(str(one["token"]), None if number is None else int(number), None if logprob is None else float(logprob))
-
-
-def _beside(steps: Sequence[Step], tops: Sequence[Any]) -> Sequence[tuple[Step, Any]]:
-    """Each step with what is reported beside it; nothing beside any if there is not one for each."""
-    return list(zip(steps, tops if len(tops) == len(steps) else [{}] * len(steps), strict=True))

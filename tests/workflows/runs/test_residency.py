@@ -9,8 +9,7 @@ from rich.console import Console
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.measure import PeakMemory
-from lorakeet.workflows.runs.peak_memory import peak_said, say_peak
-from lorakeet.workflows.runs.residency import MemoryPlan, Residency
+from lorakeet.workflows.runs.residency import MemoryPlan, Residency, peak_said, say_peak
 
 
 def within(budget: str | None, planned: int = 0) -> Residency[MemoryPlan]:
