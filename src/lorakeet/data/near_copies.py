@@ -16,14 +16,14 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakeet.data.rarity import FEW, WINDOW, Hashes, NumberedTexts, find_rarity, mix, number_words
+from lorakeet.data.rarity import AT_ONCE, FEW, WINDOW, Hashes, NumberedTexts, find_rarity, mix, number_words
 from lorakeet.data.words import CHARACTER_LENGTH, is_character
 
 CHANCE = 4.0  # bits that near-copies share at least, and log2 of the words where they may differ
 FITTING = 3.0  # bits besides, and log2 of the texts, if the change fits: fewer than one such twin by chance in eight texts
 LEAST = 2  # words that are not common, which near-copies share; one is enough where a common word differs
 KEPT = 24  # sequences kept of each text
-SHORT = 16  # words of a text that is also compared without each single word
+SHORT = 40  # words of a text that is also compared without each single word
 _SHARED = 0.2  # of the sequences kept
 _PAIRS = 2_000_000  # candidates at once, which bounds the memory
 _BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -70,9 +70,11 @@ class _Search:
         self.sketch = _sketches(self.numbered, own)
 
     def run(self) -> list[NearCopy]:
-        patterns = _patterns(self.numbered, self.bits > 0)
         found: dict[tuple[int, int], NearCopy] = {}
-        for (keys, owners), least in ((self.features, _SHARED), (patterns, 0.0)):
+        for (keys, owners), least in (
+            *((part, 0.0) for part in _patterns(self.numbered, self.bits > 0)),
+            (self.features, _SHARED),
+        ):
             for firsts, seconds in self._candidates(keys, owners, least):
                 for first, second in zip(firsts.tolist(), seconds.tolist(), strict=True):
                     if (first, second) not in found and (copy := self._compare(first, second)) is not None:
@@ -188,28 +190,40 @@ def _features(texts: NumberedTexts, sequences: Hashes) -> tuple[tuple[Hashes, ND
     return (keys[kept], owners[kept]), np.bincount(owners[kept], minlength=len(texts))
 
 
-def _patterns(texts: NumberedTexts, own: NDArray[np.bool_]) -> tuple[Hashes, NDArray[np.int32]]:
-    """Of each short text: itself, and itself without each single word or with a mark for it; with and without common words."""
-    inner = texts.ids > 1
-    keys: list[Hashes] = []
-    owners: list[NDArray[np.int32]] = []
-    for chosen, shortest in ((inner, 4), (own, 1)):
-        places = np.flatnonzero(chosen)
-        of = texts.owners()[places]
-        lengths = np.bincount(of, minlength=len(texts))
-        starts = np.concatenate(([0], np.cumsum(lengths)))
-        for length in range(shortest, SHORT + 1):
-            which = np.flatnonzero(lengths == length).astype(np.int32)
-            if not len(which):
-                continue
-            words = texts.hashes[texts.ids[places[starts[which][:, None] + np.arange(length)]]]
-            made = _variants(words) ^ np.uint64(shortest)
-            keys.append(made.ravel())
-            owners.append(np.repeat(which, made.shape[1]))
-    if not keys:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int32)
-    order = np.argsort(np.concatenate(owners), kind="stable")
-    return np.concatenate(keys)[order], np.concatenate(owners)[order]
+def _patterns(texts: NumberedTexts, own: NDArray[np.bool_]) -> Iterator[tuple[Hashes, NDArray[np.int32]]]:
+    """Of each short text: itself, and itself without each single word or with a mark for it; with and without common words.
+
+    The hashes are divided into parts of about AT_ONCE, so that equal ones are in one part.
+    """
+    lengths = np.diff(texts.starts) - 2
+    parts = int(4 * lengths[lengths <= SHORT].sum()) // AT_ONCE + 2
+    width = np.uint64(-(-(2**64) // parts))
+    chosen = [(_by_length(texts, words), shortest) for words, shortest in ((texts.ids > 1, 4), (own, 1))]
+    for part in range(parts):
+        keys, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)]
+        for by_length, shortest in chosen:
+            for which, places in by_length:
+                if places.shape[1] < shortest:
+                    continue
+                made = _variants(texts.hashes[texts.ids[places]]) ^ np.uint64(shortest)
+                kept = made // width == part
+                keys.append(made[kept])
+                owners.append(np.repeat(which, kept.sum(axis=1)))
+        order = np.argsort(np.concatenate(owners), kind="stable")
+        yield np.concatenate(keys)[order], np.concatenate(owners)[order]
+
+
+def _by_length(texts: NumberedTexts, words: NDArray[np.bool_]) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+    """Of each length up to SHORT: the texts with so many of these words, and the words' positions (texts, length)."""
+    places = np.flatnonzero(words)
+    lengths = np.bincount(texts.owners()[places], minlength=len(texts))
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    found = []
+    for length in range(1, SHORT + 1):
+        which = np.flatnonzero(lengths == length).astype(np.int32)
+        if len(which):
+            found.append((which, places[starts[which][:, None] + np.arange(length)]))
+    return found
 
 
 def _variants(words: Hashes) -> Hashes:

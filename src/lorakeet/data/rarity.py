@@ -84,19 +84,18 @@ def number_words(texts: Iterable[Sequence[str]]) -> NumberedTexts:
 def find_rarity(texts: NumberedTexts) -> Rarity:
     """Counts the sequences of one to five words of all texts.
 
-    Needs about 50 bytes a word. Positions are sorted two million at a time.
+    Needs about 80 bytes a word: positions are sorted two million at a time.
     """
-    owners, words = texts.owners(), texts.hashes[texts.ids]
-    left = np.repeat(texts.starts[1:], np.diff(texts.starts)) - np.arange(len(texts.ids))  # positions up to the text's end
+    owners, left = texts.owners(), _left(texts)
     chance = np.zeros(len(texts.ids), np.float32)
     found, open_ = np.zeros(len(texts.ids), np.uint64), np.ones(len(texts.ids), bool)
-    keys, before = words.copy(), np.zeros(0, np.int32)
+    keys, before = texts.hashes[texts.ids], np.zeros(0, np.int32)
     single = around = before
     for length in range(1, LONGEST + 1):
         if length > 1:
-            keys[: 1 - length] = keys[: 1 - length] * _STEP + words[length - 1 :]
-        mixed = mix(keys)
-        counts = _texts_with(mixed, owners, left >= length)
+            keys[: 1 - length] *= _STEP
+            keys[: 1 - length] += texts.hashes[texts.ids[length - 1 :]]
+        counts = _texts_with(keys, owners, left >= length)
         if length == 1:
             chance, single = (np.maximum(counts - 2, 0) + 1).astype(np.float32) / np.float32(len(texts) + UNSEEN), counts
         else:
@@ -107,15 +106,25 @@ def find_rarity(texts: NumberedTexts) -> Rarity:
             decided = open_ & (counts <= FEW)
             open_ &= ~decided
             shared = decided & (counts > 1)
-            found[shared] = mixed[shared]
+            found[shared] = mix(keys[shared])
         before = counts
     for places in SKIPPED:
-        apart = words[:-places] * _STEP + words[places:]
-        keys[:-places] = mix(apart ^ np.uint64(places))
+        keys = texts.hashes[texts.ids]
+        keys[:-places] *= _STEP
+        keys[:-places] += texts.hashes[texts.ids[places:]] ^ np.uint64(places)
         _expect(chance, _texts_with(keys, owners, left > places), single, places)
-    bits = np.clip(-np.log2(chance), 0, HIGHEST)
+    bits = np.clip(-np.log2(chance, out=chance), 0, HIGHEST)
     bits[(bits < EXPECTED) | (texts.ids <= _END)] = 0
     return Rarity(bits, around, found)
+
+
+def _left(texts: NumberedTexts) -> NDArray[np.int8]:
+    """Positions up to the end of the text, itself included; more than needed count as LONGEST."""
+    left = np.full(len(texts.ids), LONGEST, np.int8)
+    for places in range(LONGEST - 1, 0, -1):
+        ends = texts.starts[1:] - places
+        left[ends[ends >= texts.starts[:-1]]] = places
+    return left
 
 
 def mix(keys: Hashes) -> Hashes:
@@ -135,10 +144,10 @@ def _expect(chance: NDArray[np.float32], counts: Counts, contexts: Counts, place
 def _texts_with(keys: Hashes, owners: NDArray[np.int32], valid: NDArray[np.bool_]) -> Counts:
     """In how many texts the key of each position stands; 0 where it is not valid."""
     found = np.zeros(len(keys), np.int32)
-    parts = max(1, len(keys) // AT_ONCE)
-    part_of = (keys >> np.uint64(40)) % np.uint64(parts)
+    parts = len(keys) // AT_ONCE + 2
+    width = np.uint64(-(-(2**64) // parts))
     for part in range(parts):
-        chosen = np.flatnonzero(valid & (part_of == part))
+        chosen = np.flatnonzero(valid & (keys // width == part))
         if not len(chosen):
             continue
         order = chosen[np.argsort(keys[chosen], kind="stable")]
