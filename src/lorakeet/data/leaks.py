@@ -93,7 +93,7 @@ class LeakReport:
         one = "" if self.threshold == 1 else f", or all but one from {fewest_words(self.threshold):g} words on"
         return (
             f"Searched {rows} rows for texts that share {self.threshold:.0%} of their words{one}; text that many rows share does "
-            f"not count. It finds at least {RECALL} of such copies, and cannot find {UNSEEN}."
+            f"not count. It found at least {RECALL} of the copies planted in sentences and labels, and cannot find {UNSEEN}."
         )
 
     def lines(self) -> list[str]:
