@@ -25,8 +25,10 @@ except lorakeet.LorakeetError as error:
 
 report = lorakeet.read_report(out / "report.json")
 for system in report.systems:
-    loss = system.metrics["loss"]
-    print(f"{system.name}: {loss.value:.3f} nats a token ({loss.low:.3f} to {loss.high:.3f}, {loss.n} rows)")
+    name, found = next(iter(system.metrics.items()))
+    print(f"{system.name}: {name} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}, {found.n} rows)")
+if report.verdict is not None:
+    print(report.verdict.sentence)
 print("certificate passed:", lorakeet.read_certificate(out / "certificate.json").passed)
 
 adapter = lorakeet.read_adapter(out / "adapter")

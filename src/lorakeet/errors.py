@@ -89,6 +89,7 @@ class Problems:
         self.remedy = remedy  # the last sentence, where one thing mends them all
         self.shown = shown  # of many problems the first so many are named and the others counted
         self.messages: list[str] = []
+        self.others = 0  # problems that are counted and not kept
 
     def add(self, message: str) -> None:
         self.messages.append(message)
@@ -98,8 +99,8 @@ class Problems:
         if len(self.messages) == 1:
             raise self.kind(" ".join([*self.messages, *([self.remedy] if self.remedy else [])]))
         if self.messages:
-            named = self.messages[: self.shown]
-            lines = [f"{self.heading} ({len(self.messages)} problems):", *(f"  - {message}" for message in named)]
-            if more := len(self.messages) - len(named):
-                lines.append(f"  - and {more} more.")
+            named, count = self.messages[: self.shown], len(self.messages) + self.others
+            lines = [f"{self.heading} ({count:,} problems):", *(f"  - {message}" for message in named)]
+            if more := count - len(named):
+                lines.append(f"  - and {more:,} more.")
             raise self.kind("\n".join([*lines, *([self.remedy] if self.remedy else [])]))

@@ -35,7 +35,7 @@ def test_help_is_grouped_by_section() -> None:
 def test_options_of_a_verb_become_arguments_and_flags() -> None:
     parameters, arguments = option_flags(EvaluateOptions)
     assert list(arguments) == ["RUN_OR_ADAPTER"]
-    assert [param.name for param in parameters] == ["run_or_adapter", "data", "config", "base", "out", "memory"]
+    assert [param.name for param in parameters] == ["run_or_adapter", "data", "config", "base", "out", "metric", "memory"]
 
 
 def test_an_argument_of_several_values_takes_all_of_them() -> None:

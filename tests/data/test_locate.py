@@ -81,7 +81,7 @@ def test_damaged_files_are_named(tmp_path, archive):
 
 def test_other_encodings_are_refused_with_the_byte(tmp_path):
     (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin.txt is not UTF-8 text \(byte 0xe9\).*iconv"):
+    with pytest.raises(DataError, match=r"latin.txt is not utf-8 text \(byte 0xe9\).*data.encoding cp1252"):
         read(str(tmp_path / "latin.txt"))
 
 

@@ -1,6 +1,7 @@
 """From a spec to all rows of a run, or to one message that says what is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,12 @@ def test_rows_without_labels_need_none(tmp_path):
 def test_wrong_settings_come_before_any_file(tmp_path):
     with pytest.raises(ConfigError, match=r"data.limit is 0"):
         load_dataset(DataSpec(train=str(tmp_path / "missing.jsonl"), limit=0))
+
+
+def test_labels_that_look_alike_are_said(tmp_path: Path) -> None:
+    labels = ("Positive", "positive", "negative")
+    lines = ["text\tlabel", *(f"number {number} of it\t{labels[number % 3]}" for number in range(30))]
+    (tmp_path / "rows.tsv").write_text("\n".join(lines))
+    found = load_dataset(DataSpec(train=str(tmp_path / "rows.tsv"), held_out_fraction=0.3))
+    assert any("'Positive' and 'positive' differ in case" in note for note in found.notes)
+    assert set(found.label_counts) == set(labels) and sum(found.label_counts.values()) == len(found.train)

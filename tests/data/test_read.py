@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -139,3 +140,43 @@ def test_hub_that_cannot_be_reached_is_named(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(EnvironmentProblem, match=r"'no-such-owner/no-such-set' \(split 'dev'\) could not be loaded.*local file"):
         list(hub_records("hub:no-such-owner/no-such-set#dev"))
+
+
+def test_bad_rows_are_dropped_on_request_and_counted(tmp_path: Path) -> None:
+    lines = ['{"text": "one"}', "{broken", '{"text": ""}', '{"text": "two"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    said: list[str] = []
+    rows = read_rows(str(tmp_path / "rows.jsonl"), DataSpec(train="x", bad_rows="drop"), said)
+    assert [row.text for row in rows] == ["one", "two"]
+    assert len(said) == 1 and said[0].startswith(f"2 of 4 rows of {tmp_path / 'rows.jsonl'} were dropped; first rows.jsonl:2: ")
+    with pytest.raises(DataError, match=r"\(2 problems\)(.|\n)*--data.bad_rows drop"):
+        read_rows(str(tmp_path / "rows.jsonl"), DataSpec(train="x"))
+    (tmp_path / "none.jsonl").write_text("{broken\n")
+    with pytest.raises(DataError, match="broken JSON"):
+        read_rows(str(tmp_path / "none.jsonl"), DataSpec(train="x", bad_rows="drop"))
+
+
+def test_all_problems_are_counted_and_ten_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{broken\n" * 21)
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / "rows.jsonl"), DataSpec(train="x"))
+    said = str(caught.value)
+    assert "(21 problems)" in said and said.count("broken JSON") == 10 and "and 11 more" in said
+
+
+def test_other_separators_and_encodings_are_named_and_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text;label\nschön;gut\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"not utf-8 text \(byte 0xf6\)\. Set --data.encoding cp1252"):
+        read_rows(str(tmp_path / "a.csv"), DataSpec(train="x"))
+    with pytest.raises(DataError, match=r"one column, 'text;label', .* separated by ';'\. Set --data.delimiter ';'"):
+        read_rows(str(tmp_path / "a.csv"), DataSpec(train="x", encoding="cp1252"))
+    (row,) = read_rows(str(tmp_path / "a.csv"), DataSpec(train="x", encoding="cp1252", delimiter=";"))
+    assert (row.text, row.label) == ("schön", "gut")
+    (tmp_path / "b.csv").write_text("text\tlabel\nx\ty\n")
+    with pytest.raises(DataError, match=r"Set --data\.delimiter 'tab'"):
+        read_rows(str(tmp_path / "b.csv"), DataSpec(train="x"))
+    assert read_rows(str(tmp_path / "b.csv"), DataSpec(train="x", delimiter="tab"))[0].label == "y"
+    (tmp_path / "c.jsonl").write_bytes('{"text": "é"}'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"Set --data\.encoding utf-16"):
+        read_rows(str(tmp_path / "c.jsonl"), DataSpec(train="x"))
+    assert read_rows(str(tmp_path / "c.jsonl"), DataSpec(train="x", encoding="utf-16"))[0].text == "é"

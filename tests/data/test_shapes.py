@@ -138,7 +138,7 @@ def test_half_a_character_is_refused():
         ("hello", "expected a list of messages, got 'hello'"),
         ([{"role": "user", "content": "a"}], "no message of the assistant"),
         ([{"role": "asistant", "content": "a"}], "role 'asistant'.*Did you mean 'assistant'"),
-        ([{"role": "tool", "content": "a"}], "role 'tool'; expected one of system, user, assistant"),
+        ([{"role": "critic", "content": "a"}], "role 'critic'; expected one of system, user, assistant, tool"),
         ([{"role": "assistant", "content": " "}], r"message 1 \(assistant\) has no text"),
         ([{"role": "assistant", "content": None}], r"message 1 \(assistant\) has no text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has parts that are not text"),

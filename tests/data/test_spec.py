@@ -54,3 +54,12 @@ def test_fill_template_finds_the_text_and_keeps_braces():
     assert span is not None and text[span[0] : span[1]] == "good {film}"
     assert template_fields(template) == ["title", "text"]
     assert fill_template("{title}", {"title": "a"}, "text") == ("a", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"encoding": "utf-99"}, "data.encoding is 'utf-99'"), ({"delimiter": "::"}, "data.delimiter is '::'; expected one")],
+)
+def test_encodings_and_separators_that_cannot_be(given: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        DataSpec(train="x", **given).validate()  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ import pytest
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import measure
-from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
+from lorakeet.evaluate.baselines import constant_answer, majority_class, nearest_answers, tfidf_logistic
+from lorakeet.evaluate.replies import Replies
 from lorakeet.evaluate.spec import EvaluateSpec
 
 QUICK = EvaluateSpec(resamples=200)
@@ -43,7 +44,7 @@ def floor(rows: dict[str, list[dict[str, str]]], *, unescape: bool) -> tuple[flo
         truth=[row["rating"] for row in rows["Test"]],
         labels=LABELS,
     )
-    assert answers.note == ""
+    assert answers.note.startswith("words (accuracy in cross-validation ")
     found = measure(answers, QUICK)
     return round(found["accuracy"].value, 3), round(found["macro_f1"].value, 3)
 
@@ -105,3 +106,46 @@ def test_unknown_labels_and_missing_rows_are_all_named() -> None:
     assert "0 training rows" in str(caught.value) and "held-out rows have the labels 'd'" in str(caught.value)
     with pytest.raises(DataError, match="Texts and labels differ"):
         tfidf_logistic(["x"], ["a", "b"], texts=["x"], truth=["a"], labels=("a", "b"))
+
+
+def codes(count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Short made-up descriptions whose label is in the letters of their words, not in words that are met twice."""
+    generator = np.random.default_rng(seed)
+    texts, labels = [], []
+    for _ in range(count):
+        label = str(generator.choice(["itis", "osis", "oma"]))
+        stem = "".join(generator.choice(list("bcdfghklmnprst"), 5).tolist())
+        texts.append(f"{stem}{label} of the {generator.choice(['eye', 'lung', 'skin'])}")
+        labels.append(label)
+    return texts, labels
+
+
+def test_characters_are_taken_where_they_answer_more_training_rows_right() -> None:
+    texts, labels = codes(150, seed=0)
+    others, truth = codes(100, seed=1)
+    answers = tfidf_logistic(texts, labels, texts=others, truth=truth, labels=("itis", "osis", "oma"))
+    assert answers.note.startswith("characters (accuracy in cross-validation ") and answers.correct.mean() > 0.95
+
+
+def test_texts_without_spaces_are_told_apart() -> None:
+    """On whole clauses as words the floor was chance for Chinese."""
+    generator = np.random.default_rng(0)
+    good, bad, rest = "好棒佳优赞", "坏差劣烂糟", list("这部电影音乐故事演员导演场景")
+
+    def review(kind: str) -> str:
+        parts = [*generator.choice(rest, 6), generator.choice(list(kind)), *generator.choice(rest, 4)]
+        return "".join(map(str, parts))
+
+    texts, labels = [review(kind) for kind in (good, bad) * 60], ["good", "bad"] * 60
+    answers = tfidf_logistic(texts[:80], labels[:80], texts=texts[80:], truth=labels[80:], labels=("bad", "good"))
+    assert answers.note.startswith("characters") and answers.correct.mean() > 0.75
+
+
+def test_copied_answers() -> None:
+    like = Replies("base", ("", "", ""), ("1", "2", "3"))
+    prompts, answers = ["code of cholera", "code of measles", "code of mumps"], ["A00", "B05", "A00"]
+    nearest = nearest_answers(prompts, answers, ["cholera?", "the measles", "mumps"], like=like)
+    assert nearest.texts == ("A00", "B05", "A00") and nearest.references == like.references
+    constant = constant_answer(answers, like=like)
+    assert constant.texts == ("A00",) * 3 and "2 of 3" in constant.note
+    assert nearest_answers(["", " "], ["a", "b"], ["x", "y", "z"], like=like).texts == ("a", "a", "a")

@@ -9,7 +9,7 @@ from lorakeet.evaluate.verdict import verdict_of
 
 def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "accuracy") -> Comparison:
     difference = Estimate(value, value - 0.04, value + 0.04, 379, "BCa bootstrap", 0.95, 0)
-    return Comparison("adapter", right, metric, difference, 0.01, "exact McNemar", metric == "accuracy", verdict)
+    return Comparison("adapter", right, metric, difference, 0.01, "exact McNemar", metric in ("accuracy", "exact_match"), verdict)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,19 @@ def test_loss_is_spoken_of_where_there_is_no_accuracy() -> None:
     assert found.sentence == "The adapter beats its base: −0.200 nats a token (95 % interval −0.240 to −0.160)."
 
 
-def test_other_metrics_alone_make_no_headline() -> None:
-    assert verdict_of([comparison("base", "better", 0.1, metric="macro_f1")]) is None
+def test_nothing_compared_makes_no_headline() -> None:
     assert verdict_of([]) is None
+
+
+def test_a_lower_loss_alone_is_no_headline_where_replies_were_compared() -> None:
+    """The first users' case: −2.986 nats against a base that did not know the format, and not one right answer."""
+    replies = comparison("base", "no difference shown", 0.0, metric="exact_match")
+    lower = comparison("base", "better", -2.986, metric="loss")
+    found = verdict_of([replies, lower])
+    assert found is not None and found.tone == "none"
+    assert found.sentence == (
+        "The answers are not better, though the loss is lower: −2.986 nats a token (−3.026 to −2.946). No difference shown "
+        "between the adapter and its base: 0.000 exact match (95 % interval −0.040 to +0.040)."
+    )
+    better = verdict_of([comparison("base", "better", 0.5, metric="exact_match"), lower])
+    assert better is not None and better.sentence.startswith("The adapter beats its base by +0.500 exact match")

@@ -101,7 +101,7 @@ def test_missing_and_unreadable_files(bench: Bench) -> None:
     bench.refused(bench.finetune(data="rows.jsn"), "'rows.jsn' does not exist", "Did you mean 'rows.jsonl'?")
     bench.refused(["finetune", "none.yaml"], "none.yaml does not exist", "Give the path of a run file")
     bench.refused(bench.finetune(data="."), "'.' is a folder", "name a file in it")
-    bench.refused(bench.finetune(data=bench.write("latin.jsonl", b'{"text": "\xff"}\n')), "not UTF-8", "iconv -f latin1")
+    bench.refused(bench.finetune(data=bench.write("latin.jsonl", b'{"text": "\xff"}\n')), "not utf-8", "--data.encoding")
     bench.refused(bench.finetune(data=bench.write("rows.xyz", "a")), "'.xyz'", ".jsonl", ".parquet")
     bench.refused(bench.finetune(data=bench.write("empty.jsonl", "")), "empty.jsonl has no rows", "expected at least one")
     bench.refused(bench.finetune(model="./no/model"), "'./no/model' does not exist", "Check the path")

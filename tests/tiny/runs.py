@@ -46,6 +46,9 @@ QUICK = {
     "evaluate.resamples": "200",
     "evaluate.drift_texts": "4",
     "evaluate.drift_tokens": "8",
+    "evaluate.answers": "4",
+    "evaluate.answer_tokens": "8",
+    "evaluate.examples": "2",
 }
 
 

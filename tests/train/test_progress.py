@@ -55,10 +55,10 @@ def test_what_takes_long_is_counted_in_lines_and_what_is_short_is_not(monkeypatc
     now = iter([0.0, 10.0, 31.0, 31.0, 40.0, 62.0, 62.0])
     monkeypatch.setattr("lorakeet.train.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
     out = io.StringIO()
-    with counted(Console(file=out, width=40), "base [answers] 9 rows", 9) as advance:
+    with counted(Console(file=out, width=60), "base [answers] 9 rows", 9) as advance:
         for _ in range(4):
             advance(2)
-    assert out.getvalue().splitlines() == ["base [answers] 9 rows: 4 of 9", "base [answers] 9 rows: 8 of 9"]
+    assert out.getvalue().splitlines() == ["base [answers] 9 rows (4 of 9 done)", "base [answers] 9 rows (8 of 9 done)"]
 
 
 def test_in_a_terminal_it_is_a_bar_that_goes() -> None:

@@ -195,7 +195,8 @@ def test_rows_without_labels_are_evaluated_by_their_loss(tiny_llama_folder: Path
     result = run(tiny_llama_folder, data, tmp_path / "run", {"train.steps": 12})
     assert result.report is not None and result.outcome is not None
     assert result.report.task == "language"
-    adapter, base = result.report.systems
+    adapter, base, *others = result.report.systems
+    assert not any("loss" in system.metrics for system in others)
     assert (adapter.role, base.role) == ("adapter", "base") and {"loss", "perplexity"} <= adapter.metrics.keys()
     assert base.metrics["loss"].value == pytest.approx(result.outcome.base_loss, abs=1e-6)
     assert adapter.metrics["loss"].value == pytest.approx(result.outcome.best_loss, abs=1e-6)

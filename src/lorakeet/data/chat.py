@@ -108,6 +108,22 @@ class Encoder:
         answers = tuple(answer for _, answer in pairs)
         return Candidates(prompt, answers, row.key, self._label_index(row), truncated=fitted.row is not row)
 
+    def question(self, row: Row) -> tuple[Ids, Ids] | None:
+        """The ids before the row's last answer, and those of the answer; None if the row ends in no answer, or is left out.
+
+        They are the ids of `encode(row)`.
+        """
+        fitted = self._fit(row) if row.turns[-1].supervised and row.turns[-1].role else None
+        return None if fitted is None else self._prompt_and_answer(fitted.row)
+
+    def tokens_of(self, row: Row) -> int:
+        """The tokens of the whole row, with its longest label if it is near data.max_tokens."""
+        return self._length(_Fitted(row, self._tokens(row)))
+
+    def fits(self, row: Row) -> bool:
+        """True if the whole row has at most data.max_tokens tokens, with any label."""
+        return self.tokens_of(row) <= self.spec.max_tokens
+
     def _label_index(self, row: Row) -> int | None:
         if row.label is None or not self.labels:
             return None

@@ -116,17 +116,25 @@ def open_binary(location: Location) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def open_text(location: Location) -> Iterator[IO[str]]:
-    """Opens a file as UTF-8 text, line ends untouched. Raises DataError for other encodings."""
-    with open_binary(location) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+def open_text(location: Location, encoding: str = "utf-8") -> Iterator[IO[str]]:
+    """Opens a file as text, line ends untouched; UTF-8 with or without a mark. Raises DataError for other encodings."""
+    codec = "utf-8-sig" if encoding == "utf-8" else encoding
+    with open_binary(location) as stream, io.TextIOWrapper(stream, encoding=codec, newline="") as text:
         try:
             yield text
         except UnicodeDecodeError as error:
-            bad = error.object[error.start : error.start + 1].hex()
+            start = error.object[max(0, error.start - 2) : error.start + 4]
             raise DataError(
-                f"{location.name} is not UTF-8 text (byte 0x{bad}); convert it, for example with: "
-                f"iconv -f latin1 -t utf-8 {location.name}"
+                f"{location.name} is not {encoding} text (byte 0x{error.object[error.start : error.start + 1].hex()}). "
+                f"Set --data.encoding {_likely_encoding(start, encoding)}, or convert the file to UTF-8."
             ) from error
+
+
+def _likely_encoding(around: bytes, tried: str) -> str:
+    """A guess from the bytes around the first one that could not be read: UTF-16's zeros, or Windows' letters."""
+    if b"\0" in around or around[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    return "latin-1" if tried == "cp1252" else "cp1252"
 
 
 def _ends_with(path: str, suffix: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ class Dataset:
     test: tuple[Row, ...]
     labels: tuple[str, ...]
     leaks: LeakReport
+    notes: tuple[str, ...] = ()  # sentences about rows that were dropped, and labels that look alike
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """How many training rows each label has."""
+        counts = Counter(row.label for row in self.train)
+        return {label: counts[label] for label in self.labels}
 
     def split_record(self) -> dict[str, object]:
         """The content of split.json."""
@@ -34,10 +42,11 @@ class Dataset:
 def load_dataset(spec: DataSpec) -> Dataset:
     """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError."""
     spec.validate()
-    rows = read_rows(spec.train, spec)
-    test = read_rows(spec.test, spec) if spec.test else []
+    notes: list[str] = []
+    rows = read_rows(spec.train, spec, notes)
+    test = read_rows(spec.test, spec, notes) if spec.test else []
     if spec.held_out:
-        split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec)))
+        split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec, notes)))
     else:
         split = split_rows(rows, spec)
     # Checked before and after: the leak check may remove all training rows of a label.
@@ -45,7 +54,19 @@ def load_dataset(spec: DataSpec) -> Dataset:
     clean = check_leaks(split.train, split.held_out, test, spec)
     labels = find_labels(clean.train, spec)
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
-    return Dataset(clean.train, clean.held_out, clean.test, labels, clean.report)
+    return Dataset(clean.train, clean.held_out, clean.test, labels, clean.report, (*notes, *_alike(labels)))
+
+
+def _alike(labels: Sequence[str]) -> list[str]:
+    """A sentence for each group of labels that differ in case, white space or Unicode form only."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), []).append(label)
+    return [
+        f"The labels {' and '.join(map(repr, group))} differ in case, spaces or Unicode form only, but count as {len(group)}. If "
+        "they are one, mend the file."
+        for group in groups.values() if len(group) > 1
+    ]  # fmt: skip
 
 
 def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:

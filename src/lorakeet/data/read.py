@@ -21,20 +21,25 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
 
 
-def read_rows(name: str, spec: DataSpec) -> list[Row]:
+def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None) -> list[Row]:
     """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them.
 
-    Raises one DataError that lists all problems of single rows.
+    Raises one DataError that lists all problems of single rows. With data.bad_rows "drop" such rows are left out; a sentence
+    about them is added to `dropped`.
     """
     problems = RowProblems(f"{name} cannot be used as it is")
-    rows = list(shape_rows(islice(read_records(name, problems), spec.limit), name, spec, problems))
-    problems.raise_if_any()
+    rows = list(shape_rows(islice(read_records(name, problems, spec), spec.limit), name, spec, problems))
+    if spec.bad_rows == "stop" or not rows:
+        problems.raise_if_any()
     if not rows:
         raise DataError(f"{name} has no rows; expected at least one record below the header.")
+    if problems.count and dropped is not None:
+        count, total = problems.count, problems.count + len(rows)
+        dropped.append(f"{count:,} of {total:,} rows of {name} were dropped; first {problems.first}")
     return rows
 
 
-def read_records(name: str, problems: RowProblems) -> Iterator[FileRecord]:
+def read_records(name: str, problems: RowProblems, spec: DataSpec | None = None) -> Iterator[FileRecord]:
     """Yields the records of one file, folder or hub data set, in order and unchanged."""
     base, mark, split = name.partition("#")
     if mark and Path(base).expanduser().is_dir():
@@ -47,7 +52,9 @@ def read_records(name: str, problems: RowProblems) -> Iterator[FileRecord]:
     if location.kind == ".parquet":
         return parquet_records(location)
     if location.kind in READERS:
-        return text_records(location, problems)
+        if spec is None:
+            return text_records(location, problems)
+        return text_records(location, problems, encoding=spec.encoding, delimiter=spec.separator_of_columns)
     known = [*READERS, ".parquet"]
     raise DataError(
         f"{name} ends in '{location.kind}', which has no reader; expected one of {', '.join(known)} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,15 +13,17 @@ from functools import cached_property
 class Turn:
     """One speaker's text.
 
-    `role` is "system", "user" or "assistant", or "" for raw text, which never goes through a chat template.
+    `role` is "system", "user", "assistant" or "tool", or "" for raw text, which never goes through a chat template.
     `free` is the span (start, end) of `text` that came from the data; a prompt template added the rest. Only the free span
-    is compared between rows, and only it is shortened when a row is too long.
+    is compared between rows, and only it is shortened when a row is too long. `extra` are the message's other keys for the
+    template, as JSON text: tool_calls, tool_call_id and name.
     """
 
     role: str
     text: str
     supervised: bool
     free: tuple[int, int] | None = None
+    extra: str = ""
 
     @property
     def free_text(self) -> str:
@@ -32,19 +35,25 @@ class Turn:
 class Row:
     """A conversation, a prompt with its completion, a labelled text or a raw text.
 
-    `source` is its place, as "file.tsv:17"; rows of one `group` stay on one side of a split.
+    `source` is its place, as "file.tsv:17"; rows of one `group` stay on one side of a split. `tools` are the descriptions of
+    callable functions for the chat template, as JSON text.
     """
 
     turns: tuple[Turn, ...]
     label: str | None
     group: str | None
     source: str
+    tools: str = ""
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of the content, independent of file, row order, prompt template and system prompt."""
-        said = [[turn.role, turn.free_text] for turn in self.turns if turn.role != "system" and not self._is_label(turn)]
-        canonical = json.dumps([said, self.label], ensure_ascii=False, separators=(",", ":"))
+        said = [
+            [turn.role, turn.free_text, *([turn.extra] if turn.extra else [])]
+            for turn in self.turns if turn.role != "system" and not self._is_label(turn)
+        ]  # fmt: skip
+        content = [said, self.label, *([self.tools] if self.tools else [])]
+        canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
@@ -54,3 +63,8 @@ class Row:
 
     def _is_label(self, turn: Turn) -> bool:
         return turn.supervised and self.label is not None
+
+
+def row_groups(rows: Sequence[Row]) -> tuple[str, ...] | None:
+    """The group of each row, or its own source; None if no row has a group."""
+    return tuple(row.group or row.source for row in rows) if any(row.group for row in rows) else None

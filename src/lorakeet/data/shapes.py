@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,13 @@ from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError, nearest
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 _CHAT_COLUMNS = ("messages", "conversations")
 _COMPLETION_COLUMNS = (("prompt", "completion"), ("prompt", "response"))
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_OTHER_ROLES = {
+    "human": "user", "gpt": "assistant", "developer": "system", "function": "tool", "observation": "tool",
+    "function_call": "assistant",
+}  # fmt: skip  # ShareGPT's, and OpenAI's older and newer ones
 _LABEL = "label"
 
 
@@ -89,8 +93,9 @@ def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) 
 
 def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     values = record.values
-    label = None
+    label, tools = None, ""
     if shape == "chat":
+        tools = _tools(values)
         column = next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
         turns = _messages(_as_list(values.get(column)), spec)
     elif shape == "completion":
@@ -105,7 +110,7 @@ def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     if spec.system and shape != "text" and turns[0].role != "system":
         turns = (Turn("system", spec.system, supervised=False), *turns)
     group = None if spec.group_column is None else _text(values, spec.group_column, spec)
-    return Row(turns, label, group, record.source)
+    return Row(turns, label, group, record.source, tools)
 
 
 def _completion(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
@@ -153,8 +158,8 @@ def _messages(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
 def _message(message: object, number: int, spec: DataSpec) -> Turn:
     if not isinstance(message, dict):
         raise _Unusable(f"message {number} is {type(message).__name__}; expected an object with 'role' and 'content'.")
-    role = message.get("role", message.get("from"))
-    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    given = message.get("role", message.get("from"))
+    role = _OTHER_ROLES.get(given, given) if isinstance(given, str) else given
     if role not in ROLES:
         guess = nearest(role, ROLES) if isinstance(role, str) else ""
         raise _Unusable(f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}.{guess}")
@@ -165,9 +170,74 @@ def _message(message: object, number: int, spec: DataSpec) -> Turn:
             raise _Unusable(f"message {number} has parts that are not text; expected text only.")
         content = "".join(texts)
     content = _clean(content, spec) if isinstance(content, str) else content
-    if not isinstance(content, str) or not content.strip():
+    extra = _extra(message, role, content if given == "function_call" else None, number)
+    if given == "function_call" or (extra and content is None):
+        content = ""
+    if not isinstance(content, str) or not (content.strip() or "tool_calls" in extra):
         raise _Unusable(f"message {number} ({role}) has no text; remove it or fill its 'content'.")
-    return Turn(role, content, supervised=role == "assistant" and message.get("weight", 1) != 0)
+    supervised = role == "assistant" and message.get("weight", 1) != 0
+    return Turn(role, content, supervised, extra=json.dumps(extra, ensure_ascii=False) if extra else "")
+
+
+def _extra(message: dict[Any, Any], role: str, function_call: object, number: int) -> dict[str, Any]:
+    """The keys of a message that only chat templates read: tool_calls with their arguments as objects; tool_call_id and name."""
+    calls = message.get("tool_calls") or []
+    for one in (message.get("function_call"), function_call):  # OpenAI's older key, and ShareGPT's turn of its own
+        if one:
+            calls = [{"type": "function", "function": _object(one, f"message {number}: function_call")}]
+    if not isinstance(calls, list):
+        raise _Unusable(f"message {number} has tool_calls of type {type(calls).__name__}; expected a list of calls.")
+    keys = ("tool_call_id", "name") if role == "tool" else ()
+    found: dict[str, Any] = {key: message[key] for key in keys if isinstance(message.get(key), str)}
+    if calls and role == "assistant":
+        found["tool_calls"] = [_call(call, number) for call in calls]
+    return found
+
+
+def _call(call: object, number: int) -> dict[str, Any]:
+    what = f"message {number}: a tool call"
+    function = _object(call, what)
+    function = _object(function.get("function", function), what)
+    name, arguments = function.get("name"), function.get("arguments", {})
+    if not isinstance(name, str) or not name:
+        raise _Unusable(f"{what} has no name; expected {{'function': {{'name': …, 'arguments': …}}}}.")
+    if isinstance(arguments, str):
+        arguments = _object(arguments or "{}", f"{what}, {name}: its arguments")
+    kept = {key: value for key, value in _object(call, what).items() if key == "id"}
+    return {**kept, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _tools(values: dict[str, object]) -> str:
+    """The row's `tools` (or OpenAI's older `functions`), as JSON text; empty if it has none."""
+    tools = values.get("tools") or []
+    tools = _json_list(tools) if isinstance(tools, str) else tools
+    functions = values.get("functions")
+    if functions and not tools:
+        tools = [{"type": "function", "function": each} for each in _json_list(functions)]
+    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+        raise _Unusable("'tools' is no list of objects; expected descriptions of functions, as OpenAI's API takes them.")
+    return json.dumps(tools, ensure_ascii=False) if tools else ""
+
+
+def _json_list(value: object) -> list[Any]:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise _Unusable(f"expected a list of functions, got {str(value)[:60]!r}.")
+    return found
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    """The object, or that in a JSON text."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise _Unusable(f"{what} is {str(value)[:60]!r}; expected an object, or one as JSON text.")
+    return found
 
 
 def _as_list(value: object) -> list[Any]:

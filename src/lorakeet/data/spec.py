@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import string
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class DataSpec:
     on_leak: Literal["drop", "refuse", "keep"] = setting(
         "drop", "If a training row is also in the held-out or test rows: drop it from training, stop, or keep it."
     )
+    bad_rows: Literal["stop", "drop"] = setting(
+        "stop", "If rows cannot be read or used: stop and name them, or drop them and say how many."
+    )
+    encoding: str = setting("utf-8", "Encoding of text files, such as cp1252.")
+    delimiter: str | None = setting(None, "Separator of columns in .csv and .tsv files, such as ';' (default: comma, or tab).")
     limit: int | None = setting(None, "Read at most this many rows of each file.")
     html_unescape: bool = setting(False, "Replace HTML escapes in the texts (&#039;) by characters.")
     strip_quotes: bool = setting(False, "Remove one pair of double quotes around a whole text.")
@@ -69,6 +75,12 @@ class DataSpec:
             problems.add(f"data.max_tokens is {self.max_tokens}; expected at least 2 tokens, such as 1024.")
         if self.limit is not None and self.limit < 1:
             problems.add(f"data.limit is {self.limit}; expected at least 1 row, or leave it out to read all.")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            problems.add(f"data.encoding is {self.encoding!r}, which Python does not know; expected a name such as cp1252.")
+        if self.delimiter is not None and len(self.separator_of_columns or "") != 1:
+            problems.add(f"data.delimiter is {self.delimiter!r}; expected one character, or tab.")
         for name, template in (("template", self.template), ("label_template", self.label_template)):
             try:
                 fields = template_fields(template)
@@ -85,6 +97,11 @@ class DataSpec:
         if len(self.labels) == 1:
             problems.add(f"data.labels has only {self.labels[0]!r}; a classification needs at least two labels.")
         problems.raise_if_any()
+
+    @property
+    def separator_of_columns(self) -> str | None:
+        """The delimiter as a character."""
+        return "\t" if self.delimiter in ("tab", "\\t") else self.delimiter
 
 
 def template_fields(template: str) -> list[str]:

@@ -12,6 +12,7 @@ from lorakeet.data.locate import Location, open_text
 from lorakeet.errors import DataError, Problems
 
 SHOWN_PROBLEMS = 10
+DELIMITER_NAMES = {"\t": "tab"}  # as a flag names those that a shell cannot
 _START = 60  # characters of a broken line that are shown
 _FIX = "fix or remove the line."
 
@@ -24,29 +25,41 @@ class FileRecord(NamedTuple):
 
 
 class RowProblems:
-    """Collects problems of single rows; shows the first ten and counts the rest."""
+    """Collects problems of single rows; names the first ten and counts the rest."""
 
     def __init__(self, heading: str) -> None:
-        self._problems = Problems(heading, DataError)
-        self._more = 0
+        self._problems = Problems(heading, DataError, remedy="To leave such rows out, set --data.bad_rows drop.")
 
     def add(self, source: str, message: str) -> None:
         if len(self._problems.messages) < SHOWN_PROBLEMS:
             self._problems.add(f"{source}: {message}")
         else:
-            self._more += 1
+            self._problems.others += 1
+
+    @property
+    def count(self) -> int:
+        """How many rows have a problem."""
+        return len(self._problems.messages) + self._problems.others
+
+    @property
+    def first(self) -> str:
+        """The first problem."""
+        return self._problems.messages[0]
 
     def raise_if_any(self) -> None:
         """Raises a DataError with the first problems and the number of the others."""
-        if self._more:
-            self._problems.add(f"... and {self._more} more rows")
         self._problems.raise_if_any()
 
 
-def text_records(location: Location, problems: RowProblems) -> Iterator[FileRecord]:
-    """Yields the records of a text file; rows that cannot be read are added to `problems` and skipped."""
-    reader = READERS[location.kind]
-    with open_text(location) as stream:
+def text_records(
+    location: Location, problems: RowProblems, *, encoding: str = "utf-8", delimiter: str | None = None
+) -> Iterator[FileRecord]:
+    """Yields the records of a text file; rows that cannot be read are added to `problems` and skipped.
+
+    `delimiter` separates the columns of .csv and .tsv files; by default a comma and a tab.
+    """
+    reader = _separated(delimiter) if delimiter and location.kind in (".csv", ".tsv") else READERS[location.kind]
+    with open_text(location, encoding) as stream:
         yield from reader(stream, location.name.rsplit("/", 1)[-1], problems)
 
 
@@ -100,6 +113,12 @@ def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator
             header = next(_checked(reader, name), None)
         if header is None:
             return
+        other = next((sign for sign in ";\t|," if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+        if other:
+            raise DataError(
+                f"{name} has one column, {header[0]!r:.80}, which seems to be several, separated by {other!r}. "
+                f"Set --data.delimiter {DELIMITER_NAMES.get(other, other)!r}."
+            )
         twice = sorted({column for column in header if header.count(column) > 1})
         if twice:
             raise DataError(f"{name} has more than one column {', '.join(map(repr, twice))}; give each column its own name.")

@@ -6,9 +6,10 @@ assumed about a template: spans are found by rendering it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
@@ -34,7 +35,9 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any: ...
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(
+        self, conversation: Any, *, tools: Any = None, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def render(row: Row, tokenizer: Tokenizer, spec: DataSpec) -> Rendered:
     """Renders the row and finds its supervised spans; uses the chat template unless it is off or the row is raw text."""
     if is_templated(row, tokenizer, spec):
         return _render_chat(row, tokenizer)
+    if row.tools or any(turn.extra for turn in row.turns):
+        raise DataError(
+            f"{row.source}: the row has tools or tool calls, which only a chat template can write. Use a model that has one for "
+            "tools, set data.chat_template to auto, or remove them."
+        )
     return _render_raw(row, spec)
 
 
@@ -89,6 +97,7 @@ def _render_raw(row: Row, spec: DataSpec) -> Rendered:
 
 def _render_chat(row: Row, tokenizer: Tokenizer) -> Rendered:
     text = _apply(row.turns, tokenizer, row)
+    _require_tools(row, text)
     marks = end_of_turn_tokens(tokenizer)
     spans: list[tuple[int, int]] = []
     ends = False
@@ -102,6 +111,19 @@ def _render_chat(row: Row, tokenizer: Tokenizer) -> Rendered:
         ends = closed is None and number == len(row.turns) - 1
         spans.append((start, end if closed is None else closed))
     return Rendered(text[: spans[-1][1]] if ends else text, tuple(spans), ends)
+
+
+def _require_tools(row: Row, text: str) -> None:
+    """Raises DataError if the chat template has left out a tool or a call."""
+    calls = [call for turn in row.turns if turn.extra for call in json.loads(turn.extra).get("tool_calls", [])]
+    functions = [tool.get("function", tool) for tool in (json.loads(row.tools) if row.tools else [])]
+    names = [str(each.get("name", "")) for each in (*(call["function"] for call in calls), *functions)]
+    if left_out := [name for name in names if name not in text]:
+        missing = ", ".join(map(repr, dict.fromkeys(left_out)))
+        raise DataError(
+            f"{row.source}: the chat template leaves out {missing}: it does not write tools or tool calls. Use a model whose "
+            "template does, or remove them."
+        )
 
 
 def _find_turn(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -119,7 +141,9 @@ def _find_turn(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[
 def _find_by_mark(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int] | None:
     """Finds the turn's text by replacing it with a mark; None if anything else changes."""
     turn = row.turns[number]
-    marked = _apply((*row.turns[:number], Turn(turn.role, _MARK, turn.supervised), *row.turns[number + 1 :]), tokenizer, row)
+    if "tool_calls" in turn.extra:
+        return None  # more than its text is written
+    marked = _apply((*row.turns[:number], replace(turn, text=_MARK), *row.turns[number + 1 :]), tokenizer, row)
     start = marked.find(_MARK)
     if start < 0 or marked.count(_MARK) != 1:
         return None
@@ -135,10 +159,11 @@ def _find_by_prefix(row: Row, number: int, text: str, opening: str, tokenizer: T
     whole = _apply(row.turns[: number + 1], tokenizer, row)
     if not (opening and text.startswith(whole) and whole.startswith(opening)):
         return None
+    calls = "tool_calls" in row.turns[number].extra
     last_word = _LAST_WORD.search(row.turns[number].text.rstrip())
     for mark in end_of_turn_tokens(tokenizer):
         before = whole[: whole.rfind(mark)].rstrip() if mark in whole else ""
-        if last_word and len(before) > len(opening) and before.endswith(last_word.group()):
+        if len(before) > len(opening) and (calls or (last_word and before.endswith(last_word.group()))):
             return len(opening), len(before)
     return None
 
@@ -155,9 +180,10 @@ def _after_mark(text: str, end: int, marks: Sequence[str]) -> int | None:
 
 
 def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, row: Row, generation: bool = False) -> str:
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    messages = [{"role": turn.role, "content": turn.text, **(json.loads(turn.extra) if turn.extra else {})} for turn in turns]
+    tools = {"tools": json.loads(row.tools)} if row.tools else {}
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **tools))
     except TemplateError as error:
         roles = ", ".join(turn.role for turn in turns)
         raise DataError(

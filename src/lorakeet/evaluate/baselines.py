@@ -1,19 +1,28 @@
-"""Baselines: the majority class, and TF-IDF with logistic regression."""
+"""Baselines without a language model: majority class, TF-IDF with logistic regression, and copies of training answers."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
 from lorakeet.errors import DataError, Problems
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
 from lorakeet.evaluate.intervals import Floats
+from lorakeet.evaluate.replies import Replies, unspaced_share
 
 MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
+NEAREST = "nearest training answer"
+CONSTANT = "constant answer"
+
+FOLDS = 5  # of the cross-validation that chooses between words and characters
+FOLD_ROWS = 3000  # training rows that it takes at most
+CHARACTERS = 20_000_000  # of training texts that a regression is fitted to at most
+FEATURES = 1 << 17  # that it has at most: the most frequent ones
 
 
 def majority_class(
@@ -36,10 +45,12 @@ def tfidf_logistic(
     labels: Sequence[str],
     groups: Sequence[Hashable] | None = None,
 ) -> Answers:
-    """Answers by TF-IDF (word 1-2-grams in at least 2 rows, sublinear) and logistic regression (C = 10, balanced classes).
+    """Answers by TF-IDF (sublinear, terms in at least 2 rows) and logistic regression (C = 10, balanced classes).
 
-    Needs two labels among the training rows. If no word occurs in two rows, all words are used; without words, the answers are
-    the majority's; `note` says either. A label of no training row gets 1 / (rows + 1).
+    Terms are word 1-2-grams or character 2-5-grams, whichever answers more training rows right in a 5-fold cross-validation;
+    `note` says which. Texts without spaces between words (Chinese, Japanese, Thai) have character 1-4-grams. Needs two labels
+    among the training rows. If no term occurs in two rows, all are used; without terms, the answers are the majority's; `note`
+    says either. A label of no training row gets 1 / (rows + 1).
     """
     _check(train_labels, truth, labels)
     present = set(train_labels)
@@ -61,30 +72,102 @@ def tfidf_logistic(
 def _fit_and_answer(
     train_texts: Sequence[str], train_labels: Sequence[str], texts: Sequence[str], labels: Sequence[str]
 ) -> tuple[Floats | None, str]:
+    count = int(np.searchsorted(np.cumsum([len(text) for text in train_texts]), CHARACTERS)) + 1
+    said = f"the first {count} training rows; " if count < len(train_texts) else ""
+    train_texts, train_labels = train_texts[:count], train_labels[:count]
+    kind, why = _better_terms(train_texts, train_labels)
+    fitted = _fit(train_texts, train_labels, kind)
+    if fitted is None:
+        return None, "the training rows have no words, so it answers like the majority class"
+    terms, model, fault = fitted
+    known = np.asarray(model.predict_proba(terms.transform(texts)), dtype=np.float64)
+    columns = {label: index for index, label in enumerate(model.classes_)}
+    floor = 1 / (len(train_labels) + 1)
+    table = np.stack([known[:, columns[label]] if label in columns else np.full(len(texts), floor) for label in labels], axis=1)
+    return table / table.sum(axis=1, keepdims=True), said + why + fault
+
+
+def _better_terms(texts: Sequence[str], labels: Sequence[str]) -> tuple[str, str]:
+    """"words" or "characters", by cross-validation on training rows, and why."""
+    order = np.random.default_rng(0).permutation(len(texts))[:FOLD_ROWS]
+    if len(order) < 2 * FOLDS:
+        kind = "words" if unspaced_share(texts) < 0.5 else "characters"
+        return kind, f"{kind}, since {len(texts)} training rows are too few to compare; " if kind == "characters" else ""
+    right = {"words": 0, "characters": 0}
+    for fold in range(FOLDS):
+        inside, outside = order[np.arange(len(order)) % FOLDS != fold], order[fold::FOLDS]
+        chosen = [labels[row] for row in inside]
+        if len(set(chosen)) < 2:
+            continue
+        for kind in right:
+            fitted = _fit([texts[row] for row in inside], chosen, kind)
+            if fitted is not None:
+                answers = fitted[1].predict(fitted[0].transform([texts[row] for row in outside]))
+                right[kind] += int(np.sum(answers == np.array([labels[row] for row in outside])))
+    kind = max(right, key=lambda name: right[name])
+    shares = " and ".join(f"{count / len(order):.3f} by {name}" for name, count in right.items())
+    return kind, f"{kind} (accuracy in cross-validation {shares}); "
+
+
+def _fit(texts: Sequence[str], labels: Sequence[str], kind: str) -> tuple[Any, Any, str] | None:
+    """The fitted terms and regression, and what was unusual; None if the texts have no terms."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    analyse = words.build_analyzer()
-    occurs = Counter(term for text in train_texts for term in set(analyse(text)))
-    if not occurs:
-        return None, "the training rows have no words, so it answers like the majority class"
-    said = ""
-    if max(occurs.values()) < 2:
-        words.set_params(min_df=1)
-        said = "no word occurs in two training rows, so words of a single row are used; "
+    if kind == "words":
+        terms = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=FEATURES)
+    else:
+        lengths = (1, 4) if unspaced_share(texts) >= 0.2 else (2, 5)
+        terms = TfidfVectorizer(analyzer="char_wb", ngram_range=lengths, min_df=2, sublinear_tf=True, max_features=FEATURES)
+    analyse = terms.build_analyzer()
+    seen: set[str] = set()
+    occurs_twice = False
+    for text in texts:
+        found = set(analyse(text))
+        if occurs_twice := not seen.isdisjoint(found):
+            break
+        seen |= found
+    if not occurs_twice:
+        if not seen:
+            return None
+        terms.set_params(min_df=1)
+    said = "" if occurs_twice else "no word occurs in two training rows, so words of a single row are used; "
     model = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(words.fit_transform(train_texts), list(train_labels))
+        model.fit(terms.fit_transform(texts), list(labels))
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
         said += "the logistic regression had not converged after 2000 iterations; "
-    known = np.asarray(model.predict_proba(words.transform(texts)), dtype=np.float64)
-    columns = {label: index for index, label in enumerate(model.classes_)}
-    floor = 1 / (len(train_labels) + 1)
-    table = np.stack([known[:, columns[label]] if label in columns else np.full(len(texts), floor) for label in labels], axis=1)
-    return table / table.sum(axis=1, keepdims=True), said
+    return terms, model, said
+
+
+def nearest_answers(
+    train_prompts: Sequence[str], train_answers: Sequence[str], prompts: Sequence[str], *, like: Replies
+) -> Replies:
+    """Copies the answer of the training prompt that is most similar (cosine of TF-IDF over character 2-5-grams).
+
+    `like` has the references and groups of the prompts.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    terms = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, max_features=FEATURES)
+    try:
+        known = terms.fit_transform(train_prompts)
+    except ValueError:  # no prompt has a term
+        return constant_answer(train_answers, like=like)
+    nearest = np.asarray((terms.transform(prompts) @ known.T).argmax(axis=1)).ravel()
+    return _copied(NEAREST, [train_answers[row] for row in nearest], like, f"out of {len(train_answers)} training rows")
+
+
+def constant_answer(train_answers: Sequence[str], *, like: Replies) -> Replies:
+    """The most frequent training answer, the first of them, as the reply to every prompt."""
+    answer, count = Counter(train_answers).most_common(1)[0]
+    return _copied(CONSTANT, [answer] * len(like.references), like, f"{answer!r:.60}, which {count} of {len(train_answers)} have")
+
+
+def _copied(system: str, texts: Sequence[str], like: Replies, note: str) -> Replies:
+    return Replies(system, tuple(texts), like.references, (), like.groups, note)
 
 
 def _frequencies(train_labels: Sequence[str], labels: Sequence[str]) -> Floats:

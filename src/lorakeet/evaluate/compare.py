@@ -103,6 +103,36 @@ def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Com
     return Comparison(left.system, right.system, "loss", difference, p_value, "paired randomisation", False, verdict)
 
 
+def compare_values(
+    systems: tuple[str, str],
+    metric: str,
+    values: tuple[Floats, Floats],
+    spec: EvaluateSpec,
+    *,
+    groups: Sequence[Hashable] | None = None,
+) -> Comparison:
+    """The paired difference of the mean of a metric, higher is better, between two systems' values (n,) on the same rows.
+
+    Values of 0 and 1 alone are tested by exact McNemar (over groups: by randomisation), others by randomisation.
+    """
+    left, right = values
+    n = len(left)
+    gap = left - right
+    difference = bootstrap(lambda weights: (weights @ gap) / weights.sum(axis=1), n, spec=spec, groups=groups)
+    paired = None
+    if np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all():
+        counts = (left == 1) & (right == 1), (left == 1) & (right == 0), (left == 0) & (right == 1), (left == 0) & (right == 0)
+        paired = Paired(*(int(np.sum(each)) for each in counts))
+    if paired is not None and groups is None:
+        difference = _widen_if_flat(difference, paired)
+        p_value, test = mcnemar(paired.only_left, paired.only_right), "exact McNemar"
+    else:
+        both = np.concatenate([left, right]) / n
+        p_value, test = randomisation(lambda weights: weights @ both, n, spec=spec, groups=groups), "paired randomisation"
+    verdict = paired_verdict(difference, p_value, higher_is_better=True)
+    return Comparison(*systems, metric, difference, p_value, test, True, verdict, paired)
+
+
 def holm(comparisons: Sequence[Comparison], *, beside: int = 0) -> tuple[Comparison, ...]:
     """Adjusts p-values for multiple comparisons (Holm 1979); the verdicts hold jointly.
 
@@ -233,6 +263,15 @@ Scores = Answers | RowLosses
 def per_row(scores: Scores) -> Floats:
     """The loss of each row in nats (n,): −log p of the right label, or the summed loss of its tokens."""
     return scores.surprise if isinstance(scores, Answers) else scores.losses
+
+
+def compare_scores(left: Scores, right: Scores, spec: EvaluateSpec) -> tuple[Comparison, ...]:
+    """What decides between two systems: accuracy and log-loss for labelled rows, else the loss per token."""
+    if isinstance(left, Answers) and isinstance(right, Answers):
+        return tuple(found for found in compare_answers(left, right, spec) if found.metric != "macro_f1")
+    if isinstance(left, RowLosses) and isinstance(right, RowLosses):
+        return (compare_losses(left, right, spec),)
+    raise DataError(f"'{left.system}' and '{right.system}' were measured in different ways; measure both in the same way.")
 
 
 def surviving_share(base: Scores, adapter: Scores, other: Scores, spec: EvaluateSpec) -> Estimate:

@@ -16,7 +16,16 @@ class EvaluateSpec:
     resamples: int = setting(10_000, "Bootstrap and randomisation draws of every interval and test.")
     seed: int = setting(0, "Random seed of resampling, drift texts and the rows shown.")
     calibration_bins: int = setting(10, "Bins of the calibration error and of the reliability plot, with equally many rows each.")
-    baselines: bool = setting(True, "Also evaluate the majority class and TF-IDF + logistic regression if rows have labels.")
+    baselines: bool = setting(
+        True, "Also evaluate simple baselines: TF-IDF + logistic regression, majority class, copied answers."
+    )
+    examples: int = setting(8, "Training rows shown to the few-shot base, at least one for each label; 0 leaves that system out.")
+    answers: int = setting(64, "Held-out prompts that every system answers in words, for rows without labels; 0 for none.")
+    answer_tokens: int = setting(256, "Most tokens of such a reply.")
+    answer_seconds: int = setting(600, "Seconds after which the adapter starts no further replies.")
+    metric: str | None = setting(
+        None, "Own metric of replies: a Python file and its function(reply, reference), such as my.py:score."
+    )
     drift_texts: int = setting(
         64, "Number of texts, sampled from the base, on which the adapter's drift is measured; 0 for none."
     )
@@ -29,6 +38,7 @@ class EvaluateSpec:
         if not 0.5 <= self.confidence < 1:
             problems.add(f"evaluate.confidence is {self.confidence}; expected 0.5 or more and less than 1. Use 0.95.")
         least = {"resamples": 100, "calibration_bins": 2, "drift_texts": 0, "drift_tokens": 1, "show_rows": 0, "seed": 0}
+        least |= {"examples": 0, "answers": 0, "answer_tokens": 1, "answer_seconds": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 problems.add(f"evaluate.{name} is {getattr(self, name)}; expected {low} or more.")

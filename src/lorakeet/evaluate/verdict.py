@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.wording import metric_words, signed
 
+NAMED = {
+    "base": "its base",
+    "few-shot base": "the few-shot base",
+    "majority class": "the majority class",
+    "uncut adapter": "the uncut adapter",
+    "nearest training answer": "copies of the nearest training answers",
+    "constant answer": "a constant answer",
+}  # systems as a sentence names them
 Tone = Literal["better", "mixed", "none", "worse"]
-PRIMARY = ("accuracy", "loss", "denoising_loss")  # metrics for the headline: the first one that was compared
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,19 @@ class Verdict:
 
 
 def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
-    """The verdict on the left system of `comparisons`, against each right system in order; None without comparisons."""
-    metric = next((name for name in PRIMARY if any(comparison.metric == name for comparison in comparisons)), None)
-    chosen = [comparison for comparison in comparisons if comparison.metric == metric]
-    if not chosen:
+    """The verdict on the left system of `comparisons`, in the metric of the first; None without comparisons.
+
+    Against each right system in order. Replies that are no better where the loss is lower are said to be no better: a lower loss
+    alone, of a model that knows the format now, proves nothing.
+    """
+    if not comparisons:
         return None
+    chosen = [comparison for comparison in comparisons if comparison.metric == comparisons[0].metric]
     phrases = [_first(chosen[0])]
+    lower = next((one for one in comparisons if one.metric == "loss" and one.right == chosen[0].right), None)
+    if lower is not None and lower.verdict == "better" and chosen[0].verdict != "better" and chosen[0].metric != "loss":
+        said = f"The answers are not better, though the loss is lower{_size(lower)}"
+        phrases = [Phrase(said, _interval(lower, first=False)), replace(phrases[0], text=f". {phrases[0].text}")]
     phrases += [_later(comparison, before) for before, comparison in pairwise(chosen)]
     verdicts = {comparison.verdict for comparison in chosen}
     tones: dict[str, Tone] = {"better": "better", "worse": "worse", "no difference shown": "none"}
@@ -77,7 +91,7 @@ def _later(comparison: Comparison, before: Comparison) -> Phrase:
 
 
 def _named(system: str) -> str:
-    return {"base": "its base", "majority class": "the majority class"}.get(system, system)
+    return NAMED.get(system, system)
 
 
 def _size(comparison: Comparison, *, unit: bool = True) -> str:

@@ -85,7 +85,7 @@ class EngineRequest:
 
     def __init__(self, request: Request, listener: Callable[[Event], None], stream: TextStream) -> None:
         self.request, self.listener, self.stream = request, listener, stream
-        self.chooser = TokenSampler(request.sampling, request.grammar.begin() if request.grammar else None)
+        self.chooser = TokenSampler(request.sampling, request.grammar.begin() if request.grammar else None, request.ids)
         self.timing = Timing(submitted=time.monotonic())
         self.cancelled = False
         self.slot = -1

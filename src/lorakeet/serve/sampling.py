@@ -1,8 +1,10 @@
-"""Samples the next token from logits: temperature, nucleus, seed, log-probabilities. One Sampler for each text."""
+"""Samples the next token from logits: penalties, temperature, truncation, seed, log-probabilities. One sampler for each text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,16 +15,30 @@ from lorakeet.serve.grammar import Guide
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+MOST_BIASED = 1024  # tokens of logit_bias
 _COLD = 1e-6  # below this temperature logits are divided in fp64: divided by 1e-38 they are infinite in fp32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings of a text. `temperature` 0 is greedy; `logprobs` is the number of alternatives to report."""
+    """Sampling settings of a text. `temperature` 0 is greedy; `logprobs` is the number of alternatives to report.
+
+    `top_k` keeps the likeliest k tokens (0: all), `min_p` those with at least that share of the likeliest one's probability.
+    `presence_penalty` and `frequency_penalty` are subtracted from the logits of tokens that the text has, once and for each
+    time. `repetition_penalty` divides positive logits, and multiplies negative ones, of tokens in prompt and text (their last
+    `penalty_window`, if given). `logit_bias` is added by token id.
+    """
 
     max_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    penalty_window: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -36,6 +52,17 @@ class Sampling:
             problems.add(f"temperature is {self.temperature}; it must lie between 0 and 2.")
         if not 0.0 < self.top_p <= 1.0:
             problems.add(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.top_k < 0:
+            problems.add(f"top_k is {self.top_k}; it must be 1 or more, or 0 for all tokens.")
+        if not 0.0 <= self.min_p <= 1.0:
+            problems.add(f"min_p is {self.min_p}; it must lie between 0 and 1.")
+        for name, value in (("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)):
+            if not -2.0 <= value <= 2.0:
+                problems.add(f"{name} is {value}; it must lie between -2 and 2.")
+        if not 0.0 < self.repetition_penalty <= 10.0:
+            problems.add(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and at most 10; 1 is off.")
+        if len(self.logit_bias) > MOST_BIASED or any(not -100.0 <= value <= 100.0 for value in self.logit_bias.values()):
+            problems.add(f"logit_bias must have at most {MOST_BIASED} tokens, each with a value between -100 and 100.")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             problems.add(f"logprobs is {self.logprobs}; it must lie between 0 and {MOST_LOGPROBS}.")
         if len(self.stop) > MOST_STOPS or any(not text for text in self.stop):
@@ -65,8 +92,11 @@ def rows_finite(logits: Tensor) -> list[bool]:
 class TokenSampler:
     """Samples the tokens of one text. With a seed the result does not depend on the rest of the batch."""
 
-    def __init__(self, sampling: Sampling, guide: Guide | None = None) -> None:
+    def __init__(self, sampling: Sampling, guide: Guide | None = None, prompt: Sequence[int] = ()) -> None:
         self.sampling, self.guide = sampling, guide
+        self._prompt, self._text = prompt, list[int]()
+        penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+        self._changes = penalties != (0.0, 0.0, 1.0) or bool(sampling.logit_bias)
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
             self._generator = torch.Generator()
@@ -77,7 +107,10 @@ class TokenSampler:
 
     def choose(self, logits: Tensor) -> SampledToken:
         """The next token for `logits` (vocabulary,), fp32 on the CPU; GrammarFailed if the grammar allows none."""
-        token = self._draw(logits if self.guide is None else self.guide.narrow(logits))
+        changed = self._penalised(logits) if self._changes else logits
+        token = self._draw(changed if self.guide is None else self.guide.narrow(changed))
+        if self._changes:
+            self._text.append(token)
         if self.guide is not None:
             self.guide.take(token)
         if self.sampling.logprobs is None:
@@ -85,6 +118,24 @@ class TokenSampler:
         found = logits.log_softmax(-1)
         values, ids = found.topk(min(self.sampling.logprobs, len(found)))
         return SampledToken(token, float(found[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """The logits with penalties and biases: repetition as in CTRL (https://arxiv.org/abs/1909.05858), others as OpenAI's."""
+        sampling, changed = self.sampling, logits.clone()
+        if sampling.repetition_penalty != 1.0:
+            seen, window = [*self._prompt, *self._text], sampling.penalty_window
+            ids = torch.tensor(sorted(set(seen if window is None else seen[max(0, len(seen) - window) :])), dtype=torch.int64)
+            if len(ids):
+                found = changed[ids]
+                changed[ids] = torch.where(found > 0, found / sampling.repetition_penalty, found * sampling.repetition_penalty)
+        counts = Counter(self._text)
+        if counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            times = torch.tensor(list(counts.values()), dtype=changed.dtype)
+            changed[torch.tensor(list(counts))] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        if sampling.logit_bias:
+            biased = torch.tensor(list(sampling.logit_bias))
+            changed[biased] += torch.tensor(list(sampling.logit_bias.values()), dtype=changed.dtype)
+        return changed
 
     def _draw(self, logits: Tensor) -> int:
         """Samples within the nucleus (https://arxiv.org/abs/1904.09751) by the inverse of the cumulative distribution."""
@@ -94,11 +145,13 @@ class TokenSampler:
             logits = (logits - logits.max()).double()
         shares = (logits / self.sampling.temperature).softmax(-1).double()
         point = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
-        if self.sampling.top_p == 1.0:
+        sampling = self.sampling
+        if sampling.top_p == 1.0 and not sampling.top_k and not sampling.min_p:
             cumulated = shares.cumsum(-1)
             return min(int(torch.searchsorted(cumulated, point * cumulated[-1], right=True)), len(logits) - 1)
         ordered, ids = shares.sort(descending=True)
-        cumulated = ordered.cumsum(-1)
-        kept = int((cumulated < self.sampling.top_p).sum()) + 1  # the smallest set that holds at least top_p
-        last = min(kept, len(ids)) - 1
+        kept = min(sampling.top_k or len(ids), int((ordered >= sampling.min_p * ordered[0]).sum()))
+        cumulated = ordered[:kept].cumsum(-1)
+        kept = int((cumulated < sampling.top_p * cumulated[-1]).sum()) + 1  # the smallest set that holds at least top_p
+        last = min(kept, len(cumulated)) - 1
         return int(ids[min(int(torch.searchsorted(cumulated[: last + 1], point * cumulated[last], right=True)), last)])

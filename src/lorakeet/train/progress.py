@@ -109,7 +109,7 @@ def reporter_for(console: Console, *, words: Words = TEXT) -> Reporter:
 def counted(console: Console, what: str, total: int, *, every: float = 30.0) -> Iterator[Callable[[int], None]]:
     """A context that yields a function to report how many more of `total` are done.
 
-    A transient bar in a terminal; elsewhere at most one line every `every` seconds, "what: 40 of 120"."""
+    A transient bar in a terminal; elsewhere at most one line every `every` seconds, "what (40 of 120 done)"."""
     if console.is_terminal:
         with Progress(console=console, transient=True) as bar:
             yield partial(bar.advance, bar.add_task(what, total=total))
@@ -121,7 +121,7 @@ def counted(console: Console, what: str, total: int, *, every: float = 30.0) -> 
         done += count
         if time.monotonic() - last >= every:
             last = time.monotonic()
-            console.print(f"{what}: {done} of {total}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{what} ({done} of {total} done)", highlight=False, markup=False, soft_wrap=True)
 
     yield advance
 

@@ -1,12 +1,13 @@
-"""`lorakeet compress`: cuts an adapter to fewer parameters, and writes the smallest size that shows no loss on held-out rows.
+"""`lorakeet compress`: cuts an adapter to the smallest size that is shown to be as good as the uncut one on held-out rows.
 
-open → moments on training rows → spectra → one cut for each size → losses on held-out rows, paired → report and adapter.
+open → moments on training rows → spectra → one cut for each size → scores on held-out rows, paired → report and adapter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,16 +25,21 @@ from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.prepare import Dataset
+from lorakeet.data.rows import Row
 from lorakeet.data.split import write_split_record
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
+from lorakeet.evaluate.answers import Answers, measure
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
-from lorakeet.evaluate.compare import compare_losses
-from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.power import rows_below
+from lorakeet.evaluate.compare import Comparison, Scores, compare_scores, per_row
+from lorakeet.evaluate.likelihood import RowLosses, measure_losses
+from lorakeet.evaluate.non_inferiority import Margin
+from lorakeet.evaluate.replies import Replies, compare_replies, main_metric, measure_replies
 from lorakeet.evaluate.report.rank_values import CurvePoint, RankCurve
-from lorakeet.evaluate.report.report import Report, write_report
+from lorakeet.evaluate.report.report import Report, SystemResult, write_report
+from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
-from lorakeet.evaluate.wording import signed
+from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.evaluate.wording import metric_words, signed
 from lorakeet.formats.peft import peft
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
@@ -48,7 +54,8 @@ from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import within_context
-from lorakeet.workflows.finetuning.evaluate_text import BASE, TextEvaluator
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, Prompts, Replier
 from lorakeet.workflows.finetuning.report import machine, rank_map, versions
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import CompressOptions
@@ -63,7 +70,7 @@ from lorakeet.workflows.runs.residency import peak_said
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, its spectra, every cut, that of --to, one in the model, one from disk
 CUT = "cut"  # the name of a cut adapter in the model while it is measured
-FULL = "as trained"
+FULL = "uncut adapter"
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,21 @@ class Compressed:
 
 
 @dataclass(frozen=True)
+class _Measured:
+    """What one adapter scored on held-out rows, and its replies to their prompts, if rows without labels end in answers."""
+
+    scores: Scores
+    replies: Replies | None = None
+
+    def against(self, other: _Measured, spec: EvaluateSpec) -> tuple[Comparison, ...]:
+        """The comparisons that decide: accuracy or the replies' main metric, and the loss last."""
+        found = compare_scores(self.scores, other.scores, spec)
+        if self.replies is None or other.replies is None:
+            return found
+        return (compare_replies(self.replies, other.replies, main_metric(self.replies.references), spec), *found)
+
+
+@dataclass(frozen=True)
 class _Cut:
     name: str
     adapter: Adapter
@@ -93,13 +115,17 @@ class _Cut:
 
 
 def compress(options: CompressOptions, *, console: Console) -> Compressed:
-    """Writes the adapter of `run` to `out`, cut to `to`, or to the smallest size that loses at most `tolerance` of its gain.
+    """Writes the adapter of `run` to `out`, cut to `to`, or to the smallest size that is shown to be as good as the uncut one.
+
+    As good: on held-out rows, the whole interval of the loss is at most `tolerance` of the uncut adapter's loss above it, that of
+    accuracy at most `metric_tolerance` below it, and neither shows the cut adapter worse.
 
     `memory`, or else the run's memory.budget, must fit the base and a backward pass. Raises ConfigError and DataError for what
     cannot be cut or measured, and VerificationFailed if no cut is good enough.
     """
     require_empty(options.out)
-    share, path = _share(options.tolerance), Path(options.run)
+    shares = _share(options.tolerance, "--tolerance"), _share(options.metric_tolerance, "--metric-tolerance")
+    path = Path(options.run)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     resize.check_pairs(opened.adapter)
     if not opened.config.data.train:
@@ -119,12 +145,12 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     )  # fmt: skip
     with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = opened.text_model(console)
-        chosen, curve, evaluator = _chosen(opened, text, dataset, options, share, console)
+        chosen, curve, evaluator = _chosen(opened, text, dataset, options, shares, console)
         return _write(opened, chosen, curve, evaluator, dataset, options.out)
 
 
 def _chosen(
-    opened: Opened, text: TextModel, dataset: Dataset, options: CompressOptions, share: float, console: Console
+    opened: Opened, text: TextModel, dataset: Dataset, options: CompressOptions, shares: tuple[float, float], console: Console
 ) -> tuple[_Cut, RankCurve, TextEvaluator]:
     """The cut to write, the curve of all cuts, and the evaluator that measured them."""
     settings = within_context(opened.config, text, console)
@@ -137,7 +163,8 @@ def _chosen(
     found = weighed(opened.adapter, text, settings, examples, options.weighting)
     cuts = _cuts(opened.adapter, plan, found, options.to)
     evaluator = TextEvaluator(settings, text, encoder, dataset.held_out, console, NAME)
-    curve = _curve(evaluator, cuts, pair_parameters(plan), share)
+    prompts = None if dataset.labels else _replier(evaluator).prompts(evaluator.fitting(), dataset.train)
+    curve, margin = _curve(evaluator, cuts, prompts, pair_parameters(plan), shares)
     name = cuts[0].name if options.to is not None else curve.marked
     _show(curve, console)
     if options.to is not None:
@@ -145,17 +172,18 @@ def _chosen(
     if not name:
         raise VerificationFailed(
             f"No cut of {opened.folder} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. "
-            f"{_why_none(curve, share)}Keep the adapter as trained, allow more with --tolerance, or name a size with --to."
+            f"{_why_none(curve, margin)} Keep the uncut adapter, allow more with --tolerance or --metric-tolerance, or name a "
+            "size with --to."
         )
     return next(item for item in cuts if item.name == name), curve, evaluator
 
 
-def _share(text: str) -> float:
-    """0.01 for "1%" or "0.01". Raises ConfigError."""
+def _share(text: str, flag: str) -> float:
+    """0.01 for "1%" or "0.01", given with `flag`. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
     value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
     if not 0 <= value < 1:
-        raise ConfigError(f"--tolerance is {text!r}; expected the share of the gain that may be lost, such as 1% or 0.01.")
+        raise ConfigError(f"{flag} is {text!r}; expected a share from 0 to less than 1, such as 2% or 0.02.")
     return value
 
 
@@ -207,45 +235,74 @@ def _named(adapter: Adapter) -> _Cut:
     return _Cut(f"{parameters:,} parameters, {span}", adapter, parameters)
 
 
-def _curve(evaluator: TextEvaluator, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
-    """The losses of every cut and of the whole adapter on the held-out rows, paired."""
+def _curve(
+    evaluator: TextEvaluator, cuts: Sequence[_Cut], prompts: Prompts | None, full_parameters: int, shares: tuple[float, float]
+) -> tuple[RankCurve, Margin]:
+    """Every cut and the uncut adapter on the held-out rows, paired, and the margin within which a cut is as good."""
     rows, spec = evaluator.fitting(), evaluator.config.evaluate
-    base, full = evaluator.losses(rows, BASE), replace(evaluator.losses(rows, NAME), system=FULL)
-    gain = compare_losses(base, full, spec).difference
-    points = [CurvePoint(FULL, full_parameters, gain)]
+    base, full = _scores(evaluator, rows, BASE), _measured(evaluator, rows, prompts, FULL)
+    labelled = isinstance(full.scores, Answers)
+    count = float(full.scores.tokens.sum()) if isinstance(full.scores, RowLosses) else len(rows)
+    margin = Margin(loss=shares[0] * float(per_row(full.scores).sum()) / count, metric=shares[1])
+    points = [CurvePoint(FULL, full_parameters, compare_scores(base, full.scores, spec)[-1].difference)]
     for item in sorted(cuts, key=lambda item: -item.parameters):
-        losses = _losses_of(evaluator, rows, item)
-        gained, against = compare_losses(base, losses, spec).difference, compare_losses(losses, full, spec)
-        points.append(CurvePoint(item.name, item.parameters, gained, against))
-    rule = f"loses at most {100 * share:g} % of its gain, with the whole interval"
+        with _in_model(evaluator, item) as measuring:
+            measured = _measured(measuring, rows, prompts, item.name)
+        found = measured.against(full, spec)
+        gain = compare_scores(base, measured.scores, spec)[-1].difference
+        points.append(CurvePoint(item.name, item.parameters, gain, found, margin.why_not(found)))
+    unit = "nats a row" if labelled else "nats a token"
+    allowed = f"{margin.loss:.4f} {unit} more loss ({100 * shares[0]:g} % of the uncut adapter's)"
+    if len(points[-1].against_full) > 1:
+        allowed += f" and {100 * shares[1]:g} points less {metric_words(points[-1].against_full[0].metric).inline}"
+    rule = f"is shown to be as good as the uncut adapter, within {allowed}"
     marked = ""
     for point in points[1:]:  # largest first, up to one that fails: tests in a fixed order need no correction
-        found = point.against_full  # "no difference shown" is not enough, since few rows always show none
-        if found is None or found.difference.high > share * max(gain.value, 0.0):
+        if point.why_not:
             break
         marked = point.name
-    return RankCurve(tuple(points), rule, marked)
+    return RankCurve(tuple(points), rule, unit, marked), margin
 
 
-def _why_none(curve: RankCurve, share: float) -> str:
-    """Why even the largest cut is not good enough, and how many rows could show that it is; a sentence, or empty."""
-    gain, against = curve.points[0].gain, curve.points[1].against_full
-    if gain.value <= 0:
-        return f"As trained it gains nothing there ({signed(gain.value, 4)} nats a token), so no share of it can be kept. "
-    if against is None or against.difference.value >= share * gain.value:
-        return ""
-    found = against.difference
-    needed = rows_below(found.n, found.high - found.value, share * gain.value - found.value, found.confidence)
-    lost = f"The largest cut changes the loss by {signed(found.value, 4)} nats a token"
-    return (
-        f"{lost}; if that is its true value, about {needed:,} held-out rows show that it is good enough, with 80 % probability. "
+def _why_none(curve: RankCurve, margin: Margin) -> str:
+    """Why even the largest cut is not good enough, and how many rows could show that it is."""
+    largest = curve.points[1]
+    needed = margin.rows_needed(largest.against_full)
+    likely = (
+        f" If these are the true differences, about {needed:,} held-out rows show it with 80 % probability." if needed else ""
     )
+    found = "; ".join(_difference(comparison) for comparison in largest.against_full)
+    return f"The largest cut against the uncut adapter: {found} ({largest.why_not}).{likely}"
 
 
-def _losses_of(evaluator: TextEvaluator, rows: Sequence[Any], item: _Cut) -> RowLosses:
+def _difference(comparison: Comparison) -> str:
+    found = comparison.difference
+    name = metric_words(comparison.metric).title.lower()
+    return f"{name} {signed(found.value, 4)} [{signed(found.low, 4)}, {signed(found.high, 4)}]"
+
+
+def _scores(evaluator: TextEvaluator, rows: Sequence[Row], system: str) -> Scores:
+    return evaluator.answers(rows, system) if evaluator.encoder.labels else evaluator.losses(rows, system)
+
+
+def _measured(evaluator: TextEvaluator, rows: Sequence[Row], prompts: Prompts | None, system: str) -> _Measured:
+    """The evaluator's adapter, called `system`."""
+    scores = replace(_scores(evaluator, rows, ADAPTER), system=system)
+    if prompts is None:
+        return _Measured(scores)
+    return _Measured(scores, replace(_replier(evaluator).write(ADAPTER, prompts), system=system))
+
+
+def _replier(evaluator: TextEvaluator) -> Replier:
+    return Replier(evaluator.config, evaluator.text, evaluator.encoder, evaluator.console, evaluator.name)
+
+
+@contextmanager
+def _in_model(evaluator: TextEvaluator, item: _Cut) -> Iterator[TextEvaluator]:
+    """A context in which the cut adapter is in the model, with its evaluator."""
     attach(evaluator.text.model, item.adapter, CUT)
     try:
-        return replace(replace(evaluator, name=CUT).losses(rows, CUT), system=item.name)
+        yield replace(evaluator, name=CUT)
     finally:
         eject(evaluator.text.model, CUT)
 
@@ -269,10 +326,10 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, evaluator: TextEvalua
         if opened.tokenizer is not None:
             text.tokenizer.save_pretrained(folder.adapter)
         stored = _Cut(chosen.name, peft.read(folder.adapter), chosen.parameters)
-        live, read = _losses_of(evaluator, rows, chosen), _losses_of(evaluator, rows, stored)
-        apart, between = {"loss": float(abs(live.losses - read.losses).max())}, ("cut adapter", "what was written")
-        check = tolerance_check("adapter on disk", apart, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
-        certificate = Certificate(f"The compressed adapter {out}", (check,))
+        with _in_model(evaluator, chosen) as measuring:
+            live = _scores(measuring, rows, ADAPTER)
+        with _in_model(evaluator, stored) as measuring:
+            certificate = _certify(live, _scores(measuring, rows, ADAPTER), out)
         part, others = ("test", dataset.test) if dataset.test else ("held-out", dataset.held_out)
         report = _report(replace(evaluator, rows=others), stored, curve, (part, opened, dataset))
         report = replace(report, ranks=rank_map(plan), certificate=certificate)
@@ -287,26 +344,42 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, evaluator: TextEvalua
     return Compressed(out, curve, chosen.adapter, report)
 
 
+def _certify(live: Scores, stored: Scores, out: Path) -> Certificate:
+    difference = float(abs(per_row(live) - per_row(stored)).max())
+    between = ("cut adapter", "what was written")
+    check = tolerance_check(
+        "adapter on disk", {"loss": difference}, tolerance={"loss": 0.0}, between=between, n=len(per_row(live))
+    )
+    return Certificate(f"The compressed adapter {out}", (check,))
+
+
 def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
-    """Evaluates the cut adapter against its base; with the rank curve and, in words, its loss against the whole adapter."""
+    """Evaluates the cut adapter against the uncut one first, then against its base; with the rank curve."""
     part, opened, dataset = about
     rows, spec = evaluator.fitting(), evaluator.config.evaluate
-    against = compare_losses(_losses_of(evaluator, rows, item), replace(evaluator.losses(rows, NAME), system=FULL), spec)
-    found = against.difference
-    confirmed = f"{signed(found.value, 4)} nats a token [{signed(found.low, 4)}, {signed(found.high, 4)}], n = {found.n}"
-    baseline_rows = (*dataset.train, *(dataset.held_out if part == "test" else ()))
-    attach(evaluator.text.model, item.adapter, CUT)
-    try:
-        report = replace(evaluator, name=CUT).report(f"Compressing {opened.folder.parent.name}", baseline_rows=baseline_rows)
-    finally:
-        eject(evaluator.text.model, CUT)
+    known = (*dataset.train, *(dataset.held_out if part == "test" else ()))
+    prompts = None if dataset.labels else _replier(evaluator).prompts(rows, known)
+    full = _measured(evaluator, rows, prompts, FULL)
+    with _in_model(evaluator, item) as measuring:
+        against = _measured(measuring, rows, prompts, ADAPTER).against(full, spec)
+        report = measuring.report(f"Compressing {opened.folder.parent.name}", baseline_rows=known)
+    adapter, *others = report.systems
+    measured = measure(full.scores, spec) if isinstance(full.scores, Answers) else measure_losses(full.scores, spec)
+    if full.replies is not None:
+        measured = {**measure_replies(full.replies, main_metric(full.replies.references), spec), **measured}
+    uncut = SystemResult(FULL, "floor", measured)
+    compared = (*against, *report.comparisons)
     return replace(
         report,
         subtitle=f"{evaluator.text.name}, cut to {item.name}, evaluated on {report.rows_of} {part} rows",
+        systems=(adapter, uncut, *others),
+        comparisons=compared,
+        verdict=verdict_of(compared),
+        part=part,
         rank_curve=curve,
         facts={
             "Adapter": f"{item.name}, cut from {opened.folder}",
-            f"Loss minus that as trained, on {part} rows": f"{confirmed}: {against.verdict}",
+            f"Against the uncut adapter, on {part} rows": "; ".join(f"{_difference(one)}: {one.verdict}" for one in against),
             "Versions": versions(),
             "Machine": machine(evaluator.text.device),
         },
@@ -314,13 +387,18 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
 
 
 def _show(curve: RankCurve, console: Console) -> None:
-    table = Table("adapter", "gain, nats a token", "loss − as trained", "verdict", title="The rank curve", title_justify="left")
+    table = Table("adapter", f"gain, {curve.unit}", title="The rank curve", title_justify="left")
+    for found in curve.points[1].against_full:
+        table.add_column(f"{metric_words(found.metric).title.lower()} − uncut")
+    table.add_column("as good")
     for point in curve.points:
-        gain, against = point.gain, point.against_full
+        gain = point.gain
         cells = [f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"]
-        if against is not None:
-            found = against.difference
-            cells += [f"{signed(found.value, 4)} [{signed(found.low, 4)}, {signed(found.high, 4)}]", against.verdict]
+        for found in point.against_full:
+            change = found.difference
+            cells.append(f"{signed(change.value, 4)} [{signed(change.low, 4)}, {signed(change.high, 4)}]")
+        if point.against_full:
+            cells.append(f"no: {point.why_not}" if point.why_not else "yes")
         table.add_row(point.name, *(Text(cell) for cell in cells), style="bold" if point.name == curve.marked else "")
     console.print(table)
     said = f"Smallest, from the largest down, that {curve.rule}: {curve.marked}" if curve.marked else f"No cut {curve.rule}."

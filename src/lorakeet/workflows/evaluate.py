@@ -19,6 +19,7 @@ from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
+from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
@@ -32,6 +33,8 @@ from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
+
+HELD_OUT = "the held-out rows"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     """
     if (out := options.out) is not None:
         require_empty(out)
+    own = None if options.metric is None else load_metric(options.metric)
     path = Path(options.run_or_adapter)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
@@ -73,13 +77,14 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        evaluator = TextEvaluator(settings, text, encoder, rows.rows, console, NAME)
+        evaluator = TextEvaluator(settings, text, encoder, rows.rows, console, NAME, own)
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
     found = rows.leaks
     report = dataclasses.replace(
         report,
         subtitle=f"{text.name}, {report.rows_of} rows of {rows.named}",
+        part="held-out" if rows.named == HELD_OUT else "test",
         drift=drift,
         leaks=None if found is None else leaks(found),
         leak_search="" if found is None else found.method(),
@@ -102,7 +107,7 @@ def _rows_of_run(opened: Opened) -> _EvaluationRows:
     dataset = opened.dataset
     if dataset.test:
         return _EvaluationRows(dataset.test, "the test file", dataset.labels, (*dataset.train, *dataset.held_out))
-    return _EvaluationRows(dataset.held_out, "the held-out rows", dataset.labels, dataset.train)
+    return _EvaluationRows(dataset.held_out, HELD_OUT, dataset.labels, dataset.train)
 
 
 def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:

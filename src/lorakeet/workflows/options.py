@@ -53,6 +53,7 @@ class EvaluateOptions:
     config: Path | None = setting(None, "Run file with the data and model settings; the default is the run's own.")
     base: str | None = setting(None, _BASE)
     out: Path | None = setting(None, "Folder for a report; without it no report is written.")
+    metric: str | None = setting(None, "Own metric of replies, such as my.py:score; that of the run's settings is not computed.")
     memory: str | None = setting(None, _MEMORY)
 
 
@@ -250,9 +251,12 @@ class CompressOptions:
     run: str = field(metadata=_help(_RUN, positional=True))
     out: Path = field(metadata=_help("Run folder for the compressed adapter; it must not exist yet."))
     to: str | None = setting(
-        None, "Size: parameters such as 0.5M, or 'rank 8'; the default is the smallest size within --tolerance."
+        None, "Size: parameters such as 0.5M, or 'rank 8'; the default is the smallest that is shown to be as good."
     )
-    tolerance: str = setting("1%", "Share of the held-out gain that may be lost, confidence interval included.")
+    tolerance: str = setting("2%", "How much held-out loss may grow, as a share of the uncut adapter's, interval included.")
+    metric_tolerance: str = setting(
+        "2%", "How much accuracy, or the main metric of replies, may fall, in points of 100, interval included."
+    )
     rows: int = setting(256, "Number of training rows used to weight the truncation.")
     weighting: Literal["loss", "activation", "none"] = setting(
         "loss", "What weights the truncation: inputs and gradients (loss), inputs (activation), or nothing."

@@ -275,7 +275,7 @@ def point(name: str, parameters: int, gain: float) -> CurvePoint:
     return CurvePoint(name, parameters, Estimate(gain, gain - 0.1, gain + 0.1, 50, "BCa bootstrap", seed=0))
 
 
-CURVE = RankCurve((point("as trained", 4000, 0.9), point("rank <2>", 1000, 0.8)), "shows no loss", "rank <2>")
+CURVE = RankCurve((point("as trained", 4000, 0.9), point("rank <2>", 1000, 0.8)), "shows no loss", "nats a token", "rank <2>")
 
 
 def test_the_map_knows_its_rows_and_columns() -> None:

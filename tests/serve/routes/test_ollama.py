@@ -59,8 +59,14 @@ def test_refusals_are_ollamas(client: Any) -> None:
     with pytest.raises(ollama.ResponseError, match="No model 'c' is served") as error:
         client.chat("c", MESSAGES)
     assert error.value.status_code == 404
-    with pytest.raises(ollama.ResponseError, match="top_k is 40, which this server does not support"):
-        client.chat("a", MESSAGES, options={"top_k": 40})
+    with pytest.raises(ollama.ResponseError, match="mirostat is 2, which this server does not support"):
+        client.chat("a", MESSAGES, options={"mirostat": 2})
+
+
+def test_truncation_and_penalties_are_those_of_the_options(client: Any) -> None:
+    plain = client.chat("a", MESSAGES, options={**GREEDY, "num_predict": 12}).message.content
+    assert client.chat("a", MESSAGES, options={"temperature": 1.5, "top_k": 1, "num_predict": 12}).message.content == plain
+    assert client.chat("a", MESSAGES, options={**GREEDY, "num_predict": 12, "repeat_penalty": 0.1}).message.content != plain
 
 
 def test_images_are_refused_and_not_left_out(client: Any) -> None:

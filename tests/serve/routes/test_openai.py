@@ -104,7 +104,9 @@ def test_refusals_are_openais(client: Any) -> None:
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"n": 17}, "n is 17"),
         ({"stop": [""]}, "none of them empty"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is 0.5, which this server does not support"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty is 2.5; it must lie between -2 and 2"),
+        ({"logit_bias": {"x": 1}}, "logit_bias has the key 'x'; expected token ids"),
+        ({"extra_body": {"best_of": 3}}, "best_of is 3, which this server does not support"),
         ({"extra_body": {"tempratur": 1}}, "tempratur in the request is not known here"),
         ({"top_logprobs": 2}, "needs logprobs"),
     ):
@@ -179,3 +181,18 @@ def test_messages_with_more_than_text_are_refused(client: Any) -> None:
     thought = {**echoed.model_dump(), "id": "1", "parsed": {"x": 1}, "reasoning": "so", "reasoning_content": "so"}
     again = [*MESSAGES, thought, {"role": "user", "content": "And?", "name": "me"}]
     assert client.chat.completions.create(model="a", messages=again, max_tokens=1).usage.prompt_tokens > 20
+
+
+def test_text_offsets_are_where_tokens_begin(client: Any) -> None:
+    answer = client.completions.create(model="b", prompt="the", temperature=0, max_tokens=6, logprobs=0).choices[0]
+    offsets = answer.logprobs.text_offset
+    assert len(offsets) == len(answer.logprobs.tokens) == 6 and offsets[0] == 0 and offsets == sorted(offsets)
+    assert offsets[-1] <= len(answer.text)
+    pieces = client.completions.create(model="b", prompt="the", temperature=0, max_tokens=6, logprobs=0, stream=True)
+    streamed = [start for piece in pieces if piece.choices[0].logprobs for start in piece.choices[0].logprobs.text_offset]
+    assert streamed == offsets
+
+
+def test_a_bias_decides_what_is_written(client: Any) -> None:
+    found = client.completions.create(model="b", prompt="the", temperature=0, max_tokens=3, logit_bias={"40": 100}, logprobs=0)
+    assert len(set(found.choices[0].logprobs.tokens)) == 1

@@ -73,7 +73,7 @@ def test_the_floors_learn_from_the_rows_that_are_named(finished: Any, text: Text
     dataset = finished.result.setup.dataset
     evaluator = judge_of(finished, text, dataset.test)
     with_floors = evaluator.report("t", baseline_rows=dataset.train[:30])
-    assert next(system.note for system in with_floors.systems if system.role == "floor") == "fitted to 30 rows"
+    assert next(system.note for system in with_floors.systems if system.role == "floor").startswith("fitted to 30 rows; words (")
     assert [system.role for system in evaluator.report("t", baseline_rows=()).systems] == ["adapter", "base"]
     without = replace(evaluator, config=replace(evaluator.config, evaluate=replace(evaluator.config.evaluate, baselines=False)))
     assert [system.role for system in without.report("t", baseline_rows=dataset.train).systems] == ["adapter", "base"]
@@ -96,7 +96,7 @@ def test_loss_of_rows_without_labels_is_that_of_transformers(tiny_llama_folder: 
     assert result.report is not None
     text = result.setup.text
     set_attention(text.model, "sdpa")
-    for system in result.report.systems:
+    for system in result.report.systems[:2]:
         activate(text.model, None if system.role == "base" else "default")
         sums, count = 0.0, 0
         for example in result.setup.held_out.examples:

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers, confusion, measure
 from lorakeet.evaluate.calibration import reliability
-from lorakeet.evaluate.compare import compare_answers, compare_losses
+from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
-from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
+from lorakeet.evaluate.own_metric import OwnMetric
+from lorakeet.evaluate.replies import Replies, compare_replies, main_metric, measure_replies, reply_scores
+from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, Suspect, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.suspects import suspect_labels
 from lorakeet.evaluate.verdict import verdict_of
 
 METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "style_distance"  # of image runs
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """Replies of adapter, base and `others` (few-shot base, copied answers) to the prompts of `rows`, by their indices.
+
+    `own` is a metric of the user's, which then decides.
+    """
+
+    rows: tuple[int, ...]
+    adapter: Replies
+    base: Replies
+    others: tuple[Replies, ...] = ()
+    own: OwnMetric | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides."""
+        return main_metric(self.adapter.references) if self.own is None else self.own.name
 
 
 def classification_report(
@@ -24,6 +46,7 @@ def classification_report(
     *,
     adapter: Answers,
     base: Answers,
+    few_shot: Answers | None = None,
     floors: Sequence[Answers] = (),
     texts: Sequence[str],
     sources: Sequence[str] = (),
@@ -31,12 +54,15 @@ def classification_report(
 ) -> Report:
     """A report with systems, comparisons, verdict, confusion matrices, calibration and rows side by side.
 
-    The adapter is compared with its base and with the last of `floors` (majority class first, TF-IDF, the strongest, last).
+    The adapter is compared with its base, the few-shot base, and the last of `floors` (majority class first, TF-IDF, the
+    strongest, last).
     """
     _same_length(len(adapter.truth), texts, sources)
-    roles: list[tuple[Answers, Role]] = [(adapter, "adapter"), (base, "base"), *((floor, "floor") for floor in reversed(floors))]
+    shown = [] if few_shot is None else [few_shot]
+    roles: list[tuple[Answers, Role]] = [(adapter, "adapter"), (base, "base")]
+    roles += [(answers, "floor") for answers in (*shown, *reversed(floors))]
     systems = tuple(SystemResult(answers.system, role, measure(answers, spec), answers.note) for answers, role in roles)
-    rivals = [base, *floors[-1:]]
+    rivals = [base, *shown, *floors[-1:]]
     comparisons = tuple(found for rival in rivals for found in compare_answers(adapter, rival, spec))
     chosen, named = _rows_to_show(base.correct.astype(int) * 2 + adapter.correct, spec), sources or [""] * len(texts)
     return Report(
@@ -55,6 +81,10 @@ def classification_report(
             for row in chosen
         ),
         rows_of=len(texts),
+        suspects=tuple(
+            Suspect(texts[one.row], one.label, one.suggested, one.probabilities, named[one.row])
+            for one in (suspect_labels(adapter, floors[-1]) if floors else ())
+        )[: spec.show_rows],
     )
 
 
@@ -67,20 +97,62 @@ def language_report(
     truths: Sequence[str],
     sources: Sequence[str] = (),
     spec: EvaluateSpec,
+    answered: Answered | None = None,
 ) -> Report:
-    """A report on rows of any kind: loss, perplexity, paired difference, verdict and rows with the largest changes in loss."""
+    """A report on rows of any kind: loss, perplexity, paired difference, verdict and rows side by side.
+
+    With `answered` the replies come first: metrics and comparisons of every system, the headline, and the answered rows. Without,
+    the rows are those with the largest changes in loss.
+    """
     _same_length(len(adapter.tokens), texts, sources)
     roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
-    comparison = compare_losses(adapter, base, spec)
+    systems = tuple(SystemResult(rows.system, role, measure_losses(rows, spec)) for rows, role in roles)
+    comparisons: tuple[Comparison, ...] = (compare_losses(adapter, base, spec),)
+    if answered is None:
+        rows = _largest_changes(adapter, base, texts, truths, sources, spec)
+    else:
+        systems, comparisons = _with_replies(systems, comparisons, answered, spec)
+        theirs, mine = (_scored(*pair) for pair in ((answered.base, answered, base), (answered.adapter, answered, adapter)))
+        triples = list(zip(answered.rows, theirs, mine, strict=True))[: spec.show_rows]
+        named = sources or [""] * len(texts)
+        rows = tuple(SideBySide(texts[row], truths[row], before, after, named[row]) for row, before, after in triples)
     return Report(
         title,
         task="language",
-        systems=tuple(SystemResult(rows.system, role, measure_losses(rows, spec)) for rows, role in roles),
-        comparisons=(comparison,),
-        verdict=verdict_of((comparison,)),
-        rows=_largest_changes(adapter, base, texts, truths, sources, spec),
+        systems=systems,
+        comparisons=comparisons,
+        verdict=verdict_of(comparisons),
+        rows=rows,
         rows_of=len(texts),
     )
+
+
+def _with_replies(
+    systems: tuple[SystemResult, ...], comparisons: tuple[Comparison, ...], answered: Answered, spec: EvaluateSpec
+) -> tuple[tuple[SystemResult, ...], tuple[Comparison, ...]]:
+    """The systems with the metrics of their replies, and those that copy; the comparisons in the main metric first."""
+    metric, score = answered.metric, None if answered.own is None else answered.own.score
+    measured = [measure_replies(each, metric, spec, score) for each in (answered.adapter, answered.base)]
+    found = [
+        replace(system, metrics={**metrics, **system.metrics}, note=replies.note)
+        for system, metrics, replies in zip(systems, measured, (answered.adapter, answered.base), strict=True)
+    ]
+    for each in answered.others:
+        found.append(SystemResult(each.system, "floor", measure_replies(each, metric, spec, score), each.note))
+    rivals = (answered.base, *answered.others)
+    compared = [compare_replies(answered.adapter, rival, metric, spec, score) for rival in rivals]
+    return tuple(found), (*compared, *comparisons)
+
+
+def _scored(replies: Replies, answered: Answered, losses: RowLosses) -> list[ScoredAnswer]:
+    """Each reply with its score in the main metric, right or wrong where that is a match, and the loss of its row."""
+    metric, score = answered.metric, None if answered.own is None else answered.own.score
+    found, per_token = reply_scores(replies, metric, score), losses.losses / losses.tokens
+    match = metric.endswith("_match")
+    return [
+        ScoredAnswer(text or "(empty)", None, value == 1 if match else None, float(per_token[row]), None if match else value)
+        for text, value, row in zip(replies.texts, found.tolist(), answered.rows, strict=True)
+    ]
 
 
 def denoising_report(

@@ -60,20 +60,25 @@ class RankMap:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """An adapter cut to `parameters`: its gain over the base in nats per token, and how it compares with the one as trained."""
+    """An adapter cut to `parameters`: its gain over the base in loss, and its comparisons with the uncut adapter.
+
+    `why_not` says why it is not shown to be as good as the uncut adapter; empty if it is. The uncut adapter has no comparisons.
+    """
 
     name: str
     parameters: int
     gain: Estimate
-    against_full: Comparison | None = None  # None for the adapter as trained
+    against_full: tuple[Comparison, ...] = ()
+    why_not: str = ""
 
 
 @dataclass(frozen=True)
 class RankCurve:
-    """Held-out gain by parameters; `marked` is the smallest point that satisfies `rule`, empty if none does."""
+    """Held-out gain by parameters, in `unit`; `marked` is the smallest point that satisfies `rule`, empty if none does."""
 
     points: tuple[CurvePoint, ...]
     rule: str
+    unit: str
     marked: str = ""
 
 

@@ -52,12 +52,13 @@ class Reliability:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One system's answer to a row: text, probability, correctness, and loss in nats per token."""
+    """One system's answer to a row: text, probability, correctness, loss in nats per token, and a score from 0 to 1."""
 
     text: str = ""
     probability: float | None = None
     right: bool | None = None
     loss: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,17 @@ class SideBySide:
         if self.base.right == self.adapter.right:
             return "both-right" if self.base.right else "both-wrong"
         return "fixed" if self.adapter.right else "broke"
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A row whose label the adapter and the strongest baseline contradict: what they suggest, and how sure each is."""
+
+    text: str
+    label: str
+    suggested: str
+    probabilities: tuple[float, float]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,7 +193,7 @@ class Report:
     """All sections of a report; empty or None sections are left out of the page.
 
     `facts` are model, data, rows, seed, versions, hardware and commit, `speed` the rates and times, both as name and text.
-    `rows` were drawn from `rows_of` held-out rows.
+    `rows` were drawn from the `rows_of` rows of the `part` ("held-out" or "test") that was evaluated.
     """
 
     title: str
@@ -200,6 +212,8 @@ class Report:
     reliabilities: tuple[Reliability, ...] = ()
     rows: tuple[SideBySide, ...] = ()
     rows_of: int = 0
+    part: str = "held-out"
+    suspects: tuple[Suspect, ...] = ()
     leaks: tuple[Leak, ...] | None = None
     leak_search: str = ""
     drift: Drift | None = None

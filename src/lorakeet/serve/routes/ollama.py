@@ -24,11 +24,13 @@ _GENERATE = {"model", "prompt", "stream", "options", "keep_alive", "format", "sy
 _NEUTRAL: dict[str, Any] = {
     "tools": [], "think": False, "images": [], "suffix": "", "template": "", "context": [], "logprobs": False,
 }  # fmt: skip
-_OPTIONS = {"temperature", "top_p", "seed", "num_predict", "stop"}
+_OPTIONS = {
+    "temperature", "top_p", "top_k", "min_p", "seed", "num_predict", "stop", "presence_penalty", "frequency_penalty",
+    "repeat_penalty", "repeat_last_n",
+}  # fmt: skip
 _NO_EFFECT = {"num_ctx", "num_thread", "num_gpu", "num_batch", "num_keep", "use_mmap", "main_gpu", "low_vram", "numa"}
 _NEUTRAL_OPTIONS: dict[str, Any] = {
-    "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "typical_p": 1.0,
-    "mirostat": 0, "tfs_z": 1.0,
+    "typical_p": 1.0, "mirostat": 0, "tfs_z": 1.0,
 }  # fmt: skip
 _UNTIL_FULL = (-1, -2)  # Ollama's num_predict for "until the end" and "until the context is full"
 
@@ -62,11 +64,18 @@ async def _answer(
     options = fields.inner("options")
     options.refuse(_OPTIONS, _NO_EFFECT, _NEUTRAL_OPTIONS)
     most = options.whole("num_predict", -1)
+    window = options.whole("repeat_last_n", 64) or 0
     left = max(1, service.engine.context - len(ids))
     sampling = Sampling(
         max_tokens=left if most is None or most in _UNTIL_FULL else most,
         temperature=options.number("temperature", 0.8),
         top_p=options.number("top_p", 0.9),
+        top_k=options.whole("top_k", 0) or 0,
+        min_p=options.number("min_p", 0.0),
+        presence_penalty=options.number("presence_penalty", 0.0),
+        frequency_penalty=options.number("frequency_penalty", 0.0),
+        repetition_penalty=options.number("repeat_penalty", 1.0),
+        penalty_window=None if window == -1 else max(0, window),
         seed=options.whole("seed"),
         stop=options.texts("stop"),
     )

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from lorakeet.errors import ConfigError, LorakeetError
@@ -25,13 +26,13 @@ from lorakeet.serve.text_stream import token_bytes
 
 _COMMON = {
     "model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "lora",
-    "response_format",
+    "response_format", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
 }  # fmt: skip
 _CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 _COMPLETION = _COMMON | {"prompt"}
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 _NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "functions": [],
+    "tools": [], "tool_choice": "none", "functions": [],
     "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
 }  # fmt: skip
 _OF_MESSAGE = {  # ignored; clients send these back with a server's answers
@@ -139,6 +140,12 @@ def _parsed(
         max_tokens=max(1, service.engine.context - len(prompts[0])) if limit is None else limit,
         temperature=fields.number("temperature", 1.0),
         top_p=fields.number("top_p", 1.0),
+        top_k=max(0, fields.whole("top_k", 0) or 0),  # vLLM's -1 is all tokens too
+        min_p=fields.number("min_p", 0.0),
+        presence_penalty=fields.number("presence_penalty", 0.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0),
+        logit_bias=_biases(fields, len(service.text.tokenizer)),
         seed=fields.whole("seed"),
         stop=fields.texts("stop"),
         logprobs=logprobs,
@@ -147,6 +154,17 @@ def _parsed(
     stream, usage = fields.flag("stream"), fields.inner("stream_options").flag("include_usage")
     texts, schema = fields.whole("n", 1) or 0, _schema(fields)
     return _ParsedRequest(fields.text("model"), prompts, sampling, texts, stream, usage, chat, logprobs is not None, schema)
+
+
+def _biases(fields: Fields, vocabulary: int) -> dict[int, float]:
+    """logit_bias: numbers by token id, which JSON writes as text."""
+    given = fields.inner("logit_bias")
+    found: dict[int, float] = {}
+    for name in given.data:
+        if not name.isascii() or not name.isdigit() or int(name[:20]) >= vocabulary:
+            raise ConfigError(f"logit_bias has the key {name[:40]!r}; expected token ids from 0 to {vocabulary - 1}.")
+        found[int(name)] = given.number(name, 0.0)
+    return found
 
 
 def _schema(fields: Fields) -> Mapping[str, Any] | None:
@@ -184,6 +202,7 @@ async def _answer(service: Service, caller: Caller, request: Incoming, parsed: _
 async def _stream(service: Service, writing: Generation, parsed: _ParsedRequest, head: dict[str, Any]) -> AsyncIterator[str]:
     """Yields server-sent events, one for each piece of text."""
     kind = "chat.completion.chunk" if parsed.chat else "text_completion"
+    offsets: dict[int, int] = {}  # characters of each text so far
     try:
         if parsed.chat:
             for text in writing.texts:
@@ -193,7 +212,9 @@ async def _stream(service: Service, writing: Generation, parsed: _ParsedRequest,
             if event.reason == "error":
                 yield _sse({"error": {"message": event.error, "type": "server_error", "param": None, "code": None}})
             elif event.text or event.reason or event.chosen is not None:
-                yield _sse({**head, "object": kind, "choices": [_piece(service, parsed, index, event)]})
+                piece = _piece(service, parsed, index, event, offsets.get(index, 0))
+                offsets[index] = offsets.get(index, 0) + len(event.text)
+                yield _sse({**head, "object": kind, "choices": [piece]})
         if parsed.usage:
             yield _sse({**head, "object": kind, "choices": [], "usage": _usage(writing)})
         yield "data: [DONE]\n\n"
@@ -201,8 +222,8 @@ async def _stream(service: Service, writing: Generation, parsed: _ParsedRequest,
         service.close(writing)
 
 
-def _piece(service: Service, parsed: _ParsedRequest, index: int, event: Event) -> dict[str, Any]:
-    logprobs = _logprobs(service, parsed, [event.chosen] if event.chosen else [])
+def _piece(service: Service, parsed: _ParsedRequest, index: int, event: Event, offset: int) -> dict[str, Any]:
+    logprobs = _logprobs(service, parsed, [(event.chosen, offset)] if event.chosen else [])
     finish = _finish(event)
     if parsed.chat:
         delta = {"content": event.text} if event.text or event.chosen else {}
@@ -215,7 +236,9 @@ def _whole(service: Service, parsed: _ParsedRequest, index: int, events: list[Ev
     if last.reason == "error":
         raise LorakeetError(last.error)
     content = "".join(event.text for event in events)
-    logprobs = _logprobs(service, parsed, [event.chosen for event in events if event.chosen is not None])
+    starts = accumulate((len(event.text) for event in events), initial=0)
+    chosen = [(event.chosen, start) for event, start in zip(events, starts, strict=False) if event.chosen is not None]
+    logprobs = _logprobs(service, parsed, chosen)
     body = {"message": {"role": "assistant", "content": content, "refusal": None}} if parsed.chat else {"text": content}
     return {"index": index, **body, "finish_reason": _finish(last), "logprobs": logprobs}
 
@@ -227,21 +250,22 @@ def _finish(event: Event) -> str | None:
     return "stop" if event.reason == "stop" else "length"
 
 
-def _logprobs(service: Service, parsed: _ParsedRequest, chosen: list[SampledToken]) -> dict[str, Any] | None:
+def _logprobs(service: Service, parsed: _ParsedRequest, chosen: list[tuple[SampledToken, int]]) -> dict[str, Any] | None:
+    """Of tokens, each with the number of characters that were written before it."""
     if not parsed.logprobs:
         return None
     if parsed.chat:
         content = [
             {**_entry(service, one.token, one.logprob), "top_logprobs": [_entry(service, *other) for other in one.top]}
-            for one in chosen
+            for one, _ in chosen
         ]
         return {"content": content, "refusal": None}
-    named = [(_token(service, one.token), one) for one in chosen]
+    named = [(_token(service, one.token), one) for one, _ in chosen]
     return {
         "tokens": [token for token, _ in named],
         "token_logprobs": [one.logprob for _, one in named],
         "top_logprobs": [{_token(service, other): value for other, value in one.top} for _, one in named],
-        "text_offset": [],
+        "text_offset": [start for _, start in chosen],
     }
 
 

@@ -12,22 +12,26 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
+from lorakeet.data.few_shot import FewShot, choose_examples
 from lorakeet.data.pack import micro_batches
-from lorakeet.data.rows import Row
+from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
 from lorakeet.evaluate.likelihood import RowLosses, label_log_probs
+from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.report.compose import classification_report, language_report
 from lorakeet.evaluate.report.report import Drift, Report
+from lorakeet.evaluate.temperature import calibrated
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import label_scores, row_losses
 from lorakeet.models.inject import activate
 from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
+from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier, prompt_of
 
-BASE, ADAPTER = "base", "adapter"
+CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,12 @@ class TextEvaluator:
     rows: Sequence[Row]
     console: Console
     name: str = "default"
+    metric: OwnMetric | None = None  # of replies, the user's own
 
     def report(self, title: str, *, baseline_rows: Sequence[Row]) -> Report:
-        """The measured sections: classification if the rows have labels, else loss and perplexity.
+        """The measured sections: classification if the rows have labels, else replies to prompts, loss and perplexity.
 
-        `baseline_rows` are the rows that the simple baselines (majority class, TF-IDF) are fitted to.
+        `baseline_rows` are the training rows that simple baselines are fitted to, and that the few-shot base is shown.
         """
         rows = self.fitting()
         if not rows:
@@ -54,20 +59,40 @@ class TextEvaluator:
             answers = self.answers(rows, BASE), self.answers(rows, ADAPTER)
             texts, floors = [row.text for row in rows], list[Answers]()
             if self.config.evaluate.baselines and baseline_rows:
-                labels, groups, known = self.encoder.labels, _groups(rows), [row.text for row in baseline_rows]
+                labels, groups, known = self.encoder.labels, row_groups(rows), [row.text for row in baseline_rows]
                 train_labels, truth = [_label(row) for row in baseline_rows], [_label(row) for row in rows]
                 majority = majority_class(train_labels, truth, labels=labels, groups=groups)
                 tfidf = tfidf_logistic(known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups)
                 note = f"fitted to {len(baseline_rows)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
                 floors = [majority, replace(tfidf, note=note)]
-            report = classification_report(title, base=answers[0], adapter=answers[1], floors=floors, texts=texts, **about)
+            few_shot = self._few_shot(rows, baseline_rows)
+            report = classification_report(
+                title, base=answers[0], adapter=answers[1], few_shot=few_shot, floors=floors, texts=texts, **about
+            )
         else:
             losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
+            replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
             texts, truths = ([_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
-            report = language_report(title, base=losses[0], adapter=losses[1], texts=texts, truths=truths, **about)
+            report = language_report(
+                title, base=losses[0], adapter=losses[1], texts=texts, truths=truths,
+                answered=replier.answered(rows, baseline_rows), **about,
+            )  # fmt: skip
         left_out = len(self.rows) - len(rows)
-        warning = f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."
-        return replace(report, warnings=(warning,) if left_out else ())
+        warnings = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
+        return replace(report, warnings=(*warnings[: bool(left_out)], *self._unnamed_labels(rows)))
+
+    def _unnamed_labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """A warning if the prompts do not name the labels, which the base then cannot know."""
+        labels = self.encoder.labels
+        named = [label for label in labels if all(label.casefold() in prompt_of(row).casefold() for row in rows[:16])]
+        if not labels or len(named) == len(labels):
+            return ()
+        template = f"{self.encoder.spec.template}\nAnswer with one of: {', '.join(labels[:8])}{', …' if len(labels) > 8 else ''}"
+        advice = "The few-shot base sees them." if self.config.evaluate.examples else ""
+        return (
+            f"The prompts do not name all {len(labels)} labels, so the base cannot know them: part of the gain over it may be "
+            f"just that. {advice} To train with their names, set data.template, for instance {template!r}.",
+        )
 
     def drift(self) -> Drift | None:
         """Mean KL(base ‖ adapter) per token on texts that the base samples, seeded; None if there are none."""
@@ -89,18 +114,34 @@ class TextEvaluator:
         """The label probabilities of `system` on labelled rows."""
         candidates: list[Candidates] = [found for row in rows if (found := self.encoder.candidates(row)) is not None]
         activate(self.text.model, None if system == BASE else self.name)
-        with counted(self.console, f"{system} answers {len(rows)} rows", len(candidates)) as advance:
+        with counted(self.console, f"{system} answers rows", len(candidates)) as advance:
             scores = label_scores(self.text, candidates, micro_tokens=self.config.train.micro_tokens, progress=advance)
         truth = np.array([row.label for row in candidates], dtype=np.int64)
-        return Answers(system, self.encoder.labels, truth, label_log_probs(scores), _groups(rows))
+        return Answers(system, self.encoder.labels, truth, label_log_probs(scores), row_groups(rows))
+
+    def _few_shot(self, rows: Sequence[Row], known: Sequence[Row]) -> Answers | None:
+        """The base's answers behind examples of training rows, calibrated on other training rows; None without examples."""
+        examples = choose_examples(known, self.config.evaluate.examples, self.encoder, seed=self.config.evaluate.seed)
+        if not examples:
+            return None
+        few, chosen = FewShot(self.encoder, examples), {row.source for row in examples}
+        order = np.random.default_rng([self.config.evaluate.seed, 5]).permutation(len(known))
+        others = [row for index in order if (row := known[index]).source not in chosen and self.encoder.encode(row) is not None]
+        found = self.answers([few.row(row) for row in rows], BASE)
+        note = f"sees up to {len(examples)} training rows with their labels before each row"
+        if len(others) >= CALIBRATION_LEAST:
+            training = self.answers([few.row(row) for row in others[:CALIBRATION_ROWS]], BASE)
+            found = calibrated(found, training)
+            note += f"; temperature and label bias fitted to {len(training.truth)} others"
+        return replace(found, system=FEW_SHOT, note=note)
 
     def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
         """The loss of `system` on the target tokens of each row."""
         activate(self.text.model, None if system == BASE else self.name)
         examples, tokens = encode_rows(rows, self.encoder).examples, self.config.train.micro_tokens
-        with counted(self.console, f"{system} reads {len(rows)} rows", len(examples)) as advance:
+        with counted(self.console, f"{system} reads rows", len(examples)) as advance:
             sums, counts = row_losses(self.text, examples, micro_tokens=tokens, progress=advance)
-        return RowLosses(system, sums, counts.astype(np.int64), _groups(rows))
+        return RowLosses(system, sums, counts.astype(np.int64), row_groups(rows))
 
 
 def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:
@@ -113,13 +154,6 @@ def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> lis
         Example(ids, np.arange(len(ids)) > 0, f"sample-{number}", None, False)
         for number, ids in enumerate(texts) if len(ids) > 1
     ]  # fmt: skip
-
-
-def _groups(rows: Sequence[Row]) -> tuple[str, ...] | None:
-    """The group of each row, or its own source; None if no row has a group."""
-    if not any(row.group for row in rows):
-        return None
-    return tuple(row.group or row.source for row in rows)
 
 
 def _label(row: Row) -> str:

@@ -17,6 +17,7 @@ from lorakeet.data.prepare import Dataset
 from lorakeet.data.template import uses_template
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.replies import SCORES
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
 from lorakeet.memory.forecast import KINDS, Forecast
@@ -29,13 +30,19 @@ if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.workflows.finetuning.kind import PlanResult
     from lorakeet.workflows.planning.image_run import ImageRunPlan
 
+SHOWN_LABELS = 20
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
 
 
 def show_rows(setup: TextAssembly, console: Console) -> None:
     """Prints the rows, the leaks, one example with its target tokens in colour, the plan, and the memory that is planned."""
     _show_counts("Rows", setup.dataset, console)
-    for line in setup.dataset.leaks.lines():
+    if counts := setup.dataset.label_counts:
+        shown = sorted(counts.items(), key=lambda item: -item[1])
+        more = f" and {len(shown) - SHOWN_LABELS} more labels" if len(shown) > SHOWN_LABELS else ""
+        listed = ", ".join(f"{label} {count:,}" for label, count in shown[:SHOWN_LABELS])
+        console.print(Text(f"Labels of the training rows: {listed}{more}"))
+    for line in (*setup.dataset.notes, *setup.dataset.leaks.lines()):
         console.print(Text(line))
     for name, encoded in setup.encoded.items():
         if encoded.truncated or encoded.dropped:
@@ -100,10 +107,13 @@ def _show_plan(columns: tuple[str, str], rows: Iterable[tuple[str, ...]], plan: 
 
 def show_results(report: Report, console: Console) -> None:
     """Prints every system's metrics with their intervals, the paired differences, and the verdict."""
-    names = [name for name in METRIC_WORDS if any(name in system.metrics for system in report.systems)]
+    found = {name for system in report.systems for name in system.metrics}
+    names = [name for name in METRIC_WORDS if name in found] + sorted(found - METRIC_WORDS.keys())
+    if any(name in SCORES for name in names):
+        names = [name for name in names if name in (report.comparisons[0].metric, "exact_match", "chrf", "cut_off", "loss")]
     table = Table("", *(metric_words(name).title for name in names), title=Text(report.subtitle), title_justify="left")
     for system in report.systems:
-        cells = (_cell(system.metrics.get(name), METRIC_WORDS[name].digits) for name in names)
+        cells = (_cell(system.metrics.get(name), metric_words(name).digits) for name in names)
         table.add_row(system.name, *cells, style="bold" if system.role == "adapter" else "")
     console.print(table)
     differences = Table("difference", "metric", "value", "p", "verdict", title="Paired, on the same rows", title_justify="left")

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
 from lorakeet.evaluate.wording import bytes_text
@@ -307,6 +308,8 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def check(self, config: RunConfig, processes: int) -> None:
         require_graphable(config, processes)
+        if config.evaluate.metric is not None:
+            load_metric(config.evaluate.metric)  # raises now rather than after training
 
     def assemble(
         self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
@@ -370,11 +373,13 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def evaluate(self, setup: TextAssembly, run: RunFolder, console: Console) -> Report:
         part, rows = setup.evaluated
-        evaluator = TextEvaluator(setup.config, setup.text, setup.encoder, rows, console)
+        own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric)
+        evaluator = TextEvaluator(setup.config, setup.text, setup.encoder, rows, console, metric=own)
         baseline_rows = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
         report = evaluator.report(f"Fine-tuning {setup.name}", baseline_rows=baseline_rows)
         return dataclasses.replace(
             report,
+            part=part,
             drift=evaluator.drift(),
             leaks=leaks(setup.dataset.leaks),
             leak_search=setup.dataset.leaks.method(),
@@ -444,6 +449,7 @@ def _cached_states(setup: TextAssembly, task: TextTask, run: RunFolder, console:
 
 
 def _warnings(setup: TextAssembly) -> Iterator[str]:
+    yield from setup.dataset.notes
     for name, encoded in setup.encoded.items():
         longer = f"{name} rows were longer than {setup.config.data.max_tokens} tokens and"
         if encoded.truncated:

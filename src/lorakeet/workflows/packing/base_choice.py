@@ -20,7 +20,8 @@ from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.values import encode
 from lorakeet.models.files.origin import origin_of, packed_folder, stored_as
 from lorakeet.models.files.source import on_this_machine
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, TextEvaluator
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.reply import ADAPTER
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.text_run import Workload

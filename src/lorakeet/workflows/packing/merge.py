@@ -43,7 +43,8 @@ from lorakeet.quant.construct import meta_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, TextEvaluator
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.reply import ADAPTER, BASE
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.planning.fit import require_space_to_unpack

@@ -1,0 +1,82 @@
+"""Few-shot prompts: training rows with their answers before a row's own prompt, so that an untrained model knows the task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lorakeet.data.chat import Encoder
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.template import is_templated
+
+SHARE = 0.5  # of data.max_tokens that the examples may take
+BETWEEN = "\n\n"  # after an example, where no chat template separates turns
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """`examples` are put before a row as long as it fits; the names of the labels, where there are any, come first."""
+
+    encoder: Encoder
+    examples: tuple[Row, ...]
+
+    def row(self, row: Row) -> Row:
+        """The row behind as many examples as fit into data.max_tokens: all, half of them, a quarter and so on, or none."""
+        count = len(self.examples)
+        while count:
+            found = self._behind(row, self.examples[:count])
+            if self.encoder.fits(found):
+                return found
+            count //= 2
+        return row
+
+    def _behind(self, row: Row, examples: Sequence[Row]) -> Row:
+        templated = is_templated(row, self.encoder.tokenizer, self.encoder.spec)
+        first = [turn for turn in row.turns if turn.role == "system"]
+        shown = [_shown(turn, templated) for example in examples for turn in example.turns if turn.role != "system"]
+        if self.encoder.labels:
+            shown[0] = _with_prefix(shown[0], f"The answer is one of: {', '.join(self.encoder.labels)}.{BETWEEN}")
+        return replace(row, turns=(*first, *shown, *(turn for turn in row.turns if turn.role != "system")))
+
+
+def choose_examples(rows: Sequence[Row], count: int, encoder: Encoder, *, seed: int) -> tuple[Row, ...]:
+    """Up to `count` rows, drawn with `seed`: of each label as many where rows have labels, none longer than its share.
+
+    At least one row for each label, if they fit. Rows that end in no answer are never chosen.
+    """
+    count = max(count, len(encoder.labels)) if count else 0
+    order = [rows[index] for index in np.random.default_rng([seed, 3]).permutation(len(rows))]
+    piles: dict[str | None, list[Row]] = {}
+    for row in order:
+        if row.turns[-1].supervised and row.turns[-1].role:
+            piles.setdefault(row.label, []).append(row)
+    limit = SHARE * encoder.spec.max_tokens
+    chosen: list[Row] = []
+    used = 0
+    waiting = list(piles.values())
+    while waiting and len(chosen) < count:
+        for pile in list(waiting):
+            while pile:
+                row = pile.pop(0)
+                length = encoder.tokens_of(row)
+                if used + length <= limit and length <= 2 * limit / count:
+                    chosen.append(row)
+                    used += length
+                    break
+            if not pile:
+                waiting.remove(pile)
+            if len(chosen) == count:
+                break
+    return tuple(chosen)
+
+
+def _shown(turn: Turn, templated: bool) -> Turn:
+    """A turn of an example: no target, and followed by an empty line if it is an answer without a chat template."""
+    ending = BETWEEN if turn.supervised and not templated else ""
+    return Turn(turn.role, turn.text + ending, supervised=False)
+
+
+def _with_prefix(turn: Turn, prefix: str) -> Turn:
+    return replace(turn, text=prefix + turn.text)

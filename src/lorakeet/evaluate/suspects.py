@@ -1,0 +1,45 @@
+"""Suspect labels: rows whose label two independent systems both contradict with confidence (confident learning)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import Answers
+
+
+@dataclass(frozen=True)
+class SuspectLabel:
+    """A row whose `label` two systems contradict with the same other one, and the probabilities that they give to it."""
+
+    row: int
+    label: str
+    suggested: str
+    probabilities: tuple[float, float]
+
+
+def suspect_labels(left: Answers, right: Answers) -> tuple[SuspectLabel, ...]:
+    """The suspects among rows that neither system was trained on, the most confident first.
+
+    Both answer the same other label, and give it at least the mean probability that they give it on rows which have it: the
+    threshold of confident learning (Northcutt et al. 2021, https://arxiv.org/abs/1911.00068), of both systems' mean. Raises
+    DataError for other rows.
+    """
+    if left.labels != right.labels or not np.array_equal(left.truth, right.truth):
+        raise DataError(f"'{left.system}' and '{right.system}' did not answer the same rows; answer the same file with both.")
+    both, truth, said = (left.probabilities + right.probabilities) / 2, left.truth, left.predicted
+    present = [label for label in range(len(left.labels)) if (truth == label).any()]
+    usual = np.full(len(left.labels), np.inf)
+    usual[present] = [both[truth == label, label].mean() for label in present]
+    confident = both[np.arange(len(truth)), said] >= usual[said]
+    rows = np.flatnonzero(confident & (said == right.predicted) & (said != truth))
+    found = [
+        SuspectLabel(
+            int(row), left.labels[truth[row]], left.labels[said[row]],
+            (float(left.probabilities[row, said[row]]), float(right.probabilities[row, said[row]])),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return tuple(sorted(found, key=lambda one: -min(one.probabilities)))

@@ -1,0 +1,80 @@
+"""Few-shot prompts: what stands before a row, how many examples fit, and that the row's own answer stays the only target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lorakeet.data.chat import Encoder
+from lorakeet.data.few_shot import FewShot, choose_examples
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.spec import DataSpec
+
+
+def row(number: int, answer: str, label: str | None = None, *, padding: int = 0) -> Row:
+    turns = (Turn("user", f"Question {number}" + " and" * padding, False), Turn("assistant", answer, True))
+    return Row(turns, label, None, f"rows:{number}")
+
+
+def made(byte_tokenizer: Callable[..., Any], chat: str, labels: tuple[str, ...] = (), max_tokens: int = 400) -> Encoder:
+    spec = DataSpec(train="rows", max_tokens=max_tokens, chat_template=chat)  # type: ignore[arg-type]
+    return Encoder(byte_tokenizer(), spec, labels)
+
+
+def text_of(encoder: Encoder, ids: Any) -> str:
+    return str(encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@pytest.mark.parametrize("chat", ["on", "off"])
+def test_examples_come_first_and_the_rows_own_answer_is_the_only_target(byte_tokenizer: Callable[..., Any], chat: str) -> None:
+    encoder = made(byte_tokenizer, chat)
+    shown = FewShot(encoder, (row(1, "one"), row(2, "two"))).row(row(3, "three"))
+    question, example = encoder.question(shown), encoder.encode(shown)
+    assert question is not None and example is not None
+    prompt, answer = (text_of(encoder, ids) for ids in question)
+    assert "three" in answer and "three" not in prompt
+    places = [prompt.index(part) for part in ("Question 1", "one", "Question 2", "two", "Question 3")]
+    assert places == sorted(places)
+    assert int(example.supervised.sum()) == len(question[1]), "the answers of the examples are no targets"
+
+
+def test_without_a_chat_template_an_empty_line_ends_each_example(byte_tokenizer: Callable[..., Any]) -> None:
+    encoder = made(byte_tokenizer, "off")
+    found = encoder.question(FewShot(encoder, (row(1, "one"),)).row(row(2, "two")))
+    assert found is not None and text_of(encoder, found[0]) == "Question 1\none\n\nQuestion 2\n"
+
+
+def test_labels_are_named_before_the_first_example(byte_tokenizer: Callable[..., Any]) -> None:
+    encoder = made(byte_tokenizer, "off", ("no", "yes"))
+    shown = FewShot(encoder, (row(1, "no", "no"),)).row(row(2, "yes", "yes"))
+    found = encoder.candidates(shown)
+    assert found is not None and found.label == 1
+    assert text_of(encoder, found.prompt).startswith("The answer is one of: no, yes.\n\nQuestion 1\nno\n\nQuestion 2")
+
+
+def test_a_long_row_takes_fewer_examples_or_none(byte_tokenizer: Callable[..., Any]) -> None:
+    encoder = made(byte_tokenizer, "off", max_tokens=120)
+    few = FewShot(encoder, tuple(row(number, "one") for number in range(4)))
+    counts = [len(few.row(row(9, "x", padding=padding)).turns) // 2 - 1 for padding in (0, 55, 80, 100)]
+    assert counts[0] == 4 and counts == sorted(counts, reverse=True) and counts[-1] == 0 and 0 < counts[1] < 4
+    assert all(encoder.fits(few.row(row(9, "x", padding=padding))) for padding in (0, 55, 80))
+
+
+def test_examples_are_drawn_from_each_label_in_turn_and_fit_their_share(byte_tokenizer: Callable[..., Any]) -> None:
+    encoder = made(byte_tokenizer, "off", ("a", "b", "c"))
+    rows = [row(number, label, label) for number, label in enumerate("aaaaaaaabc")]
+    chosen = choose_examples(rows, 2, encoder, seed=0)
+    assert sorted(each.label or "" for each in chosen) == ["a", "b", "c"], "as many as there are labels, at least"
+    assert choose_examples(rows, 2, encoder, seed=0) == chosen
+    assert any(choose_examples(rows, 2, encoder, seed=seed) != chosen for seed in range(1, 9))
+    assert choose_examples(rows, 0, encoder, seed=0) == ()
+    long = [row(number, "a", "a", padding=150) for number in range(4)]
+    assert choose_examples(long, 4, encoder, seed=0) == ()
+
+
+def test_raw_text_is_no_question(byte_tokenizer: Callable[..., Any]) -> None:
+    encoder = made(byte_tokenizer, "off")
+    raw = Row((Turn("", "A text of its own.", True),), None, None, "rows:1")
+    assert encoder.question(raw) is None and choose_examples([raw], 3, encoder, seed=0) == ()

@@ -1,0 +1,52 @@
+"""Suspect labels: planted wrong ones are found, and rows that one system alone doubts are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import Answers, answers_from_probabilities
+from lorakeet.evaluate.suspects import suspect_labels
+
+LABELS = ("a", "b", "c")
+
+
+def system(name: str, truth: np.ndarray, said: np.ndarray, *, seed: int, sure: float = 0.9) -> Answers:
+    """Answers that are `said`, about as surely as `sure`."""
+    chance = np.random.default_rng(seed).uniform(sure - 0.08, sure + 0.08, len(said))
+    table = np.tile(((1 - chance) / 2)[:, None], 3)
+    table[np.arange(len(said)), said] = chance
+    return answers_from_probabilities(name, table, labels=LABELS, truth=truth)
+
+
+def test_planted_wrong_labels_are_found_with_their_right_ones() -> None:
+    generator = np.random.default_rng(0)
+    right = generator.integers(0, 3, 300)
+    given, wrong = right.copy(), np.arange(0, 300, 30)
+    given[wrong] = (right[wrong] + 1) % 3
+    found = suspect_labels(system("adapter", given, right, seed=1, sure=0.91), system("floor", given, right, seed=2, sure=0.9))
+    assert {one.row for one in found} <= set(wrong.tolist()) and len(found) >= 4
+    assert all(one.suggested == LABELS[right[one.row]] and one.label == LABELS[given[one.row]] for one in found)
+    assert [min(one.probabilities) for one in found] == sorted((min(one.probabilities) for one in found), reverse=True)
+
+
+def test_a_row_that_one_system_alone_doubts_is_no_suspect() -> None:
+    truth = np.arange(90) % 3
+    one, other = truth.copy(), truth.copy()
+    one[:9], other[9:18] = (truth[:9] + 1) % 3, (truth[9:18] + 1) % 3
+    assert suspect_labels(system("adapter", truth, one, seed=1), system("floor", truth, other, seed=2)) == ()
+    other[:9] = (truth[:9] + 2) % 3  # both doubt them, but say different things
+    assert suspect_labels(system("adapter", truth, one, seed=1), system("floor", truth, other, seed=2)) == ()
+
+
+def test_a_label_that_no_row_has_suggests_nothing() -> None:
+    truth = np.zeros(20, int)
+    said = system("adapter", truth, np.full(20, 2), seed=1)
+    assert suspect_labels(said, said) == ()
+
+
+def test_other_rows_are_refused() -> None:
+    zeros, ones = np.zeros(3, int), np.ones(3, int)
+    with pytest.raises(DataError, match="did not answer the same rows"):
+        suspect_labels(system("a", zeros, zeros, seed=0), system("b", ones, ones, seed=0))

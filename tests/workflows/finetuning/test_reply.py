@@ -1,0 +1,152 @@
+"""Held-out prompts answered by every system: what is written, which rows, when it stops, and what the report shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.data.chat import Encoder
+from lorakeet.data.read import read_rows
+from lorakeet.evaluate.report.report import render_html
+from lorakeet.models.inject import activate
+from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.model import TextModel
+from lorakeet.workflows.evaluate import evaluate
+from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.finetuning import reply
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.reply import Replier
+from lorakeet.workflows.options import EvaluateOptions
+from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from tiny.runs import chats, quiet, settings, write_rows
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    plants = ("alder", "birch", "cedar", "daisy", "elder", "fern", "grass", "holly")
+    return [{"prompt": f"Number {number} of {plants[number % 8]}", "completion": plants[number % 8]} for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on prompts with one word as the answer; answered prompts are compared by a match."""
+    folder = tmp_path_factory.mktemp("questions")
+    data = write_rows(folder / "rows.jsonl", questions(64))
+    changes = {"evaluate.answers": "6", "data.held_out_fraction": "0.3", "data.held_out_minimum": "0"}
+    finetune(settings(tiny_llama_folder, data, folder / "run", changes), console=quiet())
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def text(ran: Path) -> TextModel:
+    return open_adapter(ran).text_model(quiet(), dtype="float32")
+
+
+def replier(ran: Path, text: TextModel, **evaluate: Any) -> tuple[Replier, Any]:
+    opened = open_adapter(ran)
+    config = replace(opened.config, evaluate=replace(opened.config.evaluate, **evaluate))
+    return Replier(config, text, Encoder(text.tokenizer, config.data), quiet(), NAME), opened.dataset
+
+
+def greedy(text: TextModel, prompt: Any, name: str | None, limit: int) -> list[int]:
+    """The likeliest next token, `limit` times, by the plain model without a cache."""
+    activate(text.model, name)
+    before = text.attention
+    set_attention(text.model, "sdpa")
+    ids, start = [int(token) for token in prompt], len(prompt)
+    for _ in range(limit):
+        with torch.no_grad():
+            ids.append(int(text.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == text.tokenizer.eos_token_id:
+            break
+    set_attention(text.model, before)
+    return ids[start:]
+
+
+def test_replies_are_the_models_own_greedy_ones(ran: Path, text: TextModel) -> None:
+    writer, dataset = replier(ran, text)
+    prompts = writer.prompts(dataset.held_out, dataset.train)
+    assert prompts is not None and len(prompts.rows) == 6 and len(set(prompts.indices)) == 6
+    for system, name in ((reply.ADAPTER, NAME), (reply.BASE, None)):
+        found = writer.write(system, prompts)
+        for row, said in zip(prompts.rows, found.texts, strict=True):
+            question = writer.encoder.question(row)
+            assert question is not None
+            expected = text.tokenizer.decode(greedy(text, question[0], name, prompts.limit), skip_special_tokens=True).strip()
+            assert said == (expected.split("\n", 1)[0].rstrip() if prompts.one_line else expected)
+
+
+def test_every_system_answers_the_same_prompts(ran: Path, text: TextModel) -> None:
+    writer, dataset = replier(ran, text)
+    found = writer.answered(dataset.held_out, dataset.train)
+    assert found is not None and found.metric == "normalised_match"
+    assert [each.system for each in found.others] == ["few-shot base", "nearest training answer", "constant answer"]
+    references = tuple(dataset.held_out[index].turns[-1].text for index in found.rows)
+    assert all(each.references == references for each in (found.adapter, found.base, *found.others))
+    again = writer.answered(dataset.held_out, dataset.train)
+    assert again is not None and again.adapter.texts == found.adapter.texts and again.rows == found.rows
+    fewer = replier(ran, text, examples=0, baselines=False)[0].answered(dataset.held_out, dataset.train)
+    assert fewer is not None and fewer.others == ()
+
+
+def test_when_the_time_is_over_the_prompts_answered_so_far_are_compared(
+    ran: Path, text: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply, "TOGETHER", 2)
+    clock = iter(np.arange(0.0, 1000.0, 0.6).tolist())
+    writer, dataset = replier(ran, text, answer_seconds=1)
+    found = replace(writer, clock=lambda: next(clock)).answered(dataset.held_out, dataset.train)
+    assert found is not None and len(found.adapter.texts) == 4 == len(found.base.texts) == len(found.rows)
+
+
+def test_no_answers_no_replies(ran: Path, text: TextModel, tmp_path: Path) -> None:
+    writer, dataset = replier(ran, text, answers=0)
+    assert writer.answered(dataset.held_out, dataset.train) is None
+    writer, dataset = replier(ran, text)
+    raw = read_rows(str(write_rows(tmp_path / "raw.jsonl", [{"text": "A text of its own."}])), writer.config.data)
+    assert writer.answered(tuple(raw), dataset.train) is None
+
+
+def test_the_report_has_replies_first_and_the_headline_is_theirs(ran: Path) -> None:
+    report = evaluate(EvaluateOptions(str(ran)), console=quiet()).report
+    assert [system.name for system in report.systems] == [
+        "adapter", "base", "few-shot base", "nearest training answer", "constant answer"
+    ]  # fmt: skip
+    assert [one.metric for one in report.comparisons] == ["normalised_match"] * 4 + ["loss"]
+    assert report.verdict is not None and "normalised match" in report.verdict.sentence
+    assert len(report.rows) == 6 and all(row.adapter.text and row.base.text for row in report.rows)
+    assert all(row.adapter.right is not None for row in report.rows)
+    page = render_html(report)
+    assert "Normalised match" in page and "held-out rows" in page
+
+
+def test_chats_are_compared_by_their_last_answers(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", chats(40))
+    result = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), console=quiet())
+    assert result.report is not None and result.report.comparisons[0].metric in ("normalised_match", "chrf")
+    assert any(row.adapter.text for row in result.report.rows)
+
+
+def test_an_own_metric_decides(ran: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text("def length(reply, reference):\n    return min(1, len(reply) / 100)\n")
+    given = f"{tmp_path / 'my.py'}:length"
+    report = evaluate(EvaluateOptions(str(ran), metric=given), console=quiet()).report
+    assert report.comparisons[0].metric == given and given in report.systems[0].metrics
+    assert render_html(report)
+
+
+def test_the_few_shot_base_is_shown_to_classifiers(finished: Any) -> None:
+    """Labels named, examples given, calibrated: a contender of the adapter's, with its own note."""
+    setup = finished.result.setup
+    config = replace(setup.config, data=replace(setup.config.data, max_tokens=400))
+    encoder = Encoder(setup.text.tokenizer, config.data, setup.dataset.labels)
+    evaluator = TextEvaluator(config, setup.text, encoder, setup.dataset.test, quiet())
+    report = evaluator.report("t", baseline_rows=setup.dataset.train)
+    few = next(system for system in report.systems if system.name == "few-shot base")
+    assert "training rows with their labels" in few.note and "fitted to" in few.note
+    assert "few-shot base" in {one.right for one in report.comparisons if one.metric == "accuracy"}
+    assert any("do not name all" in warning for warning in report.warnings)
