@@ -10,7 +10,8 @@ from typing import Any
 
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
-from lorakeet.data.tables import FileRecord, RowProblems
+from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow
+from lorakeet.data.tool_calls import message_extra, row_tools
 from lorakeet.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -21,10 +22,6 @@ _OTHER_ROLES = {
     "function_call": "assistant",
 }  # fmt: skip  # ShareGPT's, and OpenAI's older and newer ones
 _LABEL = "label"
-
-
-class _Unusable(Exception):
-    """Says why one record cannot become a row; caught in this file."""
 
 
 def shape_rows(records: Iterator[FileRecord], name: str, spec: DataSpec, problems: RowProblems) -> Iterator[Row]:
@@ -39,7 +36,7 @@ def shape_rows(records: Iterator[FileRecord], name: str, spec: DataSpec, problem
             _require_columns(record, shape, name, spec)
         try:
             yield _shape(record, shape, spec)
-        except _Unusable as error:
+        except UnusableRow as error:
             problems.add(record.source, str(error))
 
 
@@ -95,7 +92,7 @@ def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     values = record.values
     label, tools = None, ""
     if shape == "chat":
-        tools = _tools(values)
+        tools = row_tools(values)
         column = next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
         turns = _messages(_as_list(values.get(column)), spec)
     elif shape == "completion":
@@ -130,11 +127,11 @@ def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Tu
     free = "text" if "text" in fields else spec.text_column
     prompt, span = fill_template(spec.template, filled, free)
     if not prompt.strip():
-        raise _Unusable("the prompt is empty; remove the row or fill its columns.")
+        raise UnusableRow("the prompt is empty; remove the row or fill its columns.")
     label = _text(values, spec.label_column or _LABEL, spec).strip()
     if spec.labels and label not in spec.labels:
         known = ", ".join(map(repr, spec.labels))
-        raise _Unusable(f"label {label!r} is not one of data.labels ({known}).{nearest(label, spec.labels)}")
+        raise UnusableRow(f"label {label!r} is not one of data.labels ({known}).{nearest(label, spec.labels)}")
     question = Turn("user", prompt, supervised=False, free=span)
     return (question, Turn("assistant", label_text(label, spec), supervised=True)), label
 
@@ -151,109 +148,48 @@ def _pair(prompt: str, answer: str) -> tuple[Turn, ...]:
 def _messages(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
     turns = tuple(_message(message, number, spec) for number, message in enumerate(messages, start=1))
     if not any(turn.supervised for turn in turns):
-        raise _Unusable("no message of the assistant, so nothing to train on; add one with the role 'assistant'.")
+        raise UnusableRow("no message of the assistant, so nothing to train on; add one with the role 'assistant'.")
     return turns
 
 
 def _message(message: object, number: int, spec: DataSpec) -> Turn:
     if not isinstance(message, dict):
-        raise _Unusable(f"message {number} is {type(message).__name__}; expected an object with 'role' and 'content'.")
+        raise UnusableRow(f"message {number} is {type(message).__name__}; expected an object with 'role' and 'content'.")
     given = message.get("role", message.get("from"))
     role = _OTHER_ROLES.get(given, given) if isinstance(given, str) else given
     if role not in ROLES:
         guess = nearest(role, ROLES) if isinstance(role, str) else ""
-        raise _Unusable(f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}.{guess}")
+        raise UnusableRow(f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}.{guess}")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
         if len(texts) != len(content):
-            raise _Unusable(f"message {number} has parts that are not text; expected text only.")
+            raise UnusableRow(f"message {number} has parts that are not text; expected text only.")
         content = "".join(texts)
     content = _clean(content, spec) if isinstance(content, str) else content
-    extra = _extra(message, role, content if given == "function_call" else None, number)
+    extra = message_extra(message, role, content if given == "function_call" else None, number)
     if given == "function_call" or (extra and content is None):
         content = ""
     if not isinstance(content, str) or not (content.strip() or "tool_calls" in extra):
-        raise _Unusable(f"message {number} ({role}) has no text; remove it or fill its 'content'.")
+        raise UnusableRow(f"message {number} ({role}) has no text; remove it or fill its 'content'.")
     supervised = role == "assistant" and message.get("weight", 1) != 0
     return Turn(role, content, supervised, extra=json.dumps(extra, ensure_ascii=False) if extra else "")
-
-
-def _extra(message: dict[Any, Any], role: str, function_call: object, number: int) -> dict[str, Any]:
-    """The keys of a message that only chat templates read: tool_calls with their arguments as objects; tool_call_id and name."""
-    calls = message.get("tool_calls") or []
-    for one in (message.get("function_call"), function_call):  # OpenAI's older key, and ShareGPT's turn of its own
-        if one:
-            calls = [{"type": "function", "function": _object(one, f"message {number}: function_call")}]
-    if not isinstance(calls, list):
-        raise _Unusable(f"message {number} has tool_calls of type {type(calls).__name__}; expected a list of calls.")
-    keys = ("tool_call_id", "name") if role == "tool" else ()
-    found: dict[str, Any] = {key: message[key] for key in keys if isinstance(message.get(key), str)}
-    if calls and role == "assistant":
-        found["tool_calls"] = [_call(call, number) for call in calls]
-    return found
-
-
-def _call(call: object, number: int) -> dict[str, Any]:
-    what = f"message {number}: a tool call"
-    function = _object(call, what)
-    function = _object(function.get("function", function), what)
-    name, arguments = function.get("name"), function.get("arguments", {})
-    if not isinstance(name, str) or not name:
-        raise _Unusable(f"{what} has no name; expected {{'function': {{'name': …, 'arguments': …}}}}.")
-    if isinstance(arguments, str):
-        arguments = _object(arguments or "{}", f"{what}, {name}: its arguments")
-    kept = {key: value for key, value in _object(call, what).items() if key == "id"}
-    return {**kept, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _tools(values: dict[str, object]) -> str:
-    """The row's `tools` (or OpenAI's older `functions`), as JSON text; empty if it has none."""
-    tools = values.get("tools") or []
-    tools = _json_list(tools) if isinstance(tools, str) else tools
-    functions = values.get("functions")
-    if functions and not tools:
-        tools = [{"type": "function", "function": each} for each in _json_list(functions)]
-    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
-        raise _Unusable("'tools' is no list of objects; expected descriptions of functions, as OpenAI's API takes them.")
-    return json.dumps(tools, ensure_ascii=False) if tools else ""
-
-
-def _json_list(value: object) -> list[Any]:
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        found = None
-    if not isinstance(found, list):
-        raise _Unusable(f"expected a list of functions, got {str(value)[:60]!r}.")
-    return found
-
-
-def _object(value: object, what: str) -> dict[str, Any]:
-    """The object, or that in a JSON text."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise _Unusable(f"{what} is {str(value)[:60]!r}; expected an object, or one as JSON text.")
-    return found
 
 
 def _as_list(value: object) -> list[Any]:
     if isinstance(value, list) and value:
         return value
-    raise _Unusable(f"expected a list of messages, got {str(value)[:60]!r}.")
+    raise UnusableRow(f"expected a list of messages, got {str(value)[:60]!r}.")
 
 
 def _text(values: dict[str, object], column: str, spec: DataSpec, may_be_empty: bool = False) -> str:
     value = values.get(column)
     if value is not None and not isinstance(value, (str, int, float)):
-        raise _Unusable(f"column '{column}' has a value of type {type(value).__name__}; expected text.")
+        raise UnusableRow(f"column '{column}' has a value of type {type(value).__name__}; expected text.")
     absent = value is None or (isinstance(value, float) and math.isnan(value))  # numeric tables have NaN for a missing value
     text = "" if absent else _clean(str(value), spec)
     if not text.strip() and not may_be_empty:
-        raise _Unusable(f"column '{column}' is empty; remove the row or fill it.")
+        raise UnusableRow(f"column '{column}' is empty; remove the row or fill it.")
     return text
 
 
@@ -266,7 +202,7 @@ def _clean(text: str, spec: DataSpec) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         # JSON can escape a lone surrogate, which no tokenizer accepts.
-        raise _Unusable(
+        raise UnusableRow(
             f"the text has half of a character at position {error.start}; fix its escapes or remove the row."
         ) from error
     return text

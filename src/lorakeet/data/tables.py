@@ -24,6 +24,10 @@ class FileRecord(NamedTuple):
     values: dict[str, object]
 
 
+class UnusableRow(Exception):
+    """Says why one record cannot become a row; it is added to RowProblems."""
+
+
 class RowProblems:
     """Collects problems of single rows; names the first ten and counts the rest."""
 

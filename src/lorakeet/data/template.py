@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
+from lorakeet.data.tool_calls import require_written
 from lorakeet.errors import ConfigError, DataError
 
 # Replaces a turn's text to find its place; some templates trim surrounding white space.
@@ -97,7 +98,7 @@ def _render_raw(row: Row, spec: DataSpec) -> Rendered:
 
 def _render_chat(row: Row, tokenizer: Tokenizer) -> Rendered:
     text = _apply(row.turns, tokenizer, row)
-    _require_tools(row, text)
+    require_written(row, text)
     marks = end_of_turn_tokens(tokenizer)
     spans: list[tuple[int, int]] = []
     ends = False
@@ -111,19 +112,6 @@ def _render_chat(row: Row, tokenizer: Tokenizer) -> Rendered:
         ends = closed is None and number == len(row.turns) - 1
         spans.append((start, end if closed is None else closed))
     return Rendered(text[: spans[-1][1]] if ends else text, tuple(spans), ends)
-
-
-def _require_tools(row: Row, text: str) -> None:
-    """Raises DataError if the chat template has left out a tool or a call."""
-    calls = [call for turn in row.turns if turn.extra for call in json.loads(turn.extra).get("tool_calls", [])]
-    functions = [tool.get("function", tool) for tool in (json.loads(row.tools) if row.tools else [])]
-    names = [str(each.get("name", "")) for each in (*(call["function"] for call in calls), *functions)]
-    if left_out := [name for name in names if name not in text]:
-        missing = ", ".join(map(repr, dict.fromkeys(left_out)))
-        raise DataError(
-            f"{row.source}: the chat template leaves out {missing}: it does not write tools or tool calls. Use a model whose "
-            "template does, or remove them."
-        )
 
 
 def _find_turn(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:

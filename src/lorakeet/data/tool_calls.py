@@ -1,0 +1,87 @@
+"""Tool calls in conversations: what OpenAI's and ShareGPT's files say of them, in the form that chat templates read.
+
+Calls and descriptions of functions are kept as JSON text, so that rows are hashable.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lorakeet.data.rows import Row
+from lorakeet.data.tables import UnusableRow
+from lorakeet.errors import DataError
+
+
+def message_extra(message: dict[Any, Any], role: str, function_call: object, number: int) -> dict[str, Any]:
+    """The keys of a message that only chat templates read: tool_calls with their arguments as objects; tool_call_id and name."""
+    calls = message.get("tool_calls") or []
+    for one in (message.get("function_call"), function_call):  # OpenAI's older key, and ShareGPT's turn of its own
+        if one:
+            calls = [{"type": "function", "function": _object(one, f"message {number}: function_call")}]
+    if not isinstance(calls, list):
+        raise UnusableRow(f"message {number} has tool_calls of type {type(calls).__name__}; expected a list of calls.")
+    keys = ("tool_call_id", "name") if role == "tool" else ()
+    found: dict[str, Any] = {key: message[key] for key in keys if isinstance(message.get(key), str)}
+    if calls and role == "assistant":
+        found["tool_calls"] = [_call(call, number) for call in calls]
+    return found
+
+
+def _call(call: object, number: int) -> dict[str, Any]:
+    what = f"message {number}: a tool call"
+    function = _object(call, what)
+    function = _object(function.get("function", function), what)
+    name, arguments = function.get("name"), function.get("arguments", {})
+    if not isinstance(name, str) or not name:
+        raise UnusableRow(f"{what} has no name; expected {{'function': {{'name': …, 'arguments': …}}}}.")
+    if isinstance(arguments, str):
+        arguments = _object(arguments or "{}", f"{what}, {name}: its arguments")
+    kept = {key: value for key, value in _object(call, what).items() if key == "id"}
+    return {**kept, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def row_tools(values: dict[str, object]) -> str:
+    """The row's `tools` (or OpenAI's older `functions`), as JSON text; empty if it has none."""
+    tools = values.get("tools") or []
+    tools = _json_list(tools) if isinstance(tools, str) else tools
+    functions = values.get("functions")
+    if functions and not tools:
+        tools = [{"type": "function", "function": each} for each in _json_list(functions)]
+    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+        raise UnusableRow("'tools' is no list of objects; expected descriptions of functions, as OpenAI's API takes them.")
+    return json.dumps(tools, ensure_ascii=False) if tools else ""
+
+
+def _json_list(value: object) -> list[Any]:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise UnusableRow(f"expected a list of functions, got {str(value)[:60]!r}.")
+    return found
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    """The object, or that in a JSON text."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UnusableRow(f"{what} is {str(value)[:60]!r}; expected an object, or one as JSON text.")
+    return found
+
+
+def require_written(row: Row, text: str) -> None:
+    """Raises DataError if the chat template has left out a tool or a call."""
+    calls = [call for turn in row.turns if turn.extra for call in json.loads(turn.extra).get("tool_calls", [])]
+    functions = [tool.get("function", tool) for tool in (json.loads(row.tools) if row.tools else [])]
+    names = [str(each.get("name", "")) for each in (*(call["function"] for call in calls), *functions)]
+    if left_out := [name for name in names if name not in text]:
+        missing = ", ".join(map(repr, dict.fromkeys(left_out)))
+        raise DataError(
+            f"{row.source}: the chat template leaves out {missing}: it does not write tools or tool calls. Use a model whose "
+            "template does, or remove them."
+        )
