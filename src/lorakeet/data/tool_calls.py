@@ -21,9 +21,11 @@ def message_extra(message: dict[Any, Any], role: str, function_call: object, num
             calls = [{"type": "function", "function": _object(one, f"message {number}: function_call")}]
     if not isinstance(calls, list):
         raise UnusableRow(f"message {number} has tool_calls of type {type(calls).__name__}; expected a list of calls.")
+    if calls and role != "assistant":
+        raise UnusableRow(f"message {number} ({role}) has tool_calls; only those of the assistant are calls.")
     keys = ("tool_call_id", "name") if role == "tool" else ()
     found: dict[str, Any] = {key: message[key] for key in keys if isinstance(message.get(key), str)}
-    if calls and role == "assistant":
+    if calls:
         found["tool_calls"] = [_call(call, number) for call in calls]
     return found
 

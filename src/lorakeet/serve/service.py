@@ -130,9 +130,9 @@ class Service:
         """The tokens of a raw prompt, with the tokenizer's special tokens; ConfigError if it must be too long."""
         return await asyncio.to_thread(self._encoded, prompt, whole=False)
 
-    async def chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """The tokens of a conversation for the model to continue; ConfigError if the chat template refuses it."""
-        return await asyncio.to_thread(self._chat_ids, messages)
+    async def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+        """The tokens of a conversation for the model to continue; ConfigError if the template refuses it or leaves tools out."""
+        return await asyncio.to_thread(self._chat_ids, messages, tools)
 
     def _encoded(self, prompt: str, *, whole: bool) -> tuple[int, ...]:
         """Tokenizes `prompt`, with special tokens added unless it is `whole`.
@@ -149,14 +149,22 @@ class Service:
                 )
             return tuple(self.text.tokenizer.encode(prompt, add_special_tokens=not whole))
 
-    def _chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    def _chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         tokenizer = self.text.tokenizer
         if not tokenizer.chat_template:
             raise ConfigError(f"{self.base} has no chat template; send the whole prompt to /v1/completions instead.")
         try:
-            prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            more = {"tools": list(tools)} if tools else {}
+            prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **more)
         except TemplateError as error:
             raise ConfigError(f"The chat template of {self.base} refuses these messages: {error}.") from error
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        names = [str(each["function"]["name"]) for each in (*tools, *calls)]
+        if left_out := [name for name in names if name not in prompt]:
+            raise ConfigError(
+                f"The chat template of {self.base} does not write tools ({', '.join(left_out[:3])}); leave them out, or serve a "
+                "model whose template does."
+            )
         return self._encoded(prompt, whole=True)
 
     def adapters_named(self, caller: Caller, model: str) -> dict[str, float]:

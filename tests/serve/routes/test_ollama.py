@@ -9,6 +9,8 @@ from typing import Any
 import ollama
 import pytest
 
+from tiny.tools import CALL_SCHEMA, TOOL, WRITES_TOOLS
+
 MESSAGES = [{"role": "user", "content": "The doctor gave me this drug."}]
 GREEDY = {"temperature": 0, "num_predict": 12}
 
@@ -77,3 +79,25 @@ def test_images_are_refused_and_not_left_out(client: Any) -> None:
 def test_what_is_in_memory(client: Any) -> None:
     client.generate("b", "x", options=GREEDY)
     assert [model.model for model in client.ps().models] == ["tiny", "b"]
+
+
+def test_what_is_known_of_a_model_is_shown(client: Any) -> None:
+    shown = client.show("a")
+    assert shown.details.parent_model == "tiny" and "completion" in shown.capabilities
+    assert shown.modelinfo["general.parameter_count"] > 0
+    with pytest.raises(ollama.ResponseError, match="No model 'c' is served"):
+        client.show("c")
+
+
+def test_calls_come_back_as_ollama_writes_them(site: Callable[..., Any]) -> None:
+    served = site()
+    served.service.text.tokenizer.chat_template = WRITES_TOOLS
+    schema = CALL_SCHEMA["json_schema"]["schema"]
+    found = ollama.Client(host=served.url)
+    options = {**GREEDY, "num_predict": 60}
+    whole = found.chat("a", MESSAGES, tools=[TOOL], format=schema, options=options)
+    (last,) = found.chat("a", MESSAGES, tools=[TOOL], format=schema, options=options, stream=True)
+    for answer in (whole, last):
+        assert [call.function.name for call in answer.message.tool_calls or ()] == ["weather"]
+        assert (answer.message.tool_calls or ())[0].function.arguments == {"city": "Rome"}
+    found._client.close()

@@ -10,6 +10,8 @@ import httpx
 import openai
 import pytest
 
+from tiny.tools import CALL_SCHEMA, TOOL, WRITES_TOOLS
+
 MESSAGES = [{"role": "user", "content": "The doctor gave me this drug."}]
 
 
@@ -196,3 +198,25 @@ def test_text_offsets_are_where_tokens_begin(client: Any) -> None:
 def test_a_bias_decides_what_is_written(client: Any) -> None:
     found = client.completions.create(model="b", prompt="the", temperature=0, max_tokens=3, logit_bias={"40": 100}, logprobs=0)
     assert len(set(found.choices[0].logprobs.tokens)) == 1
+
+
+def test_tools_go_through_the_template_and_calls_come_back(served: Any, client: Any) -> None:
+    served.service.text.tokenizer.chat_template = WRITES_TOOLS
+    choice = chat(client, "a", tools=[TOOL], response_format=CALL_SCHEMA, max_tokens=60).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "weather" and json.loads(call.function.arguments) == {"city": "Rome"}
+    pieces = list(chat(client, "a", tools=[TOOL], response_format=CALL_SCHEMA, max_tokens=60, stream=True))
+    calls = [call for piece in pieces for call in (piece.choices[0].delta.tool_calls or [])]
+    assert [call.function.arguments for call in calls] == ['{"city": "Rome"}']
+    assert pieces[-1].choices[0].finish_reason == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "31 degrees"}
+    again = [*MESSAGES, choice.message.model_dump(exclude_none=True), result]
+    answer = client.chat.completions.create(model="a", messages=again, tools=[TOOL], max_tokens=4)
+    assert answer.usage.prompt_tokens > chat(client, "a", tools=[TOOL]).usage.prompt_tokens
+    assert chat(client, "a", tools=[TOOL], tool_choice="none").usage.prompt_tokens == chat(client, "a").usage.prompt_tokens
+
+
+def test_tools_are_refused_where_the_template_leaves_them_out(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"does not write tools \(weather\)"):
+        chat(client, "a", tools=[TOOL])

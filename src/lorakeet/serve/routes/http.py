@@ -61,6 +61,7 @@ def build_app(service: Service) -> Starlette:
 
     routes = [
         Route("/healthz", _plain(lambda: PlainTextResponse("ok"))),
+        Route("/health", _plain(lambda: PlainTextResponse("ok"))),  # vLLM's and llama.cpp's name
         Route("/readyz", _plain(lambda: _ready(service))),
         Route("/metrics", _of_caller(service, lambda caller: _metrics(service, caller))),
         Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
@@ -76,6 +77,7 @@ def build_app(service: Service) -> Starlette:
         Route("/api/tags", _of_caller(service, lambda caller: ollama.tags(service, caller))),
         Route("/api/ps", _of_caller(service, lambda caller: ollama.tags(service, caller, loaded=True))),
         Route("/api/version", _of_caller(service, lambda caller: ollama.version(service, caller))),
+        Route("/api/show", _of_body(service, ollama.show_model), methods=["POST"]),
         Route("/api/chat", _of_body(service, ollama.chat), methods=["POST"]),
         Route("/api/generate", _of_body(service, ollama.ollama_generate), methods=["POST"]),
         *_adapter_routes(service),

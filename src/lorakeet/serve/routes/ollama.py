@@ -18,11 +18,12 @@ from lorakeet.serve.routes.openai import messages
 from lorakeet.serve.routes.reply import CLIENT_GONE, HttpReply, Incoming, as_json
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import Generation, Service
+from lorakeet.serve.tool_replies import calls_in, tools_of
 
-_CHAT = {"model", "messages", "stream", "options", "keep_alive", "format"}
+_CHAT = {"model", "messages", "stream", "options", "keep_alive", "format", "tools"}
 _GENERATE = {"model", "prompt", "stream", "options", "keep_alive", "format", "system", "raw"}
 _NEUTRAL: dict[str, Any] = {
-    "tools": [], "think": False, "images": [], "suffix": "", "template": "", "context": [], "logprobs": False,
+    "think": False, "images": [], "suffix": "", "template": "", "context": [], "logprobs": False,
 }  # fmt: skip
 _OPTIONS = {
     "temperature", "top_p", "top_k", "min_p", "seed", "num_predict", "stop", "presence_penalty", "frequency_penalty",
@@ -39,8 +40,9 @@ async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -
     """POST /api/chat; the model is the name of an adapter, with or without ":latest"."""
     fields = Fields(data)
     fields.refuse(_CHAT, (), _NEUTRAL)
-    ids = await service.chat_ids(messages(fields))
-    return await _answer(service, caller, request, fields, ids, chat=True)
+    tools = tools_of(fields)
+    ids = await service.chat_ids(messages(fields), tools)
+    return await _answer(service, caller, request, fields, ids, chat=True, tools=tools)
 
 
 async def ollama_generate(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
@@ -59,8 +61,9 @@ async def ollama_generate(service: Service, caller: Caller, request: Incoming, d
 
 
 async def _answer(
-    service: Service, caller: Caller, request: Incoming, fields: Fields, ids: tuple[int, ...], *, chat: bool
-) -> HttpReply:
+    service: Service, caller: Caller, request: Incoming, fields: Fields, ids: tuple[int, ...], *, chat: bool,
+    tools: tuple[dict[str, Any], ...] = (),
+) -> HttpReply:  # fmt: skip
     options = fields.inner("options")
     options.refuse(_OPTIONS, _NO_EFFECT, _NEUTRAL_OPTIONS)
     most = options.whole("num_predict", -1)
@@ -83,14 +86,14 @@ async def _answer(
     weights = service.requested_adapters(caller, model, fields)
     writing = await service.write(caller, weights, [ids], sampling, schema=_schema(fields))
     if fields.flag("stream", True):
-        return HttpReply(_stream(service, writing, model, chat), "application/x-ndjson")
+        return HttpReply(_stream(service, writing, model, chat, tools), "application/x-ndjson")
     found = await collect_and_close(service, request, writing)
     if found is None:
         return CLIENT_GONE
     last = found[0][-1]
     if last.reason == "error":
         raise LorakeetError(last.error)
-    return as_json(_line(model, "".join(event.text for event in found[0]), chat, last.reason, writing))
+    return as_json(_line(model, "".join(event.text for event in found[0]), chat, last.reason, writing, tools))
 
 
 def _schema(fields: Fields) -> Mapping[str, Any] | None:
@@ -103,20 +106,33 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
     return fields.inner("format").data if wanted else None
 
 
-async def _stream(service: Service, writing: Generation, model: str, chat: bool) -> AsyncIterator[str]:
-    """Yields one JSON object a line."""
+async def _stream(
+    service: Service, writing: Generation, model: str, chat: bool, tools: tuple[dict[str, Any], ...]
+) -> AsyncIterator[str]:
+    """Yields one JSON object a line; with tools one in all, since calls are known when the text is whole."""
+    whole = ""
     try:
         async for _, event in merge_events(writing.texts):
             if event.reason == "error":
                 yield json.dumps({"error": event.error}) + "\n"
+            elif tools:
+                whole += event.text
+                if event.reason:
+                    yield json.dumps(_line(model, whole, chat, event.reason, writing, tools), ensure_ascii=False) + "\n"
             elif event.text or event.reason:
                 yield json.dumps(_line(model, event.text, chat, event.reason, writing), ensure_ascii=False) + "\n"
     finally:
         service.close(writing)
 
 
-def _line(model: str, text: str, chat: bool, reason: str | None, writing: Generation) -> dict[str, Any]:
-    body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
+def _line(
+    model: str, text: str, chat: bool, reason: str | None, writing: Generation, tools: tuple[dict[str, Any], ...] = ()
+) -> dict[str, Any]:
+    rest, calls = calls_in(text, tools) if tools else (text, ())
+    message: dict[str, Any] = {"role": "assistant", "content": rest}
+    if calls:
+        message["tool_calls"] = [{"function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+    body: dict[str, Any] = {"message": message} if chat else {"response": text}
     line = {"model": model, "created_at": _now(), **body, "done": reason is not None}
     job = writing.texts[0].job
     if reason is None or job is None:
@@ -147,6 +163,33 @@ async def tags(service: Service, caller: Caller, *, loaded: bool = False) -> Htt
             about = {"size": version.source.bytes, "digest": version.source.digest, "details": details}
             found.append({"name": version.name, "model": version.name, "modified_at": _now(), **about})
     return as_json({"models": found})
+
+
+async def show_model(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
+    """POST /api/show: what is known of the base or of an adapter."""
+    fields = Fields(data)
+    fields.refuse({"model", "name"}, {"verbose"}, {"system": "", "template": "", "options": {}})
+    name = fields.text("model", fields.text("name", ""))
+    service.meant(caller, name)
+    config = service.text.model.config.get_text_config()
+    architecture = str(getattr(config, "model_type", "unknown"))
+    template = service.text.tokenizer.chat_template
+    about = {
+        "general.architecture": architecture,
+        "general.parameter_count": service.text.model.num_parameters(),
+        f"{architecture}.context_length": service.engine.context,
+        f"{architecture}.embedding_length": int(config.hidden_size),
+        f"{architecture}.block_count": int(config.num_hidden_layers),
+    }
+    return as_json({
+        "modelfile": f"FROM {service.base}\n",
+        "parameters": "",
+        "template": template if isinstance(template, str) else "",
+        "details": {"parent_model": service.base, "format": "safetensors", "family": service.text.family.name},
+        "model_info": about,
+        "capabilities": ["completion", *(["tools"] if isinstance(template, str) and "tools" in template else [])],
+        "modified_at": _now(),
+    })  # fmt: skip
 
 
 async def version(service: Service, caller: Caller) -> HttpReply:

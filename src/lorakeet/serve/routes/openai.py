@@ -9,10 +9,12 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from lorakeet.data.tables import UnusableRow
+from lorakeet.data.tool_calls import message_extra
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.engine import Event
@@ -23,22 +25,23 @@ from lorakeet.serve.routes.reply import CLIENT_GONE, HttpReply, Incoming, as_jso
 from lorakeet.serve.sampling import SampledToken, Sampling
 from lorakeet.serve.service import Generation, Service
 from lorakeet.serve.text_stream import token_bytes
+from lorakeet.serve.tool_replies import calls_in, tools_of
 
 _COMMON = {
     "model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "lora",
     "response_format", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
 }  # fmt: skip
-_CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+_CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"}
 _COMPLETION = _COMMON | {"prompt"}
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 _NEUTRAL: dict[str, Any] = {
-    "tools": [], "tool_choice": "none", "functions": [],
+    "functions": [],
     "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
 }  # fmt: skip
 _OF_MESSAGE = {  # ignored; clients send these back with a server's answers
-    "name", "refusal", "thinking", "reasoning", "reasoning_content", "annotations", "parsed", "id", "tool_call_id", "tool_name",
+    "refusal", "thinking", "reasoning", "reasoning_content", "annotations", "parsed", "id", "tool_name",
 }  # fmt: skip
-_NEUTRAL_OF_MESSAGE: dict[str, Any] = {"images": [], "tool_calls": [], "function_call": {}, "audio": {}}
+_NEUTRAL_OF_MESSAGE: dict[str, Any] = {"images": [], "function_call": {}, "audio": {}}
 MOST_PROMPTS = 128  # in one request
 _ROLES = ("system", "user", "assistant", "developer", "tool")
 
@@ -56,6 +59,7 @@ class _ParsedRequest:
     chat: bool
     logprobs: bool  # reported
     schema: Mapping[str, Any] | None  # of JSON output
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 async def chat_completions(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
@@ -67,8 +71,10 @@ async def chat_completions(service: Service, caller: Caller, request: Incoming, 
     if top and not tell:
         raise ConfigError("top_logprobs needs logprobs: true.")
     limit = fields.whole("max_completion_tokens", fields.whole("max_tokens"))
-    ids = await service.chat_ids(messages(fields))
+    tools = tools_of(fields)
+    ids = await service.chat_ids(messages(fields), tools)
     parsed = _parsed(service, fields, [ids], limit, logprobs=top if tell else None, chat=True)
+    parsed = replace(parsed, tools=tools)
     return await _answer(service, caller, request, parsed, fields)
 
 
@@ -110,15 +116,15 @@ async def tokenize(service: Service, caller: Caller, request: Incoming, data: An
     return as_json({"count": len(ids), "max_model_len": service.engine.context, "tokens": list(ids)})
 
 
-def messages(fields: Fields) -> list[dict[str, str]]:
-    """The messages of a chat request; text parts are joined. ConfigError for anything but text."""
+def messages(fields: Fields) -> list[dict[str, Any]]:
+    """The messages of a chat request, with tool calls and their results; text parts are joined. ConfigError for anything else."""
     given = fields.data.get("messages")
     if not isinstance(given, list) or not given:
         raise ConfigError("messages is missing or empty; expected a list of {role, content}.")
     found = []
     for number, entry in enumerate(given):
         message = Fields(entry, f"messages[{number}]")
-        message.refuse({"role", "content"}, _OF_MESSAGE, _NEUTRAL_OF_MESSAGE)
+        message.refuse({"role", "content", "tool_calls", "tool_call_id", "name"}, _OF_MESSAGE, _NEUTRAL_OF_MESSAGE)
         role, content = message.text("role"), message.data.get("content")
         if role not in _ROLES:
             raise ConfigError(f"role of messages[{number}] is {role!r}; expected one of {', '.join(_ROLES)}.")
@@ -127,9 +133,14 @@ def messages(fields: Fields) -> list[dict[str, str]]:
             if any(part.text("type") != "text" for part in parts):
                 raise ConfigError(f"messages[{number}] has a part that is no text; this server takes text only.")
             content = "".join(part.text("text") for part in parts)
+        try:
+            extra = message_extra(entry, role, None, number)
+        except UnusableRow as error:
+            raise ConfigError(f"messages cannot be used: {error}") from error
+        content = "" if content is None and "tool_calls" in extra else content
         if not isinstance(content, str):
             raise ConfigError(f"content of messages[{number}] must be a text.")
-        found.append({"role": "system" if role == "developer" else role, "content": content})
+        found.append({"role": "system" if role == "developer" else role, "content": content, **extra})
     return found
 
 
@@ -203,6 +214,7 @@ async def _stream(service: Service, writing: Generation, parsed: _ParsedRequest,
     """Yields server-sent events, one for each piece of text."""
     kind = "chat.completion.chunk" if parsed.chat else "text_completion"
     offsets: dict[int, int] = {}  # characters of each text so far
+    waiting: dict[int, list[Event]] = {}
     try:
         if parsed.chat:
             for text in writing.texts:
@@ -211,6 +223,10 @@ async def _stream(service: Service, writing: Generation, parsed: _ParsedRequest,
         async for index, event in merge_events(writing.texts):
             if event.reason == "error":
                 yield _sse({"error": {"message": event.error, "type": "server_error", "param": None, "code": None}})
+            elif parsed.tools:  # calls are known when the text is whole
+                waiting.setdefault(index, []).append(event)
+                if event.reason:
+                    yield _sse({**head, "object": kind, "choices": [_with_calls(service, parsed, index, waiting.pop(index))]})
             elif event.text or event.reason or event.chosen is not None:
                 piece = _piece(service, parsed, index, event, offsets.get(index, 0))
                 offsets[index] = offsets.get(index, 0) + len(event.text)
@@ -220,6 +236,15 @@ async def _stream(service: Service, writing: Generation, parsed: _ParsedRequest,
         yield "data: [DONE]\n\n"
     finally:
         service.close(writing)
+
+
+def _with_calls(service: Service, parsed: _ParsedRequest, index: int, events: list[Event]) -> dict[str, Any]:
+    """A whole reply as one piece of a stream."""
+    whole = _whole(service, parsed, index, events)
+    message = whole.pop("message")
+    calls = [{"index": number, **call} for number, call in enumerate(message.get("tool_calls", ()))]
+    delta = {"content": message["content"], **({"tool_calls": calls} if calls else {})}
+    return {**whole, "delta": delta}
 
 
 def _piece(service: Service, parsed: _ParsedRequest, index: int, event: Event, offset: int) -> dict[str, Any]:
@@ -239,8 +264,14 @@ def _whole(service: Service, parsed: _ParsedRequest, index: int, events: list[Ev
     starts = accumulate((len(event.text) for event in events), initial=0)
     chosen = [(event.chosen, start) for event, start in zip(events, starts, strict=False) if event.chosen is not None]
     logprobs = _logprobs(service, parsed, chosen)
-    body = {"message": {"role": "assistant", "content": content, "refusal": None}} if parsed.chat else {"text": content}
-    return {"index": index, **body, "finish_reason": _finish(last), "logprobs": logprobs}
+    if not parsed.chat:
+        return {"index": index, "text": content, "finish_reason": _finish(last), "logprobs": logprobs}
+    rest, calls = calls_in(content, parsed.tools) if parsed.tools else (content, ())
+    message: dict[str, Any] = {"role": "assistant", "content": rest, "refusal": None}
+    if calls:
+        message |= {"content": rest or None, "tool_calls": [call.as_openai() for call in calls]}
+    finish = "tool_calls" if calls else _finish(last)
+    return {"index": index, "message": message, "finish_reason": finish, "logprobs": logprobs}
 
 
 def _finish(event: Event) -> str | None:
