@@ -24,7 +24,7 @@ METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """Replies of adapter, base and `others` (few-shot base, copied answers) to the prompts of `rows`, by their indices.
+    """Replies of adapter, base, few-shot base and `copies` of training answers to the prompts of `rows`, by their indices.
 
     `own` is a metric of the user's, which then decides.
     """
@@ -32,8 +32,16 @@ class Answered:
     rows: tuple[int, ...]
     adapter: Replies
     base: Replies
-    others: tuple[Replies, ...] = ()
+    few_shot: Replies | None = None
+    copies: tuple[Replies, ...] = ()
     own: OwnMetric | None = None
+
+    @property
+    def rivals(self) -> tuple[Replies, ...]:
+        """All systems but the adapter; the better of the copies before the others."""
+        score = None if self.own is None else self.own.score
+        best = sorted(self.copies, key=lambda copy: -float(reply_scores(copy, self.metric, score).mean()))
+        return (self.base, *([] if self.few_shot is None else [self.few_shot]), *best)
 
     @property
     def metric(self) -> str:
@@ -108,10 +116,13 @@ def language_report(
     roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
     systems = tuple(SystemResult(rows.system, role, measure_losses(rows, spec)) for rows, role in roles)
     comparisons: tuple[Comparison, ...] = (compare_losses(adapter, base, spec),)
+    headline = comparisons
     if answered is None:
         rows = _largest_changes(adapter, base, texts, truths, sources, spec)
     else:
         systems, comparisons = _with_replies(systems, comparisons, answered, spec)
+        weaker = {copy.system for copy in answered.rivals[-len(answered.copies) :][1:]} if answered.copies else set()
+        headline = tuple(one for one in comparisons if one.right not in weaker)
         theirs, mine = (_scored(*pair) for pair in ((answered.base, answered, base), (answered.adapter, answered, adapter)))
         triples = list(zip(answered.rows, theirs, mine, strict=True))[: spec.show_rows]
         named = sources or [""] * len(texts)
@@ -121,7 +132,7 @@ def language_report(
         task="language",
         systems=systems,
         comparisons=comparisons,
-        verdict=verdict_of(comparisons),
+        verdict=verdict_of(headline),
         rows=rows,
         rows_of=len(texts),
     )
@@ -137,10 +148,9 @@ def _with_replies(
         replace(system, metrics={**metrics, **system.metrics}, note=replies.note)
         for system, metrics, replies in zip(systems, measured, (answered.adapter, answered.base), strict=True)
     ]
-    for each in answered.others:
+    for each in answered.rivals[1:]:
         found.append(SystemResult(each.system, "floor", measure_replies(each, metric, spec, score), each.note))
-    rivals = (answered.base, *answered.others)
-    compared = [compare_replies(answered.adapter, rival, metric, spec, score) for rival in rivals]
+    compared = [compare_replies(answered.adapter, rival, metric, spec, score) for rival in answered.rivals]
     return tuple(found), (*compared, *comparisons)
 
 

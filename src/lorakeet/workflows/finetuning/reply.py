@@ -84,18 +84,19 @@ class Replier:
         count = len(adapter.texts)
         prompts = replace(prompts, rows=prompts.rows[:count], indices=prompts.indices[:count])
         base = self.write(BASE, prompts)
-        others: list[Replies] = []
+        few_shot: Replies | None = None
+        copies: tuple[Replies, ...] = ()
         taught = _taught(known)
         examples = choose_examples(taught, spec.examples, self.encoder, seed=spec.seed)
         if examples:
             few = FewShot(self.encoder, examples)
             note = f"sees up to {len(examples)} training rows with their answers before each prompt"
-            others.append(self.write(FEW_SHOT, replace(prompts, rows=tuple(few.row(row) for row in prompts.rows)), note=note))
+            few_shot = self.write(FEW_SHOT, replace(prompts, rows=tuple(few.row(row) for row in prompts.rows)), note=note)
         if spec.baselines and taught:
             answers = [row.turns[-1].text.strip() for row in taught]
             known_prompts, new_prompts = ([prompt_of(row) for row in some] for some in (taught, prompts.rows))
-            others += [nearest_answers(known_prompts, answers, new_prompts, like=base), constant_answer(answers, like=base)]
-        return Answered(prompts.indices, adapter, base, tuple(others), self.own)
+            copies = nearest_answers(known_prompts, answers, new_prompts, like=base), constant_answer(answers, like=base)
+        return Answered(prompts.indices, adapter, base, few_shot, copies, self.own)
 
     def write(self, system: str, prompts: Prompts, *, seconds: float = math.inf, note: str = "") -> Replies:
         """The greedy replies of a system, or the first of them if `seconds` are over; at least TOGETHER."""
