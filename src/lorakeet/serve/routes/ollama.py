@@ -170,7 +170,7 @@ async def show_model(service: Service, caller: Caller, request: Incoming, data: 
     fields = Fields(data)
     fields.refuse({"model", "name"}, {"verbose"}, {"system": "", "template": "", "options": {}})
     name = fields.text("model", fields.text("name", ""))
-    service.meant(caller, name)
+    service.adapters_named(caller, name)
     config = service.text.model.config.get_text_config()
     architecture = str(getattr(config, "model_type", "unknown"))
     template = service.text.tokenizer.chat_template
