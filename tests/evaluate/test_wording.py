@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lorakeet.evaluate.wording import bytes_text, check_words, compact, metric_words, number, signed
+from lorakeet.evaluate.wording import bytes_text, check_words, compact, duration_text, metric_words, number, signed
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,14 @@ def test_sizes() -> None:
 def test_unknown_names_are_said_as_they_are() -> None:
     assert metric_words("token_rate").title == "token rate" and check_words("some_thing") == "some thing"
     assert not metric_words("log_loss").higher_is_better
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.034, "0.034 s"), (1, "1 s"), (89, "89 s"), (90, "2 min"), (1700, "28 min"), (5400, "1 h 30 min"), (7200, "2 h"),
+        (2 * 86400 + 4 * 3600, "2 days 4 h"), (3 * 86400, "3 days"),
+    ],
+)  # fmt: skip
+def test_times_as_people_write_them(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text

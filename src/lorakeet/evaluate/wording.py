@@ -103,3 +103,19 @@ def bytes_text(count: int | None) -> str:
         if count >= 1 << bits:
             return f"{count / (1 << bits):.{digits}f} {unit}"
     return f"{count} bytes"
+
+
+def duration_text(seconds: float) -> str:
+    """A time as people write it: 0.25 s, 42 s, 28 min, 3 h 5 min, 2 days 4 h."""
+    if seconds < 1:
+        return f"{seconds:.2g} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} days {hours} h" if hours else f"{days} days"
