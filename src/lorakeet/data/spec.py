@@ -75,6 +75,15 @@ class DataSpec:
             problems.add(f"data.max_tokens is {self.max_tokens}; expected at least 2 tokens, such as 1024.")
         if self.limit is not None and self.limit < 1:
             problems.add(f"data.limit is {self.limit}; expected at least 1 row, or leave it out to read all.")
+        self._check_texts(problems)
+        if len(set(self.labels)) != len(self.labels):
+            twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
+            problems.add(f"data.labels names {', '.join(map(repr, twice))} more than once; name each label once.")
+        if len(self.labels) == 1:
+            problems.add(f"data.labels has only {self.labels[0]!r}; a classification needs at least two labels.")
+        problems.raise_if_any()
+
+    def _check_texts(self, problems: Problems) -> None:
         try:
             codecs.lookup(self.encoding)
         except LookupError:
@@ -91,12 +100,6 @@ class DataSpec:
                 problems.add(f"data.template {template!r} names no column, so all prompts would be the same; use {{text}} in it.")
             if name == "label_template" and set(fields) != {"label"}:
                 problems.add(f"data.label_template is {template!r}; expected {{label}} in it and no other field.")
-        if len(set(self.labels)) != len(self.labels):
-            twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
-            problems.add(f"data.labels names {', '.join(map(repr, twice))} more than once; name each label once.")
-        if len(self.labels) == 1:
-            problems.add(f"data.labels has only {self.labels[0]!r}; a classification needs at least two labels.")
-        problems.raise_if_any()
 
     @property
     def separator_of_columns(self) -> str | None:
