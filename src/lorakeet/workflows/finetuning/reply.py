@@ -23,11 +23,11 @@ from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
+from lorakeet.workflows.planning.forecast_text_run import REPLY_TOKENS
 
 BASE, ADAPTER, FEW_SHOT = "base", "adapter", "few-shot base"
 LONGER = 1.5  # times the longest reference that a reply may have in tokens
 LEAST_TOKENS = 16
-AT_ONCE_TOKENS = 1024  # of prompts and replies that are in the model together, unless train.micro_tokens is more
 TOGETHER = 16  # prompts after each of which the time is looked at
 
 
@@ -120,7 +120,7 @@ class Replier:
 
     def _some(self, prompts: Sequence[Ids], limit: int, advance: Callable[[int], None]) -> list[Ids]:
         """The replies to a few prompts, as many at once as evaluation passes through the model together."""
-        most = max(self.config.train.micro_tokens, AT_ONCE_TOKENS)
+        most = max(self.config.train.micro_tokens, REPLY_TOKENS)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         found: dict[int, Ids] = {}
         for part in _parts(order, [len(prompt) + limit for prompt in prompts], most):

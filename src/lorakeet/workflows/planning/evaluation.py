@@ -81,10 +81,11 @@ class Evaluation(BudgetedWork[MemoryPlan]):
         pairs = plan_of(empty_model(model_config, torch.float32), self.adapter)
         build = builder_of(self.spec, way, model_config, precision, source)
         with standing_for(precision.device):
-            found = rehearse_evaluation(build, pairs, evaluation_of(config), token_ids=self.adapter.token_ids, weigh=self.weigh)
+            size = evaluation_of(config, answered=not self.workload.labelled)
+            found = rehearse_evaluation(build, pairs, size, token_ids=self.adapter.token_ids, weigh=self.weigh)
         own = VALUE * pairs.parameters
         kept = add_usage(Usage(), base=found.base, adapter=own)
-        floors = FLOORS if self.workload.labelled and config.evaluate.baselines and not precision.on_gpu else 0
+        floors = FLOORS if self.workload.labelled is not False and config.evaluate.baselines and not precision.on_gpu else 0
         read = round(self.copies * own)  # as values; a GPU has none of them, but the cut that is measured
         cut = own if precision.on_gpu and self.weigh is not None else 0
         intervals = 0 if precision.on_gpu else INTERVALS

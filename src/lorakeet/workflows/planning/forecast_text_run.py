@@ -65,6 +65,7 @@ FLOORS = 128 << 20  # bytes: scikit-learn (63 MiB when imported) and its tables 
 NARROW = 40 << 20  # bytes: oneDNN's code for shapes of narrow products that the probe does not meet, and what one lays out anew
 COUNT_BYTES = 15 << 19  # what stays of the code for each further number of tokens (memory/onednn_code), about 25 products
 CHECK_TOKENS = 1024  # of a micro-batch of the certificate (workflows/finetuning/certify_text)
+REPLY_TOKENS = 1024  # of prompts and replies that are in the model together, unless train.micro_tokens is more
 _SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -174,13 +175,17 @@ def largest_rows(config: RunConfig) -> RowShape:
     return filling_rows(length, min(max(length, train.micro_tokens), length * train.batch_size))
 
 
-def evaluation_of(config: RunConfig) -> EvaluationSize:
-    """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate, and the texts of the
-    drift.
+def evaluation_of(config: RunConfig, *, answered: bool) -> EvaluationSize:
+    """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate; the texts of the drift;
+    and, where rows may end in answers (`answered`), the most replies that are written together.
     """
     length, spec = config.data.max_tokens, config.evaluate
     at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
-    return EvaluationSize(filling_rows(length, at_once), spec.drift_texts, spec.drift_tokens)
+    replies = None
+    if answered and spec.answers:
+        longest = length + spec.answer_tokens
+        replies = filling_rows(longest, max(config.train.micro_tokens, REPLY_TOKENS, longest))
+    return EvaluationSize(filling_rows(length, at_once), spec.drift_texts, spec.drift_tokens, replies)
 
 
 def filling_rows(length: int, tokens: int) -> RowShape:
@@ -197,14 +202,14 @@ def forecast_run(
     runtime: int,
     files: Path | None = None,
     returning: bool = False,
-    labelled: bool = True,
+    labelled: bool | None = None,
     way: Way = RESIDENT,
 ) -> TextRunPlan:
     """What a run of `config` on the model of `model_config` will hold; `returning` (a run under a budget) as in memory/forecast.
 
     `runtime` is what the process holds beside tensors and tokenizer, `files` the model's folder or .gguf file where there is one,
-    `labelled` whether rows may have labels, `way` how blocks are streamed, if they are. Raises
-    ConfigError where the settings do not fit the model, NotPlanned where its arithmetic cannot be followed.
+    `labelled` whether rows have labels (None: not known; others may be answered in words), `way` how blocks are streamed, if they
+    are. Raises ConfigError where the settings do not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
     on_gpu = precision.on_gpu
     words = 0 if on_gpu else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
@@ -215,14 +220,14 @@ def forecast_run(
     def rehearsed(lora: LoraSpec) -> Rehearsal:
         with standing_for(precision.device):
             return rehearse(
-                build, lora, config.train, rows=rows, micro_batches=micro_batches, evaluation=evaluation_of(config), way=way,
-                best_in_memory=not returning and not on_gpu,
+                build, lora, config.train, rows=rows, micro_batches=micro_batches, way=way,
+                evaluation=evaluation_of(config, answered=not labelled), best_in_memory=not returning and not on_gpu,
             )  # fmt: skip
 
     found, before = _before_steps(config, rehearsed)
     training = with_importance(config, found)
     load, final = load_peak(model_config, found, precision), found.peaks[FINAL]
-    floors = FLOORS if labelled and config.evaluate.baselines and not on_gpu else 0
+    floors = FLOORS if labelled is not False and config.evaluate.baselines and not on_gpu else 0
     adapter = VALUE * finished_plan(config, found.plan).parameters
     kept = add_usage(Usage(), base=found.base, adapter=adapter)
     evaluated = add_usage(larger_usage(final, add_usage(kept, scratch=0 if on_gpu else INTERVALS)), runtime=floors)

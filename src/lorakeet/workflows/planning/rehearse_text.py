@@ -103,11 +103,14 @@ class NotPlanned(ConfigError):
 
 @dataclass(frozen=True)
 class EvaluationSize:
-    """What an evaluation takes: texts that the base writes, and the rows that go through models at once."""
+    """What an evaluation takes: texts that the base writes, the rows that go through models at once, and `replies`: prompts with
+    their replies that are in the model together.
+    """
 
     rows: RowShape
     texts: int = 64
     text_tokens: int = 32
+    replies: RowShape | None = None
 
 
 def rehearse(
@@ -289,6 +292,9 @@ def _evaluate(text: TextModel, evaluation: EvaluationSize, blocks: int | None) -
         count = min(evaluation.texts, at_once)  # read at once, which holds as much
         texts = [np.ones(evaluation.text_tokens, np.int64)] * count
         sample(text, texts, max_tokens=1, blocks=blocks, spill=ShapeSpill)
+    if evaluation.replies is not None:
+        whole = [np.ones(evaluation.replies.length, np.int64)] * evaluation.replies.count
+        sample(text, whole, max_tokens=1, temperature=0.0, blocks=blocks, spill=ShapeSpill)
 
 
 def matrix_sizes(model: nn.Module) -> list[int]:

@@ -86,12 +86,13 @@ def _estimated(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int)
 
 @dataclass(frozen=True)
 class Workload:
-    """What is in memory before the model: whether rows may have labels, and how many characters they have.
+    """What is in memory before the model: whether rows have labels (None: not known yet), and how many characters they have.
 
-    For a search also how many adapters are in training at once, and the pairs of the largest, if they are not the run's.
+    Rows without labels are answered in words. For a search also how many adapters are in training at once, and the pairs of the
+    largest, if they are not the run's.
     """
 
-    labelled: bool = True
+    labelled: bool | None = None
     characters: int = 0
     members: int = 1
     lora: LoraSpec | None = None
