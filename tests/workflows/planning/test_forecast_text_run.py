@@ -82,6 +82,21 @@ def test_as_many_rows_are_evaluated_as_fit() -> None:
     assert evaluation_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 at once"
 
 
+def test_replies_are_planned_where_rows_may_end_in_answers() -> None:
+    few = settings(train__micro_tokens="64", evaluate__answer_tokens="96")
+    size = evaluation_of(few).replies
+    assert size is not None and size.tokens >= 1024 and size.length <= 128
+    assert evaluation_of(few, answered=False).replies is None
+    assert evaluation_of(settings(evaluate__answers="0")).replies is None
+
+    def final(**changes: Any) -> int:
+        config = settings(train__micro_tokens="64", evaluate__answer_tokens="4096", **changes)
+        found = forecast_run(config, config_from_settings(SMALL), FP32, runtime=RUNTIME, labelled=False)
+        return found.forecast.phase(FINAL).bytes
+
+    assert final() > final(evaluate__answers="0"), "a long reply's keys and values"
+
+
 def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
     found = planned()
     names = ["load", "train step", "evaluate", "checkpoint", "judge", "certify", "merge", "export"]

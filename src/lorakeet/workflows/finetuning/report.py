@@ -21,6 +21,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
 from lorakeet.evaluate.report.report import Leak, MemoryUse, Report
+from lorakeet.evaluate.wording import duration_text
 from lorakeet.memory.cuda import CONTEXT, bytes_beside_torch, gpu_peak_bytes
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.ranks.allocate import pair_parameters
@@ -155,7 +156,7 @@ def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome, computed: str) -
     if computed != TEXT.computed:
         repeated, digits = ", each as often as it was drawn", 2
     found = {
-        "Training time": f"{outcome.seconds:.0f} s, held-out evaluations included",
+        "Training time": f"{duration_text(outcome.seconds)}, held-out evaluations included",
         f"{unit} trained on": f"{outcome.tokens:,}{repeated}",
         "Steps": f"{outcome.steps} of {outcome.planned_steps} ({outcome.reason})",
         "Learning rate": f"{outcome.learning_rate:.2e} at its highest",

@@ -175,7 +175,7 @@ def largest_rows(config: RunConfig) -> RowShape:
     return filling_rows(length, min(max(length, train.micro_tokens), length * train.batch_size))
 
 
-def evaluation_of(config: RunConfig, *, answered: bool) -> EvaluationSize:
+def evaluation_of(config: RunConfig, *, answered: bool = True) -> EvaluationSize:
     """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate; the texts of the drift;
     and, where rows may end in answers (`answered`), the most replies that are written together.
     """
