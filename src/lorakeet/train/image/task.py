@@ -200,8 +200,12 @@ def errors_at(model: ImageModel, batch: ImageBatch, steps: Noising, captions: Ca
     """The mean squared error of each picture of `batch` (n,), in fp32, at its `steps`."""
     latents, noise = batch.latents.to(model.device), batch.noise.to(model.device)
     noisy = add_noise(latents, noise, steps)
-    texts = model.describe(batch.captions) if spec.text_encoder else stack([captions.of(text) for text in batch.captions])
-    predicted = model.predict(noisy, steps.times, texts, batch.sizes)
+    predicted = model.predict(  # the conditioning has no name here, which would keep it until the end
+        noisy,
+        steps.times,
+        model.describe(batch.captions) if spec.text_encoder else stack([captions.of(text) for text in batch.captions]),
+        batch.sizes,
+    )
     return errors_of(predicted, target_of(latents, noise, steps, model.prediction))
 
 
