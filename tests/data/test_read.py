@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from lorakeet.data.locate import locate_data
-from lorakeet.data.read import folder_records, hub_records, is_hub_id, parquet_records, read_rows
+from lorakeet.data.read import check_first_record, folder_records, hub_records, is_hub_id, parquet_records, read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, EnvironmentProblem
 
@@ -41,6 +41,37 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     spec = DataSpec(train="x", label_column="label")
     found = {tuple(row.key for row in read_rows(str(tmp_path / name), spec)) for name in write_all(tmp_path)}
     assert len(found) == 1 and len(found.pop()) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "spec"),
+    [
+        ("gone.jsonl", None, {}),
+        ("rows.xlsx", "a", {}),
+        ("rows.jsonl", LINES, {"text_column": "review"}),
+        ("rows.jsonl", LINES, {"group_column": "patient"}),
+        ("rows.csv", as_csv(";"), {}),
+    ],
+)
+def test_what_the_first_record_shows_is_said_in_the_same_words(tmp_path, name, text, spec):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    said = []
+    for check in (check_first_record, read_rows):
+        with pytest.raises(DataError) as caught:
+            check(str(tmp_path / name), DataSpec(train="x", **spec))
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_only_the_first_record_is_checked(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{broken\n')
+    check_first_record(str(tmp_path / "a.jsonl"), DataSpec(train="x"))
+    for name in write_all(tmp_path):
+        check_first_record(str(tmp_path / name), DataSpec(train="x"))
+    monkeypatch.setattr("lorakeet.data.read.hub_records", None)
+    for name in (str(tmp_path), "someone/rows", "hub:someone/rows"):  # for the datasets library
+        check_first_record(name, DataSpec(train="x"))
 
 
 def test_saved_data_set_folder(tmp_path):

@@ -39,6 +39,18 @@ def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None) -> li
     return rows
 
 
+def check_first_record(name: str, spec: DataSpec) -> None:
+    """Raises what `read_rows` would for a missing file, an unknown extension or a missing column; reads one record of the file.
+
+    Says nothing of data sets that the datasets library reads.
+    """
+    base = Path(name.partition("#")[0]).expanduser()
+    if base.is_dir() or (not name.startswith(PACKAGE) and not Path(name).expanduser().exists() and is_hub_id(name)):
+        return
+    problems = RowProblems(name)  # of single rows: all are named once the whole file is read
+    next(shape_rows(islice(read_records(name, problems, spec), 1), name, spec, problems), None)
+
+
 def read_records(name: str, problems: RowProblems, spec: DataSpec | None = None) -> Iterator[FileRecord]:
     """Yields the records of one file, folder or hub data set, in order and unchanged."""
     base, mark, split = name.partition("#")

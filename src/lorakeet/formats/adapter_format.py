@@ -1,18 +1,23 @@
 """What a module must define to be an adapter format.
 
 To add a format, write a module like this, list it in `formats/detect.FORMATS`, and name it in `workflows/convert.Target`.
+Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lorakeet.core.adapter import Adapter
-from lorakeet.formats.compress import CompressionTarget
-from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.errors import DataError
 
+if TYPE_CHECKING:  # these import torch
+    from lorakeet.core.adapter import Adapter
+    from lorakeet.formats.compress import CompressionTarget
+    from lorakeet.formats.files.base_model import BaseModel
+
+READABLE = "the folder of a run, of PEFT or of mlx-lm, or a .safetensors or .gguf file of kohya, LyCORIS, diffusers or llama.cpp"
 Say = Callable[[str], None]
 
 
@@ -36,3 +41,9 @@ class AdapterFormat(Protocol):
 
     def write(self, adapter: Adapter, path: Path, /, *, base: BaseModel | None, say: Say) -> None:
         """Writes `adapter` to `path`. ConfigError names what the format cannot hold."""
+
+
+def require_adapter(path: Path) -> None:
+    """Raises DataError unless something is at `path`."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist; expected {READABLE}.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import DataError, readable
 from lorakeet.formats import gguf, mlx
-from lorakeet.formats.adapter_format import AdapterFormat, Say
+from lorakeet.formats.adapter_format import READABLE, AdapterFormat, Say, require_adapter
 from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.diffusion import diffusers, kohya, lycoris
 from lorakeet.formats.files.base_model import BaseModel
@@ -22,7 +22,6 @@ LYCORIS = "lycoris"  # kohya's files with products that are no pair: read by its
 FORMATS: tuple[AdapterFormat, ...] = (peft, kohya, mlx, gguf, diffusers)  # the first that owns a tensor's name has it
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _SUFFIXES = {one.SUFFIX for one in FORMATS if one.SUFFIX}
-_READABLE = "the folder of a run, of PEFT or of mlx-lm, or a .safetensors or .gguf file of kohya, LyCORIS, diffusers or llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def detect(path: Path) -> Found:
 
     DataError says what was found if the format is unknown or mixed. Pickles are never opened.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist; expected {_READABLE}.")
+    require_adapter(path)
     if path.is_file():
         return _file(path)
     for folder in (path, path / "adapter"):
@@ -79,7 +77,7 @@ def _only_file(path: Path) -> Found:
     inside = sorted(entry.name for entry in path.iterdir())[:8]
     raise DataError(
         f"{path} holds no adapter: neither {CONFIG_NAME} nor {peft.MODEL_NAME} is there, only {', '.join(inside) or 'nothing'}. "
-        f"Expected {_READABLE}."
+        f"Expected {READABLE}."
     )
 
 
@@ -100,7 +98,7 @@ def _file(path: Path) -> Found:
             )
     is_header = begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= path.stat().st_size  # its length, a JSON object
     if path.suffix.lower() != ".safetensors" and not is_header:
-        raise DataError(f"{path} is no adapter: it begins with {begin[:4]!r}, as no known format does. Expected {_READABLE}.")
+        raise DataError(f"{path} is no adapter: it begins with {begin[:4]!r}, as no known format does. Expected {READABLE}.")
     return _by_names(path, list(open_safetensors(path).tensors))
 
 
@@ -114,7 +112,7 @@ def _by_names(path: Path, names: list[str]) -> Found:
         raise DataError(f"{path} mixes formats: {'; '.join(parts)}. Parts of different files were put together; fetch it again.")
     if not counts:
         shown = ", ".join(names[:4]) or "none at all"
-        raise DataError(f"{path} has no known format: its {len(names)} tensors are called {shown}. Expected {_READABLE}.")
+        raise DataError(f"{path} has no known format: its {len(names)} tensors are called {shown}. Expected {READABLE}.")
     [(kind, count)] = counts.items()
     if weights := format_of(kind).WEIGHTS:
         raise DataError(f"{path} has tensors as in {kind}, but another name; rename it to {weights}, beside its {CONFIG_NAME}.")

@@ -16,7 +16,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.spill import Spill
 from lorakeet.models.modules import block_prefix, find
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.gptq_blocks import CalibrationStates, quantise_blocks
+from lorakeet.models.text.gptq_blocks import CalibrationStates, check_layers, quantise_blocks
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq_solve import GptqLayout
@@ -89,11 +89,23 @@ def test_nothing_is_spilled_for_a_block_that_does_not_come(tiny_llama_folder: Pa
     assert counts[0] > 4 and counts[1] == counts[0]
 
 
-def test_layers_that_do_not_fit_are_all_named(tiny_llama_folder: Path) -> None:
+def test_layers_that_do_not_fit_are_counted_and_the_first_ones_named(tiny_llama_folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         next(quantise_blocks(loaded(tiny_llama_folder), rows(), GptqLayout(4, 32)))
     said = str(caught.value)
-    assert said.count("down_proj' has 48 inputs, no multiple of the group size 32") == 2 and "q_proj" not in said
+    assert said.startswith("2 layers (model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj): 48 inputs, no multiple of the")
+    assert "q_proj" not in said and "\n" not in said
+
+
+def test_many_layers_of_a_shape_are_one_line() -> None:
+    layers: dict[str, nn.Module] = {f"layers.{number}.down_proj": nn.Linear(48, 32) for number in range(200)}
+    layers |= {"layers.7.q_proj": nn.Linear(80, 32)}
+    with pytest.raises(ConfigError) as caught:
+        check_layers(layers, GptqLayout(4, 32))
+    first, second = str(caught.value).splitlines()[1:]
+    named = ", ".join(f"layers.{number}.down_proj" for number in range(3))
+    assert f"200 layers ({named} and 197 more): 48 inputs, no multiple of the group size 32" in first
+    assert "1 layer (layers.7.q_proj): 80 inputs" in second
 
 
 def test_too_few_tokens_are_counted(tiny_llama_folder: Path) -> None:

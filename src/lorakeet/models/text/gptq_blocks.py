@@ -33,6 +33,7 @@ from lorakeet.quant.packed import PackedBase, PackedLinear
 
 Pack = Callable[[str, Tensor, Sensitivity, RowSource], PackedBase]  # path, weight (out, in), its inputs, their H
 _STAGE = "H"  # the key of a stage's H
+_NAMED = 3  # layers that a refusal names; the others are counted
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,25 @@ def layers_in_blocks(model: Any, name: str) -> dict[str, nn.Module]:
 
 
 def check_layers(layers: dict[str, nn.Module], layout: GptqLayout) -> None:
-    """Raises ConfigError that names every layer whose shape does not fit the format."""
+    """Raises ConfigError for layers whose shape does not fit the format: one line for each reason, with their count."""
     problems = Problems(f"The layers do not fit {layout.bits} bits in groups of {layout.group_size}")
+    reasons: dict[str, list[str]] = {}
     for path, module in layers.items():
         out, columns = weight_of(module).shape
         size = columns if layout.group_size == -1 else layout.group_size
         if columns % size:
             fitting = [str(other) for other in (128, 64, 32) if columns % other == 0]
             advice = f"take --group-size {', '.join(fitting)} or -1" if fitting else "take --group-size -1"
-            problems.add(f"'{path}' has {columns} inputs, no multiple of the group size {size}; {advice}.")
+            reasons.setdefault(f"{columns} inputs, no multiple of the group size {size}; {advice}", []).append(path)
             continue
         try:
             gptq_buffer_shapes((out, columns), bits=layout.bits, groups=columns // size)
         except ValueError as error:
-            problems.add(f"'{path}': {error}.")
+            reasons.setdefault(str(error), []).append(path)
+    for reason, paths in reasons.items():
+        more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        layers_of = f"{len(paths)} layers" if len(paths) > 1 else "1 layer"
+        problems.add(f"{layers_of} ({', '.join(paths[:_NAMED])}{more}): {reason}.")
     problems.raise_if_any()
 
 

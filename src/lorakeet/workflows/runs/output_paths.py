@@ -11,7 +11,6 @@ from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.cache import cache_folder
-from lorakeet.memory.store import StoreRefused
 from lorakeet.train.durable import refusal
 
 
@@ -57,6 +56,8 @@ def temporary_folder(folder: Path | None, what: str, remedy: str) -> Iterator[No
     if folder is None:
         yield
         return
+    from lorakeet.memory.store import StoreRefused  # imports torch, which the checks of paths do without
+
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with writing(what, remedy):
