@@ -56,6 +56,15 @@ def test_flags_alone_are_enough() -> None:
     assert read_run(None, {"model": "m", "data.train": "t"}).data.train == "t"
 
 
+def test_a_section_that_is_no_spec_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(model={"path": "some/folder"}, lora=None, data="rows.jsonl")  # type: ignore[arg-type]
+    said = str(caught.value)
+    assert "model is {'path': 'some/folder'}; expected a ModelSpec. Make one: from lorakeet.models.spec import ModelSpec" in said
+    assert "then model=ModelSpec(path='some/folder')." in said and "then data=DataSpec(train='rows.jsonl')." in said
+    assert "lora is None; expected a LoraSpec" in said
+
+
 def test_what_is_dumped_can_be_run_again(tmp_path: Path) -> None:
     config = read_run(written(tmp_path, RUN), {"data.separator": "\n\n", "data.template": "1e-3 {text} no", "out": "2026-01-01"})
     text = dump_yaml(config)

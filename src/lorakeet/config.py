@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import yaml
 from lorakeet.core.spec import MEASURED, LoraSpec
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import ConfigError, unreadable
+from lorakeet.errors import ConfigError, Problems, unreadable
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
@@ -45,6 +45,20 @@ class RunConfig:
         default="text", metadata={"help": "Kind of model: text (a causal language model) or image (a diffusion model)."}
     )
     out: str = setting("runs/lorakeet", "Folder of the run; it must not exist yet.")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for every section that is not of its class, such as a mapping: only `read_run` reads those."""
+        problems = Problems("RunConfig cannot be made")
+        for spec in fields(self):
+            section, given = spec.default_factory, getattr(self, spec.name)
+            if isinstance(section, type) and not isinstance(given, section):
+                values = given if isinstance(given, Mapping) else {spec.metadata.get("shorthand", ""): given}
+                inside = ", ".join(f"{name}={value!r}" for name, value in values.items() if name)
+                problems.add(
+                    f"{spec.name} is {given!r:.80}; expected a {section.__name__}. Make one: from {section.__module__} import "
+                    f"{section.__name__}, then {spec.name}={section.__name__}({inside:.80})."
+                )
+        problems.raise_if_any()
 
     def changed(self, **sections: Mapping[str, Any]) -> RunConfig:
         """Returns the same run with other values of some settings, by section: changed(lora={"rank": 8})."""

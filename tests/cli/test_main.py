@@ -43,6 +43,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig | None, Any]
         return Outcome({"verb": self.name, "é": 1})
 
     monkeypatch.setattr(verbs_module.Verb, "run", note)
+    monkeypatch.setattr(verbs_module.Verb, "check", lambda self, options, *, config: None)
     return calls
 
 
@@ -51,6 +52,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(verbs_module.Verb, "run", run)
+    monkeypatch.setattr(verbs_module.Verb, "check", lambda self, options, *, config: None)
 
 
 def test_help_lists_every_verb_and_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +172,7 @@ def test_sigterm_leaves_with_143_and_clears_away(monkeypatch: pytest.MonkeyPatch
             cleared.append(True)
 
     monkeypatch.setattr(verbs_module.Verb, "run", run)
+    monkeypatch.setattr(verbs_module.Verb, "check", lambda self, options, *, config: None)
     assert main(["doctor"]) == 143 and cleared
     assert "Stopped by SIGTERM" in capsys.readouterr().err
     assert main(["doctor", "--json"]) == 143

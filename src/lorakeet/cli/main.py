@@ -135,6 +135,8 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
         if not verb.reads_rows and not values.get("config"):
             flags.setdefault("data.train", "no rows are read")
         config = _config(verb, values.get("config"), getattr(options, "resume", None), flags)
+    if launch.count == 1:  # of several processes the first alone decides
+        verb.check(options, config=config)
     # names of files may hold [brackets]
     console = Console(stderr=values["json"], markup=False, emoji=False, quiet=not launch.first)
     with nullcontext() if verb.ends_itself or launch.count > 1 else terminable():

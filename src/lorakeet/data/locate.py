@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import IO, cast
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest, unreadable
 
 PACKAGE = "package:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pyd")
 
 
@@ -49,6 +51,19 @@ def locate(name: str) -> Path:
     if not path.exists():
         raise DataError(f"'{name}' does not exist{_why_missing(path)}")
     return path
+
+
+def locate_model(name: str) -> Path | None:
+    """Returns the existing file or folder of a model: a path, or "package:DIST[/FILE]"; None if it can only be a hub id.
+
+    Raises DataError if it is missing, EnvironmentProblem if its package is.
+    """
+    if name.startswith(PACKAGE):
+        distribution, _, relative = name[len(PACKAGE) :].partition("/")
+        return package_file(distribution, suffix=relative or ".gguf")
+    if Path(name).expanduser().exists() or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        return locate(name)
+    return None
 
 
 def locate_data(name: str) -> Location:

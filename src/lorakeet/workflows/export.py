@@ -35,7 +35,7 @@ from lorakeet.workflows.finetuning.terminal import progress_line, show_certifica
 from lorakeet.workflows.options import ExportOptions, VerifyOptions
 from lorakeet.workflows.planning.check import FP32, fit_check, size_of_check, tensor_peak
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
-from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
+from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.verification.checks import named_check
 from lorakeet.workflows.verify import certify_artefacts
@@ -111,8 +111,8 @@ def export(options: ExportOptions, *, console: Console) -> Exported:
 def _check(options: ExportOptions, written: bool) -> None:
     """Raises ConfigError for options that contradict each other, and for an `out` that cannot be written."""
     out, quant = options.out, options.quant
-    if out.exists() and not written:
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
+    if not written:
+        require_absent(out)
     if options.separate and options.to != "ollama":
         raise ConfigError("--separate is for --to ollama; the adapter alone as a GGUF file: lorakeet convert … --to gguf.")
     if options.push and options.to != "ollama":

@@ -15,7 +15,7 @@ from lorakeet.data.prepare import find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import ConfigError, DataError
+from lorakeet.errors import DataError
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
@@ -37,7 +37,7 @@ from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, S
 from lorakeet.workflows.options import ExtractOptions
 from lorakeet.workflows.planning.check import MERGE_TOKENS
 from lorakeet.workflows.runs.open_adapter import NAME
-from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
+from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
     models do not share, VerificationFailed (exit code 3) where the adapter does not bring the base nearer to the tuned model.
     """
     out, tuned, base, data = options.out, options.tuned, options.base, options.data or ""
-    if out.exists():
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    require_absent(out)
     require_place(out)
     rows = tuple(read_rows(data, DataSpec(train=data))) if data else ()
     folder, source = (find_source(ModelSpec(path=name), console.print) for name in (tuned, base))

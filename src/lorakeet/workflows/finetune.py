@@ -34,8 +34,9 @@ from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind
 from lorakeet.workflows.finetuning.report import complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import FinetuneOptions
+from lorakeet.workflows.runs.early_checks import require_new_run
 from lorakeet.workflows.runs.multi_process import evaluating_together, require_combinable, starting_together
-from lorakeet.workflows.runs.output_paths import require_place, writing
+from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.residency import say_peak
 from lorakeet.workflows.runs.run_folder import begin_run, rates_of
 from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
@@ -188,5 +189,4 @@ def _require_run(run: RunFolder, *, resume: bool) -> None:
     if resume:
         RunFolder.open(run.path)
         return
-    run.require_free()
-    require_place(run.path)
+    require_new_run(run)

@@ -44,7 +44,7 @@ from lorakeet.workflows.packing.base_choice import Into as DenseInto
 from lorakeet.workflows.packing.merge import merge_packed
 from lorakeet.workflows.planning.check import MERGE_TOKENS, CheckSize, fit_check, size_of_merge
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
-from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
+from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.verification.merged_model import certify_combined, certify_merge, changes_of
 
@@ -94,8 +94,7 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     With `into` "packed" the model stays quantised (workflows/packing/merge); the options of PACKED_ONLY are for that.
     """
     paths, out, to = options.runs_or_adapters, options.out, options.to
-    if out.exists():
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    require_absent(out)
     require_place(out)
     opened = [item.within(options.memory) for item in _opened(paths, options.base, console)]
     density, seed = options.density, options.seed

@@ -243,6 +243,10 @@ class TuneOptions:
     )
     difference: float = setting(0.05, "Difference in nats per token that the comparison of trials should detect.")
 
+    def folder(self, out: str) -> Path:
+        """The folder of the results of a search from a run file whose `out` is given."""
+        return Path(f"{out}-tune") if self.results is None else self.results
+
 
 @dataclass(frozen=True)
 class CompressOptions:
@@ -327,6 +331,13 @@ class Verb:
     reads_rows: bool = True  # without a run file, data.train must be named
     together: bool = False  # whether torchrun may start it in several processes
     ends_itself: bool = False  # whether it handles SIGTERM itself
+    checks: str = ""  # the function of workflows/runs/early_checks that is called before the work, and before torch is imported
+
+    def check(self, options: Any, *, config: Any = None) -> None:
+        """Raises for what can be refused without torch: missing files, results that exist, wrong columns. Imports no torch."""
+        if self.checks:
+            function = getattr(import_module("lorakeet.workflows.runs.early_checks"), self.checks)
+            function(options) if self.config == "none" else function(config, options)
 
     def run(self, options: Any, *, config: Any = None, console: Any) -> Any:
         """Returns the result of the verb's function; imports the module that does the work only now."""
@@ -348,18 +359,33 @@ VERBS = (
         "shipped",
         "finetune:finetune",
         together=True,
+        checks="before_finetune",
     ),
-    Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file", together=True),
-    Verb("plan", "Estimate the memory and time of a run, without its weights.", PlanOptions, "file", reads_rows=False),
-    Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file"),
-    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
-    Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions),
-    Verb("compress", "Compress an adapter to the smallest size that shows no loss.", CompressOptions),
-    Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions),
-    Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions),
-    Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
-    Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
-    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions),
+    Verb(
+        "finetune",
+        "Train an adapter and prove it against its base.",
+        FinetuneOptions,
+        "file",
+        together=True,
+        checks="before_finetune",
+    ),
+    Verb(
+        "plan",
+        "Estimate the memory and time of a run, without its weights.",
+        PlanOptions,
+        "file",
+        reads_rows=False,
+        checks="before_plan",
+    ),
+    Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file", checks="before_tune"),
+    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions, checks="before_evaluate"),
+    Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions, checks="before_merge"),
+    Verb("compress", "Compress an adapter to the smallest size that shows no loss.", CompressOptions, checks="before_compress"),
+    Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions, checks="before_extract"),
+    Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions, checks="before_quantize"),
+    Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions, checks="before_convert"),
+    Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="before_export"),
+    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="before_verify"),
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True),
     Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),

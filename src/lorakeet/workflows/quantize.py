@@ -46,7 +46,7 @@ from lorakeet.quant.packed import TILE, PackedBase
 from lorakeet.workflows.finetuning.terminal import progress_line
 from lorakeet.workflows.options import QuantizeOptions
 from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing
-from lorakeet.workflows.runs.output_paths import require_place
+from lorakeet.workflows.runs.output_paths import require_absent, require_place
 from lorakeet.workflows.runs.residency import Residency, peak_said, require_planned_attention, stream_closed, temporary_stores
 
 COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
@@ -129,8 +129,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
     """nf4 and int8: each weight by itself."""
     model, method, out = options.model, options.method, options.out
     budget = Budget.parse(options.memory)
-    if out.exists():
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    require_absent(out)
     require_place(out)
     source = find_source(ModelSpec(path=model), console.print)
     config = read_config(source)

@@ -65,7 +65,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
 
     Raises ConfigError and DataError for what cannot be searched, before anything is trained.
     """
-    out = Path(f"{config.out}-tune") if options.results is None else options.results
+    out = options.folder(config.out)
     quick, together = options.quick, options.together
     seeds = (1 if quick else SEEDS) if options.seeds is None else options.seeds
     _check(options, seeds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from lorakeet.data.locate import PACKAGE, locate, package_file
+from lorakeet.data.locate import locate_model
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.models.files.gguf_copy import known_digest
@@ -29,7 +28,6 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.safetensors_layout import GGUF_METHOD
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
@@ -42,7 +40,7 @@ def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
     """
     for message in spec.validate():
         raise ConfigError(message)
-    path = _local(spec)
+    path = locate_model(spec.path)
     if path is None:
         path = _from_hub(spec, say)
     if path.is_file():
@@ -59,7 +57,7 @@ def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
 
 def gguf_file(name: str) -> Path | None:
     """Returns the .gguf file of a model path, also one of a package; None if it is not one."""
-    path = _local(ModelSpec(path=name))
+    path = locate_model(name)
     return path if path is not None and path.is_file() and path.suffix.lower() == ".gguf" else None
 
 
@@ -79,7 +77,7 @@ def bytes_to_unpack(spec: ModelSpec) -> int:
 def on_this_machine(spec: ModelSpec) -> Path | None:
     """Returns the local file or folder of `spec.path`, a hub id in the hub's cache; None if it would have to be fetched."""
     try:
-        local = _local(spec)
+        local = locate_model(spec.path)
         if local is not None:
             return local
         with quiet_transformers():
@@ -96,17 +94,6 @@ def _has_gguf_blocks(folder: Path) -> bool:
         return False
     stored = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(stored, dict) and stored.get("quant_method") == GGUF_METHOD
-
-
-def _local(spec: ModelSpec) -> Path | None:
-    """Returns the local file or folder, or None if `spec.path` can only be a hub id."""
-    name = spec.path
-    if name.startswith(PACKAGE):
-        distribution, _, relative = name[len(PACKAGE) :].partition("/")
-        return package_file(distribution, suffix=relative or ".gguf")
-    if Path(name).expanduser().exists() or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
-        return locate(name)
-    return None
 
 
 def _from_hub(spec: ModelSpec, say: Callable[[str], None]) -> Path:

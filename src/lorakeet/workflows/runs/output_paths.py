@@ -28,6 +28,12 @@ def require_place(out: Path) -> None:
         raise EnvironmentProblem(f"{out} cannot be made: {above} may not be written to. Choose another --out.")
 
 
+def require_absent(out: Path) -> None:
+    """Raises ConfigError if something is at `out`."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
+
+
 def require_empty(out: Path) -> None:
     """Raises ConfigError unless `out` is missing or an empty folder, and EnvironmentProblem where it cannot be made."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

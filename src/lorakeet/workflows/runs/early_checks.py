@@ -1,0 +1,143 @@
+"""What can be refused before torch is imported, which takes seconds: missing files, results that exist, wrong columns.
+
+Each function checks one verb; `workflows/options.Verb` names it. A verb checks all of it again, by the same functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.data.images.folder import is_table, require_folder
+from lorakeet.data.locate import locate_model
+from lorakeet.data.read import check_first_record
+from lorakeet.data.spec import DataSpec
+from lorakeet.formats.adapter_format import require_adapter
+from lorakeet.train.launch import launched
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.options import (
+    CompressOptions,
+    ConvertOptions,
+    EvaluateOptions,
+    ExportOptions,
+    ExtractOptions,
+    FinetuneOptions,
+    MergeOptions,
+    PlanOptions,
+    QuantizeOptions,
+    TuneOptions,
+    VerifyOptions,
+)
+from lorakeet.workflows.runs.output_paths import require_absent, require_empty, require_place
+
+
+def require_new_run(run: RunFolder) -> None:
+    """Raises ConfigError or EnvironmentProblem unless a new run can be written to that folder; writes nothing."""
+    run.require_free()
+    require_place(run.path)
+
+
+def before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
+    if options.resume is None and not options.dry_run:
+        require_new_run(RunFolder(Path(config.out), launched().command))
+    _require_rows(config)
+    _require_model(config)
+
+
+def before_plan(config: RunConfig, options: PlanOptions) -> None:
+    _require_model(config)
+
+
+def before_tune(config: RunConfig, options: TuneOptions) -> None:
+    require_empty(options.folder(config.out))
+    _require_rows(config)
+    _require_model(config)
+
+
+def before_evaluate(options: EvaluateOptions) -> None:
+    if options.out is not None:
+        require_empty(options.out)
+    settings = _settings(options.run_or_adapter, options.config)
+    if options.data is None:
+        _require_rows(settings)
+    elif settings is None or settings.kind == "text":
+        data = DataSpec() if settings is None else settings.data
+        check_first_record(options.data, replace(data, limit=None))
+
+
+def before_merge(options: MergeOptions) -> None:
+    require_absent(options.out)
+    require_place(options.out)
+    for path in options.runs_or_adapters:
+        require_adapter(Path(path))
+
+
+def before_compress(options: CompressOptions) -> None:
+    require_empty(options.out)
+    _require_rows(_settings(options.run, options.config))
+
+
+def before_extract(options: ExtractOptions) -> None:
+    require_absent(options.out)
+    require_place(options.out)
+    if options.data:
+        check_first_record(options.data, DataSpec(train=options.data))
+    for name in (options.tuned, options.base):
+        locate_model(name)
+
+
+def before_quantize(options: QuantizeOptions) -> None:
+    if options.method != "gptq":  # whose settings are refused together
+        require_absent(options.out)
+        require_place(options.out)
+    elif options.calibration:
+        check_first_record(options.calibration, DataSpec(train=options.calibration))
+    locate_model(options.model)
+
+
+def before_convert(options: ConvertOptions) -> None:
+    require_adapter(options.source)
+
+
+def before_export(options: ExportOptions) -> None:
+    if not options.push:  # which may send what is there already
+        require_absent(options.out)
+        require_place(options.out)
+    require_adapter(Path(options.run_or_adapter))
+
+
+def before_verify(options: VerifyOptions) -> None:
+    settings = _settings(options.run_or_adapter, None)
+    if options.deploy is None:
+        _require_rows(settings)
+
+
+def _settings(path: str, config: Path | None) -> RunConfig | None:
+    """The settings of a run, or of the file `config`; None of a bare adapter. Raises DataError where nothing is at `path`."""
+    require_adapter(Path(path))
+    run = RunFolder.at(Path(path))
+    if config is not None:
+        return read_run(config)
+    return None if run is None else read_run(run.config)
+
+
+def _require_rows(config: RunConfig | None) -> None:
+    """Raises DataError for rows or pictures that are missing; nothing for an adapter without a run."""
+    if config is None:
+        return
+    data = config.data
+    if config.kind == "text":
+        for name in filter(None, (data.train, data.test, data.held_out)):
+            check_first_record(name, data)
+    if config.kind == "image":
+        places = {"data.train": data.train, "data.held_out": data.held_out, "data.test": data.test}
+        for setting, folder in {**places, "images.prior": config.images.prior}.items():
+            if folder and not is_table(folder):
+                require_folder(Path(folder).expanduser(), setting)
+
+
+def _require_model(config: RunConfig) -> None:
+    """Raises DataError or EnvironmentProblem for a text model that is named by a path and is not there."""
+    if config.kind == "text":
+        locate_model(config.model.path)

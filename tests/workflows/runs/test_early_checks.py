@@ -1,0 +1,91 @@
+"""What is refused before torch is imported, in the words of the check that comes later."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakeet.config import dump_yaml, read_run
+from lorakeet.workflows.options import VERBS
+from lorakeet.workflows.runs import early_checks
+
+RECORD = json.dumps({"text": "good film", "label": "yes"}) + "\n"
+IN_A_PROCESS = """
+import json, sys
+from lorakeet.cli.main import main
+code = main(json.loads(sys.argv[1]))
+print(code, "torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Rows, an earlier run with these rows, an adapter folder, and a folder that stands for a model."""
+    (tmp_path / "rows.jsonl").write_text(RECORD)
+    (tmp_path / "rows.xlsx").write_text("a")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter").mkdir()
+    settings = {"model": str(tmp_path / "model"), "data.train": str(tmp_path / "gone.jsonl")}
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(read_run(None, settings)))
+    return tmp_path
+
+
+def refused(arguments: list[str], folder: Path) -> tuple[str, str]:
+    """What `lorakeet ARGUMENTS` prints, and its exit code with the heavy packages that it imported."""
+    command = [sys.executable, "-c", IN_A_PROCESS, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stderr, done.stdout.strip()
+
+
+TRAIN = ["--model", "model", "--data.train"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["finetune", *TRAIN, "rows.jsonk"], "'rows.jsonk' does not exist in"),
+        (["finetune", *TRAIN, "rows.xlsx"], "rows.xlsx ends in '.xlsx', which has no reader"),
+        (["finetune", *TRAIN, "rows.jsonl", "--data.text_column", "review"], "the columns 'text', 'label' match no known shape"),
+        (["finetune", *TRAIN, "rows.jsonl", "--data.group_column", "patient"], "rows.jsonl has no column 'patient'"),
+        (["finetune", *TRAIN, "rows.jsonl", "--data.test", "gone.csv"], "'gone.csv' does not exist in"),
+        (["finetune", *TRAIN, "rows.jsonl", "--out", "run"], "The run folder run exists already"),
+        (["finetune", "--model", "./modle", "--data.train", "rows.jsonl"], "'./modle' does not exist in"),
+        (["finetune", "--resume", "run"], "gone.jsonl' does not exist in"),
+        (["finetune", "--kind", "image", *TRAIN, "pictures"], "data.train pictures is not a folder"),
+        (["plan", "--model", "./modle"], "'./modle' does not exist in"),
+        (["tune", *TRAIN, "gone.jsonl"], "'gone.jsonl' does not exist in"),
+        (["tune", *TRAIN, "rows.jsonl", "--results", "run"], "run exists already and is no empty folder"),
+        (["evaluate", "runs/nope"], "runs/nope does not exist; expected the folder of a run"),
+        (["evaluate", "run"], "gone.jsonl' does not exist in"),
+        (["evaluate", "adapter", "--data", "gone.jsonl"], "'gone.jsonl' does not exist in"),
+        (["evaluate", "adapter", "--out", "run"], "run exists already and is no empty folder"),
+        (["merge", "runs/nope", "--out", "merged"], "runs/nope does not exist"),
+        (["merge", "run", "--out", "adapter"], "adapter exists already and is never overwritten"),
+        (["export", "runs/nope", "--out", "model.gguf"], "runs/nope does not exist"),
+        (["export", "run", "--out", "adapter"], "adapter exists already and is never overwritten"),
+        (["compress", "runs/nope", "--out", "small"], "runs/nope does not exist"),
+        (["compress", "run", "--out", "small"], "gone.jsonl' does not exist in"),
+        (["verify", "runs/nope"], "runs/nope does not exist"),
+        (["verify", "run"], "gone.jsonl' does not exist in"),
+        (["convert", "runs/nope", "out", "--to", "peft"], "runs/nope does not exist"),
+        (["extract", "./tuned", "model", "--out", "new"], "'./tuned' does not exist in"),
+        (["quantize", "./modle", "--method", "nf4", "--out", "new"], "'./modle' does not exist in"),
+        (["quantize", "model", "--method", "gptq", "--out", "new", "--calibration", "gone.txt"], "'gone.txt' does not exist in"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_refused_without_torch(arguments: list[str], words: str, folder: Path) -> None:
+    said, ended = refused(arguments, folder)
+    assert words in said and ended == "2 False False"
+
+
+def test_each_verb_names_a_check_of_its_own() -> None:
+    named = {verb.name: verb.checks for verb in VERBS if verb.checks}
+    assert all(callable(getattr(early_checks, check)) for check in named.values())
+    assert {name for name, check in named.items() if check != f"before_{name}"} == {"quickstart"}
+    assert {verb.name for verb in VERBS} - set(named) == {"generate", "serve", "doctor"}
