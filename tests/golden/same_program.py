@@ -115,7 +115,7 @@ NOTES = (
     "was evaluated.",
 )
 DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
-MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most"}  # keys of a plan
+MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most", "training_seconds_at_least"}
 PEAKS = {"peak", "planned", "streamed_least"}  # keys of a plan: bytes with the process in them
 _SIZE = re.compile(r"([\d,]*\.?\d+) (GiB|MiB|GB|MB|kB|bytes)")
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}

@@ -303,7 +303,9 @@ def test_the_recommended_commands_are_printed_last(finished: Any, tmp_path: Path
     shutil.copytree(finished.path, copy)
     report = finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console).report
     assert report is not None
-    last = console.export_text().splitlines()[-len(report.next_commands) :]
+    text = console.export_text()
+    assert re.search(r"Time: training .+, \d+ % of the run; evaluation .+ of the run; certificate .+, \d+ % of the run\.", text)
+    last = text.splitlines()[-len(report.next_commands) :]
     assert [line.removeprefix("Next: ").partition("   (")[0] for line in last] == [item.command for item in report.next_commands]
 
 

@@ -8,6 +8,7 @@ What text and images do in each of these is in workflows/finetuning/kind.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind
-from lorakeet.workflows.finetuning.report import complete
+from lorakeet.workflows.finetuning.report import PhaseTimes, complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.early_checks import require_new_run
@@ -135,8 +136,11 @@ def _reported(
 
     Raises VerificationFailed if a check failed, before any command is recommended.
     """
+    started = time.perf_counter()
     measured = kind.evaluate(setup, run, console)
+    evaluated = time.perf_counter()
     certificate = kind.certify(setup, run, before)
+    times = PhaseTimes(outcome.seconds, evaluated - started, time.perf_counter() - evaluated)
     residency = setup.residency
     if residency.budget and residency.gpu is None:
         setup.memory.now()
@@ -144,12 +148,14 @@ def _reported(
     setup.processes.disband()  # no collective operation from here on
     if not setup.processes.first:
         return None
-    report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, search=search)
+    report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, times=times, search=search)
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         certificate.write(run.certificate)
         write_report(report, run.path)
     show_results(report, console)
     show_certificate(certificate, console)
+    took = "; ".join(f"{phase} {text}" for phase, text in times.texts().items())
+    console.print(f"Time: {took}.", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {run.page}   Adapter: {run.adapter}   Certificate: {run.certificate}", soft_wrap=True)
     certificate.raise_if_failed()
     for item in report.next_commands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.train.log import read_metrics
 from lorakeet.workflows.finetuning.assemble_text import assemble_text
-from lorakeet.workflows.finetuning.report import curves, leaks, machine, memory_use, versions
+from lorakeet.workflows.finetuning.report import PhaseTimes, curves, leaks, machine, memory_use, versions
 from tiny.runs import quiet, settings
 
 
@@ -52,6 +53,21 @@ def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is
     assert found[1].what == "training, evaluation and certificate", "training resets the GPU's own peak"
     assert found[2].what == "training and evaluation, against memory.budget"
     assert found[0].what == "training, on cuda:0" and found[4].planned is None and (found[4].used or 0) > 1 << 20
+
+
+def test_each_phase_has_its_time_and_its_share_of_the_run() -> None:
+    assert PhaseTimes(training=96.0, evaluation=76.0, certificate=0.5).texts() == {
+        "training": "2 min, 56 % of the run",
+        "evaluation": "76 s, 44 % of the run",
+        "certificate": "0.5 s, 0 % of the run",
+    }
+
+
+def test_the_report_says_how_long_each_phase_took(finished: Any) -> None:
+    speed = finished.result.report.speed
+    shares = [re.search(r" s, (\d+) % of the run", speed[f"{phase} time"]) for phase in ("Training", "Evaluation", "Certificate")]
+    assert 99 <= sum(int(share[1]) for share in shares if share) <= 101
+    assert speed["Training time"].endswith("held-out evaluations included")
 
 
 def test_versions_name_the_packages_that_decide_numbers() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
+import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -20,10 +22,11 @@ from rich.console import Console
 from lorakeet.cli.main import main
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
+from lorakeet.evaluate.wording import duration_text
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning import text as text_runs
-from lorakeet.workflows.finetuning.text import KIND, TextPlanResult
+from lorakeet.workflows.finetuning.text import KIND, Speed, TextPlanResult, _speed_text
 from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.plan import plan
 from lorakeet.workflows.planning.forecast_text_run import Precision
@@ -99,6 +102,28 @@ def test_the_table_says_phases_kinds_and_peak(config_folder: Path) -> None:
     assert result.config.lora.rank == 4 and result.planned.rows.tokens == 32
     assert result.peak == max(phase.bytes for phase in result.planned.forecast.phases if phase.name not in ("merge", "export"))
     assert result.advice == () and result.to_mapping()["fits"] is None
+
+
+def test_the_time_is_that_of_all_steps_or_of_a_thousand_rows(config_folder: Path) -> None:
+    steps = {"train.steps": "50", "train.batch_size": "6"}
+    whole, text = planned(config_folder, settings=steps)
+    count = whole.planned.rows.count
+    assert whole.micro_batches == -(-6 // count)
+    found = replace(whole, speed=Speed(whole.planned.work.flops / 7.0, math.inf))  # 7 s for a micro-batch
+    assert found.to_mapping()["speed"]["training_seconds_at_least"] == pytest.approx(50 * whole.micro_batches * 7)
+    assert re.search(r"Training alone takes at least \S+ \w+ here for the 50 steps of 6 rows, if each row has 32 tokens\.", text)
+    open_ended, text = planned(config_folder)
+    assert open_ended.to_mapping()["speed"]["training_seconds_at_least"] is None
+    assert " here for every 1,000 rows, in each epoch, if each row has 32 tokens. A full micro-batch takes at least " in text
+
+
+def test_times_and_rates_are_written_as_people_do(config_folder: Path) -> None:
+    whole, _ = planned(config_folder, settings={"train.steps": "50", "train.batch_size": "6"})
+    slow = replace(whole, speed=Speed(whole.planned.work.flops / 1700, math.inf))
+    said = _speed_text(slow)
+    assert "takes at least 28 min: " in said and "of 6 rows, if" in said
+    assert duration_text(50 * slow.micro_batches * 1700) in said
+    assert f"So at most {slow.planned.rows.tokens / 1700:.2g} tokens a second are trained." in said
 
 
 def test_ranks_that_will_be_chosen_are_planned_by_their_budget(config_folder: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,21 @@ from lorakeet.workflows.finetuning.kind import Assembly, AssemblyT, RunKind
 _WITH_TEXTS = 20  # leaks of each kind whose texts are in the report
 
 
+@dataclass(frozen=True)
+class PhaseTimes:
+    """The seconds of each phase of a run. Loading the model and a trial of learning rates are in none of them."""
+
+    training: float  # with the held-out evaluations between steps
+    evaluation: float
+    certificate: float
+
+    def texts(self) -> dict[str, str]:
+        """Each phase with its time and its share of all three: "75 s, 43 % of the run"."""
+        phases = {field.name: getattr(self, field.name) for field in fields(self)}
+        run = sum(phases.values())
+        return {name: f"{duration_text(seconds)}, {100 * seconds / run:.0f} % of the run" for name, seconds in phases.items()}
+
+
 def complete(
     measured: Report,
     kind: RunKind[AssemblyT],
@@ -42,6 +57,7 @@ def complete(
     *,
     run: RunFolder,
     certificate: Certificate,
+    times: PhaseTimes,
     search: Search | None = None,
 ) -> Report:
     """`measured` with everything else that the page shows; `search` is the trial that chose the learning rate."""
@@ -65,7 +81,7 @@ def complete(
         ranks=kind.rank_map(setup, metrics),
         search=search,
         memory=memory_use(setup, outcome),
-        speed=_speed(metrics, outcome, kind.words.computed),
+        speed=_speed(metrics, outcome, kind.words.computed, times),
         certificate=certificate,
         next_commands=kind.next_commands(setup, run),
     )
@@ -149,14 +165,17 @@ def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     return tuple(used)
 
 
-def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome, computed: str) -> dict[str, str]:
-    """How long training took and how much it saw: `computed` is "tokens", or else what a row of it is called."""
+def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome, computed: str, times: PhaseTimes) -> dict[str, str]:
+    """How long each phase took and how much training saw: `computed` is "tokens", or else what a row of it is called."""
     rates = sorted(record["tokens_per_second"] for record in metrics if record.get("tokens_per_second"))
     unit, repeated, digits = computed.capitalize(), "", 0
     if computed != TEXT.computed:
         repeated, digits = ", each as often as it was drawn", 2
+    took = times.texts()
     found = {
-        "Training time": f"{duration_text(outcome.seconds)}, held-out evaluations included",
+        "Training time": f"{took['training']}, held-out evaluations included",
+        "Evaluation time": took["evaluation"],
+        "Certificate time": took["certificate"],
         f"{unit} trained on": f"{outcome.tokens:,}{repeated}",
         "Steps": f"{outcome.steps} of {outcome.planned_steps} ({outcome.reason})",
         "Learning rate": f"{outcome.learning_rate:.2e} at its highest",

@@ -21,7 +21,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
-from lorakeet.evaluate.wording import bytes_text
+from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.kernels.choose import in_words
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.protocol import Situation
@@ -107,6 +107,11 @@ class TextPlanResult(PlanResult):
         work, speed = self.planned.work, self.speed
         return math.nan if speed is None else max(work.flops / speed.flops, work.written / speed.bytes)
 
+    @property
+    def micro_batches(self) -> int:
+        """The micro-batches of a step of rows as long as data.max_tokens allows."""
+        return math.ceil(self.config.train.batch_size / self.planned.rows.count)
+
     def to_mapping(self) -> dict[str, Any]:
         found = {
             **super().to_mapping(),
@@ -122,6 +127,8 @@ class TextPlanResult(PlanResult):
                 "bytes_per_second": self.speed.bytes,
                 "seconds_at_least": self.seconds,
                 "tokens_per_second_at_most": self.planned.rows.tokens / self.seconds,
+                "training_seconds_at_least": None if (steps := self.config.train.steps) is None
+                else steps * self.micro_batches * self.seconds,
             }
         return found
 
@@ -208,9 +215,18 @@ def _speed_text(result: TextPlanResult) -> str:
             f"A micro-batch takes {flops} and {written}; the speed of a CUDA device is not estimated. The plan follows the code "
             "for CUDA devices with shapes on the CPU; its allowances for allocator and CUDA context were not measured on one."
         )
+    rows, train = result.planned.rows, result.config.train
+    if train.steps is None:
+        seconds, what = 1000 / rows.count * result.seconds, "for every 1,000 rows, in each epoch"
+    else:
+        seconds = train.steps * result.micro_batches * result.seconds
+        what = f"for the {train.steps:,} steps of {train.batch_size} rows"
+    rate = rows.tokens / result.seconds
+    rate_text = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
     return (
-        f"A micro-batch takes at least {result.seconds:.2g} s here: {flops} at {speed.flops / 1e9:,.0f} GFLOP/s, {written} at "
-        f"{speed.bytes / 1e9:.1f} GB/s; at most {result.planned.rows.tokens / result.seconds:,.0f} tokens a second."
+        f"Training alone takes at least {duration_text(seconds)} here {what}, if each row has {rows.length:,} tokens. A full "
+        f"micro-batch takes at least {duration_text(result.seconds)}: {flops} at {speed.flops / 1e9:,.0f} GFLOP/s, {written} at "
+        f"{speed.bytes / 1e9:.1f} GB/s. So at most {rate_text} tokens a second are trained."
     )
 
 
