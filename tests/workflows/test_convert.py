@@ -14,18 +14,21 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakeet.cli.main import main
+from lorakeet.config import dump_yaml, read_run
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.errors import EnvironmentProblem, VerificationFailed
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.formats import mlx
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.diffusion import diffusers, kohya
 from lorakeet.formats.peft import peft
 from lorakeet.workflows.convert import convert
-from lorakeet.workflows.options import ConvertOptions
+from lorakeet.workflows.options import ConvertOptions, QuantizeOptions
+from lorakeet.workflows.quantize import quantize
 from tiny.adapters import random_adapter
+from tiny.gguf_file import write_tiny_gguf
 from tiny.models import tiny_model
 from tiny.portable import image_adapter, llama_config, text_adapter
-from tiny.runs import tree
+from tiny.runs import quiet, reviews, tree, write_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -67,6 +70,38 @@ def test_a_pair_that_changes_nothing_may_go_and_is_named(tmp_path: Path) -> None
     [note] = [note for note in done.notes if "change nothing" in note]
     assert note.startswith("1 pairs") and names[1] in note
     assert kohya.read(tmp_path / "out.safetensors").pairs.keys() == {names[0], *names[2:]}
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf", "gptq"])
+def test_a_run_goes_to_gguf_with_its_own_base(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    base = tiny_llama_folder
+    if kind == "gguf":
+        base = tmp_path / "base.gguf"
+        write_tiny_gguf(base)
+    if kind == "gptq":
+        rows = write_rows(tmp_path / "rows.jsonl", reviews(60))
+        base = tmp_path / "base"
+        options = QuantizeOptions(str(tiny_llama_folder), method="gptq", out=base, group_size=16, calibration=str(rows))
+        quantize(options, console=quiet())
+    run = tmp_path / "run"
+    peft.write(random_adapter(tiny_model("llama"), "q_proj"), run / "adapter")
+    (run / "config.yaml").write_text(dump_yaml(read_run(None, {"model": str(base), "data.train": "rows.jsonl"})))
+    for source, out in ((run, "out.gguf"), (run / "adapter", "same.gguf")):
+        done = convert(ConvertOptions(source, tmp_path / out, to="gguf"), console=Console(quiet=True))
+        assert f"The base is {base}, on which {run} was trained; --base would name another one." in done.notes
+    config = tiny_llama_folder / "config.json"
+    named = convert(ConvertOptions(run, tmp_path / "named.gguf", to="gguf", base=config), console=Console(quiet=True))
+    assert not any("The base is" in note for note in named.notes)
+    written = [(tmp_path / name).read_bytes() for name in ("out.gguf", "same.gguf", "named.gguf")]
+    assert written[0] == written[1] == written[2]
+
+
+def test_without_a_base_on_this_machine_it_must_be_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    peft.write(text_adapter(), run / "adapter")
+    (run / "config.yaml").write_text(dump_yaml(read_run(None, {"model": str(tmp_path / "gone"), "data.train": "rows.jsonl"})))
+    with pytest.raises(ConfigError, match="name the base: --base FOLDER"):
+        convert(ConvertOptions(run, tmp_path / "out.gguf", to="gguf"), console=Console(quiet=True))
 
 
 def test_dora_goes_to_gguf_folded_on_request(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,17 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.formats.compare import LIMIT, AdapterDifference, compare_adapters
 from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.compress import CompressionTarget, fold_dora
 from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
-from lorakeet.formats.files.base_model import check_fits, open_base
+from lorakeet.formats.files.base_model import CONFIG, BaseModel, check_fits, open_base
+from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.train.durable import flush
+from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ConvertOptions
 from lorakeet.workflows.runs.output_paths import require_place, writing
 
@@ -59,6 +62,7 @@ class Converted:
 def convert(options: ConvertOptions, *, console: Console) -> Converted:
     """Writes the adapter at `source` to `out` in the format `to`, reads it back, and compares every effective ΔW.
 
+    Without `base` a GGUF adapter of a run takes that run's, if it is on this machine; which one is printed.
     `rank` and `error` allow what is not a pair (LoHa, LoKr, DoRA in GGUF) to be compressed to one. ConfigError: `out` exists,
     or the target cannot hold the adapter (tensors named). DataError: `source` is damaged. VerificationFailed: what was read back
     differs by more than 1e-6; nothing is then left at `out`.
@@ -72,7 +76,10 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
         notes.append(text)
         console.print(text, soft_wrap=True)
 
-    known = None if options.base is None else open_base(options.base)
+    if options.base is not None:
+        known: BaseModel | None = open_base(options.base)
+    else:
+        known = _base_of_run(source, say) if to == "gguf" else None
     found = detect(source)
     say(f"{found.path} is {found.format}: {found.evidence}")
     adapter = with_components(read_found(found, base=known, compression=compression, say=say))
@@ -105,6 +112,24 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
     result = Converted(found, to, out, adapter, difference, tuple(notes))
     _show(result, console)
     return result
+
+
+def _base_of_run(source: Path, say: Callable[[str], None]) -> BaseModel | None:
+    """The base that the run of `source` was trained on; None if `source` belongs to no run, or the base is not on this machine.
+
+    Of a quantised base only the configuration is read, since its weights have other names.
+    """
+    run = RunFolder.around(source)
+    model = None if run is None else read_run(run.config).model
+    local = None if model is None else on_this_machine(model)
+    if run is None or model is None or local is None:
+        return None
+    folder = local if local.is_dir() else find_source(model, say)
+    base = open_base(folder)
+    if "quantization_config" in base.config():
+        base = open_base(folder / CONFIG)
+    say(f"The base is {model.path}, on which {run.path} was trained; --base would name another one.")
+    return base
 
 
 def _check_out(out: Path, to: Target) -> None:

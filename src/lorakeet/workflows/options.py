@@ -137,7 +137,7 @@ class ConvertOptions:
     )
     to: Literal["peft", "kohya", "diffusers", "gguf", "mlx"] = field(metadata=_help("The format to write."))
     base: Path | None = setting(
-        None, "The base model's folder or config.json: required for gguf, and the adapter is checked against it."
+        None, "The base model's folder or config.json, against which the adapter is checked; gguf needs it, except for a run."
     )
     rank: int | None = setting(
         None, "Compress changes that are not low-rank pairs (LoHa, LoKr; DoRA in gguf) to this rank; the error is printed."

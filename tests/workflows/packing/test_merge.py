@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
-from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.models.text.packed_layout import read_layout
@@ -65,6 +65,18 @@ def test_a_gptq_run_stays_gptq(on_gptq: Path, tmp_path: Path) -> None:
         wanted = folded(old.layers[path]().dense(), pair).float()
         assert float((new.layers[path]().dense() - wanted).norm()) < 0.2 * float(wanted.norm())
     assert merged.to_mapping()["surviving_share"][WRITTEN]["value"] == share.value
+
+
+def test_too_few_calibration_tokens_are_refused_before_any_model_is_loaded(
+    on_gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lorakeet.workflows.runs.open_adapter.load_text_model", loaded)
+    with pytest.raises(DataError, match=r"The calibration rows have \d+ tokens, but the widest layer has 48 inputs"):
+        merge(MergeOptions((str(on_gptq),), out=tmp_path / "merged", into="packed", calibration_rows=1), console=quiet())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dense_run_goes_into_the_layout_that_is_named_and_is_finished(

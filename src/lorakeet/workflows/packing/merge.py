@@ -18,7 +18,6 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from torch import nn
 
-from lorakeet.core.math import Kind
 from lorakeet.data.chat import Encoder, Example
 from lorakeet.data.prepare import Dataset
 from lorakeet.errors import ConfigError, Problems
@@ -27,15 +26,17 @@ from lorakeet.evaluate.compare import Scores, surviving_share
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.export.model_folder import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
+from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import use_products
-from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
+from lorakeet.models.modules import block_prefix, find, original_modules
 from lorakeet.models.modules import replace as put
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.folded_weights import fold_layers
-from lorakeet.models.text.gptq_blocks import LayerSource, check_tokens, pack_blocks, weight_of
+from lorakeet.models.text.gptq_blocks import LayerSource, check_tokens, inputs_of_widest, pack_blocks, weight_of
+from lorakeet.models.text.load import read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
@@ -66,7 +67,8 @@ def merge_packed(
     Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The base is
     in memory as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's
     memory.budget the base is streamed if it does not fit, and so is what is made of it; the same bytes are written. Raises
-    ConfigError, before anything is measured, for what cannot be merged so or does not fit; VerificationFailed if less than
+    ConfigError, before anything is measured, for what cannot be merged so or does not fit, and DataError for too few calibration
+    tokens; VerificationFailed if less than
     `options.keep` survives.
     """
     out, like = options.out, options.like or opened.config.model.path
@@ -77,6 +79,9 @@ def merge_packed(
         raise ConfigError("--into packed needs a run: its training rows calibrate, its held-out rows measure. Name one.")
     _check(opened, layout, options)
     job = PackedMergeJob(opened, dataset, layout, options.calibration_rows, options.finish_steps > 0, MICRO_TOKENS)
+    plain = skeleton(read_config(layout.folder))
+    check_tokens(job.rows, inputs_of_widest({path: cast(nn.Module, find(plain, path)) for path in layout.layers}))
+    del plain
     opened = fit_packed_merge(job, out, console)
     with temporary_stores(opened.residency), peak_said(opened.residency, console):
         solved, shares = _written(Merging(opened, dataset, layout, options, console), out)
@@ -258,9 +263,6 @@ class Merging:
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 
-        known = dict(original_modules(text.model))
-        check_tokens(rows, max(weight_shape(known[path], cast(Kind, kind_of(known[path])))[1] for path in self.layout.layers))
-        del known
         with self._bar() as bar:
             task = bar.add_task(f"error feedback on {len(rows)} rows", total=None)
             if text.streamed is not None:
