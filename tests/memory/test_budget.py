@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.memory.budget import BETWEEN_PROCESSES, Budget, enough_for, larger_than_machine, machine_bytes, parse_size
+from lorakeet.memory.budget import (
+    BETWEEN_PROCESSES,
+    Budget,
+    available_memory,
+    enough_for,
+    larger_than_machine,
+    machine_bytes,
+    parse_size,
+)
 from lorakeet.memory.spec import MemorySpec
 
 
@@ -77,3 +87,19 @@ def test_what_is_no_budget_is_a_problem_in_words(budget: str) -> None:
 
 def test_blocks_come_from_disk_unless_the_host_is_to_keep_them() -> None:
     assert MemorySpec().keep == "disk" and MemorySpec("2GiB", keep="host").validate() == []
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 4096 * 1024), (str(3 * 1024**2), 2 * 1024**2)])
+def test_memory_stays_within_the_limit_of_a_container(tmp_path: Path, limit: str, expected: int) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9999 kB\nMemAvailable:    4096 kB\n")
+    assert available_memory(tmp_path) == (4096 * 1024, "free")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text(str(1024**2))
+    assert available_memory(tmp_path) == (expected, "free")
+
+
+def test_without_proc_all_memory_is_reported(tmp_path: Path) -> None:
+    total, words = available_memory(tmp_path)
+    assert total > 0 and words == "in all"

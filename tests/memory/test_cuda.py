@@ -39,6 +39,7 @@ def test_torch_is_held_to_what_the_budget_leaves_beside_the_context(limits: list
 def test_what_is_held_is_what_torch_took_and_the_context() -> None:
     assert cuda.gpu_peak_bytes(CARD) == 2 * GIB + CONTEXT
     assert cuda.bytes_beside_torch(CARD) == 2 * GIB
+    assert cuda.gpu_bytes_left(CARD) == 6 * GIB + CONTEXT, "what is free, and what torch has"
     assert cuda.gpu_warning(CARD, Budget.parse("6GiB")) == "" and "8.00 GiB" in cuda.gpu_warning(CARD, Budget.parse("6.1GiB"))
 
 

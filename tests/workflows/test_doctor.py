@@ -15,7 +15,7 @@ from rich.console import Console
 from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.protocol import Situation
 from lorakeet.workflows import doctor as module
-from lorakeet.workflows.doctor import Checkup, Finding, available_memory, doctor, pip_command
+from lorakeet.workflows.doctor import Checkup, Finding, doctor, pip_command
 
 
 def printed(monkeypatch: pytest.MonkeyPatch) -> tuple[Checkup, str]:
@@ -55,22 +55,6 @@ def test_a_cache_that_cannot_be_written_is_required_and_mended(monkeypatch: pyte
     monkeypatch.setenv("LORAKEET_CACHE", "/proc/lorakeet")
     checkup, text = printed(monkeypatch)
     assert checkup.exit_code == 2 and "export LORAKEET_CACHE=" in text
-
-
-@pytest.mark.parametrize(("limit", "expected"), [("max", 4096 * 1024), (str(3 * 1024**2), 2 * 1024**2)])
-def test_memory_stays_within_the_limit_of_a_container(tmp_path: Path, limit: str, expected: int) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9999 kB\nMemAvailable:    4096 kB\n")
-    assert available_memory(tmp_path) == (4096 * 1024, "free")
-    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
-    (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
-    (tmp_path / "sys/fs/cgroup/memory.current").write_text(str(1024**2))
-    assert available_memory(tmp_path) == (expected, "free")
-
-
-def test_without_proc_all_memory_is_reported(tmp_path: Path) -> None:
-    total, words = available_memory(tmp_path)
-    assert total > 0 and words == "in all"
 
 
 @pytest.mark.parametrize(("value", "words"), [("1", "switched off by HF_HUB_OFFLINE"), ("0", "not tried now")])

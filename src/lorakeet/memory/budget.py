@@ -83,6 +83,21 @@ def machine_bytes() -> int:
     return found
 
 
+def available_memory(root: Path = Path("/")) -> tuple[int, str]:
+    """Bytes that can still be used, within the limit of a container, and a word for them."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # macOS reports only the total
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "in all"
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit = (root / "sys/fs/cgroup/memory.max").read_text().strip()
+        used = int((root / "sys/fs/cgroup/memory.current").read_text())
+    except OSError:  # no control group of its own
+        return free, "free"
+    return (free, "free") if limit == "max" else (min(free, int(limit) - used), "free")
+
+
 def larger_than_machine(budget: Budget) -> str:
     """A warning if the budget is more than this machine has; else empty."""
     have = machine_bytes()

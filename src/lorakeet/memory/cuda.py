@@ -73,6 +73,12 @@ def bytes_beside_torch(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
+def gpu_bytes_left(device: torch.device) -> int:
+    """Returns the bytes that this process may use on `device`, those that it has among them, with the context as planned."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) + CONTEXT
+
+
 def gpu_warning(device: torch.device, budget: Budget) -> str:
     """Returns a warning if less than the budget is free on `device`; else an empty string."""
     free, total = torch.cuda.mem_get_info(device)

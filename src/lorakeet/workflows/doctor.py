@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from lorakeet.memory.budget import available_memory
 from lorakeet.workflows.options import DoctorOptions
 
 if TYPE_CHECKING:
@@ -202,25 +203,10 @@ def _accelerator(torch: Any, device: Any) -> str:
 
 
 def _memory() -> Finding:
-    free, words = available_memory(Path("/"))
+    free, words = available_memory()
     good = free >= MEMORY_WANTED
     remedy = "" if good else f"Close other programs, or take a smaller model; the quickstart needs {MEMORY_WANTED / GIB:.0f} GiB."
     return Finding("memory", good, f"{free / GIB:.1f} GiB {words}", remedy)
-
-
-def available_memory(root: Path) -> tuple[int, str]:
-    """Bytes that can still be used, within the limit of a container, and a word for them."""
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:  # macOS reports only the total
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "in all"
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    try:
-        limit = (root / "sys/fs/cgroup/memory.max").read_text().strip()
-        used = int((root / "sys/fs/cgroup/memory.current").read_text())
-    except OSError:  # no control group of its own
-        return free, "free"
-    return (free, "free") if limit == "max" else (min(free, int(limit) - used), "free")
 
 
 def _disk(folder: Path) -> Finding:

@@ -15,7 +15,10 @@ from rich.console import Console
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.report.report import read_report
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import Budget
+from lorakeet.memory.forecast import Phase
+from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.inject import adapter_names
 from lorakeet.train import schedule, stopping
 from lorakeet.train.text.task import learning_rate_of
@@ -113,18 +116,35 @@ def test_where_rates_cannot_be_tried_that_is_said(
     assert re.match(r"The learning rate is \S+; no other is tried, since", said)
 
 
-def test_memory_and_rows_decide_too(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_memory_and_rows_decide_too(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run")
     plan = setup.residency.plan
-    assert plan is not None and 0 < plan.rate_trial < plan.peak, "the certificate holds a second base"
-    large = replace(setup, residency=replace(setup.residency, plan=replace(plan, rate_trial=plan.peak + 1)))
-    assert "more than what the run itself takes" in tried(large)[2]
-    tight = replace(setup, residency=replace(setup.residency, budget=Budget(plan.rate_trial - 1, "little")))
+    assert plan is not None and plan.rate_trial is not None and plan.rate_trial.bytes < plan.peak, "a second base is certified"
+    tight = replace(setup, residency=replace(setup.residency, budget=Budget(plan.rate_trial.bytes - 1, "little")))
     assert "more than memory.budget" in tried(tight)[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(choosing, "available_memory", lambda: (plan.rate_trial.bytes - resident_bytes() - (1 << 30), "free"))
+        assert "three adapters in training would take" in (said := tried(setup)[2]) and "more than is free (" in said
     unknown = replace(setup, residency=replace(setup.residency, budget=Budget(1, "1"), plan=None))
     assert "memory.budget is set, " in tried(unknown)[2]
     few = replace(setup, held_out=replace(setup.held_out, examples=setup.held_out.examples[:1]))
     assert "1 held-out rows cannot distinguish two rates" in tried(few)[2]
+
+
+def test_a_trial_that_takes_more_than_the_run_is_made_where_memory_is_free(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    setup = assembled(tiny_llama_folder, rows, tmp_path / "run")
+    plan = setup.residency.plan
+    assert plan is not None and plan.rate_trial is not None and plan.trying_rates() is plan
+    kinds = {**plan.rate_trial.kinds, "scratch": plan.peak}
+    larger = replace(plan, rate_trial=Phase(plan.rate_trial.name, kinds))
+    chosen, found, said = tried(replace(setup, residency=replace(setup.residency, plan=larger)))
+    peak = sum(kinds.values())
+    assert found is not None and f"Memory: at most {bytes_text(peak)} planned while learning rates are tried." in said
+    assert chosen.residency.plan.peak == chosen.residency.plan.training_peak == peak > plan.peak
 
 
 def test_rates_that_diverge_are_marked_and_all_three_are_an_error(

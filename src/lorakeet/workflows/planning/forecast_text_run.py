@@ -95,7 +95,7 @@ class TextRunPlan(MemoryPlan):
     rows: RowShape
     work: Work  # of one micro-batch in training
     base: int  # bytes
-    rate_trial: int = 0  # bytes of three adapters in training (tuning/learning_rate), tried only where that is not the peak
+    rate_trial: Phase | None = None  # three adapters in training (tuning/learning_rate), tried only where memory allows it
     together: Callable[[int], Phase] | None = None  # a search with so many adapters in training (workflows/tune)
 
     def searching(self, members: int) -> TextRunPlan:
@@ -103,6 +103,12 @@ class TextRunPlan(MemoryPlan):
         if members == 1 or self.together is None:
             return self
         return replace(self, forecast=Forecast((*self.forecast.phases, self.together(members))))
+
+    def trying_rates(self) -> TextRunPlan:
+        """The same with the trial of learning rates, if that takes more than the run; else as it is."""
+        if self.rate_trial is None or self.rate_trial.bytes <= self.peak:
+            return self
+        return replace(self, forecast=Forecast((*self.forecast.phases, self.rate_trial)))
 
     @property
     def highest(self) -> Phase:
@@ -250,7 +256,7 @@ def forecast_run(
             Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks, block_bytes=size
         )
     later = () if on_gpu else _later(found, adapter, runtime + words)  # whose models are compared on the CPU
-    trial = together(len(QUICK_FACTORS), searching=False).bytes
+    trial = together(len(QUICK_FACTORS), searching=False)
     return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
 
 

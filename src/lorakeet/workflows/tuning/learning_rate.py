@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import torch
 from rich.console import Console
 
 from lorakeet.core.initialise import seed_for
@@ -17,6 +18,9 @@ from lorakeet.errors import DataError
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.wording import bytes_text, signed
 from lorakeet.memory.allocator import release_free_memory
+from lorakeet.memory.budget import available_memory
+from lorakeet.memory.cuda import gpu_bytes_left
+from lorakeet.memory.measure import resident_bytes
 from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
@@ -47,6 +51,10 @@ def choose_rate(setup: TextAssembly, console: Console, *, requested: bool = Fals
     if refusal := _why_not(setup, rows, steps):
         say(f"The learning rate is {space.rate:.2e}; no other is tried, since {refusal}.")
         return setup, None
+    plan = setup.residency.plan
+    if plan is not None and (more := plan.trying_rates()) is not plan:
+        setup = replace(setup, residency=replace(setup.residency, plan=more))
+        say(f"Memory: at most {bytes_text(more.peak)} planned while learning rates are tried.")
     trials = Trials(setup, space, rows, SearchBudget(None, None), console)
     rates = ", ".join(f"{space.rate * factor:.2e}" for factor in QUICK_FACTORS)
     say(f"Learning rates {rates} are tried for {steps} steps each. {trials.power(DIFFERENCE)}")
@@ -77,11 +85,18 @@ def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
     kept = setup.residency
     if kept.plan is None or kept.store is not None:
         return "memory.budget is set, and the memory of a trial is not known" if kept.budget else ""
-    planned, most = kept.plan.rate_trial, kept.budget.limit or kept.plan.peak
-    if planned > most:
-        what = "memory.budget" if kept.budget else "what the run itself takes"
-        return f"three adapters in training would take {bytes_text(planned)}, more than {what} ({bytes_text(most)})"
+    most, what = kept.budget.limit, "memory.budget"
+    if most is None:
+        most, what = _usable(setup.device), f"is free on {setup.device}" if setup.device.type == "cuda" else "is free"
+    trial = kept.plan.rate_trial
+    if trial is not None and trial.bytes > most:
+        return f"three adapters in training would take {bytes_text(trial.bytes)}, more than {what} ({bytes_text(most)})"
     return ""
+
+
+def _usable(device: torch.device) -> int:
+    """The bytes that this process may use, those that it has among them: of its GPU, or else of the machine."""
+    return gpu_bytes_left(device) if device.type == "cuda" else available_memory()[0] + resident_bytes()
 
 
 def _decided(trials: Trials, steps: int) -> tuple[Trial, Search]:
