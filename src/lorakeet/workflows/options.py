@@ -331,13 +331,14 @@ class Verb:
     reads_rows: bool = True  # without a run file, data.train must be named
     together: bool = False  # whether torchrun may start it in several processes
     ends_itself: bool = False  # whether it handles SIGTERM itself
-    checks: str = ""  # the function of workflows/runs/early_checks that is called before the work, and before torch is imported
+    checks: str = ""  # the verb whose early checks it has (workflows/runs/early_checks); empty for none
 
     def check(self, options: Any, *, config: Any = None) -> None:
         """Raises for what can be refused without torch: missing files, results that exist, wrong columns. Imports no torch."""
         if self.checks:
-            function = getattr(import_module("lorakeet.workflows.runs.early_checks"), self.checks)
-            function(options) if self.config == "none" else function(config, options)
+            from lorakeet.workflows.runs.early_checks import check_early
+
+            check_early(self.checks, options, config)
 
     def run(self, options: Any, *, config: Any = None, console: Any) -> Any:
         """Returns the result of the verb's function; imports the module that does the work only now."""
@@ -359,7 +360,7 @@ VERBS = (
         "shipped",
         "finetune:finetune",
         together=True,
-        checks="before_finetune",
+        checks="finetune",
     ),
     Verb(
         "finetune",
@@ -367,7 +368,7 @@ VERBS = (
         FinetuneOptions,
         "file",
         together=True,
-        checks="before_finetune",
+        checks="finetune",
     ),
     Verb(
         "plan",
@@ -375,17 +376,17 @@ VERBS = (
         PlanOptions,
         "file",
         reads_rows=False,
-        checks="before_plan",
+        checks="plan",
     ),
-    Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file", checks="before_tune"),
-    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions, checks="before_evaluate"),
-    Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions, checks="before_merge"),
-    Verb("compress", "Compress an adapter to the smallest size that shows no loss.", CompressOptions, checks="before_compress"),
-    Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions, checks="before_extract"),
-    Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions, checks="before_quantize"),
-    Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions, checks="before_convert"),
-    Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="before_export"),
-    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="before_verify"),
+    Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file", checks="tune"),
+    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions, checks="evaluate"),
+    Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions, checks="merge"),
+    Verb("compress", "Compress an adapter to the smallest size that shows no loss.", CompressOptions, checks="compress"),
+    Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions, checks="extract"),
+    Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions, checks="quantize"),
+    Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions, checks="convert"),
+    Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="export"),
+    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="verify"),
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True),
     Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),

@@ -1,12 +1,14 @@
 """What can be refused before torch is imported, which takes seconds: missing files, results that exist, wrong columns.
 
-Each function checks one verb; `workflows/options.Verb` names it. A verb checks all of it again, by the same functions.
+Each verb names its check in `workflows/options.Verb`, and checks all of it again, by the same functions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images.folder import is_table, require_folder
@@ -38,24 +40,24 @@ def require_new_run(run: RunFolder) -> None:
     require_place(run.path)
 
 
-def before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
+def _before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
     if options.resume is None and not options.dry_run:
         require_new_run(RunFolder(Path(config.out), launched().command))
     _require_rows(config)
     _require_model(config)
 
 
-def before_plan(config: RunConfig, options: PlanOptions) -> None:
+def _before_plan(config: RunConfig, options: PlanOptions) -> None:
     _require_model(config)
 
 
-def before_tune(config: RunConfig, options: TuneOptions) -> None:
+def _before_tune(config: RunConfig, options: TuneOptions) -> None:
     require_empty(options.folder(config.out))
     _require_rows(config)
     _require_model(config)
 
 
-def before_evaluate(options: EvaluateOptions) -> None:
+def _before_evaluate(options: EvaluateOptions) -> None:
     if options.out is not None:
         require_empty(options.out)
     settings = _settings(options.run_or_adapter, options.config)
@@ -66,19 +68,19 @@ def before_evaluate(options: EvaluateOptions) -> None:
         check_first_record(options.data, replace(data, limit=None))
 
 
-def before_merge(options: MergeOptions) -> None:
+def _before_merge(options: MergeOptions) -> None:
     require_absent(options.out)
     require_place(options.out)
     for path in options.runs_or_adapters:
         require_adapter(Path(path))
 
 
-def before_compress(options: CompressOptions) -> None:
+def _before_compress(options: CompressOptions) -> None:
     require_empty(options.out)
     _require_rows(_settings(options.run, options.config))
 
 
-def before_extract(options: ExtractOptions) -> None:
+def _before_extract(options: ExtractOptions) -> None:
     require_absent(options.out)
     require_place(options.out)
     if options.data:
@@ -87,7 +89,7 @@ def before_extract(options: ExtractOptions) -> None:
         locate_model(name)
 
 
-def before_quantize(options: QuantizeOptions) -> None:
+def _before_quantize(options: QuantizeOptions) -> None:
     if options.method != "gptq":  # whose settings are refused together
         require_absent(options.out)
         require_place(options.out)
@@ -96,18 +98,18 @@ def before_quantize(options: QuantizeOptions) -> None:
     locate_model(options.model)
 
 
-def before_convert(options: ConvertOptions) -> None:
+def _before_convert(options: ConvertOptions) -> None:
     require_adapter(options.source)
 
 
-def before_export(options: ExportOptions) -> None:
+def _before_export(options: ExportOptions) -> None:
     if not options.push:  # which may send what is there already
         require_absent(options.out)
         require_place(options.out)
     require_adapter(Path(options.run_or_adapter))
 
 
-def before_verify(options: VerifyOptions) -> None:
+def _before_verify(options: VerifyOptions) -> None:
     settings = _settings(options.run_or_adapter, None)
     if options.deploy is None:
         _require_rows(settings)
@@ -141,3 +143,24 @@ def _require_model(config: RunConfig) -> None:
     """Raises DataError or EnvironmentProblem for a text model that is named by a path and is not there."""
     if config.kind == "text":
         locate_model(config.model.path)
+
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    "finetune": _before_finetune,
+    "plan": _before_plan,
+    "tune": _before_tune,
+    "evaluate": _before_evaluate,
+    "merge": _before_merge,
+    "compress": _before_compress,
+    "extract": _before_extract,
+    "quantize": _before_quantize,
+    "convert": _before_convert,
+    "export": _before_export,
+    "verify": _before_verify,
+}
+
+
+def check_early(verb: str, options: Any, config: RunConfig | None) -> None:
+    """Raises what `verb` would raise later for these options, and for the run file if it takes one."""
+    check = _CHECKS[verb]
+    check(options) if config is None else check(config, options)
