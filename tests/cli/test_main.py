@@ -19,6 +19,7 @@ from lorakeet.cli.main import main
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, RunStopped, VerificationFailed
 from lorakeet.workflows.options import VERBS, MergeOptions
+from lorakeet.workflows.runs import early_checks
 
 
 class Outcome:
@@ -43,7 +44,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig | None, Any]
         return Outcome({"verb": self.name, "é": 1})
 
     monkeypatch.setattr(verbs_module.Verb, "run", note)
-    monkeypatch.setattr(verbs_module.Verb, "check", lambda self, options, *, config: None)
+    monkeypatch.setattr(early_checks, "check_early", lambda verb, options, config: None)
     return calls
 
 
@@ -52,7 +53,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(verbs_module.Verb, "run", run)
-    monkeypatch.setattr(verbs_module.Verb, "check", lambda self, options, *, config: None)
+    monkeypatch.setattr(early_checks, "check_early", lambda verb, options, config: None)
 
 
 def test_help_lists_every_verb_and_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +173,7 @@ def test_sigterm_leaves_with_143_and_clears_away(monkeypatch: pytest.MonkeyPatch
             cleared.append(True)
 
     monkeypatch.setattr(verbs_module.Verb, "run", run)
-    monkeypatch.setattr(verbs_module.Verb, "check", lambda self, options, *, config: None)
+    monkeypatch.setattr(early_checks, "check_early", lambda verb, options, config: None)
     assert main(["doctor"]) == 143 and cleared
     assert "Stopped by SIGTERM" in capsys.readouterr().err
     assert main(["doctor", "--json"]) == 143

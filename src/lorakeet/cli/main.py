@@ -120,6 +120,7 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
 
     from lorakeet.cli.flags import SettingFlag, given_values
     from lorakeet.settings import load
+    from lorakeet.workflows.runs.early_checks import check_early
 
     launch = launched()
     if launch.count > 1 and not verb.together:
@@ -135,8 +136,8 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
         if not verb.reads_rows and not values.get("config"):
             flags.setdefault("data.train", "no rows are read")
         config = _config(verb, values.get("config"), getattr(options, "resume", None), flags)
-    if launch.count == 1:  # of several processes the first alone decides
-        verb.check(options, config=config)
+    if verb.checks and launch.count == 1:  # of several processes the first alone decides
+        check_early(verb.checks, options, config)
     # names of files may hold [brackets]
     console = Console(stderr=values["json"], markup=False, emoji=False, quiet=not launch.first)
     with nullcontext() if verb.ends_itself or launch.count > 1 else terminable():

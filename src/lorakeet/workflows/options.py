@@ -333,13 +333,6 @@ class Verb:
     ends_itself: bool = False  # whether it handles SIGTERM itself
     checks: str = ""  # the verb whose early checks it has (workflows/runs/early_checks); empty for none
 
-    def check(self, options: Any, *, config: Any = None) -> None:
-        """Raises for what can be refused without torch: missing files, results that exist, wrong columns. Imports no torch."""
-        if self.checks:
-            from lorakeet.workflows.runs.early_checks import check_early
-
-            check_early(self.checks, options, config)
-
     def run(self, options: Any, *, config: Any = None, console: Any) -> Any:
         """Returns the result of the verb's function; imports the module that does the work only now."""
         module, _, name = (self.function or f"{self.name}:{self.name}").partition(":")

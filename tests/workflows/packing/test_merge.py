@@ -12,17 +12,21 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
+from lorakeet.config import dump_yaml, read_run
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import read_report
+from lorakeet.formats.peft import peft
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions, QuantizeOptions
 from lorakeet.workflows.packing.merge import FEEDBACK, FINISHED, NEAREST, WRITTEN
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from tiny.adapters import random_adapter
 from tiny.dense import folded
 from tiny.gguf_file import write_tiny_gguf
+from tiny.models import tiny_model
 from tiny.runs import chats, quiet, reviews, run, write_rows
 
 STEPS = {"train.steps": 16}
@@ -70,13 +74,19 @@ def test_a_gptq_run_stays_gptq(on_gptq: Path, tmp_path: Path) -> None:
 def test_too_few_calibration_tokens_are_refused_before_any_model_is_loaded(
     on_gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    records = [{"text": f"{number}", "label": "yn"[number % 2]} for number in range(40)]
+    short = {"model": str(on_gptq.parent / "gptq"), "data.train": str(write_rows(tmp_path / "short.jsonl", records))}
+    peft.write(random_adapter(tiny_model("llama"), "q_proj"), tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(read_run(None, {**short, "data.chat_template": "off"})))
+
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("lorakeet.workflows.runs.open_adapter.load_text_model", loaded)
     with pytest.raises(DataError, match=r"The calibration rows have \d+ tokens, but the widest layer has 48 inputs"):
-        merge(MergeOptions((str(on_gptq),), out=tmp_path / "merged", into="packed", calibration_rows=1), console=quiet())
-    assert list(tmp_path.iterdir()) == []
+        run_folder = str(tmp_path / "run")
+        merge(MergeOptions((run_folder,), out=tmp_path / "merged", into="packed", calibration_rows=4), console=quiet())
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_dense_run_goes_into_the_layout_that_is_named_and_is_finished(
