@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def test_only_the_first_record_is_checked(tmp_path, monkeypatch):
     for name in write_all(tmp_path):
         check_first_record(str(tmp_path / name), DataSpec(train="x"))
     monkeypatch.setattr("lorakeet.data.read.hub_records", None)
-    for name in (str(tmp_path), "someone/rows", "hub:someone/rows"):  # for the datasets library
+    os.mkfifo(tmp_path / "pipe.jsonl")  # reading it would wait for a writer
+    for name in (str(tmp_path), "someone/rows", "hub:someone/rows", str(tmp_path / "pipe.jsonl")):
         check_first_record(name, DataSpec(train="x"))
 
 

@@ -42,10 +42,11 @@ def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None) -> li
 def check_first_record(name: str, spec: DataSpec) -> None:
     """Raises what `read_rows` would for a missing file, an unknown extension or a missing column; reads one record of the file.
 
-    Says nothing of data sets that the datasets library reads.
+    Says nothing of data sets that the datasets library reads, nor of a named pipe, which can be read only once.
     """
-    base = Path(name.partition("#")[0]).expanduser()
-    if base.is_dir() or (not name.startswith(PACKAGE) and not Path(name).expanduser().exists() and is_hub_id(name)):
+    path, folder = Path(name).expanduser(), Path(name.partition("#")[0]).expanduser()
+    on_hub = not name.startswith(PACKAGE) and not path.exists() and is_hub_id(name)
+    if on_hub or folder.is_dir() or path.is_fifo():
         return
     problems = RowProblems(name)  # of single rows: all are named once the whole file is read
     next(shape_rows(islice(read_records(name, problems, spec), 1), name, spec, problems), None)
