@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,9 @@ def named(path: Path) -> str:
     return str(path.relative_to(SOURCE if path.is_relative_to(SOURCE) else ROOT))
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
+    """The tree of a file. All tests of a process share it: do not change it."""
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 

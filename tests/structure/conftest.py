@@ -1,0 +1,16 @@
+"""Parsed sources, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from structure.tree import parsed
+
+
+@pytest.fixture(scope="package", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """Each file is parsed once in a process; the trees are freed after the last test of this folder."""
+    yield
+    parsed.cache_clear()
