@@ -42,6 +42,11 @@ def result(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fi
     return image_run(tiny_sd_folder, tmp_path_factory.mktemp("run"))
 
 
+def copied(result: FinetuneResult, folder: Path) -> Path:
+    """A copy of the run, whose pictures stay where they are, for tests that write into it."""
+    return Path(shutil.copytree(result.run.path, folder / "run"))
+
+
 def test_the_run_folder_holds_what_it_should(result: FinetuneResult) -> None:
     run = result.run
     assert read_run(run.config).diffusion.prediction == "epsilon" and len(json.loads(run.split.read_text())["held_out"]) == 8
@@ -79,11 +84,10 @@ def test_photos_of_several_shapes_are_compared_with_samples(tiny_sd_folder: Path
     assert len({tuple(picture.latents.shape) for picture in found.setup.train}) > 1
 
 
-def test_a_finished_run_is_evaluated_again_with_a_scorer(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    first = image_run(tiny_sd_folder, tmp_path)
-    scorer = save_tiny_scorer(tmp_path / "clip")
-    config = image_config(tiny_sd_folder, tmp_path, diffusion__scorer=scorer, out=first.run.path)
-    found = finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
+def test_a_finished_run_is_evaluated_again_with_a_scorer(tiny_sd_folder: Path, result: FinetuneResult, tmp_path: Path) -> None:
+    run, scorer = copied(result, tmp_path), save_tiny_scorer(tmp_path / "clip")
+    config = image_config(tiny_sd_folder, result.run.path.parent, diffusion__scorer=scorer, out=run)
+    found = finetune(config, FinetuneOptions(resume=run), console=Console(quiet=True))
     assert found.report is not None and "Not run" not in found.report.facts
     assert str(scorer) in found.report.facts["Samples scored by"]
     metrics = [comparison.metric for comparison in read_report(found.run.report).comparisons]
@@ -173,14 +177,10 @@ def test_float16_over_a_quantised_base_is_certified_and_reported(
     assert "cannot run with" not in capfd.readouterr().err
 
 
-def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
-    moved = shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere")
-    again = finetune(
-        image_config(moved, tmp_path, diffusion__seeds=0, out=first.run.path),
-        FinetuneOptions(resume=first.run.path),
-        console=Console(quiet=True),
-    )
+def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, result: FinetuneResult, tmp_path: Path) -> None:
+    run, moved = copied(result, tmp_path), Path(shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere"))
+    config = image_config(moved, result.run.path.parent, out=run)
+    again = finetune(config, FinetuneOptions(resume=run), console=Console(quiet=True))
     assert again.outcome is not None and again.outcome.steps == 8
 
 
@@ -227,11 +227,13 @@ def test_a_run_started_with_settings_of_text_models_goes_on(
         finetune(dataclasses.replace(config, out=str(tmp_path / "new")), console=console)
 
 
-def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
-    other = image_config(tiny_sd_folder, tmp_path, diffusion__seeds=0, diffusion__min_snr_gamma=5)
+def test_a_resumed_run_with_other_pictures_or_settings_is_refused(
+    tiny_sd_folder: Path, result: FinetuneResult, tmp_path: Path
+) -> None:
+    run = copied(result, tmp_path)
+    other = image_config(tiny_sd_folder, result.run.path.parent, diffusion__min_snr_gamma=5, out=run)
     with pytest.raises(ConfigError, match="diffusion settings"):
-        finetune(other, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
+        finetune(other, FinetuneOptions(resume=run), console=Console(quiet=True))
 
 
 class _AfterThree(Reporter):
