@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,30 @@ import torch
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.device import is_cpu
 
-REHEARSED = {  # by module of lorakeet.workflows
-    "forecast_run": ("rehearse",),
-    "image_forecast": ("rehearse_images",),
-    "forecast_check": ("rehearse_evaluation",),
-    "room_packed": ("rehearse_evaluation", "rehearse_rounding"),
-    "room_quantize": ("_rehearsed",),
+REHEARSED = {  # by module of lorakeet.workflows.planning
+    "forecast_text_run": ("rehearse",),
+    "image_run": ("rehearse_images",),
+    "check": ("rehearse_evaluation",),
+    "evaluation": ("rehearse_evaluation",),
+    "packed_merge": ("rehearse_evaluation", "rehearse_rounding"),
+    "quantizing": ("_rehearsed",),
 }
-CONSTANTS = (("lorakeet.models.generate.sample", "STREAMED_CACHE"), ("lorakeet.quant.packed", "PART_BYTES"))  # that tests change
+CONSTANTS = (  # that tests change
+    ("lorakeet.models.generate.sample", "STREAMED_CACHE"),
+    ("lorakeet.quant.packed", "PART_BYTES"),
+    ("lorakeet.quant.nf4", "has_bitsandbytes"),
+)
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """A context in which the workflows that have been imported rehearse each run once."""
+    """A context in which the workflows that have been imported rehearse each run once. LookupError where there is no such one."""
     with pytest.MonkeyPatch.context() as patch:
         for name, functions in REHEARSED.items():
-            module = sys.modules.get(f"lorakeet.workflows.{name}")
+            place = f"lorakeet.workflows.planning.{name}"
+            if find_spec(place) is None:
+                raise LookupError(f"{place}, whose rehearsals are to be remembered, is no module; name the one it has become.")
+            module = sys.modules.get(place)
             for function in functions if module is not None else ():
                 patch.setattr(module, function, once(getattr(module, function)))
         yield
