@@ -59,7 +59,9 @@ def test_a_long_row_takes_fewer_examples_or_none(byte_tokenizer: Callable[..., A
     few = FewShot(encoder, tuple(row(number, "one") for number in range(4)))
     counts = [len(few.row(row(9, "x", padding=padding)).turns) // 2 - 1 for padding in (0, 55, 80, 100)]
     assert counts[0] == 4 and counts == sorted(counts, reverse=True) and counts[-1] == 0 and 0 < counts[1] < 4
-    assert all(encoder.fits(few.row(row(9, "x", padding=padding))) for padding in (0, 55, 80))
+    assert all(encoder.tokens_of(few.row(row(9, "x", padding=padding))) <= 120 for padding in (0, 55, 80))
+    fewer = FewShot(encoder, few.examples, limit=60).row(row(9, "x"))
+    assert encoder.tokens_of(fewer) <= 60 and 1 < len(fewer.turns) // 2 < 5, "room for a reply is left in the context"
 
 
 def test_examples_are_drawn_from_each_label_in_turn_and_fit_their_share(byte_tokenizer: Callable[..., Any]) -> None:
@@ -70,8 +72,15 @@ def test_examples_are_drawn_from_each_label_in_turn_and_fit_their_share(byte_tok
     assert choose_examples(rows, 2, encoder, seed=0) == chosen
     assert any(choose_examples(rows, 2, encoder, seed=seed) != chosen for seed in range(1, 9))
     assert choose_examples(rows, 0, encoder, seed=0) == ()
-    long = [row(number, "a", "a", padding=150) for number in range(4)]
+    long = [row(number, "a", "a", padding=250) for number in range(4)]
     assert choose_examples(long, 4, encoder, seed=0) == ()
+
+
+def test_short_rows_are_not_preferred_where_long_ones_are_usual(byte_tokenizer: Callable[..., Any]) -> None:
+    encoder = made(byte_tokenizer, "off", max_tokens=400)
+    rows = [row(number, "a", padding=60) for number in range(20)] + [row(number, "b") for number in range(5)]
+    chosen = choose_examples(rows, 8, encoder, seed=0)
+    assert 1 <= len(chosen) <= 4 and any(encoder.tokens_of(each) > 50 for each in chosen)
 
 
 def test_raw_text_is_no_question(byte_tokenizer: Callable[..., Any]) -> None:

@@ -213,3 +213,19 @@ def test_other_separators_and_encodings_are_named_and_read(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"Set --data\.encoding utf-16"):
         read_rows(str(tmp_path / "c.jsonl"), DataSpec(train="x"))
     assert read_rows(str(tmp_path / "c.jsonl"), DataSpec(train="x", encoding="utf-16"))[0].text == "é"
+
+
+def test_a_mark_and_utf_16_without_one(tmp_path: Path) -> None:
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}')
+    for name in ("utf-8", "UTF-8", "utf8"):
+        assert read_rows(str(tmp_path / "bom.jsonl"), DataSpec(train="x", encoding=name))[0].text == "x"
+    (tmp_path / "u.jsonl").write_bytes('{"text": "é"}'.encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"Set --data\.encoding utf-16-le"):
+        read_rows(str(tmp_path / "u.jsonl"), DataSpec(train="x", encoding="utf-16"))
+    assert read_rows(str(tmp_path / "u.jsonl"), DataSpec(train="x", encoding="utf-16-le"))[0].text == "é"
+
+
+def test_a_given_separator_is_believed(tmp_path: Path) -> None:
+    (tmp_path / "one.tsv").write_text("text, of a review\ngood\n")
+    spec = DataSpec(train="x", delimiter="tab", text_column="text, of a review")
+    assert read_rows(str(tmp_path / "one.tsv"), spec)[0].text == "good"

@@ -119,3 +119,19 @@ def test_rows_with_other_calls_are_other_rows(tmp_path: Path) -> None:
     other = json.loads(json.dumps(OPENAI).replace("Rome", "Oslo").replace("in Oslo?", "in Rome?"))
     rows = list(read_rows(str(write_rows(tmp_path / "rows.jsonl", [OPENAI, other, OPENAI])), DataSpec(train="rows.jsonl")))
     assert rows[0].key == rows[2].key != rows[1].key
+
+
+def test_the_end_of_the_turn_is_a_target_also_behind_a_call_that_ends_in_an_added_token(
+    byte_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As Qwen's and Hermes' tokenizers, whose </tool_call> is longer than the end of the turn."""
+    tokenizer = byte_tokenizer(WRITES_TOOLS.replace("<call>", "<tool_call>").replace("</call>", "</tool_call>"))
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    targets = encoded(OPENAI, tokenizer, tmp_path)[1]
+    assert targets[0].endswith("</tool_call><|end|>") and targets[0].startswith("<tool_call>")
+
+
+def test_tools_that_are_no_functions_are_named(tmp_path: Path) -> None:
+    record = {**OPENAI, "tools": [{"type": "function", "function": "f"}]}
+    with pytest.raises(DataError, match="'tools' is no list of objects"):
+        list(read_rows(str(write_rows(tmp_path / "rows.jsonl", [record])), DataSpec(train="rows.jsonl")))

@@ -39,6 +39,10 @@ def test_rounding_is_no_difference() -> None:
     assert Margin(loss=0.0, metric=0.0).why_not([found("loss", 2e-6, 1e-6, 3e-6), found("accuracy", 0.0, 0.0, 0.0)]) == ""
 
 
+def test_a_handful_of_rows_shows_nothing() -> None:
+    assert MARGIN.why_not([found("loss", -0.1, -0.1, -0.1, n=1)]) == "1 rows are too few to show anything"
+
+
 def test_numbers_that_are_not_finite_are_not_as_good() -> None:
     assert MARGIN.why_not([found("loss", math.nan, math.nan, math.nan)])
 

@@ -35,3 +35,18 @@ def test_a_metric_that_fails_names_the_reply(tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text("def f(reply, reference):\n    return reply['x']\n")
     with pytest.raises(ConfigError, match=r"failed on the reply 'abc': TypeError.*returns a number"):
         load_metric(str(tmp_path / "my.py:f")).score("abc", "d")
+
+
+def test_a_file_in_a_run_folder_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "my.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(reply, reference):\n    return 1\n")
+    with pytest.raises(ConfigError, match="of which no code is run"):
+        load_metric(str(tmp_path / "run" / "my.py:f"), outside=tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dataclasses_of_a_metric_file_work(tmp_path: Path) -> None:
+    head = ["from __future__ import annotations", "from dataclasses import dataclass"]
+    lines = [*head, "@dataclass", "class Score:", "    value: float"]
+    (tmp_path / "my.py").write_text("\n".join([*lines, "def f(reply, reference):", "    return Score(0.5).value", ""]))
+    assert load_metric(str(tmp_path / "my.py:f")).score("a", "b") == 0.5

@@ -36,6 +36,12 @@ SPEC = EvaluateSpec(resamples=200)
         ("numeric_match", "It is 1,234.50 in all", "1234.5", 1.0),
         ("numeric_match", "−3", "-3", 1.0),
         ("numeric_match", "no idea", "3", 0.0),
+        ("json_match", '{"ok": 1}', '{"ok": true}', 0.0),
+        ("numeric_match", "the range is 10-12", "12", 1.0),
+        ("numeric_match", "x=.5", "0.5", 1.0),
+        ("normalised_match", "-5", "5", 0.0),
+        ("normalised_match", "की", "का", 0.0),  # vowels of Indic scripts are marks
+        ("normalised_match", "กิน", "กัน", 0.0),
         ("chrf", "the same text", "the same text", 1.0),
         ("chrf", "", "the same text", 0.0),
     ],

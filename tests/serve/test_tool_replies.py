@@ -28,6 +28,9 @@ ROME = ToolCall("weather", {"city": "Rome"})
         ('{"name": "weather", "parameters": [1]}', None, ()),
         ('<tool_call>{"name": "weather"</tool_call>', None, ()),
         ('{"city": "Rome"}', None, ()),
+        ('{"name": ["weather"], "arguments": {}}', None, ()),
+        ("<tool_call>" + " " * 200_000, None, ()),  # one pass, whatever a model repeats
+        ("<tool_call>" * 50_000, None, ()),
         ("It is 31 degrees.", None, ()),
         ("[" * 50_000, None, ()),
     ],

@@ -120,10 +120,6 @@ class Encoder:
         """The tokens of the whole row, with its longest label if it is near data.max_tokens."""
         return self._length(_Fitted(row, self._tokens(row)))
 
-    def fits(self, row: Row) -> bool:
-        """True if the whole row has at most data.max_tokens tokens, with any label."""
-        return self.tokens_of(row) <= self.spec.max_tokens
-
     def _label_index(self, row: Row) -> int | None:
         if row.label is None or not self.labels:
             return None

@@ -12,6 +12,7 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.template import is_templated
 
 SHARE = 0.5  # of data.max_tokens that the examples may take
+MOST_READ = 1000  # training rows of which examples are chosen
 BETWEEN = "\n\n"  # after an example, where no chat template separates turns
 
 
@@ -21,13 +22,14 @@ class FewShot:
 
     encoder: Encoder
     examples: tuple[Row, ...]
+    limit: int | None = None  # tokens of the whole row, if fewer than data.max_tokens
 
     def row(self, row: Row) -> Row:
         """The row behind as many examples as fit into data.max_tokens: all, half of them, a quarter and so on, or none."""
-        count = len(self.examples)
+        count, limit = len(self.examples), self.encoder.spec.max_tokens
         while count:
             found = self._behind(row, self.examples[:count])
-            if self.encoder.fits(found):
+            if self.encoder.tokens_of(found) <= min(self.limit or limit, limit):
                 return found
             count //= 2
         return row
@@ -42,32 +44,35 @@ class FewShot:
 
 
 def choose_examples(rows: Sequence[Row], count: int, encoder: Encoder, *, seed: int) -> tuple[Row, ...]:
-    """Up to `count` rows, drawn with `seed`: of each label as many where rows have labels, none longer than its share.
+    """Up to `count` rows, drawn with `seed`: of each label as many where rows have labels; at least one of each, if they fit.
 
-    At least one row for each label, if they fit. Rows that end in no answer are never chosen.
+    Fewer where rows of usual length do not fit into SHARE of data.max_tokens. Rows that end in no answer, or have tools, are
+    never chosen.
     """
-    count = max(count, len(encoder.labels)) if count else 0
-    order = [rows[index] for index in np.random.default_rng([seed, 3]).permutation(len(rows))]
-    piles: dict[str | None, list[Row]] = {}
-    for row in order:
-        if row.turns[-1].supervised and row.turns[-1].role:
-            piles.setdefault(row.label, []).append(row)
     limit = SHARE * encoder.spec.max_tokens
+    wanted = max(count, len(encoder.labels)) if count else 0
+    order = [rows[index] for index in np.random.default_rng([seed, 3]).permutation(len(rows))][:MOST_READ] if wanted else []
+    usable = [row for row in order if row.turns[-1].supervised and row.turns[-1].role and not row.tools]
+    lengths = [encoder.tokens_of(row) for row in usable]
+    if not usable:
+        return ()
+    typical = float(np.median(lengths))
+    wanted = min(wanted, int(limit // typical))  # as many as fit of rows of usual length: short ones are not preferred
+    piles: dict[str | None, list[tuple[Row, int]]] = {}
+    for row, length in zip(usable, lengths, strict=True):
+        piles.setdefault(row.label, []).append((row, length))
     chosen: list[Row] = []
-    used = 0
-    waiting = list(piles.values())
-    while waiting and len(chosen) < count:
+    used = 0.0
+    waiting = [iter(pile) for pile in piles.values()]
+    while waiting and len(chosen) < wanted:
         for pile in list(waiting):
-            while pile:
-                row = pile.pop(0)
-                length = encoder.tokens_of(row)
-                if used + length <= limit and length <= 2 * limit / count:
-                    chosen.append(row)
-                    used += length
-                    break
-            if not pile:
+            found = next(((row, length) for row, length in pile if used + length <= limit), None)
+            if found is None:
                 waiting.remove(pile)
-            if len(chosen) == count:
+                continue
+            chosen.append(found[0])
+            used += found[1]
+            if len(chosen) == wanted:
                 break
     return tuple(chosen)
 
@@ -75,7 +80,7 @@ def choose_examples(rows: Sequence[Row], count: int, encoder: Encoder, *, seed: 
 def _shown(turn: Turn, templated: bool) -> Turn:
     """A turn of an example: no target, and followed by an empty line if it is an answer without a chat template."""
     ending = BETWEEN if turn.supervised and not templated else ""
-    return Turn(turn.role, turn.text + ending, supervised=False)
+    return replace(turn, text=turn.text + ending, supervised=False)
 
 
 def _with_prefix(turn: Turn, prefix: str) -> Turn:

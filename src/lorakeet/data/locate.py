@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import re
@@ -133,7 +134,7 @@ def open_binary(location: Location) -> Iterator[IO[bytes]]:
 @contextmanager
 def open_text(location: Location, encoding: str = "utf-8") -> Iterator[IO[str]]:
     """Opens a file as text, line ends untouched; UTF-8 with or without a mark. Raises DataError for other encodings."""
-    codec = "utf-8-sig" if encoding == "utf-8" else encoding
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     with open_binary(location) as stream, io.TextIOWrapper(stream, encoding=codec, newline="") as text:
         try:
             yield text
@@ -143,6 +144,8 @@ def open_text(location: Location, encoding: str = "utf-8") -> Iterator[IO[str]]:
                 f"{location.name} is not {encoding} text (byte 0x{error.object[error.start : error.start + 1].hex()}). "
                 f"Set --data.encoding {_likely_encoding(start, encoding)}, or convert the file to UTF-8."
             ) from error
+        except UnicodeError as error:  # UTF-16 without its mark
+            raise DataError(f"{location.name} is not {encoding} text ({error}). Set --data.encoding utf-16-le.") from error
 
 
 def _likely_encoding(around: bytes, tried: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import string
 from dataclasses import dataclass
@@ -85,9 +84,9 @@ class DataSpec:
 
     def _check_texts(self, problems: Problems) -> None:
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            problems.add(f"data.encoding is {self.encoding!r}, which Python does not know; expected a name such as cp1252.")
+            "a".encode(self.encoding)
+        except (LookupError, UnicodeError):
+            problems.add(f"data.encoding is {self.encoding!r}, which is no text encoding; expected a name such as cp1252.")
         if self.delimiter is not None and len(self.separator_of_columns or "") != 1:
             problems.add(f"data.delimiter is {self.delimiter!r}; expected one character, or tab.")
         for name, template in (("template", self.template), ("label_template", self.label_template)):

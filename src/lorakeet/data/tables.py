@@ -62,7 +62,7 @@ def text_records(
 
     `delimiter` separates the columns of .csv and .tsv files; by default a comma and a tab.
     """
-    reader = _separated(delimiter) if delimiter and location.kind in (".csv", ".tsv") else READERS[location.kind]
+    reader = _separated(delimiter, given=True) if delimiter and location.kind in (".csv", ".tsv") else READERS[location.kind]
     with open_text(location, encoding) as stream:
         yield from reader(stream, location.name.rsplit("/", 1)[-1], problems)
 
@@ -110,14 +110,15 @@ def _where(error: Exception) -> str:
     return " (brackets nested too deep)" if isinstance(error, RecursionError) else f" ({error})"
 
 
-def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator[FileRecord]]:
+def _separated(delimiter: str, *, given: bool = False) -> Callable[[IO[str], str, RowProblems], Iterator[FileRecord]]:
     def read(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
         with _long_fields():
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(_checked(reader, name), None)
         if header is None:
             return
-        other = next((sign for sign in ";\t|," if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+        seems = ";\t|," if len(header) == 1 and not given else ""
+        other = next((sign for sign in seems if sign != delimiter and sign in header[0]), None)
         if other:
             raise DataError(
                 f"{name} has one column, {header[0]!r:.80}, which seems to be several, separated by {other!r}. "

@@ -149,7 +149,10 @@ def _find_by_prefix(row: Row, number: int, text: str, opening: str, tokenizer: T
         return None
     calls = "tool_calls" in row.turns[number].extra
     last_word = _LAST_WORD.search(row.turns[number].text.rstrip())
-    for mark in end_of_turn_tokens(tokenizer):
+    marks = end_of_turn_tokens(tokenizer)
+    if calls:  # the end of a call may be an added token too: the end of the turn is the last of them
+        marks = tuple(sorted(marks, key=lambda mark: -(whole.rfind(mark) + len(mark)) if mark in whole else 1))
+    for mark in marks:
         before = whole[: whole.rfind(mark)].rstrip() if mark in whole else ""
         if len(before) > len(opening) and (calls or (last_word and before.endswith(last_word.group()))):
             return len(opening), len(before)

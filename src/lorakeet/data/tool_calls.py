@@ -50,7 +50,8 @@ def row_tools(values: dict[str, object]) -> str:
     functions = values.get("functions")
     if functions and not tools:
         tools = [{"type": "function", "function": each} for each in _json_list(functions)]
-    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+    listed: list[Any] = tools if isinstance(tools, list) else [None]
+    if not all(isinstance(each, dict) and isinstance(each.get("function", each), dict) for each in listed):
         raise UnusableRow("'tools' is no list of objects; expected descriptions of functions, as OpenAI's API takes them.")
     return json.dumps(tools, ensure_ascii=False) if tools else ""
 

@@ -21,7 +21,8 @@ CONSTANT = "constant answer"
 
 FOLDS = 5  # of the cross-validation that chooses between words and characters
 FOLD_ROWS = 3000  # training rows that it takes at most
-CHARACTERS = 20_000_000  # of training texts that a regression is fitted to at most
+CHARACTERS = 5_000_000  # of training texts that a regression is fitted to, or that are searched, at most
+CHARACTER_BYTES = 72  # that their terms take for each character, measured with character 2-5-grams
 FEATURES = 1 << 17  # that it has at most: the most frequent ones
 
 
@@ -72,7 +73,7 @@ def tfidf_logistic(
 def _fit_and_answer(
     train_texts: Sequence[str], train_labels: Sequence[str], texts: Sequence[str], labels: Sequence[str]
 ) -> tuple[Floats | None, str]:
-    count = int(np.searchsorted(np.cumsum([len(text) for text in train_texts]), CHARACTERS)) + 1
+    count = _within(train_texts)
     said = f"the first {count} training rows; " if count < len(train_texts) else ""
     train_texts, train_labels = train_texts[:count], train_labels[:count]
     kind, why = _better_terms(train_texts, train_labels)
@@ -85,6 +86,11 @@ def _fit_and_answer(
     floor = 1 / (len(train_labels) + 1)
     table = np.stack([known[:, columns[label]] if label in columns else np.full(len(texts), floor) for label in labels], axis=1)
     return table / table.sum(axis=1, keepdims=True), said + why + fault
+
+
+def _within(texts: Sequence[str]) -> int:
+    """How many of the texts, from the first on, have at most CHARACTERS; at least one."""
+    return min(len(texts), max(1, int(np.searchsorted(np.cumsum([len(text) for text in texts]), CHARACTERS))))
 
 
 def _better_terms(texts: Sequence[str], labels: Sequence[str]) -> tuple[str, str]:
@@ -152,6 +158,8 @@ def nearest_answers(
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     terms = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, max_features=FEATURES)
+    count = _within(train_prompts)
+    train_prompts, train_answers = train_prompts[:count], train_answers[:count]
     try:
         known = terms.fit_transform(train_prompts)
     except ValueError:  # no prompt has a term

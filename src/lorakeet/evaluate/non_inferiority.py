@@ -13,6 +13,7 @@ from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.power import rows_below
 from lorakeet.evaluate.wording import metric_words
 
+LEAST = 20  # rows of which an interval is believed: fewer may agree by chance
 SHOWN = 5e-5  # the smallest difference that is not written as 0.0000: below it, rounding of arithmetic looks like a difference
 
 
@@ -33,6 +34,8 @@ class Margin:
 
     def _shortfall(self, found: Comparison) -> str:
         least, most = worse_by(found)
+        if found.difference.n < LEAST:
+            return f"{found.difference.n} rows are too few to show anything"
         name, allowed = metric_words(found.metric).title.lower(), self.of(found)
         if least < SHOWN and most <= max(allowed, SHOWN):
             return ""

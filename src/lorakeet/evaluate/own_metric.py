@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ class OwnMetric:
     score: Callable[[str, str], float]
 
 
-def load_metric(given: str) -> OwnMetric:
-    """Runs the Python file of "my.py:score" and returns its function. Raises ConfigError if there is none."""
+def load_metric(given: str, *, outside: Path | None = None) -> OwnMetric:
+    """Runs the Python file of "my.py:score" and returns its function. Raises ConfigError if there is none.
+
+    A file within the folder `outside` is never run: a run folder may come from someone else.
+    """
     path, _, function = given.rpartition(":")
     file = Path(path).expanduser()
     expected = "expected a Python file and one of its functions, such as my.py:score"
@@ -27,9 +31,12 @@ def load_metric(given: str) -> OwnMetric:
         raise ConfigError(f"The metric is {given!r}; {expected}.")
     if not file.is_file():
         raise ConfigError(f"The metric is {given!r}, but there is no file {file.absolute()}; {expected}.")
+    if outside is not None and outside.resolve() in file.resolve().parents:
+        raise ConfigError(f"The metric file {file} is in the run folder {outside}, of which no code is run. Keep it elsewhere.")
     module_spec = importlib.util.spec_from_file_location(f"lorakeet_metric_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None  # as of any .py file
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:

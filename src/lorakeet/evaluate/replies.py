@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import regex
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_values
@@ -23,9 +24,11 @@ SHORT = 8  # words: references of at most so many, by their median, must be matc
 NEARLY_ALL = 0.9  # of the references are JSON, or numbers: then replies are compared as such
 REPEATED = 3  # times that a run of REPEAT_WORDS words stands in a reply that repeats itself
 REPEAT_WORDS = 4
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]")
+_SIGN = r"[\p{L}\p{M}\p{N}]"
+_LETTER = regex.compile(_SIGN)
+_WORD = regex.compile(rf"(?<!{_SIGN})[-−](?=\p{{N}}){_SIGN}+|{_SIGN}+(?:['’]{_SIGN}+)*|[^\s\p{{L}}\p{{M}}\p{{N}}]")
 _UNSPACED = re.compile(r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-_NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+−])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _REFUSAL = re.compile(
     r"^\W*(?:i['’]?m sorry|i am sorry|sorry, (?:but )?i|i (?:can(?:no|['’])t|am (?:unable|not able)|won['’]t)|as an ai\b)", re.I
 )
@@ -59,12 +62,13 @@ def exact(reply: str, reference: str) -> float:
 
 def normalised(text: str) -> str:
     """The text in one case and one Unicode form (NFKC), its words with single spaces between, without punctuation."""
-    return " ".join(word for word in words(text) if any(sign.isalnum() for sign in word))
+    return " ".join(word for word in words(text) if _LETTER.search(word))
 
 
 def words(text: str) -> list[str]:
     """The words and signs of a text in one case; scripts without spaces count by characters."""
-    return _WORD.findall(_UNSPACED.sub(r" \1 ", unicodedata.normalize("NFKC", text).casefold()))
+    found: list[str] = _WORD.findall(_UNSPACED.sub(r" \1 ", unicodedata.normalize("NFKC", text).casefold()))
+    return found
 
 
 def unspaced_share(texts: Sequence[str]) -> float:
@@ -109,8 +113,8 @@ def valid_json(reply: str, reference: str) -> float:
 
 def json_match(reply: str, reference: str) -> float:
     """1 if reply and reference are JSON of equal value, whatever the order of keys and the white space."""
-    found = _json(reply)
-    return float(found is not None and found == _json(reference))
+    found, expected = _json(reply), _json(reference)
+    return float(found is not None and found == expected and _kinds(found) == _kinds(expected))
 
 
 def numeric_match(reply: str, reference: str) -> float:
@@ -208,6 +212,13 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _kinds(value: Any) -> Any:
+    """Where a JSON value has true and false, which equal 1 and 0 otherwise."""
+    if isinstance(value, dict):
+        return {key: _kinds(each) for key, each in value.items()}
+    return [_kinds(each) for each in value] if isinstance(value, list) else isinstance(value, bool)
 
 
 def _number(text: str) -> float | None:

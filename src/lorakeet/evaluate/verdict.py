@@ -18,6 +18,7 @@ NAMED = {
     "nearest training answer": "copies of the nearest training answers",
     "constant answer": "a constant answer",
 }  # systems as a sentence names them
+COPIES = ("nearest training answer", "constant answer")
 Tone = Literal["better", "mixed", "none", "worse"]
 
 
@@ -51,6 +52,8 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
     if not comparisons:
         return None
     chosen = [comparison for comparison in comparisons if comparison.metric == comparisons[0].metric]
+    copies = sorted((one for one in chosen if one.right in COPIES), key=lambda one: one.difference.value)
+    chosen = [one for one in chosen if one not in copies[1:]]  # the better copy says it all
     phrases = [_first(chosen[0])]
     lower = next((one for one in comparisons if one.metric == "loss" and one.right == chosen[0].right), None)
     if lower is not None and lower.verdict == "better" and chosen[0].verdict != "better" and chosen[0].metric != "loss":

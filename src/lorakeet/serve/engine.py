@@ -321,6 +321,9 @@ class Engine:
         except GrammarFailed as error:
             self._finish(job, "error", str(error))
             return
+        except (IndexError, ValueError, RuntimeError) as error:  # of one text's settings: the others go on
+            self._finish(job, "error", f"The next token cannot be sampled with these settings: {error}.")
+            return
         if not job.written:
             job.timing.first = time.monotonic()
         job.written.append(chosen.token)

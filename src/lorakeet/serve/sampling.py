@@ -94,7 +94,8 @@ class TokenSampler:
 
     def __init__(self, sampling: Sampling, guide: Guide | None = None, prompt: Sequence[int] = ()) -> None:
         self.sampling, self.guide = sampling, guide
-        self._prompt, self._text = prompt, list[int]()
+        self._recent = list(prompt[-(sampling.penalty_window or 0) :]) if sampling.penalty_window else []
+        self._seen, self._counts = set(prompt), Counter[int]()
         penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
         self._changes = penalties != (0.0, 0.0, 1.0) or bool(sampling.logit_bias)
         self._generator: torch.Generator | None = None
@@ -110,7 +111,9 @@ class TokenSampler:
         changed = self._penalised(logits) if self._changes else logits
         token = self._draw(changed if self.guide is None else self.guide.narrow(changed))
         if self._changes:
-            self._text.append(token)
+            self._counts[token] += 1
+            self._seen.add(token)
+            self._recent.append(token)
         if self.guide is not None:
             self.guide.take(token)
         if self.sampling.logprobs is None:
@@ -123,12 +126,13 @@ class TokenSampler:
         """The logits with penalties and biases: repetition as in CTRL (https://arxiv.org/abs/1909.05858), others as OpenAI's."""
         sampling, changed = self.sampling, logits.clone()
         if sampling.repetition_penalty != 1.0:
-            seen, window = [*self._prompt, *self._text], sampling.penalty_window
-            ids = torch.tensor(sorted(set(seen if window is None else seen[max(0, len(seen) - window) :])), dtype=torch.int64)
+            window = sampling.penalty_window
+            counted = self._seen if window is None else set(self._recent[-window:] if window else ())
+            ids = torch.tensor(list(counted), dtype=torch.int64)
             if len(ids):
                 found = changed[ids]
                 changed[ids] = torch.where(found > 0, found / sampling.repetition_penalty, found * sampling.repetition_penalty)
-        counts = Counter(self._text)
+        counts = self._counts
         if counts and (sampling.presence_penalty or sampling.frequency_penalty):
             times = torch.tensor(list(counts.values()), dtype=changed.dtype)
             changed[torch.tensor(list(counts))] -= sampling.presence_penalty + sampling.frequency_penalty * times

@@ -7,7 +7,6 @@ calls (Llama 3.1 and later, with "parameters" for "arguments").
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.serve.request_fields import Fields
 
 MOST_TOOLS = 128
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PREFIXES = ("<|python_tag|>", "[TOOL_CALLS]")
 
 
@@ -51,11 +50,21 @@ def tools_of(fields: Fields) -> tuple[dict[str, Any], ...]:
 def calls_in(text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, tuple[ToolCall, ...]]:
     """The text without calls, and the calls of `tools` in it. A text in which any call is broken or unknown stays as it is."""
     names = {str(tool["function"]["name"]) for tool in tools}
-    tagged = _TAGGED.findall(text)
+    rest, tagged = _tagged(text)
     found = [_call(part, names) for part in tagged] if tagged else _whole(text, names)
     if not found or any(call is None for call in found):
         return text, ()
-    return _TAGGED.sub("", text).strip() if tagged else "", tuple(call for call in found if call is not None)
+    return rest if tagged else "", tuple(call for call in found if call is not None)
+
+
+def _tagged(text: str) -> tuple[str, list[str]]:
+    """The text without what stands in tags, and what stands in each; in one pass, whatever a model repeats."""
+    kept, found, position = [], [], 0
+    while (start := text.find(_OPEN, position)) >= 0 and (end := text.find(_CLOSE, start)) >= 0:
+        kept.append(text[position:start])
+        found.append(text[start + len(_OPEN) : end].strip())
+        position = end + len(_CLOSE)
+    return "".join([*kept, text[position:]]).strip(), found
 
 
 def _whole(text: str, names: set[str]) -> list[ToolCall | None]:
@@ -85,4 +94,4 @@ def _call(part: Any, names: set[str]) -> ToolCall | None:
     except (ValueError, RecursionError):
         return None
     name = value.get("name")
-    return ToolCall(name, arguments) if name in names and isinstance(arguments, dict) else None
+    return ToolCall(name, arguments) if isinstance(name, str) and name in names and isinstance(arguments, dict) else None

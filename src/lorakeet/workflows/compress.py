@@ -60,9 +60,8 @@ from lorakeet.workflows.finetuning.report import machine, rank_map, versions
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import CompressOptions
 from lorakeet.workflows.planning.evaluation import fit_evaluation
-from lorakeet.workflows.planning.forecast_text_run import largest_rows
+from lorakeet.workflows.planning.forecast_text_run import Workload, largest_rows
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
-from lorakeet.workflows.planning.text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
@@ -268,9 +267,11 @@ def _why_none(curve: RankCurve, margin: Margin) -> str:
     """Why even the largest cut is not good enough, and how many rows could show that it is."""
     largest = curve.points[1]
     needed = margin.rows_needed(largest.against_full)
-    likely = (
-        f" If these are the true differences, about {needed:,} held-out rows show it with 80 % probability." if needed else ""
-    )
+    likely = ""
+    if needed:
+        replies = largest.against_full[0].metric not in ("accuracy", "loss")
+        more = f"{needed:,} held-out rows{', with evaluate.answers as high,' if replies else ''}"
+        likely = f" If these are the true differences, about {more} show it with 80 % probability."
     found = "; ".join(_difference(comparison) for comparison in largest.against_full)
     return f"The largest cut against the uncut adapter: {found} ({largest.why_not}).{likely}"
 

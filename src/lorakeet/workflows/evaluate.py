@@ -29,7 +29,7 @@ from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
 from lorakeet.workflows.planning.evaluation import fit_evaluation
-from lorakeet.workflows.planning.text_run import Workload
+from lorakeet.workflows.planning.forecast_text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
@@ -116,20 +116,22 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     The run's own rows are used for the leak check and the baselines only: if they cannot be read, a warning says so.
     """
     settings: RunConfig = opened.config
-    rows = tuple(read_rows(data, dataclasses.replace(settings.data, limit=None)))
+    dropped: list[str] = []
+    rows = tuple(read_rows(data, dataclasses.replace(settings.data, limit=None), dropped))
     if not settings.data.train:
-        return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), ())
+        return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), (), warnings=tuple(dropped))
     try:
         dataset = opened.dataset
     except (DataError, EnvironmentProblem) as error:
-        return _rows_without_training(opened, rows, Path(data).name, error)
+        found_rows = _rows_without_training(opened, rows, Path(data).name, error)
+        return dataclasses.replace(found_rows, warnings=(*dropped, *found_rows.warnings))
     check_labels({"evaluated": rows}, dataset.labels)
     known = (*dataset.train, *dataset.held_out)
     left, found = _without_seen(rows, known, settings.data)
     seen = len(rows) - len(left)
     fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not on unseen rows"
     said = (f"{seen or len(found.across)} of {len(rows)} rows are also training or held-out rows ({fate}).",)
-    return _EvaluationRows(left, Path(data).name, dataset.labels, known, found, said if found.across else ())
+    return _EvaluationRows(left, Path(data).name, dataset.labels, known, found, (*dropped, *(said if found.across else ())))
 
 
 def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, why: LorakeetError) -> _EvaluationRows:

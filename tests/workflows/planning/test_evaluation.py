@@ -18,7 +18,7 @@ from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.workflows.planning import evaluation, fit
 from lorakeet.workflows.planning.evaluation import Evaluation, fit_evaluation
-from lorakeet.workflows.planning.text_run import Workload
+from lorakeet.workflows.planning.forecast_text_run import Workload
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama

@@ -36,6 +36,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     TOKENIZER_ENTRY,
     Precision,
     TextRunPlan,
+    Workload,
     _decomposing,
     budget_of,
     certified_within,
@@ -91,7 +92,7 @@ def test_replies_are_planned_where_rows_may_end_in_answers() -> None:
 
     def final(**changes: Any) -> int:
         config = settings(train__micro_tokens="64", evaluate__answer_tokens="4096", **changes)
-        found = forecast_run(config, config_from_settings(SMALL), FP32, runtime=RUNTIME, labelled=False)
+        found = forecast_run(config, config_from_settings(SMALL), FP32, runtime=RUNTIME, workload=Workload(labelled=False))
         return found.forecast.phase(FINAL).bytes
 
     assert final() > final(evaluate__answers="0"), "a long reply's keys and values"
@@ -158,8 +159,9 @@ def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
     assert copy <= used + (4 << 20) and used <= phase.bytes - phase.kinds["base"] - phase.kinds["runtime"]
 
 
-def test_rows_without_labels_have_no_floors() -> None:
-    found = forecast_run(settings(), config_from_settings(SMALL), FP32, runtime=RUNTIME, labelled=False)
+def test_rows_that_are_not_answered_have_no_floors() -> None:
+    none = settings(evaluate__answers="0")
+    found = forecast_run(none, config_from_settings(SMALL), FP32, runtime=RUNTIME, workload=Workload(labelled=False))
     assert found.forecast.phase("judge").kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY
 
 
@@ -361,3 +363,11 @@ def test_a_run_that_prunes_is_planned_at_its_first_ranks_with_what_it_knows_of_e
     assert planned.forecast.phase(STEP).kinds["moments"] > 1.9 * least.forecast.phase(STEP).kinds["moments"]
     with pytest.raises(ConfigError, match="has nothing to cut"):
         with_importance(chosen(ranks="prune", ranks__budget="9M"), found)
+
+
+def test_baselines_take_what_their_rows_have() -> None:
+    short, long = (Workload(characters=count).floors(settings(), on_gpu=False) for count in (0, 3_000_000))
+    assert short == 128 << 20 and long == (64 << 20) + 72 * 3_000_000
+    assert Workload(characters=10**9).floors(settings(), on_gpu=False) == (64 << 20) + 72 * 5_000_000
+    assert Workload(characters=10**9).floors(settings(), on_gpu=True) == 0
+    assert Workload().floors(settings(evaluate__baselines="false"), on_gpu=False) == 0

@@ -21,14 +21,13 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.fit import BudgetedWork, WayChoice, choose
-from lorakeet.workflows.planning.forecast_text_run import FINAL, TextRunPlan
+from lorakeet.workflows.planning.forecast_text_run import FINAL, TextRunPlan, Workload
 from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned, RowShape
 from lorakeet.workflows.planning.text_run import (
     LEAST,
     STATES_ON_THE_WAY,
     Batches,
     TextRun,
-    Workload,
     bytes_moved,
     fit_text_run,
     streaming_ways,

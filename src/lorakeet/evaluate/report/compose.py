@@ -116,13 +116,10 @@ def language_report(
     roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
     systems = tuple(SystemResult(rows.system, role, measure_losses(rows, spec)) for rows, role in roles)
     comparisons: tuple[Comparison, ...] = (compare_losses(adapter, base, spec),)
-    headline = comparisons
     if answered is None:
         rows = _largest_changes(adapter, base, texts, truths, sources, spec)
     else:
         systems, comparisons = _with_replies(systems, comparisons, answered, spec)
-        weaker = {copy.system for copy in answered.rivals[-len(answered.copies) :][1:]} if answered.copies else set()
-        headline = tuple(one for one in comparisons if one.right not in weaker)
         theirs, mine = (_scored(*pair) for pair in ((answered.base, answered, base), (answered.adapter, answered, adapter)))
         triples = list(zip(answered.rows, theirs, mine, strict=True))[: spec.show_rows]
         named = sources or [""] * len(texts)
@@ -132,7 +129,7 @@ def language_report(
         task="language",
         systems=systems,
         comparisons=comparisons,
-        verdict=verdict_of(headline),
+        verdict=verdict_of(comparisons),
         rows=rows,
         rows_of=len(texts),
     )

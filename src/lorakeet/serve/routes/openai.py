@@ -156,7 +156,7 @@ def _parsed(
         presence_penalty=fields.number("presence_penalty", 0.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0),
         repetition_penalty=fields.number("repetition_penalty", 1.0),
-        logit_bias=_biases(fields, len(service.text.tokenizer)),
+        logit_bias=_biases(fields, _tokens_known(service)),
         seed=fields.whole("seed"),
         stop=fields.texts("stop"),
         logprobs=logprobs,
@@ -167,12 +167,17 @@ def _parsed(
     return _ParsedRequest(fields.text("model"), prompts, sampling, texts, stream, usage, chat, logprobs is not None, schema)
 
 
+def _tokens_known(service: Service) -> int:
+    """The number of token ids that both tokenizer and model have."""
+    return min(len(service.text.tokenizer), int(service.text.model.config.get_text_config().vocab_size))
+
+
 def _biases(fields: Fields, vocabulary: int) -> dict[int, float]:
     """logit_bias: numbers by token id, which JSON writes as text."""
     given = fields.inner("logit_bias")
     found: dict[int, float] = {}
     for name in given.data:
-        if not name.isascii() or not name.isdigit() or int(name[:20]) >= vocabulary:
+        if not name.isascii() or not name.isdigit() or len(name) > 9 or int(name) >= vocabulary:
             raise ConfigError(f"logit_bias has the key {name[:40]!r}; expected token ids from 0 to {vocabulary - 1}.")
         found[int(name)] = given.number(name, 0.0)
     return found

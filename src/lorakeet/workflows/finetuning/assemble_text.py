@@ -25,8 +25,8 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
-from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, reads_weights
-from lorakeet.workflows.planning.text_run import Workload, fit_text_run
+from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, Workload, reads_weights
+from lorakeet.workflows.planning.text_run import fit_text_run
 from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
 from lorakeet.workflows.runs.residency import Residency

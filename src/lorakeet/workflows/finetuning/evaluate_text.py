@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
-from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier, prompt_of
+from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier
 
 CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
 
@@ -79,16 +80,19 @@ class TextEvaluator:
             )  # fmt: skip
         left_out = len(self.rows) - len(rows)
         warnings = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
-        return replace(report, warnings=(*warnings[: bool(left_out)], *self._unnamed_labels(rows)))
+        unnamed = self._unnamed_labels(rows, any(system.name == FEW_SHOT for system in report.systems))
+        return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *unnamed))
 
-    def _unnamed_labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+    def _unnamed_labels(self, rows: Sequence[Row], few_shot: bool) -> tuple[str, ...]:
         """A warning if the prompts do not name the labels, which the base then cannot know."""
         labels = self.encoder.labels
-        named = [label for label in labels if all(label.casefold() in prompt_of(row).casefold() for row in rows[:16])]
+        prompts = [" ".join(turn.text for turn in row.turns[:-1]) for row in rows[:16]]
+        found = [re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.I) for label in labels]
+        named = [word for word in found if all(word.search(prompt) for prompt in prompts)]
         if not labels or len(named) == len(labels):
             return ()
         template = f"{self.encoder.spec.template}\nAnswer with one of: {', '.join(labels[:8])}{', …' if len(labels) > 8 else ''}"
-        advice = "The few-shot base sees them." if self.config.evaluate.examples else ""
+        advice = "The few-shot base sees them." if few_shot else ""
         return (
             f"The prompts do not name all {len(labels)} labels, so the base cannot know them: part of the gain over it may be "
             f"just that. {advice} To train with their names, set data.template, for instance {template!r}.",

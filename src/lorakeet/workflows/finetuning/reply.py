@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder, Ids
-from lorakeet.data.few_shot import FewShot, choose_examples
+from lorakeet.data.few_shot import BETWEEN, FewShot, choose_examples
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.data.template import is_templated
 from lorakeet.evaluate.baselines import constant_answer, nearest_answers
@@ -28,6 +28,7 @@ from lorakeet.workflows.planning.forecast_text_run import REPLY_TOKENS
 BASE, ADAPTER, FEW_SHOT = "base", "adapter", "few-shot base"
 LONGER = 1.5  # times the longest reference that a reply may have in tokens
 LEAST_TOKENS = 16
+PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 TOGETHER = 16  # prompts after each of which the time is looked at
 
 
@@ -39,6 +40,7 @@ class Prompts:
     indices: tuple[int, ...]
     limit: int
     one_line: bool
+    ending: str = ""  # which ends a reply, as it ended each example
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,14 @@ class Replier:
         taught = _taught(known)
         examples = choose_examples(taught, spec.examples, self.encoder, seed=spec.seed)
         if examples:
-            few = FewShot(self.encoder, examples)
+            few = FewShot(self.encoder, examples, limit=None if self.text.context is None else self.text.context - prompts.limit)
             note = f"sees up to {len(examples)} training rows with their answers before each prompt"
-            few_shot = self.write(FEW_SHOT, replace(prompts, rows=tuple(few.row(row) for row in prompts.rows)), note=note)
+            templated = is_templated(prompts.rows[0], self.encoder.tokenizer, self.encoder.spec)
+            ends = not templated and not any(BETWEEN in row.turns[-1].text.strip() for row in taught)
+            shown = replace(prompts, rows=tuple(few.row(row) for row in prompts.rows), ending=BETWEEN if ends else "")
+            few_shot = self.write(FEW_SHOT, shown, note=note)
         if spec.baselines and taught:
-            answers = [row.turns[-1].text.strip() for row in taught]
+            answers = [self._reference(row) for row in taught]
             known_prompts, new_prompts = ([prompt_of(row) for row in some] for some in (taught, prompts.rows))
             copies = nearest_answers(known_prompts, answers, new_prompts, like=base), constant_answer(answers, like=base)
         return Answered(prompts.indices, adapter, base, few_shot, copies, self.own)
@@ -109,14 +114,22 @@ class Replier:
                 if start and self.clock() > until:
                     break
                 written += self._some(questions[start : start + TOGETHER], prompts.limit, advance)
-        whole = [str(self.text.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
-        texts = [text.split("\n", 1)[0].rstrip() for text in whole] if prompts.one_line else whole
+        whole = [str(self.text.tokenizer.decode(ids, **PLAIN)).strip() for ids in written]
+        ending = "\n" if prompts.one_line else prompts.ending
+        texts = [text.split(ending, 1)[0].rstrip() for text in whole] if ending else whole
         cut = [len(ids) >= prompts.limit and text == full for ids, text, full in zip(written, texts, whole, strict=True)]
         if prompts.one_line:
             note = "; ".join(filter(None, (note, "its replies end with their first line, as all training answers do")))
         done = prompts.rows[: len(texts)]
-        references = tuple(row.turns[-1].text.strip() for row in done)
+        references = tuple(self._reference(row) for row in done)
         return Replies(system, tuple(texts), references, tuple(cut), row_groups(done), note)
+
+    def _reference(self, row: Row) -> str:
+        """The row's own last answer; a tool call as the template writes it."""
+        if not row.turns[-1].extra:
+            return row.turns[-1].text.strip()
+        found = self.encoder.question(row)
+        return "" if found is None else str(self.text.tokenizer.decode(found[1], **PLAIN)).strip()
 
     def _some(self, prompts: Sequence[Ids], limit: int, advance: Callable[[int], None]) -> list[Ids]:
         """The replies to a few prompts, as many at once as evaluation passes through the model together."""

@@ -50,8 +50,8 @@ from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows
 from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.fit import WayChoice, choose, host_memory, too_small_text
-from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, forecast_run
-from lorakeet.workflows.planning.text_run import LEAST, TextRun, Workload, bytes_moved, precision_of
+from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, Workload, forecast_run
+from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
 from lorakeet.workflows.runs.pruning import pruned_plan
 from lorakeet.workflows.runs.residency import RESIDENT
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
@@ -325,7 +325,7 @@ class TextRunKind(RunKind[TextAssembly]):
     def check(self, config: RunConfig, processes: int) -> None:
         require_graphable(config, processes)
         if config.evaluate.metric is not None:
-            load_metric(config.evaluate.metric)  # raises now rather than after training
+            load_metric(config.evaluate.metric, outside=Path(config.out))  # raises now rather than after training
 
     def assemble(
         self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
@@ -389,7 +389,7 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def evaluate(self, setup: TextAssembly, run: RunFolder, console: Console) -> Report:
         part, rows = setup.evaluated
-        own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric)
+        own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric, outside=run.path)
         evaluator = TextEvaluator(setup.config, setup.text, setup.encoder, rows, console, metric=own)
         baseline_rows = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
         report = evaluator.report(f"Fine-tuning {setup.name}", baseline_rows=baseline_rows)

@@ -24,7 +24,7 @@ from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.reply import ADAPTER
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.planning.evaluation import fit_evaluation
-from lorakeet.workflows.planning.text_run import Workload
+from lorakeet.workflows.planning.forecast_text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
 from lorakeet.workflows.runs.residency import stream_closed
 

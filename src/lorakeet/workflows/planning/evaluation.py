@@ -26,19 +26,19 @@ from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.text.load import read_config
 from lorakeet.workflows.planning.fit import BudgetedWork, Say, fit_budget
 from lorakeet.workflows.planning.forecast_text_run import (
-    FLOORS,
     INTERVALS,
     LOAD,
     ROW_BYTES,
     TOKENIZER_ENTRY,
     VALUE,
+    Workload,
     builder_of,
     evaluation_of,
     load_peak,
     text_runtime_bytes,
 )
 from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
-from lorakeet.workflows.planning.text_run import Workload, precision_of
+from lorakeet.workflows.planning.text_run import precision_of
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 
 
@@ -85,7 +85,7 @@ class Evaluation(BudgetedWork[MemoryPlan]):
             found = rehearse_evaluation(build, pairs, size, token_ids=self.adapter.token_ids, weigh=self.weigh)
         own = VALUE * pairs.parameters
         kept = add_usage(Usage(), base=found.base, adapter=own)
-        floors = FLOORS if self.workload.labelled is not False and config.evaluate.baselines and not precision.on_gpu else 0
+        floors = self.workload.floors(config, on_gpu=precision.on_gpu)
         read = round(self.copies * own)  # as values; a GPU has none of them, but the cut that is measured
         cut = own if precision.on_gpu and self.weigh is not None else 0
         intervals = 0 if precision.on_gpu else INTERVALS

@@ -15,6 +15,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import FACTORED, MEASURED, LoraSpec
+from lorakeet.evaluate.baselines import CHARACTER_BYTES, CHARACTERS
 from lorakeet.kernels.cpu.operators import LANES
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.cuda import CONTEXT, allocated_bytes, phases_on_gpu
@@ -61,7 +62,8 @@ LATER = (MERGE, EXPORT)  # processes of their own
 TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 MiB for SmolLM2's 49,152
 ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is a target
 INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals), whatever the number of rows
-FLOORS = 128 << 20  # bytes: scikit-learn (63 MiB when imported) and its tables of words
+SCIKIT_LEARN = 64 << 20  # bytes when imported
+FLOORS = 128 << 20  # bytes: scikit-learn and its terms, at least
 NARROW = 40 << 20  # bytes: oneDNN's code for shapes of narrow products that the probe does not meet, and what one lays out anew
 COUNT_BYTES = 15 << 19  # what stays of the code for each further number of tokens (memory/onednn_code), about 25 products
 CHECK_TOKENS = 1024  # of a micro-batch of the certificate (workflows/finetuning/certify_text)
@@ -181,6 +183,26 @@ def largest_rows(config: RunConfig) -> RowShape:
     return filling_rows(length, min(max(length, train.micro_tokens), length * train.batch_size))
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What is in memory before the model: whether rows have labels (None: not known yet), and how many characters they have.
+
+    Rows without labels are answered in words. For a search also how many adapters are in training at once, and the pairs of the
+    largest, if they are not the run's.
+    """
+
+    labelled: bool | None = None
+    characters: int = 0
+    members: int = 1
+    lora: LoraSpec | None = None
+
+    def floors(self, config: RunConfig, *, on_gpu: bool) -> int:
+        """Bytes of the simple baselines: scikit-learn, and the terms of the rows' characters. Nothing on a GPU."""
+        if on_gpu or not config.evaluate.baselines or (self.labelled is False and not config.evaluate.answers):
+            return 0
+        return max(FLOORS, SCIKIT_LEARN + CHARACTER_BYTES * min(self.characters, CHARACTERS))
+
+
 def evaluation_of(config: RunConfig, *, answered: bool = True) -> EvaluationSize:
     """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate; the texts of the drift;
     and, where rows may end in answers (`answered`), the most replies that are written together.
@@ -208,15 +230,16 @@ def forecast_run(
     runtime: int,
     files: Path | None = None,
     returning: bool = False,
-    labelled: bool | None = None,
+    workload: Workload | None = None,
     way: Way = RESIDENT,
 ) -> TextRunPlan:
     """What a run of `config` on the model of `model_config` will hold; `returning` (a run under a budget) as in memory/forecast.
 
     `runtime` is what the process holds beside tensors and tokenizer, `files` the model's folder or .gguf file where there is one,
-    `labelled` whether rows have labels (None: not known; others may be answered in words), `way` how blocks are streamed, if they
-    are. Raises ConfigError where the settings do not fit the model, NotPlanned where its arithmetic cannot be followed.
+    `workload` what is known of the rows, `way` how blocks are streamed, if they are. Raises ConfigError where the settings do not
+    fit the model, NotPlanned where its arithmetic cannot be followed.
     """
+    workload = workload or Workload()
     on_gpu = precision.on_gpu
     words = 0 if on_gpu else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = largest_rows(config)
@@ -227,13 +250,13 @@ def forecast_run(
         with standing_for(precision.device):
             return rehearse(
                 build, lora, config.train, rows=rows, micro_batches=micro_batches, way=way,
-                evaluation=evaluation_of(config, answered=not labelled), best_in_memory=not returning and not on_gpu,
+                evaluation=evaluation_of(config, answered=not workload.labelled), best_in_memory=not returning and not on_gpu,
             )  # fmt: skip
 
     found, before = _before_steps(config, rehearsed)
     training = with_importance(config, found)
     load, final = load_peak(model_config, found, precision), found.peaks[FINAL]
-    floors = FLOORS if labelled is not False and config.evaluate.baselines and not on_gpu else 0
+    floors = workload.floors(config, on_gpu=on_gpu)
     adapter = VALUE * finished_plan(config, found.plan).parameters
     kept = add_usage(Usage(), base=found.base, adapter=adapter)
     evaluated = add_usage(larger_usage(final, add_usage(kept, scratch=0 if on_gpu else INTERVALS)), runtime=floors)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.config import RunConfig
-from lorakeet.core.spec import LoraSpec
 from lorakeet.models.files.source import find_source
 from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
 from lorakeet.models.streaming.model import NotStreamed
@@ -20,6 +19,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
     Precision,
     TextRunPlan,
+    Workload,
     decomposes,
     forecast_run,
     largest_rows,
@@ -82,20 +82,6 @@ def _estimated(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int)
             yield moved, estimate.peak + (slots - min(FEWEST, one.blocks)) * one.block_bytes, way
             if not moved:
                 return
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is in memory before the model: whether rows have labels (None: not known yet), and how many characters they have.
-
-    Rows without labels are answered in words. For a search also how many adapters are in training at once, and the pairs of the
-    largest, if they are not the run's.
-    """
-
-    labelled: bool | None = None
-    characters: int = 0
-    members: int = 1
-    lora: LoraSpec | None = None
 
 
 def fit_text_run(config: RunConfig, say: Callable[[str], None], workload: Workload | None = None) -> Residency[TextRunPlan]:
@@ -167,7 +153,7 @@ class TextRun(BudgetedWork[TextRunPlan]):
             config, files = self.model
             found = forecast_run(
                 self.config, config, precision_of(self.config), runtime=self.runtime(streamed=way.streamed), files=files,
-                returning=bool(self.config.memory.limit), labelled=self.workload.labelled, way=way,
+                returning=bool(self.config.memory.limit), workload=self.workload, way=way,
             )  # fmt: skip
             self._plans[way] = found.searching(self.workload.members)
         return self._plans[way]
