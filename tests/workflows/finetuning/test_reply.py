@@ -102,6 +102,7 @@ def test_when_the_time_is_over_the_prompts_answered_so_far_are_compared(
     writer, dataset = replier(ran, text, answer_seconds=1)
     found = replace(writer, clock=lambda: next(clock)).answered(dataset.held_out, dataset.train)
     assert found is not None and len(found.adapter.texts) == 4 == len(found.base.texts) == len(found.rows)
+    assert found.wanted == 6
 
 
 def test_no_answers_no_replies(ran: Path, text: TextModel, tmp_path: Path) -> None:

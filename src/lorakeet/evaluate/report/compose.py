@@ -35,6 +35,7 @@ class Answered:
     few_shot: Replies | None = None
     copies: tuple[Replies, ...] = ()
     own: OwnMetric | None = None
+    wanted: int = 0  # prompts, of which fewer were answered if the time was over
 
     @property
     def rivals(self) -> tuple[Replies, ...]:
@@ -132,6 +133,18 @@ def language_report(
         verdict=verdict_of(comparisons),
         rows=rows,
         rows_of=len(texts),
+        warnings=() if answered is None else _too_slow(answered),
+    )
+
+
+def _too_slow(answered: Answered) -> tuple[str, ...]:
+    """A warning if the time was over before all prompts were answered."""
+    count = len(answered.rows)
+    if count >= answered.wanted:
+        return ()
+    return (
+        f"Only {count} of {answered.wanted} prompts were answered within evaluate.answer_seconds; the replies are compared on "
+        "these. Raise it, or lower evaluate.answer_tokens.",
     )
 
 

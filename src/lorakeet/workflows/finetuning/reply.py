@@ -83,7 +83,7 @@ class Replier:
         if prompts is None:
             return None
         adapter = self.write(ADAPTER, prompts, seconds=spec.answer_seconds)
-        count = len(adapter.texts)
+        wanted, count = len(prompts.rows), len(adapter.texts)
         prompts = replace(prompts, rows=prompts.rows[:count], indices=prompts.indices[:count])
         base = self.write(BASE, prompts)
         few_shot: Replies | None = None
@@ -101,7 +101,7 @@ class Replier:
             answers = [self._reference(row) for row in taught]
             known_prompts, new_prompts = ([prompt_of(row) for row in some] for some in (taught, prompts.rows))
             copies = nearest_answers(known_prompts, answers, new_prompts, like=base), constant_answer(answers, like=base)
-        return Answered(prompts.indices, adapter, base, few_shot, copies, self.own)
+        return Answered(prompts.indices, adapter, base, few_shot, copies, self.own, wanted)
 
     def write(self, system: str, prompts: Prompts, *, seconds: float = math.inf, note: str = "") -> Replies:
         """The greedy replies of a system, or the first of them if `seconds` are over; at least TOGETHER."""
