@@ -23,7 +23,7 @@ from lorakeet.config import read_run
 from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.packing.base_choice import choose_base
+from lorakeet.workflows.packing.base_choice import both_bases, choose_base
 from lorakeet.workflows.quickstart import config_path
 from lorakeet.workflows.runs.open_adapter import open_adapter
 
@@ -41,7 +41,7 @@ def trained(method: str, steps: int, folder: Path, console: Console) -> Path:
 def measured(run: Path, console: Console) -> dict[str, Any]:
     """Both bases' metrics on the run's held-out rows, the paired differences (dequantised − original), and what was taken."""
     opened = open_adapter(run)
-    choice = choose_base("auto", [opened], load_dataset(opened.config.data), console)
+    choice = choose_base("auto", [opened], both_bases(opened), load_dataset(opened.config.data), console)
     return {
         "trained_on": opened.trained_on,
         "taken": choice.base,
