@@ -101,6 +101,21 @@ def test_two_systems_are_compared_prompt_by_prompt() -> None:
         compare_replies(right, Replies("base", ("a",) * 40, ("b",) * 40), "exact_match", SPEC)
 
 
+def test_each_reply_is_scored_once() -> None:
+    """A metric of one's own may be slow, or not give the same twice."""
+    calls: list[str] = []
+
+    def own(reply: str, reference: str) -> float:
+        calls.append(reply)
+        return 0.5
+
+    left, right = Replies("adapter", ("a", "b"), ("x", "y")), Replies("base", ("c", "d"), ("x", "y"))
+    for _ in range(2):
+        measure_replies(left, "mine", SPEC, own)
+        compare_replies(left, right, "mine", SPEC, own)
+    assert sorted(calls) == ["a", "b", "c", "d"]
+
+
 def test_an_own_metric_must_be_a_number() -> None:
     replies = Replies("adapter", ("abc",), ("ab",))
     assert scoring.reply_scores(replies, "mine", lambda reply, reference: len(reply) - len(reference)).tolist() == [1.0]

@@ -113,7 +113,7 @@ class Encoder:
 
         They are the ids of `encode(row)`.
         """
-        fitted = self._fit(row) if row.turns[-1].supervised and row.turns[-1].role else None
+        fitted = self._fit(row) if row.answered else None
         return None if fitted is None else self._prompt_and_answer(fitted.row)
 
     def tokens_of(self, row: Row) -> int:

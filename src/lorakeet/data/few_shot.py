@@ -51,8 +51,8 @@ def choose_examples(rows: Sequence[Row], count: int, encoder: Encoder, *, seed: 
     """
     limit = SHARE * encoder.spec.max_tokens
     wanted = max(count, len(encoder.labels)) if count else 0
-    order = [rows[index] for index in np.random.default_rng([seed, 3]).permutation(len(rows))][:MOST_READ] if wanted else []
-    usable = [row for row in order if row.turns[-1].supervised and row.turns[-1].role and not row.tools]
+    order = np.random.default_rng([seed, 3]).permutation(len(rows))[: MOST_READ if wanted else 0]
+    usable = [row for index in order if (row := rows[index]).answered and not row.tools]
     lengths = [encoder.tokens_of(row) for row in usable]
     if not usable:
         return ()

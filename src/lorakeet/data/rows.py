@@ -56,6 +56,11 @@ class Row:
         canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def answered(self) -> bool:
+        """True if the last turn is an answer, which can be written anew."""
+        return self.turns[-1].supervised and bool(self.turns[-1].role)
+
     @cached_property
     def text(self) -> str:
         """The text that leak checks compare: the user's turns without template, or all raw text."""

@@ -6,6 +6,7 @@ Calls and descriptions of functions are kept as JSON text, so that rows are hash
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakeet.data.rows import Row
@@ -56,11 +57,16 @@ def row_tools(values: dict[str, object]) -> str:
     return json.dumps(tools, ensure_ascii=False) if tools else ""
 
 
-def _json_list(value: object) -> list[Any]:
+def _value(given: object) -> Any:
+    """What is given, or the value of a JSON text; None for a broken one."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        return json.loads(given) if isinstance(given, str) else given
     except ValueError:
-        found = None
+        return None
+
+
+def _json_list(value: object) -> list[Any]:
+    found = _value(value)
     if not isinstance(found, list):
         raise UnusableRow(f"expected a list of functions, got {str(value)[:60]!r}.")
     return found
@@ -68,10 +74,7 @@ def _json_list(value: object) -> list[Any]:
 
 def _object(value: object, what: str) -> dict[str, Any]:
     """The object, or that in a JSON text."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        found = None
+    found = _value(value)
     if not isinstance(found, dict):
         raise UnusableRow(f"{what} is {str(value)[:60]!r}; expected an object, or one as JSON text.")
     return found
@@ -79,12 +82,17 @@ def _object(value: object, what: str) -> dict[str, Any]:
 
 def require_written(row: Row, text: str) -> None:
     """Raises DataError if the chat template has left out a tool or a call."""
-    calls = [call for turn in row.turns if turn.extra for call in json.loads(turn.extra).get("tool_calls", [])]
-    functions = [tool.get("function", tool) for tool in (json.loads(row.tools) if row.tools else [])]
-    names = [str(each.get("name", "")) for each in (*(call["function"] for call in calls), *functions)]
-    if left_out := [name for name in names if name not in text]:
-        missing = ", ".join(map(repr, dict.fromkeys(left_out)))
+    messages = [json.loads(turn.extra) for turn in row.turns if turn.extra]
+    if left_out := unwritten(messages, json.loads(row.tools) if row.tools else [], text):
+        missing = ", ".join(map(repr, left_out))
         raise DataError(
             f"{row.source}: the chat template leaves out {missing}: it does not write tools or tool calls. Use a model whose "
             "template does, or remove them."
         )
+
+
+def unwritten(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str) -> list[str]:
+    """The names of called and described functions that are not in the text that a chat template made of them."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    names = [str(each.get("name", "")) for each in (*calls, *(tool.get("function", tool) for tool in tools))]
+    return list(dict.fromkeys(name for name in names if name not in text))

@@ -77,15 +77,26 @@ def compare_answers(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[
     results = []
     for metric, make in (("accuracy", accuracy), ("macro_f1", macro_f1), ("log_loss", log_loss)):
         difference = _difference(make(left), make(right), n=paired.n, spec=spec, groups=left.groups)
-        if metric == "accuracy" and left.groups is None:
-            difference = _widen_if_flat(difference, paired)
-            p_value, test = mcnemar(paired.only_left, paired.only_right), "exact McNemar"
-        else:
-            p_value, test = randomisation(make(stacked), paired.n, spec=spec, groups=left.groups), "paired randomisation"
+        counts = paired if metric == "accuracy" else None
+        difference, p_value, test = _tested(difference, counts, make(stacked), spec=spec, groups=left.groups)
         higher = HIGHER_IS_BETTER[metric]
         verdict = paired_verdict(difference, p_value, higher_is_better=higher)
         results.append(Comparison(left.system, right.system, metric, difference, p_value, test, higher, verdict, paired))
     return tuple(results)
+
+
+def _tested(
+    difference: Estimate,
+    paired: Paired | None,
+    stacked: Statistic,
+    *,
+    spec: EvaluateSpec,
+    groups: Sequence[Hashable] | None,
+) -> tuple[Estimate, float, str]:
+    """The difference, widened if it is flat, its p-value and the test: exact McNemar for `paired` answers without groups."""
+    if paired is not None and groups is None:
+        return _widen_if_flat(difference, paired), mcnemar(paired.only_left, paired.only_right), "exact McNemar"
+    return difference, randomisation(stacked, difference.n, spec=spec, groups=groups), "paired randomisation"
 
 
 def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Comparison:
@@ -98,9 +109,9 @@ def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Com
     gap = left.losses - right.losses
     difference = bootstrap(lambda weights: (weights @ gap) / (weights @ tokens), n, spec=spec, groups=left.groups)
     summed = np.concatenate([left.losses, right.losses]) / tokens.sum()
-    p_value = randomisation(lambda weights: weights @ summed, n, spec=spec, groups=left.groups)
+    difference, p_value, test = _tested(difference, None, lambda weights: weights @ summed, spec=spec, groups=left.groups)
     verdict = paired_verdict(difference, p_value, higher_is_better=False)
-    return Comparison(left.system, right.system, "loss", difference, p_value, "paired randomisation", False, verdict)
+    return Comparison(left.system, right.system, "loss", difference, p_value, test, False, verdict)
 
 
 def compare_values(
@@ -123,12 +134,8 @@ def compare_values(
     if np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all():
         counts = (left == 1) & (right == 1), (left == 1) & (right == 0), (left == 0) & (right == 1), (left == 0) & (right == 0)
         paired = Paired(*(int(np.sum(each)) for each in counts))
-    if paired is not None and groups is None:
-        difference = _widen_if_flat(difference, paired)
-        p_value, test = mcnemar(paired.only_left, paired.only_right), "exact McNemar"
-    else:
-        both = np.concatenate([left, right]) / n
-        p_value, test = randomisation(lambda weights: weights @ both, n, spec=spec, groups=groups), "paired randomisation"
+    both = np.concatenate([left, right]) / n
+    difference, p_value, test = _tested(difference, paired, lambda weights: weights @ both, spec=spec, groups=groups)
     verdict = paired_verdict(difference, p_value, higher_is_better=True)
     return Comparison(*systems, metric, difference, p_value, test, True, verdict, paired)
 

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class Replies:
     cut: tuple[bool, ...] = ()
     groups: tuple[Hashable, ...] | None = None
     note: str = ""
+    _scores: dict[Score, Floats] = field(default_factory=dict, init=False, repr=False)  # each reply is scored once
 
     def __post_init__(self) -> None:
         counts = {len(self.texts), len(self.references), len(self.cut or self.texts), len(self.groups or self.texts)}
@@ -150,10 +151,13 @@ def reply_scores(replies: Replies, metric: str, own: Score | None = None) -> Flo
     score = SCORES.get(metric) or own
     if score is None:
         raise DataError(f"There is no metric '{metric}'; expected one of {', '.join(SCORES)}.")
+    if score in replies._scores:
+        return replies._scores[score]
     found = np.array([score(*pair) for pair in zip(replies.texts, replies.references, strict=True)], dtype=np.float64)
     if not np.isfinite(found).all():
         row = int(np.flatnonzero(~np.isfinite(found))[0])
         raise DataError(f"The metric '{metric}' of reply {row} is {found[row]}; expected a finite number.")
+    replies._scores[score] = found
     return found
 
 

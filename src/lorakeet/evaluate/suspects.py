@@ -12,12 +12,17 @@ from lorakeet.evaluate.answers import Answers
 
 @dataclass(frozen=True)
 class SuspectLabel:
-    """A row whose `label` two systems contradict with the same other one, and the probabilities that they give to it."""
+    """A row whose `label` two systems contradict with the same other one, and the probabilities that they give to it.
+
+    A report adds the row's text and source.
+    """
 
     row: int
     label: str
     suggested: str
     probabilities: tuple[float, float]
+    text: str = ""
+    source: str = ""
 
 
 def suspect_labels(left: Answers, right: Answers) -> tuple[SuspectLabel, ...]:

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from lorakeet.evaluate.baselines import CONSTANT, MAJORITY, NEAREST
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.wording import metric_words, signed
 
 NAMED = {
     "base": "its base",
     "few-shot base": "the few-shot base",
-    "majority class": "the majority class",
+    MAJORITY: "the majority class",
     "uncut adapter": "the uncut adapter",
-    "nearest training answer": "copies of the nearest training answers",
-    "constant answer": "a constant answer",
+    NEAREST: "copies of the nearest training answers",
+    CONSTANT: "a constant answer",
 }  # systems as a sentence names them
-COPIES = ("nearest training answer", "constant answer")
 Tone = Literal["better", "mixed", "none", "worse"]
 
 
@@ -52,7 +52,7 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
     if not comparisons:
         return None
     chosen = [comparison for comparison in comparisons if comparison.metric == comparisons[0].metric]
-    copies = sorted((one for one in chosen if one.right in COPIES), key=lambda one: one.difference.value)
+    copies = sorted((one for one in chosen if one.right in (NEAREST, CONSTANT)), key=lambda one: one.difference.value)
     chosen = [one for one in chosen if one not in copies[1:]]  # the better copy says it all
     phrases = [_first(chosen[0])]
     lower = next((one for one in comparisons if one.metric == "loss" and one.right == chosen[0].right), None)

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from lorakeet.data.tool_calls import unwritten
 from lorakeet.errors import ConfigError
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.access import Access, Caller
@@ -158,9 +159,7 @@ class Service:
             prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **more)
         except TemplateError as error:
             raise ConfigError(f"The chat template of {self.base} refuses these messages: {error}.") from error
-        calls = [call for message in messages for call in message.get("tool_calls", ())]
-        names = [str(each["function"]["name"]) for each in (*tools, *calls)]
-        if left_out := [name for name in names if name not in prompt]:
+        if left_out := unwritten(messages, tools, prompt):
             raise ConfigError(
                 f"The chat template of {self.base} does not write tools ({', '.join(left_out[:3])}); leave them out, or serve a "
                 "model whose template does."

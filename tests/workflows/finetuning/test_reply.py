@@ -77,7 +77,7 @@ def test_replies_are_the_models_own_greedy_ones(ran: Path, text: TextModel) -> N
             question = writer.encoder.question(row)
             assert question is not None
             expected = text.tokenizer.decode(greedy(text, question[0], name, prompts.limit), skip_special_tokens=True).strip()
-            assert said == (expected.split("\n", 1)[0].rstrip() if prompts.one_line else expected)
+            assert said == (expected.split("\n", 1)[0].rstrip() if prompts.ending == "\n" else expected)
 
 
 def test_every_system_answers_the_same_prompts(ran: Path, text: TextModel) -> None:

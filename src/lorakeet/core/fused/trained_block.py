@@ -126,11 +126,11 @@ class TrainedBlock(BlockReplacement):
 
     def _kernel_for(self, x: Tensor, settings: dict[str, Any]) -> TrainedBlocks | None:
         """The kernel that computes packed rows in one call, if there is one for these."""
-        rows, turn = settings.get("row_lengths"), settings.get("position_embeddings")
-        if rows is None or turn is None or any(settings.get(name) is not None for name in ("attention_mask", *CACHES)):
+        rows, rotary = settings.get("row_lengths"), settings.get("position_embeddings")
+        if rows is None or rotary is None or any(settings.get(name) is not None for name in ("attention_mask", *CACHES)):
             return None
         head = cast(Any, self.original)._modules["self_attn"].original.head_dim
-        if x.dim() != 3 or len(x) != 1 or any(part.shape != (1, x.shape[1], head) for part in turn):
+        if x.dim() != 3 or len(x) != 1 or any(part.shape != (1, x.shape[1], head) for part in rotary):
             return None
         if torch._C._len_torch_dispatch_stack():  # as when operations are counted
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.own_metric import OwnMetric
-from lorakeet.evaluate.replies import Replies, compare_replies, main_metric, measure_replies, reply_scores
-from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, Suspect, SystemResult
+from lorakeet.evaluate.replies import Replies, Score, compare_replies, main_metric, measure_replies, reply_scores
+from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.suspects import suspect_labels
 from lorakeet.evaluate.verdict import verdict_of
@@ -40,14 +41,18 @@ class Answered:
     @property
     def rivals(self) -> tuple[Replies, ...]:
         """All systems but the adapter; the better of the copies before the others."""
-        score = None if self.own is None else self.own.score
-        best = sorted(self.copies, key=lambda copy: -float(reply_scores(copy, self.metric, score).mean()))
+        best = sorted(self.copies, key=lambda copy: -float(reply_scores(copy, self.metric, self.score).mean()))
         return (self.base, *([] if self.few_shot is None else [self.few_shot]), *best)
 
-    @property
+    @cached_property
     def metric(self) -> str:
         """The metric that decides."""
         return main_metric(self.adapter.references) if self.own is None else self.own.name
+
+    @property
+    def score(self) -> Score | None:
+        """What computes the user's own metric."""
+        return None if self.own is None else self.own.score
 
 
 def classification_report(
@@ -91,9 +96,9 @@ def classification_report(
         ),
         rows_of=len(texts),
         suspects=tuple(
-            Suspect(texts[one.row], one.label, one.suggested, one.probabilities, named[one.row])
+            replace(one, text=texts[one.row], source=named[one.row])
             for one in (suspect_labels(adapter, floors[-1]) if floors else ())
-        )[: spec.show_rows],
+        ),
     )
 
 
@@ -152,7 +157,7 @@ def _with_replies(
     systems: tuple[SystemResult, ...], comparisons: tuple[Comparison, ...], answered: Answered, spec: EvaluateSpec
 ) -> tuple[tuple[SystemResult, ...], tuple[Comparison, ...]]:
     """The systems with the metrics of their replies, and those that copy; the comparisons in the main metric first."""
-    metric, score = answered.metric, None if answered.own is None else answered.own.score
+    metric, score = answered.metric, answered.score
     measured = [measure_replies(each, metric, spec, score) for each in (answered.adapter, answered.base)]
     found = [
         replace(system, metrics={**metrics, **system.metrics}, note=replies.note)
@@ -166,7 +171,7 @@ def _with_replies(
 
 def _scored(replies: Replies, answered: Answered, losses: RowLosses) -> list[ScoredAnswer]:
     """Each reply with its score in the main metric, right or wrong where that is a match, and the loss of its row."""
-    metric, score = answered.metric, None if answered.own is None else answered.own.score
+    metric, score = answered.metric, answered.score
     found, per_token = reply_scores(replies, metric, score), losses.losses / losses.tokens
     match = metric.endswith("_match")
     return [

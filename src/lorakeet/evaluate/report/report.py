@@ -23,6 +23,7 @@ from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.report import charts
 from lorakeet.evaluate.report.charts import Curves
 from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
+from lorakeet.evaluate.suspects import SuspectLabel
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
@@ -79,17 +80,6 @@ class SideBySide:
         if self.base.right == self.adapter.right:
             return "both-right" if self.base.right else "both-wrong"
         return "fixed" if self.adapter.right else "broke"
-
-
-@dataclass(frozen=True)
-class Suspect:
-    """A row whose label the adapter and the strongest baseline contradict: what they suggest, and how sure each is."""
-
-    text: str
-    label: str
-    suggested: str
-    probabilities: tuple[float, float]
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,7 +203,7 @@ class Report:
     rows: tuple[SideBySide, ...] = ()
     rows_of: int = 0
     part: str = "held-out"
-    suspects: tuple[Suspect, ...] = ()
+    suspects: tuple[SuspectLabel, ...] = ()
     leaks: tuple[Leak, ...] | None = None
     leak_search: str = ""
     drift: Drift | None = None

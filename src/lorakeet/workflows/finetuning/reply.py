@@ -28,19 +28,30 @@ from lorakeet.workflows.planning.forecast_text_run import REPLY_TOKENS
 BASE, ADAPTER, FEW_SHOT = "base", "adapter", "few-shot base"
 LONGER = 1.5  # times the longest reference that a reply may have in tokens
 LEAST_TOKENS = 16
-PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+LINE = "\n"
 TOGETHER = 16  # prompts after each of which the time is looked at
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The rows whose last answers are written anew: their indices, at most `limit` tokens each, one line if `one_line`."""
+    """The rows whose last answers are written anew, their indices, their prompts as tokens, and the answers that they have.
+
+    A reply has at most `limit` tokens, and is cut at `ending`, if there is one.
+    """
 
     rows: tuple[Row, ...]
     indices: tuple[int, ...]
+    questions: tuple[Ids, ...]
+    references: tuple[str, ...]
     limit: int
-    one_line: bool
-    ending: str = ""  # which ends a reply, as it ended each example
+    ending: str = ""
+
+    def first(self, count: int) -> Prompts:
+        """The first `count` of them."""
+        return replace(
+            self, rows=self.rows[:count], indices=self.indices[:count], questions=self.questions[:count],
+            references=self.references[:count],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,12 @@ class Replier:
         chosen = [index for index, (prompt, _) in found.items() if len(prompt) + limit <= context][: spec.answers]
         if not chosen:
             return None
-        answers = [row.turns[-1].text.strip() for row in (*_taught(known), *(rows[index] for index in chosen))]
-        templated = is_templated(rows[chosen[0]], self.encoder.tokenizer, self.encoder.spec)
-        one_line = not templated and not any("\n" in answer for answer in answers)
-        return Prompts(tuple(rows[index] for index in chosen), tuple(chosen), limit, one_line)
+        prompted = tuple(rows[index] for index in chosen)
+        answers = [row.turns[-1].text.strip() for row in (*(row for row in known if row.answered), *prompted)]
+        one_line = not self._templated(prompted[0]) and not any(LINE in answer for answer in answers)
+        references = tuple(self._reference(rows[index], found[index][1]) for index in chosen)
+        questions = tuple(found[index][0] for index in chosen)
+        return Prompts(prompted, tuple(chosen), questions, references, limit, LINE if one_line else "")
 
     def answered(self, rows: Sequence[Row], known: Sequence[Row]) -> Answered | None:
         """The replies of all systems to the prompts of `rows`; None if no row ends in an answer.
@@ -83,53 +96,62 @@ class Replier:
         if prompts is None:
             return None
         adapter = self.write(ADAPTER, prompts, seconds=spec.answer_seconds)
-        wanted, count = len(prompts.rows), len(adapter.texts)
-        prompts = replace(prompts, rows=prompts.rows[:count], indices=prompts.indices[:count])
+        wanted, prompts = len(prompts.rows), prompts.first(len(adapter.texts))
         base = self.write(BASE, prompts)
-        few_shot: Replies | None = None
         copies: tuple[Replies, ...] = ()
-        taught = _taught(known)
-        examples = choose_examples(taught, spec.examples, self.encoder, seed=spec.seed)
-        if examples:
-            few = FewShot(self.encoder, examples, limit=None if self.text.context is None else self.text.context - prompts.limit)
-            note = f"sees up to {len(examples)} training rows with their answers before each prompt"
-            templated = is_templated(prompts.rows[0], self.encoder.tokenizer, self.encoder.spec)
-            ends = not templated and not any(BETWEEN in row.turns[-1].text.strip() for row in taught)
-            shown = replace(prompts, rows=tuple(few.row(row) for row in prompts.rows), ending=BETWEEN if ends else "")
-            few_shot = self.write(FEW_SHOT, shown, note=note)
+        taught = [row for row in known if row.answered]
         if spec.baselines and taught:
             answers = [self._reference(row) for row in taught]
             known_prompts, new_prompts = ([prompt_of(row) for row in some] for some in (taught, prompts.rows))
             copies = nearest_answers(known_prompts, answers, new_prompts, like=base), constant_answer(answers, like=base)
-        return Answered(prompts.indices, adapter, base, few_shot, copies, self.own, wanted)
+        return Answered(prompts.indices, adapter, base, self._few_shot(prompts, taught), copies, self.own, wanted)
+
+    def _few_shot(self, prompts: Prompts, taught: Sequence[Row]) -> Replies | None:
+        """The base's replies behind examples of `taught` rows; None if no example fits."""
+        spec, context = self.config.evaluate, self.text.context
+        examples = choose_examples(taught, spec.examples, self.encoder, seed=spec.seed)
+        if not examples:
+            return None
+        few = FewShot(self.encoder, examples, limit=None if context is None else context - prompts.limit)
+        questions = [found[0] for row in prompts.rows if (found := self.encoder.question(few.row(row))) is not None]
+        blank = not self._templated(prompts.rows[0]) and not any(BETWEEN in row.turns[-1].text.strip() for row in taught)
+        ending = prompts.ending or (BETWEEN if blank else "")  # as it ended each example
+        note = f"sees up to {len(examples)} training rows with their answers before each prompt"
+        return self.write(FEW_SHOT, replace(prompts, questions=tuple(questions), ending=ending), note=note)
 
     def write(self, system: str, prompts: Prompts, *, seconds: float = math.inf, note: str = "") -> Replies:
         """The greedy replies of a system, or the first of them if `seconds` are over; at least TOGETHER."""
         activate(self.text.model, self.name if system == ADAPTER else None)
-        questions = [found[0] for row in prompts.rows if (found := self.encoder.question(row)) is not None]
         until = self.clock() + seconds
         written: list[Ids] = []
-        with counted(self.console, f"{system} writes replies", len(questions)) as advance:
-            for start in range(0, len(questions), TOGETHER):
+        with counted(self.console, f"{system} writes replies", len(prompts.questions)) as advance:
+            for start in range(0, len(prompts.questions), TOGETHER):
                 if start and self.clock() > until:
                     break
-                written += self._some(questions[start : start + TOGETHER], prompts.limit, advance)
-        whole = [str(self.text.tokenizer.decode(ids, **PLAIN)).strip() for ids in written]
-        ending = "\n" if prompts.one_line else prompts.ending
-        texts = [text.split(ending, 1)[0].rstrip() for text in whole] if ending else whole
+                written += self._some(prompts.questions[start : start + TOGETHER], prompts.limit, advance)
+        whole = [self._decoded(ids) for ids in written]
+        texts = [text.split(prompts.ending, 1)[0].rstrip() for text in whole] if prompts.ending else whole
         cut = [len(ids) >= prompts.limit and text == full for ids, text, full in zip(written, texts, whole, strict=True)]
-        if prompts.one_line:
+        if prompts.ending == LINE:
             note = "; ".join(filter(None, (note, "its replies end with their first line, as all training answers do")))
-        done = prompts.rows[: len(texts)]
-        references = tuple(self._reference(row) for row in done)
-        return Replies(system, tuple(texts), references, tuple(cut), row_groups(done), note)
+        done = prompts.first(len(texts))
+        return Replies(system, tuple(texts), done.references, tuple(cut), row_groups(done.rows), note)
 
-    def _reference(self, row: Row) -> str:
-        """The row's own last answer; a tool call as the template writes it."""
+    def _templated(self, row: Row) -> bool:
+        return is_templated(row, self.encoder.tokenizer, self.encoder.spec)
+
+    def _decoded(self, ids: Ids) -> str:
+        decoded = self.text.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(decoded).strip()
+
+    def _reference(self, row: Row, answer: Ids | None = None) -> str:
+        """The row's own last answer; a tool call as the template writes it, which is `answer` as tokens."""
         if not row.turns[-1].extra:
             return row.turns[-1].text.strip()
-        found = self.encoder.question(row)
-        return "" if found is None else str(self.text.tokenizer.decode(found[1], **PLAIN)).strip()
+        if answer is None:
+            found = self.encoder.question(row)
+            answer = None if found is None else found[1]
+        return "" if answer is None else self._decoded(answer)
 
     def _some(self, prompts: Sequence[Ids], limit: int, advance: Callable[[int], None]) -> list[Ids]:
         """The replies to a few prompts, as many at once as evaluation passes through the model together."""
@@ -141,11 +163,6 @@ class Replier:
             found |= dict(zip(part, replies, strict=True))
             advance(len(part))
         return [found[index] for index in range(len(prompts))]
-
-
-def _taught(rows: Sequence[Row]) -> list[Row]:
-    """The rows that end in an answer."""
-    return [row for row in rows if row.turns[-1].supervised and row.turns[-1].role]
 
 
 def prompt_of(row: Row) -> str:
