@@ -148,7 +148,12 @@ def test_the_one_that_is_gone_is_named(forked: Together, victim: int, how: str, 
     assert ("Error: process 2: its file is gone" in ended[victim].said) == (how == "gave up")
 
 
-def terminated(how: str) -> str:
+class _SignalledInDel:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def terminated(how: str, where: str = "here") -> str:
     """What SIGTERM does to this process, whose main thread exchanges nothing, when process 1 has ended so."""
     module.ROLL_CALL = 0.5
     before = signal.getsignal(signal.SIGTERM)
@@ -164,7 +169,12 @@ def terminated(how: str) -> str:
             time.sleep(0.01)
         try:
             with processes.terminable():
-                signal.raise_signal(signal.SIGTERM)
+                if where != "here":
+                    _SignalledInDel()  # Python prints what is raised there, and goes on
+                else:
+                    signal.raise_signal(signal.SIGTERM)
+                if where == "before an error":
+                    raise RuntimeError("the group is closed")
         except (ProcessLost, KeyboardInterrupt) as ended:
             told = f"{type(ended).__name__}: {ended}"
         if how == "lives":
@@ -180,6 +190,15 @@ def test_sigterm_names_the_one_that_died_and_else_stops_as_ctrl_c_does(forked: T
         forked.start({"count": 2, "call": f"{HERE}:terminated", "with": [how]})
         survivor, victim = forked.end()
         assert victim.code != 0 and survivor.answered.strip() == f'"ProcessLost: process 1 of 2 {message}"', survivor.said
+
+
+@pytest.mark.parametrize("where", ["before an error", "before the end"])
+def test_what_sigterm_raises_is_not_lost_in_a_destructor(forked: Together, where: str) -> None:
+    assert forked.call(f"{HERE}:terminated", "lives", where) == ["KeyboardInterrupt: SIGTERM"] * 2
+    forked.start({"count": 2, "call": f"{HERE}:terminated", "with": ["killed", where]})
+    survivor, _ = forked.end()
+    assert survivor.answered.strip() == '"ProcessLost: process 1 of 2 died"', survivor.said
+    assert "Exception ignored" not in survivor.said
 
 
 def test_one_that_is_alone_is_ended_by_sigterm_itself() -> None:

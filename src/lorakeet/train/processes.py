@@ -211,10 +211,14 @@ class Processes:
     def terminable(self) -> Iterator[None]:
         """A context that ends at the first SIGTERM, by ProcessLost if another process died (torchrun then terminates the rest).
 
-        Otherwise by KeyboardInterrupt. A single process keeps its handler. A second SIGTERM ends the process."""
+        Otherwise by KeyboardInterrupt. A single process keeps its handler. A second SIGTERM ends the process.
+        Python drops what a signal handler raises within `__del__`: the context then ends so at the next error, or at its end.
+        """
         if not self._open or threading.current_thread() is not threading.main_thread():
             yield
             return
+
+        raised: list[BaseException] = []
 
         def handle(number: int, frame: FrameType | None) -> None:
             signal.signal(signal.SIGTERM, before)
@@ -222,15 +226,29 @@ class Processes:
                 return
             if self._open and (lost := self._missed(stopping=True)):
                 self._close()
-                raise ProcessLost(lost)
-            raise KeyboardInterrupt("SIGTERM")
+                raised.append(ProcessLost(lost))
+            else:
+                raised.append(KeyboardInterrupt("SIGTERM"))
+            raise raised[0]
 
-        before = signal.getsignal(signal.SIGTERM)
+        def report(dropped: sys.UnraisableHookArgs) -> None:
+            if not raised or dropped.exc_value is not raised[0]:
+                print_dropped(dropped)
+
+        before, print_dropped = signal.getsignal(signal.SIGTERM), sys.unraisablehook
         signal.signal(signal.SIGTERM, handle)
+        sys.unraisablehook = report
         try:
             yield
+            if raised:
+                raise raised[0]
+        except Exception as error:
+            if raised and error is not raised[0]:
+                raise raised[0] from error
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)
+            sys.unraisablehook = print_dropped
 
     def _missed(self, *, stopping: bool = False) -> str:
         """Names the processes that do not answer, or gave up; empty if all are alive.
