@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -325,9 +326,9 @@ def _compared(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str
         }
         if arm != BASELINE and len(seeds) >= FEWEST_SEEDS:
             left, right = ([_rows(of[seed], name) for seed in seeds] for of, name in ((runs, arm), (base, BASELINE)))
-            comparisons[arm] = compare_over_seeds(left, right, spec)
-            table[arm]["verdict_alone"] = comparisons[arm].verdict  # not corrected for the number of arms
-    for arm, found in zip(comparisons, holm(list(comparisons.values())), strict=True):
+            comparisons[arm] = partial(compare_over_seeds, left, right)
+            table[arm]["verdict_alone"] = comparisons[arm](spec).verdict  # not corrected for the number of arms
+    for arm, found in zip(comparisons, holm(list(comparisons.values()), spec), strict=True):
         table[arm] |= {**_interval(found.difference), "p_holm": found.p_value}
         table[arm]["verdict"] = found.verdict
     return table

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,13 +16,10 @@ from lorakeet.evaluate.compare import (
     compare_losses,
     compare_over_seeds,
     holm,
-    mcnemar,
     pair,
     per_row,
-    randomisation,
     surviving_share,
 )
-from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -36,14 +35,6 @@ def answers(name: str, correct: np.ndarray, *, groups: tuple[int, ...] | None = 
     return answers_from_probabilities(name, table, labels=("a", "b"), truth=truth, groups=groups)
 
 
-def test_mcnemar_is_the_exact_binomial_test() -> None:
-    assert mcnemar(88, 23) == pytest.approx(stats.binomtest(88, 111).pvalue)
-    for one, other in ((0, 1), (5, 5), (4, 5), (0, 60), (61, 0)):
-        assert mcnemar(one, other) == pytest.approx(stats.binomtest(one, one + other).pvalue), (one, other)
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(3, 0) == pytest.approx(0.25)
-
-
 def test_a_clear_gain_is_better_and_its_reverse_worse() -> None:
     generator = np.random.default_rng(0)
     left, right = answers("adapter", generator.random(300) < 0.85), answers("base", generator.random(300) < 0.6)
@@ -54,7 +45,9 @@ def test_a_clear_gain_is_better_and_its_reverse_worse() -> None:
     paired = gains[0].paired
     assert paired == pair(left, right) and paired is not None and paired.n == 300
     assert gains[0].difference.value == pytest.approx((paired.only_left - paired.only_right) / 300)
-    assert gains[0].test == "exact McNemar" and gains[0].p_value == pytest.approx(mcnemar(paired.only_left, paired.only_right))
+    discordant = paired.only_left + paired.only_right
+    assert gains[0].test == "McNemar"
+    assert gains[0].p_value == pytest.approx(stats.chi2.sf((paired.only_left - paired.only_right) ** 2 / discordant, 1))
     assert gains[2].difference.value < 0
 
 
@@ -67,7 +60,7 @@ def test_few_rows_show_no_difference_even_if_all_agree() -> None:
 def test_equal_systems_have_an_interval_with_width() -> None:
     same = answers("adapter", np.arange(50) < 40)
     accuracy = compare_answers(same, same, QUICK)[0]
-    assert accuracy.difference.method == "Bonett-Price"
+    assert accuracy.difference.method == "McNemar inverted (Tango)"
     assert accuracy.difference.low < 0 < accuracy.difference.high and accuracy.p_value == 1.0
 
 
@@ -110,14 +103,6 @@ def test_groups_replace_mcnemar_by_randomisation() -> None:
     assert accuracy.verdict == "no difference shown"  # four groups cannot fall below p = 1/8
 
 
-def test_randomisation_equals_mcnemar_on_accuracy() -> None:
-    left, right = np.arange(60) < 45, np.arange(60) % 3 > 0
-    stacked = np.concatenate([left, right]).astype(float) / 60
-    only_left, only_right = int(np.sum(left & ~right)), int(np.sum(~left & right))
-    found = randomisation(lambda weights: weights @ stacked, 60, spec=EvaluateSpec(resamples=20_000))
-    assert found == pytest.approx(mcnemar(only_left, only_right), abs=0.02)
-
-
 def test_losses_of_any_rows_are_compared_by_token() -> None:
     generator = np.random.default_rng(7)
     tokens = generator.integers(5, 200, size=150)
@@ -137,16 +122,40 @@ def test_different_rows_are_refused() -> None:
         compare_losses(RowLosses("a", np.ones(2), np.array([1, 2])), RowLosses("b", np.ones(2), np.array([1, 3])), QUICK)
 
 
+def trial(seed: int, gain: float) -> Callable[[EvaluateSpec], Comparison]:
+    """A trial whose losses are `gain` below those of the base, and scatter."""
+    generator = np.random.default_rng(seed)
+    base = generator.normal(3, 1, 40)
+    losses = base - gain + 0.3 * generator.normal(size=40)
+    tokens = np.ones(40, dtype=np.int64)
+    return partial(compare_losses, RowLosses(f"trial {seed}", losses, tokens), RowLosses("base", base, tokens))
+
+
 def test_holm_corrects_for_the_number_of_comparisons_and_keeps_their_order() -> None:
-    """Holm's own steps: the smallest times m, the next times m - 1, never falling; verdicts follow."""
-    gain = Estimate(-0.1, -0.2, -0.05, 50, "BCa bootstrap")
-    p_values = (0.03, 0.01, 0.02, 0.9)
-    given = [Comparison(f"trial {p}", "base", "loss", gain, p, "paired randomisation", False, "better") for p in p_values]
-    found = holm(given)
-    assert [round(one.p_value, 6) for one in found] == [0.06, 0.04, 0.06, 0.9]
-    assert [one.verdict for one in found] == ["no difference shown", "better", "no difference shown", "no difference shown"]
-    assert [one.left for one in found] == [one.left for one in given] and "Holm over 4" in found[0].test
-    assert holm([]) == () and holm(given[:1])[0].p_value == 0.03
+    """Holm's own steps: the smallest times m, the next times m - 1, never falling."""
+    spec = EvaluateSpec(resamples=4000)
+    given = [trial(seed, gain) for seed, gain in enumerate((0.1, 0.3, 0.12, 0.0))]
+    alone, found = [one(spec) for one in given], holm(given, spec)
+    by_p = sorted(range(4), key=lambda index: alone[index].p_value)
+    expected, last = [0.0] * 4, 0.0
+    for rank, index in enumerate(by_p):
+        expected[index] = last = max(last, min(1.0, (4 - rank) * alone[index].p_value))
+    assert [one.p_value for one in found] == expected
+    assert [one.left for one in found] == [one.left for one in alone] and "Holm over 4" in found[0].test
+    assert holm([], spec) == () and holm(given[:1], spec)[0].p_value == alone[0].p_value
+
+
+def test_intervals_of_many_comparisons_widen_with_their_p_values() -> None:
+    """After Holm's correction too, an interval touches zero exactly where p says that no difference is shown."""
+    spec = EvaluateSpec(resamples=1500)
+    seen = set()
+    for start in range(0, 60, 6):
+        given = [trial(seed, 0.03 * (seed % 6)) for seed in range(start, start + 6)]
+        alone = [one(spec) for one in given]
+        for before, one in zip(alone, holm(given, spec, beside=2), strict=True):
+            assert one.difference.excludes_zero == (one.p_value < 0.05) == (one.verdict != "no difference shown")
+            seen.add((before.verdict != "no difference shown", one.verdict != "no difference shown"))
+    assert seen == {(True, True), (True, False), (False, False)}
 
 
 SPEC = EvaluateSpec(resamples=100)

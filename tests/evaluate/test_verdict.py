@@ -9,7 +9,7 @@ from lorakeet.evaluate.verdict import verdict_of
 
 def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "accuracy") -> Comparison:
     difference = Estimate(value, value - 0.04, value + 0.04, 379, "BCa bootstrap", 0.95, 0)
-    return Comparison("adapter", right, metric, difference, 0.01, "exact McNemar", metric in ("accuracy", "exact_match"), verdict)
+    return Comparison("adapter", right, metric, difference, 0.01, "McNemar", metric in ("accuracy", "exact_match"), verdict)
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,23 @@
-"""Compares systems on the same rows: paired differences, exact or randomisation tests, and verdicts."""
+"""Compares systems on the same rows: paired differences with interval and test of one procedure, and verdicts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import HIGHER_IS_BETTER, Answers, accuracy, log_loss, macro_f1
-from lorakeet.evaluate.intervals import Estimate, Floats, Statistic, bootstrap, ratio
+from lorakeet.evaluate.intervals import Estimate, Floats, Statistic, ratio
 from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.paired import MCNEMAR, RANDOMISATION, Paired, score_difference, typical_difference
 from lorakeet.evaluate.spec import EvaluateSpec
 
 Verdict = Literal["better", "worse", "no difference shown"]
-_CELLS = 2_000_000
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Row counts by which of two systems is right; `only_left` and `only_right` are discordant."""
-
-    both: int
-    only_left: int
-    only_right: int
-    neither: int
-
-    @property
-    def n(self) -> int:
-        return self.both + self.only_left + self.only_right + self.neither
 
 
 @dataclass(frozen=True)
@@ -50,13 +35,6 @@ class Comparison:
     paired: Paired | None = None
 
 
-def mcnemar(only_left: int, only_right: int) -> float:
-    """The two-sided p-value of the exact McNemar test: discordant rows fall on either side with probability 1/2."""
-    if only_left + only_right == 0:
-        return 1.0
-    return min(1.0, 2 * float(special.bdtr(min(only_left, only_right), only_left + only_right, 0.5)))
-
-
 def pair(left: Answers, right: Answers) -> Paired:
     """Counts the rows that both, one or neither of two systems answers correctly."""
     mine, other = left.correct, right.correct
@@ -66,37 +44,42 @@ def pair(left: Answers, right: Answers) -> Paired:
 def compare_answers(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[Comparison, ...]:
     """Paired comparisons in accuracy, macro-F1 and log-loss.
 
-    Accuracy is tested by exact McNemar (over groups: by randomisation); macro-F1 and log-loss by randomisation, which
-    exchanges the two systems' answers on random rows (Noreen 1989). A verdict needs both test and interval.
+    Accuracy has McNemar's test (over groups: randomisation); macro-F1 and log-loss have randomisation, which exchanges the two
+    systems' answers on random rows (Noreen 1989).
     """
     _same_rows(left, right)
-    stacked = Answers(
-        f"{left.system}|{right.system}", left.labels, np.tile(left.truth, 2), np.concatenate([left.log_probs, right.log_probs])
-    )
     paired = pair(left, right)
+    systems, groups = (left.system, right.system), left.groups
     results = []
     for metric, make in (("accuracy", accuracy), ("macro_f1", macro_f1), ("log_loss", log_loss)):
-        difference = _difference(make(left), make(right), n=paired.n, spec=spec, groups=left.groups)
         counts = paired if metric == "accuracy" else None
-        difference, p_value, test = _tested(difference, counts, make(stacked), spec=spec, groups=left.groups)
-        higher = HIGHER_IS_BETTER[metric]
-        verdict = paired_verdict(difference, p_value, higher_is_better=higher)
-        results.append(Comparison(left.system, right.system, metric, difference, p_value, test, higher, verdict, paired))
+        tested = _tested(counts, _minus(make(left), make(right)), paired.n, spec, groups)
+        results.append(_comparison(systems, metric, tested, higher_is_better=HIGHER_IS_BETTER[metric], paired=paired))
     return tuple(results)
 
 
+def _minus(left: Statistic, right: Statistic) -> Statistic:
+    return lambda weights: left(weights) - right(weights)
+
+
+Tested = tuple[Estimate, float, str]  # the difference with its interval, the p-value, and the name of the test
+
+
 def _tested(
-    difference: Estimate,
-    paired: Paired | None,
-    stacked: Statistic,
-    *,
-    spec: EvaluateSpec,
-    groups: Sequence[Hashable] | None,
-) -> tuple[Estimate, float, str]:
-    """The difference, widened if it is flat, its p-value and the test: exact McNemar for `paired` answers without groups."""
+    paired: Paired | None, statistic: Statistic, n: int, spec: EvaluateSpec, groups: Sequence[Hashable] | None
+) -> Tested:
+    """Interval and test of one procedure: McNemar for `paired` answers without groups, else randomisation."""
     if paired is not None and groups is None:
-        return _widen_if_flat(difference, paired), mcnemar(paired.only_left, paired.only_right), "exact McNemar"
-    return difference, randomisation(stacked, difference.n, spec=spec, groups=groups), "paired randomisation"
+        return (*score_difference(paired, spec.confidence), MCNEMAR)
+    return (*typical_difference(statistic, n, spec=spec, groups=groups), RANDOMISATION)
+
+
+def _comparison(
+    systems: tuple[str, str], metric: str, tested: Tested, *, higher_is_better: bool, paired: Paired | None = None
+) -> Comparison:
+    difference, p_value, test = tested
+    verdict = paired_verdict(difference, higher_is_better=higher_is_better)
+    return Comparison(*systems, metric, difference, p_value, test, higher_is_better, verdict, paired)
 
 
 def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Comparison:
@@ -105,13 +88,9 @@ def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Com
         raise DataError(
             f"'{left.system}' and '{right.system}' were scored on different rows or tokens; score the same file with both."
         )
-    n, tokens = len(left.tokens), left.tokens.astype(np.float64)
-    gap = left.losses - right.losses
-    difference = bootstrap(lambda weights: (weights @ gap) / (weights @ tokens), n, spec=spec, groups=left.groups)
-    summed = np.concatenate([left.losses, right.losses]) / tokens.sum()
-    difference, p_value, test = _tested(difference, None, lambda weights: weights @ summed, spec=spec, groups=left.groups)
-    verdict = paired_verdict(difference, p_value, higher_is_better=False)
-    return Comparison(left.system, right.system, "loss", difference, p_value, test, False, verdict)
+    tokens, gap = left.tokens.astype(np.float64), left.losses - right.losses
+    tested = _tested(None, lambda weights: (weights @ gap) / (weights @ tokens), len(tokens), spec, left.groups)
+    return _comparison((left.system, right.system), "loss", tested, higher_is_better=False)
 
 
 def compare_values(
@@ -124,84 +103,44 @@ def compare_values(
 ) -> Comparison:
     """The paired difference of the mean of a metric, higher is better, between two systems' values (n,) on the same rows.
 
-    Values of 0 and 1 alone are tested by exact McNemar (over groups: by randomisation), others by randomisation.
+    Values of 0 and 1 alone have McNemar's test (over groups: randomisation), others have randomisation.
     """
     left, right = values
-    n = len(left)
-    gap = left - right
-    difference = bootstrap(lambda weights: (weights @ gap) / weights.sum(axis=1), n, spec=spec, groups=groups)
-    paired = None
+    gap, paired = left - right, None
     if np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all():
         counts = (left == 1) & (right == 1), (left == 1) & (right == 0), (left == 0) & (right == 1), (left == 0) & (right == 0)
         paired = Paired(*(int(np.sum(each)) for each in counts))
-    both = np.concatenate([left, right]) / n
-    difference, p_value, test = _tested(difference, paired, lambda weights: weights @ both, spec=spec, groups=groups)
-    verdict = paired_verdict(difference, p_value, higher_is_better=True)
-    return Comparison(*systems, metric, difference, p_value, test, True, verdict, paired)
+    tested = _tested(paired, lambda weights: (weights @ gap) / weights.sum(axis=1), len(left), spec, groups)
+    return _comparison(systems, metric, tested, higher_is_better=True, paired=paired)
 
 
-def holm(comparisons: Sequence[Comparison], *, beside: int = 0) -> tuple[Comparison, ...]:
-    """Adjusts p-values for multiple comparisons (Holm 1979); the verdicts hold jointly.
+def holm(
+    compare: Sequence[Callable[[EvaluateSpec], Comparison]], spec: EvaluateSpec, *, beside: int = 0
+) -> tuple[Comparison, ...]:
+    """Comparisons adjusted for their number (Holm 1979): p-values, verdicts and intervals hold jointly.
 
-    The k-th smallest of m p-values is multiplied by m − k + 1, and none is below the one before it. `beside` counts further
-    comparisons that the same rows ruled out before, taken as the largest p-values.
+    The k-th smallest of m p-values is multiplied by m − k + 1, and none is below the one before it. Each interval is of the
+    confidence that fits its factor f, 1 − (1 − confidence)/f. `beside` counts further comparisons that the same rows ruled out
+    before, taken as the largest p-values.
     """
-    order = sorted(range(len(comparisons)), key=lambda index: comparisons[index].p_value)
-    found, last = list(comparisons), 0.0
+    alone = [one(spec) for one in compare]
+    order = sorted(range(len(alone)), key=lambda index: alone[index].p_value)
+    found, last = list(alone), 0.0
     for rank, index in enumerate(order):
-        one = comparisons[index]
+        one = alone[index]
         last = max(last, min(1.0, (len(order) + beside - rank) * one.p_value))
-        verdict = paired_verdict(one.difference, last, higher_is_better=one.higher_is_better)
-        found[index] = replace(one, p_value=last, test=f"{one.test}, Holm over {len(order) + beside}", verdict=verdict)
+        factor = last / one.p_value if one.p_value else len(order) + beside - rank
+        wider = replace(spec, confidence=1 - (1 - spec.confidence) / factor)
+        test = f"{one.test}, Holm over {len(order) + beside}"
+        found[index] = replace(compare[index](wider), p_value=last, test=test)
     return tuple(found)
 
 
-def randomisation(stacked: Statistic, n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> float:
-    """The two-sided p-value of a randomisation test that exchanges left and right on random rows, or groups of rows.
-
-    `stacked` takes weights (draws, 2n): the left system's rows, then the right system's. Exact at any n; with k rows or
-    groups it cannot fall below 2^(1-k), so a handful of rows proves nothing.
-    """
-    ones, zeros = np.ones((1, n)), np.zeros((1, n))
-    observed = abs(_gap(stacked, ones, zeros))
-    numbers: dict[Hashable, int] = {}
-    index = np.array([numbers.setdefault(group, len(numbers)) for group in (range(n) if groups is None else groups)])
-    generator = np.random.default_rng([spec.seed, 1])
-    at_once, reached = max(1, _CELLS // (2 * n)), 0
-    for start in range(0, spec.resamples, at_once):
-        draws = min(at_once, spec.resamples - start)
-        swapped = generator.integers(0, 2, size=(draws, len(numbers))).astype(np.float64)[:, index]
-        reached += int(np.sum(np.abs(_gap(stacked, 1 - swapped, swapped)) >= observed - 1e-12))
-    return (reached + 1) / (spec.resamples + 1)
-
-
-def _gap(stacked: Statistic, left: Floats, right: Floats) -> NDArray[np.float64]:
-    return stacked(np.concatenate([left, right], axis=1)) - stacked(np.concatenate([right, left], axis=1))
-
-
-def _difference(left: Statistic, right: Statistic, *, n: int, spec: EvaluateSpec, groups: Sequence[Hashable] | None) -> Estimate:
-    return bootstrap(lambda weights: left(weights) - right(weights), n, spec=spec, groups=groups)
-
-
-def _widen_if_flat(difference: Estimate, paired: Paired) -> Estimate:
-    """Bonett and Price's (2012) interval if all rows have the same difference and the bootstrap has no width.
-
-    p = (discordant one way + 1)/(n + 2), q the other way:  (p - q) ± z sqrt((p + q - (p - q)²)/(n + 2))
-    """
-    if difference.low < difference.high:
-        return difference
-    p, q = ((count + 1) / (paired.n + 2) for count in (paired.only_left, paired.only_right))
-    reach = float(special.ndtri(0.5 + difference.confidence / 2)) * math.sqrt((p + q - (p - q) ** 2) / (paired.n + 2))
-    low, high = max(-1.0, p - q - reach), min(1.0, p - q + reach)
-    value = difference.value
-    return Estimate(value, min(low, value), max(high, value), paired.n, "Bonett-Price", difference.confidence)
-
-
-def paired_verdict(difference: Estimate, p_value: float, *, higher_is_better: bool) -> Verdict:
-    """The verdict on the left system; "no difference shown" unless interval and test agree."""
-    if not difference.excludes_zero or p_value >= 1 - difference.confidence:
+def paired_verdict(difference: Estimate, *, higher_is_better: bool) -> Verdict:
+    """The verdict on the left system: "no difference shown" if the interval touches zero, which is if the test says so."""
+    if not difference.excludes_zero:
         return "no difference shown"
-    return "better" if (difference.value > 0) == higher_is_better else "worse"
+    return "better" if (difference.low > 0) == higher_is_better else "worse"
 
 
 def _same_rows(left: Answers, right: Answers) -> None:
@@ -245,8 +184,7 @@ def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], sp
     method = f"t over rows and {len(left)} seeds"
     difference = Estimate(value, value - reach, value + reach, len(tokens), method, spec.confidence)
     p_value = 2 * float(special.stdtr(freedom, -abs(value) / error))
-    verdict = paired_verdict(difference, p_value, higher_is_better=False)
-    return Comparison(left[0].system, right[0].system, "loss", difference, p_value, method, False, verdict)
+    return _comparison((left[0].system, right[0].system), "loss", (difference, p_value, method), higher_is_better=False)
 
 
 def _mean(runs: Sequence[RowLosses]) -> RowLosses:

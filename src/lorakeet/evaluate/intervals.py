@@ -110,7 +110,7 @@ def bootstrap(
     """
     if n < 1:
         raise DataError("An interval needs at least one row: 0 rows. Evaluate on a file that has rows.")
-    units, index = _units(n, groups)
+    units, index = numbered_units(n, groups)
     value = float(statistic(np.ones((1, n)))[0])
     draws = np.sort(np.concatenate([statistic(weights) for weights in resample_weights(n, spec=spec, groups=groups)]))
     tail = (1 - spec.confidence) / 2
@@ -125,7 +125,7 @@ def bootstrap(
 
 def resample_weights(n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> Iterator[Floats]:
     """Counts of each row in each of `spec.resamples` resamples, as (draws, n) arrays; the same for the same seed."""
-    units, index = _units(n, groups)
+    units, index = numbered_units(n, groups)
     generator = np.random.default_rng(spec.seed)
     at_once = max(1, _CELLS // max(n, units))
     for start in range(0, spec.resamples, at_once):
@@ -135,7 +135,8 @@ def resample_weights(n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] |
         yield counts if groups is None else counts[:, index]
 
 
-def _units(n: int, groups: Sequence[Hashable] | None) -> tuple[int, Integers]:
+def numbered_units(n: int, groups: Sequence[Hashable] | None) -> tuple[int, Integers]:
+    """The number of independent units, rows or groups, and the unit of each row (n,)."""
     if groups is None:
         return n, np.arange(n)
     if len(groups) != n:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from lorakeet.evaluate.calibration import ReliabilityBin
-from lorakeet.evaluate.compare import Paired
 from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.paired import Paired
 from lorakeet.evaluate.wording import number
 
 _SQUARES = 1000  # most squares drawn; with more rows, each stands for several
@@ -50,9 +50,9 @@ class Axis:
     ticks: tuple[float, ...]
 
     def at(self, value: float) -> float:
-        """The position of `value` in percent, clamped to the chart."""
+        """The position of `value` in percent, clamped to the chart; NaN is at its end."""
         position = 100 * (value - self.low) / (self.high - self.low)
-        return round(min(100.0, max(0.0, position)), 2) if math.isfinite(position) else 100.0
+        return 100.0 if math.isnan(position) else round(min(100.0, max(0.0, position)), 2)
 
     def label(self, tick: float) -> str:
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else tick

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,8 +270,8 @@ class Trials:
         others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
         # those that were stopped count too: the same rows chose them
         stopped = sum(not trial.whole and trial.losses is not None for trial in self.all[1:])
-        compared = [compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None]
-        against = holm(compared, beside=stopped)
+        compared = [partial(compare_losses, losses, start.losses) for _, losses in others if start.losses is not None]
+        against = holm(compared, spec, beside=stopped)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
         results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
         return Search(results, len(self.rows.search), power, chosen.name, conclusion, "" if best is None else best.name)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from lorakeet.evaluate.compare import compare_losses, compare_values
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.paired import Paired, score_difference, typical_difference
+from lorakeet.evaluate.spec import EvaluateSpec
+
+SPEC = EvaluateSpec(resamples=999)
+
+
+def agree(difference, p_value: float) -> bool:  # type: ignore[no-untyped-def]
+    return bool(difference.excludes_zero == (p_value < 1 - difference.confidence))
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_the_interval_of_a_share_touches_zero_exactly_if_the_test_shows_nothing(confidence: float) -> None:
+    shown = 0
+    for n in (1, 2, 5, 6, 7, 12, 40, 379):
+        for b, c in product(range(0, min(n, 30) + 1), repeat=2):
+            if b + c <= n:
+                found, p_value = score_difference(Paired(0, b, c, n - b - c), confidence)
+                assert agree(found, p_value), (n, b, c)
+                assert -1 <= found.low <= found.value <= found.high <= 1
+                shown += found.excludes_zero
+    assert shown > 200
+
+
+def test_the_interval_of_a_mean_touches_zero_exactly_if_the_test_shows_nothing() -> None:
+    """Over many paired samples of every shape: symmetric, skewed, with ties, with groups, of few rows."""
+    generator, verdicts = np.random.default_rng(0), []
+    for number in range(400):
+        n = int(generator.integers(2, 60))
+        shift = generator.choice([0.0, 0.3, 0.6])
+        rows = [generator.normal(size=n), generator.exponential(size=n) - 1, generator.integers(-2, 3, n)][number % 3] + shift
+        groups = tuple(int(row) // 3 for row in range(n)) if number % 4 == 0 else None
+        tokens = generator.integers(1, 9, n)
+        base = RowLosses("base", 20.0 + 0 * rows, tokens, groups)
+        found = compare_losses(RowLosses("adapter", 20.0 + rows, tokens, groups), base, SPEC)
+        assert agree(found.difference, found.p_value) and found.difference.excludes_zero == ("no" not in found.verdict)
+        values = generator.choice([0.0, 0.5, 1.0], size=(2, n), p=[0.3, 0.4, 0.3])
+        other = compare_values(("adapter", "base"), "token_f1", (values[0], values[1]), SPEC, groups=groups)
+        assert agree(other.difference, other.p_value)
+        verdicts.append(found.verdict)
+    assert {"better", "worse", "no difference shown"} == set(verdicts)
+
+
+def test_the_score_interval_solves_its_own_equation() -> None:
+    """At each limit the likelihood-constrained statistic is the normal quantile; the constrained maximum is found numerically."""
+    b, c, n, z = 12, 4, 60, stats.norm.ppf(0.975)
+    found, p_value = score_difference(Paired(30, b, c, n - 30 - b - c), 0.95)
+    assert p_value == pytest.approx(2 * stats.norm.sf(8 / 4))
+    for limit, sign in ((found.low, 1), (found.high, -1)):
+
+        def against(q: float, limit: float = limit) -> float:  # −log likelihood of b, c where the shares differ by `limit`
+            return -(b * math.log(q + limit) + c * math.log(q) + (n - b - c) * math.log(1 - 2 * q - limit))
+
+        lowest = max(0.0, -limit) + 1e-9
+        q = optimize.minimize_scalar(against, bounds=(lowest, (1 - limit) / 2 - 1e-9), options={"xatol": 1e-12}).x
+        assert (b - c - n * limit) / math.sqrt(n * (2 * q + limit - limit**2)) == pytest.approx(sign * z, abs=1e-4)
+
+
+def test_typical_values_are_the_inverted_randomisation_test() -> None:
+    """All 2^10 ways to exchange the systems, at values around each limit: kept within, rejected beyond."""
+    rows = np.random.default_rng(3).normal(0.5, 1, 10)
+    found, p_value = typical_difference(
+        lambda weights: (weights @ rows) / weights.sum(axis=1), 10, spec=EvaluateSpec(resamples=60_000)
+    )
+    signs = np.array(list(product((-1, 1), repeat=10)))
+
+    def exact(value: float) -> float:
+        gaps = signs @ (rows - value)
+        observed = float(np.sum(rows - value))
+        return 2 * min(float(np.mean(gaps >= observed - 1e-12)), float(np.mean(gaps <= observed + 1e-12)))
+
+    assert p_value == pytest.approx(exact(0.0), abs=0.01)
+    reach = 0.1 * (found.high - found.low)
+    assert exact(found.low - reach) < 0.05 < exact(found.low + reach)
+    assert exact(found.high + reach) < 0.05 < exact(found.high - reach)
+
+
+def test_fewer_than_six_rows_have_an_interval_without_an_end() -> None:
+    for n, ends in ((5, False), (6, True)):
+        found, _ = typical_difference(lambda weights: weights.sum(axis=1) / weights.sum(axis=1), n, spec=SPEC)
+        assert math.isfinite(found.low) == ends
+        assert (score_difference(Paired(0, n, 0, 0), 0.95)[0].low > 0) == ends
+
+
+@pytest.mark.parametrize("n", [10, 30, 64])
+def test_shares_are_covered_at_small_n_and_false_alarms_are_few(n: int) -> None:
+    """The share of samples, weighed by their exact probability, whose interval has the true difference."""
+    for gain, loss in ((0.05, 0.05), (0.1, 0.02), (0.3, 0.0), (0.3, 0.1), (0.25, 0.25)):
+        covered, alarms = 0.0, 0.0
+        for b in range(n + 1):
+            for c in range(n - b + 1):
+                weight = float(stats.multinomial.pmf([b, c, n - b - c], n, [gain, loss, 1 - gain - loss]))
+                if weight < 1e-7:
+                    continue
+                found, _ = score_difference(Paired(0, b, c, n - b - c), 0.95)
+                covered += weight * (found.low <= gain - loss <= found.high)
+                alarms += weight * found.excludes_zero
+        assert covered > 0.925, (gain, loss)
+        assert gain != loss or alarms < 0.055
