@@ -57,12 +57,12 @@ def share_interval(method: str, b: int, c: int, n: int) -> tuple[Estimate, bool]
     return found, found.excludes_zero and b + c > 0 and bool(stats.binomtest(b, b + c).pvalue < 0.05)
 
 
-def mean_interval(method: str, rows: Floats) -> tuple[Estimate, bool]:
+def mean_interval(method: str, rows: Floats, spec: EvaluateSpec) -> tuple[Estimate, bool]:
     """The interval of a mean difference, and whether a difference is shown."""
-    found, p_value = typical_difference(lambda weights: (weights @ rows) / weights.sum(axis=1), len(rows), spec=SPEC)
+    found, p_value = typical_difference(lambda weights: (weights @ rows) / weights.sum(axis=1), len(rows), spec=spec)
     if method == "randomisation inverted":
         return found, found.excludes_zero
-    before = mean(rows, spec=SPEC)
+    before = mean(rows, spec=spec)
     return before, before.excludes_zero and p_value < 0.05
 
 
@@ -89,7 +89,8 @@ def means(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
         covered, widths, alarms = [], [], []
         for name, shape in SHAPES.items():
             chance = np.random.default_rng(seed)
-            intervals = [mean_interval(method, shape(chance, n)) for _ in range(samples)]
+            specs = (EvaluateSpec(resamples=1000, seed=number) for number in range(samples))  # draws of its own for each sample
+            intervals = [mean_interval(method, shape(chance, n), spec) for spec in specs]
             covered.append(np.mean([one.low <= 0 <= one.high for one, _ in intervals]))
             widths.append(np.mean([one.high - one.low for one, _ in intervals]))
             if name in SYMMETRIC:
