@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lorakeet.formats.files.safetensors_file import SafeFile
+from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import read_into, skeleton
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import INDEX, SINGLE, tensor_files
@@ -34,7 +35,8 @@ def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
             take_generation_settings(model, source)
         else:
             with quiet_transformers():
-                model, report = AutoModelForCausalLM.from_pretrained(
+                model, report = read_native(
+                    AutoModelForCausalLM,
                     source,
                     config=config,
                     dtype=dtype,
@@ -74,7 +76,7 @@ def take_generation_settings(model: Any, source: Path) -> None:
 def _generation(source: Path) -> GenerationConfig:
     """Returns the folder's generation settings, from their own file or config.json."""
     try:
-        return GenerationConfig.from_pretrained(source, local_files_only=True)
+        return read_native(GenerationConfig, source, local_files_only=True)
     except OSError:
         name = {"config_file_name": "config.json", "_from_model_config": True}
-        return GenerationConfig.from_pretrained(source, local_files_only=True, **name)
+        return read_native(GenerationConfig, source, local_files_only=True, **name)

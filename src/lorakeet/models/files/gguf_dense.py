@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from lorakeet.formats.files.gguf_header import PART_BYTES, GgufHeader
 from lorakeet.formats.files.safetensors_file import stream_safetensors
 from lorakeet.kernels.cache import cache_folder
+from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.gguf_copy import content_digest, make_whole, require_disk_space
 from lorakeet.models.files.gguf_packed import one_by_one, stored_shapes, tensors_of
 from lorakeet.models.files.gguf_validate import ARCHITECTURE, config_of_gguf, reading, require_gguf
@@ -77,7 +79,7 @@ def _convert(path: Path, out: Path) -> None:
         _through_transformers(path, out)
         return
     with reading(path):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer: Any = read_native(AutoTokenizer, path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(out)
         del tokenizer
         tensors = {tensor.name: tensor for tensor in tensors_of(path, config, packed=False)}
@@ -95,11 +97,12 @@ def _convert(path: Path, out: Path) -> None:
 
 
 def _through_transformers(path: Path, out: Path) -> None:
-    """Converts the file with transformers."""
-    with reading(path):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    """Converts the file with transformers, in a folder of its own: an adapter beside it would be loaded too."""
+    with reading(path), TemporaryDirectory(prefix="lorakeet-") as alone:
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        tokenizer: Any = read_native(AutoTokenizer, path.parent, gguf_file=path.name)
+        model: Any = read_native(
+            AutoModelForCausalLM, alone, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         model.config.quantization_config = None
         del model.config.quantization_config

@@ -33,6 +33,7 @@ from lorakeet.errors import DataError, Problems, readable
 from lorakeet.formats.files.gguf_file import FileTensor, GgufFile
 from lorakeet.formats.files.safetensors_file import stored_bytes, stream_safetensors
 from lorakeet.kernels.cache import cache_folder
+from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.gguf_copy import content_digest, make_whole, require_disk_space
 from lorakeet.models.files.gguf_validate import config_of_gguf, reading, require_gguf
 from lorakeet.models.files.quantized import packable, skeleton
@@ -119,7 +120,7 @@ def packed_types(path: Path) -> dict[str, str]:
 
 def _write(path: Path, out: Path) -> None:
     config = config_of_gguf(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: Any = read_native(AutoTokenizer, path.parent, gguf_file=path.name)
     tensors = {tensor.name: tensor for tensor in tensors_of(path, config)}
     shapes = {name: shape for tensor in tensors.values() for name, shape in stored_shapes(tensor).items()}
     require_disk_space(path, out.parent, stored_bytes(shapes, {"format": "pt"}))

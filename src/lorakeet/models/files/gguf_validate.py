@@ -20,6 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from lorakeet.errors import DataError, EnvironmentProblem, Problems
 from lorakeet.formats.files.gguf_header import GgufHeader, check_gguf
+from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.quiet import quiet_transformers
 
@@ -69,7 +70,7 @@ def config_of_gguf(path: Path) -> Any:
             "compute something else. Use the model's safetensors folder."
         )
     with reading(path):
-        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config: Any = read_native(AutoConfig, path.parent, gguf_file=path.name)
         _check_shapes(path, header, config)
     return config
 

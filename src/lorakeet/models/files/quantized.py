@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.models import modules
+from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import misfits_in, refused, require_whole
@@ -121,7 +122,7 @@ def quantised_model(stored_model: StoredModel, config: Any, spec: QuantSpec) -> 
 def skeleton(config: Any) -> Any:
     """Returns the model that `config` describes, on the meta device."""
     with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(plain_config(config))
+        return build_native(AutoModelForCausalLM, plain_config(config))
 
 
 def read_into(empty: Any, reads: Mapping[str, Callable[[], Any]], dtype: torch.dtype, **settings: Any) -> Loaded:

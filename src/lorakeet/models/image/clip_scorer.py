@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from lorakeet.data.images.folder import Pixels
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quiet import quiet_transformers
 
 AT_ONCE = 8  # images or prompts in one batch
@@ -56,17 +57,17 @@ def load_scorer(path: str, device: torch.device | None = None) -> ImageScorer:
     """
     with quiet_transformers():
         try:
-            kind = transformers.AutoConfig.from_pretrained(path).model_type
+            kind = read_native(transformers.AutoConfig, path).model_type
             if kind != "clip":
                 raise ConfigError(
                     f"diffusion.scorer is '{path}', a {kind} model; expected CLIP, such as openai/clip-vit-large-patch14."
                 )
-            model, report = transformers.CLIPModel.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            model, report = read_native(
+                transformers.CLIPModel, path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             if lacking := sorted(report["missing_keys"]):  # transformers would initialise them at random
                 raise ValueError(f"it lacks {len(lacking)} of its weights ({', '.join(lacking[:3])}, …).")
-            processor = transformers.CLIPProcessor.from_pretrained(path)
+            processor = read_native(transformers.CLIPProcessor, path)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:  # from broken files
             raise EnvironmentProblem(
                 f"diffusion.scorer '{path}' cannot be loaded: {error} Expected a folder of a CLIP model with its tokenizer and "

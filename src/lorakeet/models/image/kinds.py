@@ -46,6 +46,7 @@ KINDS: dict[str, ImageKind] = {
         ImageKind("flux", "FluxPipeline", TRANSFORMER, True, 1, {"prompt_2": None}, 512, FLUX_GUIDANCE, negative=False),
     )
 }
+NOT_LOADED = ("safety_checker", "feature_extractor")  # parts of Stable Diffusion 1 that nothing here uses
 PIPELINES: dict[str, ImageKind] = {kind.pipeline: kind for kind in KINDS.values()}
 
 

@@ -20,9 +20,19 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.components import with_components
 from lorakeet.models.families import DIFFUSION
+from lorakeet.models.files.foreign_code import read_native, require_native_parts
 from lorakeet.models.image.denoiser import METHODS, denoiser_files, load_denoiser, variant_in
 from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quiet_diffusers
-from lorakeet.models.image.kinds import ENCODERS, FLUX_SIDE, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
+from lorakeet.models.image.kinds import (
+    ENCODERS,
+    FLUX_SIDE,
+    NOT_LOADED,
+    PIPELINES,
+    TOKENIZERS,
+    Conditioning,
+    ImageKind,
+    predicted,
+)
 from lorakeet.models.image.noise import Noising, noising_of
 from lorakeet.models.image.schedule import scheduler_for
 from lorakeet.models.image.single_file import load_single, open_single, single_denoiser_files
@@ -322,7 +332,8 @@ def _folder_of(spec: ModelSpec, given: Mapping[str, Any]) -> Path:
     path = Path(spec.path).expanduser()
     if path.is_dir():
         return path
-    return Path(diffusers().DiffusionPipeline.download(spec.path, revision=spec.revision, use_safetensors=True, **given))
+    fetch = partial(diffusers().DiffusionPipeline.download, trust_remote_code=False)
+    return Path(fetch(spec.path, revision=spec.revision, use_safetensors=True, **given))
 
 
 def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[ImageKind, Any]:
@@ -343,9 +354,10 @@ def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]
             say(f"{folder} has weights of the variant {variant} alone; they are read.")
         files = denoiser_files(folder / kind.denoiser, variant)
         extra[kind.denoiser] = load_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
-        return kind, getattr(diffusers(), kind.pipeline).from_pretrained(
-            folder, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, variant=variant, **extra
-        )
+        return kind, read_native(
+            getattr(diffusers(), kind.pipeline), folder, torch_dtype={"default": dtype, "vae": torch.float32},
+            use_safetensors=True, variant=variant, **extra,
+        )  # fmt: skip
 
 
 def _kind_of(spec: ModelSpec) -> tuple[ImageKind, dict[str, Any]]:
@@ -357,10 +369,11 @@ def _kind_of(spec: ModelSpec) -> tuple[ImageKind, dict[str, Any]]:
         )
     with quiet_diffusers(), _as_problem(spec):
         index = diffusers().DiffusionPipeline.load_config(spec.path, revision=spec.revision)
+    require_native_parts(spec.path, index, NOT_LOADED)
     name = index.get("_class_name", "")
     if name not in PIPELINES:
         raise ConfigError(f"{spec.path} is a {name or 'pipeline without a name'}; expected {', '.join(PIPELINES)}.")
-    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    checker = {**dict.fromkeys(NOT_LOADED), "requires_safety_checker": False}
     return PIPELINES[name], checker if PIPELINES[name].name == "sd" else {}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from transformers import CLIPTextConfig, T5Config
 
 from lorakeet.errors import ConfigError, nearest
+from lorakeet.models.files.foreign_code import read_native, require_native_parts
 from lorakeet.models.image.diffusers_import import diffusers, quiet_diffusers
-from lorakeet.models.image.kinds import ENCODERS, PIPELINES
+from lorakeet.models.image.kinds import ENCODERS, NOT_LOADED, PIPELINES
 
 Shapes = Mapping[str, Any]  # _class_name of the pipeline, and the configurations of its parts and of its scheduler, by name
 
@@ -43,6 +44,7 @@ def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Sh
     try:
         with quiet_diffusers():
             index = package.DiffusionPipeline.load_config(name, revision=revision)
+            require_native_parts(name, index, NOT_LOADED)
             kind = PIPELINES.get(index.get("_class_name", ""))
             if kind is None:
                 raise ConfigError(
@@ -57,7 +59,7 @@ def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Sh
                 encoder = (index.get(part) or [None, None])[1]
                 if encoder is not None:
                     owner = T5Config if encoder.startswith("T5") else CLIPTextConfig
-                    config = owner.from_pretrained(name, subfolder=part, revision=revision or "main")
+                    config = read_native(owner, name, subfolder=part, revision=revision or "main")
                     shapes[part] = {**config.to_dict(), "_class_name": encoder}
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

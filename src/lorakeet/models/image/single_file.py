@@ -24,6 +24,7 @@ from torch import nn
 
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors
+from lorakeet.models.files.foreign_code import no_foreign_code, read_native
 from lorakeet.models.image.denoiser import DenoiserFiles
 from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image.shapes import Shapes, published_shapes, shapes_in
@@ -93,7 +94,7 @@ def load_single(single: SingleFile, dtype: torch.dtype, unet: Callable[[], nn.Mo
             given |= {name: _tokenizer(single.shapes, name, say) for name in _tokenizer_names(single.shapes)}
             config = _write_configurations(single.shapes, Path(folder))
         try:
-            with quiet_diffusers():
+            with quiet_diffusers(), no_foreign_code(config):
                 given["unet"] = unet()
                 pipeline = owner.from_single_file(str(single.file.path), config=config, torch_dtype=torch.float32, **given)
         except SingleFileComponentError as error:
@@ -252,7 +253,7 @@ def _tokenizer(shapes: Shapes, name: str, say: Callable[[str], None]) -> Any:
     hub = SDXL if "text_encoder_2" in shapes else SD2 if pad == "!" else SD1
     say(f"Fetching the tokenizer of {hub} from the model hub.")
     try:
-        found = CLIPTokenizer.from_pretrained(hub, subfolder=name)
+        found = read_native(CLIPTokenizer, hub, subfolder=name)
         if len(found) < _MERGES:  # without files, transformers returns an empty one
             raise OSError(f"the tokenizer that was found has {len(found)} tokens")
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ from lorakeet.memory.transfer import CudaTransfer, HostTransfer
 from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.files.fingerprint import fingerprint
+from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.packing import packing_of
 from lorakeet.models.files.quantized import WeightHook, limits_of_packing, read_into, skeleton, stored_model_of
 from lorakeet.models.files.quiet import quiet_transformers
@@ -149,7 +150,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """Returns the model that `config` describes, on the meta device, with eager attention and tied weights; outside ledgers."""
     with _disable_current_modes(), torch.device("meta"), quiet_transformers():
         plain = skeleton(config).config
-        model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
+        model = build_native(AutoModelForCausalLM, plain, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     return model
 

@@ -27,6 +27,7 @@ from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.shape_only import ShapeStore
 from lorakeet.models.families import Family, family_of
+from lorakeet.models.files.foreign_code import build_native, read_native
 from lorakeet.models.files.gguf_validate import config_of_gguf
 from lorakeet.models.files.packing import Packing, packing_of
 from lorakeet.models.files.quantized import plain_config
@@ -67,10 +68,10 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
         with quiet_transformers():
             if local is None:
                 say(f"Fetching the config.json of {name} from the model hub.")
-                return AutoConfig.from_pretrained(name, revision=spec.revision)
+                return read_native(AutoConfig, name, revision=spec.revision)
             if local.suffix.lower() == ".gguf":
                 return config_of_gguf(local)
-            return AutoConfig.from_pretrained(local, local_files_only=True)
+            return read_native(AutoConfig, local, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError, struct.error, StrictDataclassError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
@@ -105,7 +106,7 @@ def model_from_config(
     device = torch.device(device)
     with quiet_transformers(), torch.device(device):
         own = plain_config(config)  # a copy, into which transformers writes the dtype
-        model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
+        model = build_native(AutoModelForCausalLM, own, dtype=dtype, attn_implementation="eager")
     model = model.requires_grad_(False).eval()
     quantize = quantize or QuantSpec()
     put_packed(model, packing_of(model, config, quantize, files), device, in_int8=quantize.int8_products)

@@ -20,6 +20,7 @@ from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
 from lorakeet.models.files.dense import load_dense, take_generation_settings
+from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import load_quantised
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source
@@ -116,7 +117,7 @@ def load_tokenizer(folder: Path) -> Any:
     """Loads the tokenizer in `folder`; DataError if it cannot be read."""
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return read_native(AutoTokenizer, folder, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise DataError(
             f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}. Fetch it again."
@@ -138,7 +139,7 @@ def read_config(source: Path) -> Any:
     require_architecture(source)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, local_files_only=True)
+            config = read_native(AutoConfig, source, local_files_only=True)
         if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
             config.quantization_config = {"quant_method": METHOD, **json.loads((source / OLD_CONFIG).read_text(encoding="utf-8"))}
     except (ValueError, OSError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
