@@ -159,7 +159,8 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(
 
     monkeypatch.setattr("os.fsync", note)
     write_gguf(tiny_llama_folder, None, out, tokenizer=load_tokenizer(tiny_llama_folder))
-    assert synced == [(out.stat().st_ino, out.stat().st_size, False)]
+    file, folder = ((found.st_ino, found.st_size) for found in (out.stat(), tmp_path.stat()))
+    assert [(inode, size) for inode, size, _ in synced] == [file, folder] and [there for *_, there in synced] == [False, True]
 
 
 def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:

@@ -67,6 +67,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
     assert not (run / "report.json").exists()
 
 
+def test_metrics_that_cannot_be_written_are_a_message(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(tiny_llama_folder, rows, run)) == 0
+    victim = tmp_path / "victim"
+    victim.write_bytes((run / "metrics.jsonl").read_bytes())
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to(victim)
+    before = victim.read_bytes()
+    capsys.readouterr()
+    assert main(["finetune", "--resume", str(run)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"metrics.jsonl could not be written in {run}: the system refused" in said and victim.read_bytes() == before
+
+
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
     """No file may grow above `size` bytes: what a full disk or quota looks like to a process."""

@@ -61,8 +61,12 @@ def test_types_of_llama_cpp_go_through_its_quantiser(finished: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_folder_for_ollama(finished: Any, tmp_path: Path, separate: bool) -> None:
+    said = io.StringIO()
     out = tmp_path / "ollama"
-    found = export(ExportOptions(str(finished.path), out=out, to="ollama", quant="f32", separate=separate), console=quiet())
+    options = ExportOptions(str(finished.path), out=out, to="ollama", quant="f32", separate=separate)
+    found = export(options, console=Console(file=said))
+    assert ("Ollama from 0.34.1 refuses a Modelfile with ADAPTER" in said.getvalue()) is separate
+    assert ("leave out --separate: the adapter is then merged" in said.getvalue()) is separate
     assert found.certificate is not None and found.certificate.passed
     names = {"Modelfile", "README.md", "certificate.json", "model.gguf"} | ({"adapter.gguf"} if separate else set())
     assert {path.name for path in out.iterdir()} == names

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
+from lorakeet.disk import write_whole
 from lorakeet.errors import DataError
 
 SPLIT_FORMAT = 1
@@ -87,8 +88,8 @@ def split_record(
 
 
 def write_split_record(path: Path, record: dict[str, object]) -> None:
-    """Writes split.json."""
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    """Writes split.json, whole or not at all."""
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_split_record(path: Path) -> dict[str, object]:

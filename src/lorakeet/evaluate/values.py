@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from lorakeet.disk import write_whole
 from lorakeet.errors import DataError, nearest
 
 T = TypeVar("T")
@@ -47,12 +47,7 @@ def to_text(value: Any) -> str:
 
 def put_text(path: Path, text: str) -> None:
     """Writes `text` to `path` atomically. Raises OSError if the system refuses."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, text.encode("utf-8"))
 
 
 def from_text(kind: type[T], text: str, *, where: str) -> T:

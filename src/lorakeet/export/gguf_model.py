@@ -24,8 +24,9 @@ from lorakeet.errors import Problems
 from lorakeet.export.gguf_layout import ModelLayout, model_layout
 from lorakeet.export.gguf_vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
 from lorakeet.export.merged_tensors import MergedTensors
+from lorakeet.formats.files.gguf_array import WholeArray
 from lorakeet.formats.files.gguf_header import gguf_package
-from lorakeet.formats.files.whole_output import new_output, require_new
+from lorakeet.formats.files.whole_output import new_output, require_free, require_new
 from lorakeet.formats.gguf import tensor_names
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
@@ -71,7 +72,7 @@ class _Item:
         shape = tuple(rows.shape)
         for part in parts(shape) if shape else [...]:
             values = rows[part].contiguous().numpy()  # type: ignore[index]
-            gguf_package().quants.quantize(values, self.kind).tofile(file)
+            gguf_package().quants.quantize(values, self.kind).view(WholeArray).tofile(file)
 
 
 class GgufTensors(MergedTensors):
@@ -136,8 +137,8 @@ def write_gguf(
     name, why = name_for_llama_cpp(str(values.pop(NAME, "")), merged.layout.architecture.name, vocabulary)
     values |= {NAME: name} if name else {}
     notes += [why] if why else []
-    with new_output(out, sum(item.nbytes for item in items), "The model") as partial:
-        _write(partial, merged.layout, vocabulary, items, values, on_progress)
+    with new_output(out, sum(item.nbytes for item in items), "The model") as made:
+        _write(made, merged.layout, vocabulary, items, values, on_progress)
     types = Counter(item.type for item in items)
     return GgufModel(out, out.stat().st_size, dict(types), (*merged.notes, *notes))
 
@@ -188,6 +189,10 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        header = writer.fout[0].tell()
+        sizes = (header, *(item.nbytes for item in items))
+        needed = sum(writer.ggml_pad(size, writer.data_alignment) for size in sizes)
+        require_free(path.parent, needed, "The model", written=header)
         for number, item in enumerate(items, 1):
             writer.write_tensor_data(item)
             if on_progress is not None:

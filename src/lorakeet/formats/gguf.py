@@ -27,6 +27,7 @@ from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.components import table
 from lorakeet.formats.files import gguf_header
 from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.formats.files.gguf_array import WholeArray
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.json_object import parse_object
@@ -157,11 +158,13 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unu
         B = pair.B.float() if alpha else pair.B.float() * pair.scale
         heads = layout.heads_of(module)
         for slot, factor in ((_A, pair.A.float()), (_B, permute(B, heads) if heads else B)):
-            writer.add_tensor(names[module] + slot, factor.detach().cpu().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            writer.add_tensor(names[module] + slot, factor.detach().cpu().contiguous().numpy().view(WholeArray))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Adapter:

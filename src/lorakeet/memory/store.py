@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakeet.disk import FULL, create, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 
@@ -38,9 +38,9 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _REFUSALS = {
     errno.ENOSPC: "its disk is full",
     errno.EDQUOT: "the quota of its disk is used up",
+    errno.EFBIG: "a limit on the size of files ends before that",
     errno.EROFS: "its disk is read-only",
 }
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "Delete it: it is made again."
 _ENTRY_BYTES = 256  # header bytes reserved for each tensor
 _PADDING = "padding."
@@ -147,19 +147,11 @@ def new_store(path: Path, *, identity: Mapping[str, str], tensors: int, size: in
                 f"The store {path} needs {bytes_text(size)}, but its disk has {bytes_text(free)} free. Free some space, or name "
                 "a folder on another disk with memory.store."
             )
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        partial = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                writer = StoreWriter(file, header_bytes=(2 * tensors + 16) * _ENTRY_BYTES)
-                writer.begin()
-                yield writer
-                writer.finish(identity)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_whole(path) as made, create(made) as file:
+            writer = StoreWriter(file, header_bytes=(2 * tensors + 16) * _ENTRY_BYTES)
+            writer.begin()
+            yield writer
+            writer.finish(identity)
 
 
 @contextmanager
@@ -169,7 +161,7 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = _REFUSALS.get(error.errno or 0, error.strerror)
-        first = "Free some space, or name" if error.errno in _DISK_FULL else "Name"
+        first = "Free some space, or name" if error.errno in FULL else "Name"
         raise StoreRefused(f"The store {path} cannot be written: {why}. {first} another folder with memory.store.") from error
 
 

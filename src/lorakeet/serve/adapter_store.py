@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorakeet.disk import flush
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import save_text
@@ -123,6 +124,7 @@ class AdapterStore:
         part.parent.mkdir(exist_ok=True)
         try:
             yield part
+            flush(part)
             place = self._incoming_folder(name, uploader)
             place.mkdir(parents=True, exist_ok=True)
             os.replace(part, place / file)
@@ -146,6 +148,8 @@ class AdapterStore:
             number = 1 + max((int(p.name.rpartition("@")[2]) for p in self._uploads(name)), default=0)
             place = self.folder / UPLOADS / f"{name}@{number}"
             os.rename(came, place)
+            flush(place)
+            flush(place.parent)
             try:
                 registry.load(name, place, replace=replace, private=True)
             except BaseException:

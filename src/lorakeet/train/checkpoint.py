@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.disk import write_new
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, stream_safetensors
@@ -234,7 +235,7 @@ def _several(found: Any) -> list[str]:
 
 
 def _write(path: Path, data: bytes) -> str:
-    durable.write_plain(path, data)
+    write_new(path, data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -1,40 +1,32 @@
-"""Atomic writes of folders and files, safe against a killed process and a full disk.
+"""Atomic replacement of folders, safe against a killed process and a full disk.
 
-A folder NAME is written as `.NAME.partial`, flushed, and renamed to `.NAME.ready`, which commits it. Then the old NAME is renamed
-to `.NAME.old`, the new one to NAME, and the old one is deleted. `recover` finishes an interrupted replacement.
+A folder NAME is made whole as `.NAME.ready` (`disk.written_whole`), which commits it. Then the old NAME becomes `.NAME.old`, the
+new one NAME, and the old one is deleted. `recover` finishes an interrupted replacement.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lorakeet.disk import FULL, erase, flush, written_whole
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder that replaces `target` when the block ends; on an error nothing changes."""
-    partial, ready = _beside(target, "partial"), _beside(target, "ready")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in sorted(partial.rglob("*"), reverse=True):
-            flush(path)
-        flush(partial)
-        os.rename(partial, ready)
-    except BaseException:
-        _remove(partial)
-        raise
+    ready = _beside(target, "ready")
+    erase(ready)  # of a process that was killed before its run was opened again
+    with written_whole(ready) as made:
+        made.mkdir()
+        yield made
     _put_in_place(target)
 
 
@@ -43,46 +35,17 @@ def recover(folder: Path) -> None:
     for ready in sorted(folder.glob(".*.ready")):
         _put_in_place(folder / ready.name[1 : -len(".ready")])
     for old in sorted(folder.glob(".*.old")):
-        _remove(old)
+        erase(old)
     for partial in sorted(folder.glob(".*.partial")):
-        _remove(partial)
+        erase(partial)
 
 
 def remove_folder(folder: Path) -> None:
     """Deletes `folder`; it is renamed first, so that its name never means a part of it."""
     old = _beside(folder, "old")
-    _remove(old)
+    erase(old)
     os.rename(folder, old)
-    _remove(old)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` atomically."""
-    partial = _beside(path, "partial")
-    try:
-        write_plain(partial, data)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    flush(path.parent)
-
-
-def write_plain(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` and syncs it to disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush(path: Path) -> None:
-    """Syncs a file, or the entries of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    erase(old)
 
 
 @contextmanager
@@ -116,20 +79,13 @@ def refusal(error: Exception, remedy: str) -> tuple[str, str]:
 
 def _put_in_place(target: Path) -> None:
     ready, old = _beside(target, "ready"), _beside(target, "old")
-    if target.exists():
-        _remove(old)
+    if os.path.lexists(target):
+        erase(old)
         os.rename(target, old)
     os.rename(ready, target)
     flush(target.parent)
-    _remove(old)
+    erase(old)
 
 
 def _beside(target: Path, state: str) -> Path:
     return target.parent / f".{target.name}.{state}"
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

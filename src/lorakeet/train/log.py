@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorakeet.disk import open_in_place
 from lorakeet.errors import DataError, EnvironmentProblem
 
 Record = Mapping[str, float | int | None]
@@ -28,21 +29,22 @@ class MetricsLog:
                 f"{path} has {size} bytes, but the checkpoint was written after {keep}: the file was changed. "
                 "Restore the original, or start a new run."
             )
-        self._file = path.open("ab")
+        self._file = open_in_place(path)
         self._file.truncate(keep)
+        self._file.seek(keep)
         self.offset = keep
 
     def write(self, record: Record) -> None:
         """Appends one record; NaN and infinity become null."""
         finite = {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
         line = (json.dumps(finite) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
+        rest = memoryview(line)
+        while rest:  # on a disk with little space a part is written, and the next call says that it is full
+            rest = rest[self._file.write(rest) :]
         self.offset += len(line)
 
     def flush(self) -> None:
         """Syncs all records to disk."""
-        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

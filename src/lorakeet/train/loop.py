@@ -141,7 +141,8 @@ class Training(Generic[BatchT]):
             self.report.say(f"{self.run.path} has no intact checkpoint yet; it starts again at step 0.")
         if resume and (snapshot is None or snapshot.best is None) and self.run.adapter.exists():
             durable.remove_folder(self.run.adapter)  # it is from a later state than the run
-        self.metrics = MetricsLog(self.run.metrics, keep=self.at.metrics_bytes)
+        with self._writing("metrics.jsonl"):
+            self.metrics = MetricsLog(self.run.metrics, keep=self.at.metrics_bytes)
         self.sink = sink_for(self.spec.log_to, self.run.path, step=self.at.step)
 
     def _sync_processes(self) -> None:
@@ -380,7 +381,8 @@ class Training(Generic[BatchT]):
         with self._writing("metrics.jsonl"):
             self.metrics.write(record)
         if self.sink is not None:
-            self.sink.write(record)
+            with self._writing(f"The {self.spec.log_to} log"):
+                self.sink.write(record)
 
     def _stop_diverged(self, what: str) -> None:
         """Raises RunStopped. A resumed run would repeat the same step, so the remedy is a new run."""

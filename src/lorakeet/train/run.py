@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakeet.errors import ConfigError
+from lorakeet.disk import open_in_place, write_whole
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.train import durable
 
 
@@ -98,8 +99,16 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """A context that locks this run against other processes; the lock ends with the process."""
-        with (self.path / ".lock").open("wb") as file:
+        """A context that locks this run against other processes; the lock ends with the process.
+
+        ConfigError if another process has it, EnvironmentProblem if its file cannot be written or is none.
+        """
+        try:
+            lock = open_in_place(self.path / ".lock")
+        except OSError as error:
+            why, remedy = durable.refusal(error, "Free some space, or choose another --out.")
+            raise EnvironmentProblem(f"{self.path / '.lock'} could not be opened: {why} ({error}). {remedy}") from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -110,4 +119,4 @@ class RunFolder:
 
     def write(self, path: Path, text: str) -> None:
         """Writes one file of the run atomically (config.yaml, split.json, the report)."""
-        durable.write_file(path, text.encode())
+        write_whole(path, text.encode())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
+from lorakeet.disk import written_whole
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.formats.compare import LIMIT, AdapterDifference, compare_adapters
 from lorakeet.formats.components import with_components, without_component
@@ -22,7 +21,6 @@ from lorakeet.formats.compress import CompressionTarget, fold_dora
 from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
 from lorakeet.formats.files.base_model import CONFIG, BaseModel, check_fits, open_base
 from lorakeet.models.files.source import find_source, on_this_machine
-from lorakeet.train.durable import flush
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ConvertOptions
 from lorakeet.workflows.runs.output_paths import require_place, writing
@@ -92,10 +90,10 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
             f"--rank and --error say how what is no pair becomes one, but every change in {found.path} is a pair, which {to} "
             f"takes as it is. Leave them out; lorakeet merge {source} --to adapter --rank N --out OUT cuts pairs."
         )
-    with writing(str(out), "Free some space or choose another place for OUT."), _in_place(out) as partial:
+    with writing(str(out), "Free some space or choose another place for OUT."), written_whole(out) as made:
         written = without_component(adapter) if to == "peft" else adapter
-        format_of(to).write(written, partial, base=known, say=say)
-        read = detect(partial)
+        format_of(to).write(written, made, base=known, say=say)
+        read = detect(made)
         if read.format != to:
             raise VerificationFailed(f"What was written as {to} looks like {read.format} ({read.evidence}). Please report this.")
         back = with_components(read_found(read, base=known, say=lambda _: None))
@@ -141,24 +139,6 @@ def _check_out(out: Path, to: Target) -> None:
     if not suffix and out.suffix in {one.SUFFIX for one in FORMATS if one.SUFFIX}:
         raise ConfigError(f"OUT is {out}, but {to} is a folder; expected a name without {out.suffix}.")
     require_place(out)
-
-
-@contextmanager
-def _in_place(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write to, which becomes `out` when the block ends; on an error nothing is left."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    try:
-        stage.mkdir()
-        yield stage / out.name
-        for path in sorted((stage / out.name).rglob("*")):
-            flush(path)
-        flush(stage / out.name)
-        os.rename(stage / out.name, out)
-        flush(out.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _ranks(adapter: Adapter) -> Counter[int]:

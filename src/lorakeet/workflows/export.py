@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorakeet.disk import written_whole
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, read_report
@@ -62,6 +63,12 @@ class Exported:
             "passed": None if self.certificate is None else self.certificate.passed,
             "certificate": None if self.certificate is None else encode(self.certificate),
         }
+
+
+_REFUSES_ADAPTERS = (
+    "Ollama from 0.34.1 refuses a Modelfile with ADAPTER, so a folder of --separate is for older versions and for llama.cpp. "
+    "For a newer Ollama leave out --separate: the adapter is then merged into the model."
+)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ def _to_ollama(job: _Job, out: Path) -> GgufModel:
     """The folder, whole or not at all: the Modelfile beside the GGUF files."""
     if job.options.separate:
         _require_separable(job.opened)
+        job.console.print(_REFUSES_ADAPTERS, soft_wrap=True)
     model = _ollama_model(job)
     with new_folder(out) as folder:
         if model.adapter:
@@ -220,15 +228,10 @@ def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
         quant = job.options.quant
         if quant in DIRECT:
             return write(out, quant=quant)
-        wide, unfinished = out.with_name(f".{out.name}.wide"), out.with_name(f".{out.name}.partial")
-        try:
-            wide.unlink(missing_ok=True)
+        with written_whole(out) as made:
+            wide = made.with_name(f"{out.name}.wide")
             kept = write(wide, quant=_wide(job.source))
-            quantise(wide, unfinished, quant)
-            unfinished.replace(out)
-        finally:
-            wide.unlink(missing_ok=True)
-            unfinished.unlink(missing_ok=True)
+            quantise(wide, made, quant)
     return GgufModel(out, out.stat().st_size, dict(GgufFile(out).tensor_types), kept.notes)
 
 

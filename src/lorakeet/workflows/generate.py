@@ -17,6 +17,7 @@ from torch import Tensor
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.images.folder import png_of
+from lorakeet.disk import write_new
 from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems, nearest
 from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.combine import CombineSpec, combination
@@ -92,9 +93,9 @@ def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
     pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(requests))
     with writing(f"The pictures in {out}", "Free some space, or choose another --out."), durable.new_folder(out) as folder:
         for picture, one in zip(pictures, latents, strict=True):
-            durable.write_plain(folder / picture.file, png_of(image_model.decode(one[None])[0].numpy()))
+            write_new(folder / picture.file, png_of(image_model.decode(one[None])[0].numpy()))
         record = json.dumps([asdict(picture) for picture in pictures], indent=1, ensure_ascii=False)
-        durable.write_plain(folder / "pictures.json", f"{record}\n".encode())
+        write_new(folder / "pictures.json", f"{record}\n".encode())
     say(f"{len(pictures)} pictures in {out}")
     return GenerateResult(out, image_model.name, pictures)
 

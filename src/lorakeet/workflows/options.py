@@ -162,7 +162,7 @@ class ExportOptions:
     )
     quant: Quant = setting("f16", "Quantisation type of the matrices; all but the first four need llama.cpp (lorakeet[llama]).")
     base: str | None = setting(None, _BASE)
-    separate: bool = setting(False, "Write base and adapter as two files instead of merging them (ollama only).")
+    separate: bool = setting(False, "Write base and adapter as two files instead of merging them (ollama before 0.34.1 only).")
     push: bool = setting(False, "Also create the model on a running Ollama server.")
     name: str | None = setting(None, "Name of the model; the default is that of the run folder.")
     host: str = setting("http://127.0.0.1:11434", "Address of the Ollama server for --push.")

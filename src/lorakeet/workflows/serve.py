@@ -35,6 +35,7 @@ from lorakeet.serve.free_cores import FreeCores
 from lorakeet.serve.model_names import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
+from lorakeet.train.durable import new_folder
 from lorakeet.workflows.options import ServeOptions, non_default
 from lorakeet.workflows.runs.output_paths import writing
 
@@ -254,8 +255,8 @@ def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console
             problems.add(f"'{name}': {why}. Give --out FOLDER for an exact copy that vLLM reads correctly.")
         else:
             ready[name] = out / name
-            with writing(str(out), "Free some space, or choose another --out."):
-                peft.write(uniform(adapter), ready[name])
+            with writing(str(out), "Free some space, or choose another --out."), new_folder(ready[name]) as made:
+                peft.write(uniform(adapter), made)
             console.print(f"'{name}': written to {ready[name]} with its scale in B and one rank", soft_wrap=True)
     problems.raise_if_any()
     limits = {"--max-lora-rank": max(ranks), "--max-loras": min(len(ready), 8), "--max-cpu-loras": len(ready)}

@@ -21,6 +21,7 @@ from rich.text import Text
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.core.initialise import seed_for
 from lorakeet.core.spec import LoraSpec
+from lorakeet.disk import write_whole
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.report.rank_values import Search
@@ -29,7 +30,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.text.cached_states import cached_states
-from lorakeet.train.durable import new_folder, write_file
+from lorakeet.train.durable import new_folder
 from lorakeet.train.text.task import order_of
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.finetuning.kind import run_kind
@@ -223,6 +224,6 @@ def _write(out: Path, settings: RunConfig, search: Search, setup: TextAssembly, 
         next_commands=(Command(f"lorakeet finetune {out / 'config.yaml'}", "train with the chosen settings"),),
     )
     with writing(f"The search in {out}", "Free some space, or choose another --out."), new_folder(out) as folder:
-        write_file(folder / "config.yaml", dump_yaml(settings).encode())
+        write_whole(folder / "config.yaml", dump_yaml(settings).encode())
         write_report(report, folder)
     console.print(f"Settings: {out / 'config.yaml'}   Report: {out / 'report.html'}", soft_wrap=True)

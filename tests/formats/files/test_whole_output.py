@@ -11,19 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.formats.files.whole_output import new_output, require_new, whole_file
-
-
-def test_a_file_replaces_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_text("old")
-    with pytest.raises(ValueError, match="no"), whole_file(path) as partial:
-        partial.write_text("half")
-        raise ValueError("no")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
-    with whole_file(path) as partial:
-        partial.write_text("new")
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a"]
+from lorakeet.formats.files.whole_output import new_output, require_free, require_new
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -37,7 +25,7 @@ def test_a_full_disk_leaves_nothing_behind(kind: str, tmp_path: Path, monkeypatc
         else:
             partial.write_text("a")
 
-    message = r"The model needs 10 bytes on the disk of .*made, and [\d,]+ are free\. Free some space or name an --out"
+    message = r"The model needs 10 bytes on the disk of .*made, and [\d,]+ are free, but a quota .* before that\. Free some space"
     with pytest.raises(EnvironmentProblem, match=message), new_output(out, 10, "The model") as partial:
         make(partial)
         raise OSError(errno.ENOSPC, "full")
@@ -51,3 +39,16 @@ def test_a_full_disk_leaves_nothing_behind(kind: str, tmp_path: Path, monkeypatc
     assert os.listdir(out.parent) == ["out"]
     with pytest.raises(ConfigError, match="out exists already and is never overwritten"):
         require_new(out)
+
+
+def test_the_check_counts_what_is_written_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+    require_free(tmp_path, 10, "The model", written=1)
+    with pytest.raises(EnvironmentProblem, match=r"needs 11 bytes on the disk of .*, and 9 are free\."):
+        require_free(tmp_path, 11, "The model", written=1)
+
+
+def test_a_link_that_leads_nowhere_is_something(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="out exists already"):
+        require_new(tmp_path / "out")

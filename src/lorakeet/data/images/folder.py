@@ -5,11 +5,11 @@ Pictures in Parquet files, `datasets` folders and hub ids are unpacked into such
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.locate import Location
 from lorakeet.data.read import HUB, SAVED, is_hub_id, read_records
 from lorakeet.data.tables import RowProblems, text_records
+from lorakeet.disk import FULL, erase, write_new, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem, Problems
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -371,26 +372,41 @@ def unpack_pictures(name: str, into: Path, *, limit: int | None = None) -> Path:
     """Writes the pictures of the table `name`, byte for byte, and their captions in metadata.jsonl to a folder below `into`.
 
     The picture is in the first column that has one (datasets' image feature, or plain bytes), the caption in text, caption or
-    prompt. The folder's name is a hash of its content. Raises DataError that names rows without a picture.
+    prompt. The folder's name is a hash of its content. DataError names rows without a picture; EnvironmentProblem: a full disk.
     """
-    partial = into / f"unpacking-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unpacked = into / f"unpacking-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    try:
+        erase(unpacked)
+        with written_whole(unpacked) as made:
+            digest = _unpack(name, made, limit)
+        folder = into / digest
+        if folder.exists():
+            erase(unpacked)
+        else:
+            unpacked.rename(folder)
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EACCES, errno.EROFS):
+            raise
+        raise EnvironmentProblem(
+            f"The pictures of {name} could not be unpacked into {into}: {error.strerror or error}. Free some space, or set "
+            "LORAKEET_CACHE to a folder that can be written."
+        ) from error
+    return folder
+
+
+def _unpack(name: str, into: Path, limit: int | None) -> str:
+    """Writes the pictures and captions of a table to the new folder `into`; a hash of their content."""
+    into.mkdir()
     found, lines = hashlib.sha256(), []
     for number, (content, caption) in enumerate(_pictures(name, limit), start=1):
         ending = next((ending for magic, ending in _MAGIC.items() if content.startswith(magic)), ".png")
         file = f"{number:06}{ending}"
-        (partial / file).write_bytes(content)
+        write_new(into / file, content)
         line = json.dumps({"file_name": file, **({} if caption is None else {"text": caption})}, ensure_ascii=False)
         lines += [] if caption is None else [line]
         found.update(hashlib.sha256(content).digest() + line.encode("utf-8", "surrogatepass"))
-    (partial / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    folder = into / found.hexdigest()[:32]
-    if folder.exists():
-        shutil.rmtree(partial)
-    else:
-        partial.rename(folder)
-    return folder
+    write_new(into / "metadata.jsonl", "\n".join(lines).encode("utf-8"))
+    return found.hexdigest()[:32]
 
 
 def _pictures(name: str, limit: int | None) -> Iterator[tuple[bytes, str | None]]:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.tiled_product import RowSource, matrix_shape
+from lorakeet.disk import create, write_whole, written_whole
 from lorakeet.errors import DataError, Problems, readable
 from lorakeet.formats.files.json_object import parse_object, read_object
-from lorakeet.formats.files.whole_output import whole_file
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _MOST_DIMENSIONS = 64  # torch's own limit
@@ -266,10 +266,10 @@ def stream_safetensors(
     """Writes `path`, asking `fetch` for one tensor after the other; the bytes depend on names and numbers alone.
 
     The header is written first, from `shapes` (dtype and shape by name). A tensor that differs from it raises ValueError.
-    The file is flushed to the disk; the caller renames it into place.
+    The file must be new; it is flushed to the disk, and the caller renames it into place.
     """
     header = _header(shapes, metadata)
-    with path.open("wb") as file:
+    with create(path) as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name in in_order(shapes):
@@ -290,14 +290,13 @@ def stored_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], meta
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
     """Writes `tensors` to `path`, which appears whole or not at all."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
-        stream_safetensors(partial, shapes, fetch=tensors.__getitem__, metadata=metadata)
+    with written_whole(path) as made:
+        stream_safetensors(made, shapes, fetch=tensors.__getitem__, metadata=metadata)
 
 
 def save_text(path: Path, text: str) -> None:
     """Writes `text` to `path`, which appears whole or not at all."""
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    write_whole(path, text.encode("utf-8"))
 
 
 def bytes_of_tensor(tensor: Tensor) -> memoryview:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from lorakeet.disk import written_whole
 from lorakeet.kernels.cache import cache_folder
 
 C_FILES = Path(__file__).parent / "c"
@@ -141,16 +142,12 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 def _compile(compiler: list[str], openmp: Path, target: Path) -> Path:
     """Compiles beside `target` and moves the finished file there, so that processes that start together do not collide."""
-    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as name:
+    with written_whole(target) as made:
         objects = []
         for source in SOURCES:
-            objects.append(str(Path(name) / source.replace(".c", ".o")))
+            objects.append(str(made.with_name(source.replace(".c", ".o"))))
             _run([*compiler, *FLAGS, f"-I{INCLUDE}", "-c", str(C_FILES / source), "-o", objects[-1]])
-        made = Path(name) / target.name
         _run([*compiler, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *objects, str(openmp), "-lm", "-o", str(made)])
-        with made.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(made, target)
     return target
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from lorakeet.disk import write_whole, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem, readable
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
@@ -28,17 +27,11 @@ def make_whole(target: Path, make: Callable[[Path], None]) -> None:
     Raises EnvironmentProblem if it cannot be written.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as work:
-            partial = Path(work) / "copy"
-            make(partial)
-            try:
-                os.replace(partial, target)
-            except OSError:
-                if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
-                    raise
+        with written_whole(target) as made:
+            make(made)
     except (OSError, SafetensorError) as error:
-        raise _unwritten(target, error) from error
+        if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
+            raise _unwritten(target, error) from error
 
 
 def _unwritten(target: Path, error: Exception) -> EnvironmentProblem:
@@ -80,10 +73,7 @@ def content_digest(path: Path) -> str:
     digest = sha256_of(path)
     known[key] = [*stamp, digest]
     try:
-        handle, partial = tempfile.mkstemp(dir=folder, prefix=".digests-")
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(known, out, indent=1)
-        os.replace(partial, note)
+        write_whole(note, json.dumps(known, indent=1).encode())
     except OSError as error:
         raise _unwritten(folder, error) from error
     return digest

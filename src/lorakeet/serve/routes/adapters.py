@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from lorakeet.disk import create
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.adapter_store import AdapterStore
@@ -96,7 +97,7 @@ async def receive(service: Service, caller: Caller, request: Incoming, name: str
     """
     caller.require_admin(name)
     limit, size = service.limits.upload, 0
-    with _store(service).incoming(name, file, _uploader(caller, upload)) as place, place.open("wb") as target:
+    with _store(service).incoming(name, file, _uploader(caller, upload)) as place, create(place) as target:
         async for piece in body_pieces(request, service.limits.pause):
             size += len(piece)
             if size > limit:

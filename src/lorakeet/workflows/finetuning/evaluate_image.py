@@ -16,6 +16,7 @@ from torch import Tensor
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.images.folder import Pixels, open_pixels, png_of
+from lorakeet.disk import write_new
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.compose import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
@@ -167,7 +168,7 @@ class ImageEvaluator:
                 for number, (_, seed) in enumerate(self.requests):
                     name = one.column.replace(" × ", "-")
                     prompt = number // self.config.diffusion.seeds
-                    durable.write_plain(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[number]))
+                    write_new(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[number]))
 
 
 def scaled_adapter(adapter: Adapter, weight: float) -> Adapter:

@@ -1,0 +1,56 @@
+"""Files are written by one module: what the others write goes through it, or into a folder that it has made."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from structure.tree import named, parsed, source_files
+
+TEMPORARY = {"mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "TemporaryFile"}
+WRITERS = {"write_text", "write_bytes", "tofile", *TEMPORARY}
+MODE = re.compile(r"[rbt]*[wxa+][wxabt+]*")  # of a file that is opened for writing
+RENAMES = {"os.rename", "os.replace", "os.link", "os.symlink", "os.open", "shutil.move", "shutil.copyfile", "shutil.copy"}
+# What each file may do by itself, and why that is no artefact at a name that others know.
+ALLOWED = {
+    "disk.py": "the one place",
+    "export/gguf_model.py": "tofile: of an array that writes through the file it is given",
+    "export/model_folder.py": "copies and changes a file inside a new output",
+    "kernels/cpu/compile.py": "TemporaryDirectory: without a cache, for this process",
+    "memory/measure.py": "write_text: of /proc/self/clear_refs",
+    "memory/spill.py": "TemporaryFile: it has no name",
+    "memory/store.py": "os.open: to read",
+    "merge/checkpoint.py": "copies files into a new output",
+    "models/image/single_file.py": "TemporaryDirectory: gone when the model is loaded",
+    "serve/adapter_store.py": "renames uploads inside the server's own folder",
+    "train/durable.py": "renames folders that are whole",
+    "workflows/doctor.py": "TemporaryFile: it has no name",
+}
+
+
+def writes(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The calls of a file that write, open for writing or rename, with their lines."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = [part.value for part in (*node.args, *(word.value for word in node.keywords)) if isinstance(part, ast.Constant)]
+        opens = called.rpartition(".")[2] == "open" and any(isinstance(mode, str) and MODE.fullmatch(mode) for mode in given)
+        if opens or called in RENAMES or called.rpartition(".")[2] in WRITERS:
+            yield node.lineno, called
+
+
+def test_files_are_written_in_one_place() -> None:
+    found = {path: list(writes(parsed(path))) for path in source_files()}
+    writing = {named(path).removeprefix("src/lorakeet/"): calls for path, calls in found.items() if calls}
+    strays = [f"{path}:{line} {call}" for path, calls in writing.items() if path not in ALLOWED for line, call in calls]
+    assert not strays, "write these with lorakeet.disk, so that they are whole or not there:\n" + "\n".join(strays)
+    assert not (ALLOWED.keys() - writing.keys()), "these write no more"
+
+
+def test_a_stray_writer_is_found(tmp_path: Path) -> None:
+    lines = ["path.open('wb')", "open(path, 'a')", "path.write_text('x')", "os.replace(a, b)", "tempfile.mkstemp()"]
+    assert [line for line, _ in writes(ast.parse("\n".join(lines)))] == [1, 2, 3, 4, 5]
+    assert not list(writes(ast.parse("path.open('rb')\nopen(path)\nRun.open(path)\ntext.replace('a', 'w')\n")))
