@@ -116,6 +116,11 @@ class Encoder:
         fitted = self._fit(row) if row.answered else None
         return None if fitted is None else self._prompt_and_answer(fitted.row)
 
+    def longest(self, examples: Iterable[Example]) -> int:
+        """The most tokens of one of `examples`, whichever label it ends with; 0 for none."""
+        most = max((len(example.ids) for example in examples), default=0)
+        return min(most + self._longest_label + _SLACK, max(most, self.spec.max_tokens)) if self.labels else most
+
     def tokens_of(self, row: Row) -> int:
         """The tokens of the whole row, with its longest label if it is near data.max_tokens."""
         return self._length(_Fitted(row, self._tokens(row)))

@@ -53,12 +53,12 @@ from lorakeet.ranks.allocate import pair_parameters, rank_pattern
 from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.assemble_text import within_context
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, Prompts, Replier
 from lorakeet.workflows.finetuning.report import machine, rank_map, versions
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.options import CompressOptions
+from lorakeet.workflows.planning.encoded_rows import within_context
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload, largest_rows
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
@@ -152,7 +152,7 @@ def _chosen(
     opened: Opened, text: TextModel, dataset: Dataset, options: CompressOptions, shares: tuple[float, float], console: Console
 ) -> tuple[_Cut, RankCurve, TextEvaluator]:
     """The cut to write, the curve of all cuts, and the evaluator that measured them."""
-    settings = within_context(opened.config, text, console)
+    settings = within_context(opened.config, text.name, text.context, partial(console.print, markup=False, soft_wrap=True))
     encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
     plan = plan_of(text.model, opened.adapter)
     if options.rows < 1:

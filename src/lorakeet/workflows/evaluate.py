@@ -23,11 +23,11 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
-from lorakeet.workflows.finetuning.assemble_text import within_context
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
+from lorakeet.workflows.planning.encoded_rows import within_context
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
@@ -75,7 +75,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     residency = fit_evaluation(opened.config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload)
     with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = dataclasses.replace(opened, residency=residency).text_model(console)
-        settings = within_context(opened.config, text, console)
+        settings = within_context(opened.config, text.name, text.context, partial(console.print, markup=False, soft_wrap=True))
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
         evaluator = TextEvaluator(settings, text, encoder, rows.rows, console, NAME, own)
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)

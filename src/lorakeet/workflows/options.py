@@ -39,7 +39,7 @@ class PlanOptions:
 
     rank: int | None = setting(None, "Overrides --lora.rank.")
     tokens: int | None = setting(
-        None, "Tokens per row and per micro-batch; overrides --data.max_tokens and --train.micro_tokens."
+        None, "Tokens per row and per micro-batch, whatever rows are given; overrides --data.max_tokens and --train.micro_tokens."
     )
     quantize: Literal["none", "nf4", "int8"] | None = setting(None, "Overrides --model.quantize.")
 

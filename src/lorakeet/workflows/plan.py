@@ -13,15 +13,17 @@ from lorakeet.workflows.options import PlanOptions
 
 
 def plan(config: RunConfig, options: PlanOptions = PlanOptions(), *, console: Console) -> PlanResult:
-    """Plans the run of `config` from the model's configuration, without weights or rows, and prints the plan.
+    """Plans the run of `config` from the model's configuration, without weights, and prints the plan.
 
-    `options` override the settings in `config`. If the run would take more than memory.budget, the result says what would help.
-    Raises ConfigError for an unknown model.
+    Rows that data.train names are read for their lengths, unless `options.tokens` is their length. `options` override the
+    settings in `config`. If the run would take more than memory.budget, the result says what would help. Raises ConfigError for
+    an unknown model, DataError for rows that cannot be used.
     """
     if options.rank is not None:
         config = config.changed(lora={"rank": options.rank})
     if (tokens := options.tokens) is not None:
         config = config.changed(data={"max_tokens": tokens}, train={"micro_tokens": tokens})
+        config = config.changed(data={"train": ""}) if config.kind == "text" else config
     if options.quantize is not None:
         config = config.changed(model={"quantize": dataclasses.replace(config.model.quantize, method=options.quantize)})
     return run_kind(config).plan(config, console)

@@ -50,8 +50,11 @@ def load_text_model(
     slots: int = 2,
     pinned: bool = False,
     changes: Changes | None = None,
+    tokenizer: Any = None,
 ) -> TextModel:
-    """Loads the model of `spec`, frozen and checked; `say` gets messages for the user (default: the log).
+    """Loads the model of `spec`, frozen and checked, with the `tokenizer` of its folder, where that was loaded before.
+
+    `say` gets messages for the user (default: the log).
 
     With a folder `store`, its blocks are streamed from a store there, `slots` of them on the device (models/streaming/model),
     with `changes` made to its weights; `pinned` keeps all of them in pinned host memory, for a CUDA device.
@@ -60,16 +63,14 @@ def load_text_model(
     the check of the head or of the attention fails.
     """
     say = say or logging.getLogger("lorakeet").info
-    source = find_source(spec, say)
-    device = device_for(spec.device)
+    source, device = find_source(spec, say), device_for(spec.device)
     dtype, kernels = dtype_for(spec.dtype, device), kernels_for(spec, device)
     streamed = None
     if store is None:
         model = _model(source, dtype, spec.quantize, say).to(device)
     else:
-        config = read_config(source)
         model, streamed = streamed_model(
-            source, config, dtype, quantize=spec.quantize, folder=store, residence=Residence(slots, device, pinned),
+            source, read_config(source), dtype, quantize=spec.quantize, folder=store, residence=Residence(slots, device, pinned),
             changes=changes, say=say,
         )
         take_generation_settings(model, source)
@@ -80,7 +81,7 @@ def load_text_model(
         )
     text = TextModel(
         model=model,
-        tokenizer=load_tokenizer(source),
+        tokenizer=load_tokenizer(source) if tokenizer is None else tokenizer,
         name=spec.path,
         source=source,
         family=family_of(model.config.get_text_config()),

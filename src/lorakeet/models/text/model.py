@@ -50,6 +50,12 @@ def padded_count(tokens: int, *, few_counts: bool) -> int:
     return tokens + -tokens % max(MULTIPLE, below // COUNTS if few_counts else 0)
 
 
+def context_of(config: Any) -> int | None:
+    """The most tokens of a row of the model with this configuration; None where it sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 @dataclass(frozen=True)
 class PassOptions:
     """How batches pass through a model. The default computes nothing twice and nothing that is not read."""
@@ -101,9 +107,8 @@ class TextModel:
 
     @property
     def context(self) -> int | None:
-        """The most tokens of a row; None where the model sets no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        """The most tokens of a row, as in `context_of`."""
+        return context_of(self.model.config)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Returns the decoder's last hidden states at the positions that predict a target, (targets, hidden).

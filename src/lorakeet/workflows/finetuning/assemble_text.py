@@ -13,7 +13,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
+from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import release_free_memory
@@ -25,7 +25,8 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
-from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, Workload, reads_weights
+from lorakeet.workflows.planning.encoded_rows import EncodedRows
+from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, reads_weights
 from lorakeet.workflows.planning.text_run import fit_text_run
 from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
@@ -93,31 +94,33 @@ def assemble_text(
         raise DataError(
             "No rows are held out, so nothing could be proved. Set data.held_out_fraction above 0, or name a data.held_out file."
         )
-    parts = (dataset.train, dataset.held_out, dataset.test)
-    workload = Workload(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
-    residency = fit_text_run(config, partial(console.print, markup=False, soft_wrap=True), workload)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    rows = EncodedRows(config, (dataset.train, dataset.held_out, dataset.test), dataset.labels, say)
+    residency = fit_text_run(config, say, dataclasses.replace(rows.workload(members), lora=largest))
     device = config.model.device
     sharded = config.train.shard and processes.count > 1  # a device holds its shard only: the whole model is loaded on the host
     model = dataclasses.replace(config.model, device="cpu") if sharded else config.model
-    text = load_text_model(model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned)
+    text = load_text_model(
+        model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned,
+        tokenizer=rows.tokenizer,
+    )  # fmt: skip
     if text.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which only image models are trained: text runs have no loss scale, so small gradients "
             "would become 0. Train with bfloat16 or float32."
         )
-    config = within_context(resolved(config, text), text, console)
+    config = resolved(rows.config, text)
     if sharded:
         config = config.changed(model={"device": device})
     plan = plan_for(text.model, config.lora, text.family)
-    new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded
-    encoder = Encoder(text.tokenizer, config.data, dataset.labels)
-    train, held_out, test = (encode_rows(rows, encoder) for rows in parts)
+    new_token_ids = text.add_tokens(config.lora.new_tokens)  # which `rows` added to the tokenizer
+    train, held_out, test = rows.parts
     if dataset.labels:
-        encoder.candidates(dataset.held_out[0])  # raises now if the template keeps answers from being compared
+        rows.encoder.candidates(dataset.held_out[0])  # raises now if the template keeps answers from being compared
     if config.ranks.choose == "auto":
         config, plan = choose_ranks(config, text, plan, train.examples, console)
     setup = TextAssembly(
-        config=config, plan=plan, dataset=dataset, text=text, encoder=encoder, train=train, held_out=held_out, test=test,
+        config=config, plan=plan, dataset=dataset, text=text, encoder=rows.encoder, train=train, held_out=held_out, test=test,
         new_token_ids=new_token_ids, residency=residency, processes=processes,
     )  # fmt: skip
     _ = setup.cuts  # raises now if they cannot be made
@@ -148,16 +151,6 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
     if directions or reads_weights(setup.config):
         release_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
     return text
-
-
-def within_context(config: RunConfig, text: TextModel, console: Console) -> RunConfig:
-    """The settings with data.max_tokens at most the model's context length; prints a line if it was lowered."""
-    limit, requested = text.context, config.data.max_tokens
-    if limit is None or requested <= limit:
-        return config
-    message = f"data.max_tokens is {requested}, but {text.name} takes rows of at most {limit} tokens; {limit} is used."
-    console.print(message, markup=False, soft_wrap=True)
-    return config.changed(data={"max_tokens": limit})
 
 
 def resolved(config: RunConfig, text: TextModel) -> RunConfig:

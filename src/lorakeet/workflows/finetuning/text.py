@@ -49,8 +49,9 @@ from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunK
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows
 from lorakeet.workflows.planning.check import later_phases, with_later
+from lorakeet.workflows.planning.encoded_rows import workload_of_files
 from lorakeet.workflows.planning.fit import WayChoice, choose, host_memory, too_small_text
-from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, Workload, forecast_run
+from lorakeet.workflows.planning.forecast_text_run import Precision, RowLengths, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
 from lorakeet.workflows.runs.pruning import pruned_plan
 from lorakeet.workflows.runs.residency import RESIDENT
@@ -94,6 +95,7 @@ class TextPlanResult(PlanResult):
     streamed: Streamed | None = None  # how `lorakeet finetune` keeps a budget that is too small for all weights
     least: int | None = None  # the smallest budget that streaming keeps
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or the least that they take
+    lengths: RowLengths | None = None  # of the rows, where there are some
 
     @property
     def unpacks_too_much(self) -> bool:
@@ -109,8 +111,18 @@ class TextPlanResult(PlanResult):
 
     @property
     def micro_batches(self) -> int:
-        """The micro-batches of a step of rows as long as data.max_tokens allows."""
+        """The micro-batches of a step of rows as long as those of the largest one."""
         return math.ceil(self.config.train.batch_size / self.planned.rows.count)
+
+    @property
+    def training_seconds(self) -> float | None:
+        """The time of all steps at that speed: of the rows' tokens, or of rows of data.max_tokens. None if no step is known."""
+        train, lengths = self.config.train, self.lengths
+        if lengths is not None:
+            steps = train.total_steps(math.ceil(lengths.rows / train.batch_size))
+            tokens = steps * min(train.batch_size, lengths.rows) * lengths.tokens / lengths.rows
+            return tokens * self.seconds / self.planned.rows.tokens
+        return None if train.steps is None else train.steps * self.micro_batches * self.seconds
 
     def to_mapping(self) -> dict[str, Any]:
         found = {
@@ -127,8 +139,7 @@ class TextPlanResult(PlanResult):
                 "bytes_per_second": self.speed.bytes,
                 "seconds_at_least": self.seconds,
                 "tokens_per_second_at_most": self.planned.rows.tokens / self.seconds,
-                "training_seconds_at_least": None if (steps := self.config.train.steps) is None
-                else steps * self.micro_batches * self.seconds,
+                "training_seconds_at_least": self.training_seconds,
             }
         return found
 
@@ -147,10 +158,12 @@ def _within_budget(result: TextPlanResult, run: TextRun, planned: TextRunPlan, c
         pinned = host_memory(run, way, plan)[1] if precision.on_gpu else ""
         return dataclasses.replace(result, streamed=streamed, host_memory=pinned)
     model, runtime = run.model, run.runtime(streamed=False)
-    forecast = partial(forecast_run, model_config=model[0], runtime=runtime, files=model[1], returning=True)
+    forecast = partial(
+        forecast_run, model_config=model[0], runtime=runtime, files=model[1], returning=True, workload=run.workload
+    )
 
     def least(other: RunConfig) -> int:
-        return TextRun(other, Workload(), console.print, model).plan(LEAST).peak
+        return TextRun(other, run.workload, console.print, model).plan(LEAST).peak
 
     advice = text_advice(config, precision, planned, forecast, least)
     return dataclasses.replace(result, least=run.plan(LEAST).peak, advice=advice)
@@ -215,16 +228,20 @@ def _speed_text(result: TextPlanResult) -> str:
             f"A micro-batch takes {flops} and {written}; the speed of a CUDA device is not estimated. The plan follows the code "
             "for CUDA devices with shapes on the CPU; its allowances for allocator and CUDA context were not measured on one."
         )
-    rows, train = result.planned.rows, result.config.train
-    if train.steps is None:
-        seconds, what = 1000 / rows.count * result.seconds, "for every 1,000 rows, in each epoch"
+    rows, train, lengths = result.planned.rows, result.config.train, result.lengths
+    seconds, each = result.training_seconds, f"if each row has {rows.length:,} tokens"
+    if lengths is not None:
+        each = f"with the {lengths.tokens:,} tokens of {lengths.rows:,} rows in an epoch"
+    if seconds is None:
+        seconds, what = 1000 / rows.count * result.seconds, "for every 1,000 rows, in each epoch,"
+    elif train.steps is not None:
+        what = f"for the {train.steps:,} steps of {train.batch_size} rows,"
     else:
-        seconds = train.steps * result.micro_batches * result.seconds
-        what = f"for the {train.steps:,} steps of {train.batch_size} rows"
+        what = f"for {train.epochs:g} epochs,"
     rate = rows.tokens / result.seconds
     rate_text = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
     return (
-        f"Training alone takes at least {duration_text(seconds)} here {what}, if each row has {rows.length:,} tokens. A full "
+        f"Training alone takes {'at least' if lengths is None else 'about'} {duration_text(seconds)} here {what} {each}. A full "
         f"micro-batch takes at least {duration_text(result.seconds)}: {flops} at {speed.flops / 1e9:,.0f} GFLOP/s, {written} at "
         f"{speed.bytes / 1e9:.1f} GB/s. So at most {rate_text} tokens a second are trained."
     )
@@ -307,7 +324,8 @@ class TextRunKind(RunKind[TextAssembly]):
             return_freed_memory()  # as a run with a budget does
         model_config, files = config_of(config.model, console.print), local_files(config.model.path)
         speed = None if precision.on_gpu else _measured_speed(precision.products)
-        run = TextRun(config, Workload(), console.print, (model_config, files))
+        workload = workload_of_files(config, model_config, partial(console.print, markup=False, soft_wrap=True))
+        run = TextRun(config, workload, console.print, (model_config, files))
         planned = run.plan(RESIDENT)
         later: tuple[Phase, ...] = ()
         if budget and not precision.on_gpu:  # merging and exporting are checked on the CPU
@@ -315,7 +333,7 @@ class TextRunKind(RunKind[TextAssembly]):
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
         result = TextPlanResult(
             config=config, device=precision.device, planned=_with_unpacking(planned, config, precision), precision=precision,
-            speed=speed, later=later,
+            speed=speed, later=later, lengths=run.lengths,
         )  # fmt: skip
         if planned.peak > budget.bytes:
             result = _within_budget(result, run, planned, console)

@@ -177,24 +177,44 @@ def decompose() -> None:
         torch.linalg.eigh(matrix @ matrix.t())
 
 
-def largest_rows(config: RunConfig) -> RowShape:
-    """The largest micro-batch that a run with these settings can meet, every token of it a target."""
-    length, train = config.data.max_tokens, config.train
-    return filling_rows(length, min(max(length, train.micro_tokens), length * train.batch_size))
+@dataclass(frozen=True)
+class RowLengths:
+    """Tokens of a run's rows: of the longest, with any answer, and of the longest step; the training rows, and their tokens."""
+
+    longest: int
+    step: int
+    rows: int = 0
+    tokens: int = 0
+
+    def within(self, config: RunConfig) -> RowLengths:
+        """The same with rows of at most data.max_tokens."""
+        most = config.data.max_tokens
+        return replace(self, longest=min(self.longest, most), step=min(self.step, most * config.train.batch_size))
+
+
+def largest_rows(config: RunConfig, lengths: RowLengths | None = None) -> RowShape:
+    """The largest micro-batch that a run with these settings can meet, every token of it a target.
+
+    Without `lengths` each row may have data.max_tokens.
+    """
+    train, most = config.train, config.data.max_tokens
+    lengths = RowLengths(most, most * train.batch_size) if lengths is None else lengths.within(config)
+    return filling_rows(lengths.longest, min(max(lengths.longest, train.micro_tokens), lengths.step))
 
 
 @dataclass(frozen=True)
 class Workload:
     """What is in memory before the model: whether rows have labels (None: not known yet), and how many characters they have.
 
-    Rows without labels are answered in words. For a search also how many adapters are in training at once, and the pairs of the
-    largest, if they are not the run's.
+    Rows without labels are answered in words. `lengths` encodes the rows, which are in memory from then on, with the tokenizer.
+    For a search also how many adapters are in training at once, and the pairs of the largest, if they are not the run's.
     """
 
     labelled: bool | None = None
     characters: int = 0
     members: int = 1
     lora: LoraSpec | None = None
+    lengths: Callable[[], RowLengths] | None = None
 
     def floors(self, config: RunConfig, *, on_gpu: bool) -> int:
         """Bytes of the simple baselines: scikit-learn, and the terms of the rows' characters. Nothing on a GPU."""
@@ -203,11 +223,14 @@ class Workload:
         return max(FLOORS, SCIKIT_LEARN + CHARACTER_BYTES * min(self.characters, CHARACTERS))
 
 
-def evaluation_of(config: RunConfig, *, answered: bool = True) -> EvaluationSize:
+def evaluation_of(config: RunConfig, lengths: RowLengths | None = None, *, answered: bool = True) -> EvaluationSize:
     """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate; the texts of the drift;
     and, where rows may end in answers (`answered`), the most replies that are written together.
+
+    Whatever the `lengths` of rows, the few-shot base sees evaluate.examples before them, up to data.max_tokens.
     """
-    length, spec = config.data.max_tokens, config.evaluate
+    spec = config.evaluate
+    length = config.data.max_tokens if lengths is None or spec.examples else lengths.within(config).longest
     at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
     replies = None
     if answered and spec.answers:
@@ -239,22 +262,23 @@ def forecast_run(
     `workload` what is known of the rows, `way` how blocks are streamed, if they are. Raises ConfigError where the settings do not
     fit the model, NotPlanned where its arithmetic cannot be followed.
     """
-    workload = workload or Workload()
-    on_gpu = precision.on_gpu
+    workload, on_gpu = workload or Workload(), precision.on_gpu
+    lengths = None if workload.lengths is None else workload.lengths()
     words = 0 if on_gpu else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
-    rows = largest_rows(config)
+    read = words if lengths is None else 0  # what is encoded is counted in `runtime`, with its tokenizer
+    rows, evaluation = largest_rows(config, lengths), evaluation_of(config, lengths, answered=not workload.labelled)
     build = builder_of(config.model, way, model_config, precision, files)
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, way.together)
 
-    def rehearsed(lora: LoraSpec) -> Rehearsal:
+    def rehearsed(lora: LoraSpec, rows: RowShape = rows) -> Rehearsal:
         with standing_for(precision.device):
             return rehearse(
-                build, lora, config.train, rows=rows, micro_batches=micro_batches, way=way,
-                evaluation=evaluation_of(config, answered=not workload.labelled), best_in_memory=not returning and not on_gpu,
+                build, lora, config.train, rows=rows, micro_batches=micro_batches, way=way, evaluation=evaluation,
+                best_in_memory=not returning and not on_gpu,
             )  # fmt: skip
 
-    found, before = _before_steps(config, rehearsed)
-    training = with_importance(config, found)
+    full = filling_rows(rows.length, max(rows.length, config.train.micro_tokens))
+    found, before = _before_steps(config, rehearsed, partial(rehearsed, rows=full))
     load, final = load_peak(model_config, found, precision), found.peaks[FINAL]
     floors = workload.floors(config, on_gpu=on_gpu)
     adapter = VALUE * finished_plan(config, found.plan).parameters
@@ -264,14 +288,14 @@ def forecast_run(
     if not returning:  # a second base and tokenizer are beside the first: loaded, or compared with it
         loading = add_usage(kept, **load.kinds, runtime=words)
         again = larger_usage(loading, add_usage(final, base=found.base, adapter=2 * adapter, runtime=words))
-    steps = {name: training[name] for name in (STEP, EVALUATE, CHECKPOINT)}
+    steps = {name: peak for name, peak in with_importance(config, found).items() if name in (STEP, EVALUATE, CHECKPOINT)}
     held = {LOAD: load, **before, **steps, FINAL: evaluated, CERTIFY: add_usage(again, runtime=floors)}
     phases = phases_on_gpu if on_gpu else phases_of
-    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, FINAL) if before else (FINAL,))
+    run = phases(held, runtime + read, returning=returning, trimmed_before=(STEP, FINAL) if before else (FINAL,))
 
     def together(members: int, *, searching: bool = True) -> Phase:
         held = while_trying(config, found, rows, members, searching=searching)
-        return phases({SEARCH: held}, runtime + words, returning=returning)[0]
+        return phases({SEARCH: held}, runtime + read, returning=returning)[0]
 
     if way.streamed:
         size = allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes
@@ -290,10 +314,15 @@ def builder_of(spec: ModelSpec, way: Way, model_config: Any, precision: Precisio
     return ModelBuilder(partial(make, name=spec.path, dtype=precision.dtype, files=files, **settings), model_config)
 
 
-def _before_steps(config: RunConfig, rehearsed: Callable[[LoraSpec], Rehearsal]) -> tuple[Rehearsal, dict[str, Usage]]:
-    """The rehearsal of a run, and what it holds while rows are measured and while pairs begin from the weights, where it does."""
+def _before_steps(
+    config: RunConfig, rehearsed: Callable[[LoraSpec], Rehearsal], measured: Callable[[LoraSpec], Rehearsal]
+) -> tuple[Rehearsal, dict[str, Usage]]:
+    """The rehearsal of a run, and what it holds while rows are measured and while pairs begin from the weights, where it does.
+
+    Rows are `measured` in full micro-batches, of more rows than a step has.
+    """
     found = rehearsed(config.lora)
-    measuring = while_measuring(config, found, rehearsed)
+    measuring = while_measuring(config, found, measured)
     before = {} if measuring is None else {SCORE: measuring}
     if config.ranks.choose == "auto":
         found = with_largest_ranks(config, found, rehearsed)
@@ -467,7 +496,7 @@ def while_trying(
     step = found.peaks[STEP]
     own = VALUE * found.plan.parameters
     copies = 2 if found.best_in_memory else 1  # a run keeps its best values too, a trial none
-    tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
+    tokens = max(rows.tokens, min(config.train.micro_tokens, members * rows.tokens))
     moments = step.kinds.get("moments", 2 * own)  # a quarter of that in 8 bits
     more = max(0.0, padded_count(tokens, few_counts=True) / padded_count(rows.tokens, few_counts=False) - 1)
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}

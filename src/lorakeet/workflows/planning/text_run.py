@@ -18,6 +18,7 @@ from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, way_text
 from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
     Precision,
+    RowLengths,
     TextRunPlan,
     Workload,
     decomposes,
@@ -26,7 +27,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     measures_rows,
     text_runtime_bytes,
 )
-from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned
+from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned, RowShape
 from lorakeet.workflows.runs.residency import FEWEST, RESIDENT, MemoryPlan, Residency, Way, with_more
 
 STATES_ON_THE_WAY = 3  # of a micro-batch, about: a block's input, its output, and what else the decoder hands to it
@@ -120,20 +121,30 @@ class TextRun(BudgetedWork[TextRunPlan]):
         source = find_source(self.spec, self.say) if self.given is None else None
         return self.given or (read_config(source), source)  # type: ignore[arg-type]
 
+    @cached_property
+    def lengths(self) -> RowLengths | None:
+        """Those of the rows, encoded now; None where they are not known."""
+        return None if self.workload.lengths is None else self.workload.lengths()
+
+    @property
+    def rows(self) -> RowShape:
+        """The largest micro-batch of a step."""
+        return largest_rows(self.config, self.lengths)
+
     def runtime(self, *, streamed: bool) -> int:
         """Bytes of the process beside the tensors, measured when the first plan of that kind is made: planning itself leaves some
-        behind. On a CUDA device rows do not count.
+        behind. Rows that are encoded are among them. On a CUDA device rows do not count.
         """
         if streamed not in self._runtimes:
             precision = precision_of(self.config)
-            rows = 0 if precision.on_gpu else ROW_BYTES * self.workload.characters
+            rows = ROW_BYTES * self.workload.characters if self.lengths is None and not precision.on_gpu else 0
             self._runtimes[streamed] = text_runtime_bytes(precision, decomposing=decomposes(self.config)) + rows
         return self._runtimes[streamed]
 
     @cached_property
     def batches(self) -> Batches:
-        """The micro-batches of a step of rows as long as data.max_tokens allows."""
-        rows, text = largest_rows(self.config), self.model[0].get_text_config()
+        """The largest micro-batch of a step, and how many a step has at most."""
+        rows, text = self.rows, self.model[0].get_text_config()
         state = rows.tokens * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
         return Batches(math.ceil(self.config.train.batch_size / rows.count), state)
 
@@ -173,7 +184,7 @@ class TextRun(BudgetedWork[TextRunPlan]):
     def size_words(self) -> str:
         members, rank = self.workload.members, self.config.lora.rank
         several = f" and {members} adapters of rank {rank} in training at once" if members > 1 else ""
-        return f", with micro-batches of {largest_rows(self.config).tokens:,} tokens{several}"
+        return f", with micro-batches of {self.rows.tokens:,} tokens{several}"
 
     def advice(self) -> str:
         more = "--together, --rank-choices, " if self.workload.members > 1 else ""

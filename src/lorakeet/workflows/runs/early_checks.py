@@ -48,6 +48,8 @@ def _before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
 
 
 def _before_plan(config: RunConfig, options: PlanOptions) -> None:
+    if options.tokens is None and config.kind == "text":
+        _require_rows(config)
     _require_model(config)
 
 

@@ -1,0 +1,114 @@
+"""The rows of a run as tokens, before its model is loaded: a plan needs their lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorakeet.config import RunConfig
+from lorakeet.data.chat import Encoded, Encoder, encode_rows
+from lorakeet.data.prepare import find_labels
+from lorakeet.data.read import read_rows
+from lorakeet.data.rows import Row
+from lorakeet.errors import DataError
+from lorakeet.models.files.source import bytes_to_unpack, find_source
+from lorakeet.models.text.from_config import local_files
+from lorakeet.models.text.load import load_tokenizer, read_config
+from lorakeet.models.text.model import context_of
+from lorakeet.workflows.planning.forecast_text_run import RowLengths, Workload
+
+Say = Callable[[str], None]
+
+
+class EncodedRows:
+    """Rows in `parts`, the training rows first, encoded by the tokenizer of the run's model when they are first needed.
+
+    `model` is the configuration and the folder of the model; left out, they are found. Raises DataError for rows that cannot be
+    encoded.
+    """
+
+    def __init__(
+        self, config: RunConfig, parts: Sequence[Sequence[Row]], labels: Sequence[str], say: Say,
+        model: tuple[Any, Path] | None = None,
+    ) -> None:  # fmt: skip
+        self.given, self.rows, self.labels, self.say, self.model = config, parts, labels, say, model
+
+    @cached_property
+    def _files(self) -> tuple[Any, Path]:
+        source = find_source(self.given.model, self.say) if self.model is None else self.model[1]
+        return (read_config(source), source) if self.model is None else self.model
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings with data.max_tokens at most the model's context length; says if it was lowered."""
+        return within_context(self.given, self.given.model.path, context_of(self._files[0]), self.say)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with the tokens that the run adds."""
+        found = load_tokenizer(self._files[1])
+        found.add_tokens(list(self.given.lora.new_tokens), special_tokens=True)
+        return found
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.config.data, self.labels)
+
+    @cached_property
+    def parts(self) -> tuple[Encoded, ...]:
+        """Each part as tokens."""
+        return tuple(encode_rows(rows, self.encoder) for rows in self.rows)
+
+    def lengths(self) -> RowLengths:
+        """Tokens of the longest row of any part, of the longest training rows that a step can have, and of all training rows."""
+        train = sorted((len(example.ids) for example in self.parts[0].examples), reverse=True)
+        longest = self.encoder.longest(example for part in self.parts for example in part.examples)
+        return RowLengths(longest, max(longest, sum(train[: self.given.train.batch_size])), len(train), sum(train))
+
+    def workload(self, members: int = 1) -> Workload:
+        """What is known of these rows, for `members` adapters in training at once."""
+        characters = sum(len(row.text) for rows in self.rows for row in rows)
+        return Workload(bool(self.labels), characters, members, lengths=self.lengths)
+
+
+def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workload:
+    """What is known of the rows of data.train, data.held_out and data.test, for `lorakeet plan`, which does not split them.
+
+    Nothing where data.train is empty, or, which is said, where the tokenizer is not on this machine.
+    """
+    data = config.data
+    if not data.train:
+        return Workload()
+    source = _tokenizer_folder(config, say)
+    if source is None:
+        say(
+            f"The tokenizer of {config.model.path} is not on this machine, so the rows of {data.train} are not counted: each is "
+            f"planned with data.max_tokens, {data.max_tokens}."
+        )
+        return Workload()
+    train, *others = (read_rows(name, data) for name in (data.train, data.held_out, data.test) if name)
+    return EncodedRows(config, (train, *others), find_labels(train, data), say, (model_config, source)).workload()
+
+
+def _tokenizer_folder(config: RunConfig, say: Say) -> Path | None:
+    """The folder of a tokenizer that can be loaded here, without fetching or unpacking a model; None if there is none."""
+    local = local_files(config.model.path)
+    if local is None or bytes_to_unpack(config.model):
+        return None
+    source = local if local.is_dir() else find_source(config.model, say)
+    try:
+        load_tokenizer(source)
+    except DataError:
+        return None
+    return source
+
+
+def within_context(config: RunConfig, name: str, limit: int | None, say: Say) -> RunConfig:
+    """The settings with data.max_tokens at most `limit`, the context of the model `name`; says if it was lowered."""
+    requested = config.data.max_tokens
+    if limit is None or requested <= limit:
+        return config
+    say(f"data.max_tokens is {requested}, but {name} takes rows of at most {limit} tokens; {limit} is used.")
+    return config.changed(data={"max_tokens": limit})
