@@ -119,6 +119,7 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     from rich.console import Console
 
     from lorakeet.cli.flags import SettingFlag, given_values
+    from lorakeet.data.spec import NO_ROWS
     from lorakeet.settings import load
     from lorakeet.workflows.runs.early_checks import check_early
 
@@ -134,7 +135,7 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     if verb.config != "none":
         flags = given_values(command, values, lambda param: isinstance(param, SettingFlag))
         if not verb.reads_rows and not values.get("config"):
-            flags.setdefault("data.train", "no rows are read")
+            flags.setdefault("data.train", NO_ROWS)
         config = _config(verb, values.get("config"), getattr(options, "resume", None), flags)
     if verb.checks and launch.count == 1:  # of several processes the first alone decides
         check_early(verb.checks, options, config)

@@ -10,6 +10,8 @@ from typing import Literal
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.setting import setting
 
+NO_ROWS = "no rows are read"  # the data.train of a verb that needs none
+
 
 @dataclass(frozen=True)
 class DataSpec:

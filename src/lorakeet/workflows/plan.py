@@ -7,6 +7,7 @@ import dataclasses
 from rich.console import Console
 
 from lorakeet.config import RunConfig
+from lorakeet.data.spec import NO_ROWS
 from lorakeet.workflows import finetune as _run  # noqa: F401 - so that what a run has in memory is counted
 from lorakeet.workflows.finetuning.kind import PlanResult, run_kind
 from lorakeet.workflows.options import PlanOptions
@@ -23,7 +24,7 @@ def plan(config: RunConfig, options: PlanOptions = PlanOptions(), *, console: Co
         config = config.changed(lora={"rank": options.rank})
     if (tokens := options.tokens) is not None:
         config = config.changed(data={"max_tokens": tokens}, train={"micro_tokens": tokens})
-        config = config.changed(data={"train": ""}) if config.kind == "text" else config
+        config = config.changed(data={"train": NO_ROWS}) if config.kind == "text" else config
     if options.quantize is not None:
         config = config.changed(model={"quantize": dataclasses.replace(config.model.quantize, method=options.quantize)})
     return run_kind(config).plan(config, console)

@@ -12,6 +12,7 @@ from lorakeet.data.chat import Encoded, Encoder, encode_rows
 from lorakeet.data.prepare import find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
+from lorakeet.data.spec import NO_ROWS
 from lorakeet.errors import DataError
 from lorakeet.models.files.source import bytes_to_unpack, find_source
 from lorakeet.models.text.from_config import local_files
@@ -76,10 +77,10 @@ class EncodedRows:
 def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workload:
     """What is known of the rows of data.train, data.held_out and data.test, for `lorakeet plan`, which does not split them.
 
-    Nothing where data.train is empty, or, which is said, where the tokenizer is not on this machine.
+    Nothing where data.train names none, or, which is said, where the tokenizer is not on this machine.
     """
     data = config.data
-    if not data.train:
+    if data.train in ("", NO_ROWS):
         return Workload()
     source = _tokenizer_folder(config, say)
     if source is None:

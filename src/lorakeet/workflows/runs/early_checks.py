@@ -14,7 +14,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images.folder import is_table, require_folder
 from lorakeet.data.locate import locate_model
 from lorakeet.data.read import check_first_record
-from lorakeet.data.spec import DataSpec
+from lorakeet.data.spec import NO_ROWS, DataSpec
 from lorakeet.formats.adapter_format import require_adapter
 from lorakeet.train.launch import launched
 from lorakeet.train.run import RunFolder
@@ -48,7 +48,7 @@ def _before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
 
 
 def _before_plan(config: RunConfig, options: PlanOptions) -> None:
-    if options.tokens is None and config.kind == "text":
+    if options.tokens is None and config.kind == "text" and config.data.train != NO_ROWS:
         _require_rows(config)
     _require_model(config)
 
