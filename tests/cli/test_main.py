@@ -206,3 +206,26 @@ def test_the_shell_is_offered_verbs_flags_and_words() -> None:
     assert "plain,finetune" in offered("lorakeet fi", 1)
     assert "plain,--lora.rank\n" in offered("lorakeet finetune --lora.r", 2)
     assert offered("lorakeet finetune --model.dtype b", 3).split() == ["plain,bfloat16"]
+
+
+def test_the_process_ends_without_a_search_for_cycles() -> None:
+    """With torch loaded the interpreter's last search takes seconds, for which a server that was stopped would still be there."""
+    ending = """
+import atexit, sys
+from lorakeet import __main__
+
+class Knot:
+    def __del__(self):
+        print("searched", flush=True)
+
+def run():
+    knot = Knot()
+    knot.itself = knot
+    return 3
+
+atexit.register(print, "at exit", flush=True)
+__main__.run = run
+__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", ending], capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and done.stdout == "at exit\n", done.stdout + done.stderr

@@ -24,7 +24,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.image.model import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.workflows.generate import _base_of, generate, parse_mix
+from lorakeet.workflows.generate import _base_of, generate
 from lorakeet.workflows.options import GenerateOptions
 from tiny.image_runs import image_config, image_run
 from tiny.pipelines import save_tiny_sd
@@ -164,13 +164,6 @@ def test_sizes_that_do_not_fit(tiny_sd_folder: Path, tmp_path: Path) -> None:
     for size, said in (("16", "expected width x height"), ("18x16", "multiples of 4")):
         with pytest.raises(ConfigError, match=said):
             drawn(tmp_path / "out", model=str(tiny_sd_folder), size=size)
-
-
-def test_mixes_are_read() -> None:
-    assert parse_mix("base") == {} and parse_mix("a") == {"a": 1.0} and parse_mix("a=0.7 + b=-0.3") == {"a": 0.7, "b": -0.3}
-    for text in ("a=x", "=1", "a+a", "a=nan"):
-        with pytest.raises(ConfigError, match="cannot be read"):
-            parse_mix(text)
 
 
 @pytest.mark.parametrize(("name", "value"), [("revision", "v1.1"), ("quantize", "nf4"), ("config", "configurations")])

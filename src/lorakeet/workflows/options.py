@@ -380,7 +380,7 @@ VERBS = (
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions, checks="convert"),
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="export"),
     Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="verify"),
-    Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions),
-    Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True),
+    Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions, checks="generate"),
+    Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True, checks="serve"),
     Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),
 )

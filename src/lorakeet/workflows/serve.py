@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, Problems
+from lorakeet.errors import ConfigError, LorakeetError, Problems
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
 from lorakeet.formats.peft import peft
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
-from lorakeet.memory.budget import Budget, larger_than_machine, parse_size
+from lorakeet.memory.budget import larger_than_machine, parse_size
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
@@ -32,17 +32,14 @@ from lorakeet.serve.access import read_keys
 from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.free_cores import FreeCores
-from lorakeet.serve.model_names import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.options import ServeOptions, non_default
+from lorakeet.workflows.options import ServeOptions
 from lorakeet.workflows.runs.output_paths import writing
+from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
 
 CONTEXT = 2048  # default for the tokens of a prompt and its text
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_VLLM_TOO = {"context": "--max-model-len", "host": "--host", "port": "--port", "dtype": "--dtype"}
-_MISSING = "lorakeet serve needs starlette and uvicorn; install them with: pip install 'lorakeet[serve]'."
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,12 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     adapters = named_paths(options.adapter)
     if options.engine == "vllm":
         return _for_vllm(options, adapters, console)
+    budget = require_servable(options)
+    if warning := larger_than_machine(budget):
+        console.print(warning, soft_wrap=True)
+    from lorakeet.serve.routes.http import build_app, run_server  # whose packages are there
+
     limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit))
-    budget = Budget.parse(options.memory)
-    _check(options, budget, console)
-    try:
-        from lorakeet.serve.routes.http import build_app, run_server
-    except ImportError as error:
-        raise EnvironmentProblem(_MISSING) from error
     access = None if options.keys is None else read_keys(options.keys)
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
@@ -79,8 +75,8 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     text = load_text_model(spec, say=console.print)
     live = ServingModel(text)
     most, context = text.context, options.context
-    if context is not None and (context < 2 or (most is not None and context > most)):
-        raise ConfigError(f"--context is {context}; {text.name} takes between 2 and {most or 'any number of'} tokens.")
+    if context is not None and most is not None and context > most:
+        raise ConfigError(f"--context is {context}; {text.name} takes at most {most} tokens.")
     context = context or min(CONTEXT, most or CONTEXT)
     runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir)
@@ -114,45 +110,6 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)
-
-
-def named_paths(given: Sequence[str]) -> dict[str, Path]:
-    """The paths by name in name=PATH, …. Raises ConfigError that lists every wrong entry."""
-    problems = Problems("--adapter cannot be used")
-    found: dict[str, Path] = {}
-    for entry in given:
-        name, equals, path = entry.partition("=")
-        if not equals or not path:
-            problems.add(f"--adapter {entry}: expected name=PATH, such as reviews=runs/reviews.")
-            continue
-        try:
-            check_name(name)
-        except ConfigError as error:
-            problems.add(str(error))
-            continue
-        if name in found:
-            problems.add(f"--adapter {entry}: the name '{name}' is given twice.")
-        found[name] = Path(path).expanduser()
-    problems.raise_if_any()
-    return found
-
-
-def _check(options: ServeOptions, budget: Budget, console: Console) -> None:
-    """Raises ConfigError for options that contradict each other."""
-    problems = Problems("The server cannot be started")
-    if options.keys is None and options.host not in LOOPBACK:
-        problems.add(
-            f"--host {options.host} opens the server to other machines, which could load and unload adapters. Give --keys FILE, "
-            "or leave --host out."
-        )
-    for flag in ("slots", "queue", "timeout"):
-        if (value := getattr(options, flag)) <= 0:
-            problems.add(f"--{flag} is {value}; it must be above 0.")
-    if options.out is not None:
-        problems.add("--out is for --engine vllm only; --adapters-dir is the folder for uploads.")
-    problems.raise_if_any()
-    if warning := larger_than_machine(budget):
-        console.print(warning, soft_wrap=True)
 
 
 @contextmanager
@@ -219,24 +176,9 @@ def _logs() -> Iterator[None]:
         logger.propagate = propagates
 
 
-def _vllm_flags(options: ServeOptions) -> list[str]:
-    """Returns vLLM's flags for the `options` that differ from their defaults; raises ConfigError for those without one.
-
-    --host is always among them: without it vLLM accepts connections from every machine.
-    """
-    given = non_default(options)
-    lost = sorted(given.keys() - {"model", "adapter", "engine", "out", *_VLLM_TOO})
-    if lost:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
-        raise ConfigError(f"--engine vllm cannot pass on {flags}; leave them out, and give vLLM its own options.")
-    return [word for name, flag in _VLLM_TOO.items() if name in {*given, "host"} for word in (flag, str(getattr(options, name)))]
-
-
 def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console) -> Served:
     """Checks every adapter against vLLM's limits and prints the command; copies what vLLM would misread to `out`."""
-    out, flags = options.out, _vllm_flags(options)
-    if not adapters:
-        raise ConfigError("--engine vllm needs at least one --adapter name=PATH.")
+    out, flags = options.out, vllm_flags(options)
     problems = Problems("vLLM cannot serve these adapters")
     ready: dict[str, Path] = {}
     ranks = []

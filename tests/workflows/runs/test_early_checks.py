@@ -77,6 +77,17 @@ TRAIN = ["--model", "model", "--data.train"]
         (["extract", "./tuned", "model", "--out", "new"], "'./tuned' does not exist in"),
         (["quantize", "./modle", "--method", "nf4", "--out", "new"], "'./modle' does not exist in"),
         (["quantize", "model", "--method", "gptq", "--out", "new", "--calibration", "gone.txt"], "'gone.txt' does not exist in"),
+        (["generate", "--prompt", "x", "--out", "run"], "run exists already and is no empty folder"),
+        (["generate", "--prompt", "x", "--out", "new", "--adapter", "a=runs/nope"], "runs/nope does not exist"),
+        (["generate", "--prompt", "x", "--out", "new", "--model", "./modle"], "'./modle' does not exist in"),
+        (["generate", "--prompt", "x", "--out", "new", "--adapter", "a=run", "--each", "b"], "No adapter is called 'b'"),
+        (["serve", "--model", "./modle", "--port", "0"], "'./modle' does not exist in"),
+        (["serve", "--model", "model", "--port", "0", "--adapter", "a=runs/nope"], "runs/nope does not exist"),
+        (["serve", "--model", "model", "--port", "70000"], "--port is 70000; expected 0 to 65535"),
+        (["serve", "--model", "model", "--port", "0", "--keys", "gone.json"], "gone.json"),
+        (["serve", "--model", "org/base", "--engine", "vllm", "--adapter", "a=runs/nope"], "runs/nope does not exist"),
+        (["serve", "--model", "model", "--engine", "llama"], "expected one of 'lorakeet', 'vllm'"),
+        (["plan", *TRAIN, "gone.jsonl"], "'gone.jsonl' does not exist in"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_refused_without_torch(arguments: list[str], words: str, folder: Path) -> None:
@@ -86,6 +97,6 @@ def test_what_is_missing_is_refused_without_torch(arguments: list[str], words: s
 
 def test_each_verb_that_reads_files_has_its_check() -> None:
     named = {verb.name: verb.checks for verb in VERBS if verb.checks}
-    assert {verb.name for verb in VERBS} - set(named) == {"generate", "serve", "doctor"}
+    assert {verb.name for verb in VERBS} - set(named) == {"doctor"}
     assert set(named.values()) == set(early_checks._CHECKS)
     assert {name for name, check in named.items() if check != name} == {"quickstart"}

@@ -7,7 +7,6 @@ import ipaddress
 import json
 import logging
 import math
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Lorakeet
 from lorakeet.kernels.threads import compute_alone
 from lorakeet.serve.access import Caller, NotAllowed, QuotaSpent
 from lorakeet.serve.engine import Draining, QueueFull
+from lorakeet.serve.listening import listening_socket
 from lorakeet.serve.model_names import UnknownModel
 from lorakeet.serve.registry import AdapterMemoryFull
 from lorakeet.serve.routes import adapters, ollama, openai
@@ -132,13 +132,7 @@ def _adapter_routes(service: Service) -> list[Route]:
 def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], None], patience: float = 600.0) -> None:
     """Serves until SIGINT or SIGTERM, then finishes the accepted requests for at most `patience` seconds, since a client may
     never read its answer. `ready` gets the port when connections are accepted."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
-        ) from error
+    listening = listening_socket(host, port)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     config.timeout_graceful_shutdown = max(1, math.ceil(patience))
     _UvicornServer(config, ready).run([listening])

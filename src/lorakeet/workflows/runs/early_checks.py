@@ -25,13 +25,17 @@ from lorakeet.workflows.options import (
     ExportOptions,
     ExtractOptions,
     FinetuneOptions,
+    GenerateOptions,
     MergeOptions,
     PlanOptions,
     QuantizeOptions,
+    ServeOptions,
     TuneOptions,
     VerifyOptions,
 )
+from lorakeet.workflows.runs.drawing_options import adapters_and_mixes
 from lorakeet.workflows.runs.output_paths import require_absent, require_empty, require_place
+from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
 
 
 def require_new_run(run: RunFolder) -> None:
@@ -117,6 +121,26 @@ def _before_verify(options: VerifyOptions) -> None:
         _require_rows(settings)
 
 
+def _before_generate(options: GenerateOptions) -> None:
+    require_empty(options.out)
+    paths, _ = adapters_and_mixes(options)
+    for path in paths.values():
+        require_adapter(path)
+    if options.model:
+        locate_model(options.model)
+
+
+def _before_serve(options: ServeOptions) -> None:
+    paths = named_paths(options.adapter)
+    if options.engine == "vllm":  # whose model may be on another machine
+        vllm_flags(options)
+    else:
+        require_servable(options)
+        locate_model(options.model)
+    for path in paths.values():
+        require_adapter(path)
+
+
 def _settings(path: str, config: Path | None) -> RunConfig | None:
     """The settings of a run, or of the file `config`; None of a bare adapter. Raises DataError where nothing is at `path`."""
     require_adapter(Path(path))
@@ -159,6 +183,8 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "convert": _before_convert,
     "export": _before_export,
     "verify": _before_verify,
+    "generate": _before_generate,
+    "serve": _before_serve,
 }
 
 
