@@ -13,8 +13,8 @@ __all__ = ["main"]
 def main() -> None:
     """Runs the command line and leaves the process with its exit code.
 
-    The interpreter would search all objects for cycles before it ends, and with torch loaded that takes seconds. Nothing needs it:
-    files are closed, and what is registered with atexit runs.
+    The interpreter would search all objects for cycles before it ends, and with torch loaded that takes seconds. Nothing needs
+    it: files are closed, and what is registered with atexit runs.
     """
     code = run()
     gc.freeze()
