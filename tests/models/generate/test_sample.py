@@ -47,6 +47,50 @@ def test_greedy_is_the_likeliest_token_each_time(text: TextModel) -> None:
     assert text.attention == "varlen"
 
 
+class Counted:
+    """Counts the tokens that pass through the decoder, padding included."""
+
+    def __init__(self, text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tokens, decoder = 0, text.model.get_decoder()
+        forward = decoder.forward
+
+        def counting(*args: Any, **settings: Any) -> Any:
+            self.tokens += settings["input_ids"].numel()
+            return forward(*args, **settings)
+
+        monkeypatch.setattr(decoder, "forward", counting)
+
+
+def test_what_prompts_begin_with_is_computed_once(text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few-shot prompts: the examples pass through the model once for all, and every reply is as it is alone."""
+    examples = [int(number) for number in np.random.default_rng(0).integers(3, 60, 80)]
+    prompts = [examples + list(range(5, 5 + own)) for own in (3, 9, 1, 6)]
+    alone = [greedy_by_hand(text, prompt, 6) for prompt in prompts]
+    counted = Counted(text, monkeypatch)
+    together = sample(text, prompts, max_tokens=6, temperature=0)
+    assert [ids.tolist() for ids in together] == alone
+    assert counted.tokens <= 80 + 4 * 9 + 5 * 4
+
+
+def test_prompts_that_share_little_are_computed_row_by_row(text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(text, monkeypatch)
+    sample(text, [[5, 6, 7, 8], [5, 6, 9]], max_tokens=1, temperature=0)
+    assert counted.tokens == 2 * 4
+
+
+def test_rows_that_have_ended_are_left_out(text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of eight rows is written to its end; the others stop where `done` says, and cost nothing from then on."""
+    prompts = [[5 + number, 6, 7] for number in range(8)]
+    whole = sample(text, prompts, max_tokens=40, temperature=0)
+    first = whole[0].tolist()[:3]
+    counted = Counted(text, monkeypatch)
+    written = sample(text, prompts, max_tokens=40, temperature=0, done=lambda ids: len(ids) >= 3 and ids[:3] != first)
+    for number, (ids, before) in enumerate(zip(written, whole, strict=True)):
+        assert ids.tolist() == before.tolist()[: len(before) if before.tolist()[:3] == first else 3], number
+    assert sum(len(ids) > 3 for ids in written) == 1
+    assert counted.tokens <= 8 * 3 + 2 * 8 + 37
+
+
 def test_left_padding_does_not_shift_target_positions(tmp_path: Path) -> None:
     """GPT-2 adds a learnt vector for each absolute position, so a shifted row would write something else."""
     save_tiny_llama(tmp_path, family="gpt2")

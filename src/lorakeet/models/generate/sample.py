@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorakeet.core.initialise import seed_for
+from lorakeet.data.prefix import PASS
 from lorakeet.memory.spill import Spill
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
@@ -23,6 +24,7 @@ Ids = NDArray[np.int64]
 # transformers 5.24 renamed it; the last release for Python 3.10 is 5.20.
 CACHE = "cache" if "cache" in {part.name for part in fields(BaseModelOutputWithPast)} else "past_key_values"
 STREAMED_CACHE = 128 << 20  # bytes of a KV cache beside a streamed model: less than the optimizer state of training
+LEFT_OUT = 0.75  # of the rows of a batch that are still written, from which on the others are left out
 ROWS_AT_ONCE = 64  # a step takes about as long for 64 rows as for 16: the weights are read once
 
 
@@ -33,10 +35,14 @@ def sample(
     max_tokens: int,
     seed: int = 0,
     temperature: float = 1.0,
+    done: Callable[[list[int]], bool] | None = None,
     blocks: int | None = None,
     spill: Callable[[], Spill] | None = None,
 ) -> list[Ids]:
     """Returns the model's continuation of each prompt: at most `max_tokens` ids, an end-of-text id included.
+
+    A row also ends where `done` is true of its ids. Tokens that the prompts of a batch begin with are computed once, and rows
+    that have ended are left out.
 
     Temperature 0 takes the likeliest token. Row i has its own generator, seeded by `seed` and i, so that its draws do not depend
     on other rows. Uses the active adapter, or the base without one. The KV cache of a streamed model, if one row exceeds
@@ -52,14 +58,16 @@ def sample(
     was_training = text.model.training
     text.model.eval()
     try:
+        packed = text.attention == "varlen"
         with torch.no_grad(), _cached_attention(text):
             length = max((len(prompt) for prompt in prompts), default=1) + max_tokens
             at_once = rows_at_once(text, length, blocks=blocks)
             for start in range(0, len(order), at_once):
                 rows = order[start : start + at_once]
-                chosen = [torch.as_tensor(np.asarray(prompts[row], np.int64)) for row in rows]
+                chosen = [np.asarray(prompts[row], np.int64) for row in rows]
+                drawing = Drawing(ends, temperature, [generators[row] for row in rows], done)
                 with _cache_of(text, length, blocks, spill) as cache:
-                    drawn = _write(text, chosen, max_tokens, (ends, temperature, [generators[row] for row in rows]), cache)
+                    drawn = _write(text, chosen, max_tokens, drawing, (cache, packed))
                 for row, ids in zip(rows, drawn, strict=True):
                     written[row] = ids
     finally:
@@ -120,36 +128,84 @@ def end_ids(text: TextModel) -> frozenset[int]:
     return frozenset(ends)
 
 
-def _write(
-    text: TextModel,
-    prompts: list[Tensor],
-    max_tokens: int,
-    drawing: tuple[frozenset[int], float, list[torch.Generator]],
-    cache: Any = None,
-) -> list[list[int]]:
-    """Generates one batch, padded on the left, with transformers' own cache by default."""
-    ends, temperature, generators = drawing
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.stack([torch.cat([prompt.new_zeros(longest - len(prompt)), prompt]) for prompt in prompts]).to(text.device)
-    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long().to(text.device)
-    written: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+@dataclass
+class Drawing:
+    """How tokens are chosen, each row with its own generator, and when a row has ended."""
+
+    ends: frozenset[int]
+    temperature: float
+    generators: list[torch.Generator]
+    done: Callable[[list[int]], bool] | None = None
+
+    def ended(self, written: list[int]) -> bool:
+        """True if the row's last token, or what was written, ends it."""
+        return written[-1] in self.ends or (self.done is not None and self.done(written))
+
+
+def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawing, caching: tuple[Any, bool]) -> list[list[int]]:
+    """Generates one batch, its own tokens padded on the left behind what all prompts begin with.
+
+        shared  shared  …  –  own  own        once for all rows │ a row each
+        shared  shared  … own own  own
+
+    `caching` is the KV cache, None for transformers' own, and whether attention is packed otherwise: then only positions count,
+    so that padding may follow the shared tokens.
+    """
+    (cache, packed), written = caching, [list[int]() for _ in prompts]
+    shared = 0
+    if cache is None:
+        cache = DynamicCache(config=text.model.config)
+        shared = _shared(prompts) if packed and _selectable(cache, (DynamicLayer,)) else 0
+    if shared:
+        _decoded(text, torch.as_tensor(prompts[0][:shared], device=text.device)[None], None, cache)
+        cache.batch_repeat_interleave(len(prompts))
+    own = [torch.as_tensor(prompt[shared:]) for prompt in prompts]
+    longest = max(len(ids) for ids in own)
+    ids = torch.stack([torch.cat([each.new_zeros(longest - len(each)), each]) for each in own]).to(text.device)
+    seen = torch.stack([torch.arange(longest) >= longest - len(each) for each in own]).long()
+    mask = torch.cat([seen.new_ones(len(own), shared), seen], dim=1).to(text.device)
+    rows, droppable = list(range(len(prompts))), _selectable(cache, (DynamicLayer, DynamicSlidingWindowLayer))
+    open_rows = set(rows)
     for _ in range(max_tokens):
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        cached = {CACHE: cache, "use_cache": True}
-        output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, **cached)
-        cache = getattr(output, CACHE)
-        logits = text.head(output.last_hidden_state[:, -1]).float().cpu()
-        chosen = _draw(logits, temperature, generators)
-        for row in sorted(open_rows):
-            written[row].append(chosen[row])
-            if chosen[row] in ends:
-                open_rows.discard(row)
+        logits = text.head(_decoded(text, ids, mask, cache)).float().cpu()
+        chosen = _draw(logits, drawing.temperature, [drawing.generators[row] for row in rows])
+        for row, token in zip(rows, chosen, strict=True):
+            if row in open_rows:
+                written[row].append(token)
+                if drawing.ended(written[row]):
+                    open_rows.discard(row)
         if not open_rows:
             break
         ids = torch.tensor(chosen, device=text.device)[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if droppable and len(open_rows) <= LEFT_OUT * len(rows):
+            kept = torch.tensor([place for place, row in enumerate(rows) if row in open_rows], device=text.device)
+            cache.batch_select_indices(kept)
+            ids, mask, rows = ids[kept], mask[kept], [row for row in rows if row in open_rows]
     return written
+
+
+def _decoded(text: TextModel, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    """The hidden state after the last of `ids` (rows, tokens), which follow those in `cache`: (rows, hidden)."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    cached = {CACHE: cache, "use_cache": True}
+    output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, **cached)
+    states: Tensor = output.last_hidden_state[:, -1]
+    return states
+
+
+def _shared(prompts: Sequence[Ids]) -> int:
+    """Tokens that all prompts begin with, less than the shortest has; 0 if that saves less than a pass costs."""
+    most = min(len(prompt) for prompt in prompts) - 1
+    beginnings = np.stack([prompt[:most] for prompt in prompts])
+    common = int((beginnings == beginnings[0]).all(0).cumprod().sum())
+    return common if common * (len(prompts) - 1) >= PASS else 0
+
+
+def _selectable(cache: DynamicCache, kinds: tuple[type, ...]) -> bool:
+    """Whether all layers of a cache are of `kinds`, whose rows can be repeated and left out."""
+    return all(type(layer) in kinds for layer in cache.layers)
 
 
 def _draw(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> list[int]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -128,7 +129,7 @@ class Replier:
             for start in range(0, len(prompts.questions), TOGETHER):
                 if start and self.clock() > until:
                     break
-                written += self._some(prompts.questions[start : start + TOGETHER], prompts.limit, advance)
+                written += self._some(prompts.questions[start : start + TOGETHER], prompts, advance)
         whole = [self._decoded(ids) for ids in written]
         texts = [text.split(prompts.ending, 1)[0].rstrip() for text in whole] if prompts.ending else whole
         cut = [len(ids) >= prompts.limit and text == full for ids, text, full in zip(written, texts, whole, strict=True)]
@@ -153,16 +154,22 @@ class Replier:
             answer = None if found is None else found[1]
         return "" if answer is None else self._decoded(answer)
 
-    def _some(self, prompts: Sequence[Ids], limit: int, advance: Callable[[int], None]) -> list[Ids]:
-        """The replies to a few prompts, as many at once as evaluation passes through the model together."""
+    def _some(self, questions: Sequence[Ids], prompts: Prompts, advance: Callable[[int], None]) -> list[Ids]:
+        """The replies to a few questions, as many at once as evaluation passes through the model together."""
         most = max(self.config.train.micro_tokens, REPLY_TOKENS)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        order = sorted(range(len(questions)), key=lambda index: len(questions[index]))
+        limit, done = prompts.limit, partial(self._has, prompts.ending) if prompts.ending else None
         found: dict[int, Ids] = {}
-        for part in _parts(order, [len(prompt) + limit for prompt in prompts], most):
-            replies = sample(self.text, [prompts[index] for index in part], max_tokens=limit, temperature=0.0)
+        for part in _parts(order, [len(question) + limit for question in questions], most):
+            chosen = [questions[index] for index in part]
+            replies = sample(self.text, chosen, max_tokens=limit, temperature=0.0, done=done)
             found |= dict(zip(part, replies, strict=True))
             advance(len(part))
-        return [found[index] for index in range(len(prompts))]
+        return [found[index] for index in range(len(questions))]
+
+    def _has(self, ending: str, ids: list[int]) -> bool:
+        """Whether a reply goes on beyond its ending, at which it is cut."""
+        return ending in self._decoded(np.array(ids, np.int64))
 
 
 def prompt_of(row: Row) -> str:

@@ -290,10 +290,11 @@ def _evaluate(text: TextModel, evaluation: EvaluationSize, blocks: int | None) -
         activate(text.model, None)
         at_once = rows_at_once(text, evaluation.text_tokens + 1, blocks=blocks)
         count = min(evaluation.texts, at_once)  # read at once, which holds as much
-        texts = [np.ones(evaluation.text_tokens, np.int64)] * count
+        texts = [np.full(evaluation.text_tokens, number, np.int64) for number in range(count)]  # that share no beginning
         sample(text, texts, max_tokens=1, blocks=blocks, spill=ShapeSpill)
     if evaluation.replies is not None:
-        whole = [np.ones(evaluation.replies.length, np.int64)] * evaluation.replies.count
+        replies = evaluation.replies
+        whole = [np.full(replies.length, number, np.int64) for number in range(replies.count)]
         sample(text, whole, max_tokens=1, temperature=0.0, blocks=blocks, spill=ShapeSpill)
 
 
