@@ -87,8 +87,8 @@ def means(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for method in ("randomisation inverted", "BCa bootstrap"):
         covered, widths, alarms = [], [], []
-        for name, shape in SHAPES.items():
-            chance = np.random.default_rng(seed)
+        for number, (name, shape) in enumerate(SHAPES.items()):
+            chance = np.random.default_rng([seed, n, number])
             specs = (EvaluateSpec(resamples=1000, seed=number) for number in range(samples))  # draws of its own for each sample
             intervals = [mean_interval(method, shape(chance, n), spec) for spec in specs]
             covered.append(np.mean([one.low <= 0 <= one.high for one, _ in intervals]))
@@ -100,8 +100,8 @@ def means(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
 
 
 def _line(covered: list[Any], widths: list[Any], alarms: list[Any]) -> dict[str, float]:
-    worst = float(np.min(covered))
-    return {"coverage": float(np.mean(covered)), "worst": worst, "width": float(np.mean(widths)), "alarms": float(np.max(alarms))}
+    found = {"coverage": np.mean(covered), "worst": np.min(covered), "width": np.mean(widths), "alarms": np.mean(alarms)}
+    return {name: float(value) for name, value in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
