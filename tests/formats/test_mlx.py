@@ -59,9 +59,16 @@ def test_a_scale_that_is_no_fraction_of_its_rank_survives(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_parameters": {"rank": 4}}, r"lora_parameters\.scale is None; expected a number"),
+        ({"lora_parameters": {"rank": 4}}, r"lora_parameters\.scale is None; expected a finite number"),
         ({"lora_parameters": {"rank": 4, "alpha": 12}}, r"Its 'alpha' is no key of mlx-lm"),
         ({"lora_parameters": None}, r"scale is None"),
+        ({"lora_parameters": {"scale": float("nan")}}, r"scale is nan; expected a finite number"),
+        ({"lora_parameters": {"scale": float("-inf")}}, r"scale is -inf; expected a finite number"),
+        ({"lora_parameters": {"scale": 10**400}}, r"scale is 10{59}…; expected a finite number"),
+        ({"num_layers": None}, r"num_layers is None; expected a whole number"),
+        ({"lora_parameters": {"scale": 2, "keys": ["mlp.up_proj"]}}, r"keys leaves out 2 modules with a pair, such as model\."),
+        ({"lora_parameters": {"scale": 2, "keys": "q_proj"}}, r"keys is 'q_proj'; expected a list of names"),
+        ({"fine_tune_type": "dora"}, r"q_proj has no m, DoRA's magnitude, and fine_tune_type is 'dora'"),
         ({"fine_tune_type": "full"}, r"fine_tune_type is 'full'; only 'lora' and 'dora' are adapters"),
     ],
 )
@@ -71,6 +78,21 @@ def test_configurations_that_leave_the_scale_open_are_refused(changes: dict[str,
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(DataError, match=message):
         mlx.read(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fine_tune_type": "lora"}, "q_proj has an m, DoRA's magnitude, and fine_tune_type is 'lora'"),
+        ({"num_layers": 1}, r"num_layers is 1, but adapters\.safetensors has pairs in 2 layers"),
+    ],
+)
+def test_settings_that_leave_tensors_out_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    mlx.write(random_adapter(tiny_model("llama"), "q_proj", dora=True), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(DataError, match=message):
+        mlx.read(tmp_path)
 
 
 def test_tensors_that_make_no_pair_are_all_named(tmp_path: Path) -> None:

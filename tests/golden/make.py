@@ -85,6 +85,8 @@ def make_images(out: Path) -> None:
     )  # fmt: skip
     spelled = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(unet_state).items()}
     spelled |= {f"text_encoder.{key}": value for key, value in convert_state_dict_to_diffusers(clip_state).items()}
+    for name in [name for name in spelled if "proj_in.lora_" in name]:  # diffusers drops to_q and others after a first lora_A
+        spelled[name.replace("lora_A", "lora.down").replace("lora_B", "lora.up")] = spelled.pop(name)
     save_file({key: value.contiguous() for key, value in spelled.items()}, out / "diffusers_spelled.safetensors")
     names = {f"unet.{key}": value for key, value in unet_state.items()}
     names |= {f"text_encoder.text_model.{key}": value for key, value in clip_state.items()}

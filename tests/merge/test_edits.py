@@ -84,6 +84,16 @@ def test_rows_and_extras_come_before_pairs(tmp_path: Path) -> None:
     assert not torch.equal(adapter.extras["model.embed_tokens.weight"], weight)
 
 
+def test_rows_of_both_ends_of_a_tied_base_and_ids_of_no_row_are_refused(tmp_path: Path) -> None:
+    both = {path: TokenRows((3,), torch.zeros(1, 8)) for path in ("model.embed_tokens", "lm_head")}
+    tied = checkpoint(tmp_path, head=False)
+    with pytest.raises(ConfigError, match=r"lm_head and model\.embed_tokens have trained token rows each, but the base has"):
+        edits_for(tied, Adapter({}, token_rows=both))
+    for ids, words in (((100_000_000,), "token id 100,000,000"), ((-1,), "token id -1"), ((3, 3), "two trained rows")):
+        with pytest.raises(ConfigError, match=words):
+            edits_for(tied, Adapter({}, token_rows={"model.embed_tokens": TokenRows(ids, torch.zeros(len(ids), 8))}))
+
+
 def test_a_larger_vocabulary_is_noted(tmp_path: Path) -> None:
     adapter = Adapter({}, token_rows={"model.embed_tokens": TokenRows((12,), torch.randn(1, 8), ("<a>",))})
     edits = edits_for(checkpoint(tmp_path, head=False), adapter)

@@ -79,6 +79,27 @@ def test_rows_that_are_tied_elsewhere() -> None:
     plan_of(tiny_model("qwen2"), Adapter({}, token_rows=rows))
 
 
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ((100_000_000,), "'model.embed_tokens': it has a trained row for the token id 100,000,000, and this base has 96 rows"),
+        ((-1,), "token id -1, and this base has 96 rows"),
+        ((3, 3), "it has two trained rows for one token id"),
+    ],
+)
+def test_ids_that_no_row_of_this_base_can_have(ids: tuple[int, ...], words: str) -> None:
+    rows = {"model.embed_tokens": TokenRows(ids, torch.zeros(len(ids), 32))}
+    assert words in message(tiny_model("llama"), Adapter({}, token_rows=rows))
+
+
+def test_rows_of_both_ends_of_a_tied_base() -> None:
+    rows = {path: TokenRows((3,), torch.zeros(1, 32)) for path in ("model.embed_tokens", "lm_head")}
+    plan_of(tiny_model("llama"), Adapter({}, token_rows=rows))
+    assert "'lm_head' and 'model.embed_tokens' have trained token rows each, but this base has one weight for both" in message(
+        tiny_model("llama", tie_word_embeddings=True), Adapter({}, token_rows=rows)
+    )
+
+
 def test_half_of_a_whole_module_is_refused(adapted: Callable[..., Any]) -> None:
     value = adapter_of(adapted(tiny_model("gpt2"), extra_modules=("ln_f",)))
     assert set(value.extras) == {"transformer.ln_f.weight", "transformer.ln_f.bias"}

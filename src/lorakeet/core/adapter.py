@@ -106,6 +106,9 @@ class FlatPairs(Mapping[str, Pair]):
         return len(self.outline.places)
 
 
+_MOST_BEYOND = 1024  # ids past the last row that belong to no row of the adapter: a tokenizer may be longer than its embedding
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """Trained rows of an embedding: the rows themselves (not their change), by token id."""
@@ -114,6 +117,14 @@ class TokenRows:
     rows: Tensor  # (len(ids), hidden)
     tokens: tuple[str, ...] = ()
     tied: str = ""  # path of the head that shares them
+
+    def problem(self, count: int) -> str:
+        """What is wrong with the ids for an embedding of `count` rows, which grows by new tokens; an empty string if nothing."""
+        most = count + len(self.ids) + _MOST_BEYOND
+        outside = next((one for one in self.ids if not 0 <= one < most), None)
+        if outside is not None:
+            return f"it has a trained row for the token id {outside:,}, and this base has {count:,} rows. Name its own base."
+        return "" if len(set(self.ids)) == len(self.ids) else "it has two trained rows for one token id."
 
 
 @dataclass(frozen=True)

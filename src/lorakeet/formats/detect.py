@@ -16,7 +16,7 @@ from lorakeet.formats.diffusion import diffusers, kohya, lycoris
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.formats.peft import peft
-from lorakeet.formats.peft.peft_config import CONFIG_NAME
+from lorakeet.formats.peft.peft_config import CONFIG_NAME, LARGEST_SCALE
 
 LYCORIS = "lycoris"  # kohya's files with products that are no pair: read by its module, never written
 FORMATS: tuple[AdapterFormat, ...] = (peft, kohya, mlx, gguf, diffusers)  # the first that owns a tensor's name has it
@@ -136,6 +136,9 @@ def read_found(
     """The adapter that `detect` found; arguments and errors as in `read_adapter`."""
     module = kohya if found.format == LYCORIS else format_of(found.format)
     adapter = module.read(found.path, base=base, compression=compression, say=say)
+    if odd := [name for name, pair in adapter.pairs.items() if not abs(pair.scale) <= LARGEST_SCALE]:
+        shown = f"{odd[0]}: {adapter.pairs[odd[0]].scale}"
+        raise DataError(f"{found.path} has {len(odd)} pairs whose scale is no finite number in fp32 ({shown}). Fetch it again.")
     if surplus := surplus_rank(adapter, str(found.path)):
         say(surplus)
     return adapter

@@ -13,6 +13,7 @@ permutes the rows of B, not A. The number of heads comes from our note in the fi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from lorakeet.formats.limits import check_supported, metadata_without_peft
 
 NAME, SUFFIX, WEIGHTS, MAGIC = "gguf", ".gguf", "", gguf_header.MAGIC  # as `AdapterFormat` says
 _NOTE = "lorakeet.note"  # our key, for what GGUF has no key for; llama.cpp ignores it
+_ALPHA = "adapter.lora.alpha"
 _MOST_BLOCKS, _MOST_HEADS = 2000, 100_000  # gguf names some hundred tensors for each declared block
 _A, _B = ".weight.lora_a", ".weight.lora_b"
 _MOST_PARTS = 200_000  # keys, tensors and array elements in an adapter's header, which has no vocabulary
@@ -193,7 +195,9 @@ def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Ada
         values = torch.from_numpy(tensor.numbers().copy())
         check_finite(values, f"{path}: {name}", problems)
         groups.setdefault(name.removesuffix(slot), {})[slot] = values
-    alpha = None if file.value("adapter.lora.alpha") is None else float(file.value("adapter.lora.alpha"))
+    alpha = file.value(_ALPHA)
+    if not (alpha is None or (isinstance(alpha, (int, float)) and math.isfinite(alpha))):
+        raise DataError(f"{path}: the key {_ALPHA} is {repr(alpha)[:80]}; expected a finite number. Fetch the file again.")
     pairs = _pairs(path, groups, layout, alpha, problems)
     problems.raise_if_any()
     metadata = {str(key): str(value) for key, value in note.get("metadata", {}).items()}
@@ -221,7 +225,7 @@ def _pairs(
                 continue
             kind: Kind = "conv1d" if layout.model_type == "gpt2" and module != "lm_head" else "linear"
             B = unpermute(B, heads).contiguous() if heads else B
-            pairs[module] = Pair(A, B, alpha if alpha else float(A.shape[0]), kind)
+            pairs[module] = Pair(A, B, float(alpha or A.shape[0]), kind)
     return dict(sorted(pairs.items()))
 
 

@@ -11,6 +11,7 @@ multiplied into lora_b (scale 1), and lower ranks are padded with zeros; neither
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,12 @@ def read(folder: Path, **_unused: object) -> Adapter:
             problems.add(f"{file.path}: {name} {tuple(tensor.shape)} is a kind of tensor that is not known here.")
     pairs: dict[str, Pair] = {}
     for module, slots in sorted(groups.items()):
-        pair = _pair(module, slots, scale)
+        pair = _pair(module, slots, scale, dora=config.get("fine_tune_type") == "dora")
         if isinstance(pair, str):
             problems.add(f"{file.path}: {pair}")
         else:
             pairs[module] = pair
+    _check_reach(config, pairs, path, problems)
     problems.raise_if_any()
     metadata = {key: value for key, value in file.metadata.items() if key != "format"}
     return Adapter(pairs, base=str(config.get("model") or ""), metadata=metadata)
@@ -71,14 +73,39 @@ def _scale(config: Mapping[str, Any], path: Path, problems: Problems) -> float:
         return 1.0
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not abs(scale) <= sys.float_info.max:
         hint = " Its 'alpha' is no key of mlx-lm." if isinstance(parameters, dict) and "alpha" in parameters else ""
-        problems.add(f"{path}: lora_parameters.scale is {scale!r}; expected a number, without which the scale is unknown.{hint}")
+        problems.add(f"{path}: lora_parameters.scale is {_shown(scale)}; expected a finite number.{hint}")
         return 1.0
     return float(scale)
 
 
-def _pair(module: str, slots: Mapping[str, Tensor], scale: float) -> Pair | str:
+def _shown(value: object) -> str:
+    return repr(value) if len(repr(value)) < 80 else f"{repr(value)[:60]}…"
+
+
+def _check_reach(config: Mapping[str, Any], pairs: Mapping[str, Pair], path: Path, problems: Problems) -> None:
+    """Adds to `problems` if mlx-lm would give some modules no pair that have one in the file, by num_layers and keys."""
+    count, parameters = config.get("num_layers"), config.get("lora_parameters")
+    keys = parameters.get("keys") if isinstance(parameters, dict) else None
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        problems.add(f"{path}: lora_parameters.keys is {_shown(keys)}; expected a list of names, or null.")
+        return
+    if not isinstance(count, int) or isinstance(count, bool):
+        problems.add(f"{path}: num_layers is {_shown(count)}; expected a whole number, or -1 for all layers.")
+        return
+    layers = {number for module in pairs if (number := _layer_number(module)) is not None}
+    if 0 < count < len(layers):
+        problems.add(f"{path}: num_layers is {count}, but {MODEL_NAME} has pairs in {len(layers)} layers. Correct it.")
+    lost = [module for module in pairs if keys is not None and module not in keys and _inside_layer(module) not in keys]
+    if lost:
+        problems.add(f"{path}: lora_parameters.keys leaves out {len(lost)} modules with a pair, such as {lost[0]}. Correct it.")
+
+
+def _pair(module: str, slots: Mapping[str, Tensor], scale: float, *, dora: bool) -> Pair | str:
+    if ("m" in slots) != dora:
+        kind = "'dora'" if dora else "'lora'"
+        return f"{module} has {'an' if 'm' in slots else 'no'} m, DoRA's magnitude, and fine_tune_type is {kind}."
     if missing := missing_slots(module, slots, ("lora_a", "lora_b")):
         return missing
     a, b, m = slots["lora_a"], slots["lora_b"], slots.get("m")
@@ -128,6 +155,10 @@ def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
 def _rounded(scale: float) -> float:
     """12 digits: converting scale to alpha and back may change the last bit, which must not change what is written."""
     return float(f"{scale:.12g}")
+
+
+def _layer_number(module: str) -> int | None:
+    return next((int(part) for part in module.split(".")[:-1] if part.isdigit()), None)
 
 
 def _inside_layer(module: str) -> str:

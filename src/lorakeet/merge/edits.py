@@ -106,6 +106,9 @@ class _EditPlanner:
         if embedding is None or (head is not None and self.checkpoint.setting("tie_word_embeddings") is not True):
             return
         changed = [*adapter.pairs, *(path.rpartition(".")[0] for path in adapter.extras)]
+        if len(adapter.token_rows) > 1:
+            names = " and ".join(sorted(adapter.token_rows))
+            self.problems.add(f"{names} have trained token rows each, but the base has one weight for both. Take one out.")
         heads = [path for path in (*changed, *adapter.token_rows) if _leaf(path) in HEADS]
         if not heads and not any(_leaf(path) in EMBEDDINGS for path in changed):
             return
@@ -151,6 +154,9 @@ class _EditPlanner:
             return
         if len(edit.shape) != 2 or edit.shape[1] != rows.rows.shape[1]:
             self.problems.add(f"{path}.weight is {edit.shape} in the checkpoint; the trained rows are {tuple(rows.rows.shape)}.")
+            return
+        if problem := rows.problem(edit.shape[0]):
+            self.problems.add(f"{path}: {problem}")
             return
         count = max(edit.shape[0], max(rows.ids) + 1)
         if count != edit.shape[0]:

@@ -115,6 +115,10 @@ def _rows(by_path: dict[str, nn.Module], adapter: Adapter, wrong: list[str], *, 
     """Returns an entry for each embedding with trained rows. A tied head shares them, whether the file says so or not."""
     head_path = next((path for path, module in by_path.items() if module is head), "") if head is not None else ""
     entries = []
+    tied_weights = {id(getattr(by_path.get(path), "weight", None)): path for path in adapter.token_rows}
+    if len(tied_weights) < len(adapter.token_rows):
+        names = " and ".join(f"'{path}'" for path in sorted(adapter.token_rows))
+        wrong.append(f"{names} have trained token rows each, but this base has one weight for both. Take one out of the adapter.")
     for path, rows in adapter.token_rows.items():
         problem = _rows_problem(by_path, path, rows)
         if problem:
@@ -132,6 +136,8 @@ def _rows_problem(by_path: dict[str, nn.Module], path: str, rows: TokenRows) -> 
     hidden = module.weight.shape[1]
     if tuple(rows.rows.shape) != (len(rows.ids), hidden):
         return f"'{path}': token rows are {_shown(tuple(rows.rows.shape))}, but this base needs {len(rows.ids)}×{hidden}."
+    if problem := rows.problem(module.weight.shape[0]):
+        return f"'{path}': {problem}"
     head = by_path.get(rows.tied) if rows.tied else None
     if rows.tied and (head is None or cast(Any, head).weight is not module.weight):
         return f"'{path}': its token rows are shared with '{rows.tied}', which this base does not tie to it."

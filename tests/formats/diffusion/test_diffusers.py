@@ -105,6 +105,18 @@ def bare(tmp_path: Path, **changes: torch.Tensor | None) -> Path:
         ({"unet.a.weight": torch.ones(2, 2)}, r"unet\.a\.weight \(2, 2\) is a kind of tensor that is not known here"),
         ({"unet.mid_block.resnets.0.conv1.lora_B.weight": torch.full((4, 2, 1, 1), float("nan"))}, r"lora_B\.weight has NaN"),
         ({"unet.mid_block.resnets.0.conv1.lora_magnitude_vector": torch.ones(7)}, r"DoRA magnitude \(7,\)"),
+        ({"unet.mid_block.resnets.0.conv1.lora_magnitude_vector": torch.ones(4)}, r"1 of 2 modules have a DoRA magnitude"),
+        (
+            {"unet.mid_block.resnets.0.conv1.lora.down.weight": torch.ones(2, 4, 3, 3)},
+            r"conv1\.lora_A\.weight and unet\.mid_block\.resnets\.0\.conv1\.lora\.down\.weight are two spellings of one tensor",
+        ),
+        (
+            {
+                "unet.mid_block.resnets.1.conv1.lora_B.weight": None,
+                "unet.mid_block.resnets.1.conv1.lora.up.weight": torch.ones(4, 2, 1, 1),
+            },
+            r"diffusers ignores 1 tensors, such as unet\.mid_block\.resnets\.1\.conv1\.lora\.up\.weight",
+        ),
     ],
 )
 def test_tensors_that_make_no_pair_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -118,6 +130,7 @@ def test_tensors_that_make_no_pair_are_named(changes: dict[str, Any], message: s
         ("{", "is not JSON"),
         ("[]", "holds a JSON list; expected a table"),
         (json.dumps({"unet.r": 8, "unet.lora_alpha": 8}), r"rank 2, but lora_adapter_metadata says 8, so its scale is uncertain"),
+        (json.dumps({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": True}), r"no DoRA magnitude, and .* says use_dora True"),
         (json.dumps({"unet.r": 2}), r"unet has no lora_alpha, so the alpha and with it the scale are unknown"),
         (json.dumps({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_frobnication": True}), "use_frobnication"),
     ],

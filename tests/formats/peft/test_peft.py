@@ -184,12 +184,55 @@ def test_every_broken_tensor_is_listed(folder: Path) -> None:
         ({"use_dora": True}, "has no DoRA magnitude, and use_dora is True"),
         ({"lora_bias": True}, "has no lora_B.bias, and lora_bias is True"),
         ({"trainable_token_indices": [3]}, "no tensor holds the trained rows"),
+        ({"target_modules": ["q_proj"]}, r"leaves out \d+ of the \d+ modules that have a pair .*v_proj.* PEFT ignores"),
+        ({"target_modules": r".*\.q_proj"}, "leaves out"),
+        ({"target_modules": None}, "leaves out"),
+        ({"target_modules": "dummy-target-modules"}, "leaves out"),
+        ({"exclude_modules": ["v_proj"]}, "leaves out"),
+        ({"exclude_modules": r".*layers\.1.*"}, "leaves out"),
+        ({"layers_to_transform": 0}, "leaves out"),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "blocks"}, "leaves out"),
+        ({"modules_to_save": ["v_proj"]}, "leaves out"),
     ],
 )
 def test_configuration_and_tensors_must_agree(changes: dict[str, Any], message: str, folder: Path) -> None:
     change_config(folder, **changes)
     with pytest.raises(DataError, match=message):
         lorakeet_peft.read(folder)
+
+
+def test_settings_that_leave_no_pair_out(folder: Path) -> None:
+    expected = set(lorakeet_peft.read(folder).pairs)
+    for changes in (
+        {"target_modules": "all-linear"}, {"target_modules": r".*_proj"}, {"layers_to_transform": [0, 1]},
+        {"exclude_modules": []}, {"layers_pattern": ["layers"], "layers_to_transform": [1, 0]},
+        {"exclude_modules": ["lm_head", "layers"]},
+    ):  # fmt: skip
+        change_config(folder, **changes)
+        assert set(lorakeet_peft.read(folder).pairs) == expected
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"weight": torch.zeros(32, 32)}, r"q_proj\.weight is a whole tensor of a module that has a pair .*; PEFT ignores"),
+        ({"bias": torch.zeros(32)}, r"q_proj\.bias is a whole tensor of a module"),
+        ({"lora_embedding_A": torch.zeros(4, 32), "lora_embedding_B": torch.zeros(32, 4)}, r"lora_A\.weight, lora_B\.weight beside"),
+    ],
+)
+def test_what_peft_ignores_beside_a_pair_is_refused(added: dict[str, torch.Tensor], message: str, folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors | {f"{Q}.{name}": tensor for name, tensor in added.items()})
+    with pytest.raises(DataError, match=message):
+        lorakeet_peft.read(folder)
+
+
+def test_ids_in_a_list_are_of_one_embedding(tmp_path: Path) -> None:
+    rows = {name: TokenRows((1, 3), torch.zeros(2, 8)) for name in ("model.embed_tokens", "lm_head")}
+    lorakeet_peft.write(Adapter({}, token_rows=rows), tmp_path)
+    assert set(lorakeet_peft.read(tmp_path).token_rows) == set(rows)
+    change_config(tmp_path, trainable_token_indices=[1, 3])
+    with pytest.raises(DataError, match="ids in a list are of the embedding alone"):
+        lorakeet_peft.read(tmp_path)
 
 
 def test_a_pickle_is_never_opened(folder: Path, tmp_path: Path) -> None:

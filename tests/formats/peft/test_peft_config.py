@@ -188,9 +188,40 @@ NUMBERS: list[tuple[str, Any]] = [
     ),
     *(("rank_pattern", {"q_proj": value}) for value in (0, -1, 2.5)),
     *((name, value) for name in ("lora_alpha", "r") for value in (math.nan, math.inf, -math.inf, 10**400)),
+    *((name, 1e39) for name in ("lora_alpha", "lora_dropout")),
+    ("alpha_pattern", {"q_proj": -4e38}),
     ("lora_dropout", math.nan),
     ("lora_dropout", "x"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("trainable_token_indices", [-1], "token ids of 0 or more, each once"),
+        ("trainable_token_indices", [3, 3], "token ids of 0 or more, each once"),
+        ("trainable_token_indices", {"embed_tokens": [3, 4, 3]}, "token ids of 0 or more, each once"),
+        ("trainable_token_indices", [2**31], "token ids of 0 or more, each once"),
+        ("trainable_token_indices", [True], "token ids of 0 or more, each once"),
+        ("layers_to_transform", -1, "the number of a layer"),
+        ("layers_to_transform", [0, "1"], "the number of a layer"),
+        ("exclude_modules", 3, "a list of names or a text"),
+        ("layers_pattern", [3], "a list of names or a text"),
+    ],
+)
+def test_lists_of_the_wrong_kind_are_refused_by_name_and_value(key: str, value: Any, words: str, folder: Path) -> None:
+    change_config(folder, **{key: value})
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: {key} is {re.escape(repr(value))}; expected {words}"):
+        lorakeet_peft.read(folder)
+
+
+@pytest.mark.parametrize("key", ["exclude_modules", "modules_to_save", "layers_pattern"])
+def test_slow_expressions_are_refused_under_every_key(key: str) -> None:
+    value = "(a+)+$" if key == "exclude_modules" else ["(a+)+$"]
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q"], "layers_to_transform": [0], key: value}
+    config = peft_config.parse_config(settings, "x")
+    with pytest.raises(ConfigError, match=rf"{key} is '\(a\+\)\+\$', which may take for ever"):
+        config.targets("a.layers.0.q")
 
 
 @pytest.mark.parametrize(("key", "value"), NUMBERS)

@@ -39,6 +39,7 @@ _SLOT = re.compile(
     r"|\.(?P<slot>lora_A\.weight|lora_B\.weight|(?:lora|lora_linear_layer)\.(?:down|up)\.weight|alpha"
     r"|lora_magnitude_vector(?:\.weight)?))"
 )
+_OTHER_FACTOR = re.compile(r"lora\.(?:down|up)\.weight|to_(?:q|k|v|out)_lora\.")
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -66,6 +67,7 @@ def read(path: Path, **_unused: object) -> Adapter:
     file = open_safetensors(path)
     problems = Problems(f"The adapter in {path} cannot be read", DataError)
     groups: dict[str, dict[str, Tensor]] = {}
+    named: dict[tuple[str, str], str] = {}
     for name, tensor in read_tensors(file, problems).items():
         found = parse_key(name)
         module = "" if found is None else canonical_path(found[0])
@@ -74,8 +76,18 @@ def read(path: Path, **_unused: object) -> Adapter:
         elif not component_of(module):
             known = ", ".join(COMPONENTS)
             problems.add(f"{path}: {name} begins with no component; expected one of {known}.{nearest(name, COMPONENTS)}")
+        elif (other := named.setdefault((module, found[1]), name)) != name:
+            problems.add(f"{path}: {name} and {other} are two spellings of one tensor; expected one. Fetch the file again.")
         else:
             groups.setdefault(module, {})[found[1]] = tensor
+    for wrong in _lost_in_diffusers(file):
+        problems.add(f"{path}: {wrong}")
+    dora = [module for module, slots in groups.items() if "magnitude" in slots]
+    if dora and len(dora) < len(groups):
+        problems.add(
+            f"{path}: {len(dora)} of {len(groups)} modules have a DoRA magnitude ({dora[0]}); diffusers knows DoRA for all "
+            "or none. Fetch the file again."
+        )
     configs = _configs(file)
     pairs: dict[str, Pair] = {}
     for module, slots in sorted(groups.items()):
@@ -87,6 +99,23 @@ def read(path: Path, **_unused: object) -> Adapter:
     problems.raise_if_any()
     metadata = {key: value for key, value in file.metadata.items() if key not in (METADATA_KEY, "format")}
     return Adapter(pairs, metadata=metadata)
+
+
+def _lost_in_diffusers(file: SafeFile) -> list[str]:
+    """What is wrong where a component has tensors in PEFT's spelling and in others: diffusers' loader of UNets and transformers
+    ignores the others if the first of all is lora_A.
+    """
+    found = []
+    order = sorted(file.tensors, key=lambda name: file.tensors[name].begin)
+    for component in ("unet", "transformer"):
+        own = [name for name in order if name.startswith(f"{component}.")]
+        others = [name for name in own if _OTHER_FACTOR.search(name)]
+        if own and "lora_A" in own[0] and others:
+            found.append(
+                f"diffusers ignores {len(others)} tensors, such as {others[0]}: they are in another spelling than {own[0]}, the "
+                f"first of its {component}. Load the file in the program that made it, and save it anew."
+            )
+    return found
 
 
 def _configs(file: SafeFile) -> dict[str, PeftConfig]:
@@ -118,6 +147,9 @@ def _pair(module: str, slots: Mapping[str, Tensor], configs: Mapping[str, PeftCo
     magnitude = slots.get("magnitude")
     if magnitude is not None and magnitude.numel() != B.shape[0]:
         return f"{module} has a DoRA magnitude {tuple(magnitude.shape)}; B {tuple(B.shape)} needs {B.shape[0]} numbers."
+    if config is not None and (magnitude is not None) != config.dora:
+        count = "no" if magnitude is None else "a"
+        return f"{module} has {count} DoRA magnitude, and {METADATA_KEY} says use_dora {config.dora}."
     flat = None if magnitude is None else magnitude.flatten()
     if alphas or config is None:
         alpha = _alpha(module, slots, config, alphas)

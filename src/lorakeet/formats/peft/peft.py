@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +45,7 @@ from lorakeet.formats.files.safetensors_file import Header, SafeFile, open_safet
 from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
 from lorakeet.formats.limits import metadata_without_peft
 from lorakeet.formats.peft.peft_config import (
+    ALL_LINEAR,
     CONFIG_NAME,
     LONGEST,
     PeftConfig,
@@ -113,7 +114,9 @@ def _read(folder: Path, config: PeftConfig, file: SafeFile) -> Adapter:
     groups, tokens, others = _sorted_by_kind(file, problems)
     note = _note(file)
     pairs = _pairs(config, note, groups, problems)
-    extras = {_extra_path(name, pairs, problems): tensor for name, tensor in others.items()}
+    _require_targets(config, pairs, problems)
+    wrapped = {*pairs, *(path.rpartition(".")[0] for path, pair in pairs.items() if pair.kind == "experts"), *tokens}
+    extras = {_extra_path(name, wrapped, config, problems): tensor for name, tensor in others.items()}
     token_rows = _token_rows(config, note, tokens, problems)
     if not pairs and not extras and not token_rows and not problems.messages:
         problems.add(f"{file.path} holds no tensor.")
@@ -204,6 +207,8 @@ def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs:
             return
         A, B = unpacked
     wrong = _shape_problem(path, kind, A, B, rank)
+    if more := sorted(set(slots) - {first, second, "lora_magnitude_vector", "lora_B.bias"}):
+        wrong = f"{path} has {', '.join(more)} beside {first} and {second}; PEFT uses one of the two pairs. Fetch the file again."
     magnitude = slots.get("lora_magnitude_vector")
     if (magnitude is not None) != config.dora:
         wrong = wrong or f"{path} has {'a' if magnitude is not None else 'no'} DoRA magnitude, and use_dora is {config.dora}."
@@ -245,12 +250,31 @@ def _shape_problem(path: str, kind: Kind, A: Tensor, B: Tensor, rank: int) -> st
     return ""
 
 
-def _extra_path(name: str, pairs: Mapping[str, Pair], problems: Problems) -> str:
-    """The parameter's path in the model: under a pair PEFT calls it PATH.base_layer.weight."""
+def _require_targets(config: PeftConfig, pairs: Mapping[str, Pair], problems: Problems) -> None:
+    """Adds to `problems` if the configuration gives some modules no pair that have one in the file."""
+    lost = [path for path, pair in pairs.items() if pair.kind != "experts" and not config.targets(path)]
+    if config.target_modules == ALL_LINEAR:
+        lost += [path for path, pair in pairs.items() if pair.kind in ("embedding", "conv2d")]
+    if lost:
+        shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+        problems.add(
+            f"{CONFIG_NAME} leaves out {len(lost)} of the {len(pairs)} modules that have a pair in {MODEL_NAME} ({shown}), so "
+            "PEFT ignores these pairs. Correct its target_modules, exclude_modules, layers_to_transform or modules_to_save."
+        )
+
+
+def _extra_path(name: str, wrapped: Collection[str], config: PeftConfig, problems: Problems) -> str:
+    """The parameter's path in the model: under a pair PEFT calls it PATH.base_layer.weight, and ignores PATH.weight."""
     head, nested, last = name.rpartition(f"{NESTED}.")
     if not nested:
+        owner = name.rpartition(".")[0]
+        if owner in wrapped or config.targets(owner):
+            problems.add(
+                f"{name} is a whole tensor of a module that has a pair or trained rows; PEFT ignores it there, and calls the "
+                f"weight under a pair {owner}{NESTED}.weight. Take it out of {MODEL_NAME}, or give it that name."
+            )
         return name
-    if head not in pairs:
+    if head not in wrapped:
         problems.add(f"{name} is the weight under a pair, but {head} has no pair.")
     return f"{head}.{last}"
 
@@ -262,7 +286,14 @@ def _token_rows(
     for path, rows in tokens.items():
         ids = config.token_ids
         if isinstance(ids, Mapping):
-            ids = next((ids[name] for name in ids if path == name or path.endswith(name)), None)
+            named = {ids[name] for name in ids if path == name or path.endswith(name)}
+            ids = named.pop() if len(named) == 1 else None
+        elif len(tokens) > 1:
+            problems.add(f"{path} has trained token rows; ids in a list are of the embedding alone. Give the ids by name.")
+            continue
+        if rows.dim() != 2:
+            problems.add(f"{path} has trained token rows {tuple(rows.shape)}; expected a matrix, a row for each id.")
+            continue
         if ids is None or len(ids) != rows.shape[0]:
             count = "no" if ids is None else len(ids)
             problems.add(f"{path} has {rows.shape[0]} trained token rows; trainable_token_indices gives {count} ids for it.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,18 +24,20 @@ from lorakeet.formats.files.json_object import parse_object, read_bytes
 from lorakeet.formats.files.lru_cache import LruCache
 
 CONFIG_NAME = "adapter_config.json"
+LARGEST_SCALE = 3.4028234663852886e38  # in fp32
+ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"  # in PEFT, for an adapter without pairs
 
 # Read: they decide kinds, ranks and scales, or are names.
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out",
     "target_modules", "target_parameters", "modules_to_save", "trainable_token_indices", "base_model_name_or_path",
-    "task_type", "revision", "lora_dropout", "init_lora_weights",
+    "task_type", "revision", "lora_dropout", "init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 # Without effect on what a trained adapter computes: the tensors on disk say which modules have a pair, the rest was training.
 _NO_EFFECT = {
-    "auto_mapping", "peft_version", "inference_mode", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "auto_mapping", "peft_version", "inference_mode", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "velora_config",
     "runtime_config",
 }  # fmt: skip
 # Refused unless they have their default: each changes the function, or the model it belongs to.
@@ -64,6 +65,10 @@ class PeftConfig:
     fan_in_fan_out: bool = False
     target_modules: tuple[str, ...] | str = ()
     target_parameters: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] = ()  # layers_to_transform; empty for all
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
     token_ids: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     base: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -90,12 +95,43 @@ class PeftConfig:
         return next(iter(values.values()), self.alpha)
 
     def targets(self, path: str) -> bool:
-        """True if target_modules names the module at `path`, by PEFT's rule."""
-        if isinstance(self.target_modules, str):
-            if wrong := pattern_problem(self.target_modules, self.target_modules, most_steps=math.inf):
-                raise ConfigError(f"{CONFIG_NAME}: target_modules is {self.target_modules[:80]!r}, {wrong}")
-            return re.fullmatch(self.target_modules, path) is not None
-        return any(path == target or path.endswith(f".{target}") for target in self.target_modules)
+        """True if PEFT gives the module at `path` a pair, by its rule; otherwise it ignores such a pair in the file.
+
+        ConfigError for a regular expression that may take for ever.
+        """
+        if self.exclude_modules and _named(self.exclude_modules, path, "exclude_modules"):
+            return False
+        for name in self.modules_to_save:
+            if _matched(rf"(^|.*\.){name}($|\..*)", path, name, "modules_to_save"):
+                return False
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            return path.rpartition(".")[2] != "lm_head"
+        if isinstance(self.target_modules, str) or path in self.target_modules:  # then layers_to_transform has no effect in PEFT
+            return _named(self.target_modules, path, "target_modules")
+        return _named(self.target_modules, path, "target_modules") and (not self.layers or self._layer_of(path) in self.layers)
+
+    def _layer_of(self, path: str) -> int | None:
+        """The number of the layer that holds the module at `path`, by PEFT's rule."""
+        match = None
+        for pattern in self.layers_pattern:
+            match = match or _matched(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path, pattern, "layers_pattern")
+        if not self.layers_pattern:
+            match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
+        return int(match["idx"]) if match else None
+
+
+def _named(names: tuple[str, ...] | str, path: str, key: str) -> bool:
+    """True if `names`, the value of `key`, has the module at `path`: by regular expression, or as an end of it."""
+    if isinstance(names, str):
+        return _matched(rf"(?:{names})\Z", path, names, key) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _matched(used: str, path: str, pattern: str, key: str) -> re.Match[str] | None:
+    """The match of `used`, made from the value `pattern` of `key`; ConfigError if it may take for ever or is none."""
+    if wrong := pattern_problem(pattern, used, most_steps=math.inf):
+        raise ConfigError(f"{CONFIG_NAME}: {key} is {pattern[:80]!r}, {wrong}")
+    return re.match(used, path)
 
 
 LONGEST = 1 << 20  # bytes of a configuration that is cached
@@ -168,12 +204,19 @@ def _check_values(data: dict[str, Any], path: object, problems: Problems) -> Non
     for name in ("target_parameters", "modules_to_save"):
         if not _texts(data.get(name) or []):
             problems.add(f"{path}: {name} is {data[name]!r}; expected a list of names or null.")
-    if not isinstance(data.get("target_modules"), str) and not _texts(data.get("target_modules") or []):
-        problems.add(f"{path}: target_modules is {data['target_modules']!r}; expected a list of names or a text.")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        if not isinstance(data.get(name), str) and not _texts(data.get(name) or []):
+            problems.add(f"{path}: {name} is {data[name]!r}; expected a list of names or a text.")
+    layers = data.get("layers_to_transform") or []
+    if not _whole(layers) and not (isinstance(layers, list) and all(map(_whole, layers))):
+        problems.add(f"{path}: layers_to_transform is {layers!r}; expected the number of a layer, or a list of them.")
     tokens = data.get("trainable_token_indices")
     lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
-    if not all(isinstance(ids, list) and all(isinstance(i, int) for i in ids) for ids in lists):
-        problems.add(f"{path}: trainable_token_indices is {tokens!r}; expected token ids, or lists of them by embedding name.")
+    if not all(isinstance(ids, list) and all(_whole(i) and i < 2**31 for i in ids) and len({*ids}) == len(ids) for ids in lists):
+        problems.add(
+            f"{path}: trainable_token_indices is {tokens!r}; expected token ids of 0 or more, each once, or lists of them by "
+            "embedding name."
+        )
 
 
 _AGAIN = "Put in the value that it was trained with, or fetch the file again."
@@ -196,8 +239,12 @@ def _check_pattern(
 
 
 def _number(value: Any) -> bool:
-    """True if `value` is a finite number that fits in a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """True if `value` is a finite number in fp32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SCALE
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _rank(value: Any) -> bool:
@@ -214,7 +261,8 @@ def _parse(data: dict[str, Any]) -> PeftConfig:
         tokens = {name: tuple(ids) for name, ids in tokens.items()}
     elif tokens is not None:
         tokens = tuple(tokens)
-    targets = data.get("target_modules") or []
+    targets, excluded = data.get("target_modules") or [], data.get("exclude_modules") or []
+    layers, pattern = data.get("layers_to_transform"), data.get("layers_pattern") or []
     metadata = {"task_type": str(data.get("task_type") or "")}
     if data.get("revision"):
         metadata["revision"] = str(data["revision"])
@@ -231,6 +279,10 @@ def _parse(data: dict[str, Any]) -> PeftConfig:
         fan_in_fan_out=bool(data.get("fan_in_fan_out")),
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         target_parameters=tuple(data.get("target_parameters") or ()),
+        exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
+        layers=(layers,) if isinstance(layers, int) and not isinstance(layers, bool) else tuple(layers or ()),
+        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
+        modules_to_save=tuple(data.get("modules_to_save") or ()),
         token_ids=tokens,
         base=str(data.get("base_model_name_or_path") or ""),
         metadata=metadata,

@@ -1,0 +1,28 @@
+"""How often the fuzz tests draw: a fixed set of cases in the usual tests, many random ones with LORAKEET_FUZZ=1 (`make fuzz`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+MANY = os.environ.get("LORAKEET_FUZZ", "") not in ("", "0")
+
+
+def fuzzed(quick: int, many: int) -> Callable[[Any], Any]:
+    """Marks a test of Hypothesis: `quick` fixed cases, the same each time; `many` random ones under `make fuzz`.
+
+    A failure prints the case, to be kept with `@example`.
+    """
+    drawn = settings(
+        max_examples=many if MANY else quick, derandomize=not MANY, deadline=None, database=None, print_blob=MANY,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+    def marked(test: Any) -> Any:
+        return pytest.mark.fuzz(drawn(test))
+
+    return marked
