@@ -205,6 +205,7 @@ NUMBERS: list[tuple[str, Any]] = [
         ("trainable_token_indices", [True], "token ids of 0 or more, each once"),
         ("layers_to_transform", -1, "the number of a layer"),
         ("layers_to_transform", [0, "1"], "the number of a layer"),
+        ("layers_to_transform", True, "the number of a layer"),
         ("exclude_modules", 3, "a list of names or a text"),
         ("layers_pattern", [3], "a list of names or a text"),
     ],

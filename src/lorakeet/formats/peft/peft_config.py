@@ -280,7 +280,7 @@ def _parse(data: dict[str, Any]) -> PeftConfig:
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         target_parameters=tuple(data.get("target_parameters") or ()),
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
-        layers=(layers,) if isinstance(layers, int) and not isinstance(layers, bool) else tuple(layers or ()),
+        layers=tuple(layers) if isinstance(layers, list) else () if layers is None else (int(layers),),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         modules_to_save=tuple(data.get("modules_to_save") or ()),
         token_ids=tokens,
