@@ -93,8 +93,8 @@ def run(model: Path, data: Path, out: Path, changes: Mapping[str, Any] | None = 
 
 
 def adapter_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of RUN/adapter."""
-    return {path.name: path.read_bytes() for path in sorted((folder / "adapter").iterdir())}
+    """Every file of RUN/adapter but its card, which tells of the machine and of the memory."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "adapter").iterdir()) if path.name != "README.md"}
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -55,7 +55,8 @@ def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
     assert {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} == {
         "config.yaml", "split.json", "adapter", "checkpoints", "metrics.jsonl", "report.json", "report.html", "certificate.json"
     }  # fmt: skip
-    assert sorted(file.name for file in (path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    held = sorted(file.name for file in (path / "adapter").iterdir())
+    assert held == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert [folder.name for folder in found(path / "checkpoints")] == ["step-000005", "step-000006"]
     record = read_split_record(path / "split.json")
     assert record["held_out"] == sorted(row.key for row in finished.result.setup.dataset.held_out)

@@ -127,6 +127,9 @@ class TokenRows:
         return "" if len(set(self.ids)) == len(self.ids) else "it has two trained rows for one token id."
 
 
+NAMED_BASE = "named_base"  # key of Adapter.metadata
+
+
 @dataclass(frozen=True)
 class Adapter:
     """All pairs of an adapter, by the path of the module (of the parameter, for experts) that each belongs to."""
@@ -136,6 +139,11 @@ class Adapter:
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)  # by embedding path
     base: str = ""  # name of the base model
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def named_base(self) -> str:
+        """The base as the user named it, where that is not a name that transformers loads."""
+        return self.metadata.get(NAMED_BASE, self.base)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The model card (README.md) of an export: what it is, how to use it, and what the run measured.
+"""The model card (README.md) of an export or an adapter: what it is, how to use it, and what the run measured.
 
 Model hubs read the front matter: base model, licence, data sets, tags. Only known facts are stated.
 """
@@ -34,11 +34,13 @@ class CardFacts:
     datasets: Sequence[str] = ()
     notes: Sequence[str] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    relation: str = "finetune"  # to the base model, as model hubs call it
+    task: str = "text-generation"  # as model hubs call it
 
 
 def card(facts: CardFacts, report: Report | None, certificate: Certificate | None) -> str:
     """The text of the README.md."""
-    parts = [_front(facts), f"# {facts.title}", ""]
+    parts = [_front(facts, report), f"# {facts.title}", ""]
     parts.append(f"A LoRA adapter trained on `{facts.base_model}` with [Lorakeet](https://pypi.org/project/lorakeet/).")
     if report is not None and report.verdict is not None:
         parts += ["", f"**{report.verdict.sentence}**"]
@@ -63,8 +65,8 @@ def card(facts: CardFacts, report: Report | None, certificate: Certificate | Non
     return "\n".join(parts) + "\n"
 
 
-def _front(facts: CardFacts) -> str:
-    front: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": "finetune"}
+def _front(facts: CardFacts, report: Report | None) -> str:
+    front: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": facts.relation}
     if facts.library:
         front["library_name"] = facts.library
     if facts.licence:
@@ -72,7 +74,10 @@ def _front(facts: CardFacts) -> str:
     names = [name[len(_HUB) :].partition("#")[0] for name in facts.datasets if name.startswith(_HUB)]
     if names:
         front["datasets"] = names
-    front |= {"pipeline_tag": "text-generation", "tags": ["lora", "lorakeet"]}
+    measured = [] if report is None else [name for name in METRIC_WORDS if any(name in one.metrics for one in report.systems)]
+    if measured:
+        front["metrics"] = measured
+    front |= {"pipeline_tag": facts.task, "tags": ["lora", "lorakeet"]}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
 
 

@@ -31,6 +31,7 @@ from lorakeet.train.loop import Outcome, train
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.finetuning.adapter_card import write_adapter_card
 from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind
 from lorakeet.workflows.finetuning.report import PhaseTimes, complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
@@ -152,6 +153,7 @@ def _reported(
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         certificate.write(run.certificate)
         write_report(report, run.path)
+        write_adapter_card(run.adapter, report, certificate, setup=setup, split=kind.split_record(setup))
     show_results(report, console)
     show_certificate(certificate, console)
     took = "; ".join(f"{phase} {text}" for phase, text in times.texts().items())

@@ -24,6 +24,7 @@ from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
+from lorakeet.data.locate import PACKAGE
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
 from lorakeet.kernels.choose import attends_in_c
@@ -34,9 +35,11 @@ from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
+from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
 from lorakeet.models.streaming.model import StreamedBlocks, StreamedHead
 from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.safetensors_layout import GGUF_METHOD
 
 MULTIPLE = 32  # the least multiple that the tokens of a packed batch are padded to: products are slower on other counts
 TIMES = 8  # tokens of a batch's rows in all, as a multiple of the computed ones: ids and positions of all are in memory
@@ -99,6 +102,17 @@ class TextModel:
         """The attention in use: varlen, sdpa or eager."""
         set_to = str(self.model.config._attn_implementation)
         return "varlen" if set_to == VARLEN else set_to
+
+    @property
+    def loadable_name(self) -> str:
+        """The name by which transformers and PEFT's Auto classes load it: its folder, where it is named as a file or a package.
+
+        A .gguf file whose blocks stay packed is none that they load, and keeps its name.
+        """
+        named = self.name.startswith(PACKAGE) or Path(self.name).expanduser().exists()
+        if not named or Path(self.name).is_dir() or packed_folder(self.source) == GGUF_METHOD:
+            return self.name
+        return str(self.source)
 
     def train(self) -> None:
         """Sets training mode if it is off: setting it walks over all modules, and every micro-batch calls this."""

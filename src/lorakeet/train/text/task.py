@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lorakeet.core.adapter import Adapter
+from lorakeet.core.adapter import NAMED_BASE, Adapter
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
@@ -141,7 +142,9 @@ class TextTask:
 
     def adapter(self) -> Adapter:
         """The adapter's current value."""
-        return inject.adapter_of(self.text.model, self.name, base=self.text.name)
+        named, loadable = self.text.name, self.text.loadable_name
+        found = inject.adapter_of(self.text.model, self.name, base=loadable)
+        return found if loadable == named else replace(found, metadata={**found.metadata, NAMED_BASE: named})
 
     def save(self, folder: Path) -> None:
         """Writes adapter/ in PEFT's layout, with the tokenizer if the run added tokens."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -54,6 +55,10 @@ class TextAssembly(Assembly):
     @property
     def device(self) -> torch.device:
         return self.text.device
+
+    @property
+    def base_folder(self) -> Path:
+        return self.text.source
 
     @property
     def trained_rows(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -54,6 +55,11 @@ class Assembly:
     def device(self) -> torch.device:
         """The device of the model."""
         raise NotImplementedError
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The folder of the base model, where there is one."""
+        return None
 
     @property
     def evaluated(self) -> tuple[str, Sequence[Any]]:

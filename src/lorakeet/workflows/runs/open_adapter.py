@@ -62,7 +62,7 @@ class Opened:
     def trained_model(self) -> ModelSpec:
         """The base as the adapter was trained on it, whatever --base says now; of a bare adapter what its file names."""
         if self.run is None:
-            return ModelSpec(path=self.adapter.base or self.config.model.path)
+            return ModelSpec(path=self.adapter.named_base or self.config.model.path)
         return with_runnable_kernels(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
 
     @property
@@ -141,7 +141,7 @@ def open_adapter(
 
 
 def _bare(path: Path, adapter: Adapter, base: str | None) -> RunConfig:
-    name = base or adapter.base
+    name = base or adapter.named_base
     if not name:
         raise ConfigError(f"{path} does not name its base model (base_model_name_or_path is empty); name it with --base.")
     return RunConfig(model=ModelSpec(path=name), lora=LoraSpec())
