@@ -18,6 +18,7 @@ from lorakeet.serve.access import Access
 from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
 from lorakeet.serve.registry import Registry
+from lorakeet.serve.routes.connections import ConnectionLimits
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import RequestLimits, Service
 from tiny.adapters import random_adapter
@@ -108,7 +109,8 @@ def site(live: ServingModel, saved: Callable[..., Path]) -> Iterator[Callable[..
 
     def build(
         *, access: Access | None = None, store: Path | None = None, limits: RequestLimits | None = None,
-        budget: int | None = None, names: tuple[str, ...] = ("a", "b"), **settings: Any,
+        budget: int | None = None, names: tuple[str, ...] = ("a", "b"), connections: ConnectionLimits | None = None,
+        **settings: Any,
     ) -> Site:  # fmt: skip
         engine = Engine(live.text, live.selection, **{"slots": 4, "context": 128, "chunk": 32, **settings})
         engine.start()
@@ -119,7 +121,8 @@ def site(live: ServingModel, saved: Callable[..., Path]) -> Iterator[Callable[..
         for seed, name in enumerate(names):
             if name not in registry.names:
                 registry.register(name, saved(name, *(("q_proj", "up_proj") if name == "b" else ()), seed=seed))
-        made.append(Site(Service(live.text, engine, registry, access=access, store=kept, limits=limits)))
+        limits = limits or RequestLimits(stop=60.0)  # however slow this machine is, what was begun ends
+        made.append(Site(Service(live.text, engine, registry, access=access, store=kept, limits=limits), connections))
         return made[-1]
 
     yield build

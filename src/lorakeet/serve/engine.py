@@ -193,6 +193,14 @@ class Engine:
             self._wake.notify()
         return future
 
+    def cut(self) -> None:
+        """Accepts no requests, and ends those that are accepted before their next token."""
+        with self._wake:
+            self._state = "draining" if self._state == "running" else self._state
+            self._wake.notify()
+        for job in (*self._queue, *self._running):
+            job.cancel()
+
     def drain(self, timeout: float | None = None) -> bool:
         """Accepts no requests, finishes the accepted ones, and stops; after `timeout` seconds cancels the rest.
 
@@ -204,8 +212,7 @@ class Engine:
         self._thread.join(timeout)
         finished = not self._thread.is_alive()
         if not finished:
-            for job in (*self._queue, *self._running):
-                job.cancel()
+            self.cut()
             self._thread.join()
         return finished
 

@@ -97,6 +97,7 @@ class RequestLimits:
     pause: float = 60.0  # seconds without a byte of an incomplete body
     body: int = 8 << 20  # bytes of JSON
     upload: int = 1 << 30  # bytes of a file
+    stop: float = 5.0  # seconds from SIGTERM to the end of the process
 
 
 class Service:

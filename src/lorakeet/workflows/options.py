@@ -290,6 +290,11 @@ class ServeOptions:
     queue: int = setting(256, "Number of requests that may wait; further requests are answered with 429.")
     timeout: float = setting(600.0, "Seconds that one request may take.")
     upload_limit: str = setting("1GiB", "Largest file that may be uploaded.")
+    stop: float = setting(5.0, "Seconds from SIGTERM or Ctrl-C to the end; texts may end in half of them, then they are cut.")
+    connections: int | None = setting(None, "Open connections at once; the default is what open files allow, at most 1,000.")
+    connections_per_address: int | None = setting(
+        None, "Open connections of one other address (IPv6: of one /64 network); the default is half of all."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Dtype of the base; auto uses bfloat16 if the processor supports it."
     )

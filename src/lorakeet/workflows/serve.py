@@ -65,9 +65,11 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     budget = require_servable(options)
     if warning := larger_than_machine(budget):
         console.print(warning, soft_wrap=True)
-    from lorakeet.serve.routes.http import build_app, run_server  # whose packages are there
+    from lorakeet.serve.routes.connections import ConnectionLimits  # whose packages are there
+    from lorakeet.serve.routes.http import run_server
 
-    limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit))
+    limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit), stop=options.stop)
+    connections = ConnectionLimits(options.connections, options.connections_per_address)
     access = None if options.keys is None else read_keys(options.keys)
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
@@ -106,7 +108,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
                         registry.release(registry.lease(version.name))
                 except (LorakeetError, OSError) as error:  # whose requests are refused
                     console.print(f"'{version.name}' is pinned and cannot be loaded: {error}", soft_wrap=True, markup=False)
-            run_server(build_app(service), host=options.host, port=options.port, ready=announce, patience=options.timeout)
+            run_server(service, host=options.host, port=options.port, ready=announce, connections=connections)
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)

@@ -19,7 +19,7 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.serve.access import Access, Caller, hash_key
 from lorakeet.serve.engine import Draining
 from lorakeet.serve.routes import adapters
-from lorakeet.serve.routes.http import build_app, run_server
+from lorakeet.serve.routes.http import run_server
 from lorakeet.serve.routes.reply import as_json
 from lorakeet.serve.service import RequestLimits
 
@@ -222,7 +222,7 @@ def test_a_port_that_is_taken(site: Callable[..., Any]) -> None:
     served = site()
     port = int(served.url.rpartition(":")[2])
     with pytest.raises(EnvironmentProblem, match="cannot listen on 127"):
-        run_server(build_app(served.service), host="127.0.0.1", port=port, ready=print)
+        run_server(served.service, host="127.0.0.1", port=port, ready=print)
 
 
 @pytest.mark.parametrize(

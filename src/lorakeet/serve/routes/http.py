@@ -6,10 +6,12 @@ import asyncio
 import ipaddress
 import json
 import logging
-import math
+import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +32,7 @@ from lorakeet.serve.model_names import UnknownModel
 from lorakeet.serve.registry import AdapterMemoryFull
 from lorakeet.serve.routes import adapters, ollama, openai
 from lorakeet.serve.routes.adapters import TooLarge
+from lorakeet.serve.routes.connections import ConnectionLimits, Connections, protocol_within
 from lorakeet.serve.routes.reply import HttpReply, Stalled, body_pieces
 from lorakeet.serve.service import Service
 
@@ -89,7 +92,7 @@ def build_app(service: Service) -> Starlette:
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=compute_alone))
         yield
         await service.settle()  # with the engine still running, which evicts adapters
-        await asyncio.to_thread(service.engine.drain, service.limits.timeout)
+        await asyncio.to_thread(service.engine.drain, service.limits.stop)
 
     return Starlette(routes=routes, lifespan=life, exception_handlers={HTTPException: _no_such, Exception: _unforeseen})
 
@@ -129,26 +132,62 @@ def _adapter_routes(service: Service) -> list[Route]:
     ]
 
 
-def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], None], patience: float = 600.0) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes the accepted requests for at most `patience` seconds, since a client may
-    never read its answer. `ready` gets the port when connections are accepted."""
+def run_server(
+    service: Service, *, host: str, port: int, ready: Callable[[int], None], connections: ConnectionLimits | None = None
+) -> None:
+    """Serves until SIGINT or SIGTERM, and at most `service.limits.stop` seconds longer, whatever clients and threads do.
+
+    Texts that have not ended by then are cut. `ready` gets the port when connections are accepted.
+    """
     listening = listening_socket(host, port)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-    config.timeout_graceful_shutdown = max(1, math.ceil(patience))
-    _UvicornServer(config, ready).run([listening])
+    server = BoundedServer(service, ready, connections)
+    try:
+        server.run([listening])
+    finally:
+        if server.watch is not None:
+            server.watch.cancel()
 
 
-class _UvicornServer(uvicorn.Server):
-    """uvicorn's server, with a callback when it listens."""
+class BoundedServer(uvicorn.Server):
+    """uvicorn's server over `service`, with bounds on connections and on the time that it takes to stop."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[int], None]) -> None:
+    def __init__(self, service: Service, ready: Callable[[int], None], limits: ConnectionLimits | None = None) -> None:
+        """`ready` gets the port when the server listens."""
+        self.connections = Connections(limits or ConnectionLimits())
+        config = uvicorn.Config(
+            build_app(service), host="127.0.0.1", port=0, http=protocol_within(self.connections), ws="none",
+            log_level="warning", access_log=False, server_header=False,
+        )  # fmt: skip
         super().__init__(config)
-        self._ready = ready
+        self._service, self._ready = service, ready
+        self.watch: threading.Timer | None = None  # ends the process after a signal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to stop. The process ends in time even if a thread never does; all that is kept is on the disk already."""
+        if not self.should_exit:
+            self.watch = threading.Timer(self._service.limits.stop, _end_process, (sig,))
+            self.watch.daemon = True
+            self.watch.start()
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Lets running texts end for half of the time, then cuts them, and then closes what is not read."""
+        half = self._service.limits.stop / 2
+        cut = asyncio.get_running_loop().call_later(half, self._service.engine.cut)
+        self.config.timeout_graceful_shutdown = 1.5 * half  # type: ignore[assignment]  # asyncio takes fractions
+        await super().shutdown(sockets)
+        cut.cancel()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready(self.servers[0].sockets[0].getsockname()[1])
+
+
+def _end_process(number: int) -> None:
+    """Ends the process, as the signal would."""
+    log.warning("stopped at once: a request or a thread did not end")
+    os._exit(128 + number)
 
 
 def _plain(answer: Callable[[], Response]) -> Handler:

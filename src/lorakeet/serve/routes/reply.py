@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lorakeet.errors import LorakeetError
+
+SLOWEST = 1024.0  # bytes a second of a body
 
 
 class Incoming(Protocol):
@@ -35,9 +38,12 @@ class Stalled(LorakeetError):
     """The client stopped sending within a body."""
 
 
-async def body_pieces(request: Incoming, pause: float) -> AsyncIterator[bytes]:
-    """Yields the body as it comes; Stalled if nothing comes for `pause` seconds, so that no client blocks the server."""
-    stream = request.stream()
+async def body_pieces(request: Incoming, pause: float, slowest: float = SLOWEST) -> AsyncIterator[bytes]:
+    """Yields the body as it comes, so that no client blocks the server.
+
+    Stalled if nothing comes for `pause` seconds, or after these fewer than `slowest` bytes a second since the beginning.
+    """
+    stream, began, size = request.stream(), time.monotonic(), 0
     while True:
         try:
             piece = await asyncio.wait_for(anext(stream), pause)
@@ -45,6 +51,9 @@ async def body_pieces(request: Incoming, pause: float) -> AsyncIterator[bytes]:
             return
         except asyncio.TimeoutError as error:
             raise Stalled(f"The rest of the request did not come within {pause:g} s; send it again.") from error
+        size += len(piece)
+        if (passed := time.monotonic() - began) > pause and size < slowest * (passed - pause):
+            raise Stalled(f"The request came at less than {slowest:,.0f} bytes a second; send it again, faster.")
         yield piece
 
 

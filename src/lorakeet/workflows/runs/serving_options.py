@@ -32,9 +32,9 @@ def require_servable(options: ServeOptions) -> Budget:
             f"--host {options.host} opens the server to other machines, which could load and unload adapters. Give --keys FILE, "
             "or leave --host out."
         )
-    for flag in ("slots", "queue", "timeout"):
-        if (value := getattr(options, flag)) <= 0:
-            problems.add(f"--{flag} is {value}; it must be above 0.")
+    for name in ("slots", "queue", "timeout", "stop", "connections", "connections_per_address"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            problems.add(f"--{name.replace('_', '-')} is {value}; it must be above 0.")
     if options.context is not None and options.context < LEAST_CONTEXT:
         problems.add(f"--context is {options.context}; it must be {LEAST_CONTEXT} or more.")
     if options.out is not None:
