@@ -104,6 +104,16 @@ def test_a_file_that_is_changed_in_place_is_a_file(tmp_path: Path, victim: Path)
     assert victim.read_bytes() == b"precious"
 
 
+def test_only_files_are_opened_to_be_read(tmp_path: Path, victim: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is no file"):
+            disk.open_regular(path)
+    with disk.open_regular(victim) as file:
+        assert file.readall() == b"precious"
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_writing(tmp_path: Path) -> None:
     for content in ("half", ""):
         child = os.fork()

@@ -17,6 +17,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,6 +79,15 @@ def open_in_place(path: Path) -> BinaryIO:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return os.fdopen(handle, "r+b", buffering=0)
+
+
+def open_regular(path: Path) -> FileIO:
+    """Opens a file to be read, without a buffer. OSError for what is no file: reading a pipe or a device may never end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return FileIO(handle, "rb")
 
 
 def flush(path: Path) -> None:

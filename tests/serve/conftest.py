@@ -17,6 +17,7 @@ from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.access import Access
 from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
+from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.routes.connections import ConnectionLimits
 from lorakeet.serve.sampling import Sampling
@@ -103,7 +104,7 @@ def asking(live: ServingModel) -> Iterator[Callable[..., Asking]]:
 
 
 @pytest.fixture
-def site(live: ServingModel, saved: Callable[..., Path]) -> Iterator[Callable[..., Site]]:
+def site(live: ServingModel, saved: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Site]]:
     """`site(slots=4, …)`: a server with the adapters a and b (of a smaller rank, on other layers)."""
     made: list[Site] = []
 
@@ -122,7 +123,9 @@ def site(live: ServingModel, saved: Callable[..., Path]) -> Iterator[Callable[..
             if name not in registry.names:
                 registry.register(name, saved(name, *(("q_proj", "up_proj") if name == "b" else ()), seed=seed))
         limits = limits or RequestLimits(stop=60.0)  # however slow this machine is, what was begun ends
-        made.append(Site(Service(live.text, engine, registry, access=access, store=kept, limits=limits), connections))
+        places = LoadPlaces([tmp_path / "adapters", *([] if store is None else [store])])
+        service = Service(live.text, engine, registry, access=access, store=kept, limits=limits, places=places)
+        made.append(Site(service, connections))
         return made[-1]
 
     yield build

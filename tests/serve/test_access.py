@@ -59,7 +59,7 @@ def test_a_quota_is_by_the_minute() -> None:
     assert error.value.retry_after == 40
     now[0] = 60.0
     caller.count(now=lambda: now[0])
-    with pytest.raises(ConfigError, match="3 prompts came at once, but the key of 'one' may make 2 requests a minute"):
+    with pytest.raises(ConfigError, match="3 texts are requested at once, but the key of 'one' may make 2 requests a minute"):
         Caller("one", per_minute=2).count(3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.peft import peft
 from lorakeet.models.text.serving import ServingModel
+from lorakeet.serve import adapter_files
 from lorakeet.serve.adapter_store import LIST, AdapterStore
 from lorakeet.serve.model_names import UnknownModel
 from lorakeet.serve.registry import Registry
@@ -250,3 +252,50 @@ def test_an_upload_that_another_start_may_serve_is_not_overwritten(
     assert store.forget("sent", other) and json.loads((tmp_path / "s" / LIST).read_text())["adapters"] == {}
     store.accept("sent", other, replace=False)
     assert other.names == ("sent",)
+
+
+@pytest.mark.parametrize("error", [IndexError("tuple index out of range"), RecursionError(), RuntimeError("x"), MemoryError()])
+def test_what_a_reader_raises_stops_no_start(
+    error: Exception, registry: Registry, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(tmp_path / "s")
+    upload(store, "listed", saved("listed", seed=1))
+    store.accept("listed", registry, replace=False)
+    store.remember(registry)
+    for name in ("bad", "good"):
+        shutil.copytree(saved(name, seed=2), tmp_path / "s" / name)
+    real = adapter_files.detect
+
+    def read(path: Path) -> Any:
+        if path.name in ("bad", "listed@1"):
+            raise error
+        return real(path)
+
+    monkeypatch.setattr(adapter_files, "detect", read)
+    again, said = Registry(registry.live, registry.engine, base="base"), list[str]()
+    AdapterStore(tmp_path / "s").restore(again, said.append)
+    assert again.names == ("good",)
+    assert [text.split()[0] for text in said] == ["'listed'", "bad"]
+    assert all(f"cannot be read as an adapter ({type(error).__name__}" in text for text in said)
+    assert "listed" in json.loads((tmp_path / "s" / LIST).read_text())["adapters"]
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, [], None, 5, {"path": "\0", "digest": "", "pinned": False, "probe": None}, {"path": 5, "digest": []}]
+)
+def test_damaged_entries_of_the_list_are_said_and_stay(entry: Any, registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / LIST).write_text(json.dumps({"adapters": {"x": entry}}))
+    said: list[str] = []
+    AdapterStore(tmp_path).restore(registry, said.append)
+    assert len(said) == 1 and said[0].startswith("'x' is not served: ")
+    assert json.loads((tmp_path / LIST).read_text())["adapters"] == {"x": entry}
+
+
+def test_a_pipe_in_an_adapters_folder_holds_nothing_up(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
+    for file in ("adapter_config.json", peft.MODEL_NAME):
+        folder = saved(f"pipe-{file}", seed=1)
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        with pytest.raises(DataError):
+            registry.load("pipe", folder)
+    registry.load("good", saved("good", seed=2))

@@ -65,13 +65,13 @@ class Caller:
             raise NotAllowed(f"The key of '{self.owner}' may not load or change an adapter called '{name}'.", 403)
 
     def count(self, requests: int = 1, now: Callable[[], float] = time.monotonic) -> None:
-        """Counts requests, each prompt as one. QuotaSpent if they are too many in a minute, ConfigError if they always are."""
+        """Counts requests, each text of one. QuotaSpent if they are too many in a minute, ConfigError if they always are."""
         if self.per_minute is None:
             return
         if requests > self.per_minute:
             raise ConfigError(
-                f"{requests} prompts came at once, but the key of '{self.owner}' may make {self.per_minute} requests a "
-                "minute, and each prompt counts. Send them in smaller lists."
+                f"{requests} texts are requested at once, but the key of '{self.owner}' may make {self.per_minute} requests a "
+                "minute, and each text counts, of every prompt and of n. Send smaller lists, or a smaller n."
             )
         with self._lock:
             moment = now()

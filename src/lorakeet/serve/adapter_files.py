@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, LorakeetError
 from lorakeet.formats.detect import Found, detect, read_found, surplus_rank
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.loaded_file import LoadedFile, load_safetensors, open_header
@@ -21,6 +24,7 @@ from lorakeet.kernels.cpu.inference_pairs import even
 from lorakeet.models.text.serving import ServingModel
 
 log = logging.getLogger("lorakeet.serve")
+_SAID = 300  # characters of another library's message
 Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, modification time) of each file
 
 
@@ -62,15 +66,29 @@ def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private
 
     Of PEFT folders only headers are read. `digest`: that of the content, if it is known.
     """
-    found = detect(path)
-    stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
-    outline = peft.read(found.path, opened=open_header) if found.format == "peft" else _converted(found, live)
+    with _reading(path):
+        found = detect(path)
+        stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
+        outline = peft.read(found.path, opened=open_header) if found.format == "peft" else _converted(found, live)
     alike = outline.pairs.outline if isinstance(outline.pairs, FlatPairs) else None
     seen = _seen(outline) if alike is None else _SEEN.get_or_make(alike, lambda: _seen(outline))
     if seen.surplus:
         log.warning("%s", surplus_rank(outline, str(found.path)))
     live.check(outline)
     return AdapterSource(found, 4 * outline.parameters, seen.ranks, seen.scales, stamp, private, digest)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A context in which whatever a reader raises at a file of a stranger is a DataError, so that the server goes on."""
+    try:
+        yield
+    except (LorakeetError, OSError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:_SAID]}"
+        log.warning("not read path=%s", json.dumps(str(path)), exc_info=error)
+        raise DataError(f"{path} cannot be read as an adapter ({said}). It is damaged; fetch it again.") from error
 
 
 def _seen(outline: Adapter) -> _Seen:
@@ -88,11 +106,12 @@ def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) ->
     known = bool(source.digest) and stamp == source.stamp
     opened: list[LoadedFile] = []
     configured = b""
-    if source.found.format == "peft":
-        configured = config_bytes(source.path)
-        adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known), configured=configured)
-    else:
-        adapter = _converted(source.found, live)
+    with _reading(source.path):
+        if source.found.format == "peft":
+            configured = config_bytes(source.path)
+            adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known), configured=configured)
+        else:
+            adapter = _converted(source.found, live)
     if known and stamp == _stamp(source.found):
         return adapter, source
     digest = _digest(source.found, configured, opened)

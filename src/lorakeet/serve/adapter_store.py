@@ -23,12 +23,12 @@ from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import save_text
 from lorakeet.formats.peft.peft import MODEL_NAME
 from lorakeet.formats.peft.peft_config import CONFIG_NAME
+from lorakeet.serve.load_places import UPLOADS
 from lorakeet.serve.model_names import check_name
 from lorakeet.serve.probe import CERTIFICATE, Probe
 from lorakeet.serve.registry import Registry
 
 LIST = "registry.json"
-UPLOADS = "uploads"
 _INCOMING = ".incoming"
 ACCEPTED = (CONFIG_NAME, MODEL_NAME, CERTIFICATE)  # the files of an upload; no pickle, no code
 
@@ -82,8 +82,9 @@ class AdapterStore:
                     path = Path(entry["path"])
                     private = path.parent == (self.folder / UPLOADS).resolve()
                     registry.register(name, path, pinned=pinned, probe=probe, digest=digest, private=private)
-                except (LorakeetError, OSError, KeyError, TypeError) as error:
-                    say(f"'{name}' is not served: {error} It stays in {self.folder / LIST} until it is unloaded.")
+                except (LorakeetError, OSError, LookupError, TypeError, ValueError) as error:
+                    said = str(error) if isinstance(error, (LorakeetError, OSError)) else f"its entry is damaged ({error!r})."
+                    say(f"'{name}' is not served: {said} It stays in {self.folder / LIST} until it is unloaded.")
             for path in sorted(self.folder.iterdir()):
                 name = path.name.removesuffix(path.suffix) if path.is_file() else path.name
                 if path.name in (LIST, UPLOADS) or path.name.startswith(".") or name in registry.names:

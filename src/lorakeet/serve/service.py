@@ -20,6 +20,7 @@ from lorakeet.serve.access import Access, Caller
 from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
 from lorakeet.serve.grammar import Grammars
+from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.metrics import ServerMetrics
 from lorakeet.serve.model_names import LARGEST, UnknownModel, parse_model
 from lorakeet.serve.registry import Lease, Registry, Version
@@ -112,7 +113,10 @@ class Service:
         access: Access | None = None,
         store: AdapterStore | None = None,
         limits: RequestLimits | None = None,
+        places: LoadPlaces | None = None,
     ) -> None:
+        """`places`: where calls may load adapters from; by default the folder of the store."""
+        self.places = places or LoadPlaces(() if store is None else (store.folder,))
         self.text, self.engine, self.registry = text, engine, registry
         self.access, self.store, self.limits = access or Access(), store, limits or RequestLimits()
         self.metrics, self.grammars = ServerMetrics(), Grammars(text)
@@ -214,7 +218,7 @@ class Service:
                 f"{len(prompts)} prompts with n {texts} are {count} texts; this server takes {most} at most, waiting ones "
                 "included. Send fewer at once, or start it with a larger --queue."
             )
-        caller.count(len(prompts))
+        caller.count(count)
         began = time.monotonic()
         grammar = None if schema is None else await asyncio.to_thread(self.grammars.of_schema, schema)
         lease = await asyncio.to_thread(self.registry.lease_of, weights)

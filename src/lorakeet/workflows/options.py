@@ -279,6 +279,9 @@ class ServeOptions:
     adapters_dir: Path | None = setting(
         None, "Folder for uploaded adapters and the list of names; adapters already in it are served too."
     )
+    lora_paths: tuple[Path, ...] = setting(
+        (), "Folders of adapters from which /v1/load_lora_adapter may load too; it may from --adapters-dir."
+    )
     memory: str | None = setting(None, "Memory budget of the adapters, such as 2GiB; the others wait on disk.")
     slots: int = setting(16, "Number of sequences generated at once.")
     context: int | None = setting(

@@ -32,6 +32,7 @@ from lorakeet.serve.access import read_keys
 from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.free_cores import FreeCores
+from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
 from lorakeet.train.durable import new_folder
@@ -98,7 +99,8 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         registry.register(name, path)
     if store is not None:
         store.restore(registry, console.print)
-    service = Service(text, runner, registry, access=access, store=store, limits=limits)
+    places = LoadPlaces([*([] if store is None else [store.folder]), *options.lora_paths], adapters)
+    service = Service(text, runner, registry, access=access, store=store, limits=limits, places=places)
     with cores_for_the_engine(), _logs(), existing_objects_frozen():
         runner.start()
         try:

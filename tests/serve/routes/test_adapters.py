@@ -14,7 +14,7 @@ import pytest
 
 from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.formats.peft import peft
-from lorakeet.serve import adapter_store
+from lorakeet.serve import adapter_files, adapter_store
 from lorakeet.serve.service import RequestLimits
 
 
@@ -194,3 +194,28 @@ def test_a_scale_goes_with_its_adapter_at_once(http: Any, served: Any) -> None:
                 time.sleep(0.01)
             assert text(http, "tiny") == base and not removing.done()
         assert removing.result().status_code == 200
+
+
+def test_an_upload_that_a_reader_fails_at_is_the_callers(
+    http: Any, served: Any, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> Any:
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(adapter_files, "detect", read)
+    answer = send(http, "up", saved("up", seed=6))
+    assert answer.status_code == 400 and "cannot be read as an adapter (IndexError" in answer.json()["error"]["message"]
+    monkeypatch.undo()
+    assert not list(served.service.store.folder.glob("uploads/*"))
+    assert send(http, "up", saved("up", seed=6)).status_code == 200
+
+
+def test_paths_outside_stated_folders_are_refused_alike(http: Any, tmp_path: Path, saved: Callable[..., Path]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    saved("c", seed=5).rename(tmp_path / "elsewhere" / "c")
+    answers = [
+        http.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": str(path)})
+        for path in (tmp_path / "elsewhere" / "c", tmp_path / "elsewhere" / "no", "/root", "/proc/self/environ", "/etc/passwd")
+    ]
+    assert {answer.status_code for answer in answers} == {400}
+    assert len({answer.text for answer in answers}) == 1 and "--lora-paths" in answers[0].text

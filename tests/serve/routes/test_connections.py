@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -89,6 +91,35 @@ def test_those_that_wait_make_place_for_new_ones(site: Callable[..., Any]) -> No
     for opened in waiting:
         opened.close()
     until(lambda: idle(served) and book.count == 0 and not book.by_address)
+
+
+def test_streams_write_on_while_many_connections_trickle(site: Callable[..., Any]) -> None:
+    served = site(slots=16, connections=ConnectionLimits(total=40, header=1.0))
+    body = {**BODY, "max_tokens": 60}
+    expected = post(served, json=body).json()["choices"][0]["text"]
+    slow = [connect(served) for _ in range(120)]
+    over = threading.Event()
+
+    def trickle() -> None:
+        while not over.wait(0.02):
+            for opened in slow:
+                with contextlib.suppress(OSError):
+                    opened.sendall(b"x")
+
+    def stream(_: int) -> str:
+        with httpx.stream("POST", f"{served.url}/v1/completions", json={**body, "stream": True}, timeout=60) as lines:
+            pieces = [json.loads(line[6:]) for line in lines.iter_lines() if line.startswith("data: {")]
+        return "".join(piece["choices"][0]["text"] for piece in pieces)
+
+    sending = threading.Thread(target=trickle)
+    sending.start()
+    with ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(stream, range(32)))
+    over.set()
+    sending.join()
+    for opened in slow:
+        opened.close()
+    assert texts == [expected] * 32 and served.server.connections.refused == 0 and served.server.connections.displaced > 80
 
 
 def test_where_all_are_busy_the_next_one_is_refused(site: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ import pytest
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.serve.access import Access, Caller, hash_key
 from lorakeet.serve.engine import Draining
-from lorakeet.serve.routes import adapters
+from lorakeet.serve.routes import adapters, http
 from lorakeet.serve.routes.http import run_server
 from lorakeet.serve.routes.reply import as_json
 from lorakeet.serve.service import RequestLimits
@@ -321,3 +321,46 @@ def test_json_keeps_letters() -> None:
     reply = as_json({"text": "日本", "n": [1, None]})
     assert json.loads(str(reply.body)) == {"text": "日本", "n": [1, None]} and "日本" in str(reply.body)
     assert (reply.status, reply.media) == (200, "application/json")
+
+
+def test_tokenising_and_every_text_count_in_a_quota(site: Callable[..., Any]) -> None:
+    served = site(access=Access({hash_key("sk-one-secret"): Caller("one", per_minute=5)}))
+    key = {"authorization": "Bearer sk-one-secret"}
+    assert post(served, json={**BODY, "n": 3, "temperature": 1.0}, headers=key).status_code == 200
+    assert post(served, "/tokenize", json={"model": "a", "prompt": "x"}, headers=key).status_code == 200
+    refused = post(served, json={**BODY, "n": 2}, headers=key)
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+    assert post(served, "/tokenize", json={"model": "a", "prompt": "x"}, headers=key).status_code == 200
+    assert post(served, "/tokenize", json={"model": "a", "prompt": "x"}, headers=key).status_code == 429
+    most = post(served, json={**BODY, "n": 6}, headers=key)
+    assert most.status_code == 400 and "6 texts are requested at once" in most.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/unload_lora_adapter", "/v1/chat/completions"])
+def test_hundreds_of_thousands_of_fields_are_refused_before_they_are_parsed(
+    path: str, both: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    loads = json.loads
+    raw = json.dumps({**BODY, **{f"f{number}": None for number in range(400_000)}})
+    monkeypatch.setattr(http.json, "loads", lambda text: (parsed.append(len(text)), loads(text))[1])
+    answer = post(both, path, content=raw)
+    monkeypatch.undo()
+    assert answer.status_code == 400 and "more than 50,000 fields" in answer.json()["error"]["message"] and parsed == []
+    quoted = {**BODY, "prompt": '{"a": 1} ' * 10, "max_tokens": 1}
+    assert post(both, json=quoted).status_code == 200
+
+
+def test_a_body_that_trickles_ends(site: Callable[..., Any]) -> None:
+    served = site(limits=RequestLimits(pause=0.3, stop=60.0))
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=30) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
+        slow.settimeout(0.05)
+        answer = b""
+        for _ in range(1000):  # a byte in each pause
+            try:
+                answer = slow.recv(1000)
+                break
+            except TimeoutError:
+                slow.sendall(b" ")
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"bytes a second" in answer

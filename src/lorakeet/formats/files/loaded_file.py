@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorakeet.disk import open_regular
 from lorakeet.errors import DataError, readable
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile, check_header, read_header
@@ -140,7 +141,7 @@ def open_header(path: Path) -> HeaderOnlyFile:
 
 def _opened(path: Path) -> FileIO:
     with readable(path):
-        return path.open("rb", buffering=0)
+        return open_regular(path)
 
 
 def _header(path: Path, file: FileIO) -> tuple[Header, Header | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 from lorakeet.disk import create
@@ -26,8 +25,9 @@ async def load_adapter(service: Service, caller: Caller, request: Incoming, data
     caller.require_admin()
     fields = Fields(data)
     fields.refuse({"lora_name", "lora_path", "load_inplace", "pinned", "base_model_name"}, (), {"is_3d_lora_weight": False})
-    name, path = fields.text("lora_name"), _path(fields.text("lora_path"))
+    name, given = fields.text("lora_name"), fields.text("lora_path")
     caller.require_admin(name)
+    path = await asyncio.to_thread(service.places.find, caller, given)
     load_in_place, pinned = fields.flag("load_inplace"), fields.flag("pinned")
     await asyncio.to_thread(service.registry.load, name, path, replace=load_in_place, pinned=pinned)
     return HttpReply(f"Success: LoRA adapter '{name}' added successfully.")
@@ -141,17 +141,6 @@ def _drop(service: Service, caller: Caller, name: str) -> None:
         store.tidy(name, registry)
         if not written:
             store.remember(registry)
-
-
-def _path(given: str) -> Path:
-    """A path on the server. ConfigError for an empty one, and for an unknown user's home."""
-    try:
-        path = Path(given).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"lora_path is {given!r}, whose home folder is not known; give the whole path.") from error
-    if not given:
-        raise ConfigError("lora_path is empty; give the folder of the adapter.")
-    return path
 
 
 def _seen(service: Service, caller: Caller, name: str) -> Version:

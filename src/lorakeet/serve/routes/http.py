@@ -7,10 +7,12 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import islice
 from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +54,8 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matc
     (LorakeetError, 500, "server_error"),
     (OSError, 507, "storage_error"),
 )
+MOST_FIELDS = 50_000  # of a JSON body, in all its objects
+_FIELD = re.compile(rb'(?<!\\)"\s*:')
 _MEMORY_FULL_SECONDS = 1  # until an adapter in use may be free
 log = logging.getLogger("lorakeet.serve")
 
@@ -297,6 +301,8 @@ async def _body(service: Service, request: HttpRequest) -> Any:
         raw += piece
         if len(raw) > service.limits.body:
             raise TooLarge(f"The request is larger than the {service.limits.body:,} bytes that this server takes.")
+    if sum(1 for _ in islice(_FIELD.finditer(raw), MOST_FIELDS + 1)) > MOST_FIELDS:  # before the parser, for which all texts wait
+        raise ConfigError(f"The request has more than {MOST_FIELDS:,} fields; expected the few of its call.")
     try:
         data = json.loads(raw) if raw else {}
         if b"\\u" in raw or not raw.isascii():  # JSON can contain surrogates, which cannot be encoded in UTF-8

@@ -112,6 +112,7 @@ async def tokenize(service: Service, caller: Caller, request: Incoming, data: An
     neutral = {"add_special_tokens": not chat, "add_generation_prompt": chat}
     fields.refuse({"model", "messages" if chat else "prompt"}, (), neutral)
     service.adapters_named(caller, fields.text("model"))
+    caller.count()
     ids = await (service.chat_ids(messages(fields)) if chat else service.prompt_ids(fields.text("prompt")))
     return as_json({"count": len(ids), "max_model_len": service.engine.context, "tokens": list(ids)})
 
