@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from lorakeet.serve.routes import openai
-from lorakeet.serve.routes.connections import MOST, RESERVE, ConnectionLimits, Connections, address_of
+from lorakeet.serve.routes.connections import MOST, RESERVE, ConnectionLimits, Connections, client_address
 from lorakeet.serve.routes.reply import HttpReply
 from lorakeet.serve.service import RequestLimits
 from serve.routes.test_http import BODY, idle, post, until
@@ -193,9 +193,9 @@ def test_one_address_takes_no_more_than_its_share() -> None:
 
 
 def test_addresses() -> None:
-    assert address_of("2001:db8:1:2:3::4") == address_of("2001:db8:1:2:ffff::1") == "2001:db8:1:2::/64"
-    assert address_of("::ffff:192.0.2.1") == address_of("192.0.2.1") == "192.0.2.1"
-    assert (address_of("fe80::1%eth0"), address_of("::1"), address_of("")) == ("fe80::/64", "::1", "")
+    assert client_address("2001:db8:1:2:3::4") == client_address("2001:db8:1:2:ffff::1") == "2001:db8:1:2::/64"
+    assert client_address("::ffff:192.0.2.1") == client_address("192.0.2.1") == "192.0.2.1"
+    assert (client_address("fe80::1%eth0"), client_address("::1"), client_address("")) == ("fe80::/64", "::1", "")
     limits = ConnectionLimits(total=100)
     assert [limits.most_of(address) for address in ("127.0.0.1", "::1", "192.0.2.1", "")] == [100, 100, 50, 50]
 

@@ -39,7 +39,7 @@ class ConnectionLimits:
         return self.total or max(_FEWEST, min(MOST, _open_files() - RESERVE))
 
     def most_of(self, address: str) -> int:
-        """The connections of one address (`address_of`)."""
+        """The connections of one address (`client_address`)."""
         return self.most if _is_local(address) else self.per_address or max(1, self.most // 2)
 
 
@@ -108,10 +108,10 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for headers, or refuses the connection."""
         super().connection_made(transport)
-        self._address = address_of(self.client[0] if self.client else "")
+        self._address = client_address(self.client[0] if self.client else "")
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._begun = 0
+        self._requests = 0
         self._refused = not self.book.admit(self, self._address)
         if not self._refused:
             self._wait_for_headers()
@@ -143,8 +143,8 @@ class BoundedProtocol(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            self._begun += 1
-            if self._begun >= self.book.limits.requests:
+            self._requests += 1
+            if self._requests >= self.book.limits.requests:
                 self.cycle.keep_alive = False
             if self._timer is not None:
                 self._timer.cancel()
@@ -195,7 +195,7 @@ def protocol_within(connections: Connections) -> type[BoundedProtocol]:
     return type("BoundedProtocol", (BoundedProtocol,), {"book": connections})
 
 
-def address_of(host: str) -> str:
+def client_address(host: str) -> str:
     """What counts as one address: an IPv4 address, or the /64 network that one customer has in IPv6."""
     try:
         found = ipaddress.ip_address(host.partition("%")[0])
