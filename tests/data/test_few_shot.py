@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorakeet.data.chat import Encoder
-from lorakeet.data.few_shot import FewShot, choose_examples
+from lorakeet.data.few_shot import WIDE, FewShot, choose_examples, wider
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 
@@ -67,23 +67,47 @@ def test_a_long_row_takes_fewer_examples_or_none(byte_tokenizer: Callable[..., A
 def test_examples_are_drawn_from_each_label_in_turn_and_fit_their_share(byte_tokenizer: Callable[..., Any]) -> None:
     encoder = made(byte_tokenizer, "off", ("a", "b", "c"))
     rows = [row(number, label, label) for number, label in enumerate("aaaaaaaabc")]
-    chosen = choose_examples(rows, 2, encoder, seed=0)
+    chosen = choose_examples(rows, 2, encoder, seed=0, own=encoder.spec.max_tokens)
     assert sorted(each.label or "" for each in chosen) == ["a", "b", "c"], "as many as there are labels, at least"
-    assert choose_examples(rows, 2, encoder, seed=0) == chosen
-    assert any(choose_examples(rows, 2, encoder, seed=seed) != chosen for seed in range(1, 9))
-    assert choose_examples(rows, 0, encoder, seed=0) == ()
+    assert choose_examples(rows, 2, encoder, seed=0, own=encoder.spec.max_tokens) == chosen
+    assert any(choose_examples(rows, 2, encoder, seed=seed, own=400) != chosen for seed in range(1, 9))
+    assert choose_examples(rows, 0, encoder, seed=0, own=encoder.spec.max_tokens) == ()
     long = [row(number, "a", "a", padding=250) for number in range(4)]
-    assert choose_examples(long, 4, encoder, seed=0) == ()
+    assert choose_examples(long, 4, encoder, seed=0, own=encoder.spec.max_tokens) == ()
 
 
 def test_short_rows_are_not_preferred_where_long_ones_are_usual(byte_tokenizer: Callable[..., Any]) -> None:
     encoder = made(byte_tokenizer, "off", max_tokens=400)
     rows = [row(number, "a", padding=60) for number in range(20)] + [row(number, "b") for number in range(5)]
-    chosen = choose_examples(rows, 8, encoder, seed=0)
+    chosen = choose_examples(rows, 8, encoder, seed=0, own=encoder.spec.max_tokens)
     assert 1 <= len(chosen) <= 4 and any(encoder.tokens_of(each) > 50 for each in chosen)
+
+
+def test_the_limit_of_training_rows_is_not_that_of_few_shot_rows(byte_tokenizer: Callable[..., Any]) -> None:
+    """Rows of 60 tokens of at most 120: one example fits into half of that, eight into what the context leaves."""
+    encoder = made(byte_tokenizer, "off", max_tokens=120)
+    rows = [row(number, "one", padding=45) for number in range(20)]
+    assert 50 < encoder.tokens_of(rows[0]) <= 70
+    assert len(choose_examples(rows, 8, encoder, seed=0, own=120)) == 1
+    wide = wider(encoder, 4096)
+    chosen = choose_examples(rows, 8, wide, seed=0, own=120)
+    shown = FewShot(wide, chosen).row(row(99, "two"))
+    assert wide.spec.max_tokens == WIDE and len(chosen) == 8 and len(shown.turns) == 2 * 9
+    found = wide.question(shown)
+    assert found is not None and text_of(wide, found[0]).count("Question") == 9
+    assert [wider(encoder, context).spec.max_tokens for context in (None, 300, 100)] == [WIDE, 300, 120]
+
+
+def test_a_long_row_is_shortened_for_the_few_shot_base_as_for_all(byte_tokenizer: Callable[..., Any]) -> None:
+    encoder = made(byte_tokenizer, "off", max_tokens=120)
+    long = Row((Turn("user", "Question " + "and " * 150, False), Turn("assistant", "x", True)), None, None, "rows:1")
+    shorter, example = encoder.shortened(long), encoder.encode(long)
+    assert shorter is not None and example is not None and shorter != long
+    found = wider(encoder, None).question(FewShot(wider(encoder, None), (row(1, "one"),)).row(shorter))
+    assert found is not None and text_of(encoder, found[0]).endswith(text_of(encoder, example.ids[~example.supervised]))
 
 
 def test_raw_text_is_no_question(byte_tokenizer: Callable[..., Any]) -> None:
     encoder = made(byte_tokenizer, "off")
     raw = Row((Turn("", "A text of its own.", True),), None, None, "rows:1")
-    assert encoder.question(raw) is None and choose_examples([raw], 3, encoder, seed=0) == ()
+    assert encoder.question(raw) is None and choose_examples([raw], 3, encoder, seed=0, own=encoder.spec.max_tokens) == ()

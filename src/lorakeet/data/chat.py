@@ -121,6 +121,11 @@ class Encoder:
         most = max((len(example.ids) for example in examples), default=0)
         return min(most + self._longest_label + _SLACK, max(most, self.spec.max_tokens)) if self.labels else most
 
+    def shortened(self, row: Row) -> Row | None:
+        """The row that `encode(row)` encodes: with less of the user's text if it is too long; None if it is left out."""
+        fitted = self._fit(row)
+        return None if fitted is None else fitted.row
+
     def tokens_of(self, row: Row) -> int:
         """The tokens of the whole row, with its longest label if it is near data.max_tokens."""
         return self._length(_Fitted(row, self._tokens(row)))

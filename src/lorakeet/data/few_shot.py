@@ -11,21 +11,25 @@ from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.template import is_templated
 
-SHARE = 0.5  # of data.max_tokens that the examples may take
+SHARE = 0.5  # of a few-shot row that the examples may take, or more where the row itself needs less
+WIDE = 1024  # tokens of a few-shot row, where data.max_tokens is less: that limits training rows, not what a base reads
 MOST_READ = 1000  # training rows of which examples are chosen
 BETWEEN = "\n\n"  # after an example, where no chat template separates turns
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """`examples` are put before a row as long as it fits; the names of the labels, where there are any, come first."""
+    """`examples` are put before a row as long as it fits; the names of the labels, where there are any, come first.
+
+    `encoder` encodes few-shot rows (`wider`), `limit` is what they have in its place if that is less.
+    """
 
     encoder: Encoder
     examples: tuple[Row, ...]
-    limit: int | None = None  # tokens of the whole row, if fewer than data.max_tokens
+    limit: int | None = None  # tokens of the whole row
 
     def row(self, row: Row) -> Row:
-        """The row behind as many examples as fit into data.max_tokens: all, half of them, a quarter and so on, or none."""
+        """The row behind as many examples as fit: all, half of them, a quarter and so on, or none."""
         count, limit = len(self.examples), self.encoder.spec.max_tokens
         while count:
             found = self._behind(row, self.examples[:count])
@@ -43,13 +47,19 @@ class FewShot:
         return replace(row, turns=(*first, *shown, *(turn for turn in row.turns if turn.role != "system")))
 
 
-def choose_examples(rows: Sequence[Row], count: int, encoder: Encoder, *, seed: int) -> tuple[Row, ...]:
+def wider(encoder: Encoder, context: int | None) -> Encoder:
+    """The encoder of few-shot rows: up to WIDE tokens within the model's `context`, but no fewer than `encoder` takes."""
+    limit = max(encoder.spec.max_tokens, WIDE if context is None else min(WIDE, context))
+    return Encoder(encoder.tokenizer, replace(encoder.spec, max_tokens=limit), encoder.labels)
+
+
+def choose_examples(rows: Sequence[Row], count: int, encoder: Encoder, *, seed: int, own: int) -> tuple[Row, ...]:
     """Up to `count` rows, drawn with `seed`: of each label as many where rows have labels; at least one of each, if they fit.
 
-    Fewer where rows of usual length do not fit into SHARE of data.max_tokens. Rows that end in no answer, or have tools, are
-    never chosen.
+    Fewer where rows of usual length do not fit into SHARE of what `encoder` takes, or what is left of it beside a row of `own`
+    tokens. Rows that end in no answer, or have tools, are never chosen.
     """
-    limit = SHARE * encoder.spec.max_tokens
+    limit = max(SHARE * encoder.spec.max_tokens, encoder.spec.max_tokens - own)
     wanted = max(count, len(encoder.labels)) if count else 0
     order = np.random.default_rng([seed, 3]).permutation(len(rows))[: MOST_READ if wanted else 0]
     usable = [row for index in order if (row := rows[index]).answered and not row.tools]

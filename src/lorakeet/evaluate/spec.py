@@ -19,7 +19,11 @@ class EvaluateSpec:
     baselines: bool = setting(
         True, "Also evaluate simple baselines: TF-IDF + logistic regression, majority class, copied answers."
     )
-    examples: int = setting(8, "Training rows shown to the few-shot base, at least one for each label; 0 leaves that system out.")
+    examples: int = setting(
+        8,
+        "Training rows shown to the few-shot base, at least one for each label, as many as fit into 1,024 tokens (within a "
+        "memory budget: into half of data.max_tokens); 0 leaves that system out.",
+    )
     answers: int = setting(64, "Held-out prompts that every system answers in words, for rows without labels; 0 for none.")
     answer_tokens: int = setting(256, "Most tokens of such a reply.")
     answer_seconds: int = setting(600, "Seconds after which the adapter starts no further replies.")

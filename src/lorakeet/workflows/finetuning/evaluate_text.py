@@ -30,7 +30,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
-from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier
+from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier, few_shot_room
 
 CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
 
@@ -116,25 +116,33 @@ class TextEvaluator:
 
     def answers(self, rows: Sequence[Row], system: str) -> Answers:
         """The label probabilities of `system` on labelled rows."""
-        candidates: list[Candidates] = [found for row in rows if (found := self.encoder.candidates(row)) is not None]
+        return self._answers(rows, system, self.encoder, self.config.train.micro_tokens)
+
+    def _answers(self, rows: Sequence[Row], system: str, encoder: Encoder, micro_tokens: int) -> Answers:
+        candidates: list[Candidates] = [found for row in rows if (found := encoder.candidates(row)) is not None]
         activate(self.text.model, None if system == BASE else self.name)
         with counted(self.console, f"{system} answers rows", len(candidates)) as advance:
-            scores = label_scores(self.text, candidates, micro_tokens=self.config.train.micro_tokens, progress=advance)
+            scores = label_scores(self.text, candidates, micro_tokens=micro_tokens, progress=advance)
         truth = np.array([row.label for row in candidates], dtype=np.int64)
         return Answers(system, self.encoder.labels, truth, label_log_probs(scores), row_groups(rows))
 
     def _few_shot(self, rows: Sequence[Row], known: Sequence[Row]) -> Answers | None:
         """The base's answers behind examples of training rows, calibrated on other training rows; None without examples."""
-        examples = choose_examples(known, self.config.evaluate.examples, self.encoder, seed=self.config.evaluate.seed)
+        spec, room = self.config.evaluate, few_shot_room(self.config, self.text, self.encoder)
+        examples = choose_examples(known, spec.examples, room.encoder, seed=spec.seed, own=self.encoder.spec.max_tokens)
         if not examples:
             return None
-        few, chosen = FewShot(self.encoder, examples), {row.source for row in examples}
+        few, chosen = FewShot(room.encoder, examples), {row.source for row in examples}
+
+        def behind(some: Sequence[Row]) -> list[Row]:
+            return [few.row(shorter) for row in some if (shorter := self.encoder.shortened(row)) is not None]
+
         order = np.random.default_rng([self.config.evaluate.seed, 5]).permutation(len(known))
         others = [row for index in order if (row := known[index]).source not in chosen and self.encoder.encode(row) is not None]
-        found = self.answers([few.row(row) for row in rows], BASE)
+        found = self._answers(behind(rows), BASE, room.encoder, room.tokens)
         note = f"sees up to {len(examples)} training rows with their labels before each row"
         if len(others) >= CALIBRATION_LEAST:
-            training = self.answers([few.row(row) for row in others[:CALIBRATION_ROWS]], BASE)
+            training = self._answers(behind(others[:CALIBRATION_ROWS]), BASE, room.encoder, room.tokens)
             found = calibrated(found, training)
             note += f"; temperature and label bias fitted to {len(training.truth)} others"
         return replace(found, system=FEW_SHOT, note=note)

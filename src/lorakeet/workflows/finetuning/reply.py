@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder, Ids
-from lorakeet.data.few_shot import BETWEEN, FewShot, choose_examples
+from lorakeet.data.few_shot import BETWEEN, FewShot, choose_examples, wider
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.data.template import is_templated
 from lorakeet.evaluate.baselines import constant_answer, nearest_answers
@@ -30,6 +30,7 @@ BASE, ADAPTER, FEW_SHOT = "base", "adapter", "few-shot base"
 LONGER = 1.5  # times the longest reference that a reply may have in tokens
 LEAST_TOKENS = 16
 LINE = "\n"
+WITHOUT_BUDGET = 4096  # tokens of few-shot rows that are computed together where no budget counts them
 TOGETHER = 16  # prompts after each of which the time is looked at
 
 
@@ -53,6 +54,21 @@ class Prompts:
             self, rows=self.rows[:count], indices=self.indices[:count], questions=self.questions[:count],
             references=self.references[:count],
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FewShotRoom:
+    """How few-shot rows are encoded, and how many `tokens` are computed together."""
+
+    encoder: Encoder
+    tokens: int
+
+
+def few_shot_room(config: RunConfig, text: TextModel, encoder: Encoder) -> FewShotRoom:
+    """As much as the model's context allows (data/few_shot.WIDE); within a memory budget what was planned, data.max_tokens."""
+    if config.memory.limit:
+        return FewShotRoom(encoder, config.train.micro_tokens)
+    return FewShotRoom(wider(encoder, text.context), max(config.train.micro_tokens, WITHOUT_BUDGET))
 
 
 @dataclass(frozen=True)
@@ -110,18 +126,26 @@ class Replier:
     def _few_shot(self, prompts: Prompts, taught: Sequence[Row]) -> Replies | None:
         """The base's replies behind examples of `taught` rows; None if no example fits."""
         spec, context = self.config.evaluate, self.text.context
-        examples = choose_examples(taught, spec.examples, self.encoder, seed=spec.seed)
+        room = few_shot_room(self.config, self.text, self.encoder)
+        examples = choose_examples(taught, spec.examples, room.encoder, seed=spec.seed, own=self.encoder.spec.max_tokens)
         if not examples:
             return None
-        few = FewShot(self.encoder, examples, limit=None if context is None else context - prompts.limit)
-        questions = [found[0] for row in prompts.rows if (found := self.encoder.question(few.row(row))) is not None]
+        few = FewShot(room.encoder, examples, limit=None if context is None else context - prompts.limit)
+        shorter = [short for row in prompts.rows if (short := self.encoder.shortened(row)) is not None]
+        questions = [found[0] for row in shorter if (found := room.encoder.question(few.row(row))) is not None]
         blank = not self._templated(prompts.rows[0]) and not any(BETWEEN in row.turns[-1].text.strip() for row in taught)
         ending = prompts.ending or (BETWEEN if blank else "")  # as it ended each example
         note = f"sees up to {len(examples)} training rows with their answers before each prompt"
-        return self.write(FEW_SHOT, replace(prompts, questions=tuple(questions), ending=ending), note=note)
+        return self.write(FEW_SHOT, replace(prompts, questions=tuple(questions), ending=ending), note=note, tokens=room.tokens)
 
-    def write(self, system: str, prompts: Prompts, *, seconds: float = math.inf, note: str = "") -> Replies:
-        """The greedy replies of a system, or the first of them if `seconds` are over; at least TOGETHER."""
+    def write(
+        self, system: str, prompts: Prompts, *, seconds: float = math.inf, note: str = "", tokens: int | None = None
+    ) -> Replies:
+        """The greedy replies of a system, or the first of them if `seconds` are over; at least TOGETHER.
+
+        `tokens` pass through the model together, train.micro_tokens by default, but no fewer than REPLY_TOKENS.
+        """
+        most = max(tokens or self.config.train.micro_tokens, REPLY_TOKENS)
         activate(self.text.model, self.name if system == ADAPTER else None)
         until = self.clock() + seconds
         written: list[Ids] = []
@@ -129,7 +153,7 @@ class Replier:
             for start in range(0, len(prompts.questions), TOGETHER):
                 if start and self.clock() > until:
                     break
-                written += self._some(prompts.questions[start : start + TOGETHER], prompts, advance)
+                written += self._some(prompts.questions[start : start + TOGETHER], prompts, most, advance)
         whole = [self._decoded(ids) for ids in written]
         texts = [text.split(prompts.ending, 1)[0].rstrip() for text in whole] if prompts.ending else whole
         cut = [len(ids) >= prompts.limit and text == full for ids, text, full in zip(written, texts, whole, strict=True)]
@@ -154,9 +178,8 @@ class Replier:
             answer = None if found is None else found[1]
         return "" if answer is None else self._decoded(answer)
 
-    def _some(self, questions: Sequence[Ids], prompts: Prompts, advance: Callable[[int], None]) -> list[Ids]:
-        """The replies to a few questions, as many at once as evaluation passes through the model together."""
-        most = max(self.config.train.micro_tokens, REPLY_TOKENS)
+    def _some(self, questions: Sequence[Ids], prompts: Prompts, most: int, advance: Callable[[int], None]) -> list[Ids]:
+        """The replies to a few questions, at most `most` tokens at once."""
         order = sorted(range(len(questions)), key=lambda index: len(questions[index]))
         limit, done = prompts.limit, partial(self._has, prompts.ending) if prompts.ending else None
         found: dict[int, Ids] = {}
