@@ -1,10 +1,11 @@
-"""Baselines without a language model: majority class, TF-IDF with logistic regression, and copies of training answers."""
+"""Baselines without a language model: majority class, logistic regression on terms or embeddings, copies of training answers."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ from lorakeet.evaluate.replies import Replies, unspaced_share
 
 MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
+EMBEDDED = "sentence embeddings + logistic regression"
 NEAREST = "nearest training answer"
 CONSTANT = "constant answer"
 
-FOLDS = 5  # of the cross-validation that chooses between words and characters
+Embed = Callable[[Sequence[str]], Floats]  # texts to vectors (texts, width)
+WORDS, LETTERS, EMBEDDINGS = "words", "characters", "embeddings"
+FOLDS = 5  # of the cross-validation that chooses between words, characters and embeddings
 FOLD_ROWS = 3000  # training rows that it takes at most
 CHARACTERS = 5_000_000  # of training texts that a regression is fitted to, or that are searched, at most
 CHARACTER_BYTES = 72  # that their terms take for each character, measured with character 2-5-grams
@@ -45,13 +49,15 @@ def tfidf_logistic(
     truth: Sequence[str],
     labels: Sequence[str],
     groups: Sequence[Hashable] | None = None,
+    embed: Embed | None = None,
 ) -> Answers:
     """Answers by TF-IDF (sublinear, terms in at least 2 rows) and logistic regression (C = 10, balanced classes).
 
     Terms are word 1-2-grams or character 2-5-grams, whichever answers more training rows right in a 5-fold cross-validation;
     `note` says which. Texts without spaces between words (Chinese, Japanese, Thai) have character 1-4-grams. Needs two labels
     among the training rows. If no term occurs in two rows, all are used; without terms, the answers are the majority's; `note`
-    says either. A label of no training row gets 1 / (rows + 1).
+    says either. A label of no training row gets 1 / (rows + 1). With `embed`, embeddings are compared too, and the system has
+    their name if they are chosen.
     """
     _check(train_labels, truth, labels)
     present = set(train_labels)
@@ -62,22 +68,45 @@ def tfidf_logistic(
         raise DataError(f"Texts and labels differ in number: {counts}; expected one label for each text.")
     unseen = [label for label in labels if label not in present]
     note = f"never saw {', '.join(map(repr, unseen))}; " if unseen else ""
-    probabilities, said = _fit_and_answer(train_texts, train_labels, texts, labels)
+    vectors = None if embed is None else Embeddings.of([*train_texts[: _within(train_texts)], *texts], embed)
+    probabilities, said = _fit_and_answer(train_texts, train_labels, texts, labels, vectors)
     if probabilities is None:
         probabilities = np.tile(_frequencies(train_labels, labels), (len(texts), 1))
+    system = EMBEDDED if said.startswith(EMBEDDINGS) else TFIDF
     return answers_from_probabilities(
-        TFIDF, probabilities, labels=labels, truth=_index(truth, labels), groups=groups, note=(note + said).rstrip("; ")
+        system, probabilities, labels=labels, truth=_index(truth, labels), groups=groups, note=(note + said).rstrip("; ")
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """The vectors of known texts, in place of their terms."""
+
+    vectors: dict[str, Floats]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], embed: Embed) -> Embeddings:
+        """Each text embedded once."""
+        different = list(dict.fromkeys(texts))
+        return cls(dict(zip(different, embed(different), strict=True)))
+
+    def transform(self, texts: Sequence[str]) -> Floats:
+        """The vectors (texts, width), of length 1 as those of terms are."""
+        return np.stack([self.vectors[text] for text in texts])
+
+
 def _fit_and_answer(
-    train_texts: Sequence[str], train_labels: Sequence[str], texts: Sequence[str], labels: Sequence[str]
+    train_texts: Sequence[str],
+    train_labels: Sequence[str],
+    texts: Sequence[str],
+    labels: Sequence[str],
+    vectors: Embeddings | None,
 ) -> tuple[Floats | None, str]:
     count = _within(train_texts)
     said = f"the first {count} training rows; " if count < len(train_texts) else ""
     train_texts, train_labels = train_texts[:count], train_labels[:count]
-    kind, why = _better_terms(train_texts, train_labels)
-    fitted = _fit(train_texts, train_labels, kind)
+    kind, why = _better_terms(train_texts, train_labels, vectors)
+    fitted = _fit(train_texts, train_labels, kind, vectors)
     if fitted is None:
         return None, "the training rows have no words, so it answers like the majority class"
     terms, model, fault = fitted
@@ -85,7 +114,7 @@ def _fit_and_answer(
     columns = {label: index for index, label in enumerate(model.classes_)}
     floor = 1 / (len(train_labels) + 1)
     table = np.stack([known[:, columns[label]] if label in columns else np.full(len(texts), floor) for label in labels], axis=1)
-    return table / table.sum(axis=1, keepdims=True), said + why + fault
+    return table / table.sum(axis=1, keepdims=True), why + said + fault
 
 
 def _within(texts: Sequence[str]) -> int:
@@ -93,35 +122,45 @@ def _within(texts: Sequence[str]) -> int:
     return min(len(texts), max(1, int(np.searchsorted(np.cumsum([len(text) for text in texts]), CHARACTERS))))
 
 
-def _better_terms(texts: Sequence[str], labels: Sequence[str]) -> tuple[str, str]:
-    """"words" or "characters", by cross-validation on training rows, and why."""
+def _better_terms(texts: Sequence[str], labels: Sequence[str], vectors: Embeddings | None) -> tuple[str, str]:
+    """"words", "characters" or "embeddings", by cross-validation on training rows, and why."""
     order = np.random.default_rng(0).permutation(len(texts))[:FOLD_ROWS]
     if len(order) < 2 * FOLDS:
         kind = "words" if unspaced_share(texts) < 0.5 else "characters"
         return kind, f"{kind}, since {len(texts)} training rows are too few to compare; " if kind == "characters" else ""
-    right = {"words": 0, "characters": 0}
+    right = dict.fromkeys((WORDS, LETTERS, *([] if vectors is None else [EMBEDDINGS])), 0)
     for fold in range(FOLDS):
         inside, outside = order[np.arange(len(order)) % FOLDS != fold], order[fold::FOLDS]
         chosen = [labels[row] for row in inside]
         if len(set(chosen)) < 2:
             continue
         for kind in right:
-            fitted = _fit([texts[row] for row in inside], chosen, kind)
+            fitted = _fit([texts[row] for row in inside], chosen, kind, vectors)
             if fitted is not None:
                 answers = fitted[1].predict(fitted[0].transform([texts[row] for row in outside]))
                 right[kind] += int(np.sum(answers == np.array([labels[row] for row in outside])))
     kind = max(right, key=lambda name: right[name])
-    shares = " and ".join(f"{count / len(order):.3f} by {name}" for name, count in right.items())
+    *others, last = (f"{count / len(order):.3f} by {name}" for name, count in right.items())
+    shares = f"{', '.join(others)} and {last}"
     return kind, f"{kind} (accuracy in cross-validation {shares}); "
 
 
-def _fit(texts: Sequence[str], labels: Sequence[str], kind: str) -> tuple[Any, Any, str] | None:
-    """The fitted terms and regression, and what was unusual; None if the texts have no terms."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
+def _fit(texts: Sequence[str], labels: Sequence[str], kind: str, vectors: Embeddings | None) -> tuple[Any, Any, str] | None:
+    """The fitted terms (or `vectors`) and regression, and what was unusual; None if the texts have no terms."""
+    if kind == EMBEDDINGS and vectors is not None:
+        return vectors, *_regression(vectors.transform(texts), labels)
+    terms, said = _terms(texts, kind)
+    if terms is None:
+        return None
+    model, fault = _regression(terms.fit_transform(texts), labels)
+    return terms, model, said + fault
 
-    if kind == "words":
+
+def _terms(texts: Sequence[str], kind: str) -> tuple[Any, str]:
+    """The terms of a kind, not fitted yet, and what was unusual; None if the texts have none."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if kind == WORDS:
         terms = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=FEATURES)
     else:
         lengths = (1, 4) if unspaced_share(texts) >= 0.2 else (2, 5)
@@ -136,16 +175,22 @@ def _fit(texts: Sequence[str], labels: Sequence[str], kind: str) -> tuple[Any, A
         seen |= found
     if not occurs_twice:
         if not seen:
-            return None
+            return None, ""
         terms.set_params(min_df=1)
-    said = "" if occurs_twice else "no word occurs in two training rows, so words of a single row are used; "
+    return terms, "" if occurs_twice else "no word occurs in two training rows, so words of a single row are used; "
+
+
+def _regression(features: Any, labels: Sequence[str]) -> tuple[Any, str]:
+    """The fitted logistic regression, and whether it had not converged."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(terms.fit_transform(texts), list(labels))
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        said += "the logistic regression had not converged after 2000 iterations; "
-    return terms, model, said
+        model.fit(features, list(labels))
+    failed = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    return model, "the logistic regression had not converged after 2000 iterations; " if failed else ""
 
 
 def nearest_answers(

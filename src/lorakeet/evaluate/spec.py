@@ -19,6 +19,11 @@ class EvaluateSpec:
     baselines: bool = setting(
         True, "Also evaluate simple baselines: TF-IDF + logistic regression, majority class, copied answers."
     )
+    encoder: str | None = setting(
+        None,
+        "Folder of a text encoder (transformers or sentence-transformers): its embeddings with logistic regression are the "
+        "baseline of labelled rows, where cross-validation prefers them to words and characters.",
+    )
     examples: int = setting(
         8,
         "Training rows shown to the few-shot base, at least one for each label, as many as fit into 1,024 tokens (within a "

@@ -23,7 +23,7 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
-from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
@@ -70,6 +70,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     own = None if options.metric is None else load_metric(options.metric)
     path = Path(options.run_or_adapter)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    require_encodable(opened.config)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
     workload = Workload(bool(rows.labels), sum(len(row.text) for row in rows.rows))
     residency = fit_evaluation(opened.config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload)

@@ -16,7 +16,7 @@ from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
 from lorakeet.data.few_shot import FewShot, choose_examples
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.rows import Row, row_groups
-from lorakeet.errors import DataError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
 from lorakeet.evaluate.likelihood import RowLosses, label_log_probs
@@ -28,11 +28,24 @@ from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import label_scores, row_losses
 from lorakeet.models.inject import activate
 from lorakeet.models.text.compare import compare_outputs
+from lorakeet.models.text.encoder import require_encoder, text_embedder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier, few_shot_room
 
 CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
+
+
+def require_encodable(config: RunConfig) -> None:
+    """Raises ConfigError if evaluate.encoder is no encoder, or there is a memory budget, which does not count it."""
+    if config.evaluate.encoder is None:
+        return
+    if config.memory.limit:
+        raise ConfigError(
+            f"evaluate.encoder is {config.evaluate.encoder}, and memory.budget {config.memory.limit} does not count its memory. "
+            "Leave one of them out."
+        )
+    require_encoder(config.evaluate.encoder)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,11 @@ class TextEvaluator:
                 labels, groups, known = self.encoder.labels, row_groups(rows), [row.text for row in baseline_rows]
                 train_labels, truth = [_label(row) for row in baseline_rows], [_label(row) for row in rows]
                 majority = majority_class(train_labels, truth, labels=labels, groups=groups)
-                tfidf = tfidf_logistic(known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups)
+                folder = self.config.evaluate.encoder
+                embed = None if folder is None else text_embedder(require_encoder(folder))
+                tfidf = tfidf_logistic(
+                    known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups, embed=embed
+                )
                 note = f"fitted to {len(baseline_rows)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
                 floors = [majority, replace(tfidf, note=note)]
             few_shot = self._few_shot(rows, baseline_rows)

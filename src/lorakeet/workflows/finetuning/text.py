@@ -44,7 +44,7 @@ from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.certify_text import certify_text
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
-from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows
@@ -342,6 +342,7 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def check(self, config: RunConfig, processes: int) -> None:
         require_graphable(config, processes)
+        require_encodable(config)
         if config.evaluate.metric is not None:
             load_metric(config.evaluate.metric, outside=Path(config.out))  # raises now rather than after training
 
