@@ -20,14 +20,10 @@ class EvaluateSpec:
         True, "Also evaluate simple baselines: TF-IDF + logistic regression, majority class, copied answers."
     )
     encoder: str | None = setting(
-        None,
-        "Folder of a text encoder (transformers or sentence-transformers): its embeddings with logistic regression are the "
-        "baseline of labelled rows, where cross-validation prefers them to words and characters.",
+        None, "Folder of a text encoder, whose embeddings are a baseline of labelled rows where cross-validation prefers them."
     )
     examples: int = setting(
-        8,
-        "Training rows shown to the few-shot base, at least one for each label, as many as fit into 1,024 tokens (within a "
-        "memory budget: into half of data.max_tokens); 0 leaves that system out.",
+        8, "Training rows shown to the few-shot base, if 1,024 tokens have room, at least one a label; 0 for no such system."
     )
     answers: int = setting(64, "Held-out prompts that every system answers in words, for rows without labels; 0 for none.")
     answer_tokens: int = setting(256, "Most tokens of such a reply.")

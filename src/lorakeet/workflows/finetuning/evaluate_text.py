@@ -31,7 +31,7 @@ from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.encoder import require_encoder, text_embedder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
-from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier, few_shot_room
+from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier, few_shot_limits
 
 CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
 
@@ -145,21 +145,21 @@ class TextEvaluator:
 
     def _few_shot(self, rows: Sequence[Row], known: Sequence[Row]) -> Answers | None:
         """The base's answers behind examples of training rows, calibrated on other training rows; None without examples."""
-        spec, room = self.config.evaluate, few_shot_room(self.config, self.text, self.encoder)
-        examples = choose_examples(known, spec.examples, room.encoder, seed=spec.seed, own=self.encoder.spec.max_tokens)
+        spec, limits = self.config.evaluate, few_shot_limits(self.config, self.text, self.encoder)
+        examples = choose_examples(known, spec.examples, limits.encoder, seed=spec.seed, own=self.encoder.spec.max_tokens)
         if not examples:
             return None
-        few, chosen = FewShot(room.encoder, examples), {row.source for row in examples}
+        few, chosen = FewShot(limits.encoder, examples), {row.source for row in examples}
 
         def behind(some: Sequence[Row]) -> list[Row]:
             return [few.row(shorter) for row in some if (shorter := self.encoder.shortened(row)) is not None]
 
         order = np.random.default_rng([self.config.evaluate.seed, 5]).permutation(len(known))
         others = [row for index in order if (row := known[index]).source not in chosen and self.encoder.encode(row) is not None]
-        found = self._answers(behind(rows), BASE, room.encoder, room.tokens)
+        found = self._answers(behind(rows), BASE, limits.encoder, limits.tokens)
         note = f"sees up to {len(examples)} training rows with their labels before each row"
         if len(others) >= CALIBRATION_LEAST:
-            training = self._answers(behind(others[:CALIBRATION_ROWS]), BASE, room.encoder, room.tokens)
+            training = self._answers(behind(others[:CALIBRATION_ROWS]), BASE, limits.encoder, limits.tokens)
             found = calibrated(found, training)
             note += f"; temperature and label bias fitted to {len(training.truth)} others"
         return replace(found, system=FEW_SHOT, note=note)

@@ -57,18 +57,18 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class FewShotRoom:
+class FewShotLimits:
     """How few-shot rows are encoded, and how many `tokens` are computed together."""
 
     encoder: Encoder
     tokens: int
 
 
-def few_shot_room(config: RunConfig, text: TextModel, encoder: Encoder) -> FewShotRoom:
+def few_shot_limits(config: RunConfig, text: TextModel, encoder: Encoder) -> FewShotLimits:
     """As much as the model's context allows (data/few_shot.WIDE); within a memory budget what was planned, data.max_tokens."""
     if config.memory.limit:
-        return FewShotRoom(encoder, config.train.micro_tokens)
-    return FewShotRoom(wider(encoder, text.context), max(config.train.micro_tokens, WITHOUT_BUDGET))
+        return FewShotLimits(encoder, config.train.micro_tokens)
+    return FewShotLimits(wider(encoder, text.context), max(config.train.micro_tokens, WITHOUT_BUDGET))
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,17 @@ class Replier:
     def _few_shot(self, prompts: Prompts, taught: Sequence[Row]) -> Replies | None:
         """The base's replies behind examples of `taught` rows; None if no example fits."""
         spec, context = self.config.evaluate, self.text.context
-        room = few_shot_room(self.config, self.text, self.encoder)
-        examples = choose_examples(taught, spec.examples, room.encoder, seed=spec.seed, own=self.encoder.spec.max_tokens)
+        limits = few_shot_limits(self.config, self.text, self.encoder)
+        examples = choose_examples(taught, spec.examples, limits.encoder, seed=spec.seed, own=self.encoder.spec.max_tokens)
         if not examples:
             return None
-        few = FewShot(room.encoder, examples, limit=None if context is None else context - prompts.limit)
+        few = FewShot(limits.encoder, examples, limit=None if context is None else context - prompts.limit)
         shorter = [short for row in prompts.rows if (short := self.encoder.shortened(row)) is not None]
-        questions = [found[0] for row in shorter if (found := room.encoder.question(few.row(row))) is not None]
+        questions = [found[0] for row in shorter if (found := limits.encoder.question(few.row(row))) is not None]
         blank = not self._templated(prompts.rows[0]) and not any(BETWEEN in row.turns[-1].text.strip() for row in taught)
         ending = prompts.ending or (BETWEEN if blank else "")  # as it ended each example
         note = f"sees up to {len(examples)} training rows with their answers before each prompt"
-        return self.write(FEW_SHOT, replace(prompts, questions=tuple(questions), ending=ending), note=note, tokens=room.tokens)
+        return self.write(FEW_SHOT, replace(prompts, questions=tuple(questions), ending=ending), note=note, tokens=limits.tokens)
 
     def write(
         self, system: str, prompts: Prompts, *, seconds: float = math.inf, note: str = "", tokens: int | None = None
