@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import AutoConfig
 
-from lorakeet.models.families import FAMILIES, GENERIC, family_of, in_group
+from lorakeet.models.families import FAMILIES, GENERIC, LogitScaling, family_of, in_group
 from lorakeet.models.modules import original_modules
 from tiny.models import FAMILIES as TINY
 from tiny.models import tiny_model
@@ -21,15 +23,25 @@ def test_the_names_of_a_family_are_in_its_model(name: str) -> None:
     inside = [path for path in paths if path.startswith(f"{family.blocks}.")]
     for leaf in (*family.attention, *family.fused):
         assert any(path.endswith(f".{leaf}") for path in inside), leaf
-    for key in (family.soft_cap, family.logit_factor, family.logit_divisor):
-        assert not key or hasattr(model.config, key)
 
 
 @pytest.mark.parametrize("model_type", [kind for family in FAMILIES for kind in family.model_types])
 def test_configuration_keys_exist_in_transformers(model_type: str) -> None:
     config, family = AutoConfig.for_model(model_type), family_of(model_type)
-    for key in (family.soft_cap, family.logit_factor, family.logit_divisor):
-        assert not key or hasattr(config, key)
+    assert not family.logit_factor or hasattr(config, family.logit_factor)
+    scaled = model_type in ("cohere", "cohere2", "granite", "granitemoe", "granitemoeshared", "falcon_h1")
+    keys = (family.logit_factor, family.logit_divisor)
+    assert any(hasattr(config, key) for key in keys if key) == scaled
+    assert hasattr(config, family.soft_cap) == (model_type in ("gemma2", "gemma3_text"))
+
+
+def test_what_is_done_to_the_logits_is_read_from_the_configuration() -> None:
+    """By the same keys in every family, so that the next Gemma or Granite needs no line here."""
+    config = SimpleNamespace(final_logit_softcapping=30.0, logits_scaling=8.0, logit_scale=0.5)
+    assert GENERIC.logits_of(config) == LogitScaling(1.0, 8.0, 30.0)
+    assert family_of("cohere").logits_of(config) == LogitScaling(0.5, 8.0, 30.0)
+    assert GENERIC.logits_of(SimpleNamespace(final_logit_softcapping=None)).none
+    assert not GENERIC.logits_of(config).none
 
 
 def test_no_model_type_stands_twice() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.deepseek_v4 import modeling_deepseek_v4
 
 from lorakeet.core.fused.attention import RotaryAttention
 from lorakeet.core.layers.linear import Replacement
@@ -57,6 +59,19 @@ def test_logits_and_gradients_stay(tiny_model: Callable[..., Any], family: str) 
     torch.testing.assert_close(fused_logits, logits, rtol=1e-5, atol=1e-5)
     for found, expected in zip(fused_gradients, gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_that_clamps_its_gate_is_not_fused(dtype: torch.dtype) -> None:
+    """DeepSeek-V4's clamps at 10, which activations of random weights do not reach."""
+    config = transformers.DeepseekV4Config(hidden_size=32, intermediate_size=48, swiglu_limit=10.0)
+    torch.manual_seed(0)
+    mlp = modeling_deepseek_v4.DeepseekV4MLP(config).requires_grad_(False).to(dtype)
+    model = nn.ModuleDict({"mlp": mlp})
+    assert float(mlp.gate_proj(torch.randn(8, 32, dtype=dtype)).abs().max()) < 10
+    assert fuse.fuse(model) == 0
+    mlp.limit = 1e9
+    assert fuse.fuse(model) == 1
 
 
 def test_eject_takes_the_stand_ins_out(tiny_model: Callable[..., Any]) -> None:

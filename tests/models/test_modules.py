@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from torch import nn
 
+from lorakeet.core.spec import LoraSpec
 from lorakeet.models import modules
 from lorakeet.models.families import GENERIC, family_of
+from lorakeet.models.targets import plan_for
 from tiny.models import tiny_model
 
 
@@ -29,6 +33,48 @@ def test_an_adapted_model_reads_as_its_base(adapted: Callable[..., Any], family:
 def test_blocks_are_found_without_a_family(name: str) -> None:
     model = tiny_model(name)
     assert modules.block_prefix(model, GENERIC) == modules.block_prefix(model, family_of(model.config)) != ("", 0)
+
+
+@pytest.mark.parametrize("family", ["hunyuan_moe", "afmoe", "mixtral", "qwen3_moe"])
+def test_no_part_of_a_router_is_adapted_by_default(family: str) -> None:
+    """Also where the router's matrix lies in a module of its own."""
+    model = tiny_model(family)
+    paths = [entry.path for entry in plan_for(model, LoraSpec(), family_of(model.config)).entries]
+    assert any(path.endswith("experts.gate_up_proj") for path in paths)
+    assert not [path for path in paths if ".router." in path or ".gate." in path or path.endswith(".gate")]
+
+
+def test_a_gate_that_is_no_router_is_adapted() -> None:
+    model = tiny_model("gemma4")
+    paths = [entry.path for entry in plan_for(model, LoraSpec(rank=2), family_of(model.config)).entries]
+    assert "model.layers.0.per_layer_input_gate" in paths
+
+
+def test_the_blocks_of_a_wrapper_are_those_of_its_text_part() -> None:
+    """Its vision tower has more blocks, which `layers top:1` does not count."""
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28}
+    config = transformers.Gemma3Config(text_config={**text, "head_dim": 8}, vision_config=vision, mm_tokens_per_image=4)
+    with torch.device("meta"):
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    assert modules.block_prefix(model, GENERIC) == ("model.language_model.layers", 2)
+    plan = plan_for(model, LoraSpec(layers="top:1", target_modules=("q_proj",)), GENERIC)
+    inside = [entry.path for entry in plan.entries if entry.path.startswith("model.language_model.")]
+    assert inside == ["model.language_model.layers.1.self_attn.q_proj"]
+
+
+def test_blocks_that_run_several_times_are_known() -> None:
+    for family, once in {"llama": True, "gpt2": True, "gemma4": True, "hrm_text": False}.items():
+        model = tiny_model(family)
+        assert modules.blocks_run_once(model, family_of(model.config)) is once
+    assert not modules.blocks_run_once(nn.Linear(2, 2), GENERIC)
+
+
+def test_probes_reach_the_numbers_of_trained_models() -> None:
+    x, layer = torch.full((1, 2), 0.5), nn.Linear(2, 1, bias=False)
+    nn.init.constant_(layer.requires_grad_(False).weight, 0.2)
+    assert [float((layer(x) * size).max()) for size in modules.probe_sizes(layer, x)] == pytest.approx([0.2, 10, 100])
+    assert len(modules.probe_sizes(layer.half(), x.half())) == 2  # products of 100 with 100 are none in fp16
 
 
 def test_no_blocks() -> None:

@@ -60,6 +60,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),
 }
 _NOT_TESTED_THROUGHOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {**_SHARED, "head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
+         "sliding_window": 8, "tie_word_embeddings": True, "final_logit_softcapping": 30.0},
+    ),
+    "hrm_text": ("HrmTextConfig", "HrmTextForCausalLM", {**_SHARED, "num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 2}),
+    "hunyuan_moe": (
+        "HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {**_SHARED, "head_dim": 8, "num_experts": 4, "moe_topk": 2}
+    ),
+    "afmoe": (
+        "AfmoeConfig", "AfmoeForCausalLM",
+        {**_SHARED, **_MOE, "head_dim": 8, "num_dense_layers": 1},
+    ),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
 }
 

@@ -14,6 +14,20 @@ QWEN_LIKE = 0.0775
 
 
 @dataclass(frozen=True)
+class LogitScaling:
+    """logits·factor/divisor, then capped at `cap` where there is one."""
+
+    factor: float = 1.0
+    divisor: float = 1.0
+    cap: float | None = None
+
+    @property
+    def none(self) -> bool:
+        """True if logits stay as they are."""
+        return self == LogitScaling()
+
+
+@dataclass(frozen=True)
 class Family:
     """What Lorakeet needs to know of an architecture; the defaults are Llama's."""
 
@@ -24,9 +38,16 @@ class Family:
     fused: tuple[str, ...] = ()  # those of the above that contain several matrices
     blocks: str = "model.layers"
     rate_exponent: float = LLAMA_LIKE
-    soft_cap: str = ""  # configuration key of a cap c: logits become c·tanh(logits/c)
-    logit_factor: str = ""  # configuration key of a factor on the logits
-    logit_divisor: str = ""  # configuration key of a divisor of the logits
+    # Configuration keys for the logits; where the configuration has no such key, nothing is done.
+    logit_factor: str = ""
+    logit_divisor: str = "logits_scaling"
+    soft_cap: str = "final_logit_softcapping"  # a cap c: logits become c·tanh(logits/c)
+
+    def logits_of(self, config: Any) -> LogitScaling:
+        """What a model with this configuration of its text part does to its logits."""
+        factor = getattr(config, self.logit_factor, None) if self.logit_factor else None
+        divisor, cap = (getattr(config, key, None) for key in (self.logit_divisor, self.soft_cap))
+        return LogitScaling(1.0 if factor is None else factor, 1.0 if divisor is None else divisor, cap)
 
 
 GENERIC = Family("generic", (), attention=(), mlp=(), blocks="")
@@ -50,13 +71,14 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen2_moe", ("qwen2_moe",), rate_exponent=QWEN_LIKE),
     Family("qwen3_moe", ("qwen3_moe",), rate_exponent=QWEN_LIKE),
     Family("gemma", ("gemma",)),
-    Family("gemma2", ("gemma2",), soft_cap="final_logit_softcapping"),
-    Family("gemma3", ("gemma3_text",), soft_cap="final_logit_softcapping"),
+    Family("gemma2", ("gemma2",)),
+    Family("gemma3", ("gemma3_text",)),
     Family("phi3", ("phi3",), ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj"), fused=("qkv_proj", "gate_up_proj")),
     Family("gpt2", ("gpt2",), ("attn.c_attn", "attn.c_proj"), ("c_fc", "mlp.c_proj"), ("attn.c_attn",), "transformer.h"),
     Family("cohere", ("cohere", "cohere2"), logit_factor="logit_scale"),
-    Family("granite", ("granite",), logit_divisor="logits_scaling"),
-    Family("granitemoe", ("granitemoe", "granitemoeshared"), mlp=(), logit_divisor="logits_scaling"),
+    Family("granite", ("granite",)),
+    Family("granitemoe", ("granitemoe", "granitemoeshared"), mlp=()),
+    Family("falcon_h1", ("falcon_h1",), attention=(), mlp=(), logit_factor="lm_head_multiplier"),
 )
 
 

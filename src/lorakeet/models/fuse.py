@@ -218,15 +218,16 @@ def _mlp(module: nn.Module) -> GatedMlp | None:
     weight = cast(Tensor, gate.weight)
     if act is None or not weight.is_floating_point() or _drops(module):
         return None
-    x = _probe(weight.shape[1], weight)
+    probe = _probe(weight.shape[1], weight)
     with torch.no_grad():
-        theirs = module(x)
+        probes = [probe * size for size in modules.probe_sizes(gate, probe)]  # large numbers show a clamp
+        theirs = [module(x) for x in probes]
         for name, activation in ACTIVATIONS.items():
-            ours = down(activation.forward(gate(x)) * up(x))
-            if torch.equal(ours, theirs):
+            ours = (down(activation.forward(gate(x)) * up(x)) for x in probes)
+            if all(torch.equal(own, their) for own, their in zip(ours, theirs, strict=True)):
                 fused = GatedMlp(module, name)
-                off = (fused(x).float() - theirs.float()).abs().max()  # with the pairs that are on it, if any
-                return fused if off <= FUSED_TOLERANCE * torch.finfo(x.dtype).eps * theirs.float().abs().max() else None
+                off = (fused(probe).float() - theirs[0].float()).abs().max()  # with the pairs that are on it, if any
+                return fused if off <= FUSED_TOLERANCE * torch.finfo(probe.dtype).eps * theirs[0].float().abs().max() else None
     return None
 
 

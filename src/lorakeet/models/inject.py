@@ -307,9 +307,15 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
 
 
 def _check_experts(layer: LoraExperts, path: str) -> None:
-    """Raises ConfigError unless Lorakeet's computation of the experts equals the block's own."""
+    """Raises ConfigError unless Lorakeet's computation of the experts equals the block's own, also on large activations."""
     stacked = cast(Tensor, layer.original.gate_up_proj)
     x = torch.randn(4, stacked.shape[2], generator=torch.Generator().manual_seed(0)).to(stacked.device, stacked.dtype)
+    for size in modules.probe_sizes(lambda x: x @ stacked[0].t(), x):
+        _check_experts_on(layer, path, x * size)
+
+
+def _check_experts_on(layer: LoraExperts, path: str, x: Tensor) -> None:
+    stacked = cast(Tensor, layer.original.gate_up_proj)
     index = torch.arange(8, device=x.device).view(4, 2) % stacked.shape[0]
     weights = torch.tensor([[0.7, 0.3]], device=x.device, dtype=x.dtype).expand(4, 2)
     with torch.no_grad():

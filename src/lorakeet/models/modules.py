@@ -16,6 +16,7 @@ from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.models.families import Family
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
+EXPERTS = {"experts", "shared_expert", "shared_experts"}  # one of them stands beside a router
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs", "value_head", "v_head")
 
@@ -41,7 +42,7 @@ def find(model: nn.Module, path: str) -> nn.Module | None:
     here: nn.Module | None = model
     for name in path.split(".") if path else ():
         inside = unwrapped(here) if here is not None else None
-        here = dict(inside.named_children()).get(name) if inside is not None else None
+        here = inside._modules.get(name) if inside is not None else None
     return here
 
 
@@ -108,6 +109,16 @@ def frozen_rows(module: nn.Module, kind: Kind, leaf: str = "weight") -> tuple[Ca
     return (lambda: weight.t() if kind == "conv1d" else weight), weight.device
 
 
+def probe_sizes(product: Callable[[Tensor], Tensor], x: Tensor) -> list[float]:
+    """Factors for the input `x` of a probe: 1, and those with which the largest number of `product` is 10 and 100.
+
+    Real activations are that large, and a clamp or a cap shows on large numbers only. In fp16 at most 10.
+    """
+    with torch.no_grad():
+        largest = max(float(product(x).detach().abs().max()), torch.finfo(torch.float32).tiny)
+    return [1.0, *(size / largest for size in ((10, 100) if x.dtype != torch.float16 else (10,)))]
+
+
 def is_packed(module: nn.Module) -> bool:
     """True if `module` or a module in it has a packed weight."""
     return any(isinstance(each, PackedBase) for each in module.modules())
@@ -139,11 +150,17 @@ def is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
 
 
 def is_router(model: nn.Module, path: str) -> bool:
-    """True if the module at `path` is the router of a mixture of experts."""
-    parent_path, _, name = path.rpartition(".")
-    parent = find(model, parent_path)
-    names = {child for child, _ in parent.named_children()} if parent is not None else set()
-    return bool(names & {"experts", "shared_expert", "shared_experts"}) and ("gate" in name or "router" in name)
+    """True if the module at `path` is the router of a mixture of experts, or a part of one."""
+    parts = path.split(".")
+    for count in range(len(parts) - 1, -1, -1):
+        name = parts[count]
+        if name != "gate" and "router" not in name and not (name.startswith("shared_expert") and name.endswith("gate")):
+            continue
+        parent = find(model, ".".join(parts[:count]))
+        beside = set(unwrapped(parent)._modules) if parent is not None else set()
+        if beside & EXPERTS:
+            return True
+    return False
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
@@ -170,11 +187,34 @@ def block_of(path: str, prefix: str) -> str:
     return ".".join(path.split(".")[: prefix.count(".") + 2])
 
 
+def blocks_run_once(model: nn.Module, family: Family) -> bool:
+    """True if the list of blocks is all that the decoder runs, each once and in order: as many as the configuration counts.
+
+    False for models that run their blocks several times, or have two lists of such blocks (HRM)."""
+    prefix, count = block_prefix(model, family)
+    if not count or getattr(cast(Any, model).config.get_text_config(), "num_hidden_layers", None) != count:
+        return False
+    lists = _lists_of_decoder(model)
+    kind = type(unwrapped(lists[prefix][0])) if prefix in lists else None
+    return not any(path != prefix and type(unwrapped(other[0])) is kind for path, other in lists.items())
+
+
 def block_prefix(model: nn.Module, family: Family) -> tuple[str, int]:
-    """Returns path and length of the list of blocks: the family's, else the longest outermost list; ("", 0) without one."""
-    lists = {path: module for path, module in original_modules(model) if isinstance(module, nn.ModuleList) and len(module)}
-    if family.blocks in lists:
-        return family.blocks, len(lists[family.blocks])
-    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    longest = max(outer, key=lambda path: len(lists[path]), default="")
+    """Returns path and length of the list of blocks: the family's, else the longest of the decoder; ("", 0) without one."""
+    named = find(model, family.blocks) if family.blocks else None
+    if isinstance(named, nn.ModuleList) and len(named):
+        return family.blocks, len(named)
+    lists = _lists_of_decoder(model)
+    longest = max(lists, key=lambda path: len(lists[path]), default="")
     return longest, len(lists[longest]) if longest else 0
+
+
+def _lists_of_decoder(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules by path. A wrapper's other parts, such as a vision tower, have lists that do not count."""
+    decoder = path_of(model, unwrapped(cast(Any, model).get_decoder())) if hasattr(model, "get_decoder") else ""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in original_modules(model):
+        inside = not decoder or path.startswith(f"{decoder}.")
+        if inside and isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
+            found[path] = module
+    return found

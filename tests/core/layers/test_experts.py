@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.models.deepseek_v4 import modeling_deepseek_v4
 
 from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, why_not_experts
 from lorakeet.core.lowrank import LoraPair
@@ -52,6 +54,20 @@ def test_pairs_are_folded_parameters(block: Any, names: tuple[str, ...]) -> None
     assert torch.allclose(layer(*arguments), folded(*arguments), atol=1e-5)
     layer.active = None
     assert torch.equal(layer(*arguments), block(*arguments))
+
+
+def test_experts_that_clamp_their_gate_do_so_with_pairs() -> None:
+    """DeepSeek-V4's clamp at 10, beyond the activations of its random weights."""
+    config = transformers.DeepseekV4Config(
+        hidden_size=32, moe_intermediate_size=24, num_local_experts=4, swiglu_limit=10.0, experts_implementation="eager"
+    )
+    block = modeling_deepseek_v4.DeepseekV4Experts(config).requires_grad_(False)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, 0, 0.2, generator=torch.Generator().manual_seed(0))
+    x, index, weights = routed()
+    layer = with_pairs(block)
+    for size in (1, 50):
+        torch.testing.assert_close(layer(size * x, index, weights), block(size * x, index, weights))
 
 
 def test_an_expert_without_tokens_gets_no_gradient(block: Any) -> None:

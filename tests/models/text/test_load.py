@@ -84,9 +84,25 @@ def test_a_head_formula_that_is_not_known_never_passes(
     """The same model loads with its own family's data, and is refused when treated as one of no known family."""
     _save(tmp_path, family, settings)
     load_text_model(spec(tmp_path))
-    monkeypatch.setattr(load, "family_of", lambda _: families.GENERIC)
+    unknown = replace(families.GENERIC, soft_cap="", logit_divisor="")
+    monkeypatch.setattr(load, "family_of", lambda _: unknown)
     with pytest.raises(EnvironmentProblem, match=f"The head of '{family}' models computes its logits in a way"):
         load_text_model(spec(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cap_far_above_the_logits_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Logits of a random model are near 1, those of a trained one near its cap: the head is checked there too."""
+    save_tiny_llama(tmp_path, family="gemma4", final_logit_softcapping=200.0, vocab_size_per_layer_input=320)
+    text = load_text_model(spec(tmp_path, dtype=dtype))
+    assert text.head_weight is None and text.family is families.GENERIC
+    states = torch.full((1, 32), 1e4, dtype=text.dtype)
+    assert float(text.head(states).abs().max()) <= 200.0
+    monkeypatch.setattr(load, "family_of", lambda _: replace(families.GENERIC, soft_cap=""))
+    with pytest.raises(EnvironmentProblem, match="The head of 'gemma4_text' models computes its logits in a way"):
+        load_text_model(spec(tmp_path, dtype=dtype))
 
 
 def _save(folder: Path, family: str, settings: dict[str, Any]) -> None:

@@ -36,10 +36,18 @@ class LoraExperts(AdaptedLayer):
             if expert >= experts:  # transformers marks a dropped choice by an index past the last expert
                 continue
             token, choice = torch.where(top_k_index == expert)
-            gate, up = self._project(pairs, "gate_up_proj", expert, hidden_states[token]).chunk(2, dim=-1)
-            out = self._project(pairs, "down_proj", expert, cast(Tensor, self.original.act_fn(gate)) * up)  # type: ignore[operator]
+            inner = self._gated(self._project(pairs, "gate_up_proj", expert, hidden_states[token]))
+            out = self._project(pairs, "down_proj", expert, inner)
             result = result.index_add(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
         return result
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        """act(gate)·up, (tokens, 2·width) to (tokens, width), by the block's own function where it has one: some clamp both."""
+        own = getattr(self.original, "_apply_gate", None)
+        if own is not None:
+            return cast(Tensor, own(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return cast(Tensor, self.original.act_fn(gate)) * up  # type: ignore[operator]
 
     def _project(self, pairs: ExpertPairs, name: str, expert: int, x: Tensor) -> Tensor:
         stacked = cast(Tensor, getattr(self.original, name))

@@ -35,6 +35,9 @@ def frozen_depth(text: TextModel, plans: Sequence[Plan] = ()) -> int:
     if text.streamed is not None or text.attention != "varlen":
         how = "streams its blocks" if text.streamed is not None else f"uses attention {text.attention}"
         raise ConfigError(f"{SETTING} is on, but this run {how}. Leave it off.")
+    if not modules.blocks_run_once(text.model, text.family):
+        kind = text.model.config.model_type
+        raise ConfigError(f"{SETTING} is on, but '{kind}' models do not run their blocks once each and in order. Leave it off.")
     depth, outside = _planned(text, plans) if plans else _in_model(text)
     if depth == 0 or outside:
         what = "something outside the blocks is trained" if outside else "the lowest block is adapted"

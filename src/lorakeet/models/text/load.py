@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -38,6 +38,7 @@ from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 
 CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
+HEAD_SIZES = (10.0, 100.0, 1000.0)  # the largest logit of the states on which the head is checked besides its own
 HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the same numbers
 ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest logit
 
@@ -201,23 +202,53 @@ def _numbers_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_head(text: TextModel, reference: Tensor) -> None:
-    """Raises EnvironmentProblem unless `head(hidden)` gives the model's own logits `reference`, with the same attention."""
+    """Raises EnvironmentProblem unless `head(hidden)` gives the model's own logits `reference`, with the same attention.
+
+    Also on states with which logits are as large as those of trained models: a cap or a factor shows there.
+    """
     kind = text.model.config.model_type
     if text.model.get_output_embeddings() is None:
         raise EnvironmentProblem(f"Models of type '{kind}' have no output layer over the vocabulary that could be found.")
     rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
-    ours = []
-    for row in rows:
+    states, output = zip(*(_states_and_output(text, row) for row in rows), strict=True)
+    _require_same_head(text, torch.cat([text.head(part) for part in states]), reference)
+    largest = max(float(reference.abs().max()), torch.finfo(torch.float32).tiny)
+    for size in HEAD_SIZES if text.dtype != torch.float16 else HEAD_SIZES[:1]:  # larger ones may not be numbers in fp16
+        factor = size / largest
+        own = _own_head(text, output[0], states[0] * factor)
+        _require_same_head(text, text.head(states[0] * factor), own)
+
+
+def _states_and_output(text: TextModel, row: Tensor) -> tuple[Tensor, Any]:
+    """The last hidden states (tokens, hidden) of one row, and the decoder's whole output for it."""
+    found: list[Any] = []
+    hook = text.model.get_decoder().register_forward_hook(lambda module, given, output: found.append(output))
+    try:
         single = Batch(row, (len(row),), torch.arange(len(row), device=row.device), row, ("check",))
-        ours.append(text.head(text.hidden(single)))
-    logits = torch.cat(ours)
-    worst = float((logits.float() - reference.float()).abs().max()) if logits.shape == reference.shape else float("inf")
-    allowed = HEAD_TOLERANCE * torch.finfo(text.dtype).eps * float(reference.abs().max())
+        return text.hidden(single), found[-1]
+    finally:
+        hook.remove()
+
+
+def _own_head(text: TextModel, output: Any, states: Tensor) -> Tensor:
+    """The logits (tokens, vocabulary) that the model's own code computes of `states` (tokens, hidden), without its decoder."""
+    decoder = text.model.get_decoder()
+    decoder.forward = lambda *_, **__: type(output)(**{**output, "last_hidden_state": states[None]})
+    try:
+        ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        return cast(Tensor, text.model(input_ids=ids, use_cache=False).logits[0])
+    finally:
+        del decoder.forward
+
+
+def _require_same_head(text: TextModel, logits: Tensor, own: Tensor) -> None:
+    worst = float((logits.float() - own.float()).abs().max()) if logits.shape == own.shape else float("inf")
+    allowed = HEAD_TOLERANCE * torch.finfo(text.dtype).eps * float(own.abs().max())
     if not worst <= allowed:
         raise EnvironmentProblem(
-            f"The head of '{kind}' models computes its logits in a way that Lorakeet does not know: on {len(logits)} tokens the "
-            f"largest difference is {worst:.3g}, where rounding explains {allowed:.3g}. Models of this type cannot be used yet; "
-            "please report it."
+            f"The head of '{text.model.config.model_type}' models computes its logits in a way that Lorakeet does not know: on "
+            f"{len(logits)} tokens the largest difference is {worst:.3g}, where rounding explains {allowed:.3g}. Models of this "
+            "type cannot be used yet; please report it."
         )
 
 

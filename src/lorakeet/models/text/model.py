@@ -34,7 +34,7 @@ from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
-from lorakeet.models.families import Family
+from lorakeet.models.families import Family, LogitScaling
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
 from lorakeet.models.streaming.model import StreamedBlocks, StreamedHead
@@ -223,8 +223,10 @@ class TextModel:
         return modules.block_prefix(self.model, self.family)
 
     def _last_parts(self) -> list[GatedMlp | RotaryAttention]:
+        """The fused parts of the block that computes last; none where blocks run several times, or in another order."""
         prefix, count = self._blocks
-        last = modules.find(self.model, f"{prefix}.{count - 1}") if count else None
+        in_order = modules.blocks_run_once(self.model, self.family)
+        last = modules.find(self.model, f"{prefix}.{count - 1}") if in_order else None
         return [] if last is None else list(_single_parts(last))
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -239,20 +241,21 @@ class TextModel:
             logits = tiled_product(hidden.to(self.products), weight)
         else:
             logits = cast(Tensor, layer(hidden))
-        config = self.model.config.get_text_config()
-        if self.family.logit_factor:
-            logits = logits * getattr(config, self.family.logit_factor)
-        if self.family.logit_divisor:
-            logits = logits / getattr(config, self.family.logit_divisor)
-        cap = getattr(config, self.family.soft_cap, None) if self.family.soft_cap else None
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        scaling = self._logit_scaling
+        if scaling.factor != 1:
+            logits = logits * scaling.factor
+        if scaling.divisor != 1:
+            logits = logits / scaling.divisor
+        return logits if scaling.cap is None else torch.tanh(logits / scaling.cap) * scaling.cap
 
     @property
     def head_weight(self) -> RowSource | None:
         """The frozen (vocabulary, hidden) weight W if logits are exactly hidden·Wᵀ, without bias, cap or adapter; else None."""
-        shaped = self.family.logit_factor or self.family.logit_divisor
-        cap = self.family.soft_cap and getattr(self.model.config.get_text_config(), self.family.soft_cap, None) is not None
-        return None if shaped or cap else self._plain_head_weight
+        return self._plain_head_weight if self._logit_scaling.none else None
+
+    @cached_property
+    def _logit_scaling(self) -> LogitScaling:
+        return self.family.logits_of(self.model.config.get_text_config())
 
     @property
     def _plain_head_weight(self) -> RowSource | None:

@@ -37,9 +37,8 @@ class ModelBuilder:
 
 def count_repeated_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
     """Returns the number of blocks if all are equal and have the same pairs; else 0."""
-    prefix, count = modules.block_prefix(model, family)
-    counted = getattr(cast(Any, model).config.get_text_config(), "num_hidden_layers", None) == count
-    if not count or not counted or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
+    prefix, _ = modules.block_prefix(model, family)
+    if not modules.blocks_run_once(model, family) or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
         return 0
     found = blocks_of(model, family)
     pairs: dict[str, list[Any]] = {f"{prefix}.{index}": [] for index in range(len(found))}
