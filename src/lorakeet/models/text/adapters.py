@@ -16,6 +16,7 @@ from lorakeet.models.fuse import fuse, fuse_blocks, unfuse
 from lorakeet.models.inject import adapter_names, attach, inject, trained_parameters, use_products
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.streaming.model import make_resident
+from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 
 
@@ -70,6 +71,19 @@ def as_trained(text: TextModel) -> Iterator[None]:
     finally:
         if bare:
             unfuse(text.model)
+
+
+@contextmanager
+def own_modules(text: TextModel) -> Iterator[None]:
+    """A context in which the model computes with transformers' own modules and eager attention; pairs stay."""
+    attention = text.attention
+    unfuse(text.model)
+    set_attention(text.model, "eager")
+    try:
+        yield
+    finally:
+        set_attention(text.model, attention)
+        _fuse_blocks(text)
 
 
 def _fuse_blocks(text: TextModel) -> None:

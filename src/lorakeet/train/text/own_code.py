@@ -1,0 +1,90 @@
+"""Compares one pass, forward and backward, with transformers' own code on the first rows of a run.
+
+Fused blocks, packed rows, shared prefixes and the head in chunks must give the loss and the gradients of the untouched modules,
+one row at a time with eager attention. Probes of single modules (models/fuse) cannot show how blocks are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack_examples
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.models.text.adapters import own_modules
+from lorakeet.models.text.model import TextModel
+from lorakeet.train.text.loss import head_losses
+
+ROWS, TOKENS = 2, 32  # how many rows are compared, and the last tokens of each
+SMALLEST = 1e-3  # gradients below this share of the largest one are compared with that
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}  # by dtype of the products, relative
+
+
+@dataclass(frozen=True)
+class OwnCodeDifference:
+    """How far the losses and gradients are from those of the model's own code."""
+
+    rows: int
+    tokens: int
+    loss: float  # largest difference of a target's loss, in nats
+    gradient: float  # largest norm of the difference of a trained tensor's gradients, relative to its norm
+    worst: str  # the tensor with that difference
+
+
+def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], rows: Sequence[Example]) -> OwnCodeDifference:
+    """Compares the loss and the gradients of `parameters` on the last tokens of the first rows. Leaves no gradient behind."""
+    examples = [_last_tokens(row) for row in rows[:ROWS]]
+    batch = pack_examples(examples).to(text.device)
+    training = text.model.training
+    text.model.eval()
+    try:
+        ours = head_losses(text, text.hidden(batch), batch.target_ids)
+        our_gradients = _gradients(ours, parameters)
+        with own_modules(text):
+            own = torch.cat([_own_losses(text, example) for example in examples])
+            own_gradients = _gradients(own, parameters)
+    finally:
+        text.model.train(training)
+    largest = max((float(gradient.norm()) for gradient in own_gradients.values()), default=0.0)
+    off = {
+        name: float((our_gradients[name] - own_gradient).norm()) / max(float(own_gradient.norm()), SMALLEST * largest, 1e-30)
+        for name, own_gradient in own_gradients.items()
+    }
+    worst = max(off, key=lambda name: off[name])
+    return OwnCodeDifference(len(examples), len(batch.ids), float((ours - own).detach().abs().max()), off[worst], worst)
+
+
+def require_own_code(text: TextModel, parameters: Mapping[str, Parameter], rows: Sequence[Example]) -> OwnCodeDifference:
+    """The same; raises EnvironmentProblem where rounding does not explain the difference."""
+    found = compare_with_own_code(text, parameters, rows)
+    allowed = TOLERANCE.get(text.products, TOLERANCE[torch.bfloat16])
+    if found.gradient <= allowed:
+        return found
+    raise EnvironmentProblem(
+        f"'{text.model.config.model_type}' models cannot be trained: on {found.tokens} tokens, the gradient of {found.worst} is "
+        f"{found.gradient:.2g} times its size away from what the model's own code gives, where rounding explains {allowed:g}. "
+        "Nothing was trained. Please report this model."
+    )
+
+
+def _last_tokens(row: Example) -> Example:
+    return Example(row.ids[-TOKENS:], row.supervised[-TOKENS:], row.key, row.label, row.truncated)
+
+
+def _own_losses(text: TextModel, example: Example) -> Tensor:
+    """−log p of each target (targets,), by the model's own forward pass over this row alone."""
+    ids = torch.from_numpy(example.ids).to(text.device, torch.int64)
+    logits = text.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    at = torch.from_numpy(example.supervised[1:]).to(text.device)
+    return nn.functional.cross_entropy(logits[at], ids[1:][at], reduction="none")
+
+
+def _gradients(losses: Tensor, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters.items(), found, strict=True)
+    return {name: torch.zeros_like(parameter) if gradient is None else gradient for (name, parameter), gradient in pairs}
