@@ -68,6 +68,7 @@ def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
         "adapter on disk",
         "base untouched",
         "frozen weights",
+        "own code",
     ]
     assert all(check.measured.get("loss", 0.0) == 0 for check in certificate.checks)
     assert peft.read(path / "adapter").base == str(finished.model)

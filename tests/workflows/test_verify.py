@@ -83,7 +83,8 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     kept = read_certificate(run / "certificate.json")
     kinds = ["prompt ids", "logits", "answers", "greedy text", "weights"]
     names = [check.name for check in kept.checks]
-    assert names[:3] == ["adapter on disk", "base untouched", "frozen weights"] and len(names) == before + 6 * len(kinds)
+    assert names[:4] == ["adapter on disk", "base untouched", "frozen weights", "own code"]
+    assert len(names) == before + 6 * len(kinds)
     assert [kind(check) for check in kept.checks[before : before + 5]] == kinds
     answers = next(check for check in kept.checks[before:] if kind(check) == "answers")
     assert set(answers.estimates) == {"accuracy_live", "accuracy_there"}

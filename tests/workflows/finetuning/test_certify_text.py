@@ -15,7 +15,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_names
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.finetuning.certify_text import certify_text, check_frozen, rows_to_compare
+from lorakeet.workflows.finetuning.certify_text import NOT_CHECKED, certify_text, check_frozen, rows_to_compare, with_own_code
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import quiet
 
@@ -35,10 +35,16 @@ def certified(finished: Any, live: TextModel, adapter: Path, *, before: dict[str
     return {check.name: check.passed for check in found.checks}
 
 
-def test_the_run_itself_has_the_three_checks(finished: Any) -> None:
+def test_the_run_itself_has_all_checks(finished: Any) -> None:
     checks = finished.result.report.certificate.checks
-    assert [check.name for check in checks] == ["adapter on disk", "base untouched", "frozen weights"]
+    assert [check.name for check in checks] == ["adapter on disk", "base untouched", "frozen weights", "own code"]
     assert all(check.passed for check in checks) and checks[1].measured["logit"] == 0 and checks[2].n > 20
+    assert 0 < checks[3].measured["gradient_difference"] < 1e-4 and checks[3].n > 20
+
+
+def test_what_was_not_compared_with_the_model_s_own_code_says_so(finished: Any) -> None:
+    certificate = finished.result.report.certificate
+    assert "own code" in with_own_code(certificate, None).facts[NOT_CHECKED]
 
 
 @pytest.mark.parametrize("twice", [True, False])

@@ -23,6 +23,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.processes import ALONE, Processes
+from lorakeet.train.text.own_code import OwnCodeDifference
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
@@ -46,6 +47,7 @@ class TextAssembly(Assembly):
     test: Encoded
     new_token_ids: tuple[int, ...]
     residency: Residency[TextRunPlan] = field(default_factory=Residency)
+    own_code: OwnCodeDifference | None = None  # how the first pass differed from the model's own code; None where not compared
     initial_plan: Plan | None = None  # once ranks were pruned: the plan with which training started
 
     @property

@@ -3,6 +3,7 @@
 frozen weights   the digest of every frozen number, before training and after it
 adapter on disk  the base loaded once more with the adapter read from disk, against the live model: logits, token by token
 base untouched   the base loaded once more, against the live model with its adapter off: logits, token by token
+own code         before training, the gradients of the first rows against those of transformers' own modules
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from lorakeet.models.text.digests import changed_tensors, frozen_digests
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.probe import FACT, record
+from lorakeet.train.text.own_code import OwnCodeDifference
 
 CHECK_TOKENS = 1024  # of held-out rows, every token a target; one micro-batch of them
 REREAD = "reread"
+NOT_CHECKED = "not checked, for want of memory"
 
 
 def certify_text(
@@ -67,8 +70,20 @@ def certify_text(
     facts[FACT] = record(live, name).to_text()  # a server compares itself with it before it serves the adapter
     if not before or model is None:
         missing = ["frozen weights"] * (not before) + ["base untouched"] * (model is None)
-        facts["not checked, for want of memory"] = ", ".join(missing)
+        facts[NOT_CHECKED] = ", ".join(missing)
     return Certificate(f"The adapter {adapter}", tuple(checks), facts)
+
+
+def with_own_code(certificate: Certificate, found: OwnCodeDifference | None) -> Certificate:
+    """The certificate with the check of the first pass, which was made before training; None: it was not made."""
+    if found is None:
+        before = certificate.facts.get(NOT_CHECKED)
+        return replace(certificate, facts={**certificate.facts, NOT_CHECKED: f"{before}, own code" if before else "own code"})
+    check = tolerance_check(
+        "own code", {"gradient_difference": found.gradient}, tolerance={"gradient_difference": found.allowed},
+        between=("the first pass", "transformers' own modules"), n=found.tokens,
+    )  # fmt: skip
+    return replace(certificate, checks=(*certificate.checks, check))
 
 
 def _read_again(live: TextModel, adapter: Path, model: ModelSpec, name: str) -> TextModel:

@@ -40,9 +40,10 @@ from lorakeet.models.text.shard import shard_blocks
 from lorakeet.ranks.prune import final_budget
 from lorakeet.train.processes import Processes
 from lorakeet.train.run import RunFolder
+from lorakeet.train.text.own_code import require_own_code
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
-from lorakeet.workflows.finetuning.certify_text import certify_text
+from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
@@ -366,6 +367,8 @@ class TextRunKind(RunKind[TextAssembly]):
         task = text_task(setup)
         if setup.config.train.keep_prefix_states:
             frozen_depth(task.text)  # raises before anything is written
+        if not setup.residency.budget:
+            task.own_code = require_own_code(task.text, task.parameters(), task.train)
         record_graphs(task.text, task, console)
         return task
 
@@ -401,7 +404,7 @@ class TextRunKind(RunKind[TextAssembly]):
             task.replayed = None
 
     def trained(self, setup: TextAssembly, task: TextTask) -> TextAssembly:
-        setup = dataclasses.replace(setup, text=task.text)
+        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code)
         if task.pruning is None:
             return setup
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
@@ -424,7 +427,8 @@ class TextRunKind(RunKind[TextAssembly]):
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
         one_base = setup.sharded or bool(setup.residency.budget)
         model, spec = None if one_base else setup.config.model, setup.config.evaluate
-        return certify_text(setup.text, run.adapter, setup.held_out.examples, before=before, model=model, spec=spec)
+        found = certify_text(setup.text, run.adapter, setup.held_out.examples, before=before, model=model, spec=spec)
+        return with_own_code(found, setup.own_code)
 
     def model_text(self, setup: TextAssembly) -> str:
         model = setup.config.model
