@@ -47,8 +47,7 @@ def label_scores(
     of one token share one pass over the prompt; longer ones take a pass each.
     """
     text.model.eval()
-    ends = frozenset(int(number) for number in text.tokenizer.all_special_ids)
-    answers = [distinguishing(row.completions, ends) for row in rows]
+    answers = [label_endings(text, row) for row in rows]
     scores = np.full((len(rows), len(rows[0].completions) if rows else 0), np.nan)
     short = [index for index, endings in enumerate(answers) if all(len(ending) == 1 for ending in endings)]
     prompts = [_example(rows[index].prompt, answers[index][0]) for index in short]
@@ -65,6 +64,11 @@ def label_scores(
         if progress is not None:
             progress(1)
     return scores
+
+
+def label_endings(text: TextModel, row: Candidates) -> list[Ids]:
+    """The tokens of each label that are scored, as `distinguishing` leaves them."""
+    return distinguishing(row.completions, frozenset(int(number) for number in text.tokenizer.all_special_ids))
 
 
 def distinguishing(completions: Sequence[Ids], ends: frozenset[int]) -> list[Ids]:

@@ -25,13 +25,13 @@ from lorakeet.evaluate.report.compose import classification_report, language_rep
 from lorakeet.evaluate.report.report import Drift, Report
 from lorakeet.evaluate.temperature import calibrated
 from lorakeet.models.generate.sample import sample
-from lorakeet.models.generate.score import label_scores, row_losses
+from lorakeet.models.generate.score import label_endings, label_scores, row_losses
 from lorakeet.models.inject import activate
 from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.encoder import require_encoder, text_embedder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
-from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, Replier, few_shot_limits
+from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, FewShotLimits, Replier, few_shot_limits
 
 CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
 
@@ -145,7 +145,7 @@ class TextEvaluator:
 
     def _few_shot(self, rows: Sequence[Row], known: Sequence[Row]) -> Answers | None:
         """The base's answers behind examples of training rows, calibrated on other training rows; None without examples."""
-        spec, limits = self.config.evaluate, few_shot_limits(self.config, self.text, self.encoder)
+        spec, limits = self.config.evaluate, self._few_shot_limits(rows)
         examples = choose_examples(known, spec.examples, limits.encoder, seed=spec.seed, own=self.encoder.spec.max_tokens)
         if not examples:
             return None
@@ -163,6 +163,13 @@ class TextEvaluator:
             found = calibrated(found, training)
             note += f"; temperature and label bias fitted to {len(training.truth)} others"
         return replace(found, system=FEW_SHOT, note=note)
+
+    def _few_shot_limits(self, rows: Sequence[Row]) -> FewShotLimits:
+        """Wide ones if all labels have one token: those of several tokens take a pass of each row, which repeats the examples."""
+        first = self.encoder.candidates(rows[0])
+        if first is not None and all(len(ending) == 1 for ending in label_endings(self.text, first)):
+            return few_shot_limits(self.config, self.text, self.encoder)
+        return FewShotLimits(self.encoder, self.config.train.micro_tokens)
 
     def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
         """The loss of `system` on the target tokens of each row."""
