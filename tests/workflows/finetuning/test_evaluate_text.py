@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorakeet.data.chat import Encoder
+from lorakeet.data.rows import Row, Turn
 from lorakeet.errors import DataError
 from lorakeet.models.inject import activate
 from lorakeet.models.text.load import set_attention
@@ -77,6 +78,37 @@ def test_the_floors_learn_from_the_rows_that_are_named(finished: Any, text: Text
     assert [system.role for system in evaluator.report("t", baseline_rows=()).systems] == ["adapter", "base"]
     without = replace(evaluator, config=replace(evaluator.config, evaluate=replace(evaluator.config.evaluate, baselines=False)))
     assert [system.role for system in without.report("t", baseline_rows=dataset.train).systems] == ["adapter", "base"]
+
+
+def test_examples_pass_through_the_base_once_a_batch(finished: Any, text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The few-shot base computes about the tokens of the rows alone, though each row stands behind all examples."""
+    named = [("ab"[number % 2], f"Number {number} is it") for number in range(60)]
+    some = [Row((Turn("user", said, False), Turn("assistant", label, True)), label, None, said) for label, said in named]
+    before = finished.result.setup.config
+    shown = replace(before.evaluate, examples=8)
+    config = replace(before, data=replace(before.data, max_tokens=60), evaluate=shown)
+    encoder = Encoder(text.tokenizer, config.data, ("a", "b"))
+    evaluator = TextEvaluator(config, text, encoder, some[:40], quiet(), NAME)
+    decoder, computed = text.model.get_decoder(), []
+    forward = decoder.forward
+
+    def counting(*args: Any, **settings: Any) -> Any:
+        computed.append(settings["input_ids"].numel())
+        return forward(*args, **settings)
+
+    monkeypatch.setattr(decoder, "forward", counting)
+    few = evaluator._few_shot(some[:40], some[40:])
+    assert few is not None and "up to 7 training rows" in few.note, "all that fit into the context of 256"
+    alone = sum(encoder.tokens_of(row) for row in some[:40])
+    examples = 7 * encoder.tokens_of(some[0])
+    assert sum(computed) <= 1.5 * (alone + len(computed) * examples) < 0.5 * 40 * examples
+
+
+def test_labels_of_several_tokens_have_few_examples(finished: Any, text: TextModel) -> None:
+    """Each of their rows is a pass of its own, which repeats the examples."""
+    dataset = finished.result.setup.dataset
+    evaluator = judge_of(finished, text, dataset.test)
+    assert evaluator._few_shot_limits(dataset.test).encoder is evaluator.encoder
 
 
 def test_rows_that_do_not_fit_are_left_out_of_every_system(finished: Any, text: TextModel) -> None:
