@@ -108,7 +108,7 @@ def test_model_and_rows_are_requested(tmp_path: Path) -> None:
         ("lora:\n  rank: 4\n  rank: 8\n", "at line 3, column 3: key 'rank' is given twice. Fix it there and run again."),
         ("- a\n- b\n", "holds ['a', 'b']; expected keys such as 'model: …'"),
         ("just words\n", "holds 'just words'"),
-        ("a: !!python/object:os.system {}\n", "could not determine a constructor"),
+        ("a: !!python/object:os.system {}\n", "the tag !!python/object:os.system is not taken"),
         ("a: \x07\n", "is not valid YAML"),
     ],
 )

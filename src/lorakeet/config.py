@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems, unreadable
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.formats.files.yaml_mapping import LARGEST, RESOLVERS, parse_yaml
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
@@ -102,7 +103,11 @@ def read_run(path: Path | None, overrides: Mapping[str, Any] | None = None) -> R
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads the mapping in a YAML (or JSON) file; an empty file is an empty mapping. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # a pipe too
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise ConfigError(f"{path} has more than {LARGEST:,} bytes; expected a run file. Is it the right file?")
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist (looked in {path.absolute().parent}). Give the path of a run file.") from None
     except IsADirectoryError:
@@ -111,14 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
         raise ConfigError(unreadable(path, error)) from None
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path} is not valid YAML{line}: {error.problem}. Fix it there and run again.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}.") from None
+    content = parse_yaml(text, path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -131,23 +129,8 @@ def dump_yaml(config: Any) -> str:
     return yaml.dump(to_mapping(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: `no` and `off` are text, 1e-3 is a number, a date is text; a key given twice is refused."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML reads it from the class)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: the same plain values, lists on one line, texts of several lines as a block."""
+    """Writes what `parse_yaml` reads: the same plain values, lists on one line, texts of several lines as a block."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
@@ -161,12 +144,5 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(list, _Dumper.represent_list)
 _Dumper.add_representer(str, _Dumper.represent_str)
-for _style in (_Loader, _Dumper):
-    for _tag, _pattern, _first in (
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
-        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
-        ("merge", r"<<", ["<"]),
-    ):
-        _style.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+for _tag, _pattern, _first in RESOLVERS:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)

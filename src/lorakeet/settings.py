@@ -29,6 +29,8 @@ __all__ = ["Setting", "choices", "describe", "fields_of", "load", "override", "t
 
 T = TypeVar("T", bound="DataclassInstance")
 
+_LONGEST_SHOWN = 200  # characters of a value in a message
+_MOST_SHOWN = 40  # problems of a file, of which the others are counted
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 _TRUTH: dict[str | bool, bool] = {True: True, "true": True, "yes": True, "on": True}
 _TRUTH |= {False: False, "false": False, "no": False, "off": False}
@@ -130,7 +132,7 @@ class _Reader:
     def __init__(self, where: str, origins: Mapping[str, str]) -> None:
         self.where = where
         self.origins = origins
-        self.problems = Problems(f"{where} cannot be used")
+        self.problems = Problems(f"{where} cannot be used", shown=_MOST_SHOWN)
         self.paths: tuple[str, ...] = ()
 
     def build(self, cls: type[T], mapping: Any, prefix: str) -> T | None:
@@ -186,11 +188,12 @@ class _Reader:
         return instance
 
     def misfit(self, path: str, given: Any, expected: str, known: tuple[str, ...] = ()) -> None:
-        seen = "empty" if given is None else f"{given!r} ({_SEEN.get(type(given), type(given).__name__)})"
+        seen = "empty" if given is None else f"{_shown(given)} ({_SEEN.get(type(given), type(given).__name__)})"
         hint = nearest(given, known) if isinstance(given, str) else ""
         self.problems.add(f"{path} {self.source(path)} is {seen}; expected {expected}.{hint}")
 
     def unknown(self, key: str, names: tuple[str, ...], prefix: str) -> None:
+        key = key[:_LONGEST_SHOWN]
         path = f"{prefix}{key}"
         near = difflib.get_close_matches(key, names, n=1)
         if near:
@@ -204,6 +207,12 @@ class _Reader:
 
     def source(self, path: str) -> str:
         return f"({self.origins[path]})" if path in self.origins else f"in {self.where}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, truncated."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _fields(cls: type[DataclassInstance]) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:

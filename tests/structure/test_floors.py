@@ -21,7 +21,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trl": (),
     "accelerate": (),
     "click": ("cli/",),
-    "yaml": ("config.py", "models/files/origin.py", "export/card.py"),
+    "yaml": ("config.py", "formats/files/yaml_mapping.py", "models/files/origin.py", "export/card.py"),
     "scipy": ("evaluate/",),
     "sklearn": ("evaluate/",),
     "regex": ("data/words.py", "evaluate/replies.py"),

@@ -7,7 +7,6 @@ import gzip
 import io
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, cast
 
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest, unreadable
+from lorakeet.data.guarded_stream import MOST_UNPACKED, GuardedStream, too_large, unpacking
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest
 
 PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -110,32 +110,35 @@ def package_file(distribution: str, suffix: str = "") -> Path:
 
 
 @contextmanager
-def open_binary(location: Location) -> Iterator[IO[bytes]]:
-    """Opens a file for reading, decompressing zip members and gzip. Raises DataError for damaged files."""
-    try:
-        with ExitStack() as stack:
-            stream: IO[bytes]
+def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[IO[bytes]]:
+    """Opens a file for reading, decompressing zip members and gzip, to at most `most` bytes.
+
+    DataError for damaged files and larger ones, when it is opened or read.
+    """
+    path, packed = location.path, location.name.lower().endswith(".gz")
+    with ExitStack() as stack:
+        stream: IO[bytes]
+        with unpacking(path):
             if location.member is None:
-                stream = stack.enter_context(location.path.open("rb"))
+                stream = stack.enter_context(path.open("rb"))
             else:
-                archive = stack.enter_context(zipfile.ZipFile(location.path))
-                if archive.getinfo(location.member).flag_bits & 1:
-                    raise DataError(f"'{location.member}' in {location.path} is encrypted; unpack it and name the file.")
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                about = archive.getinfo(location.member)
+                if about.flag_bits & 1:
+                    raise DataError(f"'{location.member}' in {path} is encrypted; unpack it and name the file.")
+                if about.file_size > most:
+                    raise too_large(path, most)
                 stream = stack.enter_context(archive.open(location.member))
-            if location.name.lower().endswith(".gz"):
+            if packed:
                 stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=stream)))
-            yield stream
-    except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{location.path} is damaged ({error}); fetch or pack it again.") from error
-    except OSError as error:  # no permission, a folder, or a failing disk
-        raise DataError(unreadable(location.path, error)) from error
+        yield stack.enter_context(io.BufferedReader(GuardedStream(stream, path, most if packed else None)))
 
 
 @contextmanager
-def open_text(location: Location, encoding: str = "utf-8") -> Iterator[IO[str]]:
+def open_text(location: Location, encoding: str = "utf-8", most: int = MOST_UNPACKED) -> Iterator[IO[str]]:
     """Opens a file as text, line ends untouched; UTF-8 with or without a mark. Raises DataError for other encodings."""
     codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-    with open_binary(location) as stream, io.TextIOWrapper(stream, encoding=codec, newline="") as text:
+    with open_binary(location, most) as stream, io.TextIOWrapper(stream, encoding=codec, newline="") as text:
         try:
             yield text
         except UnicodeDecodeError as error:
@@ -160,11 +163,8 @@ def _ends_with(path: str, suffix: str) -> bool:
 
 
 def _find_member(path: Path, member: str) -> str:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [info.filename for info in archive.infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path} is not a zip archive that can be read ({error}); fetch it again.") from error
+    with unpacking(path), zipfile.ZipFile(path) as archive:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
     found = [name for name in names if name == member] or [name for name in names if _ends_with(name, member)]
     if len(found) == 1:
         return found[0]

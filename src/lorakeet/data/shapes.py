@@ -35,9 +35,19 @@ def shape_rows(records: Iterator[FileRecord], name: str, spec: DataSpec, problem
             shape = _find_shape(record, name, spec)
             _require_columns(record, shape, name, spec)
         try:
-            yield _shape(record, shape, spec)
+            row = _shape(record, shape, spec)
+            _require_length(row, spec)
+            yield row
         except UnusableRow as error:
             problems.add(record.source, str(error))
+
+
+def _require_length(row: Row, spec: DataSpec) -> None:
+    length = len(row.tools) + sum(len(turn.text) + len(turn.extra) for turn in row.turns)
+    if length > spec.longest_row:
+        raise UnusableRow(
+            f"the row has {length:,} characters; expected at most {spec.longest_row:,}. Split it, or raise --data.longest_row."
+        )
 
 
 def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.setting import setting
 
+LONGEST_ROW = 1_000_000  # characters: some 250,000 tokens
 NO_ROWS = "no rows are read"  # the data.train of a verb that needs none
 
 
@@ -56,6 +57,8 @@ class DataSpec:
     )
     encoding: str = setting("utf-8", "Encoding of text files, such as cp1252.")
     delimiter: str | None = setting(None, "Separator of columns in .csv and .tsv files, such as ';' (default: comma, or tab).")
+    longest_row: int = setting(LONGEST_ROW, "Longest row in characters; a longer one is named before it is tokenised.")
+    largest_unpacked: int = setting(1024, "Largest zip member or .gz file, unpacked, in MiB.")
     limit: int | None = setting(None, "Read at most this many rows of each file.")
     html_unescape: bool = setting(False, "Replace HTML escapes in the texts (&#039;) by characters.")
     strip_quotes: bool = setting(False, "Remove one pair of double quotes around a whole text.")
@@ -72,6 +75,9 @@ class DataSpec:
             problems.add(f"data.near_duplicates is {self.near_duplicates}; expected a similarity from 0 to 1, such as 0.8.")
         if self.held_out_minimum < 0:
             problems.add(f"data.held_out_minimum is {self.held_out_minimum}; expected a number of rows, 0 or more.")
+        for name in ("longest_row", "largest_unpacked"):
+            if (value := getattr(self, name)) < 1:
+                problems.add(f"data.{name} is {value}; expected 1 or more.")
         if self.max_tokens < 2:
             problems.add(f"data.max_tokens is {self.max_tokens}; expected at least 2 tokens, such as 1024.")
         if self.limit is not None and self.limit < 1:

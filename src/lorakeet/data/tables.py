@@ -6,9 +6,12 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, NamedTuple
 
+from lorakeet.data.guarded_stream import MOST_UNPACKED
 from lorakeet.data.locate import Location, open_text
+from lorakeet.data.spec import LONGEST_ROW
 from lorakeet.errors import DataError, Problems
 
 SHOWN_PROBLEMS = 10
@@ -55,23 +58,61 @@ class RowProblems:
         self._problems.raise_if_any()
 
 
-def text_records(
-    location: Location, problems: RowProblems, *, encoding: str = "utf-8", delimiter: str | None = None
-) -> Iterator[FileRecord]:
-    """Yields the records of a text file; rows that cannot be read are added to `problems` and skipped.
+@dataclass(frozen=True)
+class TextFormat:
+    """How a text file is read. `delimiter` separates the columns of .csv and .tsv files; by default a comma and a tab."""
 
-    `delimiter` separates the columns of .csv and .tsv files; by default a comma and a tab.
-    """
-    reader = _separated(delimiter, given=True) if delimiter and location.kind in (".csv", ".tsv") else READERS[location.kind]
-    with open_text(location, encoding) as stream:
-        yield from reader(stream, location.name.rsplit("/", 1)[-1], problems)
+    encoding: str = "utf-8"
+    delimiter: str | None = None
+    longest: int = 8 * LONGEST_ROW  # characters of a line: a row with its escapes and other columns
+    unpacked: int = MOST_UNPACKED  # bytes
 
 
-def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
+def text_records(location: Location, problems: RowProblems, text: TextFormat | None = None) -> Iterator[FileRecord]:
+    """Yields the records of a text file; rows that cannot be read are added to `problems` and skipped."""
+    text = text or TextFormat()
+    separated = text.delimiter and location.kind in (".csv", ".tsv")
+    reader = _separated(text.delimiter or "", given=True) if separated else READERS[location.kind]
+    with open_text(location, text.encoding, text.unpacked) as stream:
+        yield from reader(LineReader(stream, text.longest), location.name.rsplit("/", 1)[-1], problems)
+
+
+class LineReader:
+    """The lines of a text stream; of a line of more than `longest` characters only a beginning of that length is kept."""
+
+    def __init__(self, stream: IO[str], longest: int) -> None:
+        self.stream, self.longest = stream, longest
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.stream.readline(self.longest + 1):
+            yield line
+            rest = line
+            while len(rest) > self.longest and not rest.endswith(("\n", "\r")):  # the rest of it, in pieces
+                rest = self.stream.readline(self.longest + 1)
+                if not rest:
+                    return
+
+    def too_long(self, line: str) -> bool:
+        """True if more of the line was left out."""
+        return len(line) > self.longest
+
+    @property
+    def refusal(self) -> str:
+        """The problem of such a line."""
+        return (
+            f"the line has more than {self.longest:,} characters; shorten or remove it, or raise --data.longest_row (a line may "
+            "have 8 times as many)."
+        )
+
+
+def _json_lines(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         source = f"{name}:{number}"
+        if stream.too_long(line):
+            problems.add(source, stream.refusal)
+            continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -83,8 +124,8 @@ def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[F
             problems.add(source, f"expected an object in braces, got {_start_of(line)}; {_FIX}")
 
 
-def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
-    text = stream.read()
+def _json_array(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
+    text = stream.stream.read()
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -110,10 +151,10 @@ def _where(error: Exception) -> str:
     return " (brackets nested too deep)" if isinstance(error, RecursionError) else f" ({error})"
 
 
-def _separated(delimiter: str, *, given: bool = False) -> Callable[[IO[str], str, RowProblems], Iterator[FileRecord]]:
-    def read(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
-        with _long_fields():
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, str, RowProblems], Iterator[FileRecord]]:
+    def read(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
+        with _long_fields(stream.longest):
+            reader = csv.reader(_whole_lines(stream, name), delimiter=delimiter, strict=True)
             header = next(_checked(reader, name), None)
         if header is None:
             return
@@ -131,7 +172,7 @@ def _separated(delimiter: str, *, given: bool = False) -> Callable[[IO[str], str
         rows = _checked(reader, name)
         while True:
             # Set around each row: the limit is global to the process, and a reader may be abandoned halfway.
-            with _long_fields():
+            with _long_fields(stream.longest):
                 row = next(rows, None)
             if row is None:
                 return
@@ -151,21 +192,33 @@ def _checked(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:
         yield from reader
     except csv.Error as error:
         number = getattr(reader, "line_num", 0)
+        if "field limit" in str(error):
+            raise DataError(f"{name}:{number}: {error}; close double quotes, or raise --data.longest_row.") from error
         raise DataError(f"{name}:{number}: {error}; expected closed double quotes, and doubled quotes inside a field.") from error
 
 
+def _whole_lines(stream: LineReader, name: str) -> Iterator[str]:
+    """The lines; DataError for one that is too long, after which the end of a quoted field is not known."""
+    for number, line in enumerate(stream, start=1):
+        if stream.too_long(line):
+            raise DataError(f"{name}:{number}: {stream.refusal}")
+        yield line
+
+
 @contextmanager
-def _long_fields() -> Iterator[None]:
-    before = csv.field_size_limit(2**31 - 1)
+def _long_fields(longest: int) -> Iterator[None]:
+    before = csv.field_size_limit(longest)
     try:
         yield
     finally:
         csv.field_size_limit(before)
 
 
-def _lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[FileRecord]:
+def _lines(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
     for number, line in enumerate(stream, start=1):
-        if line.strip():
+        if stream.too_long(line):
+            problems.add(f"{name}:{number}", stream.refusal)
+        elif line.strip():
             yield FileRecord(f"{name}:{number}", {"text": line.rstrip("\r\n")})
 
 
@@ -174,7 +227,7 @@ def _start_of(line: str) -> str:
     return repr(start if len(start) <= _START else start[:_START] + "…")
 
 
-READERS: dict[str, Callable[[IO[str], str, RowProblems], Iterator[FileRecord]]] = {
+READERS: dict[str, Callable[[LineReader, str, RowProblems], Iterator[FileRecord]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,

@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from lorakeet.errors import ConfigError
 from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.yaml_mapping import parse_yaml
 from lorakeet.models.files.source import on_this_machine
 from lorakeet.models.files.stored_tensors import method_of
 from lorakeet.models.spec import ModelSpec
@@ -67,8 +69,8 @@ def readme_metadata(folder: Path) -> Mapping[str, Any]:
     """Returns the front matter of the model card (README.md) in `folder`; empty if it is missing or unreadable."""
     try:
         text = (folder / _README).read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        front = parse_yaml(text.split("---")[1], folder / _README) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, ConfigError, IndexError):
         return {}
     return front if isinstance(front, dict) else {}
 
