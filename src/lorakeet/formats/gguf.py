@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def gguf_layout_of(config: Mapping[str, Any], where: object) -> GgufLayout:
     return GgufLayout(model_type, int(blocks), int(heads), int(kv_heads))
 
 
+@lru_cache(maxsize=8)  # building one takes 8 ms, and each layer needs it
 def tensor_names(architecture: str, blocks: int) -> Any:
     """gguf's own map from transformers' names to GGUF's, for a model of so many blocks."""
     gguf = gguf_package()
