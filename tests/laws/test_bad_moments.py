@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import transformers
 
+from lorakeet import disk
 from lorakeet.cli.main import main
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.peft import peft
@@ -180,15 +181,15 @@ def test_a_disk_that_is_full_for_one_file_of_the_report_keeps_the_one_before(
 ) -> None:
     run = tmp_path / "run"
     assert main(command(tiny_llama_folder, rows, run)) == 0
-    before, real = (run / name).read_bytes(), Path.write_text
+    before, real = (run / name).read_bytes(), disk.write_new
 
-    def write(self: Path, text: str, **options: Any) -> int:
-        if name in self.name:
-            real(self, text[:100], **options)
+    def write(path: Path, data: bytes) -> None:
+        if name in path.name:
+            real(path, data[:100])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, text, **options)
+        real(path, data)
 
-    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(disk, "write_new", write)
     assert main(["finetune", "--resume", str(run)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"The report in {run} could not be written: the disk (or the quota) is full" in said and "The adapter is whole" in said
