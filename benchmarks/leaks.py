@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.machine import origin, warn_if_busy, write_result
-from harness.planted import Change, Corpus, changes, corpora
+from harness.planted import Change, Corpus, changes, corpora, of_file
 from harness.processes import answered
 
 from lorakeet.data.leaks import find_duplicates
@@ -161,16 +161,24 @@ def shown(lines: Sequence[dict[str, Any]], which: str) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] n={found['n']}"
 
 
+def own_texts(text: str) -> tuple[str, Path]:
+    """NAME=FILE."""
+    name, _, path = text.partition("=")
+    return name, Path(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few copies and 10,000 rows, to see whether everything runs")
     parser.add_argument("--only", default="", help="kinds of texts whose name has this in it; no result is written")
+    parser.add_argument("--texts", type=own_texts, action="append", default=[], help="NAME=FILE, one text a line: measured first")
     parser.add_argument("--seed", type=int, default=0, help="of the texts and the copies")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
-    chosen = [corpus for corpus in corpora(given.seed) if given.only in corpus.name]
+    own = [of_file(name, path, given.seed) for name, path in given.texts]
+    chosen = [*own, *(corpus for corpus in corpora(given.seed) if given.only in corpus.name)]
     found = [of_corpus(corpus, given.seed, PLANTED // 10 if given.quick else PLANTED) for corpus in chosen]
     if given.only:
         return 0

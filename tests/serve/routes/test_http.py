@@ -67,6 +67,16 @@ def test_broken_bodies(content: bytes, status: int, message: str, site: Callable
     assert "access-control-allow-origin" not in answer.headers
 
 
+def test_embeddings_are_refused_with_the_reason_and_what_serves_them(site: Callable[..., Any]) -> None:
+    asked = {"model": "a", "input": "x"}
+    answer = post(site(), "/v1/embeddings", json=asked)
+    error = answer.json()["error"]
+    assert answer.status_code == 501 and error["type"] == "not_supported_error"
+    assert "trained to predict the next token" in error["message"] and "llama-server --embeddings" in error["message"]
+    guarded = site(access=Access({hash_key("sk-one-secret"): Caller("one", frozenset({"a"}), False)}))
+    assert post(guarded, "/v1/embeddings", json=asked).status_code == 401
+
+
 def test_health_readiness_and_metrics(site: Callable[..., Any]) -> None:
     served = site()
     assert httpx.get(f"{served.url}/healthz").text == "ok" and httpx.get(f"{served.url}/readyz").text == "ready"

@@ -57,6 +57,11 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matc
 MOST_FIELDS = 50_000  # of a JSON body, in all its objects
 _FIELD = re.compile(rb'(?<!\\)"\s*:')
 _MEMORY_FULL_SECONDS = 1  # until an adapter in use may be free
+_NO_EMBEDDINGS = (
+    "This server has no embeddings: its models write text, and were trained to predict the next token. Means or last states of "
+    "them do not place texts of equal meaning near each other as an embedding model does. Serve such a model beside it, with "
+    "llama-server --embeddings or vllm serve --runner pooling."
+)
 log = logging.getLogger("lorakeet.serve")
 
 
@@ -65,6 +70,10 @@ def build_app(service: Service) -> Starlette:
 
     async def model(request: HttpRequest) -> Response:
         return _sent(await openai.model(service, _caller(service, request), str(request.path_params["name"])))
+
+    async def embeddings(request: HttpRequest) -> Response:
+        _caller(service, request)
+        return _refused(request, _NO_EMBEDDINGS, 501, "not_supported_error")
 
     routes = [
         Route("/healthz", _plain(lambda: PlainTextResponse("ok"))),
@@ -76,6 +85,7 @@ def build_app(service: Service) -> Starlette:
         Route("/v1/models/{name:path}", _guarded(model)),
         Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
         Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
+        Route("/v1/embeddings", _guarded(embeddings), methods=["POST"]),
         Route("/tokenize", _of_body(service, openai.tokenize), methods=["POST"]),
         Route("/v1/load_lora_adapter", _of_body(service, adapters.load_adapter), methods=["POST"]),
         Route("/v1/unload_lora_adapter", _of_body(service, adapters.unload), methods=["POST"]),
