@@ -38,6 +38,7 @@ from lorakeet.evaluate.intervals import proportion
 LEAST = {"words": 0.95, "characters": 0.9}  # of the copies
 FALSE = 1e-3  # of the pairs
 SECONDS = 120.0
+TRIES = 100  # of a change, for a copy that is no other text of the kind
 PLANTED, ROUNDS = 60, 5  # copies of each change at once, and how often, with other originals
 SCALE = ("reviews", "labels", "instructed")
 NO_CLAIM = ("questions, one template",)  # where one word of a dozen is the whole question
@@ -72,10 +73,10 @@ def planted(corpus: Corpus, change: Change, seed: int, count: int) -> list[tuple
     chosen = chance.sample(corpus.texts, min(count, len(corpus.texts) // 4))
     pairs = []
     for text in chosen:
-        copy = change(text, chance, words)
-        while copy in corpus.possible:  # another label, not a copy of this one
-            copy = change(text, chance, words)
-        pairs.append((text, copy))
+        copies = (change(text, chance, words) for _ in range(TRIES))
+        copy = next((copy for copy in copies if copy not in corpus.possible), None)  # another label is no copy of this one
+        if copy is not None:  # as of a text without case
+            pairs.append((text, copy))
     return pairs
 
 

@@ -119,6 +119,9 @@ def filled(slots: Sequence[Sequence[str]], count: int, seed: int, form: str) -> 
     return list(found)
 
 
+# What is no letter, digit or space; vowel signs of Hindi and Thai are no \w in Python, but parts of words.
+_MARKS = r"[^\w\s'’\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0e31-\u0e4e-]"
+
 Change = Callable[[str, random.Random, Sequence[str]], str]
 
 
@@ -184,7 +187,7 @@ def _more(text: str, chance: random.Random, words: Sequence[str]) -> str:
 
 
 def _punctuation(text: str, chance: random.Random, words: Sequence[str]) -> str:
-    bare = re.sub(r"(?<!\d)[^\w\s'’-]|[^\w\s'’-](?!\d)", " ", text).strip()
+    bare = re.sub(rf"(?<!\d){_MARKS}|{_MARKS}(?!\d)", " ", text).strip()
     return chance.choice((bare, bare + "!!", "“" + bare + "”…", bare + "。" if not bare.isascii() else bare + " ..."))
 
 
