@@ -281,8 +281,8 @@ def test_half_a_character_is_said(both: Any) -> None:
 
 
 def test_what_is_not_there_is_said_in_each_apis_words(both: Any) -> None:
-    answer = post(both, "/v1/embeddings", json={})
-    assert answer.status_code == 404 and "no POST /v1/embeddings here" in answer.json()["error"]["message"]
+    answer = post(both, "/v1/moderations", json={})
+    assert answer.status_code == 404 and "no POST /v1/moderations here" in answer.json()["error"]["message"]
     answer = httpx.get(f"{both.url}/api/chat")
     assert answer.status_code == 405 and "no GET /api/chat here" in answer.json()["error"] and "POST" in answer.headers["allow"]
 
