@@ -28,6 +28,7 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+_ROUTED: dict[str, Any] = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 _GPT2: dict[str, Any] = {
     "vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 128,
     "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -73,6 +74,16 @@ _NOT_TESTED_THROUGHOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "afmoe": (
         "AfmoeConfig", "AfmoeForCausalLM",
         {**_SHARED, **_MOE, "head_dim": 8, "num_dense_layers": 1},
+    ),
+    "glm4_moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**_SHARED, **_MOE, **_ROUTED, "head_dim": 8}),
+    "ernie_moe": (
+        "Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM",
+        {**_SHARED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config", "DeepseekV3ForCausalLM",
+        {**_SHARED, **_MOE, **_ROUTED, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
+         "qk_nope_head_dim": 8, "v_head_dim": 8},
     ),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
 }

@@ -128,6 +128,7 @@ class TokenRows:
 
 
 NAMED_BASE = "named_base"  # key of Adapter.metadata
+MODEL_TYPE = "model_type"  # another: transformers' type of the base, where PEFT's reader depends on it
 
 
 @dataclass(frozen=True)

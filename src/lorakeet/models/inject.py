@@ -23,6 +23,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.core.selection import Selection
 from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.formats.peft.renamed_targets import model_type_to_keep
 from lorakeet.models import modules
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import unfuse
@@ -146,7 +147,7 @@ def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Ad
             token_rows[path] = TokenRows(ids, _copy(part.values), part.tokens, part.tied)
         else:
             extras.update({f"{path}.{key}": _copy(parameter) for key, parameter in part.named_parameters()})
-    return Adapter(pairs, extras, token_rows, base)
+    return Adapter(pairs, extras, token_rows, base, model_type_to_keep(getattr(getattr(model, "config", None), "model_type", "")))
 
 
 def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry, path_range
 from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
+from lorakeet.formats.peft.renamed_targets import refused_by_peft
 from lorakeet.models import modules
 from lorakeet.models.families import Family, in_group
 from lorakeet.quant.construct import weights_in
@@ -30,13 +31,13 @@ class Site:
     kind: Kind | None
     shape: tuple[int, ...] = ()
     why_not: str = ""
-    common: bool = False  # a linear layer or experts in all-linear: no head, no router
+    common: bool = False  # a linear layer or experts in all-linear: no head, no router, nothing that PEFT refuses
 
 
 def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     """Returns the Plan of `spec` for `model`: every pair and extra, in model order.
 
-    Targets are the keywords all-linear (linear layers and experts, without heads and routers), attention, mlp, experts and conv
+    Targets are the keywords all-linear (linear layers and experts, without heads, routers and Mamba's out_proj), attention, mlp, experts and conv
     (2-D convolutions, without a UNet's first and last one), or names and path endings. Raises ConfigError with every problem.
     """
     spec.check()
@@ -59,6 +60,7 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
 
 def _sites(model: nn.Module) -> Iterable[Site]:
     """Yields every module below the model (experts by parameter), in model order."""
+    kind_of_model = getattr(getattr(model, "config", None), "model_type", "")
     for path, module in modules.original_modules(model):
         if not path:
             continue
@@ -75,7 +77,8 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             yield Site(path, None, (), modules.why_no_pair(module))
         else:
             linear = kind in ("linear", "conv1d")
-            common = linear and not modules.is_head(model, path, module) and not modules.is_router(model, path)
+            left_out = modules.is_head(model, path, module) or modules.is_router(model, path) or refused_by_peft(kind_of_model, path)
+            common = linear and not left_out
             yield Site(path, kind, modules.weight_shape(module, kind), "", common)
 
 

@@ -5,7 +5,7 @@
     base_model.model.PATH.lora_embedding_A, _B                 embedding                  (rank, vocab) and (hidden, rank)
     base_model.model.PATH.lora_magnitude_vector                DoRA                       (out,); (1, out, 1, 1) for conv2d
     base_model.model.PATH.token_adapter.trainable_tokens_delta trained token rows         (ids, hidden)
-    base_model.model.PATH[.base_layer].lora_A.weight           experts, see below
+    base_model.model.PATH[.base_layer].lora_A.weight           experts, see below; linear with a target parameter PATH.weight
     base_model.model.PATH.base_layer.weight                    whole weight under a pair, as PEFT adds for embeddings
     base_model.model.PARAMETER                                 modules_to_save
 
@@ -54,6 +54,7 @@ from lorakeet.formats.peft.peft_config import (
     config_text,
     read_peft_config,
 )
+from lorakeet.formats.peft.renamed_targets import WEIGHT
 
 MODEL_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -170,16 +171,18 @@ def _pairs(config: PeftConfig, note: Mapping[str, Any], groups: dict[str, Slots]
         blocks.setdefault(path, {})[depth] = slots
     for path, levels in sorted(blocks.items()):
         named = parameters_at(config, path)
-        if len(levels) > 1 or max(levels) > 0 or (named and not config.targets(path) and named != ["weight"]):
+        if len(levels) > 1 or max(levels) > 0 or (named and not config.targets(path) and named != [WEIGHT]):
             assigned = assign(config, path, levels)
             if isinstance(assigned, str):
                 problems.add(assigned)
                 continue
             for depth, name in assigned.items():
-                _add_pair(config, f"{path}.{name}", "experts", levels[depth], pairs=pairs, problems=problems)
+                key = f"{path}.{name}"
+                _add_pair(config, key, "experts", levels[depth], key=key, pairs=pairs, problems=problems)
         else:
             kind = _kind(config, note, path, levels[0])
-            _add_pair(config, path, kind, levels[0], pairs=pairs, problems=problems)
+            key = f"{path}.{WEIGHT}" if named == [WEIGHT] and not config.targets(path) else path
+            _add_pair(config, path, kind, levels[0], key=key, pairs=pairs, problems=problems)
     return pairs
 
 
@@ -194,12 +197,15 @@ def _kind(config: PeftConfig, note: Mapping[str, Any], path: str, slots: Slots) 
     return "conv1d" if config.fan_in_fan_out else "linear"
 
 
-def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs: dict[str, Pair], problems: Problems) -> None:
+def _add_pair(
+    config: PeftConfig, path: str, kind: Kind, slots: Slots, *, key: str, pairs: dict[str, Pair], problems: Problems
+) -> None:
+    """Adds the pair at `path`; `key` is what the patterns of rank and alpha match."""
     first, second = _factor_slots(kind)
     if missing := missing_slots(path, slots, (first, second)):
         problems.add(missing)
         return
-    A, B, rank = slots[first], slots[second], config.rank_of(path)
+    A, B, rank = slots[first], slots[second], config.rank_of(key)
     if kind == "experts":
         unpacked = unpack_experts(A, B, rank)
         if isinstance(unpacked, str):
@@ -225,7 +231,7 @@ def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs:
         problems.add(wrong)
         return
     flat = None if magnitude is None else magnitude.flatten()
-    pairs[path] = Pair(A, B, config.alpha_of(path), kind, config.scale_rule, flat, bias)
+    pairs[path] = Pair(A, B, config.alpha_of(key), kind, config.scale_rule, flat, bias)
 
 
 def _factor_slots(kind: Kind) -> tuple[str, str]:
@@ -252,7 +258,8 @@ def _shape_problem(path: str, kind: Kind, A: Tensor, B: Tensor, rank: int) -> st
 
 def _require_targets(config: PeftConfig, pairs: Mapping[str, Pair], problems: Problems) -> None:
     """Adds to `problems` if the configuration gives some modules no pair that have one in the file."""
-    lost = [path for path, pair in pairs.items() if pair.kind != "experts" and not config.targets(path)]
+    named = {path for path in pairs if parameters_at(config, path) == [WEIGHT]}
+    lost = [path for path, pair in pairs.items() if pair.kind != "experts" and not config.targets(path) and path not in named]
     if config.target_modules == ALL_LINEAR:
         lost += [path for path, pair in pairs.items() if pair.kind in ("embedding", "conv2d")]
     if lost:

@@ -22,6 +22,7 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.components import of_image_model
 from lorakeet.formats.files.json_object import parse_object, read_bytes
 from lorakeet.formats.files.lru_cache import LruCache
+from lorakeet.formats.peft.renamed_targets import WEIGHT, as_parameter
 
 CONFIG_NAME = "adapter_config.json"
 LARGEST_SCALE = 3.4028234663852886e38  # in fp32
@@ -304,11 +305,13 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
     }
     rank, alpha = _frequent(list(ranks.values()), 8), _frequent(list(alphas.values()), 8.0)
     kinds = {pair.kind for pair in adapter.pairs.values()}
-    modules = sorted(path for path, pair in adapter.pairs.items() if pair.kind != "experts")
-    parameters = sorted(path for path, pair in adapter.pairs.items() if pair.kind == "experts")
+    names = {path: f"{path}.{WEIGHT}" if as_parameter(adapter, path) else path for path in adapter.pairs}
+    of_parameters = {path for path, pair in adapter.pairs.items() if pair.kind == "experts" or names[path] != path}
+    modules = sorted(set(adapter.pairs) - of_parameters)
+    parameters = sorted(names[path] for path in of_parameters)
     task = adapter.metadata.get("task_type", "" if "conv2d" in kinds or of_image_model(adapter) else "CAUSAL_LM")
     data: dict[str, Any] = {
-        "alpha_pattern": {_exact_pattern(path): _plain(value) for path, value in sorted(alphas.items()) if value != alpha},
+        "alpha_pattern": {_exact_pattern(names[path]): _plain(value) for path, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": None,
         "base_model_name_or_path": adapter.base or None,
         "bias": "none",
@@ -322,9 +325,9 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
         "modules_to_save": modules_to_save or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {_exact_pattern(path): value for path, value in sorted(ranks.items()) if value != rank},
+        "rank_pattern": {_exact_pattern(names[path]): value for path, value in sorted(ranks.items()) if value != rank},
         "revision": adapter.metadata.get("revision"),
-        "target_modules": modules if adapter.pairs else NO_TARGETS,
+        "target_modules": modules if modules or parameters else NO_TARGETS,
         "task_type": task or None,
         "use_dora": any(pair.magnitude is not None for pair in adapter.pairs.values()),
         "use_rslora": rule == "alpha/sqrt(rank)",
