@@ -37,8 +37,8 @@ class Site:
 def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     """Returns the Plan of `spec` for `model`: every pair and extra, in model order.
 
-    Targets are the keywords all-linear (linear layers and experts, without heads, routers and Mamba's out_proj), attention, mlp, experts and conv
-    (2-D convolutions, without a UNet's first and last one), or names and path endings. Raises ConfigError with every problem.
+    Targets are the keywords all-linear (linear layers and experts, without heads, routers and Mamba's out_proj), attention, mlp,
+    experts and conv (2-D convolutions, without a UNet's first and last one), or names and path endings. Raises ConfigError with every problem.
     """
     spec.check()
     problems = Problems("These LoRA settings do not fit the model")
@@ -77,8 +77,8 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             yield Site(path, None, (), modules.why_no_pair(module))
         else:
             linear = kind in ("linear", "conv1d")
-            left_out = modules.is_head(model, path, module) or modules.is_router(model, path) or refused_by_peft(kind_of_model, path)
-            common = linear and not left_out
+            other = modules.is_head(model, path, module) or modules.is_router(model, path)
+            common = linear and not other and not refused_by_peft(kind_of_model, path)
             yield Site(path, kind, modules.weight_shape(module, kind), "", common)
 
 
