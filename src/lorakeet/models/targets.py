@@ -38,7 +38,8 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     """Returns the Plan of `spec` for `model`: every pair and extra, in model order.
 
     Targets are the keywords all-linear (linear layers and experts, without heads, routers and Mamba's out_proj), attention, mlp,
-    experts and conv (2-D convolutions, without a UNet's first and last one), or names and path endings. Raises ConfigError with every problem.
+    experts and conv (2-D convolutions, without a UNet's first and last one), or names and path endings. Raises ConfigError with
+    every problem.
     """
     spec.check()
     problems = Problems("These LoRA settings do not fit the model")
