@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from lorakeet.errors import (
+    LONGEST_MESSAGE,
     ConfigError,
     DataError,
     EnvironmentProblem,
@@ -15,7 +17,10 @@ from lorakeet.errors import (
     RunStopped,
     VerificationFailed,
     nearest,
+    one_message,
     readable,
+    reader,
+    require_regular,
     unreadable,
 )
 
@@ -46,6 +51,50 @@ def test_one_remedy_for_all_problems_comes_last() -> None:
     problems.add("two is wrong.")
     with pytest.raises(ConfigError, match=r"two is wrong\.\nFetch them again\.$"):
         problems.raise_if_any()
+
+
+def test_a_message_is_bounded_and_the_rest_counted() -> None:
+    said = str(DataError("a" * 5000 + "b" * 5_000_000 + "fetch it again."))
+    assert len(said) <= LONGEST_MESSAGE and said.startswith("a" * 1000) and said.endswith("fetch it again.")
+    assert "[…, 5,003,075 characters, …]" in said
+    problems = Problems("The rows cannot be used", DataError, remedy="Fetch them again.")
+    for number in range(100_000):
+        problems.add(f"row {number} is " + "x" * (1_000_000 if number == 1 else 50))
+    with pytest.raises(DataError) as caught:
+        problems.raise_if_any()
+    lines = str(caught.value).splitlines()
+    assert len(str(caught.value)) <= LONGEST_MESSAGE
+    assert lines[0] == "The rows cannot be used (100,000 problems):" and lines[-1] == "Fetch them again."
+    assert lines[-2] == f"  - and {100_000 - (len(lines) - 3):,} more."
+
+
+def test_a_reader_gives_one_message_whatever_a_library_raises() -> None:
+    class PanicException(BaseException):
+        """As libraries in Rust raise it."""
+
+    @reader("an adapter")
+    def read(path: Path, error: BaseException) -> None:
+        raise error
+
+    for error in (IndexError("list\nindex."), RecursionError("deep"), PanicException("list index"), KeyError()):
+        with pytest.raises(DataError, match=r"^a\.gguf cannot be read as an adapter: \w+.* \(test_errors\.py, line \d+\)\. It"):
+            read(Path("a.gguf"), error)
+    with pytest.raises(EnvironmentProblem, match="it needs more memory than there is"):
+        read(Path("a.gguf"), MemoryError())
+    for passing in (ConfigError("as it is"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(passing)) as caught:
+            read(Path("a.gguf"), passing)
+        assert caught.value is passing
+    with pytest.raises(OSError, match="full"), one_message("a", "b", passing=(OSError,)):
+        raise OSError("full")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "pipe", "a device or a pipe"), (tmp_path, "a folder"), (Path("/dev/null"), "a device")):
+        with pytest.raises(DataError, match=f"is {words}.*; expected a file"):
+            require_regular(path)
+    require_regular(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,38 @@ collect them in `Problems` and raise once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import functools
+import itertools
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+LONGEST_MESSAGE = 2000  # characters; a file of a stranger can have names and values of any length
+_LONGEST_LINE = 1000  # of one problem among several
+
+
+def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """The text; if it is longer than `most`, its beginning and its end, with the number of characters between them."""
+    if len(text) <= most:
+        return text
+    kept = max(most - 60, 0)
+    end = kept // 4
+    left_out = len(text) - kept
+    return f"{text[: kept - end]} […, {left_out:,} characters, …] {text[len(text) - end :]}"
 
 
 class LorakeetError(Exception):
-    """Base of every error that a user can mend; `exit_code` is what the command line returns."""
+    """Base of every error that a user can mend; `exit_code` is what the command line returns.
+
+    A message is at most LONGEST_MESSAGE characters long.
+    """
 
     exit_code = 2
+
+    def __init__(self, *details: object) -> None:
+        super().__init__(*(shortened(one) if isinstance(one, str) else one for one in details))
 
 
 class ConfigError(LorakeetError):
@@ -78,6 +101,63 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(unreadable(path, error)) from error
 
 
+def require_regular(path: Path) -> None:
+    """Raises DataError if a device, a pipe or a socket is at `path`: reading it may never end."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}; expected a file. Check the path.")
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+@contextmanager
+def one_message(
+    begin: str, advice: str, kind: type[LorakeetError] = DataError, *, passing: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """The boundary of a reader: whatever a library raises within becomes one `kind`, "BEGIN: reason. ADVICE".
+
+    `begin` names the file. Errors of Lorakeet, those in `passing` and requests to stop pass. The reason says where the error was
+    raised.
+    """
+    try:
+        yield
+    except LorakeetError:
+        raise
+    except passing:
+        raise
+    except MemoryError as error:
+        raise EnvironmentProblem(f"{begin}: it needs more memory than there is. {advice}") from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
+        raise kind(f"{begin}: {reason_of(error)}. {advice}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The type and the text of a library's error in one line, and the line of code that raised it."""
+    line = " ".join(str(error).split()).rstrip(".")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{': ' if line else ''}{shortened(line, 400)}{place}"
+
+
+def reader(what: str) -> Callable[
+    [Callable[Concatenate[Path, _Arguments], _Result]], Callable[Concatenate[Path, _Arguments], _Result]
+]:  # fmt: skip
+    """Makes a function whose first argument is a path the reader of a file of that kind: a boundary as in `one_message`."""
+
+    def bounded(read: Callable[Concatenate[Path, _Arguments], _Result]) -> Callable[Concatenate[Path, _Arguments], _Result]:
+        @functools.wraps(read)
+        def within(path: Path, /, *arguments: _Arguments.args, **more: _Arguments.kwargs) -> _Result:
+            with one_message(f"{path} cannot be read as {what}", "It may be damaged: fetch it again. If not, report this."):
+                return read(path, *arguments, **more)
+
+        return within
+
+    return bounded
+
+
 class Problems:
     """Collects messages and raises them together, so that a user mends everything in one go."""
 
@@ -92,15 +172,26 @@ class Problems:
         self.others = 0  # problems that are counted and not kept
 
     def add(self, message: str) -> None:
-        self.messages.append(message)
+        self.messages.append(shortened(message, _LONGEST_LINE))
+
+    def locate(self, where: object) -> None:
+        """Puts `where`, a file or folder, before each message so far that does not name it."""
+        self.messages = [message if str(where) in message else f"{where}: {message}" for message in self.messages]
 
     def raise_if_any(self) -> None:
         """Raises `kind` with the heading and one line per problem; a single problem stands alone. The remedy comes last."""
         if len(self.messages) == 1:
             raise self.kind(" ".join([*self.messages, *([self.remedy] if self.remedy else [])]))
         if self.messages:
-            named, count = self.messages[: self.shown], len(self.messages) + self.others
+            named, count = self._fitting(), len(self.messages) + self.others
             lines = [f"{self.heading} ({count:,} problems):", *(f"  - {message}" for message in named)]
             if more := count - len(named):
                 lines.append(f"  - and {more:,} more.")
             raise self.kind("\n".join([*lines, *([self.remedy] if self.remedy else [])]))
+
+    def _fitting(self) -> list[str]:
+        """The first messages that are shown: at most `shown`, and no more than fit into one message."""
+        room = LONGEST_MESSAGE - len(self.heading) - len(self.remedy) - 100
+        lengths = itertools.accumulate(len(message) + 5 for message in self.messages)
+        fitting = max(1, sum(length <= room for length in lengths))
+        return self.messages[: fitting if self.shown is None else min(fitting, self.shown)]

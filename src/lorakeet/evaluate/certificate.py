@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakeet.errors import DataError, VerificationFailed
+from lorakeet.errors import DataError, VerificationFailed, reader
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
 
@@ -128,6 +128,7 @@ class Certificate:
         raise VerificationFailed("\n".join(lines))
 
 
+@reader("a certificate")
 def read_certificate(path: Path) -> Certificate:
     """Reads a certificate.json. Raises DataError if it is missing, broken, or if "passed" contradicts its checks."""
     try:
@@ -139,7 +140,7 @@ def read_certificate(path: Path) -> Certificate:
     expected = {certificate.passed}
     if artefacts is None:  # an older file, whose "passed" covered all checks
         expected.add(bool(certificate.checks) and all(check.passed for check in certificate.checks))
-    if claimed not in expected:
+    if not isinstance(claimed, bool) or claimed not in expected:
         raise DataError(f'{path} says "passed": {claimed}, but its checks say {certificate.passed}. Verify the artefact again.')
     if artefacts not in (None, certificate.artefacts):
         said = f'{path} says "artefacts": {artefacts}, but its checks say {certificate.artefacts}.'

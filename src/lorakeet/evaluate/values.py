@@ -54,10 +54,9 @@ def from_text(kind: type[T], text: str, *, where: str) -> T:
     """Parses a value of type `kind`. Raises DataError that names `where` and the line of an error."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is not JSON: line {error.lineno}: {error.msg}. Write it again with the same command."
-        ) from error
+    except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
+        place = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where} is not JSON: {place}. Write it again with the same command.") from error
     return decode(kind, data, where=where)
 
 

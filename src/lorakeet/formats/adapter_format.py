@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, require_regular
 
 if TYPE_CHECKING:  # these import torch
     from lorakeet.core.adapter import Adapter
@@ -44,6 +44,8 @@ class AdapterFormat(Protocol):
 
 
 def require_adapter(path: Path) -> None:
-    """Raises DataError unless something is at `path`."""
+    """Raises DataError unless a file or a folder is at `path`."""
     if not path.exists():
         raise DataError(f"{path} does not exist; expected {READABLE}.")
+    if not path.is_dir():
+        require_regular(path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.errors import DataError, readable
+from lorakeet.errors import DataError, readable, reader
 from lorakeet.formats import gguf, mlx
 from lorakeet.formats.adapter_format import READABLE, AdapterFormat, Say, require_adapter
 from lorakeet.formats.compress import CompressionTarget
@@ -38,6 +38,7 @@ def format_of(name: str) -> AdapterFormat:
     return {one.NAME: one for one in FORMATS}[name]
 
 
+@reader("an adapter")
 def detect(path: Path) -> Found:
     """The adapter at `path`: a file, a folder with one, or a run folder with an `adapter` in it.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
-from lorakeet.errors import ConfigError, DataError, Problems, nearest
+from lorakeet.errors import ConfigError, DataError, Problems, nearest, reader
 from lorakeet.formats.components import table
 from lorakeet.formats.files import gguf_header
 from lorakeet.formats.files.base_model import BaseModel
@@ -171,7 +171,8 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, **_unu
         writer.close()
 
 
-def read(path: Path, *, base: BaseModel | None = None, **_unused: object) -> Adapter:
+@reader("an adapter")
+def read(path: Path, /, *, base: BaseModel | None = None, **_unused: object) -> Adapter:
     """The adapter in the file `path`. DataError lists everything that cannot be understood.
 
     ConfigError if neither the file nor `base` says how many blocks and heads there are.

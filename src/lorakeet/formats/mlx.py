@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import alpha_for
-from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.errors import ConfigError, DataError, Problems, reader
 from lorakeet.formats.components import component_of
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, save_text
@@ -39,7 +39,8 @@ def owns(tensor: str) -> bool:
     return tensor.removesuffix(".weight").endswith(tuple(f".{slot}" for slot in SLOTS))
 
 
-def read(folder: Path, **_unused: object) -> Adapter:
+@reader("an adapter")
+def read(folder: Path, /, **_unused: object) -> Adapter:
     """The adapter in `folder`. DataError lists everything that cannot be understood."""
     path = folder / CONFIG_NAME
     config = read_object(path, expected=f"the configuration that mlx-lm writes beside {MODEL_NAME}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.models.files.validate import (
     first_line,
+    loading,
     misfits_in,
     refused,
     require_architecture,
     require_finite,
+    require_sizes,
     require_text_model,
     require_whole,
 )
@@ -93,6 +96,31 @@ def test_an_architecture_that_transformers_lacks(tmp_path: Path) -> None:
             continue
         with pytest.raises(DataError, match=words):
             require_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 10**29}, r"num_hidden_layers is 1000+; expected a whole number from 0 to 10,000"),
+        ({"num_hidden_layers": 10**4200}, r"num_hidden_layers is a number of \d\d,\d\d\d bits; expected"),
+        ({"hidden_size": -1, "intermediate_size": -5}, r"(?s)2 problems.*hidden_size is -1.*intermediate_size is -5"),
+        ({"vocab_size": 1e308}, r"vocab_size is 1e\+308; expected a whole number"),
+    ],
+)
+def test_sizes_that_no_model_has(changes: dict[str, Any], words: str) -> None:
+    config = AutoConfig.for_model("llama")
+    require_sizes("config.json", config)
+    vars(config).update(changes)
+    with pytest.raises(DataError, match=words):
+        require_sizes("config.json", config)
+
+
+def test_whatever_a_loader_raises_is_one_message() -> None:
+    words = "The 'x' model in m cannot be loaded for text generation: ZeroDivisionError: by zero"
+    with pytest.raises(DataError, match=words), loading(FOLDER, "x", {}):
+        raise ZeroDivisionError("by zero")
+    with pytest.raises(DataError, match=r"^as it is$"), loading(FOLDER, "x", {}):
+        raise DataError("as it is")
 
 
 def test_a_model_that_writes_no_text() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind
-from lorakeet.errors import ConfigError, DataError, Problems, nearest
+from lorakeet.errors import ConfigError, DataError, Problems, nearest, reader
 from lorakeet.formats.components import COMPONENTS, canonical_path, component_of
 from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors
@@ -62,7 +62,8 @@ def owns(tensor: str) -> bool:
     return parse_key(tensor) is not None
 
 
-def read(path: Path, **_unused: object) -> Adapter:
+@reader("an adapter")
+def read(path: Path, /, **_unused: object) -> Adapter:
     """The adapter in the file `path`. DataError and ConfigError list everything that cannot be understood."""
     file = open_safetensors(path)
     problems = Problems(f"The adapter in {path} cannot be read", DataError)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
-from lorakeet.errors import ConfigError, DataError, Problems, nearest
+from lorakeet.errors import ConfigError, DataError, Problems, nearest, reader
 from lorakeet.formats.adapter_format import Say
 from lorakeet.formats.components import component_of, in_transformer
 from lorakeet.formats.compress import CompressionTarget, fit_pair
@@ -80,7 +80,10 @@ def owns(tensor: str) -> bool:
     return tensor.startswith(PREFIXES)
 
 
-def read(path: Path, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print) -> Adapter:
+@reader("an adapter")
+def read(
+    path: Path, /, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, say: Say = print
+) -> Adapter:
     """The adapter in the file `path`, with components in its paths. LoHa and LoKr need `compression`; `say` gets its errors.
 
     DataError lists everything that cannot be understood; nothing is dropped.
@@ -208,7 +211,7 @@ def _pair(module: str, slots: Mapping[str, Tensor]) -> Pair | str:
         return wrong
     kind: Kind = "conv2d" if A.dim() == 4 else "linear"
     alpha, magnitude = _alpha(slots), slots.get("dora_scale")
-    if magnitude is not None and (magnitude.shape[0] != B.shape[0] or magnitude.numel() != B.shape[0]):
+    if magnitude is not None and (magnitude.shape[:1] != B.shape[:1] or magnitude.numel() != B.shape[0]):
         return f"{module} has dora_scale {tuple(magnitude.shape)}; only one length for each of the {B.shape[0]} rows can be read."
     rows = None if magnitude is None else magnitude.flatten()
     return Pair(A, B, float(A.shape[0]) if alpha is None else alpha, kind, magnitude=rows)

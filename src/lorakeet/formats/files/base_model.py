@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.errors import DataError, Problems, nearest
+from lorakeet.errors import DataError, Problems, nearest, reader
 from lorakeet.formats.components import COMPONENTS, canonical_path
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors
@@ -44,6 +44,7 @@ class BaseModel:
         return file.read(name).float()
 
 
+@reader("a base model")
 def open_base(path: Path) -> BaseModel:
     """The base at `path`: a config.json, or a folder of one model or of a diffusers pipeline. DataError for anything else."""
     if path.suffix == ".json" and path.is_file():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakeet.core.tiled_product import matrix_shape
-from lorakeet.errors import DataError, readable
+from lorakeet.errors import DataError, one_message, readable
 from lorakeet.formats.files.gguf_header import MOST_PARTS, check_gguf, gguf_package
 
 
@@ -78,16 +78,16 @@ class GgufFile:
         """DataError if the file cannot be read; `most_parts` as in `check_gguf`."""
         check_gguf(path, most_parts=most_parts)
         self.path = path
-        try:
-            with readable(path):
-                self._reader = gguf_package().GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-            raise DataError(f"{path} is not a whole GGUF file ({error}). It may have been cut off; fetch it again.") from error
+        with one_message(f"{path} is not a whole GGUF file", "It may have been cut off; fetch it again."), readable(path):
+            self._reader = gguf_package().GGUFReader(path)
 
     def value(self, key: str) -> Any:
         """The value of a metadata key; None if the file has none."""
         field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}: the key {key} has a text that is not UTF-8: {error}. Fetch the file again.") from error
 
     def text(self, key: str) -> str:
         """As `value`, for a text; empty if there is none."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakeet.errors import DataError, EnvironmentProblem, Problems, readable
+from lorakeet.errors import DataError, EnvironmentProblem, Problems, readable, require_regular
 
 __all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_package"]
 
@@ -74,6 +74,7 @@ def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:
     `most_parts`: the allowed number of keys, tensors and array elements together.
     """
     gguf_package()
+    require_regular(path)
     with readable(path):
         stat = path.stat()
         return _checked(path, stat.st_size, stat.st_mtime_ns, most_parts)

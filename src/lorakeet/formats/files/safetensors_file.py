@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorakeet.core.tiled_product import RowSource, matrix_shape
 from lorakeet.disk import create, write_whole, written_whole
-from lorakeet.errors import DataError, Problems, readable
+from lorakeet.errors import DataError, Problems, readable, require_regular
 from lorakeet.formats.files.json_object import parse_object, read_object
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -156,6 +156,7 @@ class _FileRows:
 
 def open_safetensors(path: Path) -> SafeFile:
     """Returns the checked header of `path`. DataError names the file and everything that is wrong with it."""
+    require_regular(path)
     with readable(path), path.open("rb") as file:
         raw, size = read_header(path, file)
     header = check_header(path, raw, size)

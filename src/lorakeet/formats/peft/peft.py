@@ -38,7 +38,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair, Places, TokenRows
 from lorakeet.core.math import Kind
-from lorakeet.errors import DataError, Problems
+from lorakeet.errors import DataError, Problems, reader
 from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile, open_safetensors, save_tensors, save_text
@@ -77,8 +77,9 @@ def owns(tensor: str) -> bool:
     return tensor.startswith(_PREFIX)
 
 
+@reader("an adapter")
 def read(
-    folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors, configured: bytes | None = None, **_unused: object
+    folder: Path, /, *, opened: Callable[[Path], SafeFile] = open_safetensors, configured: bytes | None = None, **_unused: object
 ) -> Adapter:
     """The adapter in `folder`. ConfigError and DataError list everything that cannot be understood; nothing is dropped.
 
@@ -121,6 +122,7 @@ def _read(folder: Path, config: PeftConfig, file: SafeFile) -> Adapter:
     token_rows = _token_rows(config, note, tokens, problems)
     if not pairs and not extras and not token_rows and not problems.messages:
         problems.add(f"{file.path} holds no tensor.")
+    problems.locate(folder)
     problems.raise_if_any()
     metadata = {**config.metadata, **{str(key): str(value) for key, value in note.get("metadata", {}).items()}}
     return Adapter(pairs, extras, token_rows, config.base, metadata)
@@ -213,25 +215,32 @@ def _add_pair(
             return
         A, B = unpacked
     wrong = _shape_problem(path, kind, A, B, rank)
+    if not wrong:
+        wrong = _slot_problem(config, path, kind, slots, rows=B.shape[0])
     if more := sorted(set(slots) - {first, second, "lora_magnitude_vector", "lora_B.bias"}):
         wrong = f"{path} has {', '.join(more)} beside {first} and {second}; PEFT uses one of the two pairs. Fetch the file again."
-    magnitude = slots.get("lora_magnitude_vector")
-    if (magnitude is not None) != config.dora:
-        wrong = wrong or f"{path} has {'a' if magnitude is not None else 'no'} DoRA magnitude, and use_dora is {config.dora}."
-    elif magnitude is not None and kind in ("embedding", "experts"):
-        wrong = wrong or f"{path} is DoRA on a weight of kind {kind}, which is not supported."
-    elif magnitude is not None and magnitude.numel() != B.shape[0]:
-        wrong = wrong or f"{path} has a DoRA magnitude {tuple(magnitude.shape)}; B {tuple(B.shape)} needs {B.shape[0]} numbers."
-    bias = slots.get("lora_B.bias")
-    if (bias is not None) != (config.lora_bias and kind not in ("embedding", "experts")):
-        wrong = wrong or f"{path} has {'a' if bias is not None else 'no'} lora_B.bias, and lora_bias is {config.lora_bias}."
-    elif bias is not None and bias.shape != B.shape[:1]:
-        wrong = wrong or f"{path} has a lora_B.bias {tuple(bias.shape)}; expected ({B.shape[0]},)."
     if wrong:
         problems.add(wrong)
         return
+    magnitude = slots.get("lora_magnitude_vector")
     flat = None if magnitude is None else magnitude.flatten()
-    pairs[path] = Pair(A, B, config.alpha_of(key), kind, config.scale_rule, flat, bias)
+    pairs[path] = Pair(A, B, config.alpha_of(key), kind, config.scale_rule, flat, slots.get("lora_B.bias"))
+
+
+def _slot_problem(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, rows: int) -> str:
+    """What is wrong with the magnitude and the bias of a pair on a weight with so many rows; an empty string if nothing."""
+    magnitude, bias = slots.get("lora_magnitude_vector"), slots.get("lora_B.bias")
+    if (magnitude is not None) != config.dora:
+        return f"{path} has {'a' if magnitude is not None else 'no'} DoRA magnitude, and use_dora is {config.dora}."
+    if magnitude is not None and kind in ("embedding", "experts"):
+        return f"{path} is DoRA on a weight of kind {kind}, which is not supported."
+    if magnitude is not None and magnitude.numel() != rows:
+        return f"{path} has a DoRA magnitude {tuple(magnitude.shape)}; its B needs {rows} numbers."
+    if (bias is not None) != (config.lora_bias and kind not in ("embedding", "experts")):
+        return f"{path} has {'a' if bias is not None else 'no'} lora_B.bias, and lora_bias is {config.lora_bias}."
+    if bias is not None and bias.shape != (rows,):
+        return f"{path} has a lora_B.bias {tuple(bias.shape)}; expected ({rows},)."
+    return ""
 
 
 def _factor_slots(kind: Kind) -> tuple[str, str]:
@@ -305,8 +314,12 @@ def _token_rows(
             count = "no" if ids is None else len(ids)
             problems.add(f"{path} has {rows.shape[0]} trained token rows; trainable_token_indices gives {count} ids for it.")
             continue
-        about = note.get("tokens", {}).get(path, {})
-        found[path] = TokenRows(tuple(ids), rows, tuple(about.get("tokens", ())), str(about.get("tied", "")))
+        about = note.get("tokens", {}).get(path) or {}
+        texts = about.get("tokens", []) if isinstance(about, dict) else None
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            problems.add(f"{path}: the metadata key {_NOTE!r} says {str(about)[:80]!r} of its tokens; expected a table.")
+            continue
+        found[path] = TokenRows(tuple(ids), rows, tuple(texts), str(about.get("tied", "")))
     if config.token_ids and not tokens:
         problems.add("trainable_token_indices is set, but no tensor holds the trained rows.")
     return found

@@ -208,11 +208,11 @@ def _check_values(data: dict[str, Any], path: object, problems: Problems) -> Non
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         if not isinstance(data.get(name), str) and not _texts(data.get(name) or []):
             problems.add(f"{path}: {name} is {data[name]!r}; expected a list of names or a text.")
-    layers = data.get("layers_to_transform") or []
+    layers = [] if data.get("layers_to_transform") is None else data["layers_to_transform"]
     if not _whole(layers) and not (isinstance(layers, list) and all(map(_whole, layers))):
         problems.add(f"{path}: layers_to_transform is {layers!r}; expected the number of a layer, or a list of them.")
     tokens = data.get("trainable_token_indices")
-    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [[] if tokens is None else tokens]
     if not all(isinstance(ids, list) and all(_whole(i) and i < 2**31 for i in ids) and len({*ids}) == len(ids) for ids in lists):
         problems.add(
             f"{path}: trainable_token_indices is {tokens!r}; expected token ids of 0 or more, each once, or lists of them by "

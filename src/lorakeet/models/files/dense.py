@@ -19,7 +19,7 @@ from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import read_into, skeleton
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import INDEX, SINGLE, tensor_files
-from lorakeet.models.files.validate import misfits_in, refused, require_whole
+from lorakeet.models.files.validate import loading, misfits_in, require_whole
 
 AT_ONCE = 4  # most tensors that transformers' loader reads and casts at the same time
 
@@ -27,7 +27,7 @@ AT_ONCE = 4  # most tensors that transformers' loader reads and casts at the sam
 def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
     """Loads the frozen model of a folder in eval mode, with eager attention, on the CPU; DataError if it is not complete."""
     files = tensor_files(source)
-    try:
+    with loading(source, config.model_type, files):
         if _is_read_here(source, files, dtype):
             reads = {name: partial(file.read, name) for name, file in files.items()}  # one by one
             model, report = read_into(skeleton(config), reads, dtype, ignore_mismatched_sizes=True)
@@ -46,8 +46,6 @@ def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # refused by `load_dense`, with names and shapes
                 )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise refused(source, config.model_type, files, error) from error
     require_whole(source, config.model_type, misfits=misfits_in(report), missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
 

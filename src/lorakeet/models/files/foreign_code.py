@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, dynamic_module_utils
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, one_message
 from lorakeet.formats.files.json_object import read_object
 
 # The files that may name code, in the order in which a refusal names them.
@@ -48,8 +48,13 @@ def read_native(owner: Any, source: str | Path, **settings: Any) -> Any:
 
 
 def build_native(owner: Any, config: Any, **settings: Any) -> Any:
-    """Returns `owner.from_config(config, **settings)`, the model of a class of transformers."""
-    with no_foreign_code(getattr(config, "name_or_path", "")):
+    """Returns `owner.from_config(config, **settings)`, the model of a class of transformers.
+
+    DataError with the kind of model where its configuration is of one that cannot be built.
+    """
+    kind, where = getattr(config, "model_type", ""), getattr(config, "name_or_path", "")
+    begin = f"{f'{where}: the' if where else 'The'} configuration of a '{kind}' model describes none that can be built"
+    with no_foreign_code(where), one_message(begin, "Correct its config.json, or fetch it again."):
         return owner.from_config(config, trust_remote_code=False, **settings)
 
 

@@ -18,18 +18,17 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from lorakeet.errors import DataError, EnvironmentProblem, Problems
+from lorakeet.errors import DataError, EnvironmentProblem, Problems, one_message
 from lorakeet.formats.files.gguf_header import GgufHeader, check_gguf
 from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.validate import require_sizes
 
 ARCHITECTURE = "general.architecture"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ROTARY = ("rope_freqs.", "rope_factors")  # of Llama 3.1 and later, and of long Phi-3
 _ADVICE = "Fetch the file again, or use the model's safetensors folder."
-# Errors of transformers and gguf for a header that describes no model.
-READING = (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, TypeError, AttributeError, ArithmeticError)
 
 
 def require_gguf(path: Path) -> GgufHeader:
@@ -71,6 +70,7 @@ def config_of_gguf(path: Path) -> Any:
         )
     with reading(path):
         config: Any = read_native(AutoConfig, path.parent, gguf_file=path.name)
+        require_sizes(path, config)
         _check_shapes(path, header, config)
     return config
 
@@ -78,14 +78,13 @@ def config_of_gguf(path: Path) -> Any:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """A context for transformers to read the .gguf file `path`: without progress bars, its errors become DataError."""
-    try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar ignores the settings
-            yield
-    except READING as error:
-        raise DataError(
-            f"{path} cannot be read: {type(error).__name__}: {error}. The file may be damaged (fetch it again), or of an "
-            "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
-        ) from error
+    advice = (
+        "The file may be damaged (fetch it again), or of an architecture that transformers does not read from GGUF (use the "
+        "model's safetensors folder)."
+    )
+    silent = contextlib.redirect_stderr(io.StringIO())  # its progress bar ignores the settings
+    with one_message(f"{path} cannot be read", advice, passing=(OSError,)), quiet_transformers(), silent:
+        yield
 
 
 def _check_shapes(path: Path, header: GgufHeader, config: Any) -> None:

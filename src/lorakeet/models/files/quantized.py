@@ -28,7 +28,7 @@ from lorakeet.models import modules
 from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
-from lorakeet.models.files.validate import misfits_in, refused, require_whole
+from lorakeet.models.files.validate import loading, misfits_in, require_whole
 from lorakeet.quant import safetensors_layout
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice
@@ -213,7 +213,7 @@ def load_packed(stored_model: StoredModel, config: Any, dtype: torch.dtype, sour
             f"{unknown[0]}. Fetch it again."
         )
     weights, slot = {f"{path}.weight" for path in paths.values()}, _LinearSlot()
-    try:  # misfits are refused below, with names and shapes
+    with loading(source, config.model_type, tensor_files(source)):  # misfits are refused below, with names and shapes
         model, report = read_into(
             empty,
             stored_model.reads,
@@ -221,8 +221,6 @@ def load_packed(stored_model: StoredModel, config: Any, dtype: torch.dtype, sour
             quantization_config=WeightHook(slot, weights.__contains__),
             ignore_mismatched_sizes=True,
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise refused(source, config.model_type, tensor_files(source), error) from error
     misfits = misfits_in(report) | slot.misfits
     require_whole(source, config.model_type, misfits=misfits, missing=report["missing_keys"])
     return model.requires_grad_(False).eval()

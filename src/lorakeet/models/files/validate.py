@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,16 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lorakeet.errors import DataError, Problems, nearest
+from lorakeet.errors import DataError, LorakeetError, Problems, nearest, shortened
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile
 
+_MOST_LAYERS, _LARGEST_SIZE = 10_000, 1 << 33
+_COUNT = re.compile(r"((num|n)_)?((hidden|decoder|encoder|nextn_predict|mtp|local|routed)_)*(layer|layers|blocks|depth|experts)")
+_SIZE = re.compile(
+    r"n_embd|n_head|n_inner|n_ctx|n_positions|d_model|d_ff|dim|(num|n)_(\w+_)?(heads|head_kv|groups)|max_position_embeddings"
+    r"|(\w+_)?(hidden|intermediate|vocab|embedding|ffn)_(size|dim)|(\w+_)?head_dim"
+)
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by weight: found shape, and that of config.json
 _SHOWN = 8  # weights in a message; a wrong config.json affects all
 _CONVERSION = (
@@ -53,6 +60,27 @@ def require_text_model(folder: Path, config: Any) -> None:
         )
 
 
+def require_sizes(where: object, config: Any) -> None:
+    """Raises DataError for sizes that no model has: building one of 10^29 layers would never end. `where` names the file."""
+    problems = Problems(f"{where} describes no model that can be built", DataError, remedy="Correct it, or fetch it again.")
+    for part in dict.fromkeys(("", *getattr(config, "sub_configs", ()))):
+        own = getattr(config, part, None) if part else config
+        for key, value in vars(own).items() if own is not None else ():
+            most = _MOST_LAYERS if _COUNT.fullmatch(key) else _LARGEST_SIZE if _SIZE.fullmatch(key) else None
+            if most is None or not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            if not (isinstance(value, int) and 0 <= value <= most):
+                name = f"{part}.{key}" if part else key
+                shown = shortened(str(_plain(value)), 80)
+                problems.add(f"{where}: {name} is {shown}; expected a whole number from 0 to {most:,}.")
+    problems.raise_if_any()
+
+
+def _plain(value: float) -> object:
+    """The number, or its size where Python will not write it out."""
+    return value if isinstance(value, float) or value.bit_length() < 4000 else f"a number of {value.bit_length():,} bits"
+
+
 def require_whole(source: Path, kind: str, *, misfits: Shapes, missing: Iterable[str]) -> None:
     """Raises DataError for weights that are missing, or of another shape than config.json says."""
     problems, lost = Problems(f"{source} is no whole '{kind}' model", DataError), sorted(missing)
@@ -73,6 +101,17 @@ def require_whole(source: Path, kind: str, *, misfits: Shapes, missing: Iterable
 def misfits_in(report: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Returns the weights of another shape in transformers' loading report."""
     return {name: (tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]}
+
+
+@contextmanager
+def loading(source: Path, kind: str, files: Mapping[str, SafeFile]) -> Iterator[None]:
+    """A context for transformers to load a model: whatever it raises becomes the DataError of `refused`."""
+    try:
+        yield
+    except LorakeetError:
+        raise
+    except Exception as error:
+        raise refused(source, kind, files, error) from error
 
 
 def refused(source: Path, kind: str, files: Mapping[str, SafeFile], error: Exception) -> DataError:

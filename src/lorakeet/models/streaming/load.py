@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps
 
+from lorakeet.errors import DataError
 from lorakeet.memory.store import CPU, StoreWriter, WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.memory.transfer import CudaTransfer, HostTransfer
@@ -30,7 +31,7 @@ from lorakeet.models.files.packing import packing_of
 from lorakeet.models.files.quantized import WeightHook, limits_of_packing, read_into, skeleton, stored_model_of
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import StoredModel, stored_quantisation, tensor_files
-from lorakeet.models.files.validate import refused, require_whole
+from lorakeet.models.files.validate import loading, require_whole
 from lorakeet.models.streaming.model import NotStreamed, StreamedBlocks, StreamedEmbedding, StreamedHead
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -256,13 +257,14 @@ def _read_all(stored_model: StoredModel, config: Any, dtype: torch.dtype, collec
     """Lets transformers read all tensors of `stored_model`; returns the names of those that are missing."""
     empty = skeleton(config)
     try:
-        _, report = read_into(
-            empty, stored_model.reads, dtype, quantization_config=WeightHook(_Send(collector), lambda name: True)
-        )
-    except (ValueError, RuntimeError, KeyError) as error:
+        with loading(source, config.model_type, tensor_files(source)):
+            _, report = read_into(
+                empty, stored_model.reads, dtype, quantization_config=WeightHook(_Send(collector), lambda name: True)
+            )
+    except DataError as error:
         if collector.refused is not None:
             raise collector.refused from error
-        raise refused(source, config.model_type, tensor_files(source), error) from error
+        raise
     return set(report["missing_keys"])
 
 

@@ -6,7 +6,6 @@ Inside a memory.ledger.Ledger its tensors take no memory; outside they are real 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
 from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakeet.data.locate import PACKAGE, locate, package_file
-from lorakeet.errors import ConfigError, nearest
+from lorakeet.errors import ConfigError, nearest, one_message
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.shape_only import ShapeStore
@@ -32,6 +30,7 @@ from lorakeet.models.files.gguf_validate import config_of_gguf
 from lorakeet.models.files.packing import Packing, packing_of
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.validate import require_sizes
 from lorakeet.models.modules import block_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import EMPTY_ON_META, Residence, empty_packed, open_streamed, records_of
@@ -64,21 +63,20 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
     if found is not None:
         return config_from_settings(json.loads(published_configs()[found].read_text(encoding="utf-8")))
     local = local_files(name)
-    try:
-        with quiet_transformers():
-            if local is None:
-                say(f"Fetching the config.json of {name} from the model hub.")
-                return read_native(AutoConfig, name, revision=spec.revision)
-            if local.suffix.lower() == ".gguf":
-                return config_of_gguf(local)
-            return read_native(AutoConfig, local, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError, struct.error, StrictDataclassError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(
-            f"model.path '{name}' has no configuration that could be read: {first}. Name a folder with config.json, "
-            f"a .gguf file, package:NAME, a hub id, or one of the shapes that need no network: {', '.join(published_configs())}."
-            f"{nearest(name, list(published_configs()))}"
-        ) from error
+    advice = (
+        f"Name a folder with config.json, a .gguf file, package:NAME, a hub id, or one of the shapes that need no network: "
+        f"{', '.join(published_configs())}.{nearest(name, list(published_configs()))}"
+    )
+    with one_message(f"model.path '{name}' has no configuration that could be read", advice, ConfigError), quiet_transformers():
+        if local is None:
+            say(f"Fetching the config.json of {name} from the model hub.")
+            config = read_native(AutoConfig, name, revision=spec.revision)
+        elif local.suffix.lower() == ".gguf":
+            return config_of_gguf(local)
+        else:
+            config = read_native(AutoConfig, local, local_files_only=True)
+    require_sizes(f"model.path '{name}'", config)
+    return config
 
 
 def config_from_settings(settings: dict[str, Any]) -> Any:

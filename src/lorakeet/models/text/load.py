@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
+from lorakeet.formats.files.json_object import read_object
 from lorakeet.kernels.cpu import compile as native
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.attention import VARLEN, register
@@ -25,7 +24,7 @@ from lorakeet.models.files.quantized import load_quantised
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
-from lorakeet.models.files.validate import first_line, require_architecture, require_text_model
+from lorakeet.models.files.validate import require_architecture, require_sizes, require_text_model
 from lorakeet.models.kernels import check_elementwise, check_kernels, check_loss, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.placement import device_for, dtype_for, products_for
@@ -117,13 +116,8 @@ def _use_checked_kernels(text: TextModel, kernels: TritonRequest, vocabulary: in
 
 def load_tokenizer(folder: Path) -> Any:
     """Loads the tokenizer in `folder`; DataError if it cannot be read."""
-    try:
-        with quiet_transformers():
-            return read_native(AutoTokenizer, folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise DataError(
-            f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}. Fetch it again."
-        ) from error
+    with one_message(f"The tokenizer in {folder} cannot be loaded", "Fetch it again."), quiet_transformers():
+        return read_native(AutoTokenizer, folder, local_files_only=True)
 
 
 def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[[str], None]) -> Any:
@@ -139,16 +133,13 @@ def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[
 def read_config(source: Path) -> Any:
     """Reads the configuration of a model folder; DataError if transformers does not know the model, or it writes no text."""
     require_architecture(source)
-    try:
+    with one_message(f"{source / 'config.json'} cannot be read by transformers", "Fetch it again."):
         with quiet_transformers():
             config = read_native(AutoConfig, source, local_files_only=True)
         if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
-            config.quantization_config = {"quant_method": METHOD, **json.loads((source / OLD_CONFIG).read_text(encoding="utf-8"))}
-    except (ValueError, OSError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-        file = source / "config.json"
-        raise DataError(f"{file} cannot be read by transformers: {reason.rstrip('.')}. Fetch it again.") from error
+            config.quantization_config = {"quant_method": METHOD, **read_object(source / OLD_CONFIG, expected="settings of GPTQ")}
     require_text_model(source, config)
+    require_sizes(source / "config.json", config)
     return config
 
 

@@ -1,0 +1,168 @@
+"""Each reader gives one message, with the file's name and of bounded length, whatever is wrong with a file of a stranger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakeet.core.adapter import TokenRows
+from lorakeet.errors import LONGEST_MESSAGE, LorakeetError
+from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
+from lorakeet.formats import gguf, mlx
+from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.diffusion import diffusers, kohya
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.peft import peft
+from lorakeet.models.files.gguf_dense import dense_copy
+from lorakeet.models.files.gguf_packed import packed_copy
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.from_config import config_of
+from lorakeet.models.text.load import load_text_model
+from tiny.adapters import random_adapter
+from tiny.damage import files_in, other_bytes, other_file, other_folder, put
+from tiny.fuzz import fuzzed
+from tiny.gguf_file import write_tiny_gguf
+from tiny.gptq_folder import save_mixed_gptq
+from tiny.models import save_tiny_llama, tiny_model
+from tiny.portable import image_adapter
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def read_or_refuse(read: Callable[[], Any]) -> str:
+    """What the reader refuses with, or an empty string; any other exception is a failure of the test."""
+    try:
+        read()
+    except LorakeetError as error:
+        said = str(error)
+        assert len(said) <= LONGEST_MESSAGE
+        return said
+    return ""
+
+
+@cache
+def adapters() -> dict[str, dict[str, bytes]]:
+    """The files of an adapter of every format, by name."""
+    with TemporaryDirectory() as name:
+        return _adapters(Path(name))
+
+
+def _adapters(folder: Path) -> dict[str, dict[str, bytes]]:
+    model, experts = tiny_model("llama"), tiny_model("mixtral")
+    plain, dora = random_adapter(model, "q_proj", "down_proj"), random_adapter(model, "q_proj", dora=True)
+    rows = {"model.embed_tokens": TokenRows((1, 5), torch.zeros(2, 32), ("<a>", "<b>"))}
+    folders = {
+        "peft": plain, "peft dora": dora, "peft experts": random_adapter(experts, "gate_up_proj", "down_proj", "q_proj"),
+        "peft rows": replace(plain, token_rows=rows, extras={"model.norm.weight": torch.ones(32)}),
+    }  # fmt: skip
+    for name, adapter in folders.items():
+        peft.write(adapter, folder / name)
+    for name, adapter in (("mlx", plain), ("mlx dora", dora)):
+        mlx.write(adapter, folder / name)
+    for module in (kohya, diffusers):
+        for dora_too in (False, True):
+            name = f"{module.NAME} {dora_too}"
+            (folder / name).mkdir()
+            module.write(image_adapter(dora=dora_too), folder / name / "a.safetensors")
+    (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), "dtype": "float32"}))
+    (folder / "gguf").mkdir()
+    gguf.write(random_adapter(model, "q_proj"), folder / "gguf" / "a.gguf", base=open_base(folder / "config.json"))
+    return {path.name: files_in(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+
+
+@fuzzed(quick=600, many=50_000)
+@given(files=st.deferred(lambda: st.sampled_from(sorted(adapters())).flatmap(lambda name: other_folder(adapters()[name]))))
+def test_adapters(files: dict[str, bytes]) -> None:
+    with TemporaryDirectory() as name:
+        folder = put(files, Path(name) / "x")
+        said = read_or_refuse(lambda: read_adapter(folder, say=quiet))
+        assert "report this" not in said, f"the library's own words: {said}"
+        assert not said or any(part in said for part in (str(folder), *files)), f"names no file: {said}"
+
+
+@cache
+def models() -> dict[str, dict[str, bytes]]:
+    """The files of a dense, a sharded and a quantised model folder."""
+    with TemporaryDirectory() as name:
+        return _models(Path(name))
+
+
+def _models(folder: Path) -> dict[str, dict[str, bytes]]:
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_llama(folder / "dense")
+    sharded = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    sharded.save_pretrained(folder / "sharded", max_shard_size="40KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "sharded" / name).write_bytes((folder / "dense" / name).read_bytes())
+    save_mixed_gptq(folder / "gptq", "gptq_v2")
+    return {path.name: files_in(path) for path in sorted(folder.iterdir())}
+
+
+@fuzzed(quick=80, many=20_000)
+@given(
+    files=st.sampled_from(["dense", "dense", "sharded", "gptq"]).flatmap(lambda name: other_folder(models()[name])),
+    plan=st.sampled_from([False, False, True]),
+)
+def test_model_folders(files: dict[str, bytes], plan: bool) -> None:
+    with TemporaryDirectory() as name:
+        spec = ModelSpec(str(put(files, Path(name) / "m")), device="cpu", dtype="float32")
+        read_or_refuse(lambda: config_of(spec, quiet) if plan else load_text_model(spec, say=quiet))
+
+
+@cache
+def gguf_model(kind: str | None) -> bytes:
+    with TemporaryDirectory() as name:
+        write_tiny_gguf(Path(name) / "m.gguf", kind)
+        return (Path(name) / "m.gguf").read_bytes()
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with TemporaryDirectory() as name:
+        monkeypatch.setenv("LORAKEET_CACHE", name)
+        yield
+
+
+@fuzzed(quick=60, many=20_000)
+@given(
+    damaged=st.sampled_from([None, "Q8_0"]).flatmap(lambda kind: other_bytes(gguf_model(kind), 9000)),
+    copy=st.sampled_from([packed_copy, dense_copy]),
+)
+def test_gguf_models(own_cache: None, damaged: bytes, copy: Any) -> None:
+    with TemporaryDirectory() as name:
+        file = Path(name) / "m.gguf"
+        file.write_bytes(damaged)
+        said = read_or_refuse(lambda: copy(file, quiet))
+        assert not said or str(file) in said
+
+
+@cache
+def certificate() -> bytes:
+    check = Check("a: logits", "x", "y", {"d": 1.0}, {"d": 2.0}, True, n=3)
+    whole = Certificate("s", (check, replace(check, name="own")), {"k": "v"}, (Unchecked("a", "b", "c"),))
+    with TemporaryDirectory() as name:
+        whole.write(Path(name) / "c.json")
+        return (Path(name) / "c.json").read_bytes()
+
+
+@fuzzed(quick=300, many=50_000)
+@given(damaged=st.deferred(lambda: other_file("certificate.json", certificate())))
+def test_certificates(damaged: bytes) -> None:
+    with TemporaryDirectory() as name:
+        file = Path(name) / "certificate.json"
+        file.write_bytes(damaged)
+        said = read_or_refuse(lambda: read_certificate(file))
+        assert "report this" not in said and (not said or str(file) in said)
