@@ -191,7 +191,7 @@ class Problems:
 
     def _fitting(self) -> list[str]:
         """The first messages that are shown: at most `shown`, and no more than fit into one message."""
-        room = LONGEST_MESSAGE - len(self.heading) - len(self.remedy) - 100
+        most = LONGEST_MESSAGE - len(self.heading) - len(self.remedy) - 100
         lengths = itertools.accumulate(len(message) + 5 for message in self.messages)
-        fitting = max(1, sum(length <= room for length in lengths))
+        fitting = max(1, sum(length <= most for length in lengths))
         return self.messages[: fitting if self.shown is None else min(fitting, self.shown)]
