@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,26 @@ def test_the_first_pass_is_that_of_the_model_s_own_code(tmp_path: Path, family: 
     assert [type(module) for module in text.model.modules() if isinstance(module, Replacement)] == kinds
     assert text.attention == "varlen"
     assert all(parameter.grad is None for parameter in text.model.parameters())
+
+
+def test_rows_of_plain_text_are_cut_before_their_first_target(tmp_path: Path) -> None:
+    """Every token is a target, and the first of those that are left has none before it. Rows without a target are no help."""
+    text = prepared(tmp_path, "llama")
+    ids = np.arange(5, 5 + 2 * TOKENS)
+    plain = Example(ids, np.arange(len(ids)) > 0, "plain", None, False)
+    early = Example(ids, np.arange(len(ids)) == 3, "early", None, False)
+    nothing = Example(ids, np.zeros(len(ids), bool), "nothing", None, False)
+    parameters = trained_parameters(text.model, "default")
+    found = require_own_code(text, parameters, [nothing, early, nothing, plain, plain])
+    assert found.passed and (found.rows, found.tokens) == (2, 4 + TOKENS)
+    with pytest.raises(ValueError, match="at least one example"):
+        compare_with_own_code(text, parameters, [nothing])
+
+
+def test_numbers_of_few_bits_allow_more(tmp_path: Path) -> None:
+    """Activations in bf16 round, whatever the products are in."""
+    text = replace(prepared(tmp_path, "llama", "bfloat16"), products=torch.float32)
+    assert require_own_code(text, trained_parameters(text.model, "default"), examples()).allowed == ROUNDED
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

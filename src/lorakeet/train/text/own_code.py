@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -20,11 +22,12 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
 from lorakeet.models.text.adapters import own_modules
 from lorakeet.models.text.model import TextModel
+from lorakeet.quant.int8 import exact_products
 from lorakeet.train.text.loss import head_losses
 
-ROWS, TOKENS = 2, 32  # how many rows are compared, and the last tokens of each
+ROWS, TOKENS = 2, 32  # how many rows are compared, and how many tokens of each at most
 SMALLEST = 1e-3  # gradients below this share of the largest one are compared with that
-EXACT, ROUNDED = 1e-2, 0.5  # largest relative difference, with products in fp32 and in fewer bits; a wrong block gives 0.8
+EXACT, ROUNDED = 1e-2, 0.5  # largest relative difference, all in fp32, or in fewer bits; a wrong block gives 0.8
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,23 @@ class OwnCodeDifference:
 
 
 def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], rows: Sequence[Example]) -> OwnCodeDifference:
-    """Compares the loss and the gradients of `parameters` on the last tokens of the first rows. Leaves no gradient behind.
+    """Compares the loss and the gradients of `parameters` on the first rows with a target: on the last one and those before it.
+
+    Leaves no gradient behind. ValueError if no row has one.
 
     With fewer bits than fp32 the median tensor of a mixture of experts counts, as rounding sends tokens to other experts there.
     """
-    examples = [_last_tokens(row) for row in rows[:ROWS]]
+    examples = [_last_tokens(row) for row in islice((row for row in rows if row.supervised[1:].any()), ROWS)]
     batch = pack_examples(examples).to(text.device)
     training = text.model.training
     text.model.eval()
     try:
-        ours = head_losses(text, text.hidden(batch), batch.target_ids)
-        our_gradients = _gradients(ours, parameters)
-        with own_modules(text):
-            own = torch.cat([_own_losses(text, example) for example in examples])
-            own_gradients = _gradients(own, parameters)
+        with exact_products(text.model):  # int8 rounds activations, which differ in their last bits
+            ours = head_losses(text, text.hidden(batch), batch.target_ids)
+            our_gradients = _gradients(ours, parameters)
+            with own_modules(text):
+                own = torch.cat([_own_losses(text, example) for example in examples])
+                own_gradients = _gradients(own, parameters)
     finally:
         text.model.train(training)
     largest = max((float(gradient.norm()) for gradient in own_gradients.values()), default=0.0)
@@ -66,7 +72,7 @@ def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], 
         name: float((our_gradients[name] - own_gradient).norm()) / max(float(own_gradient.norm()), SMALLEST * largest, 1e-30)
         for name, own_gradient in own_gradients.items()
     }
-    worst, exact = max(off, key=lambda name: off[name]), text.products == torch.float32
+    worst, exact = max(off, key=lambda name: off[name]), {text.products, text.dtype} == {torch.float32}
     routed = not exact and any(modules.expert_stacks(module) for module in text.model.modules())
     return OwnCodeDifference(
         rows=len(examples),
@@ -91,7 +97,11 @@ def require_own_code(text: TextModel, parameters: Mapping[str, Parameter], rows:
 
 
 def _last_tokens(row: Example) -> Example:
-    return Example(row.ids[-TOKENS:], row.supervised[-TOKENS:], row.key, row.label, row.truncated)
+    """The row's last target and the tokens before it."""
+    end = int(np.flatnonzero(row.supervised)[-1]) + 1
+    ids, supervised = row.ids[:end][-TOKENS:], row.supervised[:end][-TOKENS:].copy()
+    supervised[0] = False  # no token before it predicts it now
+    return Example(ids, supervised, row.key, row.label, row.truncated)
 
 
 def _own_losses(text: TextModel, example: Example) -> Tensor:
