@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from lorakeet.core.adapter import TokenRows
 from lorakeet.errors import LONGEST_MESSAGE, LorakeetError
@@ -25,6 +28,7 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
 from lorakeet.models.files.gguf_dense import dense_copy
 from lorakeet.models.files.gguf_packed import packed_copy
+from lorakeet.models.image.shapes import shapes_in
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import load_text_model
@@ -166,3 +170,66 @@ def test_certificates(damaged: bytes) -> None:
         file.write_bytes(damaged)
         said = read_or_refuse(lambda: read_certificate(file))
         assert "report this" not in said and (not said or str(file) in said)
+
+
+def changed_tensors(files: dict[str, bytes], change: Callable[[dict[str, torch.Tensor]], None], **note: str) -> dict[str, bytes]:
+    """The files of an adapter with other tensors, and at times another note."""
+    [name] = [name for name in files if name.endswith(".safetensors")]
+    tensors = load(files[name])
+    change(tensors)
+    return {**files, name: save(tensors, note or None)}
+
+
+def changed_config(files: dict[str, bytes], **changes: Any) -> dict[str, bytes]:
+    return {**files, "adapter_config.json": json.dumps({**json.loads(files["adapter_config.json"]), **changes}).encode()}
+
+
+def scalar(end: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Makes the first tensor whose name ends so a single number."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[next(name for name in sorted(tensors) if name.endswith(end))] = torch.tensor(1.0)
+
+    return change
+
+
+KNOWN: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {  # what other fuzzing found
+    "a B of one number under DoRA": (lambda: changed_tensors(adapters()["peft dora"], scalar("lora_B.weight")), r"and B \(\)"),
+    "rows of one number": (lambda: changed_tensors(adapters()["peft rows"], scalar("tokens_delta")), r"token rows \(\)"),
+    "a note of tokens that is no table": (
+        lambda: changed_tensors(adapters()["peft rows"], lambda _: None, lorakeet='{"tokens": {"model.embed_tokens": 5}}'),
+        "expected a table",
+    ),
+    "ids that are false": (lambda: changed_config(adapters()["peft"], trainable_token_indices=False), "is False; expected"),
+    "layers that are a table": (lambda: changed_config(adapters()["peft"], layers_to_transform={}), "the number of a layer"),
+    "a scale of 400 digits": (
+        lambda: changed_config(adapters()["mlx"], lora_parameters={"scale": 10**400}), "scale is 1000.*; expected a finite number"
+    ),
+    "a DoRA scale of one number": (lambda: changed_tensors(adapters()["kohya True"], scalar("dora_scale")), r"dora_scale \(\)"),
+    "a text that is not UTF-8": (
+        lambda: {"a.gguf": adapters()["gguf"]["a.gguf"].replace(b'{"base"', b'{"\xffase"')}, "a text that is not UTF-8"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_damage_that_once_made_a_traceback(case: str, tmp_path: Path) -> None:
+    make, words = KNOWN[case]
+    said = read_or_refuse(lambda: read_adapter(put(make(), tmp_path / "x"), say=quiet))
+    assert re.search(words, said), said
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**29}, {"hidden_size": -32}, {"intermediate_size": 10**29}])
+def test_a_model_of_impossible_sizes_is_never_built(changes: dict[str, int], tmp_path: Path) -> None:
+    files = models()["dense"]
+    config = json.dumps({**json.loads(files["config.json"]), **changes}).encode()
+    spec = ModelSpec(str(put({**files, "config.json": config}, tmp_path / "m")), device="cpu", dtype="float32")
+    for read in (lambda: config_of(spec, quiet), lambda: load_text_model(spec, say=quiet)):
+        assert f"{next(iter(changes))} is {next(iter(changes.values()))}; expected a whole number" in read_or_refuse(read)
+
+
+def test_a_pipeline_of_impossible_sizes_is_never_built(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sd_folder, tmp_path / "sd"))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "layers_per_block": 10**29}))
+    assert "unet.layers_per_block is 1000" in read_or_refuse(lambda: shapes_in(str(folder), None, quiet))

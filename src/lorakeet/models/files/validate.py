@@ -24,7 +24,10 @@ from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile
 
 _MOST_LAYERS, _LARGEST_SIZE = 10_000, 1 << 33
-_COUNT = re.compile(r"((num|n)_)?((hidden|decoder|encoder|nextn_predict|mtp|local|routed)_)*(layer|layers|blocks|depth|experts)")
+_COUNT = re.compile(
+    r"((num|n)_)?((hidden|decoder|encoder|nextn_predict|mtp|local|routed|single|transformer)_)*(layers?|blocks|depth|experts)"
+    r"(_per_block)?"
+)
 _SIZE = re.compile(
     r"n_embd|n_head|n_inner|n_ctx|n_positions|d_model|d_ff|dim|(num|n)_(\w+_)?(heads|head_kv|groups)|max_position_embeddings"
     r"|(\w+_)?(hidden|intermediate|vocab|embedding|ffn)_(size|dim)|(\w+_)?head_dim"
@@ -61,11 +64,16 @@ def require_text_model(folder: Path, config: Any) -> None:
 
 
 def require_sizes(where: object, config: Any) -> None:
-    """Raises DataError for sizes that no model has: building one of 10^29 layers would never end. `where` names the file."""
+    """Raises DataError for sizes that no model has: building one of 10^29 layers would never end. `where` names the file.
+
+    `config`: a configuration of transformers with those of its parts, or configurations as mappings by name.
+    """
     problems = Problems(f"{where} describes no model that can be built", DataError, remedy="Correct it, or fetch it again.")
-    for part in dict.fromkeys(("", *getattr(config, "sub_configs", ()))):
-        own = getattr(config, part, None) if part else config
-        for key, value in vars(own).items() if own is not None else ():
+    parts = getattr(config, "sub_configs", ())
+    held = config if isinstance(config, Mapping) else {"": config, **{name: getattr(config, name, None) for name in parts}}
+    for part, own in held.items():
+        settings = own if isinstance(own, Mapping) else getattr(own, "__dict__", {})
+        for key, value in settings.items():
             most = _MOST_LAYERS if _COUNT.fullmatch(key) else _LARGEST_SIZE if _SIZE.fullmatch(key) else None
             if most is None or not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from lorakeet.errors import ConfigError, nearest
 from lorakeet.models.files.foreign_code import read_native, require_native_parts
+from lorakeet.models.files.validate import require_sizes
 from lorakeet.models.image.diffusers_import import diffusers, quiet_diffusers
 from lorakeet.models.image.kinds import ENCODERS, NOT_LOADED, PIPELINES
 
@@ -68,4 +69,5 @@ def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Sh
             f"'{name}' has no configurations of an image model that could be read: {first}. Name a folder that diffusers saved, "
             f"a hub id, or one of the shapes that need no network: {', '.join(known)}.{nearest(name, known)}"
         ) from error
+    require_sizes(name, shapes)
     return {**shapes, "_class_name": index["_class_name"]}
