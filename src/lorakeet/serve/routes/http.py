@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from lorakeet.serve.model_names import UnknownModel
 from lorakeet.serve.registry import AdapterMemoryFull
 from lorakeet.serve.routes import adapters, ollama, openai
 from lorakeet.serve.routes.adapters import TooLarge
-from lorakeet.serve.routes.connections import ConnectionLimits, Connections, protocol_within
+from lorakeet.serve.routes.connections import BoundedProtocol, ConnectionLimits, Connections, protocol_within
 from lorakeet.serve.routes.reply import HttpReply, Stalled, body_pieces
 from lorakeet.serve.service import Service
 
@@ -56,6 +57,8 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matc
 )
 MOST_FIELDS = 50_000  # of a JSON body, in all its objects
 _FIELD = re.compile(rb'(?<!\\)"\s*:')
+ACCEPTED_AT_ONCE = 16  # connections, before those that they displace are closed
+_QUEUE = 2048  # connections that wait to be accepted
 _MEMORY_FULL_SECONDS = 1  # until an adapter in use may be free
 _NO_EMBEDDINGS = (
     "This server has no embeddings: its models write text, and were trained to predict the next token. Means or last states of "
@@ -170,7 +173,7 @@ class BoundedServer(uvicorn.Server):
         self.connections = Connections(limits or ConnectionLimits())
         config = uvicorn.Config(
             build_app(service), host="127.0.0.1", port=0, http=protocol_within(self.connections), ws="none",
-            log_level="warning", access_log=False, server_header=False,
+            log_level="warning", access_log=False, server_header=False, backlog=ACCEPTED_AT_ONCE,
         )  # fmt: skip
         super().__init__(config)
         self._service, self._ready = service, ready
@@ -179,22 +182,31 @@ class BoundedServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to stop. The process ends in time even if a thread never does; all that is kept is on the disk already."""
         if not self.should_exit:
-            self.watch = threading.Timer(self._service.limits.stop, _end_process, (sig,))
+            self.watch = threading.Timer(0.95 * self._service.limits.stop, _end_process, (sig,))
             self.watch.daemon = True
             self.watch.start()
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Lets running texts end for half of the time, then cuts them, and then closes what is not read."""
-        half = self._service.limits.stop / 2
-        cut = asyncio.get_running_loop().call_later(half, self._service.engine.cut)
-        self.config.timeout_graceful_shutdown = 1.5 * half  # type: ignore[assignment]  # asyncio takes fractions
+        """Lets running texts end for half of the time, then cuts them, and then closes connections that are still open."""
+        stop, later = self._service.limits.stop, asyncio.get_running_loop().call_later
+        timers = later(0.5 * stop, self._service.engine.cut), later(0.7 * stop, self._close_all)
+        self.config.timeout_graceful_shutdown = 0.8 * stop  # type: ignore[assignment]  # asyncio takes fractions
         await super().shutdown(sockets)
-        cut.cancel()
+        for timer in timers:
+            timer.cancel()
+
+    def _close_all(self) -> None:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, BoundedProtocol):
+                connection.end()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started:
+            for listening in self.servers[0].sockets:  # asyncio's own number is that of one round, and the system's queue
+                with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                    same.listen(_QUEUE)
             self._ready(self.servers[0].sockets[0].getsockname()[1])
 
 
