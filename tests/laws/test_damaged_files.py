@@ -33,7 +33,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import load_text_model
 from tiny.adapters import random_adapter
-from tiny.damage import files_in, other_bytes, other_file, other_folder, put
+from tiny.damage import TEXTS, files_in, other_bytes, other_file, other_folder, put
 from tiny.fuzz import fuzzed
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import save_mixed_gptq
@@ -217,6 +217,16 @@ def test_damage_that_once_made_a_traceback(case: str, tmp_path: Path) -> None:
     make, words = KNOWN[case]
     said = read_or_refuse(lambda: read_adapter(put(make(), tmp_path / "x"), say=quiet))
     assert re.search(words, said), said
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json", "index"])
+def test_a_model_folder_with_any_text_for_a_json_file(name: str, tmp_path: Path) -> None:
+    kind = "sharded" if name == "index" else "dense"
+    file = "model.safetensors.index.json" if name == "index" else name
+    for number, text in enumerate(TEXTS):
+        spec = ModelSpec(str(put({**models()[kind], file: text}, tmp_path / str(number))), device="cpu", dtype="float32")
+        said = read_or_refuse(lambda spec=spec: load_text_model(spec, say=quiet))
+        assert said or name == "generation_config.json"
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**29}, {"hidden_size": -32}, {"intermediate_size": 10**29}])

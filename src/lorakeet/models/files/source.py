@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from lorakeet.data.locate import locate_model
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems, reader
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.models.files.gguf_copy import known_digest
 from lorakeet.models.files.gguf_dense import bytes_of_unpacking, dense_copy, dense_folder
@@ -90,7 +90,7 @@ def _has_gguf_blocks(folder: Path) -> bool:
     """True if `folder` is a copy that models/files/gguf_packed made of a .gguf file: the source of a loaded model."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return False
     stored = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(stored, dict) and stored.get("quant_method") == GGUF_METHOD
@@ -122,6 +122,7 @@ def _from_hub(spec: ModelSpec, say: Callable[[str], None]) -> Path:
         ) from error
 
 
+@reader("a model folder")
 def check_folder(folder: Path) -> None:
     """Raises DataError with everything that `folder` lacks as a whole model of safetensors files."""
     problems = Problems(f"{folder} is not a whole model", DataError)
@@ -131,7 +132,7 @@ def check_folder(folder: Path) -> None:
         problems.raise_if_any()
     try:
         json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         problems.add(f"{config} cannot be read as JSON: {error}. Fetch it again.")
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
@@ -161,7 +162,7 @@ def _missing_shards(folder: Path, problems: Problems) -> list[str]:
         return []
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
         problems.add(f"{index} cannot be read as an index of shards: {type(error).__name__}: {error}.")
         return []
     return sorted(str(name) for name in named if not (folder / str(name)).is_file())

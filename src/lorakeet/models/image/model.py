@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
 from lorakeet.formats.components import with_components
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.files.foreign_code import read_native, require_native_parts
@@ -379,13 +378,12 @@ def _kind_of(spec: ModelSpec) -> tuple[ImageKind, dict[str, Any]]:
 
 @contextmanager
 def _as_problem(spec: ModelSpec) -> Iterator[None]:
-    try:
+    advice = (
+        "Expected a folder that diffusers saved, a single file, or a hub id that this machine can reach; pickled weights are not "
+        "opened."
+    )
+    with one_message(f"model.path '{spec.path}' cannot be loaded", advice, EnvironmentProblem):
         yield
-    except (OSError, ValueError, SafetensorError) as error:  # diffusers' errors for missing or broken files
-        raise EnvironmentProblem(
-            f"model.path '{spec.path}' cannot be loaded: {error}. Expected a folder that diffusers saved, a single file, or a "
-            "hub id that this machine can reach; pickled weights are not opened."
-        ) from error
 
 
 def _digest(module: nn.Module, note: str) -> str:

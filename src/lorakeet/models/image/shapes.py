@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import CLIPTextConfig, T5Config
 
-from lorakeet.errors import ConfigError, nearest
+from lorakeet.errors import ConfigError, nearest, one_message
 from lorakeet.models.files.foreign_code import read_native, require_native_parts
 from lorakeet.models.files.validate import require_sizes
 from lorakeet.models.image.diffusers_import import diffusers, quiet_diffusers
@@ -42,32 +42,30 @@ def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Sh
     package = diffusers()
     if not Path(name).expanduser().exists():
         say(f"Fetching the configurations of {name} from the model hub.")
-    try:
-        with quiet_diffusers():
-            index = package.DiffusionPipeline.load_config(name, revision=revision)
-            require_native_parts(name, index, NOT_LOADED)
-            kind = PIPELINES.get(index.get("_class_name", ""))
-            if kind is None:
-                raise ConfigError(
-                    f"{name} is a {index.get('_class_name', 'pipeline without a name')}; expected {', '.join(PIPELINES)}."
-                )
-            read = package.UNet2DConditionModel.load_config  # a dictionary for any class
-            scheduler = package.DDPMScheduler.load_config(name, subfolder="scheduler", revision=revision)
-            shapes = {part: read(name, subfolder=part, revision=revision) for part in (kind.denoiser, "vae")}
-            own = (index.get("scheduler") or [None, scheduler.get("_class_name")])[1]  # the index takes precedence
-            shapes["scheduler"] = {**scheduler, "_class_name": own}
-            for part in ENCODERS:
-                encoder = (index.get(part) or [None, None])[1]
-                if encoder is not None:
-                    owner = T5Config if encoder.startswith("T5") else CLIPTextConfig
-                    config = read_native(owner, name, subfolder=part, revision=revision or "main")
-                    shapes[part] = {**config.to_dict(), "_class_name": encoder}
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        known = list(published_images())
-        raise ConfigError(
-            f"'{name}' has no configurations of an image model that could be read: {first}. Name a folder that diffusers saved, "
-            f"a hub id, or one of the shapes that need no network: {', '.join(known)}.{nearest(name, known)}"
-        ) from error
+    known = list(published_images())
+    advice = (
+        "Name a folder that diffusers saved, a hub id, or one of the shapes that need no network: "
+        f"{', '.join(known)}.{nearest(name, known)}"
+    )
+    reading = one_message(f"'{name}' has no configurations of an image model that could be read", advice, ConfigError)
+    with reading, quiet_diffusers():
+        index = package.DiffusionPipeline.load_config(name, revision=revision)
+        require_native_parts(name, index, NOT_LOADED)
+        kind = PIPELINES.get(index.get("_class_name", ""))
+        if kind is None:
+            raise ConfigError(
+                f"{name} is a {index.get('_class_name', 'pipeline without a name')}; expected {', '.join(PIPELINES)}."
+            )
+        read = package.UNet2DConditionModel.load_config  # a dictionary for any class
+        scheduler = package.DDPMScheduler.load_config(name, subfolder="scheduler", revision=revision)
+        shapes = {part: read(name, subfolder=part, revision=revision) for part in (kind.denoiser, "vae")}
+        own = (index.get("scheduler") or [None, scheduler.get("_class_name")])[1]  # the index takes precedence
+        shapes["scheduler"] = {**scheduler, "_class_name": own}
+        for part in ENCODERS:
+            encoder = (index.get(part) or [None, None])[1]
+            if encoder is not None:
+                owner = T5Config if encoder.startswith("T5") else CLIPTextConfig
+                config = read_native(owner, name, subfolder=part, revision=revision or "main")
+                shapes[part] = {**config.to_dict(), "_class_name": encoder}
     require_sizes(name, shapes)
     return {**shapes, "_class_name": index["_class_name"]}
