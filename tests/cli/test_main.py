@@ -229,3 +229,12 @@ __main__.main()
 """
     done = subprocess.run([sys.executable, "-c", ending], capture_output=True, text=True, check=False)
     assert done.returncode == 3 and done.stdout == "at exit\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["finetune", "--help"]])
+def test_output_to_a_full_disk_is_one_message(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "lorakeet", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("Error: The disk (or the quota) is full")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

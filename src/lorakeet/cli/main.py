@@ -7,6 +7,7 @@ Of several processes that torchrun started, only the first prints.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import click
 
 from lorakeet import __version__
+from lorakeet.disk import FULL
 from lorakeet.errors import ConfigError, LorakeetError, nearest
 from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
@@ -41,10 +43,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, _usage_message(error), exit_code=error.exit_code, as_json=as_json, debug=False)
     except LorakeetError as error:
         return _report(error, str(error), exit_code=error.exit_code, as_json=as_json, debug="--debug" in arguments)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _drop_unwritten()
+        said = f"The disk (or the quota) is full: {error}. Free some space and run it again; what was finished before is whole."
+        return _report(error, said, exit_code=LorakeetError.exit_code, as_json=False, debug="--debug" in arguments)
     except click.Abort as error:
         by, code = ("SIGTERM", 143) if str(error.__cause__ or "") == "SIGTERM" else ("Ctrl-C", 130)
         return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
     return code if isinstance(code, int) else 0
+
+
+def _drop_unwritten() -> None:
+    """Where standard output is on a full disk, drops what it holds: Python would try it again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class _Verbs(click.Group):
