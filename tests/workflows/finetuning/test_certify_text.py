@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_names
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.finetuning.certify_text import NOT_CHECKED, certify_text, check_frozen, rows_to_compare, with_own_code
+from lorakeet.train.text.own_code import OwnCodeDifference
+from lorakeet.workflows.finetuning.certify_text import OWN_CODE, certify_text, check_frozen, rows_to_compare, with_own_code
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import quiet
 
@@ -39,12 +41,17 @@ def test_the_run_itself_has_all_checks(finished: Any) -> None:
     checks = finished.result.report.certificate.checks
     assert [check.name for check in checks] == ["adapter on disk", "base untouched", "frozen weights", "own code"]
     assert all(check.passed for check in checks) and checks[1].measured["logit"] == 0 and checks[2].n > 20
-    assert 0 < checks[3].measured["gradient_difference"] < 1e-4 and checks[3].n > 20
+    assert 0 < checks[3].measured["largest_gradient_difference"] < 1e-4 and checks[3].n > 20
+    assert checks[3].measured["loss_difference"] < 1e-4
 
 
 def test_what_was_not_compared_with_the_model_s_own_code_says_so(finished: Any) -> None:
     certificate = finished.result.report.certificate
-    assert "own code" in with_own_code(certificate, None).facts[NOT_CHECKED]
+    assert with_own_code(certificate, None).facts[OWN_CODE] == "not compared, for want of memory"
+    rounded = OwnCodeDifference(rows=2, tokens=64, loss=0.1, gradient=2.0, median=True, worst="x", exact=False)
+    assert with_own_code(certificate, rounded).checks[-1].measured == {"median_gradient_difference": 2.0}
+    sure = replace(rounded, sure=True)
+    assert with_own_code(certificate, sure).facts[OWN_CODE] == "not compared: the base predicts every token" and sure.passed
 
 
 @pytest.mark.parametrize("twice", [True, False])

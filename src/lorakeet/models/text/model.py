@@ -222,11 +222,15 @@ class TextModel:
     def _blocks(self) -> tuple[str, int]:
         return modules.block_prefix(self.model, self.family)
 
+    @cached_property
+    def _last_block(self) -> str:
+        """The path of the block that computes last; empty if there is none."""
+        prefix, count = self._blocks
+        return f"{prefix}.{count - 1}" if modules.blocks_run_once(self.model, self.family) else ""
+
     def _last_parts(self) -> list[GatedMlp | RotaryAttention]:
         """The fused parts of the block that computes last; none where blocks run several times, or in another order."""
-        prefix, count = self._blocks
-        in_order = modules.blocks_run_once(self.model, self.family)
-        last = modules.find(self.model, f"{prefix}.{count - 1}") if in_order else None
+        last = modules.find(self.model, self._last_block) if self._last_block else None
         return [] if last is None else list(_single_parts(last))
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from lorakeet.train.text.own_code import OwnCodeDifference
 
 CHECK_TOKENS = 1024  # of held-out rows, every token a target; one micro-batch of them
 REREAD = "reread"
-NOT_CHECKED = "not checked, for want of memory"
+OWN_CODE = "own code"
 
 
 def certify_text(
@@ -70,17 +70,22 @@ def certify_text(
     facts[FACT] = record(live, name).to_text()  # a server compares itself with it before it serves the adapter
     if not before or model is None:
         missing = ["frozen weights"] * (not before) + ["base untouched"] * (model is None)
-        facts[NOT_CHECKED] = ", ".join(missing)
+        facts["not checked, for want of memory"] = ", ".join(missing)
     return Certificate(f"The adapter {adapter}", tuple(checks), facts)
 
 
 def with_own_code(certificate: Certificate, found: OwnCodeDifference | None) -> Certificate:
-    """The certificate with the check of the first pass, which was made before training; None: it was not made."""
+    """The certificate with the check of the first pass, which was made before training; None under a memory budget."""
     if found is None:
-        before = certificate.facts.get(NOT_CHECKED)
-        return replace(certificate, facts={**certificate.facts, NOT_CHECKED: f"{before}, own code" if before else "own code"})
+        return replace(certificate, facts={**certificate.facts, OWN_CODE: "not compared, for want of memory"})
+    which = "median" if found.median else "largest"
+    measured = {} if found.sure else {f"{which}_gradient_difference": found.gradient}
+    if found.exact:
+        measured["loss_difference"] = found.loss
+    if not measured:
+        return replace(certificate, facts={**certificate.facts, OWN_CODE: "not compared: the base predicts every token"})
     check = tolerance_check(
-        "own code", {"gradient_difference": found.gradient}, tolerance={"gradient_difference": found.allowed},
+        OWN_CODE, measured, tolerance=dict.fromkeys(measured, found.allowed),
         between=("the first pass", "transformers' own modules"), n=found.tokens,
     )  # fmt: skip
     return replace(certificate, checks=(*certificate.checks, check))

@@ -367,7 +367,7 @@ class TextRunKind(RunKind[TextAssembly]):
         task = text_task(setup)
         if setup.config.train.keep_prefix_states:
             frozen_depth(task.text)  # raises before anything is written
-        if not setup.residency.budget and any(row.supervised[1:].any() for row in task.train):
+        if not setup.residency.budget:
             task.own_code = require_own_code(task.text, task.parameters(), task.train)
         record_graphs(task.text, task, console)
         return task
