@@ -114,6 +114,31 @@ def test_only_files_are_opened_to_be_read(tmp_path: Path, victim: Path) -> None:
         assert file.readall() == b"precious"
 
 
+def test_the_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    disk.write_whole(tmp_path / "link" / "a", b"new")
+    with disk.written_whole(tmp_path / "link" / "b") as made:
+        made.mkdir()
+        (made / "file").write_bytes(b"x")
+    assert (tmp_path / "real" / "a").read_bytes() == b"new" and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path / "real")) == ["a", "b"]
+
+
+def test_a_link_inside_what_is_written_is_not_followed(tmp_path: Path, victim: Path) -> None:
+    with pytest.raises(OSError) as refused, disk.written_whole(tmp_path / "a") as made:
+        made.mkdir()
+        (made / "link").symlink_to(victim)
+    assert refused.value.errno == errno.ELOOP and os.listdir(tmp_path) == ["victim"]
+
+
+def test_a_stage_is_in_use_until_its_writing_ends(tmp_path: Path) -> None:
+    with disk.written_whole(tmp_path / "a") as made:
+        made.write_bytes(b"x")
+        assert disk.stage_in_use(made.parent) and not disk.stage_in_use(tmp_path) and not disk.stage_in_use(made)
+    assert not disk.stage_in_use(made.parent)
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_writing(tmp_path: Path) -> None:
     for content in ("half", ""):
         child = os.fork()

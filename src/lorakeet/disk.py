@@ -47,7 +47,7 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.replace(made, path)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    flush(path.parent)
+    flush_folder(path.parent)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -91,12 +91,38 @@ def open_regular(path: Path) -> FileIO:
 
 
 def flush(path: Path) -> None:
-    """Syncs a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """Syncs a file, or the entries of a folder, to the disk. OSError for a link."""
+    _sync(path, os.O_NOFOLLOW)
+
+
+def flush_folder(path: Path) -> None:
+    """Syncs the entries of a folder, or of the one that a link names, to the disk."""
+    _sync(path, os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def stage_in_use(stage: Path) -> bool:
+    """True if a process has locked the folder `stage`: it writes there."""
+    try:
+        handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False  # no folder, or none of this user
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without locks
+    finally:
+        os.close(handle)
+    return False
 
 
 def erase(path: Path) -> None:

@@ -6,7 +6,7 @@ import gzip
 import pytest
 
 from lorakeet.data.locate import locate_data
-from lorakeet.data.tables import SHOWN_PROBLEMS, RowProblems, text_records
+from lorakeet.data.tables import SHOWN_PROBLEMS, RowProblems, TextFormat, text_records
 from lorakeet.errors import DataError
 
 
@@ -105,3 +105,15 @@ def test_what_python_s_own_limits_refuse_is_named_like_other_broken_lines(tmp_pa
 def test_an_array_that_breaks_off_is_named_by_its_line(tmp_path, content, line):
     with pytest.raises(DataError, match=f"a.json:{line}: broken JSON at column"):
         records(tmp_path / "a.json", content)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("length", range(1, 20))
+def test_a_line_is_measured_without_its_end_and_counts_once(tmp_path, length, end):
+    longest, path, problems = 4, tmp_path / "a.txt", RowProblems("bad")
+    path.write_bytes(f"{'x' * length}{end}{end}{'y' * length}{end}z".encode())
+    found = [tuple(record) for record in text_records(locate_data(str(path)), problems, TextFormat(longest=longest))]
+    long = length > longest
+    texts = [] if long else [("a.txt:1", {"text": "x" * length}), ("a.txt:3", {"text": "y" * length})]
+    assert found == [*texts, ("a.txt:4", {"text": "z"})]
+    assert problems.count == (2 if long else 0)

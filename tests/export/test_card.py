@@ -55,6 +55,12 @@ def test_what_is_not_known_is_not_stated() -> None:
     assert "does not say its licence" in text and "How good it is" not in text and "trained?" not in text
 
 
+def test_a_base_is_named_to_a_hub_only_if_it_is_there(tmp_path: Path) -> None:
+    for name in (str(tmp_path), str(tmp_path / "gone"), "model.gguf", "package:nothing/model.gguf"):
+        text = card(replace(FACTS, base_model=name), None, None)
+        assert not {"base_model", "base_model_relation"} & set(front_of(text)) and str(tmp_path) not in text
+
+
 def test_a_failed_check_is_said() -> None:
     check = tolerance_check("logits", {"mean_kl": 1.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"))
     assert "do not use it" in card(FACTS, None, Certificate("x", (check,)))

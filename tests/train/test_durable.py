@@ -64,7 +64,8 @@ def test_a_kill_between_any_two_renames_leaves_old_or_new(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(durable.os, "rename", counted(os.rename))
         patch.setattr(disk, "flush", counted(disk.flush))
-        patch.setattr(durable, "flush", counted(durable.flush))
+        patch.setattr(disk, "flush_folder", counted(disk.flush_folder))
+        patch.setattr(durable, "flush_folder", counted(durable.flush_folder))
         patch.setattr(os, "replace", counted(os.replace))
         patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
         patch.setattr(Path, "unlink", counted(Path.unlink))
@@ -77,6 +78,25 @@ def test_a_kill_between_any_two_renames_leaves_old_or_new(tmp_path: Path, monkey
     durable.recover(tmp_path)
     assert content(tmp_path / "x") in ({"two"} if finished else {"one", "two"})
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_recover_leaves_what_another_process_writes(tmp_path: Path) -> None:
+    (tmp_path / ".b.0123456789abcdef.partial").mkdir()
+    with disk.written_whole(tmp_path / "a") as made:
+        made.write_text("x")
+        durable.recover(tmp_path)
+        assert os.listdir(tmp_path) == [made.parent.name]
+    assert (tmp_path / "a").read_text() == "x" and os.listdir(tmp_path) == ["a"]
+
+
+def test_folders_are_replaced_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for text in ("one", "two"):
+        fill(tmp_path / "link" / "x", text)
+        assert content(tmp_path / "real" / "x") == text
+    durable.recover(tmp_path / "link")
+    assert os.listdir(tmp_path / "real") == ["x"]
 
 
 def test_recover_deletes_what_was_being_deleted(tmp_path: Path) -> None:

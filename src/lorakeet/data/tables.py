@@ -78,23 +78,30 @@ def text_records(location: Location, problems: RowProblems, text: TextFormat | N
 
 
 class LineReader:
-    """The lines of a text stream; of a line of more than `longest` characters only a beginning of that length is kept."""
+    """The lines of a text stream; of a line of more than `longest` characters only a beginning is kept."""
 
     def __init__(self, stream: IO[str], longest: int) -> None:
         self.stream, self.longest = stream, longest
 
     def __iter__(self) -> Iterator[str]:
-        while line := self.stream.readline(self.longest + 1):
+        line = self._piece()
+        while line:
+            last = line
+            while self._full(last) and not last.endswith(("\n", "\r")):  # the rest of it, in pieces
+                last = self._piece()
+            following = self._piece() if self._full(last) and last.endswith("\r") else "\n"
             yield line
-            rest = line
-            while len(rest) > self.longest and not rest.endswith(("\n", "\r")):  # the rest of it, in pieces
-                rest = self.stream.readline(self.longest + 1)
-                if not rest:
-                    return
+            line = self._piece() if following == "\n" else following  # "\n" alone ends a line that "\r" began to end
+
+    def _piece(self) -> str:
+        return self.stream.readline(self.longest + 2)  # with a line end of two characters
+
+    def _full(self, piece: str) -> bool:
+        return len(piece) == self.longest + 2
 
     def too_long(self, line: str) -> bool:
-        """True if more of the line was left out."""
-        return len(line) > self.longest
+        """True if the line, without its end, is longer."""
+        return len(line.rstrip("\r\n")) > self.longest
 
     @property
     def refusal(self) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from lorakeet.data.locate import locate_model
+from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
@@ -41,7 +43,8 @@ class CardFacts:
 def card(facts: CardFacts, report: Report | None, certificate: Certificate | None) -> str:
     """The text of the README.md."""
     parts = [_front(facts, report), f"# {facts.title}", ""]
-    parts.append(f"A LoRA adapter trained on `{facts.base_model}` with [Lorakeet](https://pypi.org/project/lorakeet/).")
+    base = Path(facts.base_model).name if Path(facts.base_model).is_absolute() else facts.base_model
+    parts.append(f"A LoRA adapter trained on `{base}` with [Lorakeet](https://pypi.org/project/lorakeet/).")
     if report is not None and report.verdict is not None:
         parts += ["", f"**{report.verdict.sentence}**"]
     parts += ["", "## Files", "", *(f"- `{name}`: {what}" for name, what in facts.files.items())]
@@ -66,7 +69,9 @@ def card(facts: CardFacts, report: Report | None, certificate: Certificate | Non
 
 
 def _front(facts: CardFacts, report: Report | None) -> str:
-    front: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": facts.relation}
+    front: dict[str, Any] = {}
+    if _is_hub_id(facts.base_model):
+        front |= {"base_model": facts.base_model, "base_model_relation": facts.relation}
     if facts.library:
         front["library_name"] = facts.library
     if facts.licence:
@@ -79,6 +84,14 @@ def _front(facts: CardFacts, report: Report | None) -> str:
         front["metrics"] = measured
     front |= {"pipeline_tag": facts.task, "tags": ["lora", "lorakeet"]}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _is_hub_id(name: str) -> bool:
+    """True if no folder, file or package of this machine is meant."""
+    try:
+        return locate_model(name) is None
+    except LorakeetError:
+        return False
 
 
 def _results(report: Report) -> list[str]:

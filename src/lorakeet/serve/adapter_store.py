@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorakeet.disk import flush
+from lorakeet.disk import flush, flush_folder
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import save_text
@@ -150,7 +150,7 @@ class AdapterStore:
             place = self.folder / UPLOADS / f"{name}@{number}"
             os.rename(came, place)
             flush(place)
-            flush(place.parent)
+            flush_folder(place.parent)
             try:
                 registry.load(name, place, replace=replace, private=True)
             except BaseException:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lorakeet.disk import FULL, erase, flush, written_whole
+from lorakeet.disk import FULL, erase, flush_folder, stage_in_use, written_whole
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -31,13 +31,14 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Finishes or undoes every interrupted replacement in `folder`."""
+    """Finishes or undoes every interrupted replacement in `folder`; what another process writes there now is left alone."""
     for ready in sorted(folder.glob(".*.ready")):
         _put_in_place(folder / ready.name[1 : -len(".ready")])
     for old in sorted(folder.glob(".*.old")):
         erase(old)
     for partial in sorted(folder.glob(".*.partial")):
-        erase(partial)
+        if not stage_in_use(partial):
+            erase(partial)
 
 
 def remove_folder(folder: Path) -> None:
@@ -83,7 +84,7 @@ def _put_in_place(target: Path) -> None:
         erase(old)
         os.rename(target, old)
     os.rename(ready, target)
-    flush(target.parent)
+    flush_folder(target.parent)
     erase(old)
 
 

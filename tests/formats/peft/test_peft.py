@@ -201,6 +201,16 @@ def test_configuration_and_tensors_must_agree(changes: dict[str, Any], message: 
         lorakeet_peft.read(folder)
 
 
+@pytest.mark.parametrize("word", ["all-linear", "All-Linear"])
+def test_all_linear_leaves_embeddings_out_however_it_is_written(word: str, tmp_path: Path) -> None:
+    pairs = {"model.embed_tokens": Pair(torch.ones(2, 8), torch.ones(4, 2), 2.0, "embedding")}
+    lorakeet_peft.write(Adapter(pairs), tmp_path)
+    assert set(lorakeet_peft.read(tmp_path).pairs) == set(pairs)
+    change_config(tmp_path, target_modules=word)
+    with pytest.raises(DataError, match="leaves out"):
+        lorakeet_peft.read(tmp_path)
+
+
 def test_settings_that_leave_no_pair_out(folder: Path) -> None:
     expected = set(lorakeet_peft.read(folder).pairs)
     for changes in (

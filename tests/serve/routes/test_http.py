@@ -357,7 +357,12 @@ def test_hundreds_of_thousands_of_fields_are_refused_before_they_are_parsed(
     answer = post(both, path, content=raw)
     monkeypatch.undo()
     assert answer.status_code == 400 and "more than 50,000 fields" in answer.json()["error"]["message"] and parsed == []
-    quoted = {**BODY, "prompt": '{"a": 1} ' * 10, "max_tokens": 1}
+    monkeypatch.setattr(http.json, "loads", lambda text: (parsed.append(len(text)), loads(text))[1])
+    for one in ("[]", "{}"):
+        answer = post(both, path, content="[" + ",".join([one] * 400_000) + "]")
+        assert answer.status_code == 400 and "more than 200,000 brackets" in answer.text and parsed == []
+    monkeypatch.undo()
+    quoted = {**BODY, "prompt": '{"a": [1]} ' * 10, "max_tokens": 1}
     assert post(both, json=quoted).status_code == 200
 
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from lorakeet.data.pack import pack_examples
+from lorakeet.data.split import split_record
 from lorakeet.export.card import licence_of
 from lorakeet.models.inject import activate
 from lorakeet.workflows.finetuning.adapter_card import NAME, write_adapter_card
@@ -59,7 +60,7 @@ def test_a_gguf_file_is_a_base_that_peft_finds_and_keeps_its_name_here(tmp_path:
 def test_the_card_says_what_was_measured_with_its_intervals_and_on_which_rows(finished: Any) -> None:
     text = (finished.path / "adapter" / NAME).read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front["base_model"] == str(finished.model) and front["base_model_relation"] == "adapter"
+    assert "base_model" not in front and str(finished.model) not in text.partition("## How good")[0], "it is a local folder"
     assert front["library_name"] == "peft" and front["pipeline_tag"] == "text-generation" and "accuracy" in front["metrics"]
     assert "license" not in front and "does not say its licence" in text
     accuracy = next(one for one in finished.result.report.systems if one.role == "adapter").metrics["accuracy"]
@@ -67,6 +68,15 @@ def test_the_card_says_what_was_measured_with_its_intervals_and_on_which_rows(fi
     split = json.loads((finished.path / "split.json").read_text())
     assert split["train_sha256"] in text and split["test_sha256"] in text
     assert "AutoPeftModelForCausalLM" in text and str(finished.path) not in text
+
+
+def test_no_hash_is_stated_of_rows_that_there_are_not(finished: Any, tmp_path: Path) -> None:
+    adapter, result = tmp_path / "adapter", finished.result
+    shutil.copytree(finished.path / "adapter", adapter)
+    record = split_record(result.setup.dataset.train, result.setup.dataset.held_out)
+    write_adapter_card(adapter, result.report, result.report.certificate, setup=result.setup, split=record)
+    text = (adapter / NAME).read_text()
+    assert str(record["train_sha256"]) in text and "Test rows, SHA-256" not in text and str(record["test_sha256"]) not in text
 
 
 @pytest.mark.parametrize(("licence", "stated"), [("mit", "mit"), ("", None)])

@@ -45,7 +45,6 @@ from lorakeet.formats.files.safetensors_file import Header, SafeFile, open_safet
 from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
 from lorakeet.formats.limits import metadata_without_peft
 from lorakeet.formats.peft.peft_config import (
-    ALL_LINEAR,
     CONFIG_NAME,
     LONGEST,
     PeftConfig,
@@ -269,7 +268,7 @@ def _require_targets(config: PeftConfig, pairs: Mapping[str, Pair], problems: Pr
     """Adds to `problems` if the configuration gives some modules no pair that have one in the file."""
     named = {path for path in pairs if parameters_at(config, path) == [WEIGHT]}
     lost = [path for path, pair in pairs.items() if pair.kind != "experts" and not config.targets(path) and path not in named]
-    if config.target_modules == ALL_LINEAR:
+    if config.all_linear:
         lost += [path for path, pair in pairs.items() if pair.kind in ("embedding", "conv2d")]
     if lost:
         shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")

@@ -95,6 +95,11 @@ class PeftConfig:
             )
         return next(iter(values.values()), self.alpha)
 
+    @property
+    def all_linear(self) -> bool:
+        """True if the targets are all linear layers, in upper or lower case, as in PEFT."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
     def targets(self, path: str) -> bool:
         """True if PEFT gives the module at `path` a pair, by its rule; otherwise it ignores such a pair in the file.
 
@@ -105,7 +110,7 @@ class PeftConfig:
         for name in self.modules_to_save:
             if _matched(rf"(^|.*\.){name}($|\..*)", path, name, "modules_to_save"):
                 return False
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+        if self.all_linear:
             return path.rpartition(".")[2] != "lm_head"
         if isinstance(self.target_modules, str) or path in self.target_modules:  # then layers_to_transform has no effect in PEFT
             return _named(self.target_modules, path, "target_modules")

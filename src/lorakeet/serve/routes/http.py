@@ -56,6 +56,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matc
     (OSError, 507, "storage_error"),
 )
 MOST_FIELDS = 50_000  # of a JSON body, in all its objects
+MOST_BRACKETS = 200_000  # of objects and arrays, and in texts; no prompt of a model's context has as many
 _FIELD = re.compile(rb'(?<!\\)"\s*:')
 ACCEPTED_AT_ONCE = 16  # connections, before those that they displace are closed
 _QUEUE = 2048  # connections that wait to be accepted
@@ -325,6 +326,8 @@ async def _body(service: Service, request: HttpRequest) -> Any:
             raise TooLarge(f"The request is larger than the {service.limits.body:,} bytes that this server takes.")
     if sum(1 for _ in islice(_FIELD.finditer(raw), MOST_FIELDS + 1)) > MOST_FIELDS:  # before the parser, for which all texts wait
         raise ConfigError(f"The request has more than {MOST_FIELDS:,} fields; expected the few of its call.")
+    if raw.count(b"[") + raw.count(b"{") > MOST_BRACKETS:
+        raise ConfigError(f"The request has more than {MOST_BRACKETS:,} brackets [ and {{; shorten it, or send several.")
     try:
         data = json.loads(raw) if raw else {}
         if b"\\u" in raw or not raw.isascii():  # JSON can contain surrogates, which cannot be encoded in UTF-8

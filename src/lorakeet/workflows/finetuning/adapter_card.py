@@ -26,7 +26,7 @@ _TEXT = (
 )
 _OWN = ("lorakeet serve --model BASE --adapter NAME=THIS_FOLDER",)
 _PICTURES = ("lorakeet generate --adapter THIS_FOLDER --prompt '…' --out pictures",)
-_HASHES = {"train_sha256": "Training rows", "test_sha256": "Test rows"}  # of split.json, in words
+_HASHES = {"train": "Training rows", "test": "Test rows"}  # parts of split.json, in words
 
 
 def write_adapter_card(
@@ -39,7 +39,7 @@ def write_adapter_card(
     loaded = str(read_object(adapter / _CONFIG, expected="an adapter of PEFT").get("base_model_name_or_path"))
     text, loads = setup.config.kind == "text", not loaded.startswith(PACKAGE) and not loaded.lower().endswith(".gguf")
     usage = (_TEXT if loads else _OWN) if text else _PICTURES
-    settings = {f"{what}, SHA-256": str(split[key]) for key, what in _HASHES.items() if split.get(key)}
+    settings = {f"{what}, SHA-256": str(split[f"{part}_sha256"]) for part, what in _HASHES.items() if split.get(f"{part}_rows")}
     facts = CardFacts(
         title=f"Adapter of {Path(setup.name).name}", base_model=setup.name, usage=usage, library="peft",
         files={name: what for name, what in _FILES.items() if (adapter / name).is_file()},
