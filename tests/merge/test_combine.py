@@ -152,6 +152,19 @@ def test_equal_extras_and_rows_stay(tmp_path: Path) -> None:
     assert combination({"a": under, "b": two("llama")["other"]}, CombineSpec()).combined().adapter.extras
 
 
+TYPE = {"model_type": "glm4_moe"}
+
+
+@pytest.mark.parametrize(
+    ("other", "kept"), [({}, TYPE), ({"model_type": "olmoe", "a": "b"}, {"a": "b"}), (TYPE | {"a": "b"}, TYPE | {"a": "b"})]
+)
+def test_metadata_that_is_not_contradicted_stays(other: dict[str, str], kept: dict[str, str]) -> None:
+    first, second = two("llama").values()
+    adapters = {"a": replace(first, metadata=TYPE | {"a": "b"}), "b": replace(second, metadata=other)}
+    plan = combination(adapters, CombineSpec())
+    assert plan.combined().adapter.metadata == kept == plan.outline().metadata
+
+
 def test_everything_that_has_no_sum_is_listed() -> None:
     one, other = two("llama").values()
     path = "model.layers.0.self_attn.q_proj"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from lorakeet.core.adapter import Adapter
+from lorakeet.core.adapter import MODEL_TYPE, Adapter
 from lorakeet.errors import ConfigError
 from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import open_checkpoint
@@ -190,3 +190,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     tuned_pair(tmp_path / "same", "llama", "nothing here")
     with pytest.raises(ConfigError, match=r"are equal in all \d+ parameters"):
         extracted(tmp_path / "same")
+
+
+def test_the_type_of_the_base_is_kept_for_peft(tmp_path: Path) -> None:
+    tuned_pair(tmp_path, "glm4_moe", "o_proj", "up_proj")
+    assert extracted(tmp_path).adapter.metadata == {MODEL_TYPE: "glm4_moe"}

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.adapter import MODEL_TYPE, Adapter, Pair, TokenRows
 from lorakeet.core.initialise import seed_for
 from lorakeet.core.math import Kind, delta
 from lorakeet.errors import Problems, nearest
@@ -115,7 +115,7 @@ class Combination:
     def outline(self) -> Adapter:
         """An adapter with the paths, kinds and shapes of the combination, but with the numbers of the first pairs."""
         pairs = {path: next(pair for pair, _, _ in self._parts(path)) for path in self.paths}
-        return Adapter(pairs, self.extras, self.token_rows, self.adapters[0].base)
+        return Adapter(pairs, self.extras, self.token_rows, self.adapters[0].base, _shared_metadata(self.adapters))
 
     def pair(self, path: str) -> tuple[Pair, list[LowRank]]:
         """The combined pair, of scale 1, and its low-rank factors, one for each expert."""
@@ -144,9 +144,7 @@ class Combination:
             lost, whole = lost + here, whole + size
             if on_progress is not None:
                 on_progress(number, len(paths), path)
-        first, others = self.adapters[0], self.adapters[1:]
-        metadata = {key: value for key, value in first.metadata.items() if all(a.metadata.get(key) == value for a in others)}
-        adapter = Adapter(pairs, self.extras, self.token_rows, first.base, metadata)
+        adapter = Adapter(pairs, self.extras, self.token_rows, self.adapters[0].base, _shared_metadata(self.adapters))
         return Combined(adapter, errors, math.sqrt(lost / whole) if whole > 0 else 0.0)
 
     def _low_rank(self, path: str, expert: int) -> LowRank:
@@ -232,6 +230,13 @@ def _shared_extras(names: Sequence[str], adapters: Sequence[Adapter], problems: 
             problems.add(f"{path} was trained whole and differs between {', '.join(holders)}; whole weights have no sum.")
         found[path] = tensors[0]
     return found
+
+
+def _shared_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """What all adapters say alike; the type of the base also if only some say it, and none another."""
+    shared = dict(set.intersection(*(set(adapter.metadata.items()) for adapter in adapters)))
+    types = {adapter.metadata[MODEL_TYPE] for adapter in adapters if MODEL_TYPE in adapter.metadata}
+    return dict(sorted(shared.items())) | ({MODEL_TYPE: types.pop()} if len(types) == 1 else {})
 
 
 def _shared_rows(names: Sequence[str], adapters: Sequence[Adapter], problems: Problems) -> dict[str, TokenRows]:

@@ -22,6 +22,7 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.core.layers.experts import why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.errors import ConfigError, Problems
+from lorakeet.formats.peft.renamed_targets import model_type_of
 from lorakeet.merge.checkpoint import Checkpoint
 from lorakeet.merge.edits import HEADS, expert_parts, find_shared
 from lorakeet.merge.low_rank import LowRank, truncate_matrix
@@ -207,7 +208,8 @@ class _Extraction:
         heads = [path for path in self.extras if path.rpartition(".")[0].rpartition(".")[2] in HEADS]
         if heads and self.base.setting("tie_word_embeddings") is True:
             notes.append(f"The base's embedding and head share one weight, which changed: it is kept twice, also as {heads[0]}.")
-        return Extracted(Adapter(pairs, self.extras), self.captured, self.unchanged, tuple(self.left_out), tuple(notes))
+        adapter = Adapter(pairs, self.extras, metadata=model_type_of(self.base.config))
+        return Extracted(adapter, self.captured, self.unchanged, tuple(self.left_out), tuple(notes))
 
     def _differ(self, name: str, other: str) -> bool:
         mine, theirs = self.tuned.read(name), self.base.read(other)

@@ -14,7 +14,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry, path_range
 from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
-from lorakeet.formats.peft.renamed_targets import refused_by_peft
+from lorakeet.formats.peft.renamed_targets import needs_parameter, refused_by_peft
 from lorakeet.models import modules
 from lorakeet.models.families import Family, in_group
 from lorakeet.quant.construct import weights_in
@@ -52,6 +52,7 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     _check_patterns(entries, spec, problems)
     _check_ranks(entries, problems)
     _check_variants(entries, problems)
+    _check_renamed(entries, _kind_of(model), problems)
     extras = _plan_extras(model, spec, [entry.path for entry in entries], problems)
     if not problems.messages and not entries and not extras:
         problems.add("Nothing would be trained: every target is excluded or outside lora.layers. Widen one of them.")
@@ -61,7 +62,7 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
 
 def _sites(model: nn.Module) -> Iterable[Site]:
     """Yields every module below the model (experts by parameter), in model order."""
-    kind_of_model = getattr(getattr(model, "config", None), "model_type", "")
+    kind_of_model = _kind_of(model)
     for path, module in modules.original_modules(model):
         if not path:
             continue
@@ -81,6 +82,10 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             other = modules.is_head(model, path, module) or modules.is_router(model, path)
             common = linear and not other and not refused_by_peft(kind_of_model, path)
             yield Site(path, kind, modules.weight_shape(module, kind), "", common)
+
+
+def _kind_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
 
 
 def named(path: str, name: str) -> bool:
@@ -218,6 +223,19 @@ def _check_variants(entries: tuple[PlanEntry, ...], problems: Problems) -> None:
             problems.add(
                 f"lora.start {same[0].start} is for linear layers, not for {example}; exclude them or use lora.start kaiming."
             )
+
+
+def _check_renamed(entries: tuple[PlanEntry, ...], model_type: str, problems: Problems) -> None:
+    """Adds to `problems` the matrices whose DoRA pairs PEFT could not read."""
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.variant == "dora" and entry.kind == "linear" and needs_parameter(model_type, entry.path):
+            groups.setdefault(_without_numbers(entry.path), []).append(entry.path)
+    for paths in groups.values():
+        problems.add(
+            f"lora.variant dora on '{path_range(paths)}' cannot be read by PEFT, which takes this name for an expert of a "
+            f"'{model_type}' model; exclude these modules (lora.exclude_modules) or use lora.variant lora."
+        )
 
 
 def _without_numbers(path: str) -> str:

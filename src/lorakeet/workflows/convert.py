@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.compress import CompressionTarget, fold_dora
 from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
 from lorakeet.formats.files.base_model import CONFIG, BaseModel, check_fits, open_base
+from lorakeet.formats.peft.renamed_targets import model_type_of
 from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ConvertOptions
@@ -83,6 +84,7 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
     adapter = with_components(read_found(found, base=known, compression=compression, say=say))
     if known is not None:
         check_fits(adapter, known)
+        adapter = replace(adapter, metadata={**adapter.metadata, **model_type_of(known.config())})
     if to == "gguf" and compression.given and any(pair.magnitude is not None for pair in adapter.pairs.values()):
         adapter = fold_dora(adapter, known, compression, say)
     elif compression.given and found.format != "lycoris":

@@ -7,6 +7,9 @@ A target parameter is not renamed, and the parameter `weight` of a linear layer 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lorakeet.core.adapter import MODEL_TYPE, Adapter, Pair
 
 WEIGHT = "weight"  # the parameter of a linear layer
@@ -35,6 +38,18 @@ def model_type_to_keep(model_type: str) -> dict[str, str]:
     return {MODEL_TYPE: model_type} if model_type in RENAMED else {}
 
 
+def model_type_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of an adapter for a base with this config.json: as `model_type_to_keep`; of its text model if that has it."""
+    text = config.get("text_config")
+    types = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
+    return next((found for kind in types if (found := model_type_to_keep(str(kind)))), {})
+
+
+def needs_parameter(model_type: str, path: str) -> bool:
+    """True if PEFT reads a pair of the linear layer at `path` of such a model only as one on its weight: with no DoRA or bias."""
+    return path.rpartition(".")[2] in RENAMED.get(model_type, ())
+
+
 def refused_by_peft(model_type: str, path: str) -> bool:
     """True if PEFT refuses a pair on the module at `path` of such a model."""
     return model_type in _READ_DIRECTLY and path.rpartition(".")[2] in ("out_proj", "conv1d")
@@ -42,8 +57,7 @@ def refused_by_peft(model_type: str, path: str) -> bool:
 
 def as_parameter(adapter: Adapter, path: str) -> bool:
     """True if the pair at `path` must be written as one on the parameter `weight`, for PEFT to read it."""
-    names = RENAMED.get(adapter.metadata.get(MODEL_TYPE, ""), ())
-    return path.rpartition(".")[2] in names and _fits_parameter(adapter.pairs[path])
+    return needs_parameter(adapter.metadata.get(MODEL_TYPE, ""), path) and _fits_parameter(adapter.pairs[path])
 
 
 def _fits_parameter(pair: Pair) -> bool:
