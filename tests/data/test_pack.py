@@ -55,6 +55,15 @@ def test_micro_batches_lose_nothing_and_keep_to_the_limit(rows, limit):
     assert [batch.keys for batch in again] == [batch.keys for batch in batches]
 
 
+@settings(max_examples=60, deadline=None)
+@given(examples(), st.integers(1, 30))
+def test_padding_counts_where_rows_are_padded(rows, limit):
+    batches = micro_batches(rows, limit, padded=True)
+    assert sorted(key for batch in batches for key in batch.keys) == sorted(row.key for row in rows)
+    for batch in batches:
+        assert len(batch.lengths) * max(batch.lengths) <= limit or len(batch.lengths) == 1
+
+
 def test_micro_batches_fill_up():
     rows = [Example(np.zeros(n, np.int64), np.zeros(n, bool), str(n), None, False) for n in (6, 5, 4, 3, 2)]
     assert [batch.lengths for batch in micro_batches(rows, 10)] == [(6, 4), (5, 3, 2)]

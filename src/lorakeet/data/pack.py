@@ -83,14 +83,26 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
     )
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
+def micro_batches(examples: Sequence[Example], max_tokens: int, *, padded: bool = False) -> list[Batch]:
     """Splits the examples of one step into batches of at most `max_tokens` tokens; a longer row is a batch of its own.
 
-    As few batches as first-fit decreasing needs, of about the same size, since the largest one sets the memory of a step.
-    Deterministic.
+    As few batches as first-fit decreasing needs, of about the same size, since the largest one sets the memory of a step. Where
+    rows are `padded` to the longest of their batch, its padding counts. Deterministic.
     """
-    bins = even_bins([len(example.ids) for example in examples], max_tokens)
+    lengths = [len(example.ids) for example in examples]
+    bins = padded_bins(lengths, max_tokens) if padded else even_bins(lengths, max_tokens)
     return [pack_examples([examples[number] for number in sorted(chosen)]) for chosen in bins]
+
+
+def padded_bins(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Bins of indices of `lengths`, longest first, each of at most `most` once all in it are as long as its longest."""
+    bins: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= most:
+            bins[-1].append(number)
+        else:
+            bins.append([number])
+    return bins
 
 
 def even_bins(lengths: Sequence[int], most: int, grain: int = 0) -> list[list[int]]:

@@ -137,7 +137,7 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     config = opened.config
     most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
     workload = Workload(bool(dataset.labels), sum(len(row.text) for row in parts))
-    made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on, gradients are accumulated
+    made_up = made_up_rows(most, 2)  # from the second batch on, gradients are accumulated
     residency = fit_evaluation(
         config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload,
         weigh=lambda text: _moments(text, config, made_up, NAME), copies=COPIES,
@@ -199,7 +199,7 @@ def _moments(text: TextModel, config: RunConfig, rows: Sequence[Example], name: 
     activate(text.model, name)
     spec = config.train
     task = TextTask(text.with_every_token(), rows, held_out=(), spec=spec, name=name)
-    batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
+    batches = [batch for batch in micro_batches(rows, spec.micro_tokens, padded=text.pads) if batch.targets]
     with resize.collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
         task.gradients(batches, 1)
     for parameter in task.parameters().values():

@@ -8,11 +8,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError
 from lorakeet.memory.allocator import SMALL_SLACK, release_free_memory
 from lorakeet.memory.cuda import CONTEXT
@@ -35,12 +38,14 @@ from lorakeet.workflows.planning.forecast_text_run import (
     SEARCH,
     TOKENIZER_ENTRY,
     Precision,
+    RowLengths,
     TextRunPlan,
     Workload,
     _decomposing,
     budget_of,
     certified_within,
     evaluation_of,
+    filling_rows,
     forecast_run,
     largest_ranks,
     largest_rows,
@@ -71,11 +76,73 @@ def planned(precision: Precision = FP32, **changes: str) -> TextRunPlan:
 
 @pytest.mark.parametrize(
     ("max_tokens", "micro_tokens", "batch", "expected"),
-    [("32", "100", "16", RowShape(25, 4)), ("32", "100", "2", RowShape(32, 2)), ("64", "32", "16", RowShape(64, 1))],
+    [("32", "100", "16", RowShape(32, 4, last=4)), ("32", "100", "2", RowShape(32, 2)), ("64", "32", "16", RowShape(64, 1))],
 )
 def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str, expected: RowShape) -> None:
     found = largest_rows(settings(data__max_tokens=max_tokens, train__micro_tokens=micro_tokens, train__batch_size=batch))
     assert found == expected
+
+
+GEMMA = {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "head_dim": 16, "sliding_window": 4096}
+UNLIKE = [
+    ("varlen", GEMMA),
+    ("varlen", {"model_type": "mistral", "sliding_window": 96, "head_dim": 16}),
+    ("varlen", {"attention_dropout": 0.1}),
+    ("eager", {}),
+]
+
+
+@pytest.mark.parametrize(("attention", "changes"), UNLIKE)
+def test_one_long_row_beside_short_ones_holds_no_more_than_is_planned(attention: str, changes: dict[str, Any]) -> None:
+    """Where attention keeps the scores of a row, two rows of the mean length hold far less than the long one."""
+    config = settings(data__max_tokens="256", train__batch_size="2", train__micro_tokens="512", model__attention=attention)
+    model = config_from_settings({**SMALL, "num_attention_heads": 8, **changes})
+    build = partial(model_from_config, model, name="small", attention=attention, quantize=QuantSpec(), files=None)
+    narrow = partial(build, dtype=torch.float32, products=torch.float32)
+    rows = largest_rows(config, RowLengths(240, 264))
+    planned, met = (rehearse(narrow, config.lora, config.train, rows=one) for one in (rows, RowShape(240)))
+    assert planned.peaks[STEP].bytes >= met.peaks[STEP].bytes
+    assert rows == (RowShape(240, 2) if attention == "eager" else RowShape(240, 2, last=24))
+
+
+def test_no_micro_batch_of_rows_holds_more_than_the_planned_one() -> None:
+    """Tokens, and their squares: of all rows, of rows longer than a window, and of rows as long as the longest beside them."""
+    chance = np.random.default_rng(0)
+    for _ in range(200):
+        some = np.sort(np.minimum(256, chance.geometric(0.02, 12) + 2))[::-1]
+        rows = [Example(np.zeros(length, np.int64), np.arange(length) > 0, "", None, False) for length in some]
+        step, micro, window = int(sum(some[:8])), int(chance.integers(32, 1024)), int(chance.integers(16, 256))
+        config = settings(data__max_tokens="256", train__batch_size="8", train__micro_tokens=str(micro))
+        lengths, padded = RowLengths(int(some[0]), step), config.changed(model={"attention": "sdpa"})
+        packed, wide, beside = largest_rows(config, lengths), largest_rows(config, lengths, window), largest_rows(padded, lengths)
+        for batch in micro_batches(rows[:8], micro):
+            assert batch.tokens <= packed.tokens <= wide.tokens
+            assert squares(batch.lengths) <= squares(packed.lengths)
+            assert squares(batch.lengths, window) <= squares(wide.lengths, window)
+        for batch in micro_batches(rows[:8], micro, padded=True):
+            longest, count = max(batch.lengths), len(batch.lengths)
+            assert longest * count <= beside.tokens and longest**2 * count <= squares(beside.lengths)
+
+
+def squares(lengths: tuple[int, ...], window: int = 0) -> int:
+    return sum(length**2 for length in lengths if length > window)
+
+
+def test_a_last_row_counts_as_longer_than_the_window_if_another_could_be() -> None:
+    assert filling_rows(1000, 1500, 500) == RowShape(1000, 2, last=501), "750 and 750 are both longer"
+    assert filling_rows(1000, 1500, 750) == filling_rows(1000, 1500) == filling_rows(1000, 1500, 1000)
+
+
+def test_a_step_of_more_tokens_than_a_micro_batch_has_two_of_them() -> None:
+    """Of 32 and 31 tokens beside micro_tokens of 33: gradients are there when the second one passes."""
+    found = [
+        forecast_run(
+            settings(train__batch_size="2", train__micro_tokens=tokens), SMALL_CONFIG, FP32, runtime=0,
+            workload=Workload(lengths=lambda: RowLengths(32, 63)),
+        ).forecast.phase(STEP)
+        for tokens in ("33", "63")
+    ]  # fmt: skip
+    assert found[0].kinds["gradients"] >= found[1].kinds.get("gradients", 0)
 
 
 def test_as_many_rows_are_evaluated_as_fit() -> None:

@@ -13,7 +13,16 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, EVALUATE, STEP, Rehearsal, RowShape, rehearse, training_on
+from lorakeet.workflows.planning.rehearse_text import (
+    CHECKPOINT,
+    EVALUATE,
+    STEP,
+    Rehearsal,
+    RowShape,
+    made_up_rows,
+    rehearse,
+    training_on,
+)
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -85,6 +94,24 @@ def test_work_is_that_of_one_micro_batch() -> None:
     forward = 2 * found.parameters * ROWS.tokens
     assert 1.5 * forward < found.work.flops < 4 * forward  # forward and backward through the frozen weights
     assert found.work.written > found.base
+
+
+def test_made_up_rows_share_no_beginning() -> None:
+    """Those of 13 different rows were computed once for all of a micro-batch, so that large ones were planned as small ones."""
+    text = model_from_config(config_from_settings(SMALL), name="small", dtype=torch.float32, products=torch.float32)
+    initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+    batches = training_on(text, TrainSpec(), RowShape(64, 64)).task.batches(0)
+    assert [text.layout(batch).ids.numel() for batch in batches] == [64 * 64] * 2
+
+
+def test_a_shorter_last_row_is_in_each_micro_batch() -> None:
+    shape = RowShape(32, 3, last=5)
+    assert shape.tokens == 69 and shape.words == "3 rows of at most 32 tokens, 69 in all"
+    assert [len(row.ids) for row in made_up_rows(shape, 2)] == [32, 32, 5] * 2
+    text = model_from_config(config_from_settings(SMALL), name="small", dtype=torch.float32, products=torch.float32)
+    initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+    batches = training_on(text, TrainSpec(), shape).task.batches(0)
+    assert [sorted(batch.lengths) for batch in batches] == [[5, 32, 32]] * 2
 
 
 def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() -> None:

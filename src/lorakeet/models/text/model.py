@@ -104,6 +104,11 @@ class TextModel:
         return "varlen" if set_to == VARLEN else set_to
 
     @property
+    def pads(self) -> bool:
+        """Whether the attention in use pads the rows of a batch to its longest."""
+        return self.attention != "varlen"
+
+    @property
     def loadable_name(self) -> str:
         """The name by which transformers and PEFT's Auto classes load it: its folder, where it is named as a file or a package.
 
@@ -185,10 +190,10 @@ class TextModel:
         """Cuts the rows of a step into batches of at most `max_tokens` computed tokens; a longer row is a batch of its own.
 
         A prefix that all rows of a batch share counts once. Only Lorakeet's own attention does not copy it for each row; with
-        another, `max_tokens` also bounds the tokens of the rows in all.
+        another, `max_tokens` also bounds the tokens of the rows in all, and of their padding.
         """
-        if not self.options.share_prefix or self.attention != "varlen":
-            return micro_batches(rows, max_tokens)
+        if not self.options.share_prefix or self.pads:
+            return micro_batches(rows, max_tokens, padded=self.pads)
         times = TIMES if self._copies_nothing([len(row.ids) for row in rows]) else 1
         a_pass = READ if self.sharded or self.streamed is not None else PASS
         return prefix_batches(rows, BatchLimits(max_tokens, times, a_pass))

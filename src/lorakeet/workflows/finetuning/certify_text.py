@@ -51,7 +51,7 @@ def certify_text(
     the base again. If it is None, since memory is too small for a second base, the adapter from disk is added to the live base,
     and only the digests check the base.
     """
-    batches = micro_batches(rows_to_compare(rows), CHECK_TOKENS)
+    batches = micro_batches(rows_to_compare(rows), CHECK_TOKENS, padded=live.pads)
     checks = [check_frozen(before, frozen_digests(live.model))] if before else []
     if model is None:
         checks.insert(0, _within(live, adapter, batches, name=name, spec=spec))

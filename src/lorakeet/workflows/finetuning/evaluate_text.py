@@ -123,7 +123,7 @@ class TextEvaluator:
         examples = sampled_texts(self.text, spec.drift_texts, spec.drift_tokens, seed=spec.seed)
         if not examples:
             return None
-        batches = micro_batches(examples, self.config.train.micro_tokens)
+        batches = micro_batches(examples, self.config.train.micro_tokens, padded=self.text.pads)
         parity = compare_outputs((self.text, None), (self.text, self.name), batches, spec=spec)
         return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
 

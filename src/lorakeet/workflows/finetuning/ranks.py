@@ -103,7 +103,7 @@ def _sketches(
     sketches_head = any(find(text.model, entry.path) is head for entry in plan.entries)
 
     def forward() -> None:
-        for batch in micro_batches(rows, config.train.micro_tokens):
+        for batch in micro_batches(rows, config.train.micro_tokens, padded=text.pads):
             states = watched.hidden(batch.to(text.device))
             for some in torch.split(states, config.train.head_chunk) if sketches_head else ():
                 cast(nn.Module, head)(some)  # text.hidden does not call the head
@@ -121,7 +121,8 @@ def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Examp
         adapted = initialise_adapter(text, sketch, seed=config.train.seed, name=NAME)
         try:
             task = TextTask(adapted, rows, held_out=(), spec=config.train, name=NAME)
-            halves = [micro_batches(part, config.train.micro_tokens) for part in (rows[::2], rows[1::2])]
+            most, padded = config.train.micro_tokens, text.pads
+            halves = [micro_batches(part, most, padded=padded) for part in (rows[::2], rows[1::2])]
 
             def backward(half: int) -> None:
                 batches = [batch for batch in halves[half] if batch.targets]

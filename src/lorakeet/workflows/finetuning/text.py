@@ -192,7 +192,7 @@ def _show(result: TextPlanResult, console: Console) -> None:
         left = final_budget(config.ranks, planned.plan)
         cut = "once ranks.choose prune has cut them, which lowers memory and time (before that, no adapter is saved)"
         trained = f"{trained} at first, {left:,} in pairs {cut}"
-    say(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all of them targets.")
+    say(f"{trained}; micro-batches of {rows.words}, all of them targets.")
     show_peak(result, console, " with its weights in memory")
     if config.train.cuda_graphs:
         also = " finetune refuses it together with memory.budget." if result.budget else ""

@@ -192,14 +192,36 @@ class RowLengths:
         return replace(self, longest=min(self.longest, most), step=min(self.step, most * config.train.batch_size))
 
 
-def largest_rows(config: RunConfig, lengths: RowLengths | None = None) -> RowShape:
-    """The largest micro-batch that a run with these settings can meet, every token of it a target.
+def largest_rows(config: RunConfig, lengths: RowLengths | None = None, window: int | None = None) -> RowShape:
+    """The micro-batch that holds no less than any that a run with these settings can meet, every token of it a target.
 
-    Without `lengths` each row may have data.max_tokens.
+    Without `lengths` each row may have data.max_tokens. `window` is that of the model's attention, if it has one.
     """
-    train, most = config.train, config.data.max_tokens
-    lengths = RowLengths(most, most * train.batch_size) if lengths is None else lengths.within(config)
-    return filling_rows(lengths.longest, min(max(lengths.longest, train.micro_tokens), lengths.step))
+    lengths = _known(config, lengths)
+    return _filling(config, lengths.longest, min(max(lengths.longest, config.train.micro_tokens), lengths.step), window)
+
+
+def _known(config: RunConfig, lengths: RowLengths | None) -> RowLengths:
+    """The lengths of the rows, or the most that they can have. Padded rows are all as long as the longest."""
+    most, batch = config.data.max_tokens, config.train.batch_size
+    lengths = RowLengths(most, most * batch) if lengths is None else lengths.within(config)
+    return replace(lengths, step=lengths.longest * batch) if _padded(config) else lengths
+
+
+def _padded(config: RunConfig) -> bool:
+    """Whether rows are padded to the longest of their batch: by any attention but Lorakeet's own."""
+    return config.model.attention in ("sdpa", "eager")
+
+
+def _filling(config: RunConfig, length: int, tokens: int, window: int | None) -> RowShape:
+    rows = filling_rows(length, tokens, window)
+    return replace(rows, last=None) if _padded(config) else rows
+
+
+def window_of(model_config: Any) -> int | None:
+    """The tokens that attention sees of a row, where the model of this configuration has such a limit."""
+    limit = getattr(model_config.get_text_config(), "sliding_window", None)
+    return limit if isinstance(limit, int) else None
 
 
 @dataclass(frozen=True)
@@ -223,7 +245,9 @@ class Workload:
         return max(FLOORS, SCIKIT_LEARN + CHARACTER_BYTES * min(self.characters, CHARACTERS))
 
 
-def evaluation_of(config: RunConfig, lengths: RowLengths | None = None, *, answered: bool = True) -> EvaluationSize:
+def evaluation_of(
+    config: RunConfig, lengths: RowLengths | None = None, *, answered: bool = True, window: int | None = None
+) -> EvaluationSize:
     """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate; the texts of the drift;
     and, where rows may end in answers (`answered`), the most replies that are written together.
 
@@ -235,14 +259,21 @@ def evaluation_of(config: RunConfig, lengths: RowLengths | None = None, *, answe
     replies = None
     if answered and spec.answers:
         longest = length + spec.answer_tokens
-        replies = filling_rows(longest, max(config.train.micro_tokens, REPLY_TOKENS, longest))
-    return EvaluationSize(filling_rows(length, at_once), spec.drift_texts, spec.drift_tokens, replies)
+        replies = filling_rows(longest, max(config.train.micro_tokens, REPLY_TOKENS, longest), window)
+    return EvaluationSize(_filling(config, length, at_once, window), spec.drift_texts, spec.drift_tokens, replies)
 
 
-def filling_rows(length: int, tokens: int) -> RowShape:
-    """Equal rows of at most `length` tokens that fill `tokens`, as few as there can be."""
+def filling_rows(length: int, tokens: int, window: int | None = None) -> RowShape:
+    """Rows of `length` tokens that fill `tokens`, the last one with what is left.
+
+    No other rows of at most `length` hold more, whatever grows with the square of a row (soft caps, dropout of attention). Where
+    only rows longer than the attention's `window` hold that, the last one counts as such a row if another could be one.
+    """
     count = math.ceil(tokens / length)
-    return RowShape(math.ceil(tokens / count), count)
+    last = tokens - (count - 1) * length
+    if window is not None and last <= window < length and count * (window + 1) <= tokens:
+        last = window + 1
+    return RowShape(length, count, last=None if last == length else last)
 
 
 def forecast_run(
@@ -266,9 +297,12 @@ def forecast_run(
     lengths = None if workload.lengths is None else workload.lengths()
     words = 0 if on_gpu else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     read = words if lengths is None else 0  # what is encoded is counted in `runtime`, with its tokenizer
-    rows, evaluation = largest_rows(config, lengths), evaluation_of(config, lengths, answered=not workload.labelled)
+    window = window_of(model_config)
+    rows = largest_rows(config, lengths, window)
+    evaluation = evaluation_of(config, lengths, answered=not workload.labelled, window=window)
     build = builder_of(config.model, way, model_config, precision, files)
-    micro_batches = max(2 if config.train.batch_size > rows.count else 1, way.together)
+    several = config.train.batch_size > rows.count or _known(config, lengths).step > rows.tokens
+    micro_batches = max(2 if several else 1, way.together)
 
     def rehearsed(lora: LoraSpec, rows: RowShape = rows) -> Rehearsal:
         with standing_for(precision.device):
@@ -277,7 +311,7 @@ def forecast_run(
                 best_in_memory=not returning and not on_gpu,
             )  # fmt: skip
 
-    full = filling_rows(rows.length, max(rows.length, config.train.micro_tokens))
+    full = _filling(config, rows.length, max(rows.length, config.train.micro_tokens), window)
     found, before = _before_steps(config, rehearsed, partial(rehearsed, rows=full))
     load, final = load_peak(model_config, found, precision), found.peaks[FINAL]
     floors = workload.floors(config, on_gpu=on_gpu)

@@ -63,15 +63,32 @@ MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients ar
 
 @dataclass(frozen=True)
 class RowShape:
-    """The rows of a micro-batch: `count` of `length` tokens, the first `prompt` of which are no targets."""
+    """The rows of a micro-batch: `count` of `length` tokens, the first `prompt` of which are no targets.
+
+    The last one has `last` tokens, where that is given.
+    """
 
     length: int
     count: int = 1
     prompt: int = 1
+    last: int | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return (self.length,) * (self.count - 1) + (self.length if self.last is None else self.last,)
 
     @property
     def tokens(self) -> int:
-        return self.length * self.count
+        """Tokens of all rows, without padding."""
+        return sum(self.lengths)
+
+    @property
+    def words(self) -> str:
+        """The rows in words."""
+        if self.last is None:
+            return f"{self.count} × {self.length} tokens"
+        return f"{self.count} rows of at most {self.length} tokens, {self.tokens} in all"
 
 
 @dataclass(frozen=True)
@@ -294,7 +311,7 @@ def _evaluate(text: TextModel, evaluation: EvaluationSize, blocks: int | None) -
         sample(text, texts, max_tokens=1, blocks=blocks, spill=ShapeSpill)
     if evaluation.replies is not None:
         replies = evaluation.replies
-        whole = [np.full(replies.length, number, np.int64) for number in range(replies.count)]
+        whole = [np.full(length, number, np.int64) for number, length in enumerate(replies.lengths)]
         sample(text, whole, max_tokens=1, temperature=0.0, blocks=blocks, spill=ShapeSpill)
 
 
@@ -316,7 +333,7 @@ def training_on(
     text: TextModel, spec: TrainSpec, rows: RowShape, micro_batches: int = MICRO_BATCHES, way: Way = RESIDENT
 ) -> Training[Any]:
     """A Training of the adapter in `text` on made-up rows, ready to `step`, that writes nothing."""
-    examples = [_row(rows, number) for number in range(rows.count * micro_batches)]
+    examples = made_up_rows(rows, micro_batches)
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
     task = TextTask(text, examples, held_out=(), spec=spec, together=way.together)
     if way.spilled:
@@ -337,9 +354,9 @@ def made_up_batch(rows: RowShape) -> Batch:
     return pack_examples(made_up_rows(rows))
 
 
-def made_up_rows(rows: RowShape) -> list[Example]:
-    """Such rows."""
-    return [_row(rows, number) for number in range(rows.count)]
+def made_up_rows(rows: RowShape, micro_batches: int = 1) -> list[Example]:
+    """The rows of so many such micro-batches."""
+    return [_row(length, number, rows.prompt) for number, length in enumerate(rows.lengths * micro_batches)]
 
 
 class Nowhere(MetricsLog):
@@ -352,7 +369,11 @@ class Nowhere(MetricsLog):
         return None
 
 
-def _row(rows: RowShape, number: int) -> Example:
-    """A row whose tokens differ, also from its neighbours': equal ones leave queries and keys without a gradient."""
-    places = np.arange(rows.length)
-    return Example(3 + (7 * places + number) % 13, places >= max(1, rows.prompt), str(number), None, False)
+def _row(length: int, number: int, prompt: int) -> Example:
+    """A row whose tokens differ, also from its neighbours': equal ones leave queries and keys without a gradient.
+
+    No two of 13³ rows begin with the same three tokens, so that batches share no beginning (data/prefix).
+    """
+    places = np.arange(length)
+    ids = 3 + (7 * places + number + number // 13 ** np.minimum(places, 2)) % 13
+    return Example(ids, places >= max(1, prompt), str(number), None, False)

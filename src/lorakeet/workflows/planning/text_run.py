@@ -26,6 +26,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     largest_rows,
     measures_rows,
     text_runtime_bytes,
+    window_of,
 )
 from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned, RowShape
 from lorakeet.workflows.runs.residency import FEWEST, RESIDENT, MemoryPlan, Residency, Way, with_more
@@ -129,7 +130,7 @@ class TextRun(BudgetedWork[TextRunPlan]):
     @property
     def rows(self) -> RowShape:
         """The largest micro-batch of a step."""
-        return largest_rows(self.config, self.lengths)
+        return largest_rows(self.config, self.lengths, window_of(self.model[0]))
 
     def runtime(self, *, streamed: bool) -> int:
         """Bytes of the process beside the tensors, measured when the first plan of that kind is made: planning itself leaves some
