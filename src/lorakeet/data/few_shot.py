@@ -47,9 +47,14 @@ class FewShot:
         return replace(row, turns=(*first, *shown, *(turn for turn in row.turns if turn.role != "system")))
 
 
+def widest(most: int, context: int | None) -> int:
+    """Tokens of a few-shot row: up to WIDE within the model's `context`, but no fewer than other rows have at `most`."""
+    return max(most, WIDE if context is None else min(WIDE, context))
+
+
 def wider(encoder: Encoder, context: int | None) -> Encoder:
-    """The encoder of few-shot rows: up to WIDE tokens within the model's `context`, but no fewer than `encoder` takes."""
-    limit = max(encoder.spec.max_tokens, WIDE if context is None else min(WIDE, context))
+    """The encoder of few-shot rows, which have up to `widest` tokens."""
+    limit = widest(encoder.spec.max_tokens, context)
     return Encoder(encoder.tokenizer, replace(encoder.spec, max_tokens=limit), encoder.labels)
 
 

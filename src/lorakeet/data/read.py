@@ -54,6 +54,15 @@ def check_first_record(name: str, spec: DataSpec) -> None:
     next(shape_rows(islice(read_records(name, problems, spec), 1), name, spec, problems), None)
 
 
+def is_absent(name: str) -> bool:
+    """Whether `name` is a path at which this machine has nothing, and no id of a data set either."""
+    if name.startswith(PACKAGE) or is_hub_id(name):
+        return False
+    archive, mark, _ = name.partition(".zip!")
+    places = (name, name.partition("#")[0], f"{archive}.zip" if mark else name)
+    return not any(Path(place).expanduser().exists() for place in places)
+
+
 def read_records(name: str, problems: RowProblems, spec: DataSpec | None = None) -> Iterator[FileRecord]:
     """Yields the records of one file, folder or hub data set, in order and unchanged."""
     base, mark, split = name.partition("#")

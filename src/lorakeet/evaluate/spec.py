@@ -23,7 +23,7 @@ class EvaluateSpec:
         None, "Folder of a text encoder, whose embeddings are a baseline of labelled rows where cross-validation prefers them."
     )
     examples: int = setting(
-        8, "Training rows shown to the few-shot base, if they fit into 1,024 tokens, at least one a label; 0 for no such system."
+        8, "Training rows shown to the few-shot base, at least one a label, as many as fit (how-to/read-the-report); 0 for none."
     )
     answers: int = setting(64, "Held-out prompts that every system answers in words, for rows without labels; 0 for none.")
     answer_tokens: int = setting(256, "Most tokens of such a reply.")

@@ -152,3 +152,11 @@ def test_the_few_shot_base_is_shown_to_classifiers(finished: Any) -> None:
     assert "training rows with their labels" in few.note and "fitted to" in few.note
     assert "few-shot base" in {one.right for one in report.comparisons if one.metric == "accuracy"}
     assert any("do not name all" in warning for warning in report.warnings)
+
+
+def test_few_shot_rows_pass_together_in_micro_tokens_or_one_row(ran: Path, text: TextModel) -> None:
+    """Not in more where no budget is given: that is what a run's plan counts."""
+    writer, _ = replier(ran, text)
+    for micro, most in ((64, 256), (512, 512)):
+        limits = reply.few_shot_limits(writer.config.changed(train={"micro_tokens": micro}), text, writer.encoder)
+        assert limits.encoder.spec.max_tokens == 256 and limits.tokens == most

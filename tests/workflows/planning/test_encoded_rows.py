@@ -93,6 +93,12 @@ def test_without_rows_or_their_tokenizer_each_row_has_the_most_tokens(finished: 
         "data.max_tokens, 120."
     ]
     assert largest_rows(config).length == 120
+    said.clear()
+    gone = config.changed(data={"train": "./gone.jsonl"})
+    assert workload_of_files(gone, read_config(finished.model), said.append) == Workload()
+    assert said == [
+        "./gone.jsonl is not on this machine, so the run's rows are not counted: each is planned with data.max_tokens, 120."
+    ]
 
 
 def test_rows_that_cannot_be_encoded_are_refused_before_the_model_is_loaded(

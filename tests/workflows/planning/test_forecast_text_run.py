@@ -86,7 +86,7 @@ def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str,
 GEMMA = {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "head_dim": 16, "sliding_window": 4096}
 UNLIKE = [
     ("varlen", GEMMA),
-    ("varlen", {"model_type": "mistral", "sliding_window": 96, "head_dim": 16}),
+    ("varlen", {"model_type": "mistral", "sliding_window": 200, "head_dim": 16}),
     ("varlen", {"attention_dropout": 0.1}),
     ("eager", {}),
 ]
@@ -146,12 +146,23 @@ def test_a_step_of_more_tokens_than_a_micro_batch_has_two_of_them() -> None:
 
 
 def test_as_many_rows_are_evaluated_as_fit() -> None:
-    assert evaluation_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == RowShape(32, 128)
-    assert evaluation_of(settings(train__micro_tokens="64")).rows == RowShape(32, 32), "the certificate reads 1,024 at once"
+    wide, narrow = (settings(train__micro_tokens=tokens, evaluate__examples="0") for tokens in ("4096", "64"))
+    assert evaluation_of(wide.changed(train={"batch_size": 1})).rows == RowShape(32, 128)
+    assert evaluation_of(narrow).rows == RowShape(32, 32), "the certificate reads 1,024 at once"
+
+
+def test_few_shot_rows_are_planned_as_long_as_the_few_shot_base_sees_them() -> None:
+    """Up to 1,024 tokens in the model's context, whatever data.max_tokens; under a budget no more than that."""
+    few = settings(train__micro_tokens="64", evaluate__answer_tokens="96")
+    model = config_from_settings({**SMALL, "max_position_embeddings": 512})
+    assert evaluation_of(few).rows == RowShape(1024)
+    size = evaluation_of(few, model_config=model)
+    assert size.rows == RowShape(512, 2) and size.replies is not None and size.replies.length == 512 + 96
+    assert evaluation_of(settings(train__micro_tokens="64", memory__budget="1GiB"), model_config=model).rows == RowShape(32, 32)
 
 
 def test_replies_are_planned_where_rows_may_end_in_answers() -> None:
-    few = settings(train__micro_tokens="64", evaluate__answer_tokens="96")
+    few = settings(train__micro_tokens="64", evaluate__answer_tokens="96", evaluate__examples="0")
     size = evaluation_of(few).replies
     assert size is not None and size.tokens >= 1024 and size.length <= 128
     assert evaluation_of(few, answered=False).replies is None

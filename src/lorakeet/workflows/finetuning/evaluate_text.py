@@ -169,7 +169,7 @@ class TextEvaluator:
         first = self.encoder.candidates(rows[0])
         if first is not None and all(len(ending) == 1 for ending in label_endings(self.text, first)):
             return few_shot_limits(self.config, self.text, self.encoder)
-        return FewShotLimits(self.encoder, self.config.train.micro_tokens)
+        return FewShotLimits(self.encoder, max(self.config.train.micro_tokens, self.encoder.spec.max_tokens))
 
     def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
         """The loss of `system` on the target tokens of each row."""

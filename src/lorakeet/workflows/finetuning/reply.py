@@ -30,7 +30,6 @@ BASE, ADAPTER, FEW_SHOT = "base", "adapter", "few-shot base"
 LONGER = 1.5  # times the longest reference that a reply may have in tokens
 LEAST_TOKENS = 16
 LINE = "\n"
-WITHOUT_BUDGET = 4096  # tokens of few-shot rows that are computed together where no budget counts them
 TOGETHER = 16  # prompts after each of which the time is looked at
 
 
@@ -65,10 +64,12 @@ class FewShotLimits:
 
 
 def few_shot_limits(config: RunConfig, text: TextModel, encoder: Encoder) -> FewShotLimits:
-    """As much as the model's context allows (data/few_shot.WIDE); within a memory budget what was planned, data.max_tokens."""
-    if config.memory.limit:
-        return FewShotLimits(encoder, config.train.micro_tokens)
-    return FewShotLimits(wider(encoder, text.context), max(config.train.micro_tokens, WITHOUT_BUDGET))
+    """Rows of up to data/few_shot.widest tokens, under memory.budget of data.max_tokens; together train.micro_tokens, or one row.
+
+    That is what workflows/planning/forecast_text_run.evaluation_of plans.
+    """
+    chosen = encoder if config.memory.limit else wider(encoder, text.context)
+    return FewShotLimits(chosen, max(config.train.micro_tokens, chosen.spec.max_tokens))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoded, Encoder, encode_rows
 from lorakeet.data.prepare import find_labels
-from lorakeet.data.read import read_rows
+from lorakeet.data.read import is_absent, read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import NO_ROWS
 from lorakeet.errors import DataError
@@ -77,10 +77,16 @@ class EncodedRows:
 def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workload:
     """What is known of the rows of data.train, data.held_out and data.test, for `lorakeet plan`, which does not split them.
 
-    Nothing where data.train names none, or, which is said, where the tokenizer is not on this machine.
+    Nothing where data.train names none, or, which is said, where rows or the tokenizer are not on this machine.
     """
     data = config.data
     if data.train in ("", NO_ROWS):
+        return Workload()
+    if absent := next((name for name in (data.train, data.held_out, data.test) if name and is_absent(name)), None):
+        say(
+            f"{absent} is not on this machine, so the run's rows are not counted: each is planned with data.max_tokens, "
+            f"{data.max_tokens}."
+        )
         return Workload()
     source = _tokenizer_folder(config, say)
     if source is None:

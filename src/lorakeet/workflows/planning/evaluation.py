@@ -36,7 +36,6 @@ from lorakeet.workflows.planning.forecast_text_run import (
     evaluation_of,
     load_peak,
     text_runtime_bytes,
-    window_of,
 )
 from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
 from lorakeet.workflows.planning.text_run import precision_of
@@ -82,7 +81,7 @@ class Evaluation(BudgetedWork[MemoryPlan]):
         pairs = plan_of(empty_model(model_config, torch.float32), self.adapter)
         build = builder_of(self.spec, way, model_config, precision, source)
         with standing_for(precision.device):
-            size = evaluation_of(config, answered=not self.workload.labelled, window=window_of(model_config))
+            size = evaluation_of(config, answered=not self.workload.labelled, model_config=model_config)
             found = rehearse_evaluation(build, pairs, size, token_ids=self.adapter.token_ids, weigh=self.weigh)
         own = VALUE * pairs.parameters
         kept = add_usage(Usage(), base=found.base, adapter=own)

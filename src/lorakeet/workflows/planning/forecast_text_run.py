@@ -15,6 +15,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import FACTORED, MEASURED, LoraSpec
+from lorakeet.data.few_shot import widest
 from lorakeet.evaluate.baselines import CHARACTER_BYTES, CHARACTERS
 from lorakeet.kernels.cpu.operators import LANES
 from lorakeet.kernels.device import standing_for
@@ -30,7 +31,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config, streamed_model_from_config
-from lorakeet.models.text.model import COUNTS, padded_count, token_logprobs
+from lorakeet.models.text.model import COUNTS, context_of, padded_count, token_logprobs
 from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
@@ -246,15 +247,19 @@ class Workload:
 
 
 def evaluation_of(
-    config: RunConfig, lengths: RowLengths | None = None, *, answered: bool = True, window: int | None = None
+    config: RunConfig, lengths: RowLengths | None = None, *, answered: bool = True, model_config: Any = None
 ) -> EvaluationSize:
     """The largest micro-batch of held-out rows, of those of the final evaluation and of the certificate; the texts of the drift;
     and, where rows may end in answers (`answered`), the most replies that are written together.
 
-    Whatever the `lengths` of rows, the few-shot base sees evaluate.examples before them, up to data.max_tokens.
+    Whatever the `lengths` of rows, the few-shot base sees evaluate.examples before them: up to data.max_tokens under a budget,
+    else up to `widest` in the model of `model_config`.
     """
-    spec = config.evaluate
-    length = config.data.max_tokens if lengths is None or spec.examples else lengths.within(config).longest
+    spec, most = config.evaluate, config.data.max_tokens
+    window, context = (None, None) if model_config is None else (window_of(model_config), context_of(model_config))
+    length = most if lengths is None or spec.examples else lengths.within(config).longest
+    if spec.examples and not config.memory.limit:
+        length = widest(most, context)
     at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
     replies = None
     if answered and spec.answers:
@@ -297,12 +302,9 @@ def forecast_run(
     lengths = None if workload.lengths is None else workload.lengths()
     words = 0 if on_gpu else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     read = words if lengths is None else 0  # what is encoded is counted in `runtime`, with its tokenizer
-    window = window_of(model_config)
-    rows = largest_rows(config, lengths, window)
-    evaluation = evaluation_of(config, lengths, answered=not workload.labelled, window=window)
-    build = builder_of(config.model, way, model_config, precision, files)
-    several = config.train.batch_size > rows.count or _known(config, lengths).step > rows.tokens
-    micro_batches = max(2 if several else 1, way.together)
+    rows, full, several = _step_of(config, lengths, window_of(model_config))
+    evaluation = evaluation_of(config, lengths, answered=not workload.labelled, model_config=model_config)
+    build, micro_batches = builder_of(config.model, way, model_config, precision, files), max(several, way.together)
 
     def rehearsed(lora: LoraSpec, rows: RowShape = rows) -> Rehearsal:
         with standing_for(precision.device):
@@ -311,7 +313,6 @@ def forecast_run(
                 best_in_memory=not returning and not on_gpu,
             )  # fmt: skip
 
-    full = _filling(config, rows.length, max(rows.length, config.train.micro_tokens), window)
     found, before = _before_steps(config, rehearsed, partial(rehearsed, rows=full))
     load, final = load_peak(model_config, found, precision), found.peaks[FINAL]
     floors = workload.floors(config, on_gpu=on_gpu)
@@ -339,6 +340,14 @@ def forecast_run(
     later = () if on_gpu else _later(found, adapter, runtime + words)  # whose models are compared on the CPU
     trial = together(len(QUICK_FACTORS), searching=False)
     return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
+
+
+def _step_of(config: RunConfig, lengths: RowLengths | None, window: int | None) -> tuple[RowShape, RowShape, int]:
+    """The largest micro-batch of a step, one that more rows than a step's fill, and 2 where a step may have several, else 1."""
+    rows = largest_rows(config, lengths, window)
+    full = _filling(config, rows.length, max(rows.length, config.train.micro_tokens), window)
+    several = config.train.batch_size > rows.count or _known(config, lengths).step > rows.tokens
+    return rows, full, 2 if several else 1
 
 
 def builder_of(spec: ModelSpec, way: Way, model_config: Any, precision: Precision, files: Path | None) -> ModelBuilder:

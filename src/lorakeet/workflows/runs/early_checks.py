@@ -13,7 +13,7 @@ from typing import Any
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images.folder import is_table, require_folder
 from lorakeet.data.locate import locate_model
-from lorakeet.data.read import check_first_record
+from lorakeet.data.read import check_first_record, is_absent
 from lorakeet.data.spec import NO_ROWS, DataSpec
 from lorakeet.formats.adapter_format import require_adapter
 from lorakeet.train.launch import launched
@@ -52,7 +52,8 @@ def _before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
 
 
 def _before_plan(config: RunConfig, options: PlanOptions) -> None:
-    if options.tokens is None and config.kind == "text" and config.data.train != NO_ROWS:
+    names = [name for name in (config.data.train, config.data.held_out, config.data.test) if name]
+    if options.tokens is None and config.kind == "text" and NO_ROWS not in names and not any(map(is_absent, names)):
         _require_rows(config)
     _require_model(config)
 
