@@ -60,8 +60,22 @@ def test_a_lower_loss_alone_is_no_headline_where_replies_were_compared() -> None
     found = verdict_of([replies, lower])
     assert found is not None and found.tone == "none"
     assert found.sentence == (
-        "The answers are not better, though the loss is lower: −2.986 nats a token (−3.026 to −2.946). No difference shown "
+        "No better answers are shown, though the loss is lower: −2.986 nats a token (−3.026 to −2.946). No difference shown "
         "between the adapter and its base: 0.000 exact match (95 % interval −0.040 to +0.040)."
     )
+    worse = verdict_of([comparison("base", "worse", -0.3, metric="exact_match"), lower])
+    assert worse is not None and worse.sentence.startswith("The answers are worse, though the loss is lower")
     better = verdict_of([comparison("base", "better", 0.5, metric="exact_match"), lower])
     assert better is not None and better.sentence.startswith("The adapter beats its base by +0.500 exact match")
+
+
+def test_a_format_that_was_learnt_is_said_where_no_reply_is_right() -> None:
+    """A newcomer's case: valid JSON 1.00 against 0.07, and no value right in any system."""
+    matches = [comparison(name, "no difference shown", 0.0, metric="json_match") for name in ("base", "few-shot base")]
+    nearer = [comparison("base", "better", 0.93, metric="valid_json"), comparison("base", "better", 0.59, metric="chrf")]
+    other = comparison("few-shot base", "no difference shown", -0.02, metric="chrf")
+    found = verdict_of([*matches, *nearer, other])
+    assert found is not None and found.tone == "none"
+    assert found.sentence.endswith(
+        "It gains +0.930 valid JSON (+0.890 to +0.970), and +0.590 chrF (+0.550 to +0.630)."
+    ), found.sentence

@@ -168,6 +168,13 @@ def metrics_shown(main: str) -> tuple[str, ...]:
     return (main, *(name for name in SCORES if name != main and name not in out))
 
 
+def graded_beside(main: str) -> tuple[str, ...]:
+    """The metrics that are compared beside `main`, a share of right replies: how near the others come."""
+    if main == "json_match":
+        return ("valid_json", "chrf")
+    return ("chrf",) if main in ("exact_match", "normalised_match") else ()
+
+
 def measure_replies(replies: Replies, main: str, spec: EvaluateSpec, own: Score | None = None) -> dict[str, Estimate]:
     """Every metric of `replies` with its interval, the main one first; then the shares of FAULTS and the length in words."""
     found = {name: _estimate(reply_scores(replies, name, own), replies, spec) for name in metrics_shown(main)}

@@ -19,6 +19,7 @@ NAMED = {
     NEAREST: "copies of the nearest training answers",
     CONSTANT: "a constant answer",
 }  # systems as a sentence names them
+GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right
 Tone = Literal["better", "mixed", "none", "worse"]
 
 
@@ -57,12 +58,25 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
     phrases = [_first(chosen[0])]
     lower = next((one for one in comparisons if one.metric == "loss" and one.right == chosen[0].right), None)
     if lower is not None and lower.verdict == "better" and chosen[0].verdict != "better" and chosen[0].metric != "loss":
-        said = f"The answers are not better, though the loss is lower{_size(lower)}"
+        answers = "The answers are worse" if chosen[0].verdict == "worse" else "No better answers are shown"
+        said = f"{answers}, though the loss is lower{_size(lower)}"
         phrases = [Phrase(said, _interval(lower, first=False)), replace(phrases[0], text=f". {phrases[0].text}")]
     phrases += [_later(comparison, before) for before, comparison in pairwise(chosen)]
+    if chosen[0].verdict == "no difference shown":
+        phrases += _closer([one for one in comparisons if one.right == chosen[0].right and one.metric in GRADED])
     verdicts = {comparison.verdict for comparison in chosen}
     tones: dict[str, Tone] = {"better": "better", "worse": "worse", "no difference shown": "none"}
     return Verdict(tuple(phrases), tones[chosen[0].verdict] if len(verdicts) == 1 else "mixed")
+
+
+def _closer(graded: Sequence[Comparison]) -> list[Phrase]:
+    """What the adapter gained where no more of its replies match, such as the format."""
+    gained = [one for one in graded if one.verdict == "better"]
+    begun = [". It gains", *(len(gained) - 1) * [", and"]]
+    return [
+        Phrase(f"{start} {signed(one.difference.value)} {metric_words(one.metric).inline}", _interval(one, first=False))
+        for start, one in zip(begun, gained, strict=False)
+    ]
 
 
 def _first(comparison: Comparison) -> Phrase:

@@ -14,7 +14,7 @@ from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.own_metric import OwnMetric
-from lorakeet.evaluate.replies import Replies, Score, compare_replies, main_metric, measure_replies, reply_scores
+from lorakeet.evaluate.replies import Replies, Score, compare_replies, graded_beside, main_metric, measure_replies, reply_scores
 from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.suspects import suspect_labels
@@ -165,7 +165,11 @@ def _with_replies(
     ]
     for each in answered.rivals[1:]:
         found.append(SystemResult(each.system, "floor", measure_replies(each, metric, spec, score), each.note))
-    compared = [compare_replies(answered.adapter, rival, metric, spec, score) for rival in answered.rivals]
+    compared = [
+        compare_replies(answered.adapter, rival, name, spec, score)
+        for name in (metric, *graded_beside(metric))
+        for rival in answered.rivals
+    ]
     return tuple(found), (*compared, *comparisons)
 
 
