@@ -72,10 +72,10 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
 def _closer(graded: Sequence[Comparison]) -> list[Phrase]:
     """What the adapter gained where no more of its replies match, such as the format."""
     gained = [one for one in graded if one.verdict == "better"]
-    begun = [". It gains", *(len(gained) - 1) * [", and"]]
+    starts = [". It gains", *(len(gained) - 1) * [", and"]]
     return [
         Phrase(f"{start} {signed(one.difference.value)} {metric_words(one.metric).inline}", _interval(one, first=False))
-        for start, one in zip(begun, gained, strict=False)
+        for start, one in zip(starts, gained, strict=False)
     ]
 
 
