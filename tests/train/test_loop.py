@@ -161,6 +161,24 @@ def test_the_last_partial_step_is_stepped(tmp_path: Path) -> None:
     assert not torch.equal(before[1], before[2])
 
 
+def test_the_base_s_loss_is_announced_before_it_is_computed(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    class Hearing(Reporter):
+        def base_loss(self, count: int) -> None:
+            events.append(f"{count} rows")
+
+    class Telling(TinyTask):
+        def held_out(self) -> HeldOut | None:
+            events.append("computed")
+            return super().held_out()
+
+    go(tmp_path / "run", SPEC, Telling(SPEC), report=Hearing())
+    assert events[:2] == ["12 rows", "computed"] and events.count("12 rows") == 1
+    go(tmp_path / "none", SPEC, TinyTask(SPEC, held_out=0), report=Hearing())
+    assert events.count("0 rows") == 0
+
+
 def test_clipping_limits_the_step(tmp_path: Path) -> None:
     first = [
         go(tmp_path / name, dataclasses.replace(SPEC, steps=1, clip_norm=limit, epsilon=1.0))[1].parameters()["first.B"]

@@ -16,6 +16,7 @@ HELD_OUT = {"step": 3, "held_out_loss": 1.5, "low": 1.4, "high": 1.6, "n": 64}
 
 def run(reporter: Reporter) -> None:
     reporter.begin(10, done=0)
+    reporter.base_loss(64)
     for step in (1, 2, 3):
         reporter.step({**STEP, "step": step})
     reporter.held_out(HELD_OUT)
@@ -29,6 +30,7 @@ def test_lines_are_rare_and_plain() -> None:
     assert isinstance(reporter, Lines)
     run(reporter)
     assert out.getvalue().splitlines() == [
+        "Step 0: the base's loss on 64 held-out rows.",
         "step 1/10 · loss 1.2500 · 402 tokens/s · 1.49 GiB",
         "step 3: held-out loss 1.5000 (1.4000 to 1.6000, 64 rows)",
         "a [word]",
@@ -41,13 +43,14 @@ def test_the_bar_shows_loss_held_out_loss_speed_and_memory() -> None:
     assert isinstance(reporter, Bar)
     run(reporter)
     shown = out.getvalue()
-    for part in ("step 3/10", "loss 1.2500", "402 tokens/s", "1.49 GiB", "held-out loss 1.5000", "a [word]"):
+    for part in ("step 3/10", "loss 1.2500", "402 tokens/s", "1.49 GiB", "held-out loss 1.5000", "a [word]", "64 held-out rows."):
         assert part in shown
 
 
 def test_pictures_are_counted_as_pictures() -> None:
     out = io.StringIO()
     run(reporter_for(Console(file=out, width=60), words=PICTURES))
+    assert "64 held-out pictures." in out.getvalue()
     assert "402 pictures/s" in out.getvalue() and "1.6000, 64 pictures)" in out.getvalue() and "token" not in out.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
@@ -58,11 +60,24 @@ def parameters(adapter: Adapter) -> int:
 
 
 @pytest.fixture(scope="module")
-def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def said() -> Console:
+    return Console(record=True, width=200, file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory, said: Console) -> Any:
     before = tree(trained)
-    result = compress(CompressOptions(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", **WIDE), console=quiet())
+    result = compress(CompressOptions(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", **WIDE), console=said)
     assert tree(trained) == before
     return result
+
+
+def test_each_size_is_named_before_it_is_measured(compressed: Any, said: Console) -> None:
+    lines, names = said.export_text(clear=False).splitlines(), [point.name for point in compressed.curve.points]
+    sizes = [line for line in lines if line.startswith("Size ")]
+    assert sizes == [f"Size {number} of {len(names)}: {'the ' * (number == 1)}{name}." for number, name in enumerate(names, 1)]
+    weighed = next(number for number, line in enumerate(lines) if line.startswith("The pairs are weighed by "))
+    assert weighed < lines.index(sizes[0]) < next(number for number, line in enumerate(lines) if line.startswith("The rank curve"))
 
 
 def test_a_too_small_budget_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ class Training(Generic[BatchT]):
     def go(self, stop: Interrupt) -> None:
         """Runs all steps, or until the run ends early."""
         if self.at.step == 0:
+            if count := len(self.task.held_out_rows):
+                self.report.base_loss(count)
             self.evaluate()
         while self.at.step < self.total and not self.at.stopped:
             self.step()

@@ -34,6 +34,8 @@ class Reporter:
 
     def step(self, record: Record) -> None: ...
 
+    def base_loss(self, count: int) -> None: ...
+
     def held_out(self, record: Record) -> None: ...
 
     def say(self, text: str) -> None: ...
@@ -41,11 +43,24 @@ class Reporter:
     def close(self) -> None: ...
 
 
-class Bar(Reporter):
-    """One line at the bottom of a terminal: loss, held-out loss, tokens or pictures per second, memory, time left."""
+class Spoken(Reporter):
+    """Says on a console, in plain lines, what takes long and what is unusual."""
 
     def __init__(self, console: Console, words: Words = TEXT) -> None:
         self.console, self.words = console, words
+
+    def base_loss(self, count: int) -> None:
+        self.say(f"Step 0: the base's loss on {count} held-out {self.words.evaluated}.")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Bar(Spoken):
+    """One line at the bottom of a terminal: loss, held-out loss, tokens or pictures per second, memory, time left."""
+
+    def __init__(self, console: Console, words: Words = TEXT) -> None:
+        super().__init__(console, words)
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -68,18 +83,15 @@ class Bar(Reporter):
         self._held_out = f" · held-out {_loss(record['held_out_loss'])}"
         self.console.print(held_out_line(record, self.words), highlight=False)
 
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def close(self) -> None:
         self._bar.stop()
 
 
-class Lines(Reporter):
+class Lines(Spoken):
     """At most one plain line every `every` seconds, and one for each held-out evaluation."""
 
     def __init__(self, console: Console, words: Words = TEXT, *, every: float = 30.0) -> None:
-        self.console, self.words = console, words
+        super().__init__(console, words)
         self.every = every
         self._total = 0
         self._last = -every
@@ -95,9 +107,6 @@ class Lines(Reporter):
 
     def held_out(self, record: Record) -> None:
         self.say(held_out_line(record, self.words))
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def reporter_for(console: Console, *, words: Words = TEXT) -> Reporter:

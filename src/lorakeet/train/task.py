@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -84,6 +84,11 @@ class Task(Protocol[BatchT]):
 
     @property
     def steps_per_epoch(self) -> int: ...
+
+    @property
+    def held_out_rows(self) -> Sequence[Any]:
+        """The rows or pictures of `held_out`."""
+        ...
 
     @property
     def learning_rate(self) -> float:

@@ -159,6 +159,7 @@ def _chosen(
         raise ConfigError(f"--rows is {options.rows}; a cut is weighed by 1 training row or more. Use 256.")
     seed, encoded = settings.train.seed, encode_rows(dataset.train, encoder).examples
     examples = sorted(encoded, key=lambda example: seed_for(seed, f"compress/{example.key}"))[: options.rows]
+    console.print(f"The pairs are weighed by {len(examples)} training rows.", soft_wrap=True)
     found = weighed(opened.adapter, text, settings, examples, options.weighting)
     cuts = _cuts(opened.adapter, plan, found, options.to)
     evaluator = TextEvaluator(settings, text, encoder, dataset.held_out, console, NAME)
@@ -239,12 +240,15 @@ def _curve(
 ) -> tuple[RankCurve, Margin]:
     """Every cut and the uncut adapter on the held-out rows, paired, and the margin within which a cut is as good."""
     rows, spec = evaluator.fitting(), evaluator.config.evaluate
+    evaluator.console.print(f"{len(cuts) + 1} sizes are measured on {len(rows)} held-out rows.", soft_wrap=True)
+    evaluator.console.print(f"Size 1 of {len(cuts) + 1}: the {FULL}.", soft_wrap=True)
     base, full = _scores(evaluator, rows, BASE), _measured(evaluator, rows, prompts, FULL)
     labelled = isinstance(full.scores, Answers)
     count = float(full.scores.tokens.sum()) if isinstance(full.scores, RowLosses) else len(rows)
     margin = Margin(loss=shares[0] * float(per_row(full.scores).sum()) / count, metric=shares[1])
     points = [CurvePoint(FULL, full_parameters, compare_scores(base, full.scores, spec)[-1].difference)]
-    for item in sorted(cuts, key=lambda item: -item.parameters):
+    for number, item in enumerate(sorted(cuts, key=lambda item: -item.parameters), 2):
+        evaluator.console.print(f"Size {number} of {len(cuts) + 1}: {item.name}.", soft_wrap=True)
         with _in_model(evaluator, item) as measuring:
             measured = _measured(measuring, rows, prompts, item.name)
         found = measured.against(full, spec)

@@ -16,6 +16,7 @@ from lorakeet.errors import DataError
 from lorakeet.models.inject import activate
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
+from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, sampled_texts
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import chats, quiet, run, write_rows
@@ -97,7 +98,15 @@ def test_examples_pass_through_the_base_once_a_batch(finished: Any, text: TextMo
         return forward(*args, **settings)
 
     monkeypatch.setattr(decoder, "forward", counting)
+    labels: list[str] = []
+
+    def named_as(console: Any, what: str, total: int) -> Any:
+        labels.append(what)
+        return counted(console, what, total)
+
+    monkeypatch.setattr("lorakeet.workflows.finetuning.evaluate_text.counted", named_as)
     few = evaluator._few_shot(some[:40], some[40:])
+    assert set(labels) == {"few-shot base answers rows"}
     assert few is not None and "up to 7 training rows" in few.note, "all that fit into the context of 256"
     alone = sum(encoder.tokens_of(row) for row in some[:40])
     examples = 7 * encoder.tokens_of(some[0])

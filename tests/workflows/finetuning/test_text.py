@@ -58,6 +58,19 @@ def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path
     assert main(shlex.split(printed[-1].replace("FILE", str(finished.test)))[1:]) == 0
 
 
+def test_the_comparison_with_the_model_s_own_code_is_announced_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, before = Console(record=True, width=80, file=io.StringIO()), list[str]()
+    task: Any = SimpleNamespace(text=None, parameters=dict, train=[])
+    setup: Any = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(keep_prefix_states=False)), residency=SimpleNamespace(budget=None)
+    )
+    monkeypatch.setattr(text_runs, "text_task", lambda _: task)
+    monkeypatch.setattr(text_runs, "record_graphs", lambda *_: None)
+    monkeypatch.setattr(text_runs, "require_own_code", lambda *_: before.append(console.export_text()))
+    KIND.task(setup, RunFolder(Path("run")), console)
+    assert before == ["Comparing the first pass with the model's own code.\n"]
+
+
 def test_the_next_commands_name_the_run(finished: Any) -> None:
     commands = [item.command for item in finished.result.report.next_commands]
     assert commands == [

@@ -137,7 +137,7 @@ class TextEvaluator:
 
     def _answers(self, rows: Sequence[Row], system: str, encoder: Encoder, micro_tokens: int) -> Answers:
         candidates: list[Candidates] = [found for row in rows if (found := encoder.candidates(row)) is not None]
-        activate(self.text.model, None if system == BASE else self.name)
+        activate(self.text.model, None if system in (BASE, FEW_SHOT) else self.name)
         with counted(self.console, f"{system} answers rows", len(candidates)) as advance:
             scores = label_scores(self.text, candidates, micro_tokens=micro_tokens, progress=advance)
         truth = np.array([row.label for row in candidates], dtype=np.int64)
@@ -156,13 +156,13 @@ class TextEvaluator:
 
         order = np.random.default_rng([self.config.evaluate.seed, 5]).permutation(len(known))
         others = [row for index in order if (row := known[index]).source not in chosen and self.encoder.encode(row) is not None]
-        found = self._answers(behind(rows), BASE, limits.encoder, limits.tokens)
+        found = self._answers(behind(rows), FEW_SHOT, limits.encoder, limits.tokens)
         note = f"sees up to {len(examples)} training rows with their labels before each row"
         if len(others) >= CALIBRATION_LEAST:
-            training = self._answers(behind(others[:CALIBRATION_ROWS]), BASE, limits.encoder, limits.tokens)
+            training = self._answers(behind(others[:CALIBRATION_ROWS]), FEW_SHOT, limits.encoder, limits.tokens)
             found = calibrated(found, training)
             note += f"; temperature and label bias fitted to {len(training.truth)} others"
-        return replace(found, system=FEW_SHOT, note=note)
+        return replace(found, note=note)
 
     def _few_shot_limits(self, rows: Sequence[Row]) -> FewShotLimits:
         """Wide ones if all labels have one token: those of several tokens take a pass of each row, which repeats the examples."""

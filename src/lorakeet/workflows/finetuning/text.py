@@ -368,6 +368,7 @@ class TextRunKind(RunKind[TextAssembly]):
         if setup.config.train.keep_prefix_states:
             frozen_depth(task.text)  # raises before anything is written
         if not setup.residency.budget:
+            console.print("Comparing the first pass with the model's own code.", soft_wrap=True)
             task.own_code = require_own_code(task.text, task.parameters(), task.train)
         record_graphs(task.text, task, console)
         return task
