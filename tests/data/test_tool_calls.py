@@ -101,6 +101,25 @@ def test_a_template_that_does_not_write_them_is_refused(
         encoded(OPENAI, byte_tokenizer() if template else byte_tokenizer(None), tmp_path)
 
 
+@pytest.mark.parametrize("record", [OPENAI, SHAREGPT, OLDER], ids=["openai", "sharegpt", "older"])
+def test_a_name_that_is_also_a_word_of_the_conversation_is_no_call(
+    record: dict[str, Any], byte_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    said = json.loads(json.dumps(record).replace("Is it hot in Rome?", "Is the weather hot in Rome?"))
+    with pytest.raises(DataError, match="the chat template leaves out 'weather': it does not write tools or tool calls"):
+        encoded(said, byte_tokenizer(), tmp_path)
+    assert len(encoded(said, byte_tokenizer(WRITES_TOOLS), tmp_path)[1]) == 2
+
+
+def test_rows_with_tools_are_never_sent_to_raw_text(byte_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
+    """It refuses them too."""
+    refuses = WRITES_TOOLS.replace("{% for m", "{% if messages | length > 2 %}{{ raise_exception('no') }}{% endif %}{% for m", 1)
+    upper = WRITES_TOOLS.replace("m['content']", "m['content'] | upper")
+    for template, words in ((refuses, "refuses the turns"), (upper, "changes turn 4")):
+        with pytest.raises(DataError, match=rf"{words}.*or remove the row\.$"):
+            encoded(OPENAI, byte_tokenizer(template), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -19,6 +19,16 @@ def test_first_asks_second_ends_and_handlers_come_back() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_the_first_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with Interrupt():
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.strip() == "Ctrl-C: stops after the current step or evaluation. Ctrl-C again stops at once."
+    with Interrupt() as stop:
+        stop.quiet = True  # one of several processes
+        signal.raise_signal(signal.SIGINT)
+    assert stop.requested == "Ctrl-C" and capfd.readouterr().err == ""
+
+
 def test_a_second_sigterm_goes_to_the_handler_from_before() -> None:
     got: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))

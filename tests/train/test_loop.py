@@ -179,6 +179,22 @@ def test_the_base_s_loss_is_announced_before_it_is_computed(tmp_path: Path) -> N
     assert events.count("0 rows") == 0
 
 
+def test_ctrl_c_in_the_evaluation_of_the_base_stops_before_the_first_step(tmp_path: Path) -> None:
+    stop = Interrupt()
+
+    class Stopping(TinyTask):
+        def held_out(self) -> HeldOut | None:
+            stop.request("Ctrl-C")
+            return super().held_out()
+
+    with pytest.raises(RunStopped, match=r"^Ctrl-C: stopped before the first step. Start it again with: .*--resume"):
+        go(tmp_path / "run", SPEC, Stopping(SPEC), interrupt=stop)
+    assert steps_of(tmp_path / "run") == []
+    go(tmp_path / "run", SPEC, resume=True)
+    go(tmp_path / "whole", SPEC)
+    assert evaluations_of(tmp_path / "run") == evaluations_of(tmp_path / "whole")
+
+
 def test_clipping_limits_the_step(tmp_path: Path) -> None:
     first = [
         go(tmp_path / name, dataclasses.replace(SPEC, steps=1, clip_norm=limit, epsilon=1.0))[1].parameters()["first.B"]

@@ -77,7 +77,8 @@ def test_each_size_is_named_before_it_is_measured(compressed: Any, said: Console
     sizes = [line for line in lines if line.startswith("Size ")]
     assert sizes == [f"Size {number} of {len(names)}: {'the ' * (number == 1)}{name}." for number, name in enumerate(names, 1)]
     weighed = next(number for number, line in enumerate(lines) if line.startswith("The pairs are weighed by "))
-    assert weighed < lines.index(sizes[0]) < next(number for number, line in enumerate(lines) if line.startswith("The rank curve"))
+    curve = next(number for number, line in enumerate(lines) if line.startswith("The rank curve"))
+    assert weighed < lines.index(sizes[0]) < lines.index(sizes[-1]) < curve
 
 
 def test_a_too_small_budget_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:

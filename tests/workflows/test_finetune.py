@@ -285,6 +285,23 @@ def test_ctrl_c_during_evaluation_says_how_to_go_on(
     assert adapter_bytes(out) == adapter and (out / "report.html").is_file()
 
 
+def test_a_second_ctrl_c_in_training_says_how_to_go_on(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakeet.workflows.finetune.train", interrupted)
+    out = tmp_path / "run"
+    with pytest.raises(RunStopped) as stopped:
+        run(tiny_llama_folder, rows, out, {"train.steps": 2})
+    again = f"Resume with: lorakeet finetune --resume {out}"
+    assert str(stopped.value) == f"Ctrl-C: stopped at once, and no checkpoint was written yet. {again}"
+    (out / "checkpoints" / "step-000002").mkdir(parents=True)
+    with pytest.raises(RunStopped, match=r"the newest checkpoint is .*step-000002\. Resume with"):
+        finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
+
+
 def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ def render(row: Row, tokenizer: Tokenizer, spec: DataSpec) -> Rendered:
     """Renders the row and finds its supervised spans; uses the chat template unless it is off or the row is raw text."""
     if is_templated(row, tokenizer, spec):
         return _render_chat(row, tokenizer)
-    if row.tools or any(turn.extra for turn in row.turns):
+    if _has_tools(row):
         raise DataError(
             f"{row.source}: the row has tools or tool calls, which only a chat template can write. Use a model that has one for "
             "tools, set data.chat_template to auto, or remove them."
@@ -98,7 +98,7 @@ def _render_raw(row: Row, spec: DataSpec) -> Rendered:
 
 def _render_chat(row: Row, tokenizer: Tokenizer) -> Rendered:
     text = _apply(row.turns, tokenizer, row)
-    require_written(row, text)
+    require_written(row, lambda renamed: _apply(renamed.turns, tokenizer, renamed))
     marks = end_of_turn_tokens(tokenizer)
     spans: list[tuple[int, int]] = []
     ends = False
@@ -177,14 +177,21 @@ def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, row: Row, generation: bo
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **tools))
     except TemplateError as error:
         roles = ", ".join(turn.role for turn in turns)
+        other = "remove the row" if _has_tools(row) else "set --data.chat_template off"
         raise DataError(
             f"{row.source}: the chat template refuses the turns ({roles}): {error}. Change the turns (some templates accept no "
-            "system prompt, some require user and assistant to alternate), or set --data.chat_template off."
+            f"system prompt, some require user and assistant to alternate), or {other}."
         ) from error
 
 
+def _has_tools(row: Row) -> bool:
+    """Whether only a chat template can write the row."""
+    return bool(row.tools) or any(turn.extra for turn in row.turns)
+
+
 def _unclear(row: Row, number: int) -> DataError:
+    other = "remove the row" if _has_tools(row) else "set --data.chat_template off"
     return DataError(
         f"{row.source}: the chat template changes turn {number + 1} so that its text {row.turns[number].text[:60]!r} cannot be "
-        "found in the result, so its target tokens are unknown. Set --data.chat_template off, or use another template."
+        f"found in the result, so its target tokens are unknown. Use another template, or {other}."
     )

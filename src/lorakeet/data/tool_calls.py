@@ -6,7 +6,8 @@ Calls and descriptions of functions are kept as JSON text, so that rows are hash
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorakeet.data.rows import Row
@@ -80,10 +81,19 @@ def _object(value: object, what: str) -> dict[str, Any]:
     return found
 
 
-def require_written(row: Row, text: str) -> None:
-    """Raises DataError if the chat template has left out a tool or a call."""
+def require_written(row: Row, rendered: Callable[[Row], str]) -> None:
+    """Raises DataError if the chat template, as `rendered` applies it, leaves out a tool or a call.
+
+    A name may also be a word of the conversation, so it is the row with renamed functions that is rendered.
+    """
     messages = [json.loads(turn.extra) for turn in row.turns if turn.extra]
-    if left_out := unwritten(messages, json.loads(row.tools) if row.tools else [], text):
+    tools = json.loads(row.tools) if row.tools else []
+    names = dict.fromkeys(map(_name, _functions(messages, tools)))
+    if not names:
+        return
+    marks = {name: f"lorakeet_{number}_function" for number, name in enumerate(names)}
+    marked = rendered(_renamed(row, marks))
+    if left_out := [name for name, mark in marks.items() if mark not in marked]:
         missing = ", ".join(map(repr, left_out))
         raise DataError(
             f"{row.source}: the chat template leaves out {missing}: it does not write tools or tool calls. Use a model whose "
@@ -93,6 +103,29 @@ def require_written(row: Row, text: str) -> None:
 
 def unwritten(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str) -> list[str]:
     """The names of called and described functions that are not in the text that a chat template made of them."""
+    return list(dict.fromkeys(name for name in map(_name, _functions(messages, tools)) if name not in text))
+
+
+def _functions(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The functions that are called, and those that are described."""
     calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
-    names = [str(each.get("name", "")) for each in (*calls, *(tool.get("function", tool) for tool in tools))]
-    return list(dict.fromkeys(name for name in names if name not in text))
+    return [*calls, *(tool.get("function", tool) for tool in tools)]
+
+
+def _name(function: Mapping[str, Any]) -> str:
+    return str(function.get("name", ""))
+
+
+def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+    """The row with other names of its functions."""
+    tools, extras = json.loads(row.tools or "[]"), [json.loads(turn.extra or "{}") for turn in row.turns]
+    for function in _functions(extras, tools):
+        function["name"] = names[_name(function)]
+    for extra in extras:
+        if extra.get("name") in names:  # of a result
+            extra["name"] = names[extra["name"]]
+    turns = [
+        replace(turn, extra=json.dumps(extra, ensure_ascii=False) if extra else "")
+        for turn, extra in zip(row.turns, extras, strict=True)
+    ]
+    return replace(row, turns=tuple(turns), tools=json.dumps(tools, ensure_ascii=False) if tools else "")

@@ -4,10 +4,11 @@ Elsewhere SIGTERM acts like Ctrl-C."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -15,11 +16,12 @@ from typing import Any
 class Interrupt:
     """A context in which the first SIGINT or SIGTERM only sets `requested`; on exit the previous handlers are restored.
 
-    Python delivers signals to the main thread alone; in another thread (jobs of the web page) `request` replaces the signal.
+    That is said at once on standard error, unless `quiet`. Python delivers signals to the main thread alone; in another thread
+    (jobs of the web page) `request` replaces the signal.
     """
 
     def __init__(self) -> None:
-        self.requested = ""
+        self.requested, self.quiet = "", False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -43,11 +45,19 @@ class Interrupt:
                 signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if not self.quiet:
+            _tell(f"{self.requested}: stops after the current step or evaluation. {self.requested} again stops at once.")
 
     def _restore(self) -> None:
         for which, handler in self._before.items():
             signal.signal(which, handler)
         self._before = {}
+
+
+def _tell(text: str) -> None:
+    """Writes a line to standard error, past its buffer: a handler may run within a write to it."""
+    with suppress(OSError):  # closed
+        os.write(2, f"\n{text}\n".encode())
 
 
 @contextmanager

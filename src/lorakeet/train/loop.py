@@ -87,7 +87,7 @@ def train(
         training.cuda_device = cuda_device_of(training.parameters.values())
     alone = run.locked() if task.processes.first else nullcontext()  # no other process trains in this folder
     with alone, PeakMemory() as memory, interrupt or Interrupt() as stop:
-        training.memory = memory
+        training.memory, stop.quiet = memory, not task.processes.first
         training.open(identity or {}, resume=resume)
         try:
             training.go(stop)
@@ -164,6 +164,9 @@ class Training(Generic[BatchT]):
             if count := len(self.task.held_out_rows):
                 self.report.base_loss(count)
             self.evaluate()
+            if self.processes.any(bool(stop.requested)):  # no step was taken that a checkpoint would keep
+                why = stop.requested or "Another process was interrupted"
+                raise RunStopped(f"{why}: stopped before the first step. Start it again with: {self.run.resume_command}")
         while self.at.step < self.total and not self.at.stopped:
             self.step()
             last = self.at.step == self.total

@@ -25,6 +25,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.train.checkpoint import found as checkpoints
 from lorakeet.train.launch import launched
 from lorakeet.train.log import require_sink
 from lorakeet.train.loop import Outcome, train
@@ -115,7 +116,7 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
     task = kind.task(setup, run, console)
     record, before = kind.split_record(setup), kind.frozen_digests(setup)
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=search))
-    with kind.training(setup, task, run, console):
+    with _stoppable(run), kind.training(setup, task, run, console):
         identity, budget = kind.identity(setup, before), setup.residency.budget.limit
         report = reporter_for(console, words=kind.words)
         outcome = train(task, setup.config.train, run=run, identity=identity, resume=resume, report=report, budget=budget)
@@ -163,6 +164,18 @@ def _reported(
     for item in report.next_commands:
         console.print(f"Next: {item.command}   ({item.purpose})", markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+@contextmanager
+def _stoppable(run: RunFolder) -> Iterator[None]:
+    """A context that turns a second Ctrl-C in training, which stops at once, into RunStopped with what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        newest = next(reversed(checkpoints(run.checkpoints)), None)
+        kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
+        by = str(stopped) or "Ctrl-C"
+        raise RunStopped(f"{by}: stopped at once, and {kept}. Resume with: {run.resume_command}") from None
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_a_given_rate_is_not_tried(tiny_llama_folder: Path, rows: Path, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train__steps": 47}, "a run of 47 steps is too short for a trial of 8"),
+        ({"train__steps": 47}, "a trial (train.rate_trial_steps 12) may take 1/6 of them, which is 7, and needs 8"),
         ({"train__rate_trial_steps": 7}, "train.rate_trial_steps is 7, and a trial needs 8 or more"),
         ({"model__attention": "sdpa"}, "model.attention varlen"),
         ({"lora__target_modules": "q_proj,lm_head"}, "an adapter on lm_head cannot share a batch with others"),

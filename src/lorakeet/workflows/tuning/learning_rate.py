@@ -74,7 +74,10 @@ def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
     if given < FEWEST_STEPS:
         return f"train.rate_trial_steps is {given}, and a trial needs {FEWEST_STEPS} or more"
     if steps < FEWEST_STEPS:
-        return f"a run of {setup.steps} steps is too short for a trial of {FEWEST_STEPS}"
+        return (
+            f"a run of {setup.steps} steps is too short: a trial (train.rate_trial_steps {given}) may take 1/{MOST_OF_A_RUN} of "
+            f"them, which is {steps}, and needs {FEWEST_STEPS}"
+        )
     units = {rows.groups.get(example.key, example.key) for example in rows.search}
     if len(units) < 2:
         return f"{len(units)} {'groups of ' if rows.groups else ''}held-out rows cannot distinguish two rates"
