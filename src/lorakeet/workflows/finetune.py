@@ -154,7 +154,8 @@ def _reported(
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         certificate.write(run.certificate)
         write_report(report, run.path)
-        write_adapter_card(run.adapter, report, certificate, setup=setup, split=kind.split_record(setup))
+        if kind.has_card:
+            write_adapter_card(run.adapter, report, certificate, setup=setup, split=kind.split_record(setup))
     show_results(report, console)
     show_certificate(certificate, console)
     took = "; ".join(f"{phase} {text}" for phase, text in times.texts().items())

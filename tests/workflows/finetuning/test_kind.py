@@ -45,7 +45,7 @@ class LineTask:
     processes, pruning, dtype, learning_rate = ALONE, None, torch.float32, 0.3
 
     def __init__(self, setup: LineAssembly) -> None:
-        self.rows, self.other = numbers(setup.dataset.train), numbers(setup.dataset.held_out)
+        self.rows, self.held_out_rows = numbers(setup.dataset.train), numbers(setup.dataset.held_out)
         self.order = StepOrder(len(self.rows), setup.config.train.batch_size, setup.config.train.seed)
         self.weights, self.steps_per_epoch = Parameter(setup.weights.clone()), self.order.steps_per_epoch
         self.parameters, self.fixed = lambda: {"line.A": self.weights}, dict
@@ -60,7 +60,7 @@ class LineTask:
         return gradients_by_batch(lambda batch: errors(batch, self.weights).sum(), batches, targets)
 
     def held_out(self) -> HeldOut:
-        return HeldOut(errors(self.other, self.weights).detach().double().numpy(), np.ones(len(self.other)))
+        return HeldOut(errors(self.held_out_rows, self.weights).detach().double().numpy(), np.ones(len(self.held_out_rows)))
 
     def save(self, folder: Path) -> None:
         np.savetxt(folder / "line.txt", self.weights.detach().numpy())
