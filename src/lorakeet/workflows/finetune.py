@@ -154,7 +154,7 @@ def _reported(
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         certificate.write(run.certificate)
         write_report(report, run.path)
-        if kind.has_card:
+        if kind.peft_adapter:
             write_adapter_card(run.adapter, report, certificate, setup=setup, split=kind.split_record(setup))
     show_results(report, console)
     show_certificate(certificate, console)

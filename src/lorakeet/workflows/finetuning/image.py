@@ -57,7 +57,7 @@ class ImageRunKind(RunKind[ImageAssembly]):
     """A diffusion model on pictures with captions."""
 
     words = PICTURES
-    has_card = True
+    peft_adapter = True
 
     def plan(self, config: RunConfig, console: Console) -> ImagePlanResult:
         check_settings(config)

@@ -132,7 +132,7 @@ class RunKind(ABC, Generic[AssemblyT]):
 
     words: ClassVar[Words] = TEXT  # what is computed and evaluated, in the plural
     several_processes: ClassVar[bool] = False  # can be started by torchrun
-    has_card: ClassVar[bool] = False  # its adapter is PEFT's, and has a model card
+    peft_adapter: ClassVar[bool] = False  # its adapter is in PEFT's format, and gets a README
     tries_rates: ClassVar[bool] = False  # workflows/tuning can compare learning rates of it
 
     def plan(self, config: RunConfig, console: Console) -> PlanResult:

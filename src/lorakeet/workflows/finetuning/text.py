@@ -315,7 +315,7 @@ class TextRunKind(RunKind[TextAssembly]):
     """A causal language model on rows of text, with labels or without."""
 
     several_processes = True
-    has_card = True
+    peft_adapter = True
     tries_rates = True
 
     def plan(self, config: RunConfig, console: Console) -> TextPlanResult:
