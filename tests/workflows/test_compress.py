@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,6 +183,7 @@ class MadeUpEvaluator:
     text: Any
     encoder: Any
     name: str = ""
+    console: Any = field(default_factory=quiet)
 
     def fitting(self) -> list[int]:
         return list(range(40))
