@@ -113,6 +113,9 @@ NOTES = (
     "After 13d22e2 on purpose: the plan of 7B counts replies to held-out prompts (phases judge and certify, not the peak); "
     "report.json has the floor of characters where cross-validation prefers it, suspect labels, scores of replies, the part that "
     "was evaluated.",
+    "Recorded anew on purpose: plans of runs follow the lengths of the rows, and plans count the few-shot base's longer rows; an "
+    "adapter of a .gguf base names that file in its metadata; report.json has the few-shot base, and intervals of the new tests; "
+    "certificate.json has the check of the first pass.",
 )
 DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most", "training_seconds_at_least"}
