@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import stat
 from pathlib import Path
 
 import pytest
 
 from lorakeet import disk
+from tiny.full_disk import files_up_to
 
 
 @pytest.fixture
@@ -185,13 +185,8 @@ def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
 def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(OSError) as refused:
-            disk.write_whole(path, bytes(5000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with files_up_to(1000), pytest.raises(OSError) as refused:
+        disk.write_whole(path, bytes(5000))
     assert refused.value.errno in disk.FULL
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
 

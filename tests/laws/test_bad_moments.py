@@ -6,13 +6,11 @@ import errno
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.log import read_metrics
 from tiny.forked import Workers, forking
+from tiny.full_disk import files_up_to
 from tiny.runs import QUICK, adapter_bytes, reviews, write_rows
 
 STEPS = 120
@@ -82,17 +81,6 @@ def test_metrics_that_cannot_be_written_are_a_message(
     assert main(["finetune", "--resume", str(run)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"metrics.jsonl could not be written in {run}: the system refused" in said and victim.read_bytes() == before
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """No file may grow above `size` bytes: what a full disk or quota looks like to a process."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +30,11 @@ from lorakeet.train.log import MetricsLog, read_metrics
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions
+from tiny.full_disk import files_up_to
 from tiny.models import save_tiny_llama
 from tiny.portable import text_adapter
 
 QUIET = Console(file=io.StringIO())
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")
