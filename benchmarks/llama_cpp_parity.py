@@ -22,7 +22,7 @@ from rich.console import Console
 
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import encode
-from lorakeet.export.gguf_model import write_gguf
+from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.workflows.convert import convert

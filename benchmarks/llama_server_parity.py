@@ -24,7 +24,7 @@ from rich.console import Console
 
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import encode
-from lorakeet.export.gguf_model import write_gguf
+from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.models.files.source import find_source

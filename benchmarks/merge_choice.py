@@ -27,8 +27,8 @@ from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft as peft_format
-from lorakeet.merge.combine import CombineSpec, combination
-from lorakeet.merge.low_rank import stack_factors, truncate_factors
+from lorakeet.merging.combine import CombineSpec, combination
+from lorakeet.merging.low_rank import stack_factors, truncate_factors
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.workflows.finetune import finetune

@@ -131,7 +131,7 @@ def with_peft(source: Path, folders: Sequence[Path], load: Load, rounds: int) ->
 
 def with_llama(source: Path, folders: Sequence[Path], load: Load, rounds: int, work: Path) -> dict[str, Any]:
     """The same traffic to llama.cpp's server: {"llama.cpp f16 base": numbers, …}."""
-    from lorakeet.export.gguf_model import write_gguf
+    from lorakeet.exporting.gguf_model import write_gguf
     from lorakeet.formats import gguf
     from lorakeet.formats.files.base_model import open_base
     from lorakeet.formats.peft import peft

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
-from lorakeet.merge.requantise import Requantised, round_to_nearest
+from lorakeet.merging.requantise import Requantised, round_to_nearest
 from lorakeet.models.modules import find, replace
 from lorakeet.models.text.folded_weights import fold_layers
 from lorakeet.models.text.gptq_blocks import weight_of

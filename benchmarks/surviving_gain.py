@@ -23,8 +23,8 @@ from rich.console import Console
 
 from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
-from lorakeet.export.gguf_model import DIRECT, write_gguf
-from lorakeet.export.llama_cpp import is_installed, quantise
+from lorakeet.exporting.gguf_model import DIRECT, write_gguf
+from lorakeet.exporting.llama_cpp import is_installed, quantise
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.workflows.merge import merge

@@ -36,7 +36,7 @@ from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
-from lorakeet.merge.combine import CombineSpec, combination
+from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.files.gguf_copy import cache_folder
 from lorakeet.models.image.latent_cache import Captions, encode_images
 from lorakeet.models.image.model import load_image_model, put_image_adapter

@@ -17,7 +17,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.store import StoreWriter
-from lorakeet.merge.merged_folder import MergeResult, merge_into
+from lorakeet.merging.merged_folder import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.export import export
 from lorakeet.workflows.merge import merge

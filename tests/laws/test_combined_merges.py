@@ -17,7 +17,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.peft import peft
-from lorakeet.merge.combine import METHODS, Combination
+from lorakeet.merging.combine import METHODS, Combination
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions

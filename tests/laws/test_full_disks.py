@@ -18,12 +18,12 @@ from rich.console import Console
 from lorakeet.data.split import write_split_record
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.values import put_text
-from lorakeet.export import gguf_model
-from lorakeet.export.gguf_model import write_gguf
-from lorakeet.export.llama_cpp import quantise
+from lorakeet.exporting import gguf_model
+from lorakeet.exporting.gguf_model import write_gguf
+from lorakeet.exporting.llama_cpp import quantise
 from lorakeet.formats.files.safetensors_file import save_tensors, save_text
 from lorakeet.formats.peft import peft
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
 from lorakeet.train.log import MetricsLog, read_metrics

@@ -14,7 +14,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.merge.low_rank import truncate_factors
+from lorakeet.merging.low_rank import truncate_factors
 from lorakeet.models.families import family_of
 from lorakeet.models.inject import adapter_of, inject
 from lorakeet.models.targets import plan_for

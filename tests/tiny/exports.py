@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.export.gguf_model import write_gguf
+from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.text.load import load_tokenizer
 
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from lorakeet.export.llama_cpp import LlamaCpp
+from lorakeet.exporting.llama_cpp import LlamaCpp
 
 MODEL = "tiny"
 KINDS = ("llama.cpp", "vLLM", "OpenAI", "Ollama")

@@ -17,7 +17,7 @@ from rich.console import Console
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.export.gguf_model import DIGEST, NAME
+from lorakeet.exporting.gguf_model import DIGEST, NAME
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.workflows import export as workflow
 from lorakeet.workflows.export import export

@@ -17,7 +17,7 @@ from rich.console import Console
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate
-from lorakeet.merge.extract import Extracted
+from lorakeet.merging.extract import Extracted
 from lorakeet.workflows import extract as workflow
 from lorakeet.workflows.extract import extract
 from lorakeet.workflows.options import ExtractOptions

@@ -20,7 +20,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.formats.peft import peft
-from lorakeet.merge.merged_folder import MergeResult, merge_into
+from lorakeet.merging.merged_folder import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions

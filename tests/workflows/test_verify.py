@@ -19,8 +19,8 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import Check, read_certificate
 from lorakeet.evaluate.report.report import read_report
-from lorakeet.export.llama_cpp import quantise
-from lorakeet.export.runtime_support import Runtime
+from lorakeet.exporting.llama_cpp import quantise
+from lorakeet.exporting.runtime_support import Runtime
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.formats.peft import peft
 from lorakeet.models.text.load import load_tokenizer, read_config

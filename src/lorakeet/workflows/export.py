@@ -17,13 +17,13 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
-from lorakeet.export import ollama
-from lorakeet.export.card import CardFacts, card, licence_of
-from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufModel, write_gguf
-from lorakeet.export.llama_cpp import ModelRefused, is_installed, quantise
-from lorakeet.export.merged_tensors import MergedTensors
-from lorakeet.export.ollama import push, require_address
-from lorakeet.export.runtime_support import features_of_adapter, limits_of
+from lorakeet.exporting import ollama
+from lorakeet.exporting.card import CardFacts, card, licence_of
+from lorakeet.exporting.gguf_model import DIGEST, DIRECT, NAME, GgufModel, write_gguf
+from lorakeet.exporting.llama_cpp import ModelRefused, is_installed, quantise
+from lorakeet.exporting.merged_tensors import MergedTensors
+from lorakeet.exporting.ollama import push, require_address
+from lorakeet.exporting.runtime_support import features_of_adapter, limits_of
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import sha256_of

@@ -21,8 +21,8 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import number
 from lorakeet.formats.peft import peft
-from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.extract import Extracted, extract_adapter
+from lorakeet.merging.checkpoint import open_checkpoint
+from lorakeet.merging.extract import Extracted, extract_adapter
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec

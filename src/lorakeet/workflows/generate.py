@@ -19,7 +19,7 @@ from lorakeet.data.images.folder import png_of
 from lorakeet.disk import write_new
 from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems
 from lorakeet.formats.detect import read_adapter
-from lorakeet.merge.combine import CombineSpec, combination
+from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
 from lorakeet.models.image.sample import Mix, Sampler, draw_latents, require_finite_latents, why_not_mixed
 from lorakeet.models.inject import activate, adapter_names, eject

@@ -23,11 +23,11 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.parity import Parity
 from lorakeet.evaluate.values import encode
 from lorakeet.formats.peft import peft
-from lorakeet.merge.checkpoint import Checkpoint, copy_along, tokenizer_files
-from lorakeet.merge.combine import Combination, Combined, CombineSpec, combination
-from lorakeet.merge.dequantise import open_dequantised, rounding_steps
-from lorakeet.merge.edits import EMBEDDINGS, HEADS
-from lorakeet.merge.merged_folder import Dtype, MergeResult, merge_into, needs_of
+from lorakeet.merging.checkpoint import Checkpoint, copy_along, tokenizer_files
+from lorakeet.merging.combine import Combination, Combined, CombineSpec, combination
+from lorakeet.merging.dequantise import open_dequantised, rounding_steps
+from lorakeet.merging.edits import EMBEDDINGS, HEADS
+from lorakeet.merging.merged_folder import Dtype, MergeResult, merge_into, needs_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec

@@ -21,11 +21,11 @@ from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.export.model_folder import TensorGroup, write_model
+from lorakeet.exporting.model_folder import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.spill import Spill
-from lorakeet.merge.checkpoint import files_along, open_checkpoint
+from lorakeet.merging.checkpoint import files_along, open_checkpoint
 from lorakeet.models.files.origin import packed_readme
 from lorakeet.models.files.quantized import kept_experts, linear_layers, owners, packable, skeleton, with_quantisation
 from lorakeet.models.files.source import find_source

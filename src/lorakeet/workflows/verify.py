@@ -27,9 +27,9 @@ from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.export.merged_tensors import StoredTensor
-from lorakeet.export.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
-from lorakeet.export.tolerances import F16, PRECISIONS
+from lorakeet.exporting.merged_tensors import StoredTensor
+from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
+from lorakeet.exporting.tolerances import F16, PRECISIONS
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.files.source import find_source

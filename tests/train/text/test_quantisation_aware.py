@@ -12,7 +12,7 @@ from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.merge.requantise import Latent, Requantised
+from lorakeet.merging.requantise import Latent, Requantised
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.grids import grid_of

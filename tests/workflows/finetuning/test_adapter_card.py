@@ -15,7 +15,7 @@ import yaml
 
 from lorakeet.data.pack import pack_examples
 from lorakeet.data.split import split_record
-from lorakeet.export.card import licence_of
+from lorakeet.exporting.card import licence_of
 from lorakeet.models.inject import activate
 from lorakeet.workflows.finetuning.adapter_card import NAME, write_adapter_card
 from lorakeet.workflows.runs.open_adapter import open_adapter

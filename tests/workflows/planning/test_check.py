@@ -14,7 +14,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.merged_tensors import PART_BYTES
+from lorakeet.exporting.merged_tensors import PART_BYTES
 from lorakeet.memory.budget import Budget, enough_for
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.models.families import family_of

@@ -20,7 +20,7 @@ from torch import nn
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
-from lorakeet.export import model_folder
+from lorakeet.exporting import model_folder
 from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.budget import BETWEEN_PROCESSES, Budget

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export import model_folder
+from lorakeet.exporting import model_folder
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.store import WeightStore
 from lorakeet.memory.stream import RecordStream

@@ -13,11 +13,11 @@ import torch
 import transformers
 
 from lorakeet.errors import ConfigError
-from lorakeet.export.llama_cpp import LlamaCpp
-from lorakeet.export.tolerances import BF16, F32, Q4
+from lorakeet.exporting.llama_cpp import LlamaCpp
+from lorakeet.exporting.tolerances import BF16, F32, Q4
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.mapped_files import releasing_pages
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.merged_folder import merge_into
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.runs.residency import Residency
 from lorakeet.workflows.verification import artefact as artefacts

@@ -14,9 +14,9 @@ import torch
 
 from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.export.llama_cpp import PASS
-from lorakeet.export.merged_tensors import StoredTensor
-from lorakeet.export.tolerances import F32, Q4
+from lorakeet.exporting.llama_cpp import PASS
+from lorakeet.exporting.merged_tensors import StoredTensor
+from lorakeet.exporting.tolerances import F32, Q4
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import COMPARED, ROW_LOGITS, positions_of_answer

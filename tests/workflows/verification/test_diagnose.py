@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakeet.export.merged_tensors import StoredTensor
+from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.formats.gguf import permute
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.verification.artefact import InTorch, live_side

@@ -14,7 +14,7 @@ import transformers
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.peft import peft
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel

@@ -19,7 +19,7 @@ from lorakeet.core.adapter import Pair
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Check, read_certificate
-from lorakeet.export.tolerances import F16
+from lorakeet.exporting.tolerances import F16
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model, load_tokenizer

@@ -3,7 +3,7 @@
     forwards     y = x·Q(V + s·(B·A − B₀·A₀))ᵀ + b       Q: to the nearest value of the grid
     backwards    ∂Q(W)/∂W = 1                            (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)
 
-V (out, in) is the merged weight just before rounding with error feedback (merge/requantise): with B = B₀ and A = A₀ the layer
+V (out, in) is the merged weight just before rounding with error feedback (merging/requantise): with B = B₀ and A = A₀ the layer
 computes what was packed. V's numbers lie anywhere between the values of the grid, so small changes of A and B change some codes.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import delta, grad_of_b, scale_of, shrink_grad
 from lorakeet.data.chat import Example
-from lorakeet.merge.requantise import Requantised
+from lorakeet.merging.requantise import Requantised
 from lorakeet.models.modules import find, replace
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.grids import FixedGrid

@@ -9,7 +9,7 @@ from lorakeet.data.locate import PACKAGE
 from lorakeet.disk import write_whole
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report
-from lorakeet.export.card import CardFacts, card, licence_of
+from lorakeet.exporting.card import CardFacts, card, licence_of
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.workflows.finetuning.kind import Assembly
 

@@ -24,8 +24,8 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Scores, surviving_share
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.export.model_folder import write_repacked
-from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
+from lorakeet.exporting.model_folder import write_repacked
+from lorakeet.merging.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.generate.score import row_losses

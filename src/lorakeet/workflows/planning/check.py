@@ -29,12 +29,12 @@ from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
 from lorakeet.evaluate.parity import CELLS
-from lorakeet.export.llama_cpp import PASS, context_bytes
-from lorakeet.export.merged_tensors import PART_BYTES
+from lorakeet.exporting.llama_cpp import PASS, context_bytes
+from lorakeet.exporting.merged_tensors import PART_BYTES
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.usage import Usage, add_usage
-from lorakeet.merge.merged_folder import FP32_COPIES
+from lorakeet.merging.merged_folder import FP32_COPIES
 from lorakeet.models.families import family_of
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.source import find_source

@@ -31,7 +31,7 @@ from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.shape_only import ShapeSpill
 from lorakeet.memory.spill import Spill
 from lorakeet.memory.usage import Usage, add_usage
-from lorakeet.merge.requantise import Latent, Requantised, bytes_of_rounding
+from lorakeet.merging.requantise import Latent, Requantised, bytes_of_rounding
 from lorakeet.models.files.gguf_dense import bytes_of_header, bytes_of_unpacking
 from lorakeet.models.files.gguf_validate import require_gguf
 from lorakeet.models.files.packing import packing_of

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorakeet.data.chat import Example
-from lorakeet.export.model_folder import SHARD_BYTES
+from lorakeet.exporting.model_folder import SHARD_BYTES
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.shape_only import ShapeSpill

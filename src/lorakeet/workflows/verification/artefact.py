@@ -21,16 +21,16 @@ from torch import Tensor
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.errors import ConfigError
-from lorakeet.export.gguf_model import GgufTensors
-from lorakeet.export.llama_cpp import PASS, LlamaCpp
-from lorakeet.export.merged_tensors import MergedTensors, StoredTensor, compare_stored
-from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
+from lorakeet.exporting.gguf_model import GgufTensors
+from lorakeet.exporting.llama_cpp import PASS, LlamaCpp
+from lorakeet.exporting.merged_tensors import MergedTensors, StoredTensor, compare_stored
+from lorakeet.exporting.tolerances import F32, PRECISIONS, Allowed, allowed_for
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.gguf_header import begins_as_gguf
 from lorakeet.memory.mapped_files import releasing_pages
-from lorakeet.merge.checkpoint import open_checkpoint
+from lorakeet.merging.checkpoint import open_checkpoint
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec

@@ -18,8 +18,8 @@ from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.evaluate.intervals import share
 from lorakeet.evaluate.parity import ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.export.merged_tensors import StoredTensor
-from lorakeet.export.tolerances import Allowed
+from lorakeet.exporting.merged_tensors import StoredTensor
+from lorakeet.exporting.tolerances import Allowed
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS, distinguishing_endings

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.evaluate.parity import kl_lower_bound
-from lorakeet.export.merged_tensors import StoredTensor
+from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.modules import adapted_layers
 from lorakeet.workflows.verification.artefact import InTorch

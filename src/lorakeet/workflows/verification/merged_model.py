@@ -20,9 +20,9 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, Check, tolerance_check, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Parity, Precision
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
-from lorakeet.merge.combine import Combination, Combined, dense_delta
-from lorakeet.merge.edits import find_shared, fold_change
+from lorakeet.merging.checkpoint import Checkpoint, open_checkpoint
+from lorakeet.merging.combine import Combination, Combined, dense_delta
+from lorakeet.merging.edits import find_shared, fold_change
 from lorakeet.models.modules import find, kind_of, unwrapped
 from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.compare import Side, compare_outputs

@@ -20,7 +20,7 @@ from lorakeet.evaluate.certificate import Check, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.export.tolerances import Allowed
+from lorakeet.exporting.tolerances import Allowed
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch

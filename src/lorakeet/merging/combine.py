@@ -31,7 +31,7 @@ from lorakeet.core.adapter import MODEL_TYPE, Adapter, Pair, TokenRows
 from lorakeet.core.initialise import seed_for
 from lorakeet.core.math import Kind, delta
 from lorakeet.errors import Problems, nearest
-from lorakeet.merge.low_rank import LowRank, stack_factors, truncate_factors, truncate_matrix
+from lorakeet.merging.low_rank import LowRank, stack_factors, truncate_factors, truncate_matrix
 from lorakeet.setting import setting
 
 DELLA_WINDOW = 0.2  # difference of the drop probabilities of a row's smallest and largest entry (ε of the paper)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export import model_folder
-from lorakeet.export.model_folder import TensorGroup, write_model, write_repacked
+from lorakeet.exporting import model_folder
+from lorakeet.exporting.model_folder import TensorGroup, write_model, write_repacked
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.memory.spill import Spill
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout

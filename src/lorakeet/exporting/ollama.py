@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.ollama_templates import recognise
+from lorakeet.exporting.ollama_templates import recognise
 from lorakeet.formats.files.digest import sha256_of
 
 MODEL, ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"

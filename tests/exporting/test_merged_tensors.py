@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.tiled_product import PART, parts
-from lorakeet.export.merged_tensors import PART_BYTES, Fp32Rows, MergedTensors, compare_stored
-from lorakeet.export.tolerances import BF16, F16, F32, PRECISIONS, Q4, Q6, Q8, allowed_for, row_of
+from lorakeet.exporting.merged_tensors import PART_BYTES, Fp32Rows, MergedTensors, compare_stored
+from lorakeet.exporting.tolerances import BF16, F16, F32, PRECISIONS, Q4, Q6, Q8, allowed_for, row_of
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.merged_folder import merge_into
 from tiny.adapters import random_adapter
 from tiny.held import held_bytes
 from tiny.models import tiny_model
@@ -77,7 +77,7 @@ def test_of_a_tensor_that_nothing_changes_a_part_is_held(
     del weight
     base, given = InFile(tmp_path / "wide"), open_safetensors(tmp_path / "narrow")
     whole = compare_stored(base, [("b", given.read("b"))])["b"]
-    monkeypatch.setattr("lorakeet.export.merged_tensors.parts", partial(parts, numbers=number))
+    monkeypatch.setattr("lorakeet.exporting.merged_tensors.parts", partial(parts, numbers=number))
     with held_bytes() as most:
         found = compare_stored(base, [("b", given.rows("b"))])["b"]
     assert found.rounding == pytest.approx(whole.rounding, rel=1e-9) and 1e-3 < found.rounding < 4e-3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.llama_cpp import FILE_TYPES, LlamaCpp, quantise
+from lorakeet.exporting.llama_cpp import FILE_TYPES, LlamaCpp, quantise
 from lorakeet.formats.files.gguf_file import GgufFile
 from tiny.exports import write_model
 from tiny.models import save_tiny_llama
@@ -52,7 +52,7 @@ def test_passes_give_what_one_pass_gives(model: Path, monkeypatch: pytest.Monkey
     with LlamaCpp(model, context=128) as engine:
         whole, text = engine.logits(ids), engine.greedy(ids, 8, frozenset())
         assert len(list(engine.logit_parts(ids))) == 1
-    monkeypatch.setattr("lorakeet.export.llama_cpp.PASS", 16)
+    monkeypatch.setattr("lorakeet.exporting.llama_cpp.PASS", 16)
     with LlamaCpp(model, context=128) as engine:
         parts = list(engine.logit_parts(ids))
         assert [len(part) for part in parts] == [16, 16, 8]

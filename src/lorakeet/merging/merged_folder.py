@@ -18,8 +18,8 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
 from lorakeet.formats.files.whole_output import new_output, require_new
-from lorakeet.merge.checkpoint import CONFIG, Checkpoint, copy_along, files_along, open_checkpoint, write_index
-from lorakeet.merge.edits import Change, Edit, Edits, edits_for
+from lorakeet.merging.checkpoint import CONFIG, Checkpoint, copy_along, files_along, open_checkpoint, write_index
+from lorakeet.merging.edits import Change, Edit, Edits, edits_for
 from lorakeet.quant.gptq_config import OLD_CONFIG
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]

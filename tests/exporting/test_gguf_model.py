@@ -16,11 +16,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from lorakeet.core.tiled_product import PART, parts
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.export.gguf_layout import model_layout
-from lorakeet.export.gguf_model import DIGEST, NAME, _Item, write_gguf
-from lorakeet.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, SPLITS, UNKNOWN, UNUSED, vocabulary_of
-from lorakeet.export.llama_cpp import LlamaCpp
-from lorakeet.export.merged_tensors import PART_BYTES, Fp32Rows
+from lorakeet.exporting.gguf_layout import model_layout
+from lorakeet.exporting.gguf_model import DIGEST, NAME, _Item, write_gguf
+from lorakeet.exporting.gguf_vocabulary import BYTE, CONTROL, NORMAL, SPLITS, UNKNOWN, UNUSED, vocabulary_of
+from lorakeet.exporting.llama_cpp import LlamaCpp
+from lorakeet.exporting.merged_tensors import PART_BYTES, Fp32Rows
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.models.text.load import load_tokenizer
@@ -98,7 +98,7 @@ def test_parts_of_a_tensor_are_written_as_the_whole_is(
         yield from (found := list(parts(shape, 999)))
         cut.append(len(found))
 
-    monkeypatch.setattr("lorakeet.export.gguf_model.parts", few)
+    monkeypatch.setattr("lorakeet.exporting.gguf_model.parts", few)
     assert write_gguf(folder, adapter, tmp_path / "parts.gguf", **given).path.read_bytes() == whole and max(cut) > 5
     for name, rows in GgufFile(tmp_path / "parts.gguf").tensors():
         read = torch.cat([rows[part] for part in parts(tuple(rows.shape), 999)])
@@ -114,7 +114,7 @@ def test_of_a_tensor_that_nothing_changes_a_part_is_held_while_it_is_written(
     save_tensors(tmp_path / "x", {"a": torch.randn(shape).bfloat16()}, metadata={})
     file = open_safetensors(tmp_path / "x")
     number = 1 << 15
-    monkeypatch.setattr("lorakeet.export.gguf_model.parts", partial(parts, numbers=number))
+    monkeypatch.setattr("lorakeet.exporting.gguf_model.parts", partial(parts, numbers=number))
     item = _Item("a", shape, quant, lambda: Fp32Rows(file.rows("a")))
     with (tmp_path / "out").open("wb") as out, held_bytes() as most:
         item.tofile(out)

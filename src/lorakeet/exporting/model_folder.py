@@ -20,7 +20,7 @@ from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, save_text, stored_bytes, stream_safetensors
 from lorakeet.formats.files.whole_output import new_output, require_new
 from lorakeet.memory.spill import Spill
-from lorakeet.merge.checkpoint import CONFIG, SINGLE, Shapes, copy_along, files_along, write_index
+from lorakeet.merging.checkpoint import CONFIG, SINGLE, Shapes, copy_along, files_along, write_index
 from lorakeet.models.files.gguf_packed import file_blocks
 from lorakeet.models.files.stored_tensors import tensor_files
 from lorakeet.models.text.packed_layout import PackedLayout

@@ -11,7 +11,7 @@ from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_chec
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.verdict import Phrase, Verdict
-from lorakeet.export.card import CardFacts, card, licence_of
+from lorakeet.exporting.card import CardFacts, card, licence_of
 
 FACTS = CardFacts(
     title="reviews",

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.tiled_product import PART, RowSource, as_matrix, parts
-from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
-from lorakeet.merge.edits import Edit, Edits, edits_for
+from lorakeet.merging.checkpoint import Checkpoint, open_checkpoint
+from lorakeet.merging.edits import Edit, Edits, edits_for
 
 PART_BYTES = 48 * PART  # peak while two tensors are compared, or one is written, in parts (asserted by tests)
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError
-from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
-from lorakeet.merge.edits import edits_for
+from lorakeet.merging.checkpoint import Checkpoint, open_checkpoint
+from lorakeet.merging.edits import edits_for
 from tiny.adapters import random_pair
 
 SHAPES = {

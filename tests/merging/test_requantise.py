@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lorakeet.core.math import delta, fold
 from lorakeet.core.scratch import SCRATCH
-from lorakeet.merge import requantise
-from lorakeet.merge.requantise import bytes_of_rounding, round_to_nearest, round_with_feedback
+from lorakeet.merging import requantise
+from lorakeet.merging.requantise import bytes_of_rounding, round_to_nearest, round_with_feedback
 from lorakeet.quant import gguf_codes, gptq
 from lorakeet.quant import packed as packed_weights
 from lorakeet.quant.gptq import GptqBase, groups_in_order, quantise_to_nearest

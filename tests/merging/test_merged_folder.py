@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.formats.files import safetensors_file
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.inject import attach
 from tiny.adapters import random_adapter, random_pair
 from tiny.dense import fold_into, folded

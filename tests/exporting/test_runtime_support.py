@@ -10,7 +10,15 @@ import torch
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
-from lorakeet.export.runtime_support import LIMITS, Feature, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
+from lorakeet.exporting.runtime_support import (
+    LIMITS,
+    Feature,
+    Runtime,
+    features_of_adapter,
+    features_of_plan,
+    has_head,
+    limits_of,
+)
 
 
 def pair(rank: int = 4, alpha: float = 12.0, **more: typing.Any) -> Pair:

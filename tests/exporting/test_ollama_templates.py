@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.export.ollama_templates import SAMPLES, recognise, render_conversation, render_go
+from lorakeet.exporting.ollama_templates import SAMPLES, recognise, render_conversation, render_go
 from tiny.models import tiny_tokenizer
 
 LOOP = "{% for m in messages %}"

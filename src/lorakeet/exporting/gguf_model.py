@@ -1,6 +1,6 @@
 """Writes a whole model, with an adapter merged in, as one GGUF file for llama.cpp and Ollama, tensor by tensor.
 
-Each matrix is read, merged in fp32 by `merge/edits`, put in llama.cpp's order, rounded once to its type and written. One matrix
+Each matrix is read, merged in fp32 by `merging/edits`, put in llama.cpp's order, rounded once to its type and written. One matrix
 is in memory at a time, or only some rows if the adapter does not change it. Norms, biases and other vectors stay fp32, as
 llama.cpp needs them.
 """
@@ -21,9 +21,9 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.tiled_product import RowSource, as_matrix, parts
 from lorakeet.errors import Problems
-from lorakeet.export.gguf_layout import ModelLayout, model_layout
-from lorakeet.export.gguf_vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
-from lorakeet.export.merged_tensors import MergedTensors
+from lorakeet.exporting.gguf_layout import ModelLayout, model_layout
+from lorakeet.exporting.gguf_vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
+from lorakeet.exporting.merged_tensors import MergedTensors
 from lorakeet.formats.files.gguf_array import WholeArray
 from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.whole_output import new_output, require_free, require_new
@@ -125,7 +125,7 @@ def write_gguf(
 ) -> GgufModel:
     """Writes the model in `source` with `adapter` merged in to the new file `out`, which appears whole or not at all.
 
-    quant: f32, f16, bf16 or q8_0; other types are made from such a file by `export/llama_cpp`. `facts` go into the metadata,
+    quant: f32, f16, bf16 or q8_0; other types are made from such a file by `exporting/llama_cpp`. `facts` go into the metadata,
     general.name as llama.cpp needs it (`name_for_llama_cpp`).
     ConfigError lists what does not fit or exists already, EnvironmentProblem what the machine lacks.
     """

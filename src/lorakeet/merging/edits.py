@@ -26,7 +26,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import Kind, delta, fold
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import Problems
-from lorakeet.merge.checkpoint import Checkpoint
+from lorakeet.merging.checkpoint import Checkpoint
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 HEADS = ("lm_head", "embed_out")

@@ -10,9 +10,9 @@ import torch
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError
-from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.dequantise import open_dequantised, rounding_steps
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.checkpoint import open_checkpoint
+from lorakeet.merging.dequantise import open_dequantised, rounding_steps
+from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.modules import original_modules
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakeet.core import initialise
-from lorakeet.merge.low_rank import stack_factors, truncate_factors, truncate_matrix
+from lorakeet.merging.low_rank import stack_factors, truncate_factors, truncate_matrix
 
 
 def parts(count: int, out: int = 30, width: int = 20, rank: int = 4) -> list[tuple[torch.Tensor, torch.Tensor, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.export.ollama import OllamaModel, describe_template, push, require_address
+from lorakeet.exporting.ollama import OllamaModel, describe_template, push, require_address
 from tiny.models import tiny_tokenizer
 
 

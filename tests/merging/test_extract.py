@@ -13,9 +13,9 @@ import transformers
 from lorakeet.core.adapter import MODEL_TYPE, Adapter
 from lorakeet.errors import ConfigError
 from lorakeet.formats.peft import peft
-from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.extract import Extracted, extract_adapter
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.checkpoint import open_checkpoint
+from lorakeet.merging.extract import Extracted, extract_adapter
+from lorakeet.merging.merged_folder import merge_into
 from tiny.adapters import random_adapter
 from tiny.dense import change, fold_into
 from tiny.models import tiny_model

@@ -15,7 +15,7 @@ from lorakeet.core.tiled_product import RowSource
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry
-from lorakeet.merge.checkpoint import CONFIG, Checkpoint
+from lorakeet.merging.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
 from lorakeet.models.files.quantized import owners, packable, skeleton
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, stored_quantisation, tensor_files

@@ -13,7 +13,7 @@ import transformers
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError
 from lorakeet.formats.peft import peft
-from lorakeet.merge.combine import (
+from lorakeet.merging.combine import (
     METHODS,
     CombineSpec,
     Contribution,
@@ -23,7 +23,7 @@ from lorakeet.merge.combine import (
     drop_random,
     keep_largest,
 )
-from lorakeet.merge.merged_folder import merge_into
+from lorakeet.merging.merged_folder import merge_into
 from tiny.adapters import random_adapter, random_pair
 from tiny.dense import change
 from tiny.models import tiny_model

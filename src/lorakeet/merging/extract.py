@@ -23,9 +23,9 @@ from lorakeet.core.layers.experts import why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.peft.renamed_targets import model_type_of
-from lorakeet.merge.checkpoint import Checkpoint
-from lorakeet.merge.edits import HEADS, expert_parts, find_shared
-from lorakeet.merge.low_rank import LowRank, truncate_matrix
+from lorakeet.merging.checkpoint import Checkpoint
+from lorakeet.merging.edits import HEADS, expert_parts, find_shared
+from lorakeet.merging.low_rank import LowRank, truncate_matrix
 from lorakeet.models import modules
 
 Progress = Callable[[int, int, str], None]  # parameters done, parameters in all, path of the last

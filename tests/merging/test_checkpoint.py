@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.merge.checkpoint import Checkpoint, copy_along, files_along, open_checkpoint
+from lorakeet.merging.checkpoint import Checkpoint, copy_along, files_along, open_checkpoint
 
 NAMES = [
     "model.layers.0.block_sparse_moe.experts.0.w1.weight", "model.layers.0.block_sparse_moe.gate.weight",
