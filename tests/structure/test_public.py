@@ -98,7 +98,7 @@ def test_every_module_and_public_name_is_documented() -> None:
 def used_definitions() -> set[tuple[str, str]]:
     """(module, name) of every definition that the package imports, reaches through a module, names in its own module, or calls
     by a string or from a template."""
-    found = {(module, name) for name, module in lorakeet._PLACES.items()}
+    found = {tuple(place.split(":")) for place in lorakeet._PLACES.values()}
     for verb in VERBS:
         module, _, name = (verb.function or f"{verb.name}:{verb.name}").partition(":")
         found |= {(f"lorakeet.workflows.{module}", name), (f"lorakeet.workflows.{verb.name}", "config_path")}
@@ -169,10 +169,11 @@ def test_an_attribute_of_the_same_name_is_no_use() -> None:
 def test_what_the_package_offers_can_be_imported_from_it() -> None:
     assert all(getattr(lorakeet, name) is not None for name in lorakeet.__all__)
     stub = ast.parse((SOURCE / "__init__.pyi").read_text(encoding="utf-8"))
-    typed = {node.names[0].name: node.module for node in stub.body if isinstance(node, ast.ImportFrom)}
+    imports = [(node.module, name) for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    typed = {name.asname: f"{module}:{name.name}" for module, name in imports}
     assert typed == lorakeet._PLACES and {*typed, "__version__"} == set(lorakeet.__all__)
     assert lorakeet.read_run is read_run and lorakeet.RunConfig is RunConfig
-    with pytest.raises(AttributeError, match=r"no attribute 'finetnue'; it has LorakeetError, RunConfig"):
+    with pytest.raises(AttributeError, match=r"no attribute 'finetnue'; it has Adapter, Data, Evaluate"):
         _ = lorakeet.finetnue
 
 

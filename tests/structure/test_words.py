@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import lorakeet
 from structure.tree import ROOT, SOURCE, committed_files, named, parsed, source_files
 
 # A private phrase, and what the field says.
@@ -184,9 +185,13 @@ def test_no_class_name_occurs_twice() -> None:
 
 
 def test_no_public_function_name_occurs_twice() -> None:
+    """But for those of a protocol, and for the Python API's, which have the names of the verbs that they call."""
     found = definitions((ast.FunctionDef, ast.AsyncFunctionDef))
-    twice = {name: places for name, places in found.items() if len(places) > 1 and name[0] != "_" and name not in PROTOCOL}
+    below = {name: [place for place in places if not place.startswith("api/")] for name, places in found.items()}
+    twice = {name: places for name, places in below.items() if len(places) > 1 and name[0] != "_" and name not in PROTOCOL}
     assert not twice, twice
+    shared = {name for name, places in found.items() if name[0] != "_" and len(places) > 1 and len(below[name]) == 1}
+    assert shared <= {*lorakeet.__all__}, shared
 
 
 def test_no_folder_has_more_than_24_files() -> None:

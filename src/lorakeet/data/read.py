@@ -143,7 +143,7 @@ def hub_records(name: str) -> Iterator[FileRecord]:
             f"The data set '{identity}' (split '{split or 'train'}') could not be loaded from the hub: {error}. "
             "Check the name and the connection, or give a local file."
         ) from error
-    yield from _dataset_records(loaded, identity)
+    yield from dataset_records(loaded, identity)
 
 
 def folder_records(path: Path, split: str) -> Iterator[FileRecord]:
@@ -165,7 +165,7 @@ def folder_records(path: Path, split: str) -> Iterator[FileRecord]:
             wanted = f"has no split '{split}'" if split else "holds several splits"
             raise DataError(f"'{path}' {wanted}; write '{path}#SPLIT' with one of: {', '.join(names)}.{nearest(split, names)}")
         loaded = loaded[split]
-    yield from _dataset_records(loaded, path.name)
+    yield from dataset_records(loaded, path.name)
 
 
 def _datasets(name: str) -> Any:
@@ -178,8 +178,8 @@ def _datasets(name: str) -> Any:
     return datasets
 
 
-def _dataset_records(loaded: Any, name: str) -> Iterator[FileRecord]:
-    # A ClassLabel column stores numbers; the report shows their names.
+def dataset_records(loaded: Any, name: str) -> Iterator[FileRecord]:
+    """Yields the rows of a datasets.Dataset. A ClassLabel column stores numbers; its names are taken."""
     named = {column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
     for number, values in enumerate(loaded, start=1):
         for column, feature in named.items():

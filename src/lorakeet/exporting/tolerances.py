@@ -18,8 +18,8 @@ Q8_0;
 the largest difference of a log-probability above 1 % is 0.02 (`gap` allows 0.1) and 0.53 (1), so that `gap` is the nearest limit.
 With 8 bits or fewer the logits alone could hide a wrong scale; there `share` detects it: how much of the adapter's change the
 stored weights hold (`exporting/merged_tensors`), which rounding hardly moves. In fp32 ten per cent of the scale or one missing
-layer is 100 times outside (`evaluate/parity`). Gemma's logits differ by 2e-4 of the largest even in F32, because ggml looks its GELU up
-in a table of half-precision numbers.
+layer is 100 times outside (`evaluate/parity`). Gemma's logits differ by 2e-4 of the largest even in F32, because ggml looks its
+GELU up in a table of half-precision numbers.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from lorakeet.evaluate.wording import bytes_text
 
 Record = Mapping[str, float | int | None]
+OnRecord = Callable[[Record], object]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,40 @@ class Lines(Spoken):
 
     def held_out(self, record: Record) -> None:
         self.say(held_out_line(record, self.words))
+
+
+class Calling(Reporter):
+    """Passes each event on to another reporter, then calls a function with a copy of the record of a step or an evaluation."""
+
+    def __init__(self, other: Reporter, on_step: OnRecord | None, on_held_out: OnRecord | None) -> None:
+        self.other, self.on_step, self.on_held_out = other, on_step, on_held_out
+
+    def begin(self, total: int, *, done: int) -> None:
+        self.other.begin(total, done=done)
+
+    def step(self, record: Record) -> None:
+        self.other.step(record)
+        if self.on_step is not None:
+            self.on_step(dict(record))
+
+    def base_loss(self, count: int) -> None:
+        self.other.base_loss(count)
+
+    def held_out(self, record: Record) -> None:
+        self.other.held_out(record)
+        if self.on_held_out is not None:
+            self.on_held_out(dict(record))
+
+    def say(self, text: str) -> None:
+        self.other.say(text)
+
+    def close(self) -> None:
+        self.other.close()
+
+
+def with_calls(reporter: Reporter, on_step: OnRecord | None, on_held_out: OnRecord | None) -> Reporter:
+    """The reporter, which also calls these functions, where there are any."""
+    return reporter if on_step is None and on_held_out is None else Calling(reporter, on_step, on_held_out)
 
 
 def reporter_for(console: Console, *, words: Words = TEXT) -> Reporter:

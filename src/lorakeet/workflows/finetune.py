@@ -30,7 +30,7 @@ from lorakeet.train.launch import launched
 from lorakeet.train.log import require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.processes import joined
-from lorakeet.train.progress import reporter_for
+from lorakeet.train.progress import OnRecord, Reporter, reporter_for, with_calls
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.adapter_card import write_adapter_card
 from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind
@@ -72,11 +72,19 @@ class FinetuneResult:
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
 
 
-def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *, console: Console) -> FinetuneResult:
+def finetune(
+    config: RunConfig,
+    options: FinetuneOptions = FinetuneOptions(),
+    *,
+    console: Console,
+    on_step: OnRecord | None = None,
+    on_held_out: OnRecord | None = None,
+) -> FinetuneResult:
     """Trains, evaluates and certifies; everything is in the run folder `config.out`, or in `options.resume`.
 
     A run whose settings name no learning rate, or with `options.quick`, tries three first (workflows/tuning/learning_rate).
     If torchrun started several processes, all train together and the first one does everything else (train/processes).
+    `on_step` and `on_held_out` are called with each record of a step and of a held-out evaluation, in the first process.
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then contains it).
     """
@@ -101,10 +109,13 @@ def finetune(config: RunConfig, options: FinetuneOptions = FinetuneOptions(), *,
             kind.show(setup, console, dry_run=options.dry_run)
             if options.dry_run:
                 return FinetuneResult(setup, run)
-            return _trained(kind, setup, run, options, console)
+            reporter = with_calls(reporter_for(console, words=kind.words), on_step, on_held_out)
+            return _trained(kind, setup, run, options, console, reporter)
 
 
-def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOptions, console: Console) -> FinetuneResult:
+def _trained(
+    kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOptions, console: Console, report: Reporter
+) -> FinetuneResult:
     """Trains in all processes; evaluates and certifies in the first one, or in all if each has only a shard of the base."""
     processes, resume, search = setup.processes, options.resume is not None, None
     if resume:
@@ -118,7 +129,6 @@ def _trained(kind: RunKind[Any], setup: Any, run: RunFolder, options: FinetuneOp
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=search))
     with _stoppable(run), kind.training(setup, task, run, console):
         identity, budget = kind.identity(setup, before), setup.residency.budget.limit
-        report = reporter_for(console, words=kind.words)
         outcome = train(task, setup.config.train, run=run, identity=identity, resume=resume, report=report, budget=budget)
     setup = kind.trained(setup, task)
     with _evaluating(run), evaluating_together(processes, run, outcome):

@@ -1,0 +1,294 @@
+"""Texts from a base model with adapters: in one batch, each text with its own, or streamed from disk under a memory budget."""
+
+from __future__ import annotations
+
+import queue
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+
+from lorakeet.config import RunConfig
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Encoder
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.shapes import ROLES
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.memory.spec import MemorySpec
+from lorakeet.models.families import family_of
+from lorakeet.models.files.source import find_source
+from lorakeet.models.generate.sample import sample
+from lorakeet.models.inject import activate, adapter_names, eject
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streaming.load import empty_model
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapters import add_adapter
+from lorakeet.models.text.load import load_text_model, read_config
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
+from lorakeet.serve.engine import Engine, Event, Request
+from lorakeet.serve.sampling import Sampling
+from lorakeet.serve.text_stream import TextStream
+from lorakeet.workflows.planning.evaluation import fit_evaluation
+from lorakeet.workflows.planning.forecast_text_run import Workload
+
+Prompt: TypeAlias = "str | Sequence[dict[str, Any]]"
+TOGETHER = 16  # texts of a batch
+ON_MODEL = 32  # adapters that stay on a model between calls
+_LONGEST = 1 << 30  # tokens: a prompt is never truncated without a word
+
+
+def open_generation(spec: ModelSpec, memory: MemorySpec, adapter: Adapter | None, *, context: int) -> TextSource:
+    """The model of `spec`, ready to write; with a budget that its weights exceed, streamed from disk.
+
+    Under a budget a prompt and its reply may have `context` tokens, and an adapter about the size of `adapter`. Raises as
+    `load_text_model` and `fit_budget` do.
+    """
+    if not memory.limit:
+        return BatchedTexts(load_text_model(spec))
+    data = DataSpec(max_tokens=context)
+    config = RunConfig(model=spec, memory=memory, data=data)
+    residency = fit_evaluation(config, adapter or _outline(spec), lambda _: None, Workload(labelled=False))
+    if residency.store is None:
+        return BatchedTexts(load_text_model(spec), context)
+    text = load_text_model(spec, store=residency.store, slots=residency.way.slots, pinned=residency.pinned)
+    return StreamedTexts(text, context)
+
+
+def _outline(spec: ModelSpec) -> Adapter:
+    """An adapter of rank 1 on every linear layer, on the meta device: the least that a plan of an evaluation takes."""
+    config = read_config(find_source(spec, lambda _: None))
+    plan = plan_for(empty_model(config, torch.float32), LoraSpec(rank=1), family_of(config.get_text_config()))
+    with torch.device("meta"):
+        pairs = {
+            entry.path: Pair(torch.empty(entry.shape_a), torch.empty(entry.shape_b), entry.alpha, entry.kind)
+            for entry in plan.entries
+        }
+    return Adapter(pairs)
+
+
+class TextSource(ABC):
+    """A model in memory, with the adapters that were used last."""
+
+    def __init__(self, text: TextModel, context: int | None = None) -> None:
+        self.text, self.context = text, min(filter(None, (context, text.context)), default=None)
+
+    def ids(self, prompt: Prompt, data: DataSpec, *, raw: bool) -> tuple[int, ...]:
+        """The tokens of a prompt, as training encodes it with the settings `data`; as it is with `raw`.
+
+        Raises ConfigError for what is no prompt, and DataError where the chat template refuses it.
+        """
+        turns = _turns(prompt, raw=raw)
+        if raw:
+            ids = self.text.tokenizer.encode(turns[0].text, add_special_tokens=True)
+        else:
+            system = (Turn("system", data.system, False),) if data.system and turns[0].role != "system" else ()
+            settings = DataSpec(train=data.train, max_tokens=_LONGEST, chat_template=data.chat_template, separator=data.separator)
+            row = Row((*system, *turns, Turn("assistant", "ok", True)), None, None, "the prompt")
+            found = Encoder(self.text.tokenizer, settings).question(row)
+            ids = [] if found is None else [int(number) for number in found[0]]
+        if not ids:
+            raise ConfigError(f"The prompt {prompt!r:.80} has no token; it needs at least one.")
+        return tuple(ids)
+
+    def require_fitting(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Raises ConfigError for settings out of range, and for a prompt that leaves no place for a reply."""
+        sampling.check()
+        longest = max(map(len, prompts))
+        if self.context is not None and longest >= self.context:
+            raise ConfigError(
+                f"A prompt has {longest:,} tokens; with at least one to write, at most {self.context - 1:,} fit. Shorten it."
+            )
+
+    @abstractmethod
+    def texts(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None], sampling: Sampling) -> list[str]:
+        """The reply to each prompt, with its own adapter."""
+
+    @abstractmethod
+    def pieces(self, prompt: Sequence[int], adapter: Adapter | None, sampling: Sampling) -> Iterator[str]:
+        """The reply to one prompt, piece by piece."""
+
+    @abstractmethod
+    @contextmanager
+    def active(self, adapter: Adapter | None) -> Iterator[None]:
+        """A context in which the model computes with this adapter."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what is beside the model."""
+
+
+class BatchedTexts(TextSource):
+    """All texts in one batch (serve/engine), with pairs on linear layers."""
+
+    def __init__(self, text: TextModel, context: int | None = None) -> None:
+        super().__init__(text, context)
+        self.live = ServingModel(text)
+        self._names: OrderedDict[int, tuple[str, Adapter]] = OrderedDict()  # by identity of the adapter, the last used last
+        self._count = 0
+        self._engine: Engine | None = None
+
+    def texts(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None], sampling: Sampling) -> list[str]:
+        self.require_fitting(prompts, sampling)
+        names = [self._name(adapter, adapters) for adapter in adapters]
+        engine, events = self._started(prompts, sampling), queue.SimpleQueue[tuple[int, Event]]()
+        jobs, written, left = [], ["" for _ in prompts], set(range(len(prompts)))
+        try:
+            for number, (ids, name) in enumerate(zip(prompts, names, strict=True)):
+                request = Request(tuple(ids), _seeded(sampling, number), {name: 1.0} if name else {})
+                jobs.append(engine.submit(request, partial(_put, events, number)))
+            while left:
+                number, event = events.get()
+                written[number] += event.text
+                if event.reason is not None:
+                    left.discard(number)
+                    _raise_failed(event)
+        finally:
+            for job in jobs:
+                job.cancel()
+        return written
+
+    def pieces(self, prompt: Sequence[int], adapter: Adapter | None, sampling: Sampling) -> Iterator[str]:
+        self.require_fitting([prompt], sampling)
+        name = self._name(adapter, [adapter])
+        engine, events = self._started([prompt], sampling), queue.SimpleQueue[tuple[int, Event]]()
+        job = engine.submit(Request(tuple(prompt), sampling, {name: 1.0} if name else {}), partial(_put, events, 0))
+        try:
+            while True:
+                _, event = events.get()
+                if event.text:
+                    yield event.text
+                if event.reason is not None:
+                    _raise_failed(event)
+                    return
+        finally:
+            job.cancel()
+
+    @contextmanager
+    def active(self, adapter: Adapter | None) -> Iterator[None]:
+        self._stop()  # its thread would compute beside this one
+        self.live.selection.use(self._name(adapter, [adapter]) or None)
+        try:
+            yield
+        finally:
+            self.live.selection.use(None)
+
+    def close(self) -> None:
+        self._stop()
+
+    def _name(self, adapter: Adapter | None, needed: Sequence[Adapter | None]) -> str:
+        """The name of the adapter on the model, to which it is added if it is new; empty for the base."""
+        if adapter is None:
+            return ""
+        if id(adapter) not in self._names:
+            self._count += 1
+            name = f"adapter-{self._count}"
+            self.live.attach(name, adapter)
+            self._names[id(adapter)] = (name, adapter)
+        self._names.move_to_end(id(adapter))
+        in_use = {id(one) for one in needed}
+        for known in [known for known in self._names if known not in in_use][: max(0, len(self._names) - ON_MODEL)]:
+            self.live.detach(self._names.pop(known)[0])
+        return self._names[id(adapter)][0]
+
+    def _started(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Engine:
+        """An engine whose cache is large enough for these texts."""
+        longest = max(map(len, prompts)) + sampling.max_tokens
+        length = -(-longest // 512) * 512 if self.context is None else min(-(-longest // 512) * 512, self.context)
+        slots = min(TOGETHER, len(prompts))
+        found = self._engine
+        if found is None or found.context < length or found.cache.slots < slots or len(prompts) > found.most_waiting:
+            self._stop()
+            found = self._engine = Engine(
+                self.text, self.live.selection, slots=slots, context=length, waiting=max(256, len(prompts))
+            )
+            found.start()
+        return found
+
+    def _stop(self) -> None:
+        if self._engine is not None:
+            self._engine.drain(timeout=0.0)
+            self._engine = None
+
+
+class StreamedTexts(TextSource):
+    """A model whose blocks are streamed from a store: texts with one adapter together, one adapter after the other."""
+
+    def texts(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None], sampling: Sampling) -> list[str]:
+        self.require_fitting(prompts, sampling)
+        if sampling != Sampling(sampling.max_tokens, sampling.temperature, seed=sampling.seed, stop=sampling.stop):
+            raise ConfigError("Where a budget streams the weights, generate takes max_tokens, temperature, seed and stop only.")
+        written = ["" for _ in prompts]
+        for adapter in {id(one): one for one in adapters}.values():
+            numbers = [number for number, one in enumerate(adapters) if one is adapter]
+            with self.active(adapter):
+                found = sample(
+                    self.text, [prompts[number] for number in numbers], max_tokens=sampling.max_tokens, seed=sampling.seed or 0,
+                    temperature=sampling.temperature,
+                )  # fmt: skip
+            for number, ids in zip(numbers, found, strict=True):
+                written[number] = _decoded(self.text, ids.tolist(), sampling)
+        return written
+
+    def pieces(self, prompt: Sequence[int], adapter: Adapter | None, sampling: Sampling) -> Iterator[str]:
+        yield self.texts([prompt], [adapter], sampling)[0]
+
+    @contextmanager
+    def active(self, adapter: Adapter | None) -> Iterator[None]:
+        if adapter is not None:
+            add_adapter(self.text, adapter)
+        try:
+            yield
+        finally:
+            if adapter_names(self.text.model):
+                activate(self.text.model, None)
+                eject(self.text.model)
+
+    def close(self) -> None:
+        if self.text.streamed is not None:
+            self.text.streamed.stream.close()
+
+
+def _turns(prompt: Any, *, raw: bool) -> tuple[Turn, ...]:
+    if isinstance(prompt, str):
+        return (Turn("" if raw else "user", prompt, False),)
+    wanted = "a text, or messages such as {'role': 'user', 'content': 'Hello'}"
+    if raw or not isinstance(prompt, (list, tuple)) or not prompt:
+        raise ConfigError(f"The prompt is {prompt!r:.80}; expected {'a text, since raw is set' if raw else wanted}.")
+    for message in prompt:
+        known = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+        if not known:
+            raise ConfigError(f"A message of the prompt is {message!r:.80}; expected {wanted}; roles are {', '.join(ROLES)}.")
+    return tuple(Turn(message["role"], message["content"], False) for message in prompt)
+
+
+def _put(events: queue.SimpleQueue[tuple[int, Event]], number: int, event: Event) -> None:
+    events.put((number, event))
+
+
+def _raise_failed(event: Event) -> None:
+    if event.reason == "error":
+        raise LorakeetError(event.error)
+
+
+def _seeded(sampling: Sampling, number: int) -> Sampling:
+    """The settings of text `number`: with a seed, each text has its own."""
+    if sampling.seed is None or not number:
+        return sampling
+    return Sampling(**{**vars(sampling), "seed": sampling.seed + number})
+
+
+def _decoded(text: TextModel, ids: list[int], sampling: Sampling) -> str:
+    stream = TextStream(text.tokenizer, sampling.stop)
+    pieces = []
+    for token in ids:
+        pieces.append(stream.add(token))
+        if stream.stopped:
+            break
+    return "".join([*pieces, stream.end()])

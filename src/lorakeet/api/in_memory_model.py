@@ -1,0 +1,54 @@
+"""A transformers model in memory as a folder: runs, merges and certificates read files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakeet.errors import ConfigError
+from lorakeet.kernels.cache import cache_folder
+from lorakeet.models.text.load import load_tokenizer
+from lorakeet.train.durable import new_folder
+
+
+def saved_model(model: Any, tokenizer: Any, folder: str | Path | None) -> Path:
+    """The folder of a transformers model with its tokenizer: written at `folder`, or once in the cache, named by its content.
+
+    Without `tokenizer` it is that of the folder from which the model was loaded. Raises ConfigError for what is no such model.
+    """
+    if hasattr(model, "peft_config"):
+        raise ConfigError("The model carries adapters of PEFT. Take them with lk.from_peft, and load its base: model.unload().")
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        kind = type(model).__name__
+        raise ConfigError(f"model is a {kind}; expected a name, a path, or a transformers model. lk.attach takes any nn.Module.")
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model)
+    path = cache_folder() / "models" / _digest(model) if folder is None else Path(folder)
+    if folder is None and (path / "config.json").is_file():
+        return path
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(f"folder is {path}, which exists already. Choose a new one.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(path) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    return path
+
+
+def _tokenizer_of(model: Any) -> Any:
+    named = Path(str(getattr(model, "name_or_path", "") or ""))
+    if not (named / "tokenizer_config.json").is_file():
+        raise ConfigError("The model in memory has no tokenizer beside it. Give one: lk.load(model, tokenizer=…).")
+    return load_tokenizer(named)
+
+
+def _digest(model: Any) -> str:
+    """A hash of the configuration and of every tensor."""
+    found = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:24]

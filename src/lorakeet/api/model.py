@@ -1,0 +1,211 @@
+"""A base model as a Python value: planned, generated from and measured with any adapter; loaded at first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from lorakeet.api.adapter import AdapterValue
+from lorakeet.api.display import ShownPlan
+from lorakeet.api.generation import Prompt, TextSource, open_generation
+from lorakeet.api.in_memory_model import saved_model
+from lorakeet.api.rows import RowPart, RowSet
+from lorakeet.config import RunConfig, read_run
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Encoder
+from lorakeet.data.locate import locate_model
+from lorakeet.data.spec import NO_ROWS, DataSpec
+from lorakeet.errors import ConfigError
+from lorakeet.memory.allocator import release_free_memory
+from lorakeet.memory.spec import MemorySpec
+from lorakeet.models.generate.score import row_losses
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.model import TextModel
+from lorakeet.serve.sampling import Sampling
+from lorakeet.settings import load as load_settings
+from lorakeet.settings import to_mapping
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.plan import plan
+
+AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
+CONTEXT = 2048  # tokens of a prompt with its reply under a budget
+
+
+def load(
+    model: Any,
+    *,
+    quantize: str = "none",
+    budget: str = "",
+    tokenizer: Any = None,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> BaseModelHandle:
+    """A base model; its weights are read when they are first needed.
+
+    `model`: a hub id, a folder, a .gguf file, 'package:NAME', or a transformers model in memory with its `tokenizer`. Such a
+    model is saved to `folder` (default: in the cache folder), since runs, merges and certificates read files.
+    `quantize`: none, nf4, int8 or gguf. `budget`: memory for everything, such as "2GiB". `settings`: other fields of ModelSpec.
+
+    Raises ConfigError for a wrong setting, and for a path where nothing is.
+    """
+    if not isinstance(model, (str, Path)):
+        model = saved_model(model, tokenizer, folder)
+    elif tokenizer is not None or folder is not None:
+        raise ConfigError(f"tokenizer= and folder= go with a model in memory, but model is {str(model)!r}. Leave them out.")
+    mapping = {"path": str(model), "quantize": quantize, **settings}
+    spec = load_settings(ModelSpec, mapping, where="lk.load")
+    locate_model(spec.path)  # raises for a path where nothing is
+    return BaseModelHandle(spec, load_settings(MemorySpec, {"budget": budget}, where="lk.load"))
+
+
+class BaseModelHandle:
+    """A frozen base model with its settings. Only one method at a time may run."""
+
+    def __init__(self, spec: ModelSpec, memory: MemorySpec = MemorySpec()) -> None:
+        self.spec, self.memory = spec, memory
+        self._opened: TextSource | None = None
+        self._default: AnyAdapter = None
+
+    def __repr__(self) -> str:
+        kept = f", budget {self.memory.budget}" if self.memory.budget else ""
+        packed = "" if self.spec.quantize.method == "none" else f", {self.spec.quantize.method}"
+        return f"Model {self.spec.path}{packed}{kept}{'' if self._opened is None else ', in memory'}"
+
+    def plan(
+        self,
+        lora: LoraSpec = LoraSpec(),
+        *,
+        rows: RowSet | None = None,
+        train: TrainSpec = TrainSpec(),
+        tokens: int | None = None,
+    ) -> ShownPlan:
+        """The memory and time of a run on these rows, phase by phase; no weight is read.
+
+        Without rows, micro-batches are full and rows have data.max_tokens, or `tokens`. Raises ConfigError for settings that do
+        not fit the model.
+        """
+        data = DataSpec(train=NO_ROWS) if rows is None else rows.spec
+        config = RunConfig(model=self.spec, lora=lora, data=data, train=train, memory=self.memory)
+        if tokens is not None:
+            config = config.changed(data={"max_tokens": tokens}, train={"micro_tokens": tokens})
+        config = load_settings(RunConfig, to_mapping(config), where="Model.plan")
+        console = Console(file=StringIO(), record=True, width=110)
+        return ShownPlan(plan(config, console=console), console)
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        adapter: AnyAdapter | Sequence[AnyAdapter] = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        raw: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """The reply to a prompt, or the replies to a list of prompts, computed together.
+
+        A prompt is a text or a list of chat messages ({'role': …, 'content': …}). A text goes through the chat template as one
+        user message, unless `raw`. `adapter`: a run, an adapter or its path; a list gives each prompt its own, None the base.
+        Temperature 0 takes the likeliest token. `sampling`: other fields of Sampling, such as top_p, seed and stop.
+
+        Raises ConfigError for settings out of range, an adapter that does not fit, and a prompt that is too long.
+        """
+        several = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict))
+        prompts: list[Any] = list(prompt) if several else [prompt]
+        adapters = self._adapters(adapter, len(prompts))
+        settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
+        generation = self._generation(adapters)
+        ids = [generation.ids(one, data, raw=raw) for one, (_, data) in zip(prompts, adapters, strict=True)]
+        texts = generation.texts(ids, [one for one, _ in adapters], settings)
+        return texts if several else texts[0]
+
+    def stream(
+        self, prompt: Prompt, *, adapter: AnyAdapter = None, max_tokens: int = 256, temperature: float = 0.0, raw: bool = False,
+        **sampling: Any,
+    ) -> Iterator[str]:  # fmt: skip
+        """The reply piece by piece, as it is written; arguments as in `generate`. Ending the iteration stops it."""
+        [found] = self._adapters(adapter, 1)
+        settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
+        generation = self._generation([found])
+        return generation.pieces(generation.ids(prompt, found[1], raw=raw), found[0], settings)
+
+    def losses(self, rows: RowSet | RowPart, *, adapter: AnyAdapter = None, micro_tokens: int = 2048) -> NDArray[np.float64]:
+        """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given."""
+        part = rows.held_out if isinstance(rows, RowSet) else rows
+        [(found, _)] = self._adapters(adapter, 1)
+        with self.computing_with(found) as text:
+            encoder = Encoder(text.tokenizer, part.spec, part.labels)
+            examples = [example for row in part if (example := encoder.encode(row)) is not None]
+            sums, counts = row_losses(text, examples, micro_tokens=micro_tokens)
+        return np.asarray(sums / counts)
+
+    @contextmanager
+    def computing_with(self, adapter: Adapter | None) -> Iterator[TextModel]:
+        """A context with the loaded model, in which the adapter is active (None: the base alone)."""
+        generation = self._generation([(adapter, DataSpec(train=NO_ROWS))])
+        with generation.active(adapter):
+            yield generation.text
+
+    @contextmanager
+    def using(self, adapter: AnyAdapter) -> Iterator[BaseModelHandle]:
+        """A context in which `generate`, `stream` and `losses` use this adapter where they are given none."""
+        before, self._default = self._default, adapter
+        try:
+            yield self
+        finally:
+            self._default = before
+
+    def release(self) -> None:
+        """Frees the weights; they are read again when they are needed."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+            release_free_memory()
+
+    def _generation(self, adapters: Sequence[tuple[Adapter | None, DataSpec]]) -> TextSource:
+        if self._opened is None:
+            needed = next((one for one, _ in adapters if one is not None), None)
+            self._opened = open_generation(self.spec, self.memory, needed, context=CONTEXT)
+        return self._opened
+
+    def _adapters(self, given: Any, count: int) -> list[tuple[Adapter | None, DataSpec]]:
+        """The adapter of each prompt, with the data settings of its run."""
+        if isinstance(given, (list, tuple)):
+            if len(given) != count:
+                raise ConfigError(f"There are {len(given)} adapters for {count} prompts; give each its own, or one for all.")
+            return [adapter_and_data(one) for one in given]
+        return [adapter_and_data(self._default if given is None else given)] * count
+
+
+def adapter_and_data(given: AnyAdapter) -> tuple[Adapter | None, DataSpec]:
+    """An adapter of a run, a path or a value, with the data settings of its run (defaults if it has none)."""
+    data = DataSpec(train=NO_ROWS)
+    if given is None or isinstance(given, Adapter):
+        return given, data
+    if isinstance(given, (str, Path)):
+        run = RunFolder.around(Path(given))
+        return AdapterValue.read(given), data if run is None else read_run(run.config).data
+    if not isinstance(getattr(given, "adapter", None), Adapter):
+        kind = type(given).__name__
+        raise ConfigError(f"adapter is {given!r:.80} ({kind}); expected a run, an adapter, its path, or None for the base.")
+    return given.adapter, given.config.data
+
+
+def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The sampling settings. Raises ConfigError for an unknown name."""
+    known = Sampling.__dataclass_fields__
+    if unknown := [name for name in sampling if name not in known]:
+        raise ConfigError(f"generate has no argument {unknown[0]!r}; sampling takes {', '.join(known)}.")
+    if isinstance(sampling.get("stop"), (str, list)):
+        stop = sampling["stop"]
+        sampling = {**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    return sampling

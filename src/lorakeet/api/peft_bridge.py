@@ -1,0 +1,44 @@
+"""Adapters to and from PEFT's models in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lorakeet.api.adapter import AdapterValue
+from lorakeet.core.adapter import Adapter
+from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
+from lorakeet.formats.peft import peft
+
+
+def from_peft(model: Any, name: str | None = None) -> AdapterValue:
+    """The adapter `name` (default: the active one) of a PeftModel, as a value.
+
+    Raises ConfigError for what is no PeftModel, an unknown name, and adapters that are not LoRA.
+    """
+    known = dict(getattr(model, "peft_config", {}) or {})
+    if not known or not hasattr(model, "save_pretrained"):
+        raise ConfigError(f"from_peft was given a {type(model).__name__}; expected a PeftModel with an adapter.")
+    chosen = name if name is not None else str(model.active_adapter)
+    if chosen not in known:
+        raise ConfigError(f"The PeftModel has no adapter {chosen!r}; it has {', '.join(known)}.{nearest(chosen, known)}")
+    with TemporaryDirectory() as place:
+        model.save_pretrained(place, selected_adapters=[chosen], save_embedding_layers=False)
+        folder = Path(place) / chosen if (Path(place) / chosen).is_dir() else Path(place)
+        return AdapterValue.of(peft.read(folder))
+
+
+def to_peft(adapter: Adapter, model: Any, name: str = "default") -> Any:
+    """A PeftModel over the transformers model `model`, with `adapter` loaded.
+
+    Raises EnvironmentProblem without PEFT, ConfigError for an adapter that PEFT's layout cannot hold.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise EnvironmentProblem("to_peft needs PEFT; install it with: pip install peft") from error
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "adapter"
+        peft.write(adapter, folder)
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)

@@ -1,0 +1,66 @@
+"""Records in memory as JSON lines: dicts, a pandas.DataFrame, a pyarrow.Table or a datasets.Dataset. Imports none of these."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lorakeet.data.read import dataset_records
+from lorakeet.errors import DataError
+
+_SHOWN = 60  # characters of a value in a message
+
+
+def jsonl_of(records: Any) -> bytes:
+    """The records as JSON lines, one each, in UTF-8.
+
+    Missing values of a table are null, dates are ISO texts. A text alone is a row of plain text. Raises DataError that names
+    the row, for what is no mapping of columns and for values that JSON has not.
+    """
+    lines = []
+    for number, record in enumerate(_records(records), start=1):
+        columns = {"text": record} if isinstance(record, str) else record
+        if not isinstance(columns, Mapping):
+            said = f"{record!r:.{_SHOWN}} ({type(record).__name__})"
+            raise DataError(f"Row {number} is {said}; expected a dict of columns, such as {{'prompt': …}}.")
+        lines.append(json.dumps(_plain(columns, f"row {number}"), ensure_ascii=False) + "\n")
+    if not lines:
+        raise DataError("There are no rows; expected at least one record.")
+    return "".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _records(given: Any) -> Iterator[Any]:
+    """The records of a container; a table's rows are dicts."""
+    if hasattr(given, "to_pylist") and hasattr(given, "column_names"):  # a pyarrow.Table
+        yield from given.to_pylist()
+    elif hasattr(given, "to_dict") and hasattr(given, "columns"):  # a pandas.DataFrame
+        yield from given.to_dict(orient="records")
+    elif hasattr(given, "features") and hasattr(given, "column_names"):  # a datasets.Dataset
+        yield from (record.values for record in dataset_records(given, "rows"))
+    elif isinstance(given, Mapping):
+        names = ", ".join(map(repr, list(given)[:8]))
+        raise DataError(f"The rows are one mapping with {names}; expected a list of dicts, or a part of it: rows['train'].")
+    elif isinstance(given, Iterable):
+        yield from given
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, f"{where}, column {name!r}") for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    if hasattr(value, "tolist") and not isinstance(value, (str, bytes)):  # a number or an array of numpy
+        return _plain(value.tolist(), where)
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if type(value).__name__ in ("NAType", "NaTType"):  # pandas' missing values
+        return None
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    said = f"{value!r:.{_SHOWN}} ({type(value).__name__})"
+    raise DataError(f"{where[0].upper()}{where[1:]} is {said}, which JSON has not; expected a text or a number.")

@@ -1,0 +1,151 @@
+"""Rows as a Python value: a file by name, or records in memory, with how they are formatted and split."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from lorakeet.api.records import jsonl_of
+from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.rows import Row
+from lorakeet.data.spec import DataSpec
+from lorakeet.disk import write_whole
+from lorakeet.errors import ConfigError
+from lorakeet.kernels.cache import cache_folder
+from lorakeet.settings import load as load_settings
+
+_SHOWN, _SHOWN_TEXT = 5, 120  # rows, and characters of each, in a notebook
+_FILES = ("train", "held_out", "test")
+
+
+def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any) -> RowSet:
+    """The rows of a run.
+
+    `source`: a path, 'package:DIST/path', 'hub:owner/name#split', or records: dicts, a pandas.DataFrame, a pyarrow.Table or a
+    datasets.Dataset. `held_out`: the share to hold out, such as 0.1, or held-out rows like `source`. `test`: rows that choose
+    nothing. `settings`: other fields of DataSpec, such as `template`. Records are kept as a file in the cache folder.
+
+    Raises ConfigError for a wrong setting, DataError for records that are no rows.
+    """
+    kept: list[str] = []
+    mapping: dict[str, Any] = dict(settings)
+    for name in _FILES:
+        if name in settings:
+            raise ConfigError(f"lk.rows takes {name} as an argument of its own, not as a setting. Leave {name}= out.")
+    if isinstance(held_out, (int, float)) and not isinstance(held_out, bool):
+        mapping["held_out_fraction"], held_out = held_out, None
+    for name, given in zip(_FILES, (source, held_out, test), strict=True):
+        if isinstance(given, (str, Path)):
+            mapping[name] = str(given)
+        elif given is not None:
+            mapping[name] = str(_stored(given, name))
+            kept.append(name)
+    return RowSet(load_settings(DataSpec, mapping, where="lk.rows"), tuple(kept))
+
+
+def _stored(records: Any, name: str) -> Path:
+    """The records as a file in the cache folder, named by its content."""
+    if not isinstance(records, Iterable):
+        said = f"{records!r:.80} ({type(records).__name__})"
+        raise ConfigError(f"The {name} rows are {said}; expected a path, dicts, a DataFrame, a Table or a Dataset.")
+    text = jsonl_of(records)
+    path = cache_folder() / "rows" / f"{hashlib.sha256(text).hexdigest()[:24]}.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    return path
+
+
+@dataclass(frozen=True)
+class RowPart(Sequence[Row]):
+    """The rows of one part, with the settings and labels that they were read with."""
+
+    rows: tuple[Row, ...]
+    spec: DataSpec
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+    @overload
+    def __getitem__(self, number: slice) -> RowPart: ...
+    def __getitem__(self, number: int | slice) -> Row | RowPart:
+        if isinstance(number, slice):
+            return RowPart(self.rows[number], self.spec, self.labels)
+        return self.rows[number]
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows with their settings; read, split and checked for leaks at the first use of `train`, `held_out` or `test`."""
+
+    spec: DataSpec
+    in_memory: tuple[str, ...] = ()  # the files of the spec that were records in memory
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """All parts, with labels and leaks. Raises ConfigError or DataError, as a run would."""
+        return load_dataset(self.spec)
+
+    @property
+    def train(self) -> RowPart:
+        """The rows that are trained on."""
+        return RowPart(self.dataset.train, self.spec, self.labels)
+
+    @property
+    def held_out(self) -> RowPart:
+        """The rows that choose the checkpoint, and are never trained on."""
+        return RowPart(self.dataset.held_out, self.spec, self.labels)
+
+    @property
+    def test(self) -> RowPart:
+        """The rows that choose nothing."""
+        return RowPart(self.dataset.test, self.spec, self.labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in reporting order; empty if rows have none."""
+        return self.dataset.labels
+
+    def beside(self, out: str) -> DataSpec:
+        """The settings for a run in the folder `out`: what was in memory is a file beside it, so that the run can be run again.
+
+        Raises ConfigError where another file has that place.
+        """
+        places: dict[str, str] = {}
+        for name in self.in_memory:
+            path = Path(f"{out}-{name.replace('_', '-')}-rows.jsonl")
+            content = Path(getattr(self.spec, name)).read_bytes()
+            if path.exists() and path.read_bytes() != content:
+                raise ConfigError(f"{path} has other rows than this run. Remove it, or choose another out.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+            places[name] = str(path)
+        return dataclasses.replace(self.spec, **places)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        data = self.dataset
+        labels = f"; labels {', '.join(f'{label} {count}' for label, count in data.label_counts.items())}" if data.labels else ""
+        left_out = f"; {len(data.leaks.dropped)} training rows left out as copies" if data.leaks.dropped else ""
+        return f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test rows{labels}{left_out}"
+
+    def _repr_html_(self) -> str:
+        """The counts and the first training rows, as a table."""
+        lines = [f"<p>{html.escape(str(self))}</p><table><tr><th>prompt</th><th>answer</th></tr>"]
+        for row in self.train[:_SHOWN]:
+            prompt = " ".join(turn.text for turn in row.turns if not turn.supervised)
+            answer = " ".join(turn.text for turn in row.turns if turn.supervised)
+            lines.append(f"<tr><td>{_cut(prompt)}</td><td>{_cut(answer)}</td></tr>")
+        return "".join([*lines, "</table>"])
+
+
+def _cut(text: str) -> str:
+    return html.escape(text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]}…")

@@ -1,0 +1,233 @@
+"""A run from Python: `finetune`, and what a finished run holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakeet.api.adapter import AdapterValue
+from lorakeet.api.classify import LabelAnswer, classified
+from lorakeet.api.display import page_of, table_of
+from lorakeet.api.model import BaseModelHandle
+from lorakeet.api.model import load as load_model
+from lorakeet.api.rows import RowSet
+from lorakeet.api.rows import rows as rows_of
+from lorakeet.config import RunConfig, read_run
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.split import read_split_record
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.evaluate.report.report import Report, SystemResult, read_report
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.wording import metric_words
+from lorakeet.ranks.spec import RanksSpec
+from lorakeet.settings import load as load_settings
+from lorakeet.settings import to_mapping
+from lorakeet.train.progress import Record
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.finetune import finetune as finetune_run
+from lorakeet.workflows.options import FinetuneOptions
+
+Called = Callable[[Record], object]
+
+
+def finetune(
+    model: BaseModelHandle | RunConfig | str | Path,
+    rows: RowSet | Any = None,
+    *,
+    lora: LoraSpec = LoraSpec(),
+    train: TrainSpec = TrainSpec(),
+    out: str | Path = "runs/lorakeet",
+    on_step: Called | None = None,
+    on_held_out: Called | None = None,
+    **more: Any,
+) -> FinishedRun:
+    """Trains an adapter, evaluates it on rows that it never saw, and certifies it; all of it is in the new folder `out`.
+
+    `model`: what `lk.load` returns, a name or path, or a whole RunConfig, which then holds every setting. `rows`: what
+    `lk.rows` takes or returns. `more`: evaluate=lk.Evaluate(…), ranks=lk.Ranks(…), quiet=True to print nothing.
+    `on_step` is called after each step, and `on_held_out` after each held-out evaluation, with a mapping of the numbers that
+    metrics.jsonl has. OUT/config.yaml is the run file: `lorakeet finetune OUT/config.yaml` does the same again.
+
+    Raises ConfigError, DataError and EnvironmentProblem before anything is trained, RunStopped if the run ends early, and
+    VerificationFailed if the certificate fails.
+    """
+    quiet = bool(more.pop("quiet", False))
+    if isinstance(model, RunConfig):
+        if rows is not None or more:
+            raise ConfigError("A RunConfig has every setting, rows included. Change it with .changed(…), and give it alone.")
+        config = model
+    else:
+        handle = model if isinstance(model, BaseModelHandle) else load_model(model)
+        config = _config(handle, rows, lora=lora, train=train, out=str(out), more=more)
+        handle.release()  # a run reads the weights itself
+    finetune_run(config, FinetuneOptions(), console=Console(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
+    return open_run(config.out)
+
+
+def _config(handle: BaseModelHandle, rows: Any, *, lora: LoraSpec, train: TrainSpec, out: str, more: dict[str, Any]) -> RunConfig:
+    """The settings of the run, checked together."""
+    if rows is None:
+        raise ConfigError("rows is missing; give lk.rows(…), a path, or records.")
+    known = {"evaluate": EvaluateSpec, "ranks": RanksSpec}
+    if unknown := [name for name in more if name not in known]:
+        raise ConfigError(f"finetune has no argument {unknown[0]!r}; it takes lora, train, evaluate, ranks, out, on_step, quiet.")
+    if Path(out, "config.yaml").exists():  # before rows are written beside it
+        RunFolder(Path(out)).require_free()
+    found = rows if isinstance(rows, RowSet) else rows_of(rows)
+    data = found.beside(out)
+    config = RunConfig(model=handle.spec, memory=handle.memory, lora=lora, data=data, train=train, out=out, **more)
+    return load_settings(RunConfig, to_mapping(config), where="lk.finetune")
+
+
+def open_run(path: str | Path) -> FinishedRun:
+    """The run in the folder `path`. Raises DataError where there is none."""
+    folder = RunFolder.at(Path(path))
+    if folder is None:
+        raise DataError(f"{path} is no run: it has no config.yaml. Give the folder that finetune wrote.")
+    return FinishedRun(Path(path), read_run(folder.config))
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder as a value: its settings, adapter, report and certificate, each read at first use."""
+
+    path: Path
+    config: RunConfig
+
+    @property
+    def folder(self) -> RunFolder:
+        """The paths within the run."""
+        return RunFolder(self.path)
+
+    @cached_property
+    def adapter(self) -> AdapterValue:
+        """The best adapter by held-out loss."""
+        return AdapterValue.read(self.path, quiet=True)
+
+    @cached_property
+    def report(self) -> ShownReport:
+        """The measurements; in a notebook, the page itself."""
+        return ShownReport(read_report(self.folder.report))
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """What was compared with the trained adapter, and by how much it differs."""
+        return read_certificate(self.folder.certificate)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: a mapping for each step and held-out evaluation."""
+        return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+
+    @cached_property
+    def model(self) -> BaseModelHandle:
+        """The base that the adapter was trained on."""
+        return BaseModelHandle(dataclasses.replace(self.config.model, device="auto"), self.config.memory)
+
+    @cached_property
+    def rows(self) -> RowSet:
+        """The rows of the run, split as they were."""
+        return RowSet(self.config.data)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the training rows, in reporting order; empty if rows have none."""
+        found = read_split_record(self.folder.split).get("labels")
+        return tuple(map(str, found)) if isinstance(found, list) else ()
+
+    def classify(self, texts: Sequence[str | Mapping[str, Any]]) -> list[LabelAnswer]:
+        """The label of each text, with its probability; of each record, if the template has other columns than the text."""
+        with self.model.computing_with(self.adapter) as text:
+            return classified(text, texts, self.config.data, self.labels, micro_tokens=self.config.train.micro_tokens)
+
+    def generate(self, prompt: Any, **settings: Any) -> Any:
+        """`model.generate` with this run's adapter."""
+        return self.model.generate(prompt, adapter=self, **settings)
+
+    def __str__(self) -> str:
+        said = self.report.value.verdict.sentence if self.report.value.verdict else "not evaluated"
+        proved = "certificate passed" if self.certificate.passed else "certificate FAILED"
+        return f"Run {self.path}: {said} ({proved})"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self}</p>{self.report.table()}"
+
+
+class ShownReport:
+    """A report whose systems are attributes: `report.adapter.accuracy` prints 0.805 [0.762, 0.842] n=379."""
+
+    def __init__(self, value: Report) -> None:
+        self.value = value
+
+    @property
+    def adapter(self) -> ShownSystem:
+        """The adapter's metrics."""
+        return self._of_role("adapter")
+
+    @property
+    def base(self) -> ShownSystem:
+        """The base's metrics."""
+        return self._of_role("base")
+
+    def __getitem__(self, name: str) -> ShownSystem:
+        found = next((system for system in self.value.systems if system.name == name), None)
+        if found is None:
+            known = ", ".join(repr(system.name) for system in self.value.systems)
+            raise KeyError(f"The report has no system {name!r}; it has {known}.")
+        return ShownSystem(found)
+
+    def _of_role(self, role: str) -> ShownSystem:
+        found = next((system for system in self.value.systems if system.role == role), None)
+        if found is None:
+            raise AttributeError(f"The report has no {role}.")
+        return ShownSystem(found)
+
+    def table(self) -> str:
+        """The systems and their metrics as an HTML table."""
+        names = list(dict.fromkeys(name for system in self.value.systems for name in system.metrics))
+        head = ("", *(metric_words(name) for name in names))
+        body = [(system.name, *(system.metrics.get(name, "") for name in names)) for system in self.value.systems]
+        return table_of([head, *body])
+
+    def __str__(self) -> str:
+        lines = [self.value.title]
+        for system in self.value.systems:
+            lines.append(f"  {system.name}: " + ", ".join(f"{name} {value}" for name, value in system.metrics.items()))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return page_of(self.value)
+
+
+class ShownSystem:
+    """One system of a report; its metrics are attributes."""
+
+    def __init__(self, value: SystemResult) -> None:
+        self.value = value
+
+    def __getattr__(self, name: str) -> Any:
+        metrics = self.__dict__["value"].metrics if "value" in self.__dict__ else {}
+        if name not in metrics:
+            raise AttributeError(f"{name!r} was not measured; there are {', '.join(metrics) or 'no metrics'}.")
+        return metrics[name]
+
+    def __dir__(self) -> Sequence[str]:
+        return [*super().__dir__(), *self.value.metrics]
+
+    def __str__(self) -> str:
+        return f"{self.value.name}: " + ", ".join(f"{name} {value}" for name, value in self.value.metrics.items())
+
+    __repr__ = __str__

@@ -1,0 +1,98 @@
+"""A base model from Python: planned, generated from with adapters, streamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lorakeet as lk
+from api.conftest import Shared
+from lorakeet.errors import ConfigError, DataError, LorakeetError
+from lorakeet.models.generate.sample import sample
+
+QUESTION = "alder birch cedar GOOD"
+
+
+def test_replies_are_the_greedy_ones(shared: Shared) -> None:
+    """The reply is what `sample` writes after the prompt as training encodes it, base and adapter in one batch."""
+    model = shared.model
+    both = model.generate([QUESTION, QUESTION], adapter=[None, shared.run], max_tokens=8)
+    assert both[0] == model.generate(QUESTION, max_tokens=8)
+    assert both[1] == shared.run.generate(QUESTION, max_tokens=8)
+    assert both[1] == model.generate(QUESTION, adapter=shared.run.adapter, max_tokens=8)
+    assert both[0] != both[1]
+    with model.computing_with(shared.run.adapter) as text:
+        asked = [{"role": "user", "content": QUESTION}]
+        prompt = text.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        [ids] = sample(text, [prompt], max_tokens=8, temperature=0)
+    assert both[1] == text.tokenizer.decode(ids, skip_special_tokens=True)
+    message = [{"role": "user", "content": QUESTION}]
+    assert model.generate(message, adapter=shared.run, max_tokens=8) == both[1]
+    assert model.generate([message], adapter=shared.run.path, max_tokens=8) == [both[1]]
+
+
+def test_pieces_are_the_reply(shared: Shared) -> None:
+    settings = {"max_tokens": 12, "temperature": 0.9, "seed": 3}
+    whole = shared.model.generate(QUESTION, adapter=shared.run, **settings)
+    pieces = list(shared.model.stream(QUESTION, adapter=shared.run, **settings))
+    assert "".join(pieces) == whole and len(pieces) > 1
+    first = next(iter(shared.model.stream(QUESTION, adapter=shared.run, **settings)))
+    assert first == pieces[0] and shared.model.generate(QUESTION, adapter=shared.run, **settings) == whole
+
+
+def test_seeds_differ_by_prompt(shared: Shared) -> None:
+    settings = {"max_tokens": 12, "temperature": 1.5, "seed": 3}
+    one, two = shared.model.generate([QUESTION, QUESTION], **settings)
+    assert one != two and [one, two] == shared.model.generate([QUESTION, QUESTION], **settings)
+
+
+def test_a_raw_text_goes_on_as_it_is(shared: Shared) -> None:
+    with shared.model.computing_with(None) as text:
+        [ids] = sample(text, [text.tokenizer.encode("alder birch")], max_tokens=6, temperature=0)
+    assert shared.model.generate("alder birch", raw=True, max_tokens=6) == text.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_under_a_budget_replies_are_the_same(shared: Shared, tiny_llama_folder: Path) -> None:
+    model = lk.load(tiny_llama_folder, dtype="float32", budget="4GiB")
+    assert model.generate(QUESTION, adapter=shared.run, max_tokens=8) == shared.run.generate(QUESTION, max_tokens=8)
+    model.release()
+    with pytest.raises(ConfigError, match="4KiB"):
+        lk.load(tiny_llama_folder, dtype="float32", budget="4KiB").generate(QUESTION)
+
+
+def test_the_plan_shows_itself(shared: Shared) -> None:
+    plan = shared.model.plan(lk.Lora(rank=4), rows=shared.rows)
+    assert plan.peak > 0 and plan.fits is None and "Peak of the run" in str(plan) and plan._repr_html_().startswith("<pre>")
+    larger = shared.model.plan(lk.Lora(rank=4), tokens=100)
+    assert larger.peak != plan.peak
+
+
+def test_a_model_says_what_it_is(shared: Shared, tiny_llama_folder: Path) -> None:
+    assert repr(lk.load(tiny_llama_folder, quantize="nf4", budget="2GiB")) == f"Model {tiny_llama_folder}, nf4, budget 2GiB"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": [None, None]}, "2 adapters for 1 prompts"),
+        ({"adapter": 5}, r"adapter is 5 \(int\); expected a run, an adapter"),
+        ({"adapter": "nowhere"}, "nowhere does not exist"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temprature": 1}, "no argument 'temprature'"),
+        ({"prompt": [{"role": "usr", "content": "x"}]}, "A message of the prompt is"),
+        ({"prompt": ["x" * 4000]}, "tokens; with at least one to write, at most 255 fit"),
+    ],
+)
+def test_mistakes_are_one_message(shared: Shared, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(LorakeetError, match=message):
+        shared.model.generate(**{"prompt": QUESTION, "max_tokens": 4, **settings})
+
+
+def test_wrong_models_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        lk.load(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"quantize\.method in lk.load is 'nf5'"):
+        lk.load(tmp_path, quantize="nf5")
+    with pytest.raises(ConfigError, match="tokenizer= and folder= go with a model in memory"):
+        lk.load(tmp_path, folder="x")
