@@ -63,6 +63,18 @@ def flash() -> Iterator[Any]:
         yield kernel
 
 
+@pytest.fixture
+def second_generator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A generator on the CPU that torch takes for that of a CUDA device."""
+    import torch
+
+    make, found = torch.Generator, torch.Generator()
+    monkeypatch.setattr(torch, "Generator", lambda _="cpu": make())
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: found.get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: found.set_state(state))
+    return found
+
+
 @pytest.fixture(scope="session")
 def forked() -> Iterator[Any]:
     """A process that forks several, as torchrun starts them (tiny/together.Together)."""

@@ -21,10 +21,14 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 @dataclass(frozen=True)
 class Budget:
-    """The most bytes that may be in use, and the text that the user gave. `Budget()` is no limit, and false: everything fits."""
+    """The most bytes that may be in use, and the text that the user gave. `Budget()` is no limit, and false: everything fits.
+
+    `free` names the device whose free memory this is, where the user gave none.
+    """
 
     bytes: int = _MOST
     text: str = ""
+    free: str = ""
 
     @classmethod
     def parse(cls, text: str | None) -> Budget:
@@ -36,6 +40,11 @@ class Budget:
 
     def __str__(self) -> str:
         return self.text or "no limit"
+
+    @property
+    def sentence(self) -> str:
+        """What there is, as the first part of a sentence."""
+        return f"{self.text} of memory are free on {self.free}" if self.free else f"The memory budget is {self}"
 
     @property
     def limit(self) -> int | None:

@@ -129,7 +129,8 @@ def _extended(one: UsageSegment, other: UsageSegment, further: int) -> Iterator[
         return
     # A loop over all blocks: the largest of its start, end and peak bounds all of its moments.
     tops = [max(range(len(segment.moments)), key=lambda moment: segment.moments[moment].bytes) for segment in (one, other)]
-    if tops[0] != tops[1] and len(one.moments) - tops[0] != len(other.moments) - tops[1]:
+    later, more = tops[1] - tops[0], len(other.moments) - len(one.moments)
+    if later not in (0, more) and not 0 < later < more:  # before the loop, after it, or between two
         raise UnevenRuns(f"{one.event} of block {one.block} in '{one.phase}' has its peak at another moment with more blocks")
     peaks = one.moments[tops[0]], other.moments[tops[1]]
     for left, right in ((one.moments[0], other.moments[0]), (one.moments[-1], other.moments[-1]), peaks):

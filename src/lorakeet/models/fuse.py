@@ -23,7 +23,9 @@ from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
 from lorakeet.models.frozen_prefix import PrefixBlock
+from lorakeet.models.recomputed import RecomputedBlock
 
+AROUND = (PrefixBlock, RecomputedBlock)  # they wrap a block, fused or not
 _PROBE_ROWS = 5
 _PROBE_LENGTHS = (4, 3)  # tokens of the two rows that probe an attention
 _WIDTH = 8  # width of the small copy that is probed if a model has no numbers
@@ -59,8 +61,8 @@ def fuse_blocks(model: nn.Module, family: Family, kind: type[DecodeBlock | Train
     for number in range(blocks):
         path = f"{prefix}.{number}"
         current = modules.find(model, path)
-        prefix_block = current if isinstance(current, PrefixBlock) else None
-        block = current if prefix_block is None else prefix_block.original
+        around = current if isinstance(current, AROUND) else None
+        block = current if around is None else around.original
         if type(block) is kind:
             count += 1
             continue
@@ -69,8 +71,8 @@ def fuse_blocks(model: nn.Module, family: Family, kind: type[DecodeBlock | Train
         if block is None or not _is_plain(block, training=kind is TrainedBlock):
             continue
         fused = kind(block).train(block.training)
-        if prefix_block is not None:
-            prefix_block.original = fused
+        if around is not None:
+            around.original = fused
         else:
             modules.replace(model, path, fused)
         count += 1
@@ -117,7 +119,7 @@ def unfuse(model: nn.Module) -> None:
     """Removes all fused modules."""
     for path, module in list(modules.original_modules(model)):
         current = modules.find(model, path)
-        if isinstance(current, PrefixBlock):
+        if isinstance(current, AROUND):
             current.original = module
         elif isinstance(current, (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock, TrainedBlock)):
             modules.replace(model, path, module)

@@ -199,7 +199,7 @@ def test_the_certificate_reads_the_base_again_but_not_under_a_budget() -> None:
 def test_within_a_budget_the_certificate_computes_with_two_adapters_and_reads_beside_three(computing: int, copies: int) -> None:
     """The value that is read has gone when the model computes; of an adapter larger than what computing takes it is the peak."""
     kept, judge = (add_usage(Usage(), base=1000, adapter=400, scratch=scratch) for scratch in (0, computing))
-    found: Any = SimpleNamespace(plan=SimpleNamespace(parameters=100), packed=True, largest=25, peaks={FINAL: judge})
+    found: Any = SimpleNamespace(plan=SimpleNamespace(parameters=100), packed=25, largest=1000, peaks={FINAL: judge})
     peak = certified_within(found, kept, 400)
     assert peak.kinds == {"base": 1000, "adapter": copies * 400, "scratch": computing}
 

@@ -29,9 +29,9 @@ from lorakeet.workflows.planning.text_run import (
     Batches,
     TextRun,
     bytes_moved,
-    fit_text_run,
     streaming_ways,
 )
+from lorakeet.workflows.planning.unbound_text_run import fit_text_run
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.runs.residency import RESIDENT, Residency, Way
 from tiny.memory_plans import same_runtime

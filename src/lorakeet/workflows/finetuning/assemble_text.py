@@ -18,6 +18,7 @@ from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import release_free_memory
+from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
@@ -29,7 +30,7 @@ from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, reads_weights
-from lorakeet.workflows.planning.text_run import fit_text_run
+from lorakeet.workflows.planning.unbound_text_run import fit_text_run
 from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
 from lorakeet.workflows.runs.residency import Residency
@@ -103,7 +104,8 @@ def assemble_text(
         )
     say = partial(console.print, markup=False, soft_wrap=True)
     rows = EncodedRows(config, (dataset.train, dataset.held_out, dataset.test), dataset.labels, say)
-    residency = fit_text_run(config, say, dataclasses.replace(rows.workload(members), lora=largest))
+    workload = dataclasses.replace(rows.workload(members), lora=largest)
+    residency = fit_text_run(config, say, workload, processes)
     device = config.model.device
     sharded = config.train.shard and processes.count > 1  # a device holds its shard only: the whole model is loaded on the host
     model = dataclasses.replace(config.model, device="cpu") if sharded else config.model
@@ -116,7 +118,12 @@ def assemble_text(
             "model.dtype is float16, in which only image models are trained: text runs have no loss scale, so small gradients "
             "would become 0. Train with bfloat16 or float32."
         )
+    way = residency.way
+    if way.recomputed:
+        recompute_blocks(text.model, text.family, keep=way.slots)
     config = resolved(rows.config, text)
+    if way.micro_tokens is not None:
+        config = config.changed(train={"micro_tokens": way.micro_tokens})
     if sharded:
         config = config.changed(model={"device": device})
     plan = plan_for(text.model, config.lora, text.family)

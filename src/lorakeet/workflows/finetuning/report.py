@@ -158,7 +158,8 @@ def memory_use(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     ]
     if budget:
         what = "the whole run" if device is None else "training and evaluation"
-        used.append(MemoryUse(f"{what}, against memory.budget", budget.limit, whole))
+        bound = "what was free" if budget.free else "memory.budget"
+        used.append(MemoryUse(f"{what}, against {bound}", budget.limit, whole))
     if budget and device is not None:
         used.append(MemoryUse(f"CUDA context on {device}, and other processes there", CONTEXT, bytes_beside_torch(device)))
         used.append(MemoryUse("the process's own memory on the host", None, peak_bytes()))

@@ -368,7 +368,7 @@ class TextRunKind(RunKind[TextAssembly]):
         task = text_task(setup)
         if setup.config.train.keep_prefix_states:
             frozen_depth(task.text)  # raises before anything is written
-        if not setup.residency.budget:
+        if setup.residency.unrestricted:
             console.print("Comparing the first pass with the model's own code.", soft_wrap=True)
             task.own_code = require_own_code(task.text, task.parameters(), task.train)
         record_graphs(task.text, task, console)
@@ -427,7 +427,7 @@ class TextRunKind(RunKind[TextAssembly]):
         )
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
-        one_base = setup.sharded or bool(setup.residency.budget)
+        one_base = setup.sharded or setup.residency.one_base
         model, spec = None if one_base else setup.config.model, setup.config.evaluate
         found = certify_text(setup.text, run.adapter, setup.held_out.examples, before=before, model=model, spec=spec)
         return with_own_code(found, setup.own_code)

@@ -29,7 +29,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 from lorakeet.workflows.runs.output_paths import folder_above, store_folder
-from lorakeet.workflows.runs.residency import P, Residency, Way, with_more
+from lorakeet.workflows.runs.residency import RESIDENT, P, Residency, Way, with_more
 
 Say = Callable[[str], None]
 
@@ -116,7 +116,7 @@ def choose(work: BudgetedWork[P], budget: Budget) -> WayChoice[P]:
         return WayChoice(way, plan, plan.peak <= budget.bytes, tuple(tried), why)
     slots = min(way.slots, plan.blocks)
     more = min(plan.blocks - slots, plan.more_blocks(budget.bytes))
-    filled = with_more(plan, more * plan.block_bytes, "base", plan.growing)
+    filled = with_more(plan, more * plan.block_bytes, plan.slot_kind, plan.growing)
     return WayChoice(replace(way, slots=slots + more), filled, plan.peak <= budget.bytes, tuple(tried), why)
 
 
@@ -147,13 +147,40 @@ def fit_budget(work: BudgetedWork[P], budget: Budget, say: Say) -> Residency[P]:
     except NotPlanned as error:
         option = work.option
         raise ConfigError(f"{option} cannot be kept without a plan of the memory: {error} Leave {option} out.") from error
+    found = _chosen(work, choice, budget, say)
+    if gpu is not None:
+        limit_gpu_memory(gpu, budget.bytes)
+    return found
+
+
+def fit_free(work: BudgetedWork[P], free: Budget, say: Say) -> Residency[P]:
+    """How `work` fits into what is free on its device, where no budget was given; printed, unless all fits on a CPU.
+
+    Raises ConfigError and EnvironmentProblem as `fit_budget`, but for a model that cannot be planned: that goes as it is.
+    """
+    try:
+        choice = choose(work, free)
+    except NotPlanned as error:
+        say(f"{error} How much memory the run takes is not known before it has run.")
+        return Residency()
+    if work.device.type == "cpu":
+        if choice.fits and choice.way == RESIDENT:
+            return Residency(plan=choice.plan)
+        return_freed_memory()
+    return _chosen(work, choice, free, say)
+
+
+def _chosen(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget, say: Say) -> Residency[P]:
+    """The chosen way, which is printed. Raises ConfigError where none fits, and for too little host memory or disk."""
     if not choice.fits:
         raise ConfigError(too_small_text(work, choice, budget))
+    gpu = None if work.device.type == "cpu" else work.device
     way, plan = choice.way, choice.plan
     pinned = way.streamed and gpu is not None and work.keep == "host" and way.slots < plan.blocks
     if way.streamed:
         _require_disk(work, way, plan)
-    say(f"Memory: {bytes_text(plan.peak)} planned of {budget} for {work.what}: {work.words(way, plan)}.")
+    of = f"{budget} free on {budget.free}" if budget.free else str(budget)
+    say(f"Memory: {bytes_text(plan.peak)} planned of {of} for {work.what}: {work.words(way, plan)}.{_why(choice, budget)}")
     if way.streamed and gpu is not None:
         size, line = host_memory(work, way, plan)
         if size > machine_bytes():
@@ -162,9 +189,15 @@ def fit_budget(work: BudgetedWork[P], budget: Budget, say: Say) -> Residency[P]:
                 "or lower train.batch_size."
             )
         say(line)
-    if gpu is not None:
-        limit_gpu_memory(gpu, budget.bytes)
     return Residency(budget, way, plan, work.folder if way.streamed else None, gpu, pinned, work.remedy)
+
+
+def _why(choice: WayChoice[P], budget: Budget) -> str:
+    """Why the preferred way was not taken, where no budget was given; empty where it was."""
+    preferred, plan = choice.tried[0]
+    if not budget.free or choice.way == preferred:
+        return ""
+    return f" With nothing saved it would be {bytes_text(plan.peak)}, in phase '{plan.highest.name}'."
 
 
 def require_space_to_unpack(spec: ModelSpec, budget: Budget, option: str) -> None:
@@ -193,11 +226,11 @@ def too_small_text(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget) 
     """The budget, the least that works and what would help."""
     least, how = choice.plan, "with all weights in memory"
     if choice.way.streamed:
-        whole = [plan.peak for way, plan in choice.tried if not way.streamed and way.longest == choice.way.longest]
+        whole = [plan.peak for way, plan in choice.tried if not way.streamed and way.longest == choice.way.longest][:1]
         how = "with blocks streamed from disk" + "".join(f" ({enough_for(peak)} with all weights in memory)" for peak in whole)
     why = f" {choice.why_no_more}" if choice.why_no_more else ""
     return (
-        f"The memory budget is {budget}, but {work.what} takes at least {enough_for(least.peak)} in phase "
+        f"{budget.sentence}, but {work.what} takes at least {enough_for(least.peak)} in phase "
         f"'{least.highest.name}', {how}{work.size_words()}.{why} {work.advice()}"
     )
 

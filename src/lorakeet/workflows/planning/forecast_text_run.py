@@ -27,11 +27,12 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.store import CPU
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.stored_tensors import stored_dtype
+from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config, streamed_model_from_config
-from lorakeet.models.text.model import COUNTS, context_of, padded_count, token_logprobs
+from lorakeet.models.text.model import COUNTS, TextModel, context_of, padded_count, token_logprobs
 from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
@@ -100,6 +101,15 @@ class TextRunPlan(MemoryPlan):
     base: int  # bytes
     rate_trial: Phase | None = None  # three adapters in training (tuning/learning_rate), tried only where memory allows it
     together: Callable[[int], Phase] | None = None  # a search with so many adapters in training (workflows/tune)
+    alone: Phase | None = None  # the certificate on the base that was trained on, where `forecast` has that of two bases
+    alike: int = 0  # blocks, if all are equal
+
+    def with_one_base(self) -> TextRunPlan:
+        """The same with the certificate of one base."""
+        if self.alone is None:
+            return self
+        phases = tuple(self.alone if phase.name == CERTIFY else phase for phase in self.forecast.phases)
+        return replace(self, forecast=Forecast(phases), alone=None)
 
     def searching(self, members: int) -> TextRunPlan:
         """The same with the phase in which `members` adapters are trained together; as it is for one."""
@@ -319,27 +329,28 @@ def forecast_run(
     adapter = VALUE * finished_plan(config, found.plan).parameters
     kept = add_usage(Usage(), base=found.base, adapter=adapter)
     evaluated = add_usage(larger_usage(final, add_usage(kept, scratch=0 if on_gpu else INTERVALS)), runtime=floors)
-    again = certified_within(found, kept, adapter)
-    if not returning:  # a second base and tokenizer are beside the first: loaded, or compared with it
-        loading = add_usage(kept, **load.kinds, runtime=words)
-        again = larger_usage(loading, add_usage(final, base=found.base, adapter=2 * adapter, runtime=words))
+    alone = certified_within(found, kept, adapter)
+    again = alone if returning else certified_beside(found, kept, adapter, load=load, words=words)
     steps = {name: peak for name, peak in with_importance(config, found).items() if name in (STEP, EVALUATE, CHECKPOINT)}
-    held = {LOAD: load, **before, **steps, FINAL: evaluated, CERTIFY: add_usage(again, runtime=floors)}
+    held = {LOAD: load, **before, **steps, FINAL: evaluated}
     phases = phases_on_gpu if on_gpu else phases_of
-    run = phases(held, runtime + read, returning=returning, trimmed_before=(STEP, FINAL) if before else (FINAL,))
+
+    def run_with(certified: Usage) -> tuple[Phase, ...]:
+        whole = held | {CERTIFY: add_usage(certified, runtime=floors)}
+        return phases(whole, runtime + read, returning=returning, trimmed_before=(STEP, FINAL) if before else (FINAL,))
 
     def together(members: int, *, searching: bool = True) -> Phase:
         held = while_trying(config, found, rows, members, searching=searching)
         return phases({SEARCH: held}, runtime + read, returning=returning)[0]
 
+    run = run_with(again)
+    about: dict[str, Any] = {"together": together, "alone": run_with(alone)[-1], "alike": found.alike}
     if way.streamed:
-        size = allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes
-        return TextRunPlan(
-            Forecast(run), found.plan, rows, found.work, found.base, together=together, blocks=found.blocks, block_bytes=size
-        )
+        about |= {"blocks": found.blocks, "block_bytes": allocated_bytes(found.block_bytes) if on_gpu else found.block_bytes}
+        return TextRunPlan(Forecast(run), found.plan, rows, found.work, found.base, **about)
     later = () if on_gpu else _later(found, adapter, runtime + words)  # whose models are compared on the CPU
     trial = together(len(QUICK_FACTORS), searching=False)
-    return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
+    return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, **about)
 
 
 def _step_of(config: RunConfig, lengths: RowLengths | None, window: int | None) -> tuple[RowShape, RowShape, int]:
@@ -352,9 +363,20 @@ def _step_of(config: RunConfig, lengths: RowLengths | None, window: int | None) 
 
 def builder_of(spec: ModelSpec, way: Way, model_config: Any, precision: Precision, files: Path | None) -> ModelBuilder:
     """Makes the model of `spec` on shapes, with all of its blocks or a few, in memory or streamed as `way` says."""
-    make = partial(streamed_model_from_config, slots=way.slots) if way.streamed else model_from_config
+    make: Callable[..., TextModel] = model_from_config
+    if way.streamed:
+        make = partial(streamed_model_from_config, slots=way.slots)
+    elif way.recomputed:
+        make = partial(_recomputed_from_config, keep=way.slots)
     settings: dict[str, Any] = {"products": precision.products, "attention": spec.attention, "quantize": precision.quantize}
     return ModelBuilder(partial(make, name=spec.path, dtype=precision.dtype, files=files, **settings), model_config)
+
+
+def _recomputed_from_config(config: Any, *, keep: int, **settings: Any) -> TextModel:
+    """The model in memory, all of whose blocks but the last `keep` are computed again in the backward pass."""
+    text = model_from_config(config, **settings)
+    recompute_blocks(text.model, text.family, keep=keep)
+    return text
 
 
 def _before_steps(
@@ -378,9 +400,15 @@ def certified_within(found: Rehearsal, kept: Usage, adapter: int) -> Usage:
     """The peak of a certificate on the live base: what is read has gone when anything computes, until then it stands beside
     the pairs that it becomes.
     """
-    unpacked = torch.float32.itemsize * found.largest if found.packed else 0  # the buffer of all packed weights
+    unpacked = torch.float32.itemsize * found.packed  # the buffer of all packed weights
     reading = add_usage(kept, adapter=2 * adapter, scratch=unpacked)
     return larger_usage(reading, add_usage(found.peaks[FINAL], adapter=adapter))
+
+
+def certified_beside(found: Rehearsal, kept: Usage, adapter: int, *, load: Usage, words: int) -> Usage:
+    """The peak of a certificate with a second base and tokenizer (`words`) beside the first: loaded, or compared with it."""
+    loading = add_usage(kept, **load.kinds, runtime=words)
+    return larger_usage(loading, add_usage(found.peaks[FINAL], base=found.base, adapter=2 * adapter, runtime=words))
 
 
 def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Usage:

@@ -102,11 +102,12 @@ class Rehearsal:
     peaks: Mapping[str, Usage]
     parameters: int  # numbers in the frozen model, packed ones counted one by one
     largest: int  # numbers in its largest matrix
-    packed: bool = False  # whether any of its matrices is
+    packed: int = 0  # numbers in its largest packed matrix, if there is one
     work: Work = field(default_factory=Work)
     best_in_memory: bool = True  # whether the peaks hold the best values so far (train/checkpoint)
     blocks: int = 0  # that are streamed
     block_bytes: int = 0  # of each of the places that they come into
+    alike: int = 0  # blocks of the model, if all are equal and a few of them stood for all
     cast_at_once: int = 0  # numbers in as many of its largest matrices as a file of another dtype is read at once
 
     def being_cast(self, stored: torch.dtype, kept: torch.dtype) -> int:
@@ -213,7 +214,7 @@ def _rehearsed(
 
     try:
         return replace(
-            other, plan=plan, base=of_all(one.base, other.base), blocks=blocks if other.blocks else 0,
+            other, plan=plan, base=of_all(one.base, other.base), blocks=blocks if other.blocks else 0, alike=blocks,
             peaks=extrapolate_peaks(moments, more_moments, FEW, wanted=blocks),
             work=Work(of_all(one.work.flops, other.work.flops), of_all(one.work.written, other.work.written)),
             parameters=of_all(one.parameters, other.parameters),
@@ -264,7 +265,7 @@ class _Rehearsing:
             _evaluate(text, evaluation, self.blocks)
         ledger.close()
         parameters = weights_in(text.model) - self.plan.parameters
-        packed = any(isinstance(module, PackedBase) for module in text.model.modules())
+        packed = max((math.prod(module.shape) for module in text.model.modules() if isinstance(module, PackedBase)), default=0)
         base, matrices = ledger.in_use["base"], matrix_sizes(text.model)
         largest = matrices[0]
         at_once = largest + sum(matrices[:AT_ONCE])  # a head that is the embedding table may lie in the file by itself

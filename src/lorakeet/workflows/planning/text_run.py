@@ -14,7 +14,7 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text.load import read_config
-from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, way_text
+from lorakeet.workflows.planning.fit import BudgetedWork, way_text
 from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
     Precision,
@@ -28,8 +28,8 @@ from lorakeet.workflows.planning.forecast_text_run import (
     text_runtime_bytes,
     window_of,
 )
-from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned, RowShape
-from lorakeet.workflows.runs.residency import FEWEST, RESIDENT, MemoryPlan, Residency, Way, with_more
+from lorakeet.workflows.planning.rehearse_text import STEP, RowShape
+from lorakeet.workflows.runs.residency import FEWEST, RESIDENT, MemoryPlan, Way, with_more
 
 STATES_ON_THE_WAY = 3  # of a micro-batch, about: a block's input, its output, and what else the decoder hands to it
 MOST_TOGETHER = 4  # micro-batches: each adds some 5 s to the rehearsal of 32 blocks
@@ -86,20 +86,6 @@ def _estimated(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int)
                 return
 
 
-def fit_text_run(config: RunConfig, say: Callable[[str], None], workload: Workload | None = None) -> Residency[TextRunPlan]:
-    """How a run keeps memory.budget. With a `workload` it is planned without a budget too, on the CPU. Raises as `fit_budget`."""
-    run = TextRun(config, workload or Workload(), say)
-    if config.memory.limit:
-        return fit_budget(run, config.memory.limit, say)
-    if workload is None or run.device.type != "cpu":
-        return Residency()
-    try:
-        return Residency(plan=run.plan(RESIDENT))
-    except NotPlanned as error:
-        say(f"{error} How much memory the run takes is not known before it has run.")
-        return Residency()
-
-
 class TextRun(BudgetedWork[TextRunPlan]):
     """A run, or a search, whose model is read from `files` if given: what `lorakeet plan` knows of a model that is not here."""
 
@@ -145,7 +131,12 @@ class TextRun(BudgetedWork[TextRunPlan]):
     @cached_property
     def batches(self) -> Batches:
         """The largest micro-batch of a step, and how many a step has at most."""
-        rows, text = self.rows, self.model[0].get_text_config()
+        return self.batches_of(None)
+
+    def batches_of(self, micro_tokens: int | None) -> Batches:
+        """The same with another train.micro_tokens, if one is given."""
+        config, text = self.with_tokens(micro_tokens), self.model[0].get_text_config()
+        rows = largest_rows(config, self.lengths, window_of(self.model[0]))
         state = rows.tokens * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
         return Batches(math.ceil(self.config.train.batch_size / rows.count), state)
 
@@ -162,13 +153,22 @@ class TextRun(BudgetedWork[TextRunPlan]):
     def plan(self, way: Way) -> TextRunPlan:
         """What the run takes that way; each way is rehearsed once."""
         if way not in self._plans:
-            config, files = self.model
+            model_config, files = self.model
+            config = self.with_tokens(way.micro_tokens)
             found = forecast_run(
-                self.config, config, precision_of(self.config), runtime=self.runtime(streamed=way.streamed), files=files,
-                returning=bool(self.config.memory.limit), workload=self.workload, way=way,
+                config, model_config, precision_of(config), runtime=self.runtime(streamed=way.streamed), files=files,
+                returning=self.returning(way), workload=self.workload, way=way,
             )  # fmt: skip
             self._plans[way] = found.searching(self.workload.members)
         return self._plans[way]
+
+    def returning(self, way: Way) -> bool:
+        """Whether a process that goes this way gives freed memory back."""
+        return bool(self.config.memory.limit)
+
+    def with_tokens(self, micro_tokens: int | None) -> RunConfig:
+        """The settings with another train.micro_tokens, if one is given."""
+        return self.config if micro_tokens is None else self.config.changed(train={"micro_tokens": micro_tokens})
 
     def words(self, way: Way, plan: TextRunPlan) -> str:
         """The way, the micro-batches at once, and where the inputs of blocks are."""
@@ -185,7 +185,12 @@ class TextRun(BudgetedWork[TextRunPlan]):
     def size_words(self) -> str:
         members, rank = self.workload.members, self.config.lora.rank
         several = f" and {members} adapters of rank {rank} in training at once" if members > 1 else ""
-        return f", with micro-batches of {self.rows.tokens:,} tokens{several}"
+        return f", with micro-batches of {self.smallest_batch:,} tokens{several}"
+
+    @property
+    def smallest_batch(self) -> int:
+        """Tokens of the smallest micro-batch that is tried."""
+        return self.rows.tokens
 
     def advice(self) -> str:
         more = "--together, --rank-choices, " if self.workload.members > 1 else ""
@@ -199,10 +204,12 @@ def precision_of(config: RunConfig) -> Precision:
     return Precision(dtype, products_for(config.model, dtype, device), config.model.quantize, device)
 
 
-def why_not_streamed(config: RunConfig) -> str:
+def why_not_streamed(config: RunConfig, processes: int = 1) -> str:
     """Why a run cannot stream its blocks, with the remedy; empty where it can. Pairs are cut, and rows measured, on a model in
     memory only.
     """
+    if processes > 1:
+        return f"Its blocks cannot be streamed: {processes} processes train together. Start one, or set train.shard."
     if config.ranks.choose == "prune":
         return (
             "Its blocks cannot be streamed: ranks.choose is prune, which cuts pairs of a model in memory. Take ranks.choose "

@@ -30,7 +30,10 @@ class Way:
     """One way to use a model: with all of its weights in memory, or with its blocks streamed from a store."""
 
     streamed: bool = False
-    slots: int = FEWEST  # blocks in memory, if streamed
+    slots: int = FEWEST  # blocks in memory, if streamed; if blocks are computed again, those that are not
+    recomputed: bool = False  # whether blocks keep their input alone and are computed again in the backward pass
+    micro_tokens: int | None = None  # in place of train.micro_tokens
+    one_base: bool = False  # whether the certificate makes do with the base that was trained on
     together: int = 0  # micro-batches of a training step that pass through a block while it is in memory; 0 for all
     spilled: bool = False  # whether hidden states between blocks are on disk, or, of a model on a GPU, in host memory
     longest: int | None = None  # tokens of a row that a check compares, if longer rows do not fit
@@ -48,6 +51,7 @@ class MemoryPlan:
     blocks: int = field(default=0, kw_only=True)  # that are streamed
     block_bytes: int = field(default=0, kw_only=True)  # of one slot
     growing: Collection[str] | None = field(default=None, kw_only=True)  # phases that use further slots; None for all
+    slot_kind: str = field(default="base", kw_only=True)  # of the bytes of a slot
 
     @property
     def highest(self) -> Phase:
@@ -81,15 +85,30 @@ def with_more(plan: P, size: int, kind: str, phases: Collection[str] | None) -> 
 
 @dataclass(frozen=True)
 class Residency(Generic[P]):
-    """How a memory budget is kept. Without a budget everything stays in memory."""
+    """How a memory budget is kept. Without a budget, or less free memory than everything takes, all stays in memory."""
 
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = field(default_factory=Budget)  # given, or what was free
     way: Way = RESIDENT
     plan: P | None = None  # None if nothing was planned
     folder: Path | None = None  # of stores and scratch files
     gpu: torch.device | None = None  # the CUDA device whose memory the budget bounds; None for that of the process
     pinned: bool = False  # whether blocks stay in pinned host memory once they were read
     remedy: str = OF_A_RUN  # for a full disk
+
+    @property
+    def given(self) -> bool:
+        """Whether the user gave a budget."""
+        return bool(self.budget) and not self.budget.free
+
+    @property
+    def one_base(self) -> bool:
+        """Whether one base alone fits, also in the certificate."""
+        return self.given or self.way.one_base
+
+    @property
+    def unrestricted(self) -> bool:
+        """Whether the run goes as it would with any amount of memory."""
+        return not self.given and self.way == RESIDENT
 
     @property
     def planned(self) -> int | None:

@@ -24,6 +24,7 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.train import schedule
 from lorakeet.train.text.multi_adapter import why_not_together
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
+from lorakeet.workflows.runs.residency import RESIDENT
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, space_for
 from lorakeet.workflows.tuning.trials import RISE, SearchBudget, SearchRows, Trial, Trials, groups_by_key
 
@@ -86,10 +87,11 @@ def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
     if setup.sharded:
         return "train.shard is on, and a trial needs the whole base"
     kept = setup.residency
-    if kept.plan is None or kept.store is not None:
-        return "memory.budget is set, and the memory of a trial is not known" if kept.budget else ""
+    if kept.plan is None or kept.store is not None or kept.way.recomputed:
+        bound = "memory.budget is set" if kept.given else "memory is short"
+        return f"{bound}, and the memory of a trial is not known" if kept.way != RESIDENT or kept.budget else ""
     most, what = kept.budget.limit, "memory.budget"
-    if most is None:
+    if not kept.given or most is None:
         most, what = _usable(setup.device), f"is free on {setup.device}" if setup.device.type == "cuda" else "is free"
     trial = kept.plan.rate_trial
     if trial is not None and trial.bytes > most:
