@@ -88,6 +88,17 @@ def test_row_is_dropped_from_training_and_named():
     assert other.startswith("    held-out: …") and " changed " in other
 
 
+def test_many_near_copies_name_the_settings_that_keep_them():
+    """Other rows of a short template can be taken for copies; a few copies among many rows are none of them."""
+    many = texts(10, seed=4)
+    clean = check_leaks(rows("a", *map(edited, many[:6]), *texts(4, seed=5)), rows("h", *many), [], spec())
+    [said] = [line for line in clean.report.lines() if "left out because" in line]
+    assert said.startswith("6 rows are left out because they differ from another") and "--data.near_duplicates 0" in said
+    assert len(clean.report.dropped) == 6
+    few = check_leaks(rows("a", *map(edited, many[:4]), *texts(6, seed=5)), rows("h", *many), [], spec())
+    assert len(few.report.dropped) == 4 and not any("left out because" in line for line in few.report.lines())
+
+
 def test_held_out_row_gives_way_to_a_test_row():
     one, two, three, four = texts(4, seed=2)
     clean = check_leaks(rows("a", one), rows("h", two, three), rows("t", three, four), spec())

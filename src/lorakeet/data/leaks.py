@@ -28,6 +28,7 @@ MANY = (20, 0.01)  # rows, and their share of all, from which one whole prompt i
 RECALL = "95 %"  # measured by benchmarks/leaks.py
 UNSEEN = "paraphrases, translations, and changes within text that many rows share"
 _SHOWN = 5
+_MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows
 _EXCERPT = 200  # characters
 _BEFORE = 60  # of these, before the first difference
 
@@ -96,6 +97,18 @@ class LeakReport:
             f"not count. It found at least {RECALL} of the copies planted in sentences and labels, and cannot find {UNSEEN}."
         )
 
+    def _many_near_copies(self) -> str:
+        """A sentence where near-copies are so many that they may be other rows of a short template; else an empty string."""
+        dropped = {row.source for row in self.dropped}
+        near = len({pair.row.source for pair in self.across if pair.kind == "near"} & dropped)
+        least, share = _MANY_NEAR
+        if near < max(least, share * self.searched.get("training", 0)):
+            return ""
+        return (
+            f"{near:,} rows are left out because they differ from another in a word or two. If those are other rows of a short "
+            "template, set --data.near_duplicates 0 (exact copies only) or --data.on_leak keep."
+        )
+
     def lines(self) -> list[str]:
         """The report in sentences: the method, the counts of each kind, and some of each, side by side."""
         lines = [self.method()]
@@ -103,6 +116,8 @@ class LeakReport:
             fate = f"{len(self.dropped)} dropped" if self.policy == "drop" else "kept, as data.on_leak says"
             rows = "1 row is" if len(self.across) == 1 else f"{len(self.across)} pairs of rows are"
             lines.append(f"{rows} on both sides of a split ({fate}): {_counted(self.across)}.")
+            if near := self._many_near_copies():
+                lines.append(near)
             for kind in KINDS:
                 lines.extend(_shown([pair for pair in self.across if pair.kind == kind]))
         for part in reversed(PARTS):

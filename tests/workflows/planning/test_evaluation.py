@@ -83,7 +83,7 @@ def test_where_two_blocks_do_not_fit_one_stays_whatever_is_left(
     peaks = {RESIDENT: 900, Way(True, FEWEST): 300, Way(True, ALONE): 100}  # MiB: what reads ahead takes more than its block
 
     def plan(self: Evaluation, way: Way) -> MemoryPlan:
-        phases = (Phase("judge", {"base": peaks[way] << 20}),)
+        phases = (Phase("final eval", {"base": peaks[way] << 20}),)
         return replace(real(self, way), forecast=Forecast(phases), block_bytes=50 << 20)
 
     real = Evaluation.plan

@@ -178,10 +178,10 @@ def test_replies_are_planned_where_rows_may_end_in_answers() -> None:
 
 def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
     found = planned()
-    names = ["load", "train step", "evaluate", "checkpoint", "judge", "certify", "merge", "export"]
+    names = ["load", "train step", "evaluate", "checkpoint", "final eval", "certify", "merge", "export"]
     assert [phase.name for phase in found.forecast.phases] == names
     for phase in found.forecast.phases:
-        more = {"judge": FLOORS, "certify": FLOORS + 96 * TOKENIZER_ENTRY}.get(phase.name, 0)
+        more = {"final eval": FLOORS, "certify": FLOORS + 96 * TOKENIZER_ENTRY}.get(phase.name, 0)
         assert phase.kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY + more
     assert found.forecast.phase(LOAD).kinds["base"] == found.base
     assert found.forecast.phase(MERGE).kinds["base"] >= 1.9 * found.base, "base + adapter beside the merged model, both in fp32"
@@ -240,7 +240,7 @@ def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
 def test_rows_that_are_not_answered_have_no_floors() -> None:
     none = settings(evaluate__answers="0")
     found = forecast_run(none, config_from_settings(SMALL), FP32, runtime=RUNTIME, workload=Workload(labelled=False))
-    assert found.forecast.phase("judge").kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY
+    assert found.forecast.phase("final eval").kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY
 
 
 def test_a_gptq_model_is_planned_as_it_is_packed() -> None:

@@ -105,6 +105,11 @@ class PlanResult:
     advice: tuple[Advice, ...] = ()
 
     @property
+    def later_commands(self) -> tuple[str, ...]:
+        """Phases of the forecast that are commands of their own, and not in the peak of the run."""
+        return ()
+
+    @property
     def budget(self) -> Budget:
         return self.config.memory.limit
 

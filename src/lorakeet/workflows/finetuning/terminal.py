@@ -172,6 +172,8 @@ def show_peak(result: PlanResult, console: Console, how: str = "") -> None:
         difference = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
         against = f"{how}, {difference} the budget of {result.budget}"
     console.print(f"Peak of the run: {bytes_text(result.peak)}{against}.", soft_wrap=True)
+    if later := result.later_commands:
+        console.print(f"Not part of the run: {' and '.join(later)}, which are commands of their own.", soft_wrap=True)
 
 
 def show_advice(result: PlanResult, console: Console, hows: tuple[str, str] = ("", "")) -> None:

@@ -52,7 +52,7 @@ from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, sh
 from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.encoded_rows import workload_of_files
 from lorakeet.workflows.planning.fit import WayChoice, choose, host_memory, too_small_text
-from lorakeet.workflows.planning.forecast_text_run import Precision, RowLengths, TextRunPlan, forecast_run
+from lorakeet.workflows.planning.forecast_text_run import LATER, Precision, RowLengths, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
 from lorakeet.workflows.runs.pruning import pruned_plan
 from lorakeet.workflows.runs.residency import RESIDENT
@@ -97,6 +97,10 @@ class TextPlanResult(PlanResult):
     least: int | None = None  # the smallest budget that streaming keeps
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or the least that they take
     lengths: RowLengths | None = None  # of the rows, where there are some
+
+    @property
+    def later_commands(self) -> tuple[str, ...]:
+        return tuple(phase.name for phase in self.planned.forecast.phases if phase.name in LATER)
 
     @property
     def unpacks_too_much(self) -> bool:

@@ -54,7 +54,7 @@ from lorakeet.train.task import Task
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.runs.residency import RESIDENT, Way
 
-BEGIN, EVALUATE, STEP, CHECKPOINT, FINAL = "begin pairs", "evaluate", "train step", "checkpoint", "judge"
+BEGIN, EVALUATE, STEP, CHECKPOINT, FINAL = "begin pairs", "evaluate", "train step", "checkpoint", "final eval"
 FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
 Build = Callable[..., TextModel]
 Weigh = Callable[[TextModel], object]
