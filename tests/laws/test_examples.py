@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import runpy
@@ -131,6 +132,16 @@ def test_convert(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [main(command) for command in commands_of("convert.sh")] == [0, 0]
     there, back = (read_adapter(folder).pairs for folder in (dates, Path("runs/dates-peft")))
     assert there.keys() == back.keys() and all(torch.equal(there[path].A, back[path].A) for path in there)
+
+
+def test_chat_in_a_pipe(dates: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    lines = (ROOT / "examples" / "chat.sh").read_text(encoding="utf-8").partition("<<'LINES'\n")[2].removesuffix("LINES\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    [command] = commands_of("chat.sh")
+    assert main([*command[: command.index("<<LINES")], "--context", "200"]) == 0
+    said = capsys.readouterr().out
+    assert "base: " in said and "dates: " in said
 
 
 def test_export_and_verify(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:

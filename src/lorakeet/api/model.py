@@ -14,7 +14,6 @@ from rich.console import Console
 
 from lorakeet.api.adapter import AdapterValue
 from lorakeet.api.display import ShownPlan
-from lorakeet.api.generation import Prompt, TextSource, open_generation
 from lorakeet.api.in_memory_model import saved_model
 from lorakeet.api.rows import RowPart, RowSet
 from lorakeet.config import RunConfig, read_run
@@ -35,6 +34,7 @@ from lorakeet.settings import to_mapping
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.plan import plan
+from lorakeet.workflows.replying.texts import Mix, Prompt, TextSource, open_texts
 
 AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
 CONTEXT = 2048  # tokens of a prompt with its reply under a budget
@@ -125,7 +125,7 @@ class BaseModelHandle:
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
         generation = self._generation(adapters)
         ids = [generation.ids(one, data, raw=raw) for one, (_, data) in zip(prompts, adapters, strict=True)]
-        texts = generation.texts(ids, [one for one, _ in adapters], settings)
+        texts = generation.texts(ids, [_alone(one) for one, _ in adapters], settings)
         return texts if several else texts[0]
 
     def stream(
@@ -136,7 +136,7 @@ class BaseModelHandle:
         [found] = self._adapters(adapter, 1)
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
         generation = self._generation([found])
-        return generation.pieces(generation.ids(prompt, found[1], raw=raw), found[0], settings)
+        return generation.pieces(generation.ids(prompt, found[1], raw=raw), _alone(found[0]), settings)
 
     def losses(self, rows: RowSet | RowPart, *, adapter: AnyAdapter = None, micro_tokens: int = 2048) -> NDArray[np.float64]:
         """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given."""
@@ -174,7 +174,7 @@ class BaseModelHandle:
     def _generation(self, adapters: Sequence[tuple[Adapter | None, DataSpec]]) -> TextSource:
         if self._opened is None:
             needed = next((one for one, _ in adapters if one is not None), None)
-            self._opened = open_generation(self.spec, self.memory, needed, context=CONTEXT)
+            self._opened = open_texts(self.spec, self.memory, needed, context=CONTEXT)
         return self._opened
 
     def _adapters(self, given: Any, count: int) -> list[tuple[Adapter | None, DataSpec]]:
@@ -184,6 +184,10 @@ class BaseModelHandle:
                 raise ConfigError(f"There are {len(given)} adapters for {count} prompts; give each its own, or one for all.")
             return [adapter_and_data(one) for one in given]
         return [adapter_and_data(self._default if given is None else given)] * count
+
+
+def _alone(adapter: Adapter | None) -> Mix:
+    return () if adapter is None else ((adapter, 1.0),)
 
 
 def adapter_and_data(given: AnyAdapter) -> tuple[Adapter | None, DataSpec]:

@@ -312,6 +312,30 @@ class ServeOptions:
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """Options of `lorakeet chat`."""
+
+    target: str = field(
+        metadata=_help(
+            "A run, an adapter, a model (folder, .gguf, package:NAME, hub id), or a server's address: URL or URL#MODEL.",
+            positional=True,
+        )
+    )
+    adapter: tuple[str, ...] = setting((), "NAME=PATH of a further adapter of any format or a run; may be repeated.")
+    base: str | None = setting(None, _BASE)
+    system: str | None = setting(None, "System prompt; the default is that of the run's training.")
+    max_tokens: int = setting(512, "Most tokens of a reply.")
+    temperature: float = setting(0.7, "Sampling temperature; 0 takes the likeliest token.")
+    top_p: float = setting(0.95, "Sample among the likeliest tokens that have this probability together.")
+    seed: int = setting(0, "Random seed of each reply.")
+    context: int = setting(4096, "Longest conversation in tokens.")
+    quantize: Literal["none", "nf4", "int8"] | None = setting(
+        None, "Quantisation of the base in memory; the default is that of the run's training."
+    )
+    memory: str | None = setting(None, "Memory budget, such as 2GiB; weights that do not fit are streamed from disk.")
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """`lorakeet doctor` has no options."""
 
@@ -389,6 +413,7 @@ VERBS = (
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="export"),
     Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="verify"),
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions, checks="generate"),
+    Verb("chat", "Talk to a run, an adapter, a model or a server in the terminal.", ChatOptions, checks="chat"),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True, checks="serve"),
     Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),
 )

@@ -99,7 +99,7 @@ def build_app(service: Service) -> Starlette:
         Route("/api/ps", _of_caller(service, lambda caller: ollama.tags(service, caller, loaded=True))),
         Route("/api/version", _of_caller(service, lambda caller: ollama.version(service, caller))),
         Route("/api/show", _of_body(service, ollama.show_model), methods=["POST"]),
-        Route("/api/chat", _of_body(service, ollama.chat), methods=["POST"]),
+        Route("/api/chat", _of_body(service, ollama.ollama_chat), methods=["POST"]),
         Route("/api/generate", _of_body(service, ollama.ollama_generate), methods=["POST"]),
         *_adapter_routes(service),
     ]

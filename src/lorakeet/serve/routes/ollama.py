@@ -36,7 +36,7 @@ _NEUTRAL_OPTIONS: dict[str, Any] = {
 _UNTIL_FULL = (-1, -2)  # Ollama's num_predict for "until the end" and "until the context is full"
 
 
-async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
+async def ollama_chat(service: Service, caller: Caller, request: Incoming, data: Any) -> HttpReply:
     """POST /api/chat; the model is the name of an adapter, with or without ":latest"."""
     fields = Fields(data)
     fields.refuse(_CHAT, (), _NEUTRAL)

@@ -33,6 +33,7 @@ from lorakeet.workflows.options import (
     TuneOptions,
     VerifyOptions,
 )
+from lorakeet.workflows.runs.chat_options import require_chattable
 from lorakeet.workflows.runs.drawing_options import adapters_and_mixes
 from lorakeet.workflows.runs.output_paths import require_absent, require_empty, require_place
 from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
@@ -186,6 +187,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "verify": _before_verify,
     "generate": _before_generate,
     "serve": _before_serve,
+    "chat": require_chattable,
 }
 
 

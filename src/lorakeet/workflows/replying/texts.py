@@ -21,6 +21,7 @@ from lorakeet.data.shapes import ROLES
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.memory.spec import MemorySpec
+from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.families import family_of
 from lorakeet.models.files.source import find_source
 from lorakeet.models.generate.sample import sample
@@ -39,19 +40,20 @@ from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]]"
+Mix: TypeAlias = "tuple[tuple[Adapter, float], ...]"  # adapters with weights; empty for the base
 TOGETHER = 16  # texts of a batch
 ON_MODEL = 32  # adapters that stay on a model between calls
 _LONGEST = 1 << 30  # tokens: a prompt is never truncated without a word
 
 
-def open_generation(spec: ModelSpec, memory: MemorySpec, adapter: Adapter | None, *, context: int) -> TextSource:
+def open_texts(spec: ModelSpec, memory: MemorySpec, adapter: Adapter | None, *, context: int, slots: int = 1) -> TextSource:
     """The model of `spec`, ready to write; with a budget that its weights exceed, streamed from disk.
 
-    Under a budget a prompt and its reply may have `context` tokens, and an adapter about the size of `adapter`. Raises as
-    `load_text_model` and `fit_budget` do.
+    `slots` texts of `context` tokens are expected at once. Under a budget a prompt and its reply may not have more, and an
+    adapter about the size of `adapter`. Raises as `load_text_model` and `fit_budget` do.
     """
     if not memory.limit:
-        return BatchedTexts(load_text_model(spec))
+        return BatchedTexts(load_text_model(spec), slots=slots, length=context if slots > 1 else 512)
     data = DataSpec(max_tokens=context)
     config = RunConfig(model=spec, memory=memory, data=data)
     residency = fit_evaluation(config, adapter or _outline(spec), lambda _: None, Workload(labelled=False))
@@ -107,11 +109,11 @@ class TextSource(ABC):
             )
 
     @abstractmethod
-    def texts(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None], sampling: Sampling) -> list[str]:
-        """The reply to each prompt, with its own adapter."""
+    def texts(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], sampling: Sampling) -> list[str]:
+        """The reply to each prompt, with its own adapters."""
 
     @abstractmethod
-    def pieces(self, prompt: Sequence[int], adapter: Adapter | None, sampling: Sampling) -> Iterator[str]:
+    def pieces(self, prompt: Sequence[int], mix: Mix, sampling: Sampling) -> Iterator[str]:
         """The reply to one prompt, piece by piece."""
 
     @abstractmethod
@@ -127,21 +129,22 @@ class TextSource(ABC):
 class BatchedTexts(TextSource):
     """All texts in one batch (serve/engine), with pairs on linear layers."""
 
-    def __init__(self, text: TextModel, context: int | None = None) -> None:
+    def __init__(self, text: TextModel, context: int | None = None, *, slots: int = 1, length: int = 512) -> None:
+        """`slots` texts of `length` tokens are expected at least: a cache that is too small is made anew, and forgets."""
         super().__init__(text, context)
-        self.live = ServingModel(text)
+        self.live, self._slots, self._length = ServingModel(text), slots, length
         self._names: OrderedDict[int, tuple[str, Adapter]] = OrderedDict()  # by identity of the adapter, the last used last
         self._count = 0
         self._engine: Engine | None = None
 
-    def texts(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None], sampling: Sampling) -> list[str]:
+    def texts(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], sampling: Sampling) -> list[str]:
         self.require_fitting(prompts, sampling)
-        names = [self._name(adapter, adapters) for adapter in adapters]
+        weights = self._attached(mixes)
         engine, events = self._started(prompts, sampling), queue.SimpleQueue[tuple[int, Event]]()
         jobs, written, left = [], ["" for _ in prompts], set(range(len(prompts)))
         try:
-            for number, (ids, name) in enumerate(zip(prompts, names, strict=True)):
-                request = Request(tuple(ids), _seeded(sampling, number), {name: 1.0} if name else {})
+            for number, (ids, adapters) in enumerate(zip(prompts, weights, strict=True)):
+                request = Request(tuple(ids), _seeded(sampling, number), adapters)
                 jobs.append(engine.submit(request, partial(_put, events, number)))
             while left:
                 number, event = events.get()
@@ -154,11 +157,11 @@ class BatchedTexts(TextSource):
                 job.cancel()
         return written
 
-    def pieces(self, prompt: Sequence[int], adapter: Adapter | None, sampling: Sampling) -> Iterator[str]:
+    def pieces(self, prompt: Sequence[int], mix: Mix, sampling: Sampling) -> Iterator[str]:
         self.require_fitting([prompt], sampling)
-        name = self._name(adapter, [adapter])
+        [adapters] = self._attached([mix])
         engine, events = self._started([prompt], sampling), queue.SimpleQueue[tuple[int, Event]]()
-        job = engine.submit(Request(tuple(prompt), sampling, {name: 1.0} if name else {}), partial(_put, events, 0))
+        job = engine.submit(Request(tuple(prompt), sampling, adapters), partial(_put, events, 0))
         try:
             while True:
                 _, event = events.get()
@@ -173,7 +176,8 @@ class BatchedTexts(TextSource):
     @contextmanager
     def active(self, adapter: Adapter | None) -> Iterator[None]:
         self._stop()  # its thread would compute beside this one
-        self.live.selection.use(self._name(adapter, [adapter]) or None)
+        [names] = self._attached([((adapter, 1.0),) if adapter is not None else ()])
+        self.live.selection.use(next(iter(names), None))
         try:
             yield
         finally:
@@ -182,26 +186,28 @@ class BatchedTexts(TextSource):
     def close(self) -> None:
         self._stop()
 
-    def _name(self, adapter: Adapter | None, needed: Sequence[Adapter | None]) -> str:
-        """The name of the adapter on the model, to which it is added if it is new; empty for the base."""
-        if adapter is None:
-            return ""
-        if id(adapter) not in self._names:
-            self._count += 1
-            name = f"adapter-{self._count}"
-            self.live.attach(name, adapter)
-            self._names[id(adapter)] = (name, adapter)
-        self._names.move_to_end(id(adapter))
-        in_use = {id(one) for one in needed}
-        for known in [known for known in self._names if known not in in_use][: max(0, len(self._names) - ON_MODEL)]:
+    def _attached(self, mixes: Sequence[Mix]) -> list[dict[str, float]]:
+        """The weights of each mix by the names of its adapters on the model, to which new ones are added."""
+        needed = {id(adapter): adapter for mix in mixes for adapter, _ in mix}
+        for key, adapter in needed.items():
+            if key not in self._names:
+                self._count += 1
+                self.live.attach(f"adapter-{self._count}", adapter)
+                self._names[key] = (f"adapter-{self._count}", adapter)
+            self._names.move_to_end(key)
+        for known in [known for known in self._names if known not in needed][: max(0, len(self._names) - ON_MODEL)]:
             self.live.detach(self._names.pop(known)[0])
-        return self._names[id(adapter)][0]
+        found = [{self._names[id(adapter)][0]: weight for adapter, weight in mix} for mix in mixes]
+        for mix in found:
+            if list(mix.values()) not in ([], [1.0]) and not all(map(self.live.mixes, mix)):
+                raise ConfigError("DoRA and biases cannot be mixed or weighted. Use such an adapter alone, with weight 1.")
+        return found
 
     def _started(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Engine:
         """An engine whose cache is large enough for these texts."""
-        longest = max(map(len, prompts)) + sampling.max_tokens
+        longest = max(max(map(len, prompts)) + sampling.max_tokens, self._length)
         length = -(-longest // 512) * 512 if self.context is None else min(-(-longest // 512) * 512, self.context)
-        slots = min(TOGETHER, len(prompts))
+        slots = min(TOGETHER, max(len(prompts), self._slots))
         found = self._engine
         if found is None or found.context < length or found.cache.slots < slots or len(prompts) > found.most_waiting:
             self._stop()
@@ -220,14 +226,14 @@ class BatchedTexts(TextSource):
 class StreamedTexts(TextSource):
     """A model whose blocks are streamed from a store: texts with one adapter together, one adapter after the other."""
 
-    def texts(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Adapter | None], sampling: Sampling) -> list[str]:
+    def texts(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], sampling: Sampling) -> list[str]:
         self.require_fitting(prompts, sampling)
         if sampling != Sampling(sampling.max_tokens, sampling.temperature, seed=sampling.seed, stop=sampling.stop):
             raise ConfigError("Where a budget streams the weights, generate takes max_tokens, temperature, seed and stop only.")
         written = ["" for _ in prompts]
-        for adapter in {id(one): one for one in adapters}.values():
-            numbers = [number for number, one in enumerate(adapters) if one is adapter]
-            with self.active(adapter):
+        for mix in {_key(one): one for one in mixes}.values():
+            numbers = [number for number, one in enumerate(mixes) if _key(one) == _key(mix)]
+            with self.active(_summed(mix)):
                 found = sample(
                     self.text, [prompts[number] for number in numbers], max_tokens=sampling.max_tokens, seed=sampling.seed or 0,
                     temperature=sampling.temperature,
@@ -236,8 +242,8 @@ class StreamedTexts(TextSource):
                 written[number] = _decoded(self.text, ids.tolist(), sampling)
         return written
 
-    def pieces(self, prompt: Sequence[int], adapter: Adapter | None, sampling: Sampling) -> Iterator[str]:
-        yield self.texts([prompt], [adapter], sampling)[0]
+    def pieces(self, prompt: Sequence[int], mix: Mix, sampling: Sampling) -> Iterator[str]:
+        yield self.texts([prompt], [mix], sampling)[0]
 
     @contextmanager
     def active(self, adapter: Adapter | None) -> Iterator[None]:
@@ -253,6 +259,18 @@ class StreamedTexts(TextSource):
     def close(self) -> None:
         if self.text.streamed is not None:
             self.text.streamed.stream.close()
+
+
+def _key(mix: Mix) -> tuple[tuple[int, float], ...]:
+    return tuple((id(adapter), weight) for adapter, weight in mix)
+
+
+def _summed(mix: Mix) -> Adapter | None:
+    """The mix as one adapter, exactly; None for the base."""
+    if not mix or (len(mix) == 1 and mix[0][1] == 1.0):
+        return mix[0][0] if mix else None
+    spec = CombineSpec("cat", tuple(weight for _, weight in mix))
+    return combination({str(number): adapter for number, (adapter, _) in enumerate(mix)}, spec).combined().adapter
 
 
 def _turns(prompt: Any, *, raw: bool) -> tuple[Turn, ...]:

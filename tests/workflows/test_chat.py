@@ -1,0 +1,88 @@
+"""`lorakeet chat` over a pipe and in a terminal, on a run, an adapter, a model and a server."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import lorakeet as lk
+from lorakeet.cli.main import main
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.workflows.chat import chat
+from lorakeet.workflows.options import ChatOptions
+from tiny.runs import chats, run, write_rows
+
+QUICK = {"max_tokens": 8, "temperature": 0.0, "context": 200}
+
+
+@pytest.fixture(scope="module")
+def talks(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on conversations."""
+    place = tmp_path_factory.mktemp("talks")
+    run(tiny_llama_folder, write_rows(place / "chats.jsonl", chats(40)), place / "talks", {"train.steps": "8"})
+    return place / "talks"
+
+
+class Terminal(io.StringIO):
+    """Standard input of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def answers(options: ChatOptions, lines: str, monkeypatch: pytest.MonkeyPatch, *, terminal: bool = False) -> tuple[str, object]:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", (Terminal if terminal else io.StringIO)(lines))
+    found = chat(options, console=Console(file=shown, width=120))
+    return shown.getvalue(), found
+
+
+def test_each_line_of_a_pipe_is_a_prompt(talks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [lk.open_run(talks).generate(text, max_tokens=8) for text in ("alder birch", "cedar daisy")]
+    shown, _ = answers(ChatOptions(target=str(talks), **QUICK), "alder birch\ncedar daisy\n", monkeypatch)
+    assert shown == "".join(f"{text}\n" for text in expected)
+    shown, _ = answers(ChatOptions(target=str(talks / "adapter"), **QUICK), "/both\nalder birch\n", monkeypatch)
+    assert f"talks: {expected[0]}\n" in shown and "base: " in shown
+
+
+def test_a_terminal_keeps_the_conversation(talks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "alder birch\n/nothing\n/both\ncedar\n/base\nelder\n/quit\nnever\n"
+    shown, found = answers(ChatOptions(target=str(talks), **QUICK), lines, monkeypatch, terminal=True)
+    said = found.to_mapping()["messages"]  # type: ignore[attr-defined]
+    assert [one["content"] for one in said if one["role"] == "user"] == ["alder birch", "cedar", "elder"]
+    assert "There is no command /nothing" in shown and "talks" in shown and said[1]["content"] in shown
+
+
+def test_models_and_further_adapters(talks: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = lk.load(tiny_llama_folder).generate("alder", max_tokens=8)
+    options = ChatOptions(target=str(tiny_llama_folder), adapter=(f"mine={talks}",), **QUICK)
+    shown, _ = answers(options, "/base\nalder\n/adapter mine\nalder\n", monkeypatch)
+    lines = shown.splitlines()
+    assert lines[0] == "The base answers." and base in shown and "mine answers." in lines and lines[-1] != base
+    merged = lk.merge(talks, out=talks.parent / "merged", quiet=True).out
+    shown, _ = answers(ChatOptions(target=str(merged), **QUICK), "alder\n", monkeypatch)
+    assert shown.strip() and shown.strip() != base
+
+
+def test_the_command_reads_a_pipe(talks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("alder birch\n"))
+    assert main(["chat", str(talks), "--max-tokens", "8", "--temperature", "0", "--context", "200"]) == 0
+    assert lk.open_run(talks).generate("alder birch", max_tokens=8) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "./nowhere"}, "nowhere"),
+        ({"target": "http://x", "memory": "2GiB", "adapter": ("a=b",)}, "is a server with a model of its own"),
+        ({"target": "x", "adapter": ("a=none",)}, "none does not exist"),
+        ({"target": "x", "max_tokens": 0}, "--max-tokens is 0"),
+    ],
+)
+def test_mistakes_are_one_message(options: dict[str, object], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        chat(ChatOptions(**options), console=Console(quiet=True))  # type: ignore[arg-type]
