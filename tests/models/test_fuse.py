@@ -122,6 +122,30 @@ def test_attention_is_fused_where_its_norms_are_those_that_it_knows(family: str,
     assert sum(isinstance(module, RotaryAttention) for module in text.model.modules()) == fused
 
 
+def test_attentions_alike_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one model and the next; what differs in a setting, in code or in a hook is compared anew."""
+    compared: list[nn.Module] = []
+    small = fuse._small_attention
+    monkeypatch.setattr(fuse, "_small_attention", lambda module: compared.append(module) or small(module))
+    monkeypatch.setattr(fuse, "_SAME", set())
+
+    def fused_in(**changes: Any) -> int:
+        folder = save_tiny_llama(tmp_path / str(len(compared)), **changes)
+        text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
+        compared.clear()
+        fuse.fuse(text.model)
+        for layer in text.model.model.layers:
+            fuse.unfuse(text.model)
+            layer.self_attn.register_forward_hook(lambda module, given, found: (2 * found[0], found[1]))
+            fuse.fuse(text.model)
+            assert not isinstance(layer.self_attn, RotaryAttention), "a hook changes what it computes"
+        return len(compared)
+
+    assert fused_in(num_hidden_layers=2) == 2 + 3, "each place in the model once, and what has a hook every time"
+    assert fused_in(num_hidden_layers=2) == 3
+    assert fused_in(num_hidden_layers=2, rope_theta=500.0) > 3
+
+
 def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> None:
     text = load_text_model(ModelSpec(path=str(save_tiny_llama(tmp_path, family="qwen3")), dtype="bfloat16", device="cpu"))
 

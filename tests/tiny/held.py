@@ -44,7 +44,11 @@ class HeldBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._count(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, Tensor):  # most often a view of the first argument, or that argument
+            key = result.untyped_storage()._cdata
+            if key in self._known or (args and isinstance(args[0], Tensor) and args[0].untyped_storage()._cdata == key):
+                return result
         made = [tensor for tensor in tensors_in(result) if tensor.untyped_storage()._cdata not in self._known]
         if made:
             given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}

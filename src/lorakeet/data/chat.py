@@ -73,6 +73,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.spec = spec
         self.labels = tuple(labels)
+        self._last: tuple[str, list[int]] = ("", [])
         uses_template(tokenizer, spec)  # raises for a missing template before the first row
         first, bos = tokenizer.encode("a", add_special_tokens=True)[0], tokenizer.bos_token_id
         self._bos: list[int] = [first] if bos is not None and first == bos else []
@@ -183,11 +184,17 @@ class Encoder:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
+    def _beginning(self, text: str) -> list[int]:
+        """The ids of a row's beginning; the last one is remembered, since each label of a row is encoded behind the same."""
+        if text != self._last[0]:
+            self._last = text, self._encode(text)
+        return list(self._last[1])
+
     def _extend(self, ids: list[int], before: str, piece: str) -> list[int]:
         """The ids of `piece` such that `ids` (of `before`) followed by them decode to `before + piece`."""
         if not piece:
             return []
-        whole = self._encode(before + piece)
+        whole = self._encode(before + piece) if before else self._beginning(piece)
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
         # A token would cross the border, so the piece is encoded alone. SentencePiece adds a space before a text; to avoid
@@ -236,7 +243,8 @@ class Encoder:
         length, label = len(fitted.tokens[0]), fitted.row.label
         if label is None or not self.labels or length + self._longest_label + _SLACK <= self.spec.max_tokens:
             return length
-        return max(len(self._tokens(self._with_label(fitted.row, label))[0]) for label in self.labels)
+        others = (len(self._tokens(self._with_label(fitted.row, other))[0]) for other in self.labels if other != label)
+        return max([length, *others])
 
     def _shorten(self, row: Row) -> _Fitted:
         """Cuts the end of the user's free text, longest turn first, until the row fits; answers stay whole."""
@@ -246,7 +254,7 @@ class Encoder:
         def cut(number: int, characters: int) -> _Fitted | None:
             shorter = _cut(row, number, characters)
             fitted = _Fitted(shorter, self._tokens(shorter))
-            return fitted if self._length(fitted) <= limit else None
+            return fitted if len(fitted.tokens[0]) <= limit and self._length(fitted) <= limit else None
 
         for number in sorted(users, key=lambda number: (-len(row.turns[number].free_text), number)):
             best = cut(number, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
+from collections.abc import Hashable
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,7 @@ _PROBE_ROWS = 5
 _PROBE_LENGTHS = (4, 3)  # tokens of the two rows that probe an attention
 _WIDTH = 8  # width of the small copy that is probed if a model has no numbers
 FUSED_TOLERANCE = 16  # in units of the dtype's rounding: the fused function rounds differently
+_SAME: set[Hashable] = set()  # what attentions whose small copies computed the same are made of (`_makings`)
 
 
 def fuse(model: nn.Module) -> int:
@@ -164,6 +167,9 @@ def _attention(module: nn.Module) -> RotaryAttention | None:
     fused_norms = [norm if isinstance(norm, FrozenRmsNorm) else _fused(norm) for norm in norms]
     if len(norms) == 1 or not all(isinstance(norm, FrozenRmsNorm) for norm in fused_norms):
         return None  # another kind of norm, or one that rounds differently
+    makings = _makings(module)
+    if makings in _SAME:
+        return RotaryAttention(module)
     generator, count = torch.Generator().manual_seed(1), sum(_PROBE_LENGTHS)
     with unset_fake_temporarily(), torch.no_grad():
         small = _small_attention(module)
@@ -177,7 +183,32 @@ def _attention(module: nn.Module) -> RotaryAttention | None:
                 return None
             if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())):
                 return None
+    if makings is not None:
+        _SAME.add(makings)
     return RotaryAttention(module)
+
+
+def _makings(module: nn.Module) -> Hashable | None:
+    """All that the small copy of an attention is made of: code, settings, place in the model; None if something else is there."""
+    found: list[Any] = [type(module), type(module).forward]
+    for name, value in vars(module).items():
+        if name == "_modules":
+            for key, child in module._modules.items():
+                norm = key in HEAD_NORMS
+                own = _makings(modules.unwrapped(cast(nn.Module, child))) if norm else getattr(child, "bias", None) is not None
+                if own is None:
+                    return None
+                found.append((key, own))
+        elif name == "_parameters":
+            found.append(tuple(module._parameters))
+        elif hasattr(value, "to_dict"):  # its configuration; where the model lies does not matter
+            settings = {key: setting for key, setting in vars(value).items() if key != "_name_or_path"}
+            found.append((name, type(value), repr(settings)))
+        elif value is None or isinstance(value, (bool, int, float, str, FunctionType)):
+            found.append((name, value))
+        elif not isinstance(value, (dict, set)) or value:  # hooks, buffers, values of a kind not known here
+            return None
+    return tuple(found)
 
 
 def _drops(module: nn.Module, *, but: str = "") -> bool:

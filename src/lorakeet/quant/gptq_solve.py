@@ -192,13 +192,13 @@ class ColumnRounding:
         """Rounds the columns of a block, and adjusts all later ones."""
         start, stop, factor = self.start, self.stop, self.factor
         errors = self.errors = self.columns.new_zeros(stop - start, self.columns.shape[1])
-        pivots = factor.diagonal()[start:stop].tolist()
-        for i in range(start, stop):
-            column = self.columns[i]
-            code, value = nearest(column, i)
-            error = torch.sub(column, value, out=errors[i - start]).div_(pivots[i - start])
-            self.codes[i] = code
-            self.columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+        pivots, rows = factor.diagonal()[start:stop].tolist(), factor[start:stop, start:stop].unbind()
+        later, codes = self.columns[start:stop], self.codes[start:stop].unbind()
+        for i, (column, error) in enumerate(zip(later.unbind(), errors.unbind(), strict=True)):
+            code, value = nearest(column, start + i)
+            torch.sub(column, value, out=error).div_(pivots[i])
+            codes[i].copy_(code)
+            later[i + 1 :].addr_(rows[i][i + 1 :], error, alpha=-1)
         self.columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
 
     def now(self, places: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakeet.quant import gguf_codes
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.nf4 import LEVELS, Nf4Base, pack_nibbles
+from lorakeet.quant.nf4 import Nf4Base, nearest_levels, pack_nibbles
 from lorakeet.quant.packed import PackedBase
 
 
@@ -71,6 +71,7 @@ class Nf4Grid:
     """x = LEVELS[code]·a, with a the largest absolute value of the number's block: NF4."""
 
     largest: Tensor  # (out, in) fp32
+    some_zero: bool  # a block of zeros has 0 for its largest
     filled: Callable[[Tensor], PackedBase]
 
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -83,10 +84,9 @@ class Nf4Grid:
         return self.filled(self._nearest(weight, self.largest)[0].to(torch.uint8))
 
     def _nearest(self, numbers: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-        levels = torch.tensor(LEVELS, device=numbers.device)
-        safe = torch.where(largest == 0, torch.ones_like(largest), largest)
-        codes = torch.bucketize(numbers / safe, (levels[:-1] + levels[1:]) / 2)
-        return codes, levels[codes] * largest
+        safe = torch.where(largest == 0, torch.ones_like(largest), largest) if self.some_zero else largest
+        codes, levels = nearest_levels(numbers / safe)
+        return codes, levels.mul_(largest)
 
 
 def grid_of(base: PackedBase) -> FixedGrid:
@@ -141,4 +141,4 @@ def _nf4(base: Nf4Base) -> Nf4Grid:
         found.packed.copy_(pack_nibbles(codes.view(-1)))
         return found
 
-    return Nf4Grid(largest, filled)
+    return Nf4Grid(largest, not bool(maxima.all()), filled)

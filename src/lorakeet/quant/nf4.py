@@ -240,6 +240,18 @@ def dynamic_levels() -> Tensor:
     return torch.tensor(sorted(levels), dtype=torch.float32)
 
 
+def nearest_levels(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of the levels that are nearest to numbers from −1 to 1, of their shape, and these levels, fp32."""
+    codes = torch.bucketize(shares, _table("middles", shares))
+    return codes, _table("levels", shares)[codes]
+
+
+def _middles() -> Tensor:
+    """What lies halfway between neighbouring levels (15,)."""
+    levels = torch.tensor(LEVELS)
+    return (levels[:-1] + levels[1:]) / 2
+
+
 def _pairs() -> Tensor:
     """The two levels of each byte (256, 2)."""
     levels, byte = torch.tensor(LEVELS), torch.arange(256)
@@ -255,6 +267,7 @@ def _bins() -> Tensor:
 
 _TABLES: dict[str, tuple[Callable[[], Tensor], tuple[int, ...], torch.dtype]] = {
     "levels": (lambda: torch.tensor(LEVELS), (16,), torch.float32),
+    "middles": (_middles, (15,), torch.float32),
     "pairs": (_pairs, (256, 2), torch.float32),
     "dynamic": (dynamic_levels, (256,), torch.float32),
     "bins": (_bins, (BINS,), torch.uint8),

@@ -68,7 +68,11 @@ from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, run, write_rows
 
-WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}
+HIDDEN, INNER = 128, 384
+OF_BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER  # numbers
+WIDE = {
+    "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
 FEW_ROWS: dict[str, Any] = {"into": "packed", "keep": 1e-6, "calibration_rows": 12}
 WAYS = [RESIDENT, STREAMED, SPILLED]
 NAMES = ["resident", "streamed", "spilled"]
@@ -92,7 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wide(runs: Path) -> Path:
     """Runs over three wide blocks, whose tensors are most of what is held: on a dense model, and on its NF4 form."""
-    folder, data, settings = runs / "wide", runs / "rows.jsonl", {"train.steps": 4, "train.learning_rate": 0.002}
+    folder, data, settings = runs / "wide", runs / "rows.jsonl", {"train.steps": 8}
     model = save_tiny_llama(folder / "model", **WIDE)
     more = write_rows(folder / "more.jsonl", reviews(90))
     quantize(QuantizeOptions(str(model), method="nf4", out=folder / "nf4"), console=quiet())
@@ -190,18 +194,18 @@ def test_memory_in_use_is_what_is_planned(
         merge(
             MergeOptions((str(wide / base),), out=tmp_path / "out", memory="8GiB", calibration_rows=24, **words), console=quiet()
         )
-    assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
+    assert held.peak - FP32 * HIDDEN * HIDDEN <= planned[0] <= 1.5 * held.peak
 
 
 @pytest.fixture
 def into_larger(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A run on twelve blocks in NF4, and a .gguf file whose layers in Q8_0 are twice as large."""
+    """A run on six blocks in NF4, and a .gguf file whose layers in Q8_0 are twice as large."""
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
-    many = {**WIDE, "num_hidden_layers": 12}
+    many = {**WIDE, "num_hidden_layers": 6}
     quantize(
         QuantizeOptions(str(save_tiny_llama(tmp_path / "model", **many)), method="nf4", out=tmp_path / "nf4"), console=quiet()
     )
-    run(tmp_path / "nf4", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2, "evaluate.drift_texts": 0})
+    run(tmp_path / "nf4", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 8, "evaluate.drift_texts": 0})
     write_tiny_gguf(tmp_path / "like.gguf", "Q8_0", **many)
     return tmp_path / "run", tmp_path / "like.gguf"
 
@@ -211,17 +215,17 @@ def test_layers_that_become_larger_are_planned(
     into_larger: tuple[Path, Path], going: Any, held: HeldBytes, tmp_path: Path
 ) -> None:
     source, like = into_larger
-    of_block = (4 * 256 * 256 + 3 * 256 * 704) * 34 // 32
+    of_block = OF_BLOCK * 34 // 32
     plan = PackedMerging(job(open_adapter(source), like), tmp_path / "out.gguf").plan
     file = check_gguf(like)
     assert plan(RESIDENT).peak > bytes_of_unpacking(file, packed=True), "what was written is laid out to be loaded"
     comparing = plan(RESIDENT).forecast.phase(packed_merge.COMPARE_MADE).bytes
-    assert comparing > 12 * of_block and plan(STREAMED).block_bytes >= of_block
+    assert comparing > 6 * of_block and plan(STREAMED).block_bytes >= of_block
     planned = going(RESIDENT)
     words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB"}
     with suppress(VerificationFailed):
         merge(MergeOptions((str(source),), out=tmp_path / "out.gguf", calibration_rows=24, **words), console=quiet())
-    assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
+    assert held.peak - FP32 * HIDDEN * HIDDEN <= planned[0] <= 1.5 * held.peak
 
 
 @pytest.mark.usefixtures("no_runtime")
@@ -233,8 +237,8 @@ def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: P
         quantize(QuantizeOptions(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}"), console=quiet())
         merging = PackedMerging(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"), tmp_path / "out")
         peaks[blocks] = [merging.plan(way).peak for way in (RESIDENT, STREAMED)]
-    six_blocks = FP32 * 6 * (4 * 256 * 256 + 3 * 256 * 704)
-    pairs = FP32 * 6 * 4 * (4 * 2 * 256 + 3 * (256 + 704))  # which stay in memory
+    six_blocks = FP32 * 6 * OF_BLOCK
+    pairs = FP32 * 6 * 4 * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER))  # which stay in memory
     assert peaks[12][0] - peaks[6][0] >= six_blocks and peaks[12][1] - peaks[6][1] <= 1.1 * pairs < six_blocks / 10
 
 

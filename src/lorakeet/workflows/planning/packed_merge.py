@@ -365,7 +365,7 @@ def outlined_grid(base: PackedBase) -> FixedGrid:
     """The grid of a base that has shapes alone, as large as `quant/grids.grid_of` makes it."""
     settings, (out, width) = base.settings, base.shape
     if settings["method"] == "nf4":
-        return Nf4Grid(torch.empty(base.shape), lambda codes: base)
+        return Nf4Grid(torch.empty(base.shape), False, lambda codes: base)
     finest = 16 if settings.get("type") == "Q6_K" else 32  # numbers under a scale of GGUF's types
     groups = int(settings["groups"]) if settings["method"] == "gptq" else width // finest
     step, inverse, offset = (torch.empty(groups, out) for _ in range(3))
