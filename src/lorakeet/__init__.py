@@ -11,8 +11,13 @@ The names in `__all__` are the Python API; each is imported at first use. `Lora`
 the run file. The other verbs are functions as well: `from lorakeet.workflows.tune import tune`, and so on.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+from lorakeet.memory.expandable import use_expandable_segments
+
+use_expandable_segments(os.environ)  # before anything imports torch
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,12 @@ class TinyTask:
                 sums.append(loss.item())
                 weights.append(float(count))
         return HeldOut(np.array(sums), np.array(weights))
+
+    def halve(self) -> str:
+        if self.spec.micro_tokens < 2:
+            return ""
+        self.spec = replace(self.spec, micro_tokens=self.spec.micro_tokens // 2)
+        return f"train.micro_tokens {self.spec.micro_tokens}"
 
     def adapter(self) -> Adapter:
         return Adapter({name: pair.value() for name, pair in self.text.pairs().items()}, base="tiny")

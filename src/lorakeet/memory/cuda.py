@@ -67,6 +67,12 @@ def gpu_peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_reserved(device) + CONTEXT
 
 
+def release_device_memory() -> None:
+    """Returns what torch's allocator keeps and does not use to the CUDA device; does nothing without one."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def bytes_beside_torch(device: torch.device) -> int:
     """Returns the bytes in use on `device` outside torch: this process's context, and other processes."""
     free, total = torch.cuda.mem_get_info(device)
@@ -90,14 +96,23 @@ def gpu_warning(device: torch.device, budget: Budget) -> str:
     )
 
 
+def out_of_memory_text(error: BaseException) -> str:
+    """What to say where a device has run out of memory, with torch's own words."""
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return (
+        f"The device ran out of memory: {said}. Another program may have taken some since it was planned. Close programs that "
+        "use it, set a memory.budget, or lower train.micro_tokens or data.max_tokens."
+    )
+
+
 @contextmanager
 def enforcing_gpu_budget(budget: Budget, remedy: str) -> Iterator[None]:
-    """A context that turns running out of a GPU budget into EnvironmentProblem with `remedy`."""
+    """A context that turns running out of a GPU's memory into EnvironmentProblem, with `remedy` if there is a budget."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         if not budget:
-            raise
+            raise EnvironmentProblem(out_of_memory_text(error)) from error
         raise EnvironmentProblem(
             f"The memory budget is {budget}, and the run would exceed it on its device, contrary to its plan: "
             f"{str(error).splitlines()[0]} The run was stopped; please report the model and the settings. {remedy}"

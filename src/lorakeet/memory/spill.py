@@ -92,10 +92,15 @@ class Spill:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._tensors or key in self._in_file
 
-    def close(self) -> None:
-        """Drops all tensors and closes the file."""
+    def clear(self) -> None:
+        """Drops all tensors."""
         self._tensors.clear()
         self._in_file.clear()
+        self._end = 0
+
+    def close(self) -> None:
+        """Drops all tensors and closes the file."""
+        self.clear()
         if self._closing is not None:
             self._closing()
 
@@ -133,6 +138,10 @@ class HostSpill(Spill):
     def get(self, key: Hashable) -> Tensor:
         """Returns a copy on its device of the tensor under `key`, which stays stored."""
         return self._tensors[key].to(self._devices[key], non_blocking=True)
+
+    def clear(self) -> None:
+        super().clear()
+        self._devices.clear()
 
     def take(self, key: Hashable) -> Tensor:
         """Returns a copy on its device of the tensor under `key` and drops it."""

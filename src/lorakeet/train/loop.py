@@ -13,11 +13,11 @@ processes (train/processes) take the same steps, each over its part of the rows;
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
 from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
-from lorakeet.memory.cuda import cuda_device_of, gpu_peak_bytes
+from lorakeet.memory.cuda import cuda_device_of, gpu_peak_bytes, release_device_memory
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.checkpoint import BestTensors, Position, Snapshot
@@ -40,6 +40,8 @@ from lorakeet.train.pruning import cut_text
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import BatchT, Size, Task
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Training(Generic[BatchT]):
         self.best = BestTensors()
         self.identity: dict[str, Any] = {}
         self.last_checkpoint: Path | None = None
+        self.halved = ""  # what micro-batches have become, once the device has run out of memory
 
     def open(self, identity: Mapping[str, str | list[str]], *, resume: bool) -> None:
         """Starts at step 0, or at the newest intact checkpoint."""
@@ -186,11 +189,7 @@ class Training(Generic[BatchT]):
         """One optimizer step over the micro-batches of its rows."""
         start = time.perf_counter()
         step = self.at.step + 1
-        batches = self.task.batches(step - 1)
-        sizes = [self.task.size(batch) for batch in batches]
-        counts = (sum(getattr(each, name) for each in sizes) for name in ("rows", "tokens", "targets"))
-        size = Size(*self.processes.total(*counts))  # over all processes
-        loss = self._accumulate(batches, size, step)
+        size, loss = self._within_memory(lambda: self._passed(step), f"Step {step}")
         norm = gradients.gradient_norm(self.parameters)
         rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
         if fault := gradients.fault(self.parameters, loss, norm):
@@ -218,6 +217,42 @@ class Training(Generic[BatchT]):
         if self.pruning is not None and (cut := self.pruning.after(step, self.optimizer)) is not None:
             self._write(cut)
             self.report.say(cut_text(cut))
+
+    def _passed(self, step: int) -> tuple[Size, float]:
+        """The size of a step and its loss, over all processes; the gradients are there."""
+        batches = self.task.batches(step - 1)
+        sizes = [self.task.size(batch) for batch in batches]
+        counts = (sum(getattr(each, name) for each in sizes) for name in ("rows", "tokens", "targets"))
+        size = Size(*self.processes.total(*counts))
+        return size, self._accumulate(batches, size, step)
+
+    def _within_memory(self, work: Callable[[], Made], what: str) -> Made:
+        """The result of `work`. If the device runs out of memory, it is done again with micro-batches of half the size, once in a
+        run. Raises RunStopped if that is not enough, or not possible.
+        """
+        device = next((parameter.device for parameter in self.parameters.values()), torch.device("cpu"))
+        random = rng.drawn(device)
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            said = str(error).strip().splitlines()[0]  # the error holds what was in memory, and is dropped here
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        smaller = "" if self.halved or self.processes.count > 1 else self.task.halve()
+        release_device_memory()
+        if not smaller:
+            also = f", also with {self.halved}" if self.halved else ""
+            raise RunStopped(f"{what}: the device ran out of memory{also} ({said}). {self._kept()} {self._more_memory()}")
+        self.halved = smaller
+        self.report.say(f"{what}: the device ran out of memory ({said}). It is done again, and the run goes on, with {smaller}.")
+        rng.draw_from(random, device)
+        return self._within_memory(work, what)
+
+    def _more_memory(self) -> str:
+        """What to do about too little memory."""
+        return (
+            f"Close other programs that use its memory and go on with: {self.run.resume_command}. Or start a new run with fewer "
+            "train.micro_tokens, shorter rows (data.max_tokens), model.quantize nf4 or a memory.budget."
+        )
 
     def _peak(self) -> int:
         """Peak bytes of the memory that the budget bounds: of the process, or on its CUDA device."""
@@ -275,7 +310,7 @@ class Training(Generic[BatchT]):
 
     def evaluate(self) -> None:
         """Computes the held-out loss with its interval; writes the best adapter so far to RUN/adapter."""
-        held_out = self.task.held_out()
+        held_out = self._within_memory(self.task.held_out, f"The held-out evaluation after step {self.at.step}")
         if held_out is None or len(held_out.sums) == 0:
             return
         if not np.isfinite(held_out.sums).all():

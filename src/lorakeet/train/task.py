@@ -124,6 +124,10 @@ class Task(Protocol[BatchT]):
         """
         ...
 
+    def halve(self) -> str:
+        """Makes micro-batches half as large from now on and says what they are; empty, and nothing changes, if they cannot be."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Writes the current adapter into the empty `folder`, with everything needed to open it again."""
         ...

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
@@ -23,7 +24,7 @@ from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import release_free_memory
-from lorakeet.memory.cuda import enforcing_gpu_budget
+from lorakeet.memory.cuda import enforcing_gpu_budget, out_of_memory_text
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.checkpoint import found as checkpoints
 from lorakeet.train.launch import launched
@@ -191,7 +192,8 @@ def _stoppable(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(run: RunFolder) -> Iterator[None]:
-    """A context that turns Ctrl-C, or a signal of the same effect (train/processes), into RunStopped with what is complete."""
+    """A context that turns Ctrl-C, a signal of the same effect (train/processes), or a full device into RunStopped, with what is
+    complete."""
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -199,6 +201,9 @@ def _evaluating(run: RunFolder) -> Iterator[None]:
             f"{str(stopped) or 'Ctrl-C'}: the training is done and {run.adapter} is whole, but its evaluation was interrupted. "
             f"Evaluate it with: {run.resume_command}"
         ) from None
+    except torch.OutOfMemoryError as error:
+        said = f"The training is done and {run.adapter} is whole, but not evaluated. {out_of_memory_text(error)}"
+        raise RunStopped(f"{said} Then evaluate it with: {run.resume_command}") from error
 
 
 def _check_quick(config: RunConfig, options: FinetuneOptions, kind: RunKind[Any]) -> None:

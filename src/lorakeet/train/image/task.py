@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,13 @@ class ImageTask:
         self.pairs = {path: module for path, module in named if isinstance(module, LoraPair)}
         if diffusion.checkpointing:
             model.denoiser.enable_gradient_checkpointing()
+
+    def halve(self) -> str:
+        count = self.diffusion.at_once // 2
+        if count < 1:
+            return ""
+        self.diffusion = replace(self.diffusion, at_once=count)
+        return f"diffusion.at_once {count}"
 
     def parameters(self) -> dict[str, Parameter]:
         return inject.trained_parameters(self.model.parts, self.name)

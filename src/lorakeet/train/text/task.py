@@ -142,6 +142,15 @@ class TextTask:
         sums, weights = self.processes.summed(torch.from_numpy(whole)).numpy()  # each row comes from one process
         return HeldOut(sums, weights)
 
+    def halve(self) -> str:
+        shortest = min((len(row.ids) for row in self.train), default=0)
+        tokens = self.spec.micro_tokens // 2
+        if tokens < shortest:  # every row is a micro-batch of its own already
+            return ""
+        self.spill.clear()  # of inputs of blocks that no backward pass has taken
+        self.spec = replace(self.spec, micro_tokens=tokens)
+        return f"train.micro_tokens {tokens}"
+
     def adapter(self) -> Adapter:
         """The adapter's current value."""
         named, loadable = self.text.name, self.text.loadable_name

@@ -410,7 +410,8 @@ class TextRunKind(RunKind[TextAssembly]):
             task.replayed = None
 
     def trained(self, setup: TextAssembly, task: TextTask) -> TextAssembly:
-        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code)
+        config = setup.config.changed(train={"micro_tokens": task.spec.micro_tokens})  # halved if memory was too small
+        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code, config=config)
         if task.pruning is None:
             return setup
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
