@@ -116,6 +116,8 @@ NOTES = (
     "Recorded anew on purpose: plans of runs follow the lengths of the rows, and plans count the few-shot base's longer rows; an "
     "adapter of a .gguf base names that file in its metadata; report.json has the few-shot base, and intervals of the new tests; "
     "certificate.json has the check of the first pass.",
+    "Since then on purpose: plans and report.json have the table of targets, by kind of module; certificate.json has the checks "
+    "trained = saved = loaded and, of runs without a budget, the adapter in PEFT.",
 )
 DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most", "training_seconds_at_least"}

@@ -17,7 +17,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "triton": ("kernels/triton/",),
     "gguf": ("formats/files/gguf_header.py", "quant/gguf.py"),
     "llama_cpp_py_sync": ("exporting/llama_cpp.py",),
-    "peft": ("api/peft_bridge.py",),
+    "peft": ("api/peft_bridge.py", "models/text/by_peft.py"),
     "trl": (),
     "accelerate": (),
     "click": ("cli/",),

@@ -6,7 +6,7 @@ The Plan can be printed before anything is allocated; `models/inject` does what 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lorakeet.core.math import Kind, ScaleRule, alpha_for, scale_of
@@ -81,20 +81,34 @@ class ExtraEntry:
 
 
 @dataclass(frozen=True)
+class ModelWeight:
+    """A tensor of the model, whether it is trained or not: its kind in words, and why it has no pair."""
+
+    path: str  # of the module, or of the parameter where the module has others
+    group: str  # such as "attention"
+    why_not: str = ""  # empty where it was chosen
+    experts: int = 0  # that are stacked in it
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything that will be trained, in model order."""
+    """Everything that will be trained, in model order.
+
+    `weights` are all tensors of the model, where `models/targets` made the plan; two plans are equal without them.
+    """
 
     entries: tuple[PlanEntry, ...]
     extras: tuple[ExtraEntry, ...] = ()
     frozen_parameters: int = 0
+    weights: tuple[ModelWeight, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def parameters(self) -> int:
         return sum(entry.parameters for entry in self.entries) + sum(extra.parameters for extra in self.extras)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
-        return asdict(self)
+        """Plain lists and numbers, for JSON; without the model's other weights, of which there may be thousands."""
+        return {name: value for name, value in asdict(replace(self, weights=())).items() if name != "weights"}
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Table rows (path, shape, rank, scale, parameters); equal entries of several blocks share one: `layers.[0-29].…`."""

@@ -138,7 +138,7 @@ def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Ad
     pairs: dict[str, Pair] = {}
     extras: dict[str, Tensor] = {}
     token_rows: dict[str, TokenRows] = {}
-    for path, part in _parts(model, name):
+    for path, part in adapter_parts(model, name):
         if isinstance(part, LoraPair):
             if part.rank:
                 pairs[path] = part.value()
@@ -154,7 +154,16 @@ def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.
     """Returns all parameters of the adapter `name`, in model order, by names such as `….q_proj.A`; shared rows once."""
     if not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
-    return {f"{path}.{key}": parameter for path, part in _parts(model, name) for key, parameter in part.named_parameters()}
+    return {f"{path}.{key}": parameter for path, part in adapter_parts(model, name) for key, parameter in part.named_parameters()}
+
+
+def tokens_of_experts(model: nn.Module) -> dict[str, list[int]]:
+    """Returns for each adapted block of experts, by its path, how many tokens of training each expert saw.
+
+    Counts begin when the block gets its first pair.
+    """
+    layers = ((path, layer) for path, layer in modules.adapted_layers(model) if isinstance(layer, LoraExperts))
+    return {path: [layer.tokens[expert] for expert in range(layer.count)] for path, layer in layers}
 
 
 def keep_terms(model: nn.Module, path: str, terms: Tensor, name: str = "default") -> None:
@@ -176,7 +185,7 @@ def keep_terms(model: nn.Module, path: str, terms: Tensor, name: str = "default"
 
 def drop_empty(model: nn.Module, name: str = "default") -> None:
     """Removes the pairs of rank 0 of the adapter `name`; a layer without others becomes its own module again."""
-    empty = {path for path, part in _parts(model, name) if isinstance(part, LoraPair) and part.rank == 0}
+    empty = {path for path, part in adapter_parts(model, name) if isinstance(part, LoraPair) and part.rank == 0}
     for path, layer in list(modules.adapted_layers(model)):
         part = dict(layer.adapters).get(name)
         if isinstance(part, ExpertPairs):
@@ -198,7 +207,7 @@ def has_adapter(model: nn.Module, name: str) -> bool:
     return any(name in layer.adapters for _, layer in modules.adapted_layers(model))
 
 
-def _parts(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+def adapter_parts(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     """Returns (path, pair, rows or trained copy) of one adapter, in model order; rows that a tied head shares once."""
     found: list[tuple[str, nn.Module]] = []
     for path, layer in modules.adapted_layers(model):

@@ -16,6 +16,7 @@ from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
 from lorakeet.formats.peft.renamed_targets import needs_parameter, refused_by_peft
 from lorakeet.models import modules
+from lorakeet.models.every_weight import every_weight
 from lorakeet.models.families import Family, in_group
 from lorakeet.quant.construct import weights_in
 
@@ -31,7 +32,7 @@ class Site:
     kind: Kind | None
     shape: tuple[int, ...] = ()
     why_not: str = ""
-    common: bool = False  # a linear layer or experts in all-linear: no head, no router, nothing that PEFT refuses
+    apart: str = "no linear layer"  # why no keyword but conv takes it; empty for linear layers and experts of all-linear
 
 
 def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
@@ -44,9 +45,9 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     spec.check()
     problems = Problems("These LoRA settings do not fit the model")
     sites = list(_sites(model))
-    chosen = _targeted(sites, spec, family, problems)
-    chosen = _without_excluded(chosen, sites, spec, problems)
-    chosen = _in_layers(chosen, modules.block_prefix(model, family), spec, problems)
+    targeted = _targeted(sites, spec, family, problems)
+    included = _without_excluded(targeted, sites, spec, problems)
+    chosen = _in_layers(included, modules.block_prefix(model, family), spec, problems)
     _refuse_unfit(chosen, problems)
     entries = tuple(_entry(site, spec) for site in chosen if site.kind is not None)
     _check_patterns(entries, spec, problems)
@@ -57,12 +58,15 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     if not problems.messages and not entries and not extras:
         problems.add("Nothing would be trained: every target is excluded or outside lora.layers. Widen one of them.")
     problems.raise_if_any()
-    return Plan(entries, extras, weights_in(model))
+    left_out = {site.path: site.why_not or site.apart or "not in lora.target_modules" for site in sites}
+    left_out |= {site.path: "in lora.exclude_modules" for site in targeted}
+    left_out |= {site.path: f"outside lora.layers {spec.layers}" for site in included}
+    left_out |= {site.path: "" for site in chosen}
+    return Plan(entries, extras, weights_in(model), every_weight(model, left_out))
 
 
 def _sites(model: nn.Module) -> Iterable[Site]:
     """Yields every module below the model (experts by parameter), in model order."""
-    kind_of_model = _kind_of(model)
     for path, module in modules.original_modules(model):
         if not path:
             continue
@@ -72,16 +76,24 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             yield Site(path, None, (), f"a {type(module).__name__}, which contains {', '.join(stacks)}; name these instead")
             for name in stacks:
                 shape = tuple(module.get_parameter(name).shape)
-                yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, True)
+                yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, "")
             continue
         kind = modules.kind_of(module)
         if kind is None:
             yield Site(path, None, (), modules.why_no_pair(module))
         else:
-            linear = kind in ("linear", "conv1d")
-            other = modules.is_head(model, path, module) or modules.is_router(model, path)
-            common = linear and not other and not refused_by_peft(kind_of_model, path)
-            yield Site(path, kind, modules.weight_shape(module, kind), "", common)
+            yield Site(path, kind, modules.weight_shape(module, kind), "", _apart(model, path, module, kind))
+
+
+def _apart(model: nn.Module, path: str, module: nn.Module, kind: Kind) -> str:
+    """Why all-linear leaves a module out that could have a pair; empty if it takes it."""
+    if kind not in ("linear", "conv1d"):
+        return {"embedding": "an embedding, adapted by name only", "conv2d": "no linear layer (conv names it)"}[kind]
+    if modules.is_head(model, path, module):
+        return "the head, adapted by name only"
+    if modules.is_router(model, path):
+        return "a router, adapted by name only"
+    return "refused by PEFT, adapted by name only" if refused_by_peft(_kind_of(model), path) else ""
 
 
 def _kind_of(model: nn.Module) -> str:
@@ -96,7 +108,7 @@ def named(path: str, name: str) -> bool:
 def _in_keyword(site: Site, keyword: str, family: Family) -> bool:
     if keyword == "conv":
         return site.kind == "conv2d" and not named(site.path, "conv_in") and not named(site.path, "conv_out")
-    if not site.common:
+    if site.apart:
         return False
     if keyword == "all-linear":
         return True

@@ -30,6 +30,7 @@ from lorakeet.train.checkpoint import found as checkpoints
 from lorakeet.train.launch import launched
 from lorakeet.train.log import require_sink
 from lorakeet.train.loop import Outcome, train
+from lorakeet.train.movement import StartValues
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import OnRecord, Reporter, reporter_for, with_calls
 from lorakeet.train.run import RunFolder
@@ -37,6 +38,7 @@ from lorakeet.workflows.finetuning.adapter_card import write_adapter_card
 from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind
 from lorakeet.workflows.finetuning.report import PhaseTimes, complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
+from lorakeet.workflows.finetuning.trained_targets import Moved, target_rows
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.early_checks import require_new_run
 from lorakeet.workflows.runs.multi_process import evaluating_together, require_combinable, starting_together
@@ -69,7 +71,8 @@ class FinetuneResult:
             **kind.summary(self.setup, dry_run=dry_run),
         }
         if dry_run:
-            return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
+            targets = encode(target_rows(self.setup.plan))
+            return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping(), "targets": targets}
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
 
 
@@ -126,12 +129,12 @@ def _trained(
     rate = processes.from_first(lambda: setup.config.train.learning_rate)
     setup = dataclasses.replace(setup, config=setup.config.changed(train={"learning_rate": rate}))
     task = kind.task(setup, run, console)
-    record, before = kind.split_record(setup), kind.frozen_digests(setup)
+    record, before, start = kind.split_record(setup), kind.frozen_digests(setup), StartValues.of(task.parameters())
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=search))
     with _stoppable(run), kind.training(setup, task, run, console):
         identity, budget = kind.identity(setup, before), setup.residency.budget.limit
         outcome = train(task, setup.config.train, run=run, identity=identity, resume=resume, report=report, budget=budget)
-    setup = kind.trained(setup, task)
+    setup = kind.trained(dataclasses.replace(setup, moved=Moved(start.moved(task.parameters()))), task)
     with _evaluating(run), evaluating_together(processes, run, outcome):
         if not setup.sharded:
             processes.disband()

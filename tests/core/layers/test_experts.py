@@ -131,3 +131,16 @@ def test_a_divided_batch_is_refused_and_not_answered_by_the_base(block: Any) -> 
 def test_experts_that_hand_tokens_on_as_they_are_are_refused(block: Any) -> None:
     block.down_proj = nn.Parameter(block.down_proj[:-1].detach())
     assert "some of its experts have no down_proj" in why_not_experts(block)
+
+
+def test_tokens_of_training_are_counted_by_expert(block: Any) -> None:
+    layer = with_pairs(block, "gate_up_proj")
+    arguments = routed()
+    chosen = torch.bincount(arguments[1].flatten(), minlength=4).tolist()
+    layer(*arguments)
+    with torch.no_grad():
+        layer.train()(*arguments)
+    assert not layer.tokens and layer.count == 4  # neither in evaluation nor without gradients
+    layer(*arguments)
+    layer(*arguments)
+    assert [layer.tokens[expert] for expert in range(4)] == [2 * count for count in chosen] and sum(chosen) == 14

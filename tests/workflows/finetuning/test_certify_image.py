@@ -20,6 +20,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.finetune import FinetuneResult
 from lorakeet.workflows.finetuning import certify_image
 from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests, latent_check
+from lorakeet.workflows.finetuning.certify_pairs import PAIRS
 from tiny.image_runs import image_run
 
 
@@ -47,10 +48,10 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
     for file in run.adapter.iterdir():
         file.unlink()
     peft.write(without_component(other), run.adapter)
-    assert names() == ["adapter on disk"] and names(spec=None) == ["adapter on disk"]
+    assert names() == ["adapter on disk", PAIRS] and names(spec=None) == ["adapter on disk", PAIRS]
     with torch.no_grad():
         model.denoiser.conv_in.weight.add_(0.01)
-    assert names() == ["adapter on disk", "base untouched", "frozen weights"]
+    assert names() == ["adapter on disk", "base untouched", "frozen weights", PAIRS]
 
 
 @pytest.mark.parametrize("change", ["zeros", "minus", "double"])
@@ -66,7 +67,7 @@ def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: FinetuneR
             setup.model, tmp_path / "adapter", ["red box"], before=frozen_image_digests(setup.model), spec=spec,
             sampler=Sampler(guidance=3.0),
         )  # fmt: skip
-        assert [check.name for check in found.checks if not check.passed] == ["adapter on disk"]
+        assert [check.name for check in found.checks if not check.passed] == ["adapter on disk", PAIRS]
         assert found.checks[0].measured["latent"] < 0.03 and found.checks[0].measured["of_effect"] > 0.5
 
 
@@ -114,7 +115,7 @@ def test_a_machine_that_rounds_otherwise_each_time_fails_no_correct_run(
         peft.write(without_component(replace(held, pairs=pairs)), folder)
         for alone in (False, True):
             found = _certified(strong, folder, alone=alone)
-            assert [check.name for check in found.checks if not check.passed] == ["adapter on disk"]
+            assert [check.name for check in found.checks if not check.passed] == ["adapter on disk", PAIRS]
 
 
 def test_an_effect_below_rounding_is_not_claimed_to_be_checked(weak: FinetuneResult, monkeypatch: pytest.MonkeyPatch) -> None:

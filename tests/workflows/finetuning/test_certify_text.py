@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_names
+from lorakeet.models.text.by_peft import IN_PEFT
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.text.own_code import OwnCodeDifference
+from lorakeet.workflows.finetuning.certify_pairs import PAIRS
 from lorakeet.workflows.finetuning.certify_text import OWN_CODE, certify_text, check_frozen, rows_to_compare, with_own_code
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import quiet
@@ -34,15 +37,16 @@ def certified(finished: Any, live: TextModel, adapter: Path, *, before: dict[str
     rows = finished.result.setup.held_out.examples
     found = certify_text(live, adapter, rows, before=before, model=model, spec=SPEC, name=NAME)
     assert adapter_names(live.model) == [NAME]
-    return {check.name: check.passed for check in found.checks}
+    return {IN_PEFT if IN_PEFT in check.name else check.name: check.passed for check in found.checks}
 
 
 def test_the_run_itself_has_all_checks(finished: Any) -> None:
     checks = finished.result.report.certificate.checks
-    assert [check.name for check in checks] == ["adapter on disk", "base untouched", "frozen weights", "own code"]
+    own = ["adapter on disk", "base untouched", "frozen weights", PAIRS]
+    assert [check.name for check in checks] == [*own, f"adapter/ in PEFT {version('peft')}: logits", "own code"]
     assert all(check.passed for check in checks) and checks[1].measured["logit"] == 0 and checks[2].n > 20
-    assert 0 < checks[3].measured["largest_gradient_difference"] < 1e-4 and checks[3].n > 20
-    assert checks[3].measured["loss_difference"] < 1e-4
+    assert 0 < checks[5].measured["largest_gradient_difference"] < 1e-4 and checks[5].n > 20
+    assert checks[5].measured["loss_difference"] < 1e-4
 
 
 def test_what_was_not_compared_with_the_model_s_own_code_says_so(finished: Any) -> None:
@@ -58,12 +62,12 @@ def test_what_was_not_compared_with_the_model_s_own_code_says_so(finished: Any) 
 def test_another_adapter_on_disk_is_found(finished: Any, live: TextModel, tmp_path: Path, twice: bool) -> None:
     before = frozen_digests(live.model)
     same = certified(finished, live, finished.path / "adapter", before=before, twice=twice)
-    assert all(same.values()) and len(same) == (3 if twice else 2)
+    assert all(same.values()) and len(same) == (5 if twice else 3)
     adapter = peft.read(finished.path / "adapter")
     adapter.pairs[next(iter(adapter.pairs))].B.mul_(1.01)
     peft.write(Adapter(adapter.pairs, base="x"), tmp_path / "adapter")
     other = certified(finished, live, tmp_path / "adapter", before=before, twice=twice)
-    assert other == {**same, "adapter on disk": False}
+    assert other == {**same, "adapter on disk": False, PAIRS: False}
 
 
 def test_a_base_that_training_changed_is_found(finished: Any, live: TextModel) -> None:
@@ -71,7 +75,8 @@ def test_a_base_that_training_changed_is_found(finished: Any, live: TextModel) -
     with torch.no_grad():
         live.model.get_parameter("model.norm.weight").mul_(1.001)
     found = certified(finished, live, finished.path / "adapter", before=before)
-    assert found == {"adapter on disk": False, "base untouched": False, "frozen weights": False}
+    changed = {"adapter on disk": False, "base untouched": False, "frozen weights": False}
+    assert found == {**changed, PAIRS: True, IN_PEFT: True}
 
 
 def test_one_bit_is_enough_for_the_digests(live: TextModel) -> None:

@@ -7,6 +7,7 @@ its own tokens through the same autograd function as a linear layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import cast
 
 import torch
@@ -22,7 +23,19 @@ class ExpertPairs(nn.ModuleDict):
 
 
 class LoraExperts(AdaptedLayer):
-    """A block of experts with the call (hidden, top_k_index, top_k_weights) that transformers 5 gives it."""
+    """A block of experts with the call (hidden, top_k_index, top_k_weights) that transformers 5 gives it.
+
+    `tokens` counts by expert the tokens of training.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.tokens: Counter[int] = Counter()
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        return len(cast(Tensor, self.original.gate_up_proj))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) to (tokens, hidden)."""
@@ -31,11 +44,13 @@ class LoraExperts(AdaptedLayer):
             return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
         pairs = cast(ExpertPairs, self.adapters[self.active])
         result = torch.zeros_like(hidden_states)
-        experts = cast(Tensor, self.original.gate_up_proj).shape[0]
+        counting = self.training and torch.is_grad_enabled()  # a streamed block runs a second time without gradients
         for expert in chosen_experts(top_k_index):
-            if expert >= experts:  # transformers marks a dropped choice by an index past the last expert
+            if expert >= self.count:  # transformers marks a dropped choice by an index past the last expert
                 continue
             token, choice = torch.where(top_k_index == expert)
+            if counting:
+                self.tokens[expert] += len(token)
             inner = self._gated(self._project(pairs, "gate_up_proj", expert, hidden_states[token]))
             out = self._project(pairs, "down_proj", expert, inner)
             result = result.index_add(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))

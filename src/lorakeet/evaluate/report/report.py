@@ -23,6 +23,7 @@ from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.report import charts
 from lorakeet.evaluate.report.charts import Curves
 from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
+from lorakeet.evaluate.report.target_row import TargetRow
 from lorakeet.evaluate.suspects import SuspectLabel
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
@@ -195,6 +196,7 @@ class Report:
     systems: tuple[SystemResult, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     curves: Curves | None = None
+    targets: tuple[TargetRow, ...] = ()
     ranks: RankMap | None = None
     rank_curve: RankCurve | None = None
     search: Search | None = None

@@ -18,6 +18,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
 from lorakeet.formats.components import with_components
+from lorakeet.models.every_weight import every_weight
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.files.foreign_code import read_native, require_native_parts
 from lorakeet.models.image.denoiser import METHODS, denoiser_files, load_denoiser, variant_in
@@ -293,7 +294,16 @@ def image_plan(model: ImageModel, spec: LoraSpec, *, text_encoder: bool) -> Plan
         if name == model.kind.denoiser or (text_encoder and type(part).__name__.startswith("CLIP"))
     }
     plan = plan_for(nn.ModuleDict(chosen), spec, DIFFUSION)
-    return replace(plan, entries=tuple(entry for entry in plan.entries if not _unused(model, entry.path)))
+    weights = [
+        replace(weight, why_not="its output is not used") if not weight.why_not and _unused(model, weight.path) else weight
+        for weight in plan.weights
+    ]
+    for name, part in model.parts.items():
+        if name not in chosen:
+            why = "only CLIP encoders are trained" if text_encoder else "diffusion.text_encoder is false"
+            weights += [replace(weight, why_not=why) for weight in every_weight(nn.ModuleDict({name: part}), {})]
+    entries = tuple(entry for entry in plan.entries if not _unused(model, entry.path))
+    return replace(plan, entries=entries, weights=tuple(weights))
 
 
 def _unused(model: ImageModel, path: str) -> bool:

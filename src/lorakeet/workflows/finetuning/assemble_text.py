@@ -49,7 +49,6 @@ class TextAssembly(Assembly):
     new_token_ids: tuple[int, ...]
     residency: Residency[TextRunPlan] = field(default_factory=Residency)
     own_code: OwnCodeDifference | None = None  # how the first pass differed from the model's own code; None where not compared
-    initial_plan: Plan | None = None  # once ranks were pruned: the plan with which training started
 
     @property
     def name(self) -> str:

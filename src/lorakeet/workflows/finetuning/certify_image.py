@@ -4,6 +4,7 @@ frozen weights   the digest of every frozen number, before training and after it
 adapter on disk  the pipeline loaded once more with the adapter read from disk, against the live one: latents of samples; their
                  difference is also a small share of the adapter's effect, so that no weak adapter is mistaken for another
 base untouched   the pipeline loaded once more, against the live one with its adapter off: latents of samples
+trained = saved = loaded  the tensors of the adapter, by name and to the bit: live, in the file, and on the model that loaded it
 
 Both sides do the same arithmetic in the same dtype, so the tolerance of fp32 applies to every dtype, as in certify_text. But
 CUDA's libraries choose kernels by alignment and workspace, so they may round differently from one time to the next. That is
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, tolerance_check
 from lorakeet.formats.detect import read_adapter
-from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
+from lorakeet.models.compare_saved import compare_saved
+from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter, with_model_paths
 from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, eject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.digests import frozen_digests
+from lorakeet.workflows.finetuning.certify_pairs import check_saved
 from lorakeet.workflows.finetuning.certify_text import check_frozen
 
 _READ = "read-from-disk"
@@ -62,7 +65,9 @@ def certify_images(
     wanted, base = drawn(live, name), drawn(live, None)
     live.stage()
     fresh = live if spec is None else load_image_model(spec, prediction=live.prediction, say=lambda _: None)
-    put_image_adapter(fresh, read_adapter(adapter), _READ)
+    held = read_adapter(adapter)
+    put_image_adapter(fresh, held, _READ)
+    pairs = compare_saved((live.parts, name), with_model_paths(fresh, held), (fresh.parts, _READ))
     read = drawn(fresh, _READ)
     other = base if spec is None else drawn(fresh, None)
     if spec is None:
@@ -78,7 +83,7 @@ def certify_images(
     if spec is not None:
         between = ("base with the adapter off", "base read again")
         checks.append(latent_check("base untouched", base, other, between=between, floor=floor))
-    checks.append(check_frozen(before, after))
+    checks += [check_frozen(before, after), check_saved(pairs, adapter.name)]
     moved = "none: the samples equal the base's, as they would with any adapter without effect"
     if effect := _largest(wanted - base):
         moved = f"up to {effect / max(_largest(base), _TINY):.2g} of the base's largest latent"

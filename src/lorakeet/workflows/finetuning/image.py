@@ -27,7 +27,8 @@ from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble
 from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests
 from lorakeet.workflows.finetuning.evaluate_image import ImageEvaluator
 from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
-from lorakeet.workflows.finetuning.terminal import show_advice, show_image_forecast, show_peak, show_pictures
+from lorakeet.workflows.finetuning.terminal import show_advice, show_image_forecast, show_peak, show_pictures, show_targets
+from lorakeet.workflows.finetuning.trained_targets import remarks_before
 from lorakeet.workflows.planning.image_run import ImageRunPlan, changes_that_help, forecast_images, machine_of, ways
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
@@ -81,12 +82,14 @@ class ImageRunKind(RunKind[ImageAssembly]):
         show_image_forecast(result.planned, console)
         show_peak(result, console)
         show_advice(result, console)
+        show_targets(planned.plan, remarks_before(planned.plan), console)
         return result
 
     def assemble(
         self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
     ) -> ImageAssembly:
-        return assemble_images(config, console, forecast=dry_run, resumed=resumed)
+        setup = assemble_images(config, console, forecast=dry_run, resumed=resumed)
+        return replace(setup, remarks=tuple(remarks_before(setup.plan)))
 
     def summary(self, setup: ImageAssembly, *, dry_run: bool) -> dict[str, Any]:
         planned = setup.residency.plan

@@ -24,12 +24,14 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
+from lorakeet.evaluate.values import encode
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.progress import TEXT, Words
 from lorakeet.train.run import RunFolder
 from lorakeet.train.task import Task
+from lorakeet.workflows.finetuning.trained_targets import Moved, target_rows
 from lorakeet.workflows.runs.residency import Residency
 
 Digests = Mapping[str, str]  # SHA-256 of each frozen tensor, by its path in the model
@@ -45,6 +47,9 @@ class Assembly:
     residency: Residency[Any] = field(default_factory=Residency)  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
     memory: PeakMemory | None = None  # of the process, from before the model was loaded
+    remarks: tuple[str, ...] = ()  # on what is trained, before it is
+    moved: Moved | None = None  # once it is trained: which tensors left their start
+    initial_plan: Plan | None = None  # once ranks were pruned: the plan with which training started
 
     @property
     def name(self) -> str:
@@ -124,6 +129,7 @@ class PlanResult:
             "model": self.config.model.path,
             "device": str(self.device),
             "trained_parameters": self.planned.plan.parameters,
+            "targets": encode(target_rows(self.planned.plan)),
             "phases": [phase.to_mapping() for phase in self.planned.forecast.phases],
             "peak": self.peak,
             "budget": self.budget.limit,

@@ -30,6 +30,7 @@ from lorakeet.train.loop import Outcome
 from lorakeet.train.progress import TEXT
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.kind import Assembly, AssemblyT, RunKind
+from lorakeet.workflows.finetuning.trained_targets import target_rows, warnings_after
 
 _WITH_TEXTS = 20  # leaks of each kind whose texts are in the report
 
@@ -64,8 +65,11 @@ def complete(
     config, lora, (part, rows) = setup.config, setup.config.lora, setup.evaluated
     metrics = read_metrics(run.metrics)
     count = measured.rows_of or len(rows)
+    moved = () if setup.moved is None else tuple(warnings_after(setup.plan, setup.moved))
     return replace(
         measured,
+        targets=target_rows(setup.plan, setup.moved),
+        warnings=(*measured.warnings, *setup.remarks, *moved),
         subtitle=f"{setup.name} on {Path(setup.config.data.train).name}, evaluated on {count} {part} {kind.words.evaluated}",
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         facts={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,12 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.replies import SCORES
 from lorakeet.evaluate.report.report import Report
+from lorakeet.evaluate.report.target_row import TargetRow
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
 from lorakeet.memory.forecast import KINDS, Forecast
+from lorakeet.models.module_kinds import VECTORS
 from lorakeet.ranks.allocate import pair_parameters
+from lorakeet.workflows.finetuning.trained_targets import STAYED, target_rows
 
 if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.data.images.split import ImageDataset
@@ -54,6 +57,7 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
     console.print(Text.assemble(("One training row", "bold"), " (target tokens in green):"))
     console.print(show_example(setup.train.examples[0], setup.text.tokenizer))
     _show_plan(("path", "weight"), setup.plan.rows(), setup.plan, console)
+    show_targets(setup.plan, setup.remarks, console)
     if cuts := setup.cuts:
         steps = ", ".join(f"{budget:,} after step {step}" for step, budget in cuts.items())
         console.print(
@@ -85,11 +89,34 @@ def show_pictures(setup: ImageAssembly, console: Console) -> None:
         groups.setdefault((name, entry.rank, entry.scale), []).append(entry.parameters)
     rows = ((name, str(len(own)), str(rank), f"{scale:g}", f"{sum(own):,}") for (name, rank, scale), own in groups.items())
     _show_plan(("module", "pairs"), rows, setup.plan, console)
+    show_targets(setup.plan, setup.remarks, console)
     config = setup.config
     console.print(
         f"{setup.steps} steps of {config.train.batch_size} pictures; {config.model.dtype} weights on {config.model.device}; "
         f"the model predicts {config.diffusion.prediction}"
     )
+
+
+def show_targets(plan: Plan, remarks: Iterable[str], console: Console) -> None:
+    """Prints what is trained of each kind of module, and the remarks on it."""
+    _show_rows_of_targets(target_rows(plan), remarks, console)
+
+
+def _show_rows_of_targets(rows: Sequence[TargetRow], remarks: Iterable[str], console: Console) -> None:
+    """A line for each kind of module but vectors that are left out: they have no pair anywhere."""
+    shown = [row for row in rows if row.kind != VECTORS or row.whole]
+    if not shown:
+        return
+    moved = ("moved",) if any(row.moved is not None for row in shown) else ()
+    columns = ("module", "tensors", "pairs", *moved, "remarks")
+    table = Table(title="Targets by kind of module", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("tensors", "pairs", "moved") else "left")
+    for row in shown:
+        table.add_row(*map(Text, row.cells()))
+    console.print(table)
+    for line in remarks:
+        console.print(Text(line, style="yellow"))
 
 
 def _show_counts(name: str, data: Dataset | ImageDataset, console: Console) -> None:
@@ -124,6 +151,7 @@ def show_results(report: Report, console: Console) -> None:
         differences.add_row(f"{item.left} − {item.right}", words.title, Text(value), p, item.verdict)
     if report.comparisons:
         console.print(differences)
+    _show_rows_of_targets(report.targets, [line for line in report.warnings if line.startswith(STAYED)], console)
     if report.drift is not None:
         console.print(Text(f"Drift from the base: {_cell(report.drift.mean_kl, 4)} nats a token on {report.drift.texts} texts"))
     if report.verdict is not None:

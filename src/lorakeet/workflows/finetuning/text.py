@@ -33,6 +33,7 @@ from lorakeet.memory.usage import Usage
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.files.source import bytes_to_unpack
+from lorakeet.models.inject import tokens_of_experts
 from lorakeet.models.text.cached_states import cached_states, frozen_depth
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.from_config import config_of, local_files
@@ -48,7 +49,8 @@ from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_gra
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
-from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows
+from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows, show_targets
+from lorakeet.workflows.finetuning.trained_targets import remarks_before, remarks_of_peft
 from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.encoded_rows import workload_of_files
 from lorakeet.workflows.planning.fit import WayChoice, choose, host_memory, too_small_text
@@ -344,6 +346,7 @@ class TextRunKind(RunKind[TextAssembly]):
         if planned.peak > budget.bytes:
             result = _within_budget(result, run, planned, console)
         _show(result, console)
+        show_targets(planned.plan, (*remarks_before(planned.plan), *remarks_of_peft(model_config, planned.plan)), console)
         return result
 
     def check(self, config: RunConfig, processes: int) -> None:
@@ -355,7 +358,11 @@ class TextRunKind(RunKind[TextAssembly]):
     def assemble(
         self, config: RunConfig, console: Console, *, processes: Processes, resumed: RunFolder | None, dry_run: bool
     ) -> TextAssembly:
-        return assemble_text(config, console, processes)
+        setup = assemble_text(config, console, processes)
+        remarks = [*remarks_before(setup.plan)]
+        if processes.first and not setup.residency.budget:  # PEFT itself is not in the plan of its memory
+            remarks += remarks_of_peft(setup.text.model.config, setup.plan, type(setup.text.model))
+        return dataclasses.replace(setup, remarks=tuple(remarks))
 
     def summary(self, setup: TextAssembly, *, dry_run: bool) -> dict[str, Any]:
         found: dict[str, Any] = {"tokens_per_epoch": setup.tokens_per_epoch}
@@ -411,7 +418,9 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def trained(self, setup: TextAssembly, task: TextTask) -> TextAssembly:
         config = setup.config.changed(train={"micro_tokens": task.spec.micro_tokens})  # halved if memory was too small
-        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code, config=config)
+        tokens = _summed(setup.processes, tokens_of_experts(task.text.model))
+        moved = None if setup.moved is None else dataclasses.replace(setup.moved, tokens=tokens)
+        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code, config=config, moved=moved)
         if task.pruning is None:
             return setup
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
@@ -492,6 +501,11 @@ def _cached_states(setup: TextAssembly, task: TextTask, run: RunFolder, console:
     rows = (*task.held_out_rows, *(task.train if several else ()))
     say = partial(console.print, markup=False, soft_wrap=True)
     return cached_states(task.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say)
+
+
+def _summed(processes: Processes, tokens: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The tokens of experts over all processes, each of which saw its rows."""
+    return {path: processes.summed(torch.tensor(counts)).tolist() for path, counts in tokens.items()}
 
 
 def _warnings(setup: TextAssembly) -> Iterator[str]:

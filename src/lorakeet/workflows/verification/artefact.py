@@ -34,6 +34,7 @@ from lorakeet.merging.checkpoint import open_checkpoint
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.by_peft import IN_PEFT
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.planning.check import SERVERS
@@ -226,8 +227,8 @@ def artefact_name(path: Path, beside: Path | None) -> str:
 
 
 def is_there(name: str, beside: Path) -> bool:
-    """Whether what `artefact_name` named is still on disk; true of a server, which need not answer now."""
-    if name.startswith(SERVERS) or (beside / name).exists():
+    """Whether what `artefact_name` named is still on disk; true of a server, which need not answer now, and of PEFT's reading."""
+    if name.startswith(SERVERS) or IN_PEFT in name or (beside / name).exists():
         return True
     return all((beside / part).exists() for part in name.split(_JOINED))
 

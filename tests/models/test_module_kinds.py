@@ -1,0 +1,73 @@
+"""What kind of module each weight of a model belongs to, for the architectures that people train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from lorakeet.models.module_kinds import EXPERT, HEAD, ROUTER, SHARED, kind_in_words
+from lorakeet.models.modules import original_modules
+from tiny.models import tiny_model
+from tiny.outlines import outline
+
+
+def kinds(model: Any) -> dict[str, str]:
+    """The kind of each module with parameters of its own, by its path without numbers."""
+    by_path = dict(original_modules(model))
+    return {
+        ".".join("#" if part.isdigit() else part for part in path.split(".")): kind_in_words(model, by_path, path)
+        for path, module in by_path.items()
+        if path and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    }
+
+
+def test_a_dense_model_has_attention_mlp_embeddings_and_a_head() -> None:
+    found = kinds(tiny_model("llama"))
+    assert set(found.values()) == {"attention", "MLP", "embeddings", HEAD}
+    assert found["model.layers.#.self_attn.q_proj"] == "attention" and found["model.layers.#.mlp.up_proj"] == "MLP"
+    assert kinds(tiny_model("gpt2"))["transformer.h.#.attn.c_attn"] == "attention"
+
+
+def test_experts_shared_ones_and_the_router_are_apart() -> None:
+    found = kinds(tiny_model("qwen2_moe"))
+    assert found["model.layers.#.mlp.experts"] == EXPERT
+    assert found["model.layers.#.mlp.shared_expert.up_proj"] == SHARED
+    assert found["model.layers.#.mlp.gate"] == found["model.layers.#.mlp.shared_expert_gate"] == ROUTER
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "kind"),
+    [
+        ("qwen3_next", "model.layers.#.linear_attn.in_proj_qkvz", "DeltaNet"),
+        ("qwen3_next", "model.layers.#.linear_attn.conv1d", "convolution"),
+        ("qwen3_next", "model.layers.#.self_attn.q_proj", "attention"),
+        ("mamba2", "backbone.layers.#.mixer.in_proj", "Mamba"),
+        ("falcon_h1", "model.layers.#.mamba.in_proj", "Mamba"),
+        ("jamba", "model.layers.#.mamba.x_proj", "Mamba"),
+        ("granite_hybrid", "model.layers.#.block_sparse_moe.experts", EXPERT),
+        ("nemotron_h", "model.layers.#.mixer.gate", ROUTER),
+        ("lfm2", "model.layers.#.conv.in_proj", "convolution"),
+        ("dbrx", "transformer.blocks.#.ffn.experts.mlp", EXPERT),
+        ("dbrx", "transformer.blocks.#.ffn.router.layer", ROUTER),
+        ("jetmoe", "model.layers.#.mlp.router.layer", ROUTER),
+        ("gemma3", "model.vision_tower.encoder.layers.#.self_attn.q_proj", "vision tower"),
+        ("gemma3", "model.language_model.layers.#.self_attn.q_proj", "attention"),
+        ("gemma3", "model.multi_modal_projector", "projector"),
+    ],
+)
+def test_each_kind_of_layer_has_its_word(name: str, path: str, kind: str) -> None:
+    assert kinds(outline(name))[path] == kind
+
+
+def test_what_the_table_does_not_know_is_called_by_its_class() -> None:
+    found = kinds(outline("recurrent_gemma"))
+    assert found["model.layers.#.temporal_block.linear_x"] == "RecurrentGemmaRecurrentBlock"
+
+    class Oddity(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(2, 2)])
+
+    assert kinds(nn.Sequential(Oddity()))["#.parts.#"] == "Oddity"
