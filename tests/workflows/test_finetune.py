@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
         "adapter on disk",
         "base untouched",
         "frozen weights",
+        "trained = saved = loaded",
+        f"adapter/ in PEFT {version('peft')}: logits",
         "own code",
     ]
     assert all(check.measured.get("loss", 0.0) == 0 for check in certificate.checks)

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,7 +84,8 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     kept = read_certificate(run / "certificate.json")
     kinds = ["prompt ids", "logits", "answers", "greedy text", "weights"]
     names = [check.name for check in kept.checks]
-    assert names[:4] == ["adapter on disk", "base untouched", "frozen weights", "own code"]
+    assert names[:4] == ["adapter on disk", "base untouched", "frozen weights", "trained = saved = loaded"]
+    assert names[4].endswith(": logits") and "in PEFT" in names[4] and names[5] == "own code"
     assert len(names) == before + 6 * len(kinds)
     assert [kind(check) for check in kept.checks[before : before + 5]] == kinds
     answers = next(check for check in kept.checks[before:] if kind(check) == "answers")
@@ -130,13 +132,15 @@ def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Lou
     }
     assert kept.passed and read_record(run / "certificate.json") is not None, "the adapter itself is served"
     assert kept.verdict == "The own checks passed; wrong/model.gguf failed"
-    assert json.loads((run / "certificate.json").read_text())["artefacts"] == {"wrong/model.gguf": False, "good/model.gguf": True}
+    peft = f"adapter/ in PEFT {version('peft')}"
+    artefacts = {peft: True, "wrong/model.gguf": False, "good/model.gguf": True}
+    assert json.loads((run / "certificate.json").read_text())["artefacts"] == artefacts
     page = (run / "report.html").read_text()
     assert "The own checks passed; wrong/model.gguf failed" in page and "certificate passed" in page
     wrong.unlink()
     verify(VerifyOptions(str(run), against=(str(good),), rows=1), console=quiet())
     kept = read_certificate(run / "certificate.json")
-    assert kept.passed and {check.artefact for check in kept.checks} == {"", "good/model.gguf"}
+    assert kept.passed and {check.artefact for check in kept.checks} == {"", peft, "good/model.gguf"}
 
 
 def changed(adapter: Adapter, change: Callable[[str, Pair], Pair | None]) -> Adapter:

@@ -93,7 +93,7 @@ def test_peft_s_logits_are_those_of_the_live_pairs(
     trained: Callable[..., TextModel], tmp_path: Path, family: str, dtype: str, settings: Any
 ) -> None:
     found = compare_with_peft(trained(family, dtype, **settings), "default", tmp_path / "adapter", ROWS)
-    assert found.tokens == 47 and found.logit < 1e-5 and found.median == ("moe" in family)
+    assert found.tokens == 34 and found.logit < 1e-5 and found.median == ("moe" in family)
     assert found.of_effect is not None and found.of_effect < 1e-4
 
 

@@ -22,6 +22,7 @@ from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
 from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.targets import plan_for
+from lorakeet.models.text import by_peft
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.quant.spec import QuantSpec
@@ -181,7 +182,7 @@ def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
     names = ["load", "train step", "evaluate", "checkpoint", "final eval", "certify", "merge", "export"]
     assert [phase.name for phase in found.forecast.phases] == names
     for phase in found.forecast.phases:
-        more = {"final eval": FLOORS, "certify": FLOORS + 96 * TOKENIZER_ENTRY}.get(phase.name, 0)
+        more = {"final eval": FLOORS, "certify": FLOORS + 96 * TOKENIZER_ENTRY + (64 << 20)}.get(phase.name, 0)  # PEFT's modules
         assert phase.kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY + more
     assert found.forecast.phase(LOAD).kinds["base"] == found.base
     assert found.forecast.phase(MERGE).kinds["base"] >= 1.9 * found.base, "base + adapter beside the merged model, both in fp32"
@@ -189,10 +190,14 @@ def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
     assert found.training_peak <= found.peak and found.to_mapping()["peak"] == found.peak
 
 
-def test_the_certificate_reads_the_base_again_but_not_under_a_budget() -> None:
-    twice = planned().forecast.phase(CERTIFY)
+def test_the_certificate_reads_the_base_again_but_not_under_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     once = forecast_run(settings(), config_from_settings(SMALL), FP32, runtime=RUNTIME, returning=True).forecast.phase(CERTIFY)
+    with_peft = planned().forecast.phase(CERTIFY)
+    monkeypatch.setattr(by_peft, "peft_version", lambda: "")
+    twice = planned().forecast.phase(CERTIFY)
     assert twice.kinds["base"] == 2 * once.kinds["base"]
+    assert with_peft.kinds["base"] == pytest.approx(twice.kinds["base"], rel=1e-3)  # but for buffers
+    assert with_peft.kinds["runtime"] - twice.kinds["runtime"] == 64 << 20
 
 
 @pytest.mark.parametrize(("computing", "copies"), [(900, 2), (100, 3)])

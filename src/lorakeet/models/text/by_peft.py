@@ -36,10 +36,12 @@ from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 
 IN_PEFT = " in PEFT"  # in the name of an adapter as PEFT reads it
-ROWS, TOKENS = 2, 48  # how many rows are compared, and at most the first tokens of each
+ROWS, TOKENS = 2, 24  # how many rows are compared, and at most the first tokens of each
 LARGEST = 4 << 30  # bytes of a base in fp32 whose logits are compared
 ROUNDING = 1e-4  # of the largest logit: fp32, summed in another order
 SHARE = 0.01  # of what the adapter changes
+_LOGITS = 6  # tensors (tokens, vocabulary) at once: three passes and their differences
+_PEFT = 64 << 20  # bytes of its modules once imported; 58 MiB were seen
 _NESTED = ".base_layer"
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -70,6 +72,16 @@ def why_not_by_peft(text: TextModel) -> str:
         return "PEFT has no pairs for the packed weights of this base"
     size = 4 * sum(parameter.numel() for parameter in text.model.parameters())
     return f"the base takes {bytes_text(size)} in fp32, more than {bytes_text(LARGEST)}" if size > LARGEST else ""
+
+
+def bytes_with_peft(weights: int, vocabulary: int) -> dict[str, int]:
+    """The bytes, by kind, of a comparison on a base of so many weights; none where it is not made.
+
+    They are the base in fp32, logits, and PEFT itself.
+    """
+    if not peft_version() or 4 * weights > LARGEST:
+        return {}
+    return {"base": 4 * weights, "logits": _LOGITS * ROWS * TOKENS * vocabulary * 4, "runtime": _PEFT}
 
 
 def unread_by_peft(config: Any, plan: Plan, owner: Any = None) -> str:

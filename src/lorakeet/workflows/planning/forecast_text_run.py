@@ -31,6 +31,7 @@ from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.by_peft import bytes_with_peft
 from lorakeet.models.text.from_config import config_from_settings, model_from_config, streamed_model_from_config
 from lorakeet.models.text.model import COUNTS, TextModel, context_of, padded_count, token_logprobs
 from lorakeet.models.text.repeated_blocks import ModelBuilder
@@ -330,7 +331,8 @@ def forecast_run(
     kept = add_usage(Usage(), base=found.base, adapter=adapter)
     evaluated = add_usage(larger_usage(final, add_usage(kept, scratch=0 if on_gpu else INTERVALS)), runtime=floors)
     alone = certified_within(found, kept, adapter)
-    again = alone if returning else certified_beside(found, kept, adapter, load=load, words=words)
+    by_peft = _read_by_peft(config, model_config, found, kept, adapter, words)
+    again = alone if returning else larger_usage(by_peft, certified_beside(found, kept, adapter, load=load, words=words))
     steps = {name: peak for name, peak in with_importance(config, found).items() if name in (STEP, EVALUATE, CHECKPOINT)}
     held = {LOAD: load, **before, **steps, FINAL: evaluated}
     phases = phases_on_gpu if on_gpu else phases_of
@@ -351,6 +353,14 @@ def forecast_run(
     later = () if on_gpu else _later(found, adapter, runtime + words)  # whose models are compared on the CPU
     trial = together(len(QUICK_FACTORS), searching=False)
     return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, **about)
+
+
+def _read_by_peft(config: RunConfig, model_config: Any, found: Rehearsal, kept: Usage, adapter: int, words: int) -> Usage:
+    """What is in memory beside the model while PEFT's logits are compared, where they are; `words` are of a tokenizer."""
+    more = {}
+    if config.model.quantize.method == "none":
+        more = bytes_with_peft(found.plan.frozen_parameters, int(model_config.get_text_config().vocab_size))
+    return add_usage(add_usage(kept, **more), adapter=2 * adapter, runtime=words)
 
 
 def _step_of(config: RunConfig, lengths: RowLengths | None, window: int | None) -> tuple[RowShape, RowShape, int]:
