@@ -330,9 +330,8 @@ def forecast_run(
     adapter = VALUE * finished_plan(config, found.plan).parameters
     kept = add_usage(Usage(), base=found.base, adapter=adapter)
     evaluated = add_usage(larger_usage(final, add_usage(kept, scratch=0 if on_gpu else INTERVALS)), runtime=floors)
-    alone = certified_within(found, kept, adapter)
-    by_peft = _read_by_peft(config, model_config, found, kept, adapter, words)
-    again = alone if returning else larger_usage(by_peft, certified_beside(found, kept, adapter, load=load, words=words))
+    alone, beside = certified_within(found, kept, adapter), certified_beside(found, kept, adapter, load=load, words=words)
+    again = alone if returning else larger_usage(beside, _by_peft(config, model_config, found, kept, adapter, words))
     steps = {name: peak for name, peak in with_importance(config, found).items() if name in (STEP, EVALUATE, CHECKPOINT)}
     held = {LOAD: load, **before, **steps, FINAL: evaluated}
     phases = phases_on_gpu if on_gpu else phases_of
@@ -355,7 +354,7 @@ def forecast_run(
     return TextRunPlan(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, **about)
 
 
-def _read_by_peft(config: RunConfig, model_config: Any, found: Rehearsal, kept: Usage, adapter: int, words: int) -> Usage:
+def _by_peft(config: RunConfig, model_config: Any, found: Rehearsal, kept: Usage, adapter: int, words: int) -> Usage:
     """What is in memory beside the model while PEFT's logits are compared, where they are; `words` are of a tokenizer."""
     more = {}
     if config.model.quantize.method == "none":
