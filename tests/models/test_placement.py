@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.models.placement import device_for, dtype_for, narrow_for, planned_on, products_for
+from lorakeet.models import placement
+from lorakeet.models.placement import device_for, dtype_for, narrow_for, planned_on, products_for, why_not_cuda
 from lorakeet.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -63,3 +64,29 @@ def test_16_bits_are_bfloat16_but_for_gpus_that_have_none(monkeypatch: pytest.Mo
     for has, name in ((True, "bfloat16"), (False, "float16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert narrow_for(card) == name and narrow_for(CPU) == "bfloat16"
+
+
+@pytest.fixture
+def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+
+
+@pytest.mark.usefixtures("old_card")
+def test_a_card_that_is_too_old_is_refused_by_name_and_passed_over_with_a_word() -> None:
+    with pytest.raises(EnvironmentProblem, match=r"'cuda', but Tesla V100 has compute capability 7\.0; expected 7\.5.* to cpu"):
+        device_for("cuda")
+    assert device_for("auto").type != "cuda" and "Tesla V100 has compute" in why_not_cuda("auto")
+    assert why_not_cuda("cpu") == "", "the user has chosen"
+
+
+def test_no_cuda_is_said_with_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for why, words in (("A GPU is here.", r"sees 0 CUDA devices here\. A GPU is here\."), ("", "use model.device auto")):
+        monkeypatch.setattr(placement, "unused_gpus", lambda why=why: why)
+        with pytest.raises(EnvironmentProblem, match=words):
+            device_for("cuda")
+        assert why_not_cuda("auto") == (f"Training runs on the CPU. {why}" if why else "")

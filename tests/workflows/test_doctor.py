@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.protocol import Situation
+from lorakeet.models.nvidia import NvidiaGpus
 from lorakeet.workflows import doctor as module
 from lorakeet.workflows.doctor import Checkup, Finding, doctor, pip_command
 
@@ -83,3 +85,19 @@ def test_the_kernels_of_each_task_are_listed_in_the_order_of_the_table_with_reas
         words = " ".join(text.split())
         assert all(name.split(":")[0] in words for name in use.passed_over)
     assert json.loads(json.dumps(checkup.to_mapping()))["kernels"][0]["task"] == on_cpu[0].task
+
+
+def test_a_gpu_is_named_with_its_driver_and_one_that_torch_does_not_use_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia = NvidiaGpus(("NVIDIA GeForce RTX 3060",), "535.104.05")
+    unused = module._accelerator(torch, torch.device("cpu"), nvidia, "Update the driver")
+    assert not unused.good and not unused.required and unused.remedy == "Update the driver"
+    assert "RTX 3060, driver 535.104.05; torch" in unused.found
+    none = module._accelerator(torch, torch.device("cpu"), NvidiaGpus(), "")
+    assert none.good and none.found == "none; training runs on the processor"
+    gpu = SimpleNamespace(name="RTX 3060", total_memory=12 << 30, major=8, minor=6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    used = module._accelerator(torch, torch.device("cuda", 0), nvidia, "")
+    assert used.good and "RTX 3060 with 12 GiB, compute capability 8.6; driver 535.104.05, torch built for CUDA" in used.found
+    assert not module._accelerator(torch, torch.device("cpu"), nvidia, "").good, "which is too old"

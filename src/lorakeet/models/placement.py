@@ -7,6 +7,7 @@ import torch
 from lorakeet.core.precision import fastest_products
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.onednn_code import limit_code_cache
+from lorakeet.models.nvidia import too_old, unused_gpus
 from lorakeet.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -14,25 +15,37 @@ _CPU_BF16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # featur
 
 
 def device_for(name: str) -> torch.device:
-    """Returns the device `name`; auto is CUDA, else Apple's GPU, else the CPU. Raises if this machine lacks it."""
+    """Returns the device `name`; auto is CUDA, else Apple's GPU, else the CPU. Raises if it is not here, or too old."""
     if name == "auto":
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not too_old(0):
             return torch.device("cuda", 0)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = _named(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise EnvironmentProblem(
-                f"model.device is '{name}', but torch {torch.__version__} sees {count} CUDA devices here; use model.device auto, "
-                "or install a torch that is built for your GPU."
-            )
+            found = f"model.device is '{name}', but torch {torch.__version__} sees {count} CUDA devices here"
+            if why := unused_gpus():
+                raise EnvironmentProblem(f"{found}. {why}")
+            raise EnvironmentProblem(f"{found}; use model.device auto, or install a torch that is built for your GPU.")
+        if old := too_old(device.index or 0):
+            raise EnvironmentProblem(f"model.device is '{name}', but {old}. Set model.device to cpu, or take another GPU.")
         device = torch.device("cuda", device.index or 0)  # a memory limit needs a device with its number
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise EnvironmentProblem("model.device is 'mps', but torch sees no Apple GPU here; use model.device auto.")
     elif device.type not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"model.device is '{name}'; expected auto, cpu, cuda, cuda:1 or mps.")
     return device
+
+
+def why_not_cuda(name: str) -> str:
+    """Why `auto` takes no NVIDIA GPU though this machine has one, with the remedy; empty where it does, or another is named."""
+    if name != "auto":
+        return ""
+    if torch.cuda.is_available():
+        return f"{old}, so training runs on the CPU. Set model.device to cpu to hide this." if (old := too_old(0)) else ""
+    why = unused_gpus()
+    return f"Training runs on the CPU. {why}" if why else ""
 
 
 def planned_on(name: str) -> torch.device:

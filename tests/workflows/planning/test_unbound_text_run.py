@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
@@ -186,3 +188,16 @@ def test_a_whole_run_with_little_free_ends_in_the_same_bytes(
                         (tmp_path / "run", whole))  # fmt: skip
     assert "adapter on disk" in checks and "base untouched" in of_whole - checks, "one base"
     assert found.report is not None and any("against what was free" in use.what for use in found.report.memory)
+
+
+def test_a_gpu_that_torch_does_not_use_is_said_before_training(
+    plain: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble_text, "why_not_cuda", lambda _: "Training runs on the CPU. Install another torch.")
+    small, data, _ = plain
+    screen = io.StringIO()
+    with pytest.raises(ConfigError):
+        assemble_text.assemble_text(
+            settings(small, data, tmp_path / "run", {"lora.target_modules": "nothing"}), Console(file=screen, width=200)
+        )
+    assert screen.getvalue().startswith("Training runs on the CPU. Install another torch.\n")

@@ -25,6 +25,7 @@ from lorakeet.models.image.model import ImageModel, image_plan, load_image_model
 from lorakeet.models.image.noise import check_betas
 from lorakeet.models.image.sample import Sampler
 from lorakeet.models.inject import inject
+from lorakeet.models.placement import why_not_cuda
 from lorakeet.train.image.task import ImageTask
 from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
@@ -69,6 +70,8 @@ def assemble_images(
     """
     say = partial(console.print, markup=False, soft_wrap=True)
     check_settings(config, ignored=say if resumed else None)
+    if why := why_not_cuda(config.model.device):
+        say(why)
     recorded = _recorded(config, resumed, say)
     dataset = recorded or load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
     for remark in dataset.remarks:

@@ -18,6 +18,7 @@ from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import release_free_memory
+from lorakeet.models.placement import why_not_cuda
 from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
@@ -95,6 +96,8 @@ def assemble_text(
 
     `members` and `largest` are for a search: how many adapters train at once, and the pairs of the largest.
     """
+    if why := why_not_cuda(config.model.device):
+        console.print(why, markup=False, soft_wrap=True)
     config = on_own_device(config, processes)
     dataset = load_dataset(config.data)
     if not dataset.held_out:
