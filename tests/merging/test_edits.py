@@ -124,7 +124,11 @@ def test_everything_wrong_is_listed(tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
-def test_transposed_experts_are_refused(tmp_path: Path) -> None:
-    pair = random_pair("experts", torch.zeros(3, 8, 6))
-    with pytest.raises(ConfigError, match="the experts of gpt_oss are stored transposed"):
-        edits_for(checkpoint(tmp_path, model_type="gpt_oss"), Adapter({"model.mlp.experts.down_proj": pair}))
+def test_transposed_experts_are_changed_as_they_are_stored(tmp_path: Path) -> None:
+    path, pair = "model.mlp.experts.down_proj", random_pair("experts", torch.zeros(3, 6, 8))
+    held = checkpoint(tmp_path, model_type="gpt_oss")
+    (step,) = edits_for(held, Adapter({path: pair})).by_name[path].steps
+    change = pair.scale * torch.einsum("eor,eri->eio", pair.B, pair.A)
+    torch.testing.assert_close(step(torch.zeros(3, 8, 6)), change)
+    with pytest.raises(ConfigError, match="the pair is for \\(3, 8, 6\\), stored transposed"):
+        edits_for(held, Adapter({path: random_pair("experts", torch.zeros(3, 8, 6))}))

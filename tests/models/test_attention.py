@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from lorakeet.models.attention import VARLEN, packed_attention, register
 
 HEADS, KV, WIDTH = 6, 2, 8
 ROWS = (5, 1, 9, 3)
+SINKS = torch.linspace(-1, 2, HEADS)
 
 
 def states(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,8 +22,8 @@ def states(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(1, heads, tokens, WIDTH, dtype=dtype).requires_grad_() for heads in (HEADS, KV, KV))
 
 
-def literal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: float | None = None) -> Tensor:
-    """softmax(mask(q·kᵀ/√d))·v with one mask over all tokens."""
+def literal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: float | None = None, sinks: Any = None) -> Tensor:
+    """softmax(mask(q·kᵀ/√d))·v with one mask over all tokens; the score of a sink is one more, whose share gives nothing."""
     k, v = (x.repeat_interleave(HEADS // KV, dim=1) for x in (k, v))
     row = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS))
     place = torch.arange(sum(ROWS))
@@ -29,7 +32,10 @@ def literal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: flo
         seen &= place[:, None] - place < window
     scores = q @ k.transpose(-1, -2) / WIDTH**0.5
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
-    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, HEADS, 1, 1).expand(-1, -1, scores.shape[2], -1).to(scores.dtype)], -1)
+    return (scores.softmax(-1)[..., : len(row)] @ v).transpose(1, 2)
 
 
 def both(dtype: torch.dtype, **settings: object) -> list[tuple[Tensor, Tensor]]:
@@ -42,20 +48,21 @@ def both(dtype: torch.dtype, **settings: object) -> list[tuple[Tensor, Tensor]]:
             out, extra = packed_attention(nn.Module(), q, k, v, row_lengths=ROWS, scaling=WIDTH**-0.5, **settings)
             assert extra is None
         else:
-            out = literal(q.double(), k.double(), v.double(), settings.get("sliding_window"), settings.get("softcap"))  # type: ignore[arg-type]
+            rule = [settings.get(name) for name in ("sliding_window", "softcap", "s_aux")]
+            out = literal(q.double(), k.double(), v.double(), *rule)  # type: ignore[arg-type]
         (out * weights).sum().backward()
         pairs.append([out.detach(), q.grad, k.grad, v.grad])
     return list(zip(*pairs, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("settings", [{}, {"sliding_window": 3}, {"sliding_window": 100}, {"softcap": 2.0}])
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 3}, {"sliding_window": 100}, {"softcap": 2.0}, {"s_aux": SINKS}])
 def test_equals_a_block_mask(settings: dict[str, object]) -> None:
     for found, expected in both(torch.float32, **settings):
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
 
 
-def test_softcap_and_window_together() -> None:
-    for found, expected in both(torch.float32, softcap=2.0, sliding_window=3):
+def test_softcap_window_and_sinks_together() -> None:
+    for found, expected in both(torch.float32, softcap=2.0, sliding_window=3, s_aux=SINKS):
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
 
 
@@ -80,7 +87,6 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     [
         ({"row_lengths": None}, "row_lengths"),
         ({"row_lengths": (15, 5)}, "20 tokens"),
-        ({"s_aux": torch.zeros(6)}, "s_aux"),
         ({"is_causal": False}, "is_causal"),
         ({"attention_mask": torch.zeros(1, 1, 18, 18)}, "attention_mask"),
     ],

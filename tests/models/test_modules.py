@@ -13,8 +13,10 @@ from torch import nn
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models import modules
 from lorakeet.models.families import GENERIC, family_of
+from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.targets import plan_for
 from tiny.models import tiny_model
+from tiny.small_configs import small_config
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2"])
@@ -90,3 +92,30 @@ def test_find_and_output_layer() -> None:
     assert modules.output_layer(nn.Linear(2, 2)) is None
     assert modules.is_router(tiny_model("qwen2_moe"), "model.layers.0.mlp.shared_expert_gate")
     assert not modules.is_router(tiny_model("qwen2_moe"), "model.layers.0.mlp.shared_expert.gate_proj")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "outside"),
+    [
+        ("gemma3", "model.language_model", ["model.vision_tower", "model.multi_modal_projector"]),
+        ("mistral3", "model.language_model", ["model.vision_tower", "model.multi_modal_projector"]),
+        ("phi4_multimodal", "", ["model.embed_tokens_extend"]),
+        ("llama", "", []),
+    ],
+)
+def test_what_stands_beside_the_text_part_of_a_wrapper_gets_no_pair(kind: str, text: str, outside: list[str]) -> None:
+    model = skeleton(small_config(kind))
+    assert modules.text_part(model) == text and modules.outside_text(model) == outside
+    planned = plan_for(model, LoraSpec(rank=2), family_of(model.config.get_text_config()))
+    assert planned.entries and not [entry.path for entry in planned.entries for part in outside if entry.path.startswith(part)]
+    named = LoraSpec(rank=2, target_modules=("vision_tower.encoder.layers.0.mlp.fc1",))
+    if kind == "gemma3":
+        assert len(plan_for(model, named, GENERIC).entries) == 1  # by name it does
+
+
+@pytest.mark.parametrize(("kind", "part"), [("deepseek_v32", ".indexer."), ("gemma3n_text", ".correction_coefs")])
+def test_no_pair_where_no_gradient_arrives(kind: str, part: str) -> None:
+    model = skeleton(small_config(kind))
+    assert any(part in path for path, _ in model.named_parameters())
+    planned = plan_for(model, LoraSpec(rank=2), family_of(model.config))
+    assert planned.entries and not [entry.path for entry in planned.entries if part in f"{entry.path}."]

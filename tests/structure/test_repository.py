@@ -49,6 +49,15 @@ def test_the_reference_page_is_up_to_date() -> None:
     assert text_of("docs/reference/config.md") == made["page"](), "run: make docs"
 
 
+def test_the_page_of_families_says_what_the_results_say() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "generate_models.py"))
+    assert text_of("docs/reference/models.md") == made["page"](), "run: make docs"
+    outcomes = {"train": {"outcome": "passed", "detail": "3 pairs"}, "merge": {"outcome": "refused", "detail": "No."}}
+    table = made["rows"]({"a": outcomes})
+    assert table["trained"] == ["| a | ✓ | – | – | – | refused | – | – | – | – |"]
+    assert table["said"] == ["| a | merge | refused | No. |"]
+
+
 def drawn_speed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))  # where the script finds its neighbours
     return runpy.run_path(str(ROOT / "docs" / "draw_speed.py"))

@@ -67,6 +67,10 @@ _NOT_TESTED_THROUGHOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_SHARED, "head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
          "sliding_window": 8, "tie_word_embeddings": True, "final_logit_softcapping": 30.0},
     ),
+    "gpt_oss": (
+        "GptOssConfig", "GptOssForCausalLM",
+        {**_SHARED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "swiglu_limit": 2.0},
+    ),
     "hrm_text": ("HrmTextConfig", "HrmTextForCausalLM", {**_SHARED, "num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 2}),
     "hunyuan_moe": (
         "HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {**_SHARED, "head_dim": 8, "num_experts": 4, "moe_topk": 2}

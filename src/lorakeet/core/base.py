@@ -258,3 +258,14 @@ class SliceBase(DenseBase):
     @property
     def weight(self) -> Tensor:
         return self.stacked[self.index]
+
+
+class TransposedSliceBase(TransposedBase):
+    """One expert's matrix out of a 3-D parameter that is stored as (experts, in, out)."""
+
+    def __init__(self, stacked: Tensor, index: int) -> None:
+        self.stacked, self.index = stacked, index
+
+    @property
+    def weight(self) -> Tensor:
+        return self.stacked[self.index]

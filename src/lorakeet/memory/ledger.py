@@ -12,6 +12,8 @@ token, and GPTQ's columns are unordered.
 
 from __future__ import annotations
 
+import math
+import time
 import weakref
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from lorakeet.memory.lapack import WORKSPACES as LAPACK
 from lorakeet.memory.operator_cache import CachedResult, ShapeMode, cacheable_result, call_of
 from lorakeet.memory.usage import NO_BLOCK, PERSISTENT, Usage, UsageSegment
 
+CLOCK = 256  # operators between two readings of the time
 MOST_KNOWN = 1 << 13  # cached calls, of 1.4 KiB each; beyond these the cache is cleared
 _KNOWN: dict[tuple[Any, ...], CachedResult] = {}  # results by call, for all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
@@ -46,16 +49,22 @@ class Work:
     written: int = 0
 
 
+class TooLong(Exception):
+    """The computation has taken more of the processor's time than it was given."""
+
+
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which code runs on fake tensors and its memory is recorded. `vocabulary` is the width that marks logits.
+    Raises TooLong after `seconds` of the processor's time: code that draws until numbers fit would never end.
 
     `peaks` and `work` are by phase; a phase's peak includes tensors from before it. `segments` are all moments of the run, if
     its blocks are watched.
     """
 
-    def __init__(self, vocabulary: int = 0) -> None:
+    def __init__(self, vocabulary: int = 0, *, seconds: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary = vocabulary
+        self._calls, self._until = 0, time.process_time() + seconds
         self.in_use: Counter[str] = Counter()  # bytes by kind
         self.bytes = 0
         self.heap = 0
@@ -152,6 +161,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
+        self._calls += 1
+        if self._calls % CLOCK == 0 and time.process_time() > self._until:
+            raise TooLong
         kwargs = kwargs or {}
         result, flops = self._made(func, args, kwargs)
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)

@@ -7,15 +7,19 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakeet.errors import ConfigError, DataError
+from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry, open_safetensors, read_index, save_text
+from lorakeet.models.files.checkpoint_pieces import Piece, pieces_of
+from lorakeet.models.files.quantized import skeleton
+from lorakeet.models.text.load import read_config
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 CONFIG = "config.json"
@@ -56,6 +60,16 @@ class Checkpoint:
         cores = {_core(spelling) for spelling in spellings}
         found = [name for name in self.home if _core(name) in cores]
         return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def pieces(self) -> Mapping[str, tuple[Piece, ...]]:
+        """Where the parameters of the model lie in the tensors, as transformers reads them; empty where it writes no text."""
+        try:
+            model = skeleton(read_config(self.folder))
+        except LorakeetError:
+            return {}
+        shapes = {name: entry.shape for shard in self.shards.values() for name, entry in shard.tensors.items()}
+        return pieces_of(model, shapes)
 
     def setting(self, name: str) -> Any:
         """A value of config.json or of its text_config; None if there is none."""

@@ -14,7 +14,7 @@ If the head shares the embedding's weight and only one of the two changes, the h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ from lorakeet.core.math import Kind, delta, fold
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import Problems
 from lorakeet.merging.checkpoint import Checkpoint
+from lorakeet.models.files.checkpoint_pieces import Piece
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 HEADS = ("lm_head", "embed_out")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
+TRANSPOSED_EXPERTS = ("gpt_oss",)
 # The parts of a fused parameter, in row order, by their names in checkpoints with one matrix per expert.
 _PARTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
 
@@ -175,6 +176,9 @@ class _EditPlanner:
         self.config["vocab_size"] = max(count, self.config.get("vocab_size", 0))
 
     def fold(self, path: str, pair: Pair) -> None:
+        if pieces := self._pieces(f"{path}.weight"):
+            self._fold_pieces(path, pair, pieces)
+            return
         edit = self.edit(f"{path}.weight")
         if edit is None:
             return
@@ -211,10 +215,56 @@ class _EditPlanner:
             return "conv1d"
         return "conv1d" if self.model_type in CONV1D_MODELS and _leaf(path) not in HEADS else "linear"
 
+    def _pieces(self, wanted: str) -> tuple[Piece, ...]:
+        """Where the parameter `wanted` lies in tensors of other names; () where one of its name holds it, or none."""
+        if (self.head and wanted == self.head) or self.checkpoint.find(wanted) is not None:
+            return ()
+        return self.checkpoint.pieces.get(wanted, ())
+
+    def _fold_pieces(self, path: str, pair: Pair, pieces: tuple[Piece, ...]) -> None:
+        if pair.kind not in ("linear", "experts") or pair.bias is not None:
+            self.problems.add(f"{path} lies in {pieces[0].name}, into which such a pair cannot be merged; keep it an adapter.")
+            return
+        for piece in pieces:
+            edit, wanted = self.edit(piece.name), _part_of(pair, piece).weight_shape
+            if edit is None:
+                continue
+            shape = edit.shape if piece.rows is None else (piece.rows.stop - piece.rows.start, *edit.shape[1:])
+            if (*shape[:-2], *(shape[:-3:-1] if piece.across else shape[-2:])) != wanted:
+                self.problems.add(f"{path} is {shape} in {piece.name} of the checkpoint; the pair is for {wanted}.")
+            else:
+                edit.steps.append(self._piece_step(path, pair, piece))
+
+    def _piece_step(self, path: str, pair: Pair, piece: Piece) -> Callable[[Tensor], Tensor]:
+        """The function that adds the part of the pair, or of the change in its place, that belongs to a piece of the weight."""
+        part = _part_of(pair, piece)
+        change = self.change
+
+        def own(expert: int) -> Tensor:
+            assert change is not None
+            found = change(path, expert if piece.expert is None else piece.expert)
+            return found if piece.own is None else found[piece.own]
+
+        def step(weight: Tensor) -> Tensor:
+            whole = weight.transpose(-1, -2) if piece.across else weight
+            held = whole if piece.rows is None else whole[piece.rows]
+            new = module_of(path, part, part.kind).fold(held) if change is None else fold_change(held, part.kind, own)
+            if piece.rows is not None:
+                whole = whole.clone()
+                whole[piece.rows] = new
+                new = whole
+            return new.transpose(-1, -2) if piece.across else new
+
+        return step
+
     def fold_experts(self, path: str, pair: Pair) -> None:
         block, _, parameter = path.rpartition(".")
-        if self.model_type in TRANSPOSED_EXPERTS:
-            self.problems.add(f"{path}: the experts of {self.model_type} are stored transposed; keep this adapter unmerged.")
+        if self.checkpoint.find(path) is not None and self.model_type in TRANSPOSED_EXPERTS:
+            edit, shape = self.edit(path), pair.weight_shape
+            if edit is not None and edit.shape != (shape[0], shape[2], shape[1]):
+                self.problems.add(f"{path} is {edit.shape} in the checkpoint; the pair is for {shape}, stored transposed.")
+            elif edit is not None:
+                edit.steps.append(self._piece_step(path, pair, Piece(path, across=True)))
             return
         if self.checkpoint.find(path) is not None:
             edit = self.edit(path)
@@ -225,6 +275,9 @@ class _EditPlanner:
                 edit.steps.append(self._step(path, pair, "experts"))
             return
         parts = _part_names(self.checkpoint, path)
+        if not parts and (pieces := self._pieces(path)):
+            self._fold_pieces(path, pair, pieces)
+            return
         if not parts:
             tried = ", ".join([path, *(f"{block}.0.{p[0]}.weight" for p in _PARTS.get(parameter, ()))])
             self.problems.add(f"{path}: the checkpoint has no such tensor (tried {tried}).")
@@ -255,6 +308,19 @@ class _EditPlanner:
         if change is None:
             return lambda weight: module_of(path, pair, kind).fold(weight)
         return lambda weight: fold_change(weight, kind, lambda expert: change(path, expert))
+
+
+def _part_of(pair: Pair, piece: Piece) -> Pair:
+    """The pair of a piece of the weight: of one expert, of some rows."""
+    if pair.kind == "experts":
+        if piece.expert is None:
+            return pair
+        rows = slice(None) if piece.own is None else piece.own
+        return replace(pair, A=pair.A[piece.expert], B=pair.B[piece.expert, rows], kind="linear")
+    if piece.own is None:
+        return pair
+    magnitude = None if pair.magnitude is None else pair.magnitude[piece.own]
+    return replace(pair, B=pair.B[piece.own], magnitude=magnitude)
 
 
 def find_shared(checkpoint: Checkpoint, wanted: str) -> str | None:

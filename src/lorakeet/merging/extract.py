@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.initialise import seed_for
-from lorakeet.core.layers.experts import why_not_experts
+from lorakeet.core.layers.experts import stored_transposed, why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.peft.renamed_targets import model_type_of
@@ -92,7 +92,7 @@ def _places(model: nn.Module) -> list[_ParameterChange]:
     for path, module in modules.original_modules(model):
         kind = modules.kind_of(module)
         pairs = kind in ("linear", "conv1d") and not modules.is_head(model, path, module) and not modules.is_router(model, path)
-        stacks = [] if why_not_experts(module) else modules.expert_stacks(module)
+        stacks = [] if why_not_experts(module) or stored_transposed(module) else modules.expert_stacks(module)
         for leaf, _ in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}" if path else leaf
             if pairs and kind is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lorakeet.core.fused.packed_attention import CausalRows, causal_rows, kernel_of
+from lorakeet.core.fused.packed_attention import AttentionRule, CausalRows, causal_rows, kernel_of
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import packed_rows
 from lorakeet.kernels.device import is_cpu
@@ -38,18 +38,20 @@ def packed_attention(
 
     Settings used: `row_lengths`, `row_prefix` (tokens before all rows that belong to each), `row_offsets` (row offsets in a
     tensor, with the longest row as the one length: kernels/flash_varlen), `row_cache` (earlier tokens of the rows),
-    `row_products` (dtype of the products on a CPU; fp32 by default), `scaling`, `dropout`, `sliding_window`, `softcap`. Raises
-    EnvironmentProblem for anything else (attention sinks, position biases, non-causal attention), so that nothing is ignored.
+    `row_products` (dtype of the products on a CPU; fp32 by default), `scaling`, `dropout`, `sliding_window`, `softcap`, `s_aux`
+    (a sink's score for each head). Raises EnvironmentProblem for anything else (position biases, non-causal attention), so that
+    nothing is ignored.
     """
     lengths = settings.get("row_lengths")
     _refuse_unknown(module, query, lengths, attention_mask, settings)
     rows, prefix = cast("tuple[int, ...]", lengths), cast(int, settings.get("row_prefix", 0))
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
+    sinks = settings.get("s_aux")
     if (cache := settings.get("row_cache")) is not None:  # generation: models/generate/kv_cache
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        return cast(Tensor, cache.attend(module.layer_idx, q, k, v, scale=scale, window=window, cap=softcap))[None], None
-    plain = softcap is None and dropout == 0.0
+        return cast(Tensor, cache.attend(module.layer_idx, q, k, v, AttentionRule(scale, window, softcap, sinks)))[None], None
+    plain = softcap is None and sinks is None and dropout == 0.0
     alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
     products = settings.get("row_products") or torch.float32
     shape = query.shape[1], key.shape[1], query.shape[-1]
@@ -67,8 +69,8 @@ def packed_attention(
     first, *others = zip(*(torch.split(states, parts, dim=2) for states in (query, key, value)), strict=True)
     for number, own in enumerate(others):
         q, k, v = (torch.cat(pair, dim=2) if prefix else pair[1] for pair in zip(first, own, strict=True))
-        if softcap is not None:
-            out = _softcapped(q, k, v, scale, softcap, window)
+        if softcap is not None or sinks is not None:
+            out = _written_out(q, k, v, AttentionRule(scale, window, softcap, sinks), dropout)
         else:
             mask = _band(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
             out = nn.functional.scaled_dot_product_attention(
@@ -88,7 +90,7 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
             f"{kind} gave its attention queries of shape {tuple(query.shape)} for rows of {total} tokens in all; "
             "load this model with attention: sdpa."
         )
-    unknown = [name for name in ("s_aux", "position_bias", "cache") if settings.get(name) is not None]
+    unknown = [name for name in ("position_bias", "cache") if settings.get(name) is not None]
     if settings.get("is_causal", getattr(module, "is_causal", True)) is False:
         unknown.append("is_causal=False")
     if mask is not None:
@@ -120,10 +122,17 @@ def _band(n: int, window: int | None, device: torch.device) -> Tensor:
     return allowed if window is None else allowed & (distance < window)
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int | None) -> Tensor:
-    """Returns Gemma 2's attention: scores are capped by cap·tanh(score / cap) before the mask; softmax in fp32."""
+def _written_out(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, dropout: float) -> Tensor:
+    """Returns attention whose scores are capped by cap·tanh(score / cap) before the mask (Gemma 2), and whose softmax, in fp32,
+    has a score more for each head, which takes a share of it and gives nothing (the sinks of gpt-oss).
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.tanh((q @ k.transpose(-1, -2)) * (scale / cap)) * cap
-    scores = scores.masked_fill(~_band(q.shape[2], window, q.device), float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    scores = (q @ k.transpose(-1, -2)) * (rule.scale if rule.cap is None else rule.scale / rule.cap)
+    if rule.cap is not None:
+        scores = torch.tanh(scores) * rule.cap
+    scores = scores.masked_fill(~_band(q.shape[2], rule.window, q.device), float("-inf"))
+    if rule.sinks is not None:
+        scores = torch.cat([scores, rule.sinks.view(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)], dim=-1)
+    shares = scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]].to(v.dtype)
+    return nn.functional.dropout(shares, dropout) @ v

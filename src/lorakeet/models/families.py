@@ -82,6 +82,16 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+# Linear layers whose weight other code reads without calling them, by model type: a pair would have no effect.
+READ_DIRECTLY = {"gemma3n": ("correction_coefs",), "gemma3n_text": ("correction_coefs",)}
+
+
+# Modules that only choose which tokens are attended to: no gradient reaches them.
+CHOOSING = ("indexer",)
+# Parts of wrappers that stand within the language model, by model type; others stand beside it.
+OUTSIDE_TEXT = {"phi4_multimodal": ("embed_tokens_extend",)}
+
+
 def family_of(config: Any) -> Family:
     """Returns the family of a transformers configuration or `model_type`, or `GENERIC`."""
     model_type = config if isinstance(config, str) else getattr(config, "model_type", "")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.layers.experts import stack_shape
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, nearest
@@ -65,7 +66,7 @@ def _weight(by_path: dict[str, nn.Module], path: str, kind: Kind) -> tuple[Kind,
         stacks = modules.expert_stacks(block) if block is not None else []
         if block is None or leaf not in stacks:
             return f"'{path}': this base has no such expert parameter.{nearest(path, [f'{parent}.{stack}' for stack in stacks])}"
-        return kind, tuple(block.get_parameter(leaf).shape)
+        return kind, stack_shape(block, leaf)
     module = by_path.get(path)
     if module is None:
         return f"'{path}': this base has no such module.{nearest(path, by_path)}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.layers.experts import ExpertPairs, LoraExperts
+from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, first_stack, stack_shape
 from lorakeet.core.layers.extras import TokenRowsEmbedding, TokenRowsHead, TokenRowsLayer, TrainedModule, TrainedRows
 from lorakeet.core.layers.linear import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
@@ -265,7 +265,7 @@ def _shape(module: nn.Module, entry: PlanEntry) -> tuple[int, ...] | None:
     """The shape that `module` has for a pair of the planned kind; None where it is not of that kind."""
     if entry.kind == "experts":
         leaf = _expert_leaf(entry)
-        return tuple(module.get_parameter(leaf).shape) if leaf in modules.expert_stacks(module) else None
+        return stack_shape(module, leaf) if leaf in modules.expert_stacks(module) else None
     return modules.weight_shape(module, entry.kind) if modules.kind_of(module) == entry.kind else None
 
 
@@ -318,14 +318,15 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
 
 def _check_experts(layer: LoraExperts, path: str) -> None:
     """Raises ConfigError unless Lorakeet's computation of the experts equals the block's own, also on large activations."""
-    stacked = cast(Tensor, layer.original.gate_up_proj)
-    x = torch.randn(4, stacked.shape[2], generator=torch.Generator().manual_seed(0)).to(stacked.device, stacked.dtype)
-    for size in modules.probe_sizes(lambda x: x @ stacked[0].t(), x):
+    first = first_stack(layer.original)
+    stacked, (_, _, width) = cast(Tensor, getattr(layer.original, first)), stack_shape(layer.original, first)
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(stacked.device, stacked.dtype)
+    for size in modules.probe_sizes(lambda x: x @ stacked[0].reshape(width, -1), x):  # of about the size of the product's numbers
         _check_experts_on(layer, path, x * size)
 
 
 def _check_experts_on(layer: LoraExperts, path: str, x: Tensor) -> None:
-    stacked = cast(Tensor, layer.original.gate_up_proj)
+    stacked = cast(Tensor, layer.original.down_proj)
     index = torch.arange(8, device=x.device).view(4, 2) % stacked.shape[0]
     weights = torch.tensor([[0.7, 0.3]], device=x.device, dtype=x.dtype).expand(4, 2)
     with torch.no_grad():

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakeet.core.layers.experts import stored_transposed
 from lorakeet.core.layers.linear import AdaptedLayer, Replacement
 from lorakeet.core.math import Kind
 from lorakeet.core.reordered import ReorderedLinear
-from lorakeet.models.families import Family
+from lorakeet.models.families import OUTSIDE_TEXT, Family
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
 EXPERTS = {"experts", "shared_expert", "shared_experts"}  # one of them stands beside a router
@@ -106,6 +107,8 @@ def frozen_rows(module: nn.Module, kind: Kind, leaf: str = "weight") -> tuple[Ca
     if isinstance(module, ReorderedLinear):
         return module.base.dense, torch.device("cpu")
     weight = module.get_parameter(leaf).detach()
+    if kind == "experts" and stored_transposed(module):
+        return (lambda: weight.transpose(1, 2)), weight.device
     return (lambda: weight.t() if kind == "conv1d" else weight), weight.device
 
 
@@ -207,6 +210,31 @@ def block_prefix(model: nn.Module, family: Family) -> tuple[str, int]:
     lists = _lists_of_decoder(model)
     longest = max(lists, key=lambda path: len(lists[path]), default="")
     return longest, len(lists[longest]) if longest else 0
+
+
+def text_part(model: nn.Module) -> str:
+    """The path of the language model in a wrapper that also sees or hears; an empty string where the model is nothing else."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config or not hasattr(model, "get_decoder"):
+        return ""
+    return path_of(model, unwrapped(cast(Any, model).get_decoder()))
+
+
+def outside_text(model: nn.Module) -> list[str]:
+    """The parts of a wrapper that texts do not pass, such as a vision tower, by their outermost path, in model order.
+
+    Embedding and head belong to the text.
+    """
+    text, kind = text_part(model), getattr(getattr(model, "config", None), "model_type", "")
+    others, own = OUTSIDE_TEXT.get(kind, ()), {input_layer(model), output_layer(model)}
+    found: list[str] = []
+    for path, module in original_modules(model):
+        if not path or any(path.startswith(f"{outer}.") for outer in found) or next(module.parameters(), None) is None:
+            continue
+        beside = bool(text) and f"{text}." != f"{path}."[: len(text) + 1] and not text.startswith(f"{path}.") and path != text
+        if (beside and module not in own and not own & set(module.modules())) or path.rpartition(".")[2] in others:
+            found.append(path)
+    return found
 
 
 def _lists_of_decoder(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lorakeet.core.layers.experts import why_not_experts
+from lorakeet.core.layers.experts import stack_shape, why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry, path_range
 from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
@@ -17,7 +17,7 @@ from lorakeet.errors import Problems, nearest
 from lorakeet.formats.peft.renamed_targets import needs_parameter, refused_by_peft
 from lorakeet.models import modules
 from lorakeet.models.every_weight import every_weight
-from lorakeet.models.families import Family, in_group
+from lorakeet.models.families import CHOOSING, READ_DIRECTLY, Family, in_group
 from lorakeet.quant.construct import weights_in
 
 KEYWORDS = ("all-linear", "attention", "mlp", "experts", "conv")
@@ -67,6 +67,7 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
 
 def _sites(model: nn.Module) -> Iterable[Site]:
     """Yields every module below the model (experts by parameter), in model order."""
+    outside = modules.outside_text(model)
     for path, module in modules.original_modules(model):
         if not path:
             continue
@@ -75,14 +76,18 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             why = f"part of a {type(module).__name__} whose experts cannot be adapted: {refusal}" if refusal else ""
             yield Site(path, None, (), f"a {type(module).__name__}, which contains {', '.join(stacks)}; name these instead")
             for name in stacks:
-                shape = tuple(module.get_parameter(name).shape)
+                shape = () if refusal else stack_shape(module, name)
                 yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, "")
             continue
         kind = modules.kind_of(module)
         if kind is None:
             yield Site(path, None, (), modules.why_no_pair(module))
+        elif path.rpartition(".")[2] in READ_DIRECTLY.get(_kind_of(model), ()):
+            why = f"a {type(module).__name__} whose weight is read without calling it, so a pair would do nothing"
+            yield Site(path, None, (), why)
         else:
-            yield Site(path, kind, modules.weight_shape(module, kind), "", _apart(model, path, module, kind))
+            apart = "outside the text part, adapted by name only" if any(path.startswith(f"{part}.") for part in outside) else ""
+            yield Site(path, kind, modules.weight_shape(module, kind), "", apart or _apart(model, path, module, kind))
 
 
 def _apart(model: nn.Module, path: str, module: nn.Module, kind: Kind) -> str:
@@ -93,6 +98,8 @@ def _apart(model: nn.Module, path: str, module: nn.Module, kind: Kind) -> str:
         return "the head, adapted by name only"
     if modules.is_router(model, path):
         return "a router, adapted by name only"
+    if set(path.split(".")) & set(CHOOSING):
+        return "it chooses tokens, and no gradient reaches it"
     return "refused by PEFT, adapted by name only" if refused_by_peft(_kind_of(model), path) else ""
 
 

@@ -24,7 +24,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.allocator import release_free_memory
-from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, require_batched, step
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.cache_slots import CacheSlots, prefix_key
@@ -115,8 +115,10 @@ class Engine:
     ) -> None:
         """`slots` texts of at most `context` tokens, prompts included, run at once; `waiting` more may queue.
 
-        `cores` returns the number of cores for the next step or call; by default torch's number of threads.
+        `cores` returns the number of cores for the next step or call; by default torch's number of threads. ConfigError for a
+        model whose texts cannot share a batch.
         """
+        require_batched(text)
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
         self.slots = CacheSlots(self.cache)

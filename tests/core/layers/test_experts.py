@@ -10,8 +10,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.llama4 import modeling_llama4
+from transformers.models.nemotron_h import modeling_nemotron_h
 
-from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, why_not_experts
+from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, first_stack, stack_shape, why_not_experts
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import Share
@@ -34,7 +37,7 @@ def with_pairs(block: nn.Module, *names: str, dropout: float = 0.0) -> LoraExper
     layer, pairs = LoraExperts(block), ExpertPairs()
     torch.manual_seed(2)
     for name in names:
-        shape = tuple(block.get_parameter(name).shape)
+        shape = stack_shape(block, name)
         pairs[name] = LoraPair(PlanEntry(name, "experts", shape, 4, 12.0, dropout=dropout))
         with torch.no_grad():
             pairs[name].A.normal_(0, 0.2)
@@ -98,27 +101,53 @@ def test_dropout_only_while_training(block: Any) -> None:
     assert not torch.equal(layer(*arguments), layer(*arguments))
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("is_transposed", True, "transposed"),
-        ("has_bias", True, "biases"),
-        ("has_gate", False, "no gate"),
-        ("is_concatenated", False, "interleaved"),
-        ("has_post_expert_norm", True, "norm"),
-        ("gate_up_proj_bias", torch.zeros(1), "biases"),
-    ],
-)
-def test_what_cannot_be_adapted_is_said(block: Any, name: str, value: Any, words: str) -> None:
+def gpt_oss_block() -> Any:
+    config = transformers.GptOssConfig(
+        hidden_size=32, intermediate_size=24, num_local_experts=4, swiglu_limit=2.0, experts_implementation="eager"
+    )
+    return modeling_gpt_oss.GptOssExperts(config)
+
+
+def nemotron_block() -> Any:
+    config = transformers.NemotronHConfig(
+        hidden_size=32, moe_intermediate_size=24, n_routed_experts=4, moe_latent_size=None, experts_implementation="eager"
+    )
+    return modeling_nemotron_h.NemotronHExperts(config)
+
+
+@pytest.mark.parametrize(("make", "across"), [(gpt_oss_block, True), (nemotron_block, False)])
+def test_transposed_biased_interleaved_and_gateless_experts_are_folded_parameters(make: Any, across: bool) -> None:
+    block = make().requires_grad_(False)
+    for number, parameter in enumerate(block.parameters()):
+        nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(number))
     assert why_not_experts(block) == ""
-    setattr(block, name, value)
-    assert words in why_not_experts(block)
+    names = (first_stack(block), "down_proj")
+    layer, folded = with_pairs(block, *names), copy.deepcopy(block)
+    for name in names:
+        pair = cast(LoraPair, layer.adapters["a"][name])
+        change = 3 * torch.einsum("eor,eri->eoi", pair.B, pair.A).detach()
+        getattr(folded, name).data += change.transpose(1, 2) if across else change
+    x, index, weights = routed()
+    for size in (1, 20):  # beyond the clamp of gpt-oss
+        torch.testing.assert_close(layer(size * x, index, weights), folded(size * x, index, weights), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_adapted_is_said(block: Any) -> None:
+    assert why_not_experts(block) == ""
+    block.has_post_expert_norm = True
+    assert "norm" in why_not_experts(block)
+    config = transformers.Llama4TextConfig(hidden_size=32, intermediate_size=24, num_local_experts=4)
+    assert "not called with the experts" in why_not_experts(modeling_llama4.Llama4TextExperts(config))
 
 
 def test_other_modules_are_no_experts(block: Any) -> None:
     assert "no gate_up_proj and down_proj" in why_not_experts(nn.Linear(2, 2))
-    del block.act_fn
-    assert "no act_fn" in why_not_experts(block)
+
+    class Unknown(nn.ParameterDict):
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return hidden_states
+
+    assert "no act_fn" in why_not_experts(Unknown({"gate_up_proj": torch.ones(2, 2, 2), "down_proj": torch.ones(2, 2, 2)}))
 
 
 def test_a_divided_batch_is_refused_and_not_answered_by_the_base(block: Any) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.models.files.validate import (
+    auto_class_of,
     first_line,
     loading,
     misfits_in,
@@ -127,3 +128,28 @@ def test_a_model_that_writes_no_text() -> None:
     require_text_model(FOLDER, AutoConfig.for_model("llama"))
     with pytest.raises(DataError, match=r"type 'vit', which does not write text.*Name a language model"):
         require_text_model(FOLDER, AutoConfig.for_model("vit"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bert", "is an encoder: each of its tokens sees the tokens after it"),
+        ("xlm-roberta", "is an encoder"),
+        ("bart", "is an encoder-decoder: it writes with another part than it reads with"),
+        ("whisper", "is an encoder-decoder"),
+        ("florence2", "is an encoder-decoder"),
+        ("vit", "does not write text"),
+    ],
+)
+def test_models_that_cannot_continue_a_text_are_refused_by_their_configuration(kind: str, words: str) -> None:
+    with pytest.raises(DataError, match=rf"m/config.json describes a model of type '{kind}', which {words}"):
+        require_text_model("m/config.json", AutoConfig.for_model(kind))
+
+
+@pytest.mark.parametrize(("kind", "owner"), [
+    ("gpt_neox", AutoModelForCausalLM), ("gemma3", AutoModelForCausalLM), ("mistral3", AutoModelForMultimodalLM),
+])  # fmt: skip
+def test_models_that_do_have_an_auto_class_wrappers_too(kind: str, owner: Any) -> None:
+    config = AutoConfig.for_model(kind)
+    require_text_model("m/config.json", config)
+    assert auto_class_of(config) is owner

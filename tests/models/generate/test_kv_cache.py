@@ -46,7 +46,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("mistral", {"sliding_window": 3}), ("gemma2", {}), ("qwen3", {}), ("phi3", {})],
+    [("llama", {}), ("mistral", {"sliding_window": 3}), ("gemma2", {}), ("qwen3", {}), ("phi3", {}), ("gpt_oss", {})],
 )
 def test_steps_equal_whole_sequences(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     text = load(tmp_path, family, **changes)
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused(text: TextModel) -> None:
 def test_other_attention_is_refused(tmp_path: Path) -> None:
     path = str(save_tiny_llama(tmp_path / "m"))
     text = load_text_model(ModelSpec(path=path, dtype="float32", attention="sdpa"))
-    with pytest.raises(ConfigError, match=r"needs model\.attention varlen; this model runs with sdpa"):
+    with pytest.raises(ConfigError, match=r"model\.attention varlen only, and this 'llama' model runs with sdpa"):
         step(text, KeyValues(slots=1, capacity=4), [CacheRow(0, 0, (1,), {})])
 
 

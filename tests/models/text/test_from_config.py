@@ -70,6 +70,18 @@ def test_every_published_shape_has_its_published_size() -> None:
             assert weights_in(text.model) == expected, name
 
 
+def test_an_outline_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What draws until numbers fit, as vision towers do, would never end on shapes."""
+    drawn: list[tuple[int, ...]] = []
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *_, **__: drawn.append(tuple(tensor.shape)) or tensor)
+    with Ledger():
+        config = config_from_settings({**SMALL, "tie_word_embeddings": True})
+        text = model_from_config(config, name="tiny", dtype=torch.float32, products=torch.float32)
+        assert text.model.lm_head.weight is text.model.model.embed_tokens.weight
+    assert drawn == []
+
+
 def test_a_folder_and_its_config_give_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     assert config_of(ModelSpec(path=str(tmp_path)), quiet).hidden_size == 64

@@ -150,6 +150,31 @@ def test_attention_that_gives_other_logits_is_not_used(folder: Path, monkeypatch
     assert load_text_model(spec(folder)).attention == "varlen"
 
 
+@pytest.mark.parametrize("error", [KeyError("sliding_attention"), RuntimeError("shapes cannot be multiplied")])
+def test_own_code_that_fails_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", fails)
+    with pytest.raises(EnvironmentProblem, match=rf"'llama' models cannot be used: the code of transformers .*{error.args[0]}"):
+        load_text_model(ModelSpec(path=str(folder)))
+
+
+def test_attention_that_fails_in_any_way_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = load.set_attention
+
+    def fails(model: Any, attention: str) -> None:
+        if attention == "varlen":
+            raise RuntimeError("no such kernel")
+        real(model, attention)
+
+    monkeypatch.setattr(load, "set_attention", fails)
+    said: list[str] = []
+    text = load_text_model(ModelSpec(path=str(folder)), say=said.append)
+    assert text.attention == "sdpa"
+    assert "'llama' models do not run with varlen (RuntimeError: no such kernel)" in said[0]
+
+
 def test_missing_weights_are_named_not_drawn_at_random(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)

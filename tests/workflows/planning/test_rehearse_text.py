@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 
 from lorakeet.core.scratch import SCRATCH
@@ -17,9 +18,12 @@ from lorakeet.workflows.planning.rehearse_text import (
     CHECKPOINT,
     EVALUATE,
     STEP,
+    NotPlanned,
     Rehearsal,
     RowShape,
     made_up_rows,
+    on_shapes,
+    planning_within,
     rehearse,
     training_on,
 )
@@ -122,3 +126,16 @@ def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() 
         initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
         training = training_on(text, TrainSpec(), RowShape(64, 2))
         training.step()  # which raises where a gradient did not arrive
+
+
+def test_code_that_wants_numbers_is_not_planned_and_said() -> None:
+    because = r"cannot be planned: its code does not run on shapes alone \(KeyError: 'full_attention'\)"
+    with pytest.raises(NotPlanned, match=because), on_shapes():
+        _ = dict[str, str]()["full_attention"]
+
+
+def test_a_rehearsal_ends_when_its_time_is_over() -> None:
+    because = r"not planned: a rehearsal on shapes was not done after 0 s of processor time"
+    with pytest.raises(NotPlanned, match=because), planning_within(0), on_shapes():
+        while True:
+            torch.ones(2).add_(1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.batched.mix_copies import MixRows
 from lorakeet.core.fused.attention import INPUTS, rotated
+from lorakeet.core.fused.packed_attention import AttentionRule
 from lorakeet.core.layers.linear import BLOCK_PARTS, BlockReplacement, LoraLinear, PairCopies, SharedInput
 from lorakeet.core.reordered import Order, ReorderedBase
 from lorakeet.core.selection import BatchAssignment
@@ -35,7 +36,7 @@ class DecodeCache(Protocol):
         """Keys and values (slots, kv heads, capacity, d) of a layer; `key` and `value` (·, kv heads, d) show dtype and shape."""
         ...
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         """q (tokens, heads, d), k and v (tokens, kv heads, d) of the new tokens to (tokens, heads, d)."""
 
 
@@ -140,7 +141,7 @@ class DecodeBlock(BlockReplacement):
         both = rotated(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
         heads = q.shape[1] // own.head_dim
         values = v.view(len(x), -1, own.head_dim)
-        found = cache.attend(own.layer_idx, both[:, :heads], both[:, heads:], values, scale=own.scaling)
+        found = cache.attend(own.layer_idx, both[:, :heads], both[:, heads:], values, AttentionRule(own.scaling))
         added: Tensor = own.o_proj(found.reshape(len(x), -1))
         return added
 

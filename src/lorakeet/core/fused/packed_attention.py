@@ -11,7 +11,7 @@ faster than torch's flash kernel, whose backward pass runs at fp32's rate for an
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ QUERIES = 256  # queries of a row whose scores exist at once, for any length of 
 KEPT_KEYS = 128  # up to so many keys P is saved: bytes of a gated MLP at most, and 4 % of a training step (docs/log)
 SCORES = 1 << 21  # scores (of all heads and blocks in one product) that exist at once, unless one block has more
 TOKENS = 1 << 12  # tokens of rows, each with its prefix, in one call of the flash kernel, unless one row has more
+
+
+class AttentionRule(NamedTuple):
+    """The scale of scores, a window in tokens, a cap of scores, and the score of a sink for each head, where there are some."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+    sinks: Tensor | None = None
 
 
 def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they are multiplied

@@ -1,19 +1,21 @@
 """LoRA on the 3-D expert parameters of a mixture-of-experts block (Mixtral, Qwen-MoE and relatives in transformers 5).
 
-The block keeps all experts in two parameters, `gate_up_proj` (experts, 2·width, hidden) and `down_proj`
-(experts, hidden, width). A pair per parameter holds A (experts, rank, in) and B (experts, out, rank); each expert sees
-its own tokens through the same autograd function as a linear layer.
+The block keeps all experts in two parameters, `gate_up_proj` (experts, 2·width, hidden) or without gates `up_proj` (experts,
+width, hidden), and `down_proj` (experts, hidden, width); gpt-oss stores both transposed, with biases beside them. A pair per
+parameter holds A (experts, rank, in) and B (experts, out, rank); each expert sees its own tokens through the same autograd
+function as a linear layer.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.base import SliceBase
+from lorakeet.core.base import SliceBase, TransposedSliceBase
 from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair, frozen_linear, low_rank_linear
 
@@ -35,7 +37,7 @@ class LoraExperts(AdaptedLayer):
     @property
     def count(self) -> int:
         """The number of experts."""
-        return len(cast(Tensor, self.original.gate_up_proj))
+        return len(cast(Tensor, self.original.down_proj))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) to (tokens, hidden)."""
@@ -45,19 +47,25 @@ class LoraExperts(AdaptedLayer):
         pairs = cast(ExpertPairs, self.adapters[self.active])
         result = torch.zeros_like(hidden_states)
         counting = self.training and torch.is_grad_enabled()  # a streamed block runs a second time without gradients
+        first = first_stack(self.original)
         for expert in chosen_experts(top_k_index):
             if expert >= self.count:  # transformers marks a dropped choice by an index past the last expert
                 continue
             token, choice = torch.where(top_k_index == expert)
             if counting:
                 self.tokens[expert] += len(token)
-            inner = self._gated(self._project(pairs, "gate_up_proj", expert, hidden_states[token]))
+            inner = self._gated(self._project(pairs, first, expert, hidden_states[token]))
             out = self._project(pairs, "down_proj", expert, inner)
             result = result.index_add(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
         return result
 
     def _gated(self, gate_up: Tensor) -> Tensor:
-        """act(gate)·up, (tokens, 2·width) to (tokens, width), by the block's own function where it has one: some clamp both."""
+        """act(gate)·up, (tokens, 2·width) to (tokens, width), by the block's own function where it has one: some clamp both.
+
+        act(up) of experts without gates, (tokens, width).
+        """
+        if first_stack(self.original) == "up_proj":
+            return cast(Tensor, self.original.act_fn(gate_up))  # type: ignore[operator]
         own = getattr(self.original, "_apply_gate", None)
         if own is not None:
             return cast(Tensor, own(gate_up))
@@ -65,13 +73,16 @@ class LoraExperts(AdaptedLayer):
         return cast(Tensor, self.original.act_fn(gate)) * up  # type: ignore[operator]
 
     def _project(self, pairs: ExpertPairs, name: str, expert: int, x: Tensor) -> Tensor:
-        stacked = cast(Tensor, getattr(self.original, name))
+        stacked, biases = cast(Tensor, getattr(self.original, name)), getattr(self.original, f"{name}_bias", None)
+        base = (TransposedSliceBase if stored_transposed(self.original) else SliceBase)(stacked, expert)
         if name not in pairs:
-            return frozen_linear(x, SliceBase(stacked, expert), products=self.products)
-        pair = cast(LoraPair, pairs[name])
-        dropout = pair.dropout if pair.training else 0.0
-        factors = pair.A[expert], pair.B[expert], pair.scale
-        return low_rank_linear(x, SliceBase(stacked, expert), factors, dropout=dropout, products=self.products)
+            out = frozen_linear(x, base, products=self.products)
+        else:
+            pair = cast(LoraPair, pairs[name])
+            dropout = pair.dropout if pair.training else 0.0
+            factors = pair.A[expert], pair.B[expert], pair.scale
+            out = low_rank_linear(x, base, factors, dropout=dropout, products=self.products)
+        return out if biases is None else out + biases[expert].to(out.dtype)
 
 
 def chosen_experts(top_k_index: Tensor) -> list[int]:
@@ -80,24 +91,31 @@ def chosen_experts(top_k_index: Tensor) -> list[int]:
     return cast(list[int], torch.unique_consecutive(numbers).tolist())
 
 
-_UNFIT = {  # attributes that transformers 5 sets on a block of experts, and what they mean
-    "is_transposed": (True, "its parameters are transposed"),
-    "has_bias": (True, "its experts have biases"),
-    "has_gate": (False, "its experts have no gate"),
-    "is_concatenated": (False, "its gate and up rows are interleaved"),
-    "has_post_expert_norm": (True, "its experts end in a norm"),
-}
+def first_stack(module: nn.Module) -> str:
+    """The name of the parameter that a block's experts begin with: up_proj where they have no gate."""
+    return "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+
+
+def stored_transposed(module: nn.Module) -> bool:
+    """True if a block of experts keeps its parameters as (experts, in, out)."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def stack_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape (experts, out, in) of the parameter `name` of a block of experts, however it is stored."""
+    experts, *matrix = module.get_parameter(name).shape
+    return (experts, *(matrix[::-1] if stored_transposed(module) else matrix))
 
 
 def why_not_experts(module: nn.Module) -> str:
     """Why LoRA cannot be put on this block of experts; an empty string when it can."""
-    for name, (unfit, why) in _UNFIT.items():
-        if getattr(module, name, not unfit) is unfit:
-            return why
-    if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")):
+    first = first_stack(module)
+    if getattr(module, "has_post_expert_norm", False):
+        return "its experts end in a norm"
+    if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in (first, "down_proj")):
         return "it has no gate_up_proj and down_proj parameters"
-    if len(cast(Tensor, module.gate_up_proj)) != len(cast(Tensor, module.down_proj)):
+    if len(cast(Tensor, getattr(module, first))) != len(cast(Tensor, module.down_proj)):
         return "some of its experts have no down_proj"  # LongCat-Flash's pass their tokens through
-    if hasattr(module, "gate_up_proj_bias"):
-        return "its experts have biases"
-    return "" if hasattr(module, "act_fn") else "it has no act_fn"
+    if "top_k_weights" not in (named := inspect.signature(module.forward).parameters) and "routing_weights" not in named:
+        return "its experts are not called with the experts that each token chose"  # Llama 4 sorts tokens by expert
+    return "" if hasattr(module, "_apply_gate") or hasattr(module, "act_fn") else "it has no act_fn"

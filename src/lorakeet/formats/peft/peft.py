@@ -65,7 +65,7 @@ _SLOT = re.compile(
 )
 _NOTE = "lorakeet"  # key of our note in the safetensors metadata
 NESTED = ".base_layer"
-_REGISTERED = ("gate_up_proj", "down_proj")  # the order in which the blocks of transformers 5 register them
+_REGISTERED = ("gate_up_proj", "up_proj", "down_proj")  # the order in which the blocks of transformers 5 register them
 
 Slots = dict[str, Tensor]
 Names = tuple[str, str, str, str]  # of the tensors A, B, magnitude and bias of a pair in a file
@@ -462,7 +462,7 @@ def assign(config: PeftConfig, path: str, depths: Iterable[int]) -> dict[int, st
             f"({', '.join(names) or 'none'}), so it is unclear which pair belongs to which."
         )
     if len(names) > 1 and not set(names) <= set(_REGISTERED):
-        return f"{path} has pairs on {', '.join(names)}; the order of nesting is known for {' and '.join(_REGISTERED)} only."
+        return f"{path} has pairs on {', '.join(names)}; the order of nesting is known for {', '.join(_REGISTERED)} only."
     return dict(zip(levels, names, strict=True))
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import read_into, skeleton
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import INDEX, SINGLE, tensor_files
-from lorakeet.models.files.validate import loading, misfits_in, require_whole
+from lorakeet.models.files.validate import auto_class_of, loading, misfits_in, require_whole
 
 AT_ONCE = 4  # most tensors that transformers' loader reads and casts at the same time
 
@@ -36,7 +36,7 @@ def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
         else:
             with quiet_transformers():
                 model, report = read_native(
-                    AutoModelForCausalLM,
+                    auto_class_of(config),
                     source,
                     config=config,
                     dtype=dtype,

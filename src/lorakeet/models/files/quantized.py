@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +27,7 @@ from lorakeet.models import modules
 from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
-from lorakeet.models.files.validate import loading, misfits_in, require_whole
+from lorakeet.models.files.validate import auto_class_of, loading, misfits_in, require_whole
 from lorakeet.quant import safetensors_layout
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice
@@ -122,7 +121,7 @@ def quantised_model(stored_model: StoredModel, config: Any, spec: QuantSpec) -> 
 def skeleton(config: Any) -> Any:
     """Returns the model that `config` describes, on the meta device."""
     with torch.device("meta"), quiet_transformers():
-        return build_native(AutoModelForCausalLM, plain_config(config))
+        return build_native(auto_class_of(config), plain_config(config))
 
 
 def read_into(empty: Any, reads: Mapping[str, Callable[[], Any]], dtype: torch.dtype, **settings: Any) -> Loaded:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from lorakeet.errors import DataError, LorakeetError, Problems, nearest, shortened
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile
 
+_DECODERS = ("gpt_neox", "gpt_neox_japanese")  # whose `is_decoder` says nothing
 _MOST_LAYERS, _LARGEST_SIZE = 10_000, 1 << 33
 _COUNT = re.compile(
     r"((num|n)_)?((hidden|decoder|encoder|nextn_predict|mtp|local|routed|single|transformer)_)*(layers?|blocks|depth|experts)"
@@ -54,13 +56,27 @@ def require_architecture(folder: Path) -> None:
         )
 
 
-def require_text_model(folder: Path, config: Any) -> None:
-    """Raises DataError if transformers has no causal language model of that kind."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise DataError(
-            f"{folder / 'config.json'} describes a model of type '{config.model_type}', which does not write text: transformers "
-            "has no causal language model of it. Name a language model, such as a llama, qwen or mistral folder."
-        )
+def require_text_model(where: object, config: Any) -> None:
+    """Raises DataError if the model of this configuration does not continue texts. `where` names its file."""
+    kind, text = config.model_type, config.get_text_config()
+    why = "does not write text: transformers has no causal language model of it"
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        why = "is an encoder-decoder: it writes with another part than it reads with, and cannot continue a text"
+    elif getattr(config, "is_decoder", True) is False and kind not in _DECODERS:
+        why = "is an encoder: each of its tokens sees the tokens after it, so it cannot continue a text"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return
+    raise DataError(
+        f"{where} describes a model of type '{kind}', which {why}. Name a language model, such as a llama, qwen or mistral "
+        "folder."
+    )
+
+
+def auto_class_of(config: Any) -> Any:
+    """The Auto class of transformers for the model of this configuration; a wrapper around a language model may have one of its
+    own.
+    """
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
 
 
 def require_sizes(where: object, config: Any) -> None:

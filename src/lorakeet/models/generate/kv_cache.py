@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.fused.packed_attention import QUERIES
+from lorakeet.core.fused.packed_attention import QUERIES, AttentionRule
 from lorakeet.core.selection import Selection, Share
 from lorakeet.errors import ConfigError
 from lorakeet.kernels.cpu.block import NewTokens
@@ -100,24 +100,19 @@ class CacheStep:
         """Returns the keys and values of a layer, as KeyValues.layer does."""
         return self.cache.layer(number, key, value)
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, cap: float | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         """Returns the outputs (tokens, heads, d) of the new tokens' q (tokens, heads, d), k and v (tokens, kv heads, d)."""
         cached = self.cache.layer(layer, k, v)
         if self._single is not None and len(self._single.at) == len(q):
-            return self._single.attend(q, k, v, cached, (scale, window, cap))
+            return self._single.attend(q, k, v, cached, rule)
         out = q.new_zeros(*q.shape[:2], v.shape[2])
         for row, at in self._prompts:
             part = slice(at, at + len(row.ids))
-            out[part] = _of_prompt(row, q[part], (k[part], v[part]), cached, (scale, window, cap))
+            out[part] = _of_prompt(row, q[part], (k[part], v[part]), cached, rule)
         if self._single is not None:
             at_single = self._single.at
-            out[at_single] = self._single.attend(q[at_single], k[at_single], v[at_single], cached, (scale, window, cap))
+            out[at_single] = self._single.attend(q[at_single], k[at_single], v[at_single], cached, rule)
         return out
-
-
-Rule = tuple[float, int | None, float | None]  # scale, window and cap of an attention
 
 
 class _Singles:
@@ -135,10 +130,10 @@ class _Singles:
         self._biases: dict[int | None, Tensor] = {}
         self._written: dict[int, Tensor] = {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cached: tuple[Tensor, Tensor], rule: Rule) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cached: tuple[Tensor, Tensor], rule: AttentionRule) -> Tensor:
         """Returns the outputs (rows, heads, d) of q (rows, heads, d), k and v (rows, kv heads, d), from keys·queriesᵀ: keys are
         not transposed."""
-        scale, window, cap = rule
+        scale, window, cap, sinks = rule
         for states, added in zip(cached, (k, v), strict=True):
             flat = added.reshape(-1, states.shape[3]).to(states.dtype)
             states.view(-1, states.shape[3]).index_copy_(0, self._at_ends(states), flat)
@@ -148,8 +143,11 @@ class _Singles:
         grouped = scores.view(len(q), -1, queries.shape[1], self._longest)
         if cap is not None:
             grouped, scale = torch.tanh(grouped.float() * (scale / cap)).mul_(cap), 1.0
-        shares = torch.add(self._bias(window), grouped, alpha=scale).softmax(-1).to(v.dtype)
-        return torch.bmm(shares.view(scores.shape), seen_values).view(*q.shape[:2], -1)
+        biased = torch.add(self._bias(window), grouped, alpha=scale)
+        if sinks is not None:
+            biased = torch.cat([biased, sinks.view(1, biased.shape[1], -1, 1).expand(*biased.shape[:3], 1)], -1)
+        shares = biased.softmax(-1)[..., : self._longest].to(v.dtype)
+        return torch.bmm(shares.reshape(scores.shape), seen_values).view(*q.shape[:2], -1)
 
     def _at_ends(self, cached: Tensor) -> Tensor:
         """Returns the flat indices of the rows' new keys or values in those of a layer, (slots, kv heads, capacity, d)."""
@@ -168,14 +166,17 @@ class _Singles:
         return self._biases[window]
 
 
-def _of_prompt(row: CacheRow, q: Tensor, new: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], rule: Rule) -> Tensor:
+def _of_prompt(
+    row: CacheRow, q: Tensor, new: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], rule: AttentionRule
+) -> Tensor:
     """Returns the outputs (n, heads, d) of one row with n new tokens: q (n, heads, d), keys and values `new` (n, kv heads, d)."""
-    scale, window, cap = rule
+    scale, window, cap, sinks = rule
     count, end = len(q), row.start + len(q)
     for states, added in zip(cached, new, strict=True):
         states[row.slot, :, row.start : end] = added.transpose(0, 1)
     alike = q.dtype == new[0].dtype == new[1].dtype and q.shape[2] == new[1].shape[2]
-    if row.start == 0 and window is None and cap is None and alike:  # torch's own kernel is up to four times as fast here
+    plain = window is None and cap is None and sinks is None
+    if row.start == 0 and plain and alike:  # torch's own kernel is up to four times as fast here
         query, key, value = (states.transpose(0, 1)[None] for states in (q, *new))
         found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         return found[0].transpose(0, 1)
@@ -186,7 +187,7 @@ def _of_prompt(row: CacheRow, q: Tensor, new: tuple[Tensor, Tensor], cached: tup
         seen = row.start + last
         states = q[first:last].transpose(0, 1).reshape(1, keys.shape[1], -1, q.shape[2])  # the queries of a group stacked
         allowed = _allowed(row.start + first, last - first, seen, window, q.device)
-        found = _attention(states, keys[:, :, :seen], values[:, :, :seen], allowed, scale, cap)
+        found = _attention(states, keys[:, :, :seen], values[:, :, :seen], allowed, AttentionRule(scale, None, cap, sinks))
         out[first:last] = found[0].view(q.shape[1], last - first, -1).transpose(0, 1)
     return out
 
@@ -211,14 +212,28 @@ def _allowed(start: int, count: int, seen: int, window: int | None, device: torc
     return (allowed if window is None else allowed & (distance < window))[None, None, None]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, cap: float | None) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, rule: AttentionRule) -> Tensor:
     """Returns softmax(scale·q·kᵀ)·v over the allowed keys, softmax in fp32; q (rows, kv, G·n, d), k and v (rows, kv, m, d)."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * rule.scale
+    if rule.cap is not None:
+        scores = torch.tanh(scores / rule.cap) * rule.cap
     grouped = scores.view(*scores.shape[:2], -1, *allowed.shape[-2:])  # (1, 1, 1, n, m) for each of the G queries of a group
-    shares = grouped.masked_fill(~allowed, -math.inf).view(scores.shape).softmax(-1)
+    grouped = grouped.masked_fill(~allowed, -math.inf)
+    if rule.sinks is not None:
+        sinks = rule.sinks.float().view(1, grouped.shape[1], -1, 1, 1).expand(*grouped.shape[:4], 1)
+        grouped = torch.cat([grouped, sinks], -1)
+    shares = grouped.softmax(-1)[..., : scores.shape[-1]].reshape(scores.shape)
     return torch.matmul(shares.to(v.dtype), v)
+
+
+def require_batched(text: TextModel) -> None:
+    """Raises ConfigError for a model whose rows cannot share a batch, each with its own part of the cache."""
+    if text.attention != "varlen":
+        raise ConfigError(
+            f"{text.name} cannot be served: texts share a batch by model.attention varlen only, and this "
+            f"'{text.model.config.model_type}' model runs with {text.attention}. Merge its adapter (lorakeet merge), and serve "
+            "the merged model elsewhere."
+        )
 
 
 def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection: Selection | None = None) -> Tensor:
@@ -227,8 +242,7 @@ def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection:
     `selection` is the model's (models/inject.selection_of), needed if rows use adapters. Raises ConfigError without packed
     attention, ValueError for a row longer than the cache.
     """
-    if text.attention != "varlen":
-        raise ConfigError(f"Generating in batches needs model.attention varlen; this model runs with {text.attention}.")
+    require_batched(text)
     for row in rows:
         if not row.ids or row.start + len(row.ids) > cache.capacity or not 0 <= row.slot < cache.slots:
             raise ValueError(f"{len(row.ids)} tokens after {row.start} in slot {row.slot} do not fit the cache")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
 from torch.utils._python_dispatch import _disable_current_modes  # nor for this
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps
 
 from lorakeet.errors import DataError
@@ -31,7 +30,7 @@ from lorakeet.models.files.packing import packing_of
 from lorakeet.models.files.quantized import WeightHook, limits_of_packing, read_into, skeleton, stored_model_of
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import StoredModel, stored_quantisation, tensor_files
-from lorakeet.models.files.validate import loading, require_whole
+from lorakeet.models.files.validate import auto_class_of, loading, require_whole
 from lorakeet.models.streaming.model import NotStreamed, StreamedBlocks, StreamedEmbedding, StreamedHead
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -151,7 +150,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """Returns the model that `config` describes, on the meta device, with eager attention and tied weights; outside ledgers."""
     with _disable_current_modes(), torch.device("meta"), quiet_transformers():
         plain = skeleton(config).config
-        model = build_native(AutoModelForCausalLM, plain, dtype=dtype, attn_implementation="eager")
+        model = build_native(auto_class_of(plain), plain, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     return model
 

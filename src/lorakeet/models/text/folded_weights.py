@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers.experts import ExpertPairs
+from lorakeet.core.layers.experts import ExpertPairs, stored_transposed
 from lorakeet.core.layers.extras import TrainedModule, TrainedRows
 from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair
@@ -56,15 +56,18 @@ def folded_weights(model: nn.Module, name: str | None, store: WeightStore | None
     A weight that the adapter changes is computed whole, in memory; of a stack of experts, only those that are read.
     """
     changed: dict[str, tuple[nn.Module, str]] = {}
+    across: set[str] = set()
     for path, layer in adapted_layers(model):
         if name is None or name not in layer.adapters:
             continue
         part = layer.adapters[name]
         leaves = list(part.keys()) if isinstance(part, ExpertPairs) else _leaves(layer, part)
         changed.update({f"{path}.{leaf}": (part, leaf) for leaf in leaves})
+        if isinstance(part, ExpertPairs) and stored_transposed(layer.original):
+            across |= {f"{path}.{leaf}" for leaf in leaves}
     for path, weight in frozen_weights(model, store):
         with torch.no_grad():
-            yield path, _expected(weight, *changed[path]) if path in changed else weight
+            yield path, _expected(weight, *changed[path], across=path in across) if path in changed else weight
 
 
 def fold_layers(model: nn.Module, name: str, paths: Collection[str]) -> None:
@@ -96,9 +99,9 @@ def _leaves(layer: AdaptedLayer, part: nn.Module) -> list[str]:
     return ["weight", "bias"] if isinstance(part, LoraPair) and part.bias is not None else ["weight"]
 
 
-def _expected(frozen: RowsOf, part: nn.Module, leaf: str) -> RowsOf:
+def _expected(frozen: RowsOf, part: nn.Module, leaf: str, *, across: bool) -> RowsOf:
     if isinstance(part, ExpertPairs):
-        return _FoldedExperts(frozen, cast(LoraPair, part[leaf]))
+        return _FoldedExperts(frozen, cast(LoraPair, part[leaf]), across)
     if isinstance(part, LoraPair) and leaf == "bias" and part.bias is not None:
         return fold(frozen[:], part.scale * part.bias.detach())
     if isinstance(part, LoraPair):
@@ -114,10 +117,13 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _FoldedExperts:
-    """A stack of experts (experts, out, in) with their pairs folded in, computed for the experts that are read."""
+    """A stack of experts (experts, out, in), or `across` (experts, in, out), with their pairs folded in, computed for the experts
+    that are read.
+    """
 
     frozen: RowsOf
     pair: LoraPair
+    across: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,4 +137,5 @@ class _FoldedExperts:
     def __getitem__(self, part: slice) -> Tensor:
         weight = self.frozen[part]
         A, B = self.pair.factors()
-        return fold(weight, delta(A[part].float(), B[part].float(), self.pair.scale, "experts").to(weight.device))
+        change = delta(A[part].float(), B[part].float(), self.pair.scale, "experts").to(weight.device)
+        return fold(weight, change.transpose(1, 2) if self.across else change)

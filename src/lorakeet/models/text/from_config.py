@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
 from torch.utils._python_dispatch import _disable_current_modes  # nor for this
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.initialization import no_init_weights
 
 from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, nearest, one_message
@@ -30,7 +32,7 @@ from lorakeet.models.files.gguf_validate import config_of_gguf
 from lorakeet.models.files.packing import Packing, packing_of
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
-from lorakeet.models.files.validate import require_sizes
+from lorakeet.models.files.validate import auto_class_of, require_sizes, require_text_model
 from lorakeet.models.modules import block_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import EMPTY_ON_META, Residence, empty_packed, open_streamed, records_of
@@ -76,6 +78,7 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
         else:
             config = read_native(AutoConfig, local, local_files_only=True)
     require_sizes(f"model.path '{name}'", config)
+    require_text_model(f"model.path '{name}'", config)
     return config
 
 
@@ -102,9 +105,12 @@ def model_from_config(
     varlen, which nearly every model can use.
     """
     device = torch.device(device)
-    with quiet_transformers(), torch.device(device):
+    # What draws until numbers fit never ends on shapes.
+    drawn = no_init_weights() if isinstance(torch.empty(0), FakeTensor) else nullcontext()
+    with quiet_transformers(), torch.device(device), drawn:
         own = plain_config(config)  # a copy, into which transformers writes the dtype
-        model = build_native(AutoModelForCausalLM, own, dtype=dtype, attn_implementation="eager")
+        model = build_native(auto_class_of(own), own, dtype=dtype, attn_implementation="eager")
+    model.tie_weights()
     model = model.requires_grad_(False).eval()
     quantize = quantize or QuantSpec()
     put_packed(model, packing_of(model, config, quantize, files), device, in_int8=quantize.int8_products)

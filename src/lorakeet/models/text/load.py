@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, one_message
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.kernels.cpu import compile as native
 from lorakeet.kernels.tiled_weight import TritonRequest
@@ -24,7 +25,7 @@ from lorakeet.models.files.quantized import load_quantised
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
-from lorakeet.models.files.validate import require_architecture, require_sizes, require_text_model
+from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
 from lorakeet.models.kernels import check_elementwise, check_kernels, check_loss, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.placement import device_for, dtype_for, products_for
@@ -92,8 +93,7 @@ def load_text_model(
         streamed=streamed,
     )
     with torch.no_grad(), quiet_transformers():
-        rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
-        reference = torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+        reference = _own_logits(text)
         _require_numbers(text, reference)
         check_head(text, reference)
         _choose_attention(text, spec.attention, reference, say)
@@ -138,7 +138,7 @@ def read_config(source: Path) -> Any:
             config = read_native(AutoConfig, source, local_files_only=True)
         if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
             config.quantization_config = {"quant_method": METHOD, **read_object(source / OLD_CONFIG, expected="settings of GPTQ")}
-    require_text_model(source, config)
+    require_text_model(source / "config.json", config)
     require_sizes(source / "config.json", config)
     return config
 
@@ -150,6 +150,20 @@ def _check_batch(text: TextModel) -> Batch:
     tokens[CHECK_ROWS[0]] = tokens[0]  # so that a shared prefix is checked too
     keys = tuple(map(str, range(len(CHECK_ROWS))))
     return Batch(tokens, CHECK_ROWS, torch.arange(len(tokens)), tokens, keys).to(text.device)
+
+
+def _own_logits(text: TextModel) -> Tensor:
+    """The logits of the check's rows (tokens, vocabulary) by the model's own code; EnvironmentProblem if that fails."""
+    rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
+    try:
+        return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+    except LorakeetError:
+        raise
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"'{text.model.config.model_type}' models cannot be used: the code of transformers {transformers.__version__} for "
+            f"them fails on a row of {CHECK_ROWS[0]} tokens ({first_line(error)})."
+        ) from error
 
 
 def _require_numbers(text: TextModel, reference: Tensor) -> None:
@@ -266,8 +280,8 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
         logits = text.head(text.hidden(_check_batch(text)))
     except EnvironmentProblem as error:
         return str(error).rstrip(".")
-    except (ValueError, ImportError, TypeError) as error:
-        return f"'{kind}' models do not run with {attention} ({str(error).splitlines()[0].rstrip('.')})"
+    except Exception as error:  # whatever the model's code raises where it does not know this attention
+        return f"'{kind}' models do not run with {attention} ({first_line(error)})"
     # The median over a row's tokens: rounding may send a single token of a mixture to another expert. The worst row counts:
     # nothing can leak into the first one.
     differences = (logits.float() - reference.float()).abs().amax(1)

@@ -18,6 +18,7 @@ from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import release_free_memory
+from lorakeet.models.modules import outside_text
 from lorakeet.models.placement import why_not_cuda
 from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.targets import plan_for
@@ -129,6 +130,8 @@ def assemble_text(
     if sharded:
         config = config.changed(model={"device": device})
     plan = plan_for(text.model, config.lora, text.family)
+    if outside := outside_text(text.model):
+        say(f"Only the text part of this {text.model.config.model_type} model gets pairs; {', '.join(outside)} stay as they are.")
     new_token_ids = text.add_tokens(config.lora.new_tokens)  # which `rows` added to the tokenizer
     train, held_out, test = rows.parts
     if dataset.labels:

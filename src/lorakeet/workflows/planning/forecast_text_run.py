@@ -41,6 +41,7 @@ from lorakeet.ranks.prune import final_budget
 from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.planning.attention_choice import with_any_attention
 from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,
@@ -292,6 +293,7 @@ def filling_rows(length: int, tokens: int, window: int | None = None) -> RowShap
     return RowShape(length, count, last=None if last == length else last)
 
 
+@with_any_attention
 def forecast_run(
     config: RunConfig,
     model_config: Any,

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.evaluate.parity import CELLS, differences
 from lorakeet.memory.forecast import UnevenRuns, extrapolate_bytes, extrapolate_peaks
-from lorakeet.memory.ledger import Ledger, Work
+from lorakeet.memory.ledger import Ledger, TooLong, Work
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.shape_only import ShapeSpill
 from lorakeet.memory.usage import Usage, UsageSegment
 from lorakeet.models.files.dense import AT_ONCE
+from lorakeet.models.files.validate import first_line
 from lorakeet.models.generate.sample import rows_at_once, sample
 from lorakeet.models.generate.score import HEAD_CHUNK
 from lorakeet.models.inject import activate
@@ -58,7 +60,9 @@ BEGIN, EVALUATE, STEP, CHECKPOINT, FINAL = "begin pairs", "evaluate", "train ste
 FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
 Build = Callable[..., TextModel]
 Weigh = Callable[[TextModel], object]
+SECONDS, SECONDS_BESIDE = 600.0, 40.0  # of the processor, for a rehearsal; for one that a run does not wait for
 MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
+_given_time: ContextVar[float] = ContextVar("_given_time", default=SECONDS)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,18 @@ class Rehearsal:
 
 
 class NotPlanned(ConfigError):
-    """The model computes in a way that cannot be followed on shapes, such as experts that are chosen by the numbers."""
+    """The model computes in a way that cannot be followed on shapes, such as experts that are chosen by the numbers.
+
+    `final` where no other attention is to be tried.
+    """
+
+    final = False
+
+
+class PlanningTooLong(NotPlanned):
+    """A rehearsal took longer than it may."""
+
+    final = True
 
 
 @dataclass(frozen=True)
@@ -225,15 +240,33 @@ def _rehearsed(
 
 
 @contextmanager
+def planning_within(seconds: float) -> Iterator[None]:
+    """A context in which each rehearsal may take so much of the processor's time; NotPlanned after that."""
+    before = _given_time.set(seconds)
+    try:
+        yield
+    finally:
+        _given_time.reset(before)
+
+
+@contextmanager
 def on_shapes() -> Iterator[Ledger]:
     """A ledger for a rehearsal; NotPlanned where the arithmetic in it cannot be followed."""
     SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Ledger() as ledger:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Ledger(seconds=_given_time.get()) as ledger:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as the copy of a whole module does
             yield ledger
     except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException) as error:
         raise NotPlanned(f"This model cannot be planned: what it computes depends on its numbers ({error}).") from error
+    except TooLong as error:
+        raise PlanningTooLong(
+            f"This model is not planned: a rehearsal on shapes was not done after {_given_time.get():g} s of processor time."
+        ) from error
+    except LorakeetError:
+        raise
+    except Exception as error:  # of the model's code, which expects numbers
+        raise NotPlanned(f"This model cannot be planned: its code does not run on shapes alone ({first_line(error)}).") from error
     finally:
         SCRATCH.clear()
 

@@ -14,7 +14,7 @@ from lorakeet.train.processes import ALONE as ONE_PROCESS
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.planning.fit import fit_budget, fit_free
 from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, Workload, measures_rows
-from lorakeet.workflows.planning.rehearse_text import STEP
+from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, STEP, planning_within
 from lorakeet.workflows.planning.text_run import TextRun, streaming_ways, why_not_streamed
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 
@@ -37,12 +37,14 @@ def fit_text_run(
         return Residency()
     free = free_memory(run.device)
     if not several:
-        return fit_free(run, free, say)
+        with planning_within(SECONDS_BESIDE):
+            return fit_free(run, free, say)
     if on_gpu and config.train.shard:
         return Residency()
     run.processes = processes.count
     least = -processes.maximum(-free.bytes) if on_gpu else Budget().bytes  # all choose the same way
-    found = fit_free(run, replace(free, bytes=least, text=bytes_text(least)), say)
+    with planning_within(SECONDS_BESIDE):
+        found = fit_free(run, replace(free, bytes=least, text=bytes_text(least)), say)
     return replace(found, budget=Budget(), gpu=None)
 
 

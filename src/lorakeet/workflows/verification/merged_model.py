@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.layers.experts import stored_transposed
 from lorakeet.core.tiled_product import RowSource, parts
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
@@ -93,8 +94,14 @@ def changes_of(model: torch.nn.Module, plan: Combination) -> Changes:
         if module is None or not hasattr(module, leaf):
             raise ConfigError(f"The base has no {owner}.{leaf}, which the combined adapters change.")
         kind = "experts" if experts else kind_of(unwrapped(module)) or plan.kind(path)
-        found[f"{owner}.{leaf}"] = partial(fold_change, kind=kind, change=partial(plan.change, path))
+        change = partial(plan.change, path)
+        across = experts and stored_transposed(unwrapped(module))
+        found[f"{owner}.{leaf}"] = partial(fold_change, kind=kind, change=partial(_across, change) if across else change)
     return found
+
+
+def _across(change: Callable[[int], Tensor], expert: int) -> Tensor:
+    return change(expert).t()
 
 
 @dataclass(frozen=True)

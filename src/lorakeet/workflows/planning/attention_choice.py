@@ -1,0 +1,40 @@
+"""Plans a run with the first attention with which its model runs on shapes, as a model is loaded with the first that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from lorakeet.config import RunConfig
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.workflows.planning.rehearse_text import NotPlanned
+
+Rest = ParamSpec("Rest")
+Plan = TypeVar("Plan")
+OTHERS = ("sdpa", "eager")  # tried after varlen, which auto begins with
+
+
+def with_any_attention(
+    forecast: Callable[Concatenate[RunConfig, Rest], Plan],
+) -> Callable[Concatenate[RunConfig, Rest], Plan]:
+    """`forecast` with each attention that model.attention auto may become, until one can be planned.
+
+    Raises NotPlanned with the last reason, or the first one if a rehearsal took too long.
+    """
+
+    def first_that_runs(config: RunConfig, *rest: Rest.args, **settings: Rest.kwargs) -> Plan:
+        others = iter(OTHERS if config.model.attention == "auto" else ())
+        while True:
+            try:
+                return forecast(config, *rest, **settings)
+            except (EnvironmentProblem, NotPlanned) as error:
+                last = isinstance(error, NotPlanned) and error.final
+                other = None if last else next(others, None)
+                if other is None and isinstance(error, NotPlanned):
+                    raise
+                if other is None:
+                    raise NotPlanned(f"This model cannot be planned: {error}") from error
+                config = config.changed(model={"attention": other})
+
+    first_that_runs.__doc__ = forecast.__doc__
+    return first_that_runs

@@ -1,0 +1,74 @@
+"""Every family of language models ends in right numbers or in a refusal: a small random model of each, column by column.
+
+The usual tests try the families of QUICK. `make families` (LORAKEET_FAMILIES=1) tries all that transformers has, and writes
+results.json, from which `make docs` makes docs/reference/models.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+from lorakeet.errors import DataError
+from lorakeet.models.files.validate import require_text_model
+from tiny.family_columns import COLUMNS, Outcome, tried
+
+RESULTS = Path(__file__).with_name("results.json")
+ALL = os.environ.get("LORAKEET_FAMILIES", "") not in ("", "0")
+KNOWN = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
+# Those with the most that is their own: sinks and transposed experts; experts without gates; a vision tower; a hybrid whose files
+# name its experts otherwise.
+QUICK = ("gpt_oss", "nemotron_h", "gemma3", "granitemoehybrid")
+RIGHT = ("passed", "refused", "not tried")
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_alone() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def wrong(found: dict[str, Outcome]) -> list[str]:
+    return [f"{column}: {one.outcome}: {one.detail}" for column, one in found.items() if one.outcome not in RIGHT]
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_a_family_passes_every_column_that_it_is_not_refused(kind: str, tmp_path: Path) -> None:
+    found = tried(kind, tmp_path, [column for column in COLUMNS if column not in ("bf16", "NF4")])
+    assert not wrong(found), "\n".join(wrong(found))
+    assert all(found[column].outcome == "passed" for column in ("train", "gradients", "PEFT", "merge", "plan")), found
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("kind", KNOWN if ALL else ())
+def test_every_family_ends_in_right_numbers_or_a_refusal(kind: str, tmp_path: Path) -> None:
+    try:
+        require_text_model("config.json", CONFIG_MAPPING[kind]())
+        found = tried(kind, tmp_path)
+    except DataError as error:
+        found = {"train": Outcome("refused", str(error))}
+    except Exception as error:  # of a configuration that has no defaults
+        found = {"build": Outcome("not tried", f"{type(error).__name__}: {error}"[:200])}
+    keep(kind, found)
+    assert not wrong({column: one for column, one in found.items() if column != "build"}), "\n".join(wrong(found))
+
+
+def keep(kind: str, found: dict[str, Outcome]) -> None:
+    """Writes the outcomes of one family to results.json, which several processes share."""
+    with open(RESULTS, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        told = json.loads(file.read() or '{"families": {}}')
+        told["transformers"] = transformers.__version__
+        told["families"][kind] = {column: asdict(one) for column, one in found.items()}
+        file.truncate(0)
+        file.write(json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

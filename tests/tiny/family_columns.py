@@ -1,0 +1,340 @@
+"""What is tried of a family: one function a column, each from a folder that `saved` wrote; each in a process of its own.
+
+A column returns what it measured. AssertionError means a wrong number, a LorakeetError a refusal, anything else a crash.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft as real_peft
+import torch
+import transformers
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack_examples
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.exporting.gguf_model import write_gguf
+from lorakeet.exporting.llama_cpp import LlamaCpp
+from lorakeet.formats.peft import peft
+from lorakeet.merging.checkpoint import open_checkpoint
+from lorakeet.merging.edits import edits_for
+from lorakeet.merging.merged_folder import merge_into
+from lorakeet.models.files.validate import auto_class_of
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
+from lorakeet.models.inject import adapter_of, trained_parameters
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.load import load_text_model, load_tokenizer
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.text.loss import head_losses
+from lorakeet.train.text.own_code import compare_with_own_code
+from lorakeet.workflows.options import PlanOptions
+from lorakeet.workflows.plan import plan
+from tiny.models import tiny_tokenizer
+from tiny.runs import settings
+from tiny.small_configs import small_config
+
+SECONDS = 60  # of the processor, for each column
+ROWS = (23, 9, 14)  # tokens; longer than the windows
+EXACT = 1e-5  # of the largest logit, in fp32
+GRADIENT = 1e-4  # of a tensor's gradient, by norm: what some families round in their own code stands in the page
+TOKENS = 6  # written greedily
+SPEC = {"rank": 2, "alpha": 6.0}
+
+
+class NotTried(Exception):
+    """What the column needs is not here."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a column: passed, refused, wrong, crashed, too slow, not tried; with what was measured or said."""
+
+    outcome: str
+    detail: str = ""
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """Writes a small random model of this type with a tokenizer to folder/model."""
+    config = small_config(kind)
+    model = auto_class_of(config).from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if weight.dim() > 1:
+                weight.normal_(0, 0.5 / max(weight.shape[-1], 16) ** 0.5, generator=generator)
+            elif name.endswith("bias"):
+                weight.normal_(0, 0.05, generator=generator)
+    model.tie_weights()
+    model.eval().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@cache
+def rows() -> list[Example]:
+    """Rows of ordinary tokens, each of which is to be predicted."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for number, count in enumerate(ROWS):
+        ids = torch.randint(4, 300, (count,), generator=generator).numpy()
+        found.append(Example(ids, np.arange(count) > 0, str(number), None, False))
+    return found
+
+
+def loaded(folder: Path, dtype: str = "float32", **more: Any) -> TextModel:
+    return load_text_model(ModelSpec(path=str(folder / "model"), dtype=dtype, device="cpu", **more), say=lambda line: None)
+
+
+def with_pairs(text: TextModel, folder: Path) -> TextModel:
+    """The model with pairs that have an effect; without experts where they cannot have any."""
+    try:
+        made = plan_for(text.model, LoraSpec(**SPEC), text.family)
+    except ConfigError as error:
+        if "experts cannot be adapted" not in str(error):
+            raise
+        made = plan_for(text.model, LoraSpec(**SPEC, exclude_modules=(".*experts",)), text.family)
+        (folder / "note").write_text(f"without experts: {error}")
+    text = initialise_adapter(text, made, seed=0)
+    trained = trained_parameters(text.model)
+    assert {name.rpartition(".")[0] for name in trained} == {entry.path for entry in made.entries}
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if name.endswith(".B"):
+                parameter.normal_(0, 0.1, generator=generator)
+    return text
+
+
+def train(folder: Path) -> str:
+    """Trained tensors are the planned ones, and a gradient reaches each of them; saves adapter and gradients."""
+    text = with_pairs(loaded(folder), folder)
+    batch = pack_examples(rows())
+    hidden = text.hidden(batch)
+    losses = head_losses(text, hidden, batch.target_ids)
+    trained = trained_parameters(text.model)
+    found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+    still = [name for name, gradient in zip(trained, found, strict=True) if gradient is None or not bool(gradient.any())]
+    assert not still, f"no gradient reaches {', '.join(still[:4])} ({len(still)} of {len(trained)})"
+    adapter = adapter_of(text.model, base=str(folder / "model"))
+    peft.write(adapter, folder / "adapter")
+    with torch.no_grad():
+        torch.save(text.head(text.hidden(batch)), folder / "logits.pt")
+    torch.save((dict(zip(trained, found, strict=True)), losses.detach()), folder / "gradients.pt")
+    note = (folder / "note").read_text().partition(":")[0] + ", " if (folder / "note").exists() else ""
+    return f"{note}{len(adapter.pairs)} pairs, attention {text.attention}"
+
+
+def gradients(folder: Path) -> str:
+    """Gradients and losses of the packed rows are those of transformers and PEFT on single rows; the files are read by PEFT."""
+    model = in_peft(folder, trainable=True)
+    losses = torch.cat([_own_losses(model, row) for row in rows()])
+    losses.sum().backward()
+    (ours, our_losses), off = torch.load(folder / "gradients.pt"), {}
+    theirs = _by_our_names(model, folder)
+    largest = max(float(gradient.norm()) for gradient in theirs.values())
+    for name, gradient in ours.items():
+        own = theirs[name]
+        off[name] = float((gradient - own).norm()) / max(float(own.norm()), 1e-3 * largest)
+    worst = max(off, key=lambda name: off[name])
+    loss = float((our_losses - losses.detach()).abs().max())
+    assert off[worst] <= GRADIENT and loss <= 1e-4, f"{off[worst]:.2g} of the gradient of {worst}, {loss:.2g} nats"
+    return f"{off[worst]:.1g}"
+
+
+def _own_losses(model: Any, row: Example) -> Tensor:
+    ids = torch.from_numpy(row.ids)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+
+
+def _by_our_names(model: Any, folder: Path) -> dict[str, Tensor]:
+    """PEFT's gradients, read as an adapter of the same configuration: by path, with A and B."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    state = real_peft.get_peft_model_state_dict(model, state_dict=found)
+    (folder / "read").mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "read" / "adapter_model.safetensors")
+    (folder / "read" / "adapter_config.json").write_bytes((folder / "adapter" / "adapter_config.json").read_bytes())
+    pairs = peft.read(folder / "read").pairs
+    return {f"{path}.{side}": getattr(pair, side) for path, pair in pairs.items() for side in "AB"}
+
+
+def in_peft(folder: Path, *, trainable: bool = False) -> Any:
+    base = in_transformers(folder / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return real_peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=trainable).eval()
+
+
+def in_transformers(folder: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return auto_class_of(config).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False).logits[0, :-1] for row in rows()])
+
+
+def _same(found: Tensor, wanted: Tensor, base: Tensor | None = None) -> str:
+    size = float(wanted.abs().max())
+    off = float((found - wanted).abs().max()) / size
+    assert off <= EXACT, f"{off:.2g} of the largest logit"
+    if base is not None:
+        assert float((wanted - base).abs().max()) > 1e-3 * size, "the adapter has no effect"
+    return f"{off:.1g}"
+
+
+def peft_logits(folder: Path) -> str:
+    """The real PEFT computes the live model's logits from the files."""
+    base = _logits(in_transformers(folder / "model"))
+    return _same(_logits(in_peft(folder)), torch.load(folder / "logits.pt"), base)
+
+
+def merge(folder: Path) -> str:
+    """The merged model, loaded by transformers, computes the live model's logits; what no pair changes keeps its bytes."""
+    adapter, source = peft.read(folder / "adapter"), open_checkpoint(folder / "model")
+    merge_into(folder / "model", adapter, folder / "merged")
+    changed = edits_for(source, adapter).by_name
+    written = open_checkpoint(folder / "merged")
+    assert set(written.home) == set(source.home) | set(changed)
+    for name in set(source.home) - set(changed):
+        assert torch.equal(written.read(name), source.read(name)), name
+    return _same(_logits(in_transformers(folder / "merged")), torch.load(folder / "logits.pt"))
+
+
+def bf16(folder: Path) -> str:
+    """Loss and gradients in bf16 are those of the model's own code, but for rounding."""
+    text = with_pairs(loaded(folder, "bfloat16"), folder)
+    found = compare_with_own_code(text, trained_parameters(text.model), rows())
+    assert found.passed, f"{found.gradient:.2g} of the gradient of {found.worst}, rounding explains {found.allowed:.2g}"
+    return f"{found.gradient:.1g}"
+
+
+def planned(folder: Path) -> str:
+    """`lorakeet plan` answers."""
+    run = settings(folder / "model", Path("-"), folder / "none")
+    found = plan(run, PlanOptions(tokens=64), console=Console(file=io.StringIO()))
+    return f"{found.planned.peak >> 20} MiB"  # type: ignore[attr-defined]
+
+
+def nf4(folder: Path) -> str:
+    """A base in NF4 trains: finite gradients, of every pair."""
+    text = with_pairs(loaded(folder, quantize=QuantSpec(method="nf4")), folder)
+    batch, trained = pack_examples(rows()), trained_parameters(text.model)
+    found = torch.autograd.grad(head_losses(text, text.hidden(batch), batch.target_ids).sum(), list(trained.values()))
+    assert all(bool(gradient.isfinite().all()) for gradient in found)
+    assert any(bool(gradient.any()) for gradient in found)
+    return ""
+
+
+def served(folder: Path) -> str:
+    """What is served greedily is what transformers' generate writes with the merged model or PEFT."""
+    text = loaded(folder)
+    live, adapter = ServingModel(text), peft.read(folder / "adapter")
+    live.attach("a", adapter)
+    prompt = [int(number) for number in rows()[1].ids]
+    cache = KeyValues(slots=1, capacity=len(prompt) + TOKENS)
+    ids, new = list(prompt), tuple(prompt)
+    for _ in range(TOKENS):
+        logits = step(text, cache, [CacheRow(0, len(ids) - len(new), new, {"a": 1.0})], live.selection)
+        new = (int(logits[0].argmax()),)
+        ids += new
+    model = in_peft(folder)
+    with torch.no_grad():
+        wanted = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+    assert ids == wanted[0].tolist(), f"{ids[len(prompt) :]} for {wanted[0, len(prompt) :].tolist()}"
+    return ""
+
+
+def gguf(folder: Path) -> str:
+    """The exported file computes in llama.cpp what the live model computes."""
+    if find_spec("llama_cpp_py_sync") is None:
+        raise NotTried("the llama extra is not installed")
+    tokenizer = load_tokenizer(folder / "model")
+    written = write_gguf(folder / "model", peft.read(folder / "adapter"), folder / "m.gguf", tokenizer=tokenizer, quant="f32")
+    row = rows()[0].ids
+    wanted = torch.load(folder / "logits.pt")[: len(row) - 1]
+    with LlamaCpp(written.path, context=128) as engine:
+        found = engine.logits(row.tolist())[:-1]
+    off = float((found - wanted).abs().max()) / float(wanted.abs().max())
+    assert off <= 5e-3, f"{off:.2g} of the largest logit"  # ggml looks some activations up in half-precision numbers
+    return f"{off:.1g}"
+
+
+COLUMNS: dict[str, Callable[[Path], str]] = {
+    "train": train, "gradients": gradients, "bf16": bf16, "PEFT": peft_logits, "merge": merge, "plan": planned, "NF4": nf4,
+    "serve": served, "GGUF": gguf,
+}  # fmt: skip
+ALONE = ("train", "bf16", "plan", "NF4")  # columns that read nothing that `train` wrote
+
+
+def tried(kind: str, folder: Path, columns: Iterable[str] = COLUMNS) -> dict[str, Outcome]:
+    """What became of each column, each in a process of its own, within SECONDS of the processor's time.
+
+    The key "build" is in it if transformers could not make the small model.
+    """
+    built = _in_process(lambda: str(saved(kind, folder)))
+    if built.outcome != "passed":
+        return {"build": built}
+    found: dict[str, Outcome] = {}
+    for column in columns:
+        if column in ALONE or found["train"].outcome == "passed":
+            found[column] = _in_process(lambda: COLUMNS[column](folder))  # noqa: B023 - called at once
+            found[column] = replace(found[column], detail=found[column].detail.replace(str(folder), "."))
+    return found
+
+
+def _in_process(work: Callable[[], str]) -> Outcome:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + int(sum(os.times()[:2])), resource.RLIM_INFINITY))
+        os.write(writing, json.dumps(asdict(_outcome(work))).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if said:
+        return Outcome(**json.loads(said))
+    ended = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {status}"
+    slow = ended == "SIGXCPU"
+    return Outcome("too slow" if slow else "crashed", f"not done after {SECONDS} s of the processor's time" if slow else ended)
+
+
+def _outcome(work: Callable[[], str]) -> Outcome:
+    try:
+        return Outcome("passed", work())
+    except AssertionError as error:
+        return Outcome("wrong", str(error)[:300])
+    except NotTried as error:
+        return Outcome("not tried", str(error))
+    except LorakeetError as error:
+        return Outcome("refused", str(error)[:600])
+    except BaseException as error:
+        return Outcome("crashed", f"{type(error).__name__}: {error}"[:300])

@@ -1,0 +1,108 @@
+"""Small configurations of any model type that transformers has: hidden 64, every kind of layer, windows shorter than a row.
+
+Sizes that all families name alike follow `RULES`; what a family needs beside them is one line in `CHANGES`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+VOCABULARY, MOST_LAYERS = 320, 6
+IDS = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}  # of tiny_tokenizer
+_RULES = (
+    (r"hidden_size|d_model|n_embd|model_dim|embed_dim|width|lru_width|embedding_size|projection_dim|output_dim", 64),
+    (r"(.*_)?intermediate_size(_mlp)?|d_ff|n_inner|(.*_)?ffn_(hidden_)?(dim|size)|feed_forward_size|mlp_dim", 96),
+    (r"(.*_)?(moe|expert|shared)_intermediate_size|expert_ffn_hidden_size|moe_ffn_hidden_size", 32),
+    (r"(num_|n_)?((de|en)coder_|hidden_|transformer_)?(layers?|blocks|depth)|depth|num_layers_per_stack", 4),
+    (r"((num|n)_)?((swa_|de|en)(coder_)?)?(num_)?(attention_|query_)?heads?|n_head|num_heads", 4),
+    (r"(swa_)?(num_|n_)?(global_)?(key_value|kv)_heads", 2),
+    (r"((swa_|global_|attention_|index_|v_|swa_v_|linear_key_|linear_value_))?head_dim|query_pre_attn_scalar|kv_channels", 16),
+    (r"attention_head_size|d_kv", 16),
+    (r"(text_)?vocab_size(_per_layer_input)?", VOCABULARY),
+    (r"(moe_)?(num|n)_(local_|routed_|moe_)?experts|moe_num_routed_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_(k|topk|top_k)|num_selected_experts|top_k_experts", 2),
+    (r"n_group|topk_groups?|num_expert_group|n_groups", 1),
+    (r"(kv|q|o)_lora_rank", 16),
+    (r"qk_(rope|nope)_head_dim|rotary_dim", 8),
+    (r"sliding_window(_size)?|attention_(chunk|window)_size|local_(window|attention)|window_size_right|window", 8),
+    (r"((mamba|ssm|mamba2)_)?(d_state|state_size)|time_step_rank", 8),
+    (r"mamba_(n_heads|num_heads)|linear_num_(key_|value_)?heads|index_n_heads|n_mamba_heads", 4),
+    (r"mamba_(d_head|head_dim|headdim)", 32),
+    (r"first_k_dense_replace|num_dense_layers", 1),
+    (r"hidden_size_per_layer_input|laurel_rank", 8),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|seq_length|max_(target|source)_positions", 256),
+    (r"(mamba_)?chunk_size", 16),
+    (r"image_size", 32),
+    (r"patch_size", 8),
+)  # fmt: skip
+RULES = tuple((re.compile(pattern), value) for pattern, value in _RULES)
+CHANGES: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32, "hidden_size": 64},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1, "lm_head_multiplier": 0.5},
+    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "activation_sparsity_pattern": [0.95] * 5 + [0.0] * 5},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "granite": {"logits_scaling": 4.0},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "mamba", "attention", "mamba"], "mamba_n_heads": 4, "mamba_d_head": 32, "logits_scaling": 4.0,
+        "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
+    "gemma4_text": {"final_logit_softcapping": 30.0, "num_kv_shared_layers": 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {
+        "moe_latent_size": None, "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4,
+        "mamba_head_dim": 32, "n_routed_experts": 4,
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "reformer": {"is_decoder": True},
+}  # fmt: skip
+
+
+def small_config(kind: str) -> Any:
+    """The configuration of a small model of this type, as transformers makes it."""
+    owner = CONFIG_MAPPING[kind]
+    usual, changes = owner(), copy.deepcopy(CHANGES.get(kind, {}))
+    found = _small(usual)
+    for name in owner.sub_configs or {}:
+        part = getattr(usual, name, None)
+        if part is not None:
+            found[name] = {**_small(part), **changes.pop(name, {}), "model_type": part.model_type}
+    return owner(**{**found, **changes})
+
+
+def _small(usual: Any) -> dict[str, Any]:
+    """The sizes of one configuration, with its tokens' ids, and as many layers as show each kind of them."""
+    found = {key: small for key, value in vars(usual).items() if (small := _size(key, value)) is not None}
+    if "qk_rope_head_dim" in found:  # latent attention: no groups, and the width of a head is that of its rotation
+        found |= {key: value for key, value in {"head_dim": 8, "num_key_value_heads": 4}.items() if key in found}
+    layers = next((key for key in ("num_hidden_layers", "n_layers", "num_layers") if key in found), "")
+    kinds = getattr(usual, "layer_types", None)
+    if layers and isinstance(kinds, (list, tuple)) and all(isinstance(kind, str) for kind in kinds):
+        each = list(dict.fromkeys(kinds))
+        enough = max((kinds.index(kind) + 1 for kind in each), default=0)
+        if enough > MOST_LAYERS:
+            found["layer_types"] = [*kinds[: found[layers] - len(each)], *each][-found[layers] :]
+        else:
+            found[layers] = max(found[layers], enough)
+    return found | {key: value for key, value in IDS.items() if hasattr(usual, key)}
+
+
+def _size(key: str, value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    small = next((small for pattern, small in RULES if pattern.fullmatch(key)), None)
+    return small if small is None or "vocab" in key else min(value, small)
