@@ -190,10 +190,10 @@ def test_unfit_kinds_are_named(planned: Planned) -> None:
 def test_experts_with_another_layout_are_refused_not_left_out(planned: Planned) -> None:
     model = tiny_model("mixtral")
     for layer in model.model.layers:
-        layer.mlp.experts.is_transposed = True
+        layer.mlp.experts.has_post_expert_norm = True
     text = message(planned, model)
     assert "'model.layers.[0-1].mlp.experts.gate_up_proj' cannot be adapted" in text
-    assert "its parameters are transposed" in text
+    assert "its experts end in a norm" in text
     assert leaves(planned(model, exclude_modules=("experts",))) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 def test_a_tied_head_shares_the_new_rows_and_an_own_head_gets_its_own(planned: Callable[..., Plan]) -> None:

@@ -40,6 +40,7 @@ _RULES = (
     (r"patch_size", 8),
 )  # fmt: skip
 RULES = tuple((re.compile(pattern), value) for pattern, value in _RULES)
+MULTIPLE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}  # of a head of 16
 CHANGES: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -56,7 +57,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "mamba", "attention", "mamba"], "mamba_n_heads": 4, "mamba_d_head": 32, "logits_scaling": 4.0,
         "num_local_experts": 4, "num_experts_per_tok": 2,
     },
-    "gemma4_text": {"final_logit_softcapping": 30.0, "num_kv_shared_layers": 2},
+    "gemma4_text": {"final_logit_softcapping": 30.0},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -68,6 +69,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 32, "n_routed_experts": 4,
     },
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    **{kind: {"text_config": {"rope_parameters": MULTIPLE}} for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe")},
     "reformer": {"is_decoder": True},
 }  # fmt: skip
 

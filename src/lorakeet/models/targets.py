@@ -188,7 +188,8 @@ def _refuse_unfit(chosen: list[Site], problems: Problems) -> None:
         if site.kind is None:
             groups.setdefault((_without_numbers(site.path), site.why_not), []).append(site.path)
     for (_, why), paths in groups.items():
-        problems.add(f"'{path_range(paths)}' cannot be adapted: it is {why}.")
+        remedy = " Leave the experts out with --lora.exclude_modules experts." if "whose experts cannot" in why else ""
+        problems.add(f"'{path_range(paths)}' cannot be adapted: it is {why}.{remedy}")
 
 
 def _entry(site: Site, spec: LoraSpec) -> PlanEntry:

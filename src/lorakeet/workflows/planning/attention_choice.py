@@ -22,7 +22,7 @@ def with_any_attention(
     Raises NotPlanned with the last reason, or the first one if a rehearsal took too long.
     """
 
-    def first_that_runs(config: RunConfig, *rest: Rest.args, **settings: Rest.kwargs) -> Plan:
+    def first_that_runs(config: RunConfig, /, *rest: Rest.args, **settings: Rest.kwargs) -> Plan:
         others = iter(OTHERS if config.model.attention == "auto" else ())
         while True:
             try:
