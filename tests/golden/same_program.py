@@ -3,10 +3,10 @@
     python tests/golden/same_program.py record
     python tests/golden/same_program.py compare [--quick] [--words]
 
-Everything goes through the command line, in processes of its own, and through files. No module of the package is named here, so
-that a move of modules leaves this file as it is. Models are made by tests/tiny. `compare` prints each difference with the old
-and the new value. It exits with 0 where nothing differs, with 1 where something does, and with 2 on another machine, where
-numbers are rounded in another way.
+Everything goes through the command line, in processes of its own, and through files; with --quick these processes are forked from
+one that has imported its libraries. No module of the package is named here, so that a move of modules leaves this file as it is.
+Models are made by tests/tiny. `compare` prints each difference with the old and the new value. It exits with 0 where nothing
+differs, with 1 where something does, and with 2 on another machine, where numbers are rounded in another way.
 
 Bytes and numbers are compared exactly, but for two kinds. A plan counts what the process itself holds (the kind `runtime`, as the
 system measures it), and this differs by one or two MiB from process to process: it is taken off every phase and every peak, and
@@ -37,6 +37,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_suffix(".json")
+WORKER = ROOT / "tests" / "laws" / "command_worker.py"
 NEAR = 24 << 20  # bytes by which the memory of a process may differ; 2 MiB were seen between equal processes
 AT_ONCE = 2  # processes
 SECONDS = 300  # after which one is taken to hang
@@ -74,6 +75,10 @@ BASES = {  # of the four small runs
     "gptq": ("--model", "gptq"),
     "gguf": ("--model", "q4.gguf", "--model.quantize", "gguf"),
 }
+PACK = (
+    "quantize", "dense", "--method", "gptq", "--group-size", "64", "--calibration", "rows.jsonl", "--calibration-rows", "8",
+    "--out", "gptq",
+)  # fmt: skip
 KERNELS = {"native": "1", "torch": "0"}  # the values of LORAKEET_NATIVE
 PLANS: dict[str, tuple[str, ...]] = {  # whose numbers --json prints to the byte
     "7B NF4 within 2 GiB": (
@@ -134,16 +139,20 @@ class Workplace:
 
     def lorakeet(self, *arguments: str, native: str = "1", allowed: tuple[int, ...] = (0,)) -> Any:
         """What `lorakeet ARGUMENTS --json` prints, read as JSON; RuntimeError where its exit code is not among those allowed."""
-        own = {"PYTHONPATH": str(ROOT / "src"), "LORAKEET_CACHE": str(self.folder / "cache"), "LORAKEET_NATIVE": native}
         command = [sys.executable, "-m", "lorakeet", *arguments, "--json"]
         done = subprocess.run(
-            command, cwd=self.folder, env={**os.environ, **ENVIRONMENT, **own}, capture_output=True, text=True, timeout=SECONDS,
-            check=False,
+            command, cwd=self.folder, env={**os.environ, **self.environment(native)}, capture_output=True, text=True,
+            timeout=SECONDS, check=False,
         )  # fmt: skip
         if done.returncode not in allowed:
             end = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             raise RuntimeError(f"lorakeet {' '.join(arguments)} ends with {done.returncode}:\n{end}")
         return json.loads(done.stdout)
+
+    def environment(self, native: str = "1") -> dict[str, str]:
+        """The environment variables of its processes."""
+        own = {"PYTHONPATH": str(ROOT / "src"), "LORAKEET_CACHE": str(self.folder / "cache"), "LORAKEET_NATIVE": native}
+        return {**ENVIRONMENT, **own}
 
     def digest(self, name: str) -> str:
         """The sha256 of one file."""
@@ -164,12 +173,11 @@ def workplace() -> Iterator[Workplace]:
 
     Its cache is empty, since a plan depends on what is unpacked already; only compiled kernels are those of the user's cache.
     """
-    named = os.environ.get("LORAKEET_CACHE")
-    kernels = (Path(named).expanduser() if named else Path.home() / ".cache" / "lorakeet") / "native"
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+    from tiny.caches import new_cache
+
     with tempfile.TemporaryDirectory(prefix="same-program-") as name:
-        (Path(name) / "cache").mkdir()
-        if kernels.is_dir():
-            (Path(name) / "cache" / "native").symlink_to(kernels.resolve(), target_is_directory=True)
+        new_cache(Path(name) / "cache")
         yield Workplace(Path(name))
 
 
@@ -185,7 +193,6 @@ def all_of(work: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
 
 def make_text_bases(place: Workplace) -> None:
     """The dense base, the GGUF base and the rows."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
     from tiny.gguf_file import write_tiny_gguf
     from tiny.models import save_tiny_llama
 
@@ -222,25 +229,32 @@ def make_others(place: Workplace) -> None:
 
 def pack(place: Workplace) -> None:
     """The GPTQ base, by the program itself."""
-    calibration = ("--calibration", "rows.jsonl", "--calibration-rows", "8")
-    place.lorakeet("quantize", "dense", "--method", "gptq", "--group-size", "64", *calibration, "--out", "gptq")
+    place.lorakeet(*PACK)
 
 
 # What is recorded
 
 
+def small_run(base: str, kernels: str) -> tuple[str, ...]:
+    """The arguments of a small run."""
+    return ("finetune", *BASES[base], *TEXT, "--train.steps", "6", "--out", f"run-{base}-{kernels}")
+
+
 def run_of(place: Workplace, base: str, kernels: str) -> Callable[[], Any]:
     """A small run, to be started."""
-    flags = (*BASES[base], *TEXT, "--train.steps", "6", "--out", f"run-{base}-{kernels}")
-    return lambda: place.lorakeet("finetune", *flags, native=KERNELS[kernels])
+    return lambda: place.lorakeet(*small_run(base, kernels), native=KERNELS[kernels])
+
+
+def adapter_of(base: str, kernels: str) -> str:
+    """The file of its adapter."""
+    return f"run-{base}-{kernels}/adapter/adapter_model.safetensors"
 
 
 def small_runs(place: Workplace, kernels: tuple[str, ...]) -> tuple[dict[str, str], dict[str, Any]]:
     """The hashes of the adapters of the four runs with these kernels, and what the runs printed."""
     names = [(base, which) for which in kernels for base in BASES]
     printed = all_of({f"{base} {which}": run_of(place, base, which) for base, which in names})
-    files = {f"{base} {which}": f"run-{base}-{which}/adapter/adapter_model.safetensors" for base, which in names}
-    return {name: place.digest(file) for name, file in files.items()}, printed
+    return {f"{base} {which}": place.digest(adapter_of(base, which)) for base, which in names}, printed
 
 
 def refusal(place: Workplace, *arguments: str) -> dict[str, Any]:
@@ -304,8 +318,14 @@ def recorded(place: Workplace) -> dict[str, Any]:
 def quickly_recorded(place: Workplace) -> dict[str, Any]:
     """The hashes of the four adapters that the native kernels make."""
     make_text_bases(place)
-    pack(place)
-    return {"adapters": small_runs(place, ("native",))[0]}
+    from tiny.forked import forking
+
+    with forking(WORKER, folder=place.folder, **place.environment()) as workers:
+        for words in (PACK, *(small_run(base, "native") for base in BASES)):
+            workers.start(words=words)
+            if (ended := workers.end())["code"] != 0:
+                raise RuntimeError(f"lorakeet {' '.join(words)} ends with {ended['code']}:\n{ended['said'][-2000:]}")
+    return {"adapters": {f"{base} native": place.digest(adapter_of(base, "native")) for base in BASES}}
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

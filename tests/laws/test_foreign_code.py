@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from structure.tree import named, parsed, source_files
+from tiny.caches import new_cache
 from tiny.gguf_family import write_family_gguf
 from tiny.gguf_file import write_tiny_gguf
 from tiny.pipelines import save_tiny_scorer
@@ -148,7 +149,8 @@ def test_every_loader_refuses_or_loads_natively_and_runs_nothing(
     cases: dict[str, Case], tmp_path: Path
 ) -> None:
     asked = json.dumps({name: (loader, str(source)) for name, (loader, source, _) in cases.items()})
-    environment = {**os.environ, "LORAKEET_CACHE": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    cache = str(new_cache(tmp_path / "cache"))
+    environment = {**os.environ, "LORAKEET_CACHE": cache, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
         [sys.executable, str(WALK), asked], input="y\n" * 1000, capture_output=True, text=True, env=environment, check=False,
         cwd=tmp_path,

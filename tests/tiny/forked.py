@@ -65,11 +65,11 @@ class Workers:
 
 
 @contextmanager
-def forking(script: Path) -> Iterator[Workers]:
-    """A context with the server that `script` is."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def forking(script: Path, folder: Path | None = None, **environment: str) -> Iterator[Workers]:
+    """A context with the server that `script` is, in `folder` and with these environment variables besides its own."""
     with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    ) as process:  # fmt: skip
         yield Workers(process)
         process.kill()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import inspect
+import types
 import typing
 
 import pytest
@@ -18,6 +20,24 @@ CALLBACKS = ("on_step", "on_held_out")  # of the Python API
 def test_a_verb_calls_the_function_of_its_name() -> None:
     checkup = Verb("doctor", "Check.", DoctorOptions).run(DoctorOptions(), console=Console(quiet=True))
     assert checkup.to_mapping()["findings"]
+
+
+def test_imports_are_not_searched_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is a search that the caller has turned off turned on."""
+    found: list[bool] = []
+
+    def imported(name: str) -> types.SimpleNamespace:
+        found.append(gc.isenabled())
+        return types.SimpleNamespace(doctor=lambda options, console: gc.isenabled())
+
+    monkeypatch.setattr("lorakeet.workflows.options.import_module", imported)
+    verb = Verb("doctor", "Check.", DoctorOptions)
+    assert verb.run(DoctorOptions(), console=None) is True and found == [False] and gc.isenabled()
+    gc.disable()
+    try:
+        assert verb.run(DoctorOptions(), console=None) is False and not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)

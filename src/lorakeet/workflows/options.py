@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from lorakeet.memory.import_cost import without_triton
@@ -369,12 +371,23 @@ class Verb:
         """Returns the result of the verb's function; imports the module that does the work only now."""
         module, _, name = (self.function or f"{self.name}:{self.name}").partition(":")
         with without_triton():
-            function = getattr(import_module(f"lorakeet.workflows.{module}"), name)
+            function = getattr(_imported(f"lorakeet.workflows.{module}"), name)
             return function(options, console=console) if self.config == "none" else function(config, options, console=console)
 
     def shipped_config(self) -> Path:
         """Returns the path of the verb's run file in the package."""
         return Path(import_module(f"lorakeet.workflows.{self.name}").config_path())
+
+
+def _imported(module: str) -> ModuleType:
+    """The module, without searches for cycles meanwhile: imports leave none, and the searches took a fifth of the time."""
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        if searched:
+            gc.enable()
 
 
 VERBS = (
