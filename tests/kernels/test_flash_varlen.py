@@ -172,7 +172,7 @@ def test_on_a_cpu_that_stands_for_itself_nothing_is_for_it() -> None:
 def test_the_kernel_is_proved_and_one_that_counts_otherwise_is_left(
     flash: Flash, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flash_varlen.matches_definition.cache_clear()
+    flash_varlen.proved.cache_clear()
     with torch.inference_mode():
         assert flash_varlen.matches_definition(CPU, torch.bfloat16, HEADS, KV, WIDTH)
     assert flash_varlen.matches_definition(CPU, torch.float16, HEADS, HEADS, WIDTH) and not caplog.records
@@ -184,7 +184,7 @@ def test_the_kernel_is_proved_and_one_that_counts_otherwise_is_left(
     monkeypatch.setattr(flash, "refuses", True)
     assert not flash_varlen.matches_definition(CPU, torch.bfloat16, 3 * HEADS, KV, WIDTH)
     assert "does not run: no kernel image is available" in caplog.messages[1]
-    flash_varlen.matches_definition.cache_clear()
+    flash_varlen.proved.cache_clear()
 
 
 def test_a_rehearsal_counts_what_the_kernel_computes_and_holds() -> None:

@@ -22,6 +22,7 @@ class Flash:
 
     def __init__(self) -> None:
         self.aligned, self.refuses, self.exact, self.calls = True, False, True, 0
+        self.efficient_calls = 0
 
     def scores_seen(self, queries: int, keys: int, causal: bool, left: int, right: int) -> Tensor:
         own = torch.arange(queries)[:, None] + (keys - queries if self.aligned else 0)
@@ -76,6 +77,36 @@ class Flash:
         return of_q.to(q.dtype), of_k, of_v
 
 
+    def efficient_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: None, *given: Any, **more: Any) -> tuple[Any, ...]:
+        """The memory-efficient kernel: a batch of one, as many heads of keys as of queries, log-sums by sequence."""
+        starts_q, starts_k, most_q, most_k, dropout, mask, logged = given
+        assert bias is None and dropout == 0 and mask == 2 and logged and q.shape[0] == 1 and q.shape[2] == k.shape[2]
+        self.efficient_calls += 1
+        laid = starts_q, starts_k, most_q, most_k, 0.0, True
+        places = {"window_size_left": (more.get("window_size") or 0) - 1, "window_size_right": 0}
+        before = self.calls
+        out, logs, *_ = self.forward(q[0], k[0], v[0], *laid, scale=more["scale"], **places)
+        self.calls = before
+        lengths = starts_q.diff().tolist()
+        padded = torch.full((len(lengths), q.shape[2], -(-most_q // 32) * 32), float("inf"))
+        for number, own in enumerate(logs.split(lengths, dim=1)):
+            padded[number, :, : own.shape[1]] = own
+        seed = torch.zeros((), dtype=torch.int64)
+        return out[None], padded, seed, seed, most_q, most_k
+
+    def efficient_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, out: Tensor, *given: Any, **more: Any
+    ) -> tuple[Any, ...]:
+        starts_q, starts_k, most_q, most_k, padded, dropout, _, _, mask, bias_too = given
+        assert bias is None and dropout == 0 and mask == 2 and not bias_too
+        lengths = starts_q.diff().tolist()
+        logs = torch.cat([padded[number, :, :length] for number, length in enumerate(lengths)], dim=1)
+        places = {"window_size_left": (more.get("window_size") or 0) - 1, "window_size_right": 0}
+        laid = starts_q, starts_k, most_q, most_k, 0.0, True
+        found = self.backward(grad[0], q[0], k[0], v[0], out[0], logs, *laid, scale=more["scale"], **places)
+        return *(each[None] for each in found), torch.empty(0)
+
+
 @contextmanager
 def on_a_card() -> Iterator[Flash]:
     """A context in which tensors on the CPU go the way of a card's, and torch's flash kernel is this one."""
@@ -83,5 +114,7 @@ def on_a_card() -> Iterator[Flash]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_flash_attention_forward", kernel.forward, "CPU")
         library.impl("_flash_attention_backward", kernel.backward, "CPU")
+        library.impl("_efficient_attention_forward", kernel.efficient_forward, "CPU")
+        library.impl("_efficient_attention_backward", kernel.efficient_backward, "CPU")
         with standing_for(CARD):
             yield kernel

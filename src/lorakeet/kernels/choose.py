@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import flash_varlen, onednn
+from lorakeet.kernels import efficient_varlen, flash_varlen, onednn
 from lorakeet.kernels.cpu import attention, block, dense, head, int8_rows, operators, panels, stored, trained_pairs
 from lorakeet.kernels.cpu import inference_pairs as pairs
 from lorakeet.kernels.cpu import trained_block as whole_block
@@ -98,6 +98,8 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         C_ROWS,
         Kernel("torch: flash varlen", flash_varlen.why_not, flash_varlen.takes, flash_varlen.NEEDS,
                "lorakeet.kernels.flash_varlen:FlashVarlen"),
+        Kernel("torch: memory-efficient varlen", efficient_varlen.why_not, efficient_varlen.takes, efficient_varlen.NEEDS,
+               "lorakeet.kernels.efficient_varlen:EfficientVarlen"),
         BATCHED_ROWS,
         CPU_FLASH_ROWS,
         ROW_BY_ROW,

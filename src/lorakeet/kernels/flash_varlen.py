@@ -154,7 +154,7 @@ def flash_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Te
     scale and window."""
     rows, prefix, scale, window = given
     laid = sequences(tuple(rows), prefix, len(q), q.device)
-    keys, values = _gathered(laid, k, v)
+    keys, values = gathered(laid, k, v)
     return flash_forward(laid, (q, keys, values), scale, window)
 
 
@@ -167,19 +167,21 @@ def flash_rows_backward(
     """
     rows, prefix, scale, window = given
     laid = sequences(tuple(rows), prefix, len(q), q.device)
-    keys, values = _gathered(laid, k, v)
+    keys, values = gathered(laid, k, v)
     of_q, *found = flash_backward(laid, (grad, q, keys, values, out, logs), scale, window)
-    of_k, of_v = (_to_own_places(laid, prefix, each) for each in found)
+    of_k, of_v = (summed(laid, prefix, each) for each in found)
     return of_q, of_k, of_v
 
 
-def _gathered(laid: Sequences, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def gathered(laid: Sequences, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (tokens, kv, d) as the sequences have them: the prefix before each row."""
     if laid.gathered is None:
         return k, v
     return k.index_select(0, laid.gathered), v.index_select(0, laid.gathered)
 
 
-def _to_own_places(laid: Sequences, prefix: int, found: Tensor) -> Tensor:
+def summed(laid: Sequences, prefix: int, found: Tensor) -> Tensor:
+    """Gradients of what is `gathered`, (tokens, kv, d): those of the prefix's copies are summed in fp32."""
     if laid.own is None or laid.shared is None:
         return found
     result = found.index_select(0, laid.own)
@@ -226,37 +228,46 @@ def _places(rows: Sequence[int], prefix: int) -> list[int]:
     return [*range(prefix), *(prefix + place for length in rows for place in range(length))]
 
 
-@functools.cache
 def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
     """True if the kernel computes made-up rows, both ways, as the definition does in fp32; else one warning says so."""
+    return proved(FlashVarlen, "flash", device, dtype, (heads, kv, d))
+
+
+@functools.cache
+def proved(kernel: type[FlashVarlen], name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> bool:
+    """The same for any `kernel` of torch, by its `name`; `sizes` are heads, heads of keys, and a head's width."""
     rows, prefix, window = PROOF
     said = ""
     try:
         for shared, seen in ((0, None), (prefix, None), (0, window), (prefix, window)):
             with torch.inference_mode(False), torch.no_grad():
-                said = said or _difference(rows, shared, seen, (heads, kv, d), (device, dtype))
+                said = said or _difference(kernel, (rows, shared, seen), sizes, (device, dtype))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         said = f"does not run: {' '.join(str(error).split())[:SAID].rstrip('.')}"
     if said:
         logging.getLogger("lorakeet").warning(
-            "Torch's flash kernel %s. Attention is computed row by row, which is slower, and "
+            "Torch's %s kernel %s. Attention is computed row by row, which is slower, and "
             "may hold more memory than was planned. Please report it.",
+            name,
             said,
         )
     return not said
 
 
 def _difference(
-    rows: tuple[int, ...], shared: int, window: int | None, sizes: tuple[int, int, int], place: tuple[torch.device, torch.dtype]
+    made: type[FlashVarlen],
+    laid: tuple[tuple[int, ...], int, int | None],
+    sizes: tuple[int, int, int],
+    place: tuple[torch.device, torch.dtype],
 ) -> str:
     """How the kernel differs from the definition by more than rounding; empty if it does not."""
-    (heads, kv, d), (device, dtype) = sizes, place
+    (heads, kv, d), (device, dtype), (rows, shared, window) = sizes, place, laid
     tokens = shared + sum(rows) + 2  # and two of padding
     draw = torch.Generator().manual_seed(tokens)
     q, k, v, grad = (torch.randn(1, many, tokens, d, generator=draw).to(device, dtype) for many in (heads, kv, kv, heads))
-    kernel = FlashVarlen(rows, d**-0.5, shared, window)
+    kernel = made(rows, d**-0.5, shared, window)
     out, kept = kernel.forward(q, k, v)
     found = out, *kernel.backward(grad.transpose(1, 2), q, k, v, *kept)
     for name, mine, theirs in zip(("O", "∂Q", "∂K", "∂V"), found, by_definition((q, k, v), grad, kernel.laid), strict=True):

@@ -4,7 +4,8 @@ The model runs on one sequence (1, tokens) with the keyword argument `row_length
 at each row. Each row attends only to itself, so the cost is Σn² and not (Σn)²; tokens after the last row are padding.
 
 On a CPU, core/fused/packed_attention computes the rows (torch's own bf16 backward is several times slower); on a GPU in half
-precision, torch's flash kernel computes all at once (kernels/flash_varlen). Otherwise rows are computed one by one.
+precision, torch's flash kernel computes all at once (kernels/flash_varlen), else its memory-efficient one
+(kernels/efficient_varlen). Otherwise rows are computed one by one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lorakeet.core.fused.packed_attention import AttentionRule, CausalRows, caus
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import packed_rows
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.efficient_varlen import EfficientVarlen
 from lorakeet.kernels.flash_varlen import FlashVarlen, flash_kernel
 
 VARLEN = "lorakeet_varlen"
@@ -59,6 +61,8 @@ def packed_attention(
     if own is FlashVarlen:
         kernel = flash_kernel(settings.get("row_offsets"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
+    if own is EfficientVarlen and settings.get("row_offsets") is None:
+        return cast(Tensor, CausalRows.apply(query, key, value, own(rows, scale, prefix, window))), None  # type: ignore[no-untyped-call]
     if settings.get("row_offsets") is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")
     plain = plain and (window is None or prefix + max(rows) <= window)
