@@ -11,6 +11,8 @@ import torch
 
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
+from lorakeet.kernels import flash_varlen
+from lorakeet.kernels.choose import CANDIDATES
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.free import free_memory
 from lorakeet.models.text.from_config import config_of
@@ -19,6 +21,7 @@ from lorakeet.workflows.planning.fit import choose, fit_free
 from lorakeet.workflows.planning.forecast_text_run import CERTIFY, LOAD, Workload
 from lorakeet.workflows.planning.rehearse_text import EVALUATE, FINAL, STEP
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun
+from lorakeet.workflows.runs.residency import RESIDENT
 from tiny.made_up_card import card
 
 CARDS = {8: 8188, 12: 12044, 16: 15102, 24: 22731, 80: 81038}  # GB as sold; MiB of the smallest: RTX 3070, 3060, T4, A10G, H100
@@ -58,6 +61,19 @@ def test_the_default_run_fits_every_card(model: str, method: str, monkeypatch: p
         alone.append(way.one_base)
     assert kinds == EXPECTED[model, method]
     assert alone == sorted(alone, reverse=True) and not alone[-1], "two bases wherever they fit"
+
+
+def test_on_a_t4_no_probabilities_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no flash kernel: in float16 the memory-efficient one takes no more than keys and values for every head."""
+    whole = default_run("meta-llama/Llama-3.2-1B", "none").plan(RESIDENT)
+    monkeypatch.setattr(flash_varlen, "_has_kernel", lambda _: False)
+    CANDIDATES.clear()
+    given = {"model.path": "meta-llama/Llama-3.2-1B", "data.train": "none", "model.device": "cuda:0", "model.dtype": "float16"}
+    config = read_run(None, given)
+    found = UnboundTextRun(config, Workload(), print, (config_of(config.model, print), None)).plan(RESIDENT)
+    CANDIDATES.clear()
+    more = found.forecast.phase(STEP).bytes - whole.forecast.phase(STEP).bytes
+    assert more < 256 << 20 < 32 * 1024**2 * 2 * 2 * 16, "which probabilities of two rows of 1,024 tokens in 16 blocks exceed"
 
 
 def test_a_card_that_is_too_small_is_refused_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

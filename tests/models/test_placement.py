@@ -7,7 +7,7 @@ import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models import placement
-from lorakeet.models.placement import device_for, dtype_for, narrow_for, planned_on, products_for, why_not_cuda
+from lorakeet.models.placement import device_for, dtype_for, narrow_for, planned_on, products_for, text_dtype_for, why_not_cuda
 from lorakeet.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -54,6 +54,16 @@ def test_a_plan_may_be_about_a_cuda_device_that_is_not_here(monkeypatch: pytest.
     assert dtype_for("auto", torch.device("cuda")) == torch.bfloat16
     with pytest.raises(ConfigError, match="expected auto, cpu, cuda"):
         planned_on("cuda:x")
+
+
+def test_text_is_float16_on_gpus_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, found in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert text_dtype_for("auto", card) == found and text_dtype_for("float32", card) == torch.float32
+    assert dtype_for("auto", card) == torch.float32, "of pictures"
+    assert text_dtype_for("auto", CPU) == dtype_for("auto", CPU)
 
 
 def test_16_bits_are_bfloat16_but_for_gpus_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,12 @@ def dtype_for(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def text_dtype_for(name: str, device: torch.device) -> torch.dtype:
+    """The same for text models; auto is float16 on a CUDA device without bfloat16 (T4, RTX 20)."""
+    found = dtype_for(name, device)
+    return torch.float16 if name == "auto" and device.type == "cuda" and found == torch.float32 else found
+
+
 def narrow_for(device: torch.device | None) -> str:
     """Returns the 16-bit dtype to recommend for `device`: bfloat16, or float16 on an older CUDA device of this machine."""
     here = device is not None and device.type == "cuda" and torch.cuda.is_available()

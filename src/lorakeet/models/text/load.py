@@ -28,7 +28,7 @@ from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
 from lorakeet.models.kernels import check_elementwise, check_kernels, check_loss, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
-from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes, Residence, streamed_model
 from lorakeet.models.text.model import TextModel
@@ -65,7 +65,7 @@ def load_text_model(
     """
     say = say or logging.getLogger("lorakeet").info
     source, device = find_source(spec, say), device_for(spec.device)
-    dtype, kernels = dtype_for(spec.dtype, device), kernels_for(spec, device)
+    dtype, kernels = text_dtype_for(spec.dtype, device), kernels_for(spec, device)
     streamed = None
     if store is None:
         model = _model(source, dtype, spec.quantize, say).to(device)

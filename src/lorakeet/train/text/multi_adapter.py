@@ -44,6 +44,8 @@ from lorakeet.train.text.loss import head_losses
 from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
 from lorakeet.train.text.task import learning_rate_of, order_of
 
+UNSCALED = "several adapters at once are trained without the loss scale that float16 needs"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -99,6 +101,8 @@ class MultiAdapterTraining:
             raise ConfigError(f"Adapters that are trained together need different names, at least one; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
+        if text.dtype == torch.float16:
+            raise ConfigError(f"model.dtype is float16, but {UNSCALED}. Take model.dtype float32 or bfloat16.")
         self.text, self.spill, self.together = text, spill or Spill(), together
         _require_sharable(text, names)
         self._divided = text.with_every_token(cached=True, pad=True)  # for batches whose tokens have different adapters
@@ -312,6 +316,8 @@ def why_not_together(text: TextModel, plan: Plan) -> str:
     """The reason why adapters of this plan cannot be trained together on this model; empty if they can."""
     if text.attention != "varlen":
         return "several adapters at once need model.attention varlen"
+    if text.dtype == torch.float16:
+        return UNSCALED
     head = output_layer(text.model)
     kinds = ("experts", "conv2d")
     wrong = [entry.path for entry in plan.entries if entry.kind in kinds or find(text.model, entry.path) is head]

@@ -30,6 +30,7 @@ ROWS, TOKENS = 2, 32  # how many rows are compared, and the last tokens of each
 TARGETS = 12  # of them are predicted: few, so that the last block computes few tokens, as in training
 SMALLEST = 1e-3  # gradients below this share of the largest one are compared with that
 SURE = 0.01  # nats; below this, a gradient is little more than rounding
+SCALE = 2.0**10  # of losses in float16, where small gradients would become 0; both sides have it
 NOISE = 3  # times what rounding does to the model's own gradients: some random models amplify it without bound
 EXACT, ROUNDED = 1e-2, 0.5  # largest relative difference, all in fp32, or in fewer bits; a wrong block gives 0.8
 
@@ -73,16 +74,17 @@ def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], 
     try:
         with exact_products(text.model):  # int8 rounds activations, which differ in their last bits
             ours = head_losses(text, text.hidden(batch), batch.target_ids)
-            our_gradients = _gradients(ours, parameters)
+            scale = SCALE if text.dtype == torch.float16 else 1.0
+            our_gradients = _gradients(scale * ours, parameters)
             with own_modules(text):
                 own = torch.cat([_own_losses(text, example) for example in examples])
-                own_gradients = _gradients(own, parameters)
+                own_gradients = _gradients(scale * own, parameters)
                 off, exact = _relative(our_gradients, own_gradients), {text.products, text.dtype} == {torch.float32}
                 noise: dict[str, float] = {}
                 if not exact and max(off.values()) > ROUNDED:
                     with _rounded_otherwise(text):
                         again = torch.cat([_own_losses(text, example) for example in examples])
-                        noise = _relative(_gradients(again, parameters), own_gradients)
+                        noise = _relative(_gradients(scale * again, parameters), own_gradients)
     finally:
         text.model.train(training)
     worst = max(off, key=lambda name: off[name])

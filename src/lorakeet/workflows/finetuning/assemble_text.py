@@ -31,7 +31,7 @@ from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
-from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, reads_weights
+from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, measures_rows, reads_weights
 from lorakeet.workflows.planning.unbound_text_run import fit_text_run
 from lorakeet.workflows.runs.multi_process import on_own_device
 from lorakeet.workflows.runs.pruning import cuts_of, pruning_of
@@ -116,10 +116,11 @@ def assemble_text(
         model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned,
         tokenizer=rows.tokenizer,
     )  # fmt: skip
-    if text.dtype == torch.float16:
+    measures = measures_rows(config)
+    if text.dtype == torch.float16 and measures:
         raise ConfigError(
-            "model.dtype is float16, in which only image models are trained: text runs have no loss scale, so small gradients "
-            "would become 0. Train with bfloat16 or float32."
+            f"model.dtype is float16, and {measures} measures rows without the loss scale that float16 needs. Take ranks.choose "
+            "given and lora.start kaiming, or model.dtype float32."
         )
     way = residency.way
     if way.recomputed:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakeet.config import RunConfig
 from lorakeet.models.files.source import find_source
-from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
+from lorakeet.models.placement import device_for, planned_on, products_for, text_dtype_for
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text.load import read_config
 from lorakeet.workflows.planning.fit import BudgetedWork, way_text
@@ -200,7 +200,7 @@ class TextRun(BudgetedWork[TextRunPlan]):
 def precision_of(config: RunConfig) -> Precision:
     """How the weights will be stored and multiplied: on a CUDA device if model.device says so, else on this machine's CPU."""
     device = planned_on(config.model.device)
-    dtype = dtype_for(config.model.dtype, device)
+    dtype = text_dtype_for(config.model.dtype, device)
     return Precision(dtype, products_for(config.model, dtype, device), config.model.quantize, device)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lorakeet.config import RunConfig
 from lorakeet.errors import EnvironmentProblem, Problems, RunStopped
-from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.train import checkpoint
 from lorakeet.train.launch import Launch
 from lorakeet.train.loop import Outcome, kept_text
@@ -68,7 +68,7 @@ def on_own_device(config: RunConfig, processes: Processes) -> RunConfig:
     model = replace(config.model, device=str(device))
 
     def chosen() -> tuple[str, str]:
-        dtype = dtype_for(model.dtype, device)
+        dtype = text_dtype_for(model.dtype, device)
         return str(dtype).removeprefix("torch."), str(products_for(model, dtype, device)).removeprefix("torch.")
 
     dtype, products = processes.from_first(chosen)  # what is fastest is measured, and may differ from one to the other
