@@ -24,6 +24,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
 from tiny.models import save_tiny_llama, tiny_model
+from tiny.outlines import outline
 
 ROWS = [Example(np.arange(start, end), np.ones(end - start, bool), "", None, False) for start, end in ((3, 40), (50, 60))]
 
@@ -34,10 +35,14 @@ def planned(model: Any, **settings: Any) -> Any:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Callable[..., TextModel]:
-    """`trained(family)`: a base loaded from disk with a random adapter, which is also in tmp_path/adapter."""
+    """`trained(family)`: a base loaded from disk with a random adapter, which is also in tmp_path/adapter.
+
+    The family "padded" is a Llama with more rows than its tokenizer has tokens.
+    """
 
     def build(family: str, dtype: str = "float32", **settings: Any) -> TextModel:
-        text = load_text_model(ModelSpec(path=str(save_tiny_llama(tmp_path / "base", family=family)), dtype=dtype))
+        padded = {"family": "llama", "vocab_size": 400} if family == "padded" else {"family": family}
+        text = load_text_model(ModelSpec(path=str(save_tiny_llama(tmp_path / "base", **padded)), dtype=dtype))
         plan = planned(text.model, **settings)
         ids = text.add_tokens(settings.get("new_tokens", ()))
         inject(text.model, plan, token_ids=ids or None)
@@ -56,6 +61,29 @@ def test_peft_puts_its_pairs_where_the_plan_has_them(family: str) -> None:
     model = tiny_model(family)
     plan = planned(model)
     assert unread_by_peft(model.config, plan, type(model)) == unread_by_peft(model.config, plan) == ""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"variant": "dora"},
+        {"scale_rule": "alpha/sqrt(rank)", "rank_pattern": {"q_proj": 2}},
+        {"target_modules": ("q_proj", "embed_tokens", "lm_head")},
+        {"target_modules": ("q_proj",), "extra_modules": ("lm_head",)},
+        {"new_tokens": ("<a>",)},
+    ],
+)
+def test_each_way_of_training_is_placed(settings: Any) -> None:
+    model = tiny_model("llama")
+    plan = planned(model, **settings)
+    assert unread_by_peft(model.config, plan, type(model)) == ""
+    assert unread_by_peft(model.config, replace(plan, entries=())) == "", "new rows alone place nothing"
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "falcon_h1", "granite_hybrid", "dbrx", "gemma3"])
+def test_hybrids_and_wrappers_are_placed(name: str) -> None:
+    model = outline(name)
+    assert unread_by_peft(model.config, planned(model), type(model)) == ""
 
 
 def test_a_place_that_peft_does_not_take_and_those_that_it_adds_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +115,7 @@ def test_what_peft_refuses_is_given_in_its_words() -> None:
         ("qwen2_moe", "float32", {}),
         ("glm4_moe", "bfloat16", {}),
         ("gpt2", "float32", {"target_modules": ("c_attn", "wpe")}),
+        ("padded", "float32", {"new_tokens": ("<a>", "<b>")}),
     ],
 )
 def test_peft_s_logits_are_those_of_the_live_pairs(

@@ -320,7 +320,7 @@ def test_gpu_memory_is_planned_without_a_gpu(configurations: Path, tmp_path: Pat
     assert CONTEXT < beside < CONTEXT + (256 << 20), "the context, and what torch's allocator keeps around the tensors"
     on_cpu, _ = planned(configurations, tmp_path)
     assert on_cpu.planned.tensors == result.planned.tensors
-    assert phases["certify"].kinds["base"] == phases["judge"].kinds["base"], "one base is away before another comes"
+    assert phases["certify"].kinds["base"] == phases["final eval"].kinds["base"], "one base is away before another comes"
     small, text = planned(
         configurations, tmp_path, "600MiB", "cuda:1", diffusion__at_once=1, diffusion__checkpointing=True, model__quantize="nf4",
         lora__target_modules="attention",

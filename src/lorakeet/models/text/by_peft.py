@@ -90,6 +90,8 @@ def unread_by_peft(config: Any, plan: Plan, owner: Any = None) -> str:
     ImportError without PEFT. Builds the model of `config` without weights, of the class `owner` (default: a causal model's).
     """
     pairs = {entry.path: _without_numbers(entry) for entry in plan.entries}
+    if not pairs:
+        return ""  # new rows and whole modules alone
     adapter = Adapter(pairs, base="", metadata=model_type_to_keep(config.model_type))
     try:
         found = _placed(config, AutoModelForCausalLM if owner is None else _Owner(owner), adapter)
@@ -161,7 +163,7 @@ def compare_with_peft(text: TextModel, name: str, folder: Path, rows: Sequence[E
     base = _logits(text.model, ids)
     longer = any(isinstance(part, TrainedRows) for _, part in adapter_parts(text.model, name))
     eject(text.model, name)
-    if longer:
+    if longer and len(text.tokenizer) > text.model.get_input_embeddings().weight.shape[0]:
         text.model.resize_token_embeddings(len(text.tokenizer), mean_resizing=False)
     with _quiet():
         import peft
@@ -169,7 +171,8 @@ def compare_with_peft(text: TextModel, name: str, folder: Path, rows: Sequence[E
         theirs = _logits(peft.PeftModel.from_pretrained(text.model, folder).eval(), ids)
     shown = base.shape[-1]  # without the rows of new tokens
     routed = any(modules.expert_stacks(module) for module in text.model.modules())
-    off, largest = _size(theirs - ours, routed), float(ours.abs().max())
+    both = min(ours.shape[-1], theirs.shape[-1])
+    off, largest = _size(theirs[:, :both] - ours[:, :both], routed), float(ours.abs().max())
     effect = _size(ours[:, :shown] - base, routed)
     hidden = effect * SHARE < ROUNDING * largest
     return PeftDifference(len(ours), off / max(largest, _TINY), None if hidden else off / effect, routed)
