@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lorakeet.core.plan import ModelWeight, Plan
-from lorakeet.errors import ConfigError
 from lorakeet.models.inject import inject
 from lorakeet.models.modules import replace
 from lorakeet.quant.nf4 import Nf4Base
@@ -18,7 +17,6 @@ from tiny.models import tiny_model
 from tiny.outlines import OUTLINES, outline
 
 Planned = Callable[..., Plan]
-UNFIT = {"nemotron_h": (r".*\.experts\..*",)}  # experts that cannot be adapted
 
 
 def reasons(plan: Plan, group: str) -> set[str]:
@@ -28,7 +26,7 @@ def reasons(plan: Plan, group: str) -> set[str]:
 @pytest.mark.parametrize("name", OUTLINES)
 def test_the_weights_of_a_plan_are_those_of_the_model(planned: Planned, name: str) -> None:
     model = outline(name)
-    plan = planned(model, exclude_modules=UNFIT.get(name, ()))
+    plan = planned(model)
     parameters = [path for path, _ in model.named_parameters(remove_duplicate=False)]
     named = {path.removesuffix(".weight"): path for path in parameters}
     places = [path if path in parameters else named[path] for path in (weight.path for weight in plan.weights)]
@@ -50,16 +48,20 @@ def test_each_reason_is_named(planned: Planned) -> None:
 
 
 def test_experts_that_cannot_be_adapted_are_left_out_with_a_reason(planned: Planned) -> None:
-    """DBRX keeps all experts in matrices that are no linear layers; Nemotron-H's are refused unless they are excluded."""
+    """DBRX keeps all experts in matrices that are no linear layers; PEFT cannot put pairs on them either."""
     assert reasons(planned(outline("dbrx")), "experts") == {"no pair fits a DbrxExpertGLU"}
     assert reasons(planned(outline("jetmoe")), "experts") == {"no pair fits a JetMoeParallelExperts"}
-    with pytest.raises(ConfigError, match="cannot be adapted"):
-        planned(outline("nemotron_h"))
+    assert reasons(planned(outline("nemotron_h")), "experts") == {""}
 
 
 def test_stacked_experts_are_counted(planned: Planned) -> None:
     stacks = [weight for weight in planned(tiny_model("mixtral")).weights if weight.group == "experts"]
     assert [weight.experts for weight in stacks] == [4] * 4
+
+
+def test_biases_of_stacked_experts_are_vectors(planned: Planned) -> None:
+    groups = Counter(weight.group for weight in planned(outline("gpt_oss")).weights)
+    assert groups["experts"] == 8 and groups["attention"] == 16
 
 
 def test_packed_weights_and_adapted_modules_are_counted_once(planned: Planned) -> None:

@@ -54,6 +54,7 @@ OUTLINES: dict[str, tuple[str, dict[str, Any]]] = {
          "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
          "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}},
     ),
+    "gpt_oss": ("GptOssConfig", {**_SHARED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "jetmoe": ("JetMoeConfig", {**_SHARED, "num_local_experts": 4}),
     "recurrent_gemma": ("RecurrentGemmaConfig", {**_SHARED, "lru_width": 64}),
     "gemma3": ("Gemma3Config", {"text_config": _SHARED, "vision_config": _VISION, "mm_tokens_per_image": 4}),

@@ -36,7 +36,7 @@ def _of_module(
         place = f"{path}.{name}" if path else name
         if name in stacks:
             yield ModelWeight(place, group, left_out.get(place, ""), len(parameter))
-        elif parameter.dim() < 2:
+        elif parameter.dim() < 2 or name.endswith("bias"):  # those of stacked experts are a vector for each
             yield ModelWeight(place, VECTORS, "vectors have no pair")
         else:
             yield ModelWeight(place, group, f"no pair fits a {type(module).__name__}")
