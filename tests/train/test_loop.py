@@ -500,3 +500,10 @@ def test_small_gains_are_kept_but_do_not_count() -> None:
     assert watch.stale == 0  # 2.85 is 0.15 below the 3.0 that counted last
     watch, _ = seen([9.0, 3.0, 2.95, 2.91], min_improvement=0.1)
     assert watch.stale == 2
+
+
+def test_a_run_goes_on_with_other_micro_tokens_which_only_rounds_otherwise(tmp_path: Path) -> None:
+    stopped(tmp_path / "run", 5)
+    fewer = dataclasses.replace(SPEC, micro_tokens=24)
+    outcome, _ = go(tmp_path / "run", fewer, resume=True)
+    assert outcome.steps == SPEC.steps

@@ -111,7 +111,7 @@ def enforcing_gpu_budget(budget: Budget, remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if not budget:
+        if not budget or budget.free:
             raise EnvironmentProblem(out_of_memory_text(error)) from error
         raise EnvironmentProblem(
             f"The memory budget is {budget}, and the run would exceed it on its device, contrary to its plan: "

@@ -12,6 +12,14 @@ from lorakeet.memory.measure import resident_bytes
 MARGIN = 256 << 20  # bytes of a CUDA device: kernels that are loaded later than now, and windows that open meanwhile
 
 
+def fits_now(size: int, device: torch.device) -> bool:
+    """Whether `size` more bytes fit on a CUDA device now, beside all that is there; on other devices they are taken to."""
+    if device.type != "cuda":
+        return True
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return size + MARGIN <= torch.cuda.mem_get_info(device)[0] + unused
+
+
 def free_memory(device: torch.device) -> Budget:
     """What this process may use of `device`, that which it has among it; of a CUDA device less MARGIN.
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -89,7 +90,8 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         if quick:
             options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
         ranks, targets = options.rank_choices, options.target_choices
-        largest = _largest(config, ranks, targets) if config.memory.budget else None
+        planned = config.memory.budget or torch.cuda.is_available()
+        largest = _largest(config, ranks, targets) if planned else None
         members = together  # in training at once, in the search or in its confirmation (none with one seed)
         if quick:
             members = max(together, len(QUICK_FACTORS)) if seeds > 1 else len(QUICK_FACTORS)

@@ -16,10 +16,12 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.memory.free import MARGIN
 from lorakeet.workflows.planning import evaluation, fit
 from lorakeet.workflows.planning.evaluation import Evaluation, fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
+from tiny.made_up_card import card
 from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
 from tiny.runs import settings
@@ -129,3 +131,19 @@ def test_a_device_without_budgets_is_refused_and_a_cuda_device_is_held_to_its_ow
     alone = fit_evaluation(within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS)
     assert cut.planned is not None and alone.planned is not None
     assert cut.planned - alone.planned >= 4 * WIDER.parameters, "a cut that is measured is there beside the whole adapter"
+
+
+def test_without_a_budget_an_evaluation_fits_into_what_is_free_on_a_card(
+    within: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "device_for", torch.device)
+    same_runtime(monkeypatch, CONTEXT)
+    said: list[str] = []
+    config = within("", model__device="cuda:0")
+    with card(8 << 30):
+        whole = fit_evaluation(config, ADAPTER, said.append, NO_LABELS)
+    assert whole.way == RESIDENT and whole.gpu == torch.device("cuda", 0) and "free on cuda:0" in said[-1] and whole.planned
+    with card(whole.planned - 1 - CONTEXT + MARGIN, taken=0):
+        less = fit_evaluation(config, ADAPTER, said.append, NO_LABELS)
+    assert less.way.streamed and less.planned is not None and less.planned < whole.planned
+    assert fit_evaluation(within("", model__device="cpu"), ADAPTER, said.append, NO_LABELS).plan is None, "as before"

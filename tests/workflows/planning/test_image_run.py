@@ -15,6 +15,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.memory.free import MARGIN
 from lorakeet.models.image.from_config import ShapeImageModel, image_model_from_config, shapes_of_images
 from lorakeet.models.image.model import image_plan
 from lorakeet.models.image.shapes import Shapes
@@ -39,6 +40,7 @@ from lorakeet.workflows.planning.image_run import (
 )
 from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP, NotPlanned
 from tiny.image_runs import image_config, image_run
+from tiny.made_up_card import card
 
 
 @pytest.fixture(autouse=True)
@@ -88,16 +90,32 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
     tiny_sd_folder: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
 ) -> None:
     said: list[str] = []
-    card = torch.device("cuda", 0)
+    place = torch.device("cuda", 0)
     on_gpu = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="cuda:0")
     _, whole = fit_images(on_gpu, said.append)
-    assert whole.gpu == card and limited.pop() == (card, 8 << 30) and "on cuda:0" in said[-1] and whole.plan is not None
+    assert whole.gpu == place and limited.pop() == (place, 8 << 30) and "on cuda:0" in said[-1] and whole.plan is not None
     assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.plan.forecast.phases)
     with pytest.raises(ConfigError, match="this run takes at least"):
         fit_images(image_config(tiny_sd_folder, tmp_path, memory__budget="500MiB", model__device="cuda:0"), said.append)
     assert limited == []
     with pytest.raises(EnvironmentProblem, match="kept on the CPU and on CUDA devices"):
         fit_images(image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="mps"), said.append)
+
+
+def test_without_a_budget_pictures_are_planned_within_what_is_free_on_a_card(
+    tiny_sd_folder: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
+) -> None:
+    config, said = image_config(tiny_sd_folder, tmp_path, model__device="cuda:0"), list[str]()
+    with card(8 << 30):
+        same, whole = fit_images(config, said.append)
+    assert same == config and whole.plan is not None and not whole.given and "free on cuda:0" in said[0]
+    with card(whole.plan.peak - 1 - CONTEXT + MARGIN, taken=0):
+        fewer, less = fit_images(config, said.append)
+    assert fewer.diffusion.at_once == 1 and less.plan is not None and less.plan.peak < whole.plan.peak
+    assert "diffusion.at_once 1" in said[-1] and "With nothing saved it would be" in said[-1]
+    with card(1 << 20, taken=0), pytest.raises(ConfigError, match=r"free on cuda:0, but .* Close other programs .* Set a mem"):
+        fit_images(config, said.append)
+    assert limited == [], "torch may take what others leave"
 
 
 def test_without_a_budget_nothing_is_planned(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lorakeet.memory.free import MARGIN
 from lorakeet.models.recomputed import RecomputedBlock
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.finetuning import assemble_text
+from lorakeet.workflows.finetuning import text as text_kind
 from lorakeet.workflows.planning import rehearse_text, text_run, unbound_text_run
 from lorakeet.workflows.planning.forecast_text_run import CERTIFY, RowLengths, Workload
 from lorakeet.workflows.planning.rehearse_text import STEP
@@ -190,6 +191,21 @@ def test_a_whole_run_with_little_free_ends_in_the_same_bytes(
     assert found.report is not None and any("against what was free" in use.what for use in found.report.memory)
 
 
+def test_a_base_that_would_not_fit_now_is_not_loaded_again(
+    plain: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program has taken some since, or the run could not be planned."""
+    sizes: list[int] = []
+    monkeypatch.setattr(text_kind, "fits_now", lambda size, _: bool(sizes.append(size)))
+    small, data, _ = plain
+    found = run(small, data, tmp_path / "run", FEW)
+    checks = {check.name for check in read_certificate(tmp_path / "run" / "certificate.json").checks}
+    assert "adapter on disk" in checks and "base untouched" not in checks
+    assert sizes == [sum(each.nbytes for each in found.setup.text.model.parameters()) + sum(
+        each.nbytes for each in found.setup.text.model.buffers()
+    )]  # fmt: skip
+
+
 def test_a_gpu_that_torch_does_not_use_is_said_before_training(
     plain: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,3 +217,11 @@ def test_a_gpu_that_torch_does_not_use_is_said_before_training(
             settings(small, data, tmp_path / "run", {"lora.target_modules": "nothing"}), Console(file=screen, width=200)
         )
     assert screen.getvalue().startswith("Training runs on the CPU. Install another torch.\n")
+
+
+def test_a_plan_says_how_a_run_fits_the_card_that_is_here_or_that_it_is_refused(config: Callable[..., RunConfig]) -> None:
+    work, said = UnboundTextRun(config(), ROWS, print), list[str]()
+    text_kind._show_choice(work, Budget(1 << 40, "1 TiB", "cuda:0"), said.append)
+    text_kind._show_choice(work, Budget(CONTEXT, "512 MiB", "cuda:0"), said.append)
+    assert "planned of 1 TiB free on cuda:0 for this run" in said[0]
+    assert said[-1].startswith("finetune refuses: 512 MiB of memory are free on cuda:0, but this run takes at least")

@@ -144,7 +144,7 @@ class ImageRunKind(RunKind[ImageAssembly]):
         prompts = [picture.row.caption for picture in setup.evaluated[1][:2]]
         return certify_images(
             setup.model, run.adapter, prompts, before=before, sampler=sampler_of(setup.config),
-            spec=setup.config.model if not setup.residency.budget else None,
+            spec=None if setup.residency.given else setup.config.model,
         )  # fmt: skip
 
     def model_text(self, setup: ImageAssembly) -> str:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
@@ -26,8 +27,9 @@ from lorakeet.kernels.choose import in_words
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.protocol import Situation
 from lorakeet.memory.allocator import return_freed_memory, slack
-from lorakeet.memory.budget import enough_for, larger_than_machine
+from lorakeet.memory.budget import Budget, enough_for, larger_than_machine
 from lorakeet.memory.forecast import Forecast, Phase, phase_at
+from lorakeet.memory.free import fits_now, free_memory
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.usage import Usage
 from lorakeet.models.files.fingerprint import fingerprint
@@ -53,9 +55,10 @@ from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, sh
 from lorakeet.workflows.finetuning.trained_targets import remarks_before, remarks_of_peft
 from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.encoded_rows import workload_of_files
-from lorakeet.workflows.planning.fit import WayChoice, choose, host_memory, too_small_text
+from lorakeet.workflows.planning.fit import WayChoice, choose, fit_free, host_memory, too_small_text
 from lorakeet.workflows.planning.forecast_text_run import LATER, Precision, RowLengths, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
+from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun
 from lorakeet.workflows.runs.pruning import pruned_plan
 from lorakeet.workflows.runs.residency import RESIDENT
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
@@ -227,6 +230,14 @@ def _show(result: TextPlanResult, console: Console) -> None:
     say(_speed_text(result))
 
 
+def _show_choice(run: TextRun, free: Budget, say: Callable[[str], None]) -> None:
+    """Says how the run fits into what is `free` on its device, or that it is refused."""
+    try:
+        fit_free(run, free, say)
+    except ConfigError as error:
+        say(f"finetune refuses: {error}")
+
+
 def _speed_text(result: TextPlanResult) -> str:
     work, speed = result.planned.work, result.speed
     flops, written = f"{work.flops / 1e9:,.0f} GFLOP", f"{work.written / 1e9:.1f} GB of results"
@@ -333,7 +344,8 @@ class TextRunKind(RunKind[TextAssembly]):
         model_config, files = config_of(config.model, console.print), local_files(config.model.path)
         speed = None if precision.on_gpu else _measured_speed(precision.products)
         workload = workload_of_files(config, model_config, partial(console.print, markup=False, soft_wrap=True))
-        run = TextRun(config, workload, console.print, (model_config, files))
+        unbound = not budget and precision.on_gpu and torch.cuda.is_available()
+        run = (UnboundTextRun if unbound else TextRun)(config, workload, console.print, (model_config, files))
         planned = run.plan(RESIDENT)
         later: tuple[Phase, ...] = ()
         if budget and not precision.on_gpu:  # merging and exporting are checked on the CPU
@@ -346,6 +358,8 @@ class TextRunKind(RunKind[TextAssembly]):
         if planned.peak > budget.bytes:
             result = _within_budget(result, run, planned, console)
         _show(result, console)
+        if unbound:
+            _show_choice(run, free_memory(precision.device), partial(console.print, markup=False, soft_wrap=True))
         show_targets(planned.plan, (*remarks_before(planned.plan), *remarks_of_peft(model_config, planned.plan)), console)
         return result
 
@@ -360,7 +374,7 @@ class TextRunKind(RunKind[TextAssembly]):
     ) -> TextAssembly:
         setup = assemble_text(config, console, processes)
         remarks = [*remarks_before(setup.plan)]
-        if processes.first and not setup.residency.budget:  # PEFT itself is not in the plan of its memory
+        if processes.first and setup.residency.unrestricted:  # PEFT itself is not in the plan of its memory
             remarks += remarks_of_peft(setup.text.model.config, setup.plan, type(setup.text.model))
         return dataclasses.replace(setup, remarks=tuple(remarks))
 
@@ -441,7 +455,9 @@ class TextRunKind(RunKind[TextAssembly]):
         )
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
-        one_base = setup.sharded or setup.residency.one_base
+        base = sum(tensor.nbytes for tensor in (*setup.text.model.parameters(), *setup.text.model.buffers()))
+        needed = base if setup.residency.plan is not None else base + base // 2  # with what computing takes
+        one_base = setup.sharded or setup.residency.one_base or not fits_now(needed, setup.device)
         model, spec = None if one_base else setup.config.model, setup.config.evaluate
         found = certify_text(setup.text, run.adapter, setup.held_out.examples, before=before, model=model, spec=spec)
         return with_own_code(found, setup.own_code)

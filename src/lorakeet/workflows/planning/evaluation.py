@@ -18,13 +18,14 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.cuda import allocated_bytes, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.free import free_memory
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.source import find_source
 from lorakeet.models.fits import plan_of
 from lorakeet.models.placement import device_for
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.text.load import read_config
-from lorakeet.workflows.planning.fit import BudgetedWork, Say, fit_budget
+from lorakeet.workflows.planning.fit import BudgetedWork, Say, fit_budget, fit_free
 from lorakeet.workflows.planning.forecast_text_run import (
     INTERVALS,
     LOAD,
@@ -45,8 +46,12 @@ from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPla
 def fit_evaluation(
     config: RunConfig, adapter: Adapter, say: Say, workload: Workload, weigh: Weigh | None = None, copies: float = 1.0
 ) -> Residency[MemoryPlan]:
-    """How an evaluation of `adapter`, or a compression (`weigh`, `copies`), keeps memory.budget. Raises as `fit_budget`."""
-    return fit_budget(Evaluation(config, adapter, say, workload, weigh, copies), config.memory.limit, say)
+    """How an evaluation of `adapter`, or a compression (`weigh`, `copies`), keeps memory.budget, or without one fits into what is
+    free on a CUDA device. Raises as `fit_budget`."""
+    work = Evaluation(config, adapter, say, workload, weigh, copies)
+    if not config.memory.limit and work.device.type == "cuda":
+        return fit_free(work, free_memory(work.device), say)
+    return fit_budget(work, config.memory.limit, say)
 
 
 class Evaluation(BudgetedWork[MemoryPlan]):

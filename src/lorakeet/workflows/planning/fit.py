@@ -231,7 +231,8 @@ def too_small_text(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget) 
     why = f" {choice.why_no_more}" if choice.why_no_more else ""
     return (
         f"{budget.sentence}, but {work.what} takes at least {enough_for(least.peak)} in phase "
-        f"'{least.highest.name}', {how}{work.size_words()}.{why} {work.advice()}"
+        f"'{least.highest.name}', {how}{work.size_words()}.{why}{' Close other programs that use it.' * bool(budget.free)} "
+        f"{work.advice()}"
     )
 
 

@@ -25,6 +25,7 @@ from lorakeet.kernels.device import standing_for
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.cuda import CONTEXT, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.free import free_memory
 from lorakeet.memory.ledger import Ledger, Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
@@ -42,7 +43,7 @@ from lorakeet.quant.packed import PackedBase
 from lorakeet.train.image.task import ImageBatch, ImageTask, errors_at
 from lorakeet.train.loop import Training
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
-from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
+from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget, fit_free
 from lorakeet.workflows.planning.forecast_text_run import INTERVALS, VALUE, decompose, decomposes, finished_plan, reads_weights
 from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
@@ -260,11 +261,15 @@ class Machine:
 def fit_images(
     config: RunConfig, say: Callable[[str], None], *, forecast: bool = False
 ) -> tuple[RunConfig, Residency[ImageRunPlan]]:
-    """The settings that keep memory.budget, and how they do. Without a budget the run is planned with `forecast`.
+    """The settings that keep memory.budget, and how they do. Without a budget the run is planned within what is free on a CUDA
+    device, and with `forecast` on others.
 
     Raises as `fit_budget`.
     """
     run = ImageRun(config, say)
+    if not config.memory.limit and run.device.type == "cuda":
+        found = fit_free(run, free_memory(run.device), say)
+        return run.settings[found.way.change], found
     if not config.memory.limit:
         return config, Residency(plan=run.plan(RESIDENT)) if forecast else Residency()
     return_freed_memory()  # also for a GPU: parts of the model wait in host memory
@@ -311,7 +316,8 @@ class ImageRun(BudgetedWork[ImageRunPlan]):
         change, least = min(self._plans.items(), key=lambda one: one[1].peak)
         changes = changes_that_help(self.settings[change], self.shapes, self.machine)
         helping = [f"{change}: {bytes_text(found.peak)}" for change, found in changes if found.peak < least.peak]
-        return "Raise the budget" + (f", or set {', '.join(helping)}." if helping else ".")
+        first = "Raise the budget" if self.config.memory.limit else "Set a memory.budget for another bound"
+        return first + (f", or set {', '.join(helping)}." if helping else ".")
 
 
 def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

@@ -120,8 +120,7 @@ class UnboundTextRun(TextRun):
     def advice(self) -> str:
         more = "--together, --rank-choices, " if self.workload.members > 1 else ""
         return (
-            f"Close other programs that use this memory, lower {more}data.max_tokens or lora.rank, or set model.quantize to nf4. "
-            "memory.budget sets another bound."
+            f"Lower {more}data.max_tokens or lora.rank, or set model.quantize to nf4. memory.budget sets another bound."
         )
 
     def _with_bases(self, way: Way) -> Iterator[Way]:
