@@ -31,6 +31,7 @@ from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.plan import plan
 from lorakeet.workflows.planning.forecast_text_run import Precision
 from lorakeet.workflows.planning.rehearse_text import RowShape
+from lorakeet.workflows.runs.residency import Residency
 from tiny.configs import SMALL
 from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import reviews, run, write_rows
@@ -62,7 +63,7 @@ def test_the_comparison_with_the_model_s_own_code_is_announced_before_it_begins(
     console, before = Console(record=True, width=80, file=io.StringIO()), list[str]()
     task: Any = SimpleNamespace(text=None, parameters=dict, train=[])
     setup: Any = SimpleNamespace(
-        config=SimpleNamespace(train=SimpleNamespace(keep_prefix_states=False)), residency=SimpleNamespace(budget=None)
+        config=SimpleNamespace(train=SimpleNamespace(keep_prefix_states=False)), residency=Residency()
     )
     monkeypatch.setattr(text_runs, "text_task", lambda _: task)
     monkeypatch.setattr(text_runs, "record_graphs", lambda *_: None)
