@@ -34,7 +34,10 @@ from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, write_rows
 
 GPTQ: dict[str, Any] = {"method": "gptq", "group_size": 16}
-WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 6}
+HIDDEN, INNER = 128, 384
+WIDE = {
+    "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +148,7 @@ def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Pa
         source = save_tiny_llama(tmp_path / str(blocks), **{**WIDE, "num_hidden_layers": blocks})
         with pytest.raises(ConfigError, match="takes at least"):
             quantize(QuantizeOptions(str(source), out=tmp_path / "out", **settings), console=quiet())
-    numbers = 4 * 256 * 256 + 3 * 256 * 704
+    numbers = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER
     block, packed = 4 * numbers, numbers // 2
     few, many = zip(*(planned[way] for way in (RESIDENT, STREAMED)), strict=True)
     assert many[0] - few[0] >= 6 * (block + packed) and many[1] - few[1] < block / 50
