@@ -23,6 +23,7 @@ from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint, processes
 from lorakeet.train.log import read_metrics
+from lorakeet.workflows.finetuning.certify_pairs import PAIRS
 from tiny.runs import QUICK, adapter_bytes, chats, write_rows
 from tiny.together import Together
 
@@ -126,7 +127,7 @@ def test_two_processes_with_a_part_of_the_base_each_train_what_one_trains(
     report, certificate = read_report(run / "report.json"), read_certificate(run / "certificate.json")
     assert report.facts["Processes"] == "2, each with 1/2 of every frozen block and its part of the rows of a step"
     assert certificate.passed
-    assert [check.name for check in certificate.checks] == ["adapter on disk", "frozen weights", "own code"]
+    assert [check.name for check in certificate.checks] == ["adapter on disk", "frozen weights", PAIRS, "own code"]
     other = read_report(whole / "report.json")
     assert [system.metrics["loss"].value for system in report.systems[:2]] == pytest.approx(
         [system.metrics["loss"].value for system in other.systems[:2]], rel=NEAR

@@ -288,3 +288,8 @@ def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds
     assert disk.streamed is not None and host.streamed is not None and disk.streamed.choice.way.slots < 6
     assert "2 buffers of a block" in disk.host_memory and "the 6 frozen blocks" in host.host_memory
     assert "streamed from pinned host memory" in text.getvalue() and "on cuda:0" in text.getvalue()
+
+
+def test_tokens_of_experts_are_those_of_all_processes() -> None:
+    processes: Any = SimpleNamespace(summed=lambda counts: counts + 10)
+    assert text_runs._summed(processes, {"a": [1, 2], "b": [0]}) == {"a": [11, 12], "b": [10]}
