@@ -39,6 +39,7 @@ def test_what_is_done_to_the_logits_is_read_from_the_configuration() -> None:
     """By the same keys in every family, so that the next Gemma or Granite needs no line here."""
     config = SimpleNamespace(final_logit_softcapping=30.0, logits_scaling=8.0, logit_scale=0.5)
     assert GENERIC.logits_of(config) == LogitScaling(1.0, 8.0, 30.0)
+    assert family_of("recurrent_gemma").logits_of(SimpleNamespace(logits_soft_cap=30.0)) == LogitScaling(cap=30.0)
     assert family_of("cohere").logits_of(config) == LogitScaling(0.5, 8.0, 30.0)
     assert GENERIC.logits_of(SimpleNamespace(final_logit_softcapping=None)).none
     assert not GENERIC.logits_of(config).none

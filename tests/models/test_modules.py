@@ -113,7 +113,18 @@ def test_what_stands_beside_the_text_part_of_a_wrapper_gets_no_pair(kind: str, t
         assert len(plan_for(model, named, GENERIC).entries) == 1  # by name it does
 
 
-@pytest.mark.parametrize(("kind", "part"), [("deepseek_v32", ".indexer."), ("gemma3n_text", ".correction_coefs")])
+def test_the_decoder_makes_hidden_states_also_where_transformers_names_the_whole_model() -> None:
+    model = skeleton(small_config("llama4_text"))
+    assert model.get_decoder() is model and modules.decoder_of(model) is model.model
+    assert modules.block_prefix(model, GENERIC) == ("model.layers", 4)
+    llama = tiny_model("llama")
+    assert modules.decoder_of(llama) is llama.model
+
+
+READ_OR_CHOSEN = [("deepseek_v32", ".indexer."), ("gemma3n_text", ".correction_coefs."), ("jamba", ".dt_proj.")]
+
+
+@pytest.mark.parametrize(("kind", "part"), READ_OR_CHOSEN)
 def test_no_pair_where_no_gradient_arrives(kind: str, part: str) -> None:
     model = skeleton(small_config(kind))
     assert any(part in path for path, _ in model.named_parameters())

@@ -32,7 +32,7 @@ from lorakeet.models.files.checkpoint_pieces import Piece
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 HEADS = ("lm_head", "embed_out")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-TRANSPOSED_EXPERTS = ("gpt_oss",)
+TRANSPOSED_EXPERTS = ("gpt_oss", "aria_text")
 # The parts of a fused parameter, in row order, by their names in checkpoints with one matrix per expert.
 _PARTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
 
@@ -225,7 +225,8 @@ class _EditPlanner:
         if pair.kind not in ("linear", "experts") or pair.bias is not None:
             self.problems.add(f"{path} lies in {pieces[0].name}, into which such a pair cannot be merged; keep it an adapter.")
             return
-        for piece in pieces:
+        across = pair.kind == "experts" and self.model_type in TRANSPOSED_EXPERTS
+        for piece in (replace(piece, across=piece.across ^ across) for piece in pieces):
             edit, wanted = self.edit(piece.name), _part_of(pair, piece).weight_shape
             if edit is None:
                 continue

@@ -75,15 +75,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("gemma3", ("gemma3_text",)),
     Family("phi3", ("phi3",), ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj"), fused=("qkv_proj", "gate_up_proj")),
     Family("gpt2", ("gpt2",), ("attn.c_attn", "attn.c_proj"), ("c_fc", "mlp.c_proj"), ("attn.c_attn",), "transformer.h"),
-    Family("cohere", ("cohere", "cohere2"), logit_factor="logit_scale"),
+    Family("cohere", ("cohere", "cohere2", "cohere2_moe"), logit_factor="logit_scale"),
     Family("granite", ("granite",)),
     Family("granitemoe", ("granitemoe", "granitemoeshared"), mlp=()),
+    Family("recurrent_gemma", ("recurrent_gemma",), attention=(), mlp=(), blocks="", soft_cap="logits_soft_cap"),
     Family("falcon_h1", ("falcon_h1",), attention=(), mlp=(), logit_factor="lm_head_multiplier"),
 )
 
 
 # Linear layers whose weight other code reads without calling them, by model type: a pair would have no effect.
-READ_DIRECTLY = {"gemma3n": ("correction_coefs",), "gemma3n_text": ("correction_coefs",)}
+READ_DIRECTLY = {
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), ("correction_coefs",)),
+    **dict.fromkeys(("jamba", "doge", "falcon_mamba", "mamba"), ("dt_proj",)),
+}
 
 
 # Modules that only choose which tokens are attended to: no gradient reaches them.

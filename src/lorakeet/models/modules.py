@@ -19,6 +19,7 @@ from lorakeet.quant.packed import PackedBase, PackedLinear
 
 EXPERTS = {"experts", "shared_expert", "shared_experts"}  # one of them stands beside a router
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+LINEAR_ALIKE = ("FalconLinear",)  # which have a forward of their own that computes the same
 HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs", "value_head", "v_head")
 
 
@@ -80,6 +81,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, Conv1D):
         return "conv1d"
     if isinstance(module, ReorderedLinear):
+        return "linear"
+    if type(module).__name__ in LINEAR_ALIKE:
         return "linear"
     # A class with its own forward, or whose weight is read without forward (nn.MultiheadAttention), would ignore the pair.
     if type(module).forward is nn.Linear.forward and type(module).__name__ != "NonDynamicallyQuantizableLinear":
@@ -212,12 +215,18 @@ def block_prefix(model: nn.Module, family: Family) -> tuple[str, int]:
     return longest, len(lists[longest]) if longest else 0
 
 
+def decoder_of(model: nn.Module) -> Any:
+    """The part of a causal language model that makes hidden states of tokens; transformers knows it, but not for Llama 4."""
+    found = cast(Any, model).get_decoder()
+    return getattr(model, "model", found) if found is model else found
+
+
 def text_part(model: nn.Module) -> str:
     """The path of the language model in a wrapper that also sees or hears; an empty string where the model is nothing else."""
     config = getattr(model, "config", None)
     if config is None or config.get_text_config() is config or not hasattr(model, "get_decoder"):
         return ""
-    return path_of(model, unwrapped(cast(Any, model).get_decoder()))
+    return path_of(model, unwrapped(decoder_of(model)))
 
 
 def outside_text(model: nn.Module) -> list[str]:
@@ -239,7 +248,7 @@ def outside_text(model: nn.Module) -> list[str]:
 
 def _lists_of_decoder(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost lists of modules by path. A wrapper's other parts, such as a vision tower, have lists that do not count."""
-    decoder = path_of(model, unwrapped(cast(Any, model).get_decoder())) if hasattr(model, "get_decoder") else ""
+    decoder = path_of(model, unwrapped(decoder_of(model))) if hasattr(model, "get_decoder") else ""
     found: dict[str, nn.ModuleList] = {}
     for path, module in original_modules(model):
         inside = not decoder or path.startswith(f"{decoder}.")

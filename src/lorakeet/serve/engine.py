@@ -24,7 +24,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.allocator import release_free_memory
-from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, require_batched, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, step
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.cache_slots import CacheSlots, prefix_key
@@ -116,9 +116,9 @@ class Engine:
         """`slots` texts of at most `context` tokens, prompts included, run at once; `waiting` more may queue.
 
         `cores` returns the number of cores for the next step or call; by default torch's number of threads. ConfigError for a
-        model whose texts cannot share a batch.
+        model whose texts cannot share a batch, or be written over a cache.
         """
-        require_batched(text)
+        check_cached(text)
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
         self.slots = CacheSlots(self.cache)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError
-from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, shares_of, step
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, shares_of, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from tiny.adapters import random_adapter
+from tiny.family_columns import saved
 from tiny.models import save_tiny_llama, tiny_model
 
 SEQUENCES = ((3, 5, 7, 9, 11, 2, 4), (8, 6, 1), (9, 9, 4, 4, 13))
@@ -120,6 +121,16 @@ def test_other_attention_is_refused(tmp_path: Path) -> None:
     text = load_text_model(ModelSpec(path=path, dtype="float32", attention="sdpa"))
     with pytest.raises(ConfigError, match=r"model\.attention varlen only, and this 'llama' model runs with sdpa"):
         step(text, KeyValues(slots=1, capacity=4), [CacheRow(0, 0, (1,), {})])
+
+
+def test_a_model_that_a_cache_does_not_hold_is_refused(tmp_path: Path) -> None:
+    """DiffLlama attends twice in a block, with the same keys and other values: one cache of a block holds the last ones."""
+    check_cached(load(tmp_path))
+    saved("diffllama", tmp_path)
+    text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="float32"), say=lambda line: None)
+    assert text.attention == "varlen"
+    with pytest.raises(ConfigError, match=r"cannot be served, as it is a 'diffllama' model: over a cache its logits are"):
+        check_cached(text)
 
 
 def test_a_short_row_beside_a_long_one_meets_zeros_past_its_end_whatever_memory_held(text: TextModel) -> None:

@@ -130,3 +130,14 @@ def test_experts_chosen_differently_by_rounding_are_no_fault(tmp_path: Path) -> 
     found = compare_with_own_code(text, trained_parameters(text.model, "default"), examples())
     assert found.passed and found.allowed == ROUNDED
     assert text.products == torch.bfloat16
+
+
+def test_code_that_fails_with_pairs_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = prepared(tmp_path, "llama")
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    monkeypatch.setattr(type(text.model.model), "forward", fails)
+    with pytest.raises(EnvironmentProblem, match=r"'llama' models cannot be trained in torch.float32: .* dtype\)\. Nothing was"):
+        compare_with_own_code(text, trained_parameters(text.model, "default"), examples())

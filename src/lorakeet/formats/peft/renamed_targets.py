@@ -30,6 +30,8 @@ _TYPES = {
 }  # fmt: skip
 # Mamba's kernels read these weights without calling their modules, so a pair would have no effect; PEFT refuses them.
 _READ_DIRECTLY = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# As PEFT reads a file, it renames modules as transformers does, and here it renames what has the new name already.
+_DROPPED = {"laguna": ("shared_experts",)}
 RENAMED = {kind: _OLD_NAMES[like] for like, kinds in _TYPES.items() for kind in kinds}
 
 
@@ -51,7 +53,9 @@ def needs_parameter(model_type: str, path: str) -> bool:
 
 
 def refused_by_peft(model_type: str, path: str) -> bool:
-    """True if PEFT refuses a pair on the module at `path` of such a model."""
+    """True if PEFT refuses a pair on the module at `path` of such a model, or drops it as it reads the file."""
+    if set(path.split(".")) & set(_DROPPED.get(model_type, ())):
+        return True
     return model_type in _READ_DIRECTLY and path.rpartition(".")[2] in ("out_proj", "conv1d")
 
 

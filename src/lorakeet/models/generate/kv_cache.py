@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused.packed_attention import QUERIES, AttentionRule
 from lorakeet.core.selection import Selection, Share
-from lorakeet.errors import ConfigError
+from lorakeet.data.pack import Batch
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.cpu.block import NewTokens
 from lorakeet.kernels.device import is_cpu
+from lorakeet.models.modules import decoder_of
 from lorakeet.models.text.model import TextModel
 
+CHECKED = 5  # tokens before the last one, in the check
+CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the largest logit
 KEY_MULTIPLE, TOKEN_MULTIPLE = 32, 8  # their counts are padded to these: products leave compiled code for every size
 
 
@@ -236,6 +240,33 @@ def require_batched(text: TextModel) -> None:
         )
 
 
+@torch.no_grad()
+def check_cached(text: TextModel) -> None:
+    """Raises ConfigError unless a text that is written over the cache has the logits of the text as a whole.
+
+    Blocks that attend twice, or keep more than keys and values, would be wrong.
+    """
+    require_batched(text)
+    size = int(text.model.get_input_embeddings().weight.shape[0])
+    ids = tuple((number * 7919 + 11) % size for number in range(CHECKED + 1))
+    cache = KeyValues(slots=2, capacity=KEY_MULTIPLE)
+    try:
+        parts = [step(text, cache, [CacheRow(1, 0, ids[:-1], {})]), step(text, cache, [CacheRow(1, CHECKED, ids[-1:], {})])]
+        found = torch.cat(parts)
+    except (RuntimeError, EnvironmentProblem) as error:
+        raise ConfigError(f"{_not_served(text)}: its code does not run over a cache ({error}).") from error
+    places = torch.arange(len(ids), device=text.device)
+    whole = Batch(torch.tensor(ids, device=text.device), (len(ids),), places[-2:], places[-2:], ("check",))
+    wanted = text.head(text.hidden(whole)).float()
+    off = float((found - wanted).abs().max()) / float(wanted.abs().max())
+    if not off <= CACHE_TOLERANCE[text.dtype]:
+        raise ConfigError(f"{_not_served(text)}: over a cache its logits are {off:.2g} of their size off.")
+
+
+def _not_served(text: TextModel) -> str:
+    return f"{text.name} cannot be served, as it is a '{text.model.config.model_type}' model"
+
+
 def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection: Selection | None = None) -> Tensor:
     """Adds the new tokens of `rows` to the cache and returns the logits after each row's last one, (rows, vocabulary) in fp32.
 
@@ -253,7 +284,7 @@ def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection:
     if selection is not None:
         selection.divide(shares_of(rows), units=len(ids))
     with torch.no_grad():
-        output: Any = text.model.get_decoder()(
+        output: Any = decoder_of(text.model)(
             input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], position_ids=positions[None], use_cache=False,
             row_lengths=lengths, row_products=text.products, row_cache=CacheStep(cache, rows, text.device),
         )  # fmt: skip

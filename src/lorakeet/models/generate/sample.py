@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.prefix import PASS
 from lorakeet.memory.spill import Spill
+from lorakeet.models.modules import decoder_of
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 
@@ -190,7 +191,7 @@ def _decoded(text: TextModel, ids: Tensor, mask: Tensor | None, cache: Any) -> T
     mask = torch.ones_like(ids) if mask is None else mask
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     cached = {CACHE: cache, "use_cache": True}
-    output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, **cached)
+    output = decoder_of(text.model)(input_ids=ids, attention_mask=mask, position_ids=positions, **cached)
     states: Tensor = output.last_hidden_state[:, -1]
     return states
 

@@ -27,7 +27,7 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
 from lorakeet.models.kernels import check_elementwise, check_kernels, check_loss, kernels_for, use_kernels
-from lorakeet.models.modules import block_prefix
+from lorakeet.models.modules import block_prefix, decoder_of
 from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes, Residence, streamed_model
@@ -227,7 +227,7 @@ def check_head(text: TextModel, reference: Tensor) -> None:
 def _states_and_output(text: TextModel, row: Tensor) -> tuple[Tensor, Any]:
     """The last hidden states (tokens, hidden) of one row, and the decoder's whole output for it."""
     found: list[Any] = []
-    hook = text.model.get_decoder().register_forward_hook(lambda module, given, output: found.append(output))
+    hook = decoder_of(text.model).register_forward_hook(lambda module, given, output: found.append(output))
     try:
         single = Batch(row, (len(row),), torch.arange(len(row), device=row.device), row, ("check",))
         return text.hidden(single), found[-1]
@@ -237,7 +237,7 @@ def _states_and_output(text: TextModel, row: Tensor) -> tuple[Tensor, Any]:
 
 def _own_head(text: TextModel, output: Any, states: Tensor) -> Tensor:
     """The logits (tokens, vocabulary) that the model's own code computes of `states` (tokens, hidden), without its decoder."""
-    decoder = text.model.get_decoder()
+    decoder = decoder_of(text.model)
     decoder.forward = lambda *_, **__: type(output)(**{**output, "last_hidden_state": states[None]})
     try:
         ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)

@@ -301,7 +301,7 @@ class TextModel:
 
     def _decode(self, ids: Tensor, **arguments: Any) -> Tensor:
         """Returns the decoder's last hidden states (rows, tokens, hidden) of `ids` (rows, tokens)."""
-        output = self.model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments)
+        output = modules.decoder_of(self.model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments)
         return cast(Tensor, output.last_hidden_state)
 
 

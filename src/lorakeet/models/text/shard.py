@@ -48,7 +48,7 @@ def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel
         with _packed_weights_refused():
             ignored = {each for each in block.parameters() if each.requires_grad or not each.dim()}
             fully_shard(block, mesh=mesh, ignored_params=ignored)
-    decoder = text.model.get_decoder()
+    decoder = modules.decoder_of(text.model)
     outside = {each for each in decoder.parameters() if not isinstance(each, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=outside)  # it shards nothing itself; blocks below it are prefetched
     text.model.to(device)

@@ -65,7 +65,7 @@ def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], 
     """Compares the loss and the gradients of `parameters` on the last tokens of the first rows. Leaves no gradient behind.
 
     With fewer bits than fp32 the median tensor of a mixture of experts counts, as rounding sends tokens to other experts there.
-    ValueError if no row has two tokens.
+    ValueError if no row has two tokens; EnvironmentProblem if the model's code fails.
     """
     examples = [_last_tokens(row) for row in islice((row for row in rows if len(row.ids) > 1), ROWS)]
     batch = pack_examples(examples).to(text.device)
@@ -85,6 +85,11 @@ def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], 
                     with _rounded_otherwise(text):
                         again = torch.cat([_own_losses(text, example) for example in examples])
                         noise = _relative(_gradients(scale * again, parameters), own_gradients)
+    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # of the model's own code
+        raise EnvironmentProblem(
+            f"'{text.model.config.model_type}' models cannot be trained in {text.dtype}: their code fails with pairs "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Nothing was trained. Try another model.dtype."
+        ) from error
     finally:
         text.model.train(training)
     worst = max(off, key=lambda name: off[name])
