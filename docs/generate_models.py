@@ -76,6 +76,8 @@ def page() -> str:
     parts += ["\n## Families that are refused, or whose small model could not be made\n", "| family | | message |"]
     parts += ["| --- | --- | --- |", *found["refused"]]
     parts += ["\n## What stands behind a sign\n", "| family | column | | message |", "| --- | --- | --- | --- |", *found["said"]]
+    if untried := [kind for kind in told.get("known", []) if kind not in told["families"]]:
+        parts += ["\n## Not tried\n", f"{', '.join(untried)}."]
     return "\n".join(parts) + "\n"
 
 

@@ -36,6 +36,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
@@ -46,6 +47,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {}),
     ("gemma3", {}),
     ("phi3", {"tie_word_embeddings": False, "sliding_window": None}),
+    ("phi3", {"rope_parameters": PARTIAL, "sliding_window": None}),  # as Phi-4-mini
 ]
 
 

@@ -68,7 +68,7 @@ def keep(kind: str, found: dict[str, Outcome]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         told = json.loads(file.read() or '{"families": {}}')
-        told["transformers"] = transformers.__version__
+        told |= {"transformers": transformers.__version__, "known": KNOWN}
         told["families"][kind] = {column: asdict(one) for column, one in found.items()}
         file.truncate(0)
         file.write(json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

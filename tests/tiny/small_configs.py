@@ -71,7 +71,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
     **{kind: {"text_config": {"rope_parameters": MULTIPLE}} for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v")},
     "glm4v_moe": {"text_config": {"rope_parameters": {**MULTIPLE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}},
-    "mistral4": {"text_config": {"head_dim": 16}},
+    "mistral4": {"head_dim": 16},
     "reformer": {"is_decoder": True},
 }  # fmt: skip
 

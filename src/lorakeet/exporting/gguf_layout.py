@@ -103,7 +103,7 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
         "attention.layer_norm_rms_epsilon": float(text.get("rms_norm_eps", 1e-6)),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "rope.dimension_count": int(head_dim * float(text.get("partial_rotary_factor") or 1.0)),
+        "rope.dimension_count": int(head_dim * _rotated(text)),
     }
     if kind in ("gemma2", "gemma3_text"):
         _check_gemma(text, kind, head_dim, problems)
@@ -122,6 +122,13 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
     rope = _rope(text, found, kind, head_dim, problems)
     problems.raise_if_any()
     return ModelLayout(kind, architecture, found, heads, kv_heads, rope, tuple(notes))
+
+
+def _rotated(text: dict[str, Any]) -> float:
+    """The share of each head that is rotated: transformers 5 writes it among the settings of the rotation, older files beside."""
+    parameters = text.get("rope_parameters")
+    own = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+    return float(own or text.get("partial_rotary_factor") or 1.0)
 
 
 def _slides(text: Mapping[str, Any]) -> bool:
