@@ -58,6 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 2,
     },
     "gemma4_text": {"final_logit_softcapping": 30.0},
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},  # the first becomes the passes through all stacks
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
