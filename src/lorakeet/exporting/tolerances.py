@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakeet.evaluate.parity import Tolerance
+from lorakeet.evaluate.rounding_noise import RoundingLimits
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Allowed:
     """The tolerances of one storage type.
 
     parity: of the logits. rounding: ‖stored − wanted‖ / ‖wanted‖ of a matrix. share: |share − 1| of a matrix beyond what rounding
-    explains. gap: nats between the live model's two likeliest tokens at which greedy texts may diverge.
+    explains. gap: nats between the live model's two likeliest tokens at which greedy texts may diverge. difference: nats of one
+    log-probability, where that is not `gap`.
     """
 
     name: str
@@ -45,6 +47,12 @@ class Allowed:
     share: float
     gap: float
     metric: float  # share of rows with another answer
+    difference: float | None = None
+
+    @property
+    def logprob(self) -> float:
+        """The largest difference of one log-probability in nats."""
+        return self.gap if self.difference is None else self.difference
 
 
 _LOOSE = math.inf  # a few bits may change more than the adapter does, so the effect is not compared
@@ -64,6 +72,27 @@ PRECISIONS: dict[str, Allowed] = {
     "float32": F32, "float16": F16, "bfloat16": BF16,
     "8-bit": Q8, "6-bit": Q6, "5-bit": Q5, "4-bit": Q4, "3-bit": Q3, "2-bit": Q2,
 }  # fmt: skip
+
+
+LARGEST_SHARE = 0.5  # of the adapter's effect that rounding may take, however much it was measured to take
+
+
+def allowed_by_rounding(fixed: Allowed, limits: RoundingLimits) -> Allowed:
+    """The tolerances of a server in the number format of `fixed`, where what rounding does was measured.
+
+    No limit is below that of fp32, which other programs' tables and kernels need. Two tokens may each be off by the largest
+    difference, so greedy texts may diverge at twice that.
+    """
+    exact = PRECISIONS["float32"]
+    parity = replace(
+        fixed.parity,
+        mean_kl=max(limits.mean_kl, exact.parity.mean_kl),
+        top1_agreement=min(limits.top1_agreement, exact.parity.top1_agreement),
+        effect=LARGEST_SHARE,
+    )
+    difference = max(limits.difference, exact.gap)
+    metric = max(limits.different_answers, exact.metric)
+    return replace(fixed, parity=parity, gap=2 * difference, difference=difference, metric=metric)
 
 
 def allowed_for(types: Mapping[str, int]) -> Allowed:

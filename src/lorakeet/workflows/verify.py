@@ -31,6 +31,7 @@ from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.exporting.tolerances import F16, PRECISIONS
 from lorakeet.formats.detect import read_adapter
+from lorakeet.memory.free import free_memory
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.files.source import find_source
 from lorakeet.models.image.from_config import image_model_from_config, shapes_of_images
@@ -71,6 +72,7 @@ from lorakeet.workflows.verification.server import Server, check_server
 
 TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
+_SECOND_MODEL = 2.0  # times its weights in 16 bits: while it is loaded, and with its logits
 CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 
 
@@ -125,7 +127,8 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
     for target in options.against:
         if target.startswith(SERVERS):
             allowed = F16 if options.precision == "auto" else PRECISIONS[options.precision]
-            found, missing = check_server(live, Server(target, allowed), probes, opened.config.evaluate)
+            formats = _formats(opened, live, options.precision, console)
+            found, missing = check_server(live, Server(target, allowed), probes, opened.config.evaluate, formats)
             checks, unchecked = checks + found, unchecked + missing
             continue
         form = partial(
@@ -146,6 +149,23 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
     return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked))
+
+
+def _formats(opened: Opened, live: InTorch, precision: str, console: Console) -> dict[str, Callable[[str], InTorch]]:
+    """The 16-bit formats in which a server may compute, and the live adapter in each.
+
+    None under a budget, where a second model does not fit into the free memory, and for a server in other formats: the limits are
+    fixed then.
+    """
+    chosen = [name for name in ("float16", "bfloat16") if precision in ("auto", name)]
+    second = sum(parameter.numel() for parameter in live.text.model.parameters()) * torch.bfloat16.itemsize
+    if not chosen or opened.residency.budget or second * _SECOND_MODEL > free_memory(live.text.device).bytes:
+        return {}
+
+    def in_format(name: str) -> InTorch:
+        return InTorch(opened.text_model(console, dtype=name), NAME, f"live adapter in {name}")
+
+    return dict.fromkeys(chosen, in_format)
 
 
 def _compared_with(

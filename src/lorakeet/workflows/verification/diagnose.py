@@ -105,22 +105,22 @@ def _mistakes(live: InTorch, ids: Sequence[int]) -> Iterator[tuple[str, Tensor]]
         rank = first.A.shape[-2]
         factors = {1 / first.scale, math.sqrt(rank), 1 / math.sqrt(rank), first.scale, 0.5, 2.0} - {1.0}
         for factor in sorted(factors):
-            with _changed(live, lambda _, pair, factor=factor: pair.B.mul_(factor)):  # type: ignore[misc]
+            with changed_pairs(live, lambda _, pair, factor=factor: pair.B.mul_(factor)):  # type: ignore[misc]
                 yield f"the scale is {factor:.4g} times what it should be", live.logits(ids)
     bos = live.text.tokenizer.bos_token_id
     if bos is not None:
         yield "a begin token more stands before the prompt", live.logits([bos, *ids])[1:]
     config = live.text.model.config.get_text_config()
     heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
-    with _changed(live, lambda path, pair: _permute_a(pair, heads.get(path.rpartition(".")[2], 0))):
+    with changed_pairs(live, lambda path, pair: _permute_a(pair, heads.get(path.rpartition(".")[2], 0))):
         yield "A of q and k is permuted instead of B", live.logits(ids)
     for order in (permute, unpermute):
-        with _changed(live, lambda path, pair, order=order: _reorder_b(pair, heads.get(path.rpartition(".")[2], 0), order)):  # type: ignore[misc]
+        with changed_pairs(live, lambda path, pair, order=order: _reorder_b(pair, heads.get(path.rpartition(".")[2], 0), order)):  # type: ignore[misc]
             yield "B of q and k has the row order of another format", live.logits(ids)
-    with _changed(live, lambda path, pair: _mix_up(pair, heads.get(path.rpartition(".")[2], 0))):
+    with changed_pairs(live, lambda path, pair: _mix_up(pair, heads.get(path.rpartition(".")[2], 0))):
         yield "A of q and k is permuted instead of B", live.logits(ids)
     for block in sorted({_block(path) for path, _ in _pairs(live)} - {""}):
-        with _changed(live, lambda path, pair, block=block: pair.B.mul_(0.0 if _block(path) == block else 1.0)):  # type: ignore[misc]
+        with changed_pairs(live, lambda path, pair, block=block: pair.B.mul_(0.0 if _block(path) == block else 1.0)):  # type: ignore[misc]
             yield f"the pairs of {block} are missing", live.logits(ids)
 
 
@@ -137,7 +137,7 @@ def _block(path: str) -> str:
 
 
 @contextmanager
-def _changed(live: InTorch, change: Callable[[str, LoraPair], object]) -> Iterator[None]:
+def changed_pairs(live: InTorch, change: Callable[[str, LoraPair], object]) -> Iterator[None]:
     """The live adapter with every pair changed in place; as it was afterwards."""
     kept = {path: (pair.A.detach().clone(), pair.B.detach().clone()) for path, pair in _pairs(live)}
     with torch.no_grad():

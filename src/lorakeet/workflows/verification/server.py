@@ -8,8 +8,9 @@ KL over those tokens and all others as one, a lower bound of the whole KL. What 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,19 +20,22 @@ from lorakeet.data.chat import Ids
 from lorakeet.evaluate.certificate import Check, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
+from lorakeet.evaluate.rounding_noise import FALSE_ALARM, rounding_limits
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.exporting.tolerances import Allowed
+from lorakeet.exporting.tolerances import PRECISIONS, Allowed, allowed_by_rounding
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch
-from lorakeet.workflows.verification.checks import Probes, check_ids, compare_labels, named_check
-from lorakeet.workflows.verification.diagnose import cause_from_reported
+from lorakeet.workflows.verification.checks import Probes, answer, check_ids, compare_labels, named_check
+from lorakeet.workflows.verification.diagnose import cause_from_reported, changed_pairs
+from lorakeet.workflows.verification.rounding import LIKELY, Reading, replicas
 from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
 PLACES = 8  # of a held-out row, if a server answers one position at a time
 _READ_TOKENS = 8 * TOP  # of the live model's likeliest tokens, before all of them are
 _PIECE = "\ufffd"  # how a piece of a character reads
-_LIKELY = math.log(0.01)  # log-probabilities of less likely tokens are not compared one by one
+_EXPLAINED = 4.0  # times the mean KL of one computation, which its format may explain
+_SURE = 1.0  # nats between the likeliest piece and the next
 
 
 class Server:
@@ -52,6 +56,9 @@ class Reported:
     places: dict[int, dict[int, float]]  # place p is the token after ids[: p + 1]
 
 
+InFormat = Callable[[str], InTorch]  # the live adapter in a number format: float16 or bfloat16
+
+
 @dataclass
 class _Comparison:
     """One server against the live adapter, with what was found and what could not be looked at."""
@@ -60,6 +67,8 @@ class _Comparison:
     server: Server
     probes: Probes
     spec: EvaluateSpec
+    formats: Mapping[str, InFormat] = field(default_factory=dict)  # in which the server may compute, the most exact first
+    measured: str = ""  # what the limits are, where rounding was measured
     checks: list[Check] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
 
@@ -106,6 +115,51 @@ class _Comparison:
         messages = next((talk for talk, ids in self.probes.conversations if np.array_equal(ids, prompt)), None)
         return None if messages is None else api.chat(messages, tokens)
 
+    def measure_rounding(self, reported: Sequence[Reported]) -> None:
+        """Replaces the server's limits by what rounding does in the first number format that explains what it reports.
+
+        The last format is taken if none does. Without formats, or without log-probabilities, the fixed limits stay.
+        """
+        told = [one for one in reported if one.places]
+        if not self.formats or not told:
+            return
+        readings = [Reading.of(self.live, one.ids, one.places) for one in told]
+        seen = [
+            place.against(theirs, max(theirs, key=lambda token: theirs[token]))
+            for reading, one in zip(readings, told, strict=True)
+            for place, theirs in ((reading.places[number], known) for number, known in one.places.items())
+        ]
+        kl, worst = float(np.mean([one[0] for one in seen])), max((most for one in seen for most in one[1]), default=0.0)
+        agreement = float(np.mean([one[2] for one in seen]))
+        exact = PRECISIONS["float32"]
+        if kl <= exact.parity.mean_kl and worst <= exact.logprob and agreement >= exact.parity.top1_agreement:
+            self.server.allowed, self.measured = exact, "It computes like float32, whose limits are fixed."
+            return
+        answers = [answer(self.live, row, self.live) for row in self.probes.labelled]
+        last = list(self.formats)[-1]
+        for name, in_format in self.formats.items():
+            least = 0.0 if name == last else kl / _EXPLAINED
+            found = replicas(partial(in_format, name), readings, self.probes.labelled, answers, least)
+            if len(found) == 1:
+                continue
+            limits = rounding_limits(found, places=len(seen), rows=len(answers))
+            if kl <= limits.mean_kl and worst <= limits.difference and agreement >= limits.top1_agreement:
+                break
+        self.server.allowed = allowed_by_rounding(PRECISIONS[name], limits)
+        self.measured = (
+            f"The limits are what rounding in {name} does, measured in {len(found)} computations of the live adapter; a right "
+            f"server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. {self._power(readings, limits.mean_kl)}"
+        ).strip()
+
+    def _power(self, readings: Sequence[Reading], limit: float) -> str:
+        """A sentence on the smallest wrong scale that the mean KL shows; KL grows with the square of what is missing."""
+        tried = 0.1
+        with changed_pairs(self.live, lambda _, pair: pair.B.mul_(1 - tried)):
+            views = [view for reading in readings for view in reading.seen_by(self.live)]
+            seen = [place.against(theirs, top)[0] for place, theirs, top in views]
+        moved = float(np.mean(seen))
+        return "" if moved <= 0 else f"A scale that is {tried * math.sqrt(limit / moved):.2g} of itself off would exceed them."
+
     def check_reported(self, reported: Sequence[Reported]) -> None:
         """Log-probabilities along held-out rows, or else along what the server wrote, against the live ones, place by place."""
         if not any(one.places for one in reported):
@@ -124,7 +178,7 @@ class _Comparison:
                 texts.append(number)
                 for token, value in known.items():
                     mine = float(ours[place][token])
-                    if max(mine, value) >= _LIKELY and abs(mine - value) > worst:
+                    if max(mine, value) >= LIKELY and abs(mine - value) > worst:
                         worst = abs(mine - value)
                         said = repr(live.text.tokenizer.decode([token]))
                         detail = f"The worst is {said} after token {place} of text {number}: {mine:.3f} here, {value:.3f} there."
@@ -132,12 +186,12 @@ class _Comparison:
         divergence = mean(np.array(kl), spec=self.spec, groups=groups)
         agreement = share(np.array(agrees), spec=self.spec, groups=groups)
         measured = {"mean_kl": divergence.value, "logprob_difference": worst, "top1_agreement": agreement.value}
-        limits = {"mean_kl": allowed.parity.mean_kl, "logprob_difference": allowed.gap}
+        limits = {"mean_kl": allowed.parity.mean_kl, "logprob_difference": allowed.logprob}
         limits["top1_agreement"] = allowed.parity.top1_agreement
         moved = float(np.mean(effect))  # of the base on the same tokens
         if math.isfinite(allowed.parity.effect) and moved > 0:
             measured["effect"], limits["effect"] = divergence.value / moved, allowed.parity.effect
-        detail = f"Of up to {TOP} likeliest tokens a place, all others as one. {detail}".strip()
+        detail = f"Of up to {TOP} likeliest tokens a place, all others as one. {detail} {self.measured}".strip()
         check = named_check(
             "log-probabilities", self.names, measured, limits, n=len(kl), detail=detail, floors=("top1_agreement",)
         )
@@ -178,86 +232,136 @@ class _Comparison:
         elif self.probes.labelled:
             self.skip("the task's answers", "the server takes no token ids, and these prompts are no conversations")
 
-    def check_writing(self) -> list[Reported]:
-        """The live model's view of the server's texts: same log-probabilities, and no token that it found clearly worse."""
+    def read_writing(self) -> list[_TextReading]:
+        """The live model's view of what the server writes, token by token; empty where it cannot be read."""
         texts = [(prompt.tolist(), found) for prompt in self.probes.prompts if (found := self.written(prompt, GREEDY_TOKENS))]
         if not texts:
             self.skip("greedy texts", "the server takes no token ids, and these prompts are no conversations")
             return []
-        readings = [_read(self.live, prompt, found, self.server.allowed.gap) for prompt, found in texts]
-        if not any(reading.tokens or reading.gap for reading in readings) and all(found.text for _, found in texts):
+        readings = [_read(self.live, prompt, found) for prompt, found in texts]
+        if not any(reading.tokens or reading.steps for reading in readings) and all(found.text for _, found in texts):
             self.skip("greedy texts", "they begin with pieces of characters and the server does not tell their tokens")
             return []
-        reported = [reading.reported for reading in readings if reading.reported.places]
+        return readings
+
+    def check_writing(self, readings: Sequence[_TextReading]) -> None:
+        """Whether the server's texts have the live log-probabilities, and no token that the live model finds clearly worse."""
+        if not readings:
+            return
+        allowed = self.server.allowed
         worst = max(readings, key=lambda reading: reading.gap)
         measured = {"gap": worst.gap}
-        if any(reading.compared for reading in readings):
-            measured = {"logprob_difference": max(reading.difference for reading in readings), **measured}
+        if any(reading.differences for reading in readings):
+            measured = {"logprob_difference": max(max(reading.differences, default=0.0) for reading in readings), **measured}
         detail, tokens = worst.detail, sum(reading.tokens for reading in readings)
         if not tokens:
             measured["gap"], detail = math.inf, detail or "The server wrote nothing."
-        allowed = dict.fromkeys(measured, self.server.allowed.gap)
-        self.checks.append(named_check("greedy text", self.names, measured, allowed, n=tokens, detail=detail))
-        return reported
+        limits = {name: allowed.gap if name == "gap" else allowed.logprob for name in measured}
+        self.checks.append(named_check("greedy text", self.names, measured, limits, n=tokens, detail=detail))
 
 
-def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> tuple[list[Check], list[Unchecked]]:
-    """The checks of everything that the server tells, and what was not checked since it does not."""
-    found = _Comparison(live, server, probes, spec)
+def check_server(
+    live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec, formats: Mapping[str, InFormat] | None = None
+) -> tuple[list[Check], list[Unchecked]]:
+    """The checks of everything that the server tells, and what was not checked since it does not.
+
+    With `formats`, what rounding may do is measured on the live adapter; else the limits of the server are fixed.
+    """
+    found = _Comparison(live, server, probes, spec, formats or {})
     found.check_prompts()
     along = [Reported(row.tolist(), found.along(row.tolist())) for row in probes.rows] if server.api.takes_ids else []
-    reported = found.check_writing()
-    found.check_reported(along if any(one.places for one in along) else reported)
+    readings = found.read_writing()
+    found.measure_rounding([*along, *(reading.reported for reading in readings)])
+    written = [reading.up_to(server.allowed.gap) for reading in readings]
+    found.check_writing(written)
+    found.check_reported(along if any(one.places for one in along) else [one.reported for one in written if one.reported.places])
     found.check_answers()
     found.skip("the stored weights", "a server does not tell them")
     about = server.api.about()
     return [replace(check, against=about) for check in found.checks], found.unchecked
 
 
+@dataclass(frozen=True)
+class _WrittenStep:
+    """One token that the server wrote: how much likelier, in nats, the live model finds its own, and both as text."""
+
+    behind: float
+    here: str
+    there: str
+    difference: float | None = None  # of its log-probability; None where it is not told
+
+
 @dataclass
-class _Reading:
-    """How the live model reads a text that the server wrote."""
+class _TextReading:
+    """How the live model reads a text that the server wrote; the last step has no token if the live model has none like it."""
 
     reported: Reported
-    gap: float = 0.0
-    difference: float = 0.0
+    steps: list[_WrittenStep] = field(default_factory=list)
     tokens: int = 0
-    compared: int = 0  # log-probabilities
-    detail: str = ""
+
+    def up_to(self, most: float) -> _TextReading:
+        """The same up to the first token that the live model finds worse than its own by more than `most` nats."""
+        end = next((number for number, step in enumerate(self.steps) if step.behind > most), len(self.steps)) + 1
+        tokens = min(self.tokens, end)
+        ids = self.reported.ids[: len(self.reported.ids) - self.tokens + tokens]
+        places = {place: known for place, known in self.reported.places.items() if place < len(ids)}
+        return _TextReading(Reported(ids, places), self.steps[:end], tokens)
+
+    @property
+    def differences(self) -> list[float]:
+        """Of the log-probabilities that are told."""
+        return [step.difference for step in self.steps if step.difference is not None]
+
+    @property
+    def gap(self) -> float:
+        """The largest number of nats by which a token is worse than the live model's own."""
+        return max((step.behind for step in self.steps), default=0.0)
+
+    @property
+    def detail(self) -> str:
+        """A sentence on that token; empty if there is none."""
+        if self.gap <= 0:
+            return ""
+        number, step = max(enumerate(self.steps), key=lambda one: one[1].behind)
+        said = f"{step.here!r} here, {step.there!r} there, {step.behind:.3g} nats off."
+        return f"The first diverging token is number {number}: {said}"
 
 
-def _read(live: InTorch, prompt: list[int], written: Written, most: float) -> _Reading:
-    """Follows the server's text token by token, until the live model finds one worse than its own by more than `most` nats."""
-    reading = _Reading(Reported(list(prompt), {}))
+def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
+    """Follows the server's text token by token, as far as the live model has such tokens.
+
+    It ends where a piece of a character is told by its text alone, and the live model is not sure which one: then what follows
+    cannot be compared either.
+    """
+    reading = _TextReading(Reported(list(prompt), {}))
     ids, tokenizer = reading.reported.ids, live.text.tokenizer
     steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
     rest = written.text
+    told = [step.token.number for step in written.steps if step.token.number is not None]
+    known = live.logits([*prompt, *told], len(told) + 1) if told and len(told) == len(written.steps) else None
     for number, step in enumerate(steps):
         if step is None and not rest:
             break
-        place = _TextPosition(tokenizer, live.logits(ids)[-1].log_softmax(-1), ids[-1])
-        if step is None and place.begins_a_piece:
+        after = live.logits(ids, 1)[0] if known is None else known[number]  # all in one pass, where the ids are told
+        place = _TextPosition(tokenizer, after.log_softmax(-1), ids[-1])
+        unsure = place.begins_a_piece if step is None else _ambiguous(step.token) and not place.sure_of_its_piece
+        if unsure:
             break
         ours, (theirs, text) = int(place.after.argmax()), place.next(rest) if step is None else place.find(step.token)
         behind = math.inf if theirs is None else float(place.after[ours] - place.after[theirs])
-        if behind > reading.gap:
-            reading.gap = behind
-            here, there = tokenizer.decode([ours]), rest[:12] if step is None else step.token.text
-            detail = f"The first diverging token is number {number}: {here!r} here, {there!r} there, {behind:.3g} nats off."
-            reading.detail = detail
+        difference = None
+        if step is not None and theirs is not None:
+            if likeliest := place.reported(step.top):
+                reading.reported.places[len(ids) - 1] = likeliest
+            if step.token.logprob is not None:
+                difference = abs(float(place.after[theirs]) - step.token.logprob)
+        there = rest[:12] if step is None else step.token.text
+        reading.steps.append(_WrittenStep(behind, tokenizer.decode([ours]), there, difference))
         if theirs is None:
             break
-        if step is not None:
-            if known := place.reported(step.top):
-                reading.reported.places[len(ids) - 1] = known
-            if step.token.logprob is not None and not _ambiguous(step.token):
-                reading.difference = max(reading.difference, abs(float(place.after[theirs]) - step.token.logprob))
-                reading.compared += 1
         ids.append(theirs)
         rest = rest[len(text) :]
         reading.tokens += 1
-        if behind > most:
-            break
     return reading
 
 
@@ -273,6 +377,15 @@ class _TextPosition:
     def begins_a_piece(self) -> bool:
         """Whether the live model's next token is a piece of a character, which no text can show."""
         return _PIECE in self.tokenizer.decode([int(self.after.argmax())])
+
+    @property
+    def sure_of_its_piece(self) -> bool:
+        """Whether its likeliest token is a piece of a character, and any other piece is clearly less likely."""
+        if not self.begins_a_piece:
+            return False
+        numbers = self.after.topk(min(_READ_TOKENS, len(self.after))).indices.tolist()
+        first, *others = (number for number in numbers if _PIECE in self.tokenizer.decode([number]))
+        return all(float(self.after[first] - self.after[other]) > _SURE for other in others[:1])
 
     def find(self, token: Token) -> tuple[int | None, str]:
         """The id of a token, and its text: as reported, or else the likeliest of the live model's with that text."""

@@ -1,0 +1,97 @@
+"""Limits for what rounding may do, from computations of one function in one number format, each in another order.
+
+A served adapter is compared with the live one in fp32. If it is the same function, its differences are one more draw of those
+that the replicas have: the same weights in the same format, with sums in other orders. The limits are upper prediction bounds,
+exceeded by a right server in at most `FALSE_ALARM` of certificates:
+
+    mean KL           log-normal over replicas: exp(m + t·s·√(1 + 1/R)), t Student's quantile with R − 1 degrees
+    largest |Δ log p| peaks over a threshold: a generalised Pareto tail over the pooled differences, at 1 − α/N for N of them
+                      (Pickands 1975; moments by Hosking and Wallis 1987), at least the largest that a replica has
+    other tokens      binomial: the replicas' share, with one more counted, over the compared places; answers alike
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from lorakeet.evaluate.intervals import Floats
+
+FALSE_ALARM = 1e-3  # of a certificate, split among its measures
+MEASURES = 4
+_LEAST_SPREAD = 0.15  # of log mean KL between replicas: they are few, and share the machine's kernels
+_TAIL = 0.05  # share of the differences that are the tail
+_FEWEST = 20  # differences in the tail
+
+
+@dataclass(frozen=True, eq=False)
+class Replica:
+    """One computation against fp32: KL of each place, |Δ log p| of each compared token, and what differs."""
+
+    kl: Floats  # (places,)
+    differences: Floats  # (values,)
+    other_tokens: int  # places whose likeliest token is another
+    other_answers: int = 0  # labelled rows with another label
+
+
+@dataclass(frozen=True)
+class RoundingLimits:
+    """The largest values that rounding explains, at FALSE_ALARM for all together."""
+
+    mean_kl: float
+    difference: float  # nats of one log-probability
+    top1_agreement: float
+    different_answers: float  # share of the labelled rows
+
+
+def rounding_limits(replicas: Sequence[Replica], *, places: int, rows: int) -> RoundingLimits:
+    """The limits for a server of which `places` places and `rows` labelled rows are compared. ValueError for one replica."""
+    if len(replicas) < 2:
+        raise ValueError(f"limits need the spread of at least 2 replicas; given is {len(replicas)}")
+    alpha = FALSE_ALARM / MEASURES
+    agreement = 1 - _most(sum(one.other_tokens for one in replicas), places * len(replicas), places, alpha) / max(places, 1)
+    answers = _most(sum(one.other_answers for one in replicas), rows * len(replicas), rows, alpha) / max(rows, 1)
+    pooled = np.concatenate([one.differences for one in replicas])
+    return RoundingLimits(
+        mean_kl=_mean_bound([float(one.kl.mean()) for one in replicas], alpha),
+        difference=_largest_bound(pooled, len(replicas[0].differences), alpha),
+        top1_agreement=agreement,
+        different_answers=answers,
+    )
+
+
+def _mean_bound(means: Sequence[float], alpha: float) -> float:
+    """The upper prediction bound of one more mean; replicas without any difference have one of 1e-12."""
+    logs, count = np.log(np.maximum(means, 1e-12)), len(means)
+    spread = max(float(logs.std(ddof=1)), _LEAST_SPREAD)
+    quantile = float(special.stdtrit(count - 1, 1 - alpha))
+    return math.exp(float(logs.mean()) + quantile * spread * math.sqrt(1 + 1 / count))
+
+
+def _largest_bound(pooled: Floats, values: int, alpha: float) -> float:
+    """The bound of the largest of `values` further differences."""
+    most = float(pooled.max(initial=0.0))
+    tail = max(_FEWEST, int(_TAIL * len(pooled)))
+    if len(pooled) <= 2 * tail or most == 0:
+        return 4 * most
+    ordered = np.sort(pooled)
+    threshold, peaks = float(ordered[-tail - 1]), ordered[-tail:] - ordered[-tail - 1]
+    mean, variance = float(peaks.mean()), float(peaks.var(ddof=1))
+    shape = min(max(0.5 * (1 - mean**2 / variance), 0.0), 0.4) if variance > 0 else 0.0  # no shorter than exponential
+    scale = mean * (1 - shape)
+    odds = (tail / len(pooled)) * values / alpha  # how much rarer than a peak the bound is
+    beyond = scale * math.log(odds) if shape == 0 else scale / shape * (odds**shape - 1)
+    return max(threshold + beyond, most)
+
+
+def _most(found: int, tried: int, count: int, alpha: float) -> int:
+    """The most of `count` further ones that differ, at the share found, with one more counted."""
+    share = (found + 1) / (tried + 1)
+    if share >= 1 or not count:
+        return count
+    numbers = np.arange(count + 1)
+    return int(numbers[np.searchsorted(special.bdtr(numbers, count, share), 1 - alpha)]) if count else 0

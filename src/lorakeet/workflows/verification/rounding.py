@@ -1,0 +1,205 @@
+"""What rounding may do: the live adapter computed again in a server's number format, with products summed in other orders.
+
+    as trained    Lorakeet's own fused modules, pairs beside the frozen products
+    own modules   transformers' modules and eager attention, pairs beside the frozen products
+    split         the same, with every product cut into 2, 3 or 5 parts that are rounded before they are added, as GPUs do
+    merged        pairs folded into the weights, which are rounded once; whole and split
+    step by step  all rows in one batch, a token at a time over a cache of keys and values, as servers write; both ways
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode  # torch offers no public name
+
+from lorakeet.core.layers.linear import LoraLinear
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.data.chat import Candidates
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.parity import kl_lower_bound
+from lorakeet.evaluate.rounding_noise import Replica
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
+from lorakeet.models.inject import activate
+from lorakeet.models.modules import adapted_layers
+from lorakeet.models.text.adapters import own_modules
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
+from lorakeet.workflows.verification.artefact import InTorch
+from lorakeet.workflows.verification.checks import answer
+
+LIKELY = -4.6  # log-probabilities of tokens below 1 % are not compared one by one
+_LEAST_SPLIT = 16  # numbers of a sum that is cut
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the live model says in fp32 of one place: log-probabilities of the compared tokens, and the likeliest of all."""
+
+    ours: dict[int, float]
+    top: int
+
+    def against(self, theirs: Mapping[int, float], top: int) -> tuple[float, list[float], bool]:
+        """KL (a lower bound) of `theirs`, |Δ log p| of each likely token, and whether the likeliest is the same."""
+        known = {number: theirs[token] for number, token in enumerate(self.ours)}
+        pairs = [(value, theirs[token]) for token, value in self.ours.items()]
+        differences = [abs(left - right) for left, right in pairs if max(left, right) >= LIKELY]
+        return kl_lower_bound(torch.tensor(list(self.ours.values())), known), differences, self.top == top
+
+
+View: TypeAlias = "tuple[Place, dict[int, float], int]"  # a place, with another side's log-probabilities and likeliest token
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A row, and by place what the live model says of the token after ids[: place + 1]."""
+
+    ids: list[int]
+    places: dict[int, Place]
+
+    @classmethod
+    def of(cls, live: InTorch, ids: list[int], tokens: Mapping[int, Collection[int]]) -> Reading:
+        """The live model's view of a row, of some `tokens` at some places."""
+        table = live.logits(ids).log_softmax(-1)
+        places = {
+            place: Place({token: float(table[place][token]) for token in known}, int(table[place].argmax()))
+            for place, known in tokens.items()
+        }
+        return cls(ids, places)
+
+    def seen_by(self, side: InTorch) -> Iterator[View]:
+        """Each place, with the same log-probabilities as another side has them, and its likeliest token."""
+        table = side.logits(self.ids).log_softmax(-1)
+        for number, place in self.places.items():
+            yield place, {token: float(table[number][token]) for token in place.ours}, int(table[number].argmax())
+
+
+def replicas(
+    load: Callable[[], InTorch],
+    readings: Sequence[Reading],
+    labelled: Sequence[Candidates],
+    answers: Sequence[int],
+    least: float = 0.0,
+) -> list[Replica]:
+    """How far the live adapter in a number format, which `load` loads, is from fp32, in each of several orders of computing.
+
+    `answers` are the labels of `labelled` in fp32. Pairs are folded, and texts computed step by step, where that is possible.
+    It ends after the first order, if its mean KL is below `least`: the format cannot explain that much.
+    """
+
+    def measured(side: InTorch) -> Replica:
+        changed = sum(answer(side, row, side) != known for row, known in zip(labelled, answers, strict=True))
+        return _replica([view for reading in readings for view in reading.seen_by(side)], changed)
+
+    def stepped(side: InTorch) -> list[Replica]:
+        seen = list(step_by_step(side.text, readings, side.adapter))
+        return [_replica(seen, 0)] if seen else []
+
+    side = load()
+    found = [measured(side)]
+    if found[0].kl.mean() < least:
+        return found
+    for parts in (1, 2, 3, 5):
+        with _view(side, parts):
+            found.append(measured(side))
+    if _fold(side):
+        side = replace(side, adapter=None)
+        for parts in (1, 2, 3):
+            with _view(side, parts):
+                found.append(measured(side))
+        found += stepped(side)
+    del side  # before another one is loaded
+    return found + stepped(load())
+
+
+@contextmanager
+def _view(side: InTorch, parts: int) -> Iterator[None]:
+    """A context in which the model computes with transformers' modules, and products in `parts`."""
+    with own_modules(side.text), SplitSums(parts) if parts > 1 else nullcontext():
+        yield
+
+
+def _replica(seen: Sequence[View], changed: int) -> Replica:
+    kl, differences, other = list[float](), list[float](), 0
+    for place, theirs, top in seen:
+        divergence, apart, same = place.against(theirs, top)
+        kl.append(divergence)
+        differences += apart
+        other += not same
+    return Replica(np.array(kl), np.array(differences), other, changed)
+
+
+def step_by_step(text: TextModel, readings: Sequence[Reading], adapter: str | None) -> Iterator[View]:
+    """Each place as a server writes: all rows in one batch, a token at a time over a cache of keys and values.
+
+    Nothing where the model cannot be served so. Layers are prepared for serving: the model is not the same afterwards.
+    """
+    rows = [reading.ids for reading in readings]
+    adapters = {} if adapter is None else {adapter: 1.0}
+    try:
+        live = ServingModel(text)
+        cache = KeyValues(slots=len(rows), capacity=max(map(len, rows)))
+        for number in range(cache.capacity):
+            now = [place for place, ids in enumerate(rows) if number < len(ids)]
+            batch = [CacheRow(place, number, (rows[place][number],), adapters) for place in now]
+            table = step(text, cache, batch, live.selection if adapters else None).cpu()
+            for place, logits in zip(now, table, strict=True):
+                if (known := readings[place].places.get(number)) is not None:
+                    after = logits.log_softmax(-1)
+                    yield known, {token: float(after[token]) for token in known.ours}, int(after.argmax())
+    except ConfigError:
+        return
+
+
+@torch.no_grad()
+def _fold(side: InTorch) -> bool:
+    """Adds every pair to its weight, rounded once; False where a weight is not a plain one, and nothing is changed then."""
+    name = side.adapter or ""
+    layers = [layer for _, layer in adapted_layers(side.text.model) if name in layer.adapters]
+    pairs = [layer.adapters[name] for layer in layers]
+    plain = all(isinstance(layer, LoraLinear) and type(layer.original) is nn.Linear for layer in layers)
+    if not layers or not plain or not all(isinstance(pair, LoraPair) and pair.plain for pair in pairs):
+        return False
+    activate(side.text.model, None)
+    for layer, pair in zip(layers, pairs, strict=True):
+        weight = cast(Tensor, layer.original.weight)
+        weight.copy_((weight.float() + cast(LoraPair, pair).value().delta().to(weight.device)).to(weight.dtype))
+    return True
+
+
+class SplitSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which products sum over their inner numbers in several parts, each rounded before they are added."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parts = parts
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _PRODUCTS and args[_PRODUCTS[function]].shape[-1] >= _LEAST_SPLIT:
+            return self._split(function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+    def _split(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+        first = _PRODUCTS[function]
+        left, right = args[first], args[first + 1]
+        total: Tensor | None = None
+        for ours, theirs in zip(left.chunk(self.parts, -1), right.chunk(self.parts, -2), strict=True):
+            part = (_aten.bmm if left.dim() == 3 else _aten.mm)(ours, theirs)
+            total = part if total is None else total + part
+        assert total is not None
+        if first:  # addmm, baddbmm: beta·bias + alpha·product
+            return cast(Tensor, args[0] * kwargs.get("beta", 1) + total * kwargs.get("alpha", 1))
+        return total
+
+
+_PRODUCTS: dict[Callable[..., Any], int] = {
+    _aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1,
+}  # fmt: skip  # the place of the left factor among the arguments

@@ -1,0 +1,55 @@
+"""Limits of what rounding does: a right server rarely exceeds them, a wrong one does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lorakeet.evaluate.rounding_noise import Replica, rounding_limits
+
+PLACES, TOKENS, ROWS = 300, 4, 16
+
+
+def draw(chance: np.random.Generator, scales: np.ndarray, size: float = 1.0) -> Replica:
+    """A computation whose log-probabilities are off by heavy-tailed noise: places differ in how much they amplify it."""
+    noise = size * scales[:, None] * chance.standard_t(8, (PLACES, TOKENS))
+    others, answers = int((np.abs(noise[:, 0]) > 0.15).sum()), int(chance.binomial(ROWS, 0.01))
+    return Replica(0.5 * (noise**2).mean(1), np.abs(noise).ravel(), others, answers)
+
+
+def exceeded(server: Replica, replicas: list[Replica]) -> bool:
+    limits = rounding_limits(replicas, places=PLACES, rows=ROWS)
+    return bool(
+        server.kl.mean() > limits.mean_kl
+        or server.differences.max() > limits.difference
+        or 1 - server.other_tokens / PLACES < limits.top1_agreement
+        or server.other_answers / ROWS > limits.different_answers
+    )
+
+
+def exceeding(trials: int, size: float) -> int:
+    chance, found = np.random.default_rng(7), 0
+    for _ in range(trials):
+        scales = 0.01 * np.exp(chance.normal(0, 1, PLACES))
+        found += exceeded(draw(chance, scales, size), [draw(chance, scales) for _ in range(8)])
+    return found
+
+
+def test_a_right_server_hardly_ever_exceeds_them() -> None:
+    """At most 1 of 1,000 is promised; of 1,000 trials 5 or more would be as rare as 1 in 250."""
+    assert exceeding(1000, 1.0) <= 4
+
+
+def test_three_times_the_noise_is_seen() -> None:
+    assert exceeding(60, 3.0) >= 57
+
+
+def test_without_differences_the_limits_are_next_to_nothing() -> None:
+    still = Replica(np.zeros(PLACES), np.zeros(PLACES), 0)
+    limits = rounding_limits([still] * 4, places=PLACES, rows=0)
+    assert limits.mean_kl < 1e-10 and limits.difference == 0 and limits.top1_agreement > 0.98 and limits.different_answers == 0
+
+
+def test_one_replica_has_no_spread() -> None:
+    with pytest.raises(ValueError, match="at least 2 replicas; given is 1"):
+        rounding_limits([Replica(np.ones(2), np.ones(2), 0)], places=2, rows=0)
