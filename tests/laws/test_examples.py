@@ -144,6 +144,11 @@ def test_chat_in_a_pipe(dates: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "base: " in said and "dates: " in said
 
 
+def test_requirements(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    assert [main(command) for command in commands_of("check.sh")] == [0]
+
+
 def test_export_and_verify(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("export.sh")] == [0]

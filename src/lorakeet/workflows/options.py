@@ -338,6 +338,25 @@ class ChatOptions:
 
 
 @dataclass(frozen=True)
+class CheckOptions:
+    """Options of `lorakeet check`."""
+
+    run: str = field(metadata=_help("A run folder.", positional=True))
+    accuracy: str | None = setting(None, "Bound of the accuracy, such as '>=0.78'; it holds at the worse end of the interval.")
+    loss: str | None = setting(None, "Bound of the loss in nats a token, such as '<=0.9', or '<=0.9 at value'.")
+    drift: str | None = setting(None, "Bound of the drift from the base in nats a token, such as '<=2'.")
+    require: tuple[str, ...] = field(
+        default=(), metadata=_help("Bound of any metric of the report, such as 'exact_match >=0.5'; may be repeated.", whole=True)
+    )
+    beats: tuple[str, ...] = field(
+        default=(), metadata=_help("A system that the adapter must be shown to be better than, such as base.", whole=True)
+    )
+    certificate: Literal["passed", "any"] = setting(
+        "passed", "passed: the run and every artefact in its certificate have passed; any: it is not looked at."
+    )
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """`lorakeet doctor` has no options."""
 
@@ -425,6 +444,7 @@ VERBS = (
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions, checks="convert"),
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="export"),
     Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="verify"),
+    Verb("check", "Hold a run against requirements, for a pipeline.", CheckOptions),
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions, checks="generate"),
     Verb("chat", "Talk to a run, an adapter, a model or a server in the terminal.", ChatOptions, checks="chat"),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True, checks="serve"),

@@ -120,13 +120,13 @@ class _Comparison:
 
         The last format is taken if none does. Without formats, or without log-probabilities, the fixed limits stay.
         """
-        told = [one for one in reported if one.places]
-        if not self.formats or not told:
+        with_places = [one for one in reported if one.places]
+        if not self.formats or not with_places:
             return
-        readings = [Reading.of(self.live, one.ids, one.places) for one in told]
+        readings = [Reading.of(self.live, one.ids, one.places) for one in with_places]
         seen = [
             place.against(theirs, max(theirs, key=lambda token: theirs[token]))
-            for reading, one in zip(readings, told, strict=True)
+            for reading, one in zip(readings, with_places, strict=True)
             for place, theirs in ((reading.places[number], known) for number, known in one.places.items())
         ]
         kl, worst = float(np.mean([one[0] for one in seen])), max((most for one in seen for most in one[1]), default=0.0)
@@ -288,7 +288,7 @@ class _WrittenStep:
     behind: float
     here: str
     there: str
-    difference: float | None = None  # of its log-probability; None where it is not told
+    difference: float | None = None  # of its log-probability; None where it is not reported
 
 
 @dataclass
@@ -309,7 +309,7 @@ class _TextReading:
 
     @property
     def differences(self) -> list[float]:
-        """Of the log-probabilities that are told."""
+        """Of the log-probabilities that are reported."""
         return [step.difference for step in self.steps if step.difference is not None]
 
     @property
@@ -330,19 +330,20 @@ class _TextReading:
 def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
     """Follows the server's text token by token, as far as the live model has such tokens.
 
-    It ends where a piece of a character is told by its text alone, and the live model is not sure which one: then what follows
+    It ends where a piece of a character is reported by its text alone, and the live model is not sure which one: then what follows
     cannot be compared either.
     """
     reading = _TextReading(Reported(list(prompt), {}))
     ids, tokenizer = reading.reported.ids, live.text.tokenizer
     steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
     rest = written.text
-    told = [step.token.number for step in written.steps if step.token.number is not None]
-    known = live.logits([*prompt, *told], len(told) + 1) if told and len(told) == len(written.steps) else None
+    numbers = [step.token.number for step in written.steps if step.token.number is not None]
+    by_id = bool(numbers) and len(numbers) == len(written.steps)
+    known = live.logits([*prompt, *numbers], len(numbers) + 1) if by_id else None
     for number, step in enumerate(steps):
         if step is None and not rest:
             break
-        after = live.logits(ids, 1)[0] if known is None else known[number]  # all in one pass, where the ids are told
+        after = live.logits(ids, 1)[0] if known is None else known[number]  # all in one pass, where the ids are reported
         place = _TextPosition(tokenizer, after.log_softmax(-1), ids[-1])
         unsure = place.begins_a_piece if step is None else _ambiguous(step.token) and not place.sure_of_its_piece
         if unsure:

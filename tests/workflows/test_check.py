@@ -1,0 +1,70 @@
+"""`lorakeet check`: exit codes for a pipeline, from the report and the certificate alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.cli.main import main
+from lorakeet.errors import ConfigError, DataError, VerificationFailed
+from lorakeet.evaluate.report.report import read_report
+from lorakeet.workflows.check import check
+from lorakeet.workflows.options import CheckOptions
+from tiny.runs import quiet
+
+
+def test_met_and_not_met(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(finished.path)
+    report = read_report(finished.path / "report.json")
+    accuracy = next(one for one in report.systems if one.role == "adapter").metrics["accuracy"]
+    assert main(["check", run, "--accuracy", f">={accuracy.low - 0.01}", "--require", "log_loss <=99", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [one["what"] for one in told["requirements"]] == ["accuracy", "log_loss", "certificate"] and told["met"]
+    assert main(["check", run, "--accuracy", f">={accuracy.low + 0.01}", "--drift", "<=99"]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"accuracy is {accuracy}, and >= {accuracy.low + 0.01:g} at low is required" in said and "1 of 3 requirements" in said
+    assert main(["check", run, "--accuracy", f">={accuracy.low + 0.01} at high"]) == 0
+
+
+def test_better_than_a_system(finished: Any) -> None:
+    report = read_report(finished.path / "report.json")
+    verdicts = {one.right: one.verdict for one in reversed(report.comparisons)}
+    for system, verdict in verdicts.items():
+        options = CheckOptions(run=str(finished.path), beats=(system,))
+        if verdict == "better":
+            assert check(options, console=quiet()).requirements[0].met
+        else:
+            with pytest.raises(VerificationFailed, match=re.escape(f"against {system}")):
+                check(options, console=quiet())
+    assert "base" in verdicts
+
+
+def test_a_failed_certificate_fails(finished: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    told = json.loads((run / "certificate.json").read_text())
+    told["checks"][0]["measured"][next(iter(told["checks"][0]["tolerance"]))] = 1e9
+    told["checks"][0]["passed"] = told["passed"] = False
+    (run / "certificate.json").write_text(json.dumps(told))
+    with pytest.raises((VerificationFailed, DataError)):
+        check(CheckOptions(run=str(run)), console=quiet())
+    assert check(CheckOptions(run=str(run), certificate="any", loss=None), console=quiet()).requirements == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"require": ("acuracy >=0",)}, ConfigError, "The report has no acuracy; it has .* Did you mean 'accuracy'"),
+        ({"require": ("accuracy>=0",)}, ConfigError, "expected a metric and a bound"),
+        ({"accuracy": "0.7"}, ConfigError, "the requirement on accuracy is '0.7'"),
+        ({"beats": ("bsae",)}, ConfigError, "does not compare the adapter with 'bsae'.*Did you mean 'base'"),
+        ({"run": "."}, DataError, "is no run with a report"),
+    ],
+)
+def test_mistakes_are_one_message(finished: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check(CheckOptions(**{"run": str(finished.path), **options}), console=quiet())
