@@ -330,8 +330,8 @@ class _TextReading:
 def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
     """Follows the server's text token by token, as far as the live model has such tokens.
 
-    It ends where a piece of a character is reported by its text alone, and the live model is not sure which one: then what follows
-    cannot be compared either.
+    It ends where a piece of a character is reported by its text alone, and the live model is not sure which one: then what
+    follows cannot be compared either.
     """
     reading = _TextReading(Reported(list(prompt), {}))
     ids, tokenizer = reading.reported.ids, live.text.tokenizer
