@@ -186,9 +186,10 @@ class Encoder:
 
     def _beginning(self, text: str) -> list[int]:
         """The ids of a row's beginning; the last one is remembered, since each label of a row is encoded behind the same."""
-        if text != self._last[0]:
-            self._last = text, self._encode(text)
-        return list(self._last[1])
+        last = self._last  # read once: another thread may encode a row meanwhile
+        if text != last[0]:
+            last = self._last = text, self._encode(text)
+        return list(last[1])
 
     def _extend(self, ids: list[int], before: str, piece: str) -> list[int]:
         """The ids of `piece` such that `ids` (of `before`) followed by them decode to `before + piece`."""
