@@ -77,7 +77,7 @@ def page() -> str:
     parts += ["| --- | --- | --- |", *found["refused"]]
     parts += ["\n## What stands behind a sign\n", "| family | column | | message |", "| --- | --- | --- | --- |", *found["said"]]
     if untried := [kind for kind in told.get("known", []) if kind not in told["families"]]:
-        parts += ["\n## Not tried\n", f"{', '.join(untried)}."]
+        parts += ["\n## Not tried\n", "| families |", "| --- |", f"| {', '.join(untried)} |"]
     return "\n".join(parts) + "\n"
 
 

@@ -27,6 +27,12 @@ def test_a_model_whose_own_code_needs_a_mask_is_planned_with_sdpa() -> None:
         forecast_run(settings(**{"model.attention": "varlen"}), small_config("deepseek_v32"), precision, runtime=0)
 
 
+def test_a_model_that_cannot_be_built_on_shapes_is_not_planned_and_not_refused() -> None:
+    """DeepSeek-V4 keeps some weights in fp32, into which torch does not change a tensor without numbers."""
+    with pytest.raises(NotPlanned, match=r"its code does not run on shapes alone \(RuntimeError: _apply\(\)"):
+        forecast_run(settings(), small_config("deepseek_v4"), Precision(torch.float32, torch.float32, QuantSpec()), runtime=0)
+
+
 def test_each_attention_is_tried_in_order_and_the_last_reason_said() -> None:
     tried: list[str] = []
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from lorakeet.data.locate import PACKAGE, locate, package_file
-from lorakeet.errors import ConfigError, nearest, one_message
+from lorakeet.errors import ConfigError, DataError, nearest, one_message
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.shape_only import ShapeStore
@@ -106,10 +106,15 @@ def model_from_config(
     """
     device = torch.device(device)
     # What draws until numbers fit never ends on shapes.
-    drawn = no_init_weights() if isinstance(torch.empty(0), FakeTensor) else nullcontext()
-    with quiet_transformers(), torch.device(device), drawn:
+    on_shapes = isinstance(torch.empty(0), FakeTensor)
+    with quiet_transformers(), torch.device(device), no_init_weights() if on_shapes else nullcontext():
         own = plain_config(config)  # a copy, into which transformers writes the dtype
-        model = build_native(auto_class_of(own), own, dtype=dtype, attn_implementation="eager")
+        try:
+            model = build_native(auto_class_of(own), own, dtype=dtype, attn_implementation="eager")
+        except DataError as error:
+            if on_shapes and isinstance(error.__cause__, RuntimeError):  # not the configuration's fault
+                raise error.__cause__ from None
+            raise
     model.tie_weights()
     model = model.requires_grad_(False).eval()
     quantize = quantize or QuantSpec()
