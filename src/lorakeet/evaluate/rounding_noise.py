@@ -7,7 +7,8 @@ exceeded by a right server in at most `FALSE_ALARM` of certificates:
     mean KL           log-normal over replicas: exp(m + t·s·√(1 + 1/R)), t Student's quantile with R − 1 degrees
     largest |Δ log p| peaks over a threshold: a generalised Pareto tail over the pooled differences, at 1 − α/N for N of them
                       (Pickands 1975; moments by Hosking and Wallis 1987), at least the largest that a replica has
-    other tokens      binomial: the replicas' share, with one more counted, over the compared places; answers alike
+    other tokens      binomial: the replicas' share, with one more counted, over the compared places; at least the bound of
+                      Student's t over the replicas' shares. Answers by the binomial alone
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def rounding_limits(replicas: Sequence[Replica], *, places: int, rows: int) -> R
     if len(replicas) < 2:
         raise ValueError(f"limits need the spread of at least 2 replicas; given is {len(replicas)}")
     alpha = FALSE_ALARM / MEASURES
-    agreement = 1 - _most(sum(one.other_tokens for one in replicas), places * len(replicas), places, alpha) / max(places, 1)
+    others = [one.other_tokens for one in replicas]
+    share = _most(sum(others), places * len(replicas), places, alpha) / max(places, 1)
+    agreement = 1 - min(1.0, max(share, _share_bound([count / max(places, 1) for count in others], alpha)))
     answers = _most(sum(one.other_answers for one in replicas), rows * len(replicas), rows, alpha) / max(rows, 1)
     pooled = np.concatenate([one.differences for one in replicas])
     return RoundingLimits(
@@ -62,6 +65,13 @@ def rounding_limits(replicas: Sequence[Replica], *, places: int, rows: int) -> R
         top1_agreement=agreement,
         different_answers=answers,
     )
+
+
+def _share_bound(shares: Sequence[float], alpha: float) -> float:
+    """The upper prediction bound of one more share, by the spread of these: places of a text are not independent."""
+    count = len(shares)
+    quantile = float(special.stdtrit(count - 1, 1 - alpha))
+    return float(np.mean(shares)) + quantile * float(np.std(shares, ddof=1)) * math.sqrt(1 + 1 / count)
 
 
 def _mean_bound(means: Sequence[float], alpha: float) -> float:

@@ -76,7 +76,7 @@ def test_each_order_is_within_the_limits_of_the_others(loud: Path) -> None:
         assert 1 - one.other_tokens / places >= limits.top1_agreement
     limits = rounding_limits(found, places=places, rows=0)
     with changed_pairs(live, lambda _, pair: pair.B.mul_(0.8)):
-        wrong = [place.against(theirs, top)[0] for reading in seen for place, theirs, top in reading.seen_by(live)]
+        wrong = [place.against(theirs)[0] for reading in seen for place, theirs, _ in reading.seen_by(live)]
     assert np.mean(wrong) > limits.mean_kl
 
 

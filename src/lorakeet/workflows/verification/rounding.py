@@ -47,15 +47,20 @@ class Place:
     ours: dict[int, float]
     top: int
 
-    def against(self, theirs: Mapping[int, float], top: int) -> tuple[float, list[float], bool]:
-        """KL (a lower bound) of `theirs`, |Δ log p| of each likely token, and whether the likeliest is the same."""
+    def tops(self, after: Tensor) -> bool:
+        """True if no token is likelier than `top` in `after` (vocabulary,): in 16 bits, several are often equally likely."""
+        return float(after[self.top]) >= float(after.max())
+
+    def against(self, theirs: Mapping[int, float]) -> tuple[float, list[float]]:
+        """KL (a lower bound) of `theirs`, and |Δ log p| of each likely token."""
         known = {number: theirs[token] for number, token in enumerate(self.ours)}
         pairs = [(value, theirs[token]) for token, value in self.ours.items()]
         differences = [abs(left - right) for left, right in pairs if max(left, right) >= LIKELY]
-        return kl_lower_bound(torch.tensor(list(self.ours.values())), known), differences, self.top == top
+        return kl_lower_bound(torch.tensor(list(self.ours.values())), known), differences
 
 
-View: TypeAlias = "tuple[Place, dict[int, float], int]"  # a place, with another side's log-probabilities and likeliest token
+# A place, with another side's log-probabilities, and whether the live model's likeliest token is its likeliest too.
+View: TypeAlias = "tuple[Place, dict[int, float], bool]"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Reading:
         """Each place, with the same log-probabilities as another side has them, and its likeliest token."""
         table = side.logits(self.ids).log_softmax(-1)
         for number, place in self.places.items():
-            yield place, {token: float(table[number][token]) for token in place.ours}, int(table[number].argmax())
+            yield place, {token: float(table[number][token]) for token in place.ours}, place.tops(table[number])
 
 
 def replicas(
@@ -129,8 +134,8 @@ def _view(side: InTorch, parts: int) -> Iterator[None]:
 
 def _replica(seen: Sequence[View], changed: int) -> Replica:
     kl, differences, other = list[float](), list[float](), 0
-    for place, theirs, top in seen:
-        divergence, apart, same = place.against(theirs, top)
+    for place, theirs, same in seen:
+        divergence, apart = place.against(theirs)
         kl.append(divergence)
         differences += apart
         other += not same
@@ -154,7 +159,7 @@ def step_by_step(text: TextModel, readings: Sequence[Reading], adapter: str | No
             for place, logits in zip(now, table, strict=True):
                 if (known := readings[place].places.get(number)) is not None:
                     after = logits.log_softmax(-1)
-                    yield known, {token: float(after[token]) for token in known.ours}, int(after.argmax())
+                    yield known, {token: float(after[token]) for token in known.ours}, known.tops(after)
     except ConfigError:
         return
 

@@ -125,7 +125,7 @@ class _Comparison:
             return
         readings = [Reading.of(self.live, one.ids, one.places) for one in with_places]
         seen = [
-            place.against(theirs, max(theirs, key=lambda token: theirs[token]))
+            (*place.against(theirs), theirs.get(place.top, -math.inf) >= max(theirs.values()))
             for reading, one in zip(readings, with_places, strict=True)
             for place, theirs in ((reading.places[number], known) for number, known in one.places.items())
         ]
@@ -156,7 +156,7 @@ class _Comparison:
         tried = 0.1
         with changed_pairs(self.live, lambda _, pair: pair.B.mul_(1 - tried)):
             views = [view for reading in readings for view in reading.seen_by(self.live)]
-            seen = [place.against(theirs, top)[0] for place, theirs, top in views]
+            seen = [place.against(theirs)[0] for place, theirs, _ in views]
         moved = float(np.mean(seen))
         return "" if moved <= 0 else f"A scale that is {tried * math.sqrt(limit / moved):.2g} of itself off would exceed them."
 
@@ -174,7 +174,7 @@ class _Comparison:
             for place, known in one.places.items():
                 kl.append(kl_lower_bound(ours[place], known))
                 effect.append(kl_lower_bound(ours[place], {token: float(base[place][token]) for token in known}))
-                agrees.append(int(ours[place].argmax()) == max(known, key=lambda token: known[token]))
+                agrees.append(known.get(int(ours[place].argmax()), -math.inf) >= max(known.values()))
                 texts.append(number)
                 for token, value in known.items():
                     mine = float(ours[place][token])
