@@ -29,10 +29,10 @@ def test_the_names_of_a_family_are_in_its_model(name: str) -> None:
 def test_configuration_keys_exist_in_transformers(model_type: str) -> None:
     config, family = AutoConfig.for_model(model_type), family_of(model_type)
     assert not family.logit_factor or hasattr(config, family.logit_factor)
-    scaled = model_type in ("cohere", "cohere2", "granite", "granitemoe", "granitemoeshared", "falcon_h1")
+    scaled = model_type in ("cohere", "cohere2", "cohere2_moe", "granite", "granitemoe", "granitemoeshared", "falcon_h1")
     keys = (family.logit_factor, family.logit_divisor)
     assert any(hasattr(config, key) for key in keys if key) == scaled
-    assert hasattr(config, family.soft_cap) == (model_type in ("gemma2", "gemma3_text"))
+    assert hasattr(config, family.soft_cap) == (model_type in ("gemma2", "gemma3_text", "recurrent_gemma"))
 
 
 def test_what_is_done_to_the_logits_is_read_from_the_configuration() -> None:

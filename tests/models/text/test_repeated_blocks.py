@@ -75,7 +75,7 @@ def require_equal(few: Rehearsal, every: Rehearsal) -> None:
             assert peak.bytes <= few.peaks[name].bytes <= 1.001 * peak.bytes, name
     assert few.peaks[STEP] == every.peaks[STEP], "kinds and heap too"
     assert few.work.flops == every.work.flops and abs(few.work.written - every.work.written) <= 1  # of a micro-batch, rounded
-    assert replace(few, peaks={}, work=every.work) == replace(every, peaks={})
+    assert replace(few, peaks={}, work=every.work, alike=every.alike) == replace(every, peaks={})
 
 
 @pytest.mark.parametrize("family", ALIKE)
