@@ -5,6 +5,7 @@ from lorakeet.api.adapter import combine as combine
 from lorakeet.api.artefacts import export as export
 from lorakeet.api.artefacts import merge as merge
 from lorakeet.api.artefacts import verify as verify
+from lorakeet.api.attach import activate as activate
 from lorakeet.api.attach import adapter_of as adapter_of
 from lorakeet.api.attach import attach as attach
 from lorakeet.api.attach import detach as detach
@@ -43,6 +44,7 @@ __all__ = [
     "RunConfig",
     "Train",
     "__version__",
+    "activate",
     "adapter_of",
     "attach",
     "combine",

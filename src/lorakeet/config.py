@@ -88,12 +88,12 @@ class RunConfig:
         return found
 
 
-def read_run(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def read_run(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Reads a run from a YAML file (or from the defaults); `overrides` maps dotted paths to text.
 
     Raises ConfigError that lists every problem of the file and the flags.
     """
-    mapping = read_yaml(path) if path else {}
+    mapping = read_yaml(Path(path)) if path else {}
     for dotted, value in (overrides or {}).items():
         mapping = override(RunConfig, mapping, dotted, value)
     origins = {dotted: f"flag --{dotted}" for dotted in overrides or {}}

@@ -151,7 +151,7 @@ def reader(what: str) -> Callable[
         @functools.wraps(read)
         def within(path: Path, /, *arguments: _Arguments.args, **more: _Arguments.kwargs) -> _Result:
             with one_message(f"{path} cannot be read as {what}", "It may be damaged: fetch it again. If not, report this."):
-                return read(path, *arguments, **more)
+                return read(Path(path), *arguments, **more)  # a text is a path too
 
         return within
 

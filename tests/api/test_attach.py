@@ -112,6 +112,41 @@ def test_within_the_trainer_of_transformers(tmp_path: object) -> None:
     assert torch.equal(net.model.layers[0].self_attn.k_proj.weight, frozen)
 
 
+def test_of_several_adapters_one_is_active() -> None:
+    net, x = small_net(), torch.randn(6, 8)
+    before = net(x).detach()
+    outputs = {}
+    for number, name in enumerate(("one", "two")):
+        lk.attach(net, lk.Lora(rank=2, target_modules=("0", "2")), name=name, seed=number)
+        steps(net, lk.parameters(net, name), x)
+        outputs[name] = net(x).detach()
+    assert not torch.equal(outputs["one"], outputs["two"])
+    lk.activate(net, "one")
+    assert torch.equal(net(x), outputs["one"])
+    lk.activate(net, None)
+    assert torch.equal(net(x), before)
+    lk.activate(net, "two")
+    lk.detach(net, "two")
+    assert torch.equal(net(x), outputs["one"]), "the one that is left computes"
+    lk.detach(net)
+    assert torch.equal(net(x), before)
+
+
+def test_a_part_with_an_adapter_of_its_own_is_refused() -> None:
+    net = nn.Sequential(small_net(), nn.Linear(4, 8))
+    lk.attach(net[0], lk.Lora(rank=2, target_modules=("0",)))
+    with pytest.raises(ConfigError, match="A part of this module has an adapter of its own"):
+        lk.attach(net, lk.Lora(rank=2, target_modules=("1",)), name="second")
+    lk.detach(net[0])
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_module_with_a_configuration_of_its_own() -> None:
+    net = small_net()
+    net.config = {"width": 8}
+    assert len(lk.attach(net, lk.Lora(rank=2)).entries) == 2
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -26,6 +26,13 @@ def test_it_generates_as_its_folder(tiny_llama_folder: Path, tmp_path: Path) -> 
     model, folder = lk.load(own, dtype="float32"), lk.load(tiny_llama_folder, dtype="float32")
     assert model.generate("alder birch", max_tokens=8) == folder.generate("alder birch", max_tokens=8)
     assert lk.load(own).spec.path == model.spec.path, "the same model again is not written again"
+    other = load_tokenizer(tiny_llama_folder)
+    other.chat_template = "{{ messages[0].content }}!"
+    assert lk.load(own, tokenizer=other).spec.path != model.spec.path, "another template is another folder"
+    lk.attach(own, lk.Lora(rank=2))
+    with pytest.raises(ConfigError, match=r"carries adapters of lk\.attach"):
+        lk.load(own)
+    lk.detach(own)
     with torch.no_grad():
         own.model.norm.weight.mul_(1.5)
     assert lk.load(own).spec.path != model.spec.path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,42 @@ def test_pieces_are_the_reply(shared: Shared) -> None:
     assert "".join(pieces) == whole and len(pieces) > 1
     first = next(iter(shared.model.stream(QUESTION, adapter=shared.run, **settings)))
     assert first == pieces[0] and shared.model.generate(QUESTION, adapter=shared.run, **settings) == whole
+
+
+def test_a_stream_that_another_call_cuts_says_so(shared: Shared, tiny_llama_folder: Path) -> None:
+    model = lk.load(tiny_llama_folder, dtype="float32")
+    assert model.generate([]) == []
+    stream = model.stream(QUESTION, max_tokens=200)
+    next(stream)
+    model.generate([QUESTION] * 3, max_tokens=2)
+    with pytest.raises(LorakeetError, match="This reply was cut short: another call needed the model"):
+        list(stream)
+    late = model.stream(QUESTION, max_tokens=2)
+    model.release()
+    with pytest.raises(LorakeetError, match="The model was released while this reply was open"):
+        next(late)
+
+
+def test_a_model_that_is_gone_leaves_no_thread(tiny_llama_folder: Path) -> None:
+    model = lk.load(tiny_llama_folder, dtype="float32")
+    model.generate(QUESTION, max_tokens=2)
+    engine = model._opened._engine  # type: ignore[union-attr]
+    assert engine._thread.is_alive()
+    del model
+    gc.collect()
+    assert not engine._thread.is_alive()
+
+
+def test_numbers_that_change_in_place_are_another_adapter(shared: Shared) -> None:
+    adapter = lk.Adapter.read(shared.run.path, quiet=True)
+    before = shared.model.generate(QUESTION, adapter=adapter, max_tokens=12)
+    assert before == shared.run.generate(QUESTION, max_tokens=12)
+    for pair in adapter.pairs.values():
+        pair.B.mul_(-3)
+    changed = shared.model.generate(QUESTION, adapter=adapter, max_tokens=12)
+    fresh = lk.load(shared.model.spec.path, dtype="float32")
+    assert changed == fresh.generate(QUESTION, adapter=adapter, max_tokens=12) != before
+    fresh.release()
 
 
 def test_seeds_differ_by_prompt(shared: Shared) -> None:

@@ -45,6 +45,7 @@ def test_a_run_has_its_rows_beside_it(tmp_path: Path) -> None:
     assert spec.train == f"{out}-train-rows.jsonl" and spec.test == f"{out}-test-rows.jsonl"
     assert load_dataset(spec).split_record() == rows.dataset.split_record()
     assert rows.beside(out) == spec  # the same rows again
+    Path(out).mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"mine-train-rows.jsonl has other rows than this run"):
         lk.rows(reviews(31)).beside(out)
     file = write_rows(tmp_path / "rows.jsonl", reviews(30))

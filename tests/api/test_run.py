@@ -59,6 +59,13 @@ def test_an_opened_run_is_the_same(shared: Shared) -> None:
         lk.open_run(shared.run.path.parent)
 
 
+def test_the_readers_take_texts(shared: Shared) -> None:
+    folder = shared.run.folder
+    assert lk.read_report(str(folder.report)) == shared.run.report.value and lk.read_run(str(folder.config)) == shared.run.config
+    assert lk.read_certificate(str(folder.certificate)).passed
+    assert lk.read_adapter(str(shared.run.path)).pairs.keys() == set(shared.run.adapter)
+
+
 def test_losses_are_those_of_the_report(shared: Shared) -> None:
     """The mean over target tokens of `losses` is the report's held-out loss, for base and adapter."""
     logged = [line["held_out_loss"] for line in shared.run.metrics if "held_out_loss" in line]
@@ -92,6 +99,7 @@ def test_mistakes_are_one_message_and_write_nothing(
         (lambda: lk.finetune(tiny_llama_folder, rows, out=out, rank=3), "finetune has no argument 'rank'; it takes lora, train"),
         (lambda: lk.finetune(tiny_llama_folder, rows, out=shared.run.path), "exists already; nothing in it was touched"),
         (lambda: lk.finetune(shared.run.config, rows), "A RunConfig has every setting, rows included"),
+        (lambda: lk.finetune(shared.run.config, out=out), "A RunConfig has every setting, rows included"),
         (lambda: lk.finetune(tmp_path / "none", rows, out=out), "none"),
     ]
     for call, message in calls:
@@ -99,7 +107,9 @@ def test_mistakes_are_one_message_and_write_nothing(
             call()
     with pytest.raises(ConfigError, match=r"lora.rank is 0"):
         lk.finetune(tiny_llama_folder, rows, lora=lk.Lora(rank=0), out=out)
-    assert not out.exists()
+    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["cache"], "nothing was written beside it"
+    with pytest.raises(ConfigError, match="classify takes a list of texts"):
+        shared.run.classify("fine")
 
 
 def test_a_callback_that_fails_ends_the_run_with_its_error(

@@ -50,6 +50,16 @@ def test_without_differences_the_limits_are_next_to_nothing() -> None:
     assert limits.mean_kl < 1e-10 and limits.difference == 0 and limits.top1_agreement > 0.98 and limits.different_answers == 0
 
 
-def test_one_replica_has_no_spread() -> None:
-    with pytest.raises(ValueError, match="at least 2 replicas; given is 1"):
-        rounding_limits([Replica(np.ones(2), np.ones(2), 0)], places=2, rows=0)
+def test_too_few_replicas_have_no_spread() -> None:
+    one, broken = Replica(np.ones(2), np.ones(2), 0), Replica(np.array([1.0, np.nan]), np.ones(2), 0)
+    for replicas, places in (([one], 2), ([one] * 3 + [broken] * 5, 2), ([one] * 5, 0)):
+        with pytest.raises(ValueError, match="limits need 4 replicas and some places"):
+            rounding_limits(replicas, places=places, rows=0)
+
+
+def test_one_replica_without_noise_does_not_make_the_limits_vast() -> None:
+    """A replica that equals fp32 beside nine of one size says little of the spread."""
+    noisy = [Replica(np.full(PLACES, 1e-5), np.full(PLACES, 0.01), 2, 1) for _ in range(9)]
+    limits = rounding_limits([*noisy, Replica(np.zeros(PLACES), np.zeros(PLACES), 0)], places=PLACES, rows=ROWS)
+    assert 1e-5 < limits.mean_kl < 1e-3 and limits.difference >= 0.01
+    assert limits.different_answers == rounding_limits(noisy, places=PLACES, rows=ROWS).different_answers, "it answered no rows"

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.errors import ConfigError, nearest
+from lorakeet.errors import ConfigError, VerificationFailed, nearest
+from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
 from lorakeet.merging.combine import CombineSpec, combination
@@ -48,6 +49,10 @@ class AdapterValue(Adapter):
             require_absent(path)
             with new_folder(path) as folder:
                 peft.write(self, folder)
+                compared = compare_adapters(self, peft.read(folder))
+                if not compared.equal:
+                    why = "; ".join(compared.problems[:5])
+                    raise VerificationFailed(f"What was written is not this adapter, so {path} was not kept: {why}.")
             return path
         source = path.with_name(f".{path.name}.source")
         with temporary_folder(source, f"The folder {source}", "Free some space."):

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from lorakeet.api.run import FinishedRun
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.settings import load as load_settings
 from lorakeet.workflows.export import Exported
@@ -45,6 +46,8 @@ def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: An
 
     Without `against`, what earlier commands wrote beside the run. Raises VerificationFailed where they differ.
     """
+    if "deploy" in options:
+        raise ConfigError("lk.verify compares artefacts. `lorakeet verify RUN --deploy vllm` says if vLLM loads the adapter.")
     given = {"run_or_adapter": _path(run), "against": [str(one) for one in against], **options}
     found = verify_verb(_options(VerifyOptions, given, "lk.verify"), console=Console(quiet=quiet))
     assert isinstance(found, Verified)  # without `deploy`, which has no argument here

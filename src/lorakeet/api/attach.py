@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -19,18 +19,21 @@ from lorakeet.models.targets import plan_for
 from lorakeet.settings import load as load_settings
 from lorakeet.settings import to_mapping
 
-_FLAGS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # requires_grad of each parameter before
+_FLAGS: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Parameter], bool]]] = WeakKeyDictionary()  # requires_grad before
 
 
 def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str = "default", seed: int = 0) -> Plan:
     """Adds trainable pairs to `net`, or a finished adapter, and freezes everything else; returns what was added.
 
-    At the start B = 0, so that `net` computes what it did. Modules are wrapped, not copied: `net` stays the same object.
-    Raises ConfigError for settings that fit no module, an adapter that does not fit, and a name that is taken.
+    At the start B = 0, so that `net` computes what it did. Modules are wrapped, not copied: `net` stays the same object. Of
+    several adapters the last one is active; `activate` chooses another. Raises ConfigError for settings that fit no module, an
+    adapter that does not fit, a name that is taken, and a net that has adapters within a larger or smaller one.
     """
     if inject.has_adapter(net, name):
         raise ConfigError(f"An adapter {name!r} is already attached. Detach it first, or give another name.")
-    flags = {path: parameter.requires_grad for path, parameter in net.named_parameters()}
+    if inject.adapter_names(net) and net not in _FLAGS:
+        raise ConfigError("A part of this module has an adapter of its own. Detach that first, or attach to the same module.")
+    flags = [(ref(parameter), parameter.requires_grad) for parameter in net.parameters()]
     if isinstance(lora, Adapter):
         inject.attach(net, lora, name)
         plan = plan_of(net, lora)
@@ -60,12 +63,21 @@ def adapter_of(net: nn.Module, name: str = "default", *, base: str = "") -> Adap
 def detach(net: nn.Module, name: str | None = None) -> None:
     """Removes an adapter (None: all); without adapters `net` is as it was before, bit for bit, gradients' flags included.
 
-    Raises ConfigError if none is attached.
+    If the active one goes, the last that is left is active. Raises ConfigError if none is attached.
     """
     if not inject.adapter_names(net):
         raise ConfigError("No adapter is attached to this module; lk.attach adds one.")
     inject.eject(net, name)
-    if not inject.adapter_names(net):
-        flags = _FLAGS.pop(net, {})
-        for path, parameter in net.named_parameters():
-            parameter.requires_grad_(flags.get(path, parameter.requires_grad))
+    left = inject.adapter_names(net)
+    if left:
+        if inject.selection_of(net).active not in left:
+            inject.activate(net, left[-1])
+        return
+    for parameter, trained in _FLAGS.pop(net, []):
+        if (alive := parameter()) is not None:
+            alive.requires_grad_(trained)
+
+
+def activate(net: nn.Module, name: str | None) -> None:
+    """Makes an attached adapter the one that computes and is trained; None: the base alone. Raises ConfigError if unknown."""
+    inject.activate(net, name)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorakeet.errors import ConfigError
 from lorakeet.kernels.cache import cache_folder
+from lorakeet.models.inject import adapter_names
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
 
@@ -21,12 +24,14 @@ def saved_model(model: Any, tokenizer: Any, folder: str | Path | None) -> Path:
     """
     if hasattr(model, "peft_config"):
         raise ConfigError("The model carries adapters of PEFT. Take them with lk.from_peft, and load its base: model.unload().")
+    if isinstance(model, nn.Module) and adapter_names(model):
+        raise ConfigError("The model carries adapters of lk.attach. Take them with lk.adapter_of, then lk.detach them.")
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         kind = type(model).__name__
         raise ConfigError(f"model is a {kind}; expected a name, a path, or a transformers model. lk.attach takes any nn.Module.")
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
-    path = cache_folder() / "models" / _digest(model) if folder is None else Path(folder)
+    path = cache_folder() / "models" / _digest(model, tokenizer) if folder is None else Path(folder)
     if folder is None and (path / "config.json").is_file():
         return path
     if path.exists() and any(path.iterdir()):
@@ -45,9 +50,15 @@ def _tokenizer_of(model: Any) -> Any:
     return load_tokenizer(named)
 
 
-def _digest(model: Any) -> str:
-    """A hash of the configuration and of every tensor."""
+def _digest(model: Any, tokenizer: Any) -> str:
+    """A hash of the configurations, of the tokenizer's files and of every tensor."""
     found = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        found.update(generation.to_json_string().encode())
+    with TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place)
+        for file in sorted(Path(place).rglob("*")):
+            found.update(file.name.encode() + (file.read_bytes() if file.is_file() else b""))
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +122,8 @@ class BaseModelHandle:
         Raises ConfigError for settings out of range, an adapter that does not fit, and a prompt that is too long.
         """
         several = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict))
+        if several and not prompt:
+            return []
         prompts: list[Any] = list(prompt) if several else [prompt]
         adapters = self._adapters(adapter, len(prompts))
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
@@ -139,14 +143,20 @@ class BaseModelHandle:
         return generation.pieces(generation.ids(prompt, found[1], raw=raw), _alone(found[0]), settings)
 
     def losses(self, rows: RowSet | RowPart, *, adapter: AnyAdapter = None, micro_tokens: int = 2048) -> NDArray[np.float64]:
-        """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given."""
+        """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given.
+
+        NaN for a row that is too long, where data.too_long is drop.
+        """
         part = rows.held_out if isinstance(rows, RowSet) else rows
         [(found, _)] = self._adapters(adapter, 1)
         with self.computing_with(found) as text:
             encoder = Encoder(text.tokenizer, part.spec, part.labels)
-            examples = [example for row in part if (example := encoder.encode(row)) is not None]
-            sums, counts = row_losses(text, examples, micro_tokens=micro_tokens)
-        return np.asarray(sums / counts)
+            examples = [encoder.encode(row) for row in part]
+            kept = [number for number, example in enumerate(examples) if example is not None]
+            sums, counts = row_losses(text, [one for one in examples if one is not None], micro_tokens=micro_tokens)
+        losses = np.full(len(examples), np.nan)
+        losses[kept] = sums / counts
+        return losses
 
     @contextmanager
     def computing_with(self, adapter: Adapter | None) -> Iterator[TextModel]:
@@ -172,9 +182,10 @@ class BaseModelHandle:
             release_free_memory()
 
     def _generation(self, adapters: Sequence[tuple[Adapter | None, DataSpec]]) -> TextSource:
-        if self._opened is None:
+        if self._opened is None or self._opened.closed:
             needed = next((one for one, _ in adapters if one is not None), None)
             self._opened = open_texts(self.spec, self.memory, needed, context=CONTEXT)
+            finalize(self, self._opened.close)  # its thread would keep the weights
         return self._opened
 
     def _adapters(self, given: Any, count: int) -> list[tuple[Adapter | None, DataSpec]]:
@@ -196,12 +207,25 @@ def adapter_and_data(given: AnyAdapter) -> tuple[Adapter | None, DataSpec]:
     if given is None or isinstance(given, Adapter):
         return given, data
     if isinstance(given, (str, Path)):
-        run = RunFolder.around(Path(given))
-        return AdapterValue.read(given), data if run is None else read_run(run.config).data
+        path = Path(given)
+        run = RunFolder.around(path)
+        return _read(path, _stamp(path)), data if run is None else read_run(run.config).data
     if not isinstance(getattr(given, "adapter", None), Adapter):
         kind = type(given).__name__
         raise ConfigError(f"adapter is {given!r:.80} ({kind}); expected a run, an adapter, its path, or None for the base.")
     return given.adapter, given.config.data
+
+
+@lru_cache(maxsize=32)
+def _read(path: Path, stamp: tuple[float, ...]) -> AdapterValue:
+    """The adapter at `path`, read once for as long as its files have the same times."""
+    return AdapterValue.read(path)
+
+
+def _stamp(path: Path) -> tuple[float, ...]:
+    folders = [part for part in (path, path / "adapter") if part.is_dir()]
+    files = [path] if path.is_file() else sorted(file for folder in folders for file in folder.iterdir())
+    return tuple(file.stat().st_mtime for file in files)
 
 
 def _checked(sampling: dict[str, Any]) -> dict[str, Any]:

@@ -118,18 +118,17 @@ class RowSet:
     def beside(self, out: str) -> DataSpec:
         """The settings for a run in the folder `out`: what was in memory is a file beside it, so that the run can be run again.
 
-        Raises ConfigError where another file has that place.
+        Raises ConfigError, and writes nothing, where the file of another run has that place.
         """
-        places: dict[str, str] = {}
-        for name in self.in_memory:
-            path = Path(f"{out}-{name.replace('_', '-')}-rows.jsonl")
-            content = Path(getattr(self.spec, name)).read_bytes()
-            if path.exists() and path.read_bytes() != content:
+        places = {name: Path(f"{Path(out)}-{name.replace('_', '-')}-rows.jsonl") for name in self.in_memory}
+        contents = {name: Path(getattr(self.spec, name)).read_bytes() for name in places}
+        for name, path in places.items():
+            if path.exists() and path.read_bytes() != contents[name] and Path(out).exists():
                 raise ConfigError(f"{path} has other rows than this run. Remove it, or choose another out.")
+        for name, path in places.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content)
-            places[name] = str(path)
-        return dataclasses.replace(self.spec, **places)  # type: ignore[arg-type]
+            write_whole(path, contents[name])
+        return dataclasses.replace(self.spec, **{name: str(path) for name, path in places.items()})  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         data = self.dataset

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,9 @@ def finetune(
     model: BaseModelHandle | RunConfig | str | Path,
     rows: RowSet | Any = None,
     *,
-    lora: LoraSpec = LoraSpec(),
-    train: TrainSpec = TrainSpec(),
-    out: str | Path = "runs/lorakeet",
+    lora: LoraSpec | None = None,
+    train: TrainSpec | None = None,
+    out: str | Path | None = None,
     on_step: Called | None = None,
     on_held_out: Called | None = None,
     **more: Any,
@@ -62,12 +61,13 @@ def finetune(
     """
     quiet = bool(more.pop("quiet", False))
     if isinstance(model, RunConfig):
-        if rows is not None or more:
+        if more or any(given is not None for given in (rows, lora, train, out)):
             raise ConfigError("A RunConfig has every setting, rows included. Change it with .changed(…), and give it alone.")
         config = model
     else:
         handle = model if isinstance(model, BaseModelHandle) else load_model(model)
-        config = _config(handle, rows, lora=lora, train=train, out=str(out), more=more)
+        place = str(Path("runs/lorakeet" if out is None else out))
+        config = _config(handle, rows, lora=lora or LoraSpec(), train=train or TrainSpec(), out=place, more=more)
         handle.release()  # a run reads the weights itself
     finetune_run(config, FinetuneOptions(), console=Console(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
     return open_run(config.out)
@@ -80,12 +80,11 @@ def _config(handle: BaseModelHandle, rows: Any, *, lora: LoraSpec, train: TrainS
     known = {"evaluate": EvaluateSpec, "ranks": RanksSpec}
     if unknown := [name for name in more if name not in known]:
         raise ConfigError(f"finetune has no argument {unknown[0]!r}; it takes lora, train, evaluate, ranks, out, on_step, quiet.")
-    if Path(out, "config.yaml").exists():  # before rows are written beside it
-        RunFolder(Path(out)).require_free()
+    RunFolder(Path(out)).require_free()
     found = rows if isinstance(rows, RowSet) else rows_of(rows)
-    data = found.beside(out)
-    config = RunConfig(model=handle.spec, memory=handle.memory, lora=lora, data=data, train=train, out=out, **more)
-    return load_settings(RunConfig, to_mapping(config), where="lk.finetune")
+    config = RunConfig(model=handle.spec, memory=handle.memory, lora=lora, data=found.spec, train=train, out=out, **more)
+    checked = load_settings(RunConfig, to_mapping(config), where="lk.finetune")
+    return replace(checked, data=found.beside(out))  # written only now, so that a wrong setting leaves nothing
 
 
 def open_run(path: str | Path) -> FinishedRun:
@@ -113,12 +112,12 @@ class FinishedRun:
         """The best adapter by held-out loss."""
         return AdapterValue.read(self.path, quiet=True)
 
-    @cached_property
+    @property
     def report(self) -> ShownReport:
         """The measurements; in a notebook, the page itself."""
         return ShownReport(read_report(self.folder.report))
 
-    @cached_property
+    @property
     def certificate(self) -> Certificate:
         """What was compared with the trained adapter, and by how much it differs."""
         return read_certificate(self.folder.certificate)
@@ -131,7 +130,7 @@ class FinishedRun:
     @cached_property
     def model(self) -> BaseModelHandle:
         """The base that the adapter was trained on."""
-        return BaseModelHandle(dataclasses.replace(self.config.model, device="auto"), self.config.memory)
+        return BaseModelHandle(replace(self.config.model, device="auto"), self.config.memory)
 
     @cached_property
     def rows(self) -> RowSet:
@@ -146,6 +145,8 @@ class FinishedRun:
 
     def classify(self, texts: Sequence[str | Mapping[str, Any]]) -> list[LabelAnswer]:
         """The label of each text, with its probability; of each record, if the template has other columns than the text."""
+        if isinstance(texts, (str, Mapping)):
+            raise ConfigError("classify takes a list of texts or records; put the one in a list: run.classify([text]).")
         with self.model.computing_with(self.adapter) as text:
             return classified(text, texts, self.config.data, self.labels, micro_tokens=self.config.train.micro_tokens)
 
@@ -154,6 +155,8 @@ class FinishedRun:
         return self.model.generate(prompt, adapter=self, **settings)
 
     def __str__(self) -> str:
+        if not (self.folder.report.is_file() and self.folder.certificate.is_file()):
+            return f"Run {self.path}: not finished; lorakeet finetune --resume {self.path}"
         said = self.report.value.verdict.sentence if self.report.value.verdict else "not evaluated"
         proved = "certificate passed" if self.certificate.passed else "certificate FAILED"
         return f"Run {self.path}: {said} ({proved})"

@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_unwritten()
         said = f"The disk (or the quota) is full: {error}. Free some space and run it again; what was finished before is whole."
         return _report(error, said, exit_code=LorakeetError.exit_code, as_json=False, debug="--debug" in arguments)
+    except click.Abort as error:  # which is a RuntimeError too
+        by, code = ("SIGTERM", 143) if str(error.__cause__ or "") == "SIGTERM" else ("Ctrl-C", 130)
+        return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which most verbs never import
             raise
@@ -56,9 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         said = out_of_memory_text(error)
         return _report(error, said, exit_code=LorakeetError.exit_code, as_json=as_json, debug="--debug" in arguments)
-    except click.Abort as error:
-        by, code = ("SIGTERM", 143) if str(error.__cause__ or "") == "SIGTERM" else ("Ctrl-C", 130)
-        return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
     return code if isinstance(code, int) else 0
 
 

@@ -24,6 +24,7 @@ from lorakeet.evaluate.intervals import Floats
 
 FALSE_ALARM = 1e-3  # of a certificate, split among its measures
 MEASURES = 4
+FEWEST = 4  # replicas
 _LEAST_SPREAD = 0.15  # of log mean KL between replicas: they are few, and share the machine's kernels
 _TAIL = 0.05  # share of the differences that are the tail
 _FEWEST = 20  # differences in the tail
@@ -36,7 +37,7 @@ class Replica:
     kl: Floats  # (places,)
     differences: Floats  # (values,)
     other_tokens: int  # places whose likeliest token is another
-    other_answers: int = 0  # labelled rows with another label
+    other_answers: int | None = None  # labelled rows with another label; None where no rows were answered
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,19 @@ class RoundingLimits:
 
 
 def rounding_limits(replicas: Sequence[Replica], *, places: int, rows: int) -> RoundingLimits:
-    """The limits for a server of which `places` places and `rows` labelled rows are compared. ValueError for one replica."""
-    if len(replicas) < 2:
-        raise ValueError(f"limits need the spread of at least 2 replicas; given is {len(replicas)}")
+    """The limits for a server of which `places` places and `rows` labelled rows are compared.
+
+    Replicas whose numbers are not finite do not count. ValueError for fewer than FEWEST others, and without places.
+    """
+    replicas = [one for one in replicas if np.isfinite(one.kl).all() and np.isfinite(one.differences).all()]
+    if len(replicas) < FEWEST or not places:
+        raise ValueError(f"limits need {FEWEST} replicas and some places; given are {len(replicas)} and {places}")
     alpha = FALSE_ALARM / MEASURES
     others = [one.other_tokens for one in replicas]
     share = _most(sum(others), places * len(replicas), places, alpha) / max(places, 1)
     agreement = 1 - min(1.0, max(share, _share_bound([count / max(places, 1) for count in others], alpha)))
-    answers = _most(sum(one.other_answers for one in replicas), rows * len(replicas), rows, alpha) / max(rows, 1)
+    flips = [one.other_answers for one in replicas if one.other_answers is not None]
+    answers = _most(sum(flips), rows * len(flips), rows, alpha) / max(rows, 1)
     pooled = np.concatenate([one.differences for one in replicas])
     return RoundingLimits(
         mean_kl=_mean_bound([float(one.kl.mean()) for one in replicas], alpha),
@@ -75,8 +81,8 @@ def _share_bound(shares: Sequence[float], alpha: float) -> float:
 
 
 def _mean_bound(means: Sequence[float], alpha: float) -> float:
-    """The upper prediction bound of one more mean; replicas without any difference have one of 1e-12."""
-    logs, count = np.log(np.maximum(means, 1e-12)), len(means)
+    """The upper prediction bound of one more mean. A mean far below the others is no spread: it counts as their tenth."""
+    logs, count = np.log(np.maximum(means, max(1e-12, 0.1 * float(np.median(means))))), len(means)
     spread = max(float(logs.std(ddof=1)), _LEAST_SPREAD)
     quantile = float(special.stdtrit(count - 1, 1 - alpha))
     return math.exp(float(logs.mean()) + quantile * spread * math.sqrt(1 + 1 / count))
@@ -95,7 +101,7 @@ def _largest_bound(pooled: Floats, values: int, alpha: float) -> float:
     scale = mean * (1 - shape)
     odds = (tail / len(pooled)) * values / alpha  # how much rarer than a peak the bound is
     beyond = scale * math.log(odds) if shape == 0 else scale / shape * (odds**shape - 1)
-    return max(threshold + beyond, most)
+    return max(threshold + beyond, most if variance > 0 else 2 * most)
 
 
 def _most(found: int, tried: int, count: int, alpha: float) -> int:

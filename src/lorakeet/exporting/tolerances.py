@@ -74,9 +74,6 @@ PRECISIONS: dict[str, Allowed] = {
 }  # fmt: skip
 
 
-LARGEST_SHARE = 0.5  # of the adapter's effect that rounding may take, however much it was measured to take
-
-
 def allowed_by_rounding(fixed: Allowed, limits: RoundingLimits) -> Allowed:
     """The tolerances of a server in the number format of `fixed`, where what rounding does was measured.
 
@@ -88,7 +85,7 @@ def allowed_by_rounding(fixed: Allowed, limits: RoundingLimits) -> Allowed:
         fixed.parity,
         mean_kl=max(limits.mean_kl, exact.parity.mean_kl),
         top1_agreement=min(limits.top1_agreement, exact.parity.top1_agreement),
-        effect=LARGEST_SHARE,
+        effect=_LOOSE,  # the limit of mean KL says it
     )
     difference = max(limits.difference, exact.gap)
     metric = max(limits.different_answers, exact.metric)

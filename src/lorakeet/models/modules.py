@@ -223,8 +223,8 @@ def decoder_of(model: nn.Module) -> Any:
 
 def text_part(model: nn.Module) -> str:
     """The path of the language model in a wrapper that also sees or hears; an empty string where the model is nothing else."""
-    config = getattr(model, "config", None)
-    if config is None or config.get_text_config() is config or not hasattr(model, "get_decoder"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config or not hasattr(model, "get_decoder"):
         return ""
     return path_of(model, unwrapped(decoder_of(model)))
 

@@ -118,6 +118,7 @@ class Engine:
         `cores` returns the number of cores for the next step or call; by default torch's number of threads. ConfigError for a
         model whose texts cannot share a batch, or be written over a cache.
         """
+        selection.use(None)  # the adapters of an earlier engine's last step
         check_cached(text)
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)

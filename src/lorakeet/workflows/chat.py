@@ -183,6 +183,7 @@ def _columns(written: dict[str, str]) -> Table:
 
 def _answer_lines(session: ChatSession, console: Console) -> None:
     """Each line of a pipe is a prompt without a history; its reply is printed on standard output."""
+    answered: list[dict[str, str]] = []
     for given in sys.stdin:
         line = given.strip()
         if line.startswith("/"):
@@ -194,6 +195,8 @@ def _answer_lines(session: ChatSession, console: Console) -> None:
                 shown = f"{choice}: {reply}" if session.both else reply
                 console.print(shown, markup=False, highlight=False, soft_wrap=True)
             session.keep(line, list(replies.values())[-1])
-            session.said = session.said[-2:] if session.ended else []
+            answered += session.said
+            session.said = []
         if session.ended:
-            return
+            break
+    session.said = answered  # for --json

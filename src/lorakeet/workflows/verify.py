@@ -158,7 +158,9 @@ def _formats(opened: Opened, live: InTorch, precision: str, console: Console) ->
     fixed then.
     """
     chosen = [name for name in ("float16", "bfloat16") if precision in ("auto", name)]
-    second = sum(parameter.numel() for parameter in live.text.model.parameters()) * torch.bfloat16.itemsize
+    model = live.text.model
+    second = sum(parameter.numel() for parameter in model.parameters()) * torch.bfloat16.itemsize
+    second += sum(buffer.nbytes for buffer in model.buffers())  # packed weights
     if not chosen or opened.residency.budget or second * _SECOND_MODEL > free_memory(live.text.device).bytes:
         return {}
 

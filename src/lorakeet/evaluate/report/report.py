@@ -225,10 +225,10 @@ def write_report(report: Report, folder: Path) -> None:
     put_text(folder / "report.html", render_html(report))
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: str | Path) -> Report:
     """Reads a report.json. Raises DataError if it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error
     return from_text(Report, text, where=str(path))

@@ -6,7 +6,9 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from typing import Any, Protocol
 
 from lorakeet.core.adapter import Adapter
@@ -71,7 +73,7 @@ class ServerSpeaker:
         """The server of URL or URL#NAME, and the model to begin with. Raises EnvironmentProblem where it does not answer."""
         url, _, name = address.partition("#")
         url = url.rstrip("/").removesuffix("/v1")
-        with _opened(f"{url}/v1/models", None) as response:
+        with _opened(f"{url}/v1/models", None) as response, _readable(url):
             listed = [str(model.get("id")) for model in json.loads(response.read()).get("data", ())]
         if not listed:
             raise EnvironmentProblem(f"{url}/v1/models lists no model. Start the server with one.")
@@ -89,7 +91,7 @@ class ServerSpeaker:
             "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
             "seed": sampling.seed,
         }  # fmt: skip
-        with _opened(f"{self.url}/v1/chat/completions", body) as response:
+        with _opened(f"{self.url}/v1/chat/completions", body) as response, _readable(self.url):
             for line in response:
                 text = line.decode("utf-8").strip()
                 if not text.startswith("data:") or text == "data: [DONE]":
@@ -108,6 +110,16 @@ def _weights(choice: str, names: Collection[str]) -> dict[str, float]:
     except UnknownModel:
         known = ", ".join((*names, BASE))
         raise UnknownModel(f"There is no adapter '{choice}'; there are {known}.{nearest(choice, names)}") from None
+
+
+@contextmanager
+def _readable(url: str) -> Iterator[None]:
+    """A context in which an answer that ends early, or is no JSON, becomes an EnvironmentProblem."""
+    try:
+        yield
+    except (HTTPException, OSError, ValueError, AttributeError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"[:300]
+        raise EnvironmentProblem(f"{url} gave an answer that cannot be read ({said}). Correct the address, or retry.") from error
 
 
 def _opened(url: str, body: Mapping[str, Any] | None) -> Any:

@@ -41,6 +41,7 @@ from lorakeet.workflows.planning.forecast_text_run import Workload
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]]"
 Mix: TypeAlias = "tuple[tuple[Adapter, float], ...]"  # adapters with weights; empty for the base
+Identity: TypeAlias = "tuple[int, int]"
 TOGETHER = 16  # texts of a batch
 ON_MODEL = 32  # adapters that stay on a model between calls
 _LONGEST = 1 << 30  # tokens: a prompt is never truncated without a word
@@ -58,7 +59,7 @@ def open_texts(spec: ModelSpec, memory: MemorySpec, adapter: Adapter | None, *, 
     config = RunConfig(model=spec, memory=memory, data=data)
     residency = fit_evaluation(config, adapter or _outline(spec), lambda _: None, Workload(labelled=False))
     if residency.store is None:
-        return BatchedTexts(load_text_model(spec), context)
+        return BatchedTexts(load_text_model(spec), context, slots=slots)
     text = load_text_model(spec, store=residency.store, slots=residency.way.slots, pinned=residency.pinned)
     return StreamedTexts(text, context)
 
@@ -76,10 +77,11 @@ def _outline(spec: ModelSpec) -> Adapter:
 
 
 class TextSource(ABC):
-    """A model in memory, with the adapters that were used last."""
+    """A model in memory, with the adapters that were used last; `closed` once it is given up."""
 
     def __init__(self, text: TextModel, context: int | None = None) -> None:
         self.text, self.context = text, min(filter(None, (context, text.context)), default=None)
+        self.closed = False
 
     def ids(self, prompt: Prompt, data: DataSpec, *, raw: bool) -> tuple[int, ...]:
         """The tokens of a prompt, as training encodes it with the settings `data`; as it is with `raw`.
@@ -133,7 +135,7 @@ class BatchedTexts(TextSource):
         """`slots` texts of `length` tokens are expected at least: a cache that is too small is made anew, and forgets."""
         super().__init__(text, context)
         self.live, self._slots, self._length = ServingModel(text), slots, length
-        self._names: OrderedDict[int, tuple[str, Adapter]] = OrderedDict()  # by identity of the adapter, the last used last
+        self._names: OrderedDict[Identity, tuple[str, Adapter]] = OrderedDict()  # the last used last
         self._count = 0
         self._engine: Engine | None = None
 
@@ -151,7 +153,7 @@ class BatchedTexts(TextSource):
                 written[number] += event.text
                 if event.reason is not None:
                     left.discard(number)
-                    _raise_failed(event)
+                    _raise_failed(event)  # also for one that another call has cancelled
         finally:
             for job in jobs:
                 job.cancel()
@@ -184,11 +186,12 @@ class BatchedTexts(TextSource):
             self.live.selection.use(None)
 
     def close(self) -> None:
+        self.closed = True
         self._stop()
 
     def _attached(self, mixes: Sequence[Mix]) -> list[dict[str, float]]:
         """The weights of each mix by the names of its adapters on the model, to which new ones are added."""
-        needed = {id(adapter): adapter for mix in mixes for adapter, _ in mix}
+        needed = {_identity(adapter): adapter for mix in mixes for adapter, _ in mix}
         for key, adapter in needed.items():
             if key not in self._names:
                 self._count += 1
@@ -197,7 +200,7 @@ class BatchedTexts(TextSource):
             self._names.move_to_end(key)
         for known in [known for known in self._names if known not in needed][: max(0, len(self._names) - ON_MODEL)]:
             self.live.detach(self._names.pop(known)[0])
-        found = [{self._names[id(adapter)][0]: weight for adapter, weight in mix} for mix in mixes]
+        found = [{self._names[_identity(adapter)][0]: weight for adapter, weight in mix} for mix in mixes]
         for mix in found:
             if list(mix.values()) not in ([], [1.0]) and not all(map(self.live.mixes, mix)):
                 raise ConfigError("DoRA and biases cannot be mixed or weighted. Use such an adapter alone, with weight 1.")
@@ -208,8 +211,11 @@ class BatchedTexts(TextSource):
         longest = max(max(map(len, prompts)) + sampling.max_tokens, self._length)
         length = -(-longest // 512) * 512 if self.context is None else min(-(-longest // 512) * 512, self.context)
         slots = min(TOGETHER, max(len(prompts), self._slots))
+        if self.closed:
+            raise ConfigError("The model was released while this reply was open. Call generate or stream again.")
         found = self._engine
-        if found is None or found.context < length or found.cache.slots < slots or len(prompts) > found.most_waiting:
+        too_small = found is None or found.context < length or found.cache.slots < slots or len(prompts) > found.most_waiting
+        if found is None or too_small or not found.ready:
             self._stop()
             found = self._engine = Engine(
                 self.text, self.live.selection, slots=slots, context=length, waiting=max(256, len(prompts))
@@ -257,8 +263,15 @@ class StreamedTexts(TextSource):
                 eject(self.text.model)
 
     def close(self) -> None:
+        self.closed = True
         if self.text.streamed is not None:
             self.text.streamed.stream.close()
+
+
+def _identity(adapter: Adapter) -> Identity:
+    """The adapter, and how often its numbers were changed in place: what was changed is another one."""
+    tensors = (part for pair in adapter.pairs.values() for part in (pair.A, pair.B))
+    return id(adapter), sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
 
 def _key(mix: Mix) -> tuple[tuple[int, float], ...]:
@@ -293,6 +306,8 @@ def _put(events: queue.SimpleQueue[tuple[int, Event]], number: int, event: Event
 def _raise_failed(event: Event) -> None:
     if event.reason == "error":
         raise LorakeetError(event.error)
+    if event.reason == "cancelled":
+        raise LorakeetError("This reply was cut short: another call needed the model. Finish a stream before the next call.")
 
 
 def _seeded(sampling: Sampling, number: int) -> Sampling:

@@ -46,6 +46,7 @@ class Place:
 
     ours: dict[int, float]
     top: int
+    held_out: bool = True  # whether it counts for KL and agreement; the difference of one log-probability is of all places
 
     def tops(self, after: Tensor) -> bool:
         """True if no token is likelier than `top` in `after` (vocabulary,): in 16 bits, several are often equally likely."""
@@ -71,11 +72,11 @@ class Reading:
     places: dict[int, Place]
 
     @classmethod
-    def of(cls, live: InTorch, ids: list[int], tokens: Mapping[int, Collection[int]]) -> Reading:
+    def of(cls, live: InTorch, ids: list[int], tokens: Mapping[int, Collection[int]], *, held_out: bool = True) -> Reading:
         """The live model's view of a row, of some `tokens` at some places."""
         table = live.logits(ids).log_softmax(-1)
         places = {
-            place: Place({token: float(table[place][token]) for token in known}, int(table[place].argmax()))
+            place: Place({token: float(table[place][token]) for token in known}, int(table[place].argmax()), held_out)
             for place, known in tokens.items()
         }
         return cls(ids, places)
@@ -106,7 +107,7 @@ def replicas(
 
     def stepped(side: InTorch) -> list[Replica]:
         seen = list(step_by_step(side.text, readings, side.adapter))
-        return [_replica(seen, 0)] if seen else []
+        return [_replica(seen, None)] if seen else []
 
     side = load()
     found = [measured(side)]
@@ -132,13 +133,14 @@ def _view(side: InTorch, parts: int) -> Iterator[None]:
         yield
 
 
-def _replica(seen: Sequence[View], changed: int) -> Replica:
+def _replica(seen: Sequence[View], changed: int | None) -> Replica:
     kl, differences, other = list[float](), list[float](), 0
     for place, theirs, same in seen:
         divergence, apart = place.against(theirs)
-        kl.append(divergence)
         differences += apart
-        other += not same
+        if place.held_out:
+            kl.append(divergence)
+            other += not same
     return Replica(np.array(kl), np.array(differences), other, changed)
 
 

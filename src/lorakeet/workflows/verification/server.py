@@ -20,7 +20,7 @@ from lorakeet.data.chat import Ids
 from lorakeet.evaluate.certificate import Check, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
-from lorakeet.evaluate.rounding_noise import FALSE_ALARM, rounding_limits
+from lorakeet.evaluate.rounding_noise import FALSE_ALARM, RoundingLimits, rounding_limits
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import PRECISIONS, Allowed, allowed_by_rounding
 from lorakeet.models.generate.sample import end_ids
@@ -115,25 +115,31 @@ class _Comparison:
         messages = next((talk for talk, ids in self.probes.conversations if np.array_equal(ids, prompt)), None)
         return None if messages is None else api.chat(messages, tokens)
 
-    def measure_rounding(self, reported: Sequence[Reported]) -> None:
+    def measure_rounding(self, held_out: Sequence[Reported], written: Sequence[Reported]) -> None:
         """Replaces the server's limits by what rounding does in the first number format that explains what it reports.
 
-        The last format is taken if none does. Without formats, or without log-probabilities, the fixed limits stay.
+        The last format is taken if none does. Without formats, or without log-probabilities, the fixed limits stay. Mean KL and
+        agreement are of the `held_out` places, or of what was `written` where there are none; single differences are of both.
         """
-        with_places = [one for one in reported if one.places]
-        if not self.formats or not with_places:
+        rows = [one for one in held_out if one.places] or [one for one in written if one.places]
+        others = [one for one in written if one.places and one not in rows]
+        if not self.formats or not rows:
             return
-        readings = [Reading.of(self.live, one.ids, one.places) for one in with_places]
+        readings = [Reading.of(self.live, one.ids, one.places) for one in rows]
+        readings += [Reading.of(self.live, one.ids, one.places, held_out=False) for one in others]
         seen = [
-            (*place.against(theirs), theirs.get(place.top, -math.inf) >= max(theirs.values()))
-            for reading, one in zip(readings, with_places, strict=True)
+            (place.held_out, *place.against(theirs), theirs.get(place.top, -math.inf) >= max(theirs.values()))
+            for reading, one in zip(readings, [*rows, *others], strict=True)
             for place, theirs in ((reading.places[number], known) for number, known in one.places.items())
         ]
-        kl, worst = float(np.mean([one[0] for one in seen])), max((most for one in seen for most in one[1]), default=0.0)
-        agreement = float(np.mean([one[2] for one in seen]))
+        counted = [one for one in seen if one[0]]
+        kl, worst = float(np.mean([one[1] for one in counted])), max((most for one in seen for most in one[2]), default=0.0)
+        agreement = float(np.mean([one[3] for one in counted]))
         exact = PRECISIONS["float32"]
         if kl <= exact.parity.mean_kl and worst <= exact.logprob and agreement >= exact.parity.top1_agreement:
-            self.server.allowed, self.measured = exact, "It computes like float32, whose limits are fixed."
+            fixed = RoundingLimits(exact.parity.mean_kl, exact.logprob, exact.parity.top1_agreement, exact.metric)
+            self.server.allowed = allowed_by_rounding(exact, fixed)
+            self.measured = "It computes like float32, whose limits are fixed."
             return
         answers = [answer(self.live, row, self.live) for row in self.probes.labelled]
         last = list(self.formats)[-1]
@@ -142,13 +148,14 @@ class _Comparison:
             found = replicas(partial(in_format, name), readings, self.probes.labelled, answers, least)
             if len(found) == 1:
                 continue
-            limits = rounding_limits(found, places=len(seen), rows=len(answers))
+            limits = rounding_limits(found, places=len(counted), rows=len(answers))
             if kl <= limits.mean_kl and worst <= limits.difference and agreement >= limits.top1_agreement:
                 break
         self.server.allowed = allowed_by_rounding(PRECISIONS[name], limits)
+        limit = self.server.allowed.parity.mean_kl
         self.measured = (
             f"The limits are what rounding in {name} does, measured in {len(found)} computations of the live adapter; a right "
-            f"server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. {self._power(readings, limits.mean_kl)}"
+            f"server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. {self._power(readings, limit)}"
         ).strip()
 
     def _power(self, readings: Sequence[Reading], limit: float) -> str:
@@ -156,9 +163,12 @@ class _Comparison:
         tried = 0.1
         with changed_pairs(self.live, lambda _, pair: pair.B.mul_(1 - tried)):
             views = [view for reading in readings for view in reading.seen_by(self.live)]
-            seen = [place.against(theirs)[0] for place, theirs, _ in views]
-        moved = float(np.mean(seen))
-        return "" if moved <= 0 else f"A scale that is {tried * math.sqrt(limit / moved):.2g} of itself off would exceed them."
+            seen = [place.against(theirs)[0] for place, theirs, _ in views if place.held_out]
+        off = tried * math.sqrt(limit / moved) if (moved := float(np.mean(seen))) > 0 else math.inf
+        if off < 1:
+            return f"A scale that is {off:.2g} of itself off would exceed them."
+        self.skip("whether the adapter is applied", "rounding explains as much as the adapter changes on these rows")
+        return ""
 
     def check_reported(self, reported: Sequence[Reported]) -> None:
         """Log-probabilities along held-out rows, or else along what the server wrote, against the live ones, place by place."""
@@ -271,7 +281,7 @@ def check_server(
     found.check_prompts()
     along = [Reported(row.tolist(), found.along(row.tolist())) for row in probes.rows] if server.api.takes_ids else []
     readings = found.read_writing()
-    found.measure_rounding([*along, *(reading.reported for reading in readings)])
+    found.measure_rounding(along, [reading.reported for reading in readings])
     written = [reading.up_to(server.allowed.gap) for reading in readings]
     found.check_writing(written)
     found.check_reported(along if any(one.places for one in along) else [one.reported for one in written if one.reported.places])
