@@ -100,6 +100,19 @@ def test_memory_stays_within_the_limit_of_a_container(tmp_path: Path, limit: str
     assert available_memory(tmp_path) == (expected, "free")
 
 
+def test_files_that_the_system_can_drop_are_not_in_use(tmp_path: Path) -> None:
+    """A model that was just downloaded fills a container's memory with pages of its files."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable: 99999999 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("memory.max", f"{8 << 30}"), ("memory.current", f"{7 << 30}")):
+        (group / name).write_text(text)
+    assert available_memory(tmp_path) == (1 << 30, "free")
+    (group / "memory.stat").write_text(f"anon 5\ninactive_file {6 << 30}\nactive_file 7\n")
+    assert available_memory(tmp_path) == (7 << 30, "free")
+
+
 def test_without_proc_all_memory_is_reported(tmp_path: Path) -> None:
     total, words = available_memory(tmp_path)
     assert total > 0 and words == "in all"

@@ -125,3 +125,16 @@ def test_random_numbers_of_a_device_are_drawn_again_too(second_generator: torch.
     with _drawing_from(state, card):
         again = torch.rand(2), torch.rand(2, generator=second_generator)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_blocks_with_trained_inputs_of_their_own_are_refused(folder: Path) -> None:
+    """What is made before the blocks and passed to each of them would get no gradient (Gemma 3n and 4)."""
+    block = RecomputedBlock(torch.nn.Identity())
+    states, other = torch.randn(1, 3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    for arguments, settings in (((other,), {}), ((), {"per_layer_input": other}), ((), {"shared": {"keys": (other,)}})):
+        with pytest.raises(NotStreamed, match="trained inputs beside the hidden states"):
+            block(states, *arguments, **settings)
+    text = loaded(folder)
+    text.model.config.num_kv_shared_layers = 2
+    with pytest.raises(NotStreamed, match="use keys and values of earlier ones"):
+        recompute_blocks(text.model, text.family, keep=1)

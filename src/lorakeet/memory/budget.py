@@ -101,10 +101,19 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
         limit = (root / "sys/fs/cgroup/memory.max").read_text().strip()
-        used = int((root / "sys/fs/cgroup/memory.current").read_text())
+        used = int((root / "sys/fs/cgroup/memory.current").read_text()) - _reclaimable(root)
     except OSError:  # no control group of its own
         return free, "free"
     return (free, "free") if limit == "max" else (min(free, int(limit) - used), "free")
+
+
+def _reclaimable(root: Path) -> int:
+    """Bytes of files in a container's memory that the system frees when it needs them."""
+    try:
+        lines = (root / "sys/fs/cgroup/memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def larger_than_machine(budget: Budget) -> str:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree  # torch offers no public name
 
 from lorakeet.core.layers.linear import BlockReplacement
 from lorakeet.models import modules
@@ -27,8 +28,11 @@ from lorakeet.models.streaming.model import NotStreamed, plain_output
 def recompute_blocks(model: nn.Module, family: Family, *, keep: int) -> int:
     """Makes all but the last `keep` decoder blocks keep their input alone; returns how many that are.
 
-    Raises NotStreamed for a model whose blocks do not run one after another, each once.
+    Raises NotStreamed for a model whose blocks do not run one after another, each once, or use what an earlier block made.
     """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config") and int(getattr(config.get_text_config(), "num_kv_shared_layers", None) or 0):
+        raise NotStreamed("Blocks of this model use keys and values of earlier ones, so none can be computed again.")
     prefix, blocks = modules.block_prefix(model, family)
     if not modules.blocks_run_once(model, family):
         raise NotStreamed("The blocks of this model do not run one after another, each once, so none can be computed again.")
@@ -46,6 +50,8 @@ class RecomputedBlock(BlockReplacement):
         trained = [parameter for parameter in self.original.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled() or not (trained or states.requires_grad):
             return self.original(states, *args, **settings)
+        if any(isinstance(part, Tensor) and part.requires_grad for part in pytree.tree_leaves((args, settings))):
+            raise NotStreamed("Blocks of this model get trained inputs beside the hidden states, so none can be computed again.")
 
         def computed(given: Tensor) -> Tensor:
             return plain_output(self.original(given, *args, **settings))

@@ -10,6 +10,7 @@ from lorakeet.core.plan import ExtraEntry, ModelWeight, Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models.families import family_of
 from lorakeet.models.targets import plan_for
+from lorakeet.workflows.finetuning import trained_targets
 from lorakeet.workflows.finetuning.trained_targets import (
     Moved,
     remarks_before,
@@ -112,3 +113,15 @@ def test_what_peft_refuses_is_said_before_training() -> None:
     (said,) = remarks_of_peft(model.config, planned(model, target_modules=("in_proj", "out_proj")), type(model))
     assert said.startswith("PEFT 0.21") and "will not read this adapter: it refuses" in said and "out_proj" in said
     assert not list(remarks_of_peft(model.config, planned(model), type(model)))
+
+
+def test_a_peft_that_cannot_be_imported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one from before it had pairs on parameters; the run goes on."""
+
+    def fails(*_: object) -> str:
+        raise ImportError("cannot import name 'ParamWrapper' from 'peft.tuners.lora'")
+
+    monkeypatch.setattr(trained_targets, "unread_by_peft", fails)
+    monkeypatch.setattr(trained_targets, "peft_version", lambda: "0.13.2")
+    [said] = remarks_of_peft(None, Plan(()))
+    assert said.startswith("PEFT 0.13.2 cannot be imported here (ImportError: cannot import name 'ParamWrapper'")

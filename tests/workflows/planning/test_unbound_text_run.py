@@ -23,6 +23,7 @@ from lorakeet.train.processes import Processes
 from lorakeet.workflows.finetuning import assemble_text
 from lorakeet.workflows.finetuning import text as text_kind
 from lorakeet.workflows.planning import rehearse_text, text_run, unbound_text_run
+from lorakeet.workflows.planning.fit import choose
 from lorakeet.workflows.planning.forecast_text_run import CERTIFY, RowLengths, Workload
 from lorakeet.workflows.planning.rehearse_text import STEP
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun, fit_text_run
@@ -225,3 +226,23 @@ def test_a_plan_says_how_a_run_fits_the_card_that_is_here_or_that_it_is_refused(
     text_kind._show_choice(work, Budget(CONTEXT, "512 MiB", "cuda:0"), said.append)
     assert "planned of 1 TiB free on cuda:0 for this run" in said[0]
     assert said[-1].startswith("finetune refuses: 512 MiB of memory are free on cuda:0, but this run takes at least")
+
+
+def test_a_later_way_that_cannot_be_planned_leaves_what_is_known(config: Callable[..., RunConfig]) -> None:
+    """A run that is known not to fit is refused, whatever becomes of the ways that would follow."""
+
+    class TwoWays(text_run.TextRun):
+        def ways(self, budget: int) -> Any:
+            yield RESIDENT
+            yield Way(streamed=True, slots=ALONE)
+
+        def plan(self, way: Way) -> Any:
+            if way.streamed:
+                raise rehearse_text.NotPlanned("its code does not run on shapes alone.")
+            return super().plan(way)
+
+    work = TwoWays(config(), ROWS, lambda _: None)
+    whole = work.plan(RESIDENT).peak
+    found = choose(work, Budget(whole - 1, "less"))
+    assert not found.fits and found.way == RESIDENT and found.why_no_more == "its code does not run on shapes alone."
+    assert choose(work, Budget(whole + 1, "enough")).fits

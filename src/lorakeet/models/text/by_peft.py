@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.layers.extras import TrainedRows
@@ -30,6 +29,7 @@ from lorakeet.models import modules
 from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import activate, adapter_parts, eject, use_products
 from lorakeet.models.text.load import set_attention
@@ -94,7 +94,7 @@ def unread_by_peft(config: Any, plan: Plan, owner: Any = None) -> str:
         return ""  # new rows and whole modules alone
     adapter = Adapter(pairs, base="", metadata=model_type_to_keep(config.model_type))
     try:
-        found = _placed(config, AutoModelForCausalLM if owner is None else _Owner(owner), adapter)
+        found = _placed(config, auto_class_of(config) if owner is None else _Owner(owner), adapter)
     except ImportError:
         raise
     except Exception as error:  # of any kind: PEFT's refusals are ValueError, TypeError, NotImplementedError and others

@@ -157,7 +157,7 @@ def _own_logits(text: TextModel) -> Tensor:
     rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
     try:
         return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
-    except LorakeetError:
+    except (LorakeetError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise EnvironmentProblem(
@@ -278,6 +278,8 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
         if text.attention != attention:
             return f"'{kind}' models cannot exchange their attention for {attention}"
         logits = text.head(text.hidden(_check_batch(text)))
+    except torch.OutOfMemoryError:
+        raise
     except EnvironmentProblem as error:
         return str(error).rstrip(".")
     except Exception as error:  # whatever the model's code raises where it does not know this attention

@@ -21,6 +21,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
+from lorakeet.models.files.validate import first_line
 from lorakeet.models.text.adapters import own_modules
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.int8 import exact_products
@@ -85,10 +86,12 @@ def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], 
                     with _rounded_otherwise(text):
                         again = torch.cat([_own_losses(text, example) for example in examples])
                         noise = _relative(_gradients(scale * again, parameters), own_gradients)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # of the model's own code
         raise EnvironmentProblem(
             f"'{text.model.config.model_type}' models cannot be trained in {text.dtype}: their code fails with pairs "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Nothing was trained. Try another model.dtype."
+            f"({first_line(error)}). Nothing was trained. Try another model.dtype."
         ) from error
     finally:
         text.model.train(training)

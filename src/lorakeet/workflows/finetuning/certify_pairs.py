@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lorakeet.data.chat import Example
 from lorakeet.evaluate.certificate import Check, Unchecked, tolerance_check
 from lorakeet.models.compare_saved import SavedDifference
+from lorakeet.models.files.validate import first_line
 from lorakeet.models.text.by_peft import IN_PEFT, ROUNDING, SHARE, compare_with_peft, peft_version, why_not_by_peft
 from lorakeet.models.text.model import TextModel
 
@@ -56,6 +59,8 @@ def check_by_peft(fresh: TextModel, name: str, adapter: Path, rows: Sequence[Exa
     between = ("adapter by Lorakeet", "adapter loaded by PEFT, both in fp32")
     try:
         found = compare_with_peft(fresh, name, adapter, rows)
+    except (ImportError, MemoryError, torch.OutOfMemoryError) as error:  # of this machine, not of the adapter
+        return unchecked_in_peft(adapter, f"PEFT could not be used here ({first_line(error)})")
     except Exception as error:  # of any kind that PEFT raises
         said = f"PEFT cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return tolerance_check(title, {"not_loaded": 1.0}, tolerance={"not_loaded": 0.0}, between=between, detail=said)

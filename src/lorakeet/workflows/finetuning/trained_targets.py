@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakeet.core.plan import ExtraEntry, ModelWeight, Plan, path_range
 from lorakeet.evaluate.report.target_row import ExpertTokens, TargetRow
+from lorakeet.models.files.validate import first_line
 from lorakeet.models.module_kinds import EXPERT, ROUTER
 from lorakeet.models.text.by_peft import peft_version, unread_by_peft
 
@@ -82,7 +83,12 @@ def remarks_before(plan: Plan) -> Iterator[str]:
 def remarks_of_peft(config: Any, plan: Plan, owner: Any = None) -> Iterator[str]:
     """A sentence where the installed PEFT will not read what `plan` trains on a model of this transformers configuration."""
     installed = peft_version()
-    if installed and (why := unread_by_peft(config, plan, owner)):
+    try:
+        why = unread_by_peft(config, plan, owner) if installed else ""
+    except ImportError as error:
+        yield f"PEFT {installed} cannot be imported here ({first_line(error)}), so what it reads of the adapter is not known."
+        return
+    if why:
         yield f"PEFT {installed} will not read this adapter: {why}."
 
 

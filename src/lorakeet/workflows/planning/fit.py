@@ -111,6 +111,10 @@ def choose(work: BudgetedWork[P], budget: Budget) -> WayChoice[P]:
                 break
     except NotStreamed as error:
         why = error.reason
+    except NotPlanned as error:
+        if not tried:
+            raise
+        why = str(error)  # of a later way: what the earlier ones take is known
     way, plan = min(tried, key=lambda one: one[1].peak)
     if not plan.blocks:
         return WayChoice(way, plan, plan.peak <= budget.bytes, tuple(tried), why)
