@@ -122,7 +122,8 @@ NOTES = (
     "adapter of a .gguf base names that file in its metadata; report.json has the few-shot base, and intervals of the new tests; "
     "certificate.json has the check of the first pass.",
     "Since then on purpose: plans and report.json have the table of targets, by kind of module; certificate.json has the checks "
-    "trained = saved = loaded and, of runs without a budget, the adapter in PEFT.",
+    "trained = saved = loaded and, of runs without a budget, the adapter in PEFT. The phase judge is called final eval; what the "
+    "certificate unpacks counts the largest packed matrix, which lets plans of 7B NF4 and 13B GPTQ keep more blocks.",
 )
 DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most", "training_seconds_at_least"}

@@ -97,7 +97,7 @@ def test_what_is_missing_is_refused_without_torch(arguments: list[str], words: s
 
 def test_each_verb_that_reads_files_has_its_check() -> None:
     named = {verb.name: verb.checks for verb in VERBS if verb.checks}
-    assert {verb.name for verb in VERBS} - set(named) == {"doctor"}
+    assert {verb.name for verb in VERBS} - set(named) == {"doctor", "check"}  # these import no torch at all
     assert set(named.values()) == set(early_checks._CHECKS)
     assert {name for name, check in named.items() if check != name} == {"quickstart"}
 

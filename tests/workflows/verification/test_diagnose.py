@@ -30,9 +30,9 @@ def live(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> InTorch:
 
 def mistaken(live: InTorch, change: Callable[[str, Any], Any]) -> torch.Tensor:
     """The logits of the live model with its pairs changed by `change`."""
-    from lorakeet.workflows.verification.diagnose import _changed
+    from lorakeet.workflows.verification.diagnose import changed_pairs
 
-    with _changed(live, change):
+    with changed_pairs(live, change):
         return live.logits(IDS)
 
 

@@ -199,8 +199,9 @@ class _Comparison:
         limits = {"mean_kl": allowed.parity.mean_kl, "logprob_difference": allowed.logprob}
         limits["top1_agreement"] = allowed.parity.top1_agreement
         moved = float(np.mean(effect))  # of the base on the same tokens
-        if math.isfinite(allowed.parity.effect) and moved > 0:
-            measured["effect"], limits["effect"] = divergence.value / moved, allowed.parity.effect
+        share_allowed = allowed.parity.mean_kl / moved if self.measured and moved > 0 else allowed.parity.effect
+        if math.isfinite(share_allowed) and moved > 0:
+            measured["effect"], limits["effect"] = divergence.value / moved, share_allowed
         detail = f"Of up to {TOP} likeliest tokens a place, all others as one. {detail} {self.measured}".strip()
         check = named_check(
             "log-probabilities", self.names, measured, limits, n=len(kl), detail=detail, floors=("top1_agreement",)
