@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,18 @@ def test_a_model_that_is_gone_leaves_no_thread(tiny_llama_folder: Path) -> None:
     del model
     gc.collect()
     assert not engine._thread.is_alive()
+
+
+def test_released_weights_are_freed(tiny_llama_folder: Path) -> None:
+    model = lk.load(tiny_llama_folder, dtype="float32")
+    for _ in range(2):
+        before = model.generate(QUESTION, max_tokens=2)
+        weights = weakref.ref(model._opened.text.model)  # type: ignore[union-attr]
+        model.release()
+        gc.collect()
+        assert weights() is None
+    assert model.generate(QUESTION, max_tokens=2) == before
+    model.release()
 
 
 def test_numbers_that_change_in_place_are_another_adapter(shared: Shared) -> None:

@@ -75,6 +75,7 @@ class BaseModelHandle:
     def __init__(self, spec: ModelSpec, memory: MemorySpec = MemorySpec()) -> None:
         self.spec, self.memory = spec, memory
         self._opened: TextSource | None = None
+        self._closing: finalize[..., BaseModelHandle] | None = None  # closes what is open when the handle goes
         self._default: AnyAdapter = None
 
     def __repr__(self) -> str:
@@ -179,13 +180,15 @@ class BaseModelHandle:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
+            if self._closing is not None:
+                self._closing.detach()  # it holds the weights
             release_free_memory()
 
     def _generation(self, adapters: Sequence[tuple[Adapter | None, DataSpec]]) -> TextSource:
         if self._opened is None or self._opened.closed:
             needed = next((one for one, _ in adapters if one is not None), None)
             self._opened = open_texts(self.spec, self.memory, needed, context=CONTEXT)
-            finalize(self, self._opened.close)  # its thread would keep the weights
+            self._closing = finalize(self, self._opened.close)  # its thread would keep the weights
         return self._opened
 
     def _adapters(self, given: Any, count: int) -> list[tuple[Adapter | None, DataSpec]]:

@@ -142,15 +142,20 @@ class _Comparison:
             self.measured = "It computes like float32, whose limits are fixed."
             return
         answers = [answer(self.live, row, self.live) for row in self.probes.labelled]
-        last = list(self.formats)[-1]
+        last, limits = list(self.formats)[-1], None
         for name, in_format in self.formats.items():
             least = 0.0 if name == last else kl / _EXPLAINED
             found = replicas(partial(in_format, name), readings, self.probes.labelled, answers, least)
             if len(found) == 1:
                 continue
-            limits = rounding_limits(found, places=len(counted), rows=len(answers))
+            try:
+                limits = rounding_limits(found, places=len(counted), rows=len(answers))
+            except ValueError:  # numbers beyond the format's range: it is none in which this adapter is served
+                continue
             if kl <= limits.mean_kl and worst <= limits.difference and agreement >= limits.top1_agreement:
                 break
+        if limits is None:
+            return
         self.server.allowed = allowed_by_rounding(PRECISIONS[name], limits)
         limit = self.server.allowed.parity.mean_kl
         self.measured = (
