@@ -201,12 +201,12 @@ def test_other_separators_and_encodings_are_named_and_read(tmp_path: Path) -> No
     (tmp_path / "a.csv").write_bytes("text;label\nschön;gut\n".encode("cp1252"))
     with pytest.raises(DataError, match=r"not utf-8 text \(byte 0xf6\)\. Set --data.encoding cp1252"):
         read_rows(str(tmp_path / "a.csv"), DataSpec(train="x"))
-    with pytest.raises(DataError, match=r"one column, 'text;label', .* separated by ';'\. Set --data.delimiter ';'"):
+    with pytest.raises(DataError, match=r"one column, 'text;label', .* separated by ';': set --data.delimiter ';'"):
         read_rows(str(tmp_path / "a.csv"), DataSpec(train="x", encoding="cp1252"))
     (row,) = read_rows(str(tmp_path / "a.csv"), DataSpec(train="x", encoding="cp1252", delimiter=";"))
     assert (row.text, row.label) == ("schön", "gut")
     (tmp_path / "b.csv").write_text("text\tlabel\nx\ty\n")
-    with pytest.raises(DataError, match=r"Set --data\.delimiter 'tab'"):
+    with pytest.raises(DataError, match=r"set --data\.delimiter 'tab'"):
         read_rows(str(tmp_path / "b.csv"), DataSpec(train="x"))
     assert read_rows(str(tmp_path / "b.csv"), DataSpec(train="x", delimiter="tab"))[0].label == "y"
     (tmp_path / "c.jsonl").write_bytes('{"text": "é"}'.encode("utf-16"))
@@ -229,3 +229,34 @@ def test_a_given_separator_is_believed(tmp_path: Path) -> None:
     (tmp_path / "one.tsv").write_text("text, of a review\ngood\n")
     spec = DataSpec(train="x", delimiter="tab", text_column="text, of a review")
     assert read_rows(str(tmp_path / "one.tsv"), spec)[0].text == "good"
+
+
+QUOTED = 'text;label\n"ciao; sì";a\nmondo;b\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "said"),
+    [
+        ("text, long;label\nciao;a\n", {}, "rows.csv:2: 1 fields where the header has 2 (text,  long;label). Its columns may be"),
+        ('"text";"label"\n"ciao, a";"b"\n', {}, "separated by ';': set --data.delimiter ';'"),
+        (QUOTED, {"delimiter": ","}, "separated by ';': set --data.delimiter ';'"),
+        (QUOTED, {"delimiter": "tab"}, "separated by ';': set --data.delimiter ';'"),
+        ("text;label\nciao;a\n", {"delimiter": "tab"}, "'text;label' match no known shape"),
+        ("text;label\nciao;a\n", {"delimiter": "tab"}, "separated by ';': set --data.delimiter ';'"),
+        ("text;label\nciao;a\n", {"delimiter": "tab", "label_column": "label"}, "set --data.delimiter ';'"),
+        ('text,label\n"ciao, a",b\n', {"delimiter": ";"}, "separated by ',': set --data.delimiter ','"),
+        ("sep=;\ntext;label\nciao;a\n", {}, "begins with 'sep=;', a line for Excel alone. Remove that line, and set"),
+        ("sep=;\ntext;label\nciao;a\n", {"delimiter": ";"}, "begins with 'sep=;', a line for Excel alone. Remove that line."),
+    ],
+)
+def test_a_wrong_separator_is_named_wherever_it_shows(tmp_path: Path, content: str, settings: dict[str, str], said: str) -> None:
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / "rows.csv"), DataSpec(train="x", **settings))  # type: ignore[arg-type]
+    assert said in str(caught.value)
+
+
+def test_a_short_first_row_is_no_other_separator(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label|kind\nciao\nmondo,b\n")
+    spec = DataSpec(train="x", bad_rows="drop", label_column="label|kind")
+    assert [row.text for row in read_rows(str(tmp_path / "rows.csv"), spec)] == ["mondo"]

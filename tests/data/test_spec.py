@@ -62,6 +62,7 @@ def test_fill_template_finds_the_text_and_keeps_braces():
         ({"encoding": "utf-99"}, "data.encoding is 'utf-99'"),
         ({"encoding": "hex"}, "data.encoding is 'hex'"),
         ({"delimiter": "::"}, "data.delimiter is '::'; expected one"),
+        ({"delimiter": '"'}, "data.delimiter is '\"'; expected one"),
     ],
 )
 def test_encodings_and_separators_that_cannot_be(given: dict[str, str], words: str) -> None:

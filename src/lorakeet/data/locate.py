@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import io
 import re
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import IO, cast
 
 from lorakeet.data.guarded_stream import MOST_UNPACKED, GuardedStream, too_large, unpacking
+from lorakeet.data.text_encoding import codec_of, encoding_refusal
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest
 
 PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PEEKED = 8192  # bytes of the beginning, by which an encoding is recognised
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pyd")
 
 
@@ -110,7 +111,7 @@ def package_file(distribution: str, suffix: str = "") -> Path:
 
 
 @contextmanager
-def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[IO[bytes]]:
+def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[io.BufferedReader]:
     """Opens a file for reading, decompressing zip members and gzip, to at most `most` bytes.
 
     DataError for damaged files and larger ones, when it is opened or read.
@@ -136,26 +137,17 @@ def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[IO[by
 
 @contextmanager
 def open_text(location: Location, encoding: str = "utf-8", most: int = MOST_UNPACKED) -> Iterator[IO[str]]:
-    """Opens a file as text, line ends untouched; UTF-8 with or without a mark. Raises DataError for other encodings."""
-    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-    with open_binary(location, most) as stream, io.TextIOWrapper(stream, encoding=codec, newline="") as text:
-        try:
-            yield text
-        except UnicodeDecodeError as error:
-            start = error.object[max(0, error.start - 2) : error.start + 4]
-            raise DataError(
-                f"{location.name} is not {encoding} text (byte 0x{error.object[error.start : error.start + 1].hex()}). "
-                f"Set --data.encoding {_likely_encoding(start, encoding)}, or convert the file to UTF-8."
-            ) from error
-        except UnicodeError as error:  # UTF-16 without its mark
-            raise DataError(f"{location.name} is not {encoding} text ({error}). Set --data.encoding utf-16-le.") from error
-
-
-def _likely_encoding(around: bytes, tried: str) -> str:
-    """A guess from the bytes around the first one that could not be read: UTF-16's zeros, or Windows' letters."""
-    if b"\0" in around or around[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    return "latin-1" if tried == "cp1252" else "cp1252"
+    """Opens a file as text, line ends untouched and without a byte-order mark. Raises DataError for other encodings."""
+    with open_binary(location, most) as stream:
+        codec = codec_of(stream.peek(_PEEKED)[:_PEEKED], encoding, location.name)
+        with io.TextIOWrapper(stream, encoding=codec, newline="") as text:
+            try:
+                yield text
+            except UnicodeDecodeError as error:
+                raise DataError(encoding_refusal(error, encoding, location.name)) from error
+            except UnicodeError as error:  # UTF-16 without its mark
+                advice = f"Set --data.encoding to what the file was saved in, such as {encoding}-le or cp1252"
+                raise DataError(f"{location.name} is not {encoding} text ({error}). {advice}.") from error
 
 
 def _ends_with(path: str, suffix: str) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
-from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow
+from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint
 from lorakeet.data.tool_calls import message_extra, row_tools
 from lorakeet.errors import DataError, nearest
 
@@ -67,7 +67,7 @@ def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:
     raise DataError(
         f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
         f"or 'instruction' and 'output', or '{spec.text_column}'. Name yours with --data.text_column "
-        f"(and --data.label_column for labelled texts), or choose --data.format."
+        f"(and --data.label_column for labelled texts), or choose --data.format.{_one_of_several(columns)}"
     )
 
 
@@ -91,11 +91,18 @@ def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) 
         needed[spec.group_column] = "name it with --data.group_column"
     missing = [
         f"{name} has no column '{column}'; it has {_listed(columns)}.{nearest(column, columns)} Otherwise {remedy}."
+        f"{_one_of_several(columns)}"
         for column, remedy in needed.items()
         if column not in columns
     ]
     if missing:
         raise DataError("\n".join(missing))
+
+
+def _one_of_several(columns: Mapping[str, object]) -> str:
+    """A hint where one column has the names of several, since another separator was given."""
+    only, *others = columns or [""]
+    return "" if others else separator_hint(only)
 
 
 def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:

@@ -95,8 +95,8 @@ class DataSpec:
             "a".encode(self.encoding)
         except (LookupError, UnicodeError):
             problems.add(f"data.encoding is {self.encoding!r}, which is no text encoding; expected a name such as cp1252.")
-        if self.delimiter is not None and len(self.separator_of_columns or "") != 1:
-            problems.add(f"data.delimiter is {self.delimiter!r}; expected one character, or tab.")
+        if self.delimiter is not None and (len(self.separator_of_columns or "") != 1 or self.delimiter in '"\r\n'):
+            problems.add(f"data.delimiter is {self.delimiter!r}; expected one character such as ';', or tab.")
         for name, template in (("template", self.template), ("label_template", self.label_template)):
             try:
                 fields = template_fields(template)

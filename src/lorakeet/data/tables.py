@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import IO, NamedTuple
 
 from lorakeet.data.guarded_stream import MOST_UNPACKED
@@ -160,23 +161,23 @@ def _where(error: Exception) -> str:
 
 def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, str, RowProblems], Iterator[FileRecord]]:
     def read(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
+        lines = _whole_lines(stream, name)
+        first = next(lines, "")
+        _refuse_excel_s_line(first, delimiter, name)
+        other, hint = _other_separator(first, delimiter), separator_hint(first, delimiter)
         with _long_fields(stream.longest):
-            reader = csv.reader(_whole_lines(stream, name), delimiter=delimiter, strict=True)
-            header = next(_checked(reader, name), None)
+            reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+            header = next(_checked(reader, name, hint), None)
         if header is None:
             return
-        seems = ";\t|," if len(header) == 1 and not given else ""
-        other = next((sign for sign in seems if sign != delimiter and sign in header[0]), None)
-        if other:
-            raise DataError(
-                f"{name} has one column, {header[0]!r:.80}, which seems to be several, separated by {other!r}. "
-                f"Set --data.delimiter {DELIMITER_NAMES.get(other, other)!r}."
-            )
+        one = len(header) == 1
+        if one and hint and not given:
+            raise DataError(f"{name} has one column, {header[0]!r:.80}, which seems to be several.{hint}")
         twice = sorted({column for column in header if header.count(column) > 1})
         if twice:
             raise DataError(f"{name} has more than one column {', '.join(map(repr, twice))}; give each column its own name.")
         start = reader.line_num + 1
-        rows = _checked(reader, name)
+        rows, none_yet = _checked(reader, name, hint if one else ""), True
         while True:
             # Set around each row: the limit is global to the process, and a reader may be abandoned halfway.
             with _long_fields(stream.longest):
@@ -187,21 +188,44 @@ def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, 
             if not row:
                 continue
             if len(row) != len(header):
-                problems.add(source, f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}); {_FIX}")
+                counted = f"{len(row)} fields where the header has {len(header)} ({', '.join(header)})"
+                if none_yet and hint and first.count(other) == delimiter.join(row).count(other):
+                    raise DataError(f"{source}: {counted}.{hint}")
+                problems.add(source, f"{counted}; {_FIX}")
                 continue
+            none_yet = False
             yield FileRecord(source, dict(zip(header, row, strict=True)))
 
     return read
 
 
-def _checked(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:
+def separator_hint(text: str, delimiter: str = "") -> str:
+    """What to set where `text` has a sign that separates columns, other than `delimiter`; else an empty string."""
+    sign = _other_separator(text, delimiter)
+    return f" Its columns may be separated by {sign!r}: set --data.delimiter {DELIMITER_NAMES.get(sign, sign)!r}." if sign else ""
+
+
+def _other_separator(text: str, delimiter: str) -> str:
+    return next((sign for sign in ";\t|," if sign != delimiter and sign in text), "")
+
+
+def _refuse_excel_s_line(first: str, delimiter: str, name: str) -> None:
+    start, _, sign = first.strip('"\r\n').partition("=")
+    if start.lower() == "sep" and len(sign) <= 1:
+        other = f", and set --data.delimiter {DELIMITER_NAMES.get(sign, sign)!r}" if sign and sign != delimiter else ""
+        raise DataError(f"{name} begins with {first.strip()!r}, a line for Excel alone. Remove that line{other}.")
+
+
+def _checked(reader: Iterator[list[str]], name: str, hint: str) -> Iterator[list[str]]:
+    """The rows; DataError for what is no row, with the `hint` that another separator may be the cause."""
     try:
         yield from reader
     except csv.Error as error:
         number = getattr(reader, "line_num", 0)
         if "field limit" in str(error):
             raise DataError(f"{name}:{number}: {error}; close double quotes, or raise --data.longest_row.") from error
-        raise DataError(f"{name}:{number}: {error}; expected closed double quotes, and doubled quotes inside a field.") from error
+        expected = "expected closed double quotes, and doubled quotes inside a field."
+        raise DataError(f"{name}:{number}: {error}; {expected}{hint}") from error
 
 
 def _whole_lines(stream: LineReader, name: str) -> Iterator[str]:
