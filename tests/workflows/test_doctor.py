@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ def test_this_machine_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["numpy>=1.26", "no-such-package<3,>=2", "numpy>=999; extra == 'gguf'", "numpy>=1; extra == 'hub'"]
-    monkeypatch.setattr(module.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
     checkup, text = printed(monkeypatch)
     assert checkup.exit_code == 2
     by_name = {finding.name: finding for finding in checkup.findings}

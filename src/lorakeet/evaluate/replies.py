@@ -16,6 +16,7 @@ import regex
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_values
 from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
+from lorakeet.evaluate.overlaps import chrf, common_length
 from lorakeet.evaluate.spec import EvaluateSpec
 
 Score = Callable[[str, str], float]  # of a reply against its reference
@@ -94,17 +95,8 @@ def token_f1(reply: str, reference: str) -> float:
 
 def rouge_l(reply: str, reference: str) -> float:
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words."""
-    from rapidfuzz.distance import LCSseq
-
     left, right = normalised(reply).split(), normalised(reference).split()
-    return 2 * LCSseq.similarity(left, right) / (len(left) + len(right)) if left and right else float(left == right)
-
-
-def chrf(reply: str, reference: str) -> float:
-    """chrF2 (Popović 2015) of one reply, from 0 to 1, by sacrebleu."""
-    from sacrebleu.metrics.chrf import CHRF
-
-    return float(CHRF().sentence_score(reply, [reference]).score) / 100
+    return 2 * common_length(left, right) / (len(left) + len(right)) if left and right else float(left == right)
 
 
 def valid_json(reply: str, reference: str) -> float:

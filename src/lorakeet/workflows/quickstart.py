@@ -1,13 +1,36 @@
-"""`lorakeet quickstart`: `lorakeet finetune` on the run file that is shipped with the package."""
+"""`lorakeet quickstart`: `lorakeet finetune` on the run file that is shipped with the package, which fetches what that needs."""
 
 from __future__ import annotations
 
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lorakeet.config import RunConfig
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.train.launch import launched
+from lorakeet.workflows.options import FinetuneOptions
+from lorakeet.workflows.runs.quickstart_packages import fetch_packages, missing_packages
 
-__all__ = ["config_path"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorakeet.workflows.finetune import FinetuneResult
+
+__all__ = ["config_path", "quickstart"]
+
+
+def quickstart(config: RunConfig, options: FinetuneOptions, *, console: Console) -> FinetuneResult:
+    """Fetches the packages that the run needs and that are not there, then fine-tunes; asks first where a terminal is.
+
+    Raises EnvironmentProblem for --dry-run without them, several processes without them, a refusal, and if pip fails.
+    """
+    missing = missing_packages(config)
+    if missing:
+        fetch_packages(missing, console, may=not options.dry_run and launched().count == 1)
+    from lorakeet.workflows.finetune import finetune  # torch, which would be loaded before the question
+
+    return finetune(config, options, console=console)
 
 
 def config_path() -> Path:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lorakeet.config import dump_yaml, read_run
-from lorakeet.errors import DataError
-from lorakeet.workflows.options import VERBS, PlanOptions
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.workflows.options import VERBS, FinetuneOptions, PlanOptions
+from lorakeet.workflows.quickstart import config_path
 from lorakeet.workflows.runs import early_checks
 
 RECORD = json.dumps({"text": "good film", "label": "yes"}) + "\n"
@@ -99,7 +100,18 @@ def test_each_verb_that_reads_files_has_its_check() -> None:
     named = {verb.name: verb.checks for verb in VERBS if verb.checks}
     assert {verb.name for verb in VERBS} - set(named) == {"doctor", "check"}  # these import no torch at all
     assert set(named.values()) == set(early_checks._CHECKS)
-    assert {name for name, check in named.items() if check != name} == {"quickstart"}
+    assert {name for name, check in named.items() if check != name} == set()
+
+
+def test_the_quickstart_is_refused_an_old_folder_before_it_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fetched first; and a dry run is told so by the verb."""
+    monkeypatch.setattr("lorakeet.workflows.runs.quickstart_packages.installed_version", lambda need: None)
+    config = read_run(config_path(), {"out": str(tmp_path / "new")})
+    early_checks.check_early("quickstart", FinetuneOptions(), config)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text("{}")
+    with pytest.raises(ConfigError, match="old"):
+        early_checks.check_early("quickstart", FinetuneOptions(), read_run(config_path(), {"out": str(tmp_path / "old")}))
 
 
 def test_a_plan_needs_no_rows_on_this_machine(folder: Path) -> None:

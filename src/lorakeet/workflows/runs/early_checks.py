@@ -36,6 +36,7 @@ from lorakeet.workflows.options import (
 from lorakeet.workflows.runs.chat_options import require_chattable
 from lorakeet.workflows.runs.drawing_options import adapters_and_mixes
 from lorakeet.workflows.runs.output_paths import require_absent, require_empty, require_place
+from lorakeet.workflows.runs.quickstart_packages import missing_packages
 from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
 
 
@@ -50,6 +51,13 @@ def _before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
         require_new_run(RunFolder(Path(config.out), launched().command))
     _require_rows(config)
     _require_model(config)
+
+
+def _before_quickstart(config: RunConfig, options: FinetuneOptions) -> None:
+    if not missing_packages(config):
+        _before_finetune(config, options)
+    elif options.resume is None and not options.dry_run:  # what is missing is fetched first
+        require_new_run(RunFolder(Path(config.out), launched().command))
 
 
 def _before_plan(config: RunConfig, options: PlanOptions) -> None:
@@ -174,6 +182,7 @@ def _require_model(config: RunConfig) -> None:
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
+    "quickstart": _before_quickstart,
     "finetune": _before_finetune,
     "plan": _before_plan,
     "tune": _before_tune,

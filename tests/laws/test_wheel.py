@@ -1,0 +1,154 @@
+"""The wheel, built from the sdist and installed outside the tree, does what the checkout does.
+
+Its environment is new and has this wheel only; a .pth file leads to torch and the other packages of this environment, which
+would take minutes to install again. What Lorakeet requires is read from the wheel's own metadata.
+"""
+
+from __future__ import annotations
+
+import email
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from lorakeet import __version__
+from structure.tree import ROOT, committed_files
+
+pytestmark = pytest.mark.slow
+MOST_ADDED = 150 * 2**20  # bytes that an installation adds to torch and transformers
+
+
+@dataclass(frozen=True)
+class Built:
+    """The two archives of a release, and an environment with the wheel in it."""
+
+    wheel: Path
+    sdist: Path
+    environment: Path
+    empty: Path  # where commands run
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The command `lorakeet WORDS` of the wheel, in an empty folder and with a cache of its own."""
+        given = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LORAKEET"))}
+        given |= {"LORAKEET_CACHE": str(self.empty / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        command = [str(self.environment / "bin" / "lorakeet"), *words]
+        return subprocess.run(command, cwd=self.empty, env=given, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    for name in ("build", "hatchling"):
+        pytest.importorskip(name, reason=f"{name}, of the extra lorakeet[test], builds the wheel")
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, text=True, timeout=120)
+    [wheel], [sdist] = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
+    venv.create(folder / "environment", with_pip=False)
+    [packages] = (folder / "environment" / "lib").glob("python*/site-packages")
+    shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "shared.pth").write_text("\n".join(shared), encoding="utf-8")
+    python = str(folder / "environment" / "bin" / "python")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, text=True, timeout=120)
+    (folder / "empty").mkdir()
+    return Built(wheel, sdist, folder / "environment", folder / "empty")
+
+
+def test_the_wheel_has_every_file_of_the_package_and_the_sdist_every_file(built: Built) -> None:
+    kept = {str(path.relative_to(ROOT)) for path in committed_files()}
+    package = {name.removeprefix("src/") for name in kept if name.startswith("src/lorakeet/")}
+    with zipfile.ZipFile(built.wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+        same = [name for name in package & inside if archive.read(name) != (ROOT / "src" / name).read_bytes()]
+    assert not same and inside == {*package, "lorakeet/examples/drug_reviews.yaml"}
+    suffixes = {Path(name).suffix for name in inside}
+    assert not {".c", ".h", ".j2", ".css", ".js", ".json", ".pyi"} - suffixes and "lorakeet/py.typed" in inside
+    with tarfile.open(built.sdist) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    assert not {name for name in kept if not name.startswith(".")} - shipped and "PKG-INFO" in shipped
+
+
+def test_its_metadata_is_that_of_a_package_that_can_be_published(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        about = email.message_from_bytes(archive.read(f"lorakeet-{__version__}.dist-info/METADATA"))
+        assert f"lorakeet-{__version__}.dist-info/licenses/LICENSE" in archive.namelist()
+    assert (about["Version"], about["License-Expression"], about["Requires-Python"]) == (__version__, "Apache-2.0", ">=3.10")
+    assert "Typing :: Typed" in about.get_all("Classifier", []) and about["Description-Content-Type"] == "text/markdown"
+    page = str(about.get_payload())
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert page.startswith("# Lorakeet") and "lk.finetune(" in page and [link for link in links if "://" not in link] == []
+
+
+def test_links_of_the_page_lead_to_the_source_once_it_has_an_address() -> None:
+    pytest.importorskip("hatchling", reason="hatchling, of the extra lorakeet[test], builds the wheel")
+    page = runpy.run_path(str(ROOT / "hatch_build.py"))["page"]
+    text = "A [page](docs/a.md#part), [site](https://a.b/c).\n\n![picture](docs/p.png)\n"
+    assert page(text) == "A page, [site](https://a.b/c).\n\n"
+    found = page(text, "https://host/lorakeet/")
+    assert "[page](https://host/lorakeet/blob/main/docs/a.md#part)" in found
+    assert "![picture](https://host/lorakeet/raw/main/docs/p.png)" in found
+
+
+def test_the_installation_adds_little_to_torch_and_transformers(built: Built) -> None:
+    """By the files that the installed packages list."""
+    with zipfile.ZipFile(built.wheel) as archive:
+        lines = email.message_from_bytes(archive.read(f"lorakeet-{__version__}.dist-info/METADATA")).get_all("Requires-Dist", [])
+        own = sum(entry.file_size for entry in archive.infolist())
+    added = closure(base_of(lines)) - closure(["torch", "transformers"])
+    size = own + sum(file.size or 0 for name in added for file in metadata.files(name) or ())
+    print(f"{size / 2**20:.1f} MiB, of which {own / 2**20:.1f} are Lorakeet, the others {', '.join(sorted(added))}")
+    assert "scipy" in added and size <= MOST_ADDED
+
+
+def base_of(lines: list[str]) -> list[str]:
+    """The names that are required without any extra."""
+    needs = map(Requirement, lines)
+    return [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def closure(names: list[str]) -> set[str]:
+    """The packages with all that they require, in this environment."""
+    found: set[str] = set()
+    waiting = [name.lower().replace("_", "-") for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [other.lower().replace("_", "-") for other in base_of(metadata.requires(name) or [])]
+    return found
+
+
+def test_it_says_its_version_and_compiles_its_kernels(built: Built) -> None:
+    said = built.run("--version")
+    assert (said.returncode, said.stdout.strip()) == (0, f"lorakeet, version {__version__}"), said.stderr
+    checked = built.run("doctor", "--json")
+    findings = {one["name"]: one for one in json.loads(checked.stdout)["findings"]}
+    assert findings["packages"]["good"] and findings["torch"]["good"]
+    compiled = list((built.empty / "cache" / "native").glob("native-*.so"))
+    assert compiled or "in C" not in findings["kernels"]["found"]
+
+
+def test_it_plans_from_a_shape_that_it_ships(built: Built) -> None:
+    planned = built.run("plan", "--model", "HuggingFaceTB/SmolLM2-135M", "--tokens", "64", "--json")
+    assert planned.returncode == 0 and json.loads(planned.stdout)["trained_parameters"] == 4_884_480, planned.stderr
+
+
+def test_it_plans_the_quickstart_from_the_packages_of_model_and_data(built: Built, tiny_llama_folder: Path) -> None:
+    """With a small model in place of the real one; the rows are the real ones."""
+    quick = ["--data.limit", "300", "--train.micro_tokens", "512", "--lora.rank", "4"]
+    planned = built.run("quickstart", "--dry-run", "--model", str(tiny_llama_folder), *quick, "--json")
+    assert planned.returncode == 0, planned.stderr + planned.stdout
+    found = json.loads(planned.stdout)
+    assert found["dry_run"] and found["pairs"] == 14 and not (built.empty / "runs").exists()
