@@ -42,9 +42,11 @@ check: install
 
 docs: install
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/generate_commands.py
 	$(BIN)/python docs/generate_files.py
 	$(BIN)/python docs/generate_models.py
 	$(BIN)/python docs/draw_speed.py
+	$(BIN)/mkdocs build --quiet --strict
 
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"

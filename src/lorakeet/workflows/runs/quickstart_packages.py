@@ -42,7 +42,7 @@ class NeededPackage:
     alone: bool = False
 
     def __str__(self) -> str:
-        return f"{self.need} ({self.holds}, {self.megabytes:.1f} MB)"
+        return f"{self.need.name}{self.need.specifier} ({self.holds}, {self.megabytes:.1f} MB)"
 
 
 def missing_packages(config: RunConfig) -> list[NeededPackage]:
