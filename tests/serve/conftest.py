@@ -22,6 +22,7 @@ from lorakeet.serve.registry import Registry
 from lorakeet.serve.routes.connections import ConnectionLimits
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import RequestLimits, Service
+from lorakeet.serve.upload_space import MOST_UPLOADED
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 from tiny.site import Site
@@ -111,11 +112,11 @@ def site(live: ServingModel, saved: Callable[..., Path], tmp_path: Path) -> Iter
     def build(
         *, access: Access | None = None, store: Path | None = None, limits: RequestLimits | None = None,
         budget: int | None = None, names: tuple[str, ...] = ("a", "b"), connections: ConnectionLimits | None = None,
-        **settings: Any,
+        uploads: int = MOST_UPLOADED, **settings: Any,
     ) -> Site:  # fmt: skip
         engine = Engine(live.text, live.selection, **{"slots": 4, "context": 128, "chunk": 32, **settings})
         engine.start()
-        kept = None if store is None else AdapterStore(store)
+        kept = None if store is None else AdapterStore(store, uploads)
         registry = Registry(live, engine, base="tiny", budget=budget, changed=lambda: kept and kept.remember(registry))
         if kept is not None:
             kept.restore(registry, lambda _: None)

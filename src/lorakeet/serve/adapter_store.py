@@ -27,6 +27,7 @@ from lorakeet.serve.load_places import UPLOADS
 from lorakeet.serve.model_names import check_name
 from lorakeet.serve.probe import CERTIFICATE, Probe
 from lorakeet.serve.registry import Registry
+from lorakeet.serve.upload_space import MOST_UPLOADED, UploadSpace
 
 LIST = "registry.json"
 _INCOMING = ".incoming"
@@ -36,13 +37,15 @@ ACCEPTED = (CONFIG_NAME, MODEL_NAME, CERTIFICATE)  # the files of an upload; no 
 class AdapterStore:
     """Uploads and the list of names of one registry."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most: int = MOST_UPLOADED) -> None:
+        """`most`: bytes of all uploads."""
         self.folder = folder
         self._lock = threading.Lock()  # of the list
         self._changing = threading.Lock()  # of the uploads
         self._restoring = False
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # unfinished by a killed server
+        self.space = UploadSpace(folder / UPLOADS, folder / _INCOMING, most)
         path = self.folder / LIST
         found: dict[str, Any] = {}
         if path.is_file():
@@ -116,21 +119,24 @@ class AdapterStore:
     def incoming(self, name: str, file: str, uploader: str = "") -> Iterator[Path]:
         """Yields the path to write a file of an upload to; the file is accepted when the block ends without an error.
 
-        ConfigError for an invalid name.
+        Its bytes are counted with `space.grow` before they are written. ConfigError for an invalid name.
         """
         check_name(name)
         if file not in ACCEPTED:
             raise ConfigError(f"The file {file!r} is not taken; an upload is {', '.join(ACCEPTED)}.")
         part = self.folder / _INCOMING / f"{uuid.uuid4().hex}.part"
         part.parent.mkdir(exist_ok=True)
+        stored = False
         try:
             yield part
             flush(part)
             place = self._incoming_folder(name, uploader)
             place.mkdir(parents=True, exist_ok=True)
             os.replace(part, place / file)
+            stored = True
         finally:
             part.unlink(missing_ok=True)
+            self.space.end(part, stored=stored)
 
     def accept(self, name: str, registry: Registry, *, replace: bool, uploader: str = "") -> None:
         """Loads the upload of `name`; it is kept and visible only if every check passes. Errors as in Registry.load, and

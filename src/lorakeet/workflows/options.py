@@ -295,6 +295,7 @@ class ServeOptions:
     queue: int = setting(256, "Number of requests that may wait; further requests are answered with 429.")
     timeout: float = setting(600.0, "Seconds that one request may take.")
     upload_limit: str = setting("1GiB", "Largest file that may be uploaded.")
+    uploads_total: str = setting("64GiB", "Most bytes of all uploads on the disk; a further one is answered with 507.")
     stop: float = setting(5.0, "Seconds from SIGTERM or Ctrl-C to the end; texts may end in half of them, then they are cut.")
     connections: int | None = setting(None, "Open connections at once; the default is what open files allow, at most 1,000.")
     connections_per_address: int | None = setting(

@@ -82,7 +82,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         raise ConfigError(f"--context is {context}; {text.name} takes at most {most} tokens.")
     context = context or min(CONTEXT, most or CONTEXT)
     runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
-    store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir)
+    store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir, parse_size(options.uploads_total))
 
     def changed() -> None:
         if store is not None:

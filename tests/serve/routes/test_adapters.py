@@ -104,6 +104,28 @@ def test_an_upload_has_a_limit(site: Callable[..., Any], saved: Callable[..., Pa
     assert not list((tmp_path / "small").rglob("*.safetensors"))
 
 
+def test_all_uploads_have_a_limit_that_a_restart_knows_and_a_removal_frees(
+    site: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = saved("up", seed=6)
+    size = sum(-(-file.stat().st_size // 4096) * 4096 for file in folder.iterdir() if file.name in adapter_store.ACCEPTED)
+    for attempt in range(2):  # the second server finds the upload of the first
+        served = site(store=tmp_path / "small", uploads=size)
+        with httpx.Client(base_url=served.url, timeout=30) as client:
+            if not attempt:
+                assert send(client, "one", folder).status_code == 200
+            refused = client.put("/v1/adapters/two/adapter_model.safetensors", content=bytes(2000))
+            assert refused.status_code == 507, refused.text
+            assert "--uploads-total" in refused.json()["error"]["message"]
+            assert not list((tmp_path / "small" / ".incoming").rglob("*.part")), "nothing of it stays"
+            assert client.get("/v1/adapters/one").status_code == 200
+        served.stop()
+    served = site(store=tmp_path / "small", uploads=size)
+    with httpx.Client(base_url=served.url, timeout=30) as client:
+        assert client.delete("/v1/adapters/one").status_code == 200
+        assert send(client, "two", folder).status_code == 200
+
+
 def test_an_upgrade_while_a_stream_runs(http: Any, saved: Callable[..., Path]) -> None:
     expected = text(http, "a", max_tokens=60)
     body = {"model": "a", "prompt": "This drug", "temperature": 0, "max_tokens": 60, "stream": True}

@@ -31,6 +31,7 @@ def test_a_server_that_can_be_started_has_its_budget() -> None:
         ({"queue": 0, "slots": -1}, "2 problems"),
         ({"context": 1}, "--context is 1; it must be 2 or more"),
         ({"upload_limit": "4"}, "without a unit"),
+        ({"uploads_total": "4"}, "without a unit"),
         ({"port": 70000}, "--port is 70000; expected 0 to 65535"),
         ({"keys": Path("nowhere.json")}, "nowhere.json"),
     ],

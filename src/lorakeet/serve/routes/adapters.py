@@ -96,12 +96,14 @@ async def receive(service: Service, caller: Caller, request: Incoming, name: str
     Files of one key and one `upload` belong together.
     """
     caller.require_admin(name)
-    limit, size = service.limits.upload, 0
-    with _store(service).incoming(name, file, _uploader(caller, upload)) as place, create(place) as target:
+    limit, size, store = service.limits.upload, 0, _store(service)
+    with store.incoming(name, file, _uploader(caller, upload)) as place, create(place) as target:
+        await asyncio.to_thread(store.space.grow, place, 0)
         async for piece in body_pieces(request, service.limits.pause):
             size += len(piece)
             if size > limit:
                 raise TooLarge(f"{file} is larger than the {limit:,} bytes that this server takes.")
+            await asyncio.to_thread(store.space.grow, place, len(piece))
             await asyncio.to_thread(target.write, piece)
     return as_json({"name": name, "file": file, "bytes": size})
 

@@ -38,6 +38,7 @@ from lorakeet.serve.routes.adapters import TooLarge
 from lorakeet.serve.routes.connections import BoundedProtocol, ConnectionLimits, Connections, protocol_within
 from lorakeet.serve.routes.reply import HttpReply, Stalled, body_pieces
 from lorakeet.serve.service import Service
+from lorakeet.serve.upload_space import UploadsFull
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matches: more specific ones come first
@@ -48,6 +49,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matc
     (AdapterMemoryFull, 503, "unavailable"),
     (Stalled, 408, "invalid_request_error"),
     (TooLarge, 413, "invalid_request_error"),
+    (UploadsFull, 507, "storage_error"),
     (VerificationFailed, 422, "verification_failed"),
     (ConfigError, 400, "invalid_request_error"),
     (DataError, 400, "invalid_request_error"),

@@ -41,6 +41,7 @@ def require_servable(options: ServeOptions) -> Budget:
         problems.add("--out is for --engine vllm only; --adapters-dir is the folder for uploads.")
     problems.raise_if_any()
     parse_size(options.upload_limit)
+    parse_size(options.uploads_total)
     budget = Budget.parse(options.memory)
     if options.keys is not None:
         read_keys(options.keys)
