@@ -13,8 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lorakeet.data.locate import locate_data
-from lorakeet.data.read import check_first_record, folder_records, hub_records, is_hub_id, parquet_records, read_rows
+from lorakeet.data.read import check_first_record, folder_records, hub_records, is_hub_id, read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, EnvironmentProblem
 
@@ -121,23 +120,6 @@ def test_drug_reviews(drug_reviews):
 
 TABLE = {"text": ["good", "bad"], "label": [1, 0]}
 RECORDS = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
-
-
-def test_parquet_file_and_zip_member(tmp_path):
-    path = tmp_path / "rows.parquet"
-    parquet.write_table(pyarrow.table(TABLE), path)
-    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
-        archive.write(path, "rows.parquet")
-    for name in (str(path), f"{tmp_path / 'rows.zip'}!rows.parquet"):
-        found = list(parquet_records(locate_data(name)))
-        assert [record.values for record in found] == RECORDS
-        assert found[1].source == "rows.parquet:2"
-
-
-def test_damaged_parquet_is_named(tmp_path):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(DataError, match=r"rows.parquet cannot be read as Parquet"):
-        list(parquet_records(locate_data(str(tmp_path / "rows.parquet"))))
 
 
 def test_saved_data_set_with_names_for_its_labels(tmp_path):

@@ -2,10 +2,15 @@
 
 import csv
 import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorakeet.data.locate import locate_data
+from lorakeet.data import tables
+from lorakeet.data.locate import Location, locate_data
 from lorakeet.data.tables import SHOWN_PROBLEMS, RowProblems, TextFormat, text_records
 from lorakeet.errors import DataError
 
@@ -48,6 +53,62 @@ def test_json_array(tmp_path):
         records(tmp_path / "a.json", '{"a": 1}')
     with pytest.raises(DataError, match=r"a.json:1: broken JSON"):
         records(tmp_path / "a.json", "")
+
+
+TEXTS = [
+    '[{"a": 1},\n {"a": 2}]', "[]", " [ ] \n", '[{"a": [1, 2.5e3, "x\\n\\u00e9"]}]', "", "[", '[{"a": 1}', '[{"a": 1},]',
+    '[{"a": 1}] x', '{"a": 1}', '{"a": 1}\n{"a": 2}', '[{"a": 1}\n\n {"b": oops}]', '[1, "x", {"a": -0.5}]', "[12345, 678]",
+    '[{"a": tru}]', '[{"a": "b\nc"}]', "nul", "17", '[{"a": 1},\n\n{"a": "open', "[" * 3000, '[{"a": NaN}]',
+]  # fmt: skip
+
+
+def of_array(file: Path, text: str, *, longest: int = 1000) -> Any:
+    """The records of a JSON text, or the refusal without its remedy."""
+    file.write_text(text)
+    try:
+        problems = RowProblems("x")
+        found = list(text_records(Location(file), problems, TextFormat(longest=longest)))
+        problems.raise_if_any()
+        return found
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+def test_a_json_array_is_the_same_in_pieces_of_any_size(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [of_array(tmp_path / "a.json", text) for text in TEXTS]
+    assert next(one for one in whole if not isinstance(one, str)) == [("a.json[1]", {"a": 1}), ("a.json[2]", {"a": 2})]
+    assert "a.json:3: broken JSON at column 2 (Expecting ',' delimiter): '{\"b\": oops}]'" in whole[11]
+    monkeypatch.setattr(tables._JsonText, "_piece", piece)
+    for text, one in zip(TEXTS, whole, strict=True):
+        found = of_array(tmp_path / "a.json", text)
+        where = [re.sub(r": '.*", "", said) if isinstance(said, str) else said for said in (found, one)]
+        assert where[0] == where[1], text  # but for the line, which may be cut off
+
+
+def test_a_json_array_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 900} for _ in range(500)]))
+    monkeypatch.setattr(tables._JsonText, "_piece", 4096)
+    kept: list[int] = []
+    read = tables._JsonText._read
+
+    def counted(text: Any, least: int = 0) -> bool:
+        more = read(text, least)
+        kept.append(len(text._kept))
+        return more
+
+    monkeypatch.setattr(tables._JsonText, "_read", counted)
+    found = list(text_records(Location(tmp_path / "a.json"), RowProblems("x")))
+    assert len(found) == 500 and len(kept) > 50 and max(kept) < 2 * 4096
+
+
+def test_a_value_of_an_array_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables._JsonText, "_piece", 64)
+    text = json.dumps([{"text": "x"}, {"text": "y" * 5000}, {"text": "z"}], indent=1)
+    said = of_array(tmp_path / "a.json", text)
+    assert said.startswith("a.json:5: the value has more than 1,000 characters") and "--data.longest_row" in said
+    assert "more than 1,000" in of_array(tmp_path / "a.json", '[{"a": "' + "x" * 5000), "one that never ends"
+    assert len(of_array(tmp_path / "a.json", text, longest=6000)) == 3
 
 
 def test_csv_field_over_several_lines_counts_lines_right(tmp_path):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorakeet.data.guarded_stream import MOST_UNPACKED
-from lorakeet.data.locate import PACKAGE, Location, locate_data, open_binary
+from lorakeet.data.locate import PACKAGE, locate_data
+from lorakeet.data.parquet import parquet_records
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import READERS, FileRecord, RowProblems, TextFormat, text_records
-from lorakeet.errors import DataError, EnvironmentProblem, LorakeetError, nearest
+from lorakeet.errors import DataError, EnvironmentProblem, nearest
 
 HUB = "hub:"
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
@@ -76,7 +75,7 @@ def read_records(name: str, problems: RowProblems, spec: DataSpec | None = None)
     spec = spec or DataSpec()
     most = spec.largest_unpacked << 20
     if location.kind == ".parquet":
-        return parquet_records(location, most)
+        return parquet_records(location, problems, most, 8 * spec.longest_row)
     if location.kind in READERS:
         text = TextFormat(spec.encoding, spec.separator_of_columns, 8 * spec.longest_row, most)
         return text_records(location, problems, text)
@@ -85,43 +84,6 @@ def read_records(name: str, problems: RowProblems, spec: DataSpec | None = None)
         f"{name} ends in '{location.kind}', which has no reader; expected one of {', '.join(known)} "
         f"(text files also with .gz).{nearest(location.kind, known)}"
     )
-
-
-def parquet_records(location: Location, most: int = MOST_UNPACKED) -> Iterator[FileRecord]:
-    """Yields the rows of a Parquet file, read batch by batch. DataError for whatever pyarrow cannot read or turn into values."""
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"{location.name} is a Parquet file, which needs pyarrow; install it with: pip install 'lorakeet[parquet]'"
-        ) from error
-    name = location.name.rsplit("/", 1)[-1]
-    number = 0
-    with open_binary(location, most) as stream:
-        with _parquet_of(location, 0):
-            batches = iter(parquet.ParquetFile(stream).iter_batches(batch_size=1024))
-        while True:
-            with _parquet_of(location, number):
-                batch = next(batches, None)
-                rows = [] if batch is None else batch.to_pylist()
-            if batch is None:
-                return
-            for values in rows:
-                number += 1
-                yield FileRecord(f"{name}:{number}", values)
-
-
-@contextmanager
-def _parquet_of(location: Location, number: int) -> Iterator[None]:
-    """A context in which whatever pyarrow raises is a DataError that names the file and the row after which it came."""
-    try:
-        yield
-    except LorakeetError:
-        raise
-    except Exception as error:  # text that is not UTF-8, dates after the year 9999, numbers of 128 bits, damage
-        where = f"{location.path} cannot be read as Parquet" + (f" after row {number:,}" if number else "")
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise DataError(f"{where} ({said}). Check that the file is whole and its columns are texts and numbers.") from error
 
 
 def is_hub_id(name: str) -> bool:

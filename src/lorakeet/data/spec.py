@@ -58,7 +58,7 @@ class DataSpec:
     encoding: str = setting("utf-8", "Encoding of text files, such as cp1252.")
     delimiter: str | None = setting(None, "Separator of columns in .csv and .tsv files, such as ';' (default: comma, or tab).")
     longest_row: int = setting(LONGEST_ROW, "Longest row in characters; a longer one is named before it is tokenised.")
-    largest_unpacked: int = setting(1024, "Largest zip member or .gz file, unpacked, in MiB.")
+    largest_unpacked: int = setting(1024, "Largest zip member, .gz or Parquet file, unpacked, in MiB.")
     limit: int | None = setting(None, "Read at most this many rows of each file.")
     html_unescape: bool = setting(False, "Replace HTML escapes in the texts (&#039;) by characters.")
     strip_quotes: bool = setting(False, "Remove one pair of double quotes around a whole text.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from lorakeet.errors import DataError, Problems
 
 SHOWN_PROBLEMS = 10
 DELIMITER_NAMES = {"\t": "tab"}  # as a flag names those that a shell cannot
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_LONGEST_WORD = 12  # characters of "-Infinity" or an escape, and some
 _START = 60  # characters of a broken line that are shown
 _FIX = "fix or remove the line."
 
@@ -133,23 +136,113 @@ def _json_lines(stream: LineReader, name: str, problems: RowProblems) -> Iterato
 
 
 def _json_array(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
-    text = stream.stream.read()
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        line = text.split("\n")[number - 1]  # json counts "\n" only
-        hint = "; if each line is an object of its own, name the file .jsonl" if "Extra data" in str(error) else ""
-        problems.add(f"{name}:{number}", f"broken JSON{_where(error)}: {_start_of(line)}{hint}.")
-        return
-    if not isinstance(rows, list):
-        problems.add(name, f"expected an array of objects, got {_start_of(text)}; write one object a line in a .jsonl file.")
-        return
-    for number, values in enumerate(rows, start=1):
+    """Objects of an array, each with at most `longest` characters; DataError where the text is no array, and for a longer one."""
+    text = _JsonText(stream, name)
+    if text.next_sign() != "[":
+        value = text.value()
+        if text.next_sign():
+            raise text.broken("Extra data")
+        start = _start_of(json.dumps(value))
+        raise DataError(f"{name}: expected an array of objects, got {start}; write one object a line in a .jsonl file.")
+    text.pass_sign()
+    number, sign = 0, text.next_sign()
+    while sign != "]":
+        number += 1
+        values = text.value()
         if isinstance(values, dict):
             yield FileRecord(f"{name}[{number}]", values)
         else:
             problems.add(f"{name}[{number}]", f"expected an object in braces, got {_start_of(json.dumps(values))}.")
+        sign = text.next_sign()
+        if sign not in ("]", ","):
+            raise text.broken("Expecting ',' delimiter")
+        if sign == ",":
+            text.pass_sign()
+            text.next_sign()
+    text.pass_sign()
+    if text.next_sign():
+        raise text.broken("Extra data")
+
+
+class _JsonText:
+    """A JSON text as it is read, value by value; no more of it is kept than the longest value may have."""
+
+    _piece = 1 << 18  # characters
+
+    def __init__(self, stream: LineReader, name: str) -> None:
+        self._stream, self._name, self._longest = stream.stream, name, stream.longest
+        self._refusal = stream.refusal
+        self._kept, self._at, self._ended = "", 0, False
+        self._line, self._column = 1, 0  # of the first character that is kept
+        self._decoder = json.JSONDecoder()
+
+    def next_sign(self) -> str:
+        """The next character that is no blank; empty at the end."""
+        while True:
+            blanks = _BLANKS.match(self._kept, self._at)
+            self._at = blanks.end() if blanks else self._at
+            if self._at < len(self._kept) or not self._read():
+                return self._kept[self._at : self._at + 1]
+
+    def pass_sign(self) -> None:
+        """Goes on behind the next character."""
+        self._at += 1
+
+    def value(self) -> object:
+        """The value that begins here; DataError for a broken one, and for one that is too long."""
+        while True:
+            broken: Exception | None = None
+            try:
+                value, end = self._decoder.raw_decode(self._kept, self._at)
+            except (ValueError, RecursionError) as error:
+                if self._is_final(error):
+                    raise self._broken_value(error) from error
+                broken, end = error, len(self._kept)
+            known = end < len(self._kept) or self._ended  # a number that ends where the text does may go on
+            if end - self._at > self._longest:
+                raise DataError(f"{self._name}:{self._place(self._at)[0]}: {self._refusal.replace('the line', 'the value', 1)}")
+            if broken is None and known:
+                self._at = end
+                return value
+            if not self._read(len(self._kept) - self._at):  # twice as much, so that reading stays linear
+                if broken is None:
+                    continue
+                raise self._broken_value(broken)
+
+    def _is_final(self, error: Exception) -> bool:
+        """Whether no further text would mend the value: it is broken before the end of what is kept."""
+        if not isinstance(error, json.JSONDecodeError):
+            return True  # nested too deep, or a number of too many digits
+        return error.pos < len(self._kept) - _LONGEST_WORD and not error.msg.startswith("Unterminated string")
+
+    def broken(self, why: str) -> DataError:
+        """The error for an unexpected character here."""
+        return self._broken_value(json.JSONDecodeError(why, self._kept, self._at))
+
+    def _broken_value(self, error: Exception) -> DataError:
+        place = error.pos if isinstance(error, json.JSONDecodeError) else self._at
+        number, column = self._place(place)
+        begin = self._kept.rfind("\n", 0, place) + 1
+        line = self._kept[begin:].split("\n", 1)[0]  # json counts "\n" only
+        where = f" at column {column} ({error.msg})" if isinstance(error, json.JSONDecodeError) else _where(error)
+        hint = "; if each line is an object of its own, name the file .jsonl" if "Extra data" in str(error) else ""
+        return DataError(f"{self._name}:{number}: broken JSON{where}: {_start_of(line)}{hint}.")
+
+    def _place(self, at: int) -> tuple[int, int]:
+        """The line and the column of a character that is kept, both from 1 on."""
+        number = self._line + self._kept.count("\n", 0, at)
+        begin = self._kept.rfind("\n", 0, at)
+        return number, at - begin if begin >= 0 else self._column + at + 1
+
+    def _read(self, least: int = 0) -> bool:
+        """Reads on, `least` characters or more, and drops what was passed; False at the end."""
+        piece = "" if self._ended else self._stream.read(max(self._piece, least))
+        if not piece:
+            self._ended = True
+            return False
+        self._line, self._column = self._place(self._at)[0], self._place(self._at)[1] - 1
+        self._kept, self._at = self._kept[self._at :] + piece, 0
+        return True
 
 
 def _where(error: Exception) -> str:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.locate import Location
 from lorakeet.data.read import HUB, SAVED, is_hub_id, read_records
+from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems, text_records
 from lorakeet.disk import FULL, erase, write_new, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem, Problems
@@ -36,6 +37,7 @@ HASH_SIDE = 16
 LIGHT_SIDE, COLOUR_SIDE = 64, 16
 _ORIENTATION = 0x0112  # EXIF tag
 _CLEARLY = 3  # grey levels of 255 that count as a difference
+_PICTURES = DataSpec(longest_row=32_000_000)  # a row of at most 256 MB
 _ENDS, _CLIPPED = (5, 250), 0.02  # levels that may be clipped, and the share of a cell's pixels that makes it clipped
 _MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp", b"II*\x00": ".tif",
           b"MM\x00*": ".tif"}  # fmt: skip
@@ -413,7 +415,7 @@ def _pictures(name: str, limit: int | None) -> Iterator[tuple[bytes, str | None]
     """Yields the bytes and the caption of each row; None for no caption."""
     problems = RowProblems(f"{name} cannot be used as it is")
     column: str | None = None
-    for record in islice(read_records(name, problems), limit):
+    for record in islice(read_records(name, problems, _PICTURES), limit):
         if column is None:
             column = next((key for key, value in record.values.items() if _bytes_of(value) is not None), None)
             if column is None:
