@@ -36,6 +36,20 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
     return f"{text[: kept - end]} […, {left_out:,} characters, …] {text[len(text) - end :]}"
 
 
+_UNSEEN = [*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000)]  # controls, halves of characters
+_HALF = "\\u{:04x}"
+
+
+@functools.cache
+def _escapes(form: str) -> dict[int, str]:
+    return {number: (form if number < 0x100 else _HALF).format(number) for number in _UNSEEN}
+
+
+def visible(text: str, form: str = "\\x{:02x}") -> str:
+    """The text with every control character but tab and line end as an escape of that form: a terminal obeys none of them."""
+    return text if text.isprintable() else text.translate(_escapes(form))
+
+
 class LorakeetError(Exception):
     """Base of every error that a user can mend; `exit_code` is what the command line returns.
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from rich.console import Console
-
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, VerificationFailed, nearest
 from lorakeet.formats.compare import compare_adapters
@@ -19,6 +17,7 @@ from lorakeet.train.durable import new_folder
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions
 from lorakeet.workflows.runs.output_paths import require_absent, temporary_folder
+from lorakeet.workflows.runs.terminal import TerminalConsole
 
 
 class AdapterValue(Adapter):
@@ -58,7 +57,7 @@ class AdapterValue(Adapter):
         with temporary_folder(source, f"The folder {source}", "Free some space."):
             peft.write(self, source)
             mapping = {"source": str(source), "out": str(path), "to": format, "base": None if base is None else str(base)}
-            convert(load_settings(ConvertOptions, mapping, where="Adapter.write"), console=Console(quiet=quiet))
+            convert(load_settings(ConvertOptions, mapping, where="Adapter.write"), console=TerminalConsole(quiet=quiet))
         return path
 
     def __getitem__(self, path: str) -> Pair:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-
 from lorakeet.api.run import FinishedRun
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
@@ -16,6 +14,7 @@ from lorakeet.workflows.export import export as export_verb
 from lorakeet.workflows.merge import Merged
 from lorakeet.workflows.merge import merge as merge_verb
 from lorakeet.workflows.options import ExportOptions, MergeOptions, VerifyOptions
+from lorakeet.workflows.runs.terminal import TerminalConsole
 from lorakeet.workflows.verify import Verified
 from lorakeet.workflows.verify import verify as verify_verb
 
@@ -29,7 +28,7 @@ def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -
     `options`: fields of MergeOptions, such as `into="packed"` or `weights=(0.7, 0.3)`. Raises as `lorakeet merge` ends.
     """
     given = {"runs_or_adapters": [_path(run) for run in runs], "out": str(out), **options}
-    return merge_verb(_options(MergeOptions, given, "lk.merge"), console=Console(quiet=quiet))
+    return merge_verb(_options(MergeOptions, given, "lk.merge"), console=TerminalConsole(quiet=quiet))
 
 
 def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = False, **options: Any) -> Exported:
@@ -38,7 +37,7 @@ def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = Fa
     `quant`: f32, f16, bf16, q8_0, or with llama.cpp q4_k_m and others. `options`: other fields of ExportOptions.
     """
     given = {"run_or_adapter": _path(run), "out": str(out), "quant": quant, **options}
-    return export_verb(_options(ExportOptions, given, "lk.export"), console=Console(quiet=quiet))
+    return export_verb(_options(ExportOptions, given, "lk.export"), console=TerminalConsole(quiet=quiet))
 
 
 def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: Any) -> Certificate:
@@ -49,7 +48,7 @@ def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: An
     if "deploy" in options:
         raise ConfigError("lk.verify compares artefacts. `lorakeet verify RUN --deploy vllm` says if vLLM loads the adapter.")
     given = {"run_or_adapter": _path(run), "against": [str(one) for one in against], **options}
-    found = verify_verb(_options(VerifyOptions, given, "lk.verify"), console=Console(quiet=quiet))
+    found = verify_verb(_options(VerifyOptions, given, "lk.verify"), console=TerminalConsole(quiet=quiet))
     assert isinstance(found, Verified)  # without `deploy`, which has no argument here
     return found.certificate
 

@@ -12,7 +12,6 @@ from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from lorakeet.api.adapter import AdapterValue
 from lorakeet.api.display import ShownPlan
@@ -37,6 +36,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.plan import plan
 from lorakeet.workflows.replying.texts import Mix, Prompt, TextSource, open_texts
+from lorakeet.workflows.runs.terminal import TerminalConsole
 
 AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
 CONTEXT = 2048  # tokens of a prompt with its reply under a budget
@@ -101,7 +101,7 @@ class BaseModelHandle:
         if tokens is not None:
             config = config.changed(data={"max_tokens": tokens}, train={"micro_tokens": tokens})
         config = load_settings(RunConfig, to_mapping(config), where="Model.plan")
-        console = Console(file=StringIO(), record=True, width=110)
+        console = TerminalConsole(file=StringIO(), record=True, width=110)
         return ShownPlan(plan(config, console=console), console)
 
     def generate(

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lorakeet.api.adapter import AdapterValue
 from lorakeet.api.classify import LabelAnswer, classified
 from lorakeet.api.display import page_of, table_of
@@ -34,6 +32,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.finetune import finetune as finetune_run
 from lorakeet.workflows.options import FinetuneOptions
+from lorakeet.workflows.runs.terminal import TerminalConsole
 
 Called = Callable[[Record], object]
 
@@ -69,7 +68,7 @@ def finetune(
         place = str(Path("runs/lorakeet" if out is None else out))
         config = _config(handle, rows, lora=lora or LoraSpec(), train=train or TrainSpec(), out=place, more=more)
         handle.release()  # a run reads the weights itself
-    finetune_run(config, FinetuneOptions(), console=Console(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
+    finetune_run(config, FinetuneOptions(), console=TerminalConsole(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
     return open_run(config.out)
 
 

@@ -6,7 +6,6 @@ Of several processes that torchrun started, only the first prints.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -19,7 +18,7 @@ import click
 
 from lorakeet import __version__
 from lorakeet.disk import FULL
-from lorakeet.errors import ConfigError, LorakeetError, nearest
+from lorakeet.errors import ConfigError, LorakeetError, nearest, visible
 from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
 from lorakeet.workflows.options import VERBS, Verb
@@ -141,12 +140,11 @@ def _command(verb: Verb) -> click.Command:
 def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     import dataclasses
 
-    from rich.console import Console
-
     from lorakeet.cli.flags import SettingFlag, given_values
     from lorakeet.data.spec import NO_ROWS
     from lorakeet.settings import load
     from lorakeet.workflows.runs.early_checks import check_early
+    from lorakeet.workflows.runs.terminal import TerminalConsole, json_text
 
     launch = launched()
     if launch.count > 1 and not verb.together:
@@ -165,11 +163,11 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     if verb.checks and launch.count == 1:  # of several processes the first alone decides
         check_early(verb.checks, options, config)
     # names of files may hold [brackets]
-    console = Console(stderr=values["json"], markup=False, emoji=False, quiet=not launch.first)
+    console = TerminalConsole(stderr=values["json"], markup=False, emoji=False, quiet=not launch.first)
     with nullcontext() if verb.ends_itself or launch.count > 1 else terminable():
         result = verb.run(options, config=config, console=console)
     if values["json"] and launch.first:
-        click.echo(json.dumps(result.to_mapping(), ensure_ascii=False, indent=2))
+        click.echo(json_text(result.to_mapping(), indent=2))
     return int(getattr(result, "exit_code", 0))
 
 
@@ -200,17 +198,18 @@ def _usage_message(error: click.ClickException) -> str:
 
 
 def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool, debug: bool) -> int:
+    from lorakeet.workflows.runs.terminal import TerminalConsole, json_text
+
     if debug:
-        traceback.print_exception(error)
+        click.echo(visible("".join(traceback.format_exception(error))), err=True, nl=False)
     if not launched().first:  # an error that every process has; train/processes reports one of a single process
         return exit_code
     kind = "Stopped" if exit_code in (130, 143) else type(error).__name__
     kind = "UsageError" if isinstance(error, click.ClickException) else kind
     if as_json:
-        click.echo(json.dumps({"error": kind, "message": message}, ensure_ascii=False))
+        click.echo(json_text({"error": kind, "message": message}))
     else:
-        from rich.console import Console
         from rich.text import Text
 
-        Console(stderr=True, soft_wrap=True).print(Text("Error: ", "bold red") + Text(message, "default"))
+        TerminalConsole(stderr=True, soft_wrap=True).print(Text("Error: ", "bold red") + Text(message, "default"))
     return exit_code

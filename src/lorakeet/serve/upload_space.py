@@ -44,7 +44,7 @@ class UploadSpace:
             return self._total()
 
     def grow(self, part: Path, count: int) -> None:
-        """Counts `count` bytes that are about to be written to `part`. UploadsFull, and nothing is counted, if they do not fit."""
+        """Counts `count` bytes that are about to be written to `part`. UploadsFull, without counting them, if they do not fit."""
         with self._lock:
             before = self._writing.get(part)
             self._writing[part] = (before or 0) + count

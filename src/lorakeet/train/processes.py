@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import Parameter
 
-from lorakeet.errors import LorakeetError, Problems, RunStopped
+from lorakeet.errors import LorakeetError, Problems, RunStopped, visible
 from lorakeet.train.launch import Launch
 
 Made = TypeVar("Made")
@@ -284,7 +284,7 @@ class Processes:
         try:
             self._store.set(f"{kind}/{self.rank}", text)
         except RuntimeError as error:
-            print(f"Process {self.rank} cannot notify the others: {error}", file=sys.stderr)
+            print(visible(f"Process {self.rank} cannot notify the others: {error}"), file=sys.stderr)
 
     def _word(self, kind: str, rank: int) -> str:
         try:
@@ -319,7 +319,7 @@ def joined(launch: Launch) -> Iterator[Processes]:
         if launch.first:
             raise
         if not said:
-            print(f"Error: process {rank}: {error}", file=sys.stderr)
+            print(visible(f"Error: process {rank}: {error}"), file=sys.stderr)
         raise SystemExit(error.exit_code) from error
     except BaseException as error:
         processes.give_up(error)

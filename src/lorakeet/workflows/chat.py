@@ -16,7 +16,7 @@ from rich.text import Text
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.errors import ConfigError, LorakeetError, visible
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.memory.spec import MemorySpec
@@ -176,8 +176,8 @@ def _pieces(
 def _columns(written: dict[str, str]) -> Table:
     table = Table(show_lines=False, expand=True)
     for choice in written:
-        table.add_column(Text(choice), ratio=1)
-    table.add_row(*(Text(text) for text in written.values()))
+        table.add_column(Text(visible(choice)), ratio=1)
+    table.add_row(*(Text(visible(text)) for text in written.values()))
     return table
 
 

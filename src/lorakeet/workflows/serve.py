@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lorakeet.errors import ConfigError, LorakeetError, Problems
+from lorakeet.errors import ConfigError, LorakeetError, Problems, visible
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
 from lorakeet.formats.peft import peft
@@ -155,12 +155,15 @@ def cores_for_the_engine() -> Iterator[None]:
         compute_with(before)
 
 
+_LINE_ENDS = {ord("\n"): "\\n", ord("\t"): "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
 class _Line(logging.Formatter):
     """Formats an event as one line: time=… level=… and the message, which has key=value form."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        return f"time={moment} level={record.levelname.lower()} {record.getMessage()}"
+        return f"time={moment} level={record.levelname.lower()} {visible(record.getMessage()).translate(_LINE_ENDS)}"
 
 
 @contextmanager
