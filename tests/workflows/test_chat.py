@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.workflows.chat import chat
 from lorakeet.workflows.options import ChatOptions
+from lorakeet.workflows.replying import speakers
+from tiny.hostile_server import answering
 from tiny.runs import chats, run, write_rows
 
 QUICK = {"max_tokens": 8, "temperature": 0.0, "context": 200}
@@ -86,3 +89,19 @@ def test_the_command_reads_a_pipe(talks: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_mistakes_are_one_message(options: dict[str, object], message: str) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         chat(ChatOptions(**options), console=Console(quiet=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_hostile_server_writes_no_control_sequences(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attack = "\x1b]0;title\x07\x1b[2J\x9b31mred \ud800"
+    event = {"choices": [{"delta": {"content": attack}}], "data": [{"id": "smol"}, {"id": attack}]}
+    body = b"data: " + json.dumps(event).encode() + b"\n\n"
+    monkeypatch.setattr(speakers, "read_answer", lambda response: response.read()[6:])
+    with answering([body]) as url:
+        monkeypatch.setattr(sys, "stdin", (Terminal if terminal else io.StringIO)("hi\n/adapters\n/both\nhi\n/nothing\x1b[2J\n"))
+        code = main(["chat", url])
+    found = capsys.readouterr()
+    assert code == (0 if terminal else 2) and "\\x9b31mred" in found.out
+    assert not set(found.out + found.err) & {"\x1b", "\x07", "\x9b", "\ud800"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from lorakeet.errors import EnvironmentProblem, LorakeetError
 from lorakeet.serve.sampling import Sampling
 from lorakeet.workflows.replying.speakers import BASE, ServerSpeaker
+from tiny.hostile_server import answering
 
 ASKED: list[dict[str, Any]] = []
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -76,3 +78,21 @@ def test_what_a_server_refuses_is_one_message(url: str) -> None:
         list(speaker.reply(MESSAGES, "x", Sampling()))
     with pytest.raises(EnvironmentProblem, match="gives no answer"):
         ServerSpeaker.at("http://127.0.0.1:9")
+
+
+EVENTS = [
+    b"null", b"[]", b"3", b'"x"', b"{", b"[" * 100_000, b"\xff\xfe", b"1" * 5000, b'{"choices": 3}', b'{"choices": [3]}',
+    b'{"choices": [{"delta": 3}]}', b'{"choices": [{"delta": {"content": {"a": 1}}}]}', b'{"error": {}}', b'{"choices": null}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_events_of_any_kind_are_texts_or_one_message(event: bytes) -> None:
+    with answering([b"data: " + event + b"\n\ndata: [DONE]\n\n"]) as url:
+        speaker = ServerSpeaker(url, "smol", ())
+        with contextlib.suppress(EnvironmentProblem):
+            assert all(isinstance(piece, str) for piece in speaker.reply(MESSAGES, BASE, Sampling()))
+    with answering([event]) as url, pytest.raises(EnvironmentProblem):
+        ServerSpeaker.at(url)
+    with answering([b'{"data": [' + event + b"]}"]) as url, contextlib.suppress(EnvironmentProblem):
+        ServerSpeaker.at(url)

@@ -30,8 +30,10 @@ from lorakeet.serve.service import Service
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions, VerifyOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
-from lorakeet.workflows.verification.artefact import live_side
+from lorakeet.workflows.verification import server
+from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.server import Server, _label
+from lorakeet.workflows.verification.server_apis import Api, Step, Token, Written
 from lorakeet.workflows.verify import probes_of, verify
 from tiny.exports import loud_run, write_model
 from tiny.runs import quiet
@@ -140,6 +142,45 @@ def test_a_server_that_tells_texts_alone_is_read_by_them(finished: Any, loud: Pa
     assert line in {str(one) for one in found.certificate.unchecked}
     with serving(wrong, tokenizer, "Ollama", logprobs=False) as url, pytest.raises(VerificationFailed, match="first diverging"):
         verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
+
+
+class Lying(Api):
+    """A server that tells ids of no token, more tokens than it was told to, and texts without end."""
+
+    ids: tuple[int, ...] = (-1, 10**6, 10**12, -(10**12))
+
+    def tokenise(self, text: str) -> list[int]:
+        return list(self.ids)
+
+    def prompt(self, messages: Any) -> list[int]:
+        return self.tokenise("")
+
+    def write(self, prompt: Sequence[int], tokens: int) -> Written:
+        steps = [Step(Token("x", number, -0.1), (Token("x", number, -0.1), Token("y", 7, -2.0))) for number in self.ids]
+        return Written("x" * 10**6, tuple(steps * 5000))
+
+    chat = write
+
+    def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]]:
+        return {place: (Token("x", number, -0.1),) for place in (-7, 0, 1, 10**9) for number in self.ids}
+
+    def about(self) -> str:
+        return "a lie"
+
+
+@pytest.mark.parametrize("ids", [Lying.ids, (5,)])
+def test_a_lying_server_fails_and_breaks_nothing(
+    finished: Any, loud: Path, ids: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    monkeypatch.setattr(Lying, "ids", ids)
+    monkeypatch.setattr(server, "find_api", Lying)
+    read: list[int] = []
+    logits = InTorch.logits
+    monkeypatch.setattr(InTorch, "logits", lambda side, ids, last=None: read.append(len(ids)) or logits(side, ids, last))
+    with pytest.raises(VerificationFailed):
+        verify(VerifyOptions(str(run), against=("http://127.0.0.1:9#x",), rows=2), console=quiet())
+    assert max(read) < 500, "the server was told to write a few tokens"
 
 
 def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Path, tmp_path: Path) -> None:

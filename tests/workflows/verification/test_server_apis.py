@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import LONGEST_MESSAGE, ConfigError, EnvironmentProblem
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.workflows.verification.server_apis import CallRefused, Token, ask, find_api
+from lorakeet.workflows.verification import server_apis
+from lorakeet.workflows.verification.server_apis import (
+    Api,
+    CallRefused,
+    LlamaCppApi,
+    OllamaApi,
+    Token,
+    VllmApi,
+    Written,
+    ask,
+    find_api,
+)
 from tiny.exports import write_model
 from tiny.servers import KINDS, MODEL, Fake, serving
 
@@ -86,3 +99,50 @@ def test_a_server_that_tells_no_log_probabilities_gives_text_alone(tmp_path: Pat
 def test_nothing_there_is_said() -> None:
     with pytest.raises(EnvironmentProblem, match="gives no answer that can be used"):
         find_api("http://127.0.0.1:9", "")
+
+
+ODD = [
+    None, True, 0, -1, 1e400, float("nan"), 10**30, "", "x", [], {}, [None], [[]], [{}], ["x", 1], {"a": 1}, "[" * 50,
+    [{"token": "a", "id": -5}], [{"token": "a", "logprob": 5.0}], [{"token": "a", "logprob": "x"}],
+    [{"token": "a", "top_logprobs": 3}],
+]  # fmt: skip
+BODIES: list[Any] = [*ODD]
+for _odd in ODD:
+    BODIES += [
+        {"tokens": _odd}, {"choices": _odd}, {"choices": [_odd]}, {"choices": [{"message": _odd}]}, {"data": _odd},
+        {"choices": [{"message": {"content": _odd}, "logprobs": {"content": _odd}}]}, {"usage": _odd}, {"prompt": _odd},
+        {"usage": {"prompt_tokens": _odd}}, {"choices": [{"text": _odd, "logprobs": _odd}]}, {"completion_probabilities": _odd},
+        {"choices": [{"logprobs": {"tokens": _odd, "token_logprobs": _odd, "top_logprobs": _odd}}]}, {"models": _odd},
+        {"choices": [{"prompt_logprobs": _odd}]}, {"choices": [{"prompt_logprobs": [None, {"7": _odd}]}]}, {"message": _odd},
+        {"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": [_odd], "top_logprobs": [_odd]}}]}, {"data": [_odd]},
+        {"message": {"content": "x"}, "logprobs": _odd, "prompt_eval_count": _odd, "version": _odd},
+    ]  # fmt: skip
+CALLS: list[Callable[[Api], Any]] = [
+    lambda api: api.about(), lambda api: api.tokenise("x"), lambda api: api.prompt([{"role": "user", "content": "x"}]),
+    lambda api: api.prompt_length([{"role": "user", "content": "x"}]), lambda api: api.along([1, 2]),
+    lambda api: api.write([1, 2], 3) if api.takes_ids else None, lambda api: api.chat([{"role": "user", "content": "x"}], 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Api, VllmApi, LlamaCppApi, OllamaApi])
+def test_answers_of_any_kind_are_values_or_one_message(kind: type[Api], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [json.dumps(body) for body in BODIES]
+    texts += ["", "[" * 100_000, "1" * 5000, '{"tokens": ' + "[" * 100_000, "\ufeff{}", "{", '{"tokens": [1e999]}']
+    sent: list[str] = []
+    monkeypatch.setattr(server_apis, "open_answer", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(server_apis, "read_answer", lambda _: sent[-1].encode())
+    refused = 0
+    for text in texts:
+        sent.append(text)
+        for call in CALLS:
+            try:
+                found = call(kind("http://x", "m"))
+            except EnvironmentProblem as error:
+                refused += 1
+                assert "http://x" in str(error) and len(str(error)) <= LONGEST_MESSAGE
+                continue
+            for step in found.steps if isinstance(found, Written) else ():
+                assert all(token.logprob is None or token.logprob < 0.01 for token in (step.token, *step.top))  # nor NaN
+        with contextlib.suppress(EnvironmentProblem, ConfigError):
+            find_api("http://x", "")
+    assert refused > 200

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.error
-import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,10 +16,10 @@ from lorakeet.errors import EnvironmentProblem, nearest
 from lorakeet.serve.model_names import UnknownModel, parse_model
 from lorakeet.serve.sampling import Sampling
 from lorakeet.workflows.replying.texts import TextSource
+from lorakeet.workflows.runs.server_answer import answer_lines, open_answer, read_answer, refusal_of
 
 Messages = Sequence[Mapping[str, str]]
 BASE = "base"
-_TIMEOUT = 300  # seconds without an answer
 
 
 class Speaker(Protocol):
@@ -74,7 +73,7 @@ class ServerSpeaker:
         url, _, name = address.partition("#")
         url = url.rstrip("/").removesuffix("/v1")
         with _opened(f"{url}/v1/models", None) as response, _readable(url):
-            listed = [str(model.get("id")) for model in json.loads(response.read()).get("data", ())]
+            listed = [str(model.get("id")) for model in json.loads(read_answer(response)).get("data", ())]
         if not listed:
             raise EnvironmentProblem(f"{url}/v1/models lists no model. Start the server with one.")
         if name and name not in listed:
@@ -92,14 +91,14 @@ class ServerSpeaker:
             "seed": sampling.seed,
         }  # fmt: skip
         with _opened(f"{self.url}/v1/chat/completions", body) as response, _readable(self.url):
-            for line in response:
+            for line in answer_lines(response):
                 text = line.decode("utf-8").strip()
                 if not text.startswith("data:") or text == "data: [DONE]":
                     continue
                 event = json.loads(text[5:])
-                if "error" in event:
+                if event.get("error"):
                     raise EnvironmentProblem(f"{self.url} ended the reply: {str(event['error'])[:500]}")
-                for part in event.get("choices", ()):
+                for part in event.get("choices") or ():
                     if piece := (part.get("delta") or {}).get("content"):
                         yield str(piece)
 
@@ -117,19 +116,16 @@ def _readable(url: str) -> Iterator[None]:
     """A context in which an answer that ends early, or is no JSON, becomes an EnvironmentProblem."""
     try:
         yield
-    except (HTTPException, OSError, ValueError, AttributeError, TypeError) as error:
+    except (HTTPException, OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         said = f"{type(error).__name__}: {error}"[:300]
         raise EnvironmentProblem(f"{url} gave an answer that cannot be read ({said}). Correct the address, or retry.") from error
 
 
 def _opened(url: str, body: Mapping[str, Any] | None) -> Any:
     """The open answer of a server. Raises EnvironmentProblem with what it said."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
     try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT)
+        return open_answer(url, body)
     except urllib.error.HTTPError as error:
-        said = error.read(500).decode("utf-8", "replace")
-        raise EnvironmentProblem(f"{url} refuses ({error.code} {error.reason}): {said}") from error
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise EnvironmentProblem(f"{url} refuses {refusal_of(error)}") from error
+    except (urllib.error.URLError, OSError, ValueError, HTTPException) as error:
         raise EnvironmentProblem(f"{url} gives no answer ({error}). Start the server, or correct the address.") from error

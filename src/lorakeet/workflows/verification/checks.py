@@ -93,9 +93,15 @@ def first_difference(live: InTorch, ours: Sequence[int], theirs: Sequence[int], 
     if not theirs:
         return "The artefact has no chat template, and training used one."
     place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    shown = [repr(live.text.tokenizer.decode(list(ids[place : place + 4]))) for ids in (ours, theirs)]
+    shown = [_shown(live, list(ids[place : place + 4])) for ids in (ours, theirs)]
     cause = "the chat template or the pre-tokenizer differs" if what == "prompt" else "the pre-tokenizer differs"
     return f"A {what} parts at token {place}: {shown[0]} here, {shown[1]} there. Likely cause: {cause}."
+
+
+def _shown(live: InTorch, ids: list[int]) -> str:
+    """The text of ids; the ids themselves where one is of no token."""
+    known = range(len(live.text.tokenizer))
+    return repr(live.text.tokenizer.decode(ids)) if all(one in known for one in ids) else f"ids {ids}"
 
 
 def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:

@@ -34,6 +34,7 @@ from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Writte
 PLACES = 8  # of a held-out row, if a server answers one position at a time
 _READ_TOKENS = 8 * TOP  # of the live model's likeliest tokens, before all of them are
 _PIECE = "\ufffd"  # how a piece of a character reads
+_LONGEST_TOKEN = 1000  # characters; a server may write more than it was told to
 _EXPLAINED = 4.0  # times the mean KL of one computation, which its format may explain
 _SURE = 1.0  # nats between the likeliest piece and the next
 
@@ -111,9 +112,13 @@ class _Comparison:
         """What the server writes after `prompt`; None where it takes no ids and no conversation has these."""
         api = self.server.api
         if api.takes_ids:
-            return api.write(prompt.tolist(), tokens)
-        messages = next((talk for talk, ids in self.probes.conversations if np.array_equal(ids, prompt)), None)
-        return None if messages is None else api.chat(messages, tokens)
+            found = api.write(prompt.tolist(), tokens)
+        else:
+            messages = next((talk for talk, ids in self.probes.conversations if np.array_equal(ids, prompt)), None)
+            if messages is None:
+                return None
+            found = api.chat(messages, tokens)
+        return replace(found, text=found.text[: tokens * _LONGEST_TOKEN], steps=found.steps[:tokens])
 
     def measure_rounding(self, held_out: Sequence[Reported], written: Sequence[Reported]) -> None:
         """Replaces the server's limits by what rounding does in the first number format that explains what it reports.
@@ -354,7 +359,8 @@ def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
     steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
     rest = written.text
     numbers = [step.token.number for step in written.steps if step.token.number is not None]
-    by_id = bool(numbers) and len(numbers) == len(written.steps)
+    vocabulary = range(live.text.model.config.get_text_config().vocab_size)
+    by_id = bool(numbers) and len(numbers) == len(written.steps) and all(number in vocabulary for number in numbers)
     known = live.logits([*prompt, *numbers], len(numbers) + 1) if by_id else None
     for number, step in enumerate(steps):
         if step is None and not rest:
@@ -407,7 +413,7 @@ class _TextPosition:
     def find(self, token: Token) -> tuple[int | None, str]:
         """The id of a token, and its text: as reported, or else the likeliest of the live model's with that text."""
         if token.number is not None:
-            return token.number, token.text
+            return token.number if 0 <= token.number < len(self.after) else None, token.text
         return self._likeliest(lambda text: text == token.text)
 
     def next(self, rest: str) -> tuple[int | None, str]:

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import json
 import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from http.client import HTTPException
+from typing import Any, TypeVar, cast
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, one_message
+from lorakeet.workflows.runs.server_answer import open_answer, read_answer, refusal_of
 from lorakeet.workflows.verification.artefact import Messages
 
 TOP = 10  # likeliest tokens that are requested; vLLM reports at most 20, OpenAI 20
-_TIMEOUT = 300
 _BY_ID = "token_id:"  # how vLLM writes a token if ids are requested
 _SHOWN = 8
+_ROUNDED = 1e-3  # above 0
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,33 @@ class CallRefused(EnvironmentProblem):
 
 def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The JSON object that a server answers. Refused where it answers with an error, EnvironmentProblem where with nothing."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            found = json.loads(response.read())
+        with open_answer(url + path, body) as response:
+            found = json.loads(read_answer(response))
     except urllib.error.HTTPError as error:
-        said = error.read(500).decode("utf-8", "replace")
-        why = f"({error.code} {error.reason}): {said} Correct --against, or the server."
-        raise CallRefused(f"{url}{path} refuses {why}") from error
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise CallRefused(f"{url}{path} refuses {refusal_of(error)} Correct --against, or the server.") from error
+    except (urllib.error.URLError, OSError, ValueError, HTTPException, RecursionError) as error:
         raise EnvironmentProblem(
             f"{url}{path} gives no answer that can be used ({error}). Start the server, or correct --against."
         ) from error
     if not isinstance(found, dict):
         raise EnvironmentProblem(f"{url}{path} answers {str(found)[:80]!r}; expected a JSON object.")
     return found
+
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+_BROKEN = "Its API is another one than it seems, or it is broken: correct --against, or the server."
+
+
+def understood(call: _Call) -> _Call:
+    """Makes a call of an API the boundary of what a server answers: values of other kinds are one EnvironmentProblem."""
+
+    @wraps(call)
+    def bounded(api: Api, *given: Any) -> Any:
+        with one_message(f"{api.url} gives an answer that cannot be used", _BROKEN, EnvironmentProblem):
+            return call(api, *given)
+
+    return cast(_Call, bounded)
 
 
 class Api:
@@ -84,18 +97,22 @@ class Api:
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = url, model
 
+    @understood
     def about(self) -> str:
         """What the server says that it is."""
         return f"{self.model} by a server with OpenAI's API"
 
+    @understood
     def tokenise(self, text: str) -> list[int] | None:
         """The ids of a raw text."""
         return self._tokens({"model": self.model, "prompt": text, "add_special_tokens": True})
 
+    @understood
     def prompt(self, messages: Messages) -> list[int] | None:
         """The ids of a conversation through the server's chat template."""
         return self._tokens({"model": self.model, "messages": list(messages), "add_generation_prompt": True})
 
+    @understood
     def prompt_length(self, messages: Messages) -> int | None:
         """How many tokens a conversation has there."""
         requested = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
@@ -105,6 +122,7 @@ class Api:
             return None
         return None if count is None else int(count)
 
+    @understood
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
         """The likeliest continuation of token ids."""
         requested = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
@@ -120,12 +138,14 @@ class Api:
         )
         return Written(str(found.get("text", "")), tuple(steps))
 
+    @understood
     def chat(self, messages: Messages, tokens: int) -> Written:
         """The likeliest answer in a conversation."""
         requested = {"model": self.model, "messages": list(messages), "max_tokens": tokens, "temperature": 0}
         found = ask(self.url, "/v1/chat/completions", {**requested, "logprobs": True, "top_logprobs": TOP})["choices"][0]
         return Written(str(found["message"]["content"]), _steps((found.get("logprobs") or {}).get("content") or ()))
 
+    @understood
     def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
         """The likeliest tokens after ids[: place + 1], for all places of a given text; vLLM reports them."""
         return None
@@ -145,9 +165,11 @@ class Api:
 class VllmApi(Api):
     """vLLM: OpenAI's API, token ids in place of their texts, and log-probabilities along a prompt."""
 
+    @understood
     def about(self) -> str:
         return f"{self.model} by vLLM {ask(self.url, '/version').get('version', '')}"
 
+    @understood
     def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
         requested = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP}
         found = ask(self.url, "/v1/completions", requested)["choices"][0].get("prompt_logprobs")
@@ -155,7 +177,8 @@ class VllmApi(Api):
             return None
         return {
             place - 1: tuple(
-                Token(str(one.get("decoded_token") or ""), int(number), float(one["logprob"])) for number, one in reported.items()
+                Token(str(one.get("decoded_token") or ""), int(number), _logprob(one["logprob"]))
+                for number, one in reported.items()
             )
             for place, reported in enumerate(found)
             if reported
@@ -168,19 +191,23 @@ class VllmApi(Api):
 class LlamaCppApi(Api):
     """llama-server's own API."""
 
+    @understood
     def about(self) -> str:
         reported = ask(self.url, "/props")
         return f"{reported.get('model_path') or 'a model'} by llama.cpp {reported.get('build_info') or ''}".strip()
 
+    @understood
     def tokenise(self, text: str) -> list[int] | None:
         return self._tokens({"content": text, "add_special": True, "parse_special": True})
 
+    @understood
     def prompt(self, messages: Messages) -> list[int] | None:
         try:
             return self.tokenise(str(ask(self.url, "/apply-template", {"messages": list(messages)})["prompt"]))
         except CallRefused:
             return None
 
+    @understood
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
         requested = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
         found = ask(self.url, "/completion", requested)
@@ -192,18 +219,22 @@ class OllamaApi(Api):
 
     takes_ids = False
 
+    @understood
     def about(self) -> str:
         listed = ask(self.url, "/api/tags").get("models") or ()
         names = self.model, f"{self.model}:latest"
         digest = next((str(one.get("digest", ""))[:12] for one in listed if one.get("name") in names), "")
         return f"{self.model}{f' ({digest})' if digest else ''} by Ollama {ask(self.url, '/api/version').get('version', '')}"
 
+    @understood
     def tokenise(self, text: str) -> list[int] | None:
         return None
 
+    @understood
     def prompt(self, messages: Messages) -> list[int] | None:
         return None
 
+    @understood
     def prompt_length(self, messages: Messages) -> int | None:
         count = self._chat(messages, 1).get("prompt_eval_count")
         return None if count is None else int(count)
@@ -211,6 +242,7 @@ class OllamaApi(Api):
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
         raise ValueError("Ollama takes no token ids")
 
+    @understood
     def chat(self, messages: Messages, tokens: int) -> Written:
         found = self._chat(messages, tokens)
         return Written(str(found["message"]["content"]), _steps(found.get("logprobs") or ()))
@@ -226,6 +258,11 @@ def find_api(url: str, model: str) -> Api:
 
     EnvironmentProblem where nothing answers, ConfigError where several models do and none is named.
     """
+    with one_message(f"{url} gives an answer that cannot be used", _BROKEN, EnvironmentProblem):
+        return _found(url, model)
+
+
+def _found(url: str, model: str) -> Api:
     if _answers(url, "/props"):
         return LlamaCppApi(url, model)
     listed = ask(url, "/v1/models").get("data") or [{}]  # raises where nothing answers at all
@@ -252,7 +289,7 @@ def _answers(url: str, path: str) -> bool:
 
 def _token(text: str, logprob: float | None) -> Token:
     named = text[len(_BY_ID) :] if text.startswith(_BY_ID) else ""
-    return Token(text, int(named) if named.isdigit() else None, None if logprob is None else float(logprob))
+    return Token(text, int(named) if named.isdigit() else None, _logprob(logprob))
 
 
 def _steps(reported: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
@@ -262,4 +299,14 @@ def _steps(reported: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
 
 def _entry(one: Mapping[str, Any]) -> Token:
     number, logprob = one.get("id"), one.get("logprob")
-    return Token(str(one["token"]), None if number is None else int(number), None if logprob is None else float(logprob))
+    return Token(str(one["token"]), None if number is None else int(number), _logprob(logprob))
+
+
+def _logprob(reported: Any) -> float | None:
+    """A log-probability; ValueError for what is none. It may be minus infinity, and a little above 0 by rounding."""
+    if reported is None:
+        return None
+    value = float(reported)
+    if not value <= _ROUNDED:
+        raise ValueError(f"a log-probability is {value}; expected 0 or less")
+    return value

@@ -1,0 +1,80 @@
+"""What a server answers is bounded in bytes and in time, whatever it sends."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import urllib.error
+from collections.abc import Iterator
+from http.client import HTTPException
+
+import pytest
+
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.workflows.runs import server_answer
+from lorakeet.workflows.runs.server_answer import answer_lines, open_answer, read_answer, refusal_of
+from tiny.hostile_server import answering
+
+
+def slowly(piece: bytes) -> Iterator[bytes]:
+    while True:
+        time.sleep(0.01)
+        yield piece
+
+
+class Slowly:
+    """The same pieces for each request."""
+
+    def __init__(self, piece: bytes) -> None:
+        self.piece = piece
+
+    def __iter__(self) -> Iterator[bytes]:
+        return slowly(self.piece)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_answer, "MOST_ANSWER", 100_000)
+    monkeypatch.setattr(server_answer, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(server_answer, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(server_answer, "LONGEST_STREAM", 0.1)
+
+
+def test_an_answer_is_read_whole() -> None:
+    with answering([b"ab", b"c" * 100_000]) as url, open_answer(url) as response:
+        assert read_answer(response) == b"ab" + b"c" * 100_000
+
+
+def test_a_stream_comes_line_by_line() -> None:
+    with answering([b"a\nb", b"c\r\n\n", b"end"]) as url, open_answer(url, {"a": 1}) as response:
+        assert list(answer_lines(response)) == [b"a", b"bc\r", b"", b"end"]
+
+
+@pytest.mark.usefixtures("small")
+def test_an_answer_without_end_is_refused() -> None:
+    for sent in ([b"x" * 10_000] * 100, Slowly(b"x")):
+        said = pytest.raises(EnvironmentProblem, match=r"more than|not whole")
+        with answering(sent) as url, open_answer(url) as response, said:
+            read_answer(response)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_stream_without_lines_or_end_is_refused() -> None:
+    for body, said in ((itertools.repeat(b"x" * 500, 50), "a line of more than 1,000 bytes"), (Slowly(b"x\n"), "was not whole"),
+                       (itertools.repeat(b"x\n" * 5000, 50), "answers with more than 100,000")):  # fmt: skip
+        with answering(body) as url, open_answer(url) as response, pytest.raises(EnvironmentProblem, match=said):
+            list(answer_lines(response))
+
+
+@pytest.mark.usefixtures("small")
+def test_headers_without_end_are_cut_off() -> None:
+    with answering(Slowly(b"x"), raw=True) as url, pytest.raises((OSError, HTTPException)):
+        open_answer(url)
+
+
+def test_what_a_server_says_of_an_error_is_cut() -> None:
+    answer = b"HTTP/1.0 404 Nothing\r\n\r\n" + b"y" * 5000
+    with answering([answer], raw=True) as url, pytest.raises(urllib.error.HTTPError) as caught:
+        open_answer(url)
+    said = refusal_of(caught.value)
+    assert said.startswith("(404 Nothing): yyy") and len(said) < 600
