@@ -79,7 +79,7 @@ def test_a_json_array_is_the_same_in_pieces_of_any_size(piece: int, tmp_path: Pa
     whole = [of_array(tmp_path / "a.json", text) for text in TEXTS]
     assert next(one for one in whole if not isinstance(one, str)) == [("a.json[1]", {"a": 1}), ("a.json[2]", {"a": 2})]
     assert "a.json:3: broken JSON at column 2 (Expecting ',' delimiter): '{\"b\": oops}]'" in whole[11]
-    monkeypatch.setattr(tables._JsonText, "_piece", piece)
+    monkeypatch.setattr(tables.JsonText, "piece", piece)
     for text, one in zip(TEXTS, whole, strict=True):
         found = of_array(tmp_path / "a.json", text)
         where = [re.sub(r": '.*", "", said) if isinstance(said, str) else said for said in (found, one)]
@@ -88,22 +88,22 @@ def test_a_json_array_is_the_same_in_pieces_of_any_size(piece: int, tmp_path: Pa
 
 def test_a_json_array_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 900} for _ in range(500)]))
-    monkeypatch.setattr(tables._JsonText, "_piece", 4096)
+    monkeypatch.setattr(tables.JsonText, "piece", 4096)
     kept: list[int] = []
-    read = tables._JsonText._read
+    read = tables.JsonText.read_on
 
     def counted(text: Any, least: int = 0) -> bool:
         more = read(text, least)
-        kept.append(len(text._kept))
+        kept.append(len(text.kept))
         return more
 
-    monkeypatch.setattr(tables._JsonText, "_read", counted)
+    monkeypatch.setattr(tables.JsonText, "read_on", counted)
     found = list(text_records(Location(tmp_path / "a.json"), RowProblems("x")))
     assert len(found) == 500 and len(kept) > 50 and max(kept) < 2 * 4096
 
 
 def test_a_value_of_an_array_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables._JsonText, "_piece", 64)
+    monkeypatch.setattr(tables.JsonText, "piece", 64)
     text = json.dumps([{"text": "x"}, {"text": "y" * 5000}, {"text": "z"}], indent=1)
     said = of_array(tmp_path / "a.json", text)
     assert said.startswith("a.json:5: the value has more than 1,000 characters") and "--data.longest_row" in said

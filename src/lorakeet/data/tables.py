@@ -137,7 +137,7 @@ def _json_lines(stream: LineReader, name: str, problems: RowProblems) -> Iterato
 
 def _json_array(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
     """Objects of an array, each with at most `longest` characters; DataError where the text is no array, and for a longer one."""
-    text = _JsonText(stream, name)
+    text = JsonText(stream, name)
     if text.next_sign() != "[":
         value = text.value()
         if text.next_sign():
@@ -164,25 +164,25 @@ def _json_array(stream: LineReader, name: str, problems: RowProblems) -> Iterato
         raise text.broken("Extra data")
 
 
-class _JsonText:
+class JsonText:
     """A JSON text as it is read, value by value; no more of it is kept than the longest value may have."""
 
-    _piece = 1 << 18  # characters
+    piece = 1 << 18  # characters
 
     def __init__(self, stream: LineReader, name: str) -> None:
         self._stream, self._name, self._longest = stream.stream, name, stream.longest
         self._refusal = stream.refusal
-        self._kept, self._at, self._ended = "", 0, False
+        self.kept, self._at, self._ended = "", 0, False
         self._line, self._column = 1, 0  # of the first character that is kept
         self._decoder = json.JSONDecoder()
 
     def next_sign(self) -> str:
         """The next character that is no blank; empty at the end."""
         while True:
-            blanks = _BLANKS.match(self._kept, self._at)
+            blanks = _BLANKS.match(self.kept, self._at)
             self._at = blanks.end() if blanks else self._at
-            if self._at < len(self._kept) or not self._read():
-                return self._kept[self._at : self._at + 1]
+            if self._at < len(self.kept) or not self.read_on():
+                return self.kept[self._at : self._at + 1]
 
     def pass_sign(self) -> None:
         """Goes on behind the next character."""
@@ -193,18 +193,18 @@ class _JsonText:
         while True:
             broken: Exception | None = None
             try:
-                value, end = self._decoder.raw_decode(self._kept, self._at)
+                value, end = self._decoder.raw_decode(self.kept, self._at)
             except (ValueError, RecursionError) as error:
                 if self._is_final(error):
                     raise self._broken_value(error) from error
-                broken, end = error, len(self._kept)
-            known = end < len(self._kept) or self._ended  # a number that ends where the text does may go on
+                broken, end = error, len(self.kept)
+            known = end < len(self.kept) or self._ended  # a number that ends where the text does may go on
             if end - self._at > self._longest:
                 raise DataError(f"{self._name}:{self._place(self._at)[0]}: {self._refusal.replace('the line', 'the value', 1)}")
             if broken is None and known:
                 self._at = end
                 return value
-            if not self._read(len(self._kept) - self._at):  # twice as much, so that reading stays linear
+            if not self.read_on(len(self.kept) - self._at):  # twice as much, so that reading stays linear
                 if broken is None:
                     continue
                 raise self._broken_value(broken)
@@ -213,35 +213,35 @@ class _JsonText:
         """Whether no further text would mend the value: it is broken before the end of what is kept."""
         if not isinstance(error, json.JSONDecodeError):
             return True  # nested too deep, or a number of too many digits
-        return error.pos < len(self._kept) - _LONGEST_WORD and not error.msg.startswith("Unterminated string")
+        return error.pos < len(self.kept) - _LONGEST_WORD and not error.msg.startswith("Unterminated string")
 
     def broken(self, why: str) -> DataError:
         """The error for an unexpected character here."""
-        return self._broken_value(json.JSONDecodeError(why, self._kept, self._at))
+        return self._broken_value(json.JSONDecodeError(why, self.kept, self._at))
 
     def _broken_value(self, error: Exception) -> DataError:
         place = error.pos if isinstance(error, json.JSONDecodeError) else self._at
         number, column = self._place(place)
-        begin = self._kept.rfind("\n", 0, place) + 1
-        line = self._kept[begin:].split("\n", 1)[0]  # json counts "\n" only
+        begin = self.kept.rfind("\n", 0, place) + 1
+        line = self.kept[begin:].split("\n", 1)[0]  # json counts "\n" only
         where = f" at column {column} ({error.msg})" if isinstance(error, json.JSONDecodeError) else _where(error)
         hint = "; if each line is an object of its own, name the file .jsonl" if "Extra data" in str(error) else ""
         return DataError(f"{self._name}:{number}: broken JSON{where}: {_start_of(line)}{hint}.")
 
     def _place(self, at: int) -> tuple[int, int]:
         """The line and the column of a character that is kept, both from 1 on."""
-        number = self._line + self._kept.count("\n", 0, at)
-        begin = self._kept.rfind("\n", 0, at)
+        number = self._line + self.kept.count("\n", 0, at)
+        begin = self.kept.rfind("\n", 0, at)
         return number, at - begin if begin >= 0 else self._column + at + 1
 
-    def _read(self, least: int = 0) -> bool:
+    def read_on(self, least: int = 0) -> bool:
         """Reads on, `least` characters or more, and drops what was passed; False at the end."""
-        piece = "" if self._ended else self._stream.read(max(self._piece, least))
+        piece = "" if self._ended else self._stream.read(max(self.piece, least))
         if not piece:
             self._ended = True
             return False
         self._line, self._column = self._place(self._at)[0], self._place(self._at)[1] - 1
-        self._kept, self._at = self._kept[self._at :] + piece, 0
+        self.kept, self._at = self.kept[self._at :] + piece, 0
         return True
 
 

@@ -34,7 +34,7 @@ from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Writte
 PLACES = 8  # of a held-out row, if a server answers one position at a time
 _READ_TOKENS = 8 * TOP  # of the live model's likeliest tokens, before all of them are
 _PIECE = "\ufffd"  # how a piece of a character reads
-_LONGEST_TOKEN = 1000  # characters; a server may write more than it was told to
+_LONGEST_TOKEN = 1000  # characters; a server may write more than was requested
 _EXPLAINED = 4.0  # times the mean KL of one computation, which its format may explain
 _SURE = 1.0  # nats between the likeliest piece and the next
 
