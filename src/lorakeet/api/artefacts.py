@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lorakeet.api.display import ShownCertificate
 from lorakeet.api.run import FinishedRun
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
@@ -50,7 +51,7 @@ def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: An
     given = {"run_or_adapter": _path(run), "against": [str(one) for one in against], **options}
     found = verify_verb(_options(VerifyOptions, given, "lk.verify"), console=TerminalConsole(quiet=quiet))
     assert isinstance(found, Verified)  # without `deploy`, which has no argument here
-    return found.certificate
+    return ShownCertificate.of(found.certificate)
 
 
 def _path(run: AnyRun) -> str:

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from lorakeet.api.adapter import AdapterValue
+from lorakeet.api.display import ShownPairs
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
@@ -46,7 +47,7 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
     for parameter in parameters(net, name):
         parameter.requires_grad_(True)
     _FLAGS.setdefault(net, flags)
-    return plan
+    return ShownPairs.of(plan)
 
 
 def parameters(net: nn.Module, name: str = "default") -> list[nn.Parameter]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from rich.console import Console
 
+from lorakeet.core.plan import Plan
+from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report, render_html
 from lorakeet.workflows.finetuning.kind import PlanResult
+
+HEAD = ("weights", "shape", "rank", "scale", "trained parameters")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,66 @@ class ShownPlan:
         return self.console.export_text(clear=False, styles=False).rstrip()
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        forecast, later = self.result.planned.forecast, self.result.later_commands
+        kinds = list(dict.fromkeys(kind for phase in forecast.phases for kind, size in phase.kinds.items() if size))
+        unit, word, digits = (2**30, "GiB", 2) if self.peak >= 2**30 else (2**20, "MiB", 0)
+
+        def shown(size: int) -> str:
+            return f"{size / unit:.{digits}f}" if size * 200 >= unit else ""
+
+        head = (f"phase, in {word} at its peak", *kinds, "together")
+        sizes = [[phase.kinds.get(kind, 0) for kind in kinds] + [phase.bytes] for phase in forecast.phases]
+        names = [f"{phase.name} (a command of its own)" if phase.name in later else phase.name for phase in forecast.phases]
+        body = [(name, *map(shown, row)) for name, row in zip(names, sizes, strict=True)]
+        budget = f" of a budget of {shown(self.result.budget.bytes)}" if self.result.budget else ""
+        said = f"Peak of the run: <b>{shown(self.peak)} {word}</b>{budget}; {html.escape(self.result.planned.plan.summary())}."
+        whole = f"<details><summary>Time, targets and remarks</summary><pre>{html.escape(str(self))}</pre></details>"
+        return f"<p>{said}</p>{table_of([head, *body])}{whole}"
+
+
+class ShownPairs(Plan):
+    """What is trained, as a table of paths, shapes and ranks."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> ShownPairs:
+        """The same plan with this table."""
+        return cls(**{field.name: getattr(plan, field.name) for field in fields(Plan)})
+
+    def __str__(self) -> str:
+        rows = [HEAD, *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join([*lines, self.summary()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"{table_of([HEAD, *self.rows()])}<p>{html.escape(self.summary())}</p>"
+
+
+class ShownCertificate(Certificate):
+    """What was compared, as a table of measures, limits and verdicts."""
+
+    @classmethod
+    def of(cls, certificate: Certificate) -> ShownCertificate:
+        """The same certificate with this table."""
+        return cls(**{field.name: getattr(certificate, field.name) for field in fields(Certificate)})
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.subject}: {self.verdict}", *map(str, self.checks), *map(str, self.unchecked)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[Any, ...]] = [("", "compared", "with", "measure", "found", "limit", "n")]
+        for check in self.checks:
+            for key, value in check.measured.items():
+                bound = f"{'≥' if key in check.floors else '≤'} {check.tolerance[key]:.3g}"
+                names = (check.name, check.right, key.replace("_", " "))
+                rows.append(("✓" if check.passed else "✗", *names, f"{value:.3g}", bound, check.n))
+        left = "".join(f"<li>{html.escape(str(one))}</li>" for one in self.unchecked)
+        said = f"<p>{html.escape(self.subject)}: <b>{html.escape(self.verdict)}</b></p>"
+        return f"{said}{table_of(rows)}{f'<ul>{left}</ul>' if left else ''}"
 
 
 def page_of(report: Report, *, height: int = 900) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakeet.api.adapter import AdapterValue
 from lorakeet.api.classify import LabelAnswer, classified
-from lorakeet.api.display import page_of, table_of
+from lorakeet.api.display import ShownCertificate, page_of, table_of
 from lorakeet.api.model import BaseModelHandle
 from lorakeet.api.model import load as load_model
 from lorakeet.api.rows import RowSet
@@ -119,7 +119,7 @@ class FinishedRun:
     @property
     def certificate(self) -> Certificate:
         """What was compared with the trained adapter, and by how much it differs."""
-        return read_certificate(self.folder.certificate)
+        return ShownCertificate.of(read_certificate(self.folder.certificate))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
