@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakeet.data.leaks import LeakReport, check_leaks
+from lorakeet.data.prompt_leaks import prompt_leak_notes
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
@@ -26,7 +27,7 @@ class Dataset:
     test: tuple[Row, ...]
     labels: tuple[str, ...]
     leaks: LeakReport
-    notes: tuple[str, ...] = ()  # sentences about rows that were dropped, and labels that look alike
+    notes: tuple[str, ...] = ()  # sentences about rows that were dropped or stand in prompts, and labels that look alike
 
     @property
     def label_counts(self) -> dict[str, int]:
@@ -54,7 +55,9 @@ def load_dataset(spec: DataSpec) -> Dataset:
     clean = check_leaks(split.train, split.held_out, test, spec)
     labels = find_labels(clean.train, spec)
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
-    return Dataset(clean.train, clean.held_out, clean.test, labels, clean.report, (*notes, *_alike(labels)))
+    parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
+    notes += [*prompt_leak_notes(parts, spec.on_leak), *_alike(labels)]
+    return Dataset(clean.train, clean.held_out, clean.test, labels, clean.report, tuple(notes))
 
 
 def _alike(labels: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder
 from lorakeet.data.leaks import LeakReport, search_leaks
 from lorakeet.data.prepare import check_labels, find_labels
+from lorakeet.data.prompt_leaks import prompt_leak_notes
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
@@ -119,6 +120,7 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     settings: RunConfig = opened.config
     dropped: list[str] = []
     rows = tuple(read_rows(data, dataclasses.replace(settings.data, limit=None), dropped))
+    dropped += prompt_leak_notes({"evaluated": rows}, settings.data.on_leak)
     if not settings.data.train:
         return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), (), warnings=tuple(dropped))
     try:
