@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.machine import origin, warn_if_busy, write_result
-from harness.planted import Change, Corpus, changes, corpora, of_file
+from harness.planted import Change, Corpus, changes, corpora, letters_of, measured_length, of_file
 from harness.processes import answered
 
 from lorakeet.data.leaks import find_duplicates
@@ -37,6 +37,7 @@ from lorakeet.evaluate.intervals import proportion
 
 LEAST = {"words": 0.95, "characters": 0.9}  # of the copies
 FALSE = 1e-3  # of the pairs
+SHORTEST = 4  # words (six characters) of a text of which one is changed: shorter ones are compared whole
 SECONDS = 120.0
 TRIES = 100  # of a change, for a copy that is no other text of the kind
 PLANTED, ROUNDS = 60, 5  # copies of each change at once, and how often, with other originals
@@ -67,10 +68,11 @@ def planted(corpus: Corpus, change: Change, seed: int, count: int) -> list[tuple
     """Pairs (original, copy) of different originals."""
     chance = random.Random(f"{corpus.name} {seed}")
     if corpus.characters:
-        words = [character for text in corpus.texts for character in text if character.isalnum()]
+        words = [text[place] for text in corpus.texts for place in letters_of(text)]
     else:
         words = [word for text in corpus.texts for word in re.findall(r"[^\W\d_]+", text)]
-    chosen = chance.sample(corpus.texts, min(count, len(corpus.texts) // 4))
+    texts = [text for text in corpus.texts if measured_length(text) > SHORTEST - 0.01]
+    chosen = chance.sample(texts, min(count, len(texts) // 4))
     pairs = []
     for text in chosen:
         copies = (change(text, chance, words) for _ in range(TRIES))

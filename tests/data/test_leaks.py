@@ -337,3 +337,22 @@ def test_the_drug_review_that_stands_in_both_files(drug_reviews):
     assert (pair.row_part, pair.twin_part) == ("training", "test")
     assert (len(dataset.train), len(dataset.held_out), len(dataset.test)) == (539, 60, 379)
     assert dataset.labels == ("negative", "neutral", "positive")
+
+
+def question(city, source, answer, call=""):
+    said = Turn("user", f"Will it rain in {city} tomorrow evening?", False)
+    return Row((said, Turn("assistant", answer, True, extra=call)), None, None, source)
+
+
+def test_a_row_whose_answer_takes_up_another_word_is_another_row():
+    """27 of 126 rows of tool calls were dropped: "Will it rain in Oslo?" and the same with another city."""
+    oslo, lima = '[{"arguments": {"city": "Oslo"}}]', '[{"arguments": {"city": "Lima"}}]'
+    cases = (
+        (question("Oslo", "a:1", '{"city": "Oslo"}'), question("Lima", "h:1", '{"city": "Lima"}'), 0),
+        (question("Oslo", "a:1", "", oslo), question("Lima", "h:1", "", lima), 0),
+        (question("Oslo", "a:1", "yes"), question("Lima", "h:1", "no"), 1),  # what differs is in no answer
+        (question("Oslo", "a:1", '{"city": "Oslo"}'), question("Lima", "h:1", '{"city": "Oslo"}'), 1),
+        (question("Oslo", "a:1", "In Oslo it will."), question("rainy Oslo", "h:1", "In Oslo it will, rainy as it is."), 1),
+    )
+    for first, second, count in cases:
+        assert len(find_duplicates({"held-out": [second], "training": [first]}, 0.8)) == count, (first.turns, second.turns)

@@ -163,7 +163,8 @@ def test_bad_rows_are_dropped_on_request_and_counted(tmp_path: Path) -> None:
     said: list[str] = []
     rows = read_rows(str(tmp_path / "rows.jsonl"), DataSpec(train="x", bad_rows="drop"), said)
     assert [row.text for row in rows] == ["one", "two"]
-    assert len(said) == 1 and said[0].startswith(f"2 of 4 rows of {tmp_path / 'rows.jsonl'} were dropped; first rows.jsonl:2: ")
+    assert len(said) == 1
+    assert said[0].startswith(f"2 rows were dropped of the 4 of {tmp_path / 'rows.jsonl'}; first rows.jsonl:2: ")
     with pytest.raises(DataError, match=r"\(2 problems\)(.|\n)*--data.bad_rows drop"):
         read_rows(str(tmp_path / "rows.jsonl"), DataSpec(train="x"))
     (tmp_path / "none.jsonl").write_text("{broken\n")

@@ -27,14 +27,14 @@ def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "acc
             "; but no difference from X is shown: +0.020 (−0.020 to +0.060).",
             "mixed",
         ),
-        (("better", 0.17), ("worse", -0.06), ", but is worse than X by −0.060", "mixed"),
+        (("better", 0.17), ("worse", -0.06), ", but is worse than X: −0.060", "mixed"),
         (
             ("no difference shown", 0.01),
             ("no difference shown", 0.02),
             "No difference shown between the adapter and its base",
             "none",
         ),
-        (("worse", -0.1), ("worse", -0.2), "The adapter is worse than its base by −0.100 accuracy", "worse"),
+        (("worse", -0.1), ("worse", -0.2), "The adapter is worse than its base: −0.100 accuracy", "worse"),
         (("no difference shown", 0.01), ("better", 0.2), "; but beats X by +0.200", "mixed"),
     ],
 )

@@ -26,7 +26,7 @@ KINDS = {
 }
 MANY = (20, 0.01)  # rows, and their share of all, from which one whole prompt is an instruction
 RECALL = "95 %"  # measured by benchmarks/leaks.py
-UNSEEN = "paraphrases, translations, and changes within text that many rows share"
+UNSEEN = "paraphrases, translations, changes within text that many rows share, and another word in the only slot of such text"
 _SHOWN = 5
 _MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows
 _EXCERPT = 200  # characters
@@ -94,7 +94,8 @@ class LeakReport:
         one = "" if self.threshold == 1 else f", or all but one from {fewest_words(self.threshold):g} words on"
         return (
             f"Searched {rows} rows for texts that share {self.threshold:.0%} of their words{one}; text that many rows share does "
-            f"not count. It found at least {RECALL} of the copies planted in sentences and labels, and cannot find {UNSEEN}."
+            "not count, and rows whose answers take up the words that differ are other rows. The search found at least "
+            f"{RECALL} of the copies planted in sentences and labels, and cannot find {UNSEEN}."
         )
 
     def _many_near_copies(self) -> str:
@@ -292,9 +293,23 @@ def _near_pairs(
                     continue
                 for distance, other in nearest:
                     twin = documents[other].first(twin_part) if other < number or twin_part != part else None
-                    if twin is not None:
+                    if twin is not None and (document.answers or not _answers_follow(row, twin)):
                         yield LeakPair(row, part, twin, twin_part, -distance, "near", document.answers)
                         break
+
+
+def _answers_follow(row: Row, twin: Row) -> bool:
+    """True if each answer takes up what differs in its own prompt: another value of a slot, which makes another row.
+
+    Such as "Will it rain in Oslo?" with the answer {"city": "Oslo"}, and the same with another city.
+    """
+    prompts, answers = ([set(normal_words(said)) for said in pair] for pair in ((row.text, twin.text), map(_said, (row, twin))))
+    return all((prompts[i] - prompts[1 - i]) & (answers[i] - answers[1 - i]) for i in range(2))
+
+
+def _said(row: Row) -> str:
+    """The answer of a row, with its tool calls."""
+    return " ".join([_answer(row), *(turn.extra for turn in row.turns if turn.role == "assistant")])
 
 
 def _group_pairs(parts: Mapping[str, Sequence[Row]], done: set[tuple[int, str]]) -> Iterator[LeakPair]:

@@ -36,7 +36,8 @@ def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None) -> li
         raise DataError(f"{name} has no rows; expected at least one record below the header.")
     if problems.count and dropped is not None:
         count, total = problems.count, problems.count + len(rows)
-        dropped.append(f"{count:,} of {total:,} rows of {name} were dropped; first {problems.first}")
+        what = "row was" if count == 1 else "rows were"
+        dropped.append(f"{count:,} {what} dropped of the {total:,} of {name}; first {problems.first}")
     return rows
 
 

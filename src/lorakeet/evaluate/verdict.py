@@ -112,9 +112,9 @@ def _named(system: str) -> str:
 
 
 def _size(comparison: Comparison, *, unit: bool = True) -> str:
-    """ " by +0.1 accuracy", or ": −0.1 nats a token" if lower is better, where "by" would mislead."""
+    """ " by +0.1 accuracy", or ": −0.1 accuracy", where "worse by −0.1" would mislead, or a lower loss that is better."""
     words = f" {metric_words(comparison.metric).inline}" if unit else ""
-    link = " by " if comparison.higher_is_better else ": "
+    link = " by " if comparison.higher_is_better and comparison.verdict == "better" else ": "
     return f"{link}{signed(comparison.difference.value)}{words}"
 
 

@@ -143,3 +143,28 @@ def test_row_losses_are_those_of_a_plain_forward_in_the_given_order(text: TextMo
 def test_what_tells_labels_apart_is_kept(completions: list[list[int]], expected: list[list[int]]) -> None:
     found = distinguishing([ids(*each) for each in completions], frozenset({END, 8, 9}))
     assert [ending.tolist() for ending in found] == expected
+
+
+def test_examples_before_many_rows_pass_once_a_batch_for_labels_of_several_tokens(text: TextModel, plain: Any) -> None:
+    """Rows of 60 tokens, 50 of which all share, with three labels: a pass of each row computed the 50 twelve times."""
+    if text.attention != "varlen":
+        pytest.skip("other attention shares no prefix")
+    chance = np.random.default_rng(3)
+    shared = chance.integers(4, 320, 50)
+    ends = tuple(ids(*completion) for completion in SEVERAL)
+    rows = [Candidates(np.concatenate([shared, chance.integers(4, 320, 10)]), ends, f"row {n}", 0, False) for n in range(12)]
+    decoder, computed = text.model.get_decoder(), []
+    forward = decoder.forward
+
+    def counting(*args: Any, **settings: Any) -> Any:
+        computed.append(settings["input_ids"].numel())
+        return forward(*args, **settings)
+
+    done: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "forward", counting)
+        scores = label_scores(text, rows, micro_tokens=256, progress=done.append)
+    assert sum(done) == 12 and len(computed) <= 3
+    assert sum(computed) <= len(computed) * 50 + 12 * 3 * 13 < 12 * 60
+    expected = [[log_prob(plain, row.prompt, end[:count]) for end, count in zip(ends, (2, 1, 3), strict=True)] for row in rows]
+    np.testing.assert_allclose(scores, expected, atol=1e-4)

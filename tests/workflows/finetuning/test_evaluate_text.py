@@ -114,7 +114,7 @@ def test_examples_pass_through_the_base_once_a_batch(finished: Any, text: TextMo
 
 
 def test_labels_of_several_tokens_have_few_examples(finished: Any, text: TextModel) -> None:
-    """Each of their rows is a pass of its own, which repeats the examples."""
+    """A row stands in a batch once for each of its labels, which leaves less space."""
     dataset = finished.result.setup.dataset
     evaluator = judge_of(finished, text, dataset.test)
     assert evaluator._few_shot_limits(dataset.test).encoder is evaluator.encoder

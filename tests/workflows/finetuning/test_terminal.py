@@ -27,6 +27,7 @@ def printed(show: Any, what: Any, **console: Any) -> str:
 def test_the_plan_shows_rows_leaks_target_tokens_and_matrices(finished: Any) -> None:
     text = printed(show_rows, finished.result.setup)
     assert "53 training, 6 held-out, 13 test" in text
+    assert "The prompts do not name all 3 labels" in text and "Answer with one of:" in text, "before the training, not after it"
     assert "1 row is on both sides of a split (1 dropped)" in text and "judged.jsonl:13" in text
     assert "model.layers.[0-1].self_attn.q_proj" in text and "14 pairs, 0 extras, 3,712 trained parameters" in text
     assert "6 steps of 8 rows" in text and "float32 weights" in text and "tokens an epoch" in text

@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 Progress = Callable[[int], None]  # called with the number of rows just done
 
 HEAD_CHUNK = 256
+TOGETHER = 512  # labels of several tokens that are put into batches at once
 
 
 def row_losses(
@@ -44,7 +45,8 @@ def label_scores(
     """Returns log p(label | prompt) of every label of every row (rows, labels), summed over the label's tokens.
 
     A common ending of all labels (the end-of-turn token) is left out unless one label would then be a prefix of another. Labels
-    of one token share one pass over the prompt; longer ones take a pass each.
+    of one token share one pass over the prompt. Longer ones are rows of their own, and what rows begin with is computed once a
+    batch: the prompt for all labels of a row, or examples for many rows, whichever takes less.
     """
     text.model.eval()
     answers = [label_endings(text, row) for row in rows]
@@ -58,12 +60,28 @@ def label_scores(
                 scores[index] = row[[int(ending[0]) for ending in answers[index]]].double().cpu().numpy()
         if progress is not None:
             progress(len(batch.lengths))
-    for index in sorted(set(range(len(rows))) - set(short)):
-        examples = [_example(rows[index].prompt, ending) for ending in answers[index]]
-        scores[index] = -row_losses(text, examples, micro_tokens=micro_tokens, chunk=chunk)[0]
-        if progress is not None:
-            progress(1)
+    left = sorted(set(range(len(rows))) - set(short))
+    together = max(1, TOGETHER // max((len(answers[index]) for index in left), default=1))
+    for start in range(0, len(left), together):
+        group = left[start : start + together]
+        examples = [_example(rows[index].prompt, ending) for index in group for ending in answers[index]]
+        counted = None if progress is None else _by_row(progress, len(examples) // len(group))
+        losses = row_losses(text, examples, micro_tokens=micro_tokens, chunk=chunk, progress=counted)[0]
+        scores[group] = -losses.reshape(len(group), -1)
     return scores
+
+
+def _by_row(progress: Progress, labels: int) -> Progress:
+    """Counts rows of so many labels where single labels are done."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        if done // labels > before // labels:
+            progress(done // labels - before // labels)
+
+    return advance
 
 
 def label_endings(text: TextModel, row: Candidates) -> list[Ids]:

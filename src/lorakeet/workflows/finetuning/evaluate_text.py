@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
 from lorakeet.data.few_shot import FewShot, choose_examples
+from lorakeet.data.label_names import unnamed_labels_note
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import ConfigError, DataError
@@ -83,10 +83,10 @@ class TextEvaluator:
                 )
                 note = f"fitted to {len(baseline_rows)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
                 floors = [majority, replace(tfidf, note=note)]
-            few_shot = self._few_shot(rows, baseline_rows)
             report = classification_report(
-                title, base=answers[0], adapter=answers[1], few_shot=few_shot, floors=floors, texts=texts, **about
-            )
+                title, base=answers[0], adapter=answers[1], few_shot=self._few_shot(rows, baseline_rows), floors=floors,
+                texts=texts, **about,
+            )  # fmt: skip
         else:
             losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
             replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
@@ -97,23 +97,9 @@ class TextEvaluator:
             )  # fmt: skip
         left_out = len(self.rows) - len(rows)
         warnings = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
-        unnamed = self._unnamed_labels(rows, any(system.name == FEW_SHOT for system in report.systems))
-        return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *unnamed))
-
-    def _unnamed_labels(self, rows: Sequence[Row], few_shot: bool) -> tuple[str, ...]:
-        """A warning if the prompts do not name the labels, which the base then cannot know."""
-        labels = self.encoder.labels
-        prompts = [" ".join(turn.text for turn in row.turns[:-1]) for row in rows[:16]]
-        found = [re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.I) for label in labels]
-        named = [word for word in found if all(word.search(prompt) for prompt in prompts)]
-        if not labels or len(named) == len(labels):
-            return ()
-        template = f"{self.encoder.spec.template}\nAnswer with one of: {', '.join(labels[:8])}{', …' if len(labels) > 8 else ''}"
-        advice = "The few-shot base sees them." if few_shot else ""
-        return (
-            f"The prompts do not name all {len(labels)} labels, so the base cannot know them: part of the gain over it may be "
-            f"just that. {advice} To train with their names, set data.template, for instance {template!r}.",
-        )
+        few_shot = any(system.name == FEW_SHOT for system in report.systems)
+        unnamed = unnamed_labels_note(rows, self.encoder.labels, self.encoder.spec.template, few_shot=few_shot)
+        return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *([unnamed] if unnamed else [])))
 
     def drift(self) -> Drift | None:
         """Mean KL(base ‖ adapter) per token on texts that the base samples, seeded; None if there are none."""
@@ -165,7 +151,7 @@ class TextEvaluator:
         return replace(found, note=note)
 
     def _few_shot_limits(self, rows: Sequence[Row]) -> FewShotLimits:
-        """Wide ones if all labels have one token: those of several tokens take a pass of each row, which repeats the examples."""
+        """Wide ones if all labels have one token: those of several repeat each row for each label behind the same examples."""
         first = self.encoder.candidates(rows[0])
         if first is not None and all(len(ending) == 1 for ending in label_endings(self.text, first)):
             return few_shot_limits(self.config, self.text, self.encoder)

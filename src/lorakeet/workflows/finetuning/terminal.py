@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import show_example
+from lorakeet.data.label_names import unnamed_labels_note
 from lorakeet.data.prepare import Dataset
 from lorakeet.data.template import uses_template
 from lorakeet.evaluate.certificate import Certificate
@@ -45,13 +46,16 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
         more = f" and {len(shown) - SHOWN_LABELS} more labels" if len(shown) > SHOWN_LABELS else ""
         listed = ", ".join(f"{label} {count:,}" for label, count in shown[:SHOWN_LABELS])
         console.print(Text(f"Labels of the training rows: {listed}{more}"))
-    for line in (*setup.dataset.notes, *setup.dataset.leaks.lines()):
+    data = setup.config.data
+    few_shot = setup.config.evaluate.examples > 0
+    unnamed = unnamed_labels_note(setup.dataset.train, setup.dataset.labels, data.template, few_shot=few_shot)
+    for line in (*setup.dataset.notes, *([unnamed] if unnamed else []), *setup.dataset.leaks.lines()):
         console.print(Text(line))
     for name, encoded in setup.encoded.items():
         if encoded.truncated or encoded.dropped:
             limit = f"{setup.config.data.max_tokens} tokens"
             console.print(f"{encoded.truncated} {name} rows shortened to {limit}, {len(encoded.dropped)} left out")
-    data, first = setup.config.data, setup.dataset.train[0].turns[0]
+    first = setup.dataset.train[0].turns[0]
     if data.chat_template == "auto" and first.role and not uses_template(setup.text.tokenizer, data):
         console.print("The tokenizer has no chat template, so turns are joined as raw text.", soft_wrap=True)
     console.print(Text.assemble(("One training row", "bold"), " (target tokens in green):"))
