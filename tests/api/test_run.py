@@ -37,7 +37,8 @@ def test_metrics_are_attributes_with_their_interval(shared: Shared) -> None:
 def test_pages_in_a_notebook(shared: Shared) -> None:
     page = shared.run.report._repr_html_()
     assert page.startswith("<iframe srcdoc=") and page.count('"') == 8 and "&lt;html" in page
-    assert "<table>" in shared.run._repr_html_() and "certificate passed" in str(shared.run)
+    assert "<table>" in shared.run._repr_html_() and "<th>Accuracy</th>" in shared.run._repr_html_()
+    assert "certificate passed" in str(shared.run)
     assert shared.run.certificate.passed
 
 

@@ -91,7 +91,10 @@ def test_the_notebooks_run(small: dict[str, dict[str, Any]], tmp_path: Path) -> 
         missing = [words for words in EXPECTED[name] if words not in text]
         if missing:
             lost[name] = (missing, text[-2000:])
+        assert "MetricWords(" not in text, name
     assert not lost, lost
+    first = shown(json.loads((tmp_path / "first_adapter.ipynb").read_text(encoding="utf-8")))
+    assert first.count("Targets by kind of module") == 2, "as text and in the page, and not printed beside it"
 
 
 def test_notebooks_are_short_have_no_outputs_and_are_all_run() -> None:

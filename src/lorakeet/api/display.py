@@ -16,7 +16,7 @@ from lorakeet.workflows.finetuning.kind import PlanResult
 HEAD = ("weights", "shape", "rank", "scale", "trained parameters")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShownPlan:
     """A forecast of memory and time. `result` holds the numbers; `peak` and `fits` are the first that one reads."""
 
@@ -35,6 +35,8 @@ class ShownPlan:
 
     def __str__(self) -> str:
         return self.console.export_text(clear=False, styles=False).rstrip()
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         forecast, later = self.result.planned.forecast, self.result.later_commands

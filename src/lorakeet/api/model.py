@@ -101,7 +101,7 @@ class BaseModelHandle:
         if tokens is not None:
             config = config.changed(data={"max_tokens": tokens}, train={"micro_tokens": tokens})
         config = load_settings(RunConfig, to_mapping(config), where="Model.plan")
-        console = TerminalConsole(file=StringIO(), record=True, width=110)
+        console = TerminalConsole(file=StringIO(), record=True, width=110, force_jupyter=False)
         return ShownPlan(plan(config, console=console), console)
 
     def generate(

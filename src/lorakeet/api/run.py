@@ -198,7 +198,7 @@ class ShownReport:
     def table(self) -> str:
         """The systems and their metrics as an HTML table."""
         names = list(dict.fromkeys(name for system in self.value.systems for name in system.metrics))
-        head = ("", *(metric_words(name) for name in names))
+        head = ("", *(metric_words(name).title for name in names))
         body = [(system.name, *(system.metrics.get(name, "") for name in names)) for system in self.value.systems]
         return table_of([head, *body])
 
