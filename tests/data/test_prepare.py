@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakeet.data.prepare import check_labels, find_labels, load_dataset
+from lorakeet.data.prepare import check_labels, find_labels, load_dataset, unnamed_labels_note
+from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
 
@@ -103,3 +104,28 @@ def test_labels_that_look_alike_are_said(tmp_path: Path) -> None:
     found = load_dataset(DataSpec(train=str(tmp_path / "rows.tsv"), held_out_fraction=0.3))
     assert any("'Positive' and 'positive' differ in case" in note for note in found.notes)
     assert set(found.label_counts) == set(labels) and sum(found.label_counts.values()) == len(found.train)
+
+
+def prompts(template: str) -> list[Row]:
+    return [
+        Row((Turn("user", template.format(n), False), Turn("assistant", "ab"[n % 2], True)), "ab"[n % 2], None, f"r:{n}")
+        for n in range(20)
+    ]
+
+
+def test_a_template_that_names_them_is_offered() -> None:
+    said = unnamed_labels_note(prompts("Number {}"), ("net work", "bill"), "{text}", few_shot=True)
+    assert said.startswith("The prompts do not name all 2 labels, so the base cannot know them") and "few-shot base sees" in said
+    assert said.endswith(r"set data.template, for instance '{text}\nAnswer with one of: net work, bill'.")
+    assert "few-shot" not in unnamed_labels_note(prompts("Number {}"), ("net", "bill"), "{text}", few_shot=False)
+    many = tuple(f"label {number}" for number in range(9))
+    assert many[7] + ", …'." in unnamed_labels_note(prompts("Number {}"), many, "{text}", few_shot=False)
+
+
+def test_names_are_whole_words_in_every_prompt() -> None:
+    labels = ("net", "bill")
+    assert unnamed_labels_note(prompts("NET or Bill? Number {}"), labels, "{text}", few_shot=True) == ""
+    assert unnamed_labels_note(prompts("nets or bill? Number {}"), labels, "{text}", few_shot=True) != ""
+    some = [*prompts("net or bill? {}")[:3], *prompts("net? {}")[:3]]
+    assert unnamed_labels_note(some, labels, "{text}", few_shot=True) != ""
+    assert unnamed_labels_note(prompts("Number {}"), (), "{text}", few_shot=True) == "", "rows without labels"

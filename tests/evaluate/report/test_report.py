@@ -153,8 +153,11 @@ def test_leaks_are_counted_by_kind_and_shown_side_by_side_with_how_they_were_sea
     ]
     copies = (Leak("held:x", "train:x", 1.0, "dropped", "an equal text", "exact copy", "an equal text"),)
     text = Page(render_html(replace(report, leaks=(*copies, *near), leak_search="Searched 600 rows by words."))).text
-    for words in ("121 leaked rows found", "120 × near-copy", "1 × exact copy", "first text 0", "other text 0"):
+    for words in ("121 leaked rows found, all dropped", "120 × near-copy", "1 × exact copy", "first text 0", "other text 0"):
         assert words in text, words
+    some, every = ([replace(leak, action="kept") for leak in found] for found in (near[:2], near))
+    assert "120 leaked rows found, 2 kept" in Page(render_html(replace(report, leaks=(*some, *near[2:])))).text
+    assert "120 leaked rows found, all kept" in Page(render_html(replace(report, leaks=tuple(every)))).text
     assert text.count("an equal text") == 1 and "Searched 600 rows by words." in text
     assert "The first 100 rows found in both parts; report.json has all" in text and "train:98" in text and "train:99" not in text
 
@@ -465,3 +468,29 @@ def test_the_page_shows_samples_and_memorisation(tmp_path: Path) -> None:
     assert " nats" not in page
     write_report(report(0.1), tmp_path)
     assert "samples-h" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_suspect_labels_are_listed_with_their_rows() -> None:
+    truth = np.arange(60) % 2
+    said = np.where(np.arange(60) % 20 == 0, 1 - truth, truth)
+    table = np.full((60, 2), 0.05)
+    table[np.arange(60), said] = 0.95
+    systems = [answers_from_probabilities(name, table, labels=("x", "y"), truth=truth) for name in ("adapter", "base", "TF-IDF")]
+    texts = [f"row number {number}" for number in range(60)]
+    found = classification_report(
+        "t", adapter=systems[0], base=systems[1], floors=(systems[2],), texts=texts, sources=texts, spec=QUICK
+    )
+    assert {one.text for one in found.suspects} == {"row number 0", "row number 20", "row number 40"}
+    text = Page(render_html(found)).text
+    assert "both contradict the label of 3" in text and "row number 40" in text
+
+
+def test_a_confusion_matrix_of_many_labels_has_numbers_for_its_columns() -> None:
+    labels = tuple(f"a long name of label {number}" for number in range(13))
+    truth = np.arange(26) % 13
+    table = np.eye(13)[truth] * 0.9 + 0.1 / 13
+    systems = [answers_from_probabilities(name, table, labels=labels, truth=truth) for name in ("adapter", "base")]
+    found = classification_report("t", adapter=systems[0], base=systems[1], texts=["x"] * 26, spec=QUICK)
+    html = render_html(found)
+    assert '<th scope="col" title="a long name of label 12">13</th>' in html and "by the numbers of the rows" in html
+    assert "a long name of label 12 13</th>" in html, "the row has the name and the number"

@@ -26,7 +26,8 @@ from lorakeet.evaluate.wording import duration_text
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning import text as text_runs
-from lorakeet.workflows.finetuning.text import KIND, Speed, TextPlanResult, _speed_text
+from lorakeet.workflows.finetuning.run_time import Speed
+from lorakeet.workflows.finetuning.text import KIND, TextPlanResult, _speed_text
 from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.plan import plan
 from lorakeet.workflows.planning.forecast_text_run import Precision

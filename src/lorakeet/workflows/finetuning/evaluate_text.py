@@ -13,8 +13,8 @@ from lorakeet.config import RunConfig
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
 from lorakeet.data.few_shot import FewShot, choose_examples
-from lorakeet.data.label_names import unnamed_labels_note
 from lorakeet.data.pack import micro_batches
+from lorakeet.data.prepare import unnamed_labels_note
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.answers import Answers

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import show_example
-from lorakeet.data.label_names import unnamed_labels_note
-from lorakeet.data.prepare import Dataset
+from lorakeet.data.prepare import Dataset, unnamed_labels_note
 from lorakeet.data.template import uses_template
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -51,6 +50,7 @@ from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_gra
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
+from lorakeet.workflows.finetuning.run_time import Speed, measured_speed, run_time_text
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows, show_targets
 from lorakeet.workflows.finetuning.trained_targets import remarks_before, remarks_of_peft
 from lorakeet.workflows.planning.check import later_phases, with_later
@@ -64,15 +64,6 @@ from lorakeet.workflows.runs.residency import RESIDENT
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
 
 UNPACK = "unpack"
-PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The highest measured rates of this machine: FLOPs per second in matrix products, and bytes written per second."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ class TextPlanResult(PlanResult):
     def seconds(self) -> float:
         """The least time of a micro-batch in training: the longer of its arithmetic and its writing."""
         work, speed = self.planned.work, self.speed
-        return math.nan if speed is None else max(work.flops / speed.flops, work.written / speed.bytes)
+        return math.nan if speed is None else speed.seconds(work)
 
     @property
     def micro_batches(self) -> int:
@@ -311,23 +302,6 @@ def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> I
         yield "--lora.target_modules attention", config.changed(lora={"target_modules": ("attention",)}), precision
 
 
-def _measured_speed(products: torch.dtype) -> Speed:
-    """The best of a few square products and of a few copies, which take about a tenth of a second."""
-    square = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=products)
-    source = torch.ones(PROBE_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    product = min(_timed(lambda: torch.mm(square, square)) for _ in range(PROBE_REPEATS))
-    copy = min(_timed(lambda: target.copy_(source)) for _ in range(PROBE_REPEATS))
-    return Speed(2 * PROBE_SIZE**3 / product, PROBE_BYTES / copy)
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    """The seconds that `work` takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 class TextRunKind(RunKind[TextAssembly]):
     """A causal language model on rows of text, with labels or without."""
 
@@ -342,7 +316,7 @@ class TextRunKind(RunKind[TextAssembly]):
                 console.print(warning, soft_wrap=True)
             return_freed_memory()  # as a run with a budget does
         model_config, files = config_of(config.model, console.print), local_files(config.model.path)
-        speed = None if precision.on_gpu else _measured_speed(precision.products)
+        speed = None if precision.on_gpu else measured_speed(precision.products)
         workload = workload_of_files(config, model_config, partial(console.print, markup=False, soft_wrap=True))
         unbound = not budget and precision.on_gpu and torch.cuda.is_available()
         run = (UnboundTextRun if unbound else TextRun)(config, workload, console.print, (model_config, files))
@@ -388,6 +362,8 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def show(self, setup: TextAssembly, console: Console, *, dry_run: bool) -> None:
         show_rows(setup, console)
+        if dry_run and (said := run_time_text(setup)):
+            console.print(said, soft_wrap=True)
 
     def task(self, setup: TextAssembly, run: RunFolder, console: Console) -> TextTask:
         task = text_task(setup)

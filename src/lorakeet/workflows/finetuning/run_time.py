@@ -1,0 +1,137 @@
+"""Estimates how long a run on text takes on this machine, before it trains: from the tokens of each phase, and measured rates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorakeet.data.chat import Encoded
+from lorakeet.data.few_shot import SHARE, widest
+from lorakeet.data.prefix import PASS
+from lorakeet.evaluate.wording import duration_text
+from lorakeet.memory.ledger import Work
+from lorakeet.models.generate.score import label_endings
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
+from lorakeet.workflows.finetuning.certify_text import CHECK_TOKENS
+from lorakeet.workflows.finetuning.evaluate_text import CALIBRATION_ROWS
+from lorakeet.workflows.finetuning.reply import LEAST_TOKENS, LONGER, TOGETHER
+
+PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
+FORWARD = 0.5  # of a training pass: without gradients
+CHECKS = 6  # passes of a certificate over its tokens: two adapters, two bases, and PEFT's comparison
+SYSTEMS = 3  # adapter, base and few-shot base
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The highest measured rates of this machine: FLOPs per second in matrix products, and bytes written per second."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, work: Work) -> float:
+        """The time of some work at these rates."""
+        return max(work.flops / self.flops, work.written / self.bytes)
+
+
+@dataclass(frozen=True)
+class PhaseTokens:
+    """What the phases of a run compute, in tokens of a forward pass without gradients; the fixed cost of a pass is in it."""
+
+    training: float
+    evaluation: float
+    certificate: float
+
+
+def measured_speed(products: torch.dtype) -> Speed:
+    """The best of a few square products and of a few copies, which take about a tenth of a second."""
+    square = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=products)
+    source = torch.ones(PROBE_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = min(_timed(lambda: torch.mm(square, square)) for _ in range(PROBE_REPEATS))
+    copy = min(_timed(lambda: target.copy_(source)) for _ in range(PROBE_REPEATS))
+    return Speed(2 * PROBE_SIZE**3 / product, PROBE_BYTES / copy)
+
+
+def phase_tokens(setup: TextAssembly) -> PhaseTokens:
+    """The tokens of training with its held-out evaluations, of the evaluation, and of the certificate."""
+    train, spec = setup.config.train, setup.config.evaluate
+    each_epoch = math.ceil(len(setup.train.examples) / train.batch_size)
+    held_out = 1 + setup.steps // train.evaluation_interval(each_epoch)
+    training = setup.tokens_of_run / FORWARD + held_out * _read(setup.held_out, train.micro_tokens)
+    part, _ = setup.evaluated
+    rows = setup.encoded[part]
+    answering = _labelled(setup, rows) if setup.dataset.labels else _written(setup, rows) + 2 * _read(rows, train.micro_tokens)
+    drift = (spec.drift_tokens * (PASS + spec.drift_texts) + 2 * spec.drift_texts * spec.drift_tokens) * bool(spec.drift_texts)
+    return PhaseTokens(training, answering + drift, CHECKS * (CHECK_TOKENS + PASS))
+
+
+def run_time_text(setup: TextAssembly) -> str:
+    """The time of the run in a sentence; empty on a device whose speed is not measured, or where nothing was planned."""
+    plan = setup.residency.plan
+    if plan is None or setup.device.type != "cpu" or setup.residency.way.streamed:
+        return ""
+    micro_batch = measured_speed(setup.text.products).seconds(plan.work)
+    token, tokens = FORWARD * micro_batch / plan.rows.tokens, phase_tokens(setup)
+    phases = {"training": tokens.training, "evaluation": tokens.evaluation, "certificate": tokens.certificate}
+    each = ", ".join(f"{name} {duration_text(token * count)}" for name, count in phases.items())
+    return f"Time here, if nothing else runs: about {duration_text(token * sum(phases.values()))} ({each}), give or take half."
+
+
+def _read(rows: Encoded, micro_tokens: int) -> float:
+    """The tokens of reading all rows once."""
+    tokens = sum(len(example.ids) for example in rows.examples)
+    return tokens + PASS * math.ceil(tokens / micro_tokens)
+
+
+def _labelled(setup: TextAssembly, rows: Encoded) -> float:
+    """The tokens of base, adapter and few-shot base on labelled rows. Labels of several tokens repeat a row, or are its batch."""
+    most, count, typical = setup.config.train.micro_tokens, len(rows.examples), _typical(rows)
+    first = setup.encoder.candidates(setup.dataset.train[0])
+    endings = [] if first is None else label_endings(setup.text, first)
+    several = any(len(ending) > 1 for ending in endings)
+    own = (typical - _beginning(setup.train)) * (len(endings) if several else 1)
+
+    def answered(number: int, shown: float) -> float:
+        together = number * own + math.ceil(number * own / max(own, most - shown)) * (shown + PASS)
+        return min(together, number * (shown + typical + PASS))
+
+    longest = setup.config.data.max_tokens
+    limit = SHARE * longest if several or setup.config.memory.limit else widest(longest, setup.text.context) - longest
+    shown = min(setup.config.evaluate.examples, limit // typical) * typical
+    return 2 * answered(count, 0) + (answered(count + min(CALIBRATION_ROWS, len(setup.train.examples)), shown) if shown else 0)
+
+
+def _written(setup: TextAssembly, rows: Encoded) -> float:
+    """The tokens of the replies of base, adapter and few-shot base."""
+    spec, prompts, typical = setup.config.evaluate, min(setup.config.evaluate.answers, len(rows.examples)), _typical(rows)
+    longest = LONGER * max(int(row.supervised.sum()) for row in rows.examples)
+    written = min(spec.answer_tokens, max(LEAST_TOKENS, longest))
+    passes = math.ceil(prompts / TOGETHER)
+    return SYSTEMS * (prompts * (typical + written) + passes * written * PASS) + passes * spec.examples * typical
+
+
+def _typical(rows: Encoded) -> float:
+    """The mean number of tokens of a row."""
+    return sum(len(example.ids) for example in rows.examples) / max(1, len(rows.examples))
+
+
+def _beginning(rows: Encoded) -> int:
+    """The tokens that the first row and the last one begin with, as all of one template do."""
+    one, other = (rows.examples[number].ids for number in (0, -1))
+    most = min(len(one), len(other)) - 1
+    differ = np.flatnonzero(one[:most] != other[:most])
+    return int(differ[0]) if len(differ) else most
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    """The seconds that `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
