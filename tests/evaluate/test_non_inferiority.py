@@ -8,7 +8,8 @@ import pytest
 
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.non_inferiority import Margin, worse_by
+from lorakeet.evaluate.non_inferiority import Margin, fewest_rows, worse_by
+from lorakeet.evaluate.paired import Paired, score_difference
 
 MARGIN = Margin(loss=0.003, metric=0.02)
 
@@ -60,3 +61,12 @@ def test_the_rows_that_would_show_it() -> None:
 
 def test_worse_by_turns_with_the_metric() -> None:
     assert worse_by(found("loss", 0.1, 0.0, 0.2)) == (0.0, 0.2) and worse_by(found("accuracy", 0.1, 0.0, 0.2)) == (-0.2, 0.0)
+
+
+@pytest.mark.parametrize("margin", [0.3, 0.1, 0.02])
+def test_so_many_rows_at_least_show_equal_answers_to_be_as_good(margin: float) -> None:
+    needed = fewest_rows(margin, 0.95)
+    assert needed is not None and fewest_rows(0.0, 0.95) is None
+    for rows, enough in ((needed, True), (needed - 1, False)):
+        low = score_difference(Paired(rows, 0, 0, 0), 0.95)[0].low
+        assert (-low <= margin) == enough

@@ -84,7 +84,7 @@ def test_each_size_is_named_before_it_is_measured(compressed: Any, said: Console
 def test_a_too_small_budget_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:
     words = r"is 50MiB, but compressing this adapter takes at least \d+ MiB.* Give that with --memory"
     with pytest.raises(ConfigError, match=words):
-        compress(CompressOptions(str(trained), out=tmp_path / "cut", memory="50MiB"), console=quiet())
+        compress(CompressOptions(str(trained), out=tmp_path / "cut", memory="50MiB", **WIDE), console=quiet())
     assert not (tmp_path / "cut").exists()
 
 
@@ -158,7 +158,7 @@ def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
         ({"tolerance": "much"}, r"--tolerance is 'much'; expected a share"),
         ({"metric_tolerance": "-1"}, r"--metric-tolerance is '-1'; expected a share"),
         ({"tolerance": "150%"}, r"--tolerance is '150%'"),
-        ({"rows": 0}, r"--rows is 0"),
+        ({"rows": 0, "metric_tolerance": "40%"}, r"--rows is 0"),
     ],
 )
 def test_sizes_that_cannot_be(trained: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
@@ -167,11 +167,25 @@ def test_sizes_that_cannot_be(trained: Path, tmp_path: Path, given: dict[str, An
     assert not (tmp_path / "cut").exists()
 
 
-def test_where_every_cut_loses_too_much_nothing_is_written(trained: Path, tmp_path: Path) -> None:
+def test_where_every_cut_loses_too_much_nothing_is_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressing, "fewest_rows", lambda *_: 1)
     words = r"No cut .* is shown to be as good .* within 0\.0000 nats a row more loss \(0 % .*nothing was written.*--to"
     with pytest.raises(VerificationFailed, match=words):
         compress(CompressOptions(str(trained), out=tmp_path / "cut", tolerance="0"), console=quiet())
     assert not (tmp_path / "cut").exists()
+
+
+def test_rows_too_few_to_show_anything_are_said_before_anything_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28 held-out rows were measured with eight sizes, of which none could have passed."""
+    monkeypatch.setattr(compressing, "fit_evaluation", lambda *_: pytest.fail("it went on"))
+    few = r"2 points less accuracy, and \d+ held-out rows cannot show .* it takes 189\."
+    for share, words in (("2%", few), ("0", "no number of rows shows")):
+        with pytest.raises(ConfigError, match=words):
+            compress(CompressOptions(str(trained), out=tmp_path / "cut", metric_tolerance=share), console=quiet())
 
 
 @dataclass(frozen=True)

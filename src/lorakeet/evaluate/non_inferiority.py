@@ -6,8 +6,11 @@ however wide the margin, unless the difference is too small to be written in fou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from scipy import special
 
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.power import rows_below
@@ -56,6 +59,15 @@ class Margin:
                 n, confidence = found.difference.n, found.difference.confidence
                 needed = max(needed, rows_below(n, most - value, self.of(found) - value, confidence))
         return needed or None
+
+
+def fewest_rows(margin: float, confidence: float) -> int | None:
+    """Rows of which equal answers are within `margin` of a share: fewer show it of no system whatever it answers.
+
+    Tango's interval without a discordant row reaches to z²/(n + z²) (evaluate/paired). None for a margin of 0.
+    """
+    square = float(special.ndtri((1 + confidence) / 2)) ** 2
+    return math.ceil(square * (1 - margin) / margin) if margin > 0 else None
 
 
 def worse_by(found: Comparison) -> tuple[float, float]:

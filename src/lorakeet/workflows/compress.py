@@ -32,7 +32,7 @@ from lorakeet.evaluate.answers import Answers, measure
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Comparison, Scores, compare_scores, per_row
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
-from lorakeet.evaluate.non_inferiority import Margin
+from lorakeet.evaluate.non_inferiority import Margin, fewest_rows
 from lorakeet.evaluate.replies import Replies, compare_replies, main_metric, measure_replies
 from lorakeet.evaluate.report.rank_values import CurvePoint, RankCurve
 from lorakeet.evaluate.report.report import Report, SystemResult, write_report
@@ -134,6 +134,8 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     dataset = opened.dataset
     if not dataset.held_out:
         raise DataError("The run has no held-out rows, so no cut can be evaluated. Name a data.held_out file in its run file.")
+    if options.to is None:
+        _require_enough_rows(dataset, shares[1], opened.config.evaluate)
     config = opened.config
     most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
     workload = Workload(bool(dataset.labels), sum(len(row.text) for row in parts))
@@ -176,6 +178,16 @@ def _chosen(
             "size with --to."
         )
     return next(item for item in cuts if item.name == name), curve, evaluator
+
+
+def _require_enough_rows(dataset: Dataset, margin: float, spec: EvaluateSpec) -> None:
+    """Raises ConfigError, before anything is loaded, if so few labelled rows show no cut to be as good, whatever it answers."""
+    rows, needed = len(dataset.held_out), fewest_rows(margin, spec.confidence)
+    if not dataset.labels or any(row.group for row in dataset.held_out) or (needed is not None and rows >= needed):
+        return
+    allowed = f"--metric-tolerance allows {100 * margin:g} points less accuracy"
+    why = f"{rows} held-out rows cannot show that of any cut: it takes {needed:,}" if needed else "no number of rows shows that"
+    raise ConfigError(f"{allowed}, and {why}. Allow more, hold out more rows, or name a size with --to.")
 
 
 def _share(text: str, flag: str) -> float:
