@@ -4,7 +4,8 @@
     PREFIX_MODULE.lora_up.weight     (out, rank), for a convolution (out, rank, 1, 1)
     PREFIX_MODULE.alpha              a number; scale = alpha/rank of this module; without any, the scale is 1.
                                      Written with one value for all, and other scales multiplied into lora_up:
-                                     diffusers 0.42 loads differing alphas of attention and text encoder wrongly
+                                     diffusers 0.42 loads differing alphas of attention and text encoder wrongly.
+                                     Never 0, which sd-scripts reads as the rank: there lora_up is 0
     PREFIX_MODULE.dora_scale         (out, 1) or (out, 1, 1, 1)
     PREFIX_MODULE.lora_mid.weight    (rank, rank, k, k): a convolution in Tucker form, multiplied into lora_down when read
 
@@ -67,6 +68,7 @@ _COMFY, _T5 = "diffusion_model.", "lora_te3_"
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", _T5, "lora_transformer_", _COMFY)
 _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
 SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
+_SPELLED = {f"{slot}.weight" if slot in (_DOWN, _UP, _MID) else slot: slot for slot in SLOTS}  # sd-scripts ignores others
 _LINEAR_TEXTS = (1024, 2048)  # width of the texts of UNets whose projections are linear
 _SD1, _SD2 = 768, 1024  # width of the text that SD 1.x and 2.x attend to, and of their text encoder
 _NETWORKS = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
@@ -163,13 +165,10 @@ def _groups(tensors: Mapping[str, Tensor], path: Path, problems: Problems) -> di
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, slot = _key_and_slot(name)
-        short = slot.removesuffix(".weight")
-        if key.startswith(PREFIXES) and short in groups.get(key, {}):
-            problems.add(f"{path}: {key} has {short} twice, with and without .weight; expected one. Fetch the file again.")
-        elif key.startswith(PREFIXES) and short in SLOTS:
-            groups.setdefault(key, {})[short] = tensor
+        if key.startswith(PREFIXES) and slot in _SPELLED:
+            groups.setdefault(key, {})[_SPELLED[slot]] = tensor
         else:
-            hint = nearest(slot, SLOTS)
+            hint = nearest(slot, _SPELLED)
             problems.add(f"{path}: {name} {tuple(tensor.shape)} is a kind of tensor that is not known here.{hint}")
     return groups
 
@@ -179,8 +178,9 @@ def _key_and_slot(name: str) -> tuple[str, str]:
     if not name.startswith(_COMFY):
         key, _, slot = name.partition(".")
         return key, slot
-    module, _, slot = name.removeprefix(_COMFY).removesuffix(".weight").rpartition(".")
-    return f"lora_unet_{flat(module)}", {"lora_A": _DOWN, "lora_B": _UP}.get(slot, slot)
+    ending = ".weight" if name.endswith(".weight") else ""
+    module, _, slot = name.removeprefix(_COMFY).removesuffix(ending).rpartition(".")
+    return f"lora_unet_{flat(module)}", {"lora_A": _DOWN, "lora_B": _UP}.get(slot, slot) + ending
 
 
 def _check_alphas(groups: Mapping[str, Mapping[str, Tensor]], path: Path, problems: Problems) -> None:
@@ -193,6 +193,11 @@ def _check_alphas(groups: Mapping[str, Mapping[str, Tensor]], path: Path, proble
     for key, slots in groups.items():
         if "alpha" in slots and slots["alpha"].numel() != 1:
             problems.add(f"{path}: {key}.alpha has the shape {tuple(slots['alpha'].shape)}; expected one number.")
+        elif "alpha" in slots and float(slots["alpha"]) == 0:
+            problems.add(
+                f"{path}: {key}.alpha is 0, which sd-scripts and LyCORIS read as the rank and other programs as no change. Write "
+                "the alpha that is meant into the file, or take the module out."
+            )
 
 
 def _alpha(slots: Mapping[str, Tensor]) -> float | None:
@@ -303,11 +308,11 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
         pairs = _keyed(adapter, family, base, problems)
     problems.raise_if_any()
     alphas = Counter(_alpha_of(pair) for pair in pairs.values())
-    alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value))  # the most frequent; 0 only where all are 0
+    alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value)) or 1.0  # the most frequent; never 0
     tensors: dict[str, Tensor] = {}
     for key, pair in pairs.items():
         own_alpha = _alpha_of(pair)
-        written = own_alpha if transformer else alpha
+        written = (own_alpha if transformer else alpha) or 1.0
         tensors[f"{key}.{_DOWN}.weight"] = pair.A.float()
         tensors[f"{key}.{_UP}.weight"] = pair.B.float() if own_alpha == written else pair.B.float() * (own_alpha / written)
         tensors[f"{key}.alpha"] = torch.tensor(written)
