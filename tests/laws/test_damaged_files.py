@@ -31,7 +31,7 @@ from lorakeet.models.files.gguf_packed import packed_copy
 from lorakeet.models.image.shapes import shapes_in
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
-from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.load import load_text_model, load_tokenizer
 from tiny.adapters import random_adapter
 from tiny.damage import TEXTS, files_in, other_bytes, other_file, other_folder, put
 from tiny.fuzz import fuzzed
@@ -86,7 +86,7 @@ def _adapters(folder: Path) -> dict[str, dict[str, bytes]]:
     return {path.name: files_in(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
-@fuzzed(quick=600, many=50_000)
+@fuzzed(quick=2000, many=50_000)
 @given(files=st.deferred(lambda: st.sampled_from(sorted(adapters())).flatmap(lambda name: other_folder(adapters()[name]))))
 def test_adapters(files: dict[str, bytes]) -> None:
     with TemporaryDirectory() as name:
@@ -115,15 +115,30 @@ def _models(folder: Path) -> dict[str, dict[str, bytes]]:
     return {path.name: files_in(path) for path in sorted(folder.iterdir())}
 
 
-@fuzzed(quick=80, many=20_000)
+@cache
+def outlines() -> dict[str, dict[str, bytes]]:
+    """The files of model folders without their weights: what a plan reads, and the tokenizer."""
+    return {kind: {name: data for name, data in files.items() if "safetensors" not in name} for kind, files in models().items()}
+
+
+@fuzzed(quick=2000, many=50_000)
 @given(
-    files=st.sampled_from(["dense", "dense", "sharded", "gptq"]).flatmap(lambda name: other_folder(models()[name])),
-    plan=st.sampled_from([False, False, True]),
+    files=st.deferred(lambda: st.sampled_from(["dense", "gptq"]).flatmap(lambda kind: other_folder(outlines()[kind]))),
+    read=st.sampled_from([config_of, lambda spec, say: load_tokenizer(Path(spec.path))]),
 )
-def test_model_folders(files: dict[str, bytes], plan: bool) -> None:
+def test_configurations_and_tokenizers(files: dict[str, bytes], read: Any) -> None:
     with TemporaryDirectory() as name:
         spec = ModelSpec(str(put(files, Path(name) / "m")), device="cpu", dtype="float32")
-        read_or_refuse(lambda: config_of(spec, quiet) if plan else load_text_model(spec, say=quiet))
+        read_or_refuse(lambda: read(spec, quiet))
+
+
+@fuzzed(quick=150, many=8_000)
+@given(files=st.sampled_from([*["dense"] * 4, "sharded", "gptq"]).flatmap(lambda name: other_folder(models()[name])))
+def test_model_folders(files: dict[str, bytes]) -> None:
+    """Whole loads, of 30 ms and more each."""
+    with TemporaryDirectory() as name:
+        spec = ModelSpec(str(put(files, Path(name) / "m")), device="cpu", dtype="float32")
+        read_or_refuse(lambda: load_text_model(spec, say=quiet))
 
 
 @cache
@@ -140,7 +155,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@fuzzed(quick=60, many=20_000)
+@fuzzed(quick=2000, many=50_000)
 @given(
     damaged=st.sampled_from([None, "Q8_0"]).flatmap(lambda kind: other_bytes(gguf_model(kind), 9000)),
     copy=st.sampled_from([packed_copy, dense_copy]),
@@ -162,7 +177,7 @@ def certificate() -> bytes:
         return (Path(name) / "c.json").read_bytes()
 
 
-@fuzzed(quick=300, many=50_000)
+@fuzzed(quick=2000, many=50_000)
 @given(damaged=st.deferred(lambda: other_file("certificate.json", certificate())))
 def test_certificates(damaged: bytes) -> None:
     with TemporaryDirectory() as name:
@@ -227,6 +242,24 @@ def test_a_model_folder_with_any_text_for_a_json_file(name: str, tmp_path: Path)
         spec = ModelSpec(str(put({**models()[kind], file: text}, tmp_path / str(number))), device="cpu", dtype="float32")
         said = read_or_refuse(lambda spec=spec: load_text_model(spec, say=quiet))
         assert said or name == "generation_config.json"
+
+
+@pytest.mark.parametrize("changes", [{"pad_token_id": "x"}, {"pad_token_id": {"": None}}, None])
+def test_settings_of_generation_of_a_wrong_kind_are_one_message(changes: dict[str, Any] | None, tmp_path: Path) -> None:
+    files = models()["gptq"]
+    text = b"null" if changes is None else json.dumps({**json.loads(files["generation_config.json"]), **changes}).encode()
+    folder = put({**files, "generation_config.json": text}, tmp_path / "m")
+    said = read_or_refuse(lambda: load_text_model(ModelSpec(str(folder), device="cpu", dtype="float32"), say=quiet))
+    assert f"{folder} has settings for generation that cannot be used" in said and "generation_config.json" in said
+
+
+@pytest.mark.parametrize("end", ["x", [None], {"a": 1}, [[1]], 10**30, -5, True, 0.5])
+def test_an_end_token_that_is_none_is_refused(end: Any, tmp_path: Path) -> None:
+    files = models()["dense"]
+    text = json.dumps({**json.loads(files["generation_config.json"]), "eos_token_id": end}).encode()
+    folder = put({**files, "generation_config.json": text}, tmp_path / "m")
+    said = read_or_refuse(lambda: load_text_model(ModelSpec(str(folder), device="cpu", dtype="float32"), say=quiet))
+    assert f"{folder} has the eos_token_id {end!r}; expected the id of a token" in said
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**29}, {"hidden_size": -32}, {"intermediate_size": 10**29}])

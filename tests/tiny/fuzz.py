@@ -23,6 +23,7 @@ def fuzzed(quick: int, many: int) -> Callable[[Any], Any]:
     )  # fmt: skip
 
     def marked(test: Any) -> Any:
-        return pytest.mark.fuzz(drawn(test))
+        long_cases = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+        return long_cases(pytest.mark.fuzz(drawn(test)))
 
     return marked

@@ -202,6 +202,8 @@ def read(path: Path, /, *, base: BaseModel | None = None, **_unused: object) -> 
     if not (alpha is None or (isinstance(alpha, (int, float)) and math.isfinite(alpha))):
         raise DataError(f"{path}: the key {_ALPHA} is {repr(alpha)[:80]}; expected a finite number. Fetch the file again.")
     pairs = _pairs(path, groups, layout, alpha, problems)
+    if "lm_head" in pairs and base is not None and base.config().get("tie_word_embeddings"):
+        problems.add(f"{path} has a pair of the head, whose weight is the embedding's in this base: llama.cpp refuses it too.")
     problems.raise_if_any()
     metadata = {str(key): str(value) for key, value in note.get("metadata", {}).items()}
     return Adapter(pairs, base=str(note.get("base", "")), metadata=metadata)

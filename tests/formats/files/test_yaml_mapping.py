@@ -157,7 +157,7 @@ def test_any_text_is_a_value_or_one_message(seed: int) -> None:
         assert len(str(error)) <= 2000
 
 
-@fuzzed(300, 20_000)
+@fuzzed(2000, 50_000)
 @given(seed=st.integers(0, 2**48))
 def test_any_file_is_a_run_or_one_message(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = _place(tmp_path_factory)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from lorakeet.errors import one_message
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import read_into, skeleton
@@ -72,9 +73,12 @@ def take_generation_settings(model: Any, source: Path) -> None:
 
 
 def _generation(source: Path) -> GenerationConfig:
-    """Returns the folder's generation settings, from their own file or config.json."""
+    """Returns the folder's generation settings, from their own file or config.json. DataError for values of a wrong kind."""
+    begin = f"{source} has settings for generation that cannot be used"
     try:
-        return read_native(GenerationConfig, source, local_files_only=True)
+        with one_message(begin, "Correct generation_config.json there, or remove it.", passing=(OSError,)):
+            return read_native(GenerationConfig, source, local_files_only=True)
     except OSError:
         name = {"config_file_name": "config.json", "_from_model_config": True}
-        return read_native(GenerationConfig, source, local_files_only=True, **name)
+        with one_message(begin, "Correct config.json there, or fetch it again."):
+            return read_native(GenerationConfig, source, local_files_only=True, **name)

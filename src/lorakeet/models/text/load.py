@@ -38,6 +38,7 @@ from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 
 CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
+_MOST_IDS = 1 << 31
 HEAD_SIZES = (10.0, 100.0, 1000.0)  # the largest logit of the states on which the head is checked besides its own
 HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the same numbers
 ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest logit
@@ -75,6 +76,7 @@ def load_text_model(
             changes=changes, say=say,
         )
         take_generation_settings(model, source)
+    _require_end_ids(model, source)
     if spec.quantize.int8_products and not enable_int8_products(model):
         raise ConfigError(
             f"model.quantize.int8_products is true, but no weight of {spec.path} is in int8. Set model.quantize.method to "
@@ -102,6 +104,17 @@ def load_text_model(
     if kernels is not None:
         _use_checked_kernels(text, kernels, reference.shape[1])
     return text
+
+
+def _require_end_ids(model: Any, source: Path) -> None:
+    """Raises DataError for ids of end tokens that are none: texts would never end, or generation would break."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for one in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
+        if not isinstance(one, int) or isinstance(one, bool) or not -1 <= one < _MOST_IDS:  # -1: none, in older folders
+            raise DataError(
+                f"{source} has the eos_token_id {repr(given)[:80]}; expected the id of a token, or a list of ids. Correct "
+                "generation_config.json there."
+            )
 
 
 def _use_checked_kernels(text: TextModel, kernels: TritonRequest, vocabulary: int) -> None:
