@@ -15,6 +15,8 @@ import pytest
 from lorakeet.api.records import jsonl_of
 from lorakeet.errors import DataError
 
+LOOP: dict[str, object] = {}
+LOOP["a"] = [LOOP]
 ROWS = [{"text": "good", "label": "a", "stars": 5}, {"text": "schlecht ß", "label": "b", "stars": 1}]
 
 
@@ -52,6 +54,8 @@ def test_texts_are_rows_of_text() -> None:
     ("records", "message"),
     [
         ([{"a": "b"}, 3], r"Row 2 is 3 \(int\); expected a dict of columns"),
+        ([LOOP], r"Row 1, column 'a', column 'a' is nested deeper than 200 levels, or contains itself"),
+        ([{"a": 10**5000}], r"Row 1, column 'a' is more than 1e\+300 \(int\), which JSON has not"),
         ([{"a": "b", "c": object()}], r"Row 1, column 'c' is <object .*\(object\), which JSON has not"),
         ([], "There are no rows"),
         ({"train": ROWS}, r"The rows are one mapping with 'train'; expected a list of dicts, or a part of it"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorakeet.data.chat import Encoder
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
+from tiny.damage import other_json
+from tiny.fuzz import fuzzed
 from tiny.runs import write_rows
 
 WRITES_TOOLS = (
@@ -154,3 +159,46 @@ def test_tools_that_are_no_functions_are_named(tmp_path: Path) -> None:
     record = {**OPENAI, "tools": [{"type": "function", "function": "f"}]}
     with pytest.raises(DataError, match="'tools' is no list of objects"):
         list(read_rows(str(write_rows(tmp_path / "rows.jsonl", [record])), DataSpec(train="rows.jsonl")))
+
+
+def nested(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"a": found}
+    return found
+
+
+def with_call(call: Any) -> dict[str, Any]:
+    return {"messages": [OPENAI["messages"][0], {"role": "assistant", "content": "", "function_call": call}]}
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (with_call(DEEP), "expected an object"),
+        ({**OPENAI, "tools": DEEP}, r"expected a list of functions|no list of objects"),
+        ({**OLDER, "functions": DEEP}, "expected a list of functions"),
+        (with_call({**CALL["function"], "arguments": json.dumps(nested(200))}), "message 2 is nested deeper than 100 levels"),
+        ({**OPENAI, "tools": [{"function": {"name": "f", "parameters": nested(200)}}]}, "'tools' is nested deeper than 100"),
+        ({**OPENAI, "tools": [{"function": {"name": "f\ud800"}}]}, "'tools' has half of a character"),
+    ],
+)  # fmt: skip
+def test_calls_that_no_template_can_write_are_named(record: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words):
+        read_rows(str(write_rows(tmp_path / "rows.jsonl", [record])), DataSpec(train="rows.jsonl"))
+
+
+@fuzzed(quick=600, many=20_000)
+@given(text=st.sampled_from([OPENAI, SHAREGPT, OLDER]).flatmap(other_json))
+def test_any_row_with_tools_is_encoded_or_one_message(
+    text: bytes, byte_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "tools.jsonl"
+    file.write_bytes(text.replace(b"\n", b" ") + b"\n")
+    with contextlib.suppress(DataError):
+        spec = DataSpec(train="rows.jsonl")
+        for row in read_rows(str(file), spec):
+            Encoder(byte_tokenizer(WRITES_TOOLS), spec).encode(row)

@@ -50,3 +50,10 @@ def test_dataclasses_of_a_metric_file_work(tmp_path: Path) -> None:
     lines = [*head, "@dataclass", "class Score:", "    value: float"]
     (tmp_path / "my.py").write_text("\n".join([*lines, "def f(reply, reference):", "    return Score(0.5).value", ""]))
     assert load_metric(str(tmp_path / "my.py:f")).score("a", "b") == 0.5
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "1e999", "-1e999"])
+def test_a_metric_that_is_no_finite_number_names_the_reply(value: str, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text(f"def f(reply, reference):\n    return {value}\n")
+    with pytest.raises(ConfigError, match=r"on the reply 'abc'; expected a finite number"):
+        load_metric(str(tmp_path / "my.py:f")).score("abc", "d")

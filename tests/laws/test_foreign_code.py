@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from lorakeet.workflows.plan import plan
 from structure.tree import named, parsed, source_files
 from tiny.caches import new_cache
 from tiny.gguf_family import write_family_gguf
 from tiny.gguf_file import write_tiny_gguf
 from tiny.pipelines import save_tiny_scorer
+from tiny.runs import chats, quiet, settings, write_rows
 
 READER = "models/files/foreign_code.py"
 WALK = Path(__file__).with_name("foreign_code_worker.py")
@@ -184,3 +186,18 @@ def test_only_one_file_calls_what_reads_a_folder() -> None:
             if bound and not own and not (named(path) == READER and refuses):
                 found.append(f"{named(path)}:{node.lineno}: {owner}.{verb}; call read_native or build_native of {READER}")
     assert not found, "\n".join(found)
+
+
+def test_a_metric_that_a_run_file_names_is_run_by_finetune_alone(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """`evaluate` has a flag of its own for it; of what a run file names, nothing else runs any code."""
+    callers = {
+        named(path)
+        for path in source_files()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "load_metric"
+    }
+    assert callers == {"workflows/finetuning/text.py", "workflows/evaluate.py"}
+    (tmp_path / "my.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(reply, reference):\n    return 1\n")
+    rows = write_rows(tmp_path / "rows.jsonl", chats(20))
+    plan(settings(tiny_llama_folder, rows, tmp_path / "run", {"evaluate.metric": f"{tmp_path / 'my.py'}:f"}), console=quiet())
+    assert not (tmp_path / "ran").exists()

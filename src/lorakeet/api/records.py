@@ -11,6 +11,9 @@ from lorakeet.data.read import dataset_records
 from lorakeet.errors import DataError
 
 _SHOWN = 60  # characters of a value in a message
+_LARGEST = 10**300  # of whole numbers: Python writes none of more than 4,300 digits
+_NAMED = 3  # levels whose names a message says
+_DEEPEST = 200  # levels of dicts and lists
 
 
 def jsonl_of(records: Any) -> bytes:
@@ -46,15 +49,23 @@ def _records(given: Any) -> Iterator[Any]:
         yield from given
 
 
-def _plain(value: Any, where: str) -> Any:
-    """The value as JSON has it."""
+def _plain(value: Any, where: str, level: int = 0) -> Any:
+    """The value as JSON has it. `level`: how deep it lies in the record."""
+    if level > _DEEPEST:
+        raise DataError(f"{where[0].upper()}{where[1:]} is nested deeper than {_DEEPEST} levels, or contains itself. Flatten it.")
     if isinstance(value, Mapping):
-        return {str(name): _plain(item, f"{where}, column {name!r}") for name, item in value.items()}
+        named = level < _NAMED
+        return {
+            str(name): _plain(item, f"{where}, column {name!r:.{_SHOWN}}" if named else where, level + 1)
+            for name, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
+        return [_plain(item, where, level + 1) for item in value]
     if hasattr(value, "tolist") and not isinstance(value, (str, bytes)):  # a number or an array of numpy
-        return _plain(value.tolist(), where)
-    if value is None or isinstance(value, (str, bool, int)):
+        return _plain(value.tolist(), where, level + 1)
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, int) and abs(value) < _LARGEST:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -62,5 +73,6 @@ def _plain(value: Any, where: str) -> Any:
         return None
     if hasattr(value, "isoformat"):
         return value.isoformat()
-    said = f"{value!r:.{_SHOWN}} ({type(value).__name__})"
+    shown = f"more than {_LARGEST:.0e}" if isinstance(value, int) else f"{value!r:.{_SHOWN}}"
+    said = f"{shown} ({type(value).__name__})"
     raise DataError(f"{where[0].upper()}{where[1:]} is {said}, which JSON has not; expected a text or a number.")

@@ -14,6 +14,8 @@ from lorakeet.data.rows import Row
 from lorakeet.data.tables import UnusableRow
 from lorakeet.errors import DataError
 
+_DEEPEST = 100  # levels of objects and lists within a call or a description
+
 
 def message_extra(message: dict[Any, Any], role: str, function_call: object, number: int) -> dict[str, Any]:
     """The keys of a message that only chat templates read: tool_calls with their arguments as objects; tool_call_id and name."""
@@ -29,6 +31,7 @@ def message_extra(message: dict[Any, Any], role: str, function_call: object, num
     found: dict[str, Any] = {key: message[key] for key in keys if isinstance(message.get(key), str)}
     if calls:
         found["tool_calls"] = [_call(call, number) for call in calls]
+    _require_plain(found, f"message {number}")
     return found
 
 
@@ -55,14 +58,33 @@ def row_tools(values: dict[str, object]) -> str:
     listed: list[Any] = tools if isinstance(tools, list) else [None]
     if not all(isinstance(each, dict) and isinstance(each.get("function", each), dict) for each in listed):
         raise UnusableRow("'tools' is no list of objects; expected descriptions of functions, as OpenAI's API takes them.")
+    _require_plain(tools, "'tools'")
     return json.dumps(tools, ensure_ascii=False) if tools else ""
+
+
+def _require_plain(value: object, what: str, level: int = 0) -> None:
+    """Raises UnusableRow for what no template can write: values nested too deep, and halves of characters."""
+    if level > _DEEPEST:
+        raise UnusableRow(f"{what} is nested deeper than {_DEEPEST} levels; simplify it or remove the row.")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UnusableRow(f"{what} has half of a character; fix its escapes or remove the row.") from None
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _require_plain(key, what, level)
+            _require_plain(inner, what, level + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_plain(inner, what, level + 1)
 
 
 def _value(given: object) -> Any:
     """What is given, or the value of a JSON text; None for a broken one."""
     try:
         return json.loads(given) if isinstance(given, str) else given
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,11 +48,14 @@ def load_metric(given: str, *, outside: Path | None = None) -> OwnMetric:
 
     def checked(reply: str, reference: str) -> float:
         try:
-            return float(score(reply, reference))
+            value = float(score(reply, reference))
         except Exception as error:
             raise ConfigError(
                 f"The metric {given} failed on the reply {reply!r:.80}: {type(error).__name__}: {error}. It is called with a "
                 "reply and its reference, both text, and returns a number."
             ) from error
+        if not math.isfinite(value):
+            raise ConfigError(f"The metric {given} is {value} on the reply {reply!r:.80}; expected a finite number.")
+        return value
 
     return OwnMetric(given, checked)
