@@ -20,6 +20,7 @@ from lorakeet.data.images.folder import open_pixels
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.detect import read_adapter
 from structure.tree import ROOT
+from tiny.model_hub import TOKEN, serving
 from tiny.pictures import album
 from tiny.runs import reviews
 
@@ -147,6 +148,18 @@ def test_chat_in_a_pipe(dates: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_requirements(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("check.sh")] == [0]
+
+
+def test_push(dates: Path) -> None:
+    """In a process of its own, since the tests' huggingface_hub is offline."""
+    [command] = commands_of("push.sh")
+    with serving() as (url, hub):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HOME": str(dates / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        words = [sys.executable, "-m", "lorakeet", *command]
+        ended = subprocess.run(words, cwd=dates.parents[1], env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert hub.repositories["me/dates"]["private"] and "README.md" in hub.repositories["me/dates"]["files"]
 
 
 def test_export_and_verify(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:

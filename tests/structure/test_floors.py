@@ -12,6 +12,7 @@ from structure.tree import ROOT, imported, named, source_files
 PLACES: dict[str, tuple[str, ...]] = {
     "transformers": ("models/",),
     "tokenizers": ("models/",),
+    "huggingface_hub": ("models/", "exporting/hub.py"),
     "diffusers": ("models/image/",),
     "bitsandbytes": ("quant/", "kernels/"),
     "triton": ("kernels/triton/",),
@@ -21,7 +22,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trl": (),
     "accelerate": (),
     "click": ("cli/",),
-    "yaml": ("config.py", "formats/files/yaml_mapping.py", "models/files/origin.py", "exporting/card.py"),
+    "yaml": ("config.py", "formats/files/yaml_mapping.py", "models/files/origin.py", "exporting/card.py",
+             "exporting/published_readme.py"),
     "scipy": ("evaluate/",),
     "sklearn": ("evaluate/",),
     "regex": ("data/words.py", "evaluate/replies.py"),

@@ -358,6 +358,19 @@ class CheckOptions:
 
 
 @dataclass(frozen=True)
+class PushOptions:
+    """Options of `lorakeet push`."""
+
+    run: str = field(metadata=_help("A finished run folder.", positional=True))
+    name: str = field(metadata=_help("The repository on the hub, as OWNER/NAME; it is made if it is missing.", positional=True))
+    private: bool = setting(False, "Make the repository private; an existing public one is refused.")
+    merged: Path | None = setting(None, "Folder that `lorakeet merge` wrote, sent in place of the adapter.")
+    gguf: Path | None = setting(None, "File that `lorakeet export` wrote, sent as well.")
+    base: str | None = setting(None, "Id of the base model on the hub, for a base that the run names by a path of this machine.")
+    no_report: bool = setting(False, "Leave out report.html, which shows rows of the data.")
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """`lorakeet doctor` has no options."""
 
@@ -448,5 +461,6 @@ VERBS = (
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions, checks="generate"),
     Verb("chat", "Talk to a run, an adapter, a model or a server in the terminal.", ChatOptions, checks="chat"),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True, checks="serve"),
+    Verb("push", "Share a run on a model hub, with its certificate.", PushOptions, function="push:push_run", checks="push"),
     Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),
 )

@@ -15,6 +15,7 @@ from lorakeet.data.images.folder import is_table, require_folder
 from lorakeet.data.locate import locate_model
 from lorakeet.data.read import check_first_record, is_absent
 from lorakeet.data.spec import NO_ROWS, DataSpec
+from lorakeet.exporting.hub import require_repository_name
 from lorakeet.formats.adapter_format import require_adapter
 from lorakeet.train.launch import launched
 from lorakeet.train.run import RunFolder
@@ -28,6 +29,7 @@ from lorakeet.workflows.options import (
     GenerateOptions,
     MergeOptions,
     PlanOptions,
+    PushOptions,
     QuantizeOptions,
     ServeOptions,
     TuneOptions,
@@ -36,6 +38,7 @@ from lorakeet.workflows.options import (
 from lorakeet.workflows.runs.chat_options import require_chattable
 from lorakeet.workflows.runs.drawing_options import adapters_and_mixes
 from lorakeet.workflows.runs.output_paths import require_absent, require_empty, require_place
+from lorakeet.workflows.runs.pushing_options import require_pushable
 from lorakeet.workflows.runs.quickstart_packages import missing_packages
 from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
 
@@ -151,6 +154,11 @@ def _before_serve(options: ServeOptions) -> None:
         require_adapter(path)
 
 
+def _before_push(options: PushOptions) -> None:
+    require_repository_name(options.name)
+    require_pushable(options)
+
+
 def _settings(path: str, config: Path | None) -> RunConfig | None:
     """The settings of a run, or of the file `config`; None of a bare adapter. Raises DataError where nothing is at `path`."""
     require_adapter(Path(path))
@@ -197,6 +205,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "generate": _before_generate,
     "serve": _before_serve,
     "chat": require_chattable,
+    "push": _before_push,
 }
 
 
