@@ -100,11 +100,12 @@ def _explained(name: str, state: str) -> Iterator[None]:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     of_http = _http_errors()
+    caught: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError, *of_http)
     try:
         yield
     except OfflineModeIsEnabled as error:
         raise EnvironmentProblem("HF_HUB_OFFLINE is set, and a push needs the hub. Unset it.") from error
-    except (RuntimeError, ValueError, OSError, *of_http) as error:
+    except caught as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, of_http):
             cause = cause.__cause__
