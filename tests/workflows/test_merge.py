@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakeet.cli.main import main
@@ -33,7 +35,9 @@ Mend = Callable[[Adapter], Adapter]
 
 def test_a_merged_run_is_a_model_that_transformers_loads(finished: Any, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    merged = merge(MergeOptions((str(finished.path),), out=out), console=quiet())
+    merged = merge(MergeOptions((str(finished.path),), out=out), console=Console(file=(said := io.StringIO()), width=200))
+    lines = said.getvalue().splitlines()
+    assert lines.index("Comparing the written model with base and adapter.") < len(lines) - 2, "before the check, not after it"
     assert merged.to_mapping()["passed"] is True
     certificate = read_certificate(out / "certificate.json")
     assert certificate == merged.certificate and [check.passed for check in certificate.checks] == [True, True]

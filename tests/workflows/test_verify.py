@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
 from lorakeet.cli.main import main
@@ -79,7 +81,10 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     quantise(files[0], tmp_path / "q4_0.gguf", "q4_0")
     lora = write_lora(loud.model, loud.adapter, tmp_path / "lora.gguf")
     targets = tuple(map(str, (merged, *files, tmp_path / "q4_0.gguf", lora)))
-    found = verify(VerifyOptions(str(run), against=targets, base_gguf=loud.base_gguf, rows=2), console=quiet())
+    console = Console(file=(said := io.StringIO()), width=300)
+    found = verify(VerifyOptions(str(run), against=targets, base_gguf=loud.base_gguf, rows=2), console=console)
+    named = [line for line in said.getvalue().splitlines() if line.startswith("Comparing ")]
+    assert named == [f"Comparing {target} with the live adapter." for target in targets]
     assert found.to_mapping()["passed"] is True and found.exit_code == 0
     kept = read_certificate(run / "certificate.json")
     kinds = ["prompt ids", "logits", "answers", "greedy text", "weights"]

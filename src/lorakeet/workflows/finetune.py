@@ -155,6 +155,7 @@ def _reported(
     started = time.perf_counter()
     measured = kind.evaluate(setup, run, console)
     evaluated = time.perf_counter()
+    console.print("Certificate: what was saved is read again and compared with what was trained.", soft_wrap=True)
     certificate = kind.certify(setup, run, before)
     times = PhaseTimes(outcome.seconds, evaluated - started, time.perf_counter() - evaluated)
     residency = setup.residency

@@ -244,6 +244,7 @@ class _ModelMerge:
     ) -> tuple[tuple[TextModel, str | None], Sequence[Example], Parity | None, TextModel]:
         """What should be, the rows to compare on, how far it is from the base where that is known, and what was written."""
         console, residency = self.console, opened.residency
+        console.print("Comparing the written model with base and adapter.", soft_wrap=True)
         live = opened.text_model(console, dtype="float32", with_adapter=whole is None)
         if dataset is None:
             console.print(

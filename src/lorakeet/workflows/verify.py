@@ -125,6 +125,7 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
     checks: list[Check] = []
     unchecked: list[Unchecked] = []
     for target in options.against:
+        console.print(f"Comparing {target} with the live adapter.", markup=False, soft_wrap=True)
         if target.startswith(SERVERS):
             allowed = F16 if options.precision == "auto" else PRECISIONS[options.precision]
             formats = _formats(opened, live, options.precision, console)

@@ -106,6 +106,7 @@ class TextEvaluator:
         spec = self.config.evaluate
         if spec.drift_texts == 0:
             return None
+        self.console.print(f"Drift: the base samples {spec.drift_texts} texts, which base and adapter then read.", soft_wrap=True)
         examples = sampled_texts(self.text, spec.drift_texts, spec.drift_tokens, seed=spec.seed)
         if not examples:
             return None
