@@ -31,6 +31,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "pyarrow": ("data/",),
     "tensorboard": ("train/log.py",),
     "wandb": ("train/log.py",),
+    "trackio": ("train/log.py",),
+    "mlflow": ("train/log.py",),
     "optuna": ("workflows/tuning/trials.py", "workflows/tune.py"),
     "fastapi": ("serve/routes/", "studio/"),
     "uvicorn": ("serve/routes/", "studio/"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import struct
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +106,70 @@ def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path: Path, mon
     assert names[0] == names[1] != names[2] and names[0][:2] == ("lorakeet", "run")
 
 
-@pytest.mark.parametrize(("log_to", "extra"), [("tensorboard", "track"), ("wandb", "wandb")])
+LOGGED = """
+import json, sys
+from pathlib import Path
+from lorakeet.train.log import sink_for
+
+for part in (((1, 0.5), (2, 0.25)), ((3, 0.125),)):  # a run, and the same run resumed
+    sink = sink_for(sys.argv[1], Path("run"))
+    for step, loss in part:
+        sink.write({"step": step, "loss": loss, "lr": None})
+    sink.close()
+other = sink_for(sys.argv[1], Path("other"))
+other.write({"step": 1, "loss": 4.0})
+other.close()
+print("END")
+"""
+READ = {
+    "trackio": """
+import json
+from trackio.sqlite_storage import SQLiteStorage as Storage
+names = Storage.get_runs("lorakeet")
+print(json.dumps({name[:-7]: [[log["step"], log["loss"]] for log in Storage.get_logs("lorakeet", name)] for name in names}))
+""",
+    "mlflow": """
+import json
+from mlflow import MlflowClient
+found = {}
+for folder in ("run", "other"):
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    for run in client.search_runs([client.get_experiment_by_name("lorakeet").experiment_id]):
+        assert run.info.status == "FINISHED"
+        found[run.info.run_name] = [[metric.step, metric.value] for metric in client.get_metric_history(run.info.run_id, "loss")]
+print(json.dumps(found))
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_to", ["trackio", "mlflow"])
+def test_trackers_get_every_number_and_go_on_in_the_same_run(log_to: str, tmp_path: Path) -> None:
+    """The real packages, offline, in processes of their own: they start threads and set up logging for all."""
+    if find_spec(log_to) is None:
+        pytest.skip(f"{log_to}, of the extra lorakeet[trackers], is not installed: make peers")
+    for folder in ("run", "other"):
+        (tmp_path / folder).mkdir()
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "TRACKIO_"))}
+    given |= {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    said = []
+    for code in (LOGGED, READ[log_to]):
+        command = [sys.executable, "-W", "ignore", "-c", code, log_to]
+        ended = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=120, check=False)
+        assert ended.returncode == 0, ended.stderr
+        said.append(ended.stdout)
+    assert said[0] == "END\n", "standard output belongs to the command's result"
+    assert json.loads(said[1]) == {"run": [[1, 0.5], [2, 0.25], [3, 0.125]], "other": [[1, 4.0]]}
+
+
+@pytest.mark.parametrize(
+    ("log_to", "extra"), [("tensorboard", "track"), ("wandb", "wandb"), ("trackio", "trackers"), ("mlflow", "trackers")]
+)
 def test_a_missing_package_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_to: str, extra: str) -> None:
     real = builtins.__import__
 
     def without(name: str, *arguments: Any) -> Any:
-        if name.split(".", maxsplit=1)[0] in ("tensorboard", "wandb") or name == "torch.utils.tensorboard":
+        if name.split(".", maxsplit=1)[0] in ("tensorboard", "wandb", "trackio", "mlflow") or name == "torch.utils.tensorboard":
             raise ImportError(name)
         return real(name, *arguments)
 

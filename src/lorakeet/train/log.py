@@ -1,4 +1,4 @@
-"""Metrics: always metrics.jsonl, and one optional sink (TensorBoard, Weights & Biases)."""
+"""Metrics: always metrics.jsonl, and one optional sink (TensorBoard, Weights & Biases, Trackio, MLflow)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from lorakeet.disk import open_in_place
 from lorakeet.errors import DataError, EnvironmentProblem
 
 Record = Mapping[str, float | int | None]
-_EXTRAS = {"tensorboard": "track", "wandb": "wandb"}  # by package
+_EXTRAS = {"tensorboard": "track", "wandb": "wandb", "trackio": "trackers", "mlflow": "trackers"}  # by package
 
 
 class MetricsLog:
@@ -88,8 +91,7 @@ class WandbSink:
     def __init__(self, folder: Path) -> None:
         import wandb
 
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        self._run = wandb.init(project="lorakeet", name=folder.name, dir=str(folder), id=name, resume="allow")
+        self._run = wandb.init(project="lorakeet", name=folder.name, dir=str(folder), id=_id_of(folder), resume="allow")
 
     def write(self, record: Record) -> None:
         values = {key: value for key, value in record.items() if key != "step" and value is not None}
@@ -99,7 +101,57 @@ class WandbSink:
         self._run.finish()
 
 
-Sink = TensorBoardSink | WandbSink  # a further destination of records
+class TrackioSink:
+    """A Trackio run on this machine (`trackio show`); a resumed run continues it, by a hash of the folder in its name."""
+
+    def __init__(self, folder: Path) -> None:
+        import trackio
+
+        self._trackio: Any = trackio
+        with redirect_stdout(sys.stderr):  # where --json prints its result alone
+            self._run = trackio.init(
+                project="lorakeet", name=f"{folder.name}-{_id_of(folder)[:6]}", resume="allow", embed=False,
+                auto_log_gpu=False, auto_log_cpu=False,
+            )  # fmt: skip
+
+    def write(self, record: Record) -> None:
+        values = {key: value for key, value in record.items() if key != "step" and value is not None}
+        self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._trackio.finish()
+
+
+class MlflowSink:
+    """An MLflow run at MLFLOW_TRACKING_URI, else in RUN/mlflow.db; a resumed run continues it by a tag of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        self._metric: Any = Metric
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        self._client: Any = MlflowClient(tracking_uri=place)
+        known = self._client.get_experiment_by_name("lorakeet")
+        experiment = self._client.create_experiment("lorakeet") if known is None else known.experiment_id
+        found = self._client.search_runs([experiment], f"tags.`lorakeet.run` = '{_id_of(folder)}'")
+        tags = {"lorakeet.run": _id_of(folder)}
+        run = found[0] if found else self._client.create_run(experiment, run_name=folder.name, tags=tags)
+        self._run = run.info.run_id
+        self._client.update_run(self._run, status="RUNNING")
+
+    def write(self, record: Record) -> None:
+        step, now = record["step"], int(time.time() * 1000)
+        values = {key: value for key, value in record.items() if key != "step" and value is not None}
+        self._client.log_batch(self._run, [self._metric(key, value, now, step) for key, value in values.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+Sink = TensorBoardSink | WandbSink | TrackioSink | MlflowSink  # a further destination of records
+_SINKS: dict[str, Callable[[Path], Sink]] = {"wandb": WandbSink, "trackio": TrackioSink, "mlflow": MlflowSink}
 
 
 def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:
@@ -107,9 +159,13 @@ def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:
     try:
         if log_to == "tensorboard":
             return TensorBoardSink(folder, step=step)
-        return WandbSink(folder) if log_to == "wandb" else None
+        return _SINKS[log_to](folder) if log_to in _SINKS else None
     except ImportError as error:
         raise _missing(log_to) from error
+
+
+def _id_of(folder: Path) -> str:
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
 def _missing(log_to: str) -> EnvironmentProblem:

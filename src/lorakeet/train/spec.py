@@ -60,7 +60,9 @@ class TrainSpec:
     checkpoint_every: int | None = setting(None, "Steps between checkpoints; by default one at every held-out evaluation.")
     keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep; the best adapter is kept as well.")
     seed: int = setting(0, "Random seed of the adapter's initialisation, the order of the rows, and dropout.")
-    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Where metrics go besides metrics.jsonl.")
+    log_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
+        "none", "Where metrics go besides metrics.jsonl."
+    )
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""

@@ -33,6 +33,7 @@ USER_EXTRAS = {
     "hub": "datasets folders and hub ids",
     "track": "TensorBoard",
     "wandb": "Weights & Biases",
+    "trackers": "Trackio and MLflow",
 }
 GIB = 1024**3
 MEMORY_WANTED = 3 * GIB  # more than the quickstart takes
