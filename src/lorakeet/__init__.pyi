@@ -29,6 +29,7 @@ from lorakeet.evaluate.spec import EvaluateSpec as Evaluate
 from lorakeet.formats.detect import read_adapter as read_adapter
 from lorakeet.memory.spec import MemorySpec as Memory
 from lorakeet.ranks.spec import RanksSpec as Ranks
+from lorakeet.train.preference_spec import PreferenceSpec as Preference
 from lorakeet.train.spec import TrainSpec as Train
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "LorakeetError",
     "Memory",
     "Model",
+    "Preference",
     "Ranks",
     "Run",
     "RunConfig",

@@ -21,12 +21,14 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.setting import setting
 from lorakeet.settings import load, override, to_mapping
+from lorakeet.train.preference_spec import SFT, PreferenceSpec
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
 
 __all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
 
 # The kinds of runs, and the module whose KIND carries each out (workflows/finetuning/kind.RunKind).
 KINDS = {"text": "lorakeet.workflows.finetuning.text", "image": "lorakeet.workflows.finetuning.image"}
+PREFERENCE = "lorakeet.workflows.finetuning.preference"  # of text, with another objective than sft
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class RunConfig:
     ranks: RanksSpec = field(default_factory=RanksSpec, metadata={"help": "How ranks are chosen.", "shorthand": "choose"})
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "The rows.", "shorthand": "train"})
     train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "Training."})
+    preference: PreferenceSpec = field(default_factory=PreferenceSpec, metadata={"help": "The loss of a preference objective."})
     memory: MemorySpec = field(default_factory=MemorySpec, metadata={"help": "The memory budget.", "shorthand": "budget"})
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "Evaluation."})
     images: ImageSpec = field(default_factory=ImageSpec, metadata={"help": "Image data, for kind image."})
@@ -65,6 +68,11 @@ class RunConfig:
         """Returns the same run with other values of some settings, by section: changed(lora={"rank": 8})."""
         return replace(self, **{name: replace(getattr(self, name), **values) for name, values in sections.items()})
 
+    @property
+    def module(self) -> str:
+        """The module whose KIND carries the run out."""
+        return KINDS[self.kind] if self.train.objective == SFT else PREFERENCE
+
     def validate(self) -> list[str]:
         """Returns a message for every conflict between parts."""
         found = [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
@@ -83,8 +91,26 @@ class RunConfig:
             found.append(
                 f"model.config is for single files of image models, but kind is {self.kind}. Leave it out or set kind: image."
             )
+        found += self.preference.conflicts(self.train.objective) + self._preference_conflicts()
         if self.kind == "image" and self.lora.start in MEASURED:
             found.append(f"lora.start {self.lora.start} needs rows of text, but kind is image. Use lora.start kaiming.")
+        return found
+
+
+    def _preference_conflicts(self) -> list[str]:
+        objective = self.train.objective
+        if objective == SFT:
+            return []
+        found = []
+        if self.kind != "text":
+            found.append(f"train.objective is {objective}, which needs text, but kind is {self.kind}. Take sft, or kind: text.")
+        if self.data.supervise == "all":
+            found.append(f"data.supervise is all, but {objective} compares answers alone. Leave it out.")
+        if self.train.cuda_graphs:
+            found.append(f"train.cuda_graphs is true, but {objective} is not recorded in CUDA graphs. Leave it out.")
+        if self.lora.start in MEASURED or self.ranks.choose == "auto":
+            what = f"lora.start {self.lora.start}" if self.lora.start in MEASURED else "ranks.choose auto"
+            found.append(f"{what} measures gradients of the sft loss; train.objective is {objective}. Take kaiming and given.")
         return found
 
 

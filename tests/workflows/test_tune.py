@@ -199,7 +199,7 @@ def test_a_budget_too_small_for_all_trials_is_refused_with_what_would_help(
 
 
 def test_pictures_are_not_searched_on(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="kind is image, but a search is for text models only"):
+    with pytest.raises(ConfigError, match="kind is image, and no search is for that"):
         tune(image_config(tiny_sd_folder, tmp_path), TuneOptions(quick=True), console=quiet())
 
 

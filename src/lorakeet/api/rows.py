@@ -93,7 +93,7 @@ class RowSet:
     @cached_property
     def dataset(self) -> Dataset:
         """All parts, with labels and leaks. Raises ConfigError or DataError, as a run would."""
-        return load_dataset(self.spec)
+        return load_dataset(self.spec, None)
 
     @property
     def train(self) -> RowPart:

@@ -27,6 +27,7 @@ from lorakeet.evaluate.wording import metric_words
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.settings import load as load_settings
 from lorakeet.settings import to_mapping
+from lorakeet.train.preference_spec import PreferenceSpec
 from lorakeet.train.progress import Record
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
@@ -51,7 +52,8 @@ def finetune(
     """Trains an adapter, evaluates it on rows that it never saw, and certifies it; all of it is in the new folder `out`.
 
     `model`: what `lk.load` returns, a name or path, or a whole RunConfig, which then holds every setting. `rows`: what
-    `lk.rows` takes or returns. `more`: evaluate=lk.Evaluate(…), ranks=lk.Ranks(…), quiet=True to print nothing.
+    `lk.rows` takes or returns. `more`: evaluate=lk.Evaluate(…), ranks=lk.Ranks(…), preference=lk.Preference(…) for another
+    objective than sft, quiet=True to print nothing.
     `on_step` is called after each step, and `on_held_out` after each held-out evaluation, with a mapping of the numbers that
     metrics.jsonl has. OUT/config.yaml is the run file: `lorakeet finetune OUT/config.yaml` does the same again.
 
@@ -76,9 +78,10 @@ def _config(handle: BaseModelHandle, rows: Any, *, lora: LoraSpec, train: TrainS
     """The settings of the run, checked together."""
     if rows is None:
         raise ConfigError("rows is missing; give lk.rows(…), a path, or records.")
-    known = {"evaluate": EvaluateSpec, "ranks": RanksSpec}
+    known = {"evaluate": EvaluateSpec, "ranks": RanksSpec, "preference": PreferenceSpec}
     if unknown := [name for name in more if name not in known]:
-        raise ConfigError(f"finetune has no argument {unknown[0]!r}; it takes lora, train, evaluate, ranks, out, on_step, quiet.")
+        names = ", ".join(known)
+        raise ConfigError(f"finetune has no argument {unknown[0]!r}; it takes lora, train, {names}, out, on_step, quiet.")
     RunFolder(Path(out)).require_free()
     found = rows if isinstance(rows, RowSet) else rows_of(rows)
     config = RunConfig(model=handle.spec, memory=handle.memory, lora=lora, data=found.spec, train=train, out=out, **more)

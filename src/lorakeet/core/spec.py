@@ -44,6 +44,9 @@ class LoraSpec:
         default_factory=dict,
         metadata={"help": "Alpha by regular expression on the end of a module's path; the first match wins."},
     )
+    continue_from: str | None = setting(
+        None, "Run or adapter folder whose adapter is trained further; its targets, ranks and alphas replace those given here."
+    )
     extra_modules: tuple[str, ...] = setting((), "Modules trained in full beside the pairs, such as a classification head.")
     new_tokens: tuple[str, ...] = setting((), "Tokens to add to the vocabulary; only their embedding rows are trained.")
 
@@ -64,6 +67,9 @@ class LoraSpec:
             found += [f"lora.{name} {key!r} is {value}; it must be above 0." for key, value in pattern.items() if value <= 0]
             found += [problem for key in pattern for problem in _regex_problems(f"lora.{name}", key)]
         found += _layer_problems(self.layers)
+        if self.continue_from is not None and (self.start != "kaiming" or self.extra_modules or self.new_tokens):
+            given = f"lora.start {self.start}" if self.start != "kaiming" else "lora.extra_modules or lora.new_tokens"
+            found.append(f"lora.continue_from is {self.continue_from}, beside {given}, which begins anew. Leave one of them out.")
         return found
 
     def check(self) -> None:

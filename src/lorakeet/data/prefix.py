@@ -106,7 +106,7 @@ class _SortedRows:
         self.ids = [examples[number].ids for number in self.numbers]
         self.lengths = np.array([len(ids) for ids in self.ids], np.int64)
         self.targets = np.array([int(examples[number].supervised.sum()) for number in self.numbers], np.int64)
-        self.shared = np.array([_common(one, other) for one, other in pairwise(self.ids)], np.int64)  # of neighbours
+        self.shared = np.array([common_prefix(one, other) for one, other in pairwise(self.ids)], np.int64)  # of neighbours
         self.limits = limits
 
     def groups(self) -> list[list[int]]:
@@ -168,7 +168,7 @@ class _SortedRows:
         """Length of the common prefix of all rows, less than each row's length; 0 for a single row."""
         if len(group) < 2:
             return 0
-        return min(_common(self.ids[group[0]], self.ids[group[-1]]), max(0, int(self.lengths[list(group)].min()) - 1))
+        return min(common_prefix(self.ids[group[0]], self.ids[group[-1]]), max(0, int(self.lengths[list(group)].min()) - 1))
 
     def _filling(self, places: list[int], shared: int) -> Ids:
         """The share of a batch with the prefix that each row fills, in UNITs: the greatest of tokens, targets and total."""
@@ -196,8 +196,8 @@ class _Cost:
         return self.own + min(self.rows, -(-self.filling // UNIT)) * self.each
 
 
-def _common(one: Ids, other: Ids) -> int:
-    """Length of the common prefix of both, less than the shorter length."""
+def common_prefix(one: Ids, other: Ids) -> int:
+    """Length of the common prefix of two rows' tokens (n,), less than the shorter row."""
     most = max(0, min(len(one), len(other)) - 1)
     differ = np.flatnonzero(one[:most] != other[:most])
     return int(differ[0]) if len(differ) else most

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakeet.data.leaks import LeakReport, check_leaks
+from lorakeet.data.preferences import rows_for
 from lorakeet.data.prompt_leaks import prompt_leak_notes
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -43,8 +44,11 @@ class Dataset:
         return split_record(self.train, self.held_out, self.test, labels=self.labels)
 
 
-def load_dataset(spec: DataSpec) -> Dataset:
-    """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError."""
+def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
+    """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError.
+
+    `objective` is train.objective, which says of what shape the rows must be; None for any.
+    """
     spec.validate()
     notes: list[str] = []
     rows = read_rows(spec.train, spec, notes)
@@ -60,7 +64,8 @@ def load_dataset(spec: DataSpec) -> Dataset:
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
     parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
     notes += [*prompt_leak_notes(parts, spec.on_leak), *_alike(labels)]
-    return Dataset(clean.train, clean.held_out, clean.test, labels, clean.report, tuple(notes))
+    shaped = [rows_for(rows, objective, part) for part, rows in parts.items()]
+    return Dataset(shaped[0], shaped[1], shaped[2], labels, clean.report, tuple(notes))
 
 
 def _alike(labels: Sequence[str]) -> list[str]:

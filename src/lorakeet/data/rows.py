@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Row:
     """A conversation, a prompt with its completion, a labelled text or a raw text.
 
     `source` is its place, as "file.tsv:17"; rows of one `group` stay on one side of a split. `tools` are the descriptions of
-    callable functions for the chat template, as JSON text.
+    callable functions for the chat template, as JSON text. A row of preferences has a second answer, in `rejected`: the same
+    turns with another end. `desirable` says whether the answer of a row of KTO's is wanted.
     """
 
     turns: tuple[Turn, ...]
@@ -44,17 +46,30 @@ class Row:
     group: str | None
     source: str
     tools: str = ""
+    rejected: tuple[Turn, ...] = ()
+    desirable: bool | None = None
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of the content, independent of file, row order, prompt template and system prompt."""
-        said = [
-            [turn.role, turn.free_text, *([turn.extra] if turn.extra else [])]
-            for turn in self.turns if turn.role != "system" and not self._is_label(turn)
-        ]  # fmt: skip
-        content = [said, self.label, *([self.tools] if self.tools else [])]
+        content: list[Any] = [self._said(self.turns), self.label, *([self.tools] if self.tools else [])]
+        if self.desirable is not None:
+            content.append({"desirable": self.desirable})
+        elif self.rejected:
+            content.append({"rejected": self._said(self.rejected)})
         canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _said(self, turns: Sequence[Turn]) -> list[list[str]]:
+        return [
+            [turn.role, turn.free_text, *([turn.extra] if turn.extra else [])]
+            for turn in turns if turn.role != "system" and not self._is_label(turn)
+        ]  # fmt: skip
+
+    @property
+    def other(self) -> Row | None:
+        """The row with the rejected answer in place of the chosen one; None without one."""
+        return replace(self, turns=self.rejected, rejected=(), desirable=None) if self.rejected else None
 
     @property
     def answered(self) -> bool:

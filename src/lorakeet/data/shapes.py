@@ -1,4 +1,4 @@
-"""Turns records into rows: chat messages, prompt and completion, Alpaca, plain text, and labelled texts."""
+"""Turns records into rows: chat messages, prompt and completion, Alpaca, plain text, labelled texts, and preferences."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import html
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from lorakeet.data.preferences import CHOSEN, PROMPTS, REJECTED, VERDICT, answers_of, is_preference, is_rated, preferred, verdict
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint
@@ -43,7 +45,7 @@ def shape_rows(records: Iterator[FileRecord], name: str, spec: DataSpec, problem
 
 
 def _require_length(row: Row, spec: DataSpec) -> None:
-    length = len(row.tools) + sum(len(turn.text) + len(turn.extra) for turn in row.turns)
+    length = len(row.tools) + max(sum(len(turn.text) + len(turn.extra) for turn in turns) for turns in (row.turns, row.rejected))
     if length > spec.longest_row:
         raise UnusableRow(
             f"the row has {length:,} characters; expected at most {spec.longest_row:,}. Split it, or raise --data.longest_row."
@@ -54,6 +56,10 @@ def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:
     columns = record.values
     if spec.format != "auto":
         return spec.format
+    if is_preference(columns):
+        return "preference"
+    if is_rated(columns):
+        return "rated"
     if any(column in columns for column in _CHAT_COLUMNS):
         return "chat"
     if any(prompt in columns and answer in columns for prompt, answer in _COMPLETION_COLUMNS):
@@ -66,7 +72,7 @@ def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:
         return "text"
     raise DataError(
         f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
-        f"or 'instruction' and 'output', or '{spec.text_column}'. Name yours with --data.text_column "
+        f"or 'instruction' and 'output', or 'chosen' and 'rejected', or '{spec.text_column}'. Name yours with --data.text_column "
         f"(and --data.label_column for labelled texts), or choose --data.format.{_one_of_several(columns)}"
     )
 
@@ -80,6 +86,12 @@ def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) 
         needed |= dict.fromkeys(_COMPLETION_COLUMNS[0], "rename the column")
     if shape == "alpaca":
         needed |= {"instruction": "rename the column", "output": "rename the column"}
+    if shape == "preference":
+        needed |= dict.fromkeys((CHOSEN, REJECTED), "rename the columns of the two answers")
+    if shape == "rated":
+        needed |= {VERDICT: "rename the column that says whether an answer is wanted"}
+        if not any(column in columns for column in _CHAT_COLUMNS):
+            needed |= dict.fromkeys(_COMPLETION_COLUMNS[0], "rename the column")
     if shape == "text":
         needed[spec.text_column] = "name it with --data.text_column"
     if shape == "classification":
@@ -107,11 +119,16 @@ def _one_of_several(columns: Mapping[str, object]) -> str:
 
 def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     values = record.values
-    label, tools = None, ""
-    if shape == "chat":
+    label, tools, desirable = None, "", None
+    rejected: tuple[Turn, ...] = ()
+    if shape in ("chat", "preference", "rated"):
         tools = row_tools(values)
-        column = next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
-        turns = _messages(_as_list(values.get(column)), spec)
+    if shape == "preference":
+        turns, rejected = _preference(values, spec)
+    elif shape == "rated":
+        turns, desirable = _rated(values, spec)
+    elif shape == "chat":
+        turns = _messages(_as_list(values.get(_chat_column(values))), spec)
     elif shape == "completion":
         turns = _completion(values, spec)
     elif shape == "alpaca":
@@ -122,9 +139,53 @@ def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     else:
         turns = (Turn("", _text(values, spec.text_column, spec), supervised=True),)
     if spec.system and shape != "text" and turns[0].role != "system":
-        turns = (Turn("system", spec.system, supervised=False), *turns)
+        first = Turn("system", spec.system, supervised=False)
+        turns, rejected = (first, *turns), (first, *rejected) if rejected else ()
     group = None if spec.group_column is None else _text(values, spec.group_column, spec)
-    return Row(turns, label, group, record.source, tools)
+    return Row(turns, label, group, record.source, tools, rejected, desirable)
+
+
+def _chat_column(values: dict[str, object]) -> str:
+    return next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
+
+
+def _preference(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """The turns with the chosen answer, and those with the rejected one."""
+    column = next((column for column in PROMPTS if values.get(column)), None)
+    given = None if column is None else values[column]
+    prompt: tuple[Turn, ...] = ()
+    if isinstance(given, list):
+        prompt = _turns_of(given, spec)
+    elif column is not None:
+        text = _text(values, column, spec)
+        extra = _text(values, "input", spec, may_be_empty=True) if column == "instruction" else ""
+        prompt = (Turn("user", f"{text}\n\n{extra}" if extra else text, supervised=False),)
+    if isinstance(values.get("system"), str) and values["system"] and not (prompt and prompt[0].role == "system"):
+        prompt = (Turn("system", _text(values, "system", spec), supervised=False), *prompt)
+    if (both := answers_of(values)) is not None and not (prompt and isinstance(values[CHOSEN], str)):
+        chosen, rejected = (_turns_of(each, spec) for each in both)
+        if prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:  # the whole conversation beside its prompt
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return preferred(chosen, rejected, prompt)
+    if not prompt:
+        raise UnusableRow("chosen and rejected are texts, and there is no column 'prompt'; add one, or give lists of messages.")
+    chosen, rejected = ((Turn("assistant", _text(values, name, spec), supervised=True),) for name in (CHOSEN, REJECTED))
+    return preferred(chosen, rejected, prompt)
+
+
+def _rated(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], bool]:
+    """The turns of one answer, and whether it is wanted."""
+    if VERDICT not in values:
+        raise UnusableRow("column 'label' is missing; expected true for an answer that is wanted, or false.")
+    wanted, column = verdict(values[VERDICT]), _chat_column(values)
+    turns = _messages(_as_list(values[column]), spec) if column in values else _completion(values, spec)
+    if turns[-1].role != "assistant":
+        raise UnusableRow("the last message is not of the assistant, so there is no answer that is wanted or not.")
+    return (*(replace(turn, supervised=False) for turn in turns[:-1]), replace(turns[-1], supervised=True)), wanted
+
+
+def _turns_of(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
+    return tuple(_message(message, number, spec) for number, message in enumerate(messages, start=1))
 
 
 def _completion(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
@@ -163,7 +224,7 @@ def _pair(prompt: str, answer: str) -> tuple[Turn, ...]:
 
 
 def _messages(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
-    turns = tuple(_message(message, number, spec) for number, message in enumerate(messages, start=1))
+    turns = _turns_of(messages, spec)
     if not any(turn.supervised for turn in turns):
         raise UnusableRow("no message of the assistant, so nothing to train on; add one with the role 'assistant'.")
     return turns

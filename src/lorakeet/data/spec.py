@@ -23,8 +23,8 @@ class DataSpec:
     )
     held_out: str | None = setting(None, "File of held-out rows; by default they are split off the training rows.")
     test: str | None = setting(None, "File of test rows, never used to choose a setting or a checkpoint.")
-    format: Literal["auto", "chat", "completion", "alpaca", "text", "classification"] = setting(
-        "auto", "Format of the rows; auto decides by the columns of the first row."
+    format: Literal["auto", "chat", "completion", "alpaca", "text", "classification", "preference", "rated"] = setting(
+        "auto", "Format of the rows; auto decides by the columns of the first row. A rated row is an answer with true or false."
     )
     text_column: str = setting("text", "Column of the text, for text and classification rows.")
     label_column: str | None = setting(None, "Column of the label, for classification rows (default: label).")

@@ -22,6 +22,18 @@ class MetricWords:
 
 
 METRIC_WORDS = {
+    "preferred": MetricWords("Chosen preferred", "of the pairs", "Share of pairs whose chosen answer is preferred", True),
+    "preferred_alike": MetricWords(
+        "… equal length", "of the pairs of equal length", "The same for answers whose tokens differ by at most 10 %", True
+    ),
+    "likelier": MetricWords("Chosen likelier", "likelier", "Share of pairs whose chosen answer has the higher probability", True),
+    "lead": MetricWords("Lead", "nats", "Mean score of a pair: how far the chosen answer is ahead", True, drawn=False),
+    "chosen_change": MetricWords(
+        "Chosen, change", "nats a token", "log p of the chosen answers less that of the reference", True, drawn=False
+    ),
+    "rejected_change": MetricWords(
+        "Rejected, change", "nats a token", "log p of the rejected answers less that of the reference", False, drawn=False
+    ),
     "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered correctly", True),
     "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, equally weighted", True),
     "log_loss": MetricWords("Log-loss", "log-loss", "−log p of the true label, in nats", False),

@@ -33,6 +33,7 @@ class RunFolder:
     config = _Inside("config.yaml")
     split = _Inside("split.json")
     rates = _Inside("rates.json")
+    reference = _Inside("reference.safetensors")  # log-probabilities of a preference run's answers
     adapter = _Inside("adapter")
     checkpoints = _Inside("checkpoints")
     best = _Inside(".best.safetensors")  # the best tensors so far, while a run with a memory budget trains

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from lorakeet.setting import setting
+from lorakeet.train.preference_spec import BASE, SFT, START, Objective
 
 EVALUATIONS_A_RUN = 10  # when `evaluate_every` is left out
 LARGEST_SEED = 2**63 - 1  # what torch takes
@@ -16,6 +17,12 @@ LARGEST_SEED = 2**63 - 1  # what torch takes
 class TrainSpec:
     """Length, optimizer, evaluation and checkpoints of a run."""
 
+    objective: Objective = setting(
+        "sft", "What is trained: answers (sft), a preference between two (dpo, ipo, cdpo, orpo, simpo) or about one (kto)."
+    )
+    reference: str = setting(
+        START, "Model that dpo, ipo, cdpo and kto compare with: start (as training starts), base, or a run or adapter folder."
+    )
     epochs: float = setting(3.0, "Passes over the training rows; fractions are allowed.")
     steps: int | None = setting(None, "Optimizer steps; overrides epochs.")
     batch_size: int = setting(16, "Rows per optimizer step.")
@@ -67,6 +74,10 @@ class TrainSpec:
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""
         found: list[str] = []
+        if not self.reference.strip():
+            found.append("train.reference is empty; expected start, base, or the folder of a run or an adapter.")
+        if self.reference not in (START, BASE) and self.objective == SFT:
+            found.append(f"train.reference is {self.reference}, but train.objective sft has no reference. Leave it out.")
         for name in (
             "batch_size",
             "micro_tokens",
@@ -95,6 +106,16 @@ class TrainSpec:
         if rate is not None and not (_finite(rate, 0.0) and 0 < rate <= 1):
             found.append(f"train.learning_rate is {rate:g}; expected above 0 and at most 1, such as 2e-4, or none to choose it.")
         return found
+
+    @property
+    def answers(self) -> int:
+        """The answers of a row: two of a preference (for kto the second estimates the KL), else one."""
+        return 1 if self.objective == SFT else 2
+
+    @property
+    def sequences(self) -> int:
+        """The token sequences of a step: a row with each of its answers."""
+        return self.batch_size * self.answers
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Returns the optimizer steps of the whole run: `steps`, or else epochs × `steps_per_epoch`, rounded up."""

@@ -24,7 +24,8 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
-from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
+from lorakeet.workflows.finetuning.evaluate_preference import evaluator_for
+from lorakeet.workflows.finetuning.evaluate_text import require_encodable
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
@@ -79,7 +80,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(opened.config, text.name, text.context, partial(console.print, markup=False, soft_wrap=True))
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        evaluator = TextEvaluator(settings, text, encoder, rows.rows, console, NAME, own)
+        evaluator = evaluator_for(settings)(settings, text, encoder, rows.rows, console, NAME, own)
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
     found = rows.leaks

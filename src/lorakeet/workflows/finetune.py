@@ -35,7 +35,7 @@ from lorakeet.train.processes import joined
 from lorakeet.train.progress import OnRecord, Reporter, reporter_for, with_calls
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.adapter_card import write_adapter_card
-from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind
+from lorakeet.workflows.finetuning.kind import Digests, RunKind, run_kind, what_trains
 from lorakeet.workflows.finetuning.report import PhaseTimes, complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.finetuning.trained_targets import Moved, target_rows
@@ -218,7 +218,7 @@ def _check_quick(config: RunConfig, options: FinetuneOptions, kind: RunKind[Any]
     if options.resume is not None:
         problems.add(f"{options.resume} has its learning rate already, and a resumed run keeps it. Leave --quick out.")
     if not kind.tries_rates:
-        problems.add(f"kind is {config.kind}, and learning rates are tried for text only. Leave --quick out; compare whole runs.")
+        problems.add(f"{what_trains(config)}, and no learning rates are tried for that. Leave --quick out; compare whole runs.")
     if config.train.rate_trial_steps < FEWEST_STEPS:
         steps = config.train.rate_trial_steps
         problems.add(f"train.rate_trial_steps is {steps}, which tries none. Give the number of steps to try, such as 12.")

@@ -34,7 +34,7 @@ from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder
 from lorakeet.train.text.task import order_of
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
-from lorakeet.workflows.finetuning.kind import run_kind
+from lorakeet.workflows.finetuning.kind import run_kind, what_trains
 from lorakeet.workflows.finetuning.report import machine, versions
 from lorakeet.workflows.options import TuneOptions, non_default
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
@@ -72,9 +72,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
     seeds = (1 if quick else SEEDS) if options.seeds is None else options.seeds
     _check(options, seeds)
     if not run_kind(config).tries_rates:
-        raise ConfigError(
-            f"kind is {config.kind}, but a search is for text models only. Compare whole runs of lorakeet finetune."
-        )
+        raise ConfigError(f"{what_trains(config)}, and no search is for that. Compare whole runs of lorakeet finetune.")
     if config.ranks.choose == "prune":
         raise ConfigError(
             "ranks.choose is prune, but trials keep their ranks. Set it to given or auto, or use lorakeet finetune."

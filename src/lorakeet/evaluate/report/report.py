@@ -188,7 +188,7 @@ class Report:
     """
 
     title: str
-    task: Literal["classification", "language", "image"] = "classification"
+    task: Literal["classification", "language", "preference", "image"] = "classification"
     subtitle: str = ""
     created: str = ""
     facts: dict[str, str] = field(default_factory=dict)

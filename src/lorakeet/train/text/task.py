@@ -107,16 +107,16 @@ class TextTask:
             with self._passing():
                 total = gradients_by_batch(self.loss, batches, targets)
                 if idle:
-                    gradients_by_batch(lambda batch: 0 * self.loss(batch), [pack_examples([self._shortest])] * idle, targets)
+                    gradients_by_batch(lambda batch: 0 * self.loss(batch), [self.idle_batch] * idle, targets)
         return total
 
     def _passing(self) -> AbstractContextManager[None]:
         return self.processes.gathering() if self.in_step else nullcontext()
 
     @cached_property
-    def _shortest(self) -> Example:
-        """The row for idle micro-batches, while other processes have more of them."""
-        return min((row for row in self.train if row.supervised.any()), key=lambda row: len(row.ids))
+    def idle_batch(self) -> Batch:
+        """The micro-batch of a process while others have more of them: the shortest row."""
+        return pack_examples([min((row for row in self.train if row.supervised.any()), key=lambda row: len(row.ids))])
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.modules import outside_text
 from lorakeet.models.placement import why_not_cuda
@@ -27,7 +28,9 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.own_code import OwnCodeDifference
+from lorakeet.train.text.preference_task import Reference
 from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.finetuning.continued import start_from, with_continued
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
@@ -51,6 +54,7 @@ class TextAssembly(Assembly):
     new_token_ids: tuple[int, ...]
     residency: Residency[TextRunPlan] = field(default_factory=Residency)
     own_code: OwnCodeDifference | None = None  # how the first pass differed from the model's own code; None where not compared
+    reference: Reference | None = None  # of a preference run, once it is trained
 
     @property
     def name(self) -> str:
@@ -67,7 +71,7 @@ class TextAssembly(Assembly):
     @property
     def trained_rows(self) -> int:
         """The rows that are trained on: those that are dropped because they are too long do not count."""
-        return len(self.train.examples)
+        return len(self.train.examples) // self.config.train.answers
 
     @property
     def cuts(self) -> dict[int, int]:
@@ -86,7 +90,7 @@ class TextAssembly(Assembly):
     @property
     def tokens_of_run(self) -> int:
         """Approximate number of tokens over all steps of the run."""
-        rows = self.steps * min(self.config.train.batch_size, len(self.train.examples))
+        rows = self.steps * min(self.config.train.sequences, len(self.train.examples))
         return self.tokens_per_epoch * rows // len(self.train.examples)
 
 
@@ -99,8 +103,8 @@ def assemble_text(
     """
     if why := why_not_cuda(config.model.device):
         console.print(why, markup=False, soft_wrap=True)
-    config = on_own_device(config, processes)
-    dataset = load_dataset(config.data)
+    config = with_continued(on_own_device(config, processes))
+    dataset = load_dataset(config.data, config.train.objective)
     if not dataset.held_out:
         raise DataError(
             "No rows are held out, so nothing could be proved. Set data.held_out_fraction above 0, or name a data.held_out file."
@@ -147,15 +151,17 @@ def assemble_text(
     return setup
 
 
-def text_task(setup: TextAssembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
+def text_task(
+    setup: TextAssembly, *, held_out: Sequence[Example] | None = None, make: Callable[..., TextTask] = TextTask
+) -> TextTask:
     """The task that `train` runs; adds the pairs of the plan to the model, initialised from the run's seed.
 
-    `held_out` are the rows that choose the best adapter; by default the run's own.
+    `held_out` are the rows that choose the best adapter; by default the run's own. `make` is the class of the task.
     """
     spec = setup.config.train
     text = add_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
-    task = TextTask(
+    task = make(
         text, setup.train.examples, held_out=rows, spec=spec, spill=setup.residency.spilled_states(),
         together=setup.residency.way.together,
         processes=setup.processes,
@@ -168,6 +174,8 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
     """Adds the pairs of `plan`, initialised as lora.start says, if need be from training rows. Returns the model to train."""
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
+    if (earlier := setup.config.lora.continue_from) is not None:
+        start_from(text, plan, read_adapter(Path(earlier)), name)
     if directions or reads_weights(setup.config):
         release_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
     return text

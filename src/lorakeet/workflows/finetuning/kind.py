@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import torch
 from rich.console import Console
 
-from lorakeet.config import KINDS, RunConfig
+from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
 from lorakeet.errors import ConfigError
@@ -218,6 +218,11 @@ class RunKind(ABC, Generic[AssemblyT]):
         return ()
 
 
+def what_trains(config: RunConfig) -> str:
+    """What decides the kind of a run, in words."""
+    return f"kind is {config.kind}" if config.kind != "text" else f"train.objective is {config.train.objective}"
+
+
 def run_kind(config: RunConfig) -> RunKind[Any]:
-    """The kind that config.kind names; only its own modules are imported."""
-    return cast("RunKind[Any]", import_module(KINDS[config.kind]).KIND)
+    """The kind of this run; only its own modules are imported."""
+    return cast("RunKind[Any]", import_module(config.module).KIND)

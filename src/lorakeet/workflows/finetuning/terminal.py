@@ -24,6 +24,7 @@ from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, nu
 from lorakeet.memory.forecast import KINDS, Forecast
 from lorakeet.models.module_kinds import VECTORS
 from lorakeet.ranks.allocate import pair_parameters
+from lorakeet.train.preference_spec import KTO
 from lorakeet.workflows.finetuning.trained_targets import STAYED, target_rows
 
 if TYPE_CHECKING:  # a run imports the modules of its own kind only
@@ -57,8 +58,12 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
     first = setup.dataset.train[0].turns[0]
     if data.chat_template == "auto" and first.role and not uses_template(setup.text.tokenizer, data):
         console.print("The tokenizer has no chat template, so turns are joined as raw text.", soft_wrap=True)
-    console.print(Text.assemble(("One training row", "bold"), " (target tokens in green):"))
-    console.print(show_example(setup.train.examples[0], setup.text.tokenizer))
+    pair = setup.config.train.answers == 2
+    titles = ("One training row, with its chosen answer", "and with its rejected answer") if pair else ("One training row",)
+    titles = ("One training row", "the same prompt with another row's answer") if setup.config.train.objective == KTO else titles
+    for title, example in zip(titles, setup.train.examples, strict=False):
+        console.print(Text.assemble((title, "bold"), " (target tokens in green):"))
+        console.print(show_example(example, setup.text.tokenizer))
     _show_plan(("path", "weight"), setup.plan.rows(), setup.plan, console)
     show_targets(setup.plan, setup.remarks, console)
     if cuts := setup.cuts:

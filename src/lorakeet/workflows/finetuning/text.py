@@ -46,6 +46,7 @@ from lorakeet.train.text.own_code import require_own_code
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
+from lorakeet.workflows.finetuning.continued import with_continued
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
@@ -113,15 +114,15 @@ class TextPlanResult(PlanResult):
     @property
     def micro_batches(self) -> int:
         """The micro-batches of a step of rows as long as those of the largest one."""
-        return math.ceil(self.config.train.batch_size / self.planned.rows.count)
+        return math.ceil(self.config.train.sequences / self.planned.rows.count)
 
     @property
     def training_seconds(self) -> float | None:
         """The time of all steps at that speed: of the rows' tokens, or of rows of data.max_tokens. None if no step is known."""
         train, lengths = self.config.train, self.lengths
         if lengths is not None:
-            steps = train.total_steps(math.ceil(lengths.rows / train.batch_size))
-            tokens = steps * min(train.batch_size, lengths.rows) * lengths.tokens / lengths.rows
+            steps = train.total_steps(math.ceil(lengths.rows / train.sequences))
+            tokens = steps * min(train.sequences, lengths.rows) * lengths.tokens / lengths.rows
             return tokens * self.seconds / self.planned.rows.tokens
         return None if train.steps is None else train.steps * self.micro_batches * self.seconds
 
@@ -310,6 +311,7 @@ class TextRunKind(RunKind[TextAssembly]):
     tries_rates = True
 
     def plan(self, config: RunConfig, console: Console) -> TextPlanResult:
+        config = with_continued(config)
         budget, precision = config.memory.limit, precision_of(config)
         if budget and not precision.on_gpu:
             if warning := larger_than_machine(budget):
@@ -365,8 +367,12 @@ class TextRunKind(RunKind[TextAssembly]):
         if dry_run and (said := run_time_text(setup)):
             console.print(said, soft_wrap=True)
 
+    def new_task(self, setup: TextAssembly) -> TextTask:
+        """The task of this kind, with the pairs of the plan added to the model."""
+        return text_task(setup)
+
     def task(self, setup: TextAssembly, run: RunFolder, console: Console) -> TextTask:
-        task = text_task(setup)
+        task = self.new_task(setup)
         if setup.config.train.keep_prefix_states:
             frozen_depth(task.text)  # raises before anything is written
         if setup.residency.unrestricted:
@@ -383,7 +389,7 @@ class TextRunKind(RunKind[TextAssembly]):
         examples = (*setup.train.examples, *setup.held_out.examples)
         parts: dict[str, Any] = {
             "model settings": config.model.identity(),
-            "lora settings": dataclasses.asdict(config.lora),
+            "lora settings": {key: value for key, value in dataclasses.asdict(config.lora).items() if value is not None},
             "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
         }
         if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
@@ -416,9 +422,13 @@ class TextRunKind(RunKind[TextAssembly]):
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
 
     def evaluate(self, setup: TextAssembly, run: RunFolder, console: Console) -> Report:
+        return self.measured(setup, run, console, TextEvaluator)
+
+    def measured(self, setup: TextAssembly, run: RunFolder, console: Console, make: type[TextEvaluator]) -> Report:
+        """The measured sections of the report, by an evaluator of the class `make`."""
         part, rows = setup.evaluated
         own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric, outside=run.path)
-        evaluator = TextEvaluator(setup.config, setup.text, setup.encoder, rows, console, metric=own)
+        evaluator = make(setup.config, setup.text, setup.encoder, rows, console, metric=own)
         baseline_rows = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
         report = evaluator.report(f"Fine-tuning {setup.name}", baseline_rows=baseline_rows)
         return dataclasses.replace(

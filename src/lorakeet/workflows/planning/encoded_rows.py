@@ -9,6 +9,8 @@ from typing import Any
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoded, Encoder, encode_rows
+from lorakeet.data.pairs import encode_pairs
+from lorakeet.data.preferences import rows_for
 from lorakeet.data.prepare import find_labels
 from lorakeet.data.read import is_absent, read_rows
 from lorakeet.data.rows import Row
@@ -18,6 +20,7 @@ from lorakeet.models.files.source import bytes_to_unpack, find_source
 from lorakeet.models.text.from_config import local_files
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.models.text.model import context_of
+from lorakeet.train.preference_spec import SFT
 from lorakeet.workflows.planning.forecast_text_run import RowLengths, Workload
 
 Say = Callable[[str], None]
@@ -59,14 +62,15 @@ class EncodedRows:
 
     @cached_property
     def parts(self) -> tuple[Encoded, ...]:
-        """Each part as tokens."""
-        return tuple(encode_rows(rows, self.encoder) for rows in self.rows)
+        """Each part as tokens; rows with two answers give two examples, the chosen one first."""
+        encode = encode_pairs if self.given.train.objective != SFT else encode_rows
+        return tuple(encode(rows, self.encoder) for rows in self.rows)
 
     def lengths(self) -> RowLengths:
         """Tokens of the longest row of any part, of the longest training rows that a step can have, and of all training rows."""
         train = sorted((len(example.ids) for example in self.parts[0].examples), reverse=True)
         longest = self.encoder.longest(example for part in self.parts for example in part.examples)
-        return RowLengths(longest, max(longest, sum(train[: self.given.train.batch_size])), len(train), sum(train))
+        return RowLengths(longest, max(longest, sum(train[: self.given.train.sequences])), len(train), sum(train))
 
     def workload(self, members: int = 1) -> Workload:
         """What is known of these rows, for `members` adapters in training at once."""
@@ -95,7 +99,8 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
             f"planned with data.max_tokens, {data.max_tokens}."
         )
         return Workload()
-    train, *others = (read_rows(name, data) for name in (data.train, data.held_out, data.test) if name)
+    names, objective = (name for name in (data.train, data.held_out, data.test) if name), config.train.objective
+    train, *others = (rows_for(read_rows(name, data), objective, name) for name in names)
     return EncodedRows(config, (train, *others), find_labels(train, data), say, (model_config, source)).workload()
 
 

@@ -202,7 +202,7 @@ class RowLengths:
     def within(self, config: RunConfig) -> RowLengths:
         """The same with rows of at most data.max_tokens."""
         most = config.data.max_tokens
-        return replace(self, longest=min(self.longest, most), step=min(self.step, most * config.train.batch_size))
+        return replace(self, longest=min(self.longest, most), step=min(self.step, most * config.train.sequences))
 
 
 def largest_rows(config: RunConfig, lengths: RowLengths | None = None, window: int | None = None) -> RowShape:
@@ -211,12 +211,13 @@ def largest_rows(config: RunConfig, lengths: RowLengths | None = None, window: i
     Without `lengths` each row may have data.max_tokens. `window` is that of the model's attention, if it has one.
     """
     lengths = _known(config, lengths)
-    return _filling(config, lengths.longest, min(max(lengths.longest, config.train.micro_tokens), lengths.step), window)
+    tokens = max(lengths.longest * config.train.answers, config.train.micro_tokens)  # a micro-batch has all answers of a row
+    return _filling(config, lengths.longest, min(tokens, lengths.step), window)
 
 
 def _known(config: RunConfig, lengths: RowLengths | None) -> RowLengths:
     """The lengths of the rows, or the most that they can have. Padded rows are all as long as the longest."""
-    most, batch = config.data.max_tokens, config.train.batch_size
+    most, batch = config.data.max_tokens, config.train.sequences
     lengths = RowLengths(most, most * batch) if lengths is None else lengths.within(config)
     return replace(lengths, step=lengths.longest * batch) if _padded(config) else lengths
 
@@ -367,8 +368,8 @@ def _by_peft(config: RunConfig, model_config: Any, found: Rehearsal, kept: Usage
 def _step_of(config: RunConfig, lengths: RowLengths | None, window: int | None) -> tuple[RowShape, RowShape, int]:
     """The largest micro-batch of a step, one that more rows than a step's fill, and 2 where a step may have several, else 1."""
     rows = largest_rows(config, lengths, window)
-    full = _filling(config, rows.length, max(rows.length, config.train.micro_tokens), window)
-    several = config.train.batch_size > rows.count or _known(config, lengths).step > rows.tokens
+    full = _filling(config, rows.length, max(rows.length * config.train.answers, config.train.micro_tokens), window)
+    several = config.train.sequences > rows.count or _known(config, lengths).step > rows.tokens
     return rows, full, 2 if several else 1
 
 

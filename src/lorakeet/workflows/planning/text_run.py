@@ -138,7 +138,7 @@ class TextRun(BudgetedWork[TextRunPlan]):
         config, text = self.with_tokens(micro_tokens), self.model[0].get_text_config()
         rows = largest_rows(config, self.lengths, window_of(self.model[0]))
         state = rows.tokens * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
-        return Batches(math.ceil(self.config.train.batch_size / rows.count), state)
+        return Batches(math.ceil(self.config.train.sequences / rows.count), state)
 
     @property
     def state_bytes(self) -> int:

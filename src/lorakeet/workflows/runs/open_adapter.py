@@ -50,7 +50,7 @@ class Opened:
         """The rows of config.data: read, split and checked once for this adapter and its copies. Raises DataError."""
         data = self.config.data
         if data not in self._datasets:
-            self._datasets[data] = load_dataset(data)
+            self._datasets[data] = load_dataset(data, self.config.train.objective)
         return self._datasets[data]
 
     @property

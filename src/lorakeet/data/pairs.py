@@ -1,0 +1,111 @@
+"""Rows with two answers as tokens, and micro-batches that keep both together.
+
+The examples of a preference run stand in pairs: number 2i has the chosen answer, 2i + 1 the rejected one. Both begin with the
+same prompt, to the token. A pair with a long prompt has a batch of its own, where the prompt is computed once for both answers
+(data/prefix); the others are packed together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lorakeet.data.chat import Encoded, Encoder, Example
+from lorakeet.data.pack import Batch, even_bins, pack_examples, padded_bins
+from lorakeet.data.prefix import common_prefix
+from lorakeet.data.rows import Row
+from lorakeet.errors import DataError
+
+
+def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
+    """The row with its chosen and with its rejected answer; None if one of them is too long and `too_long` is "drop".
+
+    A prompt that must be shortened is shortened equally for both. Raises DataError where the chat template changes the prompt
+    with the answer.
+    """
+    other = row.other
+    if other is None:
+        raise DataError(f"{row.source} has one answer only; a preference needs two, in the columns chosen and rejected.")
+    first, second = encoder.shortened(row), encoder.shortened(other)
+    if first is None or second is None:
+        return None
+    if first is not row or second is not other:
+        prompt = min((first, second), key=lambda each: sum(len(turn.text) for turn in each.turns if turn.role == "user")).turns
+        first, second = _with_prompt(first, prompt), _with_prompt(second, prompt)
+    found = []
+    for each, given in ((first, row), (second, other)):
+        example = encoder.encode(each)
+        if example is None:
+            return None
+        found.append(replace(example, key=row.key, truncated=each is not given))
+    chosen, rejected = found
+    starts = [int(np.flatnonzero(each.supervised)[0]) for each in found]
+    if not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[1]]):
+        raise DataError(
+            f"{row.source}: the prompt has other tokens before the chosen answer than before the rejected one, so the answers "
+            "cannot be compared. The chat template changes the prompt with the answer; set --data.chat_template off."
+        )
+    return chosen, rejected
+
+
+def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
+    """The examples of all rows, in pairs, in order. Raises DataError if all were dropped.
+
+    `truncated` counts rows, `dropped` names those left out.
+    """
+    examples: list[Example] = []
+    dropped: list[str] = []
+    truncated = 0
+    for row in rows:
+        found = encode_pair(row, encoder)
+        if found is None:
+            dropped.append(row.source)
+        else:
+            examples += found
+            truncated += any(example.truncated for example in found)
+    if dropped and not examples:
+        raise DataError(
+            f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) with one of their answers, and "
+            "were dropped; raise --data.max_tokens or set --data.too_long truncate."
+        )
+    return Encoded(tuple(examples), truncated, tuple(dropped))
+
+
+def _with_prompt(row: Row, turns: Sequence[object]) -> Row:
+    """The row with the user's turns of `turns`, which has as many turns before its answer."""
+    pairs = zip(row.turns, turns, strict=False)
+    changed = [new if old.role == "user" and not old.supervised else old for old, new in pairs]
+    return replace(row, turns=(*changed, *row.turns[len(changed) :]))  # type: ignore[arg-type]
+
+
+def pair_batches(
+    examples: Sequence[Example], max_tokens: int, *, shares: bool, a_pass: int, padded: bool = False
+) -> list[Batch]:
+    """Splits pairs, neighbours in `examples`, into batches of at most `max_tokens` computed tokens. Deterministic.
+
+    A larger pair is a batch of its own. With `shares`, a pair whose prompt has more than `a_pass` tokens is batched alone, or
+    with pairs of the same prompt: then the prompt is computed once for the batch. Where rows are `padded`, padding counts.
+    """
+    lengths = [(len(examples[at].ids), len(examples[at + 1].ids)) for at in range(0, len(examples), 2)]
+    if padded:
+        bins = padded_bins([max(both) for both in lengths], max(1, max_tokens // 2))
+        return [_packed(examples, chosen) for chosen in bins]
+    common = [common_prefix(examples[2 * pair].ids, examples[2 * pair + 1].ids) if shares else 0 for pair in range(len(lengths))]
+    together = [pair for pair, shared in enumerate(common) if shared <= a_pass]
+    bins = [[together[at] for at in chosen] for chosen in even_bins([sum(lengths[pair]) for pair in together], max_tokens)]
+    prompts: dict[bytes, list[int]] = defaultdict(list)
+    for pair, shared in enumerate(common):
+        if shared > a_pass:
+            prompts[examples[2 * pair].ids[:shared].tobytes()].append(pair)
+    for pairs in prompts.values():
+        shared = common[pairs[0]]
+        own = [sum(lengths[pair]) - 2 * shared for pair in pairs]
+        bins += [[pairs[at] for at in chosen] for chosen in even_bins(own, max(1, max_tokens - shared))]
+    return [_packed(examples, chosen) for chosen in bins]
+
+
+def _packed(examples: Sequence[Example], pairs: Sequence[int]) -> Batch:
+    return pack_examples([examples[number] for pair in sorted(pairs) for number in (2 * pair, 2 * pair + 1)])

@@ -1,0 +1,144 @@
+"""Records of preferences as rows: two answers to one prompt, the chosen and the rejected one, or one answer with a verdict.
+
+| record | example |
+| --- | --- |
+| prompt, chosen, rejected | texts, or lists of messages |
+| chosen, rejected | lists of messages that begin alike, or dialogues "Human: … Assistant: …" |
+| instruction, input, chosen, rejected | Alpaca |
+| prompt, completion, label | label true or false (KTO) |
+| messages, label | the same |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
+
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.tables import UnusableRow
+from lorakeet.errors import DataError
+
+CHOSEN, REJECTED, VERDICT = "chosen", "rejected", "label"
+PROMPTS = ("prompt", "question", "instruction")
+_SPEAKERS = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "good": True, "bad": False}
+
+
+def is_preference(columns: Mapping[str, object]) -> bool:
+    """Whether a record with these columns has two answers."""
+    return CHOSEN in columns and REJECTED in columns
+
+
+def is_rated(columns: Mapping[str, object]) -> bool:
+    """Whether a record has one answer with a verdict: a label that is true or false."""
+    return isinstance(columns.get(VERDICT), bool) and (("prompt" in columns and "completion" in columns) or "messages" in columns)
+
+
+def dialogue(text: str) -> list[dict[str, str]] | None:
+    """The messages of a dialogue "\\n\\nHuman: …\\n\\nAssistant: …" (Anthropic's HH); None if `text` is none."""
+    start, *parts = _SPEAKERS.split(text if text.startswith("\n\n") else f"\n\n{text}")
+    if start.strip() or not parts:
+        return None
+    return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def answers_of(values: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    """The messages of the chosen and the rejected conversation, where a record has these as lists or dialogues; else None."""
+    found = [values.get(column) for column in (CHOSEN, REJECTED)]
+    lists = [dialogue(each) if isinstance(each, str) else each for each in found]
+    if all(isinstance(each, list) and each for each in lists):
+        return list(lists[0] or []), list(lists[1] or [])
+    return None
+
+
+def preferred(
+    chosen: Sequence[Turn], rejected: Sequence[Turn], prompt: Sequence[Turn]
+) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """Both conversations, of which only what follows the `prompt` is trained; without one, what follows their common turns.
+
+    Raises UnusableRow if the answers are equal, or do not both end in an answer of the assistant.
+    """
+    if not prompt:
+        common = [one for one, _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))]
+        prompt, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
+    if list(chosen) == list(rejected):
+        raise UnusableRow("chosen and rejected are equal, so neither is preferred; remove the row or change one of them.")
+    if not prompt:
+        raise UnusableRow(
+            f"chosen begins with {_shown(chosen)} and rejected with {_shown(rejected)}; expected the same prompt in both. "
+            "Give it in a column 'prompt', or make their first messages equal."
+        )
+    for name, answer in ((CHOSEN, chosen), (REJECTED, rejected)):
+        if not answer or answer[-1].role != "assistant":
+            raise UnusableRow(f"{name} does not end in an answer of the assistant after the prompt; add one.")
+    before = tuple(replace(turn, supervised=False) for turn in prompt)
+    return (*before, *chosen), (*before, *rejected)
+
+
+def verdict(value: object) -> bool:
+    """Whether an answer is wanted. Raises UnusableRow for anything but true and false, 1 and 0, good and bad."""
+    if isinstance(value, bool):
+        return value
+    known = _WORDS.get(str(value).strip().lower()) if isinstance(value, (str, int)) else None
+    if known is None:
+        raise UnusableRow(f"column 'label' is {value!r:.60}; expected true for an answer that is wanted, or false.")
+    return known
+
+
+def with_mismatches(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rated rows with the answer of the row before in `rejected`, the first with that of the last: KTO's estimate of the KL."""
+    answers = [row.turns[-1] for row in rows]
+    return tuple(
+        replace(row, rejected=(*row.turns[:-1], other)) for row, other in zip(rows, [*answers[-1:], *answers[:-1]], strict=True)
+    )
+
+
+def rows_for(rows: Sequence[Row], objective: str | None, part: str) -> tuple[Row, ...]:
+    """The rows as `objective` takes them: for kto with the answer of another row to each prompt. None takes any.
+
+    Raises DataError for rows of another shape, and where kto has wanted or unwanted answers only.
+    """
+    if objective is None:
+        return tuple(rows)
+    rated = [row for row in rows if _is_rated(row)]
+    pairs = [row for row in rows if row.rejected and not _is_rated(row)]
+    if objective == "sft":
+        if pairs or rated:
+            shape, instead = ("two answers", "dpo") if pairs else ("a verdict on its answer", "kto")
+            raise DataError(
+                f"{(pairs or rated)[0].source} has {shape}, but train.objective is sft, which trains on every answer. Set "
+                f"--train.objective {instead}, or give rows with a prompt and one good answer."
+            )
+        return tuple(rows)
+    if objective != "kto":
+        if len(pairs) < len(rows):
+            other = next(row for row in rows if not row.rejected or row.desirable is not None)
+            advice = "take kto, which has one answer and a label" if rated else "take sft, which has one answer"
+            raise DataError(
+                f"{other.source} has no two answers, but train.objective is {objective}. Give rows with prompt, chosen and "
+                f"rejected, or {advice}."
+            )
+        return tuple(rows)
+    if len(rated) < len(rows):
+        other = next(row for row in rows if not _is_rated(row))
+        raise DataError(
+            f"{other.source} has no verdict on its answer, but train.objective is kto. Give rows with prompt, completion and "
+            "label (true or false), or take dpo for rows with chosen and rejected."
+        )
+    wanted = sum(bool(row.desirable) for row in rows)
+    if rows and wanted in (0, len(rows)):
+        which = "true" if wanted else "false"
+        raise DataError(f"All {len(rows)} {part} rows have the label {which}; kto needs answers that are wanted and others.")
+    return with_mismatches(rows)
+
+
+def _is_rated(row: Row) -> bool:
+    return row.desirable is not None
+
+
+def _shown(turns: Sequence[Turn]) -> str:
+    return repr(turns[0].text[:40]) if turns else "nothing"

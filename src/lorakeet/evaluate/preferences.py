@@ -1,0 +1,132 @@
+"""Which of two answers a model prefers: shares of pairs with intervals, paired comparisons, and simple baselines.
+
+A system has a score for each pair, in nats: above 0 it prefers the chosen answer. Of an adapter that is the gain of its
+log-ratio to the reference (the reward that the objective trains, divided by β); of a base, its log-probability of the chosen
+answer less that of the rejected one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.compare import Comparison, compare_values
+from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
+from lorakeet.evaluate.spec import EvaluateSpec
+
+PREFERRED, PREFERRED_ALIKE, LIKELIER = "preferred", "preferred_alike", "likelier"
+CHOSEN_CHANGE, REJECTED_CHANGE, LEAD = "chosen_change", "rejected_change", "lead"
+LONGER, DIFFERENCE = "longer answer", "TF-IDF of the answers"
+ALIKE = 0.1  # answers whose numbers of tokens differ by no more than this share are of equal length
+FEWEST_ALIKE = 10  # pairs from which those of equal length are evaluated by themselves
+LEAST_TERMS = 20  # training pairs that the TF-IDF baseline needs
+
+
+@dataclass(frozen=True, eq=False)
+class PairPreferences:
+    """One system's score of each pair (n,) in nats: above 0 it prefers the chosen answer; 0 counts half."""
+
+    system: str
+    scores: Floats
+    groups: tuple[Hashable, ...] | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not len(self.scores) or not np.isfinite(self.scores).all():
+            raise DataError(f"The scores of '{self.system}' cannot be measured: {len(self.scores)} pairs, not all finite.")
+
+    @property
+    def right(self) -> Floats:
+        """1 for a pair whose chosen answer is preferred, 0 for the rejected one, 0.5 for neither (n,)."""
+        return np.where(self.scores == 0, 0.5, (self.scores > 0).astype(float))
+
+
+def equal_lengths(chosen_tokens: Floats, rejected_tokens: Floats) -> NDArray[np.bool_]:
+    """The pairs whose answers have equally many tokens, within ALIKE of the longer one (n,)."""
+    longer = np.maximum(chosen_tokens, rejected_tokens)
+    return np.asarray(np.abs(chosen_tokens - rejected_tokens) <= ALIKE * longer)
+
+
+def measure_preferences(pairs: PairPreferences, alike: NDArray[np.bool_], spec: EvaluateSpec) -> dict[str, Estimate]:
+    """The share of pairs whose chosen answer is preferred, of all and of those with answers of equal length."""
+    found = {PREFERRED: _share(pairs.right, spec, pairs.groups)}
+    if alike.sum() >= FEWEST_ALIKE and not alike.all():
+        found[PREFERRED_ALIKE] = _share(pairs.right[alike], spec, _some(pairs.groups, alike))
+    return found
+
+
+def compare_preferences(
+    left: PairPreferences, right: PairPreferences, alike: NDArray[np.bool_], spec: EvaluateSpec
+) -> tuple[Comparison, ...]:
+    """The paired differences of these shares."""
+    systems = (left.system, right.system)
+    found = [compare_values(systems, PREFERRED, (left.right, right.right), spec, groups=left.groups)]
+    if alike.sum() >= FEWEST_ALIKE and not alike.all():
+        values = left.right[alike], right.right[alike]
+        found.append(compare_values(systems, PREFERRED_ALIKE, values, spec, groups=_some(left.groups, alike)))
+    return tuple(found)
+
+
+def mean_change(values: Floats, spec: EvaluateSpec, groups: Sequence[Hashable] | None) -> Estimate:
+    """The mean of a change in nats a token (n,), with its interval."""
+    return mean(values, spec=spec, groups=groups)
+
+
+def longer_answer(chosen: Sequence[str], rejected: Sequence[str], groups: tuple[Hashable, ...] | None) -> PairPreferences:
+    """Prefers the answer with more characters."""
+    gaps = np.array([len(one) - len(other) for one, other in zip(chosen, rejected, strict=True)], float)
+    return PairPreferences(LONGER, gaps, groups, "always prefers the answer with more characters")
+
+
+def tfidf_difference(
+    train: Sequence[tuple[str, str]], pairs: Sequence[tuple[str, str]], groups: tuple[Hashable, ...] | None
+) -> PairPreferences | None:
+    """Logistic regression on the difference of the answers' TF-IDF terms (chosen, rejected), fitted to `train` pairs.
+
+    It never sees the prompts, so it finds what gives an answer away by its own words. Word 1-2-grams and character 2-5-grams;
+    None with fewer than LEAST_TERMS training pairs, or where no term occurs twice.
+    """
+    from scipy.sparse import hstack, vstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    if len(train) < LEAST_TERMS:
+        return None
+    kinds = (
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=1 << 16),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, sublinear_tf=True, max_features=1 << 16),
+    )
+    fitted = []
+    for terms in kinds:
+        try:
+            terms.fit([text for both in train for text in both])
+        except ValueError:  # no term occurs twice
+            continue
+        fitted.append(terms)
+    if not fitted:
+        return None
+
+    def differences(some: Sequence[tuple[str, str]]) -> Any:
+        parts = [terms.transform([one for one, _ in some]) - terms.transform([other for _, other in some]) for terms in fitted]
+        return hstack(parts).tocsr()
+
+    known = differences(train)
+    model = LogisticRegression(C=10, fit_intercept=False, max_iter=2000)
+    model.fit(vstack([known, -known]), [1] * len(train) + [0] * len(train))
+    scores = np.asarray(model.decision_function(differences(pairs)), float)
+    return PairPreferences(DIFFERENCE, scores, groups, f"sees the two answers without their prompt; fitted to {len(train)} pairs")
+
+
+def _share(right: Floats, spec: EvaluateSpec, groups: Sequence[Hashable] | None) -> Estimate:
+    if np.isin(right, (0.0, 1.0)).all():
+        return share(right == 1, spec=spec, groups=groups)
+    return mean(right, spec=spec, groups=groups)
+
+
+def _some(groups: Sequence[Hashable] | None, chosen: NDArray[np.bool_]) -> tuple[Hashable, ...] | None:
+    return None if groups is None else tuple(group for group, one in zip(groups, chosen, strict=True) if one)

@@ -1,0 +1,99 @@
+"""Adds to a report which of two answers each system prefers: headline, comparisons, and what became of the likelihoods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lorakeet.evaluate.calibration import reliability
+from lorakeet.evaluate.intervals import Estimate, Floats
+from lorakeet.evaluate.preferences import (
+    CHOSEN_CHANGE,
+    LEAD,
+    LIKELIER,
+    REJECTED_CHANGE,
+    PairPreferences,
+    compare_preferences,
+    equal_lengths,
+    mean_change,
+    measure_preferences,
+)
+from lorakeet.evaluate.report.report import Reliability, Report, SystemResult
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.evaluate.wording import signed
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceScores:
+    """What the pairs say: the adapter's and its rivals' preferences, the base first, and changes of log-probabilities.
+
+    `tokens` (n, 2) are those of the chosen and the rejected answers; `changes` (n, 2) the log-ratios of both to the reference, in
+    nats a token. `likelier` are adapter and base by their own log-probabilities. `beta` makes probabilities of the scores; None
+    where the objective gives none.
+    """
+
+    adapter: PairPreferences
+    rivals: tuple[PairPreferences, ...]
+    tokens: Floats
+    changes: Floats | None = None
+    likelier: tuple[PairPreferences, ...] = ()
+    beta: float | None = None
+
+
+def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec) -> Report:
+    """The report with the preferences before all else: metrics, comparisons in the order of the rivals, verdict, calibration."""
+    alike, groups = equal_lengths(found.tokens[:, 0], found.tokens[:, 1]), found.adapter.groups
+    more = {each.system: measure_preferences(each, alike, spec) for each in (found.adapter, *found.rivals)}
+    notes = {each.system: each.note for each in (found.adapter, *found.rivals)}
+    for each in found.likelier:
+        more[each.system][LIKELIER] = mean_change(each.right, spec, groups)
+    mine, warnings = more[found.adapter.system], list[str]()
+    if found.changes is not None:
+        chosen, rejected = (mean_change(found.changes[:, side], spec, groups) for side in (0, 1))
+        mine |= {CHOSEN_CHANGE: chosen, REJECTED_CHANGE: rejected}
+        warnings += displacement(chosen, rejected)
+    mine[LEAD] = mean_change(found.adapter.scores, spec, groups)
+    known = {system.name for system in report.systems}
+    systems = [
+        replace(
+            system, metrics={**more.get(system.name, {}), **system.metrics}, note=_joined(notes.get(system.name), system.note)
+        )
+        for system in report.systems
+    ]
+    systems += [SystemResult(name, "floor", metrics, notes[name]) for name, metrics in more.items() if name not in known]
+    compared = [compare_preferences(found.adapter, rival, alike, spec) for rival in found.rivals]
+    comparisons = (*(one[0] for one in compared), *(one[1] for one in compared if len(one) > 1), *report.comparisons)
+    reliabilities = () if found.beta is None else (_reliability(found.adapter, found.beta, spec),)
+    return replace(
+        report,
+        task="preference",
+        systems=tuple(systems),
+        comparisons=comparisons,
+        verdict=verdict_of(comparisons),
+        reliabilities=reliabilities,
+        rows_of=len(found.adapter.scores),
+        warnings=(*warnings, *report.warnings),
+    )
+
+
+def displacement(chosen: Estimate, rejected: Estimate) -> list[str]:
+    """A warning if the chosen answers became less likely; `chosen` and `rejected` are mean changes in nats a token."""
+    if chosen.high >= 0:
+        return []
+    return [
+        f"The chosen answers became less likely than under the reference, by {signed(chosen.value)} nats a token "
+        f"({signed(chosen.low)} to {signed(chosen.high)}), the rejected ones by {signed(rejected.value)}. It learned what to "
+        "avoid more than what to write: read its replies. preference.sft_weight above 0 keeps the chosen answers likely."
+    ]
+
+
+def _joined(*notes: str | None) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+def _reliability(pairs: PairPreferences, beta: float, spec: EvaluateSpec) -> Reliability:
+    """How often the adapter is right where it is sure: its probability that the chosen answer is preferred is σ(β · score)."""
+    confidence = 1 / (1 + np.exp(-beta * np.abs(pairs.scores)))
+    return Reliability(pairs.system, "adapter", reliability(confidence, pairs.scores > 0, spec=spec))

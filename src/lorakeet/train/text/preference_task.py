@@ -1,0 +1,266 @@
+"""The training task of preferences: pairs of answers, compared with the log-probabilities of a fixed reference.
+
+    pairs ──► micro-batches with both answers ──► log p of each answer ──► loss of each pair (preference_loss)
+
+The head's loss comes in chunks over the vocabulary, as for other text; a row's log-probabilities are summed in fp64, in an order
+that does not depend on the micro-batch. The reference is computed once, before training (train/text/reference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorakeet.data.batches import StepOrder, distribute_rows
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, pack_examples
+from lorakeet.data.pairs import pair_batches
+from lorakeet.data.prefix import PASS
+from lorakeet.models.generate.score import row_losses
+from lorakeet.models.text.model import TextModel
+from lorakeet.train.preference_spec import KTO, WITHOUT_REFERENCE, PreferenceSpec
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.task import HeldOut, Size
+from lorakeet.train.text.loss import head_losses
+from lorakeet.train.text.preference_loss import PairScores, kto_losses, log_ratio_gap, preference_losses
+from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
+from lorakeet.train.text.task import TextTask
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """log p of each training and each held-out answer (answers,) by the reference, in the order of the examples.
+
+    `micro_tokens` went through the model at once. `start` is by how much the model differed from it before the first step, at
+    most, in nats a token; None where it was not to be the same.
+    """
+
+    train: Floats
+    held_out: Floats
+    micro_tokens: int
+    start: float | None = None
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """What the held-out pairs say: the share whose chosen answer gained more than the rejected one, and the mean lead in nats."""
+
+    share: float
+    lead: float
+    chosen: float  # mean log-ratio of the chosen answers to the reference, in nats a token
+
+
+class PreferenceTask(TextTask):
+    """Trains an adapter on pairs of answers: `train` and `held_out` are examples in pairs (data/pairs).
+
+    `preference` is resolved. `reference` must be set before the first step, unless the objective has none. For kto the second
+    answer of each pair is that of another row, which estimates the KL, and `desirable` says of each training and each held-out
+    pair whether its first answer is wanted.
+    """
+
+    reference: Reference | None = None
+    measured: Preferred | None = None  # at the latest held-out evaluation
+
+    def __init__(
+        self,
+        text: TextModel,
+        train: Sequence[Example],
+        *,
+        preference: PreferenceSpec,
+        desirable: tuple[Sequence[bool], Sequence[bool]] = ((), ()),
+        **given: Any,
+    ) -> None:
+        super().__init__(text, train, **given)
+        self.preference, self.desirable = preference, tuple(np.array(flags, bool) for flags in desirable)
+        self.train = [replace(example, key=str(number)) for number, example in enumerate(self.train)]
+        self.order = order_of_pairs(self.train, self.spec)
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self._kl = 0.0
+
+    @property
+    def objective(self) -> str:
+        return self.spec.objective
+
+    def batches(self, step: int) -> list[Batch]:
+        pairs = self._own_pairs(self.train, self.order.indices(step))
+        if self.objective == KTO:
+            return self.text.micro_batches([self.train[2 * pair] for pair in pairs], self.spec.micro_tokens)
+        return self._cut([self.train[number] for pair in pairs for number in (2 * pair, 2 * pair + 1)])
+
+    def _cut(self, examples: Sequence[Example]) -> list[Batch]:
+        text = self.text
+        shares = text.options.share_prefix and not text.pads
+        return pair_batches(examples, self.spec.micro_tokens, shares=shares, a_pass=PASS, padded=text.pads)
+
+    def _own_pairs(self, examples: Sequence[Example], pairs: Sequence[int]) -> list[int]:
+        """Those of `pairs` that this process computes."""
+        if self.processes.count == 1:
+            return list(pairs)
+        lengths = [len(examples[2 * pair].ids) + len(examples[2 * pair + 1].ids) for pair in pairs]
+        return [pairs[at] for at in distribute_rows(lengths, self.processes.count)[self.processes.rank]]
+
+    @cached_property
+    def idle_batch(self) -> Batch:
+        pairs = range(len(self.train) // 2)
+        at = 2 * min(pairs, key=lambda pair: len(self.train[2 * pair].ids) + len(self.train[2 * pair + 1].ids))
+        return pack_examples(self.train[at : at + (1 if self.objective == KTO else 2)])
+
+    def size(self, batch: Batch) -> Size:
+        """Targets count pairs, or the answers of kto: each weighs the same, however long it is."""
+        rows = len(batch.lengths)
+        return Size(rows=rows, tokens=batch.tokens, targets=rows if self.objective == KTO else rows // 2)
+
+    def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
+        if self.objective == KTO:
+            self._kl = self._kl_of(self.train, [int(key) // 2 for batch in batches for key in batch.keys], self._reference.train)
+        streamed = self.text.streamed
+        if streamed is None:
+            return super().gradients(batches, targets)
+        self.text.train()
+        here = [batch.to(self.text.device) for batch in batches]
+
+        def loss(number: int) -> tuple[Tensor, Tensor]:
+            found = self._loss_of(batches[number], here[number])
+            return found / targets, found.detach()
+
+        return loss_gradients_by_block(self.text, streamed, here, loss, spill=self.spill, together=self.together)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The sum of the loss over the batch's pairs, with gradient, in training mode."""
+        self.text.train()
+        return self._loss_of(batch, batch.to(self.text.device))
+
+    def _loss_of(self, batch: Batch, here: Batch) -> Tensor:
+        losses = head_losses(self.text, self.text.hidden(here), here.target_ids, chunk=self.spec.head_chunk)
+        counts = np.bincount(batch.target_rows.cpu().numpy(), minlength=len(batch.lengths)).tolist()
+        sums = -torch.stack([part.double().sum() for part in losses.split(counts)])  # type: ignore[no-untyped-call]
+        tokens = torch.tensor(counts, dtype=torch.float64, device=sums.device)
+        numbers = np.array([int(key) for key in batch.keys])
+        known = None if self.reference is None else torch.from_numpy(self.reference.train[numbers]).to(sums.device)
+        if self.objective == KTO:
+            wanted = torch.from_numpy(self.desirable[0][numbers // 2]).to(sums.device)
+            return kto_losses(self.preference, sums, self._given(known), wanted, self._kl).sum()
+        return preference_losses(
+            self.objective, self.preference, pair_scores(sums, tokens), None if known is None else pair_scores(known, tokens)
+        ).sum()
+
+    @property
+    def _reference(self) -> Reference:
+        if self.reference is None:
+            raise ValueError(f"{self.objective} compares with a reference, and none is set")
+        return self.reference
+
+    @staticmethod
+    def _given(known: Tensor | None) -> Tensor:
+        if known is None:
+            raise ValueError("kto compares with a reference, and none is set")
+        return known
+
+    def _kl_of(self, examples: Sequence[Example], pairs: Sequence[int], reference: Floats) -> float:
+        """KTO's estimate of KL(model ‖ reference): the mean log-ratio of answers to other prompts, at least 0."""
+        rows = [2 * pair + 1 for pair in pairs]
+        with self._passing():
+            sums, _ = row_losses(
+                self.text, [examples[row] for row in rows], micro_tokens=self.spec.micro_tokens, chunk=self.spec.head_chunk
+            )
+        found = torch.tensor([float((-sums - reference[rows]).sum()), float(len(rows))], dtype=torch.float64)
+        total, count = self.processes.summed(found).tolist() if self.processes.count > 1 else found.tolist()
+        return max(0.0, float(total) / max(float(count), 1.0))
+
+    def held_out(self) -> HeldOut | None:
+        """The loss of every held-out pair, each of weight 1."""
+        if not self.held_out_rows:
+            return None
+        sums, tokens = self.log_probs(self.held_out_rows)
+        known = None if self.reference is None else self.reference.held_out
+        losses, self.measured = pair_losses(
+            self.objective, self.preference, sums, known, tokens, desirable=self.desirable[1].tolist()
+        )
+        return HeldOut(losses, np.ones_like(losses))
+
+    def log_probs(self, rows: Sequence[Example]) -> tuple[Floats, Floats]:
+        """log p of each answer (answers,) by the model as it is, equal in every process, and its tokens."""
+        numbers = range(len(rows)) if self.in_step else self._own(rows)
+        with self._passing():
+            losses, counts = row_losses(
+                self.text, [rows[number] for number in numbers], micro_tokens=self.spec.micro_tokens, chunk=self.spec.head_chunk
+            )
+        found = np.stack([-losses, counts])
+        if self.processes.count == 1:
+            return found[0], found[1]
+        if self.in_step:
+            same = torch.from_numpy(found)
+            self.processes.broadcast([same])
+            found = same.numpy()
+        else:
+            whole = np.zeros((2, len(rows)))
+            whole[:, list(numbers)] = found
+            found = self.processes.summed(torch.from_numpy(whole)).numpy()
+        return found[0], found[1]
+
+    def halve(self) -> str:
+        shortest = min((len(row.ids) for row in self.train), default=0)
+        tokens = self.spec.micro_tokens // 2
+        if tokens < 2 * shortest:  # every pair is a micro-batch of its own already
+            return ""
+        return super().halve()
+
+    @property
+    def learning_rate(self) -> float:
+        return RATE_FACTOR * super().learning_rate
+
+
+RATE_FACTOR = 0.1  # of the default rate of sft
+
+
+def pair_losses(
+    objective: str,
+    spec: PreferenceSpec,
+    sums: Floats,
+    reference: Floats | None,
+    tokens: Floats,
+    *,
+    desirable: Sequence[bool] = (),
+) -> tuple[Floats, Preferred | None]:
+    """The loss of each pair (n,) from the log-probabilities (2n,) of answers in pairs, and what is preferred; None for kto."""
+    policy, counts = torch.from_numpy(sums), torch.from_numpy(tokens)
+    known = None if reference is None else torch.from_numpy(reference)
+    if objective == KTO and known is not None:
+        kl = max(0.0, float((policy - known)[1::2].mean()))
+        flags = torch.from_numpy(np.asarray(desirable, bool))
+        return kto_losses(spec, policy[::2], known[::2], flags, kl).numpy(), None
+    own, fixed = pair_scores(policy, counts), None if known is None else pair_scores(known, counts)
+    losses = preference_losses(objective, spec, own, fixed).numpy()
+    if fixed is None:
+        mine, other = own.means()
+        return losses, Preferred(float((mine > other).double().mean()), float((mine - other).mean()), float(mine.mean()))
+    gap = log_ratio_gap(own, fixed, normalised=bool(spec.length_normalised))
+    change = ((own.chosen - fixed.chosen) / own.chosen_tokens).mean()
+    return losses, Preferred(float((gap > 0).double().mean()), float(gap.mean()), float(change))
+
+
+def pair_scores(sums: Tensor, tokens: Tensor) -> PairScores:
+    """The scores of pairs from log-probabilities and tokens (2n,) that alternate: chosen, rejected."""
+    return PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
+
+
+def needs_reference(objective: str) -> bool:
+    """Whether the loss compares with a reference."""
+    return objective not in WITHOUT_REFERENCE
+
+
+def order_of_pairs(examples: Sequence[Example], spec: TrainSpec) -> StepOrder:
+    """The order of pairs; a step has pairs of similar length if `spec.length_grouping`."""
+    lengths = [len(examples[at].ids) + len(examples[at + 1].ids) for at in range(0, len(examples), 2)]
+    return StepOrder(len(lengths), spec.batch_size, spec.seed, tuple(lengths) if spec.length_grouping else None)
+
+

@@ -1,0 +1,55 @@
+"""The reference of a preference run: the log-probabilities of every answer by a fixed model, computed once and kept on disk.
+
+The file is bound by a hash to the model, the reference adapter and the tokens of the rows; another one is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorakeet.data.chat import Example
+from lorakeet.errors import DataError
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.train.text.preference_task import Reference
+
+BOUND_TO, MICRO_TOKENS, START = "bound_to", "micro_tokens", "start"  # keys of the file's metadata
+
+
+def digest_of(rows: Sequence[Sequence[Example]], *names: str) -> str:
+    """The SHA-256 of the tokens and targets of `rows` and of what else the reference is of."""
+    found = hashlib.sha256("\n".join(names).encode())
+    for part in rows:
+        found.update(b"\npart\n")
+        for example in part:
+            found.update(np.int64(len(example.ids)).tobytes() + example.ids.tobytes() + example.supervised.tobytes())
+    return found.hexdigest()
+
+
+def save_reference(path: Path, reference: Reference, digest: str) -> None:
+    """Writes the log-probabilities (answers,) in fp64, whole or not at all. OSError if the system refuses."""
+    tensors = {"train": torch.from_numpy(reference.train), "held_out": torch.from_numpy(reference.held_out)}
+    start = "" if reference.start is None else repr(reference.start)
+    save_tensors(path, tensors, metadata={BOUND_TO: digest, MICRO_TOKENS: str(reference.micro_tokens), START: start})
+
+
+def read_reference(path: Path, digest: str) -> Reference:
+    """The log-probabilities in the file. Raises DataError if it is missing, damaged, or of another model or other rows."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing, so the reference of this run is not known. Start a new run.")
+    file = open_safetensors(path)
+    if file.metadata.get(BOUND_TO) != digest or set(file.tensors) != {"train", "held_out"}:
+        raise DataError(
+            f"{path} is of another reference model or of other rows than this run's. Restore the file of this run, or start a "
+            "new one."
+        )
+    start, tokens = file.metadata.get(START, ""), file.metadata.get(MICRO_TOKENS, "")
+    try:
+        found = int(tokens), float(start) if start else None
+    except ValueError:
+        raise DataError(f"{path} does not say how it was computed. Restore the file of this run, or start a new one.") from None
+    return Reference(file.read("train").numpy(), file.read("held_out").numpy(), *found)

@@ -1,0 +1,77 @@
+"""Training that goes on from an adapter (lora.continue_from): with its targets, ranks and alphas, and its values as the start."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from re import escape
+from typing import TypeVar
+
+import torch
+
+from lorakeet.config import RunConfig
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.plan import Plan
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.formats.detect import read_adapter
+from lorakeet.models.fits import plan_of
+from lorakeet.models.inject import trained_parameters
+from lorakeet.models.text.model import TextModel
+
+T = TypeVar("T", int, float)
+
+
+def with_continued(config: RunConfig) -> RunConfig:
+    """The settings with the targets, ranks and alphas of the adapter that lora.continue_from names, if it names one.
+
+    Raises ConfigError for an adapter that has more than pairs, or pairs of several kinds; DataError if it cannot be read.
+    """
+    given = config.lora.continue_from
+    if given is None:
+        return config
+    adapter, problems = read_adapter(Path(given)), Problems(f"The adapter {given} cannot be trained further")
+    if adapter.extras or adapter.token_rows:
+        problems.add("It has trained modules or token rows beside its pairs, which are not continued. Take one of pairs alone.")
+    pairs = adapter.pairs
+    for name, values in (
+        ("scale rules", {pair.scale_rule for pair in pairs.values()}),
+        ("variants", {"lora" if pair.magnitude is None else "dora" for pair in pairs.values()}),
+    ):
+        if len(values) > 1:
+            problems.add(f"Its pairs have several {name} ({', '.join(sorted(values))}); expected one.")
+    if any(pair.bias is not None for pair in pairs.values()):
+        problems.add("Its pairs have biases, which are not trained. Take an adapter without them.")
+    problems.raise_if_any()
+    first = next(iter(pairs.values()))
+    ranks, alphas = ({path: getattr(pair, what) for path, pair in pairs.items()} for what in ("rank", "alpha"))
+    (rank, rank_pattern), (alpha, alpha_pattern) = _common(ranks), _common(alphas)
+    lora = replace(
+        config.lora, rank=int(rank), alpha=float(alpha),
+        rank_pattern={key: int(value) for key, value in rank_pattern.items()},
+        alpha_pattern={key: float(value) for key, value in alpha_pattern.items()},
+        target_modules=tuple(pairs), exclude_modules=(), layers="all",
+        scale_rule=first.scale_rule, variant="lora" if first.magnitude is None else "dora",
+    )  # fmt: skip
+    return replace(config, lora=lora)
+
+
+def _common(values: dict[str, T]) -> tuple[T, dict[str, T]]:
+    """The most frequent value, and the others by the regular expression of their path."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {escape(path): value for path, value in values.items() if value != most}
+
+
+def start_from(text: TextModel, plan: Plan, adapter: Adapter, name: str) -> None:
+    """Gives the pairs of `plan`, on the model as `name`, the values of `adapter`. Raises ConfigError if it has other pairs."""
+    theirs = {entry.path: (entry.rank, entry.alpha) for entry in plan_of(text.model, adapter).entries}
+    mine = {entry.path: (entry.rank, entry.alpha) for entry in plan.entries}
+    if theirs != mine:
+        other = sorted(set(theirs.items()) ^ set(mine.items()))[0][0]
+        raise ConfigError(f"The adapter and the settings differ at {other}: leave lora's targets, ranks and alphas out.")
+    parameters = trained_parameters(text.model, name)
+    with torch.no_grad():
+        for path, pair in adapter.pairs.items():
+            for key, value in (("A", pair.A), ("B", pair.B), ("magnitude", pair.magnitude)):
+                if value is not None:
+                    parameters[f"{path}.{key}"].copy_(value)

@@ -1,0 +1,109 @@
+"""Pairs of answers as tokens: equal prompts to the token, cut equally, and micro-batches that keep both answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorakeet.data.chat import Encoder, Example
+from lorakeet.data.pairs import encode_pair, encode_pairs, pair_batches
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import DataError
+
+
+@pytest.fixture
+def tokenizer(byte_tokenizer: Any) -> Any:
+    return byte_tokenizer(template=None, eos_token="<|eos|>")
+
+
+def row(prompt: str, chosen: str, rejected: str, number: int = 1) -> Row:
+    user = Turn("user", prompt, supervised=False)
+    answers = [Turn("assistant", text, supervised=True) for text in (chosen, rejected)]
+    return Row((user, answers[0]), None, None, f"rows:{number}", rejected=(user, answers[1]))
+
+
+def encoder(tokenizer: Any, **settings: Any) -> Encoder:
+    return Encoder(tokenizer, DataSpec(train="x", chat_template="off", **settings))
+
+
+def test_both_answers_follow_one_prompt(tokenizer: Any) -> None:
+    found = encode_pair(row("which way", "left", "right and right"), encoder(tokenizer))
+    assert found is not None
+    starts = [int(np.flatnonzero(each.supervised)[0]) for each in found]
+    assert starts[0] == starts[1] and np.array_equal(found[0].ids[: starts[0]], found[1].ids[: starts[0]])
+    assert found[0].key == found[1].key and not any(each.truncated for each in found)
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_a_prompt_is_shortened_equally_for_both(longer: str, tokenizer: Any) -> None:
+    answers = {"chosen": "left", "rejected": "right", longer: "one two three four five six"}
+    found = encode_pair(row("word " * 60, answers["chosen"], answers["rejected"]), encoder(tokenizer, max_tokens=48))
+    assert found is not None and all(each.truncated and len(each.ids) <= 48 for each in found)
+    starts = [int(np.flatnonzero(each.supervised)[0]) for each in found]
+    assert starts[0] == starts[1] and np.array_equal(found[0].ids[: starts[0]], found[1].ids[: starts[0]])
+
+
+def test_pairs_that_are_too_long_are_left_out_by_name(tokenizer: Any) -> None:
+    rows = [row("short", "left", "right"), row("word " * 80, "left", "right", 2)]
+    found = encode_pairs(rows, encoder(tokenizer, max_tokens=48, too_long="drop"))
+    assert len(found.examples) == 2 and found.dropped == ("rows:2",)
+    with pytest.raises(DataError, match="All 1 rows are longer"):
+        encode_pairs(rows[1:], encoder(tokenizer, max_tokens=48, too_long="drop"))
+
+
+def test_a_row_with_one_answer_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="has one answer only"):
+        encode_pair(Row(row("p", "a", "b").turns, None, None, "rows:1"), encoder(tokenizer))
+
+
+def test_a_template_that_changes_the_prompt_with_the_answer_is_refused(tokenizer: Any) -> None:
+    first, second = (Turn("user", text, supervised=False) for text in ("which way", "what"))
+    answers = [Turn("assistant", text, supervised=True) for text in ("left", "right")]
+    other = Row((first, answers[0]), None, None, "rows:1", rejected=(second, answers[1]))
+    with pytest.raises(DataError, match="other tokens before the chosen answer"):
+        encode_pair(other, encoder(tokenizer))
+
+
+def made_up(prompts: list[int], answer: int = 4) -> list[Example]:
+    generator, found = np.random.default_rng(0), []
+    for number, length in enumerate(prompts):
+        prompt = generator.integers(1, 90, size=length)
+        for side in range(2):
+            ids = np.concatenate([prompt, [100 + side], generator.integers(1, 90, size=answer)]).astype(np.int64)
+            found.append(Example(ids, np.arange(len(ids)) >= length, f"{2 * number + side}", None, False))
+    return found
+
+
+def pairs_of(batches: list[Any]) -> list[list[int]]:
+    keys = [[int(key) for key in batch.keys] for batch in batches]
+    assert all(row[1::2] == [number + 1 for number in row[::2]] for row in keys)
+    return [[number // 2 for number in row[::2]] for row in keys]
+
+
+def test_short_prompts_are_packed_together_and_long_ones_alone() -> None:
+    batches = pair_batches(made_up([8, 200, 8, 300]), 4096, shares=True, a_pass=128)
+    assert sorted(pairs_of(batches)) == [[0, 2], [1], [3]]
+
+
+def test_pairs_of_one_long_prompt_share_a_batch() -> None:
+    examples = made_up([200])
+    twice = enumerate([*examples, *examples])
+    same = [Example(row.ids.copy(), row.supervised, str(number), None, False) for number, row in twice]
+    assert pairs_of(pair_batches(same, 4096, shares=True, a_pass=128)) == [[0, 1]]
+
+
+def test_a_batch_holds_at_most_its_tokens() -> None:
+    examples = made_up([10] * 8)
+    for batch in pair_batches(examples, 70, shares=False, a_pass=128):
+        assert batch.tokens <= 70
+    alone = pairs_of(pair_batches(examples, 1, shares=True, a_pass=128))
+    assert sorted(alone) == [[pair] for pair in range(8)]
+
+
+def test_padding_counts_where_rows_are_padded() -> None:
+    examples = made_up([40, 10, 10, 10])
+    for batch in pair_batches(examples, 100, shares=False, a_pass=128, padded=True):
+        assert len(batch.lengths) * max(batch.lengths) <= 100

@@ -1,0 +1,128 @@
+"""Records of preferences: each shape gives the same rows, and what cannot be compared is named by its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.data.preferences import dialogue, rows_for, verdict, with_mismatches
+from lorakeet.data.read import read_rows
+from lorakeet.data.rows import Row
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.tables import UnusableRow
+from lorakeet.errors import DataError
+from tiny.runs import write_rows
+
+USER = {"role": "user", "content": "Which way?"}
+GOOD, BAD = {"role": "assistant", "content": "Left."}, {"role": "assistant", "content": "Right."}
+SHAPES: dict[str, dict[str, Any]] = {
+    "texts": {"prompt": "Which way?", "chosen": "Left.", "rejected": "Right."},
+    "messages": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    "implicit prompt": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "prompt and whole conversations": {"prompt": "Which way?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "Anthropic": {
+        "chosen": "\n\nHuman: Which way?\n\nAssistant: Left.", "rejected": "\n\nHuman: Which way?\n\nAssistant: Right."
+    },
+    "Alpaca": {"instruction": "Which way?", "input": "", "chosen": "Left.", "rejected": "Right."},
+    "question": {"question": "Which way?", "chosen": "Left.", "rejected": "Right."},
+}  # fmt: skip
+
+
+def read(tmp_path: Path, *records: dict[str, Any], **settings: Any) -> list[Row]:
+    return read_rows(str(write_rows(tmp_path / "rows.jsonl", records)), DataSpec(train="x", **settings))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_the_same_row(shape: str, tmp_path: Path) -> None:
+    (row,) = read(tmp_path, SHAPES[shape])
+    assert [(turn.role, turn.text, turn.supervised) for turn in row.turns] == [
+        ("user", "Which way?", False), ("assistant", "Left.", True),
+    ]  # fmt: skip
+    assert row.other is not None and row.other.turns[-1].text == "Right." and row.other.turns[0] == row.turns[0]
+    (plain,) = read(tmp_path, SHAPES["texts"])
+    assert row.key == plain.key
+
+
+def test_only_the_answer_after_the_common_turns_is_trained(tmp_path: Path) -> None:
+    before = [USER, GOOD, {"role": "user", "content": "And then?"}]
+    (row,) = read(tmp_path, {"chosen": [*before, GOOD], "rejected": [*before, BAD]})
+    assert [turn.supervised for turn in row.turns] == [False, False, False, True]
+
+
+def test_a_system_prompt_stands_before_both_answers(tmp_path: Path) -> None:
+    (row,) = read(tmp_path, SHAPES["texts"], system="Be brief.")
+    assert row.other is not None
+    assert [turn.role for turn in row.turns] == [turn.role for turn in row.other.turns] == ["system", "user", "assistant"]
+
+
+def test_the_rejected_answer_is_part_of_a_rows_content(tmp_path: Path) -> None:
+    one, other = read(tmp_path, SHAPES["texts"], {**SHAPES["texts"], "rejected": "Back."})
+    assert one.key != other.key
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "p", "chosen": "same", "rejected": "same"}, "chosen and rejected are equal"),
+        ({"prompt": "p", "chosen": "", "rejected": "b"}, "column 'chosen' is empty"),
+        ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "Other?"}, BAD]}, "expected the same prompt in both"),
+        ({"chosen": "Left.", "rejected": "Right."}, "there is no column 'prompt'"),
+        ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "chosen does not end in an answer of the assistant"),
+    ],
+)
+def test_pairs_that_cannot_be_compared_are_named(record: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:2") as caught:
+        read(tmp_path, SHAPES["implicit prompt"] if "prompt" not in record else SHAPES["texts"], record)
+    assert said in str(caught.value)
+
+
+def test_rated_answers_are_told_from_labelled_texts(tmp_path: Path) -> None:
+    rows = read(tmp_path, {"prompt": "p", "completion": "a", "label": True}, {"prompt": "q", "completion": "b", "label": False})
+    assert [row.desirable for row in rows] == [True, False] and [row.label for row in rows] == [None, None]
+    (chat,) = read(tmp_path, {"messages": [USER, GOOD], "label": False})
+    assert chat.desirable is False and chat.turns[-1].supervised
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(True, True), (0, False), ("Good", True), ("false", False)])
+def test_verdicts(value: object, wanted: bool) -> None:
+    assert verdict(value) is wanted
+
+
+def test_a_verdict_of_another_kind_is_refused() -> None:
+    with pytest.raises(UnusableRow, match="'label' is 'perhaps'"):
+        verdict("perhaps")
+
+
+def test_mismatched_answers_come_from_the_row_before(tmp_path: Path) -> None:
+    records = [{"prompt": f"p{n}", "completion": f"a{n}", "label": bool(n % 2)} for n in range(3)]
+    rows = with_mismatches(read(tmp_path, *records))
+    assert [(row.turns[-1].text, row.rejected[-1].text, row.rejected[0].text) for row in rows] == [
+        ("a0", "a2", "p0"), ("a1", "a0", "p1"), ("a2", "a1", "p2"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "records", "said"),
+    [
+        ("sft", [SHAPES["texts"]], "two answers, but train.objective is sft"),
+        ("sft", [{"prompt": "p", "completion": "a", "label": True}], "a verdict on its answer, but train.objective is sft"),
+        ("dpo", [{"prompt": "p", "completion": "a"}], "no two answers, but train.objective is dpo"),
+        ("dpo", [{"prompt": "p", "completion": "a", "label": True}], "take kto"),
+        ("kto", [SHAPES["texts"]], "no verdict on its answer"),
+        ("kto", [{"prompt": str(n), "completion": "a", "label": True} for n in range(3)], "All 3 training rows have the label"),
+    ],
+)
+def test_rows_of_another_objective_are_refused(
+    objective: str, records: list[dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    rows = read(tmp_path, *records)
+    with pytest.raises(DataError) as caught:
+        rows_for(rows, objective, "training")
+    assert said in str(caught.value)
+
+
+def test_a_dialogue_needs_its_speakers() -> None:
+    assert dialogue("no speaker") is None
+    assert dialogue("Human: a\n\nAssistant: b") == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -1,0 +1,198 @@
+"""Whole runs on preferences: proved against their reference, resumed to the bit, continued from an adapter, refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.cli.main import main
+from lorakeet.errors import ConfigError, DataError, RunStopped
+from lorakeet.formats.detect import read_adapter
+from lorakeet.train import loop
+from lorakeet.train.preference_spec import OBJECTIVES, SFT
+from lorakeet.workflows.evaluate import evaluate
+from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions
+from tiny.runs import WORDS, adapter_bytes, quiet, run, sentence, settings, write_rows
+
+PREFERENCES = [objective for objective in OBJECTIVES if objective != SFT]
+
+
+def preferences(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Prompts with a word in capitals; the chosen answer repeats it, the rejected one has another."""
+    chance, found = random.Random(seed), []
+    for _ in range(count):
+        word, other = chance.sample(WORDS, 2)
+        prompt = f"{sentence(chance, 3)} {word.upper()}"
+        found.append({"prompt": prompt, "chosen": word, "rejected": other})
+    return found
+
+
+def rated(count: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": pair["prompt"], "completion": pair["chosen" if number % 2 else "rejected"], "label": bool(number % 2)}
+        for number, pair in enumerate(preferences(count))
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    write_rows(folder / "pairs.jsonl", preferences(60))
+    write_rows(folder / "rated.jsonl", rated(60))
+    return folder
+
+
+def data_for(objective: str, rows: Path) -> Path:
+    return rows / ("rated.jsonl" if objective == "kto" else "pairs.jsonl")
+
+
+@pytest.mark.parametrize("objective", PREFERENCES)
+def test_every_objective_ends_in_proof(objective: str, rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    found = run(tiny_llama_folder, data_for(objective, rows), tmp_path / "run", {"train.objective": objective})
+    report = found.report
+    assert report is not None and report.task == "preference" and report.certificate is not None and report.certificate.passed
+    checks = {check.name: check for check in report.certificate.checks}
+    assert ("reference" in checks) == (objective not in ("orpo", "simpo"))
+    if "reference" in checks:
+        assert checks["reference"].measured == {"changed_log_probs": 0.0} and checks["start"].measured["difference"] < 1e-4
+    assert {"preferred", "lead"} <= report.systems[0].metrics.keys()
+    assert report.comparisons[0].metric == "preferred" and report.comparisons[0].right == "base" and report.verdict is not None
+    assert report.facts["Objective"].startswith(f"{objective} (beta ")
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    expected = {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 25.0, "kto": 0.5}.get(objective)
+    assert expected is None or first["held_out_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_simple_baselines_are_beside_the_adapter(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    report = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo"}).report
+    assert report is not None
+    assert [system.name for system in report.systems][:2] == ["adapter", "base"]
+    assert {"longer answer", "TF-IDF of the answers"} <= {system.name for system in report.systems}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train.objective": "dpo", "train.checkpoint_every": 2}
+    run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "whole", changes)
+
+    original, stopped = loop.Training.evaluate, list[bool]()
+
+    def evaluate_once(self: Any) -> None:
+        if self.at.step >= 4 and not stopped:
+            stopped.append(True)
+            raise RunStopped("made up")
+        original(self)
+
+    monkeypatch.setattr(loop.Training, "evaluate", evaluate_once)
+    with pytest.raises(RunStopped):
+        run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "broken", changes)
+    resumed = settings(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "broken", changes)
+    finetune(resumed, FinetuneOptions(resume=tmp_path / "broken"), console=quiet())
+    assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "whole")
+
+
+def test_the_reference_of_another_run_is_refused(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    changes = {"train.objective": "dpo", "train.steps": 2}
+    run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "one", changes)
+    other = write_rows(tmp_path / "other.jsonl", preferences(60, seed=5))
+    run(tiny_llama_folder, other, tmp_path / "two", changes)
+    shutil.copy(tmp_path / "one" / "reference.safetensors", tmp_path / "two" / "reference.safetensors")
+    resumed = settings(tiny_llama_folder, other, tmp_path / "two", changes)
+    with pytest.raises(DataError, match="another reference model or of other rows"):
+        finetune(resumed, FinetuneOptions(resume=tmp_path / "two"), console=quiet())
+
+
+@pytest.fixture(scope="module")
+def taught(rows: Path, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the chosen answers alone."""
+    folder = tmp_path_factory.mktemp("taught")
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=3)]
+    run(tiny_llama_folder, write_rows(folder / "rows.jsonl", answers), folder / "run")
+    return folder / "run"
+
+
+def test_training_goes_on_from_an_adapter_which_is_the_reference(
+    taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    changes = {"train.objective": "dpo", "lora.continue_from": taught, "lora.rank": 9}  # the adapter's own rank wins
+    found = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes)
+    report = found.report
+    assert report is not None and report.certificate is not None and report.certificate.passed
+    assert report.facts["Reference"] == f"the adapter {taught}"
+    assert "reference" in {system.name for system in report.systems}
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    before, after = read_adapter(taught), read_adapter(tmp_path / "run")
+    assert before.pairs.keys() == after.pairs.keys() and {pair.rank for pair in after.pairs.values()} == {4}
+    changed = [path for path in before.pairs if not torch.equal(before.pairs[path].B, after.pairs[path].B)]
+    near = max(float((before.pairs[path].A - after.pairs[path].A).abs().max()) for path in before.pairs)
+    assert changed and near < 0.2
+
+
+def test_sft_goes_on_from_an_adapter(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
+    changes = {"lora.continue_from": taught, "train.steps": 1, "train.learning_rate": 1e-9}
+    run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", answers), tmp_path / "run", changes)
+    before, after = read_adapter(taught), read_adapter(tmp_path / "run")
+    for path, pair in before.pairs.items():
+        torch.testing.assert_close(after.pairs[path].B, pair.B, rtol=0, atol=1e-7)
+
+
+def test_a_reference_beside_the_start_is_said_and_used(taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    changes = {"train.objective": "dpo", "train.reference": taught, "train.steps": 2}
+    report = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes).report
+    assert report is not None and report.certificate is not None
+    checks = [check.name for check in report.certificate.checks]
+    assert "reference" in checks and "start" not in checks
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["held_out_loss"] - math.log(2)) > 1e-3
+
+
+def test_a_run_is_evaluated_again_and_merged(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo"})
+    other = write_rows(tmp_path / "other.jsonl", preferences(30, seed=8))
+    found = evaluate(EvaluateOptions(str(tmp_path / "run"), data=str(other)), console=quiet())
+    assert found.report.task == "preference" and 20 < found.report.rows_of <= 30  # without near-copies of training rows
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train.objective": "dpo", "train.reference": "/nowhere"}, "The reference /nowhere does not exist"),
+        ({"train.objective": "dpo", "train.cuda_graphs": True}, "is not recorded in CUDA graphs"),
+        ({"train.objective": "dpo", "data.supervise": "all"}, "dpo compares answers alone"),
+        ({"train.objective": "dpo", "lora.start": "gradient"}, "measures gradients of the sft loss"),
+        ({"train.reference": "base/line"}, "train.objective sft has no reference"),
+        ({"preference.beta": 0.5}, "preference.beta is set, but train.objective is sft"),
+        ({"train.objective": "dpo", "preference.beta": 0}, "preference.beta is 0; expected above 0"),
+        ({"train.objective": "dpo", "kind": "image"}, "which needs text, but kind is image"),
+        ({"lora.continue_from": "/nowhere", "lora.start": "pissa"}, "which begins anew"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    changes: dict[str, Any], said: str, rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes)
+    assert said in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preference_run_is_planned(rows: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", str(tiny_llama_folder), "--model.dtype", "float32", "--data.train", str(rows / "pairs.jsonl")]
+    assert main(["plan", *given, "--train.objective", "dpo", "--json"]) == 0
+    pair = json.loads(capsys.readouterr().out)
+    assert main(["finetune", *given, "--train.objective", "dpo", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "with its chosen answer" in said and "with its rejected answer" in said
+    assert pair["micro_batch"]["rows"] >= 2
