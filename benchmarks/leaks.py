@@ -28,11 +28,11 @@ from harness.machine import origin, warn_if_busy, write_result
 from harness.planted import Change, Corpus, changes, corpora, letters_of, measured_length, of_file
 from harness.processes import answered
 
+from lorakeet.data.copies.near_copies import find_near_copies
+from lorakeet.data.copies.words import normal_words
 from lorakeet.data.leaks import find_duplicates
-from lorakeet.data.near_copies import find_near_copies
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.words import normal_words
 from lorakeet.evaluate.intervals import proportion
 
 LEAST = {"words": 0.95, "characters": 0.9}  # of the copies

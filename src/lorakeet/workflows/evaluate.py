@@ -12,9 +12,9 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder
+from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import LeakReport, search_leaks
 from lorakeet.data.prepare import check_labels, find_labels
-from lorakeet.data.prompt_leaks import prompt_leak_notes
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec

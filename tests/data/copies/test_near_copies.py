@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.near_copies import align, fewest_words, find_near_copies
+from lorakeet.data.copies.near_copies import align, fewest_words, find_near_copies
 
 WORDS = [f"word{number}" for number in range(2000)]
 

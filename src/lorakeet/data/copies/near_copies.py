@@ -2,7 +2,7 @@
 
 Candidates share a rare sequence of three to five words, or are equal but for one word. Each candidate is then aligned word by
 word. Two texts are near-copies if few words differ, and if what they share is too rare to be chance: words that many texts have
-in common weigh nothing (`lorakeet.data.rarity`). Other rows of a template differ in few words too. What gives them away is that
+in common weigh nothing (`copies/rarity`). Other rows of a template differ in few words too. What gives them away is that
 the changed words fit: they stand between the same neighbours in further texts. So a change that fits needs more shared bits.
 """
 
@@ -16,8 +16,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakeet.data.rarity import AT_ONCE, FEW, WINDOW, Hashes, NumberedTexts, find_rarity, mix, number_words
-from lorakeet.data.words import CHARACTER_LENGTH, is_character
+from lorakeet.data.copies.rarity import AT_ONCE, FEW, WINDOW, Hashes, NumberedTexts, find_rarity, mix, number_words
+from lorakeet.data.copies.words import CHARACTER_LENGTH, is_character
 
 CHANCE = 4.0  # bits that near-copies share at least, and log2 of the words where they may differ
 FITTING = 3.0  # bits besides, and log2 of the texts, if the change fits: fewer than one such twin by chance in eight texts

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 
-from lorakeet.data.rarity import EXPECTED, FEW, HIGHEST, UNSEEN, find_rarity, number_words
+from lorakeet.data.copies.rarity import EXPECTED, FEW, HIGHEST, UNSEEN, find_rarity, number_words
 
 
 def bits_of(texts: list[str]) -> list[list[float]]:
@@ -64,5 +64,5 @@ def test_parts_that_are_sorted_one_after_the_other_change_nothing(monkeypatch) -
     chance = random.Random(1)
     texts = [" ".join(chance.choices("abcdefgh", k=12)) for _ in range(60)]
     whole = bits_of(texts)
-    monkeypatch.setattr("lorakeet.data.rarity.AT_ONCE", 50)
+    monkeypatch.setattr("lorakeet.data.copies.rarity.AT_ONCE", 50)
     assert bits_of(texts) == whole

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakeet.data.words import is_character, letters, normal_words
+from lorakeet.data.copies.words import is_character, letters, normal_words
 
 
 @pytest.mark.parametrize(

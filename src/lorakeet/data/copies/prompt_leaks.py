@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from lorakeet.data.copies.words import CHARACTER_LENGTH, is_character, normal_words
 from lorakeet.data.rows import Row
-from lorakeet.data.words import CHARACTER_LENGTH, is_character, normal_words
 from lorakeet.errors import DataError
 
 LEAST = 4  # words of a text that stands nowhere by chance

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lorakeet.data.copies.prompt_leaks import prompt_leak_notes, rows_in_prompts
 from lorakeet.data.prepare import load_dataset
-from lorakeet.data.prompt_leaks import prompt_leak_notes, rows_in_prompts
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
