@@ -62,7 +62,8 @@ def test_every_objective_ends_in_proof(objective: str, rows: Path, tiny_llama_fo
     checks = {check.name: check for check in report.certificate.checks}
     assert ("reference" in checks) == (objective not in ("orpo", "simpo"))
     if "reference" in checks:
-        assert checks["reference"].measured == {"changed_log_probs": 0.0} and checks["start"].measured["difference"] < 1e-4
+        assert checks["reference"].measured == {"changed_log_probs": 0.0}
+        assert checks["reference is the base"].measured["mean_difference"] < 1e-5
     assert {"preferred", "lead"} <= report.systems[0].metrics.keys()
     assert report.comparisons[0].metric == "preferred" and report.comparisons[0].right == "base" and report.verdict is not None
     assert report.facts["Objective"].startswith(f"{objective} (beta ")
@@ -152,7 +153,7 @@ def test_a_reference_beside_the_start_is_said_and_used(taught: Path, rows: Path,
     report = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes).report
     assert report is not None and report.certificate is not None
     checks = [check.name for check in report.certificate.checks]
-    assert "reference" in checks and "start" not in checks
+    assert "reference" in checks and "reference is the base" not in checks
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["held_out_loss"] - math.log(2)) > 1e-3
 

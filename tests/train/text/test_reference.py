@@ -22,11 +22,11 @@ def example(*ids: int, targets: int = 1) -> Example:
 
 def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
     path = tmp_path / "reference.safetensors"
-    for reference in (FOUND, replace(FOUND, start=None)):
+    for reference in (FOUND, replace(FOUND, from_base=None)):
         save_reference(path, reference, "digest")
         found = read_reference(path, "digest")
         assert np.array_equal(found.train, FOUND.train) and np.array_equal(found.held_out, FOUND.held_out)
-        assert (found.micro_tokens, found.start) == (2048, reference.start)
+        assert (found.micro_tokens, found.from_base) == (2048, reference.from_base)
 
 
 def test_a_reference_of_something_else_is_refused(tmp_path: Path) -> None:

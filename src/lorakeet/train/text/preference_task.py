@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorakeet.core.adapter import Adapter
 from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
@@ -40,14 +41,15 @@ Floats = NDArray[np.float64]
 class Reference:
     """log p of each training and each held-out answer (answers,) by the reference, in the order of the examples.
 
-    `micro_tokens` went through the model at once. `start` is by how much the model differed from it before the first step, at
-    most, in nats a token; None where it was not to be the same.
+    `micro_tokens` went through the model at once. `from_base` is the mean difference from the base with the adapter off, in nats
+    a token; None where the reference is not the base. `adapter` is the reference as a value; None for the base.
     """
 
     train: Floats
     held_out: Floats
     micro_tokens: int
-    start: float | None = None
+    from_base: float | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.train.text.preference_task import Reference
 
-BOUND_TO, MICRO_TOKENS, START = "bound_to", "micro_tokens", "start"  # keys of the file's metadata
+BOUND_TO, MICRO_TOKENS, FROM_BASE = "bound_to", "micro_tokens", "from_base"  # keys of the file's metadata
 
 
 def digest_of(rows: Sequence[Sequence[Example]], *names: str) -> str:
@@ -33,8 +33,8 @@ def digest_of(rows: Sequence[Sequence[Example]], *names: str) -> str:
 def save_reference(path: Path, reference: Reference, digest: str) -> None:
     """Writes the log-probabilities (answers,) in fp64, whole or not at all. OSError if the system refuses."""
     tensors = {"train": torch.from_numpy(reference.train), "held_out": torch.from_numpy(reference.held_out)}
-    start = "" if reference.start is None else repr(reference.start)
-    save_tensors(path, tensors, metadata={BOUND_TO: digest, MICRO_TOKENS: str(reference.micro_tokens), START: start})
+    apart = "" if reference.from_base is None else repr(reference.from_base)
+    save_tensors(path, tensors, metadata={BOUND_TO: digest, MICRO_TOKENS: str(reference.micro_tokens), FROM_BASE: apart})
 
 
 def read_reference(path: Path, digest: str) -> Reference:
@@ -47,9 +47,9 @@ def read_reference(path: Path, digest: str) -> Reference:
             f"{path} is of another reference model or of other rows than this run's. Restore the file of this run, or start a "
             "new one."
         )
-    start, tokens = file.metadata.get(START, ""), file.metadata.get(MICRO_TOKENS, "")
+    apart, tokens = file.metadata.get(FROM_BASE, ""), file.metadata.get(MICRO_TOKENS, "")
     try:
-        found = int(tokens), float(start) if start else None
+        found = int(tokens), float(apart) if apart else None
     except ValueError:
         raise DataError(f"{path} does not say how it was computed. Restore the file of this run, or start a new one.") from None
     return Reference(file.read("train").numpy(), file.read("held_out").numpy(), *found)

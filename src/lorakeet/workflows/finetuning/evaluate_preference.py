@@ -25,7 +25,7 @@ from lorakeet.evaluate.report.compose_preference import PreferenceScores, with_p
 from lorakeet.evaluate.report.report import Report
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.generate.score import row_losses
-from lorakeet.models.inject import activate, eject
+from lorakeet.models.inject import activate, adapter_of, eject
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.preference_spec import BASE, KTO, START, WITHOUT_REFERENCE, PreferenceSpec
@@ -72,7 +72,12 @@ def as_reference(text: TextModel, adapter: Adapter | None, name: str) -> Iterato
 
 @dataclass(frozen=True)
 class PreferenceEvaluator(TextEvaluator):
-    """Measures `text` on rows with two answers, or of kto with a verdict on one."""
+    """Measures `text` on rows with two answers, or of kto with a verdict on one.
+
+    `reference` is what the log-probabilities are compared with; None: the adapter that the settings name, or else the base.
+    """
+
+    reference: Adapter | None = None
 
     def fitting(self) -> list[Row]:
         if self._rated:
@@ -91,9 +96,9 @@ class PreferenceEvaluator(TextEvaluator):
         examples = self._examples(rows)
         adapter, tokens = self._log_probs(examples, ADAPTER)
         base, _ = self._log_probs(examples, BASE_SYSTEM)
-        reference, held = base, reference_adapter(self.config)
-        if held is not None:
-            with as_reference(self.text, held, self.name):
+        reference, named = base, reference_path(self.config) is not None
+        if self.config.train.objective not in WITHOUT_REFERENCE:
+            with as_reference(self.text, self._reference_adapter(), self.name):
                 reference, _ = self._scored(examples, REFERENCE)
         step = 1 if self._rated else 2
         wanted = [index for index, row in enumerate(rows) if row.desirable is not False]
@@ -110,12 +115,22 @@ class PreferenceEvaluator(TextEvaluator):
             truths=[_text(row, supervised=True) for row in chosen], sources=[row.source for row in chosen], spec=spec,
             answered=replier.answered(chosen, [row for row in baseline_rows if row.desirable is not False]),
         )  # fmt: skip
-        found = _Scored(self.config, rows, adapter, base, reference, tokens, held is not None)
+        found = _Scored(self.config, rows, adapter, base, reference, tokens, named)
         scores = found.rated(baseline_rows) if self._rated else found.pairs(baseline_rows)
         left_out = len(self.rows) - len(rows)
         said = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
         report = with_preferences(report, scores, spec)
         return replace(report, warnings=(*said[: bool(left_out)], *report.warnings))
+
+    def _reference_adapter(self) -> Adapter | None:
+        """The reference; for the base pairs that add nothing, which take the adapter's path through the kernels."""
+        held = self.reference or reference_adapter(self.config)
+        if held is not None or self.config.train.reference == BASE:
+            return held
+        live = adapter_of(self.text.model, self.name)
+        if live.extras or live.token_rows or any(pair.magnitude is not None for pair in live.pairs.values()):
+            return None
+        return replace(live, pairs={path: replace(pair, B=torch.zeros_like(pair.B)) for path, pair in live.pairs.items()})
 
     def _examples(self, rows: Sequence[Row]) -> list[Example]:
         if self._rated:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -41,9 +41,8 @@ from lorakeet.workflows.finetuning.kind import Digests
 from lorakeet.workflows.finetuning.text import TextRunKind
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
 
-STARTS = {"float32": 1e-3}  # nats a token by which the model may differ from its reference before the first step, by dtype
-STARTS_ROUNDED = 0.1  # the same for narrower weights
-FIRST = 16  # held-out pairs on which that is measured
+APART = {"float32": 1e-3}  # nats a token by which pairs that add nothing may change the base's log-probabilities, by dtype
+APART_ROUNDED = 0.1  # the same for narrower weights; SmolLM2 in bf16 has 0.02
 
 
 class PreferenceRunKind(TextRunKind):
@@ -83,24 +82,31 @@ class PreferenceRunKind(TextRunKind):
             yield
 
     def _reference(self, setup: TextAssembly, task: PreferenceTask, run: RunFolder, console: Console) -> Reference:
-        digest = _digest(setup)
+        """The log-probabilities of all answers, computed now or read from a run that is resumed.
+
+        A model that is its own reference computes it with its pairs as they start. Pairs whose B is 0 add nothing, but take
+        another path through the kernels than no pairs, and in bf16 each path rounds in its own way.
+        """
+        digest, held = _digest(setup), reference_adapter(setup.config)
+        own = setup.config.train.reference == START
+        adapter = task.adapter() if own else held
         if run.reference.is_file() or next(iter(checkpoints(run.checkpoints)), None) is not None:
-            return setup.processes.from_first(lambda: read_reference(run.reference, digest))
-        held = reference_adapter(setup.config)
+            found = setup.processes.from_first(lambda: read_reference(run.reference, digest))
+            return dataclasses.replace(found, adapter=adapter)
         console.print(f"Computing the reference, {_name(setup.config)}: log-probabilities of all answers, once.", soft_wrap=True)
-        with as_reference(task.text, held, task.name):
-            train, held_out = (task.log_probs(rows)[0] for rows in (task.train, task.held_out_rows))
-        start = None
-        if setup.config.train.reference == START:
-            first = min(2 * FIRST, len(task.held_out_rows))
-            now, tokens = task.log_probs(task.held_out_rows[:first])
-            start = float(np.abs((now - held_out[:first]) / tokens).max())
-            if not start <= _most(setup):
+        with nullcontext() if own else as_reference(task.text, held, task.name):
+            train, (held_out, tokens) = task.log_probs(task.train)[0], task.log_probs(task.held_out_rows)
+        apart = None
+        if own and held is None:
+            with as_reference(task.text, None, task.name):
+                base, _ = task.log_probs(task.held_out_rows)
+            apart = float(np.abs((held_out - base) / tokens).mean())
+            if not apart <= _most(setup):
                 raise VerificationFailed(
-                    f"Before the first step the model differs from its reference by {start:.3g} nats a token, where "
-                    f"{_most(setup):g} is allowed. Take lora.start kaiming, or model.dtype float32."
+                    f"Before the first step the model differs from its base by {apart:.3g} nats a token, where {_most(setup):g} "
+                    "is allowed. Take lora.start kaiming, or model.dtype float32."
                 )
-        found = Reference(train, held_out, task.spec.micro_tokens, start)
+        found = Reference(train, held_out, task.spec.micro_tokens, apart, adapter)
         setup.processes.from_first(lambda: save_reference(run.reference, found, digest))
         return found
 
@@ -109,18 +115,19 @@ class PreferenceRunKind(TextRunKind):
         return dataclasses.replace(super().trained(setup, task), reference=reference)
 
     def evaluate(self, setup: TextAssembly, run: RunFolder, console: Console) -> Report:
-        return self.measured(setup, run, console, PreferenceEvaluator)
+        held = None if setup.reference is None else setup.reference.adapter
+        return self.measured(setup, run, console, partial(PreferenceEvaluator, reference=held))
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
         certificate, reference = super().certify(setup, run, before), setup.reference
         if reference is None:
             return certificate
         checks = [_unchanged(setup, reference)]
-        if reference.start is not None:
-            sides = "the model before its first step", "its reference"
-            measured, most = {"difference": reference.start}, {"difference": _most(setup)}
-            count = min(2 * FIRST, len(reference.held_out))
-            checks.append(tolerance_check("start", measured, tolerance=most, between=sides, n=count))
+        if reference.from_base is not None:
+            sides = "the reference, by the pairs as they started", "the base with the adapter off"
+            measured, most = {"mean_difference": reference.from_base}, {"mean_difference": _most(setup)}
+            count = len(reference.held_out)
+            checks.append(tolerance_check("reference is the base", measured, tolerance=most, between=sides, n=count))
         return dataclasses.replace(certificate, checks=(*certificate.checks, *checks))
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
@@ -147,7 +154,7 @@ def _name(config: RunConfig) -> str:
 
 
 def _most(setup: TextAssembly) -> float:
-    return STARTS.get(setup.config.model.dtype, STARTS_ROUNDED)
+    return APART.get(setup.config.model.dtype, APART_ROUNDED)
 
 
 def _digest(setup: TextAssembly) -> str:
@@ -161,7 +168,7 @@ def _digest(setup: TextAssembly) -> str:
 def _unchanged(setup: TextAssembly, reference: Reference) -> Check:
     """The check that the reference still computes what it did before training, to the bit, on the held-out answers."""
     text, name = setup.text, "default"
-    with as_reference(text, reference_adapter(setup.config), name):
+    with as_reference(text, reference.adapter, name):
         losses, _ = row_losses(
             text, setup.held_out.examples, micro_tokens=reference.micro_tokens, chunk=setup.config.train.head_chunk
         )

@@ -424,8 +424,8 @@ class TextRunKind(RunKind[TextAssembly]):
     def evaluate(self, setup: TextAssembly, run: RunFolder, console: Console) -> Report:
         return self.measured(setup, run, console, TextEvaluator)
 
-    def measured(self, setup: TextAssembly, run: RunFolder, console: Console, make: type[TextEvaluator]) -> Report:
-        """The measured sections of the report, by an evaluator of the class `make`."""
+    def measured(self, setup: TextAssembly, run: RunFolder, console: Console, make: Callable[..., TextEvaluator]) -> Report:
+        """The measured sections of the report, by the evaluator that `make` makes."""
         part, rows = setup.evaluated
         own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric, outside=run.path)
         evaluator = make(setup.config, setup.text, setup.encoder, rows, console, metric=own)
