@@ -106,6 +106,36 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole
     assert_equal(run, whole)
 
 
+def test_a_process_that_is_stopped_and_goes_on_and_a_second_one_meanwhile(workers: Workers, whole: Path, tmp_path: Path) -> None:
+    """SIGSTOP and SIGCONT, as a laptop's lid does; while it stands still, another process is refused the run."""
+    run = tmp_path / "run"
+    pid = workers.start(run=str(run))
+    second = None
+    for step in (2, 9, 17):
+        wait_for_step(run, step)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            if step == 9:
+                second = subprocess.run([sys.executable, str(WORKER), str(run)], check=False, capture_output=True, text=True)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert workers.end() == {"code": 0, "said": ""}
+    assert second is not None and second.returncode and f"Another process is training {run}" in second.stderr
+    assert_equal(run, whole)
+
+
+def test_a_clock_that_jumps_changes_nothing(workers: Workers, whole: Path, tmp_path: Path) -> None:
+    """By days, forwards and backwards, at every look at it; a kill and a resumption between."""
+    run = tmp_path / "run"
+    pid = workers.start(run=str(run), clock="jumps")
+    wait_for_step(run, 11)
+    os.kill(pid, signal.SIGKILL)
+    assert workers.end()["code"] == -signal.SIGKILL
+    workers.start(run=str(run), clock="jumps")
+    assert workers.end() == {"code": 0, "said": ""}
+    assert_equal(run, whole)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(workers: Workers, whole: Path, tmp_path: Path) -> None:
     """The system itself refuses to let a file grow above a limit, in the middle of a checkpoint."""
     run = tmp_path / "run"

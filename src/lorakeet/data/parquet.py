@@ -14,6 +14,7 @@ import numpy as np
 
 from lorakeet.data.guarded_stream import MOST_UNPACKED, too_large
 from lorakeet.data.locate import Location, open_binary
+from lorakeet.data.parquet_footer import ColumnChunk, read_footer, shared_bytes
 from lorakeet.data.spec import LONGEST_ROW
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError, EnvironmentProblem, LorakeetError
@@ -23,8 +24,6 @@ _USUAL = 8  # times its size is what a large file may unpack to
 _VALUES = 32 << 20  # bytes of the rows that become values at once
 _CAN_SHARE = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}  # encodings that Arrow reads as shared texts
 _PREFIXED = "DELTA_BYTE_ARRAY"  # an encoding in which a text repeats the beginning of the one before
-_DICTIONARY = 2  # the kind of page that holds shared texts
-_INTEGER = 0x15  # Thrift: the next field, a number of 32 bits
 _NUMBER = 8  # bytes that a value without a length counts
 
 
@@ -47,10 +46,11 @@ def parquet_records(
     with open_binary(location, most) as stream:
         most = max(most, _USUAL * location.path.stat().st_size)
         with _parquet_of(location, 0):
-            file = parquet.ParquetFile(stream)
-            if _largest_chunk(file) > most:
+            groups = read_footer(stream)
+            if max((max(one.unpacked, _NUMBER * one.values) for group in groups for one in group), default=0) > most:
                 raise too_large(location.path, most)
-            batches = _batches(stream, file)
+            stream.seek(0)
+            batches = _batches(stream, parquet.ParquetFile(stream), groups)
         while True:
             with _parquet_of(location, number):
                 batch = next(batches, None)
@@ -71,27 +71,25 @@ def parquet_records(
             number += batch.num_rows
 
 
-def _batches(stream: IO[bytes], file: Any) -> Iterator[Any]:
+def _batches(stream: IO[bytes], file: Any, groups: Sequence[Sequence[ColumnChunk]]) -> Iterator[Any]:
     """The rows as Arrow holds them, group by group; texts stay shared, as the file has them.
 
     No batch crosses groups: Arrow cannot keep the texts of two groups shared in one list.
     """
     from pyarrow import parquet
 
-    for group in range(file.metadata.num_row_groups):
-        chunks = _chunks(file, group)
-        texts = [one for one in chunks if one.physical_type == "BYTE_ARRAY"]
-        shared = [one.path_in_schema for one in texts if _CAN_SHARE.issuperset(one.encodings)]
+    for number, chunks in enumerate(groups):
+        shared = [one.path for one in chunks if one.texts and _CAN_SHARE.issuperset(one.encodings)]
+        size = _rows_at_once(stream, [one for one in chunks if one.texts and one.path not in shared])
         opened = parquet.ParquetFile(stream, metadata=file.metadata, read_dictionary=shared)
-        size = _rows_at_once(stream, [one for one in texts if one.path_in_schema not in shared])
-        yield from opened.iter_batches(batch_size=size, row_groups=[group])
+        yield from opened.iter_batches(batch_size=size, row_groups=[number])
 
 
-def _rows_at_once(stream: IO[bytes], unshared: Sequence[Any]) -> int:
+def _rows_at_once(stream: IO[bytes], unshared: Sequence[ColumnChunk]) -> int:
     """How many rows are read at once, where Arrow unpacks the texts of these columns before their sizes are known."""
     if any(_PREFIXED in one.encodings for one in unshared):
         return 1
-    longest = max((_dictionary_bytes(stream, one) for one in unshared), default=0)
+    longest = max((shared_bytes(stream, one) for one in unshared), default=0)
     return max(1, min(AT_ONCE, _VALUES // max(longest, 1)))
 
 
@@ -117,37 +115,6 @@ def _parts(sizes: Any, longest: int) -> Iterator[tuple[int, int]]:
         total += size
     if start < len(sizes):
         yield start, len(sizes)
-
-
-def _chunks(file: Any, group: int) -> list[Any]:
-    """What the file says of each column of a group of rows."""
-    about = file.metadata.row_group(group)
-    return [about.column(place) for place in range(about.num_columns)]
-
-
-def _largest_chunk(file: Any) -> int:
-    """Bytes of the largest column of a group of rows, as they stand in memory while it is read."""
-    chunks = (one for group in range(file.metadata.num_row_groups) for one in _chunks(file, group))
-    return max((max(one.total_uncompressed_size, _NUMBER * one.num_values) for one in chunks), default=0)
-
-
-def _dictionary_bytes(stream: IO[bytes], chunk: Any) -> int:
-    """Bytes of the texts that a column shares: no text of it is longer. From the header of its first page.
-
-    The header is Thrift's compact form: kind of page and sizes, each a byte for the field and a variable-length number whose
-    last bit is the sign (parquet-format, PageHeader).
-    """
-    stream.seek(min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0))
-    found, header = list[int](), iter(stream.read(32))
-    while len(found) < 2 and next(header, 0) == _INTEGER:
-        value, shift = 0, 0
-        for byte in header:
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                break
-        found.append(value >> 1)
-    kind, size = found if len(found) == 2 else (_DICTIONARY, chunk.total_uncompressed_size)
-    return int(size) if kind == _DICTIONARY else 0
 
 
 def _sizes(column: Any) -> Any:
