@@ -24,7 +24,8 @@ def prepared(job: dict[str, Any]) -> Any:
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     parameters.source = "\n".join(f"{name} = {value!r}" for name, value in job["parameters"].items())
     folder = Path(job["folder"])
-    begin = f"import os\nos.chdir({str(folder)!r}); os.environ['LORAKEET_CACHE'] = {str(folder / 'cache')!r}"
+    kernels = "from lorakeet.kernels.cpu.compile import why_not\nwhy_not()"  # once, from the cache of all
+    begin = f"{kernels}\nimport os\nos.chdir({str(folder)!r}); os.environ['LORAKEET_CACHE'] = {str(folder / 'cache')!r}"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n{begin}"))
     return notebook
 

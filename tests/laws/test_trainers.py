@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -27,9 +28,27 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in (ROOT / "examples" / "trainers").glob("*.py")} == set(EXAMPLES)
 
 
+def checked(said: str, out: Path, base: Path) -> None:
+    """The loss fell, and the written adapter has trained pairs where they were put."""
+    found = re.search(r"^loss ([\d.]+) → ([\d.]+)$", said, re.MULTILINE)
+    assert found and float(found[2]) < float(found[1]), said
+    adapter = lk.Adapter.read(out, quiet=True)
+    assert [path.rpartition(".")[2] for path in adapter] == ["q_proj", "v_proj"] * 2
+    assert all(torch.count_nonzero(adapter[path].B) > 0 for path in adapter) and adapter.named_base == str(base)
+
+
+@pytest.mark.parametrize("name", [name for name, needs in EXAMPLES.items() if not needs])
+def test_without_other_packages(
+    name: str, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, str(tiny_llama_folder), str(tmp_path / "mine")])
+    runpy.run_path(str(ROOT / "examples" / "trainers" / f"{name}.py"), run_name="__main__")
+    checked(capsys.readouterr().out, tmp_path / "mine", tiny_llama_folder)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_pairs_are_trained_and_kept(name: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name, needs in EXAMPLES.items() if needs])
+def test_within_another_package(name: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """In a process of its own: these programs set up logging, warnings and threads for all."""
     for package in EXAMPLES[name]:
         if find_spec(package) is None:
@@ -38,8 +57,4 @@ def test_the_pairs_are_trained_and_kept(name: str, tiny_llama_folder: Path, tmp_
     given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(script, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    found = re.search(r"^loss ([\d.]+) → ([\d.]+)$", ended.stdout, re.MULTILINE)
-    assert found and float(found[2]) < float(found[1]), ended.stdout
-    adapter = lk.Adapter.read(tmp_path / "mine", quiet=True)
-    assert [path.rpartition(".")[2] for path in adapter] == ["q_proj", "v_proj"] * 2
-    assert all(torch.count_nonzero(adapter[path].B) > 0 for path in adapter) and adapter.named_base == str(tiny_llama_folder)
+    checked(ended.stdout, tmp_path / "mine", tiny_llama_folder)
