@@ -9,6 +9,7 @@ from typing import Any
 import ollama
 import pytest
 
+from lorakeet import __version__
 from tiny.tools import CALL_SCHEMA, TOOL, WRITES_TOOLS
 
 MESSAGES = [{"role": "user", "content": "The doctor gave me this drug."}]
@@ -87,6 +88,10 @@ def test_what_is_known_of_a_model_is_shown(client: Any) -> None:
     assert shown.modelinfo["general.parameter_count"] > 0
     with pytest.raises(ollama.ResponseError, match="No model 'c' is served"):
         client.show("c")
+
+
+def test_the_version_is_told(client: Any) -> None:
+    assert client._request_raw("GET", "/api/version").json() == {"version": __version__}
 
 
 def test_calls_come_back_as_ollama_writes_them(site: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import reply
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
-from lorakeet.workflows.finetuning.reply import Replier
+from lorakeet.workflows.finetuning.reply import ADAPTER, Replier
 from lorakeet.workflows.options import EvaluateOptions
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import chats, quiet, settings, write_rows
+from tiny.tools import WRITES_TOOLS
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -160,3 +162,24 @@ def test_few_shot_rows_pass_together_in_micro_tokens_or_one_row(ran: Path, text:
     for micro, most in ((64, 256), (512, 512)):
         limits = reply.few_shot_limits(writer.config.changed(train={"micro_tokens": micro}), text, writer.encoder)
         assert limits.encoder.spec.max_tokens == 256 and limits.tokens == most
+
+
+def test_tool_calls_are_answered_as_the_template_writes_them(ran: Path, text: TextModel, tmp_path: Path) -> None:
+    """A row that ends in a call has the call as its reference, and one that goes on after it the last answer."""
+    function = {"name": "weather", "arguments": {"city": "Rome"}}
+    asked = {"role": "user", "content": "Is it hot in Rome?"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    after = [{"role": "tool", "content": "31"}, {"role": "assistant", "content": "Yes, 31 degrees."}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    records = [{"messages": [asked, called, *more], "tools": tools} for more in ([], after)]
+    tokenizer = copy.deepcopy(text.tokenizer)
+    tokenizer.chat_template = WRITES_TOOLS.replace("{% endfor %}\n", "{% endfor %}{{ '" + tokenizer.eos_token + "' }}\n")
+    writer, _ = replier(ran, text)
+    writer = replace(writer, encoder=Encoder(tokenizer, replace(writer.config.data, chat_template="auto", max_tokens=256)))
+    rows = read_rows(str(write_rows(tmp_path / "rows.jsonl", records)), writer.encoder.spec)
+    found = writer.prompts(rows, ())
+    assert found is not None and len(found.rows) == 2
+    by_row = dict(zip((row.source for row in found.rows), found.references, strict=True))
+    assert "weather" in by_row["rows.jsonl:1"] and "Rome" in by_row["rows.jsonl:1"]
+    assert by_row["rows.jsonl:2"] == "Yes, 31 degrees."
+    assert len(writer.write(ADAPTER, found).texts) == 2

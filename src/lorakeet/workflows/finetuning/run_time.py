@@ -81,7 +81,8 @@ def run_time_text(setup: TextAssembly) -> str:
     token, tokens = FORWARD * micro_batch / plan.rows.tokens, phase_tokens(setup)
     phases = {"training": tokens.training, "evaluation": tokens.evaluation, "certificate": tokens.certificate}
     each = ", ".join(f"{name} {duration_text(token * count)}" for name, count in phases.items())
-    return f"Time here, if nothing else runs: about {duration_text(token * sum(phases.values()))} ({each}), give or take half."
+    whole = duration_text(token * sum(phases.values()))
+    return f"Time here, as busy as this machine is now: about {whole} ({each}), give or take half."
 
 
 def _read(rows: Encoded, micro_tokens: int) -> float:
