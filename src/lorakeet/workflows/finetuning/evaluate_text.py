@@ -33,6 +33,10 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, FewShotLimits, Replier, few_shot_limits
 
+NO_FEW_SHOT = (
+    "There is no few-shot base: no training row can be shown to it, since they have tools, or do not fit beside a row into "
+    "data.max_tokens."
+)
 CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
 
 
@@ -99,7 +103,15 @@ class TextEvaluator:
         warnings = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
         few_shot = any(system.name == FEW_SHOT for system in report.systems)
         unnamed = unnamed_labels_note(rows, self.encoder.labels, self.encoder.spec.template, few_shot=few_shot)
-        return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *([unnamed] if unnamed else [])))
+        added = [unnamed] if unnamed else []
+        if baseline_rows and not few_shot and self._wants_few_shot(rows):
+            added.append(NO_FEW_SHOT)
+        return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *added))
+
+    def _wants_few_shot(self, rows: Sequence[Row]) -> bool:
+        """True if the settings ask for a few-shot base on these rows."""
+        spec = self.config.evaluate
+        return spec.examples > 0 and (bool(self.encoder.labels) or (spec.answers > 0 and any(row.answered for row in rows)))
 
     def drift(self) -> Drift | None:
         """Mean KL(base ‖ adapter) per token on texts that the base samples, seeded; None if there are none."""
