@@ -133,6 +133,7 @@ def test_chats_are_compared_by_their_last_answers(tiny_llama_folder: Path, tmp_p
     result = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), console=quiet())
     assert result.report is not None and result.report.comparisons[0].metric in ("normalised_match", "chrf")
     assert any(row.adapter.text for row in result.report.rows)
+    assert all(row.truth and len(row.truth.split()) == 4 and len(row.text.splitlines()) == 3 for row in result.report.rows)
 
 
 def test_an_own_metric_decides(ran: Path, tmp_path: Path) -> None:
@@ -183,3 +184,6 @@ def test_tool_calls_are_answered_as_the_template_writes_them(ran: Path, text: Te
     assert "weather" in by_row["rows.jsonl:1"] and "Rome" in by_row["rows.jsonl:1"]
     assert by_row["rows.jsonl:2"] == "Yes, 31 degrees."
     assert len(writer.write(ADAPTER, found).texts) == 2
+    report = TextEvaluator(writer.config, text, writer.encoder, rows, quiet(), NAME).report("t", baseline_rows=())
+    assert {row.source: row.truth for row in report.rows} == by_row, "shown is what is compared"
+    assert "Rome" in next(row.text for row in report.rows if row.source == "rows.jsonl:2"), "with the earlier call"

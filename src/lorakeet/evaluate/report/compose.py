@@ -127,9 +127,9 @@ def language_report(
     else:
         systems, comparisons = _with_replies(systems, comparisons, answered, spec)
         theirs, mine = (_scored(*pair) for pair in ((answered.base, answered, base), (answered.adapter, answered, adapter)))
-        triples = list(zip(answered.rows, theirs, mine, strict=True))[: spec.show_rows]
+        shown = list(zip(answered.rows, answered.adapter.references, theirs, mine, strict=True))[: spec.show_rows]
         named = sources or [""] * len(texts)
-        rows = tuple(SideBySide(texts[row], truths[row], before, after, named[row]) for row, before, after in triples)
+        rows = tuple(SideBySide(texts[row], reference, before, after, named[row]) for row, reference, before, after in shown)
     return Report(
         title,
         task="language",

@@ -94,11 +94,13 @@ class TextEvaluator:
         else:
             losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
             replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
+            answered = replier.answered(rows, baseline_rows)
             texts, truths = ([_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
+            if answered is not None:  # whose references are the truth
+                texts = [_before_last(row) for row in rows]
             report = language_report(
-                title, base=losses[0], adapter=losses[1], texts=texts, truths=truths,
-                answered=replier.answered(rows, baseline_rows), **about,
-            )  # fmt: skip
+                title, base=losses[0], adapter=losses[1], texts=texts, truths=truths, answered=answered, **about
+            )
         left_out = len(self.rows) - len(rows)
         warnings = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
         few_shot = any(system.name == FEW_SHOT for system in report.systems)
@@ -109,7 +111,7 @@ class TextEvaluator:
         return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *added))
 
     def _wants_few_shot(self, rows: Sequence[Row]) -> bool:
-        """True if the settings ask for a few-shot base on these rows."""
+        """True if a few-shot base should answer these rows, by the settings."""
         spec = self.config.evaluate
         return spec.examples > 0 and (bool(self.encoder.labels) or (spec.answers > 0 and any(row.answered for row in rows)))
 
@@ -199,3 +201,8 @@ def _label(row: Row) -> str:
 
 def _turns(row: Row, *, supervised: bool) -> str:
     return "\n".join(turn.text for turn in row.turns if turn.supervised == supervised)
+
+
+def _before_last(row: Row) -> str:
+    """What was said before the last turn, with tool calls."""
+    return "\n".join(filter(None, (part for turn in row.turns[:-1] for part in (turn.text.strip(), turn.extra))))
