@@ -97,6 +97,49 @@ def test_uploads_are_kept_only_when_they_pass(registry: Registry, saved: Callabl
             pass
 
 
+def test_a_kill_at_any_moment_of_uploads_leaves_whole_adapters(
+    registry: Registry, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder as it is before and after each rename and removal is what a kill there leaves; a server starts from each."""
+    folder, moments = tmp_path / "s", list[tuple[Path, str]]()
+    store, doing = AdapterStore(folder), ["first"]
+    monkeypatch.setattr(registry, "_changed", lambda: store.remember(registry))
+
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            moments.append((Path(shutil.copytree(folder, tmp_path / f"moment {len(moments)}")), doing[-1]))
+            found = original(*arguments, **more)
+            moments.append((Path(shutil.copytree(folder, tmp_path / f"moment {len(moments)}")), doing[-1]))
+            return found
+
+        monkeypatch.setattr(module, name, call)
+
+    wholes = [saved("v1", seed=1, rank=2), saved("v2", seed=2, rank=3)]
+    for module, name in ((os, "replace"), (os, "rename"), (shutil, "rmtree")):
+        watched(module, name)
+    for number, whole in enumerate(wholes):
+        upload(store, "a", whole)
+        store.accept("a", registry, replace=bool(number))
+        doing.append("served")
+    doing.append("removing")
+    registry.unload("a")
+    store.tidy("a", registry)
+    monkeypatch.undo()
+    assert len(moments) > 20
+    sent = [(whole / peft.MODEL_NAME).read_bytes() for whole in wholes]
+    for place, what in moments:
+        shutil.rmtree(folder)
+        shutil.copytree(place, folder)
+        again, said = Registry(registry.live, registry.engine, base="base"), list[str]()
+        AdapterStore(folder).restore(again, said.append)
+        assert set(again.names) <= {"a"} and (what != "served" or again.names == ("a",)), (place, said)
+        for version in again.versions:
+            assert (version.source.path / peft.MODEL_NAME).read_bytes() in sent
+        assert not said or what == "removing", said
+
+
 def test_the_same_name_sent_by_many_at_once_ends_in_one_whole_version(
     registry: Registry, saved: Callable[..., Path], tmp_path: Path
 ) -> None:

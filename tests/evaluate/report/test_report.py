@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -494,3 +495,9 @@ def test_a_confusion_matrix_of_many_labels_has_numbers_for_its_columns() -> None
     html = render_html(found)
     assert '<th scope="col" title="a long name of label 12">13</th>' in html and "by the numbers of the rows" in html
     assert "a long name of label 12 13</th>" in html, "the row has the name and the number"
+
+
+def test_a_pipe_in_place_of_a_report_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.json")
+    with pytest.raises(DataError, match="Cannot read the report"):
+        read_report(tmp_path / "report.json")

@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from lorakeet.disk import open_regular
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
@@ -228,7 +229,8 @@ def write_report(report: Report, folder: Path) -> None:
 def read_report(path: str | Path) -> Report:
     """Reads a report.json. Raises DataError if it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open_regular(Path(path)) as file:
+            text = file.readall().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error
     return from_text(Report, text, where=str(path))
