@@ -78,6 +78,16 @@ def test_the_quickstart(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest
     assert (desk / "runs" / "drug-reviews" / "certificate.json").is_file() and not (desk / "runs" / "another").exists()
 
 
+def test_preferences(
+    desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    given = ["--model", str(tiny_llama_folder), *QUICK, "--train.steps", "4", "--data.limit", "80"]
+    assert main(["finetune", "examples/preference.yaml", *given]) == 0
+    assert "reference is the base" in capsys.readouterr().out
+    assert read_report(desk / "runs" / "preference" / "report.json").task == "preference"
+
+
 def test_evaluate(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("evaluate.sh")] == [0]

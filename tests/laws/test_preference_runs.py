@@ -158,12 +158,16 @@ def test_a_reference_beside_the_start_is_said_and_used(taught: Path, rows: Path,
     assert abs(first["held_out_loss"] - math.log(2)) > 1e-3
 
 
-def test_a_run_is_evaluated_again_and_merged(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_again_and_merged(
+    rows: Path, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo"})
     other = write_rows(tmp_path / "other.jsonl", preferences(30, seed=8))
     found = evaluate(EvaluateOptions(str(tmp_path / "run"), data=str(other)), console=quiet())
     assert found.report.task == "preference" and 20 < found.report.rows_of <= 30  # without near-copies of training rows
     assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    assert main(["compress", str(tmp_path / "run"), "--out", str(tmp_path / "small")]) == 2
+    assert "was trained by dpo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.ranks import resize
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
 from lorakeet.train.durable import new_folder
+from lorakeet.train.preference_spec import SFT
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
@@ -126,6 +127,11 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     shares = _share(options.tolerance, "--tolerance"), _share(options.metric_tolerance, "--metric-tolerance")
     path = Path(options.run)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    if opened.config.train.objective != SFT:
+        raise ConfigError(
+            f"{path} was trained by {opened.config.train.objective}, and a cut is compared by the loss and the replies of sft. "
+            "Train with a smaller lora.rank instead."
+        )
     resize.check_pairs(opened.adapter)
     if not opened.config.data.train:
         raise ConfigError(

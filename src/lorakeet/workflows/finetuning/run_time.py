@@ -62,7 +62,7 @@ def measured_speed(products: torch.dtype) -> Speed:
 def phase_tokens(setup: TextAssembly) -> PhaseTokens:
     """The tokens of training with its held-out evaluations, of the evaluation, and of the certificate."""
     train, spec = setup.config.train, setup.config.evaluate
-    each_epoch = math.ceil(len(setup.train.examples) / train.batch_size)
+    each_epoch = math.ceil(len(setup.train.examples) / train.sequences)
     held_out = 1 + setup.steps // train.evaluation_interval(each_epoch)
     training = setup.tokens_of_run / FORWARD + held_out * _read(setup.held_out, train.micro_tokens)
     part, _ = setup.evaluated
