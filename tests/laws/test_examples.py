@@ -225,7 +225,7 @@ def test_from_python(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
-@pytest.mark.parametrize("page", ["README.md", "docs/how-to/from-python.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/README.md", "docs/how-to/from-python.md"])
 def test_python_of_the_pages(page: str, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block runs, in order, with a small model and small stand-ins for what the reader brings."""
     import transformers

@@ -106,13 +106,13 @@ def test_the_installation_adds_little_to_torch_and_transformers(built: Built) ->
     with zipfile.ZipFile(built.wheel) as archive:
         lines = email.message_from_bytes(archive.read(f"lorakeet-{__version__}.dist-info/METADATA")).get_all("Requires-Dist", [])
         own = sum(entry.file_size for entry in archive.infolist())
-    added = closure(base_of(lines)) - closure(["torch", "transformers"])
+    added = closure(names_of(lines)) - closure(["torch", "transformers"])
     size = own + sum(file.size or 0 for name in added for file in metadata.files(name) or ())
     print(f"{size / 2**20:.1f} MiB, of which {own / 2**20:.1f} are Lorakeet, the others {', '.join(sorted(added))}")
     assert "scipy" in added and size <= MOST_ADDED
 
 
-def base_of(lines: list[str]) -> list[str]:
+def names_of(lines: list[str]) -> list[str]:
     """The names that are required without any extra."""
     needs = map(Requirement, lines)
     return [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
@@ -126,7 +126,7 @@ def closure(names: list[str]) -> set[str]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += [other.lower().replace("_", "-") for other in base_of(metadata.requires(name) or [])]
+            waiting += [other.lower().replace("_", "-") for other in names_of(metadata.requires(name) or [])]
     return found
 
 
@@ -152,3 +152,29 @@ def test_it_plans_the_quickstart_from_the_packages_of_model_and_data(built: Buil
     assert planned.returncode == 0, planned.stderr + planned.stdout
     found = json.loads(planned.stdout)
     assert found["dry_run"] and found["pairs"] == 14 and not (built.empty / "runs").exists()
+
+
+def test_text_is_fine_tuned_with_what_the_base_installation_brings(
+    built: Built, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """Packages of extras cannot be imported there: links lead to the required ones alone."""
+    with zipfile.ZipFile(built.wheel) as archive:
+        lines = email.message_from_bytes(archive.read(f"lorakeet-{__version__}.dist-info/METADATA")).get_all("Requires-Dist", [])
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in closure(names_of(lines)):
+        for file in metadata.files(name) or ():
+            top = Path(str(file.locate())).parents[len(file.parts) - 2] if len(file.parts) > 1 else Path(str(file.locate()))
+            if file.parts[0] not in ("..", "__pycache__") and not (packages / file.parts[0]).exists():
+                (packages / file.parts[0]).symlink_to(top)
+    [pth] = (built.environment / "lib").glob("python*/site-packages/shared.pth")
+    before = pth.read_text(encoding="utf-8")
+    pth.write_text(str(packages), encoding="utf-8")
+    try:
+        rows, out = str(ROOT / "examples" / "data" / "dates.jsonl"), str(tmp_path / "run")
+        quick = ["--train.steps", "2", "--lora.rank", "4", "--evaluate.resamples", "200", "--evaluate.answers", "4"]
+        trained = built.run("finetune", "--model", str(tiny_llama_folder), "--data", rows, "--out", out, *quick)
+    finally:
+        pth.write_text(before, encoding="utf-8")
+    assert trained.returncode == 0 and (tmp_path / "run" / "report.html").is_file(), trained.stderr + trained.stdout
+    assert "since PEFT is not installed" in " ".join(trained.stdout.split())
