@@ -7,7 +7,7 @@ import re
 from lorakeet.workflows.options import VERBS
 from structure.tree import ROOT, committed_files, named
 
-LINES = 60
+LINES, ROWS = 60, 1000  # of an example, and of a file with rows
 
 
 def examples() -> dict[str, str]:
@@ -22,8 +22,9 @@ def test_every_verb_has_an_example() -> None:
 
 
 def test_examples_are_short() -> None:
-    too_long = [f"{name}: {len(text.splitlines())} lines" for name, text in examples().items() if text.count("\n") > LINES]
-    assert not too_long, f"more than {LINES} lines: {too_long}"
+    lines = {name: text.count("\n") for name, text in examples().items()}
+    too_long = {name: count for name, count in lines.items() if count > (ROWS if name.endswith(".jsonl") else LINES)}
+    assert not too_long, f"more than {LINES} lines, or {ROWS} rows: {too_long}"
 
 
 def test_every_example_is_run_by_a_test() -> None:
