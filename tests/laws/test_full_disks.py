@@ -88,7 +88,7 @@ def test_it_is_whole_or_not_there(verb: str, base: Path, adapter: Path, tmp_path
     largest = max(map(len, contents.values()))
     place = tmp_path / "place"
     place.mkdir()
-    for size in (0, 7, 64, largest // 2, largest - 4097, largest - 33, largest - 1):
+    for size in (0, 1, 7, 64, largest // 7, largest // 2, largest - 8193, largest - 4097, largest - 33, largest - 1):
         with files_up_to(size), pytest.raises(EnvironmentProblem) as refused:
             run(base, adapter, place / name)
         said = str(refused.value)
