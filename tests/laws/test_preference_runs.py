@@ -77,6 +77,10 @@ def test_simple_baselines_are_beside_the_adapter(rows: Path, tiny_llama_folder: 
     assert report is not None
     assert [system.name for system in report.systems][:2] == ["adapter", "base"]
     assert {"longer answer", "TF-IDF of the answers"} <= {system.name for system in report.systems}
+    assert report.curves is not None and [point.step for point in report.curves.preferred] == [
+        point.step for point in report.curves.held_out
+    ]  # fmt: skip
+    assert "whose chosen answer is preferred; the line is a half" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(

@@ -323,7 +323,8 @@ class Training(Generic[BatchT]):
                 f"{watch.base_loss:.4g} before training."
             )
         record: Record = {
-            "step": self.at.step, "held_out_loss": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n
+            "step": self.at.step, "held_out_loss": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n,
+            **held_out.more,
         }  # fmt: skip
         self._write(record)
         self.report.held_out(record)

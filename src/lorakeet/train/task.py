@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -34,10 +34,11 @@ class Size:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The loss of each held-out row: its sum over the row's targets, and their number."""
+    """The loss of each held-out row: its sum over the row's targets, and their number. `more` are other numbers by name."""
 
     sums: NDArray[np.float64]  # (rows,)
     weights: NDArray[np.float64]  # (rows,)
+    more: Mapping[str, float] = field(default_factory=dict)
 
     def mean(self, *, seed: int) -> Estimate:
         """The loss per target, with its interval over rows."""

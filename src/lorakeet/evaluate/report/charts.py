@@ -32,11 +32,15 @@ class ChartPoint:
 
 @dataclass(frozen=True)
 class Curves:
-    """Train and held-out loss and learning rate by step; `best_step` is the kept checkpoint, `ended` why training ended."""
+    """Train and held-out loss and learning rate by step; `best_step` is the kept checkpoint, `ended` why training ended.
+
+    `preferred` is the share of held-out pairs whose chosen answer is preferred, of a preference run.
+    """
 
     train: tuple[ChartPoint, ...] = ()
     held_out: tuple[ChartPoint, ...] = ()
     learning_rate: tuple[ChartPoint, ...] = ()
+    preferred: tuple[ChartPoint, ...] = ()
     best_step: int | None = None
     ended: str = ""
 
@@ -128,6 +132,18 @@ def learning_curves(curves: Curves) -> Markup:
         mark = "dot held-out kept" if point is best else "dot held-out"
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, 6.5 if point is best else 3.5, mark))
     return plot(shapes, steps, values, _rate_strip(curves.learning_rate, steps))
+
+
+def share_curve(points: Sequence[ChartPoint]) -> Markup:
+    """A share from 0 to 1 by step, with a line at a half."""
+    last = max((point.step for point in points), default=1)
+    steps, unit = Axis(0, max(1, last), axis([0, last], count=5).ticks), Axis(0, 1, (0.0, 0.25, 0.5, 0.75, 1.0))
+    steps = Axis(0, steps.high, tuple(tick for tick in steps.ticks if 0 <= tick <= last and tick == int(tick)))
+    shapes = [svg_line(0, 100 - unit.at(tick), 100, 100 - unit.at(tick), "tick") for tick in unit.ticks]
+    shapes += [svg_line(0, 50, 100, 50, "best"), polyline(points, steps, unit, "held-out")]
+    dot = Markup('<circle cx="{}%" cy="{}%" r="3.5" class="dot held-out"/>')
+    shapes += [dot.format(steps.at(point.step), 100 - unit.at(point.value)) for point in points]
+    return plot(shapes, steps, unit)
 
 
 def _rate_strip(rates: Sequence[ChartPoint], steps: Axis) -> Markup:

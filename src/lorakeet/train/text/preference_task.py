@@ -187,7 +187,9 @@ class PreferenceTask(TextTask):
         losses, self.measured = pair_losses(
             self.objective, self.preference, sums, known, tokens, desirable=self.desirable[1].tolist()
         )
-        return HeldOut(losses, np.ones_like(losses))
+        found = self.measured
+        more = {} if found is None else {"preferred": found.share, "lead": found.lead, "chosen_change": found.chosen}
+        return HeldOut(losses, np.ones_like(losses), more)
 
     def log_probs(self, rows: Sequence[Example]) -> tuple[Floats, Floats]:
         """log p of each answer (answers,) by the model as it is, equal in every process, and its tokens."""

@@ -99,6 +99,7 @@ def curves(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> Curves:
         train=tuple(ChartPoint(record["step"], record["loss"]) for record in steps),
         held_out=tuple(ChartPoint(r["step"], r["held_out_loss"], r["low"], r["high"]) for r in held_out),
         learning_rate=tuple(ChartPoint(record["step"], record["lr"]) for record in steps),
+        preferred=tuple(ChartPoint(record["step"], record["preferred"]) for record in held_out if "preferred" in record),
         best_step=outcome.best_step,
         ended=outcome.reason,
     )
