@@ -93,10 +93,10 @@ def test_a_long_row_is_named_and_can_be_allowed(ending: str, length: int, tmp_pa
         path.write_text("\n".join((["text"] if ending in ("csv", "tsv") else []) + [row["text"] for row in rows]))
     said = refusal(path)
     assert "--data.longest_row" in said and "characters" in said
-    if ending in ("jsonl", "txt", "json"):
+    if ending in ("jsonl", "txt") or (ending == "json" and length < 8 * LONGEST_ROW):  # the end of a longer one is not sought
         dropped: list[str] = []
         kept = read_rows(str(path), DataSpec(train="x", format="text", bad_rows="drop"), dropped)
-        assert [row.text for row in kept] == ["short", "last"] and "1 of 3 rows" in dropped[0]
+        assert [row.text for row in kept] == ["short", "last"] and "1 row was dropped of the 3" in dropped[0]
     allowed = read_rows(str(path), DataSpec(train="x", format="text", longest_row=length))
     assert [len(row.text) for row in allowed] == [5, length, 4]
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lorakeet.evaluate.baselines import CONSTANT, MAJORITY, NEAREST
 from lorakeet.evaluate.compare import Comparison
+from lorakeet.evaluate.preferences import DIFFERENCE, LONGER
 from lorakeet.evaluate.wording import metric_words, signed
 
 NAMED = {
@@ -18,6 +19,9 @@ NAMED = {
     "uncut adapter": "the uncut adapter",
     NEAREST: "copies of the nearest training answers",
     CONSTANT: "a constant answer",
+    LONGER: "the longer answer",
+    DIFFERENCE: "TF-IDF of the answers alone",
+    "reference": "its reference",
 }  # systems as a sentence names them
 GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right
 Tone = Literal["better", "mixed", "none", "worse"]

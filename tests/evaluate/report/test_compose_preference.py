@@ -8,7 +8,7 @@ import numpy as np
 
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.preferences import PairPreferences
+from lorakeet.evaluate.preferences import DIFFERENCE, PairPreferences
 from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.compose_preference import PreferenceScores, displacement, with_preferences
 from lorakeet.evaluate.report.report import Report, render_html
@@ -42,6 +42,15 @@ def test_preferences_come_before_the_loss() -> None:
     assert found.reliabilities and not found.warnings
     page = render_html(found)
     assert "Chosen preferred" in page and "Chosen likelier" in page
+
+
+def test_answers_that_give_themselves_away_are_a_warning() -> None:
+    words = PairPreferences(DIFFERENCE, np.where(np.arange(COUNT) < 37, 1.0, -1.0))
+    found = with_preferences(language(), replace(scores(), rivals=(*scores().rivals, words)), SPEC)
+    assert [warning for warning in found.warnings if "prefers the chosen answer in 92% of the pairs" in warning]
+    assert found.verdict is not None and "TF-IDF of the answers alone" in found.verdict.sentence
+    chance = PairPreferences(DIFFERENCE, np.where(np.arange(COUNT) % 2 == 0, 1.0, -1.0))
+    assert not with_preferences(language(), replace(scores(), rivals=(*scores().rivals, chance)), SPEC).warnings
 
 
 def test_an_objective_without_probabilities_has_no_calibration() -> None:

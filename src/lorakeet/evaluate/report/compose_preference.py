@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lorakeet.evaluate.calibration import reliability
+from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.preferences import (
     CHOSEN_CHANGE,
+    DIFFERENCE,
     LEAD,
     LIKELIER,
+    PREFERRED,
     REJECTED_CHANGE,
     PairPreferences,
     compare_preferences,
@@ -65,6 +69,7 @@ def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec
     systems += [SystemResult(name, "floor", metrics, notes[name]) for name, metrics in more.items() if name not in known]
     compared = [compare_preferences(found.adapter, rival, alike, spec) for rival in found.rivals]
     comparisons = (*(one[0] for one in compared), *(one[1] for one in compared if len(one) > 1), *report.comparisons)
+    warnings += given_away(comparisons, more.get(DIFFERENCE, {}).get(PREFERRED))
     reliabilities = () if found.beta is None else (_reliability(found.adapter, found.beta, spec),)
     return replace(
         report,
@@ -76,6 +81,17 @@ def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec
         rows_of=len(found.adapter.scores),
         warnings=(*warnings, *report.warnings),
     )
+
+
+def given_away(comparisons: Sequence[Comparison], by_words: Estimate | None) -> list[str]:
+    """A warning if the answers without their prompts say as well which one was chosen; `by_words` is the share by TF-IDF."""
+    against = next((one for one in comparisons if one.right == DIFFERENCE and one.metric == PREFERRED), None)
+    if by_words is None or against is None or against.verdict == "better" or by_words.low <= 0.5:
+        return []
+    return [
+        "The answers give themselves away: TF-IDF, which never sees the prompts, prefers the chosen answer in "
+        f"{by_words.value:.0%} of the pairs. The adapter may have learned no more than their words. Choose pairs whose answers differ by the prompt."
+    ]
 
 
 def displacement(chosen: Estimate, rejected: Estimate) -> list[str]:
