@@ -90,7 +90,8 @@ def given_away(comparisons: Sequence[Comparison], by_words: Estimate | None) -> 
         return []
     return [
         "The answers give themselves away: TF-IDF, which never sees the prompts, prefers the chosen answer in "
-        f"{by_words.value:.0%} of the pairs. The adapter may have learned no more than their words. Choose pairs whose answers differ by the prompt."
+        f"{by_words.value:.0%} of the pairs. The adapter may have learned no more than their words. "
+        "Choose pairs whose answers differ by the prompt."
     ]
 
 
