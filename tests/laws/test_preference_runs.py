@@ -20,6 +20,7 @@ from lorakeet.train.preference_spec import OBJECTIVES, SFT
 from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions
+from tiny.models import save_tiny_llama
 from tiny.runs import WORDS, adapter_bytes, quiet, run, sentence, settings, write_rows
 
 PREFERENCES = [objective for objective in OBJECTIVES if objective != SFT]
@@ -62,7 +63,7 @@ def test_every_objective_ends_in_proof(objective: str, rows: Path, tiny_llama_fo
     checks = {check.name: check for check in report.certificate.checks}
     assert ("reference" in checks) == (objective not in ("orpo", "simpo"))
     if "reference" in checks:
-        assert checks["reference"].measured == {"changed_log_probs": 0.0}
+        assert checks["reference"].measured == {"difference": 0.0}
         assert checks["reference is the base"].measured["mean_difference"] < 1e-5
     assert {"preferred", "lead"} <= report.systems[0].metrics.keys()
     assert report.comparisons[0].metric == "preferred" and report.comparisons[0].right == "base" and report.verdict is not None
@@ -81,6 +82,73 @@ def test_simple_baselines_are_beside_the_adapter(rows: Path, tiny_llama_folder: 
         point.step for point in report.curves.held_out
     ]  # fmt: skip
     assert "whose chosen answer is preferred; the line is a half" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "kto"])
+def test_an_adapter_that_learned_nothing_prefers_nothing(
+    objective: str, rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """Though its base finds most rejected answers likelier: those are shorter."""
+    changes = {"train.objective": objective, "train.steps": 1, "train.learning_rate": 1e-9}
+    pairs = [{**pair, "chosen": f"{pair['chosen']} and so on", "rejected": "no"} for pair in preferences(60)]
+    data = write_rows(tmp_path / "pairs.jsonl", pairs) if objective != "kto" else data_for(objective, rows)
+    report = run(tiny_llama_folder, data, tmp_path / "run", changes).report
+    assert report is not None and report.verdict is not None
+    assert report.systems[0].metrics["preferred"].value == 0.5 and report.comparisons[0].verdict == "no difference shown"
+    assert report.verdict.tone != "better"
+
+
+def test_rated_answers_are_ranked_however_many_are_wanted(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Nine in ten are wanted; an adapter that learns to tell them apart is not worse than one verdict on all."""
+    chance, records = random.Random(2), []
+    for number in range(120):
+        wanted = number % 10 != 0
+        records.append({"prompt": sentence(chance, 3), "completion": "oak oak" if wanted else "fern fern", "label": wanted})
+    changes = {"train.objective": "kto", "train.steps": 12, "preference.beta": 0.5, "data.held_out_fraction": 0.3,
+               "data.near_duplicates": 0}  # fmt: skip
+    report = run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", records), tmp_path / "run", changes).report
+    assert report is not None and report.systems[0].metrics["preferred"].value > 0.9
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora.layers": "top:1", "train.keep_prefix_states": True}])
+def test_prompts_that_are_shared_or_cached_keep_the_reference_to_the_bit(
+    changes: dict[str, Any], tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    long = [{**pair, "prompt": f"{'word ' * 60}{pair['prompt']}"} for pair in preferences(40)]
+    data = write_rows(tmp_path / "pairs.jsonl", long)
+    given = {"train.objective": "dpo", "train.steps": 2, "data.max_tokens": 600, "data.near_duplicates": 0, **changes}
+    report = run(tiny_llama_folder, data, tmp_path / "run", given).report
+    assert report is not None and report.certificate is not None and report.certificate.passed
+
+
+def test_the_reference_stays_what_it_was_when_its_run_changes(
+    taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(taught, earlier)
+    changes = {"train.objective": "dpo", "lora.continue_from": earlier, "train.steps": 3}
+    run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes)
+    other = write_rows(tmp_path / "other.jsonl", preferences(30, seed=8))
+    ask = EvaluateOptions(str(tmp_path / "run"), data=str(other))
+    before = evaluate(ask, console=quiet()).report.systems[0].metrics["lead"]
+    shutil.rmtree(earlier)
+    assert evaluate(ask, console=quiet()).report.systems[0].metrics["lead"] == before
+
+
+def test_an_adapter_of_another_base_is_refused(
+    taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    other = save_tiny_llama(tmp_path / "other", seed=5)
+    for changes in ({"lora.continue_from": taught}, {"train.reference": taught}):
+        with pytest.raises(ConfigError, match="whose weights are others"):
+            run(other, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo", **changes})
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_rows_of_another_shape_are_refused_by_evaluate(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    run(tiny_llama_folder, rows / "rated.jsonl", tmp_path / "run", {"train.objective": "kto", "train.steps": 2})
+    with pytest.raises(DataError, match="no verdict on its answer"):
+        evaluate(EvaluateOptions(str(tmp_path / "run"), data=str(rows / "pairs.jsonl")), console=quiet())
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(

@@ -1,8 +1,8 @@
 """Which of two answers a model prefers: shares of pairs with intervals, paired comparisons, and simple baselines.
 
-A system has a score for each pair, in nats: above 0 it prefers the chosen answer. Of an adapter that is the gain of its
-log-ratio to the reference (the reward that the objective trains, divided by β); of a base, its log-probability of the chosen
-answer less that of the rejected one.
+A system has a score for each pair: above 0 it prefers the chosen answer. Two scores are kept apart. By the reward, it is how
+much more the log-ratio to the reference rose for the chosen answer: what the objective trains. The reference itself prefers
+neither, so 0.5 is chance. By likelihood, it is the mean log-probability of a token, which every model has.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ PREFERRED, PREFERRED_ALIKE, LIKELIER = "preferred", "preferred_alike", "likelier
 CHOSEN_CHANGE, REJECTED_CHANGE, LEAD = "chosen_change", "rejected_change", "lead"
 LONGER, DIFFERENCE = "longer answer", "TF-IDF of the answers"
 ALIKE = 0.1  # answers whose numbers of tokens differ by no more than this share are of equal length
+TIE = 0.01  # nats, or nats a token: scores nearer to 0 are rounding, and prefer neither answer
 FEWEST_ALIKE = 10  # pairs from which those of equal length are evaluated by themselves
 LEAST_TERMS = 20  # training pairs that the TF-IDF baseline needs
 
 
 @dataclass(frozen=True, eq=False)
 class PairPreferences:
-    """One system's score of each pair (n,) in nats: above 0 it prefers the chosen answer; 0 counts half."""
+    """One system's score of each pair (n,): above 0 it prefers the chosen answer; within `tie` of 0 it counts half."""
 
     system: str
     scores: Floats
     groups: tuple[Hashable, ...] | None = None
     note: str = ""
+    tie: float = 0.0
 
     def __post_init__(self) -> None:
         if not len(self.scores) or not np.isfinite(self.scores).all():
@@ -43,7 +45,7 @@ class PairPreferences:
     @property
     def right(self) -> Floats:
         """1 for a pair whose chosen answer is preferred, 0 for the rejected one, 0.5 for neither (n,)."""
-        return np.where(self.scores == 0, 0.5, (self.scores > 0).astype(float))
+        return np.where(np.abs(self.scores) <= self.tie, 0.5, (self.scores > 0).astype(float))
 
 
 def equal_lengths(chosen_tokens: Floats, rejected_tokens: Floats) -> NDArray[np.bool_]:

@@ -26,7 +26,7 @@ METRIC_WORDS = {
     "preferred_alike": MetricWords(
         "… equal length", "of the pairs of equal length", "The same for answers whose tokens differ by at most 10 %", True
     ),
-    "likelier": MetricWords("Chosen likelier", "likelier", "Share of pairs whose chosen answer has the higher probability", True),
+    "likelier": MetricWords("Chosen likelier", "of the pairs", "Share of pairs: chosen has the higher mean log p", True),
     "lead": MetricWords("Lead", "nats", "Mean score of a pair: how far the chosen answer is ahead", True, drawn=False),
     "chosen_change": MetricWords(
         "Chosen, change", "nats a token", "log p of the chosen answers less that of the reference", True, drawn=False

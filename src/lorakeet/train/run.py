@@ -34,6 +34,7 @@ class RunFolder:
     split = _Inside("split.json")
     rates = _Inside("rates.json")
     reference = _Inside("reference.safetensors")  # log-probabilities of a preference run's answers
+    reference_adapter = _Inside("reference_adapter")  # a copy of the adapter that is its reference
     adapter = _Inside("adapter")
     checkpoints = _Inside("checkpoints")
     best = _Inside(".best.safetensors")  # the best tensors so far, while a run with a memory budget trains

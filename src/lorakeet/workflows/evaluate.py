@@ -14,6 +14,7 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import LeakReport, search_leaks
+from lorakeet.data.preferences import rows_for
 from lorakeet.data.prepare import check_labels, find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -80,7 +81,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(opened.config, text.name, text.context, partial(console.print, markup=False, soft_wrap=True))
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        evaluator = evaluator_for(settings)(settings, text, encoder, rows.rows, console, NAME, own)
+        evaluator = evaluator_for(settings, opened.run)(settings, text, encoder, rows.rows, console, NAME, own)
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
     found = rows.leaks
@@ -120,7 +121,8 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     """
     settings: RunConfig = opened.config
     dropped: list[str] = []
-    rows = tuple(read_rows(data, dataclasses.replace(settings.data, limit=None), dropped))
+    given = read_rows(data, dataclasses.replace(settings.data, limit=None), dropped)
+    rows = rows_for(given, settings.train.objective, "evaluated")
     dropped += prompt_leak_notes({"evaluated": rows}, settings.data.on_leak)
     if not settings.data.train:
         return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), (), warnings=tuple(dropped))

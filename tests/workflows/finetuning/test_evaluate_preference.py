@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_the_reference_is_where_training_starts_unless_another_is_named(config: 
 
 
 def test_the_evaluator_of_an_objective() -> None:
-    assert evaluator_for(RunConfig()) is TextEvaluator and evaluator_for(settings("kto")) is PreferenceEvaluator
+    found: Any = evaluator_for(settings("kto"))
+    assert evaluator_for(RunConfig()) is TextEvaluator and found.func is PreferenceEvaluator
 
 
 def test_a_named_reference_is_on_the_model_only_while_it_computes(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorakeet.evaluate.calibration import reliability
-from lorakeet.evaluate.compare import Comparison
+from lorakeet.evaluate.compare import Comparison, compare_values
 from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.preferences import (
     CHOSEN_CHANGE,
@@ -25,16 +25,17 @@ from lorakeet.evaluate.preferences import (
 )
 from lorakeet.evaluate.report.report import Reliability, Report, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.evaluate.verdict import Phrase, Verdict, verdict_of
 from lorakeet.evaluate.wording import signed
 
 
 @dataclass(frozen=True, eq=False)
 class PreferenceScores:
-    """What the pairs say: the adapter's and its rivals' preferences, the base first, and changes of log-probabilities.
+    """What the pairs say: the adapter's and its rivals' preferences, base or reference first, and changes of log-probabilities.
 
     `tokens` (n, 2) are those of the chosen and the rejected answers; `changes` (n, 2) the log-ratios of both to the reference, in
-    nats a token. `likelier` are adapter and base by their own log-probabilities. `beta` makes probabilities of the scores; None
+    nats a token. `likelier` are the models by their own log-probabilities, the adapter first; with `by_reward` the others are not
+    measured so, and the models are compared by likelihood too. `beta` makes probabilities of the scores; None
     where the objective gives none.
     """
 
@@ -44,12 +45,14 @@ class PreferenceScores:
     changes: Floats | None = None
     likelier: tuple[PairPreferences, ...] = ()
     beta: float | None = None
+    by_reward: bool = False
 
 
 def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec) -> Report:
     """The report with the preferences before all else: metrics, comparisons in the order of the rivals, verdict, calibration."""
     alike, groups = equal_lengths(found.tokens[:, 0], found.tokens[:, 1]), found.adapter.groups
     more = {each.system: measure_preferences(each, alike, spec) for each in (found.adapter, *found.rivals)}
+    more = {**{each.system: {} for each in found.likelier}, **more}
     notes = {each.system: each.note for each in (found.adapter, *found.rivals)}
     for each in found.likelier:
         more[each.system][LIKELIER] = mean_change(each.right, spec, groups)
@@ -66,9 +69,16 @@ def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec
         )
         for system in report.systems
     ]
-    systems += [SystemResult(name, "floor", metrics, notes[name]) for name, metrics in more.items() if name not in known]
+    others = [(name, metrics) for name, metrics in more.items() if name not in known]
+    systems += [SystemResult(name, "floor", metrics, notes.get(name, "")) for name, metrics in others]
     compared = [compare_preferences(found.adapter, rival, alike, spec) for rival in found.rivals]
-    comparisons = (*(one[0] for one in compared), *(one[1] for one in compared if len(one) > 1), *report.comparisons)
+    mine_by = found.likelier[0] if found.likelier else found.adapter
+    by_likelihood = [
+        compare_values((mine_by.system, other.system), LIKELIER, (mine_by.right, other.right), spec, groups=groups)
+        for other in found.likelier[1:] if found.by_reward
+    ]  # fmt: skip
+    beside = [one[1] for one in compared if len(one) > 1]
+    comparisons = (*(one[0] for one in compared), *beside, *by_likelihood, *report.comparisons)
     warnings += given_away(comparisons, more.get(DIFFERENCE, {}).get(PREFERRED))
     reliabilities = () if found.beta is None else (_reliability(found.adapter, found.beta, spec),)
     return replace(
@@ -76,11 +86,24 @@ def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec
         task="preference",
         systems=tuple(systems),
         comparisons=comparisons,
-        verdict=verdict_of(comparisons),
+        verdict=with_likelihood(verdict_of(comparisons), by_likelihood),
         reliabilities=reliabilities,
         rows_of=len(found.adapter.scores),
         warnings=(*warnings, *report.warnings),
     )
+
+
+def with_likelihood(verdict: Verdict | None, compared: Sequence[Comparison]) -> Verdict | None:
+    """The verdict with what likelihood says: a reward may rise while the likelier answers stay what they were."""
+    if verdict is None or not compared:
+        return verdict
+    one = compared[0]
+    said = {"better": ". It finds the chosen answer likelier in more pairs than its base: ",
+            "worse": ". But it finds the chosen answer likelier in fewer pairs than its base: "}  # fmt: skip
+    text = said.get(one.verdict, ". It is not shown to find the chosen answer likelier in more pairs than its base: ")
+    phrase = Phrase(f"{text}{signed(one.difference.value)}", f"{signed(one.difference.low)} to {signed(one.difference.high)}")
+    tone = verdict.tone if one.verdict == "better" or verdict.tone != "better" else "mixed"
+    return Verdict((*verdict.phrases, phrase), tone)
 
 
 def given_away(comparisons: Sequence[Comparison], by_words: Estimate | None) -> list[str]:

@@ -42,7 +42,8 @@ class Reference:
     """log p of each training and each held-out answer (answers,) by the reference, in the order of the examples.
 
     `micro_tokens` went through the model at once. `from_base` is the mean difference from the base with the adapter off, in nats
-    a token; None where the reference is not the base. `adapter` is the reference as a value; None for the base.
+    a token; None where the reference is not the base. `adapter` is the reference as a value; None for the base. `fresh` if it was
+    computed in this process, and not read.
     """
 
     train: Floats
@@ -50,6 +51,7 @@ class Reference:
     micro_tokens: int
     from_base: float | None = None
     adapter: Adapter | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.own_code import OwnCodeDifference
 from lorakeet.train.text.preference_task import Reference
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.continued import start_from, with_continued
+from lorakeet.workflows.finetuning.continued import require_same_base, start_from, with_continued
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
@@ -175,7 +175,9 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
     if (earlier := setup.config.lora.continue_from) is not None:
-        start_from(text, plan, read_adapter(Path(earlier)), name)
+        adapter = read_adapter(Path(earlier))
+        require_same_base(Path(earlier), adapter, text)
+        start_from(text, plan, adapter, name)
     if directions or reads_weights(setup.config):
         release_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
     return text

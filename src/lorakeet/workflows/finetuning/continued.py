@@ -10,14 +10,17 @@ from typing import TypeVar
 
 import torch
 
-from lorakeet.config import RunConfig
+from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.detect import read_adapter
+from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
+from lorakeet.models.text.from_config import local_files
 from lorakeet.models.text.model import TextModel
+from lorakeet.train.run import RunFolder
 
 T = TypeVar("T", int, float)
 
@@ -54,6 +57,23 @@ def with_continued(config: RunConfig) -> RunConfig:
         scale_rule=first.scale_rule, variant="lora" if first.magnitude is None else "dora",
     )  # fmt: skip
     return replace(config, lora=lora)
+
+
+def require_same_base(path: Path, adapter: Adapter, text: TextModel) -> None:
+    """Raises ConfigError if the adapter in `path` is known to be of another base than `text`.
+
+    By the hash of the base's files where they are here; a base that is elsewhere, or not named, is taken to be the same.
+    """
+    run = RunFolder.around(path)
+    named = read_run(run.config).model.path if run is not None else adapter.named_base or adapter.base
+    folder = local_files(named) if named else None
+    if folder is None or not folder.is_dir() or not (folder / "config.json").is_file():
+        return
+    if folder.resolve() != text.source.resolve() and fingerprint(folder) != fingerprint(text.source):
+        raise ConfigError(
+            f"The adapter {path} was trained on {named}, and this run's base is {text.name}, whose weights are others. Name the "
+            "base that it was trained on, or another adapter."
+        )
 
 
 def _common(values: dict[str, T]) -> tuple[T, dict[str, T]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pairs import encode_pair
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import DataError
-from lorakeet.evaluate.baselines import MAJORITY
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.preferences import PairPreferences, longer_answer, tfidf_difference
+from lorakeet.evaluate.preferences import TIE, PairPreferences, longer_answer, tfidf_difference
 from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.compose_preference import PreferenceScores, with_preferences
 from lorakeet.evaluate.report.report import Report
@@ -28,8 +28,9 @@ from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate, adapter_of, eject
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.preference_spec import BASE, KTO, START, WITHOUT_REFERENCE, PreferenceSpec
+from lorakeet.train.preference_spec import BASE, KTO, SFT, START, WITHOUT_REFERENCE
 from lorakeet.train.progress import counted
+from lorakeet.train.run import RunFolder
 from lorakeet.train.text.preference_loss import log_ratio_gap
 from lorakeet.train.text.preference_task import Floats, pair_scores
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
@@ -115,8 +116,9 @@ class PreferenceEvaluator(TextEvaluator):
             truths=[_text(row, supervised=True) for row in chosen], sources=[row.source for row in chosen], spec=spec,
             answered=replier.answered(chosen, [row for row in baseline_rows if row.desirable is not False]),
         )  # fmt: skip
-        found = _Scored(self.config, rows, adapter, base, reference, tokens, named)
-        scores = found.rated(baseline_rows) if self._rated else found.pairs(baseline_rows)
+        texts = [] if self._rated else [_answers(row) for row in rows]
+        found = _Scored(self.config, adapter, base, reference, tokens, texts, row_groups(rows), named)
+        scores = (found.paired(rows) if self._rated else found).preferences(_known_answers(baseline_rows, self._rated))
         left_out = len(self.rows) - len(rows)
         said = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
         report = with_preferences(report, scores, spec)
@@ -148,76 +150,88 @@ class PreferenceEvaluator(TextEvaluator):
         return -sums, tokens
 
 
-def evaluator_for(config: RunConfig) -> type[TextEvaluator]:
-    """The evaluator of runs with this objective."""
-    return TextEvaluator if config.train.objective == "sft" else PreferenceEvaluator
+def evaluator_for(config: RunConfig, run: RunFolder | None = None) -> Callable[..., TextEvaluator]:
+    """The evaluator of runs with this objective, with the reference that `run` keeps."""
+    if config.train.objective == SFT:
+        return TextEvaluator
+    kept = None if run is None or not run.reference_adapter.is_dir() else read_adapter(run.reference_adapter)
+    return partial(PreferenceEvaluator, reference=kept)
 
 
 @dataclass(frozen=True, eq=False)
 class _Scored:
-    """The log-probabilities of the answers of `rows` by each model, in pairs or one a row, and the answers' tokens."""
+    """The log-probabilities of pairs of answers (2n,), chosen and rejected one after another, by each model, and their tokens.
+
+    `texts` are the answers of each pair, `groups` ids of pairs that depend on each other.
+    """
 
     config: RunConfig
-    rows: Sequence[Row]
     adapter: Floats
     base: Floats
     reference: Floats
     tokens: Floats
+    texts: Sequence[tuple[str, str]]
+    groups: tuple[Hashable, ...] | None
     named: bool  # whether the reference is an adapter
 
-    @property
-    def spec(self) -> PreferenceSpec:
-        return self.config.preference.resolved(self.config.train.objective)
+    def paired(self, rows: Sequence[Row]) -> _Scored:
+        """The same of rated answers, one a row, put into pairs of a wanted and an unwanted one.
 
-    def pairs(self, known: Sequence[Row]) -> PreferenceScores:
-        """Of rows with two answers; `known` are training rows, for the baseline."""
-        spec, groups = self.spec, row_groups(self.rows)
-        compares = self.config.train.objective not in WITHOUT_REFERENCE
-        own, tokens = self._likelihood(self.adapter), np.stack([self.tokens[::2], self.tokens[1::2]], axis=1)
-        changes = np.stack([(self.adapter - self.base)[side::2] / self.tokens[side::2] for side in (0, 1)], axis=1)
-        mine, note = own, "prefers the answer with the higher mean log-probability"
-        if compares:
-            tokens_of = torch.from_numpy(self.tokens)
-            now, fixed = (pair_scores(torch.from_numpy(sums), tokens_of) for sums in (self.adapter, self.reference))
-            mine = log_ratio_gap(now, fixed, normalised=bool(spec.length_normalised)).numpy()
-            changes = np.stack([(self.adapter - self.reference)[side::2] / self.tokens[side::2] for side in (0, 1)], axis=1)
-            note = f"prefers the answer whose probability rose more against the {'reference' if self.named else 'base'}"
-        theirs = self._likelihood(self.base)
-        likelihood = "prefers the answer with the higher " + ("mean " if spec.length_normalised else "") + "log-probability"
-        rivals = [PairPreferences(BASE_SYSTEM, theirs, groups, likelihood)]
+        Every row of the larger class has a partner of the smaller one; pairs with one partner are a group.
+        """
+        order = np.random.default_rng([self.config.evaluate.seed, 6]).permutation(len(rows))
+        wanted, unwanted = ([int(at) for at in order if bool(rows[at].desirable) is side] for side in (True, False))
+        if not wanted or not unwanted:
+            raise DataError("The evaluated rows have answers of one label only; expected wanted and unwanted ones.")
+        count = max(len(wanted), len(unwanted))
+        pairs = [(wanted[at % len(wanted)], unwanted[at % len(unwanted)]) for at in range(count)]
+        at = np.array(pairs).ravel()
+        smaller = 0 if len(wanted) <= len(unwanted) else 1
+        groups = row_groups(rows) or tuple(row.source for row in rows)
+        return replace(
+            self, adapter=self.adapter[at], base=self.base[at], reference=self.reference[at], tokens=self.tokens[at],
+            texts=[(_text(rows[one], supervised=True), _text(rows[other], supervised=True)) for one, other in pairs],
+            groups=tuple(groups[pair[smaller]] for pair in pairs),
+        )  # fmt: skip
+
+    def preferences(self, known: Sequence[tuple[str, str]]) -> PreferenceScores:
+        """What each system prefers; `known` are the answers of training pairs, for the baseline."""
+        spec, objective = self.config.preference.resolved(self.config.train.objective), self.config.train.objective
+        compares, groups, named = objective not in WITHOUT_REFERENCE, self.groups, REFERENCE if self.named else BASE_SYSTEM
+        likely = {ADAPTER: self._likelihood(self.adapter), BASE_SYSTEM: self._likelihood(self.base)}
         if self.named:
-            rivals.append(PairPreferences(REFERENCE, self._likelihood(self.reference), groups, likelihood))
-        answers = [_answers(row) for row in self.rows]
-        rivals.append(longer_answer([one for one, _ in answers], [other for _, other in answers], groups))
+            likely[REFERENCE] = self._likelihood(self.reference)
+        start = self.reference if compares else self.base
+        changes = np.stack([((self.adapter - start) / self.tokens)[side::2] for side in (0, 1)], axis=1)
+        mine, note = likely[ADAPTER], "prefers the answer with the higher mean log-probability"
+        rivals = [PairPreferences(BASE_SYSTEM, likely[BASE_SYSTEM], groups, note)]
+        if compares:
+            counts = torch.from_numpy(self.tokens)
+            now, fixed = (pair_scores(torch.from_numpy(sums), counts) for sums in (self.adapter, self.reference))
+            mine = log_ratio_gap(now, fixed, normalised=bool(spec.length_normalised)).numpy()
+            note = f"prefers the answer whose probability rose more against the {named}"
+            rivals = [PairPreferences(named, np.zeros_like(mine), groups, "prefers neither answer, measured as the adapter is")]
+        rivals.append(longer_answer([one for one, _ in self.texts], [other for _, other in self.texts], groups))
         if self.config.evaluate.baselines:
-            by_words = tfidf_difference([_answers(row) for row in known], answers, groups)
+            by_words = tfidf_difference(known, self.texts, groups)
             rivals += [] if by_words is None else [by_words]
-        adapter, likelier = PairPreferences(ADAPTER, mine, groups, note), (PairPreferences(ADAPTER, own, groups), rivals[0])
-        beta = spec.beta if compares and self.config.train.objective != "ipo" else None
-        return PreferenceScores(adapter, tuple(rivals), tokens, changes, likelier, beta)
-
-    def rated(self, known: Sequence[Row]) -> PreferenceScores:
-        """Of rows with a verdict on one answer: right if a wanted answer gained more than the median, or an unwanted one less."""
-        groups, wanted = row_groups(self.rows), np.array([bool(row.desirable) for row in self.rows])
-        ratio = self.adapter - self.reference
-        sides = np.where(wanted, 1.0, -1.0)
-        mine = sides * (ratio - np.median(ratio))
-        likelihood = self.base / self.tokens
-        verdicts = [bool(row.desirable) for row in known]
-        majority = 1.0 if 2 * sum(verdicts) >= len(verdicts) else -1.0
-        rivals = (
-            PairPreferences(
-                BASE_SYSTEM, sides * (likelihood - np.median(likelihood)), groups, "by mean log-probability, against the median"
-            ),
-            PairPreferences(MAJORITY, sides * majority, groups, "the same verdict on every answer"),
-        )
-        tokens = np.stack([self.tokens, self.tokens], axis=1)
-        note = "takes an answer to be wanted if its probability rose by more than the median, against the reference"
-        return PreferenceScores(PairPreferences(ADAPTER, mine, groups, note), rivals, tokens)
+        beta = spec.beta if compares and objective != "ipo" else None
+        tokens = np.stack([self.tokens[::2], self.tokens[1::2]], axis=1)
+        adapter = PairPreferences(ADAPTER, mine, groups, note, TIE if compares else 0.0)
+        likelier = tuple(PairPreferences(name, scores, groups) for name, scores in likely.items())
+        return PreferenceScores(adapter, tuple(rivals), tokens, changes, likelier, beta, compares)
 
     def _likelihood(self, sums: Floats) -> Floats:
-        by = self.tokens if self.spec.length_normalised else np.ones_like(self.tokens)
-        return np.asarray((sums / by)[::2] - (sums / by)[1::2])
+        means = sums / self.tokens
+        return np.asarray(means[::2] - means[1::2])
+
+
+def _known_answers(rows: Sequence[Row], rated: bool) -> list[tuple[str, str]]:
+    """The answers of training pairs; of rated rows a wanted and an unwanted one each, in their order."""
+    if not rated:
+        return [_answers(row) for row in rows]
+    sides = ([_text(row, supervised=True) for row in rows if bool(row.desirable) is side] for side in (True, False))
+    return list(zip(*sides, strict=False))
 
 
 def _answers(row: Row) -> tuple[str, str]:
