@@ -295,6 +295,18 @@ def test_a_held_out_loss_far_above_the_base_stops_too(tmp_path: Path) -> None:
     assert "lower train.learning_rate" in said
 
 
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "kto"])
+def test_a_squared_loss_that_rises_by_more_than_ten_goes_on(tmp_path: Path, objective: Any) -> None:
+    spec = dataclasses.replace(SPEC, objective=objective, steps=6)
+    task = Scripted(spec)
+    task.losses = iter([2500.0, 2400.0, 2600.0])
+    assert go(tmp_path / "run", spec, task)[0].steps == 6
+    task = Scripted(spec)
+    task.losses = iter([2500.0, 2400.0, 5011.0])
+    with pytest.raises(RunStopped, match="Step 6: training diverged, the held-out loss is 5011 and was 2500 before training"):
+        go(tmp_path / "far", spec, task)
+
+
 def test_a_divergence_in_the_first_step_is_no_missing_gradient(tmp_path: Path) -> None:
     """One absurd step leaves a model whose gradients vanish; the remedy is the learning rate, not lora.exclude_modules."""
 
@@ -491,6 +503,13 @@ def test_a_loss_far_above_the_base_is_a_divergence() -> None:
     watch, _ = seen([2.0])
     assert watch.diverged(12.1) and not watch.diverged(11.9)
     assert not EarlyStopping().diverged(100.0)  # without held-out rows there is nothing to compare with
+
+
+def test_a_loss_that_is_no_nats_a_token_diverges_by_a_factor() -> None:
+    watch, _ = seen([2500.0])
+    assert watch.diverged(2600.0) and not watch.diverged(5009.0, nats=False) and watch.diverged(5011.0, nats=False)
+    assert watch.diverged(float("nan"), nats=False) and not watch.diverged(float("nan")), "the loop refuses that before"
+    assert not EarlyStopping().diverged(float("inf"), nats=False)
 
 
 def test_small_gains_are_kept_but_do_not_count() -> None:

@@ -34,6 +34,7 @@ from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import MetricsLog, Sink, sink_for
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.preference_spec import SFT
 from lorakeet.train.processes import ProcessLost
 from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.pruning import cut_text
@@ -287,7 +288,7 @@ class Training(Generic[BatchT]):
 
     def _advance(self, number: int, loss: float, norm: Tensor, rate: float) -> None:
         """Takes optimizer step `number`, skipped ones not counted."""
-        if number <= 2 and not self.at.watch.diverged(loss):  # a diverged model has zero gradients everywhere
+        if number <= 2 and not self._diverged(loss):  # a diverged model has zero gradients everywhere
             gradients.require_gradients(self.parameters, number)
         if self.pruning is not None:
             self.pruning.see(self.at.step + 1, self.parameters)
@@ -317,7 +318,7 @@ class Training(Generic[BatchT]):
             self._stop_diverged(f"Step {self.at.step}: the held-out loss is not finite.")
         estimate = held_out.mean(seed=self.spec.seed)
         watch = self.at.watch
-        if watch.diverged(estimate.value):
+        if self._diverged(estimate.value):
             self._stop_diverged(
                 f"Step {self.at.step}: training diverged, the held-out loss is {estimate.value:.4g} and was "
                 f"{watch.base_loss:.4g} before training."
@@ -424,6 +425,9 @@ class Training(Generic[BatchT]):
         if self.sink is not None:
             with self._writing(f"The {self.spec.log_to} log"):
                 self.sink.write(record)
+
+    def _diverged(self, loss: float) -> bool:
+        return self.at.watch.diverged(loss, nats=self.spec.objective == SFT)
 
     def _stop_diverged(self, what: str) -> None:
         """Raises RunStopped. A resumed run would repeat the same step, so the remedy is a new run."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 DIVERGED = 10.0  # nats per token above the base: each token e^10 = 22,000 times less likely
+FACTOR = 2.0  # for losses of another unit: so many times the loss at the start, plus DIVERGED
 
 
 @dataclass
@@ -34,9 +36,11 @@ class EarlyStopping:
         self.best_loss, self.best_step = loss, step
         return True
 
-    def diverged(self, loss: float) -> bool:
-        """True if `loss` is beyond recovery above the base's."""
-        return self.base_loss is not None and loss > self.base_loss + DIVERGED
+    def diverged(self, loss: float, *, nats: bool = True) -> bool:
+        """True if `loss` is beyond recovery above the base's; in another unit than `nats` a token also if it is not finite."""
+        if self.base_loss is None or nats:
+            return self.base_loss is not None and loss > self.base_loss + DIVERGED
+        return not math.isfinite(loss) or loss > FACTOR * self.base_loss + DIVERGED
 
     def exhausted(self, patience: int) -> bool:
         """True after `patience` evaluations in a row without improvement; never with a patience of 0."""
