@@ -65,6 +65,14 @@ def test_a_section_that_is_no_spec_is_refused_at_once() -> None:
     assert "lora is None; expected a LoraSpec" in said
 
 
+@pytest.mark.parametrize("objective", ["orpo", "simpo"])
+def test_a_reference_that_an_objective_does_not_have_is_refused(tmp_path: Path, objective: str) -> None:
+    said = complaint(written(tmp_path, RUN), {"train.objective": objective, "train.reference": "runs/sft"})
+    assert f"train.reference is runs/sft, but train.objective {objective} compares with no reference. Leave it out" in said
+    found = read_run(written(tmp_path, RUN), {"train.objective": "dpo", "train.reference": "runs/sft"})
+    assert found.train.reference == "runs/sft"
+
+
 def test_what_is_dumped_can_be_run_again(tmp_path: Path) -> None:
     config = read_run(written(tmp_path, RUN), {"data.separator": "\n\n", "data.template": "1e-3 {text} no", "out": "2026-01-01"})
     text = dump_yaml(config)

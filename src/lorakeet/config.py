@@ -21,7 +21,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.setting import setting
 from lorakeet.settings import load, override, to_mapping
-from lorakeet.train.preference_spec import SFT, PreferenceSpec
+from lorakeet.train.preference_spec import SFT, START, WITHOUT_REFERENCE, PreferenceSpec
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
 
 __all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
@@ -102,6 +102,11 @@ class RunConfig:
         if objective == SFT:
             return []
         found = []
+        if objective in WITHOUT_REFERENCE and self.train.reference != START:
+            found.append(
+                f"train.reference is {self.train.reference}, but train.objective {objective} compares with no reference. Leave it "
+                "out, or take dpo, ipo, cdpo or kto."
+            )
         if self.kind != "text":
             found.append(f"train.objective is {objective}, which needs text, but kind is {self.kind}. Take sft, or kind: text.")
         if self.data.supervise == "all":
