@@ -206,6 +206,23 @@ def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said(
     assert [item.change for item in found if not item.streamed] == ["--model.dtype bfloat16", "--model.quantize nf4"]
 
 
+def advised(tokens: int, rows: RowShape, **changes: str) -> set[str]:
+    given = {"model.path": "none", "data.train": "none", "memory.budget": "1MB", "train.objective": "dpo"}
+    config = read_run(None, {**given, "data.max_tokens": str(rows.length), "train.micro_tokens": str(tokens), **changes})
+    precision, plan = Precision(torch.float32, torch.float32, QuantSpec()), SimpleNamespace(peak=2_000_000)
+    planned: Any = SimpleNamespace(base=1000, rows=rows)
+    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: plan, lambda _: 0)  # type: ignore[arg-type,return-value]
+    return {item.change for item in found if "tokens" in item.change}
+
+
+def test_two_answers_that_are_never_apart_are_advised_to_be_shorter() -> None:
+    """A micro-batch of one pair has two rows whatever train.micro_tokens is."""
+    assert advised(512, RowShape(512, 2)) == {"--data.max_tokens 256"}
+    assert advised(1024, RowShape(512, 2)) == {"--data.max_tokens 256 --train.micro_tokens 512"}
+    assert advised(1536, RowShape(512, 3)) == {"--train.micro_tokens 1024"}
+    assert advised(4096, RowShape(512, 8)) == {"--train.micro_tokens 2048"}
+
+
 def test_shorter_rows_are_advised_with_smaller_micro_batches(config_folder: Path) -> None:
     """Two rows of half the length in a micro-batch would hold as much as one."""
     result, text = planned(config_folder, budget="64MB", tokens=512)

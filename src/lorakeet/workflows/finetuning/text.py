@@ -285,17 +285,17 @@ def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> I
     if precision.quantize.method == "none":
         packed = dataclasses.replace(precision.quantize, method="nf4")
         yield "--model.quantize nf4", config, dataclasses.replace(precision, quantize=packed)
-    rows, lora = planned.rows, config.lora
+    rows, lora, answers = planned.rows, config.lora, config.train.answers
     if config.train.moments != "8bit":
         yield "--train.moments 8bit", config.changed(train={"moments": "8bit"}), precision
-    if rows.count > 1:
-        fewer = rows.length * (rows.count // 2)
+    if rows.count > answers:  # which are never apart
+        fewer = rows.length * max(answers, rows.count // 2)
         yield f"--train.micro_tokens {fewer}", config.changed(train={"micro_tokens": fewer}), precision
     elif rows.length > 64:
-        half = rows.length // 2
+        half, one = rows.length // 2, answers * (rows.length // 2)
         change, shorter = f"--data.max_tokens {half}", config.changed(data={"max_tokens": half})
-        if config.train.micro_tokens > half:  # else two such rows would be in a micro-batch
-            change, shorter = f"{change} --train.micro_tokens {half}", shorter.changed(train={"micro_tokens": half})
+        if config.train.micro_tokens > one:  # else two such rows would be in a micro-batch
+            change, shorter = f"{change} --train.micro_tokens {one}", shorter.changed(train={"micro_tokens": one})
         yield change, shorter, precision
     if lora.rank >= 8:
         yield f"--lora.rank {lora.rank // 2}", config.changed(lora={"rank": lora.rank // 2}), precision
