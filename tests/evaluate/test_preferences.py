@@ -14,7 +14,7 @@ from lorakeet.evaluate.preferences import (
     PairPreferences,
     compare_preferences,
     equal_lengths,
-    longer_answer,
+    length_of_answers,
     mean_change,
     measure_preferences,
     tfidf_difference,
@@ -47,8 +47,16 @@ def test_the_better_system_is_called_better() -> None:
     assert len(compare_preferences(better, worse, np.arange(40) < 20, SPEC)) == 2
 
 
-def test_the_longer_answer() -> None:
-    assert longer_answer(["aaa", "a", "a"], ["a", "aaa", "b"], None).scores.tolist() == [2.0, -2.0, 0.0]
+def test_the_length_that_training_pairs_prefer() -> None:
+    pairs = [("aaa", "a"), ("a", "aaa"), ("a", "b")]
+    longer, shorter, alike, none = (length_of_answers(train, pairs, None) for train in (
+        [("aa", "b"), ("aa", "c"), ("a", "bb"), ("a", "b")], [("a", "bb"), ("a", "b")], [("a", "b")], [],
+    ))  # fmt: skip
+    assert (longer.system, shorter.system, alike.system, none.system) == ("longer answer", "shorter answer", *2 * ("longer answer",))
+    assert longer.scores.tolist() == [2.0, -2.0, 0.0] and shorter.scores.tolist() == [-2.0, 2.0, 0.0]
+    assert longer.note == "always prefers the answer with more characters, as in 2 of 4 training pairs"
+    assert shorter.note == "always prefers the answer with fewer characters, as in 1 of 2 training pairs"
+    assert none.note == "always prefers the answer with more characters"
 
 
 def test_words_that_give_an_answer_away_are_found_without_the_prompt() -> None:

@@ -23,6 +23,11 @@ def test_numbers(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
+def test_a_change_names_both_that_it_may_be_from_and_a_lead_both_units() -> None:
+    assert all("(orpo, simpo: the base)" in metric_words(name).meaning for name in ("chosen_change", "rejected_change"))
+    assert "in nats; a token if divided by length (ipo, orpo, simpo)" in metric_words("lead").meaning
+
+
 def test_signs() -> None:
     assert (signed(0.17), signed(-0.17), signed(0.0)) == ("+0.170", "−0.170", "0.000")
 

@@ -21,7 +21,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 
 PREFERRED, PREFERRED_ALIKE, LIKELIER = "preferred", "preferred_alike", "likelier"
 CHOSEN_CHANGE, REJECTED_CHANGE, LEAD = "chosen_change", "rejected_change", "lead"
-LONGER, DIFFERENCE = "longer answer", "TF-IDF of the answers"
+LONGER, SHORTER, DIFFERENCE = "longer answer", "shorter answer", "TF-IDF of the answers"
 ALIKE = 0.1  # answers whose numbers of tokens differ by no more than this share are of equal length
 TIE = 0.01  # nats, or nats a token: scores nearer to 0 are rounding, and prefer neither answer
 FEWEST_ALIKE = 10  # pairs from which those of equal length are evaluated by themselves
@@ -79,10 +79,18 @@ def mean_change(values: Floats, spec: EvaluateSpec, groups: Sequence[Hashable] |
     return mean(values, spec=spec, groups=groups)
 
 
-def longer_answer(chosen: Sequence[str], rejected: Sequence[str], groups: tuple[Hashable, ...] | None) -> PairPreferences:
-    """Prefers the answer with more characters."""
-    gaps = np.array([len(one) - len(other) for one, other in zip(chosen, rejected, strict=True)], float)
-    return PairPreferences(LONGER, gaps, groups, "always prefers the answer with more characters")
+def length_of_answers(
+    train: Sequence[tuple[str, str]], pairs: Sequence[tuple[str, str]], groups: tuple[Hashable, ...] | None
+) -> PairPreferences:
+    """Prefers the answer (chosen, rejected) with more characters, or with fewer where more of the `train` pairs do.
+
+    As many of both, or no training pairs: with more.
+    """
+    gaps, known = (np.array([len(one) - len(other) for one, other in some], float) for some in (pairs, train))
+    longer, shorter = int((known > 0).sum()), int((known < 0).sum())
+    name, sign, what, seen = (SHORTER, -1.0, "fewer", shorter) if shorter > longer else (LONGER, 1.0, "more", longer)
+    note = f"always prefers the answer with {what} characters"
+    return PairPreferences(name, sign * gaps, groups, f"{note}, as in {seen} of {len(train)} training pairs" if train else note)
 
 
 def tfidf_difference(

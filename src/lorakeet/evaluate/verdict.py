@@ -9,7 +9,7 @@ from typing import Literal
 
 from lorakeet.evaluate.baselines import CONSTANT, MAJORITY, NEAREST
 from lorakeet.evaluate.compare import Comparison
-from lorakeet.evaluate.preferences import DIFFERENCE, LONGER
+from lorakeet.evaluate.preferences import DIFFERENCE, LONGER, SHORTER
 from lorakeet.evaluate.wording import metric_words, signed
 
 NAMED = {
@@ -20,6 +20,7 @@ NAMED = {
     NEAREST: "copies of the nearest training answers",
     CONSTANT: "a constant answer",
     LONGER: "the longer answer",
+    SHORTER: "the shorter answer",
     DIFFERENCE: "TF-IDF of the answers alone",
     "reference": "its reference",
 }  # systems as a sentence names them

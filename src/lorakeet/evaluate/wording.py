@@ -27,12 +27,15 @@ METRIC_WORDS = {
         "… equal length", "of the pairs of equal length", "The same for answers whose tokens differ by at most 10 %", True
     ),
     "likelier": MetricWords("Chosen likelier", "of the pairs", "Share of pairs: chosen has the higher mean log p", True),
-    "lead": MetricWords("Lead", "nats", "Mean score of a pair: how far the chosen answer is ahead", True, drawn=False),
+    "lead": MetricWords(
+        "Lead", "nats", "How far the chosen answer is ahead, in nats; a token if divided by length (ipo, orpo, simpo)", True,
+        drawn=False,
+    ),  # fmt: skip
     "chosen_change": MetricWords(
-        "Chosen, change", "nats a token", "log p of the chosen answers less that of the reference", True, drawn=False
+        "Chosen, change", "nats a token", "log p of the chosen answers less that of the reference (orpo, simpo: the base)", True, drawn=False
     ),
     "rejected_change": MetricWords(
-        "Rejected, change", "nats a token", "log p of the rejected answers less that of the reference", False, drawn=False
+        "Rejected, change", "nats a token", "log p of the rejected answers less that of the reference (orpo, simpo: the base)", False, drawn=False
     ),
     "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered correctly", True),
     "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, equally weighted", True),

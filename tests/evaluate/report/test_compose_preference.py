@@ -64,4 +64,17 @@ def test_chosen_answers_that_became_less_likely_are_a_warning() -> None:
 
 def test_a_change_that_touches_zero_is_none() -> None:
     touching = Estimate(-0.1, -0.3, 0.1, 10, "made up")
-    assert not displacement(touching, touching)
+    assert not displacement(touching, touching, "the base")
+
+
+def test_what_the_answers_are_compared_with_is_named() -> None:
+    (warning,) = with_preferences(language(), replace(scores(change=-0.3), against="the base"), SPEC).warnings
+    assert "became less likely than under the base, by" in warning and "the reference" not in warning
+    (warning,) = with_preferences(language(), scores(change=-0.3), SPEC).warnings
+    assert "became less likely than under the reference, by" in warning
+
+
+def test_the_shorter_answer_is_named_in_the_headline() -> None:
+    shorter = replace(scores().rivals[1], system="shorter answer")
+    found = with_preferences(language(), replace(scores(), rivals=(scores().rivals[0], shorter)), SPEC).verdict
+    assert found is not None and "the shorter answer" in found.sentence

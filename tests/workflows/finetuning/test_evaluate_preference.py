@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lorakeet.config import RunConfig
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.rows import Row, Turn
 from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_names, adapter_of
 from lorakeet.models.spec import ModelSpec
@@ -18,6 +20,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.workflows.finetuning.evaluate_preference import (
     PreferenceEvaluator,
+    _Scored,
     as_reference,
     evaluator_for,
     reference_adapter,
@@ -47,6 +50,20 @@ def test_the_reference_is_where_training_starts_unless_another_is_named(config: 
 def test_the_evaluator_of_an_objective() -> None:
     found: Any = evaluator_for(settings("kto"))
     assert evaluator_for(RunConfig()) is TextEvaluator and found.func is PreferenceEvaluator
+
+
+def pair(chosen: str, rejected: str) -> Row:
+    user, (first, second) = Turn("user", "say", supervised=False), (Turn("assistant", one, True) for one in (chosen, rejected))
+    return Row((user, first), None, None, "rows:1", rejected=(user, second))
+
+
+@pytest.mark.parametrize(("objective", "against"), [("orpo", "the base"), ("simpo", "the base"), ("dpo", "the reference")])
+def test_pairs_are_compared_by_length_as_in_training_and_named_by_what_they_are_compared_with(objective: str, against: str) -> None:
+    log_probs = np.array([-2.0, -3.0, -2.0, -3.0])
+    rows, base, tokens = [pair("a", "bb"), pair("aaa", "b")], log_probs - 1, np.full(4, 2.0)
+    found = _Scored(settings(objective), rows, log_probs, base, base, tokens, False).pairs([pair("a", "bbb"), pair("a", "bb")])
+    assert found.against == against and found.rivals[1].system == "shorter answer"
+    assert found.rivals[1].scores.tolist() == [1.0, -2.0] and found.rivals[1].note.endswith("as in 2 of 2 training pairs")
 
 
 def test_a_named_reference_is_on_the_model_only_while_it_computes(tiny_llama_folder: Path, tmp_path: Path) -> None:

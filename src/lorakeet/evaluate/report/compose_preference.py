@@ -34,8 +34,8 @@ class PreferenceScores:
     """What the pairs say: the adapter's and its rivals' preferences, base or reference first, and changes of log-probabilities.
 
     `tokens` (n, 2) are those of the chosen and the rejected answers; `changes` (n, 2) the log-ratios of both to the reference, in
-    nats a token. `likelier` are the models by their own log-probabilities, the adapter first; with `by_reward` the others are not
-    measured so, and the models are compared by likelihood too. `beta` makes probabilities of the scores; None
+    nats a token, or to `against`. `likelier` are the models by their own log-probabilities, the adapter first; with `by_reward` the
+    others are not measured so, and the models are compared by likelihood too. `beta` makes probabilities of the scores; None
     where the objective gives none.
     """
 
@@ -46,6 +46,7 @@ class PreferenceScores:
     likelier: tuple[PairPreferences, ...] = ()
     beta: float | None = None
     by_reward: bool = False
+    against: str = "the reference"
 
 
 def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec) -> Report:
@@ -60,7 +61,7 @@ def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec
     if found.changes is not None:
         chosen, rejected = (mean_change(found.changes[:, side], spec, groups) for side in (0, 1))
         mine |= {CHOSEN_CHANGE: chosen, REJECTED_CHANGE: rejected}
-        warnings += displacement(chosen, rejected)
+        warnings += displacement(chosen, rejected, found.against)
     mine[LEAD] = mean_change(found.adapter.scores, spec, groups)
     known = {system.name for system in report.systems}
     systems = [
@@ -118,12 +119,12 @@ def given_away(comparisons: Sequence[Comparison], by_words: Estimate | None) -> 
     ]
 
 
-def displacement(chosen: Estimate, rejected: Estimate) -> list[str]:
-    """A warning if the chosen answers became less likely; `chosen` and `rejected` are mean changes in nats a token."""
+def displacement(chosen: Estimate, rejected: Estimate, against: str) -> list[str]:
+    """A warning if the chosen answers became less likely than under `against`; the mean changes are in nats a token."""
     if chosen.high >= 0:
         return []
     return [
-        f"The chosen answers became less likely than under the reference, by {signed(chosen.value)} nats a token "
+        f"The chosen answers became less likely than under {against}, by {signed(chosen.value)} nats a token "
         f"({signed(chosen.low)} to {signed(chosen.high)}), the rejected ones by {signed(rejected.value)}. It learned what to "
         "avoid more than what to write: read its replies. preference.sft_weight above 0 keeps the chosen answers likely."
     ]

@@ -19,7 +19,7 @@ from lorakeet.data.pairs import encode_pair
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.preferences import TIE, PairPreferences, longer_answer, tfidf_difference
+from lorakeet.evaluate.preferences import TIE, PairPreferences, length_of_answers, tfidf_difference
 from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.compose_preference import PreferenceScores, with_preferences
 from lorakeet.evaluate.report.report import Report
@@ -201,7 +201,7 @@ class _Scored:
         likely = {ADAPTER: self._likelihood(self.adapter), BASE_SYSTEM: self._likelihood(self.base)}
         if self.named:
             likely[REFERENCE] = self._likelihood(self.reference)
-        start = self.reference if compares else self.base
+        start, start_name = (self.reference, "the reference") if compares else (self.base, "the base")
         changes = np.stack([((self.adapter - start) / self.tokens)[side::2] for side in (0, 1)], axis=1)
         mine, note = likely[ADAPTER], "prefers the answer with the higher mean log-probability"
         rivals = [PairPreferences(BASE_SYSTEM, likely[BASE_SYSTEM], groups, note)]
@@ -211,7 +211,7 @@ class _Scored:
             mine = log_ratio_gap(now, fixed, normalised=bool(spec.length_normalised)).numpy()
             note = f"prefers the answer whose probability rose more against the {named}"
             rivals = [PairPreferences(named, np.zeros_like(mine), groups, "prefers neither answer, measured as the adapter is")]
-        rivals.append(longer_answer([one for one, _ in self.texts], [other for _, other in self.texts], groups))
+        rivals.append(length_of_answers(known, self.texts, groups))
         if self.config.evaluate.baselines:
             by_words = tfidf_difference(known, self.texts, groups)
             rivals += [] if by_words is None else [by_words]
@@ -219,7 +219,7 @@ class _Scored:
         tokens = np.stack([self.tokens[::2], self.tokens[1::2]], axis=1)
         adapter = PairPreferences(ADAPTER, mine, groups, note, TIE if compares else 0.0)
         likelier = tuple(PairPreferences(name, scores, groups) for name, scores in likely.items())
-        return PreferenceScores(adapter, tuple(rivals), tokens, changes, likelier, beta, compares)
+        return PreferenceScores(adapter, tuple(rivals), tokens, changes, likelier, beta, compares, start_name)
 
     def _likelihood(self, sums: Floats) -> Floats:
         means = sums / self.tokens
