@@ -100,6 +100,18 @@ def test_a_passage_less_long_is_a_remedy(within: Callable[..., RunConfig]) -> No
     assert long is not None and short is not None and short < long
 
 
+@pytest.mark.parametrize(("objective", "reference", "copies"), [("dpo", "start", 2), ("kto", "runs/sft", 2), ("dpo", "base", 0)])
+def test_the_reference_of_a_preference_run_is_on_the_model_too(
+    within: Callable[..., RunConfig], objective: str, reference: str, copies: int
+) -> None:
+    judged = partial(fit_evaluation, adapter=WIDER, say=print, workload=NO_LABELS)
+    without, compared = (
+        judged(within("8GiB", train__objective=name, **more)).planned
+        for name, more in (("orpo", {}), (objective, {"train__reference": reference}))
+    )
+    assert without is not None and compared is not None and compared - without == copies * 4 * WIDER.parameters
+
+
 def test_compression_is_refused_where_the_base_does_not_fit(within: Callable[..., RunConfig]) -> None:
     def cut(budget: str, copies: float = 6.0) -> Residency[MemoryPlan]:
         return fit_evaluation(within(budget), ADAPTER, print, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=copies)

@@ -38,6 +38,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     load_peak,
     text_runtime_bytes,
 )
+from lorakeet.workflows.planning.reference import evaluated_copies
 from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
 from lorakeet.workflows.planning.text_run import precision_of
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
@@ -93,12 +94,13 @@ class Evaluation(BudgetedWork[MemoryPlan]):
         floors = self.workload.floors(config, on_gpu=precision.on_gpu)
         read = round(self.copies * own)  # as values; a GPU has none of them, but the cut that is measured
         cut = own if precision.on_gpu and self.weigh is not None else 0
+        more = cut + evaluated_copies(config, own, on_gpu=precision.on_gpu)
         intervals = 0 if precision.on_gpu else INTERVALS
         held = {
             LOAD: load_peak(model_config, found, precision),
             BEGIN: found.peaks[BEGIN],
             STEP: found.peaks.get(STEP, Usage()),
-            FINAL: add_usage(larger_usage(found.peaks[FINAL], add_usage(kept, scratch=intervals)), adapter=cut, runtime=floors),
+            FINAL: add_usage(larger_usage(found.peaks[FINAL], add_usage(kept, scratch=intervals)), adapter=more, runtime=floors),
         }
         block_bytes = found.block_bytes
         if precision.on_gpu:

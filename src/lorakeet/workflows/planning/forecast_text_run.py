@@ -42,6 +42,7 @@ from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.attention_choice import with_any_attention
+from lorakeet.workflows.planning.reference import with_reference
 from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,
@@ -340,7 +341,7 @@ def forecast_run(
     phases = phases_on_gpu if on_gpu else phases_of
 
     def run_with(certified: Usage) -> tuple[Phase, ...]:
-        whole = held | {CERTIFY: add_usage(certified, runtime=floors)}
+        whole = with_reference(config, held | {CERTIFY: add_usage(certified, runtime=floors)}, adapter, on_gpu=on_gpu)
         return phases(whole, runtime + read, returning=returning, trimmed_before=(STEP, FINAL) if before else (FINAL,))
 
     def together(members: int, *, searching: bool = True) -> Phase:
@@ -507,8 +508,7 @@ def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[Lora
         wanted.append((config.lora.start, max(entry.rank for entry in run.plan.entries)))
     if not wanted:
         return None
-    gradients = [largest for what, largest in wanted if what == "gradient"]
-    if gradients:
+    if gradients := [largest for what, largest in wanted if what == "gradient"]:
         return _with_gradients(config, run, rehearsed, max(gradients))
     sides = {"activation": 1, "sensitivity": 0}  # of (out, in)
     sizes = [[(largest + OVERSAMPLING, entry.shape[sides[what]]) for entry in run.plan.entries] for what, largest in wanted]
