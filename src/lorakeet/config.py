@@ -104,8 +104,8 @@ class RunConfig:
         found = []
         if objective in WITHOUT_REFERENCE and self.train.reference != START:
             found.append(
-                f"train.reference is {self.train.reference}, but train.objective {objective} compares with no reference. Leave it "
-                "out, or take dpo, ipo, cdpo or kto."
+                f"train.reference is {self.train.reference}, but train.objective {objective} compares with no reference. Leave "
+                "it out, or take dpo, ipo, cdpo or kto."
             )
         if self.kind != "text":
             found.append(f"train.objective is {objective}, which needs text, but kind is {self.kind}. Take sft, or kind: text.")

@@ -52,7 +52,7 @@ def test_the_length_that_training_pairs_prefer() -> None:
     longer, shorter, alike, none = (length_of_answers(train, pairs, None) for train in (
         [("aa", "b"), ("aa", "c"), ("a", "bb"), ("a", "b")], [("a", "bb"), ("a", "b")], [("a", "b")], [],
     ))  # fmt: skip
-    assert (longer.system, shorter.system, alike.system, none.system) == ("longer answer", "shorter answer", *2 * ("longer answer",))
+    assert shorter.system == "shorter answer" and {longer.system, alike.system, none.system} == {"longer answer"}
     assert longer.scores.tolist() == [2.0, -2.0, 0.0] and shorter.scores.tolist() == [-2.0, 2.0, 0.0]
     assert longer.note == "always prefers the answer with more characters, as in 2 of 4 training pairs"
     assert shorter.note == "always prefers the answer with fewer characters, as in 1 of 2 training pairs"

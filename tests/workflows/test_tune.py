@@ -204,8 +204,9 @@ def test_pictures_are_not_searched_on(tiny_sd_folder: Path, tmp_path: Path) -> N
 
 
 def test_an_adapter_that_is_continued_is_refused_before_rows_are_read(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    config = settings(tiny_llama_folder, tmp_path / "no-rows.jsonl", tmp_path / "run", SLOW | {"lora.continue_from": "runs/first"})
-    with pytest.raises(ConfigError, match=r"lora\.continue_from is runs/first, but each trial starts with pairs of its own\. Leave"):
+    given = {**SLOW, "lora.continue_from": "runs/first"}
+    config = settings(tiny_llama_folder, tmp_path / "no-rows.jsonl", tmp_path / "run", given)
+    with pytest.raises(ConfigError, match=r"lora\.continue_from is runs/first, but each trial starts with pairs of its own"):
         tune(config, TuneOptions(quick=True), console=quiet())
 
 

@@ -28,14 +28,13 @@ METRIC_WORDS = {
     ),
     "likelier": MetricWords("Chosen likelier", "of the pairs", "Share of pairs: chosen has the higher mean log p", True),
     "lead": MetricWords(
-        "Lead", "nats", "How far the chosen answer is ahead, in nats; a token if divided by length (ipo, orpo, simpo)", True,
-        drawn=False,
-    ),  # fmt: skip
+        "Lead", "nats", "Lead of the chosen answer, in nats; a token if divided by length (ipo, orpo, simpo)", True, drawn=False
+    ),
     "chosen_change": MetricWords(
-        "Chosen, change", "nats a token", "log p of the chosen answers less that of the reference (orpo, simpo: the base)", True, drawn=False
+        "Chosen, change", "nats a token", "log p of chosen answers less the reference's (orpo, simpo: the base's)", True, drawn=False
     ),
     "rejected_change": MetricWords(
-        "Rejected, change", "nats a token", "log p of the rejected answers less that of the reference (orpo, simpo: the base)", False, drawn=False
+        "Rejected, change", "nats a token", "log p of rejected answers less the reference's (orpo, simpo: the base's)", False, drawn=False
     ),
     "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered correctly", True),
     "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, equally weighted", True),

@@ -79,8 +79,8 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         )
     if config.lora.continue_from is not None:
         raise ConfigError(
-            f"lora.continue_from is {config.lora.continue_from}, but each trial starts with pairs of its own. Leave it out, or use "
-            "lorakeet finetune."
+            f"lora.continue_from is {config.lora.continue_from}, but each trial starts with pairs of its own. Leave it out, or "
+            "use lorakeet finetune."
         )
     if config.train.cuda_graphs:
         raise ConfigError("train.cuda_graphs is true, which records one adapter; a search trains several. Leave it out.")

@@ -58,7 +58,7 @@ def pair(chosen: str, rejected: str) -> Row:
 
 
 @pytest.mark.parametrize(("objective", "against"), [("orpo", "the base"), ("simpo", "the base"), ("dpo", "the reference")])
-def test_pairs_are_compared_by_length_as_in_training_and_named_by_what_they_are_compared_with(objective: str, against: str) -> None:
+def test_pairs_are_compared_by_length_as_in_training_and_with_a_base_or_a_reference(objective: str, against: str) -> None:
     log_probs = np.array([-2.0, -3.0, -2.0, -3.0])
     rows, base, tokens = [pair("a", "bb"), pair("aaa", "b")], log_probs - 1, np.full(4, 2.0)
     found = _Scored(settings(objective), rows, log_probs, base, base, tokens, False).pairs([pair("a", "bbb"), pair("a", "bb")])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import random
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +16,14 @@ from rich.console import Console
 
 from lorakeet.data.prefix import PASS
 from lorakeet.memory.ledger import Work
-from lorakeet.workflows.finetuning.assemble_text import TextAssembly
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.finetuning import preference
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
+from lorakeet.workflows.finetuning.evaluate_preference import PreferenceEvaluator
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.run_time import Speed, measured_speed, phase_tokens, run_time_text
 from lorakeet.workflows.finetuning.text import KIND
-from tiny.runs import quiet
+from tiny.runs import quiet, sentence, settings, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +61,69 @@ def test_each_phase_grows_with_its_settings(setup: TextAssembly) -> None:
     fewer = phase_tokens(changed(setup, data={"max_tokens": 1024}, evaluate={"examples": 0, "drift_texts": 0}))
     assert fewer.evaluation < before.evaluation and fewer.training == before.training
     assert fewer.certificate == before.certificate
+
+
+def cost_of(setup: TextAssembly, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """What `work` computes, in tokens with the fixed cost of each pass."""
+    decoder, computed = setup.text.model.get_decoder(), []
+    forward = decoder.forward
+
+    def counting(*args: Any, **settings: Any) -> Any:
+        computed.append(settings["input_ids"].numel() + PASS)
+        return forward(*args, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder, "forward", counting)
+        work()
+    return sum(computed)
+
+
+def preferring(tiny_llama_folder: Path, folder: Path, objective: str, **changes: str) -> TextAssembly:
+    chance, rows = random.Random(0), []
+    for number in range(60):
+        one, other = sentence(chance), sentence(chance)
+        both = {"completion": one, "label": bool(number % 2)} if objective == "kto" else {"chosen": one, "rejected": other}
+        rows.append({"prompt": sentence(chance), **both})
+    data = write_rows(folder / "rows.jsonl", rows)
+    more = {"train.objective": objective, "train.micro_tokens": "512", "evaluate.drift_texts": "0", **changes}
+    return assemble_text(settings(tiny_llama_folder, data, folder / "run", more), quiet())
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_reference_and_its_readings_are_counted(
+    objective: str, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, kind, folder = preferring(tiny_llama_folder, tmp_path, objective), preference.KIND, RunFolder.create(tmp_path / "run")
+    none = changed(setup, train={"objective": "simpo"})
+    task = kind.new_task(setup)
+
+    def begin() -> None:
+        with kind.training(setup, task, folder, quiet()):
+            pass
+
+    found, without = phase_tokens(setup), phase_tokens(none)
+    reference = cost_of(setup, begin, monkeypatch)
+    if objective == "dpo":
+        assert 0.8 * reference < found.training - without.training < 1.25 * reference
+    batches = task.batches(0)
+    step = cost_of(setup, lambda: task.gradients(batches, 8.0), monkeypatch) - sum(batch.tokens + PASS for batch in batches)
+    assert (step > PASS) == (objective == "kto"), "the pass that estimates the KL"
+    _, rows = setup.evaluated
+    evaluator = PreferenceEvaluator(setup.config, setup.text, setup.encoder, rows, quiet())
+    cost = cost_of(setup, lambda: evaluator.report("t", baseline_rows=setup.dataset.train), monkeypatch)
+    assert 0.7 * cost < found.evaluation < 1.4 * cost
+    assert found.certificate > without.certificate
+
+
+def test_the_pass_that_estimates_the_kl_is_counted_at_each_step(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """A trained answer is twice one that is read, and kto only reads the second answer of a row."""
+    setup = preferring(tiny_llama_folder, tmp_path, "kto", **{"train.steps": "200"})
+    kto, dpo, simpo = (phase_tokens(changed(setup, train={"objective": name})) for name in ("kto", "dpo", "simpo"))
+    assert kto.training == pytest.approx(dpo.training - setup.tokens_of_run / 2 + 200 * PASS)
+    assert dpo.training > simpo.training and dpo.evaluation > simpo.evaluation
+    assert kto.evaluation < dpo.evaluation, "its second answers are not evaluated"
+    named = phase_tokens(changed(setup, train={"objective": "dpo", "reference": "base"}))
+    assert simpo.training < named.training < dpo.training, "where the adapter starts as the base, that is measured too"
 
 
 def shown(setup: TextAssembly, *, dry_run: bool) -> str:

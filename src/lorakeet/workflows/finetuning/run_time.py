@@ -17,6 +17,7 @@ from lorakeet.data.prefix import PASS
 from lorakeet.evaluate.wording import duration_text
 from lorakeet.memory.ledger import Work
 from lorakeet.models.generate.score import label_endings
+from lorakeet.train.preference_spec import KTO, SFT, START, WITHOUT_REFERENCE
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.finetuning.certify_text import CHECK_TOKENS
 from lorakeet.workflows.finetuning.evaluate_text import CALIBRATION_ROWS
@@ -64,12 +65,17 @@ def phase_tokens(setup: TextAssembly) -> PhaseTokens:
     train, spec = setup.config.train, setup.config.evaluate
     each_epoch = math.ceil(len(setup.train.examples) / train.sequences)
     held_out = 1 + setup.steps // train.evaluation_interval(each_epoch)
-    training = setup.tokens_of_run / FORWARD + held_out * _read(setup.held_out, train.micro_tokens)
+    training = _steps(setup) + held_out * _read(setup.held_out, train.micro_tokens) + _reference(setup)
     part, _ = setup.evaluated
-    rows = setup.encoded[part]
-    answering = _labelled(setup, rows) if setup.dataset.labels else _written(setup, rows) + 2 * _read(rows, train.micro_tokens)
+    rows, compares = setup.encoded[part], _compares(setup)
+    if setup.dataset.labels:
+        answering = _labelled(setup, rows)
+    else:
+        answers = 0.5 if train.objective == KTO else 1  # whose second answers are not evaluated
+        answering = _written(setup, rows) + (2 + compares) * answers * _read(rows, train.micro_tokens)
     drift = (spec.drift_tokens * (PASS + spec.drift_texts) + 2 * spec.drift_texts * spec.drift_tokens) * bool(spec.drift_texts)
-    return PhaseTokens(training, answering + drift, CHECKS * (CHECK_TOKENS + PASS))
+    again = _read(setup.held_out, train.micro_tokens) if compares else 0  # the reference, as it was before training
+    return PhaseTokens(training, answering + drift, CHECKS * (CHECK_TOKENS + PASS) + again)
 
 
 def run_time_text(setup: TextAssembly) -> str:
@@ -83,6 +89,28 @@ def run_time_text(setup: TextAssembly) -> str:
     each = ", ".join(f"{name} {duration_text(token * count)}" for name, count in phases.items())
     whole = duration_text(token * sum(phases.values()))
     return f"Time here, as busy as this machine is now: about {whole} ({each}), give or take half."
+
+
+def _compares(setup: TextAssembly) -> bool:
+    """Whether the objective has a reference."""
+    return setup.config.train.objective not in (SFT, *WITHOUT_REFERENCE)
+
+
+def _steps(setup: TextAssembly) -> float:
+    """The tokens of all steps. Of kto's two answers one is trained on, and the other read at each step, for the KL."""
+    if setup.config.train.objective != KTO:
+        return setup.tokens_of_run / FORWARD
+    half = setup.tokens_of_run / 2
+    return half / FORWARD + half + setup.steps * PASS
+
+
+def _reference(setup: TextAssembly) -> float:
+    """The tokens of the reference: all answers once; where it is the base, its held-out answers with the adapter off too."""
+    train = setup.config.train
+    if not _compares(setup):
+        return 0
+    twice = 2 if train.reference == START and setup.config.lora.continue_from is None else 1
+    return _read(setup.train, train.micro_tokens) + twice * _read(setup.held_out, train.micro_tokens)
 
 
 def _read(rows: Encoded, micro_tokens: int) -> float:
@@ -111,7 +139,8 @@ def _labelled(setup: TextAssembly, rows: Encoded) -> float:
 
 def _written(setup: TextAssembly, rows: Encoded) -> float:
     """The tokens of the replies of base, adapter and few-shot base."""
-    spec, prompts, typical = setup.config.evaluate, min(setup.config.evaluate.answers, len(rows.examples)), _typical(rows)
+    spec, typical = setup.config.evaluate, _typical(rows)
+    prompts = min(spec.answers, len(rows.examples) // setup.config.train.answers)
     longest = LONGER * max(int(row.supervised.sum()) for row in rows.examples)
     written = min(spec.answer_tokens, max(LEAST_TOKENS, longest))
     passes = math.ceil(prompts / TOGETHER)
