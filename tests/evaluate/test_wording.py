@@ -24,7 +24,7 @@ def test_numbers(value: float | None, text: str) -> None:
 
 
 def test_a_change_names_both_that_it_may_be_from_and_a_lead_both_units() -> None:
-    assert all("the reference's (orpo, simpo: the base's)" in metric_words(name).meaning for name in ("chosen_change", "rejected_change"))
+    assert all("of the reference or base" in metric_words(name).meaning for name in ("chosen_change", "rejected_change"))
     assert "in nats; a token if divided by length (ipo, orpo, simpo)" in metric_words("lead").meaning
 
 

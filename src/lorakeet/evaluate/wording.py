@@ -31,10 +31,10 @@ METRIC_WORDS = {
         "Lead", "nats", "Lead of the chosen answer, in nats; a token if divided by length (ipo, orpo, simpo)", True, drawn=False
     ),
     "chosen_change": MetricWords(
-        "Chosen, change", "nats a token", "log p of chosen answers less the reference's (orpo, simpo: the base's)", True, drawn=False
+        "Chosen, change", "nats a token", "log p of the chosen answers less that of the reference or base", True, drawn=False
     ),
     "rejected_change": MetricWords(
-        "Rejected, change", "nats a token", "log p of rejected answers less the reference's (orpo, simpo: the base's)", False, drawn=False
+        "Rejected, change", "nats a token", "log p of the rejected answers less that of the reference or base", False, drawn=False
     ),
     "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered correctly", True),
     "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, equally weighted", True),
