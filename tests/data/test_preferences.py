@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lorakeet.data.preferences import dialogue, rows_for, verdict, with_mismatches
+from lorakeet.data.prepare import load_dataset
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
@@ -121,6 +122,18 @@ def test_rows_of_another_objective_are_refused(
     with pytest.raises(DataError) as caught:
         rows_for(rows, objective, "training")
     assert said in str(caught.value)
+
+
+def test_rows_of_two_kinds_are_read_by_the_objective(tmp_path: Path) -> None:
+    rated = write_rows(tmp_path / "r.jsonl", [{"prompt": f"{n}?", "completion": "a", "label": str(n % 2 == 0)} for n in range(40)])
+    assert {row.desirable for row in load_dataset(DataSpec(train=str(rated)), "kto").train} == {True, False}
+    both = write_rows(tmp_path / "b.jsonl", [{"messages": [USER, {**GOOD, "content": f"{n}."}], "label": True} for n in range(40)])
+    assert all(row.desirable is None for row in load_dataset(DataSpec(train=str(both)), "sft").train)
+
+
+def test_sft_names_the_format_as_another_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--data\.format chat\|completion\|alpaca\|classification\|text"):
+        rows_for(read(tmp_path, SHAPES["texts"]), "sft", "training")
 
 
 def test_a_dialogue_needs_its_speakers() -> None:

@@ -8,10 +8,10 @@ from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError
 
 
-def shape(*values, **settings):
+def shape(*values, objective=None, **settings):
     problems = RowProblems("bad")
     records = (FileRecord(f"f:{number}", value) for number, value in enumerate(values, start=1))
-    rows = list(shape_rows(records, "f.jsonl", DataSpec(train="f", **settings), problems))
+    rows = list(shape_rows(records, "f.jsonl", DataSpec(train="f", **settings), problems, objective))
     problems.raise_if_any()
     return rows
 
@@ -153,3 +153,39 @@ def test_bad_messages(messages, said):
 def test_nan_is_an_empty_field():
     with pytest.raises(DataError, match="f:2: column 'label' is empty"):
         shape({"text": "a", "label": 1.0}, {"text": "b", "label": float("nan")})
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+PAIR = {"chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "found"),
+    [
+        ({"messages": MESSAGES, **PAIR}, {}, [("user", "Hi"), ("assistant", "Hello")]),
+        ({"messages": MESSAGES, "label": True}, {}, [("user", "Hi"), ("assistant", "Hello")]),
+        ({"prompt": "2+2=", "completion": "4", **PAIR}, {}, [("user", "2+2="), ("assistant", "4")]),
+        ({"prompt": "2+2=", "completion": "4", "label": False}, {}, [("user", "2+2="), ("assistant", "4")]),
+        ({"instruction": "Sing", "output": "la", **PAIR}, {}, [("user", "Sing"), ("assistant", "la")]),
+        ({"text": "fine", "label": True, **PAIR}, {}, [("user", "fine"), ("assistant", "True")]),
+        ({"text": "once", **PAIR}, {}, [("", "once")]),
+        ({"messages": MESSAGES, "text": "ok", "stars": 5, **PAIR}, {"label_column": "stars"}, [("user", "ok"), ("assistant", "5")]),
+    ],
+)  # fmt: skip
+def test_sft_trains_on_what_it_did_beside_columns_of_preferences(record, settings, found):
+    (row,) = shape(record, objective="sft", **settings)
+    assert [(turn.role, turn.text) for turn in row.turns] == found and not row.rejected and row.desirable is None
+
+
+def test_only_pairs_are_pairs_for_sft_too():
+    (row,) = shape({"prompt": "p", **PAIR}, objective="sft")
+    assert row.rejected and shape({"prompt": "p", "completion": "c", **PAIR})[0].rejected
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("true", True), ("false", False), (1, True), (0, False)])
+def test_kto_reads_a_verdict_of_any_kind(value, wanted):
+    for record in ({"prompt": "p", "completion": "c"}, {"messages": MESSAGES}):
+        (row,) = shape({**record, "label": value}, objective="kto")
+        assert row.desirable is wanted
+    with pytest.raises(DataError, match="column 'label' is 'perhaps'"):
+        shape({"messages": MESSAGES, "label": "perhaps"}, objective="kto")

@@ -33,9 +33,10 @@ def is_preference(columns: Mapping[str, object]) -> bool:
     return CHOSEN in columns and REJECTED in columns
 
 
-def is_rated(columns: Mapping[str, object]) -> bool:
-    """Whether a record has one answer with a verdict: a label that is true or false."""
-    return isinstance(columns.get(VERDICT), bool) and (("prompt" in columns and "completion" in columns) or "messages" in columns)
+def is_rated(columns: Mapping[str, object], *, of_any_value: bool = False) -> bool:
+    """Whether a record has one answer with a verdict: a label that is true or false, or one `of_any_value`."""
+    answered = ("prompt" in columns and "completion" in columns) or "messages" in columns
+    return answered and (VERDICT in columns if of_any_value else isinstance(columns.get(VERDICT), bool))
 
 
 def dialogue(text: str) -> list[dict[str, str]] | None:
@@ -111,7 +112,8 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str) -> tuple[Row
             shape, instead = ("two answers", "dpo") if pairs else ("a verdict on its answer", "kto")
             raise DataError(
                 f"{(pairs or rated)[0].source} has {shape}, but train.objective is sft, which trains on every answer. Set "
-                f"--train.objective {instead}, or give rows with a prompt and one good answer."
+                f"--train.objective {instead}, or give rows with a prompt and one good answer. Where they have columns for that beside "
+                "these, choose --data.format chat|completion|alpaca|classification|text."
             )
         return tuple(rows)
     if objective != "kto":

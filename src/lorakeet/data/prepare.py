@@ -51,10 +51,10 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
     """
     spec.validate()
     notes: list[str] = []
-    rows = read_rows(spec.train, spec, notes)
-    test = read_rows(spec.test, spec, notes) if spec.test else []
+    rows = read_rows(spec.train, spec, notes, objective)
+    test = read_rows(spec.test, spec, notes, objective) if spec.test else []
     if spec.held_out:
-        split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec, notes)))
+        split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec, notes, objective)))
     else:
         split = split_rows(rows, spec)
     # Checked before and after: the leak check may remove all training rows of a label.

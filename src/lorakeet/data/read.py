@@ -22,14 +22,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
 
 
-def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None) -> list[Row]:
-    """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them.
+def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None, objective: str | None = None) -> list[Row]:
+    """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them; `objective` as in `shape_rows`.
 
     Raises one DataError that lists all problems of single rows. With data.bad_rows "drop" such rows are left out; a sentence
     about them is added to `dropped`.
     """
     problems = RowProblems(f"{name} cannot be used as it is")
-    rows = list(shape_rows(islice(read_records(name, problems, spec), spec.limit), name, spec, problems))
+    rows = list(shape_rows(islice(read_records(name, problems, spec), spec.limit), name, spec, problems, objective))
     if spec.bad_rows == "stop" or not rows:
         problems.raise_if_any()
     if not rows:
@@ -41,7 +41,7 @@ def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None) -> li
     return rows
 
 
-def check_first_record(name: str, spec: DataSpec) -> None:
+def check_first_record(name: str, spec: DataSpec, objective: str | None = None) -> None:
     """Raises what `read_rows` would for a missing file, an unknown extension or a missing column; reads one record of the file.
 
     Says nothing of data sets that the datasets library reads, nor of a named pipe, which can be read only once.
@@ -51,7 +51,7 @@ def check_first_record(name: str, spec: DataSpec) -> None:
     if on_hub or folder.is_dir() or path.is_fifo():
         return
     problems = RowProblems(name)  # of single rows: all are named once the whole file is read
-    next(shape_rows(islice(read_records(name, problems, spec), 1), name, spec, problems), None)
+    next(shape_rows(islice(read_records(name, problems, spec), 1), name, spec, problems, objective), None)
 
 
 def is_absent(name: str) -> bool:

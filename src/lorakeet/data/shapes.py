@@ -26,15 +26,18 @@ _OTHER_ROLES = {
 _LABEL = "label"
 
 
-def shape_rows(records: Iterator[FileRecord], name: str, spec: DataSpec, problems: RowProblems) -> Iterator[Row]:
+def shape_rows(
+    records: Iterator[FileRecord], name: str, spec: DataSpec, problems: RowProblems, objective: str | None = None
+) -> Iterator[Row]:
     """Yields the rows of the records; with format "auto" the first record decides the shape.
 
-    Raises DataError for a missing column; problems of single records are added to `problems`.
+    Of several shapes that fit, a known `objective` (train.objective) takes that of its rows. Raises DataError for a missing
+    column; problems of single records are added to `problems`.
     """
     shape = ""
     for record in records:
         if not shape:
-            shape = _find_shape(record, name, spec)
+            shape = _find_shape(record, name, spec, objective)
             _require_columns(record, shape, name, spec)
         try:
             row = _shape(record, shape, spec)
@@ -52,14 +55,33 @@ def _require_length(row: Row, spec: DataSpec) -> None:
         )
 
 
-def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:
+def _find_shape(record: FileRecord, name: str, spec: DataSpec, objective: str | None) -> str:
     columns = record.values
     if spec.format != "auto":
         return spec.format
+    compared, plain = _compared_shape(columns, objective), _plain_shape(columns, spec, objective)
+    if found := (plain or compared) if objective == "sft" else (compared or plain):
+        return found
+    raise DataError(
+        f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
+        f"or 'instruction' and 'output', or 'chosen' and 'rejected', or '{spec.text_column}'. Name yours with --data.text_column "
+        f"(and --data.label_column for labelled texts), or choose --data.format.{_one_of_several(columns)}"
+    )
+
+
+def _compared_shape(columns: Mapping[str, object], objective: str | None) -> str:
+    """The shape of records of preferences; empty if they are none. For kto a label of any value is a verdict."""
+    if objective == "kto" and is_rated(columns, of_any_value=True):
+        return "rated"
     if is_preference(columns):
         return "preference"
-    if is_rated(columns):
-        return "rated"
+    return "rated" if is_rated(columns) else ""
+
+
+def _plain_shape(columns: Mapping[str, object], spec: DataSpec, objective: str | None) -> str:
+    """The shape of records that have one answer, or none; empty if they are of no known shape."""
+    if objective == "sft" and spec.label_column is not None and all(each in columns for each in _classified_columns(spec)):
+        return "classification"
     if any(column in columns for column in _CHAT_COLUMNS):
         return "chat"
     if any(prompt in columns and answer in columns for prompt, answer in _COMPLETION_COLUMNS):
@@ -68,13 +90,17 @@ def _find_shape(record: FileRecord, name: str, spec: DataSpec) -> str:
         return "alpaca"
     if spec.label_column is not None or (spec.text_column in columns and _LABEL in columns):
         return "classification"
-    if spec.text_column in columns:
-        return "text"
-    raise DataError(
-        f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
-        f"or 'instruction' and 'output', or 'chosen' and 'rejected', or '{spec.text_column}'. Name yours with --data.text_column "
-        f"(and --data.label_column for labelled texts), or choose --data.format.{_one_of_several(columns)}"
-    )
+    return "text" if spec.text_column in columns else ""
+
+
+def _classified_columns(spec: DataSpec) -> dict[str, str]:
+    """The columns of labelled texts, each with what to do where it is missing."""
+    fields = template_fields(spec.template)
+    needed = {field: "fix --data.template" for field in fields if field != "text"}
+    needed[spec.label_column or _LABEL] = "name it with --data.label_column"
+    if "text" in fields:
+        needed[spec.text_column] = "name it with --data.text_column"
+    return needed
 
 
 def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) -> None:
@@ -95,10 +121,7 @@ def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) 
     if shape == "text":
         needed[spec.text_column] = "name it with --data.text_column"
     if shape == "classification":
-        needed |= {field: "fix --data.template" for field in template_fields(spec.template) if field != "text"}
-        needed[spec.label_column or _LABEL] = "name it with --data.label_column"
-        if "text" in template_fields(spec.template):
-            needed[spec.text_column] = "name it with --data.text_column"
+        needed |= _classified_columns(spec)
     if spec.group_column is not None:
         needed[spec.group_column] = "name it with --data.group_column"
     missing = [
