@@ -52,6 +52,58 @@ def test_only_the_answer_after_the_common_turns_is_trained(tmp_path: Path) -> No
     assert [turn.supervised for turn in row.turns] == [False, False, False, True]
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+WHOLE = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+WITH_SYSTEM = {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Which way? \n", **WHOLE},
+        {"prompt": "Which way?", **WHOLE, "rejected": [{**USER, "content": " Which way?"}, BAD]},
+        {"system": "Be brief.", **WHOLE},
+        {"system": "Be brief.", **WITH_SYSTEM},
+        {"system": "Be brief.", "prompt": "Which way?", **WHOLE},
+        {"prompt": "Which way?", **WITH_SYSTEM},
+        {"prompt": [SYSTEM, USER], **WHOLE},
+        {"system": "Be brief.", **SHAPES["Anthropic"]},
+    ],
+)
+def test_a_prompt_beside_whole_conversations_is_not_doubled(record: dict[str, Any], tmp_path: Path) -> None:
+    (row,) = read(tmp_path, record, system="Be brief.")
+    for turns, answer in ((row.turns, "Left."), (row.rejected, "Right.")):
+        assert [turn.role for turn in turns] == ["system", "user", "assistant"] and turns[-1].text == answer
+        assert [turn.text.strip() for turn in turns[:-1]] == ["Be brief.", "Which way?"]
+    assert row.turns[:-1] == row.rejected[:-1] and [turn.supervised for turn in row.turns] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Which one?", **WHOLE},
+        {"system": "Be long.", **WITH_SYSTEM},
+        {"prompt": "Which one?", **WITH_SYSTEM},
+    ],
+)
+def test_a_second_prompt_is_refused(record: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the prompt is .* Remove one of the two prompts"):
+        read(tmp_path, record)
+
+
+def test_turns_before_the_answer_are_not_trained_where_a_prompt_is_given(tmp_path: Path) -> None:
+    before = [USER, GOOD, {"role": "user", "content": "And then?"}]
+    for given in ({"prompt": "Which way?"}, {"system": "Be brief."}, {}):
+        (row,) = read(tmp_path, {**given, "chosen": [*before, GOOD], "rejected": [*before, BAD]}, system="Be brief.")
+        assert [turn.supervised for turn in row.turns] == [False, False, False, False, True]
+
+
+def test_a_common_system_turn_alone_is_no_common_prompt(tmp_path: Path) -> None:
+    other = {"role": "user", "content": "Other?"}
+    with pytest.raises(DataError, match="expected the same prompt in both"):
+        read(tmp_path, {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, other, BAD]})
+
+
 def test_a_system_prompt_stands_before_both_answers(tmp_path: Path) -> None:
     (row,) = read(tmp_path, SHAPES["texts"], system="Be brief.")
     assert row.other is not None

@@ -56,28 +56,58 @@ def answers_of(values: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
     return None
 
 
-def preferred(
-    chosen: Sequence[Turn], rejected: Sequence[Turn], prompt: Sequence[Turn]
-) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """Both conversations, of which only what follows the `prompt` is trained; without one, what follows their common turns.
+def with_prompt(prompt: Sequence[Turn], answer: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The prompt and the answer after it, where the answer may be the whole conversation, which begins with the prompt.
 
-    Raises UnusableRow if the answers are equal, or do not both end in an answer of the assistant.
+    White space around texts, and a system turn that only one of them has, are no difference. Raises UnusableRow where the
+    prompt would be followed by a second one.
     """
-    if not prompt:
-        common = [one for one, _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))]
-        prompt, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
+    own, said = _system(prompt), _system(answer)
+    asked, rest = prompt[len(own) :], answer[len(said) :]
+    agree = not (own and said) or _alike(own[0], said[0])
+    if agree and len(rest) >= len(asked) and all(map(_alike, asked, rest)):
+        return (*(own or said), *asked, *rest[len(asked) :])
+    if prompt and (said or (answer and answer[0].role == prompt[-1].role == "user")):
+        raise UnusableRow(
+            f"the prompt is {_shown(prompt)} and the answer begins with the {answer[0].role}'s {_shown(answer)}; expected an answer "
+            "of the assistant, or the whole conversation with the same prompt. Remove one of the two prompts."
+        )
+    return (*prompt, *answer)
+
+
+def preferred(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """Both conversations, of which only what follows their common first turns is trained.
+
+    Raises UnusableRow if the conversations are equal, do not begin alike, or do not both end in an answer of the assistant.
+    """
     if list(chosen) == list(rejected):
         raise UnusableRow("chosen and rejected are equal, so neither is preferred; remove the row or change one of them.")
-    if not prompt:
+    common = common_turns(chosen, rejected)
+    prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+    if not prompt or (chosen[0].role == "user" and len(_system(prompt)) == len(prompt)):
         raise UnusableRow(
             f"chosen begins with {_shown(chosen)} and rejected with {_shown(rejected)}; expected the same prompt in both. "
             "Give it in a column 'prompt', or make their first messages equal."
         )
     for name, answer in ((CHOSEN, chosen), (REJECTED, rejected)):
-        if not answer or answer[-1].role != "assistant":
+        if answer[-1].role != "assistant":
             raise UnusableRow(f"{name} does not end in an answer of the assistant after the prompt; add one.")
     before = tuple(replace(turn, supervised=False) for turn in prompt)
     return (*before, *chosen), (*before, *rejected)
+
+
+def common_turns(one: Sequence[Turn], other: Sequence[Turn]) -> int:
+    """How many turns both begin with; the last turn of each is an answer of its own."""
+    both = zip(one[:-1], other[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda turns: turns[0] == turns[1], both))
+
+
+def _system(turns: Sequence[Turn]) -> Sequence[Turn]:
+    return turns[:1] if turns and turns[0].role == "system" else ()
+
+
+def _alike(one: Turn, other: Turn) -> bool:
+    return (one.role, one.text.strip(), one.extra) == (other.role, other.text.strip(), other.extra)
 
 
 def verdict(value: object) -> bool:

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorakeet.data.preferences import CHOSEN, PROMPTS, REJECTED, VERDICT, answers_of, is_preference, is_rated, preferred, verdict
+from lorakeet.data.preferences import (
+    CHOSEN, PROMPTS, REJECTED, VERDICT, answers_of, is_preference, is_rated, preferred, verdict, with_prompt,
+)  # fmt: skip
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint
@@ -185,15 +187,13 @@ def _preference(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, 
         prompt = (Turn("user", f"{text}\n\n{extra}" if extra else text, supervised=False),)
     if isinstance(values.get("system"), str) and values["system"] and not (prompt and prompt[0].role == "system"):
         prompt = (Turn("system", _text(values, "system", spec), supervised=False), *prompt)
-    if (both := answers_of(values)) is not None and not (prompt and isinstance(values[CHOSEN], str)):
+    if (both := answers_of(values)) is not None and not (column is not None and isinstance(values[CHOSEN], str)):
         chosen, rejected = (_turns_of(each, spec) for each in both)
-        if prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:  # the whole conversation beside its prompt
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return preferred(chosen, rejected, prompt)
-    if not prompt:
+    elif column is not None:
+        chosen, rejected = ((Turn("assistant", _text(values, name, spec), supervised=True),) for name in (CHOSEN, REJECTED))
+    else:
         raise UnusableRow("chosen and rejected are texts, and there is no column 'prompt'; add one, or give lists of messages.")
-    chosen, rejected = ((Turn("assistant", _text(values, name, spec), supervised=True),) for name in (CHOSEN, REJECTED))
-    return preferred(chosen, rejected, prompt)
+    return preferred(with_prompt(prompt, chosen), with_prompt(prompt, rejected))
 
 
 def _rated(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], bool]:
