@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,49 @@ def test_a_prompt_is_shortened_equally_for_both(longer: str, tokenizer: Any) -> 
     assert found is not None and all(each.truncated and len(each.ids) <= 48 for each in found)
     starts = [int(np.flatnonzero(each.supervised)[0]) for each in found]
     assert starts[0] == starts[1] and np.array_equal(found[0].ids[: starts[0]], found[1].ids[: starts[0]])
+
+
+def conversation(prompt: str, follow_ups: tuple[str, str], answers: tuple[str, str]) -> Row:
+    """Conversations that differ after the prompt, each with a question of its own before its last answer."""
+    user, ends = Turn("user", prompt, supervised=False), []
+    for name, more, answer in zip("ab", follow_ups, answers, strict=True):
+        ends.append((Turn("assistant", name, True), Turn("user", more, False), Turn("assistant", answer, True)))
+    return Row((user, *ends[0]), None, None, "rows:7", rejected=(user, *ends[1]))
+
+
+@pytest.mark.parametrize("answers", [("left", "right"), ("left", "right and then on"), ("left and then on", "right")])
+def test_turns_after_the_prompt_stay_those_of_their_own_conversation(answers: tuple[str, str], tokenizer: Any) -> None:
+    found = encode_pair(conversation("word " * 60, ("why so?", "how far is it?"), answers), encoder(tokenizer, max_tokens=64))
+    assert found is not None and all(each.truncated and len(each.ids) <= 64 for each in found)
+    texts = [tokenizer.decode(each.ids) for each in found]
+    for text, name, more, answer in zip(texts, "ab", ("why so?", "how far is it?"), answers, strict=True):
+        before, _, after = text.partition(more)
+        assert before.startswith("word word") and before.split()[-1] == name and answer in after
+    assert len({text.split("\n")[0] for text in texts}) == 1
+
+
+def test_a_long_follow_up_is_never_the_reason_for_a_shorter_one_elsewhere(tokenizer: Any) -> None:
+    both = conversation("what", ("short?", "long " * 30), ("left", "right"))
+    with pytest.raises(DataError, match="rows:7"):
+        encode_pair(both, encoder(tokenizer, max_tokens=64))
+    assert encode_pair(both, encoder(tokenizer, max_tokens=64, too_long="drop")) is None
+
+
+def trimming(byte_tokenizer: Any) -> Encoder:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    return Encoder(byte_tokenizer(template=template, eos_token="<|im_end|>"), DataSpec(train="x"))
+
+
+def test_answers_that_the_template_makes_equal_are_refused(byte_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"rows:1: chosen and rejected have the same tokens"):
+        encode_pair(row("which way", "left", "left "), trimming(byte_tokenizer))
+    assert encode_pair(row("which way", "left", "right "), trimming(byte_tokenizer)) is not None
+
+
+def test_the_answer_of_another_row_may_be_equal(tokenizer: Any) -> None:
+    rated = replace(row("which way", "left", "left"), desirable=True)
+    assert encode_pair(rated, encoder(tokenizer)) is not None
 
 
 def test_pairs_that_are_too_long_are_left_out_by_name(tokenizer: Any) -> None:

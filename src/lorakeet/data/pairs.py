@@ -15,6 +15,7 @@ import numpy as np
 
 from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.pack import Batch, even_bins, pack_examples, padded_bins
+from lorakeet.data.preferences import common_turns
 from lorakeet.data.prefix import common_prefix
 from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
@@ -23,24 +24,23 @@ from lorakeet.errors import DataError
 def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
     """The row with its chosen and with its rejected answer; None if one of them is too long and `too_long` is "drop".
 
-    A prompt that must be shortened is shortened equally for both. Raises DataError where the chat template changes the prompt
-    with the answer.
+    Only the prompt, the turns that both begin with, is shortened, and equally for both. Raises DataError where the turns after
+    it are too long, where the chat template changes the prompt with the answer, and where both answers of a pair have the same
+    tokens.
     """
     other = row.other
     if other is None:
         raise DataError(f"{row.source} has one answer only; a preference needs two, in the columns chosen and rejected.")
-    first, second = encoder.shortened(row), encoder.shortened(other)
-    if first is None or second is None:
+    fitted = _shortened(row, other, encoder)
+    if fitted is None:
         return None
-    if first is not row or second is not other:
-        prompt = min((first, second), key=lambda each: sum(len(turn.text) for turn in each.turns if turn.role == "user")).turns
-        first, second = _with_prompt(first, prompt), _with_prompt(second, prompt)
     found = []
-    for each, given in ((first, row), (second, other)):
+    for each, given in zip(fitted, (row, other), strict=True):
         example = encoder.encode(each)
         if example is None:
             return None
-        found.append(replace(example, key=row.key, truncated=each is not given))
+        cut = [turn.text for turn in each.turns] != [turn.text for turn in given.turns]
+        found.append(replace(example, key=row.key, truncated=cut))
     chosen, rejected = found
     starts = [int(np.flatnonzero(each.supervised)[0]) for each in found]
     if not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[1]]):
@@ -48,7 +48,33 @@ def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
             f"{row.source}: the prompt has other tokens before the chosen answer than before the rejected one, so the answers "
             "cannot be compared. The chat template changes the prompt with the answer; set --data.chat_template off."
         )
+    if row.desirable is None and np.array_equal(chosen.ids, rejected.ids):  # kto's second answer is that of another row
+        raise DataError(
+            f"{row.source}: chosen and rejected have the same tokens, so neither is preferred. The chat template leaves out what "
+            "differs, such as white space; remove the row or change one of them."
+        )
     return chosen, rejected
+
+
+def _shortened(row: Row, other: Row, encoder: Encoder) -> tuple[Row, Row] | None:
+    """Both rows with the same, perhaps shorter prompt, so that each fits; None if one is to be left out."""
+    prompt = common_turns(row.turns, other.turns)
+    both, side, fitting = [_with_fixed_end(each, prompt) for each in (row, other)], 0, 0
+    while fitting < 2:
+        found = encoder.shortened(both[side])
+        if found is None:
+            return None
+        if found is both[side]:
+            side, fitting = 1 - side, fitting + 1
+        else:
+            both, fitting = [replace(each, turns=(*found.turns[:prompt], *each.turns[prompt:])) for each in both], 0
+    return both[0], both[1]
+
+
+def _with_fixed_end(row: Row, prompt: int) -> Row:
+    """The row where no text after the first `prompt` turns can be shortened: one character of it is free."""
+    end = (replace(turn, free=(0, 1)) if turn.role == "user" else turn for turn in row.turns[prompt:])
+    return replace(row, turns=(*row.turns[:prompt], *end))
 
 
 def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
@@ -72,13 +98,6 @@ def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
             "were dropped; raise --data.max_tokens or set --data.too_long truncate."
         )
     return Encoded(tuple(examples), truncated, tuple(dropped))
-
-
-def _with_prompt(row: Row, turns: Sequence[object]) -> Row:
-    """The row with the user's turns of `turns`, which has as many turns before its answer."""
-    pairs = zip(row.turns, turns, strict=False)
-    changed = [new if old.role == "user" and not old.supervised else old for old, new in pairs]
-    return replace(row, turns=(*changed, *row.turns[len(changed) :]))  # type: ignore[arg-type]
 
 
 def pair_batches(
