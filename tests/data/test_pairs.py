@@ -10,6 +10,7 @@ import pytest
 
 from lorakeet.data.chat import Encoder, Example
 from lorakeet.data.pairs import encode_pair, encode_pairs, pair_batches
+from lorakeet.data.prefix import BatchLimits
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
@@ -127,27 +128,67 @@ def pairs_of(batches: list[Any]) -> list[list[int]]:
     return [[number // 2 for number in row[::2]] for row in keys]
 
 
+def of_one_prompt(count: int, prompt: int) -> list[Example]:
+    """Pairs with one prompt and answers of their own."""
+    generator, (first, *_) = np.random.default_rng(1), made_up([prompt])
+    found = []
+    for number in range(2 * count):
+        ids = np.concatenate([first.ids[:prompt], [100 + number], generator.integers(1, 90, size=4)]).astype(np.int64)
+        found.append(Example(ids, np.arange(len(ids)) >= prompt, str(number), None, False))
+    return found
+
+
+def limits(tokens: int, times: int = 8, a_pass: int = 128) -> BatchLimits:
+    return BatchLimits(tokens, times, a_pass)
+
+
 def test_short_prompts_are_packed_together_and_long_ones_alone() -> None:
-    batches = pair_batches(made_up([8, 200, 8, 300]), 4096, shares=True, a_pass=128)
+    batches = pair_batches(made_up([8, 200, 8, 300]), limits(4096), shares=True)
     assert sorted(pairs_of(batches)) == [[0, 2], [1], [3]]
 
 
 def test_pairs_of_one_long_prompt_share_a_batch() -> None:
-    examples = made_up([200])
-    twice = enumerate([*examples, *examples])
-    same = [Example(row.ids.copy(), row.supervised, str(number), None, False) for number, row in twice]
-    assert pairs_of(pair_batches(same, 4096, shares=True, a_pass=128)) == [[0, 1]]
+    assert pairs_of(pair_batches(of_one_prompt(2, 200), limits(4096), shares=True)) == [[0, 1]]
+
+
+def test_answers_that_begin_alike_share_the_batch_of_their_prompt() -> None:
+    examples = of_one_prompt(3, 200)
+    for example in examples[:2]:
+        example.ids[200] = 99
+    assert pairs_of(pair_batches(examples, limits(4096), shares=True)) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(("times", "batches"), [(1, 12), (2, 6), (3, 4), (8, 2)])
+def test_rows_of_a_shared_prompt_have_at_most_times_as_many_tokens(times: int, batches: int) -> None:
+    found = pair_batches(of_one_prompt(12, 300), limits(620, times), shares=True)
+    assert len(found) == batches and all(batch.tokens <= times * 620 for batch in found)
+    assert sorted(sum(pairs_of(found), [])) == list(range(12))
+
+
+def test_targets_count_where_a_prompt_is_shared() -> None:
+    examples = [replace(row, supervised=np.arange(len(row.ids)) >= 150) for row in of_one_prompt(6, 300)]
+    for batch in pair_batches(examples, limits(700), shares=True):
+        assert batch.targets <= 700
+
+
+def test_where_a_pass_reads_all_weights_pairs_are_packed() -> None:
+    apart = made_up([200] * 6)
+    assert len(pair_batches(apart, limits(4096), shares=True)) == 6
+    assert len(pair_batches(apart, limits(4096, a_pass=1 << 30), shares=True)) == 1
+    mixed = [*apart, *of_one_prompt(12, 2000)]
+    mixed = [replace(row, key=str(number)) for number, row in enumerate(mixed)]
+    assert [len(row) for row in pairs_of(pair_batches(mixed, limits(4096, 16, 1 << 30), shares=True))] == [6, 12]
 
 
 def test_a_batch_holds_at_most_its_tokens() -> None:
     examples = made_up([10] * 8)
-    for batch in pair_batches(examples, 70, shares=False, a_pass=128):
+    for batch in pair_batches(examples, limits(70), shares=False):
         assert batch.tokens <= 70
-    alone = pairs_of(pair_batches(examples, 1, shares=True, a_pass=128))
+    alone = pairs_of(pair_batches(examples, limits(1), shares=True))
     assert sorted(alone) == [[pair] for pair in range(8)]
 
 
 def test_padding_counts_where_rows_are_padded() -> None:
     examples = made_up([40, 10, 10, 10])
-    for batch in pair_batches(examples, 100, shares=False, a_pass=128, padded=True):
+    for batch in pair_batches(examples, limits(100), shares=False, padded=True):
         assert len(batch.lengths) * max(batch.lengths) <= 100

@@ -1,7 +1,7 @@
 """Rows with two answers as tokens, and micro-batches that keep both together.
 
 The examples of a preference run stand in pairs: number 2i has the chosen answer, 2i + 1 the rejected one. Both begin with the
-same prompt, to the token. A pair with a long prompt has a batch of its own, where the prompt is computed once for both answers
+same prompt, to the token. Pairs of one long prompt have a batch of their own, where the prompt is computed once for all answers
 (data/prefix); the others are packed together.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.pack import Batch, even_bins, pack_examples, padded_bins
 from lorakeet.data.preferences import common_turns
-from lorakeet.data.prefix import common_prefix
+from lorakeet.data.prefix import UNIT, BatchLimits, common_prefix
 from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
 
@@ -42,7 +42,7 @@ def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
         cut = [turn.text for turn in each.turns] != [turn.text for turn in given.turns]
         found.append(replace(example, key=row.key, truncated=cut))
     chosen, rejected = found
-    starts = [int(np.flatnonzero(each.supervised)[0]) for each in found]
+    starts = [_prompt_tokens(each) for each in found]
     if not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[1]]):
         raise DataError(
             f"{row.source}: the prompt has other tokens before the chosen answer than before the rejected one, so the answers "
@@ -100,30 +100,93 @@ def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
     return Encoded(tuple(examples), truncated, tuple(dropped))
 
 
-def pair_batches(
-    examples: Sequence[Example], max_tokens: int, *, shares: bool, a_pass: int, padded: bool = False
-) -> list[Batch]:
-    """Splits pairs, neighbours in `examples`, into batches of at most `max_tokens` computed tokens. Deterministic.
+def pair_batches(examples: Sequence[Example], limits: BatchLimits, *, shares: bool, padded: bool = False) -> list[Batch]:
+    """Splits pairs, neighbours in `examples`, into batches within the limits; a larger pair has one of its own. Deterministic.
 
-    A larger pair is a batch of its own. With `shares`, a pair whose prompt has more than `a_pass` tokens is batched alone, or
-    with pairs of the same prompt: then the prompt is computed once for the batch. Where rows are `padded`, padding counts.
+    With `shares`, pairs of one prompt have batches of their own where that saves more tokens than its passes cost: then the
+    prompt is computed once for each batch. Where rows are `padded`, padding counts.
     """
-    lengths = [(len(examples[at].ids), len(examples[at + 1].ids)) for at in range(0, len(examples), 2)]
     if padded:
-        bins = padded_bins([max(both) for both in lengths], max(1, max_tokens // 2))
-        return [_packed(examples, chosen) for chosen in bins]
-    common = [common_prefix(examples[2 * pair].ids, examples[2 * pair + 1].ids) if shares else 0 for pair in range(len(lengths))]
-    together = [pair for pair, shared in enumerate(common) if shared <= a_pass]
-    bins = [[together[at] for at in chosen] for chosen in even_bins([sum(lengths[pair]) for pair in together], max_tokens)]
-    prompts: dict[bytes, list[int]] = defaultdict(list)
-    for pair, shared in enumerate(common):
-        if shared > a_pass:
-            prompts[examples[2 * pair].ids[:shared].tobytes()].append(pair)
-    for pairs in prompts.values():
-        shared = common[pairs[0]]
-        own = [sum(lengths[pair]) - 2 * shared for pair in pairs]
-        bins += [[pairs[at] for at in chosen] for chosen in even_bins(own, max(1, max_tokens - shared))]
+        longest = [max(len(examples[at].ids), len(examples[at + 1].ids)) for at in range(0, len(examples), 2)]
+        return [_packed(examples, chosen) for chosen in padded_bins(longest, max(1, limits.tokens // 2))]
+    pairs = _Pairs(examples, limits, shares=shares)
+    every = list(range(len(examples) // 2))
+    bins = min((pairs.apart(every), pairs.by_prompt(every)), key=lambda bins: sum(map(pairs.cost, bins)))
     return [_packed(examples, chosen) for chosen in bins]
+
+
+class _Pairs:
+    """The tokens of pairs by number, and how they are split into batches; a batch is a list of these numbers."""
+
+    def __init__(self, examples: Sequence[Example], limits: BatchLimits, *, shares: bool) -> None:
+        both = [(examples[at], examples[at + 1]) for at in range(0, len(examples), 2)]
+        self.lengths = [len(chosen.ids) + len(rejected.ids) for chosen, rejected in both]
+        self.targets = [int(chosen.supervised.sum() + rejected.supervised.sum()) for chosen, rejected in both]
+        self.common = [common_prefix(chosen.ids, rejected.ids) if shares else 0 for chosen, rejected in both]
+        self.prompts = [
+            chosen.ids[: min(common, _prompt_tokens(chosen))].tobytes()
+            for (chosen, _), common in zip(both, self.common, strict=True)
+        ]
+        self.limits = limits
+
+    def apart(self, pairs: Sequence[int]) -> list[list[int]]:
+        """Batches of pairs of any prompts, whose prompts all count."""
+        return _chosen(pairs, even_bins([self.lengths[pair] for pair in pairs], self.limits.tokens))
+
+    def by_prompt(self, pairs: Sequence[int]) -> list[list[int]]:
+        """Batches where pairs of one prompt are together if that costs less than among others; those fill `apart` batches."""
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for pair in pairs:
+            groups[self.prompts[pair]].append(pair)
+        found, others = [], []
+        for group in groups.values():
+            own = self._together(group)
+            if sum(map(self.cost, own)) < self._among_others(group):
+                found += own
+            else:
+                others += group
+        return [*self.apart(others), *found] if others else found
+
+    def cost(self, batch: Sequence[int]) -> int:
+        """The cost of a batch in tokens: the computed ones and the pass."""
+        return sum(self.lengths[pair] for pair in batch) - (2 * len(batch) - 1) * self._shared(batch) + self.limits.a_pass
+
+    def _together(self, group: Sequence[int]) -> list[list[int]]:
+        """Batches of pairs of one prompt, each pair with the share of a batch that it fills, in UNITs."""
+        most, shared = self.limits.tokens, self._shared(group)
+        filled = [
+            max(
+                (self.lengths[pair] - 2 * shared) * UNIT // max(1, most - shared),
+                self.targets[pair] * UNIT // most,
+                self.lengths[pair] * UNIT // (self.limits.times * most),
+            )
+            for pair in group
+        ]
+        return _chosen(group, even_bins([min(each, UNIT + 1) for each in filled], UNIT, UNIT >> 12))
+
+    def _among_others(self, group: Sequence[int]) -> float:
+        """The cost of the pairs in batches with others: of each pass only the share that they fill."""
+        passes = sum(min(1.0, self.lengths[pair] / self.limits.tokens) for pair in group)
+        return sum(self.lengths[pair] for pair in group) + passes * self.limits.a_pass
+
+    def _shared(self, batch: Sequence[int]) -> int:
+        """Tokens that all rows of the batch begin with, and that count once."""
+        if len(batch) == 1:
+            return self.common[batch[0]]
+        first = self.prompts[batch[0]]
+        return len(first) // _ID_BYTES if all(self.prompts[pair] == first for pair in batch) else 0
+
+
+_ID_BYTES = np.dtype(np.int64).itemsize
+
+
+def _prompt_tokens(example: Example) -> int:
+    """Tokens before the first target."""
+    return int(np.flatnonzero(example.supervised)[0])
+
+
+def _chosen(numbers: Sequence[int], bins: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[numbers[at] for at in places] for places in bins]
 
 
 def _packed(examples: Sequence[Example], pairs: Sequence[int]) -> Batch:

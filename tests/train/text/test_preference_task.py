@@ -163,6 +163,25 @@ def test_a_long_prompt_is_computed_once_for_both_answers(tiny_llama_folder: Path
     assert len(batches) == 3 and computed == rows - prompts
 
 
+def test_streamed_pairs_are_packed(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    for store, batches in ((None, PAIRS), (tmp_path / "store", 1)):
+        text = loaded(tiny_llama_folder, store) if store else loaded(tiny_llama_folder)
+        text = initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4), text.family), seed=0)
+        task = task_on(text, "dpo", micro_tokens=4096, examples=pairs(PAIRS, 5, prompt=150))
+        assert len(task.batches(0)) == batches
+
+
+def test_pairs_of_one_prompt_keep_to_the_limits_of_the_model(tiny_llama_folder: Path) -> None:
+    (first, *_), others = pairs(1, 5, prompt=150), pairs(PAIRS, 6, prompt=0)
+    before = first.ids[:150]
+    rows = [
+        replace(row, ids=np.concatenate([before, row.ids]), supervised=np.arange(150 + len(row.ids)) >= 150) for row in others
+    ]
+    task = task_on(adapted(tiny_llama_folder), "dpo", micro_tokens=330, examples=rows)
+    most = task.text.batch_limits([len(row.ids) for row in rows], 330).times * 330
+    assert all(batch.tokens <= most for batch in task.batches(0))
+
+
 def test_before_the_first_step_the_model_is_its_reference(tiny_llama_folder: Path) -> None:
     text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32", device="cpu"))
     text = initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4), text.family), seed=0)

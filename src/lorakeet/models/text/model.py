@@ -194,9 +194,13 @@ class TextModel:
         """
         if not self.options.share_prefix or self.pads:
             return micro_batches(rows, max_tokens, padded=self.pads)
-        times = TIMES if self._copies_nothing([len(row.ids) for row in rows]) else 1
+        return prefix_batches(rows, self.batch_limits([len(row.ids) for row in rows], max_tokens))
+
+    def batch_limits(self, lengths: Sequence[int], max_tokens: int) -> BatchLimits:
+        """The limits of batches of `max_tokens` computed tokens, from rows of these lengths in tokens, that share prefixes."""
+        times = TIMES if self._copies_nothing(lengths) else 1
         a_pass = READ if self.sharded or self.streamed is not None else PASS
-        return prefix_batches(rows, BatchLimits(max_tokens, times, a_pass))
+        return BatchLimits(max_tokens, times, a_pass)
 
     def _copies_nothing(self, lengths: Sequence[int]) -> bool:
         """True if Lorakeet's own kernel attends to rows of these lengths (kernels/cpu/attention.RowAttention)."""

@@ -23,7 +23,6 @@ from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.data.pairs import pair_batches
-from lorakeet.data.prefix import PASS
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.preference_spec import KTO, WITHOUT_REFERENCE, PreferenceSpec
@@ -102,8 +101,8 @@ class PreferenceTask(TextTask):
 
     def _cut(self, examples: Sequence[Example]) -> list[Batch]:
         text = self.text
-        shares = text.options.share_prefix and not text.pads
-        return pair_batches(examples, self.spec.micro_tokens, shares=shares, a_pass=PASS, padded=text.pads)
+        limits = text.batch_limits([len(example.ids) for example in examples], self.spec.micro_tokens)
+        return pair_batches(examples, limits, shares=text.options.share_prefix and not text.pads, padded=text.pads)
 
     def _own_pairs(self, examples: Sequence[Example], pairs: Sequence[int]) -> list[int]:
         """Those of `pairs` that this process computes."""
