@@ -188,6 +188,21 @@ def test_sft_names_the_format_as_another_remedy(tmp_path: Path) -> None:
         rows_for(read(tmp_path, SHAPES["texts"]), "sft", "training")
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_held_out_rows_of_one_verdict_are_noted(label: bool, tmp_path: Path) -> None:
+    def rated(name: str, count: int, labels: tuple[bool, ...]) -> str:
+        records = [{"prompt": f"{name} {n}?", "completion": "a", "label": labels[n % len(labels)]} for n in range(count)]
+        return str(write_rows(tmp_path / f"{name}.jsonl", records))
+
+    spec = DataSpec(train=rated("train", 8, (True, False)), held_out=rated("held", 3, (label,)), test=rated("test", 2, (label,)))
+    found = load_dataset(spec, "kto")
+    assert len(found.held_out) == 3 and len(found.test) == 2
+    for part, count in (("held-out", 3), ("test", 2)):
+        assert any(note.startswith(f"All {count} {part} rows have the label {str(label).lower()}") for note in found.notes)
+    with pytest.raises(DataError, match=f"All 3 training rows have the label {str(label).lower()}"):
+        load_dataset(DataSpec(train=spec.held_out, held_out=spec.train), "kto")
+
+
 def test_a_dialogue_needs_its_speakers() -> None:
     assert dialogue("no speaker") is None
     assert dialogue("Human: a\n\nAssistant: b") == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -153,3 +153,31 @@ def test_files_that_are_no_record(tmp_path, content):
     (tmp_path / "split.json").write_text(content)
     with pytest.raises(DataError, match=r"split.json"):
         read_split_record(tmp_path / "split.json")
+
+
+def rated(number, wanted, group=None):
+    turns = Turn("user", f"question {number}", False), Turn("assistant", "ok", True)
+    return Row(turns, None, group, f"f:{number}", desirable=wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_verdicts_keep_their_share(seed):
+    split = split_rows([rated(n, n % 4 != 0) for n in range(200)], spec(split_seed=seed, held_out_minimum=0))
+    assert Counter(row.desirable for row in split.held_out) == {True: 15, False: 5}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_both_verdicts_are_held_out_and_trained_where_they_can_be(seed):
+    split = split_rows([rated(n, n >= 2) for n in range(40)], spec(split_seed=seed, held_out_minimum=0))
+    assert Counter(row.desirable for row in split.held_out) == {True: 3, False: 1}
+    assert {row.desirable for row in split.train} == {True, False}
+    alone = split_rows([rated(n, n >= 1) for n in range(40)], spec(split_seed=seed, held_out_minimum=0))
+    assert {row.desirable for row in alone.held_out} == {True} and {row.desirable for row in alone.train} == {True, False}
+    few = split_rows([rated(n, n >= 3) for n in range(10)], spec(split_seed=seed, held_out_minimum=0))
+    assert len(few.held_out) == 1
+
+
+def test_groups_of_a_verdict_are_held_out_whole():
+    rows = [*(rated(n, True) for n in range(36)), *(rated(n, False, f"g{n % 2}") for n in range(36, 40))]
+    split = split_rows(rows, spec(held_out_fraction=0.1, held_out_minimum=0))
+    assert Counter(row.desirable for row in split.held_out) == {True: 2, False: 2}

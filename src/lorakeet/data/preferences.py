@@ -128,10 +128,10 @@ def with_mismatches(rows: Sequence[Row]) -> tuple[Row, ...]:
     )
 
 
-def rows_for(rows: Sequence[Row], objective: str | None, part: str) -> tuple[Row, ...]:
+def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: bool = True) -> tuple[Row, ...]:
     """The rows as `objective` takes them: for kto with the answer of another row to each prompt. None takes any.
 
-    Raises DataError for rows of another shape, and where kto has wanted or unwanted answers only.
+    Raises DataError for rows of another shape, and where kto is `trained` with wanted or unwanted answers only.
     """
     if objective is None:
         return tuple(rows)
@@ -161,11 +161,25 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str) -> tuple[Row
             f"{other.source} has no verdict on its answer, but train.objective is kto. Give rows with prompt, completion and "
             "label (true or false), or take dpo for rows with chosen and rejected."
         )
-    wanted = sum(bool(row.desirable) for row in rows)
-    if rows and wanted in (0, len(rows)):
-        which = "true" if wanted else "false"
-        raise DataError(f"All {len(rows)} {part} rows have the label {which}; kto needs answers that are wanted and others.")
+    if trained and (only := _only_verdict(rows)):
+        raise DataError(f"All {len(rows)} {part} rows have the label {only}; kto needs answers that are wanted and others.")
     return with_mismatches(rows)
+
+
+def verdict_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A sentence for each of the named parts whose rows all have the same verdict; for rows without one, none."""
+    advice = {
+        "true": "how unwanted answers fare is not measured. Add some with the label false.",
+        "false": "an evaluation, which needs a wanted answer, refuses them. Add some with the label true.",
+    }
+    found = {part: _only_verdict(rows) for part, rows in parts.items()}
+    return [f"All {len(parts[part])} {part} rows have the label {only}: {advice[only]}" for part, only in found.items() if only]
+
+
+def _only_verdict(rows: Sequence[Row]) -> str:
+    """The label that all rows have, "true" or "false"; empty if they have both, or a row has none."""
+    verdicts = {row.desirable for row in rows}
+    return "" if len(verdicts) != 1 or None in verdicts else str(verdicts.pop()).lower()
 
 
 def _is_rated(row: Row) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import LeakReport, check_leaks
-from lorakeet.data.preferences import rows_for
+from lorakeet.data.preferences import rows_for, verdict_notes
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
@@ -31,7 +31,7 @@ class Dataset:
     test: tuple[Row, ...]
     labels: tuple[str, ...]
     leaks: LeakReport
-    notes: tuple[str, ...] = ()  # sentences about rows that were dropped or stand in prompts, and labels that look alike
+    notes: tuple[str, ...] = ()  # sentences about rows that were dropped or stand in prompts, and about labels
 
     @property
     def label_counts(self) -> dict[str, int]:
@@ -64,7 +64,8 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
     parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
     notes += [*prompt_leak_notes(parts, spec.on_leak), *_alike(labels)]
-    shaped = [rows_for(rows, objective, part) for part, rows in parts.items()]
+    shaped = [rows_for(rows, objective, part, trained=part == "training") for part, rows in parts.items()]
+    notes += verdict_notes({part: rows for part, rows in parts.items() if part != "training"})
     return Dataset(shaped[0], shaped[1], shaped[2], labels, clean.report, tuple(notes))
 
 

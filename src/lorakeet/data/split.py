@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,9 @@ class Split:
 def split_rows(rows: Sequence[Row], spec: DataSpec) -> Split:
     """Holds out `spec.held_out_fraction` of the rows, chosen by a hash of seed and content.
 
-    Rows of one group, and rows of equal content, stay on one side. Every label keeps its share on both sides as far as
-    groups allow, and a label is never held out as a whole. Raises DataError for too few rows.
+    Rows of one group, and rows of equal content, stay on one side. Every label, or verdict of kto, keeps its share on both
+    sides as far as groups allow, and none is held out as a whole. Of both verdicts at least one row is held out, if that can be.
+    Raises DataError for too few rows.
     """
     wanted = held_out_count(len(rows), spec)
     if wanted == 0:
@@ -39,6 +40,8 @@ def split_rows(rows: Sequence[Row], spec: DataSpec) -> Split:
     for block in _blocks(rows):
         strata[_stratum(block)].append(block)
     quotas = _quotas({name: sum(map(len, blocks)) for name, blocks in strata.items()}, wanted, len(rows))
+    if any(row.desirable is not None for row in rows):
+        _with_each(quotas, strata)
     held_out: set[str] = set()
     for name, blocks in strata.items():
         held_out |= _choose(blocks, quotas[name], spec.split_seed)
@@ -141,7 +144,7 @@ def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _stratum(block: list[Row]) -> str:
-    labels = [row.label or "" for row in block]
+    labels = [row.label or "" if row.desirable is None else f"wanted: {row.desirable}" for row in block]
     return max(sorted(set(labels)), key=labels.count)
 
 
@@ -153,6 +156,15 @@ def _quotas(sizes: dict[str, int], wanted: int, total: int) -> dict[str, int]:
     for name in by_remainder[: wanted - sum(quotas.values())]:
         quotas[name] += 1
     return quotas
+
+
+def _with_each(quotas: dict[str, int], strata: Mapping[str, Sequence[Sequence[Row]]]) -> None:
+    """Raises a quota below the smallest of several blocks to its size, at the expense of the largest quota, if that keeps one."""
+    for name, blocks in strata.items():
+        most, missing = max(quotas, key=lambda each: (quotas[each], each)), min(map(len, blocks)) - quotas[name]
+        left = quotas[most] - missing
+        if len(blocks) > 1 and missing > 0 and most != name and left >= min(map(len, strata[most])):
+            quotas[name], quotas[most] = quotas[name] + missing, left
 
 
 def _choose(blocks: list[list[Row]], quota: int, seed: int) -> set[str]:

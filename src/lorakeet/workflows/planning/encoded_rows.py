@@ -100,7 +100,9 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
         )
         return Workload()
     names, objective = (name for name in (data.train, data.held_out, data.test) if name), config.train.objective
-    train, *others = (rows_for(read_rows(name, data, objective=objective), objective, name) for name in names)
+    train, *others = (
+        rows_for(read_rows(name, data, objective=objective), objective, name, trained=name == data.train) for name in names
+    )
     return EncodedRows(config, (train, *others), find_labels(train, data), say, (model_config, source)).workload()
 
 
