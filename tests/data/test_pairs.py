@@ -162,7 +162,7 @@ def test_answers_that_begin_alike_share_the_batch_of_their_prompt() -> None:
 def test_rows_of_a_shared_prompt_have_at_most_times_as_many_tokens(times: int, batches: int) -> None:
     found = pair_batches(of_one_prompt(12, 300), limits(620, times), shares=True)
     assert len(found) == batches and all(batch.tokens <= times * 620 for batch in found)
-    assert sorted(sum(pairs_of(found), [])) == list(range(12))
+    assert sorted(pair for row in pairs_of(found) for pair in row) == list(range(12))
 
 
 def test_targets_count_where_a_prompt_is_shared() -> None:

@@ -177,9 +177,11 @@ def test_rows_of_another_objective_are_refused(
 
 
 def test_rows_of_two_kinds_are_read_by_the_objective(tmp_path: Path) -> None:
-    rated = write_rows(tmp_path / "r.jsonl", [{"prompt": f"{n}?", "completion": "a", "label": str(n % 2 == 0)} for n in range(40)])
+    rows = [{"prompt": f"{n}?", "completion": "a", "label": str(n % 2 == 0)} for n in range(40)]
+    rated = write_rows(tmp_path / "r.jsonl", rows)
     assert {row.desirable for row in load_dataset(DataSpec(train=str(rated)), "kto").train} == {True, False}
-    both = write_rows(tmp_path / "b.jsonl", [{"messages": [USER, {**GOOD, "content": f"{n}."}], "label": True} for n in range(40)])
+    rows = [{"messages": [USER, {**GOOD, "content": f"{n}."}], "label": True} for n in range(40)]
+    both = write_rows(tmp_path / "b.jsonl", rows)
     assert all(row.desirable is None for row in load_dataset(DataSpec(train=str(both)), "sft").train)
 
 

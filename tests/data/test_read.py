@@ -75,6 +75,17 @@ def test_only_the_first_record_is_checked(tmp_path, monkeypatch):
         check_first_record(name, DataSpec(train="x"))
 
 
+def test_the_objective_decides_between_shapes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "chosen": "b", "rejected": "c"}\n')
+    spec = DataSpec(train="x", label_column="stars")
+    check_first_record(str(path), spec)
+    for check in (lambda: check_first_record(str(path), spec, "sft"), lambda: read_rows(str(path), spec, objective="sft")):
+        with pytest.raises(DataError, match="no column 'stars'"):
+            check()
+    assert read_rows(str(path), DataSpec(train="x"), objective="sft")[0].text == "a"
+
+
 def test_saved_data_set_folder(tmp_path):
     import datasets
 

@@ -169,7 +169,7 @@ PAIR = {"chosen": "a", "rejected": "b"}
         ({"instruction": "Sing", "output": "la", **PAIR}, {}, [("user", "Sing"), ("assistant", "la")]),
         ({"text": "fine", "label": True, **PAIR}, {}, [("user", "fine"), ("assistant", "True")]),
         ({"text": "once", **PAIR}, {}, [("", "once")]),
-        ({"messages": MESSAGES, "text": "ok", "stars": 5, **PAIR}, {"label_column": "stars"}, [("user", "ok"), ("assistant", "5")]),
+        ({"messages": MESSAGES, "text": "a", "by": 5, **PAIR}, {"label_column": "by"}, [("user", "a"), ("assistant", "5")]),
     ],
 )  # fmt: skip
 def test_sft_trains_on_what_it_did_beside_columns_of_preferences(record, settings, found):

@@ -63,14 +63,14 @@ def with_prompt(prompt: Sequence[Turn], answer: Sequence[Turn]) -> tuple[Turn, .
     prompt would be followed by a second one.
     """
     own, said = _system(prompt), _system(answer)
-    asked, rest = prompt[len(own) :], answer[len(said) :]
+    first, rest = prompt[len(own) :], answer[len(said) :]
     agree = not (own and said) or _alike(own[0], said[0])
-    if agree and len(rest) >= len(asked) and all(map(_alike, asked, rest)):
-        return (*(own or said), *asked, *rest[len(asked) :])
+    if agree and len(rest) >= len(first) and all(map(_alike, first, rest)):
+        return (*(own or said), *first, *rest[len(first) :])
     if prompt and (said or (answer and answer[0].role == prompt[-1].role == "user")):
         raise UnusableRow(
-            f"the prompt is {_shown(prompt)} and the answer begins with the {answer[0].role}'s {_shown(answer)}; expected an answer "
-            "of the assistant, or the whole conversation with the same prompt. Remove one of the two prompts."
+            f"the prompt is {_shown(prompt)} and the answer begins with the {answer[0].role}'s {_shown(answer)}; expected an "
+            "answer of the assistant, or the whole conversation with the same prompt. Remove one of the two prompts."
         )
     return (*prompt, *answer)
 
@@ -142,8 +142,8 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: 
             shape, instead = ("two answers", "dpo") if pairs else ("a verdict on its answer", "kto")
             raise DataError(
                 f"{(pairs or rated)[0].source} has {shape}, but train.objective is sft, which trains on every answer. Set "
-                f"--train.objective {instead}, or give rows with a prompt and one good answer. Where they have columns for that beside "
-                "these, choose --data.format chat|completion|alpaca|classification|text."
+                f"--train.objective {instead}, or give rows with a prompt and one good answer. If other columns "
+                "have these, choose --data.format chat|completion|alpaca|classification|text."
             )
         return tuple(rows)
     if objective != "kto":

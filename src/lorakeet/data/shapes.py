@@ -10,8 +10,17 @@ from dataclasses import replace
 from typing import Any
 
 from lorakeet.data.preferences import (
-    CHOSEN, PROMPTS, REJECTED, VERDICT, answers_of, is_preference, is_rated, preferred, verdict, with_prompt,
-)  # fmt: skip
+    CHOSEN,
+    PROMPTS,
+    REJECTED,
+    VERDICT,
+    answers_of,
+    is_preference,
+    is_rated,
+    preferred,
+    verdict,
+    with_prompt,
+)
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint

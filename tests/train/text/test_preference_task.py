@@ -177,9 +177,9 @@ def test_pairs_of_one_prompt_keep_to_the_limits_of_the_model(tiny_llama_folder: 
     rows = [
         replace(row, ids=np.concatenate([before, row.ids]), supervised=np.arange(150 + len(row.ids)) >= 150) for row in others
     ]
-    task = task_on(adapted(tiny_llama_folder), "dpo", micro_tokens=330, examples=rows)
-    most = task.text.batch_limits([len(row.ids) for row in rows], 330).times * 330
-    assert all(batch.tokens <= most for batch in task.batches(0))
+    task = task_on(adapted(tiny_llama_folder), "dpo", micro_tokens=200, examples=rows)
+    most = task.text.batch_limits([len(row.ids) for row in rows], 200).times * 200
+    assert all(batch.tokens <= most or len(batch.lengths) == 2 for batch in task.batches(0))
 
 
 def test_before_the_first_step_the_model_is_its_reference(tiny_llama_folder: Path) -> None:

@@ -69,6 +69,23 @@ def test_lengths_are_those_of_the_longest_rows_and_of_the_longest_step(finished:
     assert largest_rows(config.changed(data={"max_tokens": 4}), found) == RowShape(4, 3), "a change that shortens rows counts"
 
 
+def test_rows_of_two_shapes_are_planned_as_the_objective_reads_them(finished: Any, tmp_path: Path) -> None:
+    pair = {"prompt": "a", "chosen": "b b", "rejected": "b b b"}
+    data = write_rows(tmp_path / "rows.jsonl", [{**pair, "completion": "b"}] * 4)
+    for objective, rows in (("sft", 4), ("dpo", 8)):
+        config = settings(finished.model, data, tmp_path / "run", {"train.objective": objective})
+        workload = workload_of_files(config, read_config(finished.model), print)
+        assert workload.lengths is not None and workload.lengths().rows == rows
+
+
+def test_verdicts_of_one_kind_are_planned_where_they_are_not_trained(finished: Any, tmp_path: Path) -> None:
+    rated = [{"prompt": "a", "completion": "b", "label": str(n % 2)} for n in range(4)]
+    data, other = write_rows(tmp_path / "rows.jsonl", rated), write_rows(tmp_path / "other.jsonl", rated[1::2])
+    given = {"train.objective": "kto", "data.held_out": str(other)}
+    workload = workload_of_files(settings(finished.model, data, tmp_path / "run", given), read_config(finished.model), print)
+    assert workload.lengths is not None and workload.lengths().rows == 8
+
+
 def test_a_label_that_is_longer_than_the_rows_own_counts(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [*reviews(9), {"text": "a", "label": "this is a label of very many words"}])
     config = settings(finished.model, data, tmp_path / "run")
