@@ -168,12 +168,12 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: 
 
 def verdict_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
     """A sentence for each of the named parts whose rows all have the same verdict; for rows without one, none."""
-    advice = {
-        "true": "how unwanted answers fare is not measured. Add some with the label false.",
-        "false": "an evaluation, which needs a wanted answer, refuses them. Add some with the label true.",
-    }
     found = {part: _only_verdict(rows) for part, rows in parts.items()}
-    return [f"All {len(parts[part])} {part} rows have the label {only}: {advice[only]}" for part, only in found.items() if only]
+    return [
+        f"All {len(parts[part])} {part} rows have the label {only}. An evaluation compares answers of both labels, so it refuses "
+        f"these rows alone; add some with the label {'false' if only == 'true' else 'true'}."
+        for part, only in found.items() if only
+    ]  # fmt: skip
 
 
 def _only_verdict(rows: Sequence[Row]) -> str:
