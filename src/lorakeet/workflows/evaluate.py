@@ -121,8 +121,9 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     """
     settings: RunConfig = opened.config
     dropped: list[str] = []
-    given = read_rows(data, dataclasses.replace(settings.data, limit=None), dropped)
-    rows = rows_for(given, settings.train.objective, "evaluated")
+    objective = settings.train.objective
+    given = read_rows(data, dataclasses.replace(settings.data, limit=None), dropped, objective)
+    rows = rows_for(given, objective, "evaluated", trained=False)
     dropped += prompt_leak_notes({"evaluated": rows}, settings.data.on_leak)
     if not settings.data.train:
         return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), (), warnings=tuple(dropped))

@@ -34,8 +34,8 @@ class PreferenceScores:
     """What the pairs say: the adapter's and its rivals' preferences, base or reference first, and changes of log-probabilities.
 
     `tokens` (n, 2) are those of the chosen and the rejected answers; `changes` (n, 2) the log-ratios of both to the reference, in
-    nats a token, or to `against`. `likelier` are the models by their own log-probabilities, the adapter first; with `by_reward` the
-    others are not measured so, and the models are compared by likelihood too. `beta` makes probabilities of the scores; None
+    nats a token, or to `against`. `likelier` are the models by their own log-probabilities, the adapter first. With `by_reward`
+    the others are not measured so, and the models are compared by likelihood too. `beta` makes probabilities of the scores; None
     where the objective gives none.
     """
 

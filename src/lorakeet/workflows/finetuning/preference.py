@@ -183,7 +183,7 @@ def _save(run: RunFolder, reference: Reference, digest: str, held: Adapter | Non
 
 
 def _held_out_log_probs(setup: TextAssembly, micro_tokens: int) -> tuple[Floats, Floats]:
-    """log p of each held-out answer by the model as it is, and its tokens, in one process, whoever else trains."""
+    """log p of each held-out answer by the model as it is, and its tokens, in one process, even where several train."""
     losses, tokens = row_losses(
         setup.text, setup.held_out.examples, micro_tokens=micro_tokens, chunk=setup.config.train.head_chunk
     )

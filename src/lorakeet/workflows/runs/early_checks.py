@@ -175,7 +175,7 @@ def _require_rows(config: RunConfig | None) -> None:
     data = config.data
     if config.kind == "text":
         for name in filter(None, (data.train, data.test, data.held_out)):
-            check_first_record(name, data)
+            check_first_record(name, data, config.train.objective)
     if config.kind == "image":
         places = {"data.train": data.train, "data.held_out": data.held_out, "data.test": data.test}
         for setting, folder in {**places, "images.prior": config.images.prior}.items():
