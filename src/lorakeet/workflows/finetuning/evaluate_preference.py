@@ -116,9 +116,9 @@ class PreferenceEvaluator(TextEvaluator):
             truths=[_text(row, supervised=True) for row in chosen], sources=[row.source for row in chosen], spec=spec,
             answered=replier.answered(chosen, [row for row in baseline_rows if row.desirable is not False]),
         )  # fmt: skip
-        if self._rated and len(wanted) in (0, len(rows)):
-            said = "The evaluated answers are all wanted, or all unwanted, so no preference can be measured. Evaluate rows of both."
-            return replace(report, warnings=(said, *report.warnings))
+        if self._rated and len(wanted) == len(rows):
+            missing = "The evaluated answers are all wanted, so no preference can be measured. Evaluate rows of both labels."
+            return replace(report, warnings=(missing, *report.warnings))
         texts = [] if self._rated else [_answers(row) for row in rows]
         found = _Scored(self.config, adapter, base, reference, tokens, texts, row_groups(rows), named)
         scores = (found.paired(rows) if self._rated else found).preferences(_known_answers(baseline_rows, self._rated))
