@@ -11,7 +11,6 @@ import torch
 
 from lorakeet.config import RunConfig
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.rows import Row, Turn
 from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_names, adapter_of
 from lorakeet.models.spec import ModelSpec
@@ -52,16 +51,12 @@ def test_the_evaluator_of_an_objective() -> None:
     assert evaluator_for(RunConfig()) is TextEvaluator and found.func is PreferenceEvaluator
 
 
-def pair(chosen: str, rejected: str) -> Row:
-    user, (first, second) = Turn("user", "say", supervised=False), (Turn("assistant", one, True) for one in (chosen, rejected))
-    return Row((user, first), None, None, "rows:1", rejected=(user, second))
-
-
 @pytest.mark.parametrize(("objective", "against"), [("orpo", "the base"), ("simpo", "the base"), ("dpo", "the reference")])
 def test_pairs_are_compared_by_length_as_in_training_and_with_a_base_or_a_reference(objective: str, against: str) -> None:
     log_probs = np.array([-2.0, -3.0, -2.0, -3.0])
-    rows, base, tokens = [pair("a", "bb"), pair("aaa", "b")], log_probs - 1, np.full(4, 2.0)
-    found = _Scored(settings(objective), rows, log_probs, base, base, tokens, False).pairs([pair("a", "bbb"), pair("a", "bb")])
+    texts, base, tokens = [("a", "bb"), ("aaa", "b")], log_probs - 1, np.full(4, 2.0)
+    scored = _Scored(settings(objective), log_probs, base, base, tokens, texts, None, False)
+    found = scored.preferences([("a", "bbb"), ("a", "bb")])
     assert found.against == against and found.rivals[1].system == "shorter answer"
     assert found.rivals[1].scores.tolist() == [1.0, -2.0] and found.rivals[1].note.endswith("as in 2 of 2 training pairs")
 
