@@ -21,7 +21,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.setting import setting
 from lorakeet.settings import load, override, to_mapping
-from lorakeet.train.preference_spec import SFT, START, WITHOUT_REFERENCE, PreferenceSpec
+from lorakeet.train.preference_spec import SFT, START, PreferenceSpec, needs_reference
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
 
 __all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
@@ -102,7 +102,7 @@ class RunConfig:
         if objective == SFT:
             return []
         found = []
-        if objective in WITHOUT_REFERENCE and self.train.reference != START:
+        if not needs_reference(objective) and self.train.reference != START:
             found.append(
                 f"train.reference is {self.train.reference}, but train.objective {objective} compares with no reference. Leave "
                 "it out, or take dpo, ipo, cdpo or kto."

@@ -22,6 +22,11 @@ _NORMALISED = ("ipo", "orpo", "simpo")
 _SFT_WEIGHT = {"orpo": 1.0}
 
 
+def needs_reference(objective: str) -> bool:
+    """Whether the loss compares with a reference."""
+    return objective not in (SFT, *WITHOUT_REFERENCE)
+
+
 @dataclass(frozen=True)
 class PreferenceSpec:
     """The loss of train.objective dpo, ipo, cdpo, kto, orpo or simpo; a value left out is the objective's own."""

@@ -20,10 +20,10 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
-from lorakeet.train.preference_spec import OBJECTIVES, SFT, PreferenceSpec
+from lorakeet.train.preference_spec import OBJECTIVES, SFT, PreferenceSpec, needs_reference
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.preference_loss import PairScores, kto_losses, preference_losses
-from lorakeet.train.text.preference_task import PreferenceTask, Reference, needs_reference, order_of_pairs, pair_losses
+from lorakeet.train.text.preference_task import PreferenceTask, Reference, order_of_pairs, pair_losses
 from tiny.streams import loaded
 
 PAIRS = 6

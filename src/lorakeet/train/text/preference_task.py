@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, pack_examples
+from lorakeet.data.pack import Batch
 from lorakeet.data.pairs import pair_batches
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.preference_spec import KTO, WITHOUT_REFERENCE, PreferenceSpec
+from lorakeet.train.preference_spec import KTO, PreferenceSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size
 from lorakeet.train.text.loss import head_losses
@@ -108,14 +107,9 @@ class PreferenceTask(TextTask):
         """Those of `pairs` that this process computes."""
         if self.processes.count == 1:
             return list(pairs)
-        lengths = [len(examples[2 * pair].ids) + len(examples[2 * pair + 1].ids) for pair in pairs]
-        return [pairs[at] for at in distribute_rows(lengths, self.processes.count)[self.processes.rank]]
-
-    @cached_property
-    def idle_batch(self) -> Batch:
-        pairs = range(len(self.train) // 2)
-        at = 2 * min(pairs, key=lambda pair: len(self.train[2 * pair].ids) + len(self.train[2 * pair + 1].ids))
-        return pack_examples(self.train[at : at + (1 if self.objective == KTO else 2)])
+        lengths = _pair_lengths(examples)
+        own = distribute_rows([lengths[pair] for pair in pairs], self.processes.count)[self.processes.rank]
+        return [pairs[at] for at in own]
 
     def size(self, batch: Batch) -> Size:
         """Targets count pairs, or the answers of kto: each weighs the same, however long it is."""
@@ -149,9 +143,9 @@ class PreferenceTask(TextTask):
         tokens = torch.tensor(counts, dtype=torch.float64, device=sums.device)
         numbers = np.array([int(key) for key in batch.keys])
         known = None if self.reference is None else torch.from_numpy(self.reference.train[numbers]).to(sums.device)
-        if self.objective == KTO:
+        if self.objective == KTO and known is not None:
             wanted = torch.from_numpy(self.desirable[0][numbers // 2]).to(sums.device)
-            return kto_losses(self.preference, sums, self._given(known), wanted, self._kl).sum()
+            return kto_losses(self.preference, sums, known, wanted, self._kl).sum()
         return preference_losses(
             self.objective, self.preference, pair_scores(sums, tokens), None if known is None else pair_scores(known, tokens)
         ).sum()
@@ -161,12 +155,6 @@ class PreferenceTask(TextTask):
         if self.reference is None:
             raise ValueError(f"{self.objective} compares with a reference, and none is set")
         return self.reference
-
-    @staticmethod
-    def _given(known: Tensor | None) -> Tensor:
-        if known is None:
-            raise ValueError("kto compares with a reference, and none is set")
-        return known
 
     def _kl_of(self, examples: Sequence[Example], pairs: Sequence[int], reference: Floats) -> float:
         """KTO's estimate of KL(model ‖ reference): the mean log-ratio of answers to other prompts, at least 0."""
@@ -194,23 +182,8 @@ class PreferenceTask(TextTask):
 
     def log_probs(self, rows: Sequence[Example]) -> tuple[Floats, Floats]:
         """log p of each answer (answers,) by the model as it is, equal in every process, and its tokens."""
-        numbers = range(len(rows)) if self.in_step else self._own(rows)
-        with self._passing():
-            losses, counts = row_losses(
-                self.text, [rows[number] for number in numbers], micro_tokens=self.spec.micro_tokens, chunk=self.spec.head_chunk
-            )
-        found = np.stack([-losses, counts])
-        if self.processes.count == 1:
-            return found[0], found[1]
-        if self.in_step:
-            same = torch.from_numpy(found)
-            self.processes.broadcast([same])
-            found = same.numpy()
-        else:
-            whole = np.zeros((2, len(rows)))
-            whole[:, list(numbers)] = found
-            found = self.processes.summed(torch.from_numpy(whole)).numpy()
-        return found[0], found[1]
+        losses, tokens = self.losses_of(rows)
+        return -losses, tokens
 
     def halve(self) -> str:
         shortest = min((len(row.ids) for row in self.train), default=0)
@@ -258,14 +231,14 @@ def pair_scores(sums: Tensor, tokens: Tensor) -> PairScores:
     return PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
 
 
-def needs_reference(objective: str) -> bool:
-    """Whether the loss compares with a reference."""
-    return objective not in WITHOUT_REFERENCE
-
-
 def order_of_pairs(examples: Sequence[Example], spec: TrainSpec) -> StepOrder:
     """The order of pairs; a step has pairs of similar length if `spec.length_grouping`."""
-    lengths = [len(examples[at].ids) + len(examples[at + 1].ids) for at in range(0, len(examples), 2)]
+    lengths = _pair_lengths(examples)
     return StepOrder(len(lengths), spec.batch_size, spec.seed, tuple(lengths) if spec.length_grouping else None)
+
+
+def _pair_lengths(examples: Sequence[Example]) -> list[int]:
+    """The tokens of both rows of each pair."""
+    return [len(examples[at].ids) + len(examples[at + 1].ids) for at in range(0, len(examples), 2)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -124,23 +125,27 @@ class TextTask:
         return text_loss(self.replayed or self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:
-        if not self.held_out_rows:
-            return None
+        return HeldOut(*self.losses_of(self.held_out_rows)) if self.held_out_rows else None
+
+    def losses_of(self, rows: Sequence[Example]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """−Σ log p over the targets of each row (rows,) and their number (rows,), equal in every process."""
         spec = self.spec
-        own = list(range(len(self.held_out_rows)) if self.in_step else self._own(self.held_out_rows))
-        rows = [self.held_out_rows[number] for number in own]
+        own = list(range(len(rows)) if self.in_step else self._own(rows))
         with self._passing():
-            found = row_losses(self.text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
+            found = row_losses(
+                self.text, [rows[number] for number in own], micro_tokens=spec.micro_tokens, chunk=spec.head_chunk
+            )
         if self.processes.count == 1:
-            return HeldOut(*found)
+            return found
         if self.in_step:  # all have all rows, but machines may round differently, and all must decide equally
             same = torch.from_numpy(np.stack(found))
             self.processes.broadcast([same])
-            return HeldOut(*same.numpy())
-        whole = np.zeros((2, len(self.held_out_rows)))
+            sums, weights = same.numpy()
+            return sums, weights
+        whole = np.zeros((2, len(rows)))
         whole[:, own] = found
         sums, weights = self.processes.summed(torch.from_numpy(whole)).numpy()  # each row comes from one process
-        return HeldOut(sums, weights)
+        return sums, weights
 
     def halve(self) -> str:
         shortest = min((len(row.ids) for row in self.train), default=0)

@@ -28,12 +28,12 @@ from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate, adapter_of, eject
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.preference_spec import BASE, KTO, SFT, START, WITHOUT_REFERENCE
+from lorakeet.train.preference_spec import BASE, KTO, SFT, START, needs_reference
 from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.preference_loss import log_ratio_gap
 from lorakeet.train.text.preference_task import Floats, pair_scores
-from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, text_of_turns
 from lorakeet.workflows.finetuning.reply import ADAPTER, Replier
 from lorakeet.workflows.finetuning.reply import BASE as BASE_SYSTEM
 
@@ -42,7 +42,7 @@ REFERENCE = "reference"  # its name on the model, and in reports
 
 def reference_path(config: RunConfig) -> Path | None:
     """The adapter that is the reference; None where it is the base, or the objective has none."""
-    if config.train.objective in WITHOUT_REFERENCE or config.train.reference == BASE:
+    if not needs_reference(config.train.objective) or config.train.reference == BASE:
         return None
     if config.train.reference == START:
         return None if config.lora.continue_from is None else Path(config.lora.continue_from)
@@ -98,7 +98,7 @@ class PreferenceEvaluator(TextEvaluator):
         adapter, tokens = self._log_probs(examples, ADAPTER)
         base, _ = self._log_probs(examples, BASE_SYSTEM)
         reference, named = base, reference_path(self.config) is not None
-        if self.config.train.objective not in WITHOUT_REFERENCE:
+        if needs_reference(self.config.train.objective):
             with as_reference(self.text, self._reference_adapter(), self.name):
                 reference, _ = self._scored(examples, REFERENCE)
         step = 1 if self._rated else 2
@@ -112,8 +112,8 @@ class PreferenceEvaluator(TextEvaluator):
         ]
         replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
         report = language_report(
-            title, adapter=losses[0], base=losses[1], texts=[_text(row, supervised=False) for row in chosen],
-            truths=[_text(row, supervised=True) for row in chosen], sources=[row.source for row in chosen], spec=spec,
+            title, adapter=losses[0], base=losses[1], texts=[text_of_turns(row, supervised=False) for row in chosen],
+            truths=[text_of_turns(row, supervised=True) for row in chosen], sources=[row.source for row in chosen], spec=spec,
             answered=replier.answered(chosen, [row for row in baseline_rows if row.desirable is not False]),
         )  # fmt: skip
         if self._rated and len(wanted) == len(rows):
@@ -190,17 +190,18 @@ class _Scored:
         pairs = [(wanted[at % len(wanted)], unwanted[at % len(unwanted)]) for at in range(count)]
         at = np.array(pairs).ravel()
         smaller = 0 if len(wanted) <= len(unwanted) else 1
+        answers = [text_of_turns(row, supervised=True) for row in rows]
         groups = row_groups(rows) or tuple(row.source for row in rows)
         return replace(
             self, adapter=self.adapter[at], base=self.base[at], reference=self.reference[at], tokens=self.tokens[at],
-            texts=[(_text(rows[one], supervised=True), _text(rows[other], supervised=True)) for one, other in pairs],
+            texts=[(answers[one], answers[other]) for one, other in pairs],
             groups=tuple(groups[pair[smaller]] for pair in pairs),
         )  # fmt: skip
 
     def preferences(self, known: Sequence[tuple[str, str]]) -> PreferenceScores:
         """What each system prefers; `known` are the answers of training pairs, for the baseline."""
         spec, objective = self.config.preference.resolved(self.config.train.objective), self.config.train.objective
-        compares, groups, named = objective not in WITHOUT_REFERENCE, self.groups, REFERENCE if self.named else BASE_SYSTEM
+        compares, groups, named = needs_reference(objective), self.groups, REFERENCE if self.named else BASE_SYSTEM
         likely = {ADAPTER: self._likelihood(self.adapter), BASE_SYSTEM: self._likelihood(self.base)}
         if self.named:
             likely[REFERENCE] = self._likelihood(self.reference)
@@ -233,16 +234,14 @@ def _known_answers(rows: Sequence[Row], rated: bool) -> list[tuple[str, str]]:
     """The answers of training pairs; of rated rows a wanted and an unwanted one each, in their order."""
     if not rated:
         return [_answers(row) for row in rows]
-    sides = ([_text(row, supervised=True) for row in rows if bool(row.desirable) is side] for side in (True, False))
+    sides = ([text_of_turns(row, supervised=True) for row in rows if bool(row.desirable) is side] for side in (True, False))
     return list(zip(*sides, strict=False))
 
 
 def _answers(row: Row) -> tuple[str, str]:
     other: Any = row.other
-    return _text(row, supervised=True), _text(other, supervised=True)
+    return text_of_turns(row, supervised=True), text_of_turns(other, supervised=True)
 
 
-def _text(row: Row, *, supervised: bool) -> str:
-    return "\n".join(turn.text for turn in row.turns if turn.supervised == supervised)
 
 

@@ -95,7 +95,7 @@ class TextEvaluator:
             losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
             replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
             answered = replier.answered(rows, baseline_rows)
-            texts, truths = ([_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
+            texts, truths = ([text_of_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
             if answered is not None:  # whose references are the truth
                 texts = [_before_last(row) for row in rows]
             report = language_report(
@@ -199,7 +199,8 @@ def _label(row: Row) -> str:
     return row.label
 
 
-def _turns(row: Row, *, supervised: bool) -> str:
+def text_of_turns(row: Row, *, supervised: bool) -> str:
+    """The text of the turns that are targets, or of the others."""
     return "\n".join(turn.text for turn in row.turns if turn.supervised == supervised)
 
 

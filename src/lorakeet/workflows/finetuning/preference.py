@@ -28,9 +28,9 @@ from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.generate.score import row_losses
 from lorakeet.train import durable
 from lorakeet.train.checkpoint import found as checkpoints
-from lorakeet.train.preference_spec import KTO, START
+from lorakeet.train.preference_spec import KTO, START, needs_reference
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text.preference_task import Floats, PreferenceTask, Reference, needs_reference
+from lorakeet.train.text.preference_task import Floats, PreferenceTask, Reference
 from lorakeet.train.text.reference import adapter_digest, digest_of, read_reference, save_reference
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, text_task

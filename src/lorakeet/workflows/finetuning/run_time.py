@@ -8,16 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from lorakeet.data.chat import Encoded
 from lorakeet.data.few_shot import SHARE, widest
-from lorakeet.data.prefix import PASS
+from lorakeet.data.prefix import PASS, common_prefix
 from lorakeet.evaluate.wording import duration_text
 from lorakeet.memory.ledger import Work
 from lorakeet.models.generate.score import label_endings
-from lorakeet.train.preference_spec import KTO, SFT, START, WITHOUT_REFERENCE
+from lorakeet.train.preference_spec import KTO, START, needs_reference
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.finetuning.certify_text import CHECK_TOKENS
 from lorakeet.workflows.finetuning.evaluate_text import CALIBRATION_ROWS
@@ -67,7 +66,7 @@ def phase_tokens(setup: TextAssembly) -> PhaseTokens:
     held_out = 1 + setup.steps // train.evaluation_interval(each_epoch)
     training = _steps(setup) + held_out * _read(setup.held_out, train.micro_tokens) + _reference(setup)
     part, _ = setup.evaluated
-    rows, compares = setup.encoded[part], _compares(setup)
+    rows, compares = setup.encoded[part], needs_reference(train.objective)
     if setup.dataset.labels:
         answering = _labelled(setup, rows)
     else:
@@ -91,11 +90,6 @@ def run_time_text(setup: TextAssembly) -> str:
     return f"Time here, as busy as this machine is now: about {whole} ({each}), give or take half."
 
 
-def _compares(setup: TextAssembly) -> bool:
-    """Whether the objective has a reference."""
-    return setup.config.train.objective not in (SFT, *WITHOUT_REFERENCE)
-
-
 def _steps(setup: TextAssembly) -> float:
     """The tokens of all steps. Of kto's two answers one is trained on, and the other read at each step, for the KL."""
     if setup.config.train.objective != KTO:
@@ -107,7 +101,7 @@ def _steps(setup: TextAssembly) -> float:
 def _reference(setup: TextAssembly) -> float:
     """The tokens of the reference: all answers once; where it is the base, its held-out answers with the adapter off too."""
     train = setup.config.train
-    if not _compares(setup):
+    if not needs_reference(train.objective):
         return 0
     twice = 2 if train.reference == START and setup.config.lora.continue_from is None else 1
     return _read(setup.train, train.micro_tokens) + twice * _read(setup.held_out, train.micro_tokens)
@@ -154,10 +148,7 @@ def _typical(rows: Encoded) -> float:
 
 def _beginning(rows: Encoded) -> int:
     """The tokens that the first row and the last one begin with, as all of one template do."""
-    one, other = (rows.examples[number].ids for number in (0, -1))
-    most = min(len(one), len(other)) - 1
-    differ = np.flatnonzero(one[:most] != other[:most])
-    return int(differ[0]) if len(differ) else most
+    return common_prefix(rows.examples[0].ids, rows.examples[-1].ids)
 
 
 def _timed(work: Callable[[], Any]) -> float:

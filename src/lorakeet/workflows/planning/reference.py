@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lorakeet.config import RunConfig
 from lorakeet.memory.usage import Usage, add_usage
-from lorakeet.train.preference_spec import BASE, SFT, WITHOUT_REFERENCE
+from lorakeet.train.preference_spec import BASE, needs_reference
 from lorakeet.workflows.planning.rehearse_text import FINAL, STEP
 
 
@@ -14,8 +14,7 @@ def reference_bytes(config: RunConfig, adapter: int) -> int:
     """Bytes of one copy of the reference, which is counted as large as the run's own `adapter`; 0 where it is the base with the
     adapter off, or the objective has none.
     """
-    compares = config.train.objective not in (SFT, *WITHOUT_REFERENCE) and config.train.reference != BASE
-    return adapter if compares else 0
+    return adapter if needs_reference(config.train.objective) and config.train.reference != BASE else 0
 
 
 def evaluated_copies(config: RunConfig, adapter: int, *, on_gpu: bool) -> int:
