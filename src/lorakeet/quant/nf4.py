@@ -278,7 +278,7 @@ _CACHED: dict[tuple[str, torch.device], Tensor] = {}
 def _table(name: str, like: Tensor) -> Tensor:
     """A table of _TABLES on the device of `like`, cached; for a fake tensor (of a traced step) a fake one."""
     make, shape, dtype = _TABLES[name]
-    if type(like) is not Tensor:
+    if hasattr(like, "fake_mode"):  # of a step on shapes
         return torch.empty(shape, dtype=dtype, device=like.device)
     table = _CACHED.get((name, like.device))
     if table is None:

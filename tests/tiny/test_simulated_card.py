@@ -1,0 +1,122 @@
+"""The simulated card: it computes what the CPU computes, refuses what a card refuses, and counts what a card waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny.runs import chats, run, write_rows
+from tiny.simulated_card import Card, simulated_card
+
+SEEN = ContextVar("seen", default="nothing")
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    with simulated_card() as found:
+        yield found
+
+
+def test_gradients_are_those_of_the_cpu(card: Card) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(4, 2), torch.randn(3, 4)
+    layer(x).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in layer.parameters()]
+    tied = layer.weight
+    layer.zero_grad()
+    layer.to("cuda:0")
+    assert layer.weight is tied and layer.weight.device == torch.device("cuda", 0) and layer.weight.is_cuda
+    layer(x.to("cuda")).square().sum().backward()
+    assert all(torch.equal(parameter.grad.cpu(), one) for parameter, one in zip(layer.parameters(), expected, strict=True))
+
+
+def test_several_devices_raise(card: Card) -> None:
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
+        x + torch.ones(3)
+    with pytest.raises(TypeError, match="device type tensor to numpy"):
+        x.numpy()
+    assert (x + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0], "a number alone may be on the CPU"
+
+
+WAITS: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "item": (lambda x: x.sum().item(), "a number is read"),
+    "truth": (lambda x: bool(x[0] > 0), "a number is read"),
+    "tolist": (lambda x: x.tolist(), "numbers are read"),
+    "cpu": (lambda x: x.cpu(), "a copy to the host"),
+    "mask": (lambda x: x[x > 0], "places are counted"),
+    "nonzero": (lambda x: x.nonzero(), "places are counted"),
+    "unique": (torch.unique, "values are counted"),
+    "repeats": (lambda x: torch.repeat_interleave(x.long()), "lengths are summed"),
+    "pageable": (lambda x: torch.ones(3).to("cuda", non_blocking=True), "a copy from the host"),
+    "list": (lambda x: torch.tensor([1, 2], device="cuda"), "a copy from the host"),
+    "synchronize": (lambda x: torch.cuda.synchronize(), "the host waits for all"),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_is_counted_with_its_place(name: str, card: Card) -> None:
+    x = torch.ones(3, device="cuda")
+    work, kind = WAITS[name]
+    card.reset()
+    work(x)
+    assert [wait.kind for wait in card.waits] == [kind]
+    assert Path(card.waits[0].place.partition(":")[0]).name == Path(__file__).name
+
+
+def test_what_does_not_wait(card: Card) -> None:
+    numbers = torch.arange(4).pin_memory()
+    card.reset()
+    x = numbers[1:].to("cuda", non_blocking=True)
+    y = torch.zeros(3, device="cuda", dtype=torch.int64) + x.index_select(0, x % 2)
+    y[0] = 7
+    torch.empty(3, dtype=torch.int64, pin_memory=True).copy_(y, non_blocking=True)
+    torch.repeat_interleave(x, output_size=6)
+    assert card.waits == [] and card.copies == {"to the card": 24, "to the host": 24}
+    assert card.launches["copy_"] == 1 and card.launches["add"] == 1 and card.launches["index_select"] == 1
+
+
+def test_a_backward_pass_sees_no_context_variable(card: Card) -> None:
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            found.append((SEEN.get(), torch.zeros(1, device=grad.device).is_cuda))
+            return grad
+
+    found: list[tuple[str, bool]] = []
+    x = torch.ones(2, device="cuda", requires_grad=True)
+    token = SEEN.set("something")
+    Looks.apply(x).sum().backward()
+    torch.autograd.grad(Looks.apply(x).sum(), [x])
+    SEEN.reset(token)
+    assert found == [("nothing", True)] * 2
+
+
+def test_a_kernel_for_cpus_is_refused(card: Card) -> None:
+    from lorakeet.kernels.cpu import elementwise
+
+    with pytest.raises(NotImplementedError, match="'CUDA' backend"):
+        elementwise.gated(torch.ones(2, 16, device="cuda"), torch.ones(2, 16, device="cuda"))
+
+
+@pytest.mark.slow
+def test_a_whole_run_gives_the_losses_of_the_cpu(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Plan, training, evaluation, replies and certificate: the same run, on the card and on the CPU."""
+    data = write_rows(tmp_path / "rows.jsonl", chats(30))
+    quick = {"train.steps": 3, "evaluate.answers": 1}
+    expected = run(tiny_llama_folder, data, tmp_path / "cpu", {**quick, "model.device": "cpu"}).outcome
+    with simulated_card() as card:
+        found = run(tiny_llama_folder, data, tmp_path / "card", {**quick, "model.device": "cuda"}).outcome
+    assert found.base_loss == pytest.approx(expected.base_loss, rel=1e-5)
+    assert found.best_loss == pytest.approx(expected.best_loss, rel=1e-4)
+    assert card.flash.efficient_calls > 0 and card.waits and card.launches["mm"] > 100
+    assert (tmp_path / "card" / "certificate.json").exists()
