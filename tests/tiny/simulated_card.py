@@ -417,8 +417,9 @@ def _patched(card: Card, patch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     for name, value in values.items():
         patch.setattr(torch.cuda, name, value)
+    built = torch._C
     for name in BUILT:
-        patch.setattr(torch._C, name, lambda *_: 0, raising=False)
+        patch.setattr(built, name, lambda *_: 0, raising=False)
     patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     patch.setattr(torch, "Generator", _Generator)
     patch.setattr(torch.autograd, "has_torch_function", lambda *_: False)  # what it calls is not called within torch's functions
